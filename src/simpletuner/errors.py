@@ -1,0 +1,111 @@
+"""Everything that can go wrong and that a person can mend.
+
+SimpleTunerError            1   the root; its text is the whole message, no traceback is shown
+├── ConfigError             2   options, files named by options; carries every problem at once
+├── DataError               3   pictures and captions
+├── TrainingDiverged        4   loss or gradient is not a finite number
+├── DiskFull                5   no room for what is about to be written
+├── DownloadError           6   no network, no such repository, gated
+├── RunLocked               7   another process works in this run folder
+├── ModelError              8   weights that are not what they should be
+├── CheckpointError         9   nothing to resume from, or it does not fit this config
+├── CacheError             10   a cache that cannot be used and could not be rebuilt
+├── MissingExtra           11   an optional package is not installed
+└── Stopped                75   stopped on request with a checkpoint: the same command goes on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with the configuration, ready to print.
+
+    where: "config.json:7:3", "--learning_rate" or "SIMPLETUNER_SEED"; empty when it concerns the whole.
+    what: one sentence: what was read, what is allowed, how to mend it.
+    """
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" if self.where else self.what
+
+
+class SimpleTunerError(Exception):
+    """A failure explained in one sentence; `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(SimpleTunerError):
+    """All problems of a configuration together."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem] | str) -> None:
+        self.problems = (Problem("", problems),) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class DataError(SimpleTunerError):
+    """Pictures or captions that cannot be trained on."""
+
+    exit_code = 3
+
+
+class TrainingDiverged(SimpleTunerError):
+    """The loss or the gradient stopped being a finite number."""
+
+    exit_code = 4
+
+
+class DiskFull(SimpleTunerError):
+    """There is no room for what is about to be written."""
+
+    exit_code = 5
+
+
+class DownloadError(SimpleTunerError):
+    """Weights could not be fetched."""
+
+    exit_code = 6
+
+
+class RunLocked(SimpleTunerError):
+    """Another process works in this run folder."""
+
+    exit_code = 7
+
+
+class ModelError(SimpleTunerError):
+    """Weights that are not what they should be."""
+
+    exit_code = 8
+
+
+class CheckpointError(SimpleTunerError):
+    """Nothing to resume from, or it does not belong to this configuration."""
+
+    exit_code = 9
+
+
+class CacheError(SimpleTunerError):
+    """A cache that cannot be used and could not be rebuilt."""
+
+    exit_code = 10
+
+
+class MissingExtra(SimpleTunerError):
+    """An optional package is not installed; the text says what to type."""
+
+    exit_code = 11
+
+
+class Stopped(SimpleTunerError):
+    """Stopped on request, with a checkpoint; the same command goes on."""
+
+    exit_code = 75
