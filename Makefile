@@ -1,0 +1,28 @@
+# make demo: train on the bundled model and look at before and after.  make test: the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint docs clean
+
+.venv/.%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+demo: .venv/.cpu
+	$(BIN)/simpletuner train --example chroma-nano.peft-lora
+
+test: .venv/.cpu,test
+	$(BIN)/python -m pytest
+
+lint: .venv/.cpu,dev
+	$(BIN)/ruff check src tests recipes benchmarks
+	$(BIN)/ruff format --check src tests recipes benchmarks
+	$(BIN)/mypy
+
+docs: .venv/.cpu
+	$(BIN)/python -m simpletuner.config.docs
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,236 @@
+"""Checkpoints that survive anything: written aside, hashed, synced, renamed; verified before they are used.
+
+checkpoint-500/
+  manifest.json             length and SHA-256 of every other file; written last
+  state.json                step, config, identity of base and dataset, scalars of the optimizer
+  weights.safetensors       trained tensors, exactly as they are in memory
+  optimizer.safetensors     tensors of the optimizer state
+  ema.safetensors           if there is an EMA
+  pytorch_lora_weights.safetensors   for a LoRA: the file other programs load
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from simpletuner.errors import CheckpointError, DiskFull
+from simpletuner.events.types import CheckpointSetAside, Emit
+
+NAME = re.compile(r"checkpoint-(\d+)$")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a run needs to go on. tensors: file stem -> name -> tensor. state: JSON-able."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, object]
+
+
+def step_of(folder: Path) -> int:
+    match = NAME.search(folder.name)
+    return int(match.group(1)) if match else -1
+
+
+def existing(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, newest first. Folders still being written have another name."""
+    if not run_dir.is_dir():
+        return []
+    found = [folder for folder in run_dir.iterdir() if NAME.fullmatch(folder.name) and folder.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if path.is_file():  # some file systems cannot sync a folder; a file must be
+            raise DiskFull(f"{path} could not be written to the disk: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, None when every file is what the manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files: dict[str, dict[str, object]] = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest.json is unreadable ({error})"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if _hash(path) != expected["sha256"]:
+            return f"{name} does not have the content that was written"
+    return None
+
+
+def save(
+    run_dir: Path, snapshot: Snapshot, extra: Callable[[Path], None] | None, keep: int, best: int | None = None
+) -> Path:
+    """Write checkpoint-<step>; then, and only then, delete the oldest beyond `keep`, never the best.
+
+    extra: writes further files (the LoRA for other programs) into the folder it is given.
+    DiskFull before anything is written when there is less room than 1.2 times what is needed.
+    """
+    target = run_dir / f"checkpoint-{snapshot.step}"
+    if target.exists() and damage(target) is None:
+        return target
+    needed = sum(t.numel() * t.element_size() for group in snapshot.tensors.values() for t in group.values())
+    if free_bytes(run_dir) < 1.2 * needed + (1 << 20):
+        raise DiskFull(
+            f"checkpoint-{snapshot.step} needs {needed / 1e9:.2f} GB and {run_dir} has "
+            f"{free_bytes(run_dir) / 1e9:.2f} GB free; earlier checkpoints are untouched. "
+            "Make room and run the same command again"
+        )
+    sweep(run_dir)
+    work = run_dir / f".writing-checkpoint-{snapshot.step}-{os.getpid()}"
+    work.mkdir()
+    try:
+        _write(work, snapshot, extra)
+        if target.exists():
+            set_aside(target)
+        os.replace(work, target)
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise DiskFull(f"{target} could not be written: {error.strerror or error}") from error
+    _sync(run_dir)
+    for old in existing(run_dir)[keep:]:
+        if old != target and step_of(old) != best:
+            shutil.rmtree(old)
+    return target
+
+
+def _write(work: Path, snapshot: Snapshot, extra: Callable[[Path], None] | None) -> None:
+    for stem, tensors in snapshot.tensors.items():
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, work / f"{stem}.safetensors")
+    state = json.dumps({"format": FORMAT, "step": snapshot.step, **snapshot.state}, ensure_ascii=False)
+    (work / "state.json").write_text(state, encoding="utf-8")
+    if extra is not None:
+        extra(work)
+    files = {}
+    for path in sorted(path for path in work.rglob("*") if path.is_file()):
+        _sync(path)
+        name = path.relative_to(work).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+    (work / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    _sync(work / "manifest.json")
+    _sync(work)
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove half-written checkpoints of processes that were killed (the run lock is ours)."""
+    for leftover in run_dir.glob(".writing-checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    number = 0
+    while (aside := folder.with_name(f"damaged-{folder.name}{f'-{number}' if number else ''}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
+
+
+def newest_sound(run_dir: Path, emit: Emit) -> Path | None:
+    """The newest checkpoint that verifies; damaged ones before it are renamed, loudly, never deleted."""
+    for folder in existing(run_dir):
+        reason = damage(folder)
+        if reason is None:
+            return folder
+        emit(CheckpointSetAside(str(set_aside(folder)), reason))
+    return None
+
+
+def load(folder: Path) -> Snapshot:
+    """Read a verified checkpoint. CheckpointError when it is damaged or of an unknown format."""
+    if not (folder / "manifest.json").is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint: it holds no manifest.json")
+    if (reason := damage(folder)) is not None:
+        raise CheckpointError(f"{folder} is damaged: {reason}")
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has format {state.get('format')}; this version reads format {FORMAT}")
+    try:
+        tensors = {
+            stem: load_file(folder / f"{stem}.safetensors")
+            for stem in ("weights", "optimizer", "ema")
+            if (folder / f"{stem}.safetensors").is_file()
+        }
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return Snapshot(state["step"], tensors, state)
+
+
+def flatten_optimizer(state_dict: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """An optimizer's state_dict as (tensors by "index.key", everything else as JSON)."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, object]] = {}
+    per_parameter: Mapping[int, Mapping[str, object]] = state_dict["state"]  # type: ignore[assignment]
+    for index, values in per_parameter.items():
+        scalars[str(index)] = {}
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                scalars[str(index)][key] = value
+    groups: list[Mapping[str, object]] = state_dict["param_groups"]  # type: ignore[assignment]
+    rest: list[dict[str, object]] = []
+    for number, group in enumerate(groups):
+        rest.append({key: value for key, value in group.items() if not isinstance(value, Tensor)})
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                tensors[f"group{number}.{key}"] = value
+    return tensors, {"state": scalars, "param_groups": rest}
+
+
+def unflatten_optimizer(
+    tensors: Mapping[str, Tensor], rest: Mapping[str, object], fresh: Mapping[str, object]
+) -> dict[str, object]:
+    """The inverse. fresh: state_dict of a newly built optimizer; JSON lists become tuples where it has them."""
+    state: dict[int, dict[str, object]] = {}
+    scalars: Mapping[str, Mapping[str, object]] = rest["state"]  # type: ignore[assignment]
+    for index, values in scalars.items():
+        state[int(index)] = dict(values)
+    groups = [dict(group) for group in rest["param_groups"]]  # type: ignore[attr-defined]
+    for name, tensor in tensors.items():
+        owner, key = name.split(".", 1)
+        if owner.startswith("group"):
+            groups[int(owner.removeprefix("group"))][key] = tensor
+        else:
+            state.setdefault(int(owner), {})[key] = tensor
+    for group, template in zip(groups, fresh["param_groups"], strict=True):  # type: ignore[call-overload]
+        for key, value in template.items():
+            if isinstance(value, tuple) and isinstance(group.get(key), list):
+                group[key] = tuple(group[key])
+    return {"state": state, "param_groups": groups}

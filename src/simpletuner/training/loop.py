@@ -1,0 +1,173 @@
+"""The training loop. Load, then for each step: train, save, validate, tell.
+
+Nothing random is carried from one step to the next: order, captions, noise, sigmas and dropout are
+functions of (seed, step), so a resumed run is the run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from simpletuner.cache.types import Batch
+from simpletuner.config.schema import FlowOptions, OptimizerOptions
+from simpletuner.errors import Stopped, TrainingDiverged
+from simpletuner.events.types import Emit, Resumed, Stepped, Warned
+from simpletuner.flow.densities import draw_sigmas
+from simpletuner.models.family import ModelFamily
+from simpletuner.randomness import seed_at
+from simpletuner.training.device import Device
+from simpletuner.training.ema import Ema
+from simpletuner.training.objective import losses
+from simpletuner.training.optimizers import clip_gradients, optimizer_mode
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts of a run. Everything is counted in optimizer steps."""
+
+    total_steps: int
+    accumulation: int
+    batches_per_epoch: int
+    patience: int
+
+    def epoch(self, step: int) -> int:
+        return step * self.accumulation // self.batches_per_epoch
+
+
+@dataclass(frozen=True)
+class Every:
+    """Something done at step 0, every `interval` steps, and at the end."""
+
+    interval: int | None
+    action: Callable[[int], None]
+    at_start: bool = False
+    at_end: bool = True
+
+    def due(self, step: int, total: int) -> bool:
+        if step == 0:
+            return self.at_start
+        if step == total:
+            return self.at_end
+        return self.interval is not None and step % self.interval == 0
+
+
+@dataclass
+class Parts:
+    """What the loop works with; made by build.py."""
+
+    family: ModelFamily
+    transformer: nn.Module
+    device: Device
+    parameters: list[nn.Parameter]
+    optimizer: Optimizer
+    ema: Ema | None
+    plan: Plan
+    seed: int
+    flow: FlowOptions
+    clipping: OptimizerOptions
+    uses_dropout: bool
+    learning_rate: Callable[[int], float]
+    batch: Callable[[int], Batch]
+    batch_sizes: Callable[[int], int]
+    resume: Callable[[], int]
+    save: Callable[[int], None]
+    every: tuple[Every, ...]
+    stop_requested: Callable[[], bool]
+    attend: Callable[[int], None]
+    emit: Emit
+    skipped: list[int] = field(default_factory=list)
+
+
+def train(parts: Parts) -> int:
+    """Run to the last step and return it. Stopped when asked to leave: saved, and resumable."""
+    step = parts.resume()
+    if step:
+        parts.emit(Resumed(step, f"checkpoint-{step}"))
+    if step in (0, parts.plan.total_steps):
+        tell(parts, step)
+    while step < parts.plan.total_steps:
+        done = train_step(parts, step)
+        step += 1
+        parts.emit(done)
+        tell(parts, step)
+        parts.attend(step)
+        if parts.stop_requested() and step < parts.plan.total_steps:
+            parts.save(step)
+            raise Stopped(f"stopped after step {step} of {parts.plan.total_steps}; the same command goes on")
+    return step
+
+
+def tell(parts: Parts, step: int) -> None:
+    """Save, validate, evaluate: whatever is due after `step` steps, with evaluation weights."""
+    due = [every for every in parts.every if every.due(step, parts.plan.total_steps)]
+    if not due:
+        return
+    optimizer_mode(parts.optimizer, training=False)
+    for every in due:
+        every.action(step)
+    optimizer_mode(parts.optimizer, training=True)
+
+
+def train_step(parts: Parts, step: int) -> Stepped:
+    """One optimizer step over `accumulation` micro-batches, each sample weighing the same."""
+    started = time.perf_counter()
+    plan = parts.plan
+    numbers = range(step * plan.accumulation, (step + 1) * plan.accumulation)
+    count = sum(parts.batch_sizes(number) for number in numbers)
+    sigmas = draw_sigmas(parts.flow, parts.seed, step, count)
+    rate = parts.learning_rate(step)
+    for group in parts.optimizer.param_groups:
+        group["lr"] = rate
+    total, seen, used = 0.0, 0, []
+    for number in numbers:
+        batch = parts.batch(number)
+        sigma = sigmas[seen : seen + len(batch.visit_keys)]
+        seen += len(batch.visit_keys)
+        used += list(zip(batch.sample_ids, sigma.tolist(), strict=True))
+        total += backward(parts, batch, sigma, count, number)
+    norm = clip_gradients(parts.parameters, parts.clipping)
+    if math.isfinite(total) and math.isfinite(norm):
+        parts.optimizer.step()
+        if parts.ema is not None:
+            parts.ema.update(step)
+    else:
+        refuse(parts, step, total, norm, used)
+    parts.optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - started
+    memory = parts.device.peak_memory_gib()
+    return Stepped(
+        step + 1, plan.total_steps, plan.epoch(step), total, rate, norm, seconds, count, memory
+    )
+
+
+def backward(parts: Parts, batch: Batch, sigma: Tensor, count: int, number: int) -> float:
+    """Add one micro-batch's share of the gradient; returns its share of the loss."""
+    if parts.uses_dropout:
+        torch.manual_seed(seed_at(parts.seed, "dropout", number))
+    parts.transformer.train()
+    with parts.device.autocast():
+        each = losses(
+            parts.family, parts.transformer, batch, sigma, parts.flow, parts.seed, parts.device.device
+        )
+    loss = each.sum() / count
+    loss.backward()
+    return loss.item()
+
+
+def refuse(parts: Parts, step: int, loss: float, norm: float, used: list[tuple[str, float]]) -> None:
+    """Skip the update; beyond `nonfinite_loss_patience` such steps in a row, stop and name the samples."""
+    parts.skipped[:] = [*[s for s in parts.skipped if s == step - len(parts.skipped)], step]
+    samples = ", ".join(f"{name} (sigma {sigma:.4f})" for name, sigma in used)
+    what = f"step {step + 1}: loss {loss}, gradient norm {norm}; samples: {samples}"
+    if len(parts.skipped) > parts.plan.patience:
+        raise TrainingDiverged(
+            f"{what}. The last checkpoint is untouched. Lower learning_rate, or look at these pictures"
+        )
+    parts.emit(Warned(f"{what}; this step's update was skipped"))

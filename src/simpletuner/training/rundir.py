@@ -1,0 +1,121 @@
+"""The run folder: the only truth about a run, and the only channel to it.
+
+config.json     every option of the run, resolved
+events.jsonl    everything that happened (append-only)
+train.log       the same for people
+checkpoint-500/ images/ report.html and, at the end, the weights
+run.lock        held by the process that works here; its content is for people
+exit.json       how the last process ended
+control/        a file named stop, save or validate asks the running process for it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+
+from simpletuner.errors import ConfigError, DiskFull, RunLocked
+
+CONTROLS = ("stop", "save", "validate")
+KEPT_IN_PLACE = ("cache", "run.lock", "control")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The old content or the new, never half of it, whatever happens."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _lock_file(descriptor: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; its byte-range lock serves as well
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class RunFolder:
+    """Opened for one process; `with RunFolder(path) as folder` takes and releases the lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.events = path / "events.jsonl"
+        self.log = path / "train.log"
+        self._lock: int | None = None
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "control").mkdir(exist_ok=True)
+            probe = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if error.errno == 28:
+                raise DiskFull(f"output_dir = {self.path}: no space left on the disk") from error
+            reason = f"output_dir = {self.path} cannot be written to: {error.strerror}; choose another folder"
+            raise ConfigError(reason) from error
+        try:
+            _lock_file(probe)
+        except OSError as error:
+            holder = os.read(probe, 200).decode("utf-8", "replace").strip()
+            os.close(probe)
+            raise RunLocked(
+                f"{self.path} is in use by another run ({holder or 'unknown process'}); "
+                "wait for it, stop it, or choose another output_dir"
+            ) from error
+        self._lock = probe
+        os.ftruncate(probe, 0)
+        os.write(probe, f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+        for name in CONTROLS:
+            (self.path / "control" / name).unlink(missing_ok=True)
+        (self.path / "exit.json").unlink(missing_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def write_config(self, resolved: dict[str, object]) -> None:
+        write_atomically(self.path / "config.json", json.dumps(resolved, indent=2, ensure_ascii=False) + "\n")
+
+    def write_exit(self, exit_code: int, status: str, step: int, message: str = "") -> None:
+        record = {"exit_code": exit_code, "status": status, "step": step, "message": message, "t": time.time()}
+        write_atomically(self.path / "exit.json", json.dumps(record) + "\n")
+
+    def take_control(self, name: str) -> bool:
+        """True once for every time that somebody asked."""
+        request = self.path / "control" / name
+        if not request.exists():
+            return False
+        request.unlink(missing_ok=True)
+        return True
+
+    def set_aside_earlier(self) -> Path | None:
+        """Move what an earlier run left here into earlier-N/; the caches stay. None when there was nothing."""
+        earlier = [
+            entry
+            for entry in self.path.iterdir()
+            if entry.name not in KEPT_IN_PLACE and not entry.name.startswith("earlier-")
+        ]
+        if not any(entry.name.startswith("checkpoint-") or entry.suffix == ".safetensors" for entry in earlier):
+            return None
+        number = 1
+        while (self.path / f"earlier-{number}").exists():
+            number += 1
+        target = self.path / f"earlier-{number}"
+        target.mkdir()
+        for entry in earlier:
+            entry.rename(target / entry.name)
+        return target

@@ -1,0 +1,136 @@
+"""Who may import whom. Reads every import of the package, those inside functions too."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "simpletuner"
+
+ALLOWED = {
+    "errors": set(),
+    "randomness": set(),
+    "events": {"errors"},
+    "config": {"errors", "events", "randomness"},
+    "data": {"errors", "events", "randomness", "config"},
+    "flow": {"errors", "randomness", "config"},
+    "quantization": {"errors", "events", "config"},
+    "adapters": {"errors", "events", "randomness", "config"},
+    "cache": {"errors", "events", "randomness", "config", "data"},
+    "models": {"errors", "events", "randomness", "config", "flow", "quantization", "adapters", "data", "cache"},
+}
+ALLOWED["validation"] = ALLOWED["models"] | {"models"}
+ALLOWED["training"] = ALLOWED["validation"] | {"validation"}
+ALLOWED["server"] = {"errors", "events", "config", "data"}
+ALLOWED["cli"] = set(ALLOWED) | {"cli"}
+
+FORBIDDEN_THIRD_PARTY = {
+    "errors": {"torch", "numpy", "PIL", "pydantic"},
+    "events": {"torch", "numpy", "pydantic"},
+    "config": {"torch", "numpy", "PIL", "transformers", "diffusers"},
+    "data": {"torch", "transformers", "diffusers"},
+    "server": {"torch", "transformers", "diffusers"},
+}
+ENVIRON = {"config", "training/distributed.py"}
+ONE_FILE_ONLY = {"tensorboard", "wandb", "trackio", "bitsandbytes", "torchao", "optimum", "deepspeed", "gguf"}
+
+
+def imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.append(node.module or "")
+            if node.module == "simpletuner":
+                names += [f"simpletuner.{alias.name}" for alias in node.names]
+    return names
+
+
+def files() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def layer(path: Path) -> str:
+    first = path.relative_to(SOURCE).parts[0]
+    return first.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_go_down(path: Path) -> None:
+    here = layer(path)
+    if here in ("__init__", "__main__"):
+        return
+    assert here in ALLOWED, f"{here} is a new layer: say in ALLOWED what it may import"
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "simpletuner" and rest:
+            target = rest.split(".")[0]
+            if target in ALLOWED:
+                assert target in ALLOWED[here] | {here}, f"{path}: {here} must not import {target}"
+        assert top not in FORBIDDEN_THIRD_PARTY.get(here, set()), f"{path}: {here} must not import {top}"
+
+
+def test_no_cycles_between_files() -> None:
+    graph: dict[str, set[str]] = defaultdict(set)
+    known = {}
+    for path in files():
+        parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+        known[".".join(parts).removesuffix(".__init__")] = path
+    for module, path in known.items():
+        for name in imports(path):
+            if name in known and name != module:
+                graph[module].add(name)
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
+        if module in done:
+            return
+        for target in sorted(graph[module]):
+            visit(target, (*trail, module))
+        done.add(module)
+
+    for module in sorted(known):
+        visit(module, ())
+
+
+def test_environment_is_read_in_one_place() -> None:
+    for path in files():
+        where = path.relative_to(SOURCE).as_posix()
+        if layer(path) in ENVIRON or where in ENVIRON:
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert "os.environ" not in text, f"{where} reads the environment"
+        assert "getenv" not in text, f"{where} reads the environment"
+
+
+def test_optional_packages_are_imported_in_one_file_each() -> None:
+    where: dict[str, set[str]] = defaultdict(set)
+    for path in files():
+        for name in imports(path):
+            words = set(name.split(".")) & ONE_FILE_ONLY
+            for word in words:
+                where[word].add(str(path.relative_to(SOURCE)))
+    assert {word: places for word, places in where.items() if len(places) > 1} == {}
+
+
+def test_no_pickle_and_no_shell() -> None:
+    for path in files():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not {"pickle", "yaml", "marshal", "shelve"} & {name.split(".")[0] for name in imports(path)}, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                assert not any(keyword.arg in ("shell", "trust_remote_code") for keyword in node.keywords), path
+                name = ast.unparse(node.func)
+                assert name not in ("torch.load", "eval", "exec", "os.system"), f"{path}: {name}"
+
+
+def test_a_forbidden_import_is_seen(tmp_path: Path) -> None:
+    sample = tmp_path / "sample.py"
+    sample.write_text("def f():\n    from simpletuner.training import loop\n    import torch.nn\n")
+    assert imports(sample) == ["simpletuner.training", "torch.nn"]
