@@ -1,0 +1,331 @@
+"""Chroma's transformer: `forward` is the diagram. Parameter names are those of diffusers' ChromaTransformer2DModel.
+
+B batch · N image tokens (rows * columns of 2x2 latent patches) · L text tokens · S = L + N, text first
+W width (3072) · M modulation vectors (344) · D head width (128)
+
+Text arrives trimmed to its real tokens and one pad, so a batch of equal lengths has no mask at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from simpletuner.errors import ModelError
+
+CLASS_NAME = "ChromaTransformer2DModel"
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The fields of a transformer's config.json; the defaults are Chroma 1 itself (8.9 B parameters)."""
+
+    patch_size: int = 1
+    in_channels: int = 64
+    out_channels: int | None = None
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    approximator_num_channels: int = 64
+    approximator_hidden_dim: int = 5120
+    approximator_layers: int = 5
+
+    @property
+    def width(self) -> int:
+        return self.attention_head_dim * self.num_attention_heads
+
+    @property
+    def modulation_count(self) -> int:
+        """3 vectors per single block, 6 per stream of a double block, 2 for the output norm."""
+        return 3 * self.num_single_layers + 12 * self.num_layers + 2
+
+    @classmethod
+    def read(cls, raw: Mapping[str, object], where: str) -> TransformerConfig:
+        """Check a parsed config.json; ModelError names what is not Chroma's."""
+        if raw.get("_class_name", CLASS_NAME) != CLASS_NAME:
+            raise ModelError(f"{where}: _class_name is {raw['_class_name']!r}; only {CLASS_NAME} is Chroma.")
+        names = {field.name for field in fields(cls)}
+        unknown = sorted(key for key in raw if key not in names and not key.startswith("_"))
+        if unknown:
+            raise ModelError(f"{where}: {', '.join(unknown)} is not a field of Chroma's transformer.")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items() if key in names}
+        config = cls(**values)  # type: ignore[arg-type]
+        if config.patch_size != 1 or config.out_channels not in (None, config.in_channels):
+            raise ModelError(f"{where}: Chroma has patch_size 1 and as many output channels as input channels.")
+        if sum(config.axes_dims_rope) != config.attention_head_dim or len(config.axes_dims_rope) != 3:
+            raise ModelError(f"{where}: the three axes_dims_rope must add up to attention_head_dim.")
+        return config
+
+
+def sinusoid(positions: Tensor, width: int) -> Tensor:
+    """(K,) float32 -> (K, width) float32, cosines first. float32 because bf16 turns 654.3 into 656."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=positions.device) / half)
+    angles = positions.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def rotary_table(axes: Sequence[int], text: int, rows: int, columns: int) -> Tensor:
+    """(S, 1, D / 2) complex64 on the CPU. Text sits at position (0, 0, 0), patches at (0, row, column)."""
+
+    def turns(width: int, count: int) -> Tensor:
+        # float64 on the CPU: MPS has none, and the angles are shared by every width and size.
+        frequencies = 1.0 / (10_000 ** (torch.arange(0, width, 2, dtype=torch.float64) / width))
+        angles = torch.outer(torch.arange(count, dtype=torch.float64), frequencies)
+        return torch.complex(angles.cos(), angles.sin())
+
+    half = sum(axes) // 2
+    still = torch.ones(rows, columns, axes[0] // 2, dtype=torch.complex128)
+    down = turns(axes[1], rows)[:, None].expand(rows, columns, -1)
+    across = turns(axes[2], columns)[None].expand(rows, columns, -1)
+    image = torch.cat((still, down, across), dim=-1).reshape(rows * columns, half)
+    table = torch.cat((torch.ones(text, half, dtype=torch.complex128), image))
+    return table[:, None].to(torch.complex64)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """x: (B, S, heads, D). Pairs of channels turn as complex numbers in float32 (4x cheaper than as reals)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * table
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without parameters, then (1 + scale) x + shift. shift, scale: (B, 1, W)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def add_gated(x: Tensor, gate: Tensor, delta: Tensor) -> Tensor:
+    """x + gate * delta; float16 saturates instead of overflowing."""
+    total = torch.addcmul(x, gate, delta)
+    return total.clamp(-FP16_MAX, FP16_MAX) if total.dtype == torch.float16 else total
+
+
+class GeluProjection(nn.Module):
+    """Linear, then the tanh GELU; apart from FeedForward only because its name is `net.0.proj`."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GeluProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Attention(nn.Module):
+    """Softmax attention with normed queries and keys; `joint` adds the text stream's own projections."""
+
+    def __init__(self, config: TransformerConfig, joint: bool) -> None:
+        super().__init__()
+        width, self.head_dim = config.width, config.attention_head_dim
+        self.norm_q = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.norm_k = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        if joint:
+            self.to_out = nn.ModuleList([nn.Linear(width, width)])
+            self.norm_added_q = nn.RMSNorm(self.head_dim, eps=1e-6)
+            self.norm_added_k = nn.RMSNorm(self.head_dim, eps=1e-6)
+            self.add_q_proj = nn.Linear(width, width)
+            self.add_k_proj = nn.Linear(width, width)
+            self.add_v_proj = nn.Linear(width, width)
+            self.to_add_out = nn.Linear(width, width)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values (B, S, heads, D)."""
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.to_q, self.to_k, self.to_v))
+        return self.norm_q(q), self.norm_k(k), v
+
+    def project_text(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in layers)
+        return self.norm_added_q(q), self.norm_added_k(k), v
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, S, W). mask: (B, 1, 1, S) bool, True for keys that exist."""
+        q, k, v = (each.transpose(1, 2) for each in (rotate(q, table), rotate(k, table), v.to(q.dtype)))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class DoubleBlock(nn.Module):
+    """Image and text with separate weights, one attention over both."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attn = Attention(config, joint=True)
+        self.ff = FeedForward(config.width)
+        self.ff_context = FeedForward(config.width)
+
+    def forward(
+        self, image: Tensor, text: Tensor, image_mod: Tensor, text_mod: Tensor, table: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """image_mod, text_mod: (B, 6, W): shift, scale, gate of attention, then of the feed-forward."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = image_mod.split(1, dim=1)
+        t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = text_mod.split(1, dim=1)
+
+        image_qkv = self.attn.project(modulate(image, shift, scale))
+        text_qkv = self.attn.project_text(modulate(text, t_shift, t_scale))
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))
+        attended = self.attn(q, k, v, table, mask)
+        text_attended, image_attended = attended.split((text.shape[1], image.shape[1]), dim=1)
+
+        image = add_gated(image, gate, self.attn.to_out[0](image_attended))
+        image = add_gated(image, ff_gate, self.ff(modulate(image, ff_shift, ff_scale)))
+        text = add_gated(text, t_gate, self.attn.to_add_out(text_attended))
+        text = add_gated(text, t_ff_gate, self.ff_context(modulate(text, t_ff_shift, t_ff_scale)))
+        return image, text
+
+
+class SingleBlock(nn.Module):
+    """Both streams as one; attention and feed-forward side by side."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attn = Attention(config, joint=False)
+        self.proj_mlp = nn.Linear(config.width, 4 * config.width)
+        self.proj_out = nn.Linear(5 * config.width, config.width)
+
+    def forward(self, x: Tensor, modulation: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
+        shift, scale, gate = modulation.split(1, dim=1)
+        inner = modulate(x, shift, scale)
+        attended = self.attn(*self.attn.project(inner), table, mask)
+        hidden = F.gelu(self.proj_mlp(inner), approximate="tanh")
+        return add_gated(x, gate, self.proj_out(torch.cat((attended, hidden), dim=-1)))
+
+
+class ApproximatorLayer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Approximator(nn.Module):
+    """Time to modulation vectors. Never trained, never adapted: training it breaks the model."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        hidden, count = config.approximator_hidden_dim, config.approximator_layers
+        self.in_proj = nn.Linear(config.approximator_num_channels, hidden)
+        self.layers = nn.ModuleList(ApproximatorLayer(hidden) for _ in range(count))
+        self.norms = nn.ModuleList(nn.RMSNorm(hidden) for _ in range(count))
+        self.out_proj = nn.Linear(hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_proj(x)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + layer(norm(x))
+        return self.out_proj(x)
+
+
+class ChromaTransformer(nn.Module):
+    """Velocity of packed latents.
+
+    checkpoint_every: recompute every n-th block in the backward pass, 0 for none; changes no number.
+    """
+
+    mod_proj: Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_every = 0
+        # Explicitly on the CPU, so that a model built under torch.device("meta") has real numbers here;
+        # it is in no file.
+        indices = torch.arange(config.modulation_count, dtype=torch.float32, device="cpu") * 1000
+        self.register_buffer("mod_proj", self._index_code(indices), persistent=False)
+        self.distilled_guidance_layer = Approximator(config)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, config.width)
+        self.x_embedder = nn.Linear(config.in_channels, config.width)
+        self.transformer_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_layers))
+        self.single_transformer_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
+        self.proj_out = nn.Linear(config.width, config.in_channels)
+
+    def _index_code(self, indices: Tensor) -> Tensor:
+        with torch.device("cpu"):
+            return sinusoid(indices, self.config.approximator_num_channels // 2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What inputs are cast to."""
+        return self.x_embedder.weight.dtype
+
+    @torch.no_grad()
+    def modulations(self, sigma: Tensor) -> Tensor:
+        """(B,) float32 in [0, 1] -> (B, M, W), a function of sigma alone. The guidance input is constant 0."""
+        channels = self.config.approximator_num_channels // 4
+        time = torch.cat((sinusoid(sigma.float() * 1000, channels), sinusoid(torch.zeros_like(sigma), channels)), -1)
+        index = self.mod_proj.to(sigma.device, torch.float32)
+        code = torch.cat((time[:, None].expand(-1, len(index), -1), index[None].expand(len(sigma), -1, -1)), dim=-1)
+        weight = self.distilled_guidance_layer.in_proj.weight
+        return self.distilled_guidance_layer(code.to(weight.device, weight.dtype))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        grid: tuple[int, int],
+        lengths: Sequence[int] | None = None,
+        modulations: Tensor | None = None,
+    ) -> Tensor:
+        """tokens: (B, N, 64) -> (B, N, 64), N = rows * columns of `grid`.
+
+        sigma: (B,) float32. text: (B, L, 4096), right-padded where lengths differ. lengths: real rows of each
+        sample; None when all are L. modulations: those of `sigma`, when the caller has them already.
+        """
+        mod = self.modulations(sigma) if modulations is None else modulations
+        mod = mod.to(tokens.device, self.dtype)
+        table = rotary_table(self.config.axes_dims_rope, text.shape[1], *grid).to(tokens.device)
+        mask = _key_mask(lengths, text.shape[1], tokens)
+        image, text = self.x_embedder(tokens), self.context_embedder(text)
+
+        doubles, singles = len(self.transformer_blocks), len(self.single_transformer_blocks)
+        single_mods, image_mods, text_mods, out_mod = mod.split((3 * singles, 6 * doubles, 6 * doubles, 2), dim=1)
+        for number, block in enumerate(self.transformer_blocks):
+            image_mod, text_mod = (mods[:, 6 * number : 6 * number + 6] for mods in (image_mods, text_mods))
+            image, text = self._run(number, block, image, text, image_mod, text_mod, table, mask)
+        x = torch.cat((text, image), dim=1)
+        for number, block in enumerate(self.single_transformer_blocks):
+            single_mod = single_mods[:, 3 * number : 3 * number + 3]
+            x = self._run(doubles + number, block, x, single_mod, table, mask)
+        shift, scale = out_mod.split(1, dim=1)
+        return self.proj_out(modulate(x[:, text.shape[1] :], shift, scale))
+
+    def _run(self, number: int, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.checkpoint_every and torch.is_grad_enabled() and number % self.checkpoint_every == 0:
+            # The generator's state is kept: adapters with dropout must drop the same again.
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=True)
+        return block(*inputs)
+
+
+def _key_mask(lengths: Sequence[int] | None, text: int, tokens: Tensor) -> Tensor | None:
+    """(B, 1, 1, S) bool, or None when every text row is real. Padded rows still ask but nothing hears them."""
+    if lengths is None or all(length == text for length in lengths):
+        return None
+    real = torch.arange(text)[None] < torch.tensor(lengths)[:, None]
+    mask = torch.cat((real, torch.ones(len(real), tokens.shape[1], dtype=torch.bool)), dim=1)
+    return mask[:, None, None].to(tokens.device)
