@@ -1,0 +1,29 @@
+"""The one door to the process environment: `{env:NAME}` in files, SIMPLETUNER_<OPTION> variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+from simpletuner.errors import ConfigError
+
+PLACEHOLDER = re.compile(r"\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+PREFIX = "SIMPLETUNER_"
+
+
+def process_environment() -> Mapping[str, str]:
+    """A copy of the environment as it is now."""
+    return dict(os.environ)
+
+
+def expand(text: str, environ: Mapping[str, str] | None = None) -> str:
+    """Replace every {env:NAME}. Raises ConfigError naming the first variable that is not set."""
+    known = process_environment() if environ is None else environ
+
+    def replacement(match: re.Match[str]) -> str:
+        if match[1] not in known:
+            raise ConfigError(f"{match[0]}: the environment variable {match[1]} is not set")
+        return known[match[1]]
+
+    return PLACEHOLDER.sub(replacement, text)

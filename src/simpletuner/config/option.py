@@ -1,0 +1,59 @@
+"""How an option is declared: type by annotation, everything else by `option(...)`, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Level = Literal["basic", "common", "advanced"]
+Resume = Literal["fixed", "free"]
+PathKind = Literal["", "file", "hub"]
+
+
+class Section(BaseModel):
+    """A group of options. Frozen; unknown names are refused."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        validate_default=True,
+    )
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    level: Level = "advanced",
+    unit: str = "",
+    resume: Resume = "fixed",
+    path: PathKind = "",
+    aliases: tuple[str, ...] = (),
+    spellings: Mapping[str, str] | None = None,
+    hints: Mapping[str, str] | None = None,
+    zero_is_null: bool = False,
+    **bounds: Any,
+) -> Any:
+    """Declare one option.
+
+    text: one help sentence. resume: "free" when it may change between a checkpoint and its resumption.
+    path: "file" must exist, "hub" may instead be a repository id; both are looked up beside the config
+    file first. aliases, spellings: other names and values, read with a note. hints: values that are
+    refused with a reason of their own. zero_is_null: 0 means "not given". bounds: gt, ge, lt, le, pattern.
+    """
+    extra = {
+        "level": level,
+        "unit": unit,
+        "resume": resume,
+        "path": path,
+        "aliases": list(aliases),
+        "spellings": dict(spellings or {}),
+        "hints": dict(hints or {}),
+        "zero_is_null": zero_is_null,
+    }
+    return Field(default, description=text, json_schema_extra=extra, **bounds)

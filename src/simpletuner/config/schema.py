@@ -1,0 +1,47 @@
+"""The configuration of a run. Every option is declared once, in its section; names are unique and flat."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from simpletuner.config.option import Section
+from simpletuner.config.sections_model import AdapterOptions, CacheOptions, DataOptions, ModelOptions
+from simpletuner.config.sections_training import (
+    CheckpointOptions,
+    FlowOptions,
+    LoggingOptions,
+    OptimizerOptions,
+    TrainingOptions,
+    ValidationOptions,
+)
+
+__all__ = [
+    "AdapterOptions",
+    "CacheOptions",
+    "CheckpointOptions",
+    "DataOptions",
+    "FlowOptions",
+    "LoggingOptions",
+    "ModelOptions",
+    "OptimizerOptions",
+    "RunConfig",
+    "TrainingOptions",
+    "ValidationOptions",
+]
+
+
+class RunConfig(Section):
+    """Everything the user asked for. `config.load` fills it and sees to the rules between sections:
+    exactly one of max_train_steps and num_train_epochs is set, and existing input paths are absolute.
+    """
+
+    model: ModelOptions = Field(default_factory=ModelOptions)
+    adapter: AdapterOptions = Field(default_factory=AdapterOptions)
+    data: DataOptions = Field(default_factory=DataOptions)
+    cache: CacheOptions = Field(default_factory=CacheOptions)
+    flow: FlowOptions = Field(default_factory=FlowOptions)
+    optimizer: OptimizerOptions = Field(default_factory=OptimizerOptions)
+    training: TrainingOptions = Field(default_factory=TrainingOptions)
+    checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
+    validation: ValidationOptions = Field(default_factory=ValidationOptions)
+    logging: LoggingOptions = Field(default_factory=LoggingOptions)
