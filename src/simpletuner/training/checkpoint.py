@@ -95,7 +95,11 @@ def damage(folder: Path) -> str | None:
 
 
 def save(
-    run_dir: Path, snapshot: Snapshot, extra: Callable[[Path], None] | None, keep: int, best: int | None = None
+    run_dir: Path,
+    snapshot: Snapshot,
+    extra: Callable[[Path], None] | None,
+    keep: int,
+    best: int | None = None,
 ) -> Path:
     """Write checkpoint-<step>; then, and only then, delete the oldest beyond `keep`, never the best.
 
@@ -180,7 +184,9 @@ def load(folder: Path) -> Snapshot:
         raise CheckpointError(f"{folder} is damaged: {reason}")
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} has format {state.get('format')}; this version reads format {FORMAT}")
+        raise CheckpointError(
+            f"{folder} has format {state.get('format')}; this version reads format {FORMAT}"
+        )
     try:
         tensors = {
             stem: load_file(folder / f"{stem}.safetensors")
@@ -217,7 +223,7 @@ def flatten_optimizer(state_dict: Mapping[str, object]) -> tuple[dict[str, Tenso
 def unflatten_optimizer(
     tensors: Mapping[str, Tensor], rest: Mapping[str, object], fresh: Mapping[str, object]
 ) -> dict[str, object]:
-    """The inverse. fresh: state_dict of a newly built optimizer; JSON lists become tuples where it has them."""
+    """The inverse. fresh: state_dict of a new optimizer; JSON lists become tuples where it has them."""
     state: dict[int, dict[str, object]] = {}
     scalars: Mapping[str, Mapping[str, object]] = rest["state"]  # type: ignore[assignment]
     for index, values in scalars.items():

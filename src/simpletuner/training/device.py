@@ -42,7 +42,9 @@ def choose(options: ModelOptions) -> Device:
     if options.torch_num_threads is not None:
         torch.set_num_threads(options.torch_num_threads)
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(kind for kind, here in present.items() if here) if options.device == "auto" else options.device
+    kind = (
+        next(kind for kind, here in present.items() if here) if options.device == "auto" else options.device
+    )
     if not present[kind]:
         found = ", ".join(kind for kind, here in present.items() if here)
         raise ConfigError(f'device = "{kind}" is not available to this torch; found: {found}')

@@ -77,7 +77,9 @@ class Keeper:
         if wanted in ("latest", "must"):
             found = checkpoint.newest_sound(self.folder.path, self.emit)
             if found is None and wanted == "must":
-                raise CheckpointError(f"resume_from_checkpoint = must, and {self.folder.path} has no checkpoint")
+                raise CheckpointError(
+                    f"resume_from_checkpoint = must, and {self.folder.path} has no checkpoint"
+                )
             return found
         for candidate in (Path(wanted), self.folder.path / wanted):
             if candidate.is_dir():

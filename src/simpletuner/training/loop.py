@@ -142,9 +142,7 @@ def train_step(parts: Parts, step: int) -> Stepped:
     parts.optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     memory = parts.device.peak_memory_gib()
-    return Stepped(
-        step + 1, plan.total_steps, plan.epoch(step), total, rate, norm, seconds, count, memory
-    )
+    return Stepped(step + 1, plan.total_steps, plan.epoch(step), total, rate, norm, seconds, count, memory)
 
 
 def backward(parts: Parts, batch: Batch, sigma: Tensor, count: int, number: int) -> float:

@@ -91,7 +91,13 @@ class RunFolder:
         write_atomically(self.path / "config.json", json.dumps(resolved, indent=2, ensure_ascii=False) + "\n")
 
     def write_exit(self, exit_code: int, status: str, step: int, message: str = "") -> None:
-        record = {"exit_code": exit_code, "status": status, "step": step, "message": message, "t": time.time()}
+        record = {
+            "exit_code": exit_code,
+            "status": status,
+            "step": step,
+            "message": message,
+            "t": time.time(),
+        }
         write_atomically(self.path / "exit.json", json.dumps(record) + "\n")
 
     def take_control(self, name: str) -> bool:
@@ -109,7 +115,8 @@ class RunFolder:
             for entry in self.path.iterdir()
             if entry.name not in KEPT_IN_PLACE and not entry.name.startswith("earlier-")
         ]
-        if not any(entry.name.startswith("checkpoint-") or entry.suffix == ".safetensors" for entry in earlier):
+        names = [entry.name for entry in earlier]
+        if not any(name.startswith("checkpoint-") or name.endswith(".safetensors") for name in names):
             return None
         number = 1
         while (self.path / f"earlier-{number}").exists():

@@ -1,0 +1,165 @@
+"""Before the network: find weights, scan pictures, fill the caches. A warm start loads no encoder."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from simpletuner.cache import latents as latent_cache
+from simpletuner.cache import text as text_cache
+from simpletuner.cache.batches import Batches
+from simpletuner.cache.content import ContentHashes
+from simpletuner.cache.latents import Filled
+from simpletuner.cache.store import Store
+from simpletuner.config.schema import ModelOptions, RunConfig
+from simpletuner.data.backends import Backends, Dataset
+from simpletuner.data.report import write_rejected
+from simpletuner.data.scan import scan
+from simpletuner.data.types import Rejected
+from simpletuner.errors import DataError
+from simpletuner.events.types import Emit, Noted, Warned
+from simpletuner.models.family import Facts, ModelFamily, Source, TextEncoder
+from simpletuner.training.device import Device
+from simpletuner.training.rundir import RunFolder
+
+LISTED = 20
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Inputs of a run, all on disk. train, eval: samples whose latents are in the cache, with their keys."""
+
+    family: ModelFamily
+    source: Source
+    facts: Facts
+    train_sets: tuple[Dataset, ...]
+    train: Filled
+    eval: Filled
+    latents: Store
+    text: Store
+
+    def rows(self, caption: str) -> Tensor:
+        """Text rows (L, D) of a caption that was prepared."""
+        return self.text.get(text_cache.text_key(caption, self.text.fingerprint))["rows"]
+
+    def batches(self, filled: Filled, sample: Literal["mean", "draw"], seed: int) -> Batches:
+        facts = self.facts
+        return Batches(
+            filled.placed,
+            filled.keys,
+            self.latents,
+            self.text,
+            facts.latent_shift,
+            facts.latent_scale,
+            sample,
+            seed,
+        )
+
+    def identity(self) -> dict[str, str]:
+        """What must be the same for a resumed run to be the same run."""
+        digest = hashlib.sha256()
+        for item in self.train.placed:
+            line = f"{item.sample.id}|{item.bucket_px}|{item.crop_px}|{item.sample.captions}"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+        return {
+            "base weights": f"{self.source.name} {self.family.transformer_fingerprint(self.source)}"[:120],
+            "text encoder": self.text.fingerprint,
+            "VAE": self.latents.fingerprint,
+            "pictures and captions": f"{len(self.train.placed)} samples, {digest.hexdigest()[:16]}",
+        }
+
+
+def prepare(
+    run: RunConfig,
+    backends: Backends,
+    family: ModelFamily,
+    texts: Sequence[str],
+    folder: RunFolder,
+    device: Device,
+    emit: Emit,
+) -> Prepared:
+    """texts: what else must be encoded besides the captions (validation prompts)."""
+    train_scan = scan(backends.train, run.data, run.training.seed, emit)
+    eval_scan = scan(backends.eval, run.data, run.training.seed, emit)
+    rejected = [*train_scan.rejected, *eval_scan.rejected]
+    report_rejected(rejected, folder.path / "rejected.jsonl", emit)
+    source = family.locate(run.model)
+    facts = family.facts(source)
+    root = Path(run.cache.cache_dir) if run.cache.cache_dir else folder.path / "cache"
+    text_fingerprint = family.text_fingerprint(source, run.model)
+    vae_fingerprint = family.vae_fingerprint(source, run.model)
+    shard_mib = run.cache.cache_shard_mib
+    text = Store(backends.text_cache_dir or root / "text", text_fingerprint, emit, shard_mib)
+    latents = Store(root / "vae", vae_fingerprint, emit, shard_mib)
+
+    placed = [*train_scan.placed, *eval_scan.placed]
+    captions = sorted({"", *texts, *(caption for item in placed for caption in item.sample.captions)})
+
+    def text_encoder() -> Callable[[Sequence[str]], list[Tensor]]:
+        encoder = family.load_text_encoder(source, run.model, device.device)
+        report_overlong(encoder, captions, facts.max_tokens, run.model, emit)
+        return encoder.encode
+
+    text_cache.fill(text, captions, text_encoder, emit, run.cache.text_encoder_batch_size)
+    free(device)
+
+    @cache
+    def vae_encoder() -> Callable[[Tensor], Tensor]:
+        return family.load_vae(source, run.model, device.device).encode
+
+    with ContentHashes(root / "content.sqlite") as hashes:
+        train, evaluated = (
+            latent_cache.fill(
+                latents, one.placed, run.data, hashes, vae_encoder, emit, run.cache.vae_batch_size
+            )
+            for one in (train_scan, eval_scan)
+        )
+    vae_encoder.cache_clear()
+    free(device)
+    undecodable = [*train.rejected, *evaluated.rejected]
+    if undecodable:
+        report_rejected([*rejected, *undecodable], folder.path / "rejected.jsonl", emit)
+    return Prepared(family, source, facts, backends.train, train, evaluated, latents, text)
+
+
+def free(device: Device) -> None:
+    """Give back what the encoder used before the next model comes."""
+    gc.collect()
+    if device.device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def report_rejected(rejected: Sequence[Rejected], path: Path, emit: Emit) -> None:
+    if not rejected:
+        path.unlink(missing_ok=True)
+        return
+    write_rejected(path, rejected)
+    shown = "; ".join(f"{item.path}: {item.detail}" for item in rejected[:LISTED])
+    more = f" and {len(rejected) - LISTED} more" if len(rejected) > LISTED else ""
+    emit(Warned(f"{len(rejected)} files are not trained on ({shown}{more}); all of them: {path}"))
+
+
+def report_overlong(
+    encoder: TextEncoder, captions: Sequence[str], limit: int, options: ModelOptions, emit: Emit
+) -> None:
+    """Captions above the token limit are counted and listed, never cut in silence."""
+    counts = [(encoder.token_count(caption), caption) for caption in captions]
+    overlong = sorted(((count, caption) for count, caption in counts if count > limit), reverse=True)
+    if not overlong:
+        emit(Noted(f"longest caption: {max(counts)[0]} of {limit} tokens"))
+        return
+    worst = "".join(f"\n  {count} tokens: {caption[:80]!r}..." for count, caption in overlong[:LISTED])
+    message = f"{len(overlong)} captions are longer than {limit} tokens:{worst}"
+    if options.caption_overlong == "error":
+        raise DataError(f"{message}\nShorten them, or set caption_overlong = truncate")
+    emit(Warned(f"{message}\nTheir ends are not seen by the model (caption_overlong = truncate)"))

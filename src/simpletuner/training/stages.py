@@ -1,0 +1,94 @@
+"""What is done between steps with the weights of the moment: pictures and held-out loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+from torch import nn
+
+from simpletuner.cache.latents import Filled
+from simpletuner.config.schema import RunConfig
+from simpletuner.events.types import Emit
+from simpletuner.training.ema import Ema
+from simpletuner.training.prepare import Prepared
+from simpletuner.validation.component import BASE_STEP, Validator
+from simpletuner.validation.heldout import HeldOut, HeldOutSet, choose, fixed_batches
+from simpletuner.validation.inference import Inference
+
+Strength = Callable[[nn.Module, float], None]
+
+
+@dataclass
+class Pictures:
+    """Draws at a step: the untouched base at step 0, then the trained weights, their average, or both."""
+
+    validator: Validator
+    transformer: nn.Module
+    ema: Ema | None
+    which: str
+    set_strength: Strength | None
+
+    def draw(self, step: int) -> None:
+        if step == BASE_STEP:
+            with self._untouched():
+                self.validator.run(step, self.transformer, "base")
+            return
+        if self.ema is None or self.which != "ema_only":
+            self.validator.run(step, self.transformer, "trained")
+        if self.ema is not None and self.which != "none":
+            with self.ema.swapped():
+                self.validator.run(step, self.transformer, "ema")
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        if self.set_strength is None:
+            yield
+            return
+        self.set_strength(self.transformer, 0.0)
+        try:
+            yield
+        finally:
+            self.set_strength(self.transformer, 1.0)
+
+
+@dataclass
+class Evaluation:
+    """Measures held-out loss; with an EMA, of the averaged weights, since those are what is kept."""
+
+    heldout: HeldOut
+    transformer: nn.Module
+    ema: Ema | None
+    emit: Emit
+
+    def run(self, step: int) -> None:
+        with nullcontext() if self.ema is None or step == BASE_STEP else self.ema.swapped():
+            self.heldout.run(self.transformer, step, self.emit)
+
+    def best_step(self) -> int | None:
+        return self.heldout.best_step
+
+
+def heldout_of(run: RunConfig, prepared: Prepared, inference: Inference) -> HeldOut | None:
+    """The eval sets and an equally large frozen part of the training set; None without an eval set."""
+    wanted = run.validation.eval_dataset_id
+    pairs = zip(prepared.eval.placed, prepared.eval.keys, strict=True)
+    held_out = [pair for pair in pairs if wanted in (None, pair[0].sample.dataset)]
+    if not held_out:
+        return None
+    chosen = Filled(tuple(one for one, _ in held_out), tuple(key for _, key in held_out), ())
+    count = min(run.validation.num_eval_images, len(held_out))
+    sets = [
+        one_set(run, prepared, chosen, "eval", count),
+        one_set(run, prepared, prepared.train, "train", min(count, len(prepared.train.placed))),
+    ]
+    return HeldOut(inference, sets, run.validation.eval_sigma_count, run.training.seed)
+
+
+def one_set(run: RunConfig, prepared: Prepared, filled: Filled, split: str, count: int) -> HeldOutSet:
+    seed, placed = run.training.seed, filled.placed
+    micro = fixed_batches(placed, choose(placed, count, seed), max(run.training.train_batch_size, 4))
+    batches = prepared.batches(filled, "mean", seed)
+    name = ", ".join(sorted({item.sample.dataset for item in placed}))
+    return HeldOutSet(split, name, count, lambda: (batches.load(one) for one in micro))

@@ -1,0 +1,180 @@
+"""Checkpoints: exact round trips, atomic writes, damage is found, nothing good is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpletuner.errors import CheckpointError, DiskFull
+from simpletuner.events.types import CheckpointSetAside, Event
+from simpletuner.training import checkpoint
+from simpletuner.training.checkpoint import Snapshot
+
+
+def snapshot(step: int) -> Snapshot:
+    generator = torch.Generator().manual_seed(step)
+    weights = {"a.weight": torch.randn(4, 3, generator=generator), "b": torch.randn(5, generator=generator).bfloat16()}
+    return Snapshot(step, {"weights": weights, "optimizer": {"0.exp_avg": weights["a.weight"] * 2}}, {"note": "é"})
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    written = snapshot(7)
+    folder = checkpoint.save(tmp_path, written, None, keep=3)
+    assert folder.name == "checkpoint-7"
+    read = checkpoint.load(folder)
+    assert read.step == 7
+    assert read.state["note"] == "é"
+    for stem, tensors in written.tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(read.tensors[stem][name], tensor)
+            assert read.tensors[stem][name].dtype == tensor.dtype
+
+
+def test_extra_files_are_covered_by_the_manifest(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, snapshot(1), lambda path: (path / "lora").write_bytes(b"x") and None, keep=1)
+    assert checkpoint.damage(folder) is None
+    (folder / "lora").write_bytes(b"y")
+    assert "lora" in (checkpoint.damage(folder) or "")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
+def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, how: str) -> None:
+    checkpoint.save(tmp_path, snapshot(1), None, keep=5)
+    newest = checkpoint.save(tmp_path, snapshot(2), None, keep=5)
+    victim = newest / name
+    content = bytearray(victim.read_bytes())
+    if how == "flip":
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif how == "truncate":
+        victim.write_bytes(content[: len(content) // 2])
+    else:
+        victim.unlink()
+    told: list[Event] = []
+    if name == "manifest.json" and how == "flip" and checkpoint.damage(newest) is None:
+        pytest.skip("the flipped bit fell on white space")
+    found = checkpoint.newest_sound(tmp_path, told.append)
+    assert found is not None
+    assert found.name == "checkpoint-1"
+    assert isinstance(told[0], CheckpointSetAside)
+    assert (tmp_path / "damaged-checkpoint-2").is_dir(), "set aside, not deleted"
+    with pytest.raises(CheckpointError):
+        checkpoint.load(tmp_path / "damaged-checkpoint-2")
+
+
+def test_oldest_goes_first_and_the_best_stays(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, snapshot(step), None, keep=2, best=1)
+    assert [folder.name for folder in checkpoint.existing(tmp_path)] == ["checkpoint-5", "checkpoint-4", "checkpoint-1"]
+
+
+def test_half_written_folders_are_never_seen(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, snapshot(1), None, keep=2)
+    (tmp_path / ".writing-checkpoint-2-999").mkdir()
+    assert [folder.name for folder in checkpoint.existing(tmp_path)] == ["checkpoint-1"]
+    checkpoint.save(tmp_path, snapshot(3), None, keep=2)
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, snapshot(1), None, keep=1)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda folder: 10)
+    with pytest.raises(DiskFull, match="earlier checkpoints are untouched"):
+        checkpoint.save(tmp_path, snapshot(2), None, keep=1)
+    assert checkpoint.damage(tmp_path / "checkpoint-1") is None
+
+
+CRASH = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from simpletuner.training import checkpoint
+from test_checkpoint import snapshot
+
+class Dying:
+    def __init__(self, limit):
+        self.left = limit
+    def wrap(self, real):
+        def call(*args, **kwargs):
+            self.left -= 1
+            if self.left == 0:
+                os._exit(9)
+            return real(*args, **kwargs)
+        return call
+
+for limit in range(1, 30):
+    run_dir = Path(sys.argv[1]) / str(limit)
+    run_dir.mkdir()
+    checkpoint.save(run_dir, snapshot(1), None, keep=1)
+    child = os.fork()
+    if child == 0:
+        dying = Dying(limit)
+        for name in ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir"):
+            setattr(os, name, dying.wrap(getattr(os, name)))
+        checkpoint.save_file = dying.wrap(checkpoint.save_file)
+        checkpoint.save(run_dir, snapshot(2), None, keep=1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(limit, code, flush=True)
+    if code == 0:
+        break
+"""
+
+
+def test_a_crash_at_any_write_loses_nothing(tmp_path: Path) -> None:
+    """The process dies at the k-th write, sync or rename, for every k; a sound checkpoint is always there."""
+    script = CRASH.format(tests=str(Path(__file__).parent))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=env, check=True, capture_output=True, text=True
+    )
+    codes = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert codes[-1] == 0, "the last attempt ran to its end"
+    assert codes.count(9) >= 8, "every write was a place to die at"
+    steps = []
+    for limit in range(1, len(codes) + 1):
+        found = checkpoint.newest_sound(tmp_path / str(limit), lambda event: pytest.fail(f"damaged: {event}"))
+        assert found is not None
+        steps.append(checkpoint.load(found).step)
+    assert steps == sorted(steps), "before the rename the old one counts, after it the new one"
+    assert steps[0] == 1
+    assert steps[-1] == 2
+
+
+def test_unknown_format_is_refused(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, snapshot(1), None, keep=1)
+    state = json.loads((folder / "state.json").read_text())
+    state["format"] = 99
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {
+        "bytes": (folder / "state.json").stat().st_size,
+        "sha256": checkpoint._hash(folder / "state.json"),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="format 99"):
+        checkpoint.load(folder)
+
+
+def test_optimizer_state_survives_as_tensors_and_json() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    for _ in range(3):
+        parameter.grad = torch.full((3, 2), 0.3)
+        optimizer.step()
+    tensors, rest = checkpoint.flatten_optimizer(optimizer.state_dict())
+    rest = json.loads(json.dumps(rest))
+    fresh = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3, 2))], lr=0.1)
+    restored = checkpoint.unflatten_optimizer(tensors, rest, fresh.state_dict())
+    fresh.load_state_dict(restored)
+    before, after = optimizer.state_dict(), fresh.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for key, value in before["state"][0].items():
+        assert torch.equal(after["state"][0][key], value)

@@ -1,0 +1,71 @@
+"""The run folder: one process at a time, an honest exit record, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simpletuner.errors import ConfigError, RunLocked
+from simpletuner.training.rundir import RunFolder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from simpletuner.training.rundir import RunFolder
+with RunFolder(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunLocked, match=f"process {holder.pid}"), RunFolder(tmp_path):
+            pytest.fail("locked twice")
+    finally:
+        holder.kill()
+        holder.wait()
+    with RunFolder(tmp_path):
+        assert (tmp_path / "control").is_dir()
+
+
+def test_exit_record_belongs_to_the_last_process(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.write_exit(75, "stopped", 12, "why")
+    record = json.loads((tmp_path / "exit.json").read_text())
+    assert (record["exit_code"], record["status"], record["step"]) == (75, "stopped", 12)
+    with RunFolder(tmp_path):
+        assert not (tmp_path / "exit.json").exists(), "a running process has not ended"
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written to"), RunFolder(tmp_path / "file" / "run"):
+        pytest.fail("opened")
+
+
+def test_requests_are_taken_once(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        assert not folder.take_control("save")
+        (tmp_path / "control" / "save").write_text("")
+        assert folder.take_control("save")
+        assert not folder.take_control("save")
+
+
+def test_earlier_results_are_moved_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "weights").write_text("w")
+    (tmp_path / "cache").mkdir()
+    with RunFolder(tmp_path) as folder:
+        moved = folder.set_aside_earlier()
+        assert moved == tmp_path / "earlier-1"
+        assert (moved / "checkpoint-5" / "weights").read_text() == "w"
+        assert (tmp_path / "cache").is_dir()
+        assert folder.set_aside_earlier() is None
