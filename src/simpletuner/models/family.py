@@ -35,7 +35,7 @@ class Source:
     """Where each part lies: local diffusers folders, one per part, all existing.
 
     name: what a person calls it ("lodestones/Chroma1-Base", "nano", "./my-chroma").
-    revision: commit of a hub snapshot, "" for local folders.
+    revision: commit of a hub snapshot, "" for local folders. variant: "fp16" in model.fp16.safetensors.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Source:
     vae: Path
     text_encoder: Path
     tokenizer: Path
+    variant: str = ""
 
 
 class TextEncoder(ABC):
@@ -83,6 +84,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def locate(self, options: ModelOptions) -> Source:
         """Find (or download) the parts. Refuses with ModelError or DownloadError, never loads a weight."""
+
+    def notes(self, options: ModelOptions) -> list[str]:
+        """What a person should hear about this choice before training; empty when there is nothing."""
+        return []
 
     @abstractmethod
     def facts(self, source: Source) -> Facts:

@@ -1,0 +1,121 @@
+"""Chroma 1 behind the family contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.cache.types import TextBatch
+from simpletuner.config.schema import ModelOptions
+from simpletuner.errors import ModelError
+from simpletuner.models.chroma import fingerprints, sources, targets, weights
+from simpletuner.models.chroma.transformer import ChromaTransformer
+from simpletuner.models.family import Facts, ModelFamily, Source, TextEncoder, Vae
+
+PATCH = 2
+ALIGNMENT_PX = 64
+NEVER_TRAINED = "distilled_guidance_layer."
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H/2 * W/2, 4 C): 2x2 patches row by row, channel-major inside a patch."""
+    return nn.functional.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The inverse of pack. grid: patch rows and columns."""
+    return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), PATCH)
+
+
+def _chroma(transformer: nn.Module) -> ChromaTransformer:
+    if not isinstance(transformer, ChromaTransformer):
+        raise TypeError(f"not Chroma's transformer: {type(transformer).__name__}")
+    return transformer
+
+
+class Chroma(ModelFamily):
+    name = "chroma"
+    flavours = sources.FLAVOURS
+
+    def locate(self, options: ModelOptions) -> Source:
+        return sources.locate(options)
+
+    def notes(self, options: ModelOptions) -> list[str]:
+        if options.model_flavour == "flash" and options.pretrained_model_name_or_path is None:
+            return [
+                "Chroma1-Flash is distilled for few steps: training it undoes the distillation. Train on base or"
+                " hd and use the LoRA on flash."
+            ]
+        return []
+
+    def facts(self, source: Source) -> Facts:
+        transformer = weights.read_config(source.transformer)
+        vae = weights.read_json(source.vae / "config.json")
+        t5 = weights.read_json(source.text_encoder / "config.json")
+        try:
+            channels, sides = int(vae["latent_channels"]), len(vae["block_out_channels"])  # type: ignore[call-overload,arg-type]
+            scale, shift = float(vae["scaling_factor"]), float(vae["shift_factor"] or 0.0)  # type: ignore[arg-type]
+            width = int(t5["d_model"])  # type: ignore[call-overload]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{source.name}: its VAE or T5 config lacks a field ({error!r}).") from None
+        if transformer.in_channels != channels * PATCH * PATCH:
+            raise ModelError(
+                f"{source.name}: the VAE has {channels} channels, the transformer expects"
+                f" {transformer.in_channels // PATCH**2}. They do not belong together."
+            )
+        if transformer.joint_attention_dim != width:
+            raise ModelError(
+                f"{source.name}: the text encoder is {width} wide, the transformer expects"
+                f" {transformer.joint_attention_dim}. They do not belong together."
+            )
+        return Facts(
+            latent_channels=channels,
+            stride_px=2 ** (sides - 1),
+            alignment_px=ALIGNMENT_PX,
+            max_tokens=fingerprints.MAX_TOKENS,
+            text_width=width,
+            latent_shift=shift,
+            latent_scale=scale,
+        )
+
+    def text_fingerprint(self, source: Source, options: ModelOptions) -> str:
+        return fingerprints.text_fingerprint(source, options)
+
+    def vae_fingerprint(self, source: Source, options: ModelOptions) -> str:
+        return fingerprints.vae_fingerprint(source, options)
+
+    def load_text_encoder(self, source: Source, options: ModelOptions, device: torch.device) -> TextEncoder:
+        # transformers takes seconds to import; a warm start never needs it. The same holds for the VAE.
+        from simpletuner.models.chroma.text import load_text_encoder
+
+        return load_text_encoder(source, options, device)
+
+    def load_vae(self, source: Source, options: ModelOptions, device: torch.device) -> Vae:
+        from simpletuner.models.chroma.vae import load_vae
+
+        return load_vae(source, options, device)
+
+    def load_transformer(self, source: Source, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return weights.load_transformer(source.transformer, device, dtype, source.variant)
+
+    def predict(self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch) -> Tensor:
+        dtype = _chroma(transformer).dtype
+        grid = (x_sigma.shape[2] // PATCH, x_sigma.shape[3] // PATCH)
+        rows = text.rows.to(device=x_sigma.device, dtype=dtype)
+        lengths = None if text.equal else text.lengths
+        velocity = transformer(pack(x_sigma).to(dtype), sigma.float(), rows, grid, lengths)
+        return unpack(velocity, grid).float()
+
+    def set_gradient_checkpointing(self, transformer: nn.Module, every: int) -> None:
+        _chroma(transformer).checkpoint_every = every
+
+    def trainable_at_full_rank(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        return [item for item in transformer.named_parameters() if not item[0].startswith(NEVER_TRAINED)]
+
+    def lora_targets(self, transformer: nn.Module, preset: str) -> list[str]:
+        return targets.lora_targets(transformer, preset)
+
+    def save_transformer(self, transformer: nn.Module, source: Source, folder: Path) -> None:
+        weights.save_transformer(transformer, folder)

@@ -1,0 +1,105 @@
+"""Captions to T5 rows: the real tokens, `</s>` included, plus exactly one pad row.
+
+The same numbers as running T5 on 512 padded tokens with the tokenizer's mask and keeping the first
+tokens + 1 rows, at a fraction of the cost: masked keys take no part and T5's positions are relative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+from transformers.utils import logging as transformers_logging
+
+from simpletuner.config.schema import ModelOptions
+from simpletuner.errors import DataError, ModelError
+from simpletuner.models.chroma.fingerprints import MAX_TOKENS, max_tokens, text_dtype, text_fingerprint
+from simpletuner.models.chroma.weights import read_header, weight_files
+from simpletuner.models.family import Source, TextEncoder
+
+
+class ChromaText(TextEncoder):
+    """T5 v1.1's encoder half with its tokenizer. overlong: "truncate" cuts before `</s>`, "error" refuses."""
+
+    def __init__(
+        self,
+        t5: T5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        fingerprint: str,
+        *,
+        limit: int = MAX_TOKENS,
+        zero_pad: bool = False,
+        overlong: str = "truncate",
+    ) -> None:
+        self.fingerprint = fingerprint
+        self._t5, self._tokenizer = t5, tokenizer
+        self._limit, self._zero_pad, self._overlong = limit, zero_pad, overlong
+
+    def token_count(self, caption: str) -> int:
+        return len(self._tokenizer(caption, verbose=False)["input_ids"])
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        tokens = [self._tokenize(caption) for caption in captions]
+        if not tokens:
+            return []
+        kept = [min(len(ids) + 1, self._limit) for ids in tokens]
+        ids = torch.full((len(tokens), max(kept)), self._tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, sample in enumerate(tokens):
+            ids[row, : len(sample)] = torch.tensor(sample)
+            mask[row, : len(sample)] = 1
+        device = self._t5.device
+        hidden = self._t5(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.cpu()
+        rows = [hidden[row, :length].clone() for row, length in enumerate(kept)]
+        if self._zero_pad:
+            for row, sample in zip(rows, tokens, strict=True):
+                row[len(sample) :] = 0
+        return rows
+
+    def _tokenize(self, caption: str) -> list[int]:
+        if self._overlong == "error" and (count := self.token_count(caption)) > self._limit:
+            raise DataError(
+                f"A caption has {count} tokens, the limit is {self._limit}: {caption[:60]!r}..."
+                ' Shorten it, or set caption_overlong to "truncate".'
+            )
+        return self._tokenizer(caption, truncation=True, max_length=self._limit, verbose=False)["input_ids"]
+
+
+def load_text_encoder(source: Source, options: ModelOptions, device: torch.device) -> ChromaText:
+    """Headers first, then transformers' own streaming load in the cache dtype."""
+    for file in weight_files(source.text_encoder, "model", source.variant):
+        read_header(file)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    t5, report = T5EncoderModel.from_pretrained(
+        source.text_encoder,
+        dtype=text_dtype(options),
+        variant=source.variant or None,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    missing = [name for name in report["missing_keys"] if not name.endswith("embed_tokens.weight")]
+    if missing:
+        raise ModelError(f"{source.text_encoder} is no whole T5 encoder; missing: {', '.join(sorted(missing)[:8])}.")
+    tokenizer = load_tokenizer(source.tokenizer)
+    return ChromaText(
+        t5.to(device).requires_grad_(False).eval(),
+        tokenizer,
+        text_fingerprint(source, options),
+        limit=max_tokens(options),
+        zero_pad=options.flux_t5_padding == "zero",
+        overlong=options.caption_overlong,
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} holds no tokenizer that can be read: {error}") from None
+    if tokenizer.pad_token_id is None or tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        raise ModelError(f"{folder} is not T5's tokenizer: captions must end with </s> and a pad token must exist.")
+    return tokenizer

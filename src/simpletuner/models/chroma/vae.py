@@ -1,0 +1,58 @@
+"""Pixels to raw posterior moments and back, by diffusers' AutoencoderKL (16 channels, stride 8)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from simpletuner.config.schema import ModelOptions
+from simpletuner.errors import ModelError
+from simpletuner.models.chroma.fingerprints import vae_fingerprint
+from simpletuner.models.chroma.weights import STEM, read_header, weight_files
+from simpletuner.models.family import Source, Vae
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def vae_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
+    """default: bfloat16 on accelerators, float32 on the CPU."""
+    if options.vae_dtype == "default":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPES[options.vae_dtype]
+
+
+class ChromaVae(Vae):
+    def __init__(self, vae: AutoencoderKL, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self._vae = vae
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        moments = self._vae.encode(pixels.to(self._vae.device, self._vae.dtype)).latent_dist.parameters
+        return moments.float().cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        raw = latents / self._vae.config.scaling_factor + (self._vae.config.shift_factor or 0.0)
+        return self._vae.decode(raw.to(self._vae.device, self._vae.dtype)).sample.float().cpu()
+
+
+def load_vae(source: Source, options: ModelOptions, device: torch.device) -> ChromaVae:
+    """Tiling and slicing cost time and, for tiling, seams of a few grey levels; they save memory above 2 megapixels."""
+    for file in weight_files(source.vae, STEM, source.variant):
+        read_header(file)
+    vae, report = AutoencoderKL.from_pretrained(
+        source.vae,
+        torch_dtype=vae_dtype(options, device),
+        variant=source.variant or None,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        raise ModelError(f"{source.vae} is no whole VAE; missing: {', '.join(sorted(report['missing_keys'])[:8])}.")
+    if options.vae_enable_tiling:
+        vae.enable_tiling()
+    if options.vae_enable_slicing:
+        vae.enable_slicing()
+    return ChromaVae(vae.to(device).requires_grad_(False).eval(), vae_fingerprint(source, options))
