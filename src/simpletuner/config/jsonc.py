@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from json.decoder import scanstring
+from json.decoder import scanstring  # type: ignore[attr-defined]  # the C one, with end offsets
 from typing import Any
 
 from simpletuner.errors import ConfigError, Problem
@@ -124,7 +124,7 @@ class _Reader:
             key = self.string()
             if key in found:
                 self.problems.append(self.problem(f"{key!r} appears twice", start))
-            self.positions[(*path, key)] = self.position(start)
+            self.positions[path + (key,)] = self.position(start)  # noqa: RUF005 - 3.10 has no starred index
             self.blank()
             if self.peek() != ":":
                 raise self.error(f"':' is expected after the key {key!r}")

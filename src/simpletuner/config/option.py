@@ -46,7 +46,7 @@ def option(
     file first. aliases, spellings: other names and values, read with a note. hints: values that are
     refused with a reason of their own. zero_is_null: 0 means "not given". bounds: gt, ge, lt, le, pattern.
     """
-    extra = {
+    extra: dict[str, Any] = {
         "level": level,
         "unit": unit,
         "resume": resume,

@@ -1,0 +1,128 @@
+"""The options as a flat table, read off the schema: for the reader, the docs and the command line."""
+
+from __future__ import annotations
+
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import annotated_types
+from pydantic.fields import FieldInfo
+
+from simpletuner.config.schema import RunConfig
+
+Kind = Literal["flag", "integer", "number", "choice", "text"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One declaration of the schema, flattened. structured: a text that may also be a list or an object."""
+
+    name: str
+    section: str
+    group: str
+    kind: Kind
+    nullable: bool
+    structured: bool
+    choices: tuple[str, ...]
+    bounds: str
+    default: Any
+    text: str
+    level: str
+    unit: str
+    resume: str
+    path: str
+    aliases: tuple[str, ...]
+    spellings: Mapping[str, str]
+    hints: Mapping[str, str]
+    zero_is_null: bool
+
+    @property
+    def takes(self) -> str:
+        """What may be written: "integer, at least 1, or null"."""
+        kind = (
+            " | ".join(self.choices) if self.choices else "true | false" if self.kind == "flag" else self.kind
+        )
+        parts = [kind + (", list or object" if self.structured else "")]
+        if self.bounds:
+            parts.append(self.bounds)
+        return ", ".join(parts) + (", or null" if self.nullable else "")
+
+
+@functools.cache
+def catalog() -> Mapping[str, Option]:
+    """Every option by name, in the order of the schema."""
+    found: dict[str, Option] = {}
+    for section, holder in RunConfig.model_fields.items():
+        model = cast(Any, holder.annotation)
+        for name, field in model.model_fields.items():
+            assert name not in found, name
+            found[name] = _option(name, section, model.__doc__ or section, field)
+    return types.MappingProxyType(found)
+
+
+@functools.cache
+def aliases() -> Mapping[str, str]:
+    """Other name -> option."""
+    return types.MappingProxyType({a: option.name for option in catalog().values() for a in option.aliases})
+
+
+def _option(name: str, section: str, group: str, field: FieldInfo) -> Option:
+    extra = cast(dict[str, Any], field.json_schema_extra)
+    origin = typing.get_origin(field.annotation)
+    union = origin in (typing.Union, types.UnionType)
+    members = typing.get_args(field.annotation) if union else (field.annotation,)
+    kinds = [member for member in members if member is not type(None)]
+    literals = [
+        value for kind in kinds if typing.get_origin(kind) is Literal for value in typing.get_args(kind)
+    ]
+    return Option(
+        name=name,
+        section=section,
+        group=group,
+        kind=_kind(kinds, literals),
+        nullable=type(None) in members,
+        structured=any(typing.get_origin(kind) in (list, dict) for kind in kinds),
+        choices=tuple(str(value).lower() for value in literals),
+        bounds=_bounds(field),
+        default=field.default,
+        text=field.description or "",
+        level=extra["level"],
+        unit=extra["unit"],
+        resume=extra["resume"],
+        path=extra["path"],
+        aliases=tuple(extra["aliases"]),
+        spellings=extra["spellings"],
+        hints=extra["hints"],
+        zero_is_null=extra["zero_is_null"],
+    )
+
+
+def _kind(kinds: list[Any], literals: list[Any]) -> Kind:
+    if bool in kinds or any(isinstance(value, bool) for value in literals):
+        return "flag"
+    if literals:
+        return "choice"
+    return "integer" if int in kinds else "number" if float in kinds else "text"
+
+
+def _bounds(field: FieldInfo) -> str:
+    """ "at least 0, less than 1"; the 63 bits of a seed are not worth a word."""
+    limits = [limit for rule in field.metadata for limit in _limits(rule)]
+    return ", ".join(f"{words} {number:g}" for words, number in limits if number < 2**62)
+
+
+def _limits(rule: Any) -> list[tuple[str, float]]:
+    match rule:
+        case annotated_types.Ge(ge=number):
+            return [("at least", cast(float, number))]
+        case annotated_types.Gt(gt=number):
+            return [("more than", cast(float, number))]
+        case annotated_types.Le(le=number):
+            return [("at most", cast(float, number))]
+        case annotated_types.Lt(lt=number):
+            return [("less than", cast(float, number))]
+    return []

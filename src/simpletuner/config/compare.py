@@ -1,0 +1,23 @@
+"""May a checkpoint of one configuration go on under another?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from simpletuner.config.catalog import catalog
+
+
+def training_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two resolved configurations and would change the training: one line per option.
+
+    "learning_rate was 0.0001, is 0.0002". Options declared free on resume are left out; an option that
+    one side does not know (another version wrote it) counts as its default.
+    """
+    differing = []
+    for option in catalog().values():
+        was, now = old.get(option.name, option.default), new.get(option.name, option.default)
+        if option.resume == "fixed" and was != now:
+            differing.append(f"{option.name} was {json.dumps(was)}, is {json.dumps(now)}")
+    return differing

@@ -1,0 +1,89 @@
+"""`python -m simpletuner.config.docs` writes docs/options.md and docs/options.schema.json from the schema."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from simpletuner.config.catalog import Option, catalog
+from simpletuner.config.refused import REFUSED
+from simpletuner.config.schema import RunConfig
+
+HEAD = """# Options
+
+Written by `python -m simpletuner.config.docs`; do not edit. One option is one key of `config.json`, one flag
+(`--seed 7`, `--seed=7` or `seed=7`) and one variable (`SIMPLETUNER_SEED=7`). Later wins: default, file,
+environment, flag. Look at the **basic** options first, then at the *common* ones. Options marked R may
+change between a checkpoint and its resumption.
+"""
+
+
+def options_page() -> str:
+    """docs/options.md."""
+    parts = [HEAD]
+    for group, options in groupby(catalog().values(), key=lambda option: option.group):
+        parts.append(f"\n## {group}\n\n| option | takes | default | |\n|---|---|---|---|")
+        parts.extend(_row(option) for option in options)
+    parts.append(
+        "\n## Options of SimpleTuner's that are not here\n\n| option | why, or what instead |\n|---|---|"
+    )
+    parts.extend(
+        f"| {', '.join(f'`{name}`' for name in names.split())} | {reason} |" for reason, names in REFUSED
+    )
+    return "\n".join(parts) + "\n"
+
+
+def _row(option: Option) -> str:
+    mark = {"basic": f"**`{option.name}`**", "common": f"*`{option.name}`*"}.get(
+        option.level, f"`{option.name}`"
+    )
+    also = f" Also written {', '.join(f'`{alias}`' for alias in option.aliases)}." if option.aliases else ""
+    unit = f" ({option.unit})" if option.unit else ""
+    cells = [
+        mark + (" R" if option.resume == "free" else ""),
+        option.takes + unit,
+        f"`{json.dumps(option.default)}`",
+        option.text + also,
+    ]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def json_schema() -> dict[str, Any]:
+    """docs/options.schema.json: point an editor at it by a "$schema" key in config.json."""
+    nested = RunConfig.model_json_schema()
+    properties: dict[str, Any] = {"$schema": {"type": "string"}}
+    for section in nested["$defs"].values():
+        for name, shape in section["properties"].items():
+            option = catalog()[name]
+            kept = {key: value for key, value in shape.items() if key not in KEPT_IN_CATALOG}
+            properties[name] = kept
+            nullable = {
+                "anyOf": [{key: v for key, v in kept.items() if key != "description"}, {"type": "null"}]
+            }
+            if not option.nullable:
+                properties[name] = {"description": option.text, **nullable}
+            properties.update(dict.fromkeys(option.aliases, properties[name]))
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "simpletuner config",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+KEPT_IN_CATALOG = ("title", "level", "resume", "path", "aliases", "spellings", "hints", "zero_is_null")
+
+
+def write(folder: Path) -> None:
+    """Both files."""
+    folder.mkdir(exist_ok=True)
+    (folder / "options.md").write_text(options_page(), encoding="utf-8")
+    schema = json.dumps(json_schema(), indent=1, ensure_ascii=False)
+    (folder / "options.schema.json").write_text(schema + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path("docs"))

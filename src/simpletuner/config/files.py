@@ -1,0 +1,45 @@
+"""Configuration files: JSON with comments, or TOML, read into a document with positions."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from simpletuner.config import jsonc
+from simpletuner.config.jsonc import Document
+from simpletuner.errors import ConfigError, Problem
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TOML_KEY = re.compile(r"^[ \t]*([\"']?)([\w-]+)\1[ \t]*=", re.MULTILINE)
+TOML_PLACE = re.compile(r" \(at line (\d+), column (\d+)\)$")
+
+
+def read_document(path: Path, name: str) -> Document:
+    """Read a .json, .jsonc or .toml file; `name` is how it is called in messages. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError([Problem(name, f"cannot be read: {error.strerror}")]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([Problem(name, f"is not UTF-8 text (byte {error.start})")]) from None
+    return _toml(text, name) if path.suffix.lower() == ".toml" else jsonc.parse(text, name)
+
+
+def _toml(text: str, name: str) -> Document:
+    try:
+        value = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = TOML_PLACE.search(str(error))
+        where = f"{name}:{place[1]}:{place[2]}" if place else name
+        raise ConfigError([Problem(where, TOML_PLACE.sub("", str(error)))]) from None
+    positions: dict[jsonc.Path, tuple[int, int]] = {(): (1, 1)}
+    for match in TOML_KEY.finditer(text):
+        line_start = text.rfind("\n", 0, match.start(2)) + 1
+        column = match.start(2) - len(match[1]) - line_start + 1
+        positions.setdefault((match[2],), (text.count("\n", 0, match.start(2)) + 1, column))
+    return Document(value, positions, name)

@@ -1,0 +1,64 @@
+"""Where the configuration of a run lies. One search, used by every command."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from simpletuner.errors import ConfigError
+
+NAMES = ("config.json", "config.jsonc", "config.toml")
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def find_config(config: str | Path | None, env: str | None, example: str | None, cwd: Path) -> Path | None:
+    """The file that --config, --env or --example names, else the first of NAMES here or in config/.
+
+    None when nothing was named and nothing is there. Raises ConfigError for a name that leads nowhere.
+    """
+    named = [text for text, value in (("--config", config), ("--env", env), ("--example", example)) if value]
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} each name a configuration; give one of them")
+    if config:
+        path = cwd / Path(config).expanduser()
+        found = _first_in(path) if path.is_dir() else path if path.is_file() else None
+        return found or _nowhere(f"--config {config}", [path])
+    if env:
+        return _first_in(cwd / "config" / env) or _nowhere(f"--env {env}", places(cwd / "config" / env))
+    if example:
+        return _first_in(example_folder(example))
+    return _first_in(cwd) or _first_in(cwd / "config")
+
+
+def nothing_found(cwd: Path) -> str:
+    """The one line for a run without any configuration."""
+    looked = ", ".join([*NAMES, *(f"config/{name}" for name in NAMES)])
+    return (
+        f"no configuration: none of {looked} is in {cwd}. Write one, name one "
+        "with --config PATH or --env NAME, or try `simpletuner train --example chroma-nano.peft-lora`"
+    )
+
+
+def example_names() -> list[str]:
+    """The packaged examples."""
+    return sorted(path.parent.name for path in EXAMPLES.glob("*/config.json"))
+
+
+def example_folder(name: str) -> Path:
+    """The folder of a packaged example. Raises ConfigError with the list for any other name."""
+    if name not in example_names():
+        raise ConfigError(f"there is no example {name!r}; there are: {', '.join(example_names()) or 'none'}")
+    return EXAMPLES / name
+
+
+def places(folder: Path) -> list[Path]:
+    """Every file name that is tried in a folder."""
+    return [folder / name for name in NAMES]
+
+
+def _first_in(folder: Path) -> Path | None:
+    return next((path for path in places(folder) if path.is_file()), None)
+
+
+def _nowhere(what: str, looked: list[Path]) -> Path:
+    raise ConfigError(f"{what}: not found; looked for {', '.join(os.path.relpath(path) for path in looked)}")

@@ -1,0 +1,148 @@
+"""What must hold between options, and what is worth a word though it may be meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from simpletuner.config.schema import DataOptions, FlowOptions, RunConfig
+
+Given = Mapping[str, str]  # option -> where it was given; defaults are absent
+Finding = tuple[str, str]  # option it is reported at, what is wrong
+RESOLUTION = re.compile(r"(\d+)(?:x(\d+))?")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+LORA_ONLY = (
+    "lora_rank", "lora_alpha", "lora_dropout", "flux_lora_target", "lora_target_modules", "use_dora",
+    "use_rslora", "lora_init_type",
+)  # fmt: skip
+BETA = ("flow_beta_schedule_alpha", "flow_beta_schedule_beta")
+
+
+def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
+    """Every reason why these options cannot hold together."""
+    model, optimizer, training = run.model, run.optimizer, run.training
+    if training.max_train_steps and training.num_train_epochs:
+        yield "max_train_steps", "num_train_epochs is given too; the length of a run is one of them"
+    if model.base_model_default_dtype == "bf16" and model.mixed_precision != "bf16":
+        yield "base_model_default_dtype", f"bf16 weights do not fit mixed_precision {model.mixed_precision}"
+    if model.model_type == "full" and run.adapter.init_lora:
+        yield "init_lora", 'a LoRA to start from needs model_type "lora"'
+    if isinstance(run.adapter.lora_target_modules, str):
+        try:
+            re.compile(run.adapter.lora_target_modules)
+        except re.error as error:
+            yield "lora_target_modules", f"is not a regular expression: {error}"
+    if optimizer.lr_scale and optimizer.lr_scale_sqrt:
+        yield "lr_scale_sqrt", "lr_scale is given too; scale by one of them"
+    if optimizer.lr_end > optimizer.learning_rate and optimizer.lr_scheduler != "constant":
+        yield "lr_end", f"{optimizer.lr_end:g} is above learning_rate {optimizer.learning_rate:g}"
+    if optimizer.optimizer == "adamw_schedulefree" and optimizer.lr_scheduler != "constant":
+        yield "lr_scheduler", 'the schedule-free optimizer makes its own course; use "constant"'
+    for pair in filter(None, (optimizer.optimizer_config or "").split(",")):
+        if not re.fullmatch(r"\s*\w+\s*=.+", pair):
+            yield "optimizer_config", f"{pair.strip()!r} is not key=value"
+    yield from _data(run.data)
+    yield from _flow(run.flow, given)
+    yield from _watching(run)
+
+
+def _data(data: DataOptions) -> Iterator[Finding]:
+    if data.resolution_type == "area" and data.resolution > 64:
+        yield (
+            "resolution",
+            f"{data.resolution:g} megapixels is no picture size; resolution_type is pixels then",
+        )
+    if data.resolution_type != "area" and data.resolution < 64:
+        yield (
+            "resolution",
+            f"{data.resolution:g} px is too small; if these are megapixels, resolution_type is area",
+        )
+    if data.minimum_aspect_ratio > data.maximum_aspect_ratio:
+        yield "minimum_aspect_ratio", f"is above maximum_aspect_ratio {data.maximum_aspect_ratio:g}"
+    if (data.maximum_image_size is None) != (data.target_downsample_size is None):
+        lone = "maximum_image_size" if data.maximum_image_size else "target_downsample_size"
+        yield lone, "maximum_image_size and target_downsample_size go together"
+    elif (data.target_downsample_size or 0) > (data.maximum_image_size or 0):
+        yield "target_downsample_size", f"is above maximum_image_size {data.maximum_image_size:g}"
+    if data.prepend_instance_prompt and data.only_instance_prompt:
+        yield "only_instance_prompt", "prepend_instance_prompt is given too; use one of them"
+
+
+def _flow(flow: FlowOptions, given: Given) -> Iterator[Finding]:
+    choices = {
+        "flow_custom_timesteps": flow.flow_custom_timesteps is not None,
+        "flow_use_uniform_schedule": flow.flow_use_uniform_schedule,
+        "flow_use_beta_schedule": flow.flow_use_beta_schedule,
+        "flux_fast_schedule": flow.flux_fast_schedule,
+        "chroma_sigma_density": "chroma_sigma_density" in given,
+    }
+    chosen = [name for name, on in choices.items() if on]
+    same = {"uniform": "flow_use_uniform_schedule", "beta": "flow_use_beta_schedule"}
+    agree = same.get(flow.chroma_sigma_density) == chosen[0] if len(chosen) == 2 else False
+    if len(chosen) > 1 and not agree:
+        yield chosen[0], f"{' and '.join(chosen[1:])} is given too; the noise levels follow one of them"
+    if flow.flow_schedule_shift is not None and flow.flow_schedule_auto_shift:
+        yield "flow_schedule_auto_shift", "flow_schedule_shift is given too; use one of them"
+    if flow.flow_custom_timesteps is not None:
+        try:
+            levels = [float(text) for text in flow.flow_custom_timesteps.split(",")]
+        except ValueError:
+            levels = [-1.0]
+        if not all(0 <= level <= 1000 for level in levels):
+            yield "flow_custom_timesteps", "must be a comma list of sigmas (0 to 1) or timesteps (0 to 1000)"
+
+
+def _watching(run: RunConfig) -> Iterator[Finding]:
+    for size in (run.validation.validation_resolution or "").replace(" ", "").split(","):
+        match = RESOLUTION.fullmatch(size)
+        if size and (match is None or any(int(side) < 64 for side in match.groups() if side)):
+            yield "validation_resolution", f'{size!r} is not "512" or "512x768" (pixels, at least 64)'
+    names = [name.strip() for name in run.logging.report_to.split(",")]
+    for name in names:
+        if name not in TRACKERS and names != ["none"]:
+            yield "report_to", f"{name!r} is not offered; allowed: none, or some of {', '.join(TRACKERS)}"
+    if isinstance(run.logging.webhook_config, str) and "://" in run.logging.webhook_config:
+        yield "webhook_config", 'an address alone is not enough; write {"webhook_type": ..., ...}'
+
+
+def remarks(run: RunConfig, given: Given) -> Iterator[str]:
+    """What the person should know about a configuration that holds."""
+    model, flow, optimizer, training = run.model, run.flow, run.optimizer, run.training
+    if model.model_flavour == "flash":
+        yield "model_flavour flash is fast but unstable to train; base or hd learn better"
+    if model.mixed_precision == "fp16":
+        yield "mixed_precision fp16 overflows easily in Chroma and may draw black pictures; bf16 does not"
+    if model.vae_dtype == "fp16":
+        yield "vae_dtype fp16 overflows easily in this VAE; bf16 does not"
+    if flow.flux_fast_schedule:
+        yield "flux_fast_schedule trains sigma 1.0 seven times in ten and skips the remap; leave it off"
+    if flow.chroma_sigma_density == "quadratic-literal":
+        yield "chroma_sigma_density quadratic-literal never trains sigma in [0.25, 0.75); quadratic does"
+    if flow.flow_schedule_shift is not None or flow.flow_schedule_auto_shift:
+        yield "a schedule shift is on; Chroma needs none"
+    if optimizer.optimizer == "prodigy" and optimizer.learning_rate < 0.1:
+        yield f"prodigy multiplies its estimate by learning_rate {optimizer.learning_rate:g}; 1.0 is usual"
+    if training.max_train_steps and optimizer.lr_warmup_steps >= training.max_train_steps:
+        yield "lr_warmup_steps is not below max_train_steps: the learning rate never arrives"
+    yield from _without_effect(run, given)
+
+
+def _without_effect(run: RunConfig, given: Given) -> Iterator[str]:
+    densities = ("quadratic", "quadratic-literal", "logit-normal")
+    idle = {
+        "with model_type full": (run.model.model_type == "full", LORA_ONLY),
+        "beside lora_target_modules": (run.adapter.lora_target_modules is not None, ("flux_lora_target",)),
+        "without a beta density": (
+            not run.flow.flow_use_beta_schedule and run.flow.chroma_sigma_density != "beta", BETA
+        ),
+        "with this density": (run.flow.chroma_sigma_density not in densities, ("flow_sigmoid_scale",)),
+        "with loss_type l2": (run.flow.loss_type == "l2", ("huber_schedule", "huber_c")),
+        "with lr_scheduler constant": (run.optimizer.lr_scheduler == "constant", ("lr_end", "lr_power")),
+        "without gradient_checkpointing": (
+            not run.model.gradient_checkpointing, ("gradient_checkpointing_interval",)
+        ),
+    }  # fmt: skip
+    for reason, (holds, names) in idle.items():
+        silent = [name for name in names if holds and name in given]
+        if silent:
+            yield f"{', '.join(silent)} {'has' if len(silent) == 1 else 'have'} no effect {reason}"

@@ -1,0 +1,131 @@
+"""One written value to the value of its option: texts of flags and environment, other spellings."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from simpletuner.config.catalog import Option
+
+TRUE = ("true", "yes", "on", "1")
+FALSE = ("false", "no", "off", "0")
+NULL = ("null", "none")
+LONGEST_SHOWN = 60
+
+
+class BadValue(ValueError):
+    """A value that does not fit its option; the text says what is allowed."""
+
+
+def read(option: Option, raw: Any) -> Any:
+    """What `raw` means for `option`; None is "not given". Bounds are left to the schema. Raises BadValue."""
+    if raw is None or (option.nullable and isinstance(raw, str) and raw.strip().lower() in NULL):
+        return None
+    value = READERS[option.kind](option, raw)
+    return None if option.zero_is_null and value == 0 else value
+
+
+def _flag(option: Option, raw: Any) -> bool:
+    word = str(raw).strip().lower() if isinstance(raw, (bool, str)) else ""
+    if word not in TRUE + FALSE:
+        raise BadValue("must be true or false")
+    if option.choices and word in TRUE:
+        raise BadValue(option.hints["true"])
+    return word in TRUE
+
+
+def _integer(option: Option, raw: Any) -> int:
+    if isinstance(raw, int) and not isinstance(raw, bool):
+        return raw
+    if isinstance(raw, str):
+        with contextlib.suppress(ValueError):  # "1e3" and "500.0" are whole numbers too
+            return int(raw)
+    value = _number(option, raw, "a whole number")
+    if value != value // 1 or abs(value) > 2**53:
+        raise BadValue("must be a whole number")
+    return int(value)
+
+
+def _number(option: Option, raw: Any, wanted: str = "a number") -> float:
+    if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
+        raise BadValue(f"must be {wanted}")
+    try:
+        return float(raw)
+    except (ValueError, OverflowError):
+        raise BadValue(f"must be {wanted}") from None
+
+
+def _choice(option: Option, raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise BadValue(f"must be one of {', '.join(option.choices)}")
+    word = raw.strip().lower()
+    word = option.spellings.get(word, word)
+    if word in option.choices:
+        return word
+    allowed = f"allowed: {', '.join(option.choices)}"
+    if word in option.hints:
+        raise BadValue(f"{option.hints[word]}; {allowed}")
+    raise BadValue(allowed + did_you_mean(word, option.choices))
+
+
+def _text(option: Option, raw: Any) -> Any:
+    if isinstance(raw, str):
+        return _structure(raw) if option.structured else raw
+    if isinstance(raw, (int, float)) and not isinstance(raw, bool):
+        return str(raw)
+    if option.structured and isinstance(raw, (list, dict)):
+        return raw
+    raise BadValue("must be text" + (", a list or an object" if option.structured else ""))
+
+
+def _structure(raw: str) -> Any:
+    """A list or object written as text; a regular expression that starts with a bracket stays one."""
+    if raw.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(raw)
+        except json.JSONDecodeError:
+            return raw
+    return raw
+
+
+READERS: dict[str, Callable[[Option, Any], Any]] = {
+    "flag": _flag,
+    "integer": _integer,
+    "number": _number,
+    "choice": _choice,
+    "text": _text,
+}
+
+
+def complaint(option: Option, error: ErrorDetails) -> str:
+    """The schema's refusal in the words of this program: "must be at least 1 (pictures)"."""
+    if error["type"].startswith(("greater_than", "less_than")):
+        return f"must be {option.bounds}" + (f" ({option.unit})" if option.unit else "")
+    if error["type"] == "string_pattern_mismatch":
+        return option.text
+    if error["type"] == "string_too_short":
+        return "must not be empty"
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def shown(option: Option, value: Any) -> str:
+    """The value as a message repeats it; objects may hold secrets and are not repeated."""
+    if isinstance(value, (list, dict)):
+        return option.name
+    text = (
+        json.dumps(value, ensure_ascii=False)
+        if isinstance(value, (str, bool)) or value is None
+        else str(value)
+    )
+    return f"{option.name} = {text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + '...'}"
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """ "; did you mean 'learning_rate'?", or nothing."""
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.7)
+    return f"; did you mean '{close[0]}'?" if close else ""
