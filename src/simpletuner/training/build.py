@@ -33,8 +33,6 @@ from simpletuner.validation.component import Validator
 from simpletuner.validation.images import Settings
 from simpletuner.validation.inference import Inference
 
-DEFAULT_STEPS = 1000
-
 
 @dataclass(frozen=True)
 class Built:
@@ -123,15 +121,12 @@ def build(
 
 
 def plan_of(run: RunConfig, batches_per_epoch: int) -> Plan:
-    """Steps or epochs, whichever is given; neither: DEFAULT_STEPS."""
+    """Steps or epochs, whichever is given; the config sees to it that one is."""
     training = run.training
-    steps = training.max_train_steps
-    if steps is None and training.num_train_epochs is not None:
-        steps = math.ceil(
-            training.num_train_epochs * batches_per_epoch / training.gradient_accumulation_steps
-        )
+    per_epoch = batches_per_epoch / training.gradient_accumulation_steps
+    steps = training.max_train_steps or math.ceil((training.num_train_epochs or 1) * per_epoch)
     return Plan(
-        steps or DEFAULT_STEPS,
+        steps,
         training.gradient_accumulation_steps,
         batches_per_epoch,
         training.nonfinite_loss_patience,

@@ -58,12 +58,12 @@ class Exporter:
 
     def _lora(self, folder: Path) -> list[Path]:
         written = [folder / LORA_NAME]
-        files.save(self.transformer, written[0], self.run.adapter, self._metadata("trained"))
+        files.save(self.transformer, written[0], self._metadata("trained"))
         if self.ema is not None:
             (folder / "ema").mkdir(exist_ok=True)
             written.append(folder / "ema" / LORA_NAME)
             with self.ema.swapped():
-                files.save(self.transformer, written[1], self.run.adapter, self._metadata("average"))
+                files.save(self.transformer, written[1], self._metadata("average"))
         return written
 
     def _transformers(self) -> list[Path]:

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -15,12 +15,13 @@ import torch
 
 from simpletuner.config.load import Loaded, resolved
 from simpletuner.config.schema import RunConfig
-from simpletuner.data.backends import Backends
+from simpletuner.data.dataset import Backends
 from simpletuner.errors import SimpleTunerError, Stopped
-from simpletuner.events import terminal, trackers
+from simpletuner.events import trackers, webhook
 from simpletuner.events.log import EventLog
 from simpletuner.events.report import write_report
 from simpletuner.events.sinks import Sink, fan_out
+from simpletuner.events.terminal import Terminal
 from simpletuner.events.types import Emit, Event, Failed, Finished, Noted, Resumed, Stepped
 from simpletuner.training import loop
 from simpletuner.training.build import build
@@ -55,7 +56,7 @@ class StopFlag:
 
 
 class Position:
-    """Remembers how far the run is, for exit.json."""
+    """Sink that remembers how far the run is, for exit.json."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -66,22 +67,41 @@ class Position:
 
 
 def train(loaded: Loaded, backends: Backends) -> int:
-    """Train to the end. Returns the exit code; errors that a person can mend are in exit.json and raised."""
+    """Train to the end: 0. Errors are raised after exit.json and events.jsonl have told of them."""
     run = loaded.run
-    folder_path = Path(run.training.output_dir).expanduser().absolute()
-    with RunFolder(folder_path) as folder:
+    path = Path(run.training.output_dir).expanduser().absolute()
+    with RunFolder(path) as folder, ExitStack() as closing:
         earlier = folder.set_aside_earlier() if run.checkpoint.resume_from_checkpoint == "never" else None
         folder.write_config(resolved(run))
         position = Position()
-        sinks: list[Sink] = [EventLog(folder.events).append, position, *terminal.sinks(folder.log)]
-        sinks += trackers.make(run.logging, folder_path)
-        with fan_out(sinks) as emit:
-            for note in loaded.notes:
-                emit(Noted(note))
-            if earlier is not None:
-                emit(Noted(f"resume_from_checkpoint = never: earlier results are now in {earlier}"))
-            base_dir = loaded.source.parent if loaded.source else Path.cwd()
-            return work(run, backends, base_dir, folder, position, emit)
+        emit = fan_out([position, *sinks(run, folder, closing)])
+        for note in (*loaded.notes, *backends.notes):
+            emit(Noted(note))
+        if earlier is not None:
+            emit(Noted(f"resume_from_checkpoint = never: earlier results are now in {earlier}"))
+        base_dir = loaded.source.parent if loaded.source else Path.cwd()
+        return work(run, backends, base_dir, folder, position, emit)
+
+
+def sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[Sink]:
+    """Who hears of this run: the record, the terminal, train.log, and what the options name."""
+    options = run.logging
+    record = EventLog(folder.events)
+    shown = Terminal(sys.stdout, options.log_level)
+    logged = Terminal(
+        closing.enter_context(folder.log.open("a", encoding="utf-8")), options.log_level, every_s=30
+    )
+    told = trackers.make(
+        options.report_to, folder.path, options.tracker_project_name, options.tracker_run_name, resolved(run)
+    )
+    hooks = (
+        [webhook.Webhook(hook) for hook in webhook.parse(options.webhook_config)]
+        if options.webhook_config
+        else []
+    )
+    for sink in (record, shown, logged, *told, *hooks):
+        closing.callback(sink.close)
+    return [record, shown, logged, *told, *hooks]
 
 
 def work(
@@ -97,21 +117,13 @@ def work(
                 last = loop.train(built.parts)
             finally:
                 built.close()
-        emit(Finished(last, time.monotonic() - started, "done"))
-        folder.write_exit(0, "done", last)
     except Stopped as stopped:
         emit(Finished(position.step, time.monotonic() - started, "stopped"))
         folder.write_exit(stopped.exit_code, "stopped", position.step, str(stopped))
         raise
     except BaseException as error:  # the outermost edge: nothing may end without exit.json saying how
-        code = (
-            error.exit_code
-            if isinstance(error, SimpleTunerError)
-            else 130
-            if isinstance(error, KeyboardInterrupt)
-            else 1
-        )
         reason = out_of_memory(error) or str(error) or type(error).__name__
+        code = error.exit_code if isinstance(error, SimpleTunerError) else 1
         emit(Failed(position.step, reason, code))
         folder.write_exit(code, "failed", position.step, reason)
         if not isinstance(error, SimpleTunerError):
@@ -119,8 +131,13 @@ def work(
                 traceback.print_exception(error, file=log)
         raise
     finally:
-        report = write_report(folder.path)
-        emit(Noted(f"report: {report}"))
+        write_report(folder.path)
+    emit(Finished(last, time.monotonic() - started, "done"))
+    emit(Noted(f"report: {write_report(folder.path)}"))
+    sheet = folder.path / "images" / "before_after.png"
+    if sheet.exists():
+        emit(Noted(f"before and after: {sheet}"))
+    folder.write_exit(0, "done", last)
     return 0
 
 

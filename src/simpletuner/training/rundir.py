@@ -109,7 +109,7 @@ class RunFolder:
         return True
 
     def set_aside_earlier(self) -> Path | None:
-        """Move what an earlier run left here into earlier-N/; the caches stay. None when there was nothing."""
+        """Move what an earlier run left here into earlier-N/; the caches stay. None: there was nothing."""
         earlier = [
             entry
             for entry in self.path.iterdir()
