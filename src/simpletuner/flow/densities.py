@@ -1,0 +1,157 @@
+"""Which noise levels are trained, each density as its inverse distribution function: uniform u to sigma.
+
+Given as quantiles, any of them can be stratified: one draw from each of n equal slices of probability.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from simpletuner.config.schema import FlowOptions
+from simpletuner.errors import ConfigError
+from simpletuner.flow.shift import shift_for, shifted
+from simpletuner.randomness import seed_at
+
+Quantile = Callable[[Tensor], Tensor]
+FAST = (1.0,) * 7 + (0.75, 0.5, 0.25)
+TABLE_POINTS = 8192
+
+
+def draw_sigmas(
+    options: FlowOptions, seed: int, step: int, count: int, image_tokens: int | None = None
+) -> Tensor:
+    """(count,) float32: the noise levels of all samples of one optimizer step, a function of (seed, step).
+
+    Stratified, each of `count` equal slices of probability gives one, in random order: the density is the
+    same and the loss of a step varies less. image_tokens: patches of one sample, for flow_schedule_auto_shift.
+    """
+    values = custom_sigmas(options)
+    if values and options.flow_timesteps_mode == "round-robin":
+        return torch.tensor([values[(step * count + index) % len(values)] for index in range(count)])
+    generator = torch.Generator().manual_seed(seed_at(seed, "sigma", step))
+    u = torch.rand(count, generator=generator, dtype=torch.float64)
+    if options.stratified_sigmas:
+        u = (torch.randperm(count, generator=generator) + u) / count
+    return quantile(options, image_tokens)(u).float()
+
+
+def quantile(options: FlowOptions, image_tokens: int | None = None) -> Quantile:
+    """The density that the options describe: u in (0, 1) to sigma in [0, 1], float64, never decreasing
+    (the literal remap jumps over one half). A shift is applied before any remap."""
+    values = custom_sigmas(options) or (FAST if options.flux_fast_schedule else ())
+    if values:
+        return steps(values)
+    shift = shift_for(options, image_tokens)
+    base, remap = DENSITIES[density_name(options)]
+    draw = base(options)
+    return lambda u: remap(shifted(draw(u.double().clamp(1e-12, 1 - 1e-12)), shift))
+
+
+def density_name(options: FlowOptions) -> str:
+    if options.flow_use_uniform_schedule:
+        return "uniform"
+    return "beta" if options.flow_use_beta_schedule else options.chroma_sigma_density
+
+
+def notes(options: FlowOptions) -> list[str]:
+    """What a person should hear about this choice before training."""
+    if custom_sigmas(options):
+        return []
+    if options.flux_fast_schedule:
+        return [
+            "flux_fast_schedule trains sigma 1, 0.75, 0.5 and 0.25 only (1 in seven draws of ten); it is meant for"
+            " few-step models. Chroma's own density is not used."
+        ]
+    if density_name(options) == "quadratic-literal":
+        return [
+            'chroma_sigma_density "quadratic-literal" leaves sigma from 0.25 to 0.75 untrained; "quadratic" raises'
+            " both tails without the hole."
+        ]
+    return []
+
+
+def custom_sigmas(options: FlowOptions) -> tuple[float, ...]:
+    """flow_custom_timesteps as sigmas; empty when not given. A largest value above 1 means timesteps to 1000."""
+    if not options.flow_custom_timesteps:
+        return ()
+    try:
+        values = [float(word) for word in options.flow_custom_timesteps.strip("[] ").split(",") if word.strip()]
+    except ValueError:
+        values = []
+    largest = max(values, default=math.nan)
+    if not values or not all(0 <= value <= 1000 for value in values):
+        raise ConfigError(
+            f'flow_custom_timesteps = "{options.flow_custom_timesteps}" is no comma list of sigmas up to 1 or of'
+            ' timesteps up to 1000, such as "250,500,750".'
+        )
+    return tuple(value / 1000 if largest > 1 else value for value in values)
+
+
+def steps(values: tuple[float, ...]) -> Quantile:
+    """Each value equally often; repeat one to draw it more."""
+    table = torch.tensor(sorted(values), dtype=torch.float64)
+    return lambda u: table[(u.double() * len(table)).long().clamp(0, len(table) - 1)]
+
+
+def uniform(options: FlowOptions) -> Quantile:
+    return lambda u: u
+
+
+def logit_normal(options: FlowOptions) -> Quantile:
+    """sigmoid(scale * N(0, 1)), eq. 19 of Esser et al. 2024 with location 0."""
+    return lambda u: torch.sigmoid(options.flow_sigmoid_scale * torch.special.ndtri(u))
+
+
+def parabola(options: FlowOptions) -> Quantile:
+    """p(x) proportional to 2 - 7.7 (x - 1/2)^2 on 1,000 points i / 999: how Chroma itself was trained."""
+    grid = torch.arange(1000, dtype=torch.float64) / 999
+    weights = 2 - 7.7 * (grid - 0.5) ** 2
+    edges = weights.cumsum(0) / weights.sum()
+    return lambda u: grid[torch.searchsorted(edges, u).clamp(max=999)]
+
+
+def beta(options: FlowOptions) -> Quantile:
+    """Beta(a, b) by a table of its distribution over z = logit(x), where the density x^a (1 - x)^b is
+    smooth and bounded for every a, b > 0."""
+    a, b = options.flow_beta_schedule_alpha, options.flow_beta_schedule_beta
+    z = torch.linspace(-40 / min(a, 1.0), 40 / min(b, 1.0), TABLE_POINTS, dtype=torch.float64)
+    log_density = a * torch.nn.functional.logsigmoid(z) + b * torch.nn.functional.logsigmoid(-z)
+    density = (log_density - log_density.max()).exp()
+    total = torch.cat((z.new_zeros(1), torch.cumulative_trapezoid(density, z)))
+    total /= total[-1].clone()
+
+    def value(u: Tensor) -> Tensor:
+        right = torch.searchsorted(total, u).clamp(1, TABLE_POINTS - 1)
+        low, high = total[right - 1], total[right]
+        part = ((u - low) / (high - low).clamp_min(1e-300)).clamp(0, 1)
+        return torch.sigmoid(z[right - 1] + part * (z[right] - z[right - 1]))
+
+    return value
+
+
+def keep(sigma: Tensor) -> Tensor:
+    return sigma
+
+
+def raise_tails(sigma: Tensor) -> Tensor:
+    """2 s^2 below one half, 1 - 2 (1 - s)^2 above: continuous, both tails visited more often."""
+    return torch.where(sigma < 0.5, 2 * sigma**2, 1 - 2 * (1 - sigma) ** 2)
+
+
+def raise_tails_literally(sigma: Tensor) -> Tensor:
+    """s^2 below one half, 1 - (1 - s)^2 above: jumps from 1/4 to 3/4, nothing between is ever trained."""
+    return torch.where(sigma < 0.5, sigma**2, 1 - (1 - sigma) ** 2)
+
+
+DENSITIES: dict[str, tuple[Callable[[FlowOptions], Quantile], Quantile]] = {
+    "quadratic": (logit_normal, raise_tails),
+    "parabola": (parabola, keep),
+    "quadratic-literal": (logit_normal, raise_tails_literally),
+    "uniform": (uniform, keep),
+    "logit-normal": (logit_normal, keep),
+    "beta": (beta, keep),
+}
