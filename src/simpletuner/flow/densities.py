@@ -27,7 +27,7 @@ def draw_sigmas(
     """(count,) float32: the noise levels of all samples of one optimizer step, a function of (seed, step).
 
     Stratified, each of `count` equal slices of probability gives one, in random order: the density is the
-    same and the loss of a step varies less. image_tokens: patches of one sample, for flow_schedule_auto_shift.
+    same and the loss of a step varies less. image_tokens: patches of one sample, for the automatic shift.
     """
     values = custom_sigmas(options)
     if values and options.flow_timesteps_mode == "round-robin":
@@ -63,30 +63,32 @@ def notes(options: FlowOptions) -> list[str]:
         return []
     if options.flux_fast_schedule:
         return [
-            "flux_fast_schedule trains sigma 1, 0.75, 0.5 and 0.25 only (1 in seven draws of ten); it is meant for"
-            " few-step models. Chroma's own density is not used."
+            "flux_fast_schedule trains sigma 1, 0.75, 0.5 and 0.25 only (1 in seven draws of ten); it is"
+            " meant for few-step models. chroma_sigma_density is not used."
         ]
     if density_name(options) == "quadratic-literal":
         return [
-            'chroma_sigma_density "quadratic-literal" leaves sigma from 0.25 to 0.75 untrained; "quadratic" raises'
-            " both tails without the hole."
+            'chroma_sigma_density "quadratic-literal" leaves sigma from 0.25 to 0.75 untrained; "quadratic"'
+            " raises both tails without the hole."
         ]
     return []
 
 
 def custom_sigmas(options: FlowOptions) -> tuple[float, ...]:
-    """flow_custom_timesteps as sigmas; empty when not given. A largest value above 1 means timesteps to 1000."""
+    """flow_custom_timesteps as sigmas; empty when not given. A value above 1 makes them timesteps to 1000."""
     if not options.flow_custom_timesteps:
         return ()
     try:
-        values = [float(word) for word in options.flow_custom_timesteps.strip("[] ").split(",") if word.strip()]
+        values = [
+            float(word) for word in options.flow_custom_timesteps.strip("[] ").split(",") if word.strip()
+        ]
     except ValueError:
         values = []
     largest = max(values, default=math.nan)
     if not values or not all(0 <= value <= 1000 for value in values):
         raise ConfigError(
-            f'flow_custom_timesteps = "{options.flow_custom_timesteps}" is no comma list of sigmas up to 1 or of'
-            ' timesteps up to 1000, such as "250,500,750".'
+            f'flow_custom_timesteps = "{options.flow_custom_timesteps}" is no comma list of sigmas up to 1 or'
+            ' of timesteps up to 1000, such as "250,500,750".'
         )
     return tuple(value / 1000 if largest > 1 else value for value in values)
 

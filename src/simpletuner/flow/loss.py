@@ -37,7 +37,7 @@ def exponential(c: float, sigma: Tensor) -> Tensor:
 
 
 def snr(c: float, sigma: Tensor) -> Tensor:
-    """(1 - c) / (1 + s)^2 + c with s the square root of signal over noise: near c at the picture, 1 at noise."""
+    """(1 - c) / (1 + s)^2 + c with s the root of signal over noise: near c at the picture, 1 at noise."""
     ratio = torch.sqrt((1 - sigma) / (sigma + 1e-4))
     return (1 - c) / (1 + ratio) ** 2 + c
 

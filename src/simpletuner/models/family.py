@@ -68,7 +68,7 @@ class Vae(ABC):
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H * stride, W * stride) in [-1, 1] -> raw (B, 2C, H, W) on the CPU: mean then log variance."""
+        """(B, 3, H * stride, W * stride) in [-1, 1] -> raw (B, 2C, H, W), CPU: mean then log variance."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -102,7 +102,9 @@ class ModelFamily(ABC):
         """What Vae.fingerprint will be, without loading it."""
 
     @abstractmethod
-    def load_text_encoder(self, source: Source, options: ModelOptions, device: torch.device) -> TextEncoder: ...
+    def load_text_encoder(
+        self, source: Source, options: ModelOptions, device: torch.device
+    ) -> TextEncoder: ...
 
     @abstractmethod
     def load_vae(self, source: Source, options: ModelOptions, device: torch.device) -> Vae: ...

@@ -45,7 +45,7 @@ class Chroma(ModelFamily):
     def notes(self, options: ModelOptions) -> list[str]:
         if options.model_flavour == "flash" and options.pretrained_model_name_or_path is None:
             return [
-                "Chroma1-Flash is distilled for few steps: training it undoes the distillation. Train on base or"
+                "Chroma1-Flash is distilled for few steps: training it undoes that. Train on base or"
                 " hd and use the LoRA on flash."
             ]
         return []

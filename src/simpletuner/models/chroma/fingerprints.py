@@ -80,6 +80,6 @@ def fingerprint_file(path: Path) -> str:
 
 
 def fingerprint(*parts: str | Path) -> str:
-    """One short name for everything that changes a result; paths stand for their contents, not their place."""
+    """One short name for everything that changes a result; paths stand for their contents, not place."""
     spelled = [fingerprint_file(part) if isinstance(part, Path) else part for part in parts]
     return hashlib.sha256("\x1f".join(spelled).encode()).hexdigest()[:32]

@@ -54,7 +54,8 @@ def locate(options: ModelOptions) -> Source:
     for part, folder in folders.items():
         if not folder.is_dir() or (part != "tokenizer" and not (folder / "config.json").is_file()):
             raise ModelError(
-                f"{folder} is no {part} folder of a diffusers pipeline. A Chroma folder holds {', '.join(PARTS)}."
+                f"{folder} is no {part} folder of a diffusers pipeline."
+                f" A Chroma folder holds {', '.join(PARTS)}."
             )
     return Source(main, revision, **folders, variant=options.variant or "")
 
@@ -76,8 +77,8 @@ def _root(name: str, parts: list[str], options: ModelOptions) -> tuple[Path, str
         return path.resolve(), ""
     if path.suffix.lower() in SINGLE_FILES:
         raise ModelError(
-            f"{name} is a single file; single files and GGUF are not read yet. Give a folder in diffusers' layout"
-            f" ({', '.join(PARTS)}), or a hub repository such as {FLAVOURS['base']}."
+            f"{name} is a single file; single files and GGUF are not read yet. Give a folder in"
+            f" diffusers' layout ({', '.join(PARTS)}), or a hub repository such as {FLAVOURS['base']}."
         )
     if not HUB_ID.fullmatch(name):
         raise ModelError(f"{name} is neither a folder that exists nor a hub repository (owner/name).")
@@ -85,9 +86,9 @@ def _root(name: str, parts: list[str], options: ModelOptions) -> tuple[Path, str
 
 
 def download(repo: str, parts: list[str], revision: str | None, variant: str) -> tuple[Path, str]:
-    """The needed parts of a hub repository, from the hub's own cache when they are there; (folder, commit)."""
+    """The needed parts of a hub repository, from the hub's own cache if there; (folder, commit)."""
     weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
-    # Root files serve repositories that hold a single part; the 18 GB single-file copies are never among them.
+    # Root files serve repositories that hold a single part; 18 GB single-file copies are never among them.
     patterns = ["model_index.json", "scheduler/*.json", "config.json", "tokenizer*", "spiece.model"]
     patterns += [f"{part}/{name}" for part in parts for name in ("*.json", "*.model", "*.txt", weights)]
     try:
@@ -101,7 +102,9 @@ def download(repo: str, parts: list[str], revision: str | None, variant: str) ->
     except GatedRepoError as error:
         raise _refused(repo, revision, error) from None
     except (HTTPError, OSError) as error:
-        raise DownloadError(f"The download of {repo} broke off ({_reason(error)}). The same command goes on.") from None
+        raise DownloadError(
+            f"The download of {repo} broke off ({_reason(error)}). The same command goes on."
+        ) from None
     return Path(folder), Path(folder).name
 
 
@@ -120,7 +123,8 @@ def _cached(repo: str, patterns: list[str], revision: str | None, error: Excepti
 def _refused(repo: str, revision: str | None, error: HfHubHTTPError) -> DownloadError:
     if isinstance(error, GatedRepoError):
         return DownloadError(
-            f"{repo} is gated: accept its licence on {constants.ENDPOINT}/{repo}, then run `hf auth login` or set HF_TOKEN."
+            f"{repo} is gated: accept its licence on {constants.ENDPOINT}/{repo},"
+            " then run `hf auth login` or set HF_TOKEN."
         )
     if isinstance(error, RevisionNotFoundError):
         return DownloadError(f"{repo} has no revision {revision!r}.")

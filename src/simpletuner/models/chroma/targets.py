@@ -1,4 +1,4 @@
-"""Which modules a preset adapts. The approximator, the embedders and the final proj_out are never among them."""
+"""Which modules a preset adapts: never the approximator, the embedders or the final proj_out."""
 
 from __future__ import annotations
 

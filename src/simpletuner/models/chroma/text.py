@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,17 +74,20 @@ def load_text_encoder(source: Source, options: ModelOptions, device: torch.devic
     """Headers first, then transformers' own streaming load in the cache dtype."""
     for file in weight_files(source.text_encoder, "model", source.variant):
         read_header(file)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    t5, report = T5EncoderModel.from_pretrained(
+    transformers_logging.disable_progress_bar()
+    loaded: Any = T5EncoderModel.from_pretrained(
         source.text_encoder,
         dtype=text_dtype(options),
         variant=source.variant or None,
         local_files_only=True,
         output_loading_info=True,
     )
+    t5, report = loaded
     missing = [name for name in report["missing_keys"] if not name.endswith("embed_tokens.weight")]
     if missing:
-        raise ModelError(f"{source.text_encoder} is no whole T5 encoder; missing: {', '.join(sorted(missing)[:8])}.")
+        raise ModelError(
+            f"{source.text_encoder} is no whole T5 encoder; missing: {', '.join(sorted(missing)[:8])}."
+        )
     tokenizer = load_tokenizer(source.tokenizer)
     return ChromaText(
         t5.to(device).requires_grad_(False).eval(),
@@ -101,5 +105,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} holds no tokenizer that can be read: {error}") from None
     if tokenizer.pad_token_id is None or tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
-        raise ModelError(f"{folder} is not T5's tokenizer: captions must end with </s> and a pad token must exist.")
+        raise ModelError(
+            f"{folder} is not T5's tokenizer: captions must end with </s> and a pad token must exist."
+        )
     return tokenizer

@@ -1,4 +1,4 @@
-"""Chroma's transformer: `forward` is the diagram. Parameter names are those of diffusers' ChromaTransformer2DModel.
+"""Chroma's transformer: `forward` is the diagram. Parameter names are diffusers' (ChromaTransformer2DModel).
 
 B batch · N image tokens (rows * columns of 2x2 latent patches) · L text tokens · S = L + N, text first
 W width (3072) · M modulation vectors (344) · D head width (128)
@@ -58,10 +58,16 @@ class TransformerConfig:
         unknown = sorted(key for key in raw if key not in names and not key.startswith("_"))
         if unknown:
             raise ModelError(f"{where}: {', '.join(unknown)} is not a field of Chroma's transformer.")
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items() if key in names}
+        values = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in raw.items()
+            if key in names
+        }
         config = cls(**values)  # type: ignore[arg-type]
         if config.patch_size != 1 or config.out_channels not in (None, config.in_channels):
-            raise ModelError(f"{where}: Chroma has patch_size 1 and as many output channels as input channels.")
+            raise ModelError(
+                f"{where}: Chroma has patch_size 1 and as many output channels as input channels."
+            )
         if sum(config.axes_dims_rope) != config.attention_head_dim or len(config.axes_dims_rope) != 3:
             raise ModelError(f"{where}: the three axes_dims_rope must add up to attention_head_dim.")
         return config
@@ -70,7 +76,9 @@ class TransformerConfig:
 def sinusoid(positions: Tensor, width: int) -> Tensor:
     """(K,) float32 -> (K, width) float32, cosines first. float32 because bf16 turns 654.3 into 656."""
     half = width // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=positions.device) / half)
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=positions.device) / half
+    )
     angles = positions.float()[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
@@ -94,7 +102,7 @@ def rotary_table(axes: Sequence[int], text: int, rows: int, columns: int) -> Ten
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x: (B, S, heads, D). Pairs of channels turn as complex numbers in float32 (4x cheaper than as reals)."""
+    """x: (B, S, heads, D). Pairs of channels turn as complex numbers in float32, 4x cheaper than as reals."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * table
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
@@ -177,7 +185,13 @@ class DoubleBlock(nn.Module):
         self.ff_context = FeedForward(config.width)
 
     def forward(
-        self, image: Tensor, text: Tensor, image_mod: Tensor, text_mod: Tensor, table: Tensor, mask: Tensor | None
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_mod: Tensor,
+        text_mod: Tensor,
+        table: Tensor,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """image_mod, text_mod: (B, 6, W): shift, scale, gate of attention, then of the feed-forward."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = image_mod.split(1, dim=1)
@@ -261,7 +275,9 @@ class ChromaTransformer(nn.Module):
         self.context_embedder = nn.Linear(config.joint_attention_dim, config.width)
         self.x_embedder = nn.Linear(config.in_channels, config.width)
         self.transformer_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_layers))
-        self.single_transformer_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
+        self.single_transformer_blocks = nn.ModuleList(
+            SingleBlock(config) for _ in range(config.num_single_layers)
+        )
         self.proj_out = nn.Linear(config.width, config.in_channels)
 
     def _index_code(self, indices: Tensor) -> Tensor:
@@ -275,11 +291,15 @@ class ChromaTransformer(nn.Module):
 
     @torch.no_grad()
     def modulations(self, sigma: Tensor) -> Tensor:
-        """(B,) float32 in [0, 1] -> (B, M, W), a function of sigma alone. The guidance input is constant 0."""
+        """(B,) float32 in [0, 1] -> (B, M, W), from sigma alone. The guidance input is constant 0."""
         channels = self.config.approximator_num_channels // 4
-        time = torch.cat((sinusoid(sigma.float() * 1000, channels), sinusoid(torch.zeros_like(sigma), channels)), -1)
+        time = torch.cat(
+            (sinusoid(sigma.float() * 1000, channels), sinusoid(torch.zeros_like(sigma), channels)), -1
+        )
         index = self.mod_proj.to(sigma.device, torch.float32)
-        code = torch.cat((time[:, None].expand(-1, len(index), -1), index[None].expand(len(sigma), -1, -1)), dim=-1)
+        code = torch.cat(
+            (time[:, None].expand(-1, len(index), -1), index[None].expand(len(sigma), -1, -1)), dim=-1
+        )
         weight = self.distilled_guidance_layer.in_proj.weight
         return self.distilled_guidance_layer(code.to(weight.device, weight.dtype))
 
@@ -304,7 +324,9 @@ class ChromaTransformer(nn.Module):
         image, text = self.x_embedder(tokens), self.context_embedder(text)
 
         doubles, singles = len(self.transformer_blocks), len(self.single_transformer_blocks)
-        single_mods, image_mods, text_mods, out_mod = mod.split((3 * singles, 6 * doubles, 6 * doubles, 2), dim=1)
+        single_mods, image_mods, text_mods, out_mod = mod.split(
+            (3 * singles, 6 * doubles, 6 * doubles, 2), dim=1
+        )
         for number, block in enumerate(self.transformer_blocks):
             image_mod, text_mod = (mods[:, 6 * number : 6 * number + 6] for mods in (image_mods, text_mods))
             image, text = self._run(number, block, image, text, image_mod, text_mod, table, mask)
@@ -323,7 +345,7 @@ class ChromaTransformer(nn.Module):
 
 
 def _key_mask(lengths: Sequence[int] | None, text: int, tokens: Tensor) -> Tensor | None:
-    """(B, 1, 1, S) bool, or None when every text row is real. Padded rows still ask but nothing hears them."""
+    """(B, 1, 1, S) bool, or None when every text row is real. Padded rows ask, but nothing hears them."""
     if lengths is None or all(length == text for length in lengths):
         return None
     real = torch.arange(text)[None] < torch.tensor(lengths)[:, None]

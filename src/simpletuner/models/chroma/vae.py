@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -23,7 +25,8 @@ def vae_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
 
 
 class ChromaVae(Vae):
-    def __init__(self, vae: AutoencoderKL, fingerprint: str) -> None:
+    def __init__(self, vae: Any, fingerprint: str) -> None:
+        """vae: an AutoencoderKL, which type checkers see as a stub without methods."""
         self.fingerprint = fingerprint
         self._vae = vae
 
@@ -39,18 +42,21 @@ class ChromaVae(Vae):
 
 
 def load_vae(source: Source, options: ModelOptions, device: torch.device) -> ChromaVae:
-    """Tiling and slicing cost time and, for tiling, seams of a few grey levels; they save memory above 2 megapixels."""
+    """Tiling and slicing save memory on large pictures; tiles leave seams of a few grey levels."""
     for file in weight_files(source.vae, STEM, source.variant):
         read_header(file)
-    vae, report = AutoencoderKL.from_pretrained(
+    loaded: Any = AutoencoderKL.from_pretrained(
         source.vae,
         torch_dtype=vae_dtype(options, device),
         variant=source.variant or None,
         local_files_only=True,
         output_loading_info=True,
     )
+    vae, report = loaded
     if report["missing_keys"]:
-        raise ModelError(f"{source.vae} is no whole VAE; missing: {', '.join(sorted(report['missing_keys'])[:8])}.")
+        raise ModelError(
+            f"{source.vae} is no whole VAE; missing: {', '.join(sorted(report['missing_keys'])[:8])}."
+        )
     if options.vae_enable_tiling:
         vae.enable_tiling()
     if options.vae_enable_slicing:

@@ -1,4 +1,4 @@
-"""Weights between a diffusers `transformer` folder and memory: checked first, then streamed tensor by tensor."""
+"""Weights between a diffusers `transformer` folder and memory: checked first, then tensor by tensor."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read_config(folder: Path) -> TransformerConfig:
 
 
 def weight_files(folder: Path, stem: str = STEM, variant: str = "") -> list[Path]:
-    """The safetensors files of one part, sharded or single, all existing. variant: "fp16" in `stem.fp16.*`."""
+    """The safetensors files of one part, sharded or single, all existing. variant: "fp16" in stem.fp16.*"""
     name = f"{stem}.{variant}" if variant else stem
     index = folder / f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"
     if index.exists():
@@ -58,7 +58,9 @@ def weight_files(folder: Path, stem: str = STEM, variant: str = "") -> list[Path
         files = [folder / f"{name}.safetensors"]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
-        raise ModelError(f"Weights are missing: {', '.join(missing)}. Download or copy the whole folder again.")
+        raise ModelError(
+            f"Weights are missing: {', '.join(missing)}. Download or copy the whole folder again."
+        )
     return files
 
 
@@ -69,7 +71,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > size - 8:
-            raise ModelError(f"{path} is cut short or not a safetensors file ({size:,} bytes). Download it again.")
+            raise ModelError(
+                f"{path} is cut short or not a safetensors file ({size:,} bytes). Download it again."
+            )
         try:
             header = json.loads(file.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -79,8 +83,8 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise ModelError(f"{path} has a damaged header. Download it again.") from None
     if size != 8 + length + end:
         raise ModelError(
-            f"{path} has {size:,} bytes where its header promises {8 + length + end:,}: it is cut short or damaged."
-            " Download it again."
+            f"{path} has {size:,} bytes where its header promises {8 + length + end:,}: it is cut short or"
+            " damaged. Download it again."
         )
     return shapes
 
@@ -97,11 +101,15 @@ def check(expected: Mapping[str, torch.Size], found: Mapping[str, Entry], where:
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise ModelError(
-            f"{where} does not hold the weights that its config.json describes: " + "; ".join(problems[:SHOWN]) + more
+            f"{where} does not hold the weights that its config.json describes: "
+            + "; ".join(problems[:SHOWN])
+            + more
         )
 
 
-def load_transformer(folder: Path, device: torch.device, dtype: torch.dtype, variant: str = "") -> ChromaTransformer:
+def load_transformer(
+    folder: Path, device: torch.device, dtype: torch.dtype, variant: str = ""
+) -> ChromaTransformer:
     """Read a diffusers `transformer` folder; eval mode, every parameter frozen.
 
     Nothing is read before all headers fit. Peak memory is the model plus its largest tensor: each is cast
@@ -123,18 +131,24 @@ def load_transformer(folder: Path, device: torch.device, dtype: torch.dtype, var
 
 
 def save_transformer(transformer: nn.Module, folder: Path) -> None:
-    """Write config.json and safetensors (shards of at most 10 GB) that load_transformer and diffusers read."""
+    """Write config.json and safetensors (shards of at most 10 GB) that diffusers reads as well."""
     if not isinstance(transformer, ChromaTransformer):
         raise TypeError(f"not Chroma's transformer: {type(transformer).__name__}")
     expected = set(_meta_names(transformer.config))
     state = {name: tensor for name, tensor in transformer.state_dict().items() if name in expected}
     if len(state) != len(expected):
-        raise ModelError("A transformer with adapters inside is not saved at full rank; save the adapter instead.")
+        raise ModelError(
+            "A transformer with adapters inside is not saved at full rank; save the adapter instead."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     fields = {"_class_name": CLASS_NAME, **transformer.config.__dict__}
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_torch_state_dict(
-        state, folder, filename_pattern=f"{STEM}{{suffix}}.safetensors", max_shard_size="10GB", safe_serialization=True
+        state,
+        folder,
+        filename_pattern=f"{STEM}{{suffix}}.safetensors",
+        max_shard_size="10GB",
+        safe_serialization=True,
     )
 
 
