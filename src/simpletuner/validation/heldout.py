@@ -1,0 +1,165 @@
+"""Held-out loss: the same samples, sigmas and noise at every step, so that only the weights differ.
+
+B batch · C latent channels · H W latent side (image px / stride)
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.cache.types import Batch
+from simpletuner.data.types import MicroBatch, Placed, Visit
+from simpletuner.events.progress import Stage
+from simpletuner.events.types import Emit, Evaluated
+from simpletuner.flow.path import add_noise, velocity_target
+from simpletuner.randomness import seed_at
+from simpletuner.validation.inference import Inference, evaluating
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """Samples that are measured together.
+
+    split: "eval" decides which step is best; "train" is a frozen part of what is trained on, and the
+    distance between the two is overfitting. dataset: what a person calls it. samples: how many.
+    load: the batches afresh, with posterior-mean latents and the first caption.
+    """
+
+    split: str
+    dataset: str
+    samples: int
+    load: Callable[[], Iterable[Batch]]
+
+
+def choose(placed: Sequence[Placed], count: int, seed: int) -> list[int]:
+    """Indices of `count` samples picked by a hash of their id: adding data moves few of them."""
+    ranked = sorted(range(len(placed)), key=lambda index: seed_at(seed, "heldout", placed[index].sample.id))
+    return sorted(ranked[:count])
+
+
+def fixed_batches(placed: Sequence[Placed], indices: Sequence[int], batch_size: int) -> list[MicroBatch]:
+    """The samples by bucket, each with its first caption."""
+    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index in indices:
+        buckets[placed[index].bucket_px].append(index)
+    groups = [
+        members[start : start + batch_size]
+        for members in buckets.values()
+        for start in range(0, len(members), batch_size)
+    ]
+    visits = [tuple(Visit(index, 0, 0, 0) for index in group) for group in groups]
+    return [MicroBatch(number, 0, group) for number, group in enumerate(visits)]
+
+
+def midpoints(count: int) -> list[float]:
+    """Equidistant sigmas (i + 1/2) / count."""
+    return [(index + 0.5) / count for index in range(count)]
+
+
+def fixed_noise(seed: int, sample_id: str, index: int, shape: torch.Size) -> Tensor:
+    """(C, H, W) noise of one sample at its index-th sigma, drawn on the CPU on every device."""
+    generator = torch.Generator().manual_seed(seed_at(seed, "heldout-noise", sample_id, index))
+    return torch.randn(shape, generator=generator)
+
+
+def paired_change(losses: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[float, float]:
+    """(mean, standard error) of loss - baseline over the samples in both.
+
+    The spread between easy and hard pictures cancels in the pairs. A single pair has no standard error;
+    0 is given for it.
+    """
+    differences = [loss - baseline[sample] for sample, loss in losses.items() if sample in baseline]
+    if not differences:
+        return 0.0, 0.0
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    return statistics.fmean(differences), error
+
+
+class HeldOut:
+    """Measures sets of samples; remembers their losses at the first measurement and the best step.
+
+    The loss is the plain mean squared error of the velocity, whatever loss trains, so that runs compare.
+    """
+
+    def __init__(self, inference: Inference, sets: Sequence[HeldOutSet], sigma_count: int, seed: int) -> None:
+        self.inference = inference
+        self.sets = tuple(sets)
+        self.sigmas = midpoints(sigma_count)
+        self.seed = seed
+        self.best_step: int | None = None
+        self.best_loss = math.inf
+        self._baseline: dict[str, dict[str, float]] = {}
+
+    def run(self, transformer: nn.Module, step: int, emit: Emit) -> bool:
+        """Measure every set and tell; True when the eval loss is the lowest so far."""
+        measured = [self._measure(transformer, one, emit) for one in self.sets]
+        held_out = [
+            statistics.fmean(losses)
+            for one, samples in zip(self.sets, measured, strict=True)
+            if one.split == "eval"
+            for losses in samples.values()
+        ]
+        loss = statistics.fmean(held_out) if held_out else math.inf
+        best = loss < self.best_loss
+        if best:
+            self.best_step, self.best_loss = step, loss
+        for one, samples in zip(self.sets, measured, strict=True):
+            if samples:
+                emit(self._summary(one, samples, step, best and one.split == "eval"))
+        return best
+
+    def state_dict(self) -> dict[str, object]:
+        """JSON-able: what a resumed run needs to go on comparing with step 0."""
+        loss = self.best_loss if math.isfinite(self.best_loss) else None
+        baseline = {name: dict(losses) for name, losses in self._baseline.items()}
+        return {"baseline": baseline, "best_step": self.best_step, "best_loss": loss}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        baseline, step, loss = state["baseline"], state["best_step"], state["best_loss"]
+        if not isinstance(baseline, dict):
+            raise TypeError(f"baseline must be a table of losses, not {type(baseline).__name__}")
+        self._baseline = {name: dict(losses) for name, losses in baseline.items()}
+        self.best_step = step if isinstance(step, int) else None
+        self.best_loss = loss if isinstance(loss, float) else math.inf
+
+    def _summary(
+        self, one: HeldOutSet, samples: Mapping[str, list[float]], step: int, best: bool
+    ) -> Evaluated:
+        means = {sample: statistics.fmean(losses) for sample, losses in samples.items()}
+        baseline = self._baseline.setdefault(f"{one.split}/{one.dataset}", means)
+        by_sigma = zip(self.sigmas, map(statistics.fmean, zip(*samples.values(), strict=True)), strict=True)
+        loss = statistics.fmean(means.values())
+        return Evaluated(
+            step, one.dataset, one.split, loss, *paired_change(means, baseline), tuple(by_sigma), best
+        )
+
+    def _measure(self, transformer: nn.Module, one: HeldOutSet, emit: Emit) -> dict[str, list[float]]:
+        """Loss by sample id, one number per sigma; a sample's numbers don't depend on its batch."""
+        losses: dict[str, list[float]] = {}
+        with evaluating(transformer), Stage(emit, f"evaluate {one.split}", one.samples, "samples") as stage:
+            for batch in one.load():
+                columns = [self._losses(transformer, batch, index) for index in range(len(self.sigmas))]
+                for sample, row in zip(batch.sample_ids, torch.stack(columns, dim=1).tolist(), strict=True):
+                    losses[sample] = row
+                stage.advance(len(batch.sample_ids))
+        return losses
+
+    def _losses(self, transformer: nn.Module, batch: Batch, index: int) -> Tensor:
+        """(B,) float64 at the index-th sigma."""
+        device = self.inference.device
+        latents = batch.latents.to(device)
+        noise = torch.stack(
+            [fixed_noise(self.seed, sample, index, latents.shape[1:]) for sample in batch.sample_ids]
+        ).to(device)
+        sigma = torch.full((len(latents),), self.sigmas[index], device=device)
+        text = batch.text.to(device, self.inference.dtype)
+        predicted = self.inference.velocity(transformer, add_noise(latents, noise, sigma), sigma, text)
+        error = predicted - velocity_target(latents, noise)
+        return error.square().flatten(1).mean(dim=1).cpu().double()

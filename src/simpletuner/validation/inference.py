@@ -1,0 +1,45 @@
+"""How a transformer is run outside training: eval mode, no gradient, the device's dtype.
+
+B batch · C latent channels · H W latent side (image px / stride) · L text tokens · D text width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.cache.types import TextBatch
+from simpletuner.models.family import Facts, ModelFamily
+
+
+@dataclass(frozen=True)
+class Inference:
+    """dtype: of the text rows as the transformer takes them. precision: the autocast of training, if any."""
+
+    family: ModelFamily
+    facts: Facts
+    device: torch.device
+    dtype: torch.dtype
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def velocity(self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch) -> Tensor:
+        """Velocity (B, C, H, W) float32; text is already on the device."""
+        with self.precision():
+            return self.family.predict(transformer, x_sigma, sigma, text).float()
+
+
+@contextmanager
+def evaluating(transformer: nn.Module) -> Iterator[None]:
+    """No gradient and eval mode inside; each module gets its own mode back afterwards."""
+    training = [module for module in transformer.modules() if module.training]
+    transformer.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,104 @@
+"""Contact sheets: many pictures on one, with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from simpletuner.validation.images import save_png
+
+PAPER, INK, FAINT, EMPTY = "#ffffff", "#1c1c1c", "#6b6b6b", "#ececec"
+GAP_PX, TEXT_PX = 8, 14
+MOST_COLUMNS, MOST_ROWS = 8, 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """label: the row's name; detail: smaller, below it. cells: column name -> picture file."""
+
+    label: str
+    detail: str
+    cells: Mapping[str, Path]
+
+
+def chosen(columns: Sequence[int], most: int = MOST_COLUMNS) -> list[int]:
+    """At most that many, the first and the last always among them, the rest evenly spaced by position."""
+    if len(columns) <= most:
+        return list(columns)
+    return [columns[round(place * (len(columns) - 1) / (most - 1))] for place in range(most)]
+
+
+def draw_sheet(rows: Sequence[Row], columns: Mapping[str, str], path: Path) -> Path:
+    """A table of pictures as PNG. columns: name -> title. Missing pictures stay grey."""
+    rows = rows[:MOST_ROWS]
+    cell = 256 if len(rows) <= 16 else 128
+    side, head = 176, TEXT_PX + 2 * GAP_PX
+    font, small = ImageFont.load_default(size=TEXT_PX), ImageFont.load_default(size=TEXT_PX - 3)
+    width = side + len(columns) * (cell + GAP_PX) + GAP_PX
+    heights = [_tallest(row, cell) for row in rows]
+    sheet = Image.new("RGB", (width, head + sum(heights) + GAP_PX * (len(rows) + 1)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for index, title in enumerate(columns.values()):
+        left = side + GAP_PX + index * (cell + GAP_PX)
+        pen.text((left, GAP_PX), _fitted(title, font, cell), INK, font)
+    top = head
+    for row, height in zip(rows, heights, strict=True):
+        pen.text((GAP_PX, top), _fitted(row.label, font, side - GAP_PX), INK, font)
+        lines = _wrapped(row.detail, small, side - GAP_PX, max(1, (height - 2 * TEXT_PX) // TEXT_PX))
+        pen.multiline_text((GAP_PX, top + TEXT_PX + 8), lines, FAINT, small, spacing=3)
+        for index, column in enumerate(columns):
+            place = (side + GAP_PX + index * (cell + GAP_PX), top)
+            picture = row.cells.get(column)
+            if picture is None:
+                pen.rectangle((*place, place[0] + cell - 1, place[1] + height - 1), EMPTY)
+            else:
+                sheet.paste(_thumbnail(picture, cell), place)
+        top += height + GAP_PX
+    save_png(sheet, path)
+    return path
+
+
+def _size_in(picture: Path, cell: int) -> tuple[int, int]:
+    with Image.open(picture) as image:
+        width, height = image.size
+    scale = cell / max(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _tallest(row: Row, cell: int) -> int:
+    return max((_size_in(picture, cell)[1] for picture in row.cells.values()), default=cell)
+
+
+def _thumbnail(picture: Path, cell: int) -> Image.Image:
+    with Image.open(picture) as image:
+        return image.convert("RGB").resize(_size_in(picture, cell), Image.Resampling.LANCZOS)
+
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def _fitted(text: str, font: Font, width: int) -> str:
+    """One line no wider than that, shortened with dots."""
+    text = " ".join(text.split())[:200]
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."
+
+
+def _wrapped(text: str, font: Font, width: int, most: int) -> str:
+    """At most that many lines broken between words; what does not fit is cut with dots."""
+    lines: list[str] = []
+    words = text.split()[:80]
+    while words and len(lines) < most:
+        count = 1
+        while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width:
+            count += 1
+        whole = len(lines) + 1 == most
+        lines.append(_fitted(" ".join(words if whole else words[:count]), font, width))
+        words = words[count:]
+    return "\n".join(lines)

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from simpletuner.errors import DiskFull
+from simpletuner.events.types import Event, ImageSaved, SheetSaved, Warned
+from simpletuner.validation import images
+from simpletuner.validation.component import Validator
+from simpletuner.validation.images import Settings, read_description, save_png, to_image
+from simpletuner.validation.prompts import Prompt, pictures
+from simpletuner.validation.sheet import Row, chosen, draw_sheet
+from tests.validation.toy import INFERENCE, Network, ToyVae, rows_of
+
+PROMPTS = (Prompt("cat", "a cat\nwith 帽子", "dogs"), Prompt("dog", "a dog"))
+
+
+def validator(run_dir: Path, events: list[Event], guidance: float = 2.0, identity: str = "one") -> Validator:
+    return Validator(
+        INFERENCE,
+        pictures(PROMPTS, [(32, 16)], 1, 42),
+        Settings(4, guidance, "toy", identity),
+        rows_of,
+        ToyVae().decode,
+        run_dir,
+        events.append,
+    )
+
+
+def test_the_picture_says_how_it_was_made(tmp_path: Path) -> None:
+    events: list[Event] = []
+    validator(tmp_path, events).run(500, Network(), "trained")
+    path = tmp_path / "images/step-000500/cat-0-32x16.png"
+    with Image.open(path) as image:
+        assert image.size == (32, 16)
+    said = read_description(path)
+    assert said["prompt"] == "a cat\nwith 帽子"
+    assert said["negative_prompt"] == "dogs"
+    expected = {"seed": "42", "steps": "4", "guidance": "2", "size": "32x16", "step": "500", "model": "toy"}
+    assert {key: said[key] for key in expected} == expected
+    first, second, third = said["parameters"].rsplit("\n", 2)
+    assert (first, second) == ("a cat\nwith 帽子", "Negative prompt: dogs")
+    assert third.startswith(
+        "Steps: 4, Sampler: Euler, CFG scale: 2, Seed: 42, Size: 32x16, Model: toy, Version: "
+    )
+    saved = [event for event in events if isinstance(event, ImageSaved)]
+    assert [(one.prompt_id, one.path, one.weights, one.width_px) for one in saved] == [
+        ("cat", "images/step-000500/cat-0-32x16.png", "trained", 32),
+        ("dog", "images/step-000500/dog-0-32x16.png", "trained", 32),
+    ]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_is_there_is_not_drawn_again(tmp_path: Path) -> None:
+    network, events = Network(), []
+    validator(tmp_path, events).run(5, network)
+    first = {path: path.read_bytes() for path in (tmp_path / "images/step-000005").iterdir()}
+    drawn, told = len(network.calls), len([event for event in events if isinstance(event, ImageSaved)])
+    validator(tmp_path, events).run(5, network)
+    assert len(network.calls) == drawn
+    assert len([event for event in events if isinstance(event, ImageSaved)]) == 2 * told
+
+    broken = tmp_path / "images/step-000005/dog-0-32x16.png"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    validator(tmp_path, events).run(5, network)
+    assert len(network.calls) == drawn + 4, "only the damaged one is drawn"
+    assert {path: path.read_bytes() for path in first} == first, "and gives the same file"
+
+    validator(tmp_path, events, guidance=1.0).run(5, network)
+    validator(tmp_path, events, guidance=1.0, identity="two").run(5, network)
+    assert len(network.calls) == drawn + 12, "other settings, another run: drawn again"
+
+
+def test_pixels() -> None:
+    pixels = torch.tensor([-1.0, 0.0, 1.0, 5.0, float("nan")]).repeat(1, 3, 1, 1)
+    assert [to_image(pixels).getpixel((x, 0))[0] for x in range(5)] == [0, 128, 255, 255, 128]
+
+
+def test_weights_that_are_broken_are_named(tmp_path: Path) -> None:
+    events: list[Event] = []
+    validator(tmp_path, events).run(5, Network(float("nan")))
+    warned = [event.message for event in events if isinstance(event, Warned)]
+    assert len(warned) == 2
+    assert "step 5: cat-0-32x16.png is not finite" in warned[0]
+
+
+def test_a_full_disk_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images.os, "replace", refuse)
+    with pytest.raises(DiskFull):
+        save_png(Image.new("RGB", (4, 4)), tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sheets_grow_with_the_run(tmp_path: Path) -> None:
+    events: list[Event] = []
+    drawn = validator(tmp_path, events)
+    drawn.run(0, Network(0.1), "base")
+    assert [event.path for event in events if isinstance(event, SheetSaved)] == ["images/sheet.png"]
+    for step in range(10, 120, 10):
+        drawn.run(step, Network(step / 50))
+    drawn.run(110, Network(9.0), "ema")
+    with Image.open(tmp_path / "images/sheet.png") as sheet:
+        four_rows = sheet.size
+    drawn.run(120, Network(3.0))
+    assert (tmp_path / "images/step-000110/cat-0-32x16-ema.png").is_file()
+    with Image.open(tmp_path / "images/before_after.png") as image:
+        # Two pictures side by side, base above and the newest below, scaled to 256 px wide and 128 high.
+        assert image.size == (176 + 2 * 264 + 8, 30 + 2 * 128 + 3 * 8)
+        before, after = (image.getpixel((186, top)) for top in (34, 34 + 136))
+    cat = tmp_path / "images"
+    for colour, folder in ((before, "step-000000"), (after, "step-000120")):
+        with Image.open(cat / folder / "cat-0-32x16.png") as image:
+            difference = [abs(a - b) for a, b in zip(colour, image.getpixel((0, 0)), strict=True)]
+        assert max(difference) < 12
+    assert before != after
+    assert four_rows == (176 + 8 * 264 + 8, 30 + 4 * 128 + 5 * 8)
+
+
+def test_pictures_of_another_run_are_not_on_the_sheet(tmp_path: Path) -> None:
+    events: list[Event] = []
+    validator(tmp_path, events, identity="old").run(10, Network())
+    validator(tmp_path, events, identity="new").run(5, Network())
+    with Image.open(tmp_path / "images/sheet.png") as sheet:
+        assert sheet.width == 176 + 264 + 8
+
+
+def test_columns_keep_first_and_last() -> None:
+    assert chosen([1, 2, 3], 8) == [1, 2, 3]
+    assert chosen(list(range(100)), 5) == [0, 25, 50, 74, 99]
+    for count in range(8, 40):
+        columns = chosen(list(range(count)), 8)
+        assert len(set(columns)) == 8
+        assert (columns[0], columns[-1]) == (0, count - 1)
+
+
+def test_a_hole_in_the_sheet_stays_grey(tmp_path: Path) -> None:
+    draw_sheet([Row("nothing " * 30, "x" * 4000, {})], {"a": "a" * 300}, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.getpixel((300, 150)) == (0xEC, 0xEC, 0xEC)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from simpletuner.config.schema import DataOptions, ValidationOptions
+from simpletuner.errors import ConfigError
+from simpletuner.validation.prompts import Prompt, captions, file_safe, pictures, read_prompts, read_sizes
+
+
+def read(tmp_path: Path, text: str, **options: object) -> tuple[Prompt, ...]:
+    (tmp_path / "library.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    return read_prompts(ValidationOptions(user_prompt_library="library.json", **options), tmp_path)
+
+
+def test_the_library_follows_the_prompt_and_its_fields_win(tmp_path: Path) -> None:
+    library = """{
+      // comments and a trailing comma
+      "a cat/../x": "a cat",
+      "dog": {"caption": "a dog", "negative_prompt": "cats", "seed": 7},
+      "unconditional": "",
+    }"""
+    found = read(tmp_path, library, validation_prompt="first", validation_negative_prompt="blur")
+    assert found == (
+        Prompt("validation", "first", "blur"),
+        Prompt("a-cat-..-x", "a cat", "blur"),
+        Prompt("dog", "a dog", "cats", 7),
+        Prompt("unconditional", "", "blur"),
+    )
+    assert captions(found, 1.0) == ("first", "a cat", "a dog", "")
+    assert captions(found, 2.0) == ("first", "a cat", "a dog", "", "blur", "cats")
+
+
+def test_no_prompt_is_no_picture(tmp_path: Path) -> None:
+    assert read_prompts(ValidationOptions(), tmp_path) == ()
+
+
+BAD = {
+    "not a file name": ('{"../..": "x"}', ":1:2: '../..': the name has no letter"),
+    "taken": (
+        '{"Validation": "x"}',
+        ":1:2: 'Validation': its file name would be that of 'validation_prompt'",
+    ),
+    "same file": ('{"a b": "x",\n "a/b": "y"}', ":2:2: 'a/b': its file name would be that of 'a b'"),
+    "null": ('{"a": null}', ":1:2: 'a': must be a prompt, or"),
+    "list": ('{"a": ["b"]}', ":1:2: 'a': must be a prompt, or"),
+    "typo": ('{"a": {"promt": "b"}}', ":1:8: 'a': unknown field 'promt'; did you mean 'prompt'?"),
+    "foreign": ('{"a": {"prompt": "b", "bbox_entities": []}}', "unknown field 'bbox_entities'; known are"),
+    "both": ('{"a": {"prompt": "b", "caption": "c"}}', "needs the field 'prompt'"),
+    "number": ('{"a": {"prompt": 3}}', "prompt must be text, not 3"),
+    "seed": ('{"a": {"prompt": "b", "seed": -1}}', "seed must be a whole number from 0, not -1"),
+    "true seed": ('{"a": {"prompt": "b", "seed": true}}', "not True"),
+    "list of prompts": ('["a"]', ":1:1: must be an object"),
+    "broken": ('{"a": "b"', ":1:10: "),
+    "latin-1": ('{"a": "\udce9"}', "is not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_library(tmp_path: Path, name: str) -> None:
+    text, expected = BAD[name]
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text)
+    assert "library.json" in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def test_every_problem_of_the_library_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, '{"a": 1, "b": "fine", "c": {"seed": 2.5}}')
+    assert len(caught.value.problems) == 3
+
+
+def test_missing_library_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'nowhere\.json' is not a file"):
+        read_prompts(ValidationOptions(user_prompt_library="nowhere.json"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 500, "猫と犬" * 100, "con\x00trol\n", ".hidden", "..", "/etc/passwd", "C:\\x"]
+)
+def test_ids_stay_in_their_folder(name: str) -> None:
+    cleaned = file_safe(name)
+    assert len(f"{cleaned}-10-4096x4096-ema.png".encode()) < 255
+    assert not set(cleaned) & set("/\\\0\n:")
+    assert not cleaned.startswith(".")
+
+
+def test_sizes() -> None:
+    data = DataOptions(resolution=512)
+    assert read_sizes("512, 512x768,512", data, 64) == (((512, 512), (512, 768)), ())
+    sizes, notes = read_sizes("500x100", data, 64)
+    assert sizes == ((512, 128),)
+    assert "500x100" in notes[0]
+    assert "512x128" in notes[0]
+    assert read_sizes(None, data, 64)[0] == ((512, 512),)
+    assert read_sizes(None, DataOptions(resolution=1.0, resolution_type="area"), 64)[0] == ((1024, 1024),)
+    for bad in ("", ",", "0", "32", "9999", "512x", "-512", "0.5", "512 512", "x", "512x512x512", "²"):
+        with pytest.raises(ConfigError, match=r"validation_resolution: .* is not a size"):
+            read_sizes(bad or " ", data, 64)
+
+
+def test_pictures_count_seeds_up() -> None:
+    listed = pictures([Prompt("a", "a"), Prompt("b", "b", seed=7)], [(64, 64), (64, 128)], 2, 42)
+    assert [(one.stem, one.seed) for one in listed] == [
+        ("a-0-64x64", 42), ("a-1-64x64", 43), ("b-0-64x64", 7), ("b-1-64x64", 8),
+        ("a-0-64x128", 42), ("a-1-64x128", 43), ("b-0-64x128", 7), ("b-1-64x128", 8),
+    ]  # fmt: skip

@@ -1,0 +1,130 @@
+"""A family whose sampling is known in closed form, so that the solver path has an exact answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.cache.types import Batch, TextBatch
+from simpletuner.config.schema import ModelOptions
+from simpletuner.models.family import Facts, ModelFamily, Source, TextEncoder, Vae
+from simpletuner.validation.inference import Inference
+
+FACTS = Facts(
+    latent_channels=4,
+    stride_px=8,
+    alignment_px=16,
+    max_tokens=16,
+    text_width=4,
+    latent_shift=0.0,
+    latent_scale=1.0,
+)
+
+
+class Network(nn.Module):
+    """v = gain x + word, the word being the mean of a text's real rows, a number per channel."""
+
+    def __init__(self, gain: float = 0.5) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain))
+        self.dropout = nn.Dropout(0.9)
+        self.calls: list[int] = []
+        self.grad_seen = False
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        self.calls.append(len(x))
+        self.grad_seen |= torch.is_grad_enabled()
+        return self.dropout(self.gain * x + words[:, :, None, None])
+
+
+def word(rows: Tensor) -> Tensor:
+    return rows.float().mean(dim=0)
+
+
+def rows_of(text: str) -> Tensor:
+    """(L, 4) in bfloat16; the length follows the text's."""
+    generator = torch.Generator().manual_seed(sum(map(ord, text)))
+    return torch.randn(1 + len(text) % 5, 4, generator=generator).bfloat16()
+
+
+def exact(noise: Tensor, gain: float, word: Tensor, steps: int) -> Tensor:
+    """Euler's result for v = gain x + word in closed form: x shrinks by r = 1 - gain / steps each time."""
+    left = (1 - gain / steps) ** steps
+    return left * noise - (1 - left) / gain * word[:, None, None]
+
+
+class ToyEncoder(TextEncoder):
+    fingerprint = "toy"
+
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        return [rows_of(caption) for caption in captions]
+
+    def token_count(self, caption: str) -> int:
+        return len(caption) % 5
+
+
+class ToyVae(Vae):
+    fingerprint = "toy"
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents[:, :3].tanh().repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+
+
+class Toy(ModelFamily):
+    name = "toy"
+    flavours: Mapping[str, str] = {"nano": ""}
+
+    def locate(self, options: ModelOptions) -> Source:
+        return Source("toy", "", *[Path()] * 4)
+
+    def facts(self, source: Source) -> Facts:
+        return FACTS
+
+    def text_fingerprint(self, source: Source, options: ModelOptions) -> str:
+        return "toy"
+
+    def vae_fingerprint(self, source: Source, options: ModelOptions) -> str:
+        return "toy"
+
+    def load_text_encoder(self, source: Source, options: ModelOptions, device: torch.device) -> TextEncoder:
+        return ToyEncoder()
+
+    def load_vae(self, source: Source, options: ModelOptions, device: torch.device) -> Vae:
+        return ToyVae()
+
+    def load_transformer(self, source: Source, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return Network().eval()
+
+    def predict(self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch) -> Tensor:
+        words = [word(rows[:length]) for rows, length in zip(text.rows, text.lengths, strict=True)]
+        velocity: Tensor = transformer(x_sigma, torch.stack(words))
+        return velocity
+
+    def set_gradient_checkpointing(self, transformer: nn.Module, every: int) -> None:
+        raise NotImplementedError
+
+    def trainable_at_full_rank(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        return list(transformer.named_parameters())
+
+    def lora_targets(self, transformer: nn.Module, preset: str) -> list[str]:
+        return []
+
+    def save_transformer(self, transformer: nn.Module, source: Source, folder: Path) -> None:
+        raise NotImplementedError
+
+
+INFERENCE = Inference(Toy(), FACTS, torch.device("cpu"), torch.float32)
+
+
+def batch_of(ids: Sequence[str]) -> Batch:
+    """Latents and text that depend on the sample alone."""
+    latents = [
+        torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(sum(map(ord, one)))) for one in ids
+    ]
+    return Batch(torch.stack(latents), TextBatch.stack([rows_of(one) for one in ids]), tuple(ids), tuple(ids))
