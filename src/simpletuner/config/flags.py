@@ -40,7 +40,7 @@ def pairs(argv: Sequence[str], switches: Sequence[str] = ()) -> list[tuple[str, 
 
 def _is_value(name: str, word: str, switches: Sequence[str]) -> bool:
     """A boolean takes the next word only if it says yes or no; nothing takes a word like `--seed`."""
-    if name in switches or DASHED.fullmatch(word) or word.startswith("--") and ASSIGNED.fullmatch(word):
+    if name in switches or DASHED.fullmatch(word) or (word.startswith("--") and ASSIGNED.fullmatch(word)):
         return False
     option = catalog().get(name)
     return option is None or option.kind != "flag" or word.lower() in TRUE + FALSE

@@ -1,0 +1,49 @@
+"""simpletuner options: search the options by word."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from simpletuner.config.catalog import Option, catalog
+from simpletuner.config.refused import reason_refused
+from simpletuner.config.values import did_you_mean
+from simpletuner.errors import ConfigError
+
+
+@click.command("options")
+@click.argument("word", required=False)
+def command(word: str | None) -> None:
+    """Every option whose name or help has WORD in it; without WORD, the names by group."""
+    sought = (word or "").lower().lstrip("-").replace("-", "_")
+    found = [option for option in catalog().values() if sought in " ".join((option.name, *option.aliases))]
+    found = found or [option for option in catalog().values() if (word or "").lower() in option.text.lower()]
+    if not word:
+        names: dict[str, list[str]] = {}
+        for option in found:
+            names.setdefault(option.group, []).append(option.name)
+        for group, members in names.items():
+            click.echo(f"{group}\n  {chr(10).join(members).replace(chr(10), chr(10) + '  ')}\n")
+        return
+    for option in found:
+        click.echo(description(option))
+    reason = reason_refused(sought)
+    if reason:
+        click.echo(f"{sought} is not an option here: {reason}")
+    elif not found:
+        raise ConfigError(f"no option has to do with {word!r}{did_you_mean(sought, catalog())}")
+
+
+def description(option: Option) -> str:
+    """A few lines about one option."""
+    unit = f" ({option.unit})" if option.unit else ""
+    lines = [
+        option.name,
+        f"  {option.text}",
+        f"  takes {option.takes}{unit}; default {json.dumps(option.default)}; {option.level}",
+    ]
+    if option.aliases:
+        lines.append(f"  also written {', '.join(option.aliases)}")
+    lines.append("  may change on resume" if option.resume == "free" else "  must stay the same on resume")
+    return "\n".join(lines)

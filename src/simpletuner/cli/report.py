@@ -1,0 +1,21 @@
+"""simpletuner report: one self-contained page about a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from simpletuner.errors import ConfigError
+
+
+@click.command("report")
+@click.argument("run_dir", type=click.Path(path_type=Path))
+def command(run_dir: Path) -> None:
+    """Write report.html into RUN_DIR from its events.jsonl, and print where it is."""
+    from simpletuner.events.report import write_report
+
+    if not (run_dir / "events.jsonl").is_file():
+        raise ConfigError(f"{run_dir} is no run folder: it has no events.jsonl")
+    write_report(run_dir)
+    click.echo(run_dir / "report.html")
