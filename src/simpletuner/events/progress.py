@@ -1,0 +1,46 @@
+"""Progress of one stage: counts units, tells rate and time left, not more often than a person reads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+
+from simpletuner.events.types import Emit, StageDone, StageProgress, StageStarted
+
+
+class Stage:
+    """`with Stage(emit, "encode images", total=160, unit="images") as stage: stage.advance()`.
+
+    Emits StageStarted, StageProgress at most every `every_s` seconds, and StageDone unless the body raised.
+    `note` may be set on the way; it ends up in StageDone. advance() may be called from several threads.
+    """
+
+    def __init__(self, emit: Emit, name: str, total: int | None, unit: str, every_s: float = 0.5) -> None:
+        self._emit, self._name, self._total, self._unit, self._every_s = emit, name, total, unit, every_s
+        self._lock = threading.Lock()
+        self.done = 0
+        self.note = ""
+
+    def __enter__(self) -> Stage:
+        self._started = self._told = time.monotonic()
+        self._emit(StageStarted(self._name, self._total, self._unit))
+        return self
+
+    def advance(self, count: int = 1) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self.done += count
+            due = now - self._told >= self._every_s
+            if due:
+                self._told = now
+        if due:
+            rate = self.done / max(now - self._started, 1e-9)
+            left_s = (self._total - self.done) / rate if self._total is not None and rate > 0 else None
+            self._emit(StageProgress(self._name, self.done, self._total, rate, left_s))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._emit(StageDone(self._name, self.done, time.monotonic() - self._started, self.note))

@@ -1,0 +1,137 @@
+"""What a person sees while it runs: one live line per stage on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from simpletuner.events.sinks import LEVELS, level_of
+from simpletuner.events.types import (
+    DatasetScanned,
+    Event,
+    Failed,
+    Finished,
+    ImageSaved,
+    RunStarted,
+    StageDone,
+    StageProgress,
+    StageStarted,
+    Stepped,
+)
+from simpletuner.events.wording import Smooth, describe, duration, speed
+
+STYLES = {LEVELS["warning"]: "yellow", LEVELS["info"]: ""}
+TRAIN = "train"
+
+
+class Terminal:
+    """Sink. level: "debug", "info" or "warning". every_s: how often a plain progress line is due."""
+
+    def __init__(self, stream: TextIO, level: str = "info", every_s: float = 5.0) -> None:
+        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        self._level = LEVELS[level]
+        self._every_s = every_s
+        self._last_line = time.monotonic()
+        self._tasks: dict[str, TaskID] = {}
+        self._loss, self._seconds = Smooth(), Smooth()
+        self._live: Progress | None = None
+        if self._console.is_terminal and self._level <= LEVELS["info"]:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+                       TextColumn("{task.fields[text]}", markup=False))  # fmt: skip
+            self._live = Progress(*columns, console=self._console, transient=True, refresh_per_second=4)
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case StageStarted():
+                self._task(event.stage, event.total)
+            case StageProgress():
+                self._progress(event.stage, event.done, event.total, _stage_text(event), describe(event))
+            case Stepped():
+                text = self._step_text(event)
+                self._progress(TRAIN, event.step, event.total, text, f"step {text}")
+            case DatasetScanned():
+                self._end(event.dataset)
+                if self._level <= LEVELS["info"]:
+                    self._console.print(bucket_table(event))
+            case StageDone():
+                self._end(event.stage)
+                self._line(event)
+            case ImageSaved() if self._level > LEVELS["debug"]:
+                pass  # the contact sheet is told instead
+            case _:
+                if isinstance(event, RunStarted):  # a resumed run in the same process starts a fresh mean
+                    self._loss, self._seconds = Smooth(), Smooth()
+                if isinstance(event, (Finished, Failed)):
+                    self.close()
+                self._line(event)
+
+    def close(self) -> None:
+        """Take the live line off the screen."""
+        for name in list(self._tasks):
+            self._end(name)
+
+    def _line(self, event: Event) -> None:
+        level = level_of(event)
+        if level >= self._level:
+            style = "red" if isinstance(event, Failed) else STYLES.get(level, "")
+            prefix = "warning: " if level == LEVELS["warning"] and not isinstance(event, Failed) else ""
+            self._console.print(Text(prefix + describe(event), style=style))
+
+    def _task(self, name: str, total: int | None) -> TaskID | None:
+        if self._live is None:
+            return None
+        if name not in self._tasks:
+            self._tasks[name] = self._live.add_task(name, total=total, text="")
+            self._live.start()
+        return self._tasks[name]
+
+    def _end(self, name: str) -> None:
+        if self._live is not None and name in self._tasks:
+            self._live.remove_task(self._tasks.pop(name))
+            if not self._tasks:
+                self._live.stop()
+
+    def _progress(self, name: str, done: int, total: int | None, text: str, line: str) -> None:
+        task = self._task(name, total)
+        if self._live is not None and task is not None:
+            self._live.update(task, completed=done, total=total, text=text)
+            return
+        now = time.monotonic()
+        due = now - self._last_line >= self._every_s or (name == TRAIN and done in (1, total))
+        if due and self._level <= LEVELS["info"]:
+            self._last_line = now
+            self._console.print(Text(line))
+
+    def _step_text(self, event: Stepped) -> str:
+        loss, seconds = self._loss(event.loss), self._seconds(event.seconds)
+        parts = [f"{event.step}/{event.total}", f"loss {loss:.4f}", f"lr {event.learning_rate:.3g}",
+                 speed(1 / seconds if seconds > 0 else 0.0, "it"),
+                 f"{duration(seconds * (event.total - event.step))} left"]  # fmt: skip
+        if event.memory_gib is not None:
+            parts.append(f"{event.memory_gib:.1f} GiB")
+        return " · ".join(parts)
+
+
+def _stage_text(event: StageProgress) -> str:
+    of = "" if event.total is None else f"/{event.total}"
+    return f"{event.done}{of} · {event.rate:.1f}/s · {duration(event.left_s)} left"
+
+
+def bucket_table(event: DatasetScanned) -> Table:
+    """Sizes with their counts, then what was dropped and why."""
+    title = Text(f"dataset {event.dataset}: {event.samples} samples")
+    table = Table(title=title, title_justify="left", min_width=36)
+    table.add_column("bucket (px)")
+    table.add_column("samples", justify="right")
+    for width, height, count in event.buckets:
+        table.add_row(f"{width} x {height}", str(count))
+    for position, (reason, count) in enumerate(sorted(event.rejected.items())):
+        if position == 0:
+            table.add_section()
+        table.add_row(Text(f"dropped: {reason}", style="yellow"), str(count))
+    return table

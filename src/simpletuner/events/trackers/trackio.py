@@ -1,0 +1,30 @@
+"""Trackio, which keeps its data on this computer unless it is told otherwise."""
+
+from __future__ import annotations
+
+from simpletuner.errors import MissingExtra
+from simpletuner.events.trackers import Tracked, scalars
+from simpletuner.events.types import Evaluated, Event, ImageSaved, Stepped
+
+try:
+    import trackio
+except ImportError as error:
+    raise MissingExtra("report_to = trackio needs: pip install 'simpletuner[trackio]'") from error
+
+
+class Tracker:
+    def __init__(self, tracked: Tracked) -> None:
+        self._run_dir = tracked.run_dir
+        self._run = trackio.init(
+            project=tracked.project, name=tracked.run_name, config=dict(tracked.config), resume="allow"
+        )
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, (Stepped, Evaluated)):
+            trackio.log(scalars(event), step=event.step)
+        elif isinstance(event, ImageSaved):
+            picture = trackio.Image(str(self._run_dir / event.path), caption=event.prompt)
+            trackio.log({f"images/{event.prompt_id}/{event.weights}": picture}, step=event.step)
+
+    def close(self) -> None:
+        trackio.finish()

@@ -1,0 +1,92 @@
+"""Events and figures in a person's words: one line each, shared by the terminal, the report and messages."""
+
+from __future__ import annotations
+
+from simpletuner.events import types
+
+
+class Smooth:
+    """Exponential mean without the pull of its start (Adam's bias correction). share: the newest one's."""
+
+    def __init__(self, share: float = 0.05) -> None:
+        self._share = share
+        self._sum = self._weight = 0.0
+
+    def __call__(self, value: float) -> float:
+        """Values that are not a number are passed over."""
+        if value == value:
+            self._sum += self._share * (value - self._sum)
+            self._weight += self._share * (1.0 - self._weight)
+        return self._sum / self._weight if self._weight else value
+
+
+def duration(seconds: float | None) -> str:
+    """41 s, 3:07 min, 2:05 h; "?" when unknown."""
+    if seconds is None or seconds != seconds:
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def size(count: int) -> str:
+    """Bytes in binary units."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} GiB"
+
+
+def speed(per_s: float, unit: str) -> str:
+    """Per second, or seconds per unit when that reads better."""
+    if per_s <= 0:
+        return f"? {unit}/s"
+    return f"{per_s:.2f} {unit}/s" if per_s >= 0.5 else f"{1 / per_s:.1f} s/{unit}"
+
+
+def describe(event: types.Event) -> str:
+    """One line of plain text."""
+    match event:
+        case types.RunStarted():
+            steps = f"steps {event.resumed_step} to {event.total_steps}"
+            return f"simpletuner {event.version}: {event.model} on {event.device}, {steps}"
+        case types.Noted() | types.Warned():
+            return event.message
+        case types.StageStarted():
+            return f"{event.stage}: {'' if event.total is None else f'{event.total} '}{event.unit}"
+        case types.StageProgress():
+            of = "" if event.total is None else f" of {event.total}"
+            return f"{event.stage}: {event.done}{of}, {event.rate:.1f}/s, {duration(event.left_s)} left"
+        case types.StageDone():
+            note = f" ({event.note})" if event.note else ""
+            return f"{event.stage}: {event.done} in {duration(event.seconds)}{note}"
+        case types.DatasetScanned():
+            dropped = "".join(f", {count} {reason}" for reason, count in sorted(event.rejected.items()))
+            return f"dataset {event.dataset}: {event.samples} in {len(event.buckets)} buckets{dropped}"
+        case types.Stepped():
+            return f"step {event.step} of {event.total}: loss {event.loss:.4f}"
+        case types.Saved():
+            return f"saved {event.path} ({size(event.size_bytes)} in {duration(event.seconds)})"
+        case types.Resumed():
+            return f"going on from {event.path} at step {event.step}"
+        case types.CheckpointSetAside():
+            return f"{event.path} is damaged and was set aside: {event.reason}"
+        case types.ImageSaved():
+            return f"step {event.step}: {event.path} [{event.weights}]"
+        case types.SheetSaved():
+            return f"step {event.step}: contact sheet {event.path}"
+        case types.Evaluated():
+            best = ", the best so far" if event.best else ""
+            change = f"change {event.change:+.4f} ± {event.change_se:.4f}"
+            return f"step {event.step}: {event.split} loss ({event.dataset}) {event.loss:.4f}, {change}{best}"
+        case types.Finished():
+            return f"{event.status} at step {event.step} after {duration(event.seconds)}"
+        case types.Failed():
+            return f"failed at step {event.step}: {event.error}"
+        case _:
+            return event.kind
