@@ -1,0 +1,206 @@
+"""Linears with a low-rank delta: y = base(x) + strength * scale * B A x.
+
+T tokens (batch and sequence flattened) · r rank · A (r, in) · B (out, r), float32 masters over any base
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+from simpletuner.adapters.layout import Factors
+
+ADAPTER = "default"
+
+
+class _FrozenLinearWithDelta(torch.autograd.Function):
+    """A frozen nn.Linear and its delta as one node: keeps x and A x, adds the delta in place both ways."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        dtype, flat = x.dtype, x.reshape(-1, x.shape[-1])
+        hidden = F.linear(flat, a.to(dtype))
+        y = F.linear(flat, weight.to(dtype), None if bias is None else bias.to(dtype))
+        y.addmm_(hidden, b.to(dtype).t(), alpha=scale)
+        # The weights are kept as they are and cast again: cast copies would live until the backward.
+        ctx.save_for_backward(x, hidden, weight, a, b)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, weight, a, b = ctx.saved_tensors
+        needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_hidden = torch.mm(grad, b.to(x.dtype)).mul_(ctx.scale)
+        grad_x = None
+        if needs_x:
+            grad_x = torch.mm(grad, weight.to(x.dtype)).addmm_(grad_hidden, a.to(x.dtype)).view(x.shape)
+        grad_a = _grad_down(grad_hidden, x, a) if needs_a else None
+        grad_b = _grad_up(grad, hidden, b, ctx.scale) if needs_b else None
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+class _Delta(torch.autograd.Function):
+    """base_y + scale * B A x, where the base is a module of its own kind or x went through dropout."""
+
+    @staticmethod
+    def forward(ctx: Any, base_y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        dtype = x.dtype
+        hidden = F.linear(x.reshape(-1, x.shape[-1]), a.to(dtype))
+        ctx.save_for_backward(x, hidden, a, b)
+        ctx.scale = scale
+        y = torch.addmm(base_y.reshape(-1, base_y.shape[-1]), hidden, b.to(dtype).t(), alpha=scale)
+        return y.view(base_y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, a, b = ctx.saved_tensors
+        _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_hidden = torch.mm(grad, b.to(x.dtype)).mul_(ctx.scale)
+        grad_x = torch.mm(grad_hidden, a.to(x.dtype)).view(x.shape) if needs_x else None
+        grad_a = _grad_down(grad_hidden, x, a) if needs_a else None
+        grad_b = _grad_up(grad, hidden, b, ctx.scale) if needs_b else None
+        return grads[0], grad_x, grad_a, grad_b, None
+
+
+def _grad_down(grad_hidden: Tensor, x: Tensor, a: Tensor) -> Tensor:
+    return torch.mm(grad_hidden.t(), x.reshape(-1, x.shape[-1])).to(a.dtype)
+
+
+def _grad_up(grad: Tensor, hidden: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.mm(grad.t(), hidden).mul_(scale).to(b.dtype)
+
+
+class AdaptedLinear(PeftLinear, ABC):
+    """PEFT's LoRA linear, with its parameter names. strength: 1 as trained, 0 the base, bit for bit.
+
+    Dropout draws from the global generator: seed it per micro-batch, and let checkpointing preserve it.
+    """
+
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.strength = 1.0
+
+    @property
+    def down(self) -> nn.Parameter:
+        """A (r, in)"""
+        return cast(nn.Parameter, self.lora_A[ADAPTER].weight)
+
+    @property
+    def up(self) -> nn.Parameter:
+        """B (out, r)"""
+        return cast(nn.Parameter, self.lora_B[ADAPTER].weight)
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """Row norms (out,) with DoRA, else None."""
+        parts = self.lora_magnitude_vector
+        return cast(nn.Parameter, parts[ADAPTER].weight) if ADAPTER in parts else None
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank)."""
+        return float(self.scaling[ADAPTER])
+
+    def cast_adapter(self, dtype: torch.dtype) -> None:
+        for part in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
+            part.to(dtype)
+
+    @abstractmethod
+    def factors(self) -> Factors:
+        """The delta at strength 1 as a file holds it, alpha folded in."""
+
+
+class LoraLinear(AdaptedLinear):
+    """Plain LoRA through our autograd: base-dtype matmuls, float32 masters.
+
+    start_down, start_up: what a delta that starts from the base's principal part is measured from
+    (delta = scale * (B A - start_up start_down), so that the base is never modified); else None.
+    """
+
+    start_down: Tensor | None
+    start_up: Tensor | None
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.register_buffer("start_down", None, persistent=False)
+        self.register_buffer("start_up", None, persistent=False)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_layer
+        if self.strength == 0.0 or self.disable_adapters or self.merged:
+            return base(x, *args, **kwargs)
+        dropout, scale = self.lora_dropout[ADAPTER], self.scale * self.strength
+        dropping = self.training and isinstance(dropout, nn.Dropout)
+        if self.start_down is not None and self.start_up is not None:
+            return self._from_start(base(x, *args, **kwargs), dropout(x), self.start_down, self.start_up)
+        if type(base) is nn.Linear and not base.weight.requires_grad and not dropping:
+            x = _as_autocast(x)
+            return _FrozenLinearWithDelta.apply(x, base.weight, base.bias, self.down, self.up, scale)
+        base_y = base(x, *args, **kwargs)
+        return _Delta.apply(base_y, dropout(x.to(base_y.dtype)), self.down, self.up, scale)
+
+    def _from_start(self, base_y: Tensor, x: Tensor, start_down: Tensor, start_up: Tensor) -> Tensor:
+        """The difference of two large products is taken in the masters' dtype: bf16 would drown it."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.down.dtype)
+            delta = F.linear(F.linear(x, self.down), self.up) - F.linear(F.linear(x, start_down), start_up)
+        return base_y + (delta * (self.scale * self.strength)).to(base_y.dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """(out, in) at strength 1; PEFT's merge uses it."""
+        delta = self.up @ self.down
+        if self.start_down is not None and self.start_up is not None:
+            delta = delta - self.start_up @ self.start_down
+        return delta * self.scale
+
+    def factors(self) -> Factors:
+        """A start makes the rank twice as large."""
+        down, up = _on_cpu(self.down), _on_cpu(self.up)
+        if self.start_down is not None and self.start_up is not None:
+            down = torch.cat([down, _on_cpu(self.start_down)])
+            up = torch.cat([up, -_on_cpu(self.start_up)], dim=1)
+        return Factors(down, up * self.scale)
+
+
+class DoraLinear(AdaptedLinear):
+    """PEFT's DoRA (arXiv 2402.09353); strength blends between the base's output and the adapted one."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.strength == 1.0:
+            return super().forward(x, *args, **kwargs)
+        base_y = self.base_layer(x, *args, **kwargs)
+        if self.strength == 0.0:
+            return base_y
+        return torch.lerp(base_y, super().forward(x, *args, **kwargs), self.strength)
+
+    def factors(self) -> Factors:
+        magnitude = None if self.magnitude is None else _on_cpu(self.magnitude)
+        return Factors(_on_cpu(self.down), _on_cpu(self.up) * self.scale, magnitude)
+
+
+def adapted(transformer: nn.Module) -> dict[str, AdaptedLinear]:
+    """Every adapted module by its name in the network, in module order."""
+    return {name: part for name, part in transformer.named_modules() if isinstance(part, AdaptedLinear)}
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """What autocast would hand to the matmul; x itself outside autocast."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)

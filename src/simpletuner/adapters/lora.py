@@ -1,0 +1,249 @@
+"""Putting a LoRA on a network: which modules, how it starts, how strong it acts."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from simpletuner.adapters import layout
+from simpletuner.adapters.linear import ADAPTER, AdaptedLinear, DoraLinear, LoraLinear, adapted
+from simpletuner.config.schema import AdapterOptions
+from simpletuner.errors import ConfigError, ModelError
+from simpletuner.randomness import seed_at
+
+# These take the base's principal part into A and B, instead of a delta of zero.
+FROM_BASE = ("olora", "pissa")
+
+
+@dataclass(frozen=True)
+class Attached:
+    """modules, parameters: counts. scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+
+    trainable: (name, parameter) in module order; names as in PEFT's state dict,
+    "<module>.lora_A.weight", without the adapter's name.
+    """
+
+    modules: int
+    parameters: int
+    scale: float
+    trainable: list[tuple[str, nn.Parameter]]
+
+
+def attach(
+    transformer: nn.Module,
+    options: AdapterOptions,
+    target_names: Sequence[str],
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> Attached:
+    """Adapt the linears `target_names` (full module names) in place; everything else is frozen.
+
+    alpha defaults to the rank. A is drawn from (seed, module name), whatever the order of the names.
+    olora and pissa leave the base as it is: the start is kept beside A and B and subtracted, so a file
+    (of twice the rank) and strength 0 stay right for the untouched base.
+    dtype: of A and B. Refuses unknown modules, a network that has an adapter, and combinations that no
+    file could express (ConfigError, ModelError).
+    """
+    _refuse_combinations(options)
+    alpha = float(options.lora_rank) if options.lora_alpha is None else options.lora_alpha
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=options.lora_dropout,
+        use_dora=options.use_dora,
+        use_rslora=options.use_rslora,
+    )
+    modules = _inject(transformer, config, target_names)
+    for name, module in modules.items():
+        module.cast_adapter(dtype)
+        _start(name, module, options, seed)
+    if options.init_lora is not None:
+        _continue_from(Path(options.init_lora), modules, options)
+    trainable = trainable_parameters(transformer)
+    first = next(iter(modules.values()))
+    return Attached(
+        len(modules), sum(parameter.numel() for _, parameter in trainable), first.scale, trainable
+    )
+
+
+def attach_file(transformer: nn.Module, path: Path, strength: float) -> layout.FileSummary:
+    """Adapt the modules a file names, each with the file's rank, and freeze the result."""
+    factors, summary = layout.read(path)
+    ranks = {f"^{re.escape(name)}": one.rank for name, one in factors.items()}
+    config = LoraConfig(
+        r=1, lora_alpha=1, rank_pattern=ranks, alpha_pattern=dict(ranks), use_dora=summary.dora
+    )
+    modules = _inject(transformer, config, summary.modules, f"{path} was made for another network")
+    for name, module in modules.items():
+        module.cast_adapter(torch.float32)
+        _load(path, name, module, factors[name])
+        module.requires_grad_(False)
+    set_strength(transformer, strength)
+    return summary
+
+
+def set_strength(transformer: nn.Module, strength: float) -> None:
+    """1 is as trained, 0 is the base, bit for bit; any other number scales the delta."""
+    for module in adapted(transformer).values():
+        module.strength = float(strength)
+
+
+def trainable_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The adapter's parameters by PEFT's state-dict names, in module order."""
+    found: list[tuple[str, nn.Parameter]] = []
+    for name, module in adapted(transformer).items():
+        found.append((name + layout.DOWN, module.down))
+        found.append((name + layout.UP, module.up))
+        if module.magnitude is not None:
+            found.append((name + layout.MAGNITUDE, module.magnitude))
+    return found
+
+
+def targets_matching(
+    transformer: nn.Module, wanted: str | Sequence[str], excluded: Sequence[str] = ()
+) -> list[str]:
+    """Names of linears that `lora_target_modules` means: a regular expression for the whole name, or a
+    list of names and name endings, each of which must match. excluded: names that never match, with
+    everything below them. Refuses a broken expression and what matches nothing (ConfigError).
+    """
+    linears = [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and not any(f"{name}.".startswith(f"{stop}.") for stop in excluded)
+    ]
+    if isinstance(wanted, str):
+        try:
+            expression = re.compile(wanted)
+        except re.error as error:
+            raise ConfigError(
+                f"lora_target_modules = {wanted!r} is no regular expression: {error}"
+            ) from error
+        found = [name for name in linears if expression.fullmatch(name)]
+        idle = [] if found else [wanted]
+    else:
+        found = [name for name in linears if any(f".{name}".endswith(f".{end}") for end in wanted)]
+        idle = [end for end in wanted if not any(f".{name}".endswith(f".{end}") for name in found)]
+    if idle:
+        raise ConfigError(
+            f"lora_target_modules: nothing is matched by {', '.join(map(repr, idle))}; "
+            f"names look like {', '.join(map(repr, linears[-3:]))}"
+        )
+    return found
+
+
+def _refuse_combinations(options: AdapterOptions) -> None:
+    if options.lora_init_type in FROM_BASE and options.use_dora:
+        raise ConfigError(
+            f"lora_init_type = {options.lora_init_type!r} cannot be combined with use_dora: no file layout "
+            "can express the result on the untouched base; use lora_init_type = 'default'"
+        )
+    if options.lora_init_type in FROM_BASE and options.init_lora is not None:
+        raise ConfigError(
+            f"lora_init_type = {options.lora_init_type!r} and init_lora both say how A and B start; "
+            "remove one of them"
+        )
+
+
+def _inject(
+    transformer: nn.Module, config: LoraConfig, names: Sequence[str], context: str = "cannot attach a LoRA"
+) -> dict[str, AdaptedLinear]:
+    """PEFT's own wiring with our linears, on exactly these modules."""
+    modules = dict(transformer.named_modules())
+    unknown = [name for name in names if name not in modules]
+    if unknown or not names:
+        what = f"the network has no {', '.join(unknown[:3])}" if unknown else "no module was named"
+        more = f" (and {len(unknown) - 3} more of {len(names)})" if len(unknown) > 3 else ""
+        raise ModelError(f"{context}: {what}{more}")
+    if adapted(transformer):
+        raise ModelError("this network has an adapter already; load the base again for another one")
+    # A list would match name endings too: "proj_out" also means every block's proj_out.
+    config.target_modules = "|".join(re.escape(name) for name in names)
+    config._register_custom_module({nn.Module: DoraLinear if config.use_dora else LoraLinear})
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unsupported layer type")
+        inject_adapter_in_model(config, transformer, ADAPTER)
+    return adapted(transformer)
+
+
+@torch.no_grad()
+def _start(name: str, module: AdaptedLinear, options: AdapterOptions, seed: int) -> None:
+    down, up = module.down, module.up
+    if options.lora_init_type in FROM_BASE and isinstance(module, LoraLinear):
+        start_down, start_up = _principal(name, module, options, seed)
+        down.copy_(start_down)
+        up.copy_(start_up)
+        module.start_down, module.start_up = down.clone(), up.clone()
+        return
+    generator = torch.Generator().manual_seed(seed_at(seed, "lora_init", name))
+    if options.lora_init_type == "gaussian":
+        drawn = torch.randn(down.shape, generator=generator) / options.lora_rank
+    else:
+        # Kaiming uniform with a = sqrt(5), the default of nn.Linear: bound 1 / sqrt(in)
+        drawn = (2 * torch.rand(down.shape, generator=generator) - 1) * down.shape[1] ** -0.5
+    down.copy_(drawn)
+    up.zero_()
+    if module.magnitude is not None and isinstance(module.base_layer, nn.Linear):
+        weight = module.base_layer.weight.to(module.magnitude.dtype)
+        module.magnitude.copy_(torch.linalg.vector_norm(weight, dim=1))
+
+
+def _principal(name: str, module: LoraLinear, options: AdapterOptions, seed: int) -> tuple[Tensor, Tensor]:
+    """PiSSA (arXiv 2404.02948): r largest singular triplets. OLoRA (arXiv 2406.01775): r columns of QR."""
+    base, rank = module.base_layer, options.lora_rank
+    if not isinstance(base, nn.Linear):
+        raise ConfigError(f"lora_init_type = {options.lora_init_type!r} needs plain weights; {name} has none")
+    if rank > min(base.weight.shape):
+        raise ConfigError(
+            f"lora_init_type = {options.lora_init_type!r}: lora_rank <= {min(base.weight.shape)} in {name}"
+        )
+    weight = base.weight.to(torch.promote_types(base.weight.dtype, torch.float32))
+    if options.lora_init_type == "olora":
+        q, r = torch.linalg.qr(weight)
+        return r[:rank], q[:, :rank]
+    cuda = [weight.device] if weight.is_cuda else []
+    with torch.random.fork_rng(devices=cuda):  # svd_lowrank takes no generator
+        torch.manual_seed(seed_at(seed, "lora_init", name))
+        u, s, v = torch.svd_lowrank(weight, q=min(rank + 8, *weight.shape), niter=4)
+    root = (s[:rank] / module.scale).sqrt()
+    return root[:, None] * v[:, :rank].t(), u[:, :rank] * root
+
+
+def _continue_from(path: Path, modules: Mapping[str, AdaptedLinear], options: AdapterOptions) -> None:
+    factors, summary = layout.read(path)
+    where = f"init_lora = {str(path)!r}"
+    if set(factors) != set(modules):
+        lacking, surplus = sorted(set(modules) - set(factors)), sorted(set(factors) - set(modules))
+        raise ConfigError(
+            f"{where} adapts other modules than this run: {len(lacking)} missing ({', '.join(lacking[:2])}), "
+            f"{len(surplus)} too many ({', '.join(surplus[:2])}); set flux_lora_target alike"
+        )
+    if summary.ranks != (options.lora_rank,):
+        raise ConfigError(
+            f"{where} has rank {', '.join(map(str, summary.ranks))} and lora_rank is {options.lora_rank}"
+        )
+    if summary.dora != options.use_dora:
+        raise ConfigError(f"{where} is {'a' if summary.dora else 'no'} DoRA; set use_dora = {summary.dora}")
+    for name, module in modules.items():
+        _load(path, name, module, factors[name])
+
+
+@torch.no_grad()
+def _load(path: Path, name: str, module: AdaptedLinear, factors: layout.Factors) -> None:
+    """The file's delta, whatever alpha this module has."""
+    down, up = module.down, module.up
+    if factors.down.shape != down.shape or factors.up.shape != up.shape:
+        raise ModelError(
+            f"{path}: {name} is {tuple(factors.up.shape)} x {tuple(factors.down.shape)}, "
+            f"this network needs {tuple(up.shape)} x {tuple(down.shape)}: it was made for another size"
+        )
+    down.copy_(factors.down)
+    up.copy_(factors.up / module.scale)
+    if factors.magnitude is not None and module.magnitude is not None:
+        module.magnitude.copy_(factors.magnitude.reshape(module.magnitude.shape))
