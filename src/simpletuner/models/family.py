@@ -102,6 +102,10 @@ class ModelFamily(ABC):
         """What Vae.fingerprint will be, without loading it."""
 
     @abstractmethod
+    def transformer_fingerprint(self, source: Source) -> str:
+        """Recognises the base's weights, so that a run is resumed on the base it began with."""
+
+    @abstractmethod
     def load_text_encoder(
         self, source: Source, options: ModelOptions, device: torch.device
     ) -> TextEncoder: ...

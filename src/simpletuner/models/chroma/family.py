@@ -86,6 +86,9 @@ class Chroma(ModelFamily):
     def vae_fingerprint(self, source: Source, options: ModelOptions) -> str:
         return fingerprints.vae_fingerprint(source, options)
 
+    def transformer_fingerprint(self, source: Source) -> str:
+        return fingerprints.transformer_fingerprint(source)
+
     def load_text_encoder(self, source: Source, options: ModelOptions, device: torch.device) -> TextEncoder:
         # transformers takes seconds to import; a warm start never needs it. The same holds for the VAE.
         from simpletuner.models.chroma.text import load_text_encoder

@@ -57,6 +57,12 @@ def vae_fingerprint(source: Source, options: ModelOptions) -> str:
     )
 
 
+def transformer_fingerprint(source: Source) -> str:
+    """Weights and config, whatever dtype they are computed in."""
+    files = weight_files(source.transformer, STEM, source.variant)
+    return fingerprint("chroma transformer 1", source.transformer / "config.json", *files)
+
+
 def _major(package: str) -> str:
     return f"{package} {version(package).split('.')[0]}"
 
