@@ -1,0 +1,253 @@
+"""The dataset file (multidatabackend.json): a list of sets, every field checked, all problems at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from simpletuner.config.environment import expand
+from simpletuner.config.jsonc import Document, parse
+from simpletuner.config.schema import DataOptions
+from simpletuner.data.dataset import Backends, Dataset
+from simpletuner.data.fields import CACHES, KNOWN, PICTURES, REFUSED, SHARED, UNNEEDED, Field
+from simpletuner.data.geometry import Framing
+from simpletuner.errors import ConfigError, Problem
+
+EXAMPLE = '[{"id": "photos", "instance_data_dir": "datasets/photos"}]'
+FRAMING = (
+    "resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size",
+    "minimum_aspect_ratio", "maximum_aspect_ratio",
+)  # fmt: skip
+
+
+def read_backends(path: Path, options: DataOptions, environ: Mapping[str, str] | None = None) -> Backends:
+    """Read and check a dataset file.
+
+    options: what holds where a set has no field of its own. environ: for {env:NAME} in texts; None is the
+    environment of the process. Folders are looked for beside the file, then in the working directory.
+    Raises ConfigError with every problem of the file.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            [Problem(str(path), f"no such dataset file; the smallest one is {EXAMPLE}")]
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([Problem(str(path), f"cannot be read as UTF-8 text: {error}")]) from error
+    reader = _Reader(path, parse(text, path.name), options, environ)
+    backends = reader.read()
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return backends
+
+
+class _Reader:
+    """One pass over one file; problems and notes gather here."""
+
+    def __init__(
+        self, path: Path, document: Document, options: DataOptions, environ: Mapping[str, str] | None
+    ) -> None:
+        self.folder = path.resolve().parent
+        self.document = document
+        self.options = options
+        self.environ = environ
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+
+    def problem(self, what: str, *where: str | int) -> None:
+        self.problems.append(Problem(self.document.where(where), what))
+
+    def read(self) -> Backends:
+        sets = self.document.value
+        if not isinstance(sets, list):
+            self.problem(f"a list of datasets is expected, such as {EXAMPLE}")
+            return Backends((), (), None)
+        found: list[Dataset] = []
+        ids: dict[str, int] = {}
+        text_caches: list[tuple[bool, Path | None]] = []
+        for at, entry in enumerate(sets):
+            if not isinstance(entry, dict):
+                self.problem("a dataset is expected: fields in { }", at)
+                continue
+            name = self.identity(at, entry, ids)
+            given = {key: entry[key] for key in SHARED if entry.get(key) is not None}
+            shared = self.fields(at, name, given, SHARED)
+            if shared.get("disabled") or shared.get("disable") or shared.keys() != given.keys():
+                continue
+            kind = shared.get("dataset_type", "image")
+            if kind in ("image", "eval"):
+                dataset = self.dataset(at, name, kind, self.fields(at, name, entry, PICTURES))
+                found += [dataset] if dataset is not None else []
+            else:
+                cache = self.fields(at, name, entry, CACHES)
+                folder = self.beside(cache["cache_dir"]) if "cache_dir" in cache else None
+                if kind == "text_embeds":
+                    text_caches.append((bool(cache.get("default")), folder))
+                elif folder is not None:
+                    self.notes.append(f"{name}.cache_dir is not used: {UNNEEDED['image_embeds']}")
+        train = tuple(dataset for dataset in found if dataset.dataset_type == "image")
+        if not train and not self.problems:
+            self.problem("no set of dataset_type image is enabled, so there is nothing to train on")
+        return Backends(
+            train,
+            tuple(dataset for dataset in found if dataset.dataset_type == "eval"),
+            self.text_cache(text_caches),
+            tuple(self.notes),
+        )
+
+    def text_cache(self, caches: list[tuple[bool, Path | None]]) -> Path | None:
+        default = [folder for is_default, folder in caches if is_default]
+        if len(default) > 1 or (len(caches) > 1 and not default):
+            self.problem('of several text_embeds sets exactly one needs "default": true')
+        return (default or [folder for _, folder in caches] or [None])[0]
+
+    def identity(self, at: int, entry: dict[str, Any], ids: dict[str, int]) -> str:
+        name = entry.get("id")
+        if not isinstance(name, str) or not name.strip():
+            self.problem('"id" is missing: a name for the dataset, unique in this file', at)
+            return f"[{at}]"
+        if re.search(r"[/\\\x00-\x1f\x7f]", name):
+            self.problem(f"id = {json.dumps(name)}: slashes and control characters are not allowed", at, "id")
+        if name in ids:
+            first = self.document.where((ids[name], "id"))
+            self.problem(f"id = {json.dumps(name)} is already used at {first}", at, "id")
+        ids.setdefault(name, at)
+        return name
+
+    def fields(self, at: int, name: str, entry: dict[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
+        """The values that are allowed; null is the same as not given."""
+        values: dict[str, Any] = {}
+        for key, raw in entry.items():
+            if raw is None or (key in SHARED and table is not SHARED):
+                continue
+            if key in table:
+                value = self.value(at, name, key, raw, table[key])
+                if value is not None:
+                    values[key] = value
+            elif key in REFUSED:
+                reason, harmless = REFUSED[key]
+                if not any(raw == item and isinstance(raw, type(item)) for item in harmless):
+                    self.problem(f"{name}.{key} is not offered: {reason}", at, key)
+            elif key in UNNEEDED:
+                self.notes.append(f"{name}.{key} is not needed: {UNNEEDED[key]}")
+            elif key in KNOWN:
+                self.problem(f"{name}.{key} does not belong into a set of this dataset_type", at, key)
+            else:
+                near = difflib.get_close_matches(key, KNOWN, 1)
+                self.problem(
+                    f"{name}.{key}: unknown field" + (f"; did you mean {near[0]!r}?" if near else ""), at, key
+                )
+        return values
+
+    def value(self, at: int, name: str, key: str, raw: Any, field: Field) -> Any:
+        if isinstance(raw, str):
+            try:
+                raw = expand(raw, self.environ)
+            except ConfigError as error:
+                self.problem(f"{name}.{key}: {error}", at, key)
+                return None
+        value = field.read(raw)
+        if value is None:
+            shown = json.dumps(raw, ensure_ascii=False)
+            reason = (field.hints or {}).get(raw) if isinstance(raw, str) else None
+            what = f"is not offered: {reason}; use" if reason else "should be"
+            self.problem(f"{name}.{key} = {shown} {what} {field.expects}", at, key)
+        return value
+
+    def dataset(self, at: int, name: str, kind: str, values: dict[str, Any]) -> Dataset | None:
+        before = len(self.problems)
+        folder = self.data_dir(at, name, values)
+        framing = self.framing(at, name, kind, values)
+        own = self.options.instance_prompt
+        prompts = values.get("instance_prompt", (own.strip(),) if own and own.strip() else ())
+        strategy = values.get("caption_strategy", self.options.caption_strategy)
+        prepend = values.get("prepend_instance_prompt", self.options.prepend_instance_prompt)
+        only = values.get("only_instance_prompt", self.options.only_instance_prompt)
+        if (strategy == "instanceprompt" or prepend or only) and not prompts:
+            self.problem(f"{name}.instance_prompt is missing: its captions are made of it", at)
+        if len(self.problems) > before or folder is None:
+            return None
+        return Dataset(
+            id=name,
+            dataset_type=kind,
+            instance_data_dir=folder,
+            framing=framing,
+            caption_strategy=strategy,
+            instance_prompts=prompts,
+            prepend_instance_prompt=prepend,
+            only_instance_prompt=only,
+            disable_multiline_split=values.get("disable_multiline_split", False),
+            repeats=values.get("repeats", 0),
+            probability=values.get("probability", 1.0),
+            max_num_samples=values.get("max_num_samples") or None,
+        )
+
+    def framing(self, at: int, name: str, kind: str, values: dict[str, Any]) -> Framing:
+        chosen = self.options.model_dump(include=set(FRAMING))
+        chosen.update({key: values[key] for key in FRAMING if key in values})
+        for key in ("minimum_image_size", "maximum_image_size", "target_downsample_size"):
+            chosen[key] = chosen[key] or None
+        crop = values.get("crop", False)
+        aspect = values.get("crop_aspect", "square")
+        if not crop and "crop_aspect" in values and aspect != "preserve":
+            self.notes.append(f"{name}.crop_aspect is not used: crop is false, pictures keep their aspect")
+        if "crop_aspect_buckets" in values and not (crop and aspect == "closest"):
+            self.problem(
+                f'{name}.crop_aspect_buckets needs "crop": true and "crop_aspect": "closest"',
+                at,
+                "crop_aspect_buckets",
+            )
+        style = "center" if kind == "eval" else values.get("crop_style", "random" if crop else "center")
+        framing = Framing(
+            crop=crop, crop_style=style, crop_aspect=aspect,
+            crop_aspect_buckets=values.get("crop_aspect_buckets", ()), **chosen,
+        )  # fmt: skip
+        self.check_sizes(at, name, framing)
+        return framing
+
+    def check_sizes(self, at: int, name: str, framing: Framing) -> None:
+        maximum, target = framing.maximum_image_size, framing.target_downsample_size
+        if (maximum is None) != (target is None):
+            given, other = ("maximum_image_size", "target_downsample_size")[:: 1 if target is None else -1]
+            self.problem(f"{name}.{given} needs {other} as well", at, given)
+        if maximum is not None and target is not None and not framing.resolution <= target <= maximum:
+            limits = f"resolution ({framing.resolution:g}) and maximum_image_size ({maximum:g})"
+            what = f"{name}.target_downsample_size = {target:g} should lie between {limits}"
+            self.problem(what, at, "target_downsample_size")
+        if framing.minimum_aspect_ratio > framing.maximum_aspect_ratio:
+            self.problem(
+                f"{name}.minimum_aspect_ratio is above maximum_aspect_ratio", at, "minimum_aspect_ratio"
+            )
+        kind = framing.resolution_type
+        if kind == "area" and framing.resolution > 100:
+            what = 'megapixels with "resolution_type": "area"; for the edge in pixels write "pixel_area"'
+        elif kind != "area" and framing.resolution < 32:
+            what = f'pixels with "resolution_type": "{kind}"; for megapixels write "area"'
+        else:
+            return
+        self.problem(f"{name}.resolution = {framing.resolution:g} means {what}", at, "resolution")
+
+    def data_dir(self, at: int, name: str, values: dict[str, Any]) -> Path | None:
+        if "instance_data_dir" not in values:
+            if "instance_data_dir" not in self.document.value[at]:
+                self.problem(f"{name}.instance_data_dir is missing: the folder of the pictures", at)
+            return None
+        written = values["instance_data_dir"]
+        folder = self.beside(written)
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            shown = f"{name}.instance_data_dir = {json.dumps(written, ensure_ascii=False)}"
+            self.problem(f"{shown} {what} (resolved to {folder})", at, "instance_data_dir")
+            return None
+        return folder
+
+    def beside(self, written: str) -> Path:
+        """Absolute; beside the dataset file when it exists there, else in the working directory."""
+        path = Path(os.path.expanduser(written))
+        return self.folder / path if (self.folder / path).exists() else Path.cwd() / path

@@ -1,0 +1,70 @@
+"""What may be said about a picture. Text is UTF-8 or refused; nothing is guessed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from simpletuner.config.schema import DataOptions
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.report import BadFile
+
+
+class BadCaption(BadFile):
+    """A caption that is missing or cannot be read."""
+
+
+def captions(dataset: Dataset, image: Path, text: Path | None, options: DataOptions) -> tuple[str, ...]:
+    """The alternatives of one picture; each visit uses one.
+
+    text: the file of the same stem with .txt, None when there is none. textfile: every line that is not blank
+    is an alternative; with disable_multiline_split the whole file is one. filename: the stem, underscores as
+    spaces. instanceprompt, only_instance_prompt: the instance prompts. prepend_instance_prompt: every prompt
+    before every alternative. A blank caption is a missing one: missing_caption decides.
+    """
+    if dataset.only_instance_prompt or dataset.caption_strategy == "instanceprompt":
+        return dataset.instance_prompts
+    if dataset.caption_strategy == "filename":
+        said = _from_name(image)
+    else:
+        said = _from_text(text, dataset.disable_multiline_split) if text is not None else ()
+    if not said:
+        said = _instead(dataset, image, text, options.missing_caption)
+    if dataset.prepend_instance_prompt:
+        return tuple(f"{prompt} {caption}".strip() for prompt in dataset.instance_prompts for caption in said)
+    return said
+
+
+def _from_name(image: Path) -> tuple[str, ...]:
+    caption = " ".join(image.stem.replace("_", " ").split())
+    return (caption,) if caption else ()
+
+
+def _from_text(path: Path, whole: bool) -> tuple[str, ...]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadCaption(
+            "caption_encoding", f"{path.name} is not UTF-8 (byte {error.start + 1}); save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise BadCaption("caption_unreadable", f"{path.name}: {error.strerror}") from error
+    if "\x00" in text:
+        raise BadCaption("caption_encoding", f"{path.name} has zero bytes (UTF-16?); save it as UTF-8")
+    lines = re.split(r"\r\n|\r|\n", text)
+    alternatives = ["\n".join(lines)] if whole else lines
+    return tuple(said for said in (line.strip() for line in alternatives) if said)
+
+
+def _instead(dataset: Dataset, image: Path, text: Path | None, policy: str) -> tuple[str, ...]:
+    if policy == "empty":
+        return ("",)
+    if policy == "filename" and (said := _from_name(image)):
+        return said
+    if text is not None:
+        missing = f"{text.name} is empty"
+    elif dataset.caption_strategy == "textfile":
+        missing = f"no {image.stem}.txt beside it"
+    else:
+        missing = "its name gives no caption"
+    raise BadCaption("caption_dropped" if policy == "drop" else "caption_missing", missing)

@@ -1,0 +1,136 @@
+"""From picture size to bucket, resize and crop. Integers in, integers out.
+
+Sizes are (width, height) in pixels, after EXIF orientation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import isqrt
+
+Size = tuple[int, int]
+
+# Used by crop_aspect "closest" when crop_aspect_buckets is not given; width / height.
+COMMON_RATIOS = (0.5, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2.0)
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How the pictures of a dataset are cut. Names and units are those of the dataset file.
+
+    resolution and the three *_size fields share the unit of resolution_type: "pixel" is the shorter edge,
+    "pixel_area" the edge of a square of the same area, "area" megapixels (10^6 pixels).
+
+    crop false: the bucket keeps the picture's own aspect, whatever crop_aspect says. The picture is resized
+    to cover the bucket and the few pixels of alignment that stick out are trimmed; nothing is ever stretched.
+    crop true: crop_aspect "square" cuts squares, "preserve" is the same as crop false, "closest" takes the
+    nearest ratio (by quotient) of crop_aspect_buckets.
+
+    crop_style says which window of the covering picture is kept: "center", "corner" (top left) or "random"
+    (one place per sample, addressed by the run's seed and the sample id, the same in every epoch).
+
+    maximum_image_size with target_downsample_size: a larger picture is first shrunk to the target and the
+    bucket is cut out of that. All other pictures are resized to just cover their bucket.
+    """
+
+    resolution: float = 1024.0
+    resolution_type: str = "pixel_area"
+    crop: bool = False
+    crop_style: str = "center"
+    crop_aspect: str = "square"
+    crop_aspect_buckets: tuple[float, ...] = ()
+    minimum_aspect_ratio: float = 0.25
+    maximum_aspect_ratio: float = 4.0
+    minimum_image_size: float | None = None
+    maximum_image_size: float | None = None
+    target_downsample_size: float | None = None
+
+
+def amount(value: float, resolution_type: str) -> int:
+    """A size in pixels of edge ("pixel") or pixels of area (the two others)."""
+    factor = {"pixel": 1.0, "pixel_area": value, "area": 1e6}[resolution_type]
+    return round(value * factor)
+
+
+def extent(size: Size, resolution_type: str) -> int:
+    """What of a picture is compared with `amount`: its shorter edge or its area."""
+    return min(size) if resolution_type == "pixel" else size[0] * size[1]
+
+
+def bucket(framing: Framing, size: Size, alignment_px: int) -> Size:
+    """The size a picture is trained at: sides are multiples of alignment_px, at least one each.
+
+    Each side is the ideal one (aspect kept, area or shorter edge as asked for) rounded to the nearest
+    multiple, so it is off by at most half of alignment_px.
+    """
+    wide, high = _aspect(framing, size)
+    target = amount(framing.resolution, framing.resolution_type)
+    if framing.resolution_type == "pixel":
+        shorter = min(wide, high)
+        return (
+            max(1, _rounded(target * wide, shorter * alignment_px)) * alignment_px,
+            max(1, _rounded(target * high, shorter * alignment_px)) * alignment_px,
+        )
+    unit = alignment_px * alignment_px
+    return (
+        max(1, _rounded_root(target * wide, high * unit)) * alignment_px,
+        max(1, _rounded_root(target * high, wide * unit)) * alignment_px,
+    )
+
+
+def cover(size: Size, window: Size) -> Size:
+    """The smallest size with the picture's own aspect that covers the window."""
+    width, height = size
+    if window[0] * height >= window[1] * width:
+        return window[0], _rounded(height * window[0], width)
+    return _rounded(width * window[1], height), window[1]
+
+
+def resized(framing: Framing, size: Size, window: Size) -> Size:
+    """What the picture is resized to before the window is cut out of it."""
+    kind = framing.resolution_type
+    covering = cover(size, window)
+    if framing.maximum_image_size is None or framing.target_downsample_size is None:
+        return covering
+    if extent(size, kind) <= amount(framing.maximum_image_size, kind):
+        return covering
+    target = amount(framing.target_downsample_size, kind)
+    width, height = size
+    if kind == "pixel":
+        shrunk = _rounded(width * target, min(size)), _rounded(height * target, min(size))
+    else:
+        shrunk = _rounded_root(target * width, height), _rounded_root(target * height, width)
+    return shrunk if shrunk[0] >= covering[0] and shrunk[1] >= covering[1] else covering
+
+
+def crop(style: str, size: Size, window: Size, draw: int) -> tuple[int, int]:
+    """(left, top) of the window inside a picture that covers it. draw: 63 random bits, for "random"."""
+    loose = size[0] - window[0], size[1] - window[1]
+    if style == "corner":
+        return 0, 0
+    if style == "random":
+        return (draw & 0x7FFFFFFF) % (loose[0] + 1), (draw >> 31) % (loose[1] + 1)
+    return loose[0] // 2, loose[1] // 2
+
+
+def _aspect(framing: Framing, size: Size) -> Size:
+    if not framing.crop or framing.crop_aspect == "preserve":
+        return size
+    if framing.crop_aspect == "square":
+        return 1, 1
+    own = Fraction(*size)
+    ratios = [
+        Fraction(ratio).limit_denominator(1000) for ratio in framing.crop_aspect_buckets or COMMON_RATIOS
+    ]
+    nearest = min(ratios, key=lambda ratio: (max(ratio / own, own / ratio), ratio))
+    return nearest.numerator, nearest.denominator
+
+
+def _rounded(numerator: int, denominator: int) -> int:
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+def _rounded_root(numerator: int, denominator: int) -> int:
+    """The square root of a fraction to the nearest integer, halves up."""
+    return (isqrt(4 * numerator // denominator) + 1) // 2

@@ -1,0 +1,164 @@
+"""Picture files to sRGB pixels. Headers are read without decoding; nothing is guessed or filled in."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError, features
+
+from simpletuner.config.schema import DataOptions
+from simpletuner.data.report import BadFile
+from simpletuner.data.types import Placed
+
+# What may be decoded, by content and not by name. Formats that run programs (EPS) are not among them.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
+MODES = frozenset(
+    {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B", "I"}
+)
+WIDE_GREY = frozenset({"I;16", "I;16L", "I;16B", "I"})
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_image_megapixels is the limit
+# What Pillow's decoders raise on damaged files, besides OSError.
+DECODER_ERRORS = (
+    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, ZeroDivisionError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+class BadImage(BadFile):
+    """A picture that cannot be decoded faithfully."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says before its pixels. size: (width, height) after EXIF orientation."""
+
+    size: tuple[int, int]
+    mode: str
+    animated: bool
+    alpha: bool
+
+
+def read_header(path: Path, max_megapixels: float) -> Header:
+    """Size and kind without decoding. Raises BadImage: unreadable, unsupported or larger than the limit."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_megapixels * 1e6:
+                raise BadImage(
+                    "too_many_pixels",
+                    f"{width}x{height} is {width * height / 1e6:.0f} megapixels; max_image_megapixels is "
+                    f"{max_megapixels:g}",
+                )
+            _check_mode(image)
+            # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode the picture.
+            turned = image.format != "TIFF" and _orientation(image) >= 5
+            alpha = image.has_transparency_data
+            size = (height, width) if turned else (width, height)
+            return Header(size, image.mode, _animated(image), alpha)
+    except DECODER_ERRORS as error:
+        raise _explained(path, error) from error
+
+
+def load_pixels(placed: Placed, options: DataOptions) -> np.ndarray:
+    """The picture as it is trained on: (H, W, 3) uint8 sRGB of the placed bucket.
+
+    Upright by EXIF; embedded ICC profile converted to sRGB (an unreadable one counts as sRGB); 16-bit grey
+    divided by 257; transparency laid over alpha_background; the first frame of an animation; Lanczos, crop.
+    Raises BadImage when the file is damaged, truncated or no longer has the size that was scanned.
+    """
+    sample = placed.sample
+    try:
+        with Image.open(sample.path, formats=FORMATS) as image:
+            _check_mode(image)
+            image.load()
+            upright = UPRIGHT.get(_orientation(image))
+            picture = image.transpose(upright) if upright is not None else image
+            if picture.size != (sample.width_px, sample.height_px):
+                raise BadImage(
+                    "changed",
+                    f"is {picture.size[0]}x{picture.size[1]}, but its header said "
+                    f"{sample.width_px}x{sample.height_px} when the folder was scanned",
+                )
+            picture = _srgb(picture, ImageColor.getrgb(options.alpha_background)[:3])
+    except DECODER_ERRORS as error:
+        raise _explained(sample.path, error) from error
+    left, top = placed.crop_px
+    width, height = placed.bucket_px
+    picture = picture.resize(placed.resize_px, Image.Resampling.LANCZOS)
+    return np.array(picture.crop((left, top, left + width, top + height)))
+
+
+def _srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if image.mode in WIDE_GREY:
+        # convert("RGB") would clip everything above 255 to white.
+        levels = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        opaque = Image.new("RGB", image.size, tuple(background))
+        opaque.paste(_converted(image.convert("RGB"), profile), mask=image.getchannel("A"))
+        return opaque
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    return _converted(image, profile)
+
+
+def _converted(image: Image.Image, profile: bytes | None) -> Image.Image:
+    if profile:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):
+            source = ImageCms.ImageCmsProfile(BytesIO(profile))
+            turned = ImageCms.profileToProfile(
+                image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+            if turned is not None:
+                return turned
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(Image.Image.getexif(image).get(0x0112, 1))
+    except DECODER_ERRORS:
+        return 1  # unreadable EXIF says nothing about the pixels
+
+
+def _animated(image: Image.Image) -> bool:
+    if image.format not in ("GIF", "WEBP", "PNG", "AVIF"):
+        return False
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
+
+
+def _check_mode(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise BadImage("unsupported_pixels", "floating-point pixels have no agreed white; export 8 or 16 bit")
+    if image.mode not in MODES or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise BadImage("unsupported_pixels", f"pixels of kind {image.mode} are not read; export 8-bit RGB")
+
+
+def _explained(path: Path, error: Exception) -> BadImage:
+    if isinstance(error, Image.DecompressionBombError):
+        return BadImage("too_many_pixels", f"Pillow refuses it: {error}")
+    if isinstance(error, UnidentifiedImageError):
+        with path.open("rb") as file:
+            start = file.read(16)
+        if not start:
+            return BadImage("empty_file", "the file is empty")
+        return BadImage("not_an_image", f"not a picture that can be read (starts with {ascii(start)[1:]})")
+    return BadImage("damaged", f"cannot be decoded: {error}")

@@ -1,0 +1,71 @@
+"""Files that are not trained on: how they are told, and the list of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from simpletuner.data.types import Rejected
+from simpletuner.errors import DataError
+
+SHOWN = 20
+# Rejected because the person asked for it; every other reason counts as a bad sample.
+FILTERS = frozenset({"aspect_ratio", "too_small", "caption_dropped"})
+
+
+class BadFile(DataError):
+    """One file cannot be used. reason: the short code of Rejected; the text is its detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason = reason
+        super().__init__(detail)
+
+
+class BadSamples(DataError):
+    """Too many files cannot be used. rejected: all of them; the message shows the first."""
+
+    def __init__(self, message: str, rejected: Sequence[Rejected]) -> None:
+        self.rejected = tuple(rejected)
+        super().__init__(message)
+
+
+def listing(rejected: Sequence[Rejected], path: Path | None) -> str:
+    """The first SHOWN files, one a line, and where the others are."""
+    lines = [f"  {item.dataset}/{item.path}: {item.detail}" for item in rejected[:SHOWN]]
+    if len(rejected) > SHOWN:
+        lines.append(f"  and {len(rejected) - SHOWN} more")
+    if path is not None:
+        lines.append(f"All of them: {path}")
+    return "\n".join(lines)
+
+
+def refuse_too_many(
+    rejected: Sequence[Rejected], kept: int, max_bad_sample_fraction: float, path: Path | None = None
+) -> None:
+    """Raises BadSamples when bad files are more than the allowed fraction of kept + bad.
+
+    Pictures outside the limits that the person set (FILTERS) are not bad. path: of the list, for the message.
+    """
+    bad = [item for item in rejected if item.reason not in FILTERS]
+    if len(bad) <= max_bad_sample_fraction * (kept + len(bad)):
+        return
+    reasons = ", ".join(
+        f"{count} {reason}" for reason, count in Counter(item.reason for item in bad).most_common()
+    )
+    raise BadSamples(
+        f"{len(bad)} of {kept + len(bad)} pictures cannot be used ({reasons}); "
+        f"max_bad_sample_fraction allows {max_bad_sample_fraction:g}.\n{listing(bad, path)}",
+        bad,
+    )
+
+
+def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
+    """One JSON object a line: path (inside the dataset), dataset, reason, detail. Replaces the file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(asdict(item)) + "\n" for item in rejected), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,202 @@
+"""From folders to placed samples by names, headers and captions; nothing is decoded, no folder written to."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from simpletuner.config.schema import DataOptions
+from simpletuner.data import geometry
+from simpletuner.data.captions import captions
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.duplicates import identical, refuse_leaks
+from simpletuner.data.files import Found, find
+from simpletuner.data.pixels import Header, read_header
+from simpletuner.data.report import BadFile, BadSamples, listing, refuse_too_many, write_rejected
+from simpletuner.data.types import Placed, Rejected, Sample
+from simpletuner.errors import DataError
+from simpletuner.events.types import (
+    DatasetScanned,
+    Emit,
+    Noted,
+    StageDone,
+    StageProgress,
+    StageStarted,
+    Warned,
+)
+from simpletuner.randomness import seed_at
+
+READERS = 8
+CHUNK = 64
+TELL_EVERY_S = 0.5
+REMARKS = {
+    "animated": "are animated; the first frame is used",
+    "alpha": "have transparency, which is laid over alpha_background",
+    "cmyk": "are CMYK and are converted to sRGB",
+}
+Read = tuple[Placed, Header] | tuple[Rejected, None]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """placed: sorted by sample id. rejected: sorted by dataset and path."""
+
+    placed: tuple[Placed, ...]
+    rejected: tuple[Rejected, ...]
+
+
+def scan(
+    datasets: Sequence[Dataset],
+    options: DataOptions,
+    seed: int,
+    emit: Emit,
+    *,
+    alignment_px: int = 64,
+    rejected_path: Path | None = None,
+) -> Scan:
+    """Read every header and caption and place every picture in a bucket.
+
+    seed: of the run, for crop_style random. rejected_path: where the list of rejected files is written, also
+    when the scan ends in an error. Raises BadSamples (a DataError): captions missing under missing_caption
+    error, or more bad files than max_bad_sample_fraction; DataError: an empty folder, nothing left, a picture
+    both trained on and held out.
+    """
+    started = time.monotonic()
+    found: list[Found] = []
+    rejected: list[Rejected] = []
+    for dataset in datasets:
+        named, misnamed = find(dataset)
+        if not named and not misnamed:
+            raise DataError(f"{dataset.id}: no pictures in {dataset.instance_data_dir}")
+        found += named
+        rejected += misnamed
+    emit(StageStarted("scan", len(found), "pictures"))
+    remarks: Counter[tuple[str, str]] = Counter()
+    placed: list[Placed] = []
+    for item, header in _read_all(found, partial(_read, options, seed, alignment_px), emit):
+        if isinstance(item, Rejected):
+            rejected.append(item)
+            continue
+        placed.append(item)
+        remarks.update((item.sample.dataset, remark) for remark in _remarks(header))
+    placed = _subsets(datasets, sorted(placed, key=lambda item: item.sample.id))
+    rejected.sort(key=lambda item: (item.dataset, item.path))
+    seconds = time.monotonic() - started
+    emit(StageDone("scan", len(found), seconds, f"{len(placed)} kept, {len(rejected)} rejected"))
+    result = Scan(tuple(placed), tuple(rejected))
+    _tell(datasets, result, remarks, emit)
+    if rejected_path is not None:
+        write_rejected(rejected_path, rejected)
+    _refuse(datasets, result, options, rejected_path)
+    return result
+
+
+def _read_all(found: Sequence[Found], read: Callable[[Found], Read], emit: Emit) -> Iterator[Read]:
+    # Threads overlap the waits for the disk. Chunks, because a future per file costs more than its header.
+    chunks = [found[start : start + CHUNK] for start in range(0, len(found), CHUNK)]
+    pool = ThreadPoolExecutor(READERS, "scan")
+    started = told = time.monotonic()
+    done = 0
+    try:
+        for results in pool.map(lambda chunk: [read(item) for item in chunk], chunks):
+            yield from results
+            done += len(results)
+            now = time.monotonic()
+            if now - told >= TELL_EVERY_S:
+                told = now
+                rate = done / (now - started)
+                emit(StageProgress("scan", done, len(found), rate, (len(found) - done) / rate))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read(options: DataOptions, seed: int, alignment_px: int, found: Found) -> Read:
+    dataset = found.dataset
+    framing = dataset.framing
+    try:
+        header = read_header(found.path, options.max_image_megapixels)
+        _check_limits(framing, header.size)
+        said = captions(dataset, found.path, found.text, options)
+    except BadFile as error:
+        return Rejected(found.name, dataset.id, error.reason, str(error)), None
+    sample = Sample(
+        id=f"{dataset.id}/{found.name}",
+        dataset=dataset.id,
+        path=found.path,
+        width_px=header.size[0],
+        height_px=header.size[1],
+        captions=said[:1] if dataset.dataset_type == "eval" else said,
+    )
+    bucket = geometry.bucket(framing, header.size, alignment_px)
+    resize = geometry.resized(framing, header.size, bucket)
+    draw = seed_at(seed, "crop", sample.id)
+    return Placed(sample, resize, geometry.crop(framing.crop_style, resize, bucket, draw), bucket), header
+
+
+def _check_limits(framing: geometry.Framing, size: tuple[int, int]) -> None:
+    ratio = size[0] / size[1]
+    if not framing.minimum_aspect_ratio <= ratio <= framing.maximum_aspect_ratio:
+        raise BadFile(
+            "aspect_ratio",
+            f"{size[0]}x{size[1]} has aspect {ratio:.3g}; the limits are {framing.minimum_aspect_ratio:g} "
+            f"and {framing.maximum_aspect_ratio:g}",
+        )
+    kind, least = framing.resolution_type, framing.minimum_image_size
+    if least is not None and geometry.extent(size, kind) < geometry.amount(least, kind):
+        raise BadFile("too_small", f"{size[0]}x{size[1]} is below minimum_image_size {least:g} ({kind})")
+
+
+def _remarks(header: Header | None) -> list[str]:
+    if header is None:
+        return []
+    holds = {"animated": header.animated, "alpha": header.alpha, "cmyk": header.mode == "CMYK"}
+    return [REMARKS[name] for name, applies in holds.items() if applies]
+
+
+def _subsets(datasets: Sequence[Dataset], placed: list[Placed]) -> list[Placed]:
+    """max_num_samples: the smallest draws, so that one file more changes the subset by one at most."""
+    chosen: set[str] = set()
+    for dataset in datasets:
+        ids = [item.sample.id for item in placed if item.sample.dataset == dataset.id]
+        if dataset.max_num_samples is not None:
+            ids = sorted(ids, key=lambda name: seed_at(0, "max_num_samples", name))[: dataset.max_num_samples]
+        chosen.update(ids)
+    return [item for item in placed if item.sample.id in chosen]
+
+
+def _tell(datasets: Sequence[Dataset], result: Scan, remarks: Counter[tuple[str, str]], emit: Emit) -> None:
+    for dataset in datasets:
+        buckets = Counter(item.bucket_px for item in result.placed if item.sample.dataset == dataset.id)
+        reasons = Counter(item.reason for item in result.rejected if item.dataset == dataset.id)
+        table = tuple((width, height, count) for (width, height), count in sorted(buckets.items()))
+        emit(DatasetScanned(dataset.id, buckets.total(), table, dict(reasons)))
+        if not buckets:
+            emit(Warned(f"{dataset.id}: none of its pictures can be used"))
+    for (name, remark), count in sorted(remarks.items()):
+        emit(Noted(f"{name}: {count} pictures {remark}"))
+    copies = identical(item.sample.path for item in result.placed)
+    if copies:
+        first, second = copies[0][:2]
+        extra = sum(len(group) - 1 for group in copies)
+        emit(Warned(f"{extra} pictures are copies of others, such as {second.name} of {first.name}"))
+
+
+def _refuse(datasets: Sequence[Dataset], result: Scan, options: DataOptions, listed: Path | None) -> None:
+    speechless = [item for item in result.rejected if item.reason == "caption_missing"]
+    if speechless:
+        how = "Write them, or set missing_caption to empty, filename or drop."
+        files = listing(speechless, listed)
+        raise BadSamples(f"{len(speechless)} pictures have no caption. {how}\n{files}", speechless)
+    refuse_too_many(result.rejected, len(result.placed), options.max_bad_sample_fraction, listed)
+    if not result.placed:
+        raise DataError(f"no picture is left to train on.\n{listing(result.rejected, listed)}")
+    held = {dataset.id for dataset in datasets if dataset.dataset_type == "eval"}
+    refuse_leaks(
+        [item for item in result.placed if item.sample.dataset not in held],
+        [item for item in result.placed if item.sample.dataset in held],
+    )
