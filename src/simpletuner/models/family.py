@@ -130,8 +130,13 @@ class ModelFamily(ABC):
         """Named parameters that model_type "full" trains."""
 
     @abstractmethod
-    def lora_targets(self, transformer: nn.Module, preset: str) -> list[str]:
-        """Full module names that a preset adapts; ConfigError with the list when it means nothing here."""
+    def lora_targets(
+        self, transformer: nn.Module, preset: str, chosen: str | Sequence[str] | None = None
+    ) -> list[str]:
+        """Full names of the linears that are adapted; ConfigError with the list when nothing is meant.
+
+        chosen, instead of the preset: a regular expression for whole names, or names and their ends.
+        """
 
     @abstractmethod
     def save_transformer(self, transformer: nn.Module, source: Source, folder: Path) -> None:

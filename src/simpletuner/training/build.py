@@ -149,8 +149,8 @@ def network(
             Noted(f"full rank: {sum(p.numel() for p in trained.values()) / 1e6:.1f} M parameters are trained")
         )
         return transformer, trained, False
-    chosen = run.adapter.lora_target_modules
-    names = family.lora_targets(transformer, chosen if chosen is not None else run.adapter.flux_lora_target)
+    options = run.adapter
+    names = family.lora_targets(transformer, options.flux_lora_target, options.lora_target_modules)
     attached = lora.attach(transformer, run.adapter, names, run.training.seed)
     emit(
         Noted(

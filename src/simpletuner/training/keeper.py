@@ -38,7 +38,7 @@ class Keeper:
     ema: Ema | None
     config: dict[str, object]
     identity: Mapping[str, str]
-    companions: Mapping[str, tuple[Callable[[], object], Callable[[object], None]]]
+    companions: Mapping[str, tuple[Callable[[], object], Callable[[Mapping[str, object]], None]]]
     export: Export
     best_step: Callable[[], int | None]
     emit: Emit
@@ -135,7 +135,7 @@ class Keeper:
         if self.ema is not None and "ema" in snapshot.tensors:
             counters: dict[str, object] = snapshot.state["ema"]  # type: ignore[assignment]
             self.ema.load_state_dict({**counters, "shadow": snapshot.tensors["ema"]})
-        companions: Mapping[str, object] = snapshot.state["companions"]  # type: ignore[assignment]
+        companions: Mapping[str, Mapping[str, object]] = snapshot.state["companions"]  # type: ignore[assignment]
         for name, (_, put) in self.companions.items():
             if name in companions:
                 put(companions[name])

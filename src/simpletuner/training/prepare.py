@@ -115,13 +115,12 @@ def prepare(
     def vae_encoder() -> Callable[[Tensor], Tensor]:
         return family.load_vae(source, run.model, device.device).encode
 
-    with ContentHashes(root / "content.sqlite") as hashes:
-        train, evaluated = (
-            latent_cache.fill(
-                latents, one.placed, run.data, hashes, vae_encoder, emit, run.cache.vae_batch_size
-            )
-            for one in (train_scan, eval_scan)
-        )
+    hashes = ContentHashes(root, emit)
+    train, evaluated = (
+        latent_cache.fill(latents, one.placed, run.data, hashes, vae_encoder, emit, run.cache.vae_batch_size)
+        for one in (train_scan, eval_scan)
+    )
+    hashes.close()
     vae_encoder.cache_clear()
     free(device)
     undecodable = [*train.rejected, *evaluated.rejected]

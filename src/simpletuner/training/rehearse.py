@@ -113,7 +113,8 @@ def reduced(run: RunConfig, output_dir: Path, findings: Findings) -> RunConfig:
             "gradient_accumulation_steps": min(training.gradient_accumulation_steps, 2),
             "lr_warmup_steps": min(run.optimizer.lr_warmup_steps, 1),
             "resume_from_checkpoint": "latest", "checkpoint_step_interval": STOP_AFTER,
-            "checkpoint_epoch_interval": None, "validation_step_interval": STEPS, "eval_steps_interval": STEPS,
+            "checkpoint_epoch_interval": None, "validation_step_interval": STEPS,
+            "eval_steps_interval": STEPS,
             "validation_num_inference_steps": 2, "validation_resolution": str(SIDE_PX),
             "num_validation_images": 1, "num_eval_images": 4, "report_to": "none", "webhook_config": None,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -117,8 +118,12 @@ class Chroma(ModelFamily):
     def trainable_at_full_rank(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return [item for item in transformer.named_parameters() if not item[0].startswith(NEVER_TRAINED)]
 
-    def lora_targets(self, transformer: nn.Module, preset: str) -> list[str]:
-        return targets.lora_targets(transformer, preset)
+    def lora_targets(
+        self, transformer: nn.Module, preset: str, chosen: str | Sequence[str] | None = None
+    ) -> list[str]:
+        if chosen is None:
+            return targets.lora_targets(transformer, preset)
+        return targets.chosen_targets(transformer, chosen)
 
     def save_transformer(self, transformer: nn.Module, source: Source, folder: Path) -> None:
         weights.save_transformer(transformer, folder)

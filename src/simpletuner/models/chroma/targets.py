@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Sequence
+
 from torch import nn
 
 from simpletuner.errors import ConfigError
@@ -42,3 +46,31 @@ def lora_targets(transformer: nn.Module, preset: str) -> list[str]:
             f' {", ".join(absent)}. Use "all".'
         )
     return list(SINGLES[preset])
+
+
+def chosen_targets(transformer: nn.Module, chosen: str | Sequence[str]) -> list[str]:
+    """Linears whose whole name matches a regular expression, or is (or ends with) one of a list.
+
+    ConfigError when an entry matches nothing, or only what may not be adapted.
+    """
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    if isinstance(chosen, str):
+        try:
+            pattern = re.compile(chosen)
+        except re.error as error:
+            raise ConfigError(f"lora_target_modules = {chosen!r} is no regular expression: {error}") from None
+        matched = {chosen: [name for name in names if pattern.fullmatch(name)]}
+    else:
+        matched = {one: [n for n in names if n == one or n.endswith(f".{one}")] for one in chosen}
+    for wanted, found in matched.items():
+        if not found:
+            ends = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in names if name.startswith(BLOCKS)})
+            near = difflib.get_close_matches(wanted, ends, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"linears of a block end with {', '.join(ends)}"
+            raise ConfigError(f"lora_target_modules: {wanted!r} matches no linear of the transformer; {hint}")
+    found_names = {name for found in matched.values() for name in found}
+    if frozen := sorted(name for name in found_names if name.startswith("distilled_guidance_layer.")):
+        raise ConfigError(
+            f"lora_target_modules matches {frozen[0]}: the approximator is never adapted, it breaks the model"
+        )
+    return [name for name in names if name in found_names]
