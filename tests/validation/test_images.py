@@ -13,7 +13,7 @@ from simpletuner.validation.component import Validator
 from simpletuner.validation.images import Settings, read_description, save_png, to_image
 from simpletuner.validation.prompts import Prompt, pictures
 from simpletuner.validation.sheet import Row, chosen, draw_sheet
-from tests.validation.toy import INFERENCE, Network, ToyVae, rows_of
+from tests.validation.toy import INFERENCE, Network, decode, rows_of
 
 PROMPTS = (Prompt("cat", "a cat\nwith 帽子", "dogs"), Prompt("dog", "a dog"))
 
@@ -24,7 +24,7 @@ def validator(run_dir: Path, events: list[Event], guidance: float = 2.0, identit
         pictures(PROMPTS, [(32, 16)], 1, 42),
         Settings(4, guidance, "toy", identity),
         rows_of,
-        ToyVae().decode,
+        decode,
         run_dir,
         events.append,
     )
@@ -71,7 +71,8 @@ def test_what_is_there_is_not_drawn_again(tmp_path: Path) -> None:
 
     validator(tmp_path, events, guidance=1.0).run(5, network)
     validator(tmp_path, events, guidance=1.0, identity="two").run(5, network)
-    assert len(network.calls) == drawn + 12, "other settings, another run: drawn again"
+    validator(tmp_path, events, guidance=1.0, identity="two").run(5, network)
+    assert len(network.calls) == drawn + 12, "other settings, another run: drawn again, each once"
 
 
 def test_pixels() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from simpletuner.cache.types import Batch, TextBatch
-from simpletuner.config.schema import ModelOptions
-from simpletuner.models.family import Facts, ModelFamily, Source, TextEncoder, Vae
+from simpletuner.models.family import Facts, ModelFamily
 from simpletuner.validation.inference import Inference
 
 FACTS = Facts(
@@ -56,68 +54,21 @@ def exact(noise: Tensor, gain: float, word: Tensor, steps: int) -> Tensor:
     return left * noise - (1 - left) / gain * word[:, None, None]
 
 
-class ToyEncoder(TextEncoder):
-    fingerprint = "toy"
-
-    def encode(self, captions: Sequence[str]) -> list[Tensor]:
-        return [rows_of(caption) for caption in captions]
-
-    def token_count(self, caption: str) -> int:
-        return len(caption) % 5
-
-
-class ToyVae(Vae):
-    fingerprint = "toy"
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents[:, :3].tanh().repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+def decode(latents: Tensor) -> Tensor:
+    """A VAE of sorts: the first three channels, eight pixels wide."""
+    return latents[:, :3].tanh().repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
 
 
 class Toy(ModelFamily):
-    name = "toy"
-    flavours: Mapping[str, str] = {"nano": ""}
-
-    def locate(self, options: ModelOptions) -> Source:
-        return Source("toy", "", *[Path()] * 4)
-
-    def facts(self, source: Source) -> Facts:
-        return FACTS
-
-    def text_fingerprint(self, source: Source, options: ModelOptions) -> str:
-        return "toy"
-
-    def vae_fingerprint(self, source: Source, options: ModelOptions) -> str:
-        return "toy"
-
-    def load_text_encoder(self, source: Source, options: ModelOptions, device: torch.device) -> TextEncoder:
-        return ToyEncoder()
-
-    def load_vae(self, source: Source, options: ModelOptions, device: torch.device) -> Vae:
-        return ToyVae()
-
-    def load_transformer(self, source: Source, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        return Network().eval()
+    """Only what sampling asks of a family; the rest of the contract is never called."""
 
     def predict(self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch) -> Tensor:
         words = [word(rows[:length]) for rows, length in zip(text.rows, text.lengths, strict=True)]
         velocity: Tensor = transformer(x_sigma, torch.stack(words))
         return velocity
 
-    def set_gradient_checkpointing(self, transformer: nn.Module, every: int) -> None:
-        raise NotImplementedError
 
-    def trainable_at_full_rank(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        return list(transformer.named_parameters())
-
-    def lora_targets(self, transformer: nn.Module, preset: str) -> list[str]:
-        return []
-
-    def save_transformer(self, transformer: nn.Module, source: Source, folder: Path) -> None:
-        raise NotImplementedError
-
+Toy.__abstractmethods__ = frozenset()
 
 INFERENCE = Inference(Toy(), FACTS, torch.device("cpu"), torch.float32)
 

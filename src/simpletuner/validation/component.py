@@ -66,7 +66,7 @@ class Validator:
                     what = f"step {step}: {path.name} is not finite: broken weights or number format"
                     self.emit(Warned(what))
                 image = to_image(self.decode(torch.nan_to_num(latents)))
-                save_png(image, path, describe(picture, self.settings, step, weights))
+                save_png(image, path, describe(picture, self.settings, step=str(step), weights=weights))
                 self._tell_picture(picture, step, weights)
                 stage.advance()
 

@@ -37,8 +37,11 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
-def describe(picture: Picture, settings: Settings, step: int, weights: str) -> dict[str, str]:
-    """What the file says of itself. "parameters" is the line that other programs read back."""
+def describe(picture: Picture, settings: Settings, **more: str) -> dict[str, str]:
+    """What the file says of itself. "parameters" is the line that other programs read back.
+
+    more: what only this picture has, such as its step.
+    """
     prompt, (width, height) = picture.prompt, picture.size_px
     negative = prompt.negative if settings.guidance > 1 else ""
     parameters = prompt.text + (f"\nNegative prompt: {negative}" if negative else "")
@@ -46,12 +49,12 @@ def describe(picture: Picture, settings: Settings, step: int, weights: str) -> d
         f"\nSteps: {settings.steps}, Sampler: Euler, CFG scale: {settings.guidance:g}, Seed: {picture.seed}, "
         f"Size: {width}x{height}, Model: {settings.model}, Version: simpletuner {__version__}"
     )
-    return {
+    said = {
         "parameters": parameters, "prompt": prompt.text, "negative_prompt": negative,
         "seed": str(picture.seed), "steps": str(settings.steps), "guidance": f"{settings.guidance:g}",
-        "size": f"{width}x{height}", "step": str(step), "weights": weights, "model": settings.model,
-        "identity": settings.identity,
+        "size": f"{width}x{height}", "model": settings.model, "identity": settings.identity, **more,
     }  # fmt: skip
+    return {key: value for key, value in said.items() if value}
 
 
 def read_description(path: Path) -> dict[str, str]:
@@ -90,6 +93,4 @@ def path_of(run_dir: Path, picture: Picture, step: int, weights: str) -> Path:
 def is_drawn(run_dir: Path, picture: Picture, settings: Settings, step: int, weights: str) -> bool:
     """Is exactly this picture there, whole?"""
     path = path_of(run_dir, picture, step, weights)
-    wanted = describe(picture, settings, step, weights)
-    found = read_description(path)
-    return all(found.get(key) == value for key, value in wanted.items())
+    return read_description(path) == describe(picture, settings, step=str(step), weights=weights)

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from simpletuner.adapters import files, lora
+from simpletuner.cli.generate import LORA_FILE, command, find_lora
+from simpletuner.config.schema import AdapterOptions, ModelOptions
+from simpletuner.errors import ConfigError, SimpleTunerError
+from simpletuner.models.registry import family as family_named
+from simpletuner.validation.images import read_description
+from simpletuner.validation.inference import Inference
+from simpletuner.validation.prompts import Prompt, pictures
+from simpletuner.validation.sampler import latents_of
+from tests.models.small import make_checkpoint
+
+CHROMA = family_named("chroma")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = CHROMA.locate(ModelOptions(pretrained_model_name_or_path=str(base)))
+    transformer = CHROMA.load_transformer(source, torch.device("cpu"), torch.float32)
+    options = AdapterOptions(lora_rank=4)
+    attached = lora.attach(transformer, options, CHROMA.lora_targets(transformer, "all"), seed=1)
+    with torch.no_grad():
+        for _, parameter in attached.trainable:
+            parameter.normal_(std=0.3)
+    path = tmp_path_factory.mktemp("adapter") / LORA_FILE
+    files.save(transformer, path)
+    return path
+
+
+def generate(base: Path | None, out: Path, *more: str) -> list[Path]:
+    where = [] if base is None else ["--pretrained_model_name_or_path", str(base)]
+    args = [*where, "--out", str(out), "--size", "64", "--steps", "2", *more]
+    result = CliRunner().invoke(command, args, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return [Path(line) for line in result.stdout.splitlines()]
+
+
+def pixels(paths: Sequence[Path]) -> list[bytes]:
+    return [Image.open(path).tobytes() for path in paths]
+
+
+def test_nothing_is_overwritten_and_the_seed_draws_the_same_again(base: Path, tmp_path: Path) -> None:
+    two = generate(base, tmp_path, "--prompt", "a red/cat", "--count", "2", "--seed", "7")
+    assert [path.name for path in two] == ["a-red-cat-7-64x64.png", "a-red-cat-8-64x64.png"]
+    first, second = pixels(two)
+    assert first != second
+    (again,) = generate(base, tmp_path, "--prompt", "a red/cat", "--seed", "8")
+    assert again.name == "a-red-cat-8-64x64-2.png"
+    assert max(abs(a - b) for a, b in zip(pixels([again])[0], second, strict=True)) <= 2, (
+        "rounding in bfloat16"
+    )
+    said = read_description(again)
+    assert (said["prompt"], said["seed"], said["steps"]) == ("a red/cat", "8", "2")
+
+
+def test_strength_0_is_the_base_and_others_are_not(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (plain,) = pixels(generate(base, tmp_path, "--prompt", "a cat"))
+    drawn = generate(base, tmp_path, "--prompt", "a cat", "--lora", str(adapter), "--strength", "0,0.5,1")
+    zero, half, one = pixels(drawn)
+    assert zero == plain
+    assert len({zero, half, one}) == 3
+    assert read_description(drawn[1])["strength"] == "0.5"
+
+
+def test_a_run_folder_says_its_model(base: Path, adapter: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoint-20").mkdir(parents=True)
+    (run / "checkpoint-20" / LORA_FILE).write_bytes(adapter.read_bytes())
+    (run / "events.jsonl").touch()
+    options = {"pretrained_model_name_or_path": str(base), "mixed_precision": "no", "future_option": 1}
+    (run / "config.json").write_text(json.dumps(options))
+    ours = pixels(generate(None, tmp_path, "--prompt", "a cat", "--lora", str(run)))
+    same = pixels(generate(None, tmp_path, "--prompt", "a cat", "--lora", str(run / "checkpoint-20")))
+    assert ours == same
+    assert ours != pixels(
+        generate(None, tmp_path, "--prompt", "a cat", "--lora", str(run), "--strength", "0")
+    )
+
+
+def test_where_a_lora_is_found(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a file nor a folder"):
+        find_lora(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="holds no pytorch_lora_weights"):
+        find_lora(tmp_path)
+    for name in ("checkpoint-9", "checkpoint-100", "checkpoint-200", "checkpoint-300-damaged"):
+        (tmp_path / name).mkdir()
+    for name in ("checkpoint-9", "checkpoint-100", "checkpoint-300-damaged"):
+        (tmp_path / name / LORA_FILE).touch()
+    assert find_lora(tmp_path) == tmp_path / "checkpoint-100" / LORA_FILE
+    (tmp_path / LORA_FILE).touch()
+    assert find_lora(tmp_path) == tmp_path / LORA_FILE
+    (tmp_path / "checkpoint-200" / "mine.safetensors").touch()
+    assert find_lora(tmp_path / "checkpoint-200") == tmp_path / "checkpoint-200" / "mine.safetensors"
+    (tmp_path / "checkpoint-200" / "other.safetensors").touch()
+    with pytest.raises(ConfigError, match="holds 2"):
+        find_lora(tmp_path / "checkpoint-200")
+
+
+BAD = {
+    "strength word": (["--lora", __file__, "--strength", "strong"], "--strength: 'strong' is not a number"),
+    "strength range": (["--lora", __file__, "--strength", "1,99"], "--strength: '1,99' is not a number"),
+    "strength alone": (["--strength", "0.5"], "give --lora too"),
+    "size": (["--size", "big"], "--size: 'big' is not a size"),
+    "lora": (["--lora", "/nowhere.safetensors"], "--lora: /nowhere.safetensors is neither"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    args, expected = BAD[name]
+    with pytest.raises(SimpleTunerError) as caught:
+        CliRunner().invoke(command, ["--prompt", "x", *args], catch_exceptions=False)
+    assert expected in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path) -> None:
+    script = (
+        "import sys; from simpletuner.cli import root; from simpletuner.errors import ConfigError\n"
+        "try: root(['generate', '--prompt', 'x', '--size', 'big'])\n"
+        "except ConfigError as error: print(error, 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.startswith("--size: 'big'"), result.stderr
+    assert result.stdout.strip().endswith("False")
+
+
+def test_chroma_draws_the_same_in_a_batch_as_alone(base: Path) -> None:
+    source = CHROMA.locate(ModelOptions(pretrained_model_name_or_path=str(base)))
+    facts = CHROMA.facts(source)
+    transformer = CHROMA.load_transformer(source, torch.device("cpu"), torch.float32)
+    inference = Inference(CHROMA, facts, torch.device("cpu"), torch.float32)
+
+    def rows(text: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(len(text))
+        return torch.randn(len(text) + 1, facts.text_width, generator=generator)
+
+    prompts = [Prompt("a", "cat", "x"), Prompt("b", "a longer text", "none"), Prompt("c", "", "y")]
+    listed = pictures(prompts, [(64, 128)], 1, 42)
+    together = list(latents_of(inference, transformer, listed, rows, steps=3, guidance=2.0))
+    for picture, latents in together:
+        ((_, alone),) = latents_of(inference, transformer, [picture], rows, steps=3, guidance=2.0)
+        torch.testing.assert_close(latents, alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0][1], together[1][1], atol=1e-2)
