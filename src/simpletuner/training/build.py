@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from simpletuner.training.loop import Every, Parts, Plan
 from simpletuner.training.prefetch import Prefetch
 from simpletuner.training.prepare import Prepared, prepare
 from simpletuner.training.rundir import RunFolder
-from simpletuner.training.stages import Evaluation, Pictures, heldout_of
+from simpletuner.training.stages import Average, Evaluation, Pictures, heldout_of
 from simpletuner.validation import prompts as validation_prompts
 from simpletuner.validation.component import Validator
 from simpletuner.validation.images import Settings
@@ -68,19 +68,23 @@ def build(
         emit(Warned(note))
     plan = plan_of(run, order.batches_per_epoch)
     transformer, trained, uses_lora = network(run, prepared, device, emit)
-    base_rate = optimizers.effective_learning_rate(
+    base_rate = schedules.effective_learning_rate(
         run.optimizer, run.training.train_batch_size * run.training.gradient_accumulation_steps
     )
     scheduled = run.optimizer.model_copy(update={"learning_rate": base_rate})
-    optimizer = optimizers.build(scheduled, list(trained.items()), run.training.seed)
-    ema = Ema(list(trained.items()), run.optimizer) if run.optimizer.use_ema else None
+    named = list(trained.items())
+    optimizer = optimizers.build(scheduled, named, run.training.seed)
+    ema = Ema(named, run.optimizer) if run.optimizer.use_ema else None
+    average = None if ema is None else partial(ema.swapped, named)
 
     inference = Inference(family, prepared.facts, device.device, device.weights, device.autocast)
     weights = lora.set_strength if uses_lora else None
     heldout = heldout_of(run, prepared, inference)
-    evaluation = Evaluation(heldout, transformer, ema, emit) if heldout else None
-    pictures = pictures_of(run, prepared, inference, transformer, ema, weights, prompts, folder, device, emit)
-    exporter = Exporter(family, prepared.source, transformer, run, ema, folder, uses_lora, emit)
+    evaluation = Evaluation(heldout, transformer, average, emit) if heldout else None
+    pictures = pictures_of(
+        run, prepared, inference, transformer, average, weights, prompts, folder, device, emit
+    )
+    exporter = Exporter(family, prepared.source, transformer, run, average, folder, uses_lora, emit)
     keeper = Keeper(
         folder, run.checkpoint, trained, optimizer, ema, resolved(run), prepared.identity(),
         {"heldout": (heldout.state_dict, heldout.load_state_dict)} if heldout else {},
@@ -104,7 +108,7 @@ def build(
             pictures.draw(step)
 
     parts = Parts(
-        family, transformer, device, list(trained.values()), optimizer, ema, plan, run.training.seed,
+        family, transformer, device, named, optimizer, ema, plan, run.training.seed,
         run.flow, run.optimizer, run.adapter.lora_dropout > 0 and uses_lora,
         lambda step: schedules.learning_rate(scheduled, step, plan.total_steps),
         prefetch, lambda number: len(micro(number).visits), keeper.resume, keeper.save,
@@ -166,7 +170,7 @@ def pictures_of(
     prepared: Prepared,
     inference: Inference,
     transformer: nn.Module,
-    ema: Ema | None,
+    average: Average | None,
     set_strength: Callable[[nn.Module, float], None] | None,
     prompts: tuple[validation_prompts.Prompt, ...],
     folder: RunFolder,
@@ -197,7 +201,7 @@ def pictures_of(
         return vae().decode(latents)
 
     validator = Validator(inference, drawn, settings, prepared.rows, decode, folder.path, emit)
-    return Pictures(validator, transformer, ema, run.optimizer.ema_validation, set_strength)
+    return Pictures(validator, transformer, average, run.optimizer.ema_validation, set_strength)
 
 
 def every(

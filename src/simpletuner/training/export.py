@@ -16,8 +16,8 @@ from simpletuner.adapters import files
 from simpletuner.config.schema import RunConfig
 from simpletuner.events.types import Emit, Saved
 from simpletuner.models.family import ModelFamily, Source
-from simpletuner.training.ema import Ema
 from simpletuner.training.rundir import RunFolder
+from simpletuner.training.stages import Average
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
@@ -30,7 +30,7 @@ class Exporter:
     source: Source
     transformer: nn.Module
     run: RunConfig
-    ema: Ema | None
+    average: Average | None
     folder: RunFolder
     uses_lora: bool
     emit: Emit
@@ -59,22 +59,22 @@ class Exporter:
     def _lora(self, folder: Path) -> list[Path]:
         written = [folder / LORA_NAME]
         files.save(self.transformer, written[0], self._metadata("trained"))
-        if self.ema is not None:
+        if self.average is not None:
             (folder / "ema").mkdir(exist_ok=True)
             written.append(folder / "ema" / LORA_NAME)
-            with self.ema.swapped():
+            with self.average():
                 files.save(self.transformer, written[1], self._metadata("average"))
         return written
 
     def _transformers(self) -> list[Path]:
         written = []
         for name, average in (("transformer", False), ("transformer_ema", True)):
-            if average and self.ema is None:
+            if average and self.average is None:
                 continue
             target = self.folder.path / name
             work = target.with_name(f".writing-{name}-{os.getpid()}")
             shutil.rmtree(work, ignore_errors=True)
-            with self.ema.swapped() if self.ema is not None and average else nullcontext():
+            with self.average() if self.average is not None and average else nullcontext():
                 self.family.save_transformer(self.transformer, self.source, work)
             if target.exists():
                 shutil.rmtree(target)

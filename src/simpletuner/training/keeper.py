@@ -17,6 +17,7 @@ from simpletuner.errors import CheckpointError
 from simpletuner.events.types import Emit, Saved, Warned
 from simpletuner.training import checkpoint
 from simpletuner.training.ema import Ema
+from simpletuner.training.optimizers import optimizer_mode
 from simpletuner.training.rundir import RunFolder
 
 Export = Callable[[Path], None]
@@ -45,6 +46,7 @@ class Keeper:
 
     def save(self, step: int) -> None:
         started = time.perf_counter()
+        optimizer_mode(self.optimizer, training=True)
         tensors: dict[str, dict[str, Tensor]] = {"weights": {n: p.data for n, p in self.trained.items()}}
         tensors["optimizer"], rest = checkpoint.flatten_optimizer(self.optimizer.state_dict())
         state: dict[str, object] = {"optimizer": rest, "config": self.config, "identity": dict(self.identity)}
@@ -56,9 +58,14 @@ class Keeper:
         snapshot = checkpoint.Snapshot(step, tensors, state)
         best = self.best_step()
         keep = self.options.checkpoints_total_limit
-        path = checkpoint.save(self.folder.path, snapshot, self.export, keep, best)
+        path = checkpoint.save(self.folder.path, snapshot, self._export, keep, best)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         self.emit(Saved(step, path.name, time.perf_counter() - started, size))
+
+    def _export(self, folder: Path) -> None:
+        optimizer_mode(self.optimizer, training=False)
+        self.export(folder)
+        optimizer_mode(self.optimizer, training=True)
 
     def resume(self) -> int:
         """Restore the checkpoint the options name; returns its step, 0 for a fresh start."""

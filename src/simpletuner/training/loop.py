@@ -25,7 +25,7 @@ from simpletuner.randomness import seed_at
 from simpletuner.training.device import Device
 from simpletuner.training.ema import Ema
 from simpletuner.training.objective import losses
-from simpletuner.training.optimizers import clip_gradients, optimizer_mode
+from simpletuner.training.optimizers import clip_gradients, optimizer_mode, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Parts:
     family: ModelFamily
     transformer: nn.Module
     device: Device
-    parameters: list[nn.Parameter]
+    trained: list[tuple[str, nn.Parameter]]
     optimizer: Optimizer
     ema: Ema | None
     plan: Plan
@@ -109,8 +109,8 @@ def tell(parts: Parts, step: int) -> None:
     due = [every for every in parts.every if every.due(step, parts.plan.total_steps)]
     if not due:
         return
-    optimizer_mode(parts.optimizer, training=False)
     for every in due:
+        optimizer_mode(parts.optimizer, training=False)
         every.action(step)
     optimizer_mode(parts.optimizer, training=True)
 
@@ -123,8 +123,7 @@ def train_step(parts: Parts, step: int) -> Stepped:
     count = sum(parts.batch_sizes(number) for number in numbers)
     sigmas = draw_sigmas(parts.flow, parts.seed, step, count)
     rate = parts.learning_rate(step)
-    for group in parts.optimizer.param_groups:
-        group["lr"] = rate
+    set_learning_rate(parts.optimizer, rate)
     total, seen, used = 0.0, 0, []
     for number in numbers:
         batch = parts.batch(number)
@@ -132,11 +131,11 @@ def train_step(parts: Parts, step: int) -> Stepped:
         seen += len(batch.visit_keys)
         used += list(zip(batch.sample_ids, sigma.tolist(), strict=True))
         total += backward(parts, batch, sigma, count, number)
-    norm = clip_gradients(parts.parameters, parts.clipping)
+    norm = clip_gradients(parts.trained, parts.clipping)
     if math.isfinite(total) and math.isfinite(norm):
         parts.optimizer.step()
         if parts.ema is not None:
-            parts.ema.update(step)
+            parts.ema.update(parts.trained)
     else:
         refuse(parts, step, total, norm, used)
     parts.optimizer.zero_grad(set_to_none=True)

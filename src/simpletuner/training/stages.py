@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,13 +11,13 @@ from torch import nn
 from simpletuner.cache.latents import Filled
 from simpletuner.config.schema import RunConfig
 from simpletuner.events.types import Emit
-from simpletuner.training.ema import Ema
 from simpletuner.training.prepare import Prepared
 from simpletuner.validation.component import BASE_STEP, Validator
 from simpletuner.validation.heldout import HeldOut, HeldOutSet, choose, fixed_batches
 from simpletuner.validation.inference import Inference
 
 Strength = Callable[[nn.Module, float], None]
+Average = Callable[[], AbstractContextManager[None]]  # the averaged weights inside, the trained ones after
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Pictures:
 
     validator: Validator
     transformer: nn.Module
-    ema: Ema | None
+    average: Average | None
     which: str
     set_strength: Strength | None
 
@@ -35,10 +35,10 @@ class Pictures:
             with self._untouched():
                 self.validator.run(step, self.transformer, "base")
             return
-        if self.ema is None or self.which != "ema_only":
+        if self.average is None or self.which != "ema_only":
             self.validator.run(step, self.transformer, "trained")
-        if self.ema is not None and self.which != "none":
-            with self.ema.swapped():
+        if self.average is not None and self.which != "none":
+            with self.average():
                 self.validator.run(step, self.transformer, "ema")
 
     @contextmanager
@@ -59,11 +59,11 @@ class Evaluation:
 
     heldout: HeldOut
     transformer: nn.Module
-    ema: Ema | None
+    average: Average | None
     emit: Emit
 
     def run(self, step: int) -> None:
-        with nullcontext() if self.ema is None or step == BASE_STEP else self.ema.swapped():
+        with nullcontext() if self.average is None or step == BASE_STEP else self.average():
             self.heldout.run(self.transformer, step, self.emit)
 
     def best_step(self) -> int | None:

@@ -1,0 +1,94 @@
+"""Whole runs on a tiny checkpoint: what every end-to-end test starts from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from simpletuner.config.load import Loaded, load
+from simpletuner.data.backends import read_backends
+from simpletuner.errors import SimpleTunerError
+from simpletuner.events.log import read
+from simpletuner.events.types import Event, Stepped
+from simpletuner.training import run as engine
+from tests.models.small import make_checkpoint
+
+
+def make_pictures(folder: Path, count: int = 6, side: int = 64, first: int = 0) -> None:
+    """Coloured noise, one caption file each; caption lengths differ."""
+    folder.mkdir(parents=True)
+    for number in range(first, first + count):
+        pixels = np.random.default_rng(number).integers(0, 255, (side, side + 16 * (number % 2), 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"picture-{number}.png")
+        words = " ".join(["a red square"] * (1 + number % 3))
+        (folder / f"picture-{number}.txt").write_text(f"{words}\nanother caption {number}")
+
+
+class Workspace:
+    """A folder with a checkpoint, pictures, a dataset file and a config; `train()` runs it in this process."""
+
+    def __init__(self, root: Path, **options: object) -> None:
+        self.root = root
+        self.base = root / "base"
+        make_checkpoint(self.base)
+        make_pictures(root / "pictures")
+        make_pictures(root / "held-out", count=3, first=10)
+        self.write_data()
+        self.options: dict[str, object] = {
+            "model_type": "lora", "model_family": "chroma", "pretrained_model_name_or_path": str(self.base),
+            "output_dir": str(root / "run"), "lora_rank": 2, "lora_dropout": 0.1, "learning_rate": 1e-2,
+            "mixed_precision": "no", "device": "cpu", "torch_num_threads": 1, "max_train_steps": 6,
+            "gradient_accumulation_steps": 2, "train_batch_size": 2, "caption_dropout_probability": 0.2,
+            "checkpoint_step_interval": 2, "use_ema": True, "ema_decay": 0.9, "lr_scheduler": "cosine",
+            "lr_warmup_steps": 1, "validation_disable": True, "resolution": 64, **options,
+        }  # fmt: skip
+
+    def write_data(self, **fields: object) -> None:
+        common = {"type": "local", "caption_strategy": "textfile", "resolution": 64, "resolution_type": "pixel_area"}
+        sets = [
+            {"id": "photos", "dataset_type": "image", "instance_data_dir": "pictures", **common, **fields},
+            {"id": "held", "dataset_type": "eval", "instance_data_dir": "held-out", **common},
+        ]
+        (self.root / "multidatabackend.json").write_text(json.dumps(sets))
+
+    def loaded(self, **options: object) -> Loaded:
+        config = self.root / "config.json"
+        config.write_text(json.dumps({**self.options, **options}))
+        return load(config_path=config, environ={}, cwd=self.root)
+
+    def train(self, **options: object) -> Path:
+        loaded = self.loaded(**options)
+        assert loaded.run.data.data_backend_config is not None
+        backends = read_backends(Path(loaded.run.data.data_backend_config), loaded.run.data)
+        assert engine.train(loaded, backends) == 0
+        return Path(loaded.run.training.output_dir)
+
+    def fails(self, **options: object) -> SimpleTunerError:
+        try:
+            self.train(**options)
+        except SimpleTunerError as error:
+            return error
+        raise AssertionError("the run went through")
+
+
+def events(run_dir: Path) -> list[Event]:
+    return [record.event for record in read(run_dir / "events.jsonl")]
+
+
+def losses(run_dir: Path) -> dict[int, tuple[float, float, float]]:
+    """(loss, gradient norm, learning rate) by step; a step done twice counts once, as it was done last."""
+    steps = [event for event in events(run_dir) if isinstance(event, Stepped)]
+    return {event.step: (event.loss, event.grad_norm, event.learning_rate) for event in steps}
+
+
+def contents(checkpoint: Path, names: Sequence[str] = ("weights", "optimizer", "ema")) -> dict[str, bytes]:
+    return {name: (checkpoint / f"{name}.safetensors").read_bytes() for name in names}
+
+
+def stop_at(step: int) -> Callable[[object], bool]:
+    """A stop flag for monkeypatching: asks to leave after `step`."""
+    return lambda loop_step: loop_step == step

@@ -1,0 +1,210 @@
+"""A resumed run is the run that was never interrupted: bit for bit, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from simpletuner.errors import CheckpointError, RunLocked, Stopped, TrainingDiverged
+from simpletuner.events.types import CheckpointSetAside, Stepped
+from simpletuner.training import checkpoint
+from simpletuner.training.rundir import RunFolder
+from tests.e2e.runs import Workspace, contents, events, losses
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path]:
+    workspace = Workspace(tmp_path_factory.mktemp("straight"))
+    return workspace, workspace.train()
+
+
+def interrupted(workspace: Workspace, at: int, name: str, **options: object) -> Path:
+    """Run with a stop after `at` steps, then the same command again."""
+    out = workspace.root / name
+    shutil.rmtree(out, ignore_errors=True)
+
+    def ask(event: object) -> None:
+        if isinstance(event, Stepped) and event.step == at:
+            (out / "control" / "stop").write_text("")
+
+    with pytest.MonkeyPatch.context() as patch:
+        from simpletuner.training import run as engine
+
+        real = engine.sinks
+        patch.setattr(engine, "sinks", lambda *arguments: [*real(*arguments), ask])
+        assert isinstance(workspace.fails(output_dir=str(out), **options), Stopped)
+    assert json.loads((out / "exit.json").read_text())["exit_code"] == 75
+    workspace.train(output_dir=str(out), **options)
+    return out
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_resumed_equals_uninterrupted(straight: tuple[Workspace, Path], at: int) -> None:
+    workspace, run_dir = straight
+    resumed = interrupted(workspace, at, f"stopped-at-{at}")
+    assert losses(resumed) == losses(run_dir)
+    assert contents(resumed / "checkpoint-6") == contents(run_dir / "checkpoint-6")
+    final = "pytorch_lora_weights.safetensors"
+    assert (resumed / final).read_bytes() == (run_dir / final).read_bytes()
+    assert (resumed / "ema" / final).read_bytes() == (run_dir / "ema" / final).read_bytes()
+
+
+def test_cold_optimizer_is_not_the_same_run(straight: tuple[Workspace, Path]) -> None:
+    """The test above can fail: without the optimizer's state the run is another one."""
+    workspace, run_dir = straight
+    cold = workspace.root / "cold"
+    shutil.copytree(run_dir, cold)
+    for folder in checkpoint.existing(cold):
+        if checkpoint.step_of(folder) > 2:
+            shutil.rmtree(folder)
+    folder = cold / "checkpoint-2"
+    tensors = load_file(folder / "optimizer.safetensors")
+    save_file({name: tensor * 0 for name, tensor in tensors.items()}, folder / "optimizer.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    path = folder / "optimizer.safetensors"
+    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": checkpoint._hash(path)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    workspace.train(output_dir=str(cold))
+    assert contents(cold / "checkpoint-6")["weights"] != contents(run_dir / "checkpoint-6")["weights"]
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(straight: tuple[Workspace, Path]) -> None:
+    workspace, run_dir = straight
+    out = workspace.root / "damaged"
+    shutil.copytree(run_dir, out)
+    victim = out / "checkpoint-6" / "weights.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-5] ^= 4
+    victim.write_bytes(content)
+    workspace.train(output_dir=str(out))
+    assert any(isinstance(event, CheckpointSetAside) for event in events(out))
+    assert (out / "damaged-checkpoint-6").is_dir()
+    assert contents(out / "checkpoint-6") == contents(run_dir / "checkpoint-6")
+
+
+def test_another_training_is_not_continued_silently(straight: tuple[Workspace, Path]) -> None:
+    workspace, run_dir = straight
+    error = workspace.fails(output_dir=str(run_dir), learning_rate=3e-3)
+    assert isinstance(error, CheckpointError)
+    assert "learning_rate" in str(error)
+    assert "--resume_from_checkpoint=never" in str(error)
+    free = workspace.train(output_dir=str(run_dir), checkpoint_step_interval=3, max_train_steps=6)
+    assert free == run_dir
+
+
+def test_changed_pictures_are_not_continued_silently(straight: tuple[Workspace, Path]) -> None:
+    workspace, run_dir = straight
+    try:
+        workspace.write_data(repeats=0, max_num_samples=4)
+        error = workspace.fails(output_dir=str(run_dir))
+    finally:
+        workspace.write_data()
+    assert isinstance(error, CheckpointError)
+    assert "pictures and captions" in str(error)
+
+
+def test_never_moves_earlier_results_aside(straight: tuple[Workspace, Path]) -> None:
+    workspace, run_dir = straight
+    out = workspace.root / "anew"
+    shutil.copytree(run_dir, out)
+    workspace.train(output_dir=str(out), resume_from_checkpoint="never", learning_rate=3e-3, max_train_steps=2)
+    assert (out / "earlier-1" / "checkpoint-6").is_dir()
+    assert (out / "checkpoint-2").is_dir()
+
+
+def test_must_resume_refuses_an_empty_folder(tmp_path: Path, straight: tuple[Workspace, Path]) -> None:
+    workspace, _ = straight
+    assert isinstance(
+        workspace.fails(output_dir=str(tmp_path / "empty"), resume_from_checkpoint="must"), CheckpointError
+    )
+
+
+def test_two_runs_never_share_a_folder(straight: tuple[Workspace, Path]) -> None:
+    workspace, run_dir = straight
+    with RunFolder(run_dir):
+        assert isinstance(workspace.fails(output_dir=str(run_dir)), RunLocked)
+
+
+def test_divergence_names_the_samples_and_keeps_the_checkpoint(straight: tuple[Workspace, Path]) -> None:
+    workspace, _ = straight
+    out = workspace.root / "diverged"
+    options = {"learning_rate": 0.9, "lr_scheduler": "constant", "max_grad_norm": 0, "optimizer": "adamw"}
+    with pytest.MonkeyPatch.context() as patch:
+        from simpletuner.training import loop
+
+        real = loop.losses
+        calls = []
+
+        def poisoned(*arguments: object) -> object:
+            calls.append(1)
+            return real(*arguments) * (float("nan") if len(calls) > 6 else 1)
+
+        patch.setattr(loop, "losses", poisoned)
+        error = workspace.fails(output_dir=str(out), **options)
+    assert isinstance(error, TrainingDiverged)
+    assert "photos/picture-" in str(error)
+    assert checkpoint.damage(out / "checkpoint-2") is None
+    assert json.loads((out / "exit.json").read_text())["exit_code"] == 4
+
+
+def command(workspace: Workspace, out: Path) -> list[str]:
+    workspace.loaded()
+    return [
+        sys.executable, "-m", "simpletuner", "train", "--config", str(workspace.root / "config.json"),
+        f"--output_dir={out}", "--max_train_steps=30", "--checkpoint_step_interval=3",
+    ]  # fmt: skip
+
+
+def storm(workspace: Workspace, kills: int, seed: int) -> None:
+    """SIGKILL at random moments, start again, until done: the result is that of one calm run."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    calm, torn = workspace.root / "calm", workspace.root / "torn"
+    subprocess.run(command(workspace, calm), env=env, check=True, capture_output=True, cwd=workspace.root)
+    chance = random.Random(seed)
+    for _ in range(kills):
+        process = subprocess.Popen(
+            command(workspace, torn), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=workspace.root
+        )
+        goal = chance.randint(1, 25)
+        while process.poll() is None and max(losses(torn), default=0) < goal:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(workspace, torn), env=env, check=True, capture_output=True, cwd=workspace.root)
+    assert losses(torn) == losses(calm)
+    assert contents(torn / "checkpoint-30") == contents(calm / "checkpoint-30")
+    assert not list(torn.glob("damaged-*"))
+
+
+def test_kill_storm_small(straight: tuple[Workspace, Path]) -> None:
+    storm(straight[0], kills=2, seed=1)
+
+
+@pytest.mark.slow
+def test_kill_storm(tmp_path: Path) -> None:
+    storm(Workspace(tmp_path), kills=20, seed=2)
+
+
+def test_sigterm_saves_and_leaves_with_its_own_code(straight: tuple[Workspace, Path]) -> None:
+    workspace, _ = straight
+    out = workspace.root / "terminated"
+    process = subprocess.Popen(
+        [*command(workspace, out)[:-2], "--max_train_steps=100000", "--checkpoint_step_interval=100000"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=workspace.root,
+    )  # fmt: skip
+    while process.poll() is None and max(losses(out), default=0) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output.decode()
+    assert checkpoint.newest_sound(out, lambda event: None) is not None
