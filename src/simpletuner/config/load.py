@@ -150,7 +150,7 @@ def _expanded(raw: Any, environ: Mapping[str, str]) -> Any:
 
 def _from_environment(environ: Mapping[str, str], reading: _Reading) -> Iterable[Entry]:
     """Variables that come close to an option are meant as one; others may belong to another program."""
-    for variable in sorted(name for name in environ if name.startswith(environment.PREFIX)):
+    for variable in sorted(name for name in environ if name.startswith(environment.PREFIX) and environ[name]):
         name = variable.removeprefix(environment.PREFIX).lower()
         known = name in catalog() or name in aliases() or refused.reason_refused(name)
         if known or values.did_you_mean(name, catalog()):
@@ -219,8 +219,9 @@ def _option_name(entry: Entry, reading: _Reading) -> str | None:
 def _finish(reading: _Reading, source: Path | None, cwd: Path, needs_data: bool) -> Attempt:
     """Resolve paths, check bounds and rules, and put the configuration together."""
     for name, option in catalog().items():
-        if option.path and isinstance(reading.values.get(name), str):
-            found, complaint = paths.resolve(reading.values[name], option.path, reading.folders[name], cwd)
+        text = reading.values.get(name)
+        if option.path and isinstance(text, str) and not (option.structured and "://" in text):
+            found, complaint = paths.resolve(text, option.path, reading.folders[name], cwd)
             reading.values[name] = found
             if complaint:
                 reading.problem(reading.origins[name], f"{name} = {found!r}: {complaint}", name)

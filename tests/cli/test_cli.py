@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from simpletuner.cli import COMMANDS
+
+# an import of any of these is a mistake that shows at once
+BLOCKED_START = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise AssertionError("imported " + name)
+sys.meta_path.insert(0, Blocked())
+sys.argv[0] = "simpletuner"
+from simpletuner.cli import main
+main()
+"""
+HEAVY = ("torch", "diffusers", "transformers", "peft", "numpy", "PIL")
+
+
+def run(
+    cwd: Path, *words: str, blocked: tuple[str, ...] = ()
+) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The finished command and its CPU seconds."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("SIMPLETUNER_")}
+    start = ["-c", BLOCKED_START.format(blocked=blocked)] if blocked else ["-m", "simpletuner"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, *start, *words], cwd=cwd, capture_output=True, text=True, env=environ
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (64, 64)).save(pictures / "a.png")
+    (pictures / "a.txt").write_text("a black square")
+    sets = [{"id": "one", "type": "local", "instance_data_dir": "pictures"}]
+    (tmp_path / "multidatabackend.json").write_text(json.dumps(sets))
+    (tmp_path / "config.json").write_text('{\n  // first\n  "seed": 7\n}')
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("--version",)])
+def test_root_is_quick_and_light(tmp_path: Path, words: tuple[str, ...]) -> None:
+    done, _ = run(tmp_path, *words, blocked=(*HEAVY, "pydantic", "rich"))
+    assert "simpletuner" in done.stdout + done.stderr, done.stderr
+    assert "imported" not in done.stderr
+    assert min(run(tmp_path, *words)[1] for _ in range(3)) < 0.3
+
+
+def test_root_help_names_every_command(tmp_path: Path) -> None:
+    done, _ = run(tmp_path, "--help")
+    assert done.returncode == 0
+    for name, (_, text) in COMMANDS.items():
+        assert name in done.stdout
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_without_torch(tmp_path: Path, name: str) -> None:
+    done, _ = run(tmp_path, name, "--help", blocked=("torch", "diffusers", "transformers"))
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def test_train_help_and_help_all(tmp_path: Path) -> None:
+    basic, seconds = run(tmp_path, "train", "--help")
+    everything, _ = run(tmp_path, "train", "--help-all")
+    assert "--learning_rate" in basic.stdout
+    assert "--huber_c" not in basic.stdout
+    assert "--huber_c" in everything.stdout
+    assert seconds < 1
+
+
+def test_mistakes_are_told_before_torch_and_in_a_second(project: Path) -> None:
+    (project / "config.json").write_text('{\n  "learning_rat": 1,\n  "lora_rank": 0\n}')
+    sets = [{"id": "one", "type": "local", "instance_data_dir": "gone"}]
+    (project / "multidatabackend.json").write_text(json.dumps(sets))
+    done, _ = run(project, "train", "--sed", "3", blocked=("torch", "diffusers", "transformers"))
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert lines[:3] == [
+        "config.json:2:3: learning_rat: unknown option; did you mean 'learning_rate'?",
+        "config.json:3:3: lora_rank = 0: must be at least 1, at most 1024",
+        "--sed: unknown option; did you mean 'seed'?",
+    ]
+    assert lines[3].startswith("multidatabackend.json:1:")
+    assert '"gone" does not exist' in lines[3]
+    assert done.stdout == ""
+    assert min(run(project, "train", "--sed", "3")[1] for _ in range(2)) < 1
+
+
+def test_prompt_library_and_webhooks_are_checked_too(project: Path) -> None:
+    (project / "prompts.json").write_text('{"a": 3}')
+    done, _ = run(project, "train", "user_prompt_library=prompts.json", blocked=("torch",))
+    assert done.returncode == 2
+    assert "prompts.json:1:2" in done.stderr
+    done, _ = run(project, "train", 'webhook_config={"webhook_type": "pigeon"}', blocked=("torch",))
+    assert done.returncode == 2
+    assert "pigeon" in done.stderr
+
+
+def test_show_config(project: Path) -> None:
+    done, _ = run(
+        project, "train", "--show-config", "--lora-rank", "4", "learning_rate=2e-4", blocked=("torch",)
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {words[0]: words[1:] for line in done.stdout.splitlines() if len(words := line.split()) == 3}
+    assert rows["seed"] == ["7", "config.json:3:3"]
+    assert rows["lora_rank"] == ["4", "--lora_rank"]
+    assert rows["learning_rate"] == ["0.0002", "--learning_rate"]
+    assert rows["lora_dropout"] == ["0.0", "default"]
+    assert "note: neither max_train_steps nor num_train_epochs is given: 1000 steps" in done.stdout
+
+
+def test_nothing_to_train(tmp_path: Path) -> None:
+    done, _ = run(tmp_path, "train", blocked=("torch",))
+    assert done.returncode == 2
+    assert done.stderr.startswith("no configuration: none of config.json, ")
+    assert done.stderr.count("\n") == 1
+    done, _ = run(tmp_path, "train", "--config", blocked=("torch",))
+    assert done.stderr == "--config: needs a value\n"
+
+
+def test_unknown_command(tmp_path: Path) -> None:
+    done, _ = run(tmp_path, "trian")
+    assert done.returncode == 2
+    assert "did you mean 'train'?" in done.stderr
+
+
+def test_examples_are_copied_and_never_overwrite(tmp_path: Path) -> None:
+    done, _ = run(tmp_path, "examples", "list")
+    assert "chroma.peft-lora" in done.stdout.split()
+    done, _ = run(tmp_path, "examples", "copy", "chroma.peft-lora", "--dest", "mine")
+    assert done.returncode == 0
+    config = tmp_path / "mine" / "config.json"
+    assert config.is_file()
+    (tmp_path / "mine" / "multidatabackend.json").unlink()
+    config.write_text("my own")
+    done, _ = run(tmp_path, "examples", "copy", "chroma.peft-lora", "--dest", "mine")
+    assert done.returncode == 2
+    assert config.read_text() == "my own"
+    assert not (tmp_path / "mine" / "multidatabackend.json").exists()
+    done, _ = run(tmp_path, "examples", "copy", "chroma")
+    assert done.returncode == 2
+    assert "chroma.peft-lora" in done.stderr
+
+
+def test_the_preset_for_the_real_model_holds(tmp_path: Path) -> None:
+    (tmp_path / "datasets" / "photos").mkdir(parents=True)
+    done, _ = run(tmp_path, "train", "--example", "chroma.peft-lora", "--show-config", blocked=("torch",))
+    assert done.returncode == 0, done.stderr
+
+
+def test_options_are_searched(tmp_path: Path) -> None:
+    done, _ = run(tmp_path, "options", "network-rank")
+    assert done.stdout.startswith("lora_rank\n")
+    done, _ = run(tmp_path, "options", "ramtorch")
+    assert "not offered yet" in done.stdout
+    done, _ = run(tmp_path, "options")
+    assert "learning_rate" in done.stdout.split()
+    done, _ = run(tmp_path, "options", "qqq")
+    assert done.returncode == 2
+
+
+def test_report_of_no_run(tmp_path: Path) -> None:
+    done, _ = run(tmp_path, "report", ".")
+    assert done.returncode == 2
+    assert "no run folder" in done.stderr

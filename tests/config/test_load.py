@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner.config.catalog import aliases, catalog
+from simpletuner.config.compare import training_difference
+from simpletuner.config.flags import pairs
+from simpletuner.config.load import Loaded, attempt, from_resolved, load, resolved
+from simpletuner.config.schema import RunConfig
+from simpletuner.errors import ConfigError
+
+QUICKSTART = """{
+  "model_type": "lora",
+  "model_family": "chroma",
+  "model_flavour": "base",
+  "output_dir": "/workspace/chroma-output",
+  "network_rank": 16,
+  "learning_rate": 2.0e-4,
+  "mixed_precision": "bf16",
+  "gradient_checkpointing": true,
+  "pretrained_model_name_or_path": null
+}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "multidatabackend.json").write_text("[]")
+    return tmp_path
+
+
+def read(folder: Path, config: Any = None, flags: str = "", environ: dict[str, str] | None = None) -> Loaded:
+    if config is not None:
+        text = config if isinstance(config, str) else json.dumps(config)
+        (folder / "config.json").write_text(text, encoding="utf-8")
+    return load(pairs(flags.split()), environ=environ or {}, cwd=folder)
+
+
+def problems(
+    folder: Path, config: Any = None, flags: str = "", environ: dict[str, str] | None = None
+) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        read(folder, config, flags, environ)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_the_quickstart_loads_letter_by_letter(folder: Path) -> None:
+    loaded = read(folder, QUICKSTART)
+    assert loaded.run.adapter.lora_rank == 16
+    assert loaded.run.optimizer.learning_rate == 2e-4
+    assert loaded.run.model.pretrained_model_name_or_path is None
+    assert loaded.run.training.output_dir == "/workspace/chroma-output"
+    assert loaded.run.data.data_backend_config == str(folder / "multidatabackend.json")
+    assert loaded.run.training.max_train_steps == 1000
+    assert loaded.origins["lora_rank"] == "config.json:6:3"
+    assert loaded.notes[0] == "config.json:6:3: network_rank is read as lora_rank"
+
+
+@pytest.mark.parametrize("layers", list(itertools.product([False, True], repeat=3)))
+def test_precedence(folder: Path, layers: tuple[bool, bool, bool]) -> None:
+    in_file, in_environment, in_flags = layers
+    loaded = read(
+        folder,
+        {"seed": 1} if in_file else {},
+        "--seed 3" if in_flags else "",
+        {"SIMPLETUNER_SEED": "2"} if in_environment else {},
+    )
+    expected = (3, "--seed") if in_flags else (2, "SIMPLETUNER_SEED") if in_environment else None
+    expected = expected or ((1, "config.json:1:2") if in_file else (42, "default"))
+    assert (loaded.run.training.seed, loaded.origins["seed"]) == expected
+
+
+def test_null_is_the_default_even_over_another_layer(folder: Path) -> None:
+    loaded = read(folder, {"lora_alpha": 4, "seed": None}, "--lora_alpha null")
+    assert loaded.run.adapter.lora_alpha is None
+    assert loaded.run.training.seed == 42
+
+
+@pytest.mark.parametrize("spelled", ["--learning-rate 1e-5", "--learning_rate=1e-5", "learning_rate=1e-5"])
+def test_flag_spellings(folder: Path, spelled: str) -> None:
+    assert read(folder, {}, spelled).run.optimizer.learning_rate == 1e-5
+
+
+def test_bare_flags_and_negative_numbers() -> None:
+    words = [
+        "--use_ema",
+        "seed=3",
+        "--use_dora",
+        "false",
+        "--lr_end",
+        "-1",
+        "--validation_prompt=--x y",
+        "--env",
+    ]
+    assert pairs([*words, "--rehearse", "--seed", "4"], ["rehearse"]) == [
+        ("use_ema", None), ("seed", "3"), ("use_dora", "false"), ("lr_end", "-1"),
+        ("validation_prompt", "--x y"), ("env", None), ("rehearse", None), ("seed", "4"),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="'stray' belongs to no option"):
+        pairs(["stray"])
+
+
+@pytest.mark.parametrize("alias", list(aliases()))
+def test_aliases(folder: Path, alias: str) -> None:
+    option = catalog()[aliases()[alias]]
+    value = {"integer": 7, "number": 7.0, "choice": "".join(option.choices[-1:]), "text": "x"}
+    loaded = read(folder, {alias: value[option.kind]})
+    assert resolved(loaded.run)[option.name] == value[option.kind]
+    assert f"{alias} is read as {option.name}" in loaded.notes[0]
+
+
+def test_an_option_under_two_names_is_refused(folder: Path) -> None:
+    assert problems(folder, '{"lora_rank": 4,\n"network_rank": 8}') == [
+        "config.json:2:1: network_rank: lora_rank is given too, and is the same option"
+    ]
+
+
+def test_written_as_text(folder: Path) -> None:
+    loaded = read(
+        folder,
+        {
+            "--gradient_checkpointing": "false", "learning_rate": "1e-5", "max_train_steps": "1e3",
+            "seed": 7.0,
+            "validation_resolution": 512, "mixed_precision": "BF16", "optimizer": "optimi-lion",
+            "num_train_epochs": 0, "flow_schedule_shift": 0,
+        },
+    )  # fmt: skip
+    run = loaded.run
+    assert run.model.gradient_checkpointing is False
+    assert (run.optimizer.learning_rate, run.training.max_train_steps, run.training.seed) == (1e-5, 1000, 7)
+    assert (run.validation.validation_resolution, run.model.mixed_precision) == ("512", "bf16")
+    assert (run.optimizer.optimizer, run.flow.flow_schedule_shift) == ("lion", None)
+    assert any("optimizer optimi-lion is read as lion" in note for note in loaded.notes)
+
+
+def test_lists_and_regular_expressions(folder: Path) -> None:
+    assert read(folder, {}, 'lora_target_modules=["to_q","to_k"]').run.adapter.lora_target_modules == [
+        "to_q",
+        "to_k",
+    ]
+    assert read(folder, {}, "lora_target_modules=[tq].*to_q").run.adapter.lora_target_modules == "[tq].*to_q"
+    assert problems(folder, {"lora_target_modules": "(to_q"})[0].startswith(
+        "config.json:1:2: lora_target_modules: is not"
+    )
+
+
+def test_environment_in_texts(folder: Path) -> None:
+    config = {"tracker_run_name": "on {env:NODE}", "seed": "{env:LUCK}"}
+    loaded = read(folder, config, "", {"NODE": "n1", "LUCK": "9"})
+    assert (loaded.run.logging.tracker_run_name, loaded.run.training.seed) == ("on n1", 9)
+    assert problems(folder, config, "", {"NODE": "n1"}) == [
+        "config.json:1:39: seed: {env:LUCK}: the environment variable LUCK is not set"
+    ]
+
+
+def test_wrapper_and_schema_key(folder: Path) -> None:
+    loaded = read(folder, '{"$schema": "x", "seed": 5}')
+    assert loaded.run.training.seed == 5
+    loaded = read(folder, '{"_metadata": {"v": 1},\n "config": {"--seed": 6}}')
+    assert (loaded.run.training.seed, loaded.origins["seed"]) == (6, "config.json:2:13")
+
+
+def test_toml(folder: Path) -> None:
+    (folder / "config.toml").write_text('# hello\nseed = 8\n\n"learning_rat" = 1\nnetwork_rank = 2\n')
+    assert problems(folder) == [
+        "config.toml:4:1: learning_rat: unknown option; did you mean 'learning_rate'?"
+    ]
+    (folder / "config.toml").write_text("seed = 8\nnetwork_rank = 2\n")
+    loaded = read(folder)
+    assert (loaded.run.training.seed, loaded.run.adapter.lora_rank) == (8, 2)
+    assert loaded.origins["seed"] == "config.toml:1:1"
+    (folder / "config.toml").write_text("seed = = 8\n")
+    assert problems(folder)[0].startswith("config.toml:1:8: ")
+
+
+def test_everything_wrong_at_once(folder: Path) -> None:
+    config = """{
+  "learning_rat": 1,
+  "network_rank": 0,
+  "lr_scheduler": "cosin",
+  "seed": true,
+  "validation_guidance": 7.5,
+  "init_lora": "nope.safetensors",
+  "max_train_steps": 5,
+  "num_train_epochs": 5,
+  "base_model_precision": "int8-quanto",
+  "lora_init_type": "loftq",
+  "learning_rate": 1e400
+}"""
+    assert problems(folder, config) == ["config.json:12:20: 1e400 is too large"]
+    found = problems(
+        folder,
+        config.replace("1e400", '"nan"'),
+        "--sed 3 --use_ema 1 --lora_alpha",
+        {"SIMPLETUNER_LORA_RNK": "1"},
+    )
+    assert found == [
+        "config.json:2:3: learning_rat: unknown option; did you mean 'learning_rate'?",
+        "config.json:3:3: lora_rank = 0: must be at least 1, at most 1024",
+        'config.json:4:3: lr_scheduler = "cosin": allowed: constant, linear, cosine, polynomial; '
+        "did you mean 'cosine'?",
+        "config.json:5:3: seed = true: must be a whole number",
+        "config.json:6:3: validation_guidance: use validation_guidance_real",
+        "config.json:7:3: init_lora = 'nope.safetensors': does not exist (looked for nope.safetensors)",
+        "config.json:8:3: max_train_steps: num_train_epochs is given too; the length of a run is one of them",
+        'config.json:10:3: base_model_precision = "int8-quanto": not offered yet; allowed: no_change',
+        'config.json:11:3: lora_init_type = "loftq": LoftQ needs a quantised base, which is not offered yet; '
+        "allowed: default, gaussian, olora, pissa",
+        "config.json:12:3: learning_rate = nan: input should be a finite number",
+        "SIMPLETUNER_LORA_RNK: lora_rnk: unknown option; did you mean 'lora_rank'?",
+        "--sed: unknown option; did you mean 'seed'?",
+        "--lora_alpha: needs a value",
+    ]  # fmt: skip
+
+
+def test_foreign_variables_are_told_and_let_be(folder: Path) -> None:
+    loaded = read(folder, {}, "", {"SIMPLETUNER_STATE_DIR": "/x", "SIMPLETUNER_SEED": "", "PATH": "/bin"})
+    assert loaded.notes[0] == "SIMPLETUNER_STATE_DIR is no option's variable and is not read"
+    assert loaded.run.training.seed == 42
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '"x"'])
+def test_not_an_object(folder: Path, text: str) -> None:
+    assert problems(folder, text) == ["config.json:1:1: the file should hold one object, {...}, of options"]
+
+
+def test_sections_are_flat(folder: Path) -> None:
+    assert problems(folder, {"model": {}}) == [
+        "config.json:1:2: model: options are written flat, without sections"
+    ]
+
+
+def test_lookup(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(environ={}, cwd=tmp_path)
+    assert str(caught.value).startswith(
+        "no configuration: none of config.json, config.jsonc, config.toml, config/config.json"
+    )
+    assert "\n" not in str(caught.value)
+    assert load(environ={}, cwd=tmp_path, needs_data=False).source is None
+    for place in ("config/few/config.jsonc", "config/config.toml", "config.jsonc", "other/mine.json"):
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("" if path.suffix == ".toml" else "{}")
+        (path.parent / "multidatabackend.json").write_text("[]")
+    assert load(environ={}, cwd=tmp_path).source == tmp_path / "config.jsonc"
+    (tmp_path / "config.jsonc").unlink()
+    assert load(environ={}, cwd=tmp_path).source == tmp_path / "config/config.toml"
+    loaded = load(environ={}, cwd=tmp_path, env_name="few")
+    assert loaded.source == tmp_path / "config/few/config.jsonc"
+    assert loaded.run.data.data_backend_config == str(tmp_path / "config/few/multidatabackend.json")
+    assert (
+        load((), tmp_path / "other/mine.json", environ={}, cwd=tmp_path).source
+        == tmp_path / "other/mine.json"
+    )
+    for arguments in ({"env_name": "many"}, {"config_path": "no.json"}, {"example": "no"}):
+        with pytest.raises(ConfigError):
+            load(environ={}, cwd=tmp_path, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--config and --env each name"):
+        load((), "other/mine.json", "few", environ={}, cwd=tmp_path)
+
+
+def test_paths_beside_the_file_come_first(tmp_path: Path) -> None:
+    config = tmp_path / "config" / "a"
+    config.mkdir(parents=True)
+    for place in (tmp_path, config):
+        (place / "prompts.json").write_text("{}")
+    (tmp_path / "sets.json").write_text("[]")
+    (tmp_path / "model").mkdir()
+    text = {
+        "user_prompt_library": "prompts.json", "data_backend_config": "sets.json",
+        "pretrained_model_name_or_path": "model", "pretrained_t5_model_name_or_path": "who/what",
+    }  # fmt: skip
+    (config / "config.json").write_text(json.dumps(text))
+    run = load(environ={}, cwd=tmp_path, env_name="a").run
+    assert run.validation.user_prompt_library == str(config / "prompts.json")
+    assert run.data.data_backend_config == str(tmp_path / "sets.json")
+    assert run.model.pretrained_model_name_or_path == str(tmp_path / "model")
+    assert run.model.pretrained_t5_model_name_or_path == "who/what"
+    (config / "config.json").write_text('{"pretrained_model_name_or_path": "./gone"}')
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(environ={}, cwd=tmp_path, env_name="a")
+
+
+def test_data_section_is_handed_back_though_others_are_wrong(folder: Path) -> None:
+    (folder / "config.json").write_text('{"seed": -1}')
+    tried = attempt(environ={}, cwd=folder)
+    assert tried.loaded is None
+    assert tried.data is not None
+    (folder / "config.json").write_text('{"resolution": "big"}')
+    assert attempt(environ={}, cwd=folder).data is None
+
+
+def test_round_trip_through_a_run_folder(folder: Path) -> None:
+    run = read(folder, {"lora_rank": 4, "lora_target_modules": ["to_q"], "max_train_steps": 3}).run
+    flat = json.loads(json.dumps(resolved(run)))
+    assert list(flat) == list(catalog())
+    assert from_resolved(flat) == run
+    assert from_resolved({"seed": 3, "of_another_version": 1}).training.seed == 3
+    with pytest.raises(ConfigError, match="lora_rank = 0"):
+        from_resolved({"lora_rank": 0})
+
+
+def test_secrets_stay_out_of_the_run_folder(folder: Path) -> None:
+    hooks = [
+        {
+            "webhook_type": "raw",
+            "callback_url": "{env:HOOK}",
+            "auth_token": "{env:TOKEN}",
+            "ssl_no_verify": True,
+        }
+    ]
+    environ = {"HOOK": "https://h/sesame", "TOKEN": "sesame"}
+    loaded = read(folder, {"webhook_config": hooks}, "", environ)
+    assert loaded.run.logging.webhook_config[0]["auth_token"] == "sesame"  # type: ignore[index]
+    assert "sesame" not in json.dumps(resolved(loaded.run))
+    assert resolved(loaded.run)["webhook_config"][0]["webhook_type"] == "raw"
+
+
+def test_what_may_change_on_resume() -> None:
+    old = resolved(RunConfig())
+    new = {
+        **old,
+        "learning_rate": 2e-4,
+        "max_train_steps": 9,
+        "validation_prompt": "x",
+        "device": "cuda",
+        "lora_rank": 8,
+    }
+    assert training_difference(old, new) == ["lora_rank was 16, is 8", "learning_rate was 0.0001, is 0.0002"]
+    assert training_difference({}, old) == []
+    for name in ("max_train_steps", "checkpoint_step_interval", "vae_batch_size", "report_to", "output_dir"):
+        assert catalog()[name].resume == "free", name
+    for name in (
+        "seed",
+        "train_batch_size",
+        "optimizer",
+        "chroma_sigma_density",
+        "vae_cache_sample",
+        "use_ema",
+    ):
+        assert catalog()[name].resume == "fixed", name

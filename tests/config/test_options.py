@@ -1,0 +1,213 @@
+"""The declarations themselves, the table of what is refused, the rules between options, the documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner.config import docs
+from simpletuner.config.catalog import aliases, catalog
+from simpletuner.config.load import attempt
+from simpletuner.config.refused import REFUSED, reason_refused
+
+ROOT = Path(__file__).parents[2]
+
+# what configurations of SimpleTuner may name and this program has no option for
+FOREIGN = """
+pretrained_transformer_subfolder trust_remote_code logging_dir cache_dir_text cache_dir_vae
+seed_for_each_device prediction_type delete_model_after_load i_know_what_i_am_doing text_encoder_1_precision
+text_encoder_4_precision quantize_via quantization_config quantize_activations sdnq_weights_dtype
+gradient_precision keep_vae_loaded vae_cache_ondemand vae_cache_disable vae_cache_preprocess
+gradient_checkpointing_backend gradient_checkpointing_segment_stride
+gradient_checkpointing_offload_attention offload_during_startup
+gradient_checkpointing_offload_pin_memory_max_buckets offload_during_save enable_group_offload
+group_offload_type group_offload_blocks_per_group ramtorch ramtorch_target_modules musubi_blocks_to_swap
+musubi_block_swap_device attention_mechanism sageattention_usage accelerator_cache_clear_interval
+set_grads_to_none dynamo_backend dynamo_mode peft_lora_mode singlora_ramp_up_steps slider_lora_target
+init_lora_ema init_lora_step init_lokr_norm lora_format lycoris_config assistant_lora_path
+disable_assistant_lora validation_lycoris_strength flow_cubic_schedule_weights mixflow_enabled mixflow_gamma
+flux_guidance_value flux_guidance_min flux_guidance_max flux_attention_masked_training
+input_perturbation_steps noise_offset offset_noise timestep_bias_strategy snr_gamma use_soft_min_snr
+snr_weight soft_min_snr_sigma_data masked_loss_probability slider_strength optimizer_beta1 optimizer_beta2
+prodigy_steps lr_num_cycles strict_epoch_limit ignore_final_epochs optimizer_release_gradients
+fuse_optimizer optimizer_cpu_offload_method optimizer_offload_gradients text_encoder_lr train_text_encoder
+ema_cpu_only ema_warmup_steps ema_foreach_disable checkpointing_rolling_steps
+checkpoints_rolling_total_limit checkpointing_use_tempdir delete_invalid_checkpoints disk_low_threshold
+disk_low_action disk_low_script post_checkpoint_script validation_epoch_interval validate_after_step
+validate_after_epoch validation_on_startup validation_disable_unconditional validation_guidance
+validation_guidance_rescale validation_seed_source validation_randomize validation_noise_scheduler
+validation_guidance_skip_layers validation_preview validation_preview_steps validation_method
+validation_external_script validation_external_background validation_adapter_path
+validation_adapter_strength validation_multigpu validation_image_format validation_image_quality
+validation_using_datasets validation_stitch_input_location eval_epoch_interval eval_timesteps
+eval_dataset_pooling eval_loss_disable evaluation_type pretrained_evaluation_model_name_or_path push_to_hub
+push_checkpoints_to_hub push_to_hub_background hub_model_id model_card_private model_card_safe_for_work
+model_card_note modelspec_comment publishing_config post_upload_script custom_tracker tracker_image_layout
+webhook_reporting_interval aspect_bucket_rounding aspect_bucket_alignment max_upscale_threshold
+metadata_update_interval write_batch_size read_batch_size image_processing_batch_size max_workers
+aspect_bucket_worker_count enable_multiprocessing dataloader_prefetch dataloader_prefetch_qlen
+compress_disk_cache text_cache_ondemand text_cache_disable text_embed_full_cache
+allow_dataset_oversubscription disable_bucket_pruning override_dataset_config skip_file_discovery
+preserve_data_backend_cache vae_cache_scan_behaviour delete_unwanted_images delete_problematic_images
+delete_nsfw_images ignore_missing_files print_filenames print_sampler_statistics debug_aspect_buckets
+debug_dataset_loader scheduled_sampling_max_step_offset scheduled_sampling_reflexflow num_processes
+num_machines machine_rank main_process_ip main_process_port same_network accelerate_config
+accelerate_extra_args find_unused_parameters deepspeed_config offload_param_path fsdp_enable fsdp_version
+fsdp_activation_checkpointing context_parallel_size context_parallel_comm_strategy instance_data_dir repeats
+crop
+"""
+
+
+@pytest.mark.parametrize("name", FOREIGN.split())
+def test_foreign_options_are_refused_by_name(name: str) -> None:
+    assert reason_refused(name)
+    assert name not in catalog()
+    assert name not in aliases()
+
+
+def test_refused_names_are_no_options() -> None:
+    for name in [*catalog(), *aliases()]:
+        assert reason_refused(name) is None, name
+    names = [name for _, names in REFUSED for name in names.split()]
+    assert len(set(names)) == len(names)
+
+
+def test_declarations() -> None:
+    assert len(catalog()) >= 120
+    for option in catalog().values():
+        assert option.text.endswith("."), option.name
+        assert option.level in ("basic", "common", "advanced")
+        assert not option.nullable or option.default is None, option.name
+        assert set(option.spellings.values()) <= set(option.choices), option.name
+        assert not set(option.hints) & set(option.choices) or option.kind == "flag", option.name
+        assert not set(option.aliases) & set(catalog()), option.name
+        if option.kind in ("integer", "number"):
+            assert option.bounds, option.name
+    assert 15 <= sum(option.level == "basic" for option in catalog().values()) <= 30
+
+
+def test_beginners_defaults() -> None:
+    expected = {
+        "model_type": "lora", "lora_rank": 16, "lora_alpha": None, "lora_dropout": 0.0, "learning_rate": 1e-4,
+        "train_batch_size": 1, "grad_clip_method": "norm", "max_grad_norm": 1.0, "flow_schedule_shift": None,
+        "validation_guidance_real": 1.0,
+        "resume_from_checkpoint": "latest", "chroma_sigma_density": "quadratic",
+    }  # fmt: skip
+    assert {name: catalog()[name].default for name in expected} == expected
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Any:
+    (tmp_path / "multidatabackend.json").write_text("[]")
+
+    def judged(**config: Any) -> tuple[list[str], list[str]]:
+        (tmp_path / "config.json").write_text(json.dumps({"max_train_steps": 9, **config}))
+        tried = attempt(environ={}, cwd=tmp_path)
+        return [problem.what for problem in tried.problems], list(tried.loaded.notes) if tried.loaded else []
+
+    return judged
+
+
+@pytest.mark.parametrize(
+    ("config", "option"),
+    [
+        ({"num_train_epochs": 1}, "max_train_steps"),
+        ({"mixed_precision": "no", "base_model_default_dtype": "bf16"}, "base_model_default_dtype"),
+        ({"lr_scale": True, "lr_scale_sqrt": True}, "lr_scale_sqrt"),
+        ({"lr_scheduler": "cosine", "lr_end": 1e-3}, "lr_end"),
+        ({"optimizer": "adamw_schedulefree", "lr_scheduler": "linear"}, "lr_scheduler"),
+        ({"optimizer_config": "a=1,b"}, "optimizer_config"),
+        ({"resolution": 1024, "resolution_type": "area"}, "resolution"),
+        ({"resolution": 1}, "resolution"),
+        ({"minimum_aspect_ratio": 5}, "minimum_aspect_ratio"),
+        ({"maximum_image_size": 2048}, "maximum_image_size"),
+        ({"target_downsample_size": 2048}, "target_downsample_size"),
+        ({"maximum_image_size": 512, "target_downsample_size": 600}, "target_downsample_size"),
+        ({"prepend_instance_prompt": True, "only_instance_prompt": True}, "only_instance_prompt"),
+        ({"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True}, "flow_use_uniform_schedule"),
+        (
+            {"flow_use_uniform_schedule": True, "chroma_sigma_density": "parabola"},
+            "flow_use_uniform_schedule",
+        ),
+        ({"flux_fast_schedule": True, "flow_custom_timesteps": "500"}, "flow_custom_timesteps"),
+        ({"flow_schedule_shift": 3, "flow_schedule_auto_shift": True}, "flow_schedule_auto_shift"),
+        ({"flow_custom_timesteps": "500,x"}, "flow_custom_timesteps"),
+        ({"flow_custom_timesteps": "1500"}, "flow_custom_timesteps"),
+        ({"validation_resolution": "512x"}, "validation_resolution"),
+        ({"validation_resolution": "1.0"}, "validation_resolution"),
+        ({"report_to": "wandb,swanlab"}, "report_to"),
+        ({"webhook_config": "https://x/y"}, "webhook_config"),
+        ({"alpha_background": "red"}, "alpha_background"),
+        ({"output_dir": ""}, "output_dir"),
+        ({"validation_prompt_library": True}, "validation_prompt_library"),
+        ({"flux_guidance_mode": "random-range"}, "flux_guidance_mode"),
+        ({"flux_lora_target": "all+ffs+embedder"}, "flux_lora_target"),
+        ({"device": 3}, "device"),
+        ({"lora_rank": 2.5}, "lora_rank"),
+        ({"learning_rate": [1]}, "learning_rate"),
+        ({"instance_prompt": {}}, "instance_prompt"),
+        ({"num_processes": 2}, "num_processes"),
+    ],
+)
+def test_contradictions(judge: Any, config: dict[str, Any], option: str) -> None:
+    problems, _ = judge(**config)
+    assert len(problems) == 1, problems
+    assert problems[0].startswith((f"{option}:", f"{option} = "))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"flow_use_uniform_schedule": True, "chroma_sigma_density": "uniform"},
+        {"flow_use_beta_schedule": True},
+        {"validation_resolution": "512, 768x1024"},
+        {"report_to": "wandb,tensorboard"},
+        {"optimizer_config": "weight_decay=0.1, betas=x"},
+        {"resolution": 1.0, "resolution_type": "area"},
+    ],
+)
+def test_what_agrees_is_let_through(judge: Any, config: dict[str, Any]) -> None:
+    assert judge(**config) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_flavour": "flash"}, "unstable"),
+        ({"mixed_precision": "fp16"}, "overflows"),
+        ({"vae_dtype": "fp16"}, "overflows"),
+        ({"flux_fast_schedule": True}, "leave it off"),
+        ({"chroma_sigma_density": "quadratic-literal"}, "[0.25, 0.75)"),
+        ({"flow_schedule_shift": 3}, "Chroma needs none"),
+        ({"optimizer": "prodigy"}, "1.0 is usual"),
+        ({"lr_warmup_steps": 9}, "never arrives"),
+        (
+            {"model_type": "full", "lora_rank": 4, "use_dora": True},
+            "lora_rank, use_dora have no effect with model_type full",
+        ),
+        ({"huber_c": 0.2}, "huber_c has no effect with loss_type l2"),
+        (
+            {"ramtorch": False, "push_to_hub": "false", "hub_model_id": None},
+            "as they are off: hub_model_id, push_to_hub, ramtorch",
+        ),
+    ],
+)
+def test_remarks(judge: Any, config: dict[str, Any], words: str) -> None:
+    problems, notes = judge(**config)
+    assert problems == []
+    assert len(notes) == 1, notes
+    assert words in notes[0]
+
+
+def test_documents_are_in_step_with_the_schema(tmp_path: Path) -> None:
+    docs.write(tmp_path)
+    for name in ("options.md", "options.schema.json"):
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), (
+            f"docs/{name} is stale: run `python -m simpletuner.config.docs`"
+        )
+    for name in catalog():
+        assert f"`{name}`" in docs.options_page()
+        assert name in docs.json_schema()["properties"]
