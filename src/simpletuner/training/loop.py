@@ -25,7 +25,7 @@ from simpletuner.randomness import seed_at
 from simpletuner.training.device import Device
 from simpletuner.training.ema import Ema
 from simpletuner.training.objective import losses
-from simpletuner.training.optimizers import clip_gradients, optimizer_mode, set_learning_rate
+from simpletuner.training.optimizers import clip_gradients, optimizer_mode
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def train_step(parts: Parts, step: int) -> Stepped:
     count = sum(parts.batch_sizes(number) for number in numbers)
     sigmas = draw_sigmas(parts.flow, parts.seed, step, count)
     rate = parts.learning_rate(step)
-    set_learning_rate(parts.optimizer, rate)
+    for group in parts.optimizer.param_groups:
+        group["lr"] = rate
     total, seen, used = 0.0, 0, []
     for number in numbers:
         batch = parts.batch(number)
