@@ -132,7 +132,7 @@ def train_step(parts: Parts, step: int) -> Stepped:
         seen += len(batch.visit_keys)
         used += list(zip(batch.sample_ids, sigma.tolist(), strict=True))
         total += backward(parts, batch, sigma, count, number)
-    norm = clip_gradients(parts.trained, parts.clipping)
+    norm = clip_gradients([parameter for _, parameter in parts.trained], parts.clipping)
     if math.isfinite(total) and math.isfinite(norm):
         parts.optimizer.step()
         if parts.ema is not None:
