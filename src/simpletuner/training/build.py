@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def build(
     named = list(trained.items())
     optimizer = optimizers.build(scheduled, named, run.training.seed)
     ema = Ema(named, run.optimizer) if run.optimizer.use_ema else None
-    average = None if ema is None else partial(ema.swapped, named)
+    average = None if ema is None else ema.swapped
 
     inference = Inference(family, prepared.facts, device.device, device.weights, device.autocast)
     weights = lora.set_strength if uses_lora else None

@@ -136,7 +136,7 @@ def train_step(parts: Parts, step: int) -> Stepped:
     if math.isfinite(total) and math.isfinite(norm):
         parts.optimizer.step()
         if parts.ema is not None:
-            parts.ema.update(parts.trained)
+            parts.ema.update(step)
     else:
         refuse(parts, step, total, norm, used)
     parts.optimizer.zero_grad(set_to_none=True)
