@@ -28,7 +28,9 @@ def tiny_chroma(dtype: torch.dtype = torch.float32) -> ChromaTransformer2DModel:
 
 
 def attention_names(network: torch.nn.Module) -> list[str]:
-    return [name for name, _ in network.named_modules() if any(name.endswith(f"attn.{end}") for end in ATTENTION)]
+    return [
+        name for name, _ in network.named_modules() if any(name.endswith(f"attn.{end}") for end in ATTENTION)
+    ]
 
 
 def run(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:

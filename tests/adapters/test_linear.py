@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from simpletuner.adapters.linear import LoraLinear
 
 
-def pair(dtype: torch.dtype, master: torch.dtype, bias: bool = True, dropout: float = 0.0) -> list[PeftLinear]:
+def pair(
+    dtype: torch.dtype, master: torch.dtype, bias: bool = True, dropout: float = 0.0
+) -> list[PeftLinear]:
     """Ours and PEFT's own on one frozen base, same factors."""
     torch.manual_seed(0)
     base = nn.Linear(24, 40, bias=bias).to(dtype).requires_grad_(False)
@@ -28,7 +30,9 @@ def pair(dtype: torch.dtype, master: torch.dtype, bias: bool = True, dropout: fl
     return layers
 
 
-def outputs_and_gradients(layer: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None) -> list[Tensor]:
+def outputs_and_gradients(
+    layer: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None
+) -> list[Tensor]:
     x = x.clone().requires_grad_()
     y = layer(x) if call is None else call(layer, x)
     (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()

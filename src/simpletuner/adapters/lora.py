@@ -106,38 +106,6 @@ def trainable_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter
     return found
 
 
-def targets_matching(
-    transformer: nn.Module, wanted: str | Sequence[str], excluded: Sequence[str] = ()
-) -> list[str]:
-    """Names of linears that `lora_target_modules` means: a regular expression for the whole name, or a
-    list of names and name endings, each of which must match. excluded: names that never match, with
-    everything below them. Refuses a broken expression and what matches nothing (ConfigError).
-    """
-    linears = [
-        name
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and not any(f"{name}.".startswith(f"{stop}.") for stop in excluded)
-    ]
-    if isinstance(wanted, str):
-        try:
-            expression = re.compile(wanted)
-        except re.error as error:
-            raise ConfigError(
-                f"lora_target_modules = {wanted!r} is no regular expression: {error}"
-            ) from error
-        found = [name for name in linears if expression.fullmatch(name)]
-        idle = [] if found else [wanted]
-    else:
-        found = [name for name in linears if any(f".{name}".endswith(f".{end}") for end in wanted)]
-        idle = [end for end in wanted if not any(f".{name}".endswith(f".{end}") for name in found)]
-    if idle:
-        raise ConfigError(
-            f"lora_target_modules: nothing is matched by {', '.join(map(repr, idle))}; "
-            f"names look like {', '.join(map(repr, linears[-3:]))}"
-        )
-    return found
-
-
 def _refuse_combinations(options: AdapterOptions) -> None:
     if options.lora_init_type in FROM_BASE and options.use_dora:
         raise ConfigError(

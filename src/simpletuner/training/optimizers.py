@@ -1,0 +1,195 @@
+"""The table of optimizers, gradient clipping, and the two modes of the schedule-free one.
+
+Every trainable parameter is decayed alike. The loop sets every group's "lr" before each step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from optimi import Lion
+from prodigyopt import Prodigy
+from schedulefree import AdamWScheduleFree
+from torch import nn
+from torch.optim import Adafactor, AdamW, Optimizer
+
+from simpletuner.config.schema import OptimizerOptions
+from simpletuner.errors import ConfigError
+from simpletuner.training.stochastic_adamw import StochasticAdamW
+
+NamedParameters = Sequence[tuple[str, nn.Parameter]]
+
+
+class ScheduleFreeAdamW(AdamWScheduleFree):
+    """The library's, with exact changes of mode: showing the average and coming back changes no bit.
+
+    The library interpolates between its two points, which rounds; here the training point is kept, as
+    part of the state, while the average is shown. A state saved in either mode resumes training exactly.
+    """
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        group = self.param_groups[0]
+        if group["train_mode"]:
+            points = [param.detach().clone() for param in group["params"]]
+            super().eval()
+            for param, point in zip(group["params"], points):
+                self.state[param]["training_point"] = point
+
+    @torch.no_grad()
+    def train(self) -> None:
+        group = self.param_groups[0]
+        if not group["train_mode"]:
+            for param in group["params"]:
+                point = self.state[param].pop("training_point", None)
+                if point is not None:
+                    param.copy_(point)
+            group["train_mode"] = True
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The weights are loaded before this; they are set to the training point and the mode to training."""
+        super().load_state_dict(state_dict)
+        self.train()
+
+
+def _adamw(
+    params: list[nn.Parameter], options: OptimizerOptions, extras: dict[str, Any], seed: int
+) -> Optimizer:
+    fused = all(param.is_cuda for param in params)
+    return AdamW(params, **_adam_arguments(options, extras), fused=fused or None)
+
+
+def _adamw_bf16(
+    params: list[nn.Parameter], options: OptimizerOptions, extras: dict[str, Any], seed: int
+) -> Optimizer:
+    return StochasticAdamW(params, **_adam_arguments(options, extras), seed=seed)
+
+
+def _adafactor(
+    params: list[nn.Parameter], options: OptimizerOptions, extras: dict[str, Any], seed: int
+) -> Optimizer:
+    eps = (extras.pop("eps1", None), extras.pop("eps2", 1e-3))
+    return Adafactor(params, options.learning_rate, eps=eps, weight_decay=options.adam_weight_decay, **extras)
+
+
+def _lion(
+    params: list[nn.Parameter], options: OptimizerOptions, extras: dict[str, Any], seed: int
+) -> Optimizer:
+    betas = (extras.pop("beta1", 0.9), extras.pop("beta2", 0.99))
+    decay = options.adam_weight_decay
+    # One implementation on every device: which one runs is part of the state, and must not change it.
+    arguments = {"triton": False, "foreach": False, **extras}
+    return Lion(params, options.learning_rate, betas=betas, weight_decay=decay, **arguments)
+
+
+def _prodigy(
+    params: list[nn.Parameter], options: OptimizerOptions, extras: dict[str, Any], seed: int
+) -> Optimizer:
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces its weight decay by print
+        return Prodigy(params, **_adam_arguments(options, extras))
+
+
+def _schedule_free(
+    params: list[nn.Parameter], options: OptimizerOptions, extras: dict[str, Any], seed: int
+) -> Optimizer:
+    optimizer = ScheduleFreeAdamW(params, **_adam_arguments(options, extras))
+    optimizer.train()
+    return optimizer
+
+
+def _adam_arguments(options: OptimizerOptions, extras: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "lr": options.learning_rate,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+        "weight_decay": options.adam_weight_decay,
+        **extras,
+    }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """make: builds it. extras: what optimizer_config may set, and how its text is read."""
+
+    make: Callable[[list[nn.Parameter], OptimizerOptions, dict[str, Any], int], Optimizer]
+    extras: Mapping[str, Callable[[str], Any]]
+
+
+def _flag(text: str) -> bool:
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+
+
+OPTIMIZERS: dict[str, Recipe] = {
+    "adamw": Recipe(_adamw, {"amsgrad": _flag}),
+    "adamw_bf16": Recipe(_adamw_bf16, {}),
+    "adafactor": Recipe(_adafactor, {"beta2_decay": float, "d": float, "eps1": float, "eps2": float}),
+    "lion": Recipe(_lion, {"beta1": float, "beta2": float, "decouple_lr": _flag, "kahan_sum": _flag}),
+    "prodigy": Recipe(
+        _prodigy,
+        {
+            "beta3": float, "d0": float, "d_coef": float, "decouple": _flag, "growth_rate": float,
+            "safeguard_warmup": _flag, "slice_p": int, "use_bias_correction": _flag,
+        },
+    ),
+    "adamw_schedulefree": Recipe(_schedule_free, {"r": float, "weight_lr_power": float}),
+}  # fmt: skip
+
+
+def build(options: OptimizerOptions, params: NamedParameters, seed: int) -> Optimizer:
+    """The optimizer over `params` in their order, in training mode. ConfigError for a bad optimizer_config.
+
+    adamw_bf16 keeps its moments in the weights' dtype. lion has betas of its own (0.9, 0.99), not
+    adam_beta1 and adam_beta2. prodigy finds the rate itself: learning_rate is a factor on it, usually 1.
+    """
+    recipe = OPTIMIZERS[options.optimizer]
+    extras = read_extras(options)
+    try:
+        return recipe.make([param for _, param in params], options, extras, seed)
+    except ValueError as error:  # bounds that the libraries check
+        raise ConfigError(f"optimizer {options.optimizer}: {error}") from error
+
+
+def read_extras(options: OptimizerOptions) -> dict[str, Any]:
+    """optimizer_config as typed arguments; ConfigError names the keys this optimizer knows."""
+    known, found = OPTIMIZERS[options.optimizer].extras, {}
+    for item in filter(None, (part.strip() for part in (options.optimizer_config or "").split(","))):
+        key, equals, text = (part.strip() for part in item.partition("="))
+        if not equals or key not in known:
+            raise ConfigError(
+                f"optimizer_config: {item!r} means nothing to {options.optimizer}; "
+                f"it takes {', '.join(f'{name}=...' for name in known) or 'no further arguments'}"
+            )
+        try:
+            found[key] = known[key](text)
+        except (ValueError, KeyError) as error:
+            kind = "true or false" if known[key] is _flag else "a number"
+            raise ConfigError(f"optimizer_config: {key} = {text!r} is not {kind}") from error
+    return found
+
+
+def optimizer_mode(optimizer: Optimizer, training: bool) -> None:
+    """Show the weights to train (True) or to look at and export (False). Only schedule-free has two kinds.
+
+    The way there and back is exact; a checkpoint may be taken in either mode.
+    """
+    if isinstance(optimizer, ScheduleFreeAdamW):
+        if training:
+            optimizer.train()
+        else:
+            optimizer.eval()
+
+
+def clip_gradients(params: Sequence[nn.Parameter], options: OptimizerOptions) -> float:
+    """Limit the gradients as the options say. Returns their whole norm before that, finite or not."""
+    with_gradient = [param for param in params if param.grad is not None]
+    norm = nn.utils.get_total_norm([param.grad for param in with_gradient if param.grad is not None])
+    if options.max_grad_norm > 0 and options.grad_clip_method == "norm":
+        nn.utils.clip_grads_with_norm_(with_gradient, options.max_grad_norm, norm)
+    elif options.max_grad_norm > 0:
+        nn.utils.clip_grad_value_(with_gradient, options.max_grad_norm)
+    return float(norm)

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ChromaPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from simpletuner.adapters import files
+from simpletuner.adapters.lora import attach, set_strength
+from simpletuner.config.schema import AdapterOptions
+from simpletuner.errors import ConfigError, ModelError
+from tests.adapters.networks import attention_names, perturb, run, tiny_chroma
+
+KINDS = {
+    "plain": AdapterOptions(lora_rank=4),
+    "alpha": AdapterOptions(lora_rank=6, lora_alpha=2.5),
+    "rslora": AdapterOptions(lora_rank=4, lora_alpha=3.0, use_rslora=True),
+    "dora": AdapterOptions(lora_rank=4, lora_alpha=3.0, use_dora=True),
+    "pissa": AdapterOptions(lora_rank=4, lora_alpha=3.0, lora_init_type="pissa"),
+    "olora": AdapterOptions(lora_rank=4, lora_init_type="olora"),
+}
+
+
+def trained(options: AdapterOptions, names: list[str] | None = None):
+    network = tiny_chroma()
+    result = attach(network, options, names or attention_names(network), 5)
+    perturb(result.trainable)
+    return network, result
+
+
+def pipeline(transformer) -> ChromaPipeline:
+    parts = dict.fromkeys(
+        ("scheduler", "vae", "text_encoder", "tokenizer", "image_encoder", "feature_extractor")
+    )
+    return ChromaPipeline(transformer=transformer, **parts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_applies_exactly_our_delta(kind, tmp_path, caplog):
+    network, _ = trained(KINDS[kind])
+    files.save(network, tmp_path / files.layout.WEIGHTS_NAME, {"modelspec.title": "moon"})
+    base = run(tiny_chroma())
+    loaded = pipeline(tiny_chroma())
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="diffusers"):
+        loaded.load_lora_weights(tmp_path)
+    messages = [record.getMessage() for record in caplog.records]
+    assert not [message for message in messages if "text_encoder" not in message]
+    ours, theirs = run(network) - base, run(loaded.transformer) - base
+    assert ours.abs().max() > 0.01
+    assert (ours - theirs).abs().max() < 2e-6 * base.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_into_is_the_inverse_of_save(kind, tmp_path):
+    network, _ = trained(KINDS[kind])
+    written = files.save(network, tmp_path / "a.safetensors")
+    other = tiny_chroma()
+    assert (
+        files.load_into(other, tmp_path / "a.safetensors")
+        == written
+        == files.describe(tmp_path / "a.safetensors")
+    )
+    assert written.dora == (kind == "dora")
+    rank = KINDS[kind].lora_rank * (2 if kind in ("pissa", "olora") else 1)
+    assert written.ranks == (rank,)
+    assert torch.allclose(run(other), run(network), rtol=0, atol=2e-6)
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+    for strength in (0.0, 0.4):
+        for each in (network, other):
+            set_strength(each, strength)
+        assert torch.allclose(run(other), run(network), rtol=0, atol=2e-6)
+    assert torch.equal(run(set_and_return(other, 0.0)), run(tiny_chroma()))
+
+
+def set_and_return(network, strength):
+    set_strength(network, strength)
+    return network
+
+
+def test_layout_and_header(tmp_path):
+    network, result = trained(KINDS["alpha"])
+    header = {"modelspec.title": "moon", "base": "lodestones/Chroma1-HD", "data": "/home/me/secret/pictures"}
+    files.save(network, tmp_path / "a.safetensors", header)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert set(tensors) == {f"transformer.{name}" for name, _ in result.trainable}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    name, up = next((name, p) for name, p in result.trainable if "lora_B" in name)
+    assert torch.equal(tensors[f"transformer.{name}"], up * (2.5 / 6))
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert file.metadata() == {
+            "format": "pt", "modelspec.title": "moon", "base": "lodestones/Chroma1-HD", "data": "pictures"
+        }  # fmt: skip
+    for path in ("./my-chroma", "../x/my-chroma/", "~/my-chroma", "C:\\models\\my-chroma"):
+        files.save(network, tmp_path / "a.safetensors", {"base": path})
+        assert files.describe(tmp_path / "a.safetensors").metadata["base"] == "my-chroma"
+    with pytest.raises(ModelError, match="lora_adapter_metadata"):
+        files.save(network, tmp_path / "b.safetensors", {"lora_adapter_metadata": "{}"})
+
+
+def wrong_strength(tensors):
+    return {
+        key: value * (1.00001 if key.endswith("to_q.lora_B.weight") else 1) for key, value in tensors.items()
+    }
+
+
+def wrong_prefix(tensors):
+    return {key.replace("transformer.", "diffusion_model.", 1): value for key, value in tensors.items()}
+
+
+def one_lost(tensors):
+    gone = next(key for key in tensors if key.endswith("to_k.lora_A.weight"))
+    return {key: value for key, value in tensors.items() if key != gone}
+
+
+def swapped_modules(tensors):
+    return {key.replace(".to_q.", ".?.").replace(".to_k.", ".to_q.").replace(".?.", ".to_k."): value
+            for key, value in tensors.items()}  # fmt: skip
+
+
+def not_a_number(tensors):
+    key = next(iter(tensors))
+    return {**tensors, key: tensors[key] * float("nan")}
+
+
+def alpha_added(tensors):
+    names = {key.split(".lora_")[0] for key in tensors}
+    return {**tensors, **{f"{name}.alpha": torch.tensor(1.0) for name in names}}
+
+
+@pytest.mark.parametrize(
+    "damage", [wrong_strength, wrong_prefix, one_lost, swapped_modules, not_a_number, alpha_added]
+)
+def test_a_file_that_would_act_differently_never_gets_its_name(damage, tmp_path, monkeypatch):
+    network, _ = trained(KINDS["alpha"])
+    target = tmp_path / "a.safetensors"
+    target.write_bytes(b"the one before")
+    honest = files._tensors
+    monkeypatch.setattr(files, "_tensors", lambda modules: damage(honest(modules)))
+    with pytest.raises(ModelError, match="saved LoRA would"):
+        files.save(network, target)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the one before"]
+
+
+def test_a_wrong_magnitude_is_seen(tmp_path, monkeypatch):
+    network, _ = trained(KINDS["dora"])
+    honest = files._tensors
+    monkeypatch.setattr(
+        files, "_tensors", lambda m: {k: v + 1e-4 * ("magnitude" in k) for k, v in honest(m).items()}
+    )
+    with pytest.raises(ModelError, match="act differently"):
+        files.save(network, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "kohya"),
+        ("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight", "ComfyUI"),
+        ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "LyCORIS"),
+        ("lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight", "OneTrainer"),
+        ("base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight", "PEFT"),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_down.weight", "lora_down"),
+        ("transformer_blocks.0.attn.to_q.lora_A.weight", "is not of the layout"),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "has no lora_B.weight"),
+    ],
+)
+def test_other_layouts_are_refused_by_name(key, named, tmp_path):
+    save_file({key: torch.zeros(4, 32)}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=named):
+        files.describe(tmp_path / "x.safetensors")
+    network, _ = trained(KINDS["plain"])
+    files.save(network, tmp_path / "good.safetensors")
+    mixed = {**load_file(tmp_path / "good.safetensors"), key.replace(".to_q.", ".to_z."): torch.zeros(4, 32)}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    with pytest.raises(ModelError, match=named):
+        files.load_into(tiny_chroma(), tmp_path / "mixed.safetensors")
+
+
+def test_unreadable_missing_and_foreign_networks(tmp_path):
+    with pytest.raises(ModelError, match="does not exist"):
+        files.describe(tmp_path)
+    (tmp_path / "x.safetensors").write_bytes(b"not at all")
+    with pytest.raises(ModelError, match="not a readable"):
+        files.describe(tmp_path / "x.safetensors")
+    path = tmp_path / "y.safetensors"
+    save_file({f"transformer.block.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}, path)
+    with pytest.raises(ModelError, match="another network: the network has no block"):
+        files.load_into(tiny_chroma(), path)
+    save_file({f"transformer.proj_out.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}, path)
+    with pytest.raises(ModelError, match="another size"):
+        files.load_into(tiny_chroma(), path)
+    save_file({}, path)
+    with pytest.raises(ModelError, match="no LoRA weights"):
+        files.describe(path)
+    with pytest.raises(ModelError, match="no adapter"):
+        files.save(tiny_chroma(), path)
+
+
+def test_alpha_tensors_and_mixed_ranks_are_read_as_diffusers_reads_them(tmp_path):
+    names = ["proj_out", "single_transformer_blocks.0.proj_out"]
+    shapes = {name: tiny_chroma().get_submodule(name).weight.shape for name in names}
+    tensors = {}
+    for rank, name in zip((2, 3), names):
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, shapes[name][1])
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(shapes[name][0], rank)
+        tensors[f"transformer.{name}.alpha"] = torch.tensor(5.0)
+    save_file(tensors, tmp_path / "x.safetensors")
+    network = tiny_chroma()
+    assert files.load_into(network, tmp_path / "x.safetensors").ranks == (2, 3)
+    expected = tiny_chroma()
+    for rank, name in zip((2, 3), names):
+        up, down = (tensors[f"transformer.{name}.lora_{x}.weight"] for x in "BA")
+        expected.get_submodule(name).weight.add_(up @ down * (5.0 / rank))
+    assert torch.allclose(run(network), run(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_init_lora_continues_the_delta_under_another_alpha(tmp_path):
+    network, _ = trained(KINDS["alpha"])
+    files.save(network, tmp_path / "a.safetensors")
+    path = str(tmp_path / "a.safetensors")
+    goal = run(network)
+    for alpha in (2.5, 6.0):
+        other = tiny_chroma()
+        attach(
+            other, AdapterOptions(lora_rank=6, lora_alpha=alpha, init_lora=path), attention_names(other), 9
+        )
+        assert torch.allclose(run(other), goal, rtol=0, atol=2e-6)
+    with pytest.raises(ConfigError, match="has rank 6 and lora_rank is 4"):
+        attach(tiny_chroma(), AdapterOptions(lora_rank=4, init_lora=path), attention_names(other.cpu()), 9)
+    with pytest.raises(ConfigError, match="21 too many"):
+        attach(
+            tiny_chroma(), AdapterOptions(lora_rank=6, init_lora=path), attention_names(tiny_chroma())[:1], 9
+        )
+    options = AdapterOptions(lora_rank=6, init_lora=path, use_dora=True)
+    with pytest.raises(ConfigError, match="use_dora = False"):
+        attach(tiny_chroma(), options, attention_names(tiny_chroma()), 9)
+
+
+def test_saves_beside_nothing_but_itself(tmp_path: Path):
+    network, _ = trained(KINDS["plain"])
+    for _ in range(2):
+        files.save(network, tmp_path / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

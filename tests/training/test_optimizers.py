@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simpletuner.config.schema import OptimizerOptions
+from simpletuner.errors import ConfigError
+from simpletuner.training import optimizers
+from simpletuner.training.checkpoint import flatten_optimizer, unflatten_optimizer
+from simpletuner.training.optimizers import OPTIMIZERS, build, clip_gradients, optimizer_mode
+from simpletuner.training.stochastic_adamw import StochasticAdamW, round_stochastically
+
+SHAPES = {"down": (4, 9), "up": (7, 4), "bias": (7,)}
+RATES = {"prodigy": 1.0}
+
+
+def fresh(name: str, dtype: torch.dtype, config: str | None = None):
+    generator = torch.Generator().manual_seed(0)
+    params = [
+        (key, nn.Parameter((torch.randn(shape, generator=generator) * (key != "up")).to(dtype)))
+        for key, shape in SHAPES.items()
+    ]
+    options = OptimizerOptions(optimizer=name, learning_rate=RATES.get(name, 0.01), optimizer_config=config)
+    return params, build(options, params, seed=3)
+
+
+def step(params, optimizer, number: int) -> None:
+    generator = torch.Generator().manual_seed(100 + number)
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * (0.97 if number % 2 else 1.02)
+    for _, param in params:
+        noise = 0.3 * torch.randn(param.shape, generator=generator)
+        param.grad = (param.detach().float() + noise).to(param.dtype)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def same(mine: object, other: object) -> bool:
+    if isinstance(mine, Tensor):
+        return isinstance(other, Tensor) and mine.dtype == other.dtype and torch.equal(mine, other)
+    if isinstance(mine, dict):
+        return mine.keys() == other.keys() and all(same(mine[key], other[key]) for key in mine)
+    if isinstance(mine, (list, tuple)):
+        return len(mine) == len(other) and all(map(same, mine, other))
+    return mine == other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("looks_before_saving", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_saved_and_resumed_is_uninterrupted_bit_for_bit(name, looks_before_saving, dtype):
+    params, optimizer = fresh(name, dtype)
+    for number in range(8):
+        step(params, optimizer, number)
+    through, first = fresh(name, dtype)
+    for number in range(5):
+        step(through, first, number)
+    if looks_before_saving:
+        optimizer_mode(first, training=False)
+    tensors, rest = flatten_optimizer(first.state_dict())
+    saved = {key: param.detach().clone() for key, param in through}
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    resumed, second = fresh(name, dtype)
+    with torch.no_grad():
+        for key, param in resumed:
+            param.copy_(saved[key])
+    second.load_state_dict(unflatten_optimizer(tensors, json.loads(json.dumps(rest)), second.state_dict()))
+    for number in range(5, 8):
+        step(resumed, second, number)
+    for (_, mine), (_, other) in zip(resumed, params):
+        assert torch.equal(mine, other)
+    assert same(second.state_dict(), optimizer.state_dict())
+    # the same from cold is another course, or this test proves nothing
+    cold, third = fresh(name, dtype)
+    with torch.no_grad():
+        for key, param in cold:
+            param.copy_(saved[key])
+    for number in range(5, 8):
+        step(cold, third, number)
+    assert not all(torch.equal(mine, other) for (_, mine), (_, other) in zip(cold, params))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_descends(name):
+    params, optimizer = fresh(name, torch.float32)
+    goal = [torch.full_like(param, 0.5) for _, param in params]
+    for group in optimizer.param_groups:
+        group["lr"] = RATES.get(name, 0.05)
+
+    def loss() -> Tensor:
+        return sum((param - at).square().sum() for (_, param), at in zip(params, goal))
+
+    before = loss().item()
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    optimizer_mode(optimizer, training=False)
+    assert loss().item() < 0.2 * before
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_looking_changes_nothing(name):
+    params, optimizer = fresh(name, torch.float32)
+    watched, other = fresh(name, torch.float32)
+    for number in range(6):
+        step(params, optimizer, number)
+        step(watched, other, number)
+        before = [param.detach().clone() for _, param in watched]
+        optimizer_mode(other, training=False)
+        optimizer_mode(other, training=False)
+        shown = [param.detach().clone() for _, param in watched]
+        optimizer_mode(other, training=True)
+        optimizer_mode(other, training=True)
+        if number:
+            assert all(map(torch.equal, before, shown)) == (name != "adamw_schedulefree")
+    assert all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in zip(params, watched))
+    assert same(optimizer.state_dict(), other.state_dict())
+
+
+def test_schedule_free_shows_the_average_of_its_own_points():
+    """x_{t+1} = (1 - c) x_t + c z_{t+1}, with c = 1 / t at a constant rate: the plain mean of z."""
+    params, optimizer = fresh("adamw_schedulefree", torch.float32)
+    points = []
+    for number in range(6):
+        for _, param in params:
+            param.grad = torch.sin(param.detach() * (number + 1))
+        optimizer.step()
+        points.append([optimizer.state[param]["z"].clone() for _, param in params])
+    optimizer_mode(optimizer, training=False)
+    for (_, param), *zs in zip(params, *points):
+        assert torch.allclose(param, torch.stack(zs).mean(0), atol=1e-5)
+
+
+def test_stochastic_adamw_on_float32_is_adamw():
+    params, optimizer = fresh("adamw_bf16", torch.float32)
+    others, reference = fresh("adamw", torch.float32)
+    for number in range(20):
+        step(params, optimizer, number)
+        step(others, reference, number)
+    for (_, mine), (_, other) in zip(params, others):
+        assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_rounding_is_unbiased_and_to_a_neighbour():
+    value = torch.tensor([1.0 + 2**-9, -3.3, 1e-20, 123456.7, 0.0, 2**-126 * 1.3])
+    many = value.repeat(40_000, 1)
+    rounded = round_stochastically(many, torch.Generator().manual_seed(0)).double()
+    down, up = rounded.amin(0), rounded.amax(0)
+    assert ((down <= value) & (value <= up)).all()
+    assert ((up - down) <= value.abs().double() * 2**-7).all()
+    error = (rounded.mean(0) - value.double()).abs()
+    spread = (up - down).clamp(min=1e-300)
+    assert (error[spread > 1e-300] / spread[spread > 1e-300] < 4 * 0.5 / 40_000**0.5).all()
+    assert (up > down)[:4].all()
+    exact = torch.tensor([1.0, -0.5, 3.0, float("inf"), float("-inf")])
+    assert torch.equal(round_stochastically(exact, torch.Generator().manual_seed(1)).float(), exact)
+
+
+def test_updates_below_the_last_bit_accumulate():
+    """200 updates of 1/2560 each: nearest rounding would leave the weight at 1."""
+    param = nn.Parameter(torch.ones(512, 8, dtype=torch.bfloat16))
+    optimizer = StochasticAdamW([param], lr=1 / 2560, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=1)
+    for _ in range(200):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert float(param.detach().float().mean()) == pytest.approx(1 - 200 / 2560, rel=2e-3)
+    moments = optimizer.state[param]
+    assert {moments[key].dtype for key in ("exp_avg", "exp_avg_sq")} == {torch.bfloat16}
+    # the second moment of a gradient of 1 is 1 - 0.999^200; nearest rounding would stall it
+    assert float(moments["exp_avg_sq"].float().mean()) == pytest.approx(1 - 0.999**200, rel=0.01)
+
+
+def test_noise_is_addressed_by_seed_step_and_parameter():
+    def run(seed: int, index: int) -> Tensor:
+        params = [nn.Parameter(torch.ones(64, dtype=torch.bfloat16)) for _ in range(2)]
+        optimizer = StochasticAdamW(params, 1e-3, (0.9, 0.999), 1e-8, 0.0, seed)
+        params[index].grad = torch.ones_like(params[index])
+        torch.manual_seed(seed * 7)
+        optimizer.step()
+        return params[index].detach()
+
+    assert torch.equal(run(1, 0), run(1, 0))
+    assert not torch.equal(run(1, 0), run(2, 0))
+    assert not torch.equal(run(1, 0), run(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "key", "value"),
+    [
+        ("prodigy", "d_coef=2.0, safeguard_warmup=true", "d_coef", 2.0),
+        ("adafactor", "d=1.5,eps2=0.01", "eps", (None, 0.01)),
+        ("adamw_schedulefree", "r=1.0", "r", 1.0),
+        ("lion", "beta2=0.98", "beta2", 0.98),
+        ("adamw", "amsgrad=True", "amsgrad", True),
+    ],
+)
+def test_optimizer_config_reaches_the_optimizer(name, config, key, value):
+    _, optimizer = fresh(name, torch.float32, config)
+    assert optimizer.param_groups[0][key] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "told"),
+    [
+        ("prodigy", "dcoef=2", "'dcoef=2' means nothing to prodigy; it takes beta3=..., d0=..., d_coef="),
+        ("adamw_bf16", "r=1", "it takes no further arguments"),
+        ("adamw", "amsgrad", "'amsgrad' means nothing"),
+        ("adamw", "amsgrad=maybe", "'maybe' is not true or false"),
+        ("prodigy", "slice_p=1.5", "'1.5' is not a number"),
+        ("adafactor", "d=0.5", "Clipping threshold"),
+        ("lion", "beta1=2", "beta1"),
+    ],
+)
+def test_optimizer_config_refusals(name, config, told):
+    with pytest.raises(ConfigError) as refused:
+        fresh(name, torch.float32, config)
+    assert told in str(refused.value)
+
+
+def test_options_reach_the_adam_family():
+    options = {
+        "learning_rate": 0.5,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.9,
+        "adam_weight_decay": 0.2,
+        "adam_epsilon": 1e-6,
+    }
+    for name in ("adamw", "adamw_bf16", "prodigy", "adamw_schedulefree"):
+        group = build(
+            OptimizerOptions(optimizer=name, **options), fresh(name, torch.float32)[0], 0
+        ).param_groups[0]
+        assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (
+            0.5,
+            (0.8, 0.9),
+            0.2,
+            1e-6,
+        )
+
+
+def test_prodigy_is_silent(capsys):
+    fresh("prodigy", torch.float32)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("method", ["norm", "value"])
+@pytest.mark.parametrize("limit", [0.0, 1.0, 1000.0])
+def test_clipping(method, limit):
+    params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(5))]
+    params[0].grad = torch.tensor([3.0, -4.0, 0.0])
+    params[1].grad = torch.tensor([[12.0, 0.0], [0.0, 0.5]])
+    before = [copy.deepcopy(param.grad) for param in params[:2]]
+    norm = clip_gradients(params, OptimizerOptions(max_grad_norm=limit, grad_clip_method=method))
+    assert norm == pytest.approx((9 + 16 + 144 + 0.25) ** 0.5)
+    for param, old in zip(params, before):
+        if limit != 1.0:
+            assert torch.equal(param.grad, old)
+        elif method == "value":
+            assert torch.equal(param.grad, old.clamp(-1, 1))
+        else:
+            assert torch.allclose(param.grad, old / norm, rtol=1e-5)
+
+
+def test_clipping_tells_of_numbers_that_are_not_finite():
+    param = nn.Parameter(torch.zeros(2))
+    param.grad = torch.tensor([1.0, float("nan")])
+    assert clip_gradients([param], OptimizerOptions()) != clip_gradients([param], OptimizerOptions())
+    param.grad = torch.tensor([1.0, float("inf")])
+    assert clip_gradients([param], OptimizerOptions()) == float("inf")
+
+
+def test_table_covers_the_option():
+    assert set(optimizers.OPTIMIZERS) == set(OptimizerOptions.model_fields["optimizer"].annotation.__args__)
