@@ -30,21 +30,35 @@ def transformer_fields(width: int = 64, doubles: int = 2, singles: int = 3) -> d
 
 def make_tokenizer(folder: Path) -> None:
     """One token per letter, T5's own ids for pad (0), </s> (1) and unknown (2); </s> ends every caption."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -1.0),
+        *((letter, -2.0) for letter in LETTERS),
+    ]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
     ).save_pretrained(folder)
 
 
-def make_checkpoint(folder: Path, *, width: int = 64, doubles: int = 2, singles: int = 3, seed: int = 0) -> Path:
-    """Write transformer, vae, text_encoder, tokenizer, scheduler and model_index.json; hands `folder` back."""
+def make_checkpoint(
+    folder: Path, *, width: int = 64, doubles: int = 2, singles: int = 3, seed: int = 0
+) -> Path:
+    """Write all parts, scheduler and model_index.json; hands `folder` back."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        ChromaTransformer2DModel(**transformer_fields(width, doubles, singles)).save_pretrained(folder / "transformer")
+        ChromaTransformer2DModel(**transformer_fields(width, doubles, singles)).save_pretrained(
+            folder / "transformer"
+        )
         AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,

@@ -119,6 +119,13 @@ def add_gated(x: Tensor, gate: Tensor, delta: Tensor) -> Tensor:
     return total.clamp(-FP16_MAX, FP16_MAX) if total.dtype == torch.float16 else total
 
 
+class RmsNorm(nn.RMSNorm):
+    """torch's, with the weight in the dtype of x: under autocast a float32 one misses the fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class GeluProjection(nn.Module):
     """Linear, then the tanh GELU; apart from FeedForward only because its name is `net.0.proj`."""
 
@@ -145,15 +152,15 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig, joint: bool) -> None:
         super().__init__()
         width, self.head_dim = config.width, config.attention_head_dim
-        self.norm_q = nn.RMSNorm(self.head_dim, eps=1e-6)
-        self.norm_k = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.norm_q = RmsNorm(self.head_dim, eps=1e-6)
+        self.norm_k = RmsNorm(self.head_dim, eps=1e-6)
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
         if joint:
             self.to_out = nn.ModuleList([nn.Linear(width, width)])
-            self.norm_added_q = nn.RMSNorm(self.head_dim, eps=1e-6)
-            self.norm_added_k = nn.RMSNorm(self.head_dim, eps=1e-6)
+            self.norm_added_q = RmsNorm(self.head_dim, eps=1e-6)
+            self.norm_added_k = RmsNorm(self.head_dim, eps=1e-6)
             self.add_q_proj = nn.Linear(width, width)
             self.add_k_proj = nn.Linear(width, width)
             self.add_v_proj = nn.Linear(width, width)
@@ -171,7 +178,7 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
         """(B, S, W). mask: (B, 1, 1, S) bool, True for keys that exist."""
-        q, k, v = (each.transpose(1, 2) for each in (rotate(q, table), rotate(k, table), v.to(q.dtype)))
+        q, k, v = (each.transpose(1, 2) for each in (rotate(q, table), rotate(k, table), v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
@@ -245,7 +252,7 @@ class Approximator(nn.Module):
         hidden, count = config.approximator_hidden_dim, config.approximator_layers
         self.in_proj = nn.Linear(config.approximator_num_channels, hidden)
         self.layers = nn.ModuleList(ApproximatorLayer(hidden) for _ in range(count))
-        self.norms = nn.ModuleList(nn.RMSNorm(hidden) for _ in range(count))
+        self.norms = nn.ModuleList(RmsNorm(hidden) for _ in range(count))
         self.out_proj = nn.Linear(hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:

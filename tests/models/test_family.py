@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpletuner.cache.types import TextBatch
+from simpletuner.config.schema import ModelOptions
+from simpletuner.errors import ModelError
+from simpletuner.models.chroma.family import Chroma, pack, unpack
+from simpletuner.models.chroma.transformer import ChromaTransformer
+from simpletuner.models.family import Source
+from tests.models.small import TEXT_WIDTH
+
+CPU = torch.device("cpu")
+
+
+def test_packing_is_channel_major_inside_a_patch() -> None:
+    latents = torch.randn(2, 16, 6, 10)
+    tokens = latents.view(2, 16, 3, 2, 5, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 15, 64)
+    assert torch.equal(pack(latents), tokens)
+    assert torch.equal(unpack(tokens, (3, 5)), latents)
+
+
+def test_facts_of_a_checkpoint(source: Source) -> None:
+    facts = Chroma().facts(source)
+    assert (facts.latent_channels, facts.stride_px, facts.alignment_px) == (16, 8, 64)
+    assert (facts.max_tokens, facts.text_width) == (512, TEXT_WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "said"),
+    [
+        ("vae", "latent_channels", 4, "expects 16"),
+        ("text_encoder", "d_model", 64, "64 wide"),
+        ("vae", "scaling_factor", None, "lacks a field"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(
+    checkpoint: Path, tmp_path: Path, part: str, field: str, value: object, said: str
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "mixed"))
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    options = ModelOptions(pretrained_model_name_or_path=str(folder))
+    with pytest.raises(ModelError, match=said):
+        Chroma().facts(Chroma().locate(options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predict_takes_and_gives_float32(source: Source, dtype: torch.dtype) -> None:
+    transformer = Chroma().load_transformer(source, CPU, dtype)
+    x, sigma = torch.randn(2, 16, 8, 6), torch.tensor([0.2, 0.8])
+    text = TextBatch.stack([torch.randn(4, TEXT_WIDTH), torch.randn(9, TEXT_WIDTH)])
+    velocity = Chroma().predict(transformer, x, sigma, text)
+    assert velocity.shape == x.shape
+    assert velocity.dtype == torch.float32
+    for number in range(2):
+        one = slice(number, number + 1)
+        rows = text.rows[one, : text.lengths[number]]
+        alone = Chroma().predict(transformer, x[one], sigma[one], TextBatch(rows, (rows.shape[1],)))
+        torch.testing.assert_close(
+            velocity[one], alone, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0
+        )
+
+
+def test_float32_masters_run_under_autocast(source: Source) -> None:
+    transformer = Chroma().load_transformer(source, CPU, torch.float32)
+    x, sigma = torch.randn(1, 16, 8, 8), torch.tensor([0.4])
+    text = TextBatch.stack([torch.randn(4, TEXT_WIDTH)])
+    exact = Chroma().predict(transformer, x, sigma, text)
+    for _, parameter in Chroma().trainable_at_full_rank(transformer):
+        parameter.requires_grad_(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        velocity = Chroma().predict(transformer, x, sigma, text)
+    velocity.square().mean().backward()
+    torch.testing.assert_close(velocity.detach(), exact, atol=0.05, rtol=0.05)
+    assert all(parameter.grad is not None for _, parameter in Chroma().trainable_at_full_rank(transformer))
+
+
+def test_checkpointing_is_set_by_the_family(source: Source) -> None:
+    transformer = Chroma().load_transformer(source, CPU, torch.float32)
+    assert isinstance(transformer, ChromaTransformer)
+    Chroma().set_gradient_checkpointing(transformer, 3)
+    assert transformer.checkpoint_every == 3
+
+
+def test_flash_comes_with_a_warning() -> None:
+    assert Chroma().notes(ModelOptions()) == []
+    assert "flash" in Chroma().notes(ModelOptions(model_flavour="flash"))[0]

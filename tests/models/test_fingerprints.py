@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpletuner.config.schema import ModelOptions
+from simpletuner.models.chroma.family import Chroma
+from simpletuner.models.chroma.fingerprints import fingerprint_file
+from simpletuner.models.family import Source
+
+CPU = torch.device("cpu")
+
+
+def names(source: Source, options: ModelOptions, **changes: object) -> tuple[str, str]:
+    changed = options.model_copy(update=changes)
+    return Chroma().text_fingerprint(source, changed), Chroma().vae_fingerprint(source, changed)
+
+
+def test_they_are_what_the_loaded_parts_say(source: Source, options: ModelOptions) -> None:
+    text, vae = names(source, options)
+    assert Chroma().load_text_encoder(source, options, CPU).fingerprint == text
+    assert Chroma().load_vae(source, options, CPU).fingerprint == vae
+
+
+@pytest.mark.parametrize(
+    "change", [{"flux_t5_padding": "zero"}, {"tokenizer_max_length": 100}, {"mixed_precision": "bf16"}]
+)
+def test_text_follows_what_changes_rows(
+    source: Source, options: ModelOptions, change: dict[str, object]
+) -> None:
+    (text, vae), (other_text, other_vae) = names(source, options), names(source, options, **change)
+    assert text != other_text
+    assert vae == other_vae
+
+
+@pytest.mark.parametrize("change", [{"vae_dtype": "bf16"}, {"vae_enable_tiling": True}])
+def test_vae_follows_what_changes_moments(
+    source: Source, options: ModelOptions, change: dict[str, object]
+) -> None:
+    (text, vae), (other_text, other_vae) = names(source, options), names(source, options, **change)
+    assert vae != other_vae
+    assert text == other_text
+
+
+def test_what_changes_nothing_is_left_out(source: Source, options: ModelOptions) -> None:
+    same = names(source, options, caption_overlong="error", vae_enable_slicing=True, tokenizer_max_length=512)
+    assert same == names(source, options)
+
+
+def test_contents_count_and_places_do_not(options: ModelOptions, checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "elsewhere"))
+    moved = options.model_copy(update={"pretrained_model_name_or_path": str(folder)})
+    before = names(Chroma().locate(options), options)
+    assert names(Chroma().locate(moved), moved) == before
+    for path in (
+        folder / "vae" / "diffusion_pytorch_model.safetensors",
+        folder / "tokenizer" / "tokenizer.json",
+    ):
+        with path.open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"!")
+    text, vae = names(Chroma().locate(moved), moved)
+    assert text != before[0]
+    assert vae != before[1]
+
+
+def test_ten_gigabytes_take_no_time(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.truncate(10_000_000_000)  # sparse
+    started = time.process_time()
+    empty = fingerprint_file(path)
+    assert time.process_time() - started < 0.5
+    with path.open("r+b") as file:
+        file.seek(10_000_000_000 - 10)
+        file.write(b"x")
+    assert fingerprint_file(path) != empty
