@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import annotated_types
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from simpletuner.config.schema import RunConfig
@@ -90,14 +90,7 @@ def _option(name: str, section: str, group: str, field: FieldInfo) -> Option:
         bounds=_bounds(field),
         default=field.default,
         text=field.description or "",
-        level=extra["level"],
-        unit=extra["unit"],
-        resume=extra["resume"],
-        path=extra["path"],
-        aliases=tuple(extra["aliases"]),
-        spellings=extra["spellings"],
-        hints=extra["hints"],
-        zero_is_null=extra["zero_is_null"],
+        **{**extra, "aliases": tuple(extra["aliases"])},
     )
 
 
@@ -111,18 +104,18 @@ def _kind(kinds: list[Any], literals: list[Any]) -> Kind:
 
 def _bounds(field: FieldInfo) -> str:
     """ "at least 0, less than 1"; the 63 bits of a seed are not worth a word."""
-    limits = [limit for rule in field.metadata for limit in _limits(rule)]
+    limits = [limit for rule in field.metadata if (limit := _limit(rule))]
     return ", ".join(f"{words} {number:g}" for words, number in limits if number < 2**62)
 
 
-def _limits(rule: Any) -> list[tuple[str, float]]:
+def _limit(rule: Any) -> tuple[str, float] | None:
     match rule:
-        case annotated_types.Ge(ge=number):
-            return [("at least", cast(float, number))]
-        case annotated_types.Gt(gt=number):
-            return [("more than", cast(float, number))]
-        case annotated_types.Le(le=number):
-            return [("at most", cast(float, number))]
-        case annotated_types.Lt(lt=number):
-            return [("less than", cast(float, number))]
-    return []
+        case Ge(ge=number):
+            return "at least", cast(float, number)
+        case Gt(gt=number):
+            return "more than", cast(float, number)
+        case Le(le=number):
+            return "at most", cast(float, number)
+        case Lt(lt=number):
+            return "less than", cast(float, number)
+    return None

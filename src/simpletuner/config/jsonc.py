@@ -6,6 +6,7 @@ surrogates, more than 100 levels.
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import re
@@ -74,11 +75,8 @@ class _Reader:
         return value
 
     def position(self, at: int) -> tuple[int, int]:
-        low, high = 0, len(self.line_starts)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.line_starts[middle] <= at else (low, middle)
-        return low + 1, at - self.line_starts[low] + 1
+        line = bisect.bisect_right(self.line_starts, at)
+        return line, at - self.line_starts[line - 1] + 1
 
     def mark(self, path: Path) -> None:
         self.positions[path] = self.position(self.at)

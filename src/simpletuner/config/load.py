@@ -210,9 +210,8 @@ def _option_name(entry: Entry, reading: _Reading) -> str | None:
     elif name in RunConfig.model_fields and isinstance(entry.raw, dict):
         reading.problem(entry.where, f"{name}: options are written flat, without sections")
     else:
-        reading.problem(
-            entry.where, f"{name}: unknown option" + values.did_you_mean(name, [*catalog(), *aliases()])
-        )
+        hint = values.did_you_mean(name, [*catalog(), *aliases()])
+        reading.problem(entry.where, f"{name}: unknown option{hint}")
     return None
 
 
@@ -225,11 +224,13 @@ def _finish(reading: _Reading, source: Path | None, cwd: Path, needs_data: bool)
             reading.values[name] = found
             if complaint:
                 reading.problem(reading.origins[name], f"{name} = {found!r}: {complaint}", name)
-    _default_data(reading, source, cwd, needs_data)
+    _default_data(reading, source, cwd, needs_data and (source is not None or not reading.problems))
     run = _build(reading)
     data_sound = reading.broken.isdisjoint(DataOptions.model_fields)
     given = {name: reading.origins[name] for name in reading.values if name in reading.origins}
     for name, what in rules.contradictions(run, given):
+        if name in reading.broken:  # its default stands in, and may contradict what the person meant
+            continue
         reading.problem(given.get(name, ""), f"{name}: {what}")
     data = run.data if data_sound and run.data.data_backend_config else None
     if reading.problems:
@@ -254,15 +255,12 @@ def _place(problem: Problem) -> tuple[float, float]:
 def _default_data(reading: _Reading, source: Path | None, cwd: Path, needs_data: bool) -> None:
     if "data_backend_config" in reading.values:
         return
-    folder = source.parent if source else cwd
-    default = folder / "multidatabackend.json"
+    default = (source.parent if source else cwd) / "multidatabackend.json"
     if default.is_file():
         reading.values["data_backend_config"] = os.path.abspath(default)
     elif needs_data:
-        here = paths.shown(default, cwd)
-        reading.problem(
-            "", f"data_backend_config: {here} does not exist; list your datasets there or name the file"
-        )
+        what = f"{paths.shown(default, cwd)} does not exist; list your datasets there or name the file"
+        reading.problem("", f"data_backend_config: {what}")
 
 
 def _build(reading: _Reading) -> RunConfig:
@@ -286,9 +284,8 @@ def _build(reading: _Reading) -> RunConfig:
 
 def resolved(run: RunConfig) -> dict[str, Any]:
     """Every option by name, ready for JSON; what a webhook object keeps to itself is masked."""
-    flat = {
-        name: value for section in run.model_dump(mode="json").values() for name, value in section.items()
-    }
+    sections = run.model_dump(mode="json").values()
+    flat = {name: value for section in sections for name, value in section.items()}
     flat["webhook_config"] = _masked(flat["webhook_config"])
     return flat
 
@@ -306,9 +303,7 @@ def _masked(webhooks: Any) -> Any:
 
 def from_resolved(flat: Mapping[str, Any]) -> RunConfig:
     """Back from `resolved`. Names that this version does not know are left out. Raises ConfigError."""
-    reading = _Reading(
-        values={name: value for name, value in flat.items() if name in catalog() and value is not None}
-    )
+    reading = _Reading({name: flat[name] for name in catalog() if flat.get(name) is not None})
     run = _build(reading)
     if reading.problems:
         raise ConfigError(reading.problems)

@@ -47,13 +47,7 @@ def option(
     refused with a reason of their own. zero_is_null: 0 means "not given". bounds: gt, ge, lt, le, pattern.
     """
     extra: dict[str, Any] = {
-        "level": level,
-        "unit": unit,
-        "resume": resume,
-        "path": path,
-        "aliases": list(aliases),
-        "spellings": dict(spellings or {}),
-        "hints": dict(hints or {}),
-        "zero_is_null": zero_is_null,
-    }
+        "level": level, "unit": unit, "resume": resume, "path": path, "zero_is_null": zero_is_null,
+        "aliases": list(aliases), "spellings": dict(spellings or {}), "hints": dict(hints or {}),
+    }  # fmt: skip
     return Field(default, description=text, json_schema_extra=extra, **bounds)

@@ -23,11 +23,9 @@ class ModelOptions(Section):
         "lora", "Train a small adapter, or every weight of the transformer.", level="basic"
     )
     pretrained_model_name_or_path: str | None = option(
-        None,
-        "Local diffusers folder or hub repository; null takes the flavour's own.",
-        level="basic",
+        None, "Local diffusers folder or hub repository; null takes the flavour's own.", level="basic",
         path="hub",
-    )
+    )  # fmt: skip
     pretrained_transformer_model_name_or_path: str | None = option(
         None, "Transformer from somewhere else.", path="hub"
     )
@@ -38,12 +36,9 @@ class ModelOptions(Section):
     revision: str | None = option(None, "Branch, tag or commit of the hub repository.")
     variant: str | None = option(None, "Variant of the weight files, such as fp16 in model.fp16.safetensors.")
     mixed_precision: Literal["bf16", "fp16", "no"] = option(
-        "bf16",
-        "Number type of the forward pass; no computes in fp32.",
-        level="basic",
-        aliases=("model_precision",),
-        hints={"fp8": "fp8 matrix products are not offered"},
-    )
+        "bf16", "Number type of the forward pass; no computes in fp32.", level="basic",
+        aliases=("model_precision",), hints={"fp8": "fp8 matrix products are not offered"},
+    )  # fmt: skip
     base_model_default_dtype: Literal["bf16", "fp32"] | None = option(
         None,
         "Number type the transformer's weights are kept in; null is that of mixed_precision. fp32 with "
@@ -67,19 +62,14 @@ class ModelOptions(Section):
         "auto", "Where to train; auto takes the best there is.", level="common", resume="free"
     )
     torch_num_threads: int | None = option(
-        None,
-        "CPU threads of torch; null leaves torch's choice.",
-        unit="threads",
-        resume="free",
-        ge=1,
+        None, "CPU threads of torch; null leaves torch's choice.", unit="threads", resume="free", ge=1,
         le=1024,
-    )
+    )  # fmt: skip
     disable_tf32: bool = option(False, "Keep fp32 products at full precision on NVIDIA.", resume="free")
     flux_t5_padding: Literal["unmodified", "zero"] = option(
-        "unmodified",
-        "The one padding row the transformer sees: as T5 made it, or zeros.",
+        "unmodified", "The one padding row the transformer sees: as T5 made it, or zeros.",
         aliases=("t5_padding",),
-    )
+    )  # fmt: skip
     tokenizer_max_length: int | None = option(
         None, "Longest caption; null is the model's own limit.", unit="tokens", ge=2, le=512
     )
@@ -100,13 +90,9 @@ class AdapterOptions(Section):
         16, "Rank: capacity and size.", level="basic", aliases=("network_rank", "network_dim"), ge=1, le=1024
     )
     lora_alpha: float | None = option(
-        None,
-        "Strength is alpha / rank; null is alpha = rank.",
-        level="common",
-        aliases=("network_alpha",),
-        gt=0,
-        le=8192,
-    )
+        None, "Strength is alpha / rank; null is alpha = rank.", level="common",
+        aliases=("network_alpha",), gt=0, le=8192,
+    )  # fmt: skip
     lora_dropout: float = option(
         0.0, "Chance that an input of the LoRA is dropped.", level="common", ge=0, lt=1
     )
@@ -133,10 +119,9 @@ class AdapterOptions(Section):
     use_dora: bool = option(False, "Weight-decomposed LoRA: slower, sometimes closer to full rank.")
     use_rslora: bool = option(False, "Strength alpha / sqrt(rank), for high ranks.")
     lora_init_type: Literal["default", "gaussian", "olora", "pissa"] = option(
-        "default",
-        "How A and B start; default is Kaiming A and zero B.",
+        "default", "How A and B start; default is Kaiming A and zero B.",
         hints={"loftq": "LoftQ needs a quantised base, which is " + NOT_YET},
-    )
+    )  # fmt: skip
     init_lora: str | None = option(
         None, "LoRA file whose weights to start from.", level="common", path="file"
     )
@@ -146,12 +131,9 @@ class DataOptions(Section):
     """Pictures and captions; a dataset's own fields override these"""
 
     data_backend_config: str | None = option(
-        None,
-        "The file that lists the datasets; null is multidatabackend.json beside the config file.",
-        level="basic",
-        resume="free",
-        path="file",
-    )
+        None, "The file that lists the datasets; null is multidatabackend.json beside the config file.",
+        level="basic", resume="free", path="file",
+    )  # fmt: skip
     resolution: float = option(
         1024.0, "Training size, in the unit of resolution_type.", level="basic", gt=0, le=16384
     )
@@ -163,10 +145,9 @@ class DataOptions(Section):
     caption_strategy: Literal["textfile", "filename", "instanceprompt"] = option(
         "textfile",
         "Where captions come from: a .txt beside each picture, its file name, or instance_prompt for all.",
-        level="basic",
-        spellings={"instance_prompt": "instanceprompt"},
+        level="basic", spellings={"instance_prompt": "instanceprompt"},
         hints={"parquet": f"caption tables are {NOT_YET}"},
-    )
+    )  # fmt: skip
     instance_prompt: str | None = option(
         None, "The caption of caption_strategy instanceprompt.", level="common"
     )
@@ -181,12 +162,9 @@ class DataOptions(Section):
         "error", "A picture without its .txt: stop, train without caption, use its file name, leave it out."
     )
     minimum_image_size: float | None = option(
-        None,
-        "Smaller pictures are left out, in the unit of resolution_type.",
-        level="common",
-        zero_is_null=True,
-        gt=0,
-    )
+        None, "Smaller pictures are left out, in the unit of resolution_type.", level="common",
+        zero_is_null=True, gt=0,
+    )  # fmt: skip
     maximum_image_size: float | None = option(
         None, "Larger pictures are first shrunk to target_downsample_size.", zero_is_null=True, gt=0
     )
@@ -199,17 +177,13 @@ class DataOptions(Section):
     maximum_aspect_ratio: float = option(4.0, "Wider pictures (width / height) are left out.", gt=0, le=1000)
     minimum_aspect_ratio: float = option(0.25, "Narrower pictures are left out.", gt=0, le=1000)
     max_bad_sample_fraction: float = option(
-        0.1,
-        "Refuse to train when more than this share of the pictures is unusable.",
-        resume="free",
-        ge=0,
-        le=1,
-    )
+        0.1, "Refuse to train when more than this share of the pictures is unusable.", resume="free",
+        ge=0, le=1,
+    )  # fmt: skip
     alpha_background: str = option(
-        "white",
-        "What shows through transparent pixels: white, black or #rrggbb.",
+        "white", "What shows through transparent pixels: white, black or #rrggbb.",
         pattern=r"^(white|black|#[0-9a-fA-F]{6})$",
-    )
+    )  # fmt: skip
     data_backend_sampling: Literal["auto-weighting", "uniform"] = option(
         "auto-weighting", "Choose datasets by probability times their length, or by probability alone."
     )

@@ -37,15 +37,13 @@ class FlowOptions(Section):
         "fixed-list", "Draw from flow_custom_timesteps, or go through it in order."
     )
     flux_fast_schedule: bool = option(
-        False,
-        "Noise levels of a few-step model (seven of ten at 1.0); leave it off for Chroma.",
+        False, "Noise levels of a few-step model (seven of ten at 1.0); leave it off for Chroma.",
         level="common",
-    )
+    )  # fmt: skip
     flux_guidance_mode: Literal["constant"] = option(
-        "constant",
-        "Chroma's guidance input is a constant; there is nothing to choose.",
+        "constant", "Chroma's guidance input is a constant; there is nothing to choose.",
         hints={"random-range": "Chroma has no guidance range", "mobius": "Chroma has no guidance range"},
-    )
+    )  # fmt: skip
     stratified_sigmas: bool = option(
         True, "Spread the noise levels of one optimizer step evenly: same density, less variance."
     )
@@ -79,11 +77,9 @@ class OptimizerOptions(Section):
     adam_weight_decay: float = option(0.01, "Weight decay.", level="common", ge=0, le=10)
     adam_epsilon: float = option(1e-8, "Added to the denominator.", gt=0, le=1)
     lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"] = option(
-        "constant",
-        "Course of the learning rate over the whole run, after the warm-up.",
-        level="basic",
+        "constant", "Course of the learning rate over the whole run, after the warm-up.", level="basic",
         spellings={"constant_with_warmup": "constant", "cosine_with_warmup": "cosine"},
-    )
+    )  # fmt: skip
     lr_warmup_steps: int = option(0, "Rise from 0 over this many steps.", level="common", unit="steps", ge=0)
     lr_end: float = option(0.0, "Where linear, cosine and polynomial end.", ge=0, le=10)
     lr_power: float = option(1.0, "Exponent of polynomial.", gt=0, le=100)
@@ -98,10 +94,9 @@ class OptimizerOptions(Section):
     ema_update_interval: int = option(1, "Steps between its updates.", unit="steps", ge=1)
     ema_device: Literal["cpu", "accelerator"] = option("cpu", "Where it is kept.", resume="free")
     ema_validation: Literal["comparison", "ema_only", "none"] = option(
-        "comparison",
-        "Validation pictures from both weights, from the average, from the trained ones.",
+        "comparison", "Validation pictures from both weights, from the average, from the trained ones.",
         resume="free",
-    )
+    )  # fmt: skip
 
 
 class TrainingOptions(Section):
@@ -118,23 +113,13 @@ class TrainingOptions(Section):
         1, "Batches that make one optimizer step.", level="common", unit="batches", ge=1, le=4096
     )
     max_train_steps: int | None = option(
-        None,
-        "Length in optimizer steps; without this and num_train_epochs it is 1000.",
-        level="basic",
-        unit="steps",
-        resume="free",
-        zero_is_null=True,
-        ge=1,
-    )
+        None, "Length in optimizer steps; without this and num_train_epochs it is 1000.", level="basic",
+        unit="steps", resume="free", zero_is_null=True, ge=1,
+    )  # fmt: skip
     num_train_epochs: int | None = option(
-        None,
-        "Length in passes over the data.",
-        level="basic",
-        unit="epochs",
-        resume="free",
-        zero_is_null=True,
-        ge=1,
-    )
+        None, "Length in passes over the data.", level="basic", unit="epochs", resume="free",
+        zero_is_null=True, ge=1,
+    )  # fmt: skip
     nonfinite_loss_patience: int = option(
         0, "Steps in a row that may be skipped for a NaN or infinite loss before stopping.", unit="steps",
         resume="free", ge=0,
@@ -175,24 +160,17 @@ class ValidationOptions(Section):
     )  # fmt: skip
     validation_prompt: str | None = option(None, "Prompt of the pictures.", level="basic", resume="free")
     user_prompt_library: str | None = option(
-        None,
-        "JSON file of further prompts, short name -> prompt.",
-        level="common",
-        resume="free",
+        None, "JSON file of further prompts, short name -> prompt.", level="common", resume="free",
         path="file",
-    )
+    )  # fmt: skip
     validation_prompt_library: Literal[False] = option(
-        False,
-        "There is no built-in prompt list.",
-        resume="free",
+        False, "There is no built-in prompt list.", resume="free",
         hints={"true": "there is no built-in prompt list; give your own by user_prompt_library"},
-    )
+    )  # fmt: skip
     validation_negative_prompt: str = option(
-        "",
-        "What guidance steers away from; read when validation_guidance_real > 1.",
-        level="common",
+        "", "What guidance steers away from; read when validation_guidance_real > 1.", level="common",
         resume="free",
-    )
+    )  # fmt: skip
     validation_guidance_real: float = option(
         1.0, "Classifier-free guidance; 1 is a single pass, 2 to 3 follow the prompt closer, twice as slow.",
         level="common", resume="free", ge=1, le=30,
@@ -227,11 +205,9 @@ class LoggingOptions(Section):
     """Telling"""
 
     report_to: str = option(
-        "none",
-        "Trackers: none, or a comma list of tensorboard, wandb, trackio.",
-        level="common",
+        "none", "Trackers: none, or a comma list of tensorboard, wandb, trackio.", level="common",
         resume="free",
-    )
+    )  # fmt: skip
     tracker_project_name: str = option("simpletuner", "Project in the tracker.", resume="free", min_length=1)
     tracker_run_name: str | None = option(
         None, "Run in the tracker; null is the run folder's name.", resume="free"
