@@ -348,6 +348,6 @@ def test_what_may_change_on_resume() -> None:
 
 
 def test_one_mistake_is_told_once(tmp_path: Path, folder: Path) -> None:
-    """A default that stands in for a bad value, or a configuration not found, brings no further complaints."""
+    """A default standing in for a bad value, or a configuration not found, brings no further complaints."""
     assert len(problems(folder, {"resolution": "big", "resolution_type": "area"})) == 1
     assert len(attempt(environ={}, cwd=tmp_path / "empty", env_name="many").problems) == 1
