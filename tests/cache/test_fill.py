@@ -31,8 +31,10 @@ class Encoder:
     def __init__(self, poison: Tensor | None = None) -> None:
         self.shapes: list[tuple[int, ...]] = []
         self.poison = poison
+        self.loaded = 0
 
     def __call__(self) -> Callable[[Tensor], Tensor]:
+        self.loaded += 1
         return self.encode
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -74,6 +76,7 @@ def test_moments_are_those_of_the_pictures_and_batches_keep_to_a_bucket(
     filled, found, seen = fill(tmp_path, placed, encoder)
     assert filled.placed == tuple(placed)
     assert filled.rejected == ()
+    assert encoder.loaded == 1
     for one, moments in zip(placed, found, strict=True):
         assert torch.allclose(moments, expected(one), atol=1e-6)
     square, wider = (3, 64, 64), (3, 64, 128)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from rich.console import Console
@@ -57,7 +58,7 @@ class Terminal:
             case DatasetScanned():
                 self._end(event.dataset)
                 if self._level <= LEVELS["info"]:
-                    self._console.print(bucket_table(event))
+                    self._console.print(bucket_table(event, self._safe))
             case StageDone():
                 self._end(event.stage)
                 self._line(event)
@@ -80,7 +81,7 @@ class Terminal:
         if level >= self._level:
             style = "red" if isinstance(event, Failed) else STYLES.get(level, "")
             prefix = "warning: " if level == LEVELS["warning"] and not isinstance(event, Failed) else ""
-            self._console.print(Text(prefix + describe(event), style=style))
+            self._console.print(Text(self._safe(prefix + describe(event)), style=style))
 
     def _task(self, name: str, total: int | None) -> TaskID | None:
         if self._live is None:
@@ -99,13 +100,18 @@ class Terminal:
     def _progress(self, name: str, done: int, total: int | None, text: str, line: str) -> None:
         task = self._task(name, total)
         if self._live is not None and task is not None:
-            self._live.update(task, completed=done, total=total, text=text)
+            self._live.update(task, completed=done, total=total, text=self._safe(text))
             return
         now = time.monotonic()
         due = now - self._last_line >= self._every_s or (name == TRAIN and done in (1, total))
         if due and self._level <= LEVELS["info"]:
             self._last_line = now
-            self._console.print(Text(line))
+            self._console.print(Text(self._safe(line)))
+
+    def _safe(self, text: str) -> str:
+        """Without escape sequences (a file name may hold some) and what the encoding cannot say."""
+        plain = "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
+        return plain.encode(self._console.encoding, "replace").decode(self._console.encoding)
 
     def _step_text(self, event: Stepped) -> str:
         loss, seconds = self._loss(event.loss), self._seconds(event.seconds)
@@ -122,9 +128,9 @@ def _stage_text(event: StageProgress) -> str:
     return f"{event.done}{of} · {event.rate:.1f}/s · {duration(event.left_s)} left"
 
 
-def bucket_table(event: DatasetScanned) -> Table:
+def bucket_table(event: DatasetScanned, safe: Callable[[str], str]) -> Table:
     """Sizes with their counts, then what was dropped and why."""
-    title = Text(f"dataset {event.dataset}: {event.samples} samples")
+    title = Text(safe(f"dataset {event.dataset}: {event.samples} samples"))
     table = Table(title=title, title_justify="left", min_width=36)
     table.add_column("bucket (px)")
     table.add_column("samples", justify="right")
@@ -133,5 +139,5 @@ def bucket_table(event: DatasetScanned) -> Table:
     for position, (reason, count) in enumerate(sorted(event.rejected.items())):
         if position == 0:
             table.add_section()
-        table.add_row(Text(f"dropped: {reason}", style="yellow"), str(count))
+        table.add_row(Text(safe(f"dropped: {reason}"), style="yellow"), str(count))
     return table

@@ -1,0 +1,243 @@
+"""`report.html`: a run on one page that opens anywhere, without a server, a network or a script."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from PIL import Image, UnidentifiedImageError
+
+from simpletuner.events.charts import Line, chart
+from simpletuner.events.history import History, PictureKey, of_run
+from simpletuner.events.types import Evaluated, Failed, ImageSaved
+from simpletuner.events.wording import Smooth, describe, duration, size
+
+MAX_COLUMNS = 9  # steps shown of the pictures: the first, the last and some between
+THUMBNAIL_PX = 448
+SERIES = ("line", "second", "third")
+# The browser is told to fetch nothing at all, whatever a caption or a name may contain.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def write_report(run_dir: Path, defaults: Mapping[str, Any] | None = None) -> Path:
+    """Read events.jsonl, config.json and the pictures of a run folder; write report.html beside them.
+
+    defaults: with it the settings that differ from it are shown first. The file is replaced at once, so that
+    it can be written again and again while somebody reads it.
+    """
+    history = of_run(run_dir)
+    title = f"{run_dir.resolve().name} · simpletuner"
+    style = Path(__file__).with_name("report.css").read_text("utf-8")
+    body = "".join(
+        [_head(run_dir, history), _training(history), _held_out(history), _pictures(run_dir, history),
+         _checkpoints(history), _data(history), _problems(history), _settings(run_dir, defaults)]
+    )  # fmt: skip
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>'
+        f"<body>{body}<footer>Written {_clock(time.time())}.</footer></body></html>"
+    )
+    path = run_dir / "report.html"
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(page, "utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def _head(run_dir: Path, history: History) -> str:
+    started, steps = history.started, list(history.steps.values())
+    line = "no run recorded yet"
+    if started:
+        line = f"{started.model} on {started.device}, simpletuner {started.version}"
+    facts: list[tuple[str, str]] = []
+    if steps:
+        smooth = Smooth()
+        loss = [smooth(step.loss) for step in steps][-1]
+        pace = sum(step.seconds for step in steps) / len(steps)
+        facts = [("step", f"{steps[-1].step} of {steps[-1].total}"), ("smoothed loss", f"{loss:.4f}"),
+                 ("per step", duration(pace)), ("time in steps", duration(pace * len(steps)))]  # fmt: skip
+        memory = [step.memory_gib for step in steps if step.memory_gib is not None]
+        facts += [("peak memory", f"{max(memory):.1f} GiB")] if memory else []
+    held_out = [event for event in history.evaluations.values() if event.best and event.step > 0]
+    if held_out:
+        best = max(held_out, key=lambda event: event.step)
+        facts.append(("best held-out", f"{best.change:+.4f} ± {best.change_se:.4f} at {best.step}"))
+    status = "no end recorded yet" if history.end is None else describe(history.end)
+    style = "failed" if isinstance(history.end, Failed) else "soft"
+    items = "".join(f'<li><span class="soft">{name}</span><b>{_text(text)}</b></li>' for name, text in facts)
+    return (
+        f"<header><h1>{_text(run_dir.resolve().name)}</h1><p>{_text(line)}</p>"
+        f'<p class="{style}">{_text(status)}, last event {_clock(history.last_t)}</p>'
+        f'<ul class="facts">{items}</ul></header>'
+    )
+
+
+def _training(history: History) -> str:
+    steps = [history.steps[step] for step in sorted(history.steps)]
+    smooth = Smooth()
+    raw = [(float(step.step), step.loss) for step in steps]
+    charts = [
+        chart("Loss", [Line(raw, "each step", "raw"), Line([(x, smooth(y)) for x, y in raw], "smoothed")]),
+        chart("Learning rate", [Line([(float(step.step), step.learning_rate) for step in steps])]),
+        chart("Gradient norm", [Line([(float(step.step), step.grad_norm) for step in steps], "", "second")]),
+    ]
+    return _section("Training", f'<div class="charts three">{"".join(charts)}</div>' if steps else "")
+
+
+def _held_out(history: History) -> str:
+    series: dict[tuple[str, str], list[Evaluated]] = {}
+    for event in sorted(history.evaluations.values(), key=lambda event: event.step):
+        series.setdefault((event.split, event.dataset), []).append(event)
+    losses, changes, by_sigma = [], [], []
+    for number, ((split, dataset), events) in enumerate(series.items()):
+        name, style = f"{split} ({dataset})", SERIES[number % len(SERIES)]
+        best = max((at for at, event in enumerate(events) if event.best), default=None)
+        at = [float(event.step) for event in events]
+        losses.append(Line(list(zip(at, [e.loss for e in events])), name, style, marks=True, mark_best=best))
+        points = list(zip(at, [event.change for event in events]))
+        errors = [event.change_se for event in events]
+        changes.append(Line(points, name, style, errors, marks=True, mark_best=best))
+        shown = sorted({0, len(events) - 1 if best is None else best, len(events) - 1})
+        curves = [
+            Line(events[index].by_sigma, f"step {events[index].step}", SERIES[place], marks=True)
+            for place, index in enumerate(shown)
+        ]
+        by_sigma.append(chart(f"Loss by noise level: {name}", curves, x_name="sigma (1 is pure noise)"))
+    charts = [
+        chart("Held-out loss", losses),
+        chart("Change since step 0, ± standard error", changes, zero=True),
+    ]
+    return _section(
+        "Held-out loss", f'<div class="charts">{"".join(charts + by_sigma)}</div>' if series else ""
+    )
+
+
+def _pictures(run_dir: Path, history: History) -> str:
+    rows: dict[PictureKey, dict[int, ImageSaved]] = {}
+    for ((prompt, width, height, seed, weights), step), event in history.pictures.items():
+        kinds = {other[4] for (other, _) in history.pictures if other[4] != "base"} or {"trained"}
+        for kind in kinds if weights == "base" else {weights}:
+            rows.setdefault((prompt, width, height, seed, kind), {})[step] = event
+    steps = sorted({step for row in rows.values() for step in row})
+    shown = _spread(steps, MAX_COLUMNS)
+    bases = {step for row in rows.values() for step, event in row.items() if event.weights == "base"}
+    heads = "".join(f'<th scope="col">{"before" if step in bases else f"step {step}"}</th>' for step in shown)
+    lines = []
+    for (_, width, height, seed, kind), row in sorted(rows.items()):
+        event = next(iter(row.values()))
+        ema = " · EMA" if kind == "ema" else ""
+        about = f'<span class="soft">{width} x {height} · seed {seed}{ema}</span>'
+        cells = "".join(f"<td>{_picture(run_dir, row[step]) if step in row else ''}</td>" for step in shown)
+        lines.append(
+            f'<tr><th scope="row">{_text(event.prompt) or "(empty prompt)"}<br>{about}</th>{cells}</tr>'
+        )
+    start = f'<div class="scroll"><table class="pictures" style="--columns: {len(shown)}">'
+    table = f"{start}<tr><th></th>{heads}</tr>{''.join(lines)}</table></div>"
+    note = f'<p class="soft">{len(shown)} of {len(steps)} steps</p>' if len(shown) < len(steps) else ""
+    return _section("Pictures", note + table if rows else "")
+
+
+def _picture(run_dir: Path, event: ImageSaved) -> str:
+    """A thumbnail inside the page, linked to the full picture beside it."""
+    path = run_dir / event.path
+    if not path.resolve().is_relative_to(run_dir.resolve()):
+        return '<span class="soft">outside the run folder</span>'
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+            small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
+    except (OSError, UnidentifiedImageError):
+        return '<span class="soft">gone</span>'
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=86)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    about = _text(f"{event.prompt} (step {event.step}, seed {event.seed})")
+    source = f"data:image/webp;base64,{data}"
+    return f'<a href="{quote(event.path)}"><img src="{source}" alt="{about}" title="{about}"></a>'
+
+
+def _checkpoints(history: History) -> str:
+    best = {event.step for event in history.evaluations.values() if event.best}
+    rows = [
+        (str(event.step), event.path, size(event.size_bytes), duration(event.seconds),
+         "best held-out loss" if best and event.step == max(best) else "")
+        for event in sorted(history.saved.values(), key=lambda event: event.step)
+    ]  # fmt: skip
+    return _section("Checkpoints", _table(("step", "path", "size", "written in", ""), rows))
+
+
+def _data(history: History) -> str:
+    rows = []
+    for event in history.datasets.values():
+        buckets = ", ".join(f"{width} x {height}: {count}" for width, height, count in event.buckets)
+        dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(event.rejected.items()))
+        rows.append((event.dataset, str(event.samples), buckets, dropped))
+    return _section("Data", _table(("dataset", "samples", "buckets (px)", "dropped"), rows))
+
+
+def _problems(history: History) -> str:
+    rows = [(_clock(t), describe(event)) for t, event in history.problems]
+    if history.resumes:
+        rows.append(("", f"went on from a checkpoint at step {', '.join(map(str, history.resumes))}"))
+    return _section("Warnings and restarts", _table(("when", "what"), rows))
+
+
+def _settings(run_dir: Path, defaults: Mapping[str, Any] | None) -> str:
+    path = run_dir / "config.json"
+    if not path.exists():
+        return ""
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return ""
+    known = defaults or {}
+    differs = [key for key, value in config.items() if key in known and value != known[key]]
+    changed = [(key, _value(config[key]), _value(known[key])) for key in differs]
+    others = [(key, _value(value)) for key, value in config.items() if key not in differs]
+    rest = _table(("option", "value"), others)
+    if not changed:
+        return _section("Settings", rest)
+    summary = f"<details><summary>{len(others)} more, as by default</summary>{rest}</details>"
+    return _section(
+        "Settings that differ from the defaults", _table(("option", "value", "default"), changed) + summary
+    )
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _spread(steps: Sequence[int], limit: int) -> list[int]:
+    if len(steps) <= limit:
+        return list(steps)
+    return sorted({steps[round(n * (len(steps) - 1) / (limit - 1))] for n in range(limit)})
+
+
+def _table(heads: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in heads)
+    lines = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table class="plain"><tr>{head}</tr>{lines}</table></div>'
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
+
+
+def _text(text: str) -> str:
+    """Escaped; what UTF-8 cannot say (a stray byte of a file name) becomes a question mark."""
+    return escape(text.encode("utf-8", "replace").decode())
+
+
+def _clock(t: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(t)) if t else "never"
