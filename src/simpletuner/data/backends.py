@@ -235,7 +235,7 @@ class _Reader:
 
     def data_dir(self, at: int, name: str, values: dict[str, Any]) -> Path | None:
         if "instance_data_dir" not in values:
-            if "instance_data_dir" not in self.document.value[at]:
+            if self.document.value[at].get("instance_data_dir") is None:
                 self.problem(f"{name}.instance_data_dir is missing: the folder of the pictures", at)
             return None
         written = values["instance_data_dir"]

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError, features
+from PIL.GifImagePlugin import GifImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.report import BadFile
@@ -136,13 +139,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _animated(image: Image.Image) -> bool:
-    if image.format not in ("GIF", "WEBP", "PNG", "AVIF"):
-        return False
-    try:
-        image.seek(1)
-    except EOFError:
-        return False
-    return True
+    return isinstance(image, (GifImageFile, PngImageFile, WebPImageFile)) and image.is_animated
 
 
 def _check_mode(image: Image.Image) -> None:

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from simpletuner.config.schema import DataOptions
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.geometry import Framing
+from simpletuner.data.report import BadSamples
+from simpletuner.data.scan import scan
+from simpletuner.errors import DataError
+from simpletuner.events.types import DatasetScanned, Event, StageDone, StageStarted, Warned
+from tests.data.bad_files import encoded, picture, write
+
+MakeDataset = Callable[..., Dataset]
+PNG = encoded(picture(), "PNG")
+
+
+def ignore(event: Event) -> None:
+    """An Emit for tests that do not look at events."""
+
+
+def said(dataset: Dataset, options: DataOptions) -> dict[str, tuple[str, ...]]:
+    return {placed.sample.id: placed.sample.captions for placed in scan([dataset], options, 1, ignore).placed}
+
+
+def test_ids_order_hidden_files_and_events(dataset: MakeDataset, options: DataOptions) -> None:
+    photos = dataset()
+    root = photos.instance_data_dir
+    for name in ("b.png", "a/z.png", "a/.hidden.png", ".git/c.png", "a.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        write(root, name, encoded(picture((96, 64 + len(name))), "PNG"))
+    (root / "loop").symlink_to(root)
+    (root / "notes.md").write_text("not a picture")
+    events: list[Event] = []
+    result = scan([photos], options, 1, events.append)
+    assert [placed.sample.id for placed in result.placed] == [
+        "photos/a.png",
+        "photos/a/z.png",
+        "photos/b.png",
+    ]
+    assert result.rejected == ()
+    assert events[0] == StageStarted("scan", 3, "pictures")
+    assert isinstance(events[1], StageDone)
+    assert events[2] == DatasetScanned("photos", 3, ((128, 128, 3),), {})
+
+
+def test_textfile_captions(dataset: MakeDataset, options: DataOptions) -> None:
+    photos = dataset()
+    write(photos.instance_data_dir, "x.png", PNG, b"\xef\xbb\xbf one \r\n\r\ntwo, caf\xc3\xa9\n")
+    assert said(photos, options) == {"photos/x.png": ("one", "two, caf\u00e9")}
+    whole = dataset(disable_multiline_split=True)
+    assert said(whole, options) == {"photos/x.png": ("one \n\ntwo, caf\u00e9",)}
+    before = dataset(prepend_instance_prompt=True, instance_prompts=("a", "b"))
+    assert said(before, options)["photos/x.png"] == ("a one", "a two, caf\u00e9", "b one", "b two, caf\u00e9")
+    only = dataset(only_instance_prompt=True, instance_prompts=("a", "b"))
+    assert said(only, options) == {"photos/x.png": ("a", "b")}
+    held = dataset(dataset_type="eval")
+    assert said(held, options) == {"photos/x.png": ("one",)}
+
+
+def test_other_captions(dataset: MakeDataset, options: DataOptions) -> None:
+    photos = dataset(caption_strategy="filename")
+    write(photos.instance_data_dir, "a_red__ball.v2.png", PNG, None)
+    assert said(photos, options) == {"photos/a_red__ball.v2.png": ("a red ball.v2",)}
+    prompted = dataset(caption_strategy="instanceprompt", instance_prompts=("sks",))
+    assert said(prompted, options) == {"photos/a_red__ball.v2.png": ("sks",)}
+
+
+def test_a_caption_is_found_across_unicode_spellings(dataset: MakeDataset, options: DataOptions) -> None:
+    photos = dataset()
+    write(photos.instance_data_dir, unicodedata.normalize("NFC", "\u00e9.png"), PNG, None)
+    (photos.instance_data_dir / unicodedata.normalize("NFD", "\u00e9.txt")).write_text("accent")
+    assert said(photos, options) == {"photos/\u00e9.png": ("accent",)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"), [("empty", ("",)), ("filename", ("x y",)), ("drop", None), ("error", None)]
+)
+def test_missing_captions(policy, expected, dataset: MakeDataset, tmp_path: Path) -> None:
+    photos = dataset()
+    write(photos.instance_data_dir, "good.png", PNG)
+    for number in range(30):
+        write(photos.instance_data_dir, f"{number:02}.png", PNG, None)
+    write(photos.instance_data_dir, "x_y.png", PNG, b"\n")
+    options = DataOptions(missing_caption=policy)
+    listed = tmp_path / "out" / "rejected.jsonl"
+    if policy == "error":
+        with pytest.raises(BadSamples) as error:
+            scan([photos], options, 1, ignore, rejected_path=listed)
+        lines = str(error.value).splitlines()
+        assert lines[0].startswith("31 pictures have no caption.")
+        assert lines[1] == "  photos/00.png: no 00.txt beside it"
+        assert lines[21:] == ["  and 11 more", f"All of them: {listed}"]
+        rows = [json.loads(line) for line in listed.read_text().splitlines()]
+        assert len(rows) == 31
+        assert rows[-1] == {
+            "path": "x_y.png", "dataset": "photos", "reason": "caption_missing", "detail": "x_y.txt is empty",
+        }  # fmt: skip
+        return
+    result = scan([photos], options, 1, ignore)
+    found = {placed.sample.id: placed.sample.captions for placed in result.placed}
+    assert found.get("photos/x_y.png") == expected
+    assert len(result.rejected) == (31 if policy == "drop" else 0)
+
+
+def test_filters_are_not_bad_samples(dataset: MakeDataset) -> None:
+    framing = Framing(resolution=128, minimum_image_size=80, maximum_aspect_ratio=2, minimum_aspect_ratio=1)
+    photos = dataset(framing=framing)
+    for name, size in {"ok": (160, 80), "wide": (161, 80), "tall": (90, 91), "small": (80, 79)}.items():
+        write(photos.instance_data_dir, f"{name}.png", encoded(picture(size), "PNG"))
+    result = scan([photos], DataOptions(max_bad_sample_fraction=0), 1, ignore)
+    assert [placed.sample.id for placed in result.placed] == ["photos/ok.png"]
+    assert {item.path: item.reason for item in result.rejected} == {
+        "wide.png": "aspect_ratio", "tall.png": "aspect_ratio", "small.png": "too_small",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("fraction", "refused"), [(0.19, True), (0.2, False)])
+def test_too_many_bad_samples(fraction, refused, dataset: MakeDataset) -> None:
+    photos = dataset()
+    for number in range(4):
+        write(photos.instance_data_dir, f"{number}.png", encoded(picture((64 + number, 64)), "PNG"))
+    write(photos.instance_data_dir, "bad.png", b"")
+    options = DataOptions(max_bad_sample_fraction=fraction)
+    if refused:
+        with pytest.raises(BadSamples, match=r"1 of 5 pictures cannot be used \(1 empty_file\)"):
+            scan([photos], options, 1, ignore)
+    else:
+        assert len(scan([photos], options, 1, ignore).placed) == 4
+
+
+def test_empty_folder_and_nothing_left(dataset: MakeDataset, options: DataOptions) -> None:
+    photos = dataset()
+    with pytest.raises(DataError, match="photos: no pictures in"):
+        scan([photos], options, 1, ignore)
+    write(photos.instance_data_dir, "x.png", encoded(picture((1, 300)), "PNG"))
+    with pytest.raises(DataError, match=r"no picture is left(.|\n)*x.png: 1x300 has aspect"):
+        scan([photos], options, 1, ignore)
+
+
+def test_subset_depends_on_names_alone(dataset: MakeDataset, options: DataOptions) -> None:
+    photos = dataset(max_num_samples=5)
+    for number in range(12):
+        write(photos.instance_data_dir, f"{number}.png", encoded(picture((64 + number, 64)), "PNG"))
+    first = set(said(photos, options))
+    assert len(first) == 5
+    assert first == {item.sample.id for item in scan([photos], options, 2, ignore).placed}
+    write(photos.instance_data_dir, "new.png", PNG)
+    assert len(first & set(said(photos, options))) >= 4
+    assert set(said(dataset("other", max_num_samples=5), options)) != {
+        name.replace("photos", "other") for name in first
+    }
+
+
+def test_random_crops_follow_the_seed_and_eval_is_centred(dataset: MakeDataset, options: DataOptions) -> None:
+    random = dataset(framing=Framing(resolution=64, crop=True, crop_style="random"))
+    for number in range(8):
+        write(random.instance_data_dir, f"{number}.png", encoded(picture((160, 64 + number)), "PNG"))
+    crops = [[item.crop_px for item in scan([random], options, seed, ignore).placed] for seed in (1, 1, 2)]
+    assert crops[0] == crops[1] != crops[2]
+    assert len(set(crops[0])) > 3
+
+
+def test_alignment_is_the_models(dataset: MakeDataset, options: DataOptions) -> None:
+    photos = dataset(framing=Framing(resolution=80))
+    write(photos.instance_data_dir, "x.png", encoded(picture((80, 80)), "PNG"))
+    assert scan([photos], options, 1, ignore, alignment_px=16).placed[0].bucket_px == (80, 80)
+    assert scan([photos], options, 1, ignore).placed[0].bucket_px == (64, 64)
+
+
+def test_copies_are_told_and_leaks_refused(
+    dataset: MakeDataset, options: DataOptions, tmp_path: Path
+) -> None:
+    photos = dataset()
+    write(photos.instance_data_dir, "a.png", PNG)
+    write(photos.instance_data_dir, "b.png", PNG)
+    write(photos.instance_data_dir, "c.png", encoded(picture((64, 64)), "PNG"))
+    events: list[Event] = []
+    scan([photos, dataset("again")], options, 1, events.append)
+    warned = [event.message for event in events if isinstance(event, Warned)]
+    assert warned == ["1 pictures are copies of others, such as b.png of a.png"]
+    held = tmp_path / "held"
+    held.mkdir()
+    write(held, "new.png", encoded(picture((72, 64)), "PNG"))
+    watch = dataset("held", dataset_type="eval", instance_data_dir=held)
+    assert len(scan([photos, watch], options, 1, ignore).placed) == 4
+    shutil.copy(photos.instance_data_dir / "b.png", held / "copy.png")
+    write(held, "copy.png", PNG)
+    with pytest.raises(DataError, match=r"1 pictures of an eval set(.|\n)*held/copy.png is photos/a.png"):
+        scan([photos, watch], options, 1, ignore)
+    with pytest.raises(DataError, match="3 pictures of an eval set"):
+        scan([photos, dataset("same", dataset_type="eval")], options, 1, ignore)
+
+
+def test_an_unreadable_folder_is_not_passed_over(
+    dataset: MakeDataset, options: DataOptions, monkeypatch
+) -> None:
+    photos = dataset()
+    write(photos.instance_data_dir, "a.png", PNG)
+    (photos.instance_data_dir / "locked").mkdir()
+    real = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="locked: Permission denied"):
+        scan([photos], options, 1, ignore)
