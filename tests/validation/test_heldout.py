@@ -22,6 +22,7 @@ from simpletuner.validation.heldout import (
 from tests.validation.toy import INFERENCE, Network, batch_of, rows_of, word
 
 IDS = [f"pets/{number}.png" for number in range(7)]
+OTHERS = ["pets/x.png", "pets/y.png", "pets/z.png"]
 
 
 def split(name: str, ids: list[str], batch_size: int) -> HeldOutSet:
@@ -75,11 +76,13 @@ def test_paired_change_in_closed_form() -> None:
 
 
 def test_change_against_step_0_survives_a_restart() -> None:
-    sets = [split("eval", IDS, 3), split("train", IDS[:3], 2)]
+    sets = [split("eval", IDS, 3), split("train", OTHERS, 2)]
     held_out = HeldOut(INFERENCE, sets, 4, 42)
     base, train = evaluated(held_out, Network(0.5), 0)
     assert (train.split, train.best) == ("train", False)
-    better, _ = evaluated(held_out, Network(0.1), 100)
+    better, trained = evaluated(held_out, Network(0.1), 100)
+    assert trained.change == pytest.approx(trained.loss - train.loss, rel=1e-4)
+    assert trained.change_se > 0
     differences = [
         sum(by_hand(one, sigma, k, 0.1) - by_hand(one, sigma, k, 0.5) for k, sigma in enumerate(midpoints(4)))
         / 4

@@ -76,55 +76,52 @@ class Validator:
         self.emit(ImageSaved(step, prompt.id, prompt.text, name, picture.seed, *picture.size_px, weights))
 
     def _draw_sheets(self, step: int) -> None:
-        steps = [number for number in self._steps() if number <= step]
-        columns = {_column(number): number for number in chosen(steps)}
-        rows = [
-            Row(
-                picture.stem + (" (average)" if weights == "ema" else ""),
-                picture.prompt.text,
-                self._cells(picture, columns, weights),
-            )
+        """One row per picture, one more where there is an average; before_after is base above newest."""
+        images = self.run_dir / "images"
+        found = [folder.name[5:] for folder in images.glob("step-*")]
+        numbers = [number for number in sorted(map(int, filter(str.isdigit, found))) if number <= step]
+        rows = {
+            (picture.stem, weights): {
+                number: path for number in numbers if (path := self._shown(picture, number, weights))
+            }
             for picture in self.pictures
             for weights in ("trained", "ema")
+        }
+        steps = sorted({number for cells in rows.values() for number in cells})
+        titles = {number: _title(number) for number in chosen(steps)}
+        prompts = {picture.stem: picture.prompt.text for picture in self.pictures}
+        table = [
+            Row(stem + " (average)" * (weights == "ema"), prompts[stem], cells)
+            for (stem, weights), cells in rows.items()
+            if cells.keys() - {BASE_STEP} or (weights == "trained" and steps == [BASE_STEP])
         ]
-        images = self.run_dir / "images"
-        shown = [row for row in rows if row.cells.keys() - {_column(BASE_STEP)}] or rows[::2]
-        self._tell(step, draw_sheet(shown, {name: name for name in columns}, images / "sheet.png"))
-        if BASE_STEP in steps and steps[-1] != BASE_STEP:
-            self._tell(step, self._draw_before_after(steps[-1], images / "before_after.png"))
+        self._tell_sheet(step, draw_sheet(table, titles, images / "sheet.png"))
+        if len(steps) < 2 or steps[0] != BASE_STEP:
+            return
+        columns = {
+            picture.stem: picture.prompt.text or picture.stem for picture in self.pictures[:MOST_COLUMNS]
+        }
+        pair = [
+            Row(
+                label,
+                f"{self.settings.model}, {_title(number)}",
+                {stem: cells[number] for (stem, _), cells in reversed(rows.items()) if number in cells},
+            )
+            for label, number in (("before", BASE_STEP), ("after", steps[-1]))
+        ]
+        self._tell_sheet(step, draw_sheet(pair, columns, images / "before_after.png"))
 
-    def _draw_before_after(self, step: int, path: Path) -> Path:
-        """Two rows, the base above and the newest weights below, one column per picture."""
-        columns = {picture.stem: picture for picture in self.pictures[:MOST_COLUMNS]}
-        rows = []
-        for label, number in (("before", BASE_STEP), ("after", step)):
-            cells = {}
-            for stem, picture in columns.items():
-                shown = self._cells(picture, {stem: number}, "trained")
-                cells.update(shown or self._cells(picture, {stem: number}, "ema"))
-            rows.append(Row(label, f"{self.settings.model}, {_column(number)}", cells))
-        titles = {stem: picture.prompt.text or stem for stem, picture in columns.items()}
-        return draw_sheet(rows, titles, path)
+    def _shown(self, picture: Picture, step: int, weights: str) -> Path | None:
+        """The file of the picture if this run drew it; every weights' first column is the base."""
+        kind = "base" if step == BASE_STEP else weights
+        path = path_of(self.run_dir, picture, step, kind)
+        if path not in self._verified and is_drawn(self.run_dir, picture, self.settings, step, kind):
+            self._verified.add(path)
+        return path if path in self._verified else None
 
-    def _steps(self) -> list[int]:
-        folders = (self.run_dir / "images").glob("step-*")
-        return sorted(int(digits) for folder in folders if (digits := folder.name[5:]).isdigit())
-
-    def _cells(self, picture: Picture, columns: dict[str, int], weights: str) -> dict[str, Path]:
-        """The files of this run that show the picture, by column."""
-        cells = {}
-        for name, step in columns.items():
-            kind = "base" if step == BASE_STEP else weights
-            path = path_of(self.run_dir, picture, step, kind)
-            if path not in self._verified and is_drawn(self.run_dir, picture, self.settings, step, kind):
-                self._verified.add(path)
-            if path in self._verified:
-                cells[name] = path
-        return cells
-
-    def _tell(self, step: int, path: Path) -> None:
+    def _tell_sheet(self, step: int, path: Path) -> None:
         self.emit(SheetSaved(step, path.relative_to(self.run_dir).as_posix()))
 
 
-def _column(step: int) -> str:
+def _title(step: int) -> str:
     return "base" if step == BASE_STEP else f"step {step}"

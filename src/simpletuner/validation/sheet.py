@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,11 +18,11 @@ MOST_COLUMNS, MOST_ROWS = 8, 64
 
 @dataclass(frozen=True)
 class Row:
-    """label: the row's name; detail: smaller, below it. cells: column name -> picture file."""
+    """label: the row's name; detail: smaller, below it. cells: column -> picture file."""
 
     label: str
     detail: str
-    cells: Mapping[str, Path]
+    cells: Mapping[Any, Path]
 
 
 def chosen(columns: Sequence[int], most: int = MOST_COLUMNS) -> list[int]:
@@ -31,8 +32,8 @@ def chosen(columns: Sequence[int], most: int = MOST_COLUMNS) -> list[int]:
     return [columns[round(place * (len(columns) - 1) / (most - 1))] for place in range(most)]
 
 
-def draw_sheet(rows: Sequence[Row], columns: Mapping[str, str], path: Path) -> Path:
-    """A table of pictures as PNG. columns: name -> title. Missing pictures stay grey."""
+def draw_sheet(rows: Sequence[Row], columns: Mapping[Any, str], path: Path) -> Path:
+    """A table of pictures as PNG. columns: name, as in the cells, -> title. Missing pictures stay grey."""
     rows = rows[:MOST_ROWS]
     cell = 256 if len(rows) <= 16 else 128
     side, head = 176, TEXT_PX + 2 * GAP_PX
