@@ -138,6 +138,11 @@ def test_written_as_text(folder: Path) -> None:
     assert any("optimizer optimi-lion is read as lion" in note for note in loaded.notes)
 
 
+def test_what_always_holds_may_be_asked_for(folder: Path) -> None:
+    loaded = read(folder, {"offload_during_startup": True})
+    assert any("offload_during_startup is always so" in note for note in loaded.notes)
+
+
 def test_lists_and_regular_expressions(folder: Path) -> None:
     assert read(folder, {}, 'lora_target_modules=["to_q","to_k"]').run.adapter.lora_target_modules == [
         "to_q",

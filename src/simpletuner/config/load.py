@@ -202,6 +202,9 @@ def _option_name(entry: Entry, reading: _Reading) -> str | None:
     if name in aliases():
         reading.notes.append(f"{entry.where}: {name} is read as {aliases()[name]}")
         return aliases()[name]
+    if name in refused.ALWAYS:
+        reading.notes.append(f"{entry.where}: {name} is {refused.ALWAYS[name]}")
+        return None
     reason = refused.reason_refused(name)
     if reason and refused.is_off(entry.raw):
         reading.skipped.append(name)
