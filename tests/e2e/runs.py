@@ -22,7 +22,9 @@ def make_pictures(folder: Path, count: int = 6, side: int = 64, first: int = 0) 
     """Coloured noise, one caption file each; caption lengths differ."""
     folder.mkdir(parents=True)
     for number in range(first, first + count):
-        pixels = np.random.default_rng(number).integers(0, 255, (side, side + 16 * (number % 2), 3), dtype=np.uint8)
+        pixels = np.random.default_rng(number).integers(
+            0, 255, (side, side + 16 * (number % 2), 3), dtype=np.uint8
+        )
         Image.fromarray(pixels).save(folder / f"picture-{number}.png")
         words = " ".join(["a red square"] * (1 + number % 3))
         (folder / f"picture-{number}.txt").write_text(f"{words}\nanother caption {number}")
@@ -48,7 +50,12 @@ class Workspace:
         }  # fmt: skip
 
     def write_data(self, **fields: object) -> None:
-        common = {"type": "local", "caption_strategy": "textfile", "resolution": 64, "resolution_type": "pixel_area"}
+        common = {
+            "type": "local",
+            "caption_strategy": "textfile",
+            "resolution": 64,
+            "resolution_type": "pixel_area",
+        }
         sets = [
             {"id": "photos", "dataset_type": "image", "instance_data_dir": "pictures", **common, **fields},
             {"id": "held", "dataset_type": "eval", "instance_data_dir": "held-out", **common},

@@ -120,7 +120,9 @@ def test_never_moves_earlier_results_aside(straight: tuple[Workspace, Path]) -> 
     workspace, run_dir = straight
     out = workspace.root / "anew"
     shutil.copytree(run_dir, out)
-    workspace.train(output_dir=str(out), resume_from_checkpoint="never", learning_rate=3e-3, max_train_steps=2)
+    workspace.train(
+        output_dir=str(out), resume_from_checkpoint="never", learning_rate=3e-3, max_train_steps=2
+    )
     assert (out / "earlier-1" / "checkpoint-6").is_dir()
     assert (out / "checkpoint-2").is_dir()
 
@@ -176,7 +178,11 @@ def storm(workspace: Workspace, kills: int, seed: int) -> None:
     chance = random.Random(seed)
     for _ in range(kills):
         process = subprocess.Popen(
-            command(workspace, torn), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=workspace.root
+            command(workspace, torn),
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=workspace.root,
         )
         goal = chance.randint(1, 25)
         while process.poll() is None and max(losses(torn), default=0) < goal:

@@ -108,9 +108,19 @@ def test_the_trained_lora_is_the_file_others_load(drawn: tuple[Workspace, Path])
         {"optimizer": "prodigy", "learning_rate": 1.0, "lr_scheduler": "constant"},
         {"use_dora": True, "optimizer": "lion", "learning_rate": 1e-3},
         {"gradient_checkpointing": True, "gradient_checkpointing_interval": 2, "optimizer": "adafactor"},
-        {"loss_type": "huber", "chroma_sigma_density": "parabola", "input_perturbation": 0.1, "use_rslora": True},
+        {
+            "loss_type": "huber",
+            "chroma_sigma_density": "parabola",
+            "input_perturbation": 0.1,
+            "use_rslora": True,
+        },
         {"model_type": "full", "learning_rate": 1e-3, "lora_dropout": 0.0},
-        {"model_type": "full", "base_model_default_dtype": "fp32", "mixed_precision": "bf16", "lora_dropout": 0.0},
+        {
+            "model_type": "full",
+            "base_model_default_dtype": "fp32",
+            "mixed_precision": "bf16",
+            "lora_dropout": 0.0,
+        },
     ],
     ids=lambda options: "-".join(str(value) for value in options.values())[:50],
 )
@@ -125,7 +135,9 @@ def test_other_ways_to_train(drawn: tuple[Workspace, Path], options: dict[str, o
     if options.get("model_type") == "full":
         frozen = load_file(workspace.base / "transformer" / "diffusion_pytorch_model.safetensors")
         trained = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
-        changed = {name for name, tensor in trained.items() if not torch.equal(tensor.float(), frozen[name].float())}
+        changed = {
+            name for name, tensor in trained.items() if not torch.equal(tensor.float(), frozen[name].float())
+        }
         assert changed
         assert not any(name.startswith("distilled_guidance_layer") for name in changed)
 
@@ -134,7 +146,9 @@ def test_gradient_checkpointing_changes_nothing(drawn: tuple[Workspace, Path]) -
     workspace, _ = drawn
     shared = {"validation_disable": True, "max_train_steps": 2}
     runs = [
-        workspace.train(output_dir=str(workspace.root / f"checkpointing-{on}"), gradient_checkpointing=on, **shared)
+        workspace.train(
+            output_dir=str(workspace.root / f"checkpointing-{on}"), gradient_checkpointing=on, **shared
+        )
         for on in (True, False)
     ]
     assert losses(runs[0]) == losses(runs[1])
@@ -143,7 +157,10 @@ def test_gradient_checkpointing_changes_nothing(drawn: tuple[Workspace, Path]) -
 def test_a_bucket_smaller_than_the_batch_trains_and_says_so(drawn: tuple[Workspace, Path]) -> None:
     workspace, _ = drawn
     out = workspace.train(
-        output_dir=str(workspace.root / "large-batch"), train_batch_size=16, validation_disable=True, max_train_steps=2
+        output_dir=str(workspace.root / "large-batch"),
+        train_batch_size=16,
+        validation_disable=True,
+        max_train_steps=2,
     )
     assert any(isinstance(event, Warned) and "batch" in event.message for event in events(out))
 
@@ -207,7 +224,9 @@ def test_rehearsal_finds_nothing_in_a_sound_config_and_leaves_nothing(
     assert not (workspace.root / "not-made").exists()
 
 
-def test_rehearsal_tells_what_would_go_wrong(drawn: tuple[Workspace, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_rehearsal_tells_what_would_go_wrong(
+    drawn: tuple[Workspace, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     from simpletuner.data.backends import read_backends
     from simpletuner.training.rehearse import rehearse
 

@@ -19,8 +19,13 @@ from simpletuner.training.checkpoint import Snapshot
 
 def snapshot(step: int) -> Snapshot:
     generator = torch.Generator().manual_seed(step)
-    weights = {"a.weight": torch.randn(4, 3, generator=generator), "b": torch.randn(5, generator=generator).bfloat16()}
-    return Snapshot(step, {"weights": weights, "optimizer": {"0.exp_avg": weights["a.weight"] * 2}}, {"note": "é"})
+    weights = {
+        "a.weight": torch.randn(4, 3, generator=generator),
+        "b": torch.randn(5, generator=generator).bfloat16(),
+    }
+    return Snapshot(
+        step, {"weights": weights, "optimizer": {"0.exp_avg": weights["a.weight"] * 2}}, {"note": "é"}
+    )
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
@@ -37,13 +42,17 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
 
 
 def test_extra_files_are_covered_by_the_manifest(tmp_path: Path) -> None:
-    folder = checkpoint.save(tmp_path, snapshot(1), lambda path: (path / "lora").write_bytes(b"x") and None, keep=1)
+    folder = checkpoint.save(
+        tmp_path, snapshot(1), lambda path: (path / "lora").write_bytes(b"x") and None, keep=1
+    )
     assert checkpoint.damage(folder) is None
     (folder / "lora").write_bytes(b"y")
     assert "lora" in (checkpoint.damage(folder) or "")
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
 def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, how: str) -> None:
     checkpoint.save(tmp_path, snapshot(1), None, keep=5)
@@ -72,7 +81,11 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, h
 def test_oldest_goes_first_and_the_best_stays(tmp_path: Path) -> None:
     for step in range(1, 6):
         checkpoint.save(tmp_path, snapshot(step), None, keep=2, best=1)
-    assert [folder.name for folder in checkpoint.existing(tmp_path)] == ["checkpoint-5", "checkpoint-4", "checkpoint-1"]
+    assert [folder.name for folder in checkpoint.existing(tmp_path)] == [
+        "checkpoint-5",
+        "checkpoint-4",
+        "checkpoint-1",
+    ]
 
 
 def test_half_written_folders_are_never_seen(tmp_path: Path) -> None:

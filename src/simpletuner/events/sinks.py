@@ -4,10 +4,30 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+from typing import Protocol
 
 from simpletuner.events.types import CheckpointSetAside, Emit, Event, Failed, StageProgress, Stepped, Warned
 
 Sink = Callable[[Event], None]
+
+
+class ClosingSink(Protocol):
+    """A sink that holds something: a file, a thread, a connection."""
+
+    def __call__(self, event: Event, /) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ClosingSink(Protocol):
+    """A sink that holds something open: a file, a thread, a connection."""
+
+    def __call__(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30}
 
@@ -33,18 +53,28 @@ def fan_out(sinks: Sequence[Sink]) -> Emit:
 
     def emit(event: Event) -> None:
         with lock:
-            failed = []
-            for sink in list(listening):
-                try:
-                    sink(event)
-                except Exception as error:  # outer edge: no tracker's failure may end a run
-                    listening.remove(sink)
-                    failed.append(f"{_name(sink)} is switched off: {type(error).__name__}: {error}")
-            for message in failed:
-                emit(Warned(message))
+            failed = [(sink, why) for sink in listening if (why := _failure(partial(sink, event)))]
+            for sink, why in failed:
+                listening.remove(sink)
+            for sink, why in failed:
+                emit(Warned(f"{_name(sink)} is switched off: {why}"))
 
     return emit
 
 
+def close_all(sinks: Sequence[ClosingSink]) -> list[str]:
+    """Close every one; what went wrong is returned, one line each."""
+    failures = [(sink, _failure(sink.close)) for sink in sinks]
+    return [f"{_name(sink)} did not close: {why}" for sink, why in failures if why]
+
+
+def _failure(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except Exception as error:  # outer edge: no tracker's failure may end a run
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def _name(sink: Sink) -> str:
-    return type(sink).__name__ if not isinstance(sink, type(_name)) else sink.__name__
+    return type(sink).__name__

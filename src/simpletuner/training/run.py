@@ -20,7 +20,7 @@ from simpletuner.errors import SimpleTunerError, Stopped
 from simpletuner.events import trackers, webhook
 from simpletuner.events.log import EventLog
 from simpletuner.events.report import write_report
-from simpletuner.events.sinks import Sink, fan_out
+from simpletuner.events.sinks import ClosingSink, Sink, fan_out
 from simpletuner.events.terminal import Terminal
 from simpletuner.events.types import Emit, Event, Failed, Finished, Noted, Resumed, Stepped
 from simpletuner.training import loop
@@ -99,9 +99,10 @@ def sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[Sink]:
         if options.webhook_config
         else []
     )
-    for sink in (record, shown, logged, *told, *hooks):
+    everyone: list[ClosingSink] = [record, shown, logged, *told, *hooks]
+    for sink in everyone:
         closing.callback(sink.close)
-    return [record, shown, logged, *told, *hooks]
+    return [*everyone]
 
 
 def work(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.errors import ConfigError
-from simpletuner.events.sinks import Sink
+from simpletuner.events.sinks import ClosingSink
 from simpletuner.events.types import Evaluated, Event, Stepped
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -27,7 +27,7 @@ class Tracked:
 
 def make(
     report_to: str, run_dir: Path, project: str, run_name: str | None, config: Mapping[str, Any]
-) -> list[Sink]:
+) -> list[ClosingSink]:
     """One sink with close() per name of the comma list. MissingExtra when its package is not installed."""
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
     unknown = [name for name in names if name not in TRACKERS]
