@@ -2,9 +2,10 @@
 
     python benchmarks/cache.py [--samples 300] [--folder DIR]
 
-One JSON line: samples per second for writing (both synced to the disk), for finding out that every key is there,
-and for reading in shuffled order with a warm page cache. Latents are float32 moments of a 512 px picture, text is
-120 rows of width 4096 in bfloat16. Ours also makes a checksum at writing and compares it at reading.
+One JSON line: samples per second for writing (both synced to the disk), for finding out that every key is
+there, and for reading in shuffled order with a warm page cache. Latents are float32 moments of a 512 px
+picture, text is 120 rows of width 4096 in bfloat16. Ours also makes a checksum at writing and compares it at
+reading.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ KINDS: dict[str, Callable[[], Tensor]] = {
     "latents": lambda: torch.randn(32, 64, 64),
     "text": lambda: torch.randn(120, 4096).to(torch.bfloat16),
 }
-ROUNDS = 3
+ROUNDS = 5
 
 
 def rate(count: int, work: Callable[[], object]) -> float:

@@ -15,7 +15,7 @@ from rich.console import Console
 from simpletuner.errors import ConfigError
 from simpletuner.events import terminal, webhook
 from simpletuner.events.progress import Stage
-from simpletuner.events.sinks import fan_out
+from simpletuner.events.sinks import close_all, fan_out
 from simpletuner.events.terminal import Terminal
 from simpletuner.events.types import (
     DatasetScanned,
@@ -55,6 +55,21 @@ def test_a_failing_sink_is_reported_once_and_dropped() -> None:
     assert broken.calls == 1
     assert before == [Noted("0"), warning, Noted("1"), Noted("2")]
     assert after == before
+
+
+def test_a_sink_that_cannot_close_does_not_keep_others_open() -> None:
+    class Stuck(Broken):
+        def close(self) -> None:
+            raise OSError("no answer")
+
+    closed = []
+
+    class Good(Broken):
+        def close(self) -> None:
+            closed.append(self)
+
+    assert close_all([Good(), Stuck(), Good()]) == ["Stuck did not close: OSError: no answer"]
+    assert len(closed) == 2
 
 
 def test_when_every_sink_fails_the_run_goes_on() -> None:

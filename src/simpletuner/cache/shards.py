@@ -74,9 +74,8 @@ def write_shard(final: Path, tensors: Mapping[str, Tensor], fingerprint: str) ->
             file.flush()
             os.fsync(file.fileno())
         unfinished.rename(final)
-    except BaseException:
+    finally:
         unfinished.unlink(missing_ok=True)
-        raise
     sync_folder(final.parent)
 
 

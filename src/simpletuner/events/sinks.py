@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
-from typing import Protocol
 
 from simpletuner.events.types import CheckpointSetAside, Emit, Event, Failed, StageProgress, Stepped, Warned
 
@@ -14,17 +13,9 @@ Sink = Callable[[Event], None]
 
 
 class ClosingSink(Protocol):
-    """A sink that holds something: a file, a thread, a connection."""
-
-    def __call__(self, event: Event, /) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class ClosingSink(Protocol):
     """A sink that holds something open: a file, a thread, a connection."""
 
-    def __call__(self, event: Event) -> None: ...
+    def __call__(self, event: Event, /) -> None: ...
 
     def close(self) -> None: ...
 
@@ -54,7 +45,7 @@ def fan_out(sinks: Sequence[Sink]) -> Emit:
     def emit(event: Event) -> None:
         with lock:
             failed = [(sink, why) for sink in listening if (why := _failure(partial(sink, event)))]
-            for sink, why in failed:
+            for sink, _ in failed:
                 listening.remove(sink)
             for sink, why in failed:
                 emit(Warned(f"{_name(sink)} is switched off: {why}"))
