@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import ChromaTransformer2DModel
+from diffusers import ChromaPipeline, ChromaTransformer2DModel
 from torch import Tensor
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -52,3 +52,11 @@ def perturb(parameters: list[tuple[str, torch.nn.Parameter]], size: float = 0.1)
         for _, parameter in parameters:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(size * noise.to(parameter.dtype))
+
+
+def pipeline(transformer: ChromaTransformer2DModel) -> ChromaPipeline:
+    """Nothing but the transformer and the loader of LoRA files."""
+    parts = dict.fromkeys(
+        ("scheduler", "vae", "text_encoder", "tokenizer", "image_encoder", "feature_extractor")
+    )
+    return ChromaPipeline(transformer=transformer, **parts)

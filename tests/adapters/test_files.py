@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ChromaPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -13,7 +12,7 @@ from simpletuner.adapters import files
 from simpletuner.adapters.lora import attach, set_strength
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError, ModelError
-from tests.adapters.networks import attention_names, perturb, run, tiny_chroma
+from tests.adapters.networks import attention_names, perturb, pipeline, run, tiny_chroma
 
 KINDS = {
     "plain": AdapterOptions(lora_rank=4),
@@ -30,13 +29,6 @@ def trained(options: AdapterOptions, names: list[str] | None = None):
     result = attach(network, options, names or attention_names(network), 5)
     perturb(result.trainable)
     return network, result
-
-
-def pipeline(transformer) -> ChromaPipeline:
-    parts = dict.fromkeys(
-        ("scheduler", "vae", "text_encoder", "tokenizer", "image_encoder", "feature_extractor")
-    )
-    return ChromaPipeline(transformer=transformer, **parts)
 
 
 @pytest.mark.parametrize("kind", KINDS)

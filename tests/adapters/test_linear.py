@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from simpletuner.adapters.linear import LoraLinear
+from simpletuner.adapters.linear import DoraLinear, LoraLinear
 
 
 def pair(
@@ -153,8 +153,13 @@ def test_autocast_over_a_float32_base():
         assert relative(a, b) < 0.03
 
 
-def test_strength():
+@pytest.mark.parametrize("kind", [LoraLinear, DoraLinear])
+def test_strength(kind):
     ours, _ = pair(torch.float32, torch.float32)
+    if kind is DoraLinear:
+        config = LoraConfig(r=4, lora_alpha=7, use_dora=True, init_lora_weights=False)
+        ours = DoraLinear(ours.base_layer, "default", config=config, r=4, lora_alpha=7)
+        ours.magnitude.data.mul_(1.5)
     x = torch.randn(6, 24)
     base = ours.base_layer(x)
     full = ours(x).detach() - base

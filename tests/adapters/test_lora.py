@@ -36,6 +36,13 @@ def test_exactly_the_named_modules_although_a_name_ends_another():
     assert list(adapted(network)) == ["proj_out"]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_follows_the_mode_of_the_network(training):
+    network = tiny_chroma().train(training)
+    attach(network, AdapterOptions(lora_dropout=0.5), ["proj_out"], 0)
+    assert {module.training for module in network.modules()} == {training}
+
+
 def test_masters_are_float32_over_a_bf16_base():
     network = tiny_chroma(torch.bfloat16)
     result = attach(network, AdapterOptions(use_dora=True), attention_names(network), 0)

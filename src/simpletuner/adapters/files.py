@@ -50,10 +50,9 @@ def save(transformer: nn.Module, path: Path, metadata: Mapping[str, str] | None 
 
 
 def load_into(transformer: nn.Module, path: Path, strength: float = 1.0) -> FileSummary:
-    """Adapt a network without adapters by a file (or a folder that holds one), frozen, at `strength`.
+    """Adapt a network by a file (or a folder that holds one) with its modules and ranks, frozen.
 
-    Ranks and modules are the file's. Refuses other layouts by name, modules the network does not have
-    and other sizes (ModelError).
+    Refuses other layouts by name, a network with an adapter, modules it lacks, other sizes (ModelError).
     """
     return attach_file(transformer, path, strength)
 

@@ -116,9 +116,9 @@ def _refuse_foreign(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _factors(path: Path, name: str, parts: dict[str, Tensor]) -> Factors:
-    if DOWN not in parts or UP not in parts:
-        missing = DOWN if DOWN not in parts else UP
-        raise ModelError(f"{path}: {PREFIX}{name} has no {missing[1:]}")
+    for needed in (DOWN, UP):
+        if needed not in parts:
+            raise ModelError(f"{path}: {PREFIX}{name} has no {needed[1:]}")
     down, up = parts[DOWN].to(torch.float32), parts[UP].to(torch.float32)
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
         raise ModelError(f"{path}: {name}: shapes {tuple(down.shape)} and {tuple(up.shape)} are no LoRA pair")

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
@@ -89,8 +88,8 @@ class AdaptedLinear(PeftLinear, ABC):
 
     base_layer: nn.Module
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **arguments: Any) -> None:
+        super().__init__(base_layer, adapter_name, **arguments)
         self.strength = 1.0
 
     @property
@@ -133,8 +132,8 @@ class LoraLinear(AdaptedLinear):
     start_down: Tensor | None
     start_up: Tensor | None
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **arguments: Any) -> None:
+        super().__init__(base_layer, adapter_name, **arguments)
         self.register_buffer("start_down", None, persistent=False)
         self.register_buffer("start_up", None, persistent=False)
 

@@ -77,9 +77,7 @@ def attach_file(transformer: nn.Module, path: Path, strength: float) -> layout.F
     """Adapt the modules a file names, each with the file's rank, and freeze the result."""
     factors, summary = layout.read(path)
     ranks = {f"^{re.escape(name)}": one.rank for name, one in factors.items()}
-    config = LoraConfig(
-        r=1, lora_alpha=1, rank_pattern=ranks, alpha_pattern=dict(ranks), use_dora=summary.dora
-    )
+    config = LoraConfig(rank_pattern=ranks, alpha_pattern=dict(ranks), use_dora=summary.dora)
     modules = _inject(transformer, config, summary.modules, f"{path} was made for another network")
     for name, module in modules.items():
         module.cast_adapter(torch.float32)
@@ -137,6 +135,7 @@ def _inject(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")
         inject_adapter_in_model(config, transformer, ADAPTER)
+    transformer.train(transformer.training)  # new modules follow the network's mode, dropout with them
     return adapted(transformer)
 
 
