@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -21,3 +22,9 @@ def training_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
         if option.resume == "fixed" and was != now:
             differing.append(f"{option.name} was {json.dumps(was)}, is {json.dumps(now)}")
     return differing
+
+
+def training_name(resolved: Mapping[str, Any]) -> str:
+    """16 hex digits that change with every option that would change the training."""
+    fixed = {o.name: resolved.get(o.name, o.default) for o in catalog().values() if o.resume == "fixed"}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]

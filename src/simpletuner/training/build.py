@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from simpletuner import __version__
 from simpletuner.adapters import lora
+from simpletuner.config.compare import training_name
 from simpletuner.config.load import resolved
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.backends import Backends
@@ -188,12 +189,11 @@ def pictures_of(
         emit(Noted(note))
     seed = run.training.seed if options.validation_seed is None else options.validation_seed
     drawn = validation_prompts.pictures(prompts, sizes, options.num_validation_images, seed)
-    identity = "|".join(prepared.identity().values())
     settings = Settings(
         options.validation_num_inference_steps,
         options.validation_guidance_real,
         prepared.source.name,
-        identity[-60:],
+        prepared.name() + training_name(resolved(run)),
     )
     vae = cache(lambda: prepared.family.load_vae(prepared.source, run.model, device.device))
 

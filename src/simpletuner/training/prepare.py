@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +23,7 @@ from simpletuner.cache.store import Store
 from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.data.backends import Backends, Dataset
 from simpletuner.data.report import write_rejected
-from simpletuner.data.scan import scan
+from simpletuner.data.scan import Scan, scan
 from simpletuner.data.types import Rejected
 from simpletuner.errors import DataError
 from simpletuner.events.types import Emit, Noted, Warned
@@ -63,6 +64,10 @@ class Prepared:
             seed,
         )
 
+    def name(self) -> str:
+        """16 hex digits for the whole identity."""
+        return hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()[:16]
+
     def identity(self) -> dict[str, str]:
         """What must be the same for a resumed run to be the same run."""
         digest = hashlib.sha256()
@@ -88,7 +93,7 @@ def prepare(
 ) -> Prepared:
     """texts: what else must be encoded besides the captions (validation prompts)."""
     train_scan = scan(backends.train, run.data, run.training.seed, emit)
-    eval_scan = scan(backends.eval, run.data, run.training.seed, emit)
+    eval_scan = scan(backends.eval, run.data, run.training.seed, emit) if backends.eval else Scan((), ())
     rejected = [*train_scan.rejected, *eval_scan.rejected]
     report_rejected(rejected, folder.path / "rejected.jsonl", emit)
     source = family.locate(run.model)

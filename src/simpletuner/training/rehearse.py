@@ -77,8 +77,9 @@ def rehearse(loaded: Loaded, backends: Backends) -> int:
 
 def full_scan(run: RunConfig, backends: Backends, findings: Findings) -> str:
     """The whole dataset at its real sizes, headers only."""
-    scanned: list[Scan] = [
-        scan(sets, run.data, run.training.seed, findings) for sets in (backends.train, backends.eval)
+    scanned = [
+        scan(sets, run.data, run.training.seed, findings) if sets else Scan((), ())
+        for sets in (backends.train, backends.eval)
     ]
     for item in (*scanned[0].rejected, *scanned[1].rejected):
         findings.warnings.append(f"{item.path} would not be used: {item.detail}")

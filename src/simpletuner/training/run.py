@@ -20,12 +20,15 @@ from simpletuner.errors import SimpleTunerError, Stopped
 from simpletuner.events import trackers, webhook
 from simpletuner.events.log import EventLog
 from simpletuner.events.report import write_report
-from simpletuner.events.sinks import ClosingSink, Sink, fan_out
+from simpletuner.events.sinks import ClosingSink, Sink, close_all, fan_out
 from simpletuner.events.terminal import Terminal
 from simpletuner.events.types import Emit, Event, Failed, Finished, Noted, Resumed, Stepped
 from simpletuner.training import loop
 from simpletuner.training.build import build
 from simpletuner.training.rundir import RunFolder
+
+
+DEFAULTS = resolved(RunConfig())
 
 
 class StopFlag:
@@ -100,8 +103,7 @@ def sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[Sink]:
         else []
     )
     everyone: list[ClosingSink] = [record, shown, logged, *told, *hooks]
-    for sink in everyone:
-        closing.callback(sink.close)
+    closing.callback(close_all, everyone)
     return [*everyone]
 
 
@@ -132,9 +134,9 @@ def work(
                 traceback.print_exception(error, file=log)
         raise
     finally:
-        write_report(folder.path)
+        write_report(folder.path, DEFAULTS)
     emit(Finished(last, time.monotonic() - started, "done"))
-    emit(Noted(f"report: {write_report(folder.path)}"))
+    emit(Noted(f"report: {write_report(folder.path, DEFAULTS)}"))
     sheet = folder.path / "images" / "before_after.png"
     if sheet.exists():
         emit(Noted(f"before and after: {sheet}"))
