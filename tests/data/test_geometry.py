@@ -86,6 +86,11 @@ def test_random_crops_reach_both_ends() -> None:
             (640, 448),
         ),
         ((1300, 1000), {"resolution": 1024, "crop": True, "crop_aspect": "closest"}, (1152, 896)),
+        (
+            (720, 1000),
+            {"resolution": 512, "crop": True, "crop_aspect": "closest", "crop_aspect_buckets": (0.5, 1)},
+            (512, 512),
+        ),
     ],
 )
 def test_known_buckets(size, more, expected) -> None:

@@ -75,10 +75,19 @@ def test_order_is_a_pure_function_of_the_number() -> None:
     assert [one.number for one in straight] == list(range(60))
 
 
-def test_epochs_differ() -> None:
-    found = order(make("a", (40, 0, 0)))
-    first, second = epoch(found, 0), epoch(found, 1)
-    assert [v.index for b in first for v in b.visits] != [v.index for b in second for v in b.visits]
+def test_epochs_and_passes_group_the_samples_anew() -> None:
+    found = order(make("a", (40, 0, 0), repeats=1))
+    groups = [
+        {
+            frozenset(v.index for v in one.visits)
+            for one in epoch(found, number)
+            if one.visits[0].pass_ == pass_
+        }
+        for number in (0, 1)
+        for pass_ in (0, 1)
+    ]
+    assert all(len(group) == 10 for group in groups)
+    assert all(not first & second for at, first in enumerate(groups) for second in groups[:at])
 
 
 def test_a_small_bucket_trains_with_a_smaller_batch_and_says_so() -> None:
@@ -137,6 +146,8 @@ def test_captions_and_dropout_are_addressed() -> None:
     assert all(900 < count < 1100 for count in shares.values())
     dropped = [v for b in epoch(order(made, caption_dropout_probability=0.1), 0) for v in b.visits]
     assert 240 < sum(visit.caption is None for visit in dropped) < 360
+    by_pass = [{v.index for v in dropped if v.caption is None and v.pass_ == pass_} for pass_ in (0, 1)]
+    assert by_pass[0] != by_pass[1]
     kept = {(v.index, v.pass_): v.caption for v in plain}
     assert all(v.caption in (None, kept[v.index, v.pass_]) for v in dropped)
     # Another batch size groups the same visits otherwise; what is said to each stays.

@@ -183,7 +183,10 @@ def test_copies_are_told_and_leaks_refused(
     write(photos.instance_data_dir, "b.png", PNG)
     write(photos.instance_data_dir, "c.png", encoded(picture((64, 64)), "PNG"))
     events: list[Event] = []
-    scan([photos, dataset("again")], options, 1, events.append)
+    result = scan([photos, dataset("again")], options, 1, events.append)
+    ids = [placed.sample.id for placed in result.placed]
+    assert ids == sorted(ids)
+    assert ids[0].startswith("again/")
     warned = [event.message for event in events if isinstance(event, Warned)]
     assert warned == ["1 pictures are copies of others, such as b.png of a.png"]
     held = tmp_path / "held"

@@ -14,7 +14,7 @@ from simpletuner.config.environment import expand
 from simpletuner.config.jsonc import Document, parse
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset import Backends, Dataset
-from simpletuner.data.fields import CACHES, KNOWN, PICTURES, REFUSED, SHARED, UNNEEDED, Field
+from simpletuner.data.fields import CACHES, HARMLESS, KNOWN, PICTURES, REFUSED, SHARED, UNNEEDED, Field
 from simpletuner.data.geometry import Framing
 from simpletuner.errors import ConfigError, Problem
 
@@ -131,9 +131,8 @@ class _Reader:
                 if value is not None:
                     values[key] = value
             elif key in REFUSED:
-                reason, harmless = REFUSED[key]
-                if not any(raw == item and isinstance(raw, type(item)) for item in harmless):
-                    self.problem(f"{name}.{key} is not offered: {reason}", at, key)
+                if not any(raw == item and isinstance(raw, type(item)) for item in HARMLESS.get(key, ())):
+                    self.problem(f"{name}.{key} is not offered: {REFUSED[key]}", at, key)
             elif key in UNNEEDED:
                 self.notes.append(f"{name}.{key} is not needed: {UNNEEDED[key]}")
             elif key in KNOWN:

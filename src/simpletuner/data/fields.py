@@ -10,8 +10,6 @@ from typing import Any
 LOCAL_ONLY = "only local folders are read"
 ONE_CACHE = "the run keeps one cache, addressed by content; its place is cache_dir of the config"
 NO_PAIRS = "paired pictures are not trained on yet"
-WHOLE_RUN = "a dataset takes part in the whole run; activity windows are not offered yet"
-NO_DELETING = "nothing in a dataset folder is ever deleted; the list of rejected files names them"
 
 
 @dataclass(frozen=True)
@@ -136,56 +134,47 @@ CACHES: Mapping[str, Field] = {
 
 # Read, and without effect on what is trained: a note says why.
 UNNEEDED: Mapping[str, str] = {
-    "cache_dir_vae": ONE_CACHE,
-    "text_embeds": ONE_CACHE,
-    "image_embeds": ONE_CACHE,
+    **dict.fromkeys(("cache_dir_vae", "text_embeds", "image_embeds"), ONE_CACHE),
+    **dict.fromkeys(
+        ("preserve_data_backend_cache", "metadata_update_interval"), "scans leave no files behind"
+    ),
     "write_batch_size": "cache shards are sized by cache_shard_mib of the config",
     "hash_filenames": "cache entries are always named by content",
-    "preserve_data_backend_cache": "the scan keeps no cache in the dataset folder",
-    "metadata_update_interval": "the scan keeps no cache in the dataset folder",
 }
 
-ELSEWHERE = (
-    "aws_bucket_name aws_data_prefix aws_region_name aws_endpoint_url aws_access_key_id "
-    "aws_secret_access_key csv_file csv_caption_column csv_cache_dir csv_url_column dataset_name split "
-    "revision image_column caption_column num_proc streaming huggingface"
-)
-# Known elsewhere and refused here, unless the value is the one that asks for what happens anyway.
-REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
-    "metadata_backend": ("pictures and captions are found by looking into the folder", ("discovery",)),
-    "skip_file_discovery": ("the scan reads headers only and is always done", ("",)),
-    "train_batch_size": ("set train_batch_size once in the config; it holds for all datasets", ()),
-    "text_encoder_batch_size": ("set text_encoder_batch_size in the config", ()),
-    "max_upscale_threshold": ("use minimum_image_size to leave out small pictures", ()),
-    "aspect_bucket_rounding": ("buckets follow from the exact aspect", ()),
-    "aspect_bucket_alignment": ("the alignment is the model's own", (64,)),
-    "vae_cache_clear_each_epoch": ("crops stay the same in every epoch", (False,)),
-    "vae_cache_ondemand": ("pictures are encoded before training", (False,)),
-    "vae_cache_disable": ("pictures are always encoded once and kept", (False,)),
-    "text_cache_ondemand": ("captions are encoded before training", (False,)),
-    "text_cache_disable": ("captions are always encoded once and kept", (False,)),
-    "delete_unwanted_images": (NO_DELETING, (False,)),
-    "delete_problematic_images": (NO_DELETING, (False,)),
-    "delete_nsfw_images": (NO_DELETING, (False,)),
-    "is_regularisation_data": ("regularisation sets are not offered yet", (False,)),
-    "is_regularization_data": ("regularisation sets are not offered yet", (False,)),
-    "slider_strength": ("slider training is not offered yet", ()),
-    "timestep_sampling_offset": ("sigma is drawn alike for all datasets", (0,)),
-    "start_epoch": (WHOLE_RUN, (0, 1)),
-    "start_step": (WHOLE_RUN, (0,)),
-    "end_epoch": (WHOLE_RUN, ()),
-    "end_step": (WHOLE_RUN, ()),
-    "caption_shuffle": ("captions are used as written; add lines to the caption file", ({"enable": False},)),
-    "caption_filter_list": ("captions are used as written", ()),
-    "conditioning": (NO_PAIRS, ([],)),
-    "conditioning_data": (NO_PAIRS, ()),
-    "conditioning_type": (NO_PAIRS, ()),
-    "source_dataset_id": (NO_PAIRS, ()),
-    "parquet": ("caption tables are not read yet", ()),
-    "video": ("Chroma draws single pictures", ()),
-    "audio": ("Chroma draws pictures", ()),
-    "bbox": ("boxes are not trained on", ()),
-    **dict.fromkeys(ELSEWHERE.split(), (LOCAL_ONLY, ())),
+# Fields of other trainers that are refused, by reason; HARMLESS are values that ask for what happens anyway.
+REASONS: Mapping[str, str] = {
+    "pictures and captions are found by looking into the folder": "metadata_backend skip_file_discovery",
+    "set it once in the config, where it holds for all datasets": "train_batch_size text_encoder_batch_size",
+    "use minimum_image_size to leave out small pictures": "max_upscale_threshold",
+    "buckets follow from the exact aspect and the model": "aspect_bucket_rounding aspect_bucket_alignment",
+    "pictures are encoded once, before training": (
+        "vae_cache_clear_each_epoch vae_cache_ondemand vae_cache_disable"
+    ),
+    "captions are encoded once, before training": "text_cache_ondemand text_cache_disable",
+    "nothing in a dataset folder is ever deleted; a list of rejected files is written": (
+        "delete_unwanted_images delete_problematic_images delete_nsfw_images"
+    ),
+    "regularisation sets are not offered yet": "is_regularisation_data is_regularization_data",
+    "slider training is not offered yet": "slider_strength",
+    "sigma is drawn alike for all datasets": "timestep_sampling_offset",
+    "a dataset takes part in the whole run": "start_epoch start_step end_epoch end_step",
+    "captions are used as written; more lines are more alternatives": "caption_shuffle caption_filter_list",
+    NO_PAIRS: "conditioning conditioning_data conditioning_type source_dataset_id",
+    "caption tables are not read yet": "parquet",
+    "Chroma draws single pictures": "video audio bbox",
+    LOCAL_ONLY: (
+        "aws_bucket_name aws_data_prefix aws_region_name aws_endpoint_url aws_access_key_id "
+        "aws_secret_access_key csv_file csv_caption_column csv_cache_dir csv_url_column dataset_name split "
+        "revision image_column caption_column num_proc streaming huggingface"
+    ),
+}
+REFUSED: Mapping[str, str] = {name: reason for reason, names in REASONS.items() for name in names.split()}
+HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "metadata_backend": ("discovery",), "skip_file_discovery": ("",), "aspect_bucket_alignment": (64,),
+    "timestep_sampling_offset": (0,), "start_epoch": (0, 1), "start_step": (0,), "conditioning": ([],),
+    "caption_shuffle": ({"enable": False},),
+    **{name: (False,) for name in REFUSED if name.startswith(("vae_", "text_cache", "delete_", "is_regular"))},
 }  # fmt: skip
 
 KNOWN = (*SHARED, *PICTURES, *CACHES, *UNNEEDED, *REFUSED)
