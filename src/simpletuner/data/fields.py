@@ -174,7 +174,7 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "metadata_backend": ("discovery",), "skip_file_discovery": ("",), "aspect_bucket_alignment": (64,),
     "timestep_sampling_offset": (0,), "start_epoch": (0, 1), "start_step": (0,), "conditioning": ([],),
     "caption_shuffle": ({"enable": False},),
-    **{name: (False,) for name in REFUSED if name.startswith(("vae_", "text_cache", "delete_", "is_regular"))},
+    **{name: (False,) for name in REFUSED if name.startswith(("vae_", "text_cache", "delete_", "is_reg"))},
 }  # fmt: skip
 
 KNOWN = (*SHARED, *PICTURES, *CACHES, *UNNEEDED, *REFUSED)
