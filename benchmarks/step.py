@@ -118,7 +118,7 @@ def main() -> None:
     for turn in range(given.warmup + given.repeats):
         for name, step in steps.items():
             taken, loss = timed(step)
-            losses.setdefault(name, loss)  # the first: before any update, equal up to bf16, which rounds their time
+            losses.setdefault(name, loss)  # before any update
             if turn >= given.warmup:
                 seconds[name].append(taken)
     best = {name: min(times) for name, times in seconds.items()}
