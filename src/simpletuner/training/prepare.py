@@ -22,9 +22,9 @@ from simpletuner.cache.latents import Filled
 from simpletuner.cache.store import Store
 from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.data.backends import Backends, Dataset
-from simpletuner.data.report import write_rejected
-from simpletuner.data.scan import Scan, scan
-from simpletuner.data.types import Rejected
+from simpletuner.data.report import listing, write_rejected
+from simpletuner.data.scan import scan
+from simpletuner.data.types import Placed
 from simpletuner.errors import DataError
 from simpletuner.events.types import Emit, Noted, Warned
 from simpletuner.models.family import Facts, ModelFamily, Source, TextEncoder
@@ -92,10 +92,13 @@ def prepare(
     emit: Emit,
 ) -> Prepared:
     """texts: what else must be encoded besides the captions (validation prompts)."""
-    train_scan = scan(backends.train, run.data, run.training.seed, emit)
-    eval_scan = scan(backends.eval, run.data, run.training.seed, emit) if backends.eval else Scan((), ())
-    rejected = [*train_scan.rejected, *eval_scan.rejected]
-    report_rejected(rejected, folder.path / "rejected.jsonl", emit)
+    listed = folder.path / "rejected.jsonl"
+    scanned = scan([*backends.train, *backends.eval], run.data, run.training.seed, emit, rejected_path=listed)
+    if scanned.rejected:
+        emit(
+            Warned(f"{len(scanned.rejected)} files are not trained on:\n{listing(scanned.rejected, listed)}")
+        )
+    held_out = {one.id for one in backends.eval}
     source = family.locate(run.model)
     facts = family.facts(source)
     root = Path(run.cache.cache_dir) if run.cache.cache_dir else folder.path / "cache"
@@ -105,8 +108,7 @@ def prepare(
     text = Store(backends.text_cache_dir or root / "text", text_fingerprint, emit, shard_mib)
     latents = Store(root / "vae", vae_fingerprint, emit, shard_mib)
 
-    placed = [*train_scan.placed, *eval_scan.placed]
-    captions = sorted({"", *texts, *(caption for item in placed for caption in item.sample.captions)})
+    captions = sorted({"", *texts, *(caption for item in scanned.placed for caption in item.sample.captions)})
 
     def text_encoder() -> Callable[[Sequence[str]], list[Tensor]]:
         encoder = family.load_text_encoder(source, run.model, device.device)
@@ -121,17 +123,25 @@ def prepare(
         return family.load_vae(source, run.model, device.device).encode
 
     hashes = ContentHashes(root, emit)
-    train, evaluated = (
-        latent_cache.fill(latents, one.placed, run.data, hashes, vae_encoder, emit, run.cache.vae_batch_size)
-        for one in (train_scan, eval_scan)
+    filled = latent_cache.fill(
+        latents, scanned.placed, run.data, hashes, vae_encoder, emit, run.cache.vae_batch_size
     )
     hashes.close()
     vae_encoder.cache_clear()
     free(device)
-    undecodable = [*train.rejected, *evaluated.rejected]
-    if undecodable:
-        report_rejected([*rejected, *undecodable], folder.path / "rejected.jsonl", emit)
+    if filled.rejected:
+        rejected = [*scanned.rejected, *filled.rejected]
+        write_rejected(listed, rejected)
+        emit(Warned(f"{len(filled.rejected)} more cannot be decoded:\n{listing(filled.rejected, listed)}"))
+    train = part(filled, lambda item: item.sample.dataset not in held_out)
+    evaluated = part(filled, lambda item: item.sample.dataset in held_out)
     return Prepared(family, source, facts, backends.train, train, evaluated, latents, text)
+
+
+def part(filled: Filled, wanted: Callable[[Placed], bool]) -> Filled:
+    """The samples of a kind, with their keys."""
+    pairs = [pair for pair in zip(filled.placed, filled.keys, strict=True) if wanted(pair[0])]
+    return Filled(tuple(one for one, _ in pairs), tuple(key for _, key in pairs), ())
 
 
 def free(device: Device) -> None:
@@ -141,16 +151,6 @@ def free(device: Device) -> None:
         torch.cuda.empty_cache()
     elif device.device.type == "mps":
         torch.mps.empty_cache()
-
-
-def report_rejected(rejected: Sequence[Rejected], path: Path, emit: Emit) -> None:
-    if not rejected:
-        path.unlink(missing_ok=True)
-        return
-    write_rejected(path, rejected)
-    shown = "; ".join(f"{item.path}: {item.detail}" for item in rejected[:LISTED])
-    more = f" and {len(rejected) - LISTED} more" if len(rejected) > LISTED else ""
-    emit(Warned(f"{len(rejected)} files are not trained on ({shown}{more}); all of them: {path}"))
 
 
 def report_overlong(

@@ -16,7 +16,7 @@ from pathlib import Path
 from simpletuner.config.load import Loaded, from_resolved, resolved
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.dataset import Backends, Dataset
-from simpletuner.data.scan import Scan, scan
+from simpletuner.data.scan import scan
 from simpletuner.errors import SimpleTunerError, Stopped
 from simpletuner.events.report import write_report
 from simpletuner.events.types import Event, StageDone, Stepped, Warned
@@ -77,14 +77,13 @@ def rehearse(loaded: Loaded, backends: Backends) -> int:
 
 def full_scan(run: RunConfig, backends: Backends, findings: Findings) -> str:
     """The whole dataset at its real sizes, headers only."""
-    scanned = [
-        scan(sets, run.data, run.training.seed, findings) if sets else Scan((), ())
-        for sets in (backends.train, backends.eval)
-    ]
-    for item in (*scanned[0].rejected, *scanned[1].rejected):
+    scanned = scan([*backends.train, *backends.eval], run.data, run.training.seed, findings)
+    for item in scanned.rejected:
         findings.warnings.append(f"{item.path} would not be used: {item.detail}")
-    buckets = len({item.bucket_px for item in scanned[0].placed})
-    return f"{len(scanned[0].placed)} to train on in {buckets} buckets, {len(scanned[1].placed)} held out"
+    held_out = {one.id for one in backends.eval}
+    train = [item for item in scanned.placed if item.sample.dataset not in held_out]
+    buckets = len({item.bucket_px for item in train})
+    return f"{len(train)} to train on in {buckets} buckets, {len(scanned.placed) - len(train)} held out"
 
 
 def reduced(run: RunConfig, output_dir: Path, findings: Findings) -> RunConfig:

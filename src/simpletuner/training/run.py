@@ -27,7 +27,6 @@ from simpletuner.training import loop
 from simpletuner.training.build import build
 from simpletuner.training.rundir import RunFolder
 
-
 DEFAULTS = resolved(RunConfig())
 
 

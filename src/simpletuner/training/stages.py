@@ -11,7 +11,7 @@ from torch import nn
 from simpletuner.cache.latents import Filled
 from simpletuner.config.schema import RunConfig
 from simpletuner.events.types import Emit
-from simpletuner.training.prepare import Prepared
+from simpletuner.training.prepare import Prepared, part
 from simpletuner.validation.component import BASE_STEP, Validator
 from simpletuner.validation.heldout import HeldOut, HeldOutSet, choose, fixed_batches
 from simpletuner.validation.inference import Inference
@@ -73,12 +73,10 @@ class Evaluation:
 def heldout_of(run: RunConfig, prepared: Prepared, inference: Inference) -> HeldOut | None:
     """The eval sets and an equally large frozen part of the training set; None without an eval set."""
     wanted = run.validation.eval_dataset_id
-    pairs = zip(prepared.eval.placed, prepared.eval.keys, strict=True)
-    held_out = [pair for pair in pairs if wanted in (None, pair[0].sample.dataset)]
-    if not held_out:
+    chosen = part(prepared.eval, lambda item: wanted in (None, item.sample.dataset))
+    if not chosen.placed:
         return None
-    chosen = Filled(tuple(one for one, _ in held_out), tuple(key for _, key in held_out), ())
-    count = min(run.validation.num_eval_images, len(held_out))
+    count = min(run.validation.num_eval_images, len(chosen.placed))
     sets = [
         one_set(run, prepared, chosen, "eval", count),
         one_set(run, prepared, prepared.train, "train", min(count, len(prepared.train.placed))),
