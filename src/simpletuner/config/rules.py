@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.schema import DataOptions, FlowOptions, RunConfig
+from simpletuner.errors import ConfigError
 
 Given = Mapping[str, str]  # option -> where it was given; defaults are absent
 Finding = tuple[str, str]  # option it is reported at, what is wrong
@@ -38,9 +40,10 @@ def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
         yield "lr_end", f"{optimizer.lr_end:g} is above learning_rate {optimizer.learning_rate:g}"
     if optimizer.optimizer == "adamw_schedulefree" and optimizer.lr_scheduler != "constant":
         yield "lr_scheduler", 'the schedule-free optimizer makes its own course; use "constant"'
-    for pair in filter(None, (optimizer.optimizer_config or "").split(",")):
-        if not re.fullmatch(r"\s*\w+\s*=.+", pair):
-            yield "optimizer_config", f"{pair.strip()!r} is not key=value"
+    try:
+        read_arguments(optimizer)
+    except ConfigError as error:
+        yield "optimizer_config", str(error)
     yield from _data(run.data)
     yield from _flow(run.flow, given)
     yield from _watching(run)
@@ -108,8 +111,6 @@ def _watching(run: RunConfig) -> Iterator[Finding]:
 def remarks(run: RunConfig, given: Given) -> Iterator[str]:
     """What the person should know about a configuration that holds."""
     model, flow, optimizer, training = run.model, run.flow, run.optimizer, run.training
-    if model.model_flavour == "flash":
-        yield "model_flavour flash is fast but unstable to train; base or hd learn better"
     if model.mixed_precision == "fp16":
         yield "mixed_precision fp16 overflows easily in Chroma and may draw black pictures; bf16 does not"
     if model.vae_dtype == "fp16":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch.optim import Adafactor, AdamW, Optimizer
 
+from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import ConfigError
 from simpletuner.training.stochastic_adamw import StochasticAdamW
@@ -112,32 +112,15 @@ def _adam_arguments(options: OptimizerOptions, extras: dict[str, Any]) -> dict[s
     }
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """make: builds it. extras: what optimizer_config may set, and how its text is read."""
-
-    make: Callable[[list[nn.Parameter], OptimizerOptions, dict[str, Any], int], Optimizer]
-    extras: Mapping[str, Callable[[str], Any]]
-
-
-def _flag(text: str) -> bool:
-    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-
-
-OPTIMIZERS: dict[str, Recipe] = {
-    "adamw": Recipe(_adamw, {"amsgrad": _flag}),
-    "adamw_bf16": Recipe(_adamw_bf16, {}),
-    "adafactor": Recipe(_adafactor, {"beta2_decay": float, "d": float, "eps1": float, "eps2": float}),
-    "lion": Recipe(_lion, {"beta1": float, "beta2": float, "decouple_lr": _flag, "kahan_sum": _flag}),
-    "prodigy": Recipe(
-        _prodigy,
-        {
-            "beta3": float, "d0": float, "d_coef": float, "decouple": _flag, "growth_rate": float,
-            "safeguard_warmup": _flag, "slice_p": int, "use_bias_correction": _flag,
-        },
-    ),
-    "adamw_schedulefree": Recipe(_schedule_free, {"r": float, "weight_lr_power": float}),
-}  # fmt: skip
+Make = Callable[[list[nn.Parameter], OptimizerOptions, dict[str, Any], int], Optimizer]
+OPTIMIZERS: Mapping[str, Make] = {
+    "adamw": _adamw,
+    "adamw_bf16": _adamw_bf16,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "prodigy": _prodigy,
+    "adamw_schedulefree": _schedule_free,
+}
 
 
 def build(options: OptimizerOptions, params: NamedParameters, seed: int) -> Optimizer:
@@ -146,30 +129,11 @@ def build(options: OptimizerOptions, params: NamedParameters, seed: int) -> Opti
     adamw_bf16 keeps its moments in the weights' dtype. lion has betas of its own (0.9, 0.99), not
     adam_beta1 and adam_beta2. prodigy finds the rate itself: learning_rate is a factor on it, usually 1.
     """
-    recipe = OPTIMIZERS[options.optimizer]
-    extras = read_extras(options)
+    arguments = read_arguments(options)
     try:
-        return recipe.make([param for _, param in params], options, extras, seed)
+        return OPTIMIZERS[options.optimizer]([param for _, param in params], options, arguments, seed)
     except ValueError as error:  # bounds that the libraries check
         raise ConfigError(f"optimizer {options.optimizer}: {error}") from error
-
-
-def read_extras(options: OptimizerOptions) -> dict[str, Any]:
-    """optimizer_config as typed arguments; ConfigError names the keys this optimizer knows."""
-    known, found = OPTIMIZERS[options.optimizer].extras, {}
-    for item in filter(None, (part.strip() for part in (options.optimizer_config or "").split(","))):
-        key, equals, text = (part.strip() for part in item.partition("="))
-        if not equals or key not in known:
-            raise ConfigError(
-                f"optimizer_config: {item!r} means nothing to {options.optimizer}; "
-                f"it takes {', '.join(f'{name}=...' for name in known) or 'no further arguments'}"
-            )
-        try:
-            found[key] = known[key](text)
-        except (ValueError, KeyError) as error:
-            kind = "true or false" if known[key] is _flag else "a number"
-            raise ConfigError(f"optimizer_config: {key} = {text!r} is not {kind}") from error
-    return found
 
 
 def optimizer_mode(optimizer: Optimizer, training: bool) -> None:

@@ -1,0 +1,44 @@
+"""What `optimizer_config` may say to each optimizer, and how its text is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from simpletuner.config.sections_training import OptimizerOptions
+from simpletuner.errors import ConfigError
+
+
+def _flag(text: str) -> bool:
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+
+
+KNOWN: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
+    "adamw": {"amsgrad": _flag},
+    "adamw_bf16": {},
+    "adafactor": {"beta2_decay": float, "d": float, "eps1": float, "eps2": float},
+    "lion": {"beta1": float, "beta2": float, "decouple_lr": _flag, "kahan_sum": _flag},
+    "prodigy": {
+        "beta3": float, "d0": float, "d_coef": float, "decouple": _flag, "growth_rate": float,
+        "safeguard_warmup": _flag, "slice_p": int, "use_bias_correction": _flag,
+    },
+    "adamw_schedulefree": {"r": float, "weight_lr_power": float},
+}  # fmt: skip
+
+
+def read_arguments(options: OptimizerOptions) -> dict[str, Any]:
+    """optimizer_config as typed arguments; ConfigError names the keys this optimizer knows."""
+    known, found = KNOWN[options.optimizer], {}
+    for item in filter(None, (part.strip() for part in (options.optimizer_config or "").split(","))):
+        key, equals, text = (part.strip() for part in item.partition("="))
+        if not equals or key not in known:
+            raise ConfigError(
+                f"{item!r} means nothing to {options.optimizer}; "
+                f"it takes {', '.join(f'{name}=...' for name in known) or 'no further arguments'}"
+            )
+        try:
+            found[key] = known[key](text)
+        except (ValueError, KeyError) as error:
+            kind = "true or false" if known[key] is _flag else "a number"
+            raise ConfigError(f"{key} = {text!r} is not {kind}") from error
+    return found
