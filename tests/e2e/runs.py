@@ -31,7 +31,7 @@ def make_pictures(folder: Path, count: int = 6, side: int = 64, first: int = 0) 
 
 
 class Workspace:
-    """A folder with a checkpoint, pictures, a dataset file and a config; `train()` runs it in this process."""
+    """A folder with a checkpoint, pictures, a dataset file and a config; `train()` runs it here."""
 
     def __init__(self, root: Path, **options: object) -> None:
         self.root = root

@@ -209,7 +209,8 @@ def test_sigterm_saves_and_leaves_with_its_own_code(straight: tuple[Workspace, P
     out = workspace.root / "terminated"
     process = subprocess.Popen(
         [*command(workspace, out)[:-2], "--max_train_steps=100000", "--checkpoint_step_interval=100000"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=workspace.root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=workspace.root,
     )  # fmt: skip
     while process.poll() is None and max(losses(out), default=0) < 2:
         time.sleep(0.05)

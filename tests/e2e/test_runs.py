@@ -172,7 +172,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def test_the_quickstart_example_starts_as_written(tmp_path: Path) -> None:
-    """From an empty folder: the config letter by letter, a dataset file beside it, weights from the hub's cache."""
+    """The config letter by letter, a dataset file beside it, weights from the hub's cache."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "hub" / "models--lodestones--Chroma1-Base"
     make_checkpoint(repository / "snapshots" / commit)
@@ -187,7 +187,8 @@ def test_the_quickstart_example_starts_as_written(tmp_path: Path) -> None:
         json.dumps([{"id": "mine", "type": "local", "instance_data_dir": "pictures", "resolution": 64}])
     )
     done = subprocess.run(
-        [sys.executable, "-m", "simpletuner", "train", f"--output_dir={tmp_path / 'out'}", "max_train_steps=2"],
+        [sys.executable, "-m", "simpletuner", "train", f"--output_dir={tmp_path / 'out'}",
+         "max_train_steps=2"],
         cwd=folder, env=environment(tmp_path), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -257,3 +258,13 @@ def test_a_bad_dataset_file_is_told_with_its_place(drawn: tuple[Workspace, Path]
     path.write_text('[\n  {"id": "x", "type": "local", "instance_data_dri": "pictures"}\n]')
     with pytest.raises(ConfigError, match=r"bad.json:2:\d+.*instance_data_dir"):
         read_backends(path, loaded.run.data)
+
+
+def test_automatic_shift_knows_the_picture_size(drawn: tuple[Workspace, Path]) -> None:
+    workspace, _ = drawn
+    shared = {"validation_disable": True, "max_train_steps": 2}
+    plain, shifted = (
+        workspace.train(output_dir=str(workspace.root / name), **shared, **options)
+        for name, options in (("plain", {}), ("auto-shift", {"flow_schedule_auto_shift": True}))
+    )
+    assert losses(plain) != losses(shifted)

@@ -6,13 +6,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from simpletuner.config.schema import FlowOptions
 from simpletuner.errors import ConfigError
-from simpletuner.flow.densities import DENSITIES, draw_sigmas, notes, quantile
+from simpletuner.flow.densities import DENSITIES, draw_sigmas, quantile
 from simpletuner.flow.shift import auto_shift, shifted
 
 EDGES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -149,31 +147,6 @@ def test_the_fast_schedule_is_seven_ones_in_ten() -> None:
     assert values.tolist() == [0.25, 0.5, 0.75, 1.0]
     assert counts.tolist() == [100, 100, 100, 700]
 
-
-def test_what_is_strange_is_said() -> None:
-    assert notes(options()) == []
-    assert "untrained" in notes(options(chroma_sigma_density="quadratic-literal"))[0]
-    assert "flux_fast_schedule" in notes(options(flux_fast_schedule=True))[0]
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**31), st.integers(0, 10**6), st.integers(1, 40))
-def test_strata_each_give_one(seed: int, step: int, count: int) -> None:
-    uniform = options(flow_use_uniform_schedule=True)
-    drawn = draw_sigmas(uniform, seed, step, count)
-    assert sorted((drawn.double() * count - 1e-6).clamp(min=0).long().tolist()) == pytest.approx(
-        range(count), abs=0
-    )
-    assert torch.equal(drawn, draw_sigmas(uniform, seed, step, count))
-
-
-@pytest.mark.parametrize("stratified", [True, False])
-def test_draws_over_many_steps_have_the_density(stratified: bool) -> None:
-    chosen = options(chroma_sigma_density="parabola", stratified_sigmas=stratified)
-    drawn = torch.cat([draw_sigmas(chosen, 3, step, 4) for step in range(8000)])
-    assert shares(drawn.double()) == pytest.approx(SHARES["parabola"], abs=0.008)
-    first = torch.stack([draw_sigmas(chosen, 3, step, 4)[0] for step in range(4000)])
-    assert shares(first.double()) == pytest.approx(SHARES["parabola"], abs=0.03)  # no slot has its own slice
 
 
 def test_strata_lower_the_variance_of_a_steps_mean() -> None:

@@ -15,6 +15,7 @@ FACTS = Facts(
     latent_channels=4,
     stride_px=8,
     alignment_px=16,
+    token_px=16,
     max_tokens=16,
     text_width=4,
     latent_shift=0.0,

@@ -57,23 +57,6 @@ def density_name(options: FlowOptions) -> str:
     return "beta" if options.flow_use_beta_schedule else options.chroma_sigma_density
 
 
-def notes(options: FlowOptions) -> list[str]:
-    """What a person should hear about this choice before training."""
-    if custom_sigmas(options):
-        return []
-    if options.flux_fast_schedule:
-        return [
-            "flux_fast_schedule trains sigma 1, 0.75, 0.5 and 0.25 only (1 in seven draws of ten); it is"
-            " meant for few-step models. chroma_sigma_density is not used."
-        ]
-    if density_name(options) == "quadratic-literal":
-        return [
-            'chroma_sigma_density "quadratic-literal" leaves sigma from 0.25 to 0.75 untrained; "quadratic"'
-            " raises both tails without the hole."
-        ]
-    return []
-
-
 def custom_sigmas(options: FlowOptions) -> tuple[float, ...]:
     """flow_custom_timesteps as sigmas; empty when not given. A value above 1 makes them timesteps to 1000."""
     if not options.flow_custom_timesteps:

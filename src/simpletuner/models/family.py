@@ -19,11 +19,13 @@ from simpletuner.config.schema import ModelOptions
 
 @dataclass(frozen=True)
 class Facts:
-    """Constants of an architecture as loaded. alignment_px: bucket sides are multiples of it."""
+    """Constants of an architecture as loaded. alignment_px: bucket sides are multiples of it.
+    token_px: side of the square of pixels that is one image token."""
 
     latent_channels: int
     stride_px: int
     alignment_px: int
+    token_px: int
     max_tokens: int
     text_width: int
     latent_shift: float

@@ -102,6 +102,11 @@ def build(
         )
     )  # fmt: skip
 
+    def sizes(number: int) -> tuple[int, int]:
+        visits = micro(number).visits
+        width, height = prepared.train.placed[visits[0].index].bucket_px
+        return len(visits), width * height // prepared.facts.token_px**2
+
     def attend(step: int) -> None:
         if folder.take_control("save"):
             keeper.save(step)
@@ -112,7 +117,7 @@ def build(
         family, transformer, device, named, optimizer, ema, plan, run.training.seed,
         run.flow, run.optimizer, run.adapter.lora_dropout > 0 and uses_lora,
         lambda step: schedules.learning_rate(scheduled, step, plan.total_steps),
-        prefetch, lambda number: len(micro(number).visits), keeper.resume, keeper.save,
+        prefetch, sizes, keeper.resume, keeper.save,
         every(run, plan, keeper, pictures, evaluation, exporter),
         lambda: stop_requested() or folder.take_control("stop"), attend, emit,
     )  # fmt: skip

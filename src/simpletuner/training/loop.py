@@ -60,7 +60,10 @@ class Every:
 
 @dataclass
 class Parts:
-    """What the loop works with; made by build.py."""
+    """What the loop works with; made by build.py.
+
+    sizes: of a micro-batch, its samples and the image tokens of each.
+    """
 
     family: ModelFamily
     transformer: nn.Module
@@ -75,7 +78,7 @@ class Parts:
     uses_dropout: bool
     learning_rate: Callable[[int], float]
     batch: Callable[[int], Batch]
-    batch_sizes: Callable[[int], int]
+    sizes: Callable[[int], tuple[int, int]]
     resume: Callable[[], int]
     save: Callable[[int], None]
     every: tuple[Every, ...]
@@ -120,8 +123,10 @@ def train_step(parts: Parts, step: int) -> Stepped:
     started = time.perf_counter()
     plan = parts.plan
     numbers = range(step * plan.accumulation, (step + 1) * plan.accumulation)
-    count = sum(parts.batch_sizes(number) for number in numbers)
-    sigmas = draw_sigmas(parts.flow, parts.seed, step, count)
+    sizes = [parts.sizes(number) for number in numbers]
+    count = sum(samples for samples, _ in sizes)
+    tokens = sum(samples * each for samples, each in sizes) // count
+    sigmas = draw_sigmas(parts.flow, parts.seed, step, count, tokens)
     rate = parts.learning_rate(step)
     for group in parts.optimizer.param_groups:
         group["lr"] = rate

@@ -75,6 +75,7 @@ class Chroma(ModelFamily):
             latent_channels=channels,
             stride_px=2 ** (sides - 1),
             alignment_px=ALIGNMENT_PX,
+            token_px=PATCH * 2 ** (sides - 1),
             max_tokens=fingerprints.MAX_TOKENS,
             text_width=width,
             latent_shift=shift,
