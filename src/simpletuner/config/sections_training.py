@@ -191,13 +191,11 @@ class ValidationOptions(Section):
         False, "Skip the pictures of the untouched base at step 0.", resume="free"
     )
     eval_steps_interval: int | None = option(
-        None, "Steps between measurements of the held-out loss; null is validation_step_interval.",
+        None, "Steps between measurements of the held-out loss; null is every checkpoint.",
         level="common", unit="steps", resume="free", ge=1,
     )  # fmt: skip
     num_eval_images: int = option(64, "Pictures in the held-out loss.", unit="pictures", resume="free", ge=1)
-    eval_sigma_count: int = option(
-        8, "Noise levels at which each is measured.", unit="levels", resume="free", ge=1, le=64
-    )
+    eval_sigma_count: int = option(8, "Noise levels at which each is measured.", unit="levels", ge=1, le=64)
     eval_dataset_id: str | None = option(None, "Measure on this eval set only.", resume="free")
 
 

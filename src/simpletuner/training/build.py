@@ -221,7 +221,7 @@ def every(
     per_epoch = math.ceil(plan.batches_per_epoch / plan.accumulation)
     rows = []
     if evaluation is not None:
-        interval = run.validation.eval_steps_interval or run.validation.validation_step_interval
+        interval = run.validation.eval_steps_interval or run.checkpoint.checkpoint_step_interval
         rows.append(Every(interval, evaluation.run, at_start=True))
     rows.append(Every(run.checkpoint.checkpoint_step_interval, keeper.save))
     if run.checkpoint.checkpoint_epoch_interval is not None:
