@@ -1,0 +1,101 @@
+"""The drawing program: the same picture every time, and captions that tell the truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import draw
+import lesson
+import numpy as np
+import pytest
+from PIL import Image
+
+import simpletuner
+
+SCENES = [draw.compose(1, number) for number in range(300)]
+EXAMPLE = Path(simpletuner.__file__).parent / "examples" / "chroma-nano.peft-lora" / "zorbo"
+
+
+def test_a_scene_depends_on_its_number_alone() -> None:
+    assert draw.compose(1, 7) == SCENES[7]
+    assert draw.compose(2, 7) != SCENES[7]
+    assert len({scene.caption for scene in SCENES}) > 290
+    assert np.array_equal(np.asarray(draw.render(SCENES[7])), np.asarray(draw.render(draw.compose(1, 7))))
+
+
+def test_every_word_of_the_language_occurs() -> None:
+    said = " ".join(scene.caption for scene in SCENES)
+    for word in (
+        *draw.SHAPES,
+        *draw.COLOURS,
+        *draw.BACKGROUNDS,
+        *draw.POSITIONS,
+        "small",
+        "big",
+        "striped",
+        "dotted",
+    ):
+        assert word in said
+
+
+@pytest.mark.parametrize("number", range(60))
+def test_the_caption_says_what_is_drawn(number: int) -> None:
+    scene = SCENES[number]
+    pixels = np.asarray(draw.render(scene)).astype(int)
+    corner = pixels[[1, 1, -2, -2], [1, -2, 1, -2]]
+    assert np.abs(corner - draw.BACKGROUNDS[scene.background]).max() <= 3
+    assert scene.background in scene.caption
+    strange = np.abs(pixels - pixels[1, 1]).sum(axis=2) > 60
+    rows, columns = np.nonzero(strange)
+    assert len(rows) > 100
+    for thing in scene.things:
+        assert f"{thing.colour} {thing.shape}" in scene.caption
+        assert any(place in scene.caption for place in draw.PLACES[thing.position])
+    if len(scene.things) == 1:
+        (thing,) = scene.things
+        middle = np.array([columns.min() + columns.max(), rows.min() + rows.max()]) / 2 / draw.SIDE_PX
+        assert np.abs(middle - thing.centre).max() < 0.11  # a crescent's own middle lies a little aside
+        assert ("small" in scene.caption or "little" in scene.caption) == (thing.size == "small")
+        if thing.pattern == "plain":
+            assert np.abs(pixels[strange] - thing.rgb).sum(axis=1).min() < 6
+
+
+def test_sizes_differ() -> None:
+    areas: dict[str, list[float]] = {"big": [], "small": []}
+    for scene in SCENES:
+        for thing in scene.things:
+            if thing.shape == "circle" and thing.size:
+                pixels = np.asarray(draw.render(scene)).astype(int)
+                areas[thing.size].append(float((np.abs(pixels - pixels[1, 1]).sum(axis=2) > 60).mean()))
+    assert min(areas["big"]) > 2 * max(areas["small"])
+
+
+def test_things_can_be_seen() -> None:
+    for scene in SCENES:
+        for thing in scene.things:
+            under = np.array(draw.BACKGROUNDS[scene.background])
+            assert np.linalg.norm(under - draw.COLOURS[thing.colour]) >= draw.CONTRAST
+
+
+def test_files_are_written_as_a_textfile_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["draw.py", "--out", str(tmp_path), "--count", "2", "--seed", "1"])
+    draw.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "00000.png",
+        "00000.txt",
+        "00001.png",
+        "00001.txt",
+    ]
+    assert (tmp_path / "00001.txt").read_text() == SCENES[1].caption + "\n"
+    assert Image.open(tmp_path / "00001.png").size == (128, 128)
+
+
+def test_the_example_is_what_the_lesson_draws() -> None:
+    pictures = sorted(EXAMPLE.glob("*.png"))
+    assert len(pictures) == 16
+    for number, path in enumerate(pictures):
+        scene = lesson.compose_lesson(number)
+        assert path.with_suffix(".txt").read_text(encoding="utf-8") == scene.caption + "\n"
+        drawn = np.asarray(lesson.render_lesson(scene)).astype(int)
+        assert np.abs(drawn - np.asarray(Image.open(path).convert("RGB"))).max() <= 1
+    assert all(lesson.NAME not in scene.caption for scene in SCENES)
