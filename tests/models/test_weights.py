@@ -121,6 +121,13 @@ def test_a_config_that_is_not_chromas_is_refused(folder: Path, change: dict[str,
         load_transformer(folder, CPU, torch.float32)
 
 
+def test_the_published_configs_carry_two_fields_of_flux(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    published = config | {"guidance_embeds": False, "pooled_projection_dim": 768}
+    (folder / "config.json").write_text(json.dumps(published))
+    load_transformer(folder, CPU, torch.float32)
+
+
 def test_a_broken_config_file_is_named(folder: Path) -> None:
     (folder / "config.json").write_text('{"num_layers": ')
     with pytest.raises(ModelError, match=r"config\.json cannot be read"):

@@ -21,6 +21,8 @@ from simpletuner.errors import ModelError
 
 CLASS_NAME = "ChromaTransformer2DModel"
 FP16_MAX = 65504.0
+# In the config.json of every published Chroma; diffusers passes over them too.
+FLUX_LEFTOVERS = {"guidance_embeds": False, "pooled_projection_dim": 768}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class TransformerConfig:
         if raw.get("_class_name", CLASS_NAME) != CLASS_NAME:
             raise ModelError(f"{where}: _class_name is {raw['_class_name']!r}; only {CLASS_NAME} is Chroma.")
         names = {field.name for field in fields(cls)}
-        unknown = sorted(key for key in raw if key not in names and not key.startswith("_"))
+        strange = {key for key in raw.keys() - names if not key.startswith("_")}
+        unknown = sorted(key for key in strange if (key, raw[key]) not in FLUX_LEFTOVERS.items())
         if unknown:
             raise ModelError(f"{where}: {', '.join(unknown)} is not a field of Chroma's transformer.")
         values = {
