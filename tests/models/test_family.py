@@ -50,6 +50,13 @@ def test_parts_that_do_not_fit_are_refused(
         Chroma().facts(Chroma().locate(options))
 
 
+def test_a_vae_that_names_no_shift_has_none(source: Source, tmp_path: Path) -> None:
+    config = json.loads((source.vae / "config.json").read_text())
+    del config["shift_factor"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Chroma().facts(Source(**{**vars(source), "vae": tmp_path})).latent_shift == 0.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_predict_takes_and_gives_float32(source: Source, dtype: torch.dtype) -> None:
     transformer = Chroma().load_transformer(source, CPU, dtype)

@@ -43,6 +43,11 @@ def test_decode_undoes_scale_and_shift(source: Source, options: ModelOptions, ch
     assert (facts.latent_shift, facts.latent_scale) == (0.1159, 0.3611)
 
 
+def test_moments_keep_the_dtype_of_the_vae(source: Source, options: ModelOptions) -> None:
+    half = options.model_copy(update={"vae_dtype": "bf16"})
+    assert Chroma().load_vae(source, half, CPU).encode(pixels()).dtype == torch.bfloat16
+
+
 def test_slicing_changes_no_number(source: Source, options: ModelOptions) -> None:
     plain = Chroma().load_vae(source, options, CPU).encode(pixels())
     sliced = options.model_copy(update={"vae_enable_slicing": True})

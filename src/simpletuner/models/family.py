@@ -70,7 +70,8 @@ class Vae(ABC):
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H * stride, W * stride) in [-1, 1] -> raw (B, 2C, H, W), CPU: mean then log variance."""
+        """(B, 3, H * stride, W * stride) in [-1, 1] -> raw (B, 2C, H, W) in the VAE's dtype on the CPU:
+        mean, then log variance."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Chroma(ModelFamily):
         t5 = weights.read_json(source.text_encoder / "config.json")
         try:
             channels, sides = int(vae["latent_channels"]), len(vae["block_out_channels"])  # type: ignore[call-overload,arg-type]
-            scale, shift = float(vae["scaling_factor"]), float(vae["shift_factor"] or 0.0)  # type: ignore[arg-type]
+            scale, shift = float(vae["scaling_factor"]), float(vae.get("shift_factor") or 0.0)  # type: ignore[arg-type]
             width = int(t5["d_model"])  # type: ignore[call-overload]
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{source.name}: its VAE or T5 config lacks a field ({error!r}).") from None
