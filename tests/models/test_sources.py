@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import DownloadError, ModelError
@@ -24,15 +25,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, object]
 
     def install(asked: Exception | str, fetched: Exception | Path) -> list[dict[str, object]]:
         calls: list[dict[str, object]] = []
+        revisions: list[object] = []
 
         class Api:
             def model_info(self, repo: str, **arguments: object) -> SimpleNamespace:
                 if isinstance(asked, Exception):
                     raise asked
+                revisions.append(arguments["revision"])
                 return SimpleNamespace(sha=asked)
 
         def fetch(repo: str, **arguments: object) -> str:
-            calls.append({"repo": repo, **arguments})
+            calls.append({"repo": repo, "asked": [None, *revisions][-1], **arguments})
             if isinstance(fetched, Exception):
                 raise fetched
             return str(fetched)
@@ -98,16 +101,91 @@ def test_flavours_download_only_the_parts(hub: Callable, checkpoint: Path, flavo
     assert (source.name, source.revision) == (repo, checkpoint.name)
     assert calls[0]["repo"] == repo
     assert calls[0]["revision"] == "c0ffee"
-    patterns = calls[0]["allow_patterns"]
-    assert "transformer/*.safetensors" in patterns
-    assert not any(pattern in ("*.safetensors", "*") for pattern in patterns)  # no 18 GB single file
+    small, weights = (call["allow_patterns"] for call in calls)
+    assert not any(pattern.endswith(".safetensors") for pattern in small)
+    assert "transformer/diffusion_pytorch_model.safetensors" in weights
+
+
+REPOSITORY = [
+    "model_index.json", "README.md", "Chroma1-HD.safetensors", "diffusion_pytorch_model.safetensors",
+    "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors.index.json",
+    "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
+    "transformer/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+    "transformer/diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
+    "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin",
+    "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/config.json",
+    "text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors", "tokenizer/spiece.model",
+]  # fmt: skip
+
+
+def chosen(parts: list[str], variant: str, files: list[str]) -> set[str]:
+    small, weights = sources.wanted(parts, variant)
+    return set(filter_repo_objects(files, allow_patterns=[*small, *weights]))
+
+
+def test_one_copy_of_the_weights_is_downloaded() -> None:
+    plain = {name for name in REPOSITORY if "/" in name and "fp16" not in name and not name.endswith(".bin")}
+    assert chosen(list(sources.PARTS), "", REPOSITORY) == plain | {"model_index.json"}
+    half = {name for name in chosen(list(sources.PARTS), "fp16", REPOSITORY) if name.endswith(".safetensors")}
+    assert half == {name for name in REPOSITORY if "fp16" in name}
+
+
+def test_a_repository_of_one_part_is_taken_from_its_root() -> None:
+    files = ["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5", "spiece.model",
+             "special_tokens_map.json", "tokenizer_config.json", "t5xxl_fp8.safetensors"]  # fmt: skip
+    assert chosen(["text_encoder", "tokenizer"], "", files) == {
+        name for name in files if not name.endswith((".bin", ".h5", "fp8.safetensors"))
+    }
+
+
+def test_what_is_not_chroma_is_refused_before_its_weights_come(
+    hub: Callable, checkpoint: Path, tmp_path: Path
+) -> None:
+    flux = Path(shutil.copytree(checkpoint, tmp_path / "flux"))
+    (flux / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    calls = hub("c0ffee", flux)
+    with pytest.raises(ModelError, match=r"FluxTransformer2DModel.*only Chroma"):
+        sources.locate(ModelOptions(pretrained_model_name_or_path="somebody/flux"))
+    assert len(calls) == 1
+
+
+def test_parts_that_are_all_elsewhere_need_no_main_model(checkpoint: Path) -> None:
+    here = str(checkpoint)
+    source = sources.locate(
+        ModelOptions(
+            pretrained_transformer_model_name_or_path=here,
+            pretrained_vae_model_name_or_path=here,
+            pretrained_t5_model_name_or_path=here,
+        )
+    )  # the hub of these tests would not answer
+    assert source.tokenizer == checkpoint / "tokenizer"
+
+
+def test_the_revision_is_the_main_models(hub: Callable, checkpoint: Path) -> None:
+    calls = hub("c0ffee", checkpoint)
+    asked = ModelOptions(revision="v2", pretrained_vae_model_name_or_path="owner/vae")
+    sources.locate(asked)
+    assert [call["asked"] for call in calls] == [None, None, "v2", "v2"]
+
+
+def test_a_folder_named_nano_is_not_the_bundled_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    for folder in (tmp_path / "nano", tmp_path / "wheel" / "nano"):
+        shutil.copytree(checkpoint, folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources.models_package, "__path__", [str(tmp_path / "wheel")])
+    bundled = sources.locate(ModelOptions(model_flavour="nano"))
+    assert bundled.vae == tmp_path / "wheel" / "nano" / "vae"
+    mine = sources.locate(ModelOptions(model_flavour="nano", pretrained_model_name_or_path="nano"))
+    assert mine.vae == tmp_path / "nano" / "vae"
 
 
 def test_a_separate_part_is_not_downloaded_twice(hub: Callable, checkpoint: Path) -> None:
     calls = hub("c0ffee", checkpoint)
     sources.locate(ModelOptions(pretrained_transformer_model_name_or_path=str(checkpoint / "transformer")))
-    assert len(calls) == 1
-    assert not any(pattern.startswith("transformer/") for pattern in calls[0]["allow_patterns"])
+    patterns = [pattern for call in calls for pattern in call["allow_patterns"]]
+    assert not any(pattern.startswith("transformer/") for pattern in patterns)
 
 
 @pytest.mark.parametrize(

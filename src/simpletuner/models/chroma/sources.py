@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 import simpletuner.models as models_package
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import DownloadError, ModelError
+from simpletuner.models.chroma.weights import STEM, read_config
 from simpletuner.models.family import Source
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,49 +30,67 @@ FLAVOURS = {
     NANO: NANO,
 }
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+STEMS = {"transformer": STEM, "vae": STEM, "text_encoder": "model"}
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "spiece.model")
 SINGLE_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 ANSWER_S = 4.0  # one question before the download, so that no network is noticed in seconds
 
 
 def locate(options: ModelOptions) -> Source:
-    """Find or download every part. ModelError or DownloadError; no weight is read."""
+    """Find or download every part. ModelError or DownloadError; no weight is read.
+
+    A part given on its own is taken from its folder or repository; the others from the main one, which is
+    neither asked for nor downloaded when it has nothing to add. `revision` is the main one's.
+    """
     main = options.pretrained_model_name_or_path or FLAVOURS[options.model_flavour]
     separate = {
         "transformer": options.pretrained_transformer_model_name_or_path,
         "vae": options.pretrained_vae_model_name_or_path,
         "text_encoder": options.pretrained_t5_model_name_or_path,
     }
-    given = {part: name for part, name in separate.items() if name}
-    needed = [part for part in PARTS if part not in given]
-    root, revision = _root(main, needed, options)
-    folders = {part: root / part for part in needed}
-    for part, name in given.items():
-        parts = [part, "tokenizer"] if part == "text_encoder" else [part]
-        own_root, _ = _root(name, parts, options)
-        folders[part] = own_root / part if (own_root / part).is_dir() else own_root
-        if part == "text_encoder":
-            folders["tokenizer"] = _tokenizer(own_root, folders["tokenizer"])
+    variant, revision = options.variant or "", ""
+    folders: dict[str, Path] = {}
+    for part, name in separate.items():
+        if name:
+            root, _ = _root(name, [part, "tokenizer"] if part == "text_encoder" else [part], None, variant)
+            folders[part] = _part(part, root)
+            if part == "text_encoder" and (tokenizer := _tokenizer(root)):
+                folders["tokenizer"] = tokenizer
+    if needed := [part for part in PARTS if part not in folders]:
+        if main == NANO and not (options.pretrained_model_name_or_path and Path(NANO).is_dir()):
+            root = Path(models_package.__path__[0]) / NANO
+        else:
+            root, revision = _root(main, needed, options.revision, variant)
+        folders |= {part: root / part for part in needed}
     for part, folder in folders.items():
-        if not folder.is_dir() or (part != "tokenizer" and not (folder / "config.json").is_file()):
-            raise ModelError(
-                f"{folder} is no {part} folder of a diffusers pipeline."
-                f" A Chroma folder holds {', '.join(PARTS)}."
-            )
-    return Source(main, revision, **folders, variant=options.variant or "")
+        _check(part, folder)
+    return Source(main, revision, **folders, variant=variant)
 
 
-def _tokenizer(root: Path, otherwise: Path) -> Path:
-    """A T5 given on its own brings its tokenizer along, beside it or inside; else the main model's serves."""
+def _part(part: str, root: Path) -> Path:
+    """Inside a pipeline's folder, or the folder itself."""
+    folder = root / part if (root / part).is_dir() else root
+    _check(part, folder)
+    return folder
+
+
+def _check(part: str, folder: Path) -> None:
+    if not folder.is_dir() or (part != "tokenizer" and not (folder / "config.json").is_file()):
+        raise ModelError(
+            f"{folder} is no {part} folder of a diffusers pipeline. A Chroma folder holds {', '.join(PARTS)}."
+        )
+
+
+def _tokenizer(root: Path) -> Path | None:
+    """A T5 given on its own may bring its tokenizer along, beside it or inside."""
     for folder in (root / "tokenizer", root):
-        if (folder / "tokenizer_config.json").is_file():
+        if any((folder / name).is_file() for name in TOKENIZERS):
             return folder
-    return otherwise
+    return None
 
 
-def _root(name: str, parts: list[str], options: ModelOptions) -> tuple[Path, str]:
+def _root(name: str, parts: list[str], revision: str | None, variant: str) -> tuple[Path, str]:
     """(folder, commit); the commit is empty for local folders."""
-    if name == NANO and not Path(name).exists():
-        return Path(models_package.__path__[0]) / NANO, ""
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve(), ""
@@ -82,23 +101,43 @@ def _root(name: str, parts: list[str], options: ModelOptions) -> tuple[Path, str
         )
     if not HUB_ID.fullmatch(name):
         raise ModelError(f"{name} is neither a folder that exists nor a hub repository (owner/name).")
-    return download(name, parts, options.revision, options.variant or "")
+    return download(name, parts, revision, variant)
+
+
+def wanted(parts: list[str], variant: str) -> tuple[list[str], list[str]]:
+    """Names of the small files that describe the parts, and of the weights of this variant alone.
+
+    A repository asked for one part may hold it at its root, beside 18 GB copies that are never wanted.
+    """
+    models = [part for part in parts if part in STEMS]
+    stems = [f"{part}/{STEMS[part]}" for part in models]
+    small = ["model_index.json", "scheduler/*.json"]
+    small += [f"{part}/{name}" for part in parts for name in ("*.json", "*.model", "*.txt")]
+    if len(models) == 1:
+        stems.append(STEMS[models[0]])
+        small += ["config.json", "special_tokens_map.json", "*.safetensors.index*.json", *TOKENIZERS]
+    dot = f".{variant}" if variant else ""
+    ends = (f"{dot}.safetensors", f"{dot}-?????-of-?????.safetensors", f"-?????-of-?????{dot}.safetensors")
+    return small, [stem + end for stem in stems for end in dict.fromkeys(ends)]
 
 
 def download(repo: str, parts: list[str], revision: str | None, variant: str) -> tuple[Path, str]:
-    """The needed parts of a hub repository, from the hub's own cache if there; (folder, commit)."""
-    weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
-    # Root files serve repositories that hold a single part; 18 GB single-file copies are never among them.
-    patterns = ["model_index.json", "scheduler/*.json", "config.json", "tokenizer*", "spiece.model"]
-    patterns += [f"{part}/{name}" for part in parts for name in ("*.json", "*.model", "*.txt", weights)]
+    """The needed parts of a hub repository, from the hub's own cache if there; (folder, commit).
+
+    The transformer's config comes first: what is not Chroma is refused before gigabytes have come.
+    """
+    small, weights = wanted(parts, variant)
     try:
         commit = HfApi().model_info(repo, revision=revision, timeout=ANSWER_S).sha or revision
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise _refused(repo, revision, error) from None
     except (HTTPError, OSError) as error:
-        return _cached(repo, patterns, revision, error)
+        return _cached(repo, [*small, *weights], revision, error)
     try:
-        folder = snapshot_download(repo, revision=commit, allow_patterns=patterns, etag_timeout=ANSWER_S)
+        folder = snapshot_download(repo, revision=commit, allow_patterns=small, etag_timeout=ANSWER_S)
+        if "transformer" in parts:
+            read_config(_part("transformer", Path(folder)))
+        snapshot_download(repo, revision=commit, allow_patterns=weights, etag_timeout=ANSWER_S)
     except GatedRepoError as error:
         raise _refused(repo, revision, error) from None
     except (HTTPError, OSError) as error:
