@@ -11,7 +11,7 @@ import pytest
 from simpletuner.config import docs
 from simpletuner.config.catalog import aliases, catalog
 from simpletuner.config.load import attempt
-from simpletuner.config.refused import REFUSED, reason_refused
+from simpletuner.config.refused import is_harmless, names_refused, reason_refused
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,7 +71,7 @@ def test_foreign_options_are_refused_by_name(name: str) -> None:
 def test_refused_names_are_no_options() -> None:
     for name in [*catalog(), *aliases()]:
         assert reason_refused(name) is None, name
-    names = [name for _, names in REFUSED for name in names.split()]
+    names = [name for _, names in names_refused() for name in names]
     assert len(set(names)) == len(names)
 
 
@@ -124,6 +124,7 @@ def judge(tmp_path: Path) -> Any:
         ({"optimizer": "lion", "optimizer_config": "amsgrad=true"}, "optimizer_config"),
         ({"resolution": 1024, "resolution_type": "area"}, "resolution"),
         ({"resolution": 1}, "resolution"),
+        ({"pretrained_vae_model_name_or_path": "who/sdxl-vae"}, "pretrained_vae_model_name_or_path"),
         ({"minimum_aspect_ratio": 5}, "minimum_aspect_ratio"),
         ({"maximum_image_size": 2048}, "maximum_image_size"),
         ({"target_downsample_size": 2048}, "target_downsample_size"),
@@ -192,7 +193,7 @@ def test_what_agrees_is_let_through(judge: Any, config: dict[str, Any]) -> None:
         ({"huber_c": 0.2}, "huber_c has no effect with loss_type l2"),
         (
             {"ramtorch": False, "push_to_hub": "false", "hub_model_id": None},
-            "as they are off: hub_model_id, push_to_hub, ramtorch",
+            "as they are off or change nothing: hub_model_id, push_to_hub, ramtorch",
         ),
     ],
 )
@@ -201,6 +202,28 @@ def test_remarks(judge: Any, config: dict[str, Any], words: str) -> None:
     assert problems == []
     assert len(notes) == 1, notes
     assert words in notes[0]
+
+
+def test_a_configuration_saved_by_a_form_needs_three_changes(judge: Any) -> None:
+    """Hundreds of keys at the values that SimpleTuner's forms save, of this model and of others."""
+    problems, notes = judge(**json.loads((Path(__file__).parent / "saved_by_a_form.json").read_text()))
+    assert sorted(problem.split(" ")[0] for problem in problems) == [
+        "base_model_precision", "pretrained_vae_model_name_or_path:", "validation_guidance:",
+    ]  # fmt: skip
+    assert notes == []
+
+
+def test_harmless_values_are_few(judge: Any) -> None:
+    assert is_harmless("num_processes", 1)
+    assert is_harmless("fsdp_version", 2)
+    assert is_harmless("snr_weight", 1.0)
+    for name, value in {"num_processes": 2, "fsdp_enable": True, "deepspeed_config": {"a": 1}}.items():
+        assert not is_harmless(name, value)
+    _, notes = judge(disable_bucket_pruning=True, ltx_i2v_prob=0.3, validation_disable_unconditional="true")
+    assert notes == [
+        "skipped, as they are off or change nothing: "
+        "disable_bucket_pruning, ltx_i2v_prob, validation_disable_unconditional"
+    ]
 
 
 def test_documents_are_in_step_with_the_schema(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config.catalog import Option, catalog
-from simpletuner.config.refused import REFUSED
+from simpletuner.config.refused import names_refused
 from simpletuner.config.schema import RunConfig
 
 HEAD = """# Options
@@ -29,9 +29,7 @@ def options_page() -> str:
     parts.append(
         "\n## Options of SimpleTuner's that are not here\n\n| option | why, or what instead |\n|---|---|"
     )
-    parts.extend(
-        f"| {', '.join(f'`{name}`' for name in names.split())} | {reason} |" for reason, names in REFUSED
-    )
+    parts.extend(f"| {', '.join(f'`{one}`' for one in names)} | {why} |" for why, names in names_refused())
     return "\n".join(parts) + "\n"
 
 

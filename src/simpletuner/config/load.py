@@ -20,6 +20,7 @@ from simpletuner.config.schema import DataOptions, RunConfig
 from simpletuner.errors import ConfigError, Problem
 
 DEFAULT_STEPS = 1000
+LISTED = 12
 PLAIN_WEBHOOK_FIELDS = ("webhook_type", "log_level", "message_prefix")
 
 
@@ -135,25 +136,18 @@ def _from_file(
         if key == "$schema":
             continue
         try:
-            yield Entry(key, _expanded(raw, environ), where, folder)
+            yield Entry(key, environment.expand(raw, environ), where, folder)
         except ConfigError as error:
             reading.problem(where, f"{key}: {error}")
 
 
-def _expanded(raw: Any, environ: Mapping[str, str]) -> Any:
-    if isinstance(raw, str):
-        return environment.expand(raw, environ)
-    if isinstance(raw, list):
-        return [_expanded(item, environ) for item in raw]
-    return {key: _expanded(item, environ) for key, item in raw.items()} if isinstance(raw, dict) else raw
-
-
 def _from_environment(environ: Mapping[str, str], reading: _Reading) -> Iterable[Entry]:
     """Variables that come close to an option are meant as one; others may belong to another program."""
-    for variable in sorted(name for name in environ if name.startswith(environment.PREFIX) and environ[name]):
+    set_ones = (name for name in environ if name.startswith(environment.PREFIX) and environ[name].strip())
+    for variable in sorted(set_ones):
         name = variable.removeprefix(environment.PREFIX).lower()
         known = name in catalog() or name in aliases() or refused.reason_refused(name)
-        if known or values.did_you_mean(name, catalog()):
+        if known or values.did_you_mean(name, catalog(), 0.85):
             yield Entry(name, environ[variable], variable)
         else:
             reading.notes.append(f"{variable} is no option's variable and is not read")
@@ -161,7 +155,7 @@ def _from_environment(environ: Mapping[str, str], reading: _Reading) -> Iterable
 
 def _from_flags(argv_pairs: Sequence[tuple[str, str | None]], reading: _Reading) -> Iterable[Entry]:
     for name, raw in argv_pairs:
-        option = catalog().get(name.replace("-", "_"))
+        option = catalog().get(aliases().get(name, name))
         if raw is None and option is not None and option.kind != "flag":
             reading.problem(f"--{name}", "needs a value")
         else:
@@ -175,9 +169,9 @@ def _apply(reading: _Reading, layer: Iterable[Entry]) -> None:
         name = _option_name(entry, reading)
         if name is None:
             continue
-        spelled = entry.name.lstrip("-").replace("-", "_")
-        if written.setdefault(name, spelled) != spelled:
-            reading.problem(entry.where, f"{spelled}: {written[name]} is given too, and is the same option")
+        if written.setdefault(name, entry.name) != entry.name:
+            what = f"{entry.name}: {written[name]} is given too, and is the same option"
+            reading.problem(entry.where, what)
             continue
         option = catalog()[name]
         reading.origins[name] = entry.where
@@ -206,7 +200,7 @@ def _option_name(entry: Entry, reading: _Reading) -> str | None:
         reading.notes.append(f"{entry.where}: {name} is {refused.ALWAYS[name]}")
         return None
     reason = refused.reason_refused(name)
-    if reason and refused.is_off(entry.raw):
+    if reason and refused.is_harmless(name, entry.raw):
         reading.skipped.append(name)
     elif reason:
         reading.problem(entry.where, f"{name}: {reason}")
@@ -226,7 +220,7 @@ def _finish(reading: _Reading, source: Path | None, cwd: Path, needs_data: bool)
             found, complaint = paths.resolve(text, option.path, reading.folders[name], cwd)
             reading.values[name] = found
             if complaint:
-                reading.problem(reading.origins[name], f"{name} = {found!r}: {complaint}", name)
+                reading.problem(reading.origins[name], f"{values.shown(option, text)}: {complaint}", name)
     _default_data(reading, source, cwd, needs_data and (source is not None or not reading.problems))
     run = _build(reading)
     data_sound = reading.broken.isdisjoint(DataOptions.model_fields)
@@ -239,8 +233,10 @@ def _finish(reading: _Reading, source: Path | None, cwd: Path, needs_data: bool)
     if reading.problems:
         return Attempt(tuple(sorted(reading.problems, key=_place)), None, data)
     notes = [*reading.notes, *rules.remarks(run, given)]
-    if reading.skipped:
-        notes.append(f"skipped, as they are off: {', '.join(sorted(set(reading.skipped)))}")
+    skipped = sorted(set(reading.skipped))
+    if skipped:
+        more = f" and {len(skipped) - LISTED} more" if len(skipped) > LISTED else ""
+        notes.append(f"skipped, as they are off or change nothing: {', '.join(skipped[:LISTED])}{more}")
     if not run.training.max_train_steps and not run.training.num_train_epochs:
         notes.append(f"neither max_train_steps nor num_train_epochs is given: {DEFAULT_STEPS} steps")
         training = run.training.model_copy(update={"max_train_steps": DEFAULT_STEPS})
@@ -259,7 +255,7 @@ def _default_data(reading: _Reading, source: Path | None, cwd: Path, needs_data:
     if "data_backend_config" in reading.values:
         return
     default = (source.parent if source else cwd) / "multidatabackend.json"
-    if default.is_file():
+    if os.path.isfile(default):
         reading.values["data_backend_config"] = os.path.abspath(default)
     elif needs_data:
         what = f"{paths.shown(default, cwd)} does not exist; list your datasets there or name the file"

@@ -27,6 +27,8 @@ def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
         yield "max_train_steps", "num_train_epochs is given too; the length of a run is one of them"
     if model.base_model_default_dtype == "bf16" and model.mixed_precision != "bf16":
         yield "base_model_default_dtype", f"bf16 weights do not fit mixed_precision {model.mixed_precision}"
+    if "sdxl" in (model.pretrained_vae_model_name_or_path or "").lower():
+        yield "pretrained_vae_model_name_or_path", "is another model's VAE; leave it out for Chroma's own"
     if model.model_type == "full" and run.adapter.init_lora:
         yield "init_lora", 'a LoRA to start from needs model_type "lora"'
     if isinstance(run.adapter.lora_target_modules, str):
