@@ -143,7 +143,7 @@ def test_positions() -> None:
         ('["\\ud800"]', "half of a surrogate pair"),
         ("[" * 5000, "more than 100 levels"),
         ("9" * 5000, "too large"),
-        ("", "x:1:1: a value is expected here, not the end of the file"),
+        ("", "x:1:1: the file is empty"),
     ],
 )
 def test_refused(text: str, message: str) -> None:

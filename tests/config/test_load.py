@@ -101,6 +101,8 @@ def test_bare_flags_and_negative_numbers() -> None:
         ("use_ema", None), ("seed", "3"), ("use_dora", "false"), ("lr_end", "-1"),
         ("validation_prompt", "--x y"), ("env", None), ("rehearse", None), ("seed", "4"),
     ]  # fmt: skip
+    with pytest.raises(ConfigError, match="network_rank: needs a value"):
+        load(pairs(["--network-rank"]), environ={}, needs_data=False)
     with pytest.raises(ConfigError, match="'stray' belongs to no option"):
         pairs(["stray"])
 
@@ -117,6 +119,24 @@ def test_aliases(folder: Path, alias: str) -> None:
 def test_an_option_under_two_names_is_refused(folder: Path) -> None:
     assert problems(folder, '{"lora_rank": 4,\n"network_rank": 8}') == [
         "config.json:2:1: network_rank: lora_rank is given too, and is the same option"
+    ]
+
+
+@pytest.mark.parametrize("names", [("seed", "--seed"), ("learning-rate", "learning_rate")])
+def test_two_spellings_of_an_option_are_refused(folder: Path, names: tuple[str, str]) -> None:
+    (problem,) = problems(folder, dict.fromkeys(names, 1e0))
+    assert problem.endswith(f"{names[1]}: {names[0]} is given too, and is the same option")
+
+
+def test_blank_is_not_given_where_null_may_stand(folder: Path) -> None:
+    """Left empty as the quickstart says, or saved by a form."""
+    nullable = {name: " " for name, option in catalog().items() if option.nullable}
+    assert len(nullable) > 20
+    loaded = read(folder, {**nullable, "max_train_steps": 3}, "", {"SIMPLETUNER_SEED": " "})
+    assert loaded.run.model.pretrained_model_name_or_path is None
+    assert loaded.run.data.data_backend_config == str(folder / "multidatabackend.json")
+    assert problems(folder, {"learning_rate": ""}) == [
+        'config.json:1:2: learning_rate = "": must be a number'
     ]
 
 
@@ -211,12 +231,12 @@ def test_everything_wrong_at_once(folder: Path) -> None:
         "did you mean 'cosine'?",
         "config.json:5:3: seed = true: must be a whole number",
         "config.json:6:3: validation_guidance: use validation_guidance_real",
-        "config.json:7:3: init_lora = 'nope.safetensors': does not exist (looked for nope.safetensors)",
+        'config.json:7:3: init_lora = "nope.safetensors": does not exist (looked for nope.safetensors)',
         "config.json:8:3: max_train_steps: num_train_epochs is given too; the length of a run is one of them",
         'config.json:10:3: base_model_precision = "int8-quanto": not offered yet; allowed: no_change',
         'config.json:11:3: lora_init_type = "loftq": LoftQ needs a quantised base, which is not offered yet; '
         "allowed: default, gaussian, olora, pissa",
-        "config.json:12:3: learning_rate = nan: input should be a finite number",
+        "config.json:12:3: learning_rate = nan: must be a finite number",
         "SIMPLETUNER_LORA_RNK: lora_rnk: unknown option; did you mean 'lora_rank'?",
         "--sed: unknown option; did you mean 'seed'?",
         "--lora_alpha: needs a value",
@@ -227,6 +247,7 @@ def test_foreign_variables_are_told_and_let_be(folder: Path) -> None:
     loaded = read(folder, {}, "", {"SIMPLETUNER_STATE_DIR": "/x", "SIMPLETUNER_SEED": "", "PATH": "/bin"})
     assert loaded.notes[0] == "SIMPLETUNER_STATE_DIR is no option's variable and is not read"
     assert loaded.run.training.seed == 42
+    assert read(folder, {}, "", {"SIMPLETUNER_WEB_UI_CONFIG": "/x"}).notes
 
 
 @pytest.mark.parametrize("text", ["[1]", "3", '"x"'])
@@ -290,6 +311,49 @@ def test_paths_beside_the_file_come_first(tmp_path: Path) -> None:
     (config / "config.json").write_text('{"pretrained_model_name_or_path": "./gone"}')
     with pytest.raises(ConfigError, match="does not exist"):
         load(environ={}, cwd=tmp_path, env_name="a")
+
+
+def test_home_is_read_in_every_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "x.safetensors").write_bytes(b"")
+    names = ("output_dir", "cache_dir", "resume_from_checkpoint", "init_lora")
+    flat = resolved(read(folder, dict.fromkeys(names, "~/x.safetensors")).run)
+    assert [flat[name] for name in names] == [str(folder / "x.safetensors")] * 4
+    assert read(folder, {"output_dir": "out"}).run.training.output_dir == "out"
+
+
+@pytest.mark.parametrize("text", ["~nobody/x.json", "x" * 5000, "a\0b", "C:\\loras\\x.json", "folder"])
+def test_paths_that_lead_nowhere_are_told(folder: Path, text: str) -> None:
+    (folder / "folder").mkdir()
+    (problem,) = problems(folder, {"init_lora": text})
+    assert "does not exist" in problem or "is a folder" in problem
+    with pytest.raises(ConfigError, match="--config"):
+        load((), text, environ={}, cwd=folder)
+
+
+def test_a_windows_path_with_single_backslashes_is_told(folder: Path) -> None:
+    assert problems(folder, r'{"output_dir": "C:\new"}') == [
+        r'config.json:1:2: output_dir = "C:\new": has control characters; write \\ or / between folders'
+    ]
+    assert read(folder, r'{"output_dir": "C:\\new"}').run.training.output_dir == r"C:\new"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "is empty"), (b'{"a": "\xe9"}', "is not UTF-8"), (None, "cannot be read")]
+)
+def test_files_that_cannot_be_read(
+    folder: Path, content: bytes | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "config.json").write_bytes(content or b"")
+    if content is None:
+
+        def refuse(*_: Any, **__: Any) -> str:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "read_text", refuse)
+    (problem,) = problems(folder)
+    assert problem.startswith("config.json:")
+    assert message in problem
 
 
 def test_data_section_is_handed_back_though_others_are_wrong(folder: Path) -> None:

@@ -6,15 +6,15 @@ import functools
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Literal, cast
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from simpletuner.config.schema import RunConfig
 
 Kind = Literal["flag", "integer", "number", "choice", "text"]
+BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
 @dataclass(frozen=True)
@@ -103,19 +103,8 @@ def _kind(kinds: list[Any], literals: list[Any]) -> Kind:
 
 
 def _bounds(field: FieldInfo) -> str:
-    """ "at least 0, less than 1"; the 63 bits of a seed are not worth a word."""
-    limits = [limit for rule in field.metadata if (limit := _limit(rule))]
-    return ", ".join(f"{words} {number:g}" for words, number in limits if number < 2**62)
-
-
-def _limit(rule: Any) -> tuple[str, float] | None:
-    match rule:
-        case Ge(ge=number):
-            return "at least", cast(float, number)
-        case Gt(gt=number):
-            return "more than", cast(float, number)
-        case Le(le=number):
-            return "at most", cast(float, number)
-        case Lt(lt=number):
-            return "less than", cast(float, number)
-    return None
+    """ "at least 0, less than 1"."""
+    rules = [
+        item for rule in field.metadata if is_dataclass(rule) for item in asdict(cast(Any, rule)).items()
+    ]
+    return ", ".join(f"{BOUNDS[word]} {limit:g}" for word, limit in rules if word in BOUNDS)

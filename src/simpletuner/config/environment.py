@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from simpletuner.errors import ConfigError
 
@@ -17,8 +18,11 @@ def process_environment() -> Mapping[str, str]:
     return dict(os.environ)
 
 
-def expand(text: str, environ: Mapping[str, str] | None = None) -> str:
-    """Replace every {env:NAME}. Raises ConfigError naming the first variable that is not set."""
+def expand(value: Any, environ: Mapping[str, str] | None = None) -> Any:
+    """Replace every {env:NAME} in a text, or in the texts of a list or object.
+
+    Raises ConfigError naming the first variable that is not set.
+    """
     known = process_environment() if environ is None else environ
 
     def replacement(match: re.Match[str]) -> str:
@@ -26,4 +30,8 @@ def expand(text: str, environ: Mapping[str, str] | None = None) -> str:
             raise ConfigError(f"{match[0]}: the environment variable {match[1]} is not set")
         return known[match[1]]
 
-    return PLACEHOLDER.sub(replacement, text)
+    if isinstance(value, str):
+        return PLACEHOLDER.sub(replacement, value)
+    if isinstance(value, list):
+        return [expand(item, known) for item in value]
+    return {key: expand(item, known) for key, item in value.items()} if isinstance(value, dict) else value

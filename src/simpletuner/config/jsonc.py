@@ -24,6 +24,7 @@ NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?(?![\w.])", re.ASCI
 WORD = re.compile(r"[\w$.+-]+")
 CONSTANTS: Mapping[str, bool | None] = {"true": True, "false": False, "null": None}
 DEEPEST = 100
+LONGEST_INTEGER = 300  # digits that a float can hold too
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class _Reader:
 
     def document(self) -> Any:
         self.blank()
+        if self.at >= len(self.text):
+            raise self.error("the file is empty")
         self.mark(())
         value = self.value(())
         self.blank()
@@ -169,7 +172,7 @@ class _Reader:
         match = NUMBER.match(self.text, self.at)
         if match is None:
             raise self.error(f"{self.word()!r} is not a number as JSON writes it")
-        if match[1] is None and match[2] is None and len(match[0]) <= 400:
+        if match[1] is None and match[2] is None and len(match[0]) <= LONGEST_INTEGER:
             self.at = match.end()
             return int(match[0])
         value = float(match[0])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from simpletuner.config.paths import shown
 from simpletuner.errors import ConfigError
 
 NAMES = ("config.json", "config.jsonc", "config.toml")
@@ -20,14 +22,13 @@ def find_config(config: str | Path | None, env: str | None, example: str | None,
     if len(named) > 1:
         raise ConfigError(f"{' and '.join(named)} each name a configuration; give one of them")
     if config:
-        path = cwd / Path(config).expanduser()
-        found = _first_in(path) if path.is_dir() else path if path.is_file() else None
-        return found or _nowhere(f"--config {config}", [path])
+        path = cwd / os.path.expanduser(config)
+        return _first(f"--config {config}", places(path) if os.path.isdir(path) else [path], cwd)
     if env:
-        return _first_in(cwd / "config" / env) or _nowhere(f"--env {env}", places(cwd / "config" / env))
+        return _first(f"--env {env}", places(cwd / "config" / env), cwd)
     if example:
-        return _first_in(example_folder(example))
-    return _first_in(cwd) or _first_in(cwd / "config")
+        return _first(f"--example {example}", places(example_folder(example)), cwd)
+    return next((path for path in (*places(cwd), *places(cwd / "config")) if os.path.isfile(path)), None)
 
 
 def nothing_found(cwd: Path) -> str:
@@ -56,9 +57,9 @@ def places(folder: Path) -> list[Path]:
     return [folder / name for name in NAMES]
 
 
-def _first_in(folder: Path) -> Path | None:
-    return next((path for path in places(folder) if path.is_file()), None)
-
-
-def _nowhere(what: str, looked: list[Path]) -> Path:
-    raise ConfigError(f"{what}: not found; looked for {', '.join(os.path.relpath(path) for path in looked)}")
+def _first(what: str, candidates: Sequence[Path], cwd: Path) -> Path:
+    for path in candidates:
+        if os.path.isfile(path):
+            return path
+    looked = ", ".join(shown(path, cwd) for path in candidates)
+    raise ConfigError(f"{what}: not found; looked for {looked}")

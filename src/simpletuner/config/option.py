@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Level = Literal["basic", "common", "advanced"]
 Resume = Literal["fixed", "free"]
-PathKind = Literal["", "file", "hub"]
+PathKind = Literal["", "file", "hub", "new"]
 
 
 class Section(BaseModel):
@@ -43,8 +43,9 @@ def option(
 
     text: one help sentence. resume: "free" when it may change between a checkpoint and its resumption.
     path: "file" must exist, "hub" may instead be a repository id; both are looked up beside the config
-    file first. aliases, spellings: other names and values, read with a note. hints: values that are
-    refused with a reason of their own. zero_is_null: 0 means "not given". bounds: gt, ge, lt, le, pattern.
+    file first; "new" need not exist, only ~ is read. aliases, spellings: other names and values, read with
+    a note. hints: values refused with a reason of their own. zero_is_null: 0 means "not given".
+    bounds: gt, ge, lt, le, pattern.
     """
     extra: dict[str, Any] = {
         "level": level, "unit": unit, "resume": resume, "path": path, "zero_is_null": zero_is_null,

@@ -1,4 +1,4 @@
-"""Relative paths: beside the file that names them, then in the working directory."""
+"""Relative paths: beside the file that names them, then in the working directory. `~` is the home folder."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILE_ENDINGS = (".safetensors", ".sft", ".gguf", ".json", ".bin")
 
 
+def find(text: str, folder: Path | None, cwd: Path) -> tuple[str | None, tuple[str, ...]]:
+    """The absolute path of what exists, or None; and the places looked at. Never raises."""
+    path = os.path.expanduser(text)
+    tried = dict.fromkeys(os.path.abspath(base / path) for base in (folder, cwd) if base is not None)
+    return next((place for place in tried if os.path.exists(place)), None), tuple(tried)
+
+
 def resolve(text: str, kind: str, folder: Path | None, cwd: Path) -> tuple[str, str]:
-    """The absolute path if it exists, else the text as it is and what is wrong ("" for a hub repository)."""
-    path = Path(text).expanduser()
-    tried = [base / path for base in (folder, cwd) if base is not None]
-    for candidate in tried:
-        if candidate.exists():
-            return os.path.abspath(candidate), ""
+    """The absolute path if it exists, else the text as it is; and what is wrong, "" for nothing.
+
+    kind: "file" must be one, "hub" may be a repository, "new" need not exist and stays relative.
+    """
+    if kind == "new":
+        broken = any(character < " " for character in text)  # "C:\new" in JSON is a line break and "ew"
+        return os.path.expanduser(text), r"has control characters; write \\ or / between folders" * broken
+    found, tried = find(text, folder, cwd)
+    if found is not None:
+        return found, "is a folder, not a file" if kind == "file" and os.path.isdir(found) else ""
     looks_local = text.startswith((".", "/", "~")) or text.endswith(FILE_ENDINGS)
     if kind == "hub" and not looks_local and HUB_ID.fullmatch(text):
         return text, ""
-    places = " or ".join(dict.fromkeys(shown(candidate, cwd) for candidate in tried))
-    return text, f"does not exist (looked for {places})"
+    return text, f"does not exist (looked for {' or '.join(shown(Path(place), cwd) for place in tried)})"
 
 
 def shown(path: Path, cwd: Path) -> str:

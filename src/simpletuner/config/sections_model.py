@@ -193,8 +193,9 @@ class CacheOptions(Section):
     """Encoded pictures and captions"""
 
     cache_dir: str | None = option(
-        None, "Folder of the caches; null is cache inside output_dir.", level="common", resume="free"
-    )
+        None, "Folder of the caches; null is cache inside output_dir.", level="common", resume="free",
+        path="new",
+    )  # fmt: skip
     vae_cache_sample: Literal["mean", "draw"] = option(
         "draw", "A fresh draw from the VAE's posterior at each visit, or always its mean."
     )

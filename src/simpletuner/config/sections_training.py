@@ -103,7 +103,7 @@ class TrainingOptions(Section):
     """Length and size of the run"""
 
     output_dir: str = option(
-        "simpletuner-results", "The run folder.", level="basic", resume="free", min_length=1
+        "simpletuner-results", "The run folder.", level="basic", resume="free", path="new", min_length=1
     )
     seed: int = option(42, "Where all randomness of the run comes from.", level="basic", ge=0, lt=2**63)
     train_batch_size: int = option(
@@ -133,10 +133,8 @@ class CheckpointOptions(Section):
         "latest",
         "latest goes on if there is something to go on from, must insists, never starts anew, a path takes "
         "that checkpoint.",
-        level="common",
-        resume="free",
-        min_length=1,
-    )
+        level="common", resume="free", path="new", min_length=1,
+    )  # fmt: skip
     checkpoint_step_interval: int = option(
         500, "Steps between checkpoints.", level="basic", unit="steps", resume="free",
         aliases=("checkpointing_steps",), ge=1,

@@ -14,7 +14,7 @@ from simpletuner.config.catalog import Option
 
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
-NULL = ("null", "none")
+NULL = ("", "null", "none")
 LONGEST_SHOWN = 60
 
 
@@ -23,7 +23,10 @@ class BadValue(ValueError):
 
 
 def read(option: Option, raw: Any) -> Any:
-    """What `raw` means for `option`; None is "not given". Bounds are left to the schema. Raises BadValue."""
+    """What `raw` means for `option`; None is "not given", as is a blank text where null is allowed.
+
+    Bounds are left to the schema. Raises BadValue.
+    """
     if raw is None or (option.nullable and isinstance(raw, str) and raw.strip().lower() in NULL):
         return None
     value = READERS[option.kind](option, raw)
@@ -110,22 +113,18 @@ def complaint(option: Option, error: ErrorDetails) -> str:
         return option.text
     if error["type"] == "string_too_short":
         return "must not be empty"
-    return f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    return error["msg"].replace("Input should", "must")
 
 
 def shown(option: Option, value: Any) -> str:
     """The value as a message repeats it; objects may hold secrets and are not repeated."""
     if isinstance(value, (list, dict)):
         return option.name
-    text = (
-        json.dumps(value, ensure_ascii=False)
-        if isinstance(value, (str, bool)) or value is None
-        else str(value)
-    )
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else str(value)
     return f"{option.name} = {text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + '...'}"
 
 
-def did_you_mean(word: str, names: Iterable[str]) -> str:
+def did_you_mean(word: str, names: Iterable[str], likeness: float = 0.7) -> str:
     """ "; did you mean 'learning_rate'?", or nothing."""
-    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.7)
+    close = difflib.get_close_matches(word.lower(), list(names), n=1, cutoff=likeness)
     return f"; did you mean '{close[0]}'?" if close else ""
