@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from transformers import AutoTokenizer, T5EncoderModel
 
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import DataError, ModelError
 from simpletuner.models.chroma.family import Chroma
+from simpletuner.models.chroma.text import load_tokenizer
 from simpletuner.models.family import Source, TextEncoder
 
 CPU = torch.device("cpu")
@@ -94,3 +98,20 @@ def test_a_folder_that_is_no_encoder_is_refused(
     wrong = Source(**{**vars(source), "text_encoder": tmp_path})
     with pytest.raises(ModelError, match=r"missing: .*model\.safetensors"):
         load(wrong, options)
+
+
+def test_a_published_tokenizer_folder_needs_no_tokenizer_json(tmp_path: Path) -> None:
+    """spiece.model and a config, as beside the published Chroma; sentencepiece itself is the oracle."""
+    model = io.BytesIO()
+    words = [" ".join(f"{a}{b}" for b in CAPTIONS[2].split()) for a in "abcdefghijklmnopqrstuvwxyz"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_writer=model, vocab_size=60, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "spiece.model").write_bytes(model.getvalue())
+    fields = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "legacy": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+    tokenizer = load_tokenizer(tmp_path)
+    oracle = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    for caption in [*CAPTIONS, "  two  spaces ", "a line\nand another", "na\u00efve, \u201cquoted\u201d"]:
+        assert tokenizer(caption)["input_ids"] == [*oracle.encode(caption), 1]

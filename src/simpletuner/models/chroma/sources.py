@@ -31,7 +31,10 @@ FLAVOURS = {
 }
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 STEMS = {"transformer": STEM, "vae": STEM, "text_encoder": "model"}
-TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "spiece.model")
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")  # spiece.model alone does not say whose it is
+    "tokenizer_config.json",
+    "tokenizer.json",
+)  # either names a tokenizer; spiece.model alone does not
 SINGLE_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 ANSWER_S = 4.0  # one question before the download, so that no network is noticed in seconds
 
@@ -115,7 +118,13 @@ def wanted(parts: list[str], variant: str) -> tuple[list[str], list[str]]:
     small += [f"{part}/{name}" for part in parts for name in ("*.json", "*.model", "*.txt")]
     if len(models) == 1:
         stems.append(STEMS[models[0]])
-        small += ["config.json", "special_tokens_map.json", "*.safetensors.index*.json", *TOKENIZERS]
+        small += [
+            "config.json",
+            "special_tokens_map.json",
+            "*.safetensors.index*.json",
+            "spiece.model",
+            *TOKENIZERS,
+        ]
     dot = f".{variant}" if variant else ""
     ends = (f"{dot}.safetensors", f"{dot}-?????-of-?????.safetensors", f"-?????-of-?????{dot}.safetensors")
     return small, [stem + end for stem in stems for end in dict.fromkeys(ends)]

@@ -103,7 +103,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} holds no tokenizer that can be read: {error}") from None
+        reason = str(error).split("\n")[0]
+        raise ModelError(f"{folder} holds no tokenizer that can be read: {reason}") from None
     if tokenizer.pad_token_id is None or tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
         raise ModelError(
             f"{folder} is not T5's tokenizer: captions must end with </s> and a pad token must exist."
