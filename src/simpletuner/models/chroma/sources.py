@@ -32,9 +32,6 @@ FLAVOURS = {
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 STEMS = {"transformer": STEM, "vae": STEM, "text_encoder": "model"}
 TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")  # spiece.model alone does not say whose it is
-    "tokenizer_config.json",
-    "tokenizer.json",
-)  # either names a tokenizer; spiece.model alone does not
 SINGLE_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 ANSWER_S = 4.0  # one question before the download, so that no network is noticed in seconds
 
