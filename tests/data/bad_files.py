@@ -22,6 +22,7 @@ class Row:
     """make: fills a folder with the one bad thing. reason: code of the rejection by the scan, "" when kept.
 
     decode: reason of BadImage when the scan keeps it but the pixels are bad. note: words of an event.
+    Rows named as in PASSED_OVER are no pictures at all.
     """
 
     name: str
@@ -93,6 +94,7 @@ def float_tiff() -> bytes:
     return encoded(Image.fromarray(np.random.default_rng(1).random((64, 96), np.float32)), "TIFF")
 
 
+PASSED_OVER = ("hidden file", "svg by name", "files of the system")
 BROKEN_EXIF = b"Exif\0\0II*\0\xff\xff\xff\x7f"
 PLAIN = encoded(picture(), "PNG")
 
@@ -135,6 +137,13 @@ ROWS = (
     Row("utf-16 caption", caption("a cat".encode("utf-16")), reason="caption_encoding"),
     Row("utf-16 caption without mark", caption("a cat".encode("utf-16-le")), reason="caption_encoding"),
     Row("caption with mark and crlf", caption(b"\xef\xbb\xbfone\r\ntwo\r\n")),
-    Row("dangling link", lambda folder: (folder / "x.png").symlink_to(folder / "gone.png"), reason="damaged"),
+    Row(
+        "dangling link",
+        lambda folder: (folder / "x.png").symlink_to(folder / "gone.png"),
+        reason="unreadable",
+    ),
+    Row("link to itself", lambda folder: (folder / "x.png").symlink_to("x.png"), reason="unreadable"),
+    Row("svg by name", lambda folder: write(folder, "x.svg", b"<svg/>", None), note="not read: 1 .svg"),
+    Row("files of the system", lambda folder: write(folder, "Thumbs.db", b"\xd0\xcf", None)),
     Row("hidden file", lambda folder: write(folder, "._x.png", b"\0" * 40)),
 )

@@ -11,11 +11,12 @@ import pytest
 
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset import Dataset
+from simpletuner.data.duplicates import identical
 from simpletuner.data.geometry import Framing
 from simpletuner.data.report import BadSamples
 from simpletuner.data.scan import scan
 from simpletuner.errors import DataError
-from simpletuner.events.types import DatasetScanned, Event, StageDone, StageStarted, Warned
+from simpletuner.events.types import DatasetScanned, Event, Noted, StageDone, StageStarted, Warned
 from tests.data.bad_files import encoded, picture, write
 
 MakeDataset = Callable[..., Dataset]
@@ -71,6 +72,58 @@ def test_other_captions(dataset: MakeDataset, options: DataOptions) -> None:
     assert said(photos, options) == {"photos/a_red__ball.v2.png": ("a red ball.v2",)}
     prompted = dataset(caption_strategy="instanceprompt", instance_prompts=("sks",))
     assert said(prompted, options) == {"photos/a_red__ball.v2.png": ("sks",)}
+
+
+def test_a_caption_is_found_by_the_whole_stem_in_any_case_of_its_suffix(
+    dataset: MakeDataset, options: DataOptions
+) -> None:
+    photos = dataset()
+    for number, name in enumerate(("IMG 1.v2.JPG", "b.c.png")):
+        write(photos.instance_data_dir, name, encoded(picture((64, 64 + number)), "PNG"), None)
+    for name in ("IMG 1.v2.TXT", "b.c.Txt", "b.c.txt", "b.txt"):
+        (photos.instance_data_dir / name).write_text(name)
+    (photos.instance_data_dir / "raw.CR2").write_bytes(b"")
+    events: list[Event] = []
+    found = {one.sample.id: one.sample.captions for one in scan([photos], options, 1, events.append).placed}
+    assert found == {"photos/IMG 1.v2.JPG": ("IMG 1.v2.TXT",), "photos/b.c.png": ("b.c.txt",)}
+    notes = [event.message for event in events if isinstance(event, Noted)]
+    assert notes[-1] == ("photos: 2 files are no pictures and are not read: 1 .cr2, 1 .txt without a picture")
+
+
+def test_enlarged_and_shared_pictures_are_told(dataset: MakeDataset, options: DataOptions) -> None:
+    photos = dataset()
+    (photos.instance_data_dir / "in").mkdir()
+    write(photos.instance_data_dir, "big.png", encoded(picture((128, 128)), "PNG"))
+    write(photos.instance_data_dir, "in/tiny.png", encoded(picture((10, 10)), "PNG"))
+    inner = dataset("inner", instance_data_dir=photos.instance_data_dir / "in")
+    events: list[Event] = []
+    scan([photos, inner], options, 1, events.append)
+    notes = [event.message for event in events if isinstance(event, Noted)]
+    assert notes[:2] == [
+        f"{name}: 1 pictures are enlarged, tiny.png 12.8 times; see minimum_image_size"
+        for name in ("photos", "inner")
+    ]
+    assert notes[2].startswith("1 pictures are in more than one dataset, such as ")
+
+
+def test_a_file_that_vanishes_during_the_scan_is_no_copy(
+    dataset: MakeDataset, options: DataOptions, tmp_path: Path
+) -> None:
+    for name, content in {"a": b"x", "b": b"x", "c": b"y"}.items():
+        (tmp_path / name).write_bytes(content * 9000)
+    (tmp_path / "d").write_bytes(b"z" + b"x" * 8999)  # the same length and end
+    paths = [tmp_path / name for name in "abcd"]
+    assert identical([*paths, tmp_path / "gone"]) == [paths[:2]]
+
+
+def test_held_out_pictures_alone_are_nothing_to_train_on(
+    dataset: MakeDataset, options: DataOptions, tmp_path: Path
+) -> None:
+    photos = dataset(framing=Framing(resolution=128, minimum_image_size=2000))
+    write(photos.instance_data_dir, "a.png", PNG)
+    held = dataset("held", dataset_type="eval")
+    with pytest.raises(DataError, match="no picture is left to train on"):
+        scan([photos, held], options, 1, ignore)
 
 
 def test_a_caption_is_found_across_unicode_spellings(dataset: MakeDataset, options: DataOptions) -> None:
@@ -138,7 +191,8 @@ def test_too_many_bad_samples(fraction, refused, dataset: MakeDataset) -> None:
 
 def test_empty_folder_and_nothing_left(dataset: MakeDataset, options: DataOptions) -> None:
     photos = dataset()
-    with pytest.raises(DataError, match="photos: no pictures in"):
+    (photos.instance_data_dir / "x.psb").write_bytes(b"")
+    with pytest.raises(DataError, match=r"photos: no pictures in .*, only 1 \.psb"):
         scan([photos], options, 1, ignore)
     write(photos.instance_data_dir, "x.png", encoded(picture((1, 300)), "PNG"))
     with pytest.raises(DataError, match=r"no picture is left(.|\n)*x.png: 1x300 has aspect"):

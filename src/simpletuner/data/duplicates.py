@@ -2,41 +2,67 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from simpletuner.data.types import Placed
 from simpletuner.errors import DataError
 
+TAIL = 4096
 
-def identical(paths: Iterable[Path]) -> list[tuple[Path, ...]]:
-    """Groups of files with equal content. Only files that share their length are read."""
-    by_length: dict[int, list[Path]] = defaultdict(list)
-    for path in dict.fromkeys(paths):
-        by_length[path.stat().st_size].append(path)
-    groups: list[tuple[Path, ...]] = []
-    for same_length in by_length.values():
-        if len(same_length) > 1:
-            by_content: dict[bytes, list[Path]] = defaultdict(list)
-            for path in same_length:
-                by_content[hashlib.sha256(path.read_bytes()).digest()].append(path)
-            groups += [tuple(same) for same in by_content.values() if len(same) > 1]
+
+def identical(paths: Iterable[Path]) -> list[list[Path]]:
+    """Groups of files with equal content. A file that cannot be read (any more) is in none.
+
+    Only files that share their length are opened, and only those that share their end are read whole.
+    """
+    groups = [list(dict.fromkeys(paths))]
+    for mark in (os.path.getsize, _tail, _content):
+        groups = [alike for group in groups for alike in _alike(group, mark)]
     return groups
 
 
-def refuse_leaks(train: Sequence[Placed], held_out: Sequence[Placed]) -> None:
-    """Raises DataError when a held-out picture is also trained on: its loss would measure memory."""
+def _alike(paths: Sequence[Path], mark: Callable[[Path], object]) -> list[list[Path]]:
+    found: dict[object, list[Path]] = defaultdict(list)
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found[mark(path)].append(path)
+    return [alike for alike in found.values() if len(alike) > 1]
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        return hashlib.sha256(file.read()).digest()
+
+
+def _content(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+def refuse_leaks(
+    train: Sequence[Placed], held_out: Sequence[Placed], copies: Sequence[Sequence[Path]]
+) -> None:
+    """Raises DataError when a held-out picture is also trained on: its loss would measure memory.
+
+    copies: of `identical` over all of them.
+    """
     trained = {placed.sample.path: placed.sample.id for placed in train}
-    watched = {placed.sample.path: placed.sample.id for placed in held_out}
-    leaks = [(watched[path], trained[path]) for path in watched.keys() & trained.keys()]
-    for group in identical([*trained, *watched]):
-        seen = [path for path in group if path in trained]
-        held = [path for path in group if path in watched and path not in trained]
-        leaks += [(watched[path], trained[seen[0]]) for path in held if seen]
+    twins = {
+        path: trained[one] for group in copies for path in group for one in reversed(group) if one in trained
+    }
+    learned = twins | trained
+    leaks = [
+        (placed.sample.id, learned[placed.sample.path])
+        for placed in held_out
+        if placed.sample.path in learned
+    ]
     if leaks:
-        lines = "\n".join(f"  {held} is {learned}" for held, learned in sorted(leaks)[:20])
+        lines = "\n".join(f"  {held} is {learned_as}" for held, learned_as in sorted(leaks)[:20])
         raise DataError(
             f"{len(leaks)} pictures of an eval set are also trained on, so its loss would say nothing; "
             f"move them out of one of the two sets:\n{lines}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ SUFFIXES = frozenset({
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm",
     ".pgm", ".pnm", ".heic", ".heif", ".jxl", ".jp2", ".psd",
 })  # fmt: skip
+LITTER = ("Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -30,38 +31,46 @@ class Found:
     text: Path | None
 
 
-def find(dataset: Dataset) -> tuple[list[Found], list[Rejected]]:
-    """Pictures of a folder by name, and those whose names cannot be used.
+def find(dataset: Dataset) -> tuple[list[Found], list[Rejected], Counter[str]]:
+    """Pictures of a folder by name, those whose names cannot be used, and how many other files of each kind.
 
     Recursive, links followed once, hidden files and folders skipped. A caption file belongs to every picture
-    of its stem; NFC and NFD spellings of the same name meet.
+    of its stem; NFC and NFD spellings of the same name meet, as do .txt and .TXT.
     """
     by_name: dict[str, list[Found]] = defaultdict(list)
     rejected: list[Rejected] = []
+    unread: Counter[str] = Counter()
     for folder, inside, files in _walk(dataset.instance_data_dir):
-        texts = {unicodedata.normalize("NFC", file): file for file in files if file.lower().endswith(".txt")}
-        for file in files:
-            stem, suffix = os.path.splitext(file)
+        parts = [(file, *os.path.splitext(file)) for file in sorted(files)]
+        texts = {_nfc(stem): file for file, stem, suffix in parts if suffix.lower() == ".txt"}
+        texts |= {_nfc(stem): file for file, stem, suffix in parts if suffix == ".txt"}
+        alone = set(texts)
+        for file, stem, suffix in parts:
             if suffix.lower() not in SUFFIXES:
+                unread[suffix.lower() or file] += suffix.lower() != ".txt"
                 continue
+            alone.discard(_nfc(stem))
             raw = f"{inside}/{file}" if inside else file
             if any("\ud800" <= character <= "\udfff" for character in raw):
                 detail = "the file name is not UTF-8; rename it"
                 rejected.append(Rejected(ascii(raw)[1:-1], dataset.id, "file_name", detail))
                 continue
-            beside = f"{stem}.txt"
-            text = beside if beside in files else texts.get(unicodedata.normalize("NFC", beside))
-            name = unicodedata.normalize("NFC", raw)
+            text = f"{stem}.txt" if f"{stem}.txt" in files else texts.get(_nfc(stem))
             caption = Path(folder, text) if text is not None else None
-            by_name[name].append(Found(dataset, Path(folder, file), name, caption))
-    named: list[Found] = []
+            by_name[_nfc(raw)].append(Found(dataset, Path(folder, file), _nfc(raw), caption))
+        unread[".txt without a picture"] += len(alone)
     for name, twins in by_name.items():
-        if len(twins) == 1:
-            named += twins
-            continue
-        detail = f"{len(twins)} files have this name in different Unicode spellings (NFC, NFD); rename one"
-        rejected += [Rejected(name, dataset.id, "name_twins", detail)] * len(twins)
-    return sorted(named, key=lambda item: item.name), rejected
+        if len(twins) > 1:
+            detail = (
+                f"{len(twins)} files have this name in different Unicode spellings (NFC, NFD); rename one"
+            )
+            rejected += [Rejected(name, dataset.id, "name_twins", detail)] * len(twins)
+    named = [twins[0] for _, twins in sorted(by_name.items()) if len(twins) == 1]
+    return named, rejected, +unread
+
+
+def _nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def _walk(root: Path) -> Iterator[tuple[str, str, frozenset[str]]]:
@@ -79,5 +88,5 @@ def _walk(root: Path) -> Iterator[tuple[str, str, frozenset[str]]]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = os.path.relpath(folder, root).replace(os.sep, "/")
-        shown = frozenset(file for file in files if not file.startswith("."))
+        shown = frozenset(file for file in files if not file.startswith(".") and file not in LITTER)
         yield folder, "" if inside == "." else inside, shown

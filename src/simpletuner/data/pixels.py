@@ -157,5 +157,10 @@ def _explained(path: Path, error: Exception) -> BadImage:
             start = file.read(16)
         if not start:
             return BadImage("empty_file", "the file is empty")
-        return BadImage("not_an_image", f"not a picture that can be read (starts with {ascii(start)[1:]})")
+        return BadImage(
+            "not_an_image",
+            f"not a picture that can be read (starts with {ascii(start)[1:]}); save it as PNG or JPEG",
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return BadImage("unreadable", f"cannot be read: {error.strerror}")
     return BadImage("damaged", f"cannot be decoded: {error}")

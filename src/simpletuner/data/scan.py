@@ -34,6 +34,8 @@ from simpletuner.randomness import seed_at
 READERS = 8
 CHUNK = 64
 TELL_EVERY_S = 0.5
+LISTED = 8
+ENLARGED = 1.25  # times the side, worth a word
 REMARKS = {
     "animated": "are animated; the first frame is used",
     "alpha": "have transparency, which is laid over alpha_background",
@@ -69,10 +71,15 @@ def scan(
     started = time.monotonic()
     found: list[Found] = []
     rejected: list[Rejected] = []
+    notes: list[str] = []
     for dataset in datasets:
-        named, misnamed = find(dataset)
+        named, misnamed, unread = find(dataset)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in unread.most_common(LISTED))
         if not named and not misnamed:
-            raise DataError(f"{dataset.id}: no pictures in {dataset.instance_data_dir}")
+            only = f", only {kinds}" if unread else ""
+            raise DataError(f"{dataset.id}: no pictures in {dataset.instance_data_dir}{only}")
+        if unread:
+            notes.append(f"{dataset.id}: {unread.total()} files are no pictures and are not read: {kinds}")
         found += named
         rejected += misnamed
     emit(StageStarted("scan", len(found), "pictures"))
@@ -88,12 +95,17 @@ def scan(
     rejected.sort(key=lambda item: (item.dataset, item.path))
     seconds = time.monotonic() - started
     emit(StageDone("scan", len(found), seconds, f"{len(placed)} kept, {len(rejected)} rejected"))
-    result = Scan(tuple(placed), tuple(rejected))
-    _tell(datasets, result, remarks, emit)
+    notes += [f"{name}: {count} pictures {remark}" for (name, remark), count in sorted(remarks.items())]
+    copies = identical(item.sample.path for item in placed)
+    _tell(datasets, placed, rejected, (*notes, *_shared(placed)), copies, emit)
     if rejected_path is not None:
         write_rejected(rejected_path, rejected)
-    _refuse(datasets, result, options, rejected_path)
-    return result
+    held = {dataset.id for dataset in datasets if dataset.dataset_type == "eval"}
+    trained = [item for item in placed if item.sample.dataset not in held]
+    idle = not trained and len(held) < len(datasets)
+    _refuse(len(placed), idle or not placed, rejected, options, rejected_path)
+    refuse_leaks(trained, [item for item in placed if item.sample.dataset in held], copies)
+    return Scan(tuple(placed), tuple(rejected))
 
 
 def _read_all(found: Sequence[Found], read: Callable[[Found], Read], emit: Emit) -> Iterator[Read]:
@@ -169,34 +181,49 @@ def _subsets(datasets: Sequence[Dataset], placed: list[Placed]) -> list[Placed]:
     return [item for item in placed if item.sample.id in chosen]
 
 
-def _tell(datasets: Sequence[Dataset], result: Scan, remarks: Counter[tuple[str, str]], emit: Emit) -> None:
+def _tell(
+    datasets: Sequence[Dataset],
+    placed: Sequence[Placed],
+    rejected: Sequence[Rejected],
+    notes: Sequence[str],
+    copies: Sequence[Sequence[Path]],
+    emit: Emit,
+) -> None:
     for dataset in datasets:
-        buckets = Counter(item.bucket_px for item in result.placed if item.sample.dataset == dataset.id)
-        reasons = Counter(item.reason for item in result.rejected if item.dataset == dataset.id)
+        mine = [item for item in placed if item.sample.dataset == dataset.id]
+        buckets = Counter(item.bucket_px for item in mine)
+        reasons = Counter(item.reason for item in rejected if item.dataset == dataset.id)
         table = tuple((width, height, count) for (width, height), count in sorted(buckets.items()))
         emit(DatasetScanned(dataset.id, buckets.total(), table, dict(reasons)))
         if not buckets:
             emit(Warned(f"{dataset.id}: none of its pictures can be used"))
-    for (name, remark), count in sorted(remarks.items()):
-        emit(Noted(f"{name}: {count} pictures {remark}"))
-    copies = identical(item.sample.path for item in result.placed)
+        grown = [(one.resize_px[0] / one.sample.width_px, one.sample.path.name) for one in mine]
+        grown = sorted(pair for pair in grown if pair[0] >= ENLARGED)
+        if grown:
+            most = f"{grown[-1][1]} {grown[-1][0]:.1f} times"
+            emit(Noted(f"{dataset.id}: {len(grown)} pictures are enlarged, {most}; see minimum_image_size"))
+    for note in notes:
+        emit(Noted(note))
     if copies:
         first, second = copies[0][:2]
         extra = sum(len(group) - 1 for group in copies)
         emit(Warned(f"{extra} pictures are copies of others, such as {second.name} of {first.name}"))
 
 
-def _refuse(datasets: Sequence[Dataset], result: Scan, options: DataOptions, listed: Path | None) -> None:
-    speechless = [item for item in result.rejected if item.reason == "caption_missing"]
+def _shared(placed: Sequence[Placed]) -> list[str]:
+    uses = Counter(item.sample.path for item in placed)
+    shared = [path for path, count in uses.items() if count > 1]
+    return [f"{len(shared)} pictures are in more than one dataset, such as {shared[0]}"] if shared else []
+
+
+def _refuse(
+    kept: int, idle: bool, rejected: Sequence[Rejected], options: DataOptions, listed: Path | None
+) -> None:
+    speechless = [item for item in rejected if item.reason == "caption_missing"]
     if speechless:
         how = "Write them, or set missing_caption to empty, filename or drop."
         files = listing(speechless, listed)
         raise BadSamples(f"{len(speechless)} pictures have no caption. {how}\n{files}", speechless)
-    refuse_too_many(result.rejected, len(result.placed), options.max_bad_sample_fraction, listed)
-    if not result.placed:
-        raise DataError(f"no picture is left to train on.\n{listing(result.rejected, listed)}")
-    held = {dataset.id for dataset in datasets if dataset.dataset_type == "eval"}
-    refuse_leaks(
-        [item for item in result.placed if item.sample.dataset not in held],
-        [item for item in result.placed if item.sample.dataset in held],
-    )
+    refuse_too_many(rejected, kept, options.max_bad_sample_fraction, listed)
+    if idle:
+        raise DataError(f"no picture is left to train on.\n{listing(rejected, listed)}")
