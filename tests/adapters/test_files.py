@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -210,6 +212,36 @@ def test_alpha_tensors_and_mixed_ranks_are_read_as_diffusers_reads_them(tmp_path
         up, down = (tensors[f"transformer.{name}.lora_{x}.weight"] for x in "BA")
         expected.get_submodule(name).weight.add_(up @ down * (5.0 / rank))
     assert torch.allclose(run(network), run(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_strength_in_the_header_is_read_as_diffusers_reads_it(use_rslora, tmp_path):
+    names = attention_names(tiny_chroma())
+    trained_there = tiny_chroma()
+    config = LoraConfig(r=4, lora_alpha=7, use_rslora=use_rslora, target_modules=names)
+    config.init_lora_weights = False
+    config.alpha_pattern = {"transformer_blocks.0.attn.to_q": 3}
+    trained_there.add_adapter(config)
+    pipeline(trained_there).save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(trained_there),
+        transformer_lora_adapter_metadata=config.to_dict(),
+    )
+    assert "lora_adapter_metadata" in files.describe(tmp_path).metadata
+    ours, theirs = tiny_chroma(), pipeline(tiny_chroma())
+    theirs.load_lora_weights(tmp_path)
+    files.load_into(ours, tmp_path)
+    assert (run(ours) - run(tiny_chroma())).abs().max() > 0.01
+    assert torch.allclose(run(ours), run(theirs.transformer), rtol=0, atol=2e-6)
+
+    path = tmp_path / files.layout.WEIGHTS_NAME
+    tensors, header = load_file(path), files.describe(path).metadata
+    save_file(alpha_added(tensors), path, header)
+    with pytest.raises(ModelError, match="alpha of its own and another in the header"):
+        files.describe(path)
+    save_file(tensors, path, {"lora_adapter_metadata": "[1]"})
+    with pytest.raises(ModelError, match="no JSON object"):
+        files.describe(path)
 
 
 def test_init_lora_continues_the_delta_under_another_alpha(tmp_path):

@@ -19,8 +19,6 @@ from simpletuner.errors import ModelError
 
 TOLERANCE = 1e-6
 PROBES = 8
-# diffusers takes scales from this header entry, ComfyUI does not: a file with it has two strengths.
-FORBIDDEN_METADATA = "lora_adapter_metadata"
 
 
 def save(transformer: nn.Module, path: Path, metadata: Mapping[str, str] | None = None) -> FileSummary:
@@ -35,8 +33,8 @@ def save(transformer: nn.Module, path: Path, metadata: Mapping[str, str] | None 
     if not modules:
         raise ModelError(f"nothing to save to {path}: the network has no adapter")
     header = {"format": "pt", **{key: _without_path(value) for key, value in (metadata or {}).items()}}
-    if FORBIDDEN_METADATA in header:
-        raise ModelError(f"{FORBIDDEN_METADATA} must not be in the header: loaders disagree about it")
+    if layout.HEADER_CONFIG in header:
+        raise ModelError(f"{layout.HEADER_CONFIG} must not be in the header: loaders disagree about it")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(_tensors(modules), temporary, metadata=header)
@@ -129,13 +127,14 @@ def _relative_error(module: AdaptedLinear, applied: Factors) -> float:
 
 def _live_product(module: AdaptedLinear, probes: Tensor) -> tuple[Tensor, float]:
     """delta W p from the module's own parameters, and the size of its larger term."""
-    probes = probes.to(module.down.device)
     terms: list[tuple[Tensor, Tensor]] = [(module.down, module.up)]
     if isinstance(module, LoraLinear) and module.start_down is not None and module.start_up is not None:
         terms.append((module.start_down, module.start_up))
-    products = [module.scale * (up.double() @ (down.double() @ probes)) for down, up in terms]
+    # On the CPU: MPS has no float64.
+    wide = [(down.to("cpu").double(), up.to("cpu").double()) for down, up in terms]
+    products = [module.scale * (up @ (down @ probes)) for down, up in wide]
     total = products[0] - products[1] if len(products) == 2 else products[0]
-    return total.cpu(), max(float(product.abs().max()) for product in products)
+    return total, max(float(product.abs().max()) for product in products)
 
 
 def _without_path(value: str) -> str:

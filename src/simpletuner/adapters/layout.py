@@ -5,8 +5,12 @@ Alpha is folded into B, so that a reader that knows of no alpha applies the delt
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -17,6 +21,8 @@ from simpletuner.errors import ModelError
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."
+# PEFT's configuration in a file's header: diffusers takes scales from it, ComfyUI does not see it.
+HEADER_CONFIG = "lora_adapter_metadata"
 DOWN, UP, MAGNITUDE, ALPHA = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".alpha"
 
 # A part of a key that gives another program's layout away -> what to call it in the refusal.
@@ -91,7 +97,8 @@ def read(path: Path) -> tuple[dict[str, Factors], FileSummary]:
                 f"(with {MAGNITUDE} and {ALPHA} where used)"
             )
         parts.setdefault(key[len(PREFIX) : -len(suffix)], {})[suffix] = tensor
-    factors = {name: _factors(path, name, found) for name, found in sorted(parts.items())}
+    config = _header_config(path, metadata)
+    factors = {name: _factors(path, name, found, config) for name, found in sorted(parts.items())}
     doras = {one.magnitude is not None for one in factors.values()}
     if len(doras) != 1:
         raise ModelError(f"{path} " + ("mixes LoRA and DoRA modules" if doras else "holds no LoRA weights"))
@@ -115,14 +122,30 @@ def _refuse_foreign(path: Path, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def _factors(path: Path, name: str, parts: dict[str, Tensor]) -> Factors:
+def _header_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        fields = json.loads(metadata.get(HEADER_CONFIG, "{}"))
+        return {key[len(PREFIX) :]: value for key, value in fields.items() if key.startswith(PREFIX)}
+    except (ValueError, AttributeError):
+        raise ModelError(f"{path}: {HEADER_CONFIG} in its header is no JSON object") from None
+
+
+def _factors(path: Path, name: str, parts: dict[str, Tensor], config: Mapping[str, Any]) -> Factors:
+    """config: of the header, empty in most files; its alpha then stands for the alpha tensors."""
     for needed in (DOWN, UP):
         if needed not in parts:
             raise ModelError(f"{path}: {PREFIX}{name} has no {needed[1:]}")
     down, up = parts[DOWN].to(torch.float32), parts[UP].to(torch.float32)
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
         raise ModelError(f"{path}: {name}: shapes {tuple(down.shape)} and {tuple(up.shape)} are no LoRA pair")
+    if ALPHA in parts and config:
+        raise ModelError(f"{path}: {name} has an alpha of its own and another in the header")
+    rank = down.shape[0]
     if ALPHA in parts:
-        up = up * (float(parts[ALPHA]) / down.shape[0])
-    magnitude = parts[MAGNITUDE].to(torch.float32) if MAGNITUDE in parts else None
-    return Factors(down, up, magnitude)
+        up = up * (float(parts[ALPHA]) / rank)
+    elif "lora_alpha" in config:
+        patterns = (config.get("alpha_pattern") or {}).items()
+        own = (alpha for pattern, alpha in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name))
+        alpha = float(next(own, config["lora_alpha"]))
+        up = up * (alpha / (rank**0.5 if config.get("use_rslora") else rank))
+    return Factors(down, up, parts[MAGNITUDE].to(torch.float32) if MAGNITUDE in parts else None)
