@@ -170,16 +170,20 @@ def _principal(name: str, module: LoraLinear, options: AdapterOptions, seed: int
         raise ConfigError(
             f"lora_init_type = {options.lora_init_type!r}: lora_rank <= {min(base.weight.shape)} in {name}"
         )
-    weight = base.weight.to(torch.promote_types(base.weight.dtype, torch.float32))
+    # MPS has neither decomposition. The sketch is the CPU's everywhere: a run that moves keeps its start.
+    weight = base.weight.to("cpu") if base.weight.device.type == "mps" else base.weight
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if options.lora_init_type == "olora":
         q, r = torch.linalg.qr(weight)
         return r[:rank], q[:, :rank]
-    cuda = [weight.device] if weight.is_cuda else []
-    with torch.random.fork_rng(devices=cuda):  # svd_lowrank takes no generator
-        torch.manual_seed(seed_at(seed, "lora_init", name))
-        u, s, v = torch.svd_lowrank(weight, q=min(rank + 8, *weight.shape), niter=4)
+    generator = torch.Generator().manual_seed(seed_at(seed, "lora_init", name))
+    wide = min(rank + 8, *weight.shape)
+    basis = torch.randn(weight.shape[1], wide, generator=generator).to(weight)
+    for _ in range(5):  # subspace iteration, algorithm 4.4 of Halko, Martinsson and Tropp 2011
+        basis = torch.linalg.qr(weight.t() @ torch.linalg.qr(weight @ basis).Q).Q
+    u, s, v = torch.linalg.svd(weight @ basis, full_matrices=False)
     root = (s[:rank] / module.scale).sqrt()
-    return root[:, None] * v[:, :rank].t(), u[:, :rank] * root
+    return root[:, None] * (v @ basis.t())[:rank], u[:, :rank] * root
 
 
 def _continue_from(path: Path, modules: Mapping[str, AdaptedLinear], options: AdapterOptions) -> None:
