@@ -124,13 +124,14 @@ def save(
         if target.exists():
             set_aside(target)
         os.replace(work, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the latter inside save_file
         shutil.rmtree(work, ignore_errors=True)
-        raise DiskFull(f"{target} could not be written: {error.strerror or error}") from error
+        raise DiskFull(f"{target} could not be written ({error}); earlier ones are untouched") from error
     _sync(run_dir)
     for old in existing(run_dir)[keep:]:
         if old != target and step_of(old) != best:
-            shutil.rmtree(old)
+            leaving = old.rename(run_dir / f".removing-{old.name}")  # half a folder is never seen as one
+            shutil.rmtree(leaving)
     return target
 
 
@@ -153,9 +154,10 @@ def _write(work: Path, snapshot: Snapshot, extra: Callable[[Path], None] | None)
 
 
 def sweep(run_dir: Path) -> None:
-    """Remove half-written checkpoints of processes that were killed (the run lock is ours)."""
-    for leftover in run_dir.glob(".writing-checkpoint-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Remove what killed processes had half written or half removed (the run lock is ours)."""
+    for pattern in (".writing-checkpoint-*", ".removing-checkpoint-*"):
+        for leftover in run_dir.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> Path:
@@ -176,26 +178,42 @@ def newest_sound(run_dir: Path, emit: Emit) -> Path | None:
     return None
 
 
-def load(folder: Path) -> Snapshot:
-    """Read a verified checkpoint. CheckpointError when it is damaged or of an unknown format."""
+def verify(folder: Path) -> None:
+    """CheckpointError when it is damaged, or no checkpoint at all."""
     if not (folder / "manifest.json").is_file():
         raise CheckpointError(f"{folder} is not a checkpoint: it holds no manifest.json")
     if (reason := damage(folder)) is not None:
         raise CheckpointError(f"{folder} is damaged: {reason}")
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def load(folder: Path) -> Snapshot:
+    """Verify and read a checkpoint. CheckpointError when it is damaged or of an unknown format."""
+    verify(folder)
+    state = read_state(folder)
+    step: int = state["step"]  # type: ignore[assignment]
+    return Snapshot(step, read_tensors(folder), state)
+
+
+def read_state(folder: Path) -> dict[str, object]:
+    """What a verified checkpoint says of itself. CheckpointError when its format is unknown."""
+    state: dict[str, object] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder} has format {state.get('format')}; this version reads format {FORMAT}"
         )
+    return state
+
+
+def read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a verified checkpoint: file stem -> name -> tensor."""
     try:
-        tensors = {
+        return {
             stem: load_file(folder / f"{stem}.safetensors")
             for stem in ("weights", "optimizer", "ema")
             if (folder / f"{stem}.safetensors").is_file()
         }
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    return Snapshot(state["step"], tensors, state)
 
 
 def flatten_optimizer(state_dict: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, object]]:

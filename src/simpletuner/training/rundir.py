@@ -11,9 +11,12 @@ control/        a file named stop, save or validate asks the running process for
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -59,7 +62,7 @@ class RunFolder:
             (self.path / "control").mkdir(exist_ok=True)
             probe = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            if error.errno == 28:
+            if error.errno == errno.ENOSPC:
                 raise DiskFull(f"output_dir = {self.path}: no space left on the disk") from error
             reason = f"output_dir = {self.path} cannot be written to: {error.strerror}; choose another folder"
             raise ConfigError(reason) from error
@@ -73,8 +76,9 @@ class RunFolder:
                 "wait for it, stop it, or choose another output_dir"
             ) from error
         self._lock = probe
-        os.ftruncate(probe, 0)
-        os.write(probe, f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+        with contextlib.suppress(OSError):  # for people only; a full disk is told where it matters
+            os.ftruncate(probe, 0)
+            os.write(probe, f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
         for name in CONTROLS:
             (self.path / "control" / name).unlink(missing_ok=True)
         (self.path / "exit.json").unlink(missing_ok=True)
@@ -118,11 +122,15 @@ class RunFolder:
         names = [entry.name for entry in earlier]
         if not any(name.startswith("checkpoint-") or name.endswith(".safetensors") for name in names):
             return None
+        return self.set_aside(earlier)
+
+    def set_aside(self, entries: Sequence[Path]) -> Path:
+        """Move entries of this folder into a new earlier-N/."""
         number = 1
         while (self.path / f"earlier-{number}").exists():
             number += 1
         target = self.path / f"earlier-{number}"
         target.mkdir()
-        for entry in earlier:
+        for entry in entries:
             entry.rename(target / entry.name)
         return target
