@@ -24,7 +24,7 @@ def validator(run_dir: Path, events: list[Event], guidance: float = 2.0, identit
         pictures(PROMPTS, [(32, 16)], 1, 42),
         Settings(4, guidance, "toy", identity),
         rows_of,
-        decode,
+        lambda: decode,
         run_dir,
         events.append,
     )

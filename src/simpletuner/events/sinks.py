@@ -44,7 +44,7 @@ def fan_out(sinks: Sequence[Sink]) -> Emit:
 
     def emit(event: Event) -> None:
         with lock:
-            failed = [(sink, why) for sink in listening if (why := _failure(partial(sink, event)))]
+            failed = [(sink, why) for sink in listening if (why := failure_of(partial(sink, event)))]
             for sink, _ in failed:
                 listening.remove(sink)
             for sink, why in failed:
@@ -55,11 +55,12 @@ def fan_out(sinks: Sequence[Sink]) -> Emit:
 
 def close_all(sinks: Sequence[ClosingSink]) -> list[str]:
     """Close every one; what went wrong is returned, one line each."""
-    failures = [(sink, _failure(sink.close)) for sink in sinks]
+    failures = [(sink, failure_of(sink.close)) for sink in sinks]
     return [f"{_name(sink)} did not close: {why}" for sink, why in failures if why]
 
 
-def _failure(action: Callable[[], object]) -> str:
+def failure_of(action: Callable[[], object]) -> str:
+    """Act; what went wrong in one line, empty when nothing did. For what may never end a run."""
     try:
         action()
     except Exception as error:  # outer edge: no tracker's failure may end a run

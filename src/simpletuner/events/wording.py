@@ -81,7 +81,7 @@ def describe(event: types.Event) -> str:
         case types.SheetSaved():
             return f"step {event.step}: contact sheet {event.path}"
         case types.Evaluated():
-            best = ", the best so far" if event.best else ""
+            best = ", the best so far" if event.best and event.step else ""
             change = f"change {event.change:+.4f} ± {event.change_se:.4f}"
             return f"step {event.step}: {event.split} loss ({event.dataset}) {event.loss:.4f}, {change}{best}"
         case types.Finished():

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from simpletuner.config.compare import training_difference
 from simpletuner.config.schema import CheckpointOptions
 from simpletuner.errors import CheckpointError
 from simpletuner.events.types import Emit, Saved, Warned
 from simpletuner.training import checkpoint
 from simpletuner.training.ema import Ema
 from simpletuner.training.optimizers import optimizer_mode
+from simpletuner.training.resume import Origin
 from simpletuner.training.rundir import RunFolder
 
 Export = Callable[[Path], None]
@@ -43,8 +44,11 @@ class Keeper:
     export: Export
     best_step: Callable[[], int | None]
     emit: Emit
+    _saved_step: int | None = field(default=None, init=False)
 
     def save(self, step: int) -> None:
+        if step == self._saved_step:
+            return
         started = time.perf_counter()
         optimizer_mode(self.optimizer, training=True)
         tensors: dict[str, dict[str, Tensor]] = {"weights": {n: p.data for n, p in self.trained.items()}}
@@ -60,6 +64,7 @@ class Keeper:
         keep = self.options.checkpoints_total_limit
         path = checkpoint.save(self.folder.path, snapshot, self._export, keep, best)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        self._saved_step = step
         self.emit(Saved(step, path.name, time.perf_counter() - started, size))
 
     def _export(self, folder: Path) -> None:
@@ -67,56 +72,23 @@ class Keeper:
         self.export(folder)
         optimizer_mode(self.optimizer, training=True)
 
-    def resume(self) -> int:
-        """Restore the checkpoint the options name; returns its step, 0 for a fresh start."""
-        found = self._find()
-        if found is None:
-            return 0
-        snapshot = checkpoint.load(found)
-        self._compare(found, snapshot.state)
-        self._restore(found, snapshot)
-        return snapshot.step
-
-    def _find(self) -> Path | None:
-        wanted = self.options.resume_from_checkpoint
-        if wanted == "never":  # run.py has moved earlier results aside before any file was opened
-            return None
-        if wanted in ("latest", "must"):
-            found = checkpoint.newest_sound(self.folder.path, self.emit)
-            if found is None and wanted == "must":
-                raise CheckpointError(
-                    f"resume_from_checkpoint = must, and {self.folder.path} has no checkpoint"
-                )
-            return found
-        for candidate in (Path(wanted), self.folder.path / wanted):
-            if candidate.is_dir():
-                return candidate
-        known = ", ".join(path.name for path in checkpoint.existing(self.folder.path)) or "none"
-        raise CheckpointError(f"resume_from_checkpoint = {wanted!r} does not exist; here: {known}")
-
-    def _compare(self, found: Path, state: Mapping[str, object]) -> None:
-        old: dict[str, object] = state["config"]  # type: ignore[assignment]
-        differences = training_difference(old, self.config)
-        saved: Mapping[str, str] = state["identity"]  # type: ignore[assignment]
-        differences += [
-            f"{what}: the checkpoint was made with {saved.get(what)!r}, now it is {value!r}"
-            for what, value in self.identity.items()
-            if saved.get(what) != value
+    def restore(self, origin: Origin) -> None:
+        """Go on from a checkpoint. Later ones here belong to steps that are done anew: moved aside."""
+        origin.compare_identity(self.identity, self.emit)
+        self._restore(origin.folder, origin.state, checkpoint.read_tensors(origin.folder))
+        here = origin.folder.parent == self.folder.path.resolve()
+        self._saved_step = origin.step if here else None
+        later = [
+            folder
+            for folder in checkpoint.existing(self.folder.path)
+            if checkpoint.step_of(folder) >= origin.step + here
         ]
-        if not differences:
-            return
-        listed = "".join(f"\n  {line}" for line in differences)
-        if self.options.resume_from_checkpoint in ("latest", "must"):
-            raise CheckpointError(
-                f"{found} was made by another training:{listed}\n"
-                "To begin anew keep it and choose another output_dir, or say --resume_from_checkpoint=never "
-                f"(earlier results are moved aside); to go on in spite of it say "
-                f"--resume_from_checkpoint={found.name}"
-            )
-        self.emit(Warned(f"going on from {found} although it was made by another training:{listed}"))
+        if later:
+            names = ", ".join(folder.name for folder in later)
+            self.emit(Warned(f"{names} will be made anew; until now's are in {self.folder.set_aside(later)}"))
 
-    def _restore(self, found: Path, snapshot: checkpoint.Snapshot) -> None:
-        weights = snapshot.tensors["weights"]
+    def _restore(self, found: Path, state: Mapping[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        weights = tensors["weights"]
         unlike = sorted(
             name
             for name in weights.keys() | self.trained.keys()
@@ -132,17 +104,17 @@ class Keeper:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(weights[name])
-        rest: Mapping[str, object] = snapshot.state["optimizer"]  # type: ignore[assignment]
-        tensors = snapshot.tensors.get("optimizer", {})
         try:
-            restored = checkpoint.unflatten_optimizer(tensors, rest, self.optimizer.state_dict())
-            self.optimizer.load_state_dict(restored)
+            self.optimizer.load_state_dict(
+                checkpoint.unflatten_optimizer(
+                    tensors.get("optimizer", {}), state["optimizer"], self.optimizer.state_dict()
+                )
+            )
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{found} holds the state of another optimizer ({error})") from error
-        if self.ema is not None and "ema" in snapshot.tensors:
-            counters: dict[str, object] = snapshot.state["ema"]  # type: ignore[assignment]
-            self.ema.load_state_dict({**counters, "shadow": snapshot.tensors["ema"]})
-        companions: Mapping[str, Mapping[str, object]] = snapshot.state["companions"]  # type: ignore[assignment]
+        if self.ema is not None:  # begun late, the average begins at the weights of that moment
+            shadow = tensors.get("ema", {name: weight.float() for name, weight in weights.items()})
+            self.ema.load_state_dict({**state.get("ema", {"updates": 0}), "shadow": shadow})
         for name, (_, put) in self.companions.items():
-            if name in companions:
-                put(companions[name])
+            if name in state["companions"]:
+                put(state["companions"][name])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from simpletuner.cache.types import Batch
 from simpletuner.config.schema import FlowOptions, OptimizerOptions
 from simpletuner.errors import Stopped, TrainingDiverged
-from simpletuner.events.types import Emit, Resumed, Stepped, Warned
+from simpletuner.events.types import Emit, Stepped, Warned
 from simpletuner.flow.densities import draw_sigmas
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import seed_at
@@ -38,31 +38,39 @@ class Plan:
     patience: int
 
     def epoch(self, step: int) -> int:
+        """Whole epochs behind after `step` steps."""
         return step * self.accumulation // self.batches_per_epoch
+
+
+Action = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Every:
-    """Something done at step 0, every `interval` steps, and at the end."""
+    """Something done at step 0, whenever `count` of the step goes up, and at the end.
 
-    interval: int | None
-    action: Callable[[int], None]
+    An action that is done already for a step does nothing: a resumed run asks for what was due once more.
+    """
+
+    count: Callable[[int], int]
+    action: Action
     at_start: bool = False
     at_end: bool = True
 
     def due(self, step: int, total: int) -> bool:
         if step == 0:
             return self.at_start
-        if step == total:
+        if step >= total:
             return self.at_end
-        return self.interval is not None and step % self.interval == 0
+        return self.count(step) > self.count(step - 1)
 
 
 @dataclass
 class Parts:
     """What the loop works with; made by build.py.
 
-    sizes: of a micro-batch, its samples and the image tokens of each.
+    sizes: of a micro-batch, its samples and the image tokens of each. resumed_step: steps that are behind.
+    asked: what somebody asks to be done now. skipped: steps in a row without an update.
     """
 
     family: ModelFamily
@@ -79,43 +87,46 @@ class Parts:
     learning_rate: Callable[[int], float]
     batch: Callable[[int], Batch]
     sizes: Callable[[int], tuple[int, int]]
-    resume: Callable[[], int]
-    save: Callable[[int], None]
+    resumed_step: int
+    save: Action
     every: tuple[Every, ...]
+    asked: Callable[[], list[Action]]
     stop_requested: Callable[[], bool]
-    attend: Callable[[int], None]
     emit: Emit
-    skipped: list[int] = field(default_factory=list)
+    skipped: int = 0
 
 
 def train(parts: Parts) -> int:
-    """Run to the last step and return it. Stopped when asked to leave: saved, and resumable."""
-    step = parts.resume()
-    if step:
-        parts.emit(Resumed(step, f"checkpoint-{step}"))
-    if step in (0, parts.plan.total_steps):
+    """Run to the last step and return it. Stopped when asked to leave: saved, and resumable.
+
+    Whatever is drawn or measured between steps may raise Stopped too; the resumed run does it again.
+    """
+    step, total = parts.resumed_step, parts.plan.total_steps
+    try:
         tell(parts, step)
-    while step < parts.plan.total_steps:
-        done = train_step(parts, step)
-        step += 1
-        parts.emit(done)
-        tell(parts, step)
-        parts.attend(step)
-        if parts.stop_requested() and step < parts.plan.total_steps:
+        while step < total:
+            done = train_step(parts, step)
+            step += 1
+            parts.emit(done)
+            tell(parts, step)
+            if parts.stop_requested() and step < total:
+                raise Stopped
+    except Stopped:
+        if step:
             parts.save(step)
-            raise Stopped(f"stopped after step {step} of {parts.plan.total_steps}; the same command goes on")
+        raise Stopped(f"stopped after step {step} of {total}; the same command goes on") from None
     return step
 
 
 def tell(parts: Parts, step: int) -> None:
-    """Save, validate, evaluate: whatever is due after `step` steps, with evaluation weights."""
-    due = [every for every in parts.every if every.due(step, parts.plan.total_steps)]
-    if not due:
-        return
-    for every in due:
-        optimizer_mode(parts.optimizer, training=False)
-        every.action(step)
-    optimizer_mode(parts.optimizer, training=True)
+    """Save, validate, evaluate: whatever is due or asked for after `step` steps, with evaluation weights."""
+    due = [every.action for every in parts.every if every.due(step, parts.plan.total_steps)]
+    try:
+        for action in (*due, *parts.asked()):
+            optimizer_mode(parts.optimizer, training=False)
+            action(step)
+    finally:
+        optimizer_mode(parts.optimizer, training=True)
 
 
 def train_step(parts: Parts, step: int) -> Stepped:
@@ -130,15 +141,18 @@ def train_step(parts: Parts, step: int) -> Stepped:
     rate = parts.learning_rate(step)
     for group in parts.optimizer.param_groups:
         group["lr"] = rate
-    total, seen, used = 0.0, 0, []
+    shares: list[Tensor] = []
+    seen, used = 0, []
     for number in numbers:
         batch = parts.batch(number)
         sigma = sigmas[seen : seen + len(batch.visit_keys)]
         seen += len(batch.visit_keys)
         used += list(zip(batch.sample_ids, sigma.tolist(), strict=True))
-        total += backward(parts, batch, sigma, count, number)
+        shares.append(backward(parts, batch, sigma, count, number))
+    total = sum(torch.stack(shares).tolist())  # the device is waited for once a step, not once a micro-batch
     norm = clip_gradients([parameter for _, parameter in parts.trained], parts.clipping)
     if math.isfinite(total) and math.isfinite(norm):
+        parts.skipped = 0
         parts.optimizer.step()
         if parts.ema is not None:
             parts.ema.update(step)
@@ -150,7 +164,7 @@ def train_step(parts: Parts, step: int) -> Stepped:
     return Stepped(step + 1, plan.total_steps, plan.epoch(step), total, rate, norm, seconds, count, memory)
 
 
-def backward(parts: Parts, batch: Batch, sigma: Tensor, count: int, number: int) -> float:
+def backward(parts: Parts, batch: Batch, sigma: Tensor, count: int, number: int) -> Tensor:
     """Add one micro-batch's share of the gradient; returns its share of the loss."""
     if parts.uses_dropout:
         torch.manual_seed(seed_at(parts.seed, "dropout", number))
@@ -161,15 +175,15 @@ def backward(parts: Parts, batch: Batch, sigma: Tensor, count: int, number: int)
         )
     loss = each.sum() / count
     loss.backward()
-    return loss.item()
+    return loss.detach()
 
 
 def refuse(parts: Parts, step: int, loss: float, norm: float, used: list[tuple[str, float]]) -> None:
     """Skip the update; beyond `nonfinite_loss_patience` such steps in a row, stop and name the samples."""
-    parts.skipped[:] = [*[s for s in parts.skipped if s == step - len(parts.skipped)], step]
+    parts.skipped += 1
     samples = ", ".join(f"{name} (sigma {sigma:.4f})" for name, sigma in used)
     what = f"step {step + 1}: loss {loss}, gradient norm {norm}; samples: {samples}"
-    if len(parts.skipped) > parts.plan.patience:
+    if parts.skipped > parts.plan.patience:
         raise TrainingDiverged(
             f"{what}. The last checkpoint is untouched. Lower learning_rate, or look at these pictures"
         )

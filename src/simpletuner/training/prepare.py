@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -90,8 +91,9 @@ def prepare(
     folder: RunFolder,
     device: Device,
     emit: Emit,
+    closing: ExitStack,
 ) -> Prepared:
-    """texts: what else must be encoded besides the captions (validation prompts)."""
+    """texts: what else must be encoded besides the captions . closing: gets the caches."""
     listed = folder.path / "rejected.jsonl"
     scanned = scan([*backends.train, *backends.eval], run.data, run.training.seed, emit, rejected_path=listed)
     if scanned.rejected:
@@ -105,8 +107,10 @@ def prepare(
     text_fingerprint = family.text_fingerprint(source, run.model)
     vae_fingerprint = family.vae_fingerprint(source, run.model)
     shard_mib = run.cache.cache_shard_mib
-    text = Store(backends.text_cache_dir or root / "text", text_fingerprint, emit, shard_mib)
-    latents = Store(root / "vae", vae_fingerprint, emit, shard_mib)
+    text = closing.enter_context(
+        Store(backends.text_cache_dir or root / "text", text_fingerprint, emit, shard_mib)
+    )
+    latents = closing.enter_context(Store(root / "vae", vae_fingerprint, emit, shard_mib))
 
     captions = sorted({"", *texts, *(caption for item in scanned.placed for caption in item.sample.captions)})
 

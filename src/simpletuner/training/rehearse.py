@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -154,18 +155,15 @@ def part(
         if isinstance(event, StageDone):
             stages.append(f"{event.stage} {event.done}")
 
-    with RunFolder(Path(run.training.output_dir)) as folder:
+    with RunFolder(Path(run.training.output_dir)) as folder, ExitStack() as closing:
 
         def stop() -> bool:
             return bool(last) and last[-1].step == stop_after
 
-        built = build(run, backends, base_dir, folder, stop, emit)
         try:
-            loop.train(built.parts)
+            loop.train(build(run, backends, base_dir, folder, stop, emit, closing))
         except Stopped:
             return f"{', '.join(stages)}; loss {last[-1].loss:.3f}"
-        finally:
-            built.close()
     return f"loss {last[-1].loss:.3f}"
 
 

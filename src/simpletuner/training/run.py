@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import torch
+from safetensors import SafetensorError
 
 from simpletuner.config.load import Loaded, resolved
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.dataset import Backends
-from simpletuner.errors import SimpleTunerError, Stopped
+from simpletuner.errors import DiskFull, SimpleTunerError, Stopped
 from simpletuner.events import trackers, webhook
 from simpletuner.events.log import EventLog
 from simpletuner.events.report import write_report
-from simpletuner.events.sinks import ClosingSink, Sink, close_all, fan_out
+from simpletuner.events.sinks import ClosingSink, Sink, close_all, failure_of, fan_out, silent
 from simpletuner.events.terminal import Terminal
-from simpletuner.events.types import Emit, Event, Failed, Finished, Noted, Resumed, Stepped
+from simpletuner.events.types import (
+    Emit,
+    Event,
+    Failed,
+    Finished,
+    Noted,
+    Resumed,
+    StageProgress,
+    StageStarted,
+    Stepped,
+    Warned,
+)
 from simpletuner.training import loop
 from simpletuner.training.build import build
 from simpletuner.training.rundir import RunFolder
@@ -31,12 +45,17 @@ DEFAULTS = resolved(RunConfig())
 
 
 class StopFlag:
-    """Set by Ctrl-C, SIGTERM or SIGUSR1; the loop leaves after the step. A second signal leaves at once."""
+    """Set by Ctrl-C, SIGTERM, SIGUSR1 or the file control/stop. A second signal leaves at once.
 
-    def __init__(self) -> None:
+    The loop leaves after the step; caches, pictures and held-out loss are left where they are.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
         self.requested = False
 
     def __call__(self) -> bool:
+        self.requested = self.requested or self._folder.take_control("stop")
         return self.requested
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -44,7 +63,7 @@ class StopFlag:
             raise KeyboardInterrupt
         self.requested = True
         name = signal.Signals(number).name
-        print(f"\n{name}: saving after this step; once more to leave at once", file=sys.stderr, flush=True)
+        print(f"\n{name}: saving and leaving; once more to leave at once", file=sys.stderr, flush=True)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -70,19 +89,31 @@ class Position:
 
 def train(loaded: Loaded, backends: Backends) -> int:
     """Train to the end: 0. Errors are raised after exit.json and events.jsonl have told of them."""
-    run = loaded.run
-    path = Path(run.training.output_dir).expanduser().absolute()
-    with RunFolder(path) as folder, ExitStack() as closing:
-        earlier = folder.set_aside_earlier() if run.checkpoint.resume_from_checkpoint == "never" else None
-        folder.write_config(resolved(run))
-        position = Position()
-        emit = fan_out([position, *sinks(run, folder, closing)])
-        for note in (*loaded.notes, *backends.notes):
-            emit(Noted(note))
-        if earlier is not None:
-            emit(Noted(f"resume_from_checkpoint = never: earlier results are now in {earlier}"))
-        base_dir = loaded.source.parent if loaded.source else Path.cwd()
-        return work(run, backends, base_dir, folder, position, emit)
+    folder = RunFolder(Path(loaded.run.training.output_dir).expanduser().absolute())
+    stop, position, started = StopFlag(folder), Position(), time.monotonic()
+    emit: Emit = silent
+    with stop.installed(), folder, ExitStack() as closing:
+        try:
+            earlier = None
+            if loaded.run.checkpoint.resume_from_checkpoint == "never":
+                earlier = folder.set_aside_earlier()
+            emit = fan_out([position, *sinks(loaded.run, folder, closing)])
+            for note in (*loaded.notes, *backends.notes):
+                emit(Noted(note))
+            if earlier is not None:
+                emit(Noted(f"resume_from_checkpoint = never: earlier results are now in {earlier}"))
+            work(loaded, backends, folder, stop, emit)
+        except BaseException as error:  # the outermost edge: nothing may end without exit.json saying how
+            known = explained(error)
+            if known is None:
+                with folder.log.open("a", encoding="utf-8") as log:
+                    traceback.print_exception(error, file=log)
+            end(folder, position.step, time.monotonic() - started, known or error, emit)
+            if known is None or known is error:
+                raise
+            raise known from error
+        end(folder, position.step, time.monotonic() - started, None, emit)
+    return 0
 
 
 def sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[Sink]:
@@ -106,48 +137,47 @@ def sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[Sink]:
     return [*everyone]
 
 
-def work(
-    run: RunConfig, backends: Backends, base_dir: Path, folder: RunFolder, position: Position, emit: Emit
-) -> int:
-    """Build, train, and write how it ended whatever happens."""
-    started = time.monotonic()
-    stop = StopFlag()
-    try:
-        with stop.installed():
-            built = build(run, backends, base_dir, folder, stop, emit)
-            try:
-                last = loop.train(built.parts)
-            finally:
-                built.close()
-    except Stopped as stopped:
-        emit(Finished(position.step, time.monotonic() - started, "stopped"))
-        folder.write_exit(stopped.exit_code, "stopped", position.step, str(stopped))
-        raise
-    except BaseException as error:  # the outermost edge: nothing may end without exit.json saying how
-        reason = out_of_memory(error) or str(error) or type(error).__name__
-        code = error.exit_code if isinstance(error, SimpleTunerError) else 1
-        emit(Failed(position.step, reason, code))
-        folder.write_exit(code, "failed", position.step, reason)
-        if not isinstance(error, SimpleTunerError):
-            with folder.log.open("a", encoding="utf-8") as log:
-                traceback.print_exception(error, file=log)
-        raise
-    finally:
-        write_report(folder.path, DEFAULTS)
-    emit(Finished(last, time.monotonic() - started, "done"))
-    emit(Noted(f"report: {write_report(folder.path, DEFAULTS)}"))
+def work(loaded: Loaded, backends: Backends, folder: RunFolder, stop: StopFlag, emit: Emit) -> None:
+    """Build and train; whoever tells of progress hears of a wish to stop."""
+
+    def tell(event: Event) -> None:
+        emit(event)
+        if isinstance(event, (StageStarted, StageProgress)) and stop():
+            raise Stopped("stopped before the first step; the same command goes on")
+
+    base_dir = loaded.source.parent if loaded.source else Path.cwd()
+    with ExitStack() as opened:
+        loop.train(build(loaded.run, backends, base_dir, folder, stop, tell, opened))
+
+
+def end(folder: RunFolder, step: int, seconds: float, error: BaseException | None, emit: Emit) -> None:
+    """Tell how it ended: events, report, exit.json. What cannot be written does not hide the reason."""
+    code = error.exit_code if isinstance(error, SimpleTunerError) else int(error is not None)
+    message = "" if error is None else str(error) or type(error).__name__
+    status = "done" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
+    emit(Failed(step, message, code) if status == "failed" else Finished(step, seconds, status))
+    why = failure_of(partial(write_report, folder.path, DEFAULTS))
+    emit(Warned(f"no report.html: {why}") if why else Noted(f"report: {folder.path / 'report.html'}"))
     sheet = folder.path / "images" / "before_after.png"
-    if sheet.exists():
+    if status == "done" and sheet.exists():
         emit(Noted(f"before and after: {sheet}"))
-    folder.write_exit(0, "done", last)
-    return 0
+    why = failure_of(partial(folder.write_exit, code, status, step, message))
+    if why:
+        emit(Warned(f"no exit.json: {why}"))
 
 
-def out_of_memory(error: BaseException) -> str | None:
-    """What to change when the device ran out of memory."""
-    if not isinstance(error, torch.OutOfMemoryError):
-        return None
-    return (
-        f"out of memory: {str(error).splitlines()[0]} The last checkpoint is kept. "
-        "Use gradient_checkpointing, a smaller resolution or train_batch_size"
-    )
+def explained(error: BaseException) -> SimpleTunerError | None:
+    """The failure in a person's words; None for a mistake of this program, which needs its traceback."""
+    if isinstance(error, SimpleTunerError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped("left at once; the same command goes on from the last checkpoint")
+    if isinstance(error, torch.OutOfMemoryError):
+        return SimpleTunerError(
+            f"out of memory: {str(error).splitlines()[0]} The last checkpoint is kept. "
+            "Use gradient_checkpointing, a smaller resolution or train_batch_size"
+        )
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or (isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)):
+        return DiskFull(f"the disk is full ({error}); checkpoints are kept. Make room and go on")
+    return None

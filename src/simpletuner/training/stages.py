@@ -10,7 +10,7 @@ from torch import nn
 
 from simpletuner.cache.latents import Filled
 from simpletuner.config.schema import RunConfig
-from simpletuner.events.types import Emit
+from simpletuner.events.types import Emit, Noted
 from simpletuner.training.prepare import Prepared, part
 from simpletuner.validation.component import BASE_STEP, Validator
 from simpletuner.validation.heldout import HeldOut, HeldOutSet, choose, fixed_batches
@@ -63,11 +63,20 @@ class Evaluation:
     emit: Emit
 
     def run(self, step: int) -> None:
+        if step == self.heldout.last_step:
+            return
         with nullcontext() if self.average is None or step == BASE_STEP else self.average():
             self.heldout.run(self.transformer, step, self.emit)
 
     def best_step(self) -> int | None:
         return self.heldout.best_step
+
+    def conclude(self, step: int) -> None:
+        """Say where to stop."""
+        best, loss = self.heldout.best_step, self.heldout.best_loss
+        if best is not None:
+            where = f"step {best} (checkpoint-{best})" if best else "step 0: training did not lower it"
+            self.emit(Noted(f"lowest held-out loss {loss:.4f} at {where}"))
 
 
 def heldout_of(run: RunConfig, prepared: Prepared, inference: Inference) -> HeldOut | None:

@@ -25,14 +25,15 @@ class Validator:
     """Draws a run's pictures and keeps its sheets up to date.
 
     pictures: as `prompts.pictures` lists them. rows: a text to its (L, D) rows, from the text cache.
-    decode: latents (1, C, H, W) to pixels (1, 3, H px, W px); it may load the VAE on first use.
+    decoder: makes the function from latents (1, C, H, W) to pixels (1, 3, H px, W px). The VAE behind it
+    is held only while pictures are drawn: between them its memory is training's.
     """
 
     inference: Inference
     pictures: Sequence[Picture]
     settings: Settings
     rows: Callable[[str], Tensor]
-    decode: Callable[[Tensor], Tensor]
+    decoder: Callable[[], Callable[[Tensor], Tensor]]
     run_dir: Path
     emit: Emit
     _verified: set[Path] = field(default_factory=set, init=False, repr=False)
@@ -60,12 +61,13 @@ class Validator:
         steps, guidance = self.settings.steps, self.settings.guidance
         drawn = latents_of(self.inference, transformer, missing, self.rows, steps=steps, guidance=guidance)
         with Stage(self.emit, "draw", len(missing), "pictures") as stage:
+            decode = self.decoder()
             for picture, latents in drawn:
                 path = path_of(self.run_dir, picture, step, weights)
                 if not torch.isfinite(latents).all():
                     what = f"step {step}: {path.name} is not finite: broken weights or number format"
                     self.emit(Warned(what))
-                image = to_image(self.decode(torch.nan_to_num(latents)))
+                image = to_image(decode(torch.nan_to_num(latents)))
                 save_png(image, path, describe(picture, self.settings, step=str(step), weights=weights))
                 self._tell_picture(picture, step, weights)
                 stage.advance()

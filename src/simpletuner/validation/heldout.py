@@ -95,7 +95,9 @@ class HeldOut:
         self.seed = seed
         self.best_step: int | None = None
         self.best_loss = math.inf
+        self.last_step: int | None = None
         self._baseline: dict[str, dict[str, float]] = {}
+        self._among: list[str] = []
 
     def run(self, transformer: nn.Module, step: int, emit: Emit) -> bool:
         """Measure every set and tell; True when the eval loss is the lowest so far."""
@@ -107,7 +109,12 @@ class HeldOut:
             for losses in samples.values()
         ]
         loss = statistics.fmean(held_out) if held_out else math.inf
+        among = [sample for one, samples in zip(self.sets, measured, strict=True) if one.split == "eval"
+                 for sample in sorted(samples)]  # fmt: skip
+        if self._among not in ([], among):
+            self.best_step, self.best_loss = None, math.inf  # it was chosen on other pictures
         best = loss < self.best_loss
+        self._among, self.last_step = among, step
         if best:
             self.best_step, self.best_loss = step, loss
         for one, samples in zip(self.sets, measured, strict=True):
@@ -119,7 +126,10 @@ class HeldOut:
         """JSON-able: what a resumed run needs to go on comparing with step 0."""
         loss = self.best_loss if math.isfinite(self.best_loss) else None
         baseline = {name: dict(losses) for name, losses in self._baseline.items()}
-        return {"baseline": baseline, "best_step": self.best_step, "best_loss": loss}
+        return {
+            "baseline": baseline, "best_step": self.best_step, "best_loss": loss, "last_step": self.last_step,
+            "among": self._among,
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         baseline, step, loss = state["baseline"], state["best_step"], state["best_loss"]
@@ -128,6 +138,9 @@ class HeldOut:
         self._baseline = {name: dict(losses) for name, losses in baseline.items()}
         self.best_step = step if isinstance(step, int) else None
         self.best_loss = loss if isinstance(loss, float) else math.inf
+        among, last = state.get("among"), state.get("last_step")
+        self._among = list(among) if isinstance(among, list) else []
+        self.last_step = last if isinstance(last, int) else None
 
     def _summary(
         self, one: HeldOutSet, samples: Mapping[str, list[float]], step: int, best: bool

@@ -1,0 +1,82 @@
+"""What is trained: a network, its trainable part, the optimizer and the average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from simpletuner.adapters import lora
+from simpletuner.config.schema import OptimizerOptions, RunConfig
+from simpletuner.events.types import Emit, Noted
+from simpletuner.training import optimizers, schedules
+from simpletuner.training.device import Device
+from simpletuner.training.ema import Ema
+from simpletuner.training.prepare import Prepared
+from simpletuner.training.stages import Average, Strength
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """trained: name -> parameter, LoRA's or nearly all of the network's own.
+
+    schedule: the optimizer's options with learning_rate as lr_scale makes it.
+    """
+
+    transformer: nn.Module
+    trained: dict[str, nn.Parameter]
+    uses_lora: bool
+    schedule: OptimizerOptions
+    optimizer: Optimizer
+    ema: Ema | None
+
+    @property
+    def average(self) -> Average | None:
+        return None if self.ema is None else self.ema.swapped
+
+    @property
+    def set_strength(self) -> Strength | None:
+        """How the untouched base is had back; None where there is no way."""
+        return lora.set_strength if self.uses_lora else None
+
+
+def make(run: RunConfig, prepared: Prepared, device: Device, emit: Emit) -> Trainee:
+    transformer = prepared.family.load_transformer(prepared.source, device.device, device.weights)
+    if run.model.gradient_checkpointing:
+        every = run.model.gradient_checkpointing_interval or 1
+        prepared.family.set_gradient_checkpointing(transformer, every)
+    uses_lora = run.model.model_type == "lora"
+    attach = _lora if uses_lora else _full_rank
+    trained = attach(run, prepared, transformer, emit)
+    samples = run.training.train_batch_size * run.training.gradient_accumulation_steps
+    rate = schedules.effective_learning_rate(run.optimizer, samples)
+    schedule = run.optimizer.model_copy(update={"learning_rate": rate})
+    named = list(trained.items())
+    optimizer = optimizers.build(schedule, named, run.training.seed)
+    ema = Ema(named, run.optimizer) if run.optimizer.use_ema else None
+    return Trainee(transformer, trained, uses_lora, schedule, optimizer, ema)
+
+
+def _full_rank(
+    run: RunConfig, prepared: Prepared, transformer: nn.Module, emit: Emit
+) -> dict[str, nn.Parameter]:
+    trained = dict(prepared.family.trainable_at_full_rank(transformer))
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    count = sum(parameter.numel() for parameter in trained.values())
+    emit(Noted(f"full rank: {count / 1e6:.1f} M parameters are trained"))
+    return trained
+
+
+def _lora(run: RunConfig, prepared: Prepared, transformer: nn.Module, emit: Emit) -> dict[str, nn.Parameter]:
+    options = run.adapter
+    names = prepared.family.lora_targets(transformer, options.flux_lora_target, options.lora_target_modules)
+    attached = lora.attach(transformer, options, names, run.training.seed)
+    emit(
+        Noted(
+            f"LoRA on {attached.modules} modules, rank {options.lora_rank}: "
+            f"{attached.parameters / 1e6:.2f} M parameters, effective scale {attached.scale:g} (alpha / rank)"
+        )
+    )
+    return dict(attached.trainable)
