@@ -52,7 +52,7 @@ def test_every_field_arrives(folder: Path) -> None:
         "caption_strategy": "instance_prompt",
         "instance_prompt": ["a", "b"],
         "prepend_instance_prompt": True,
-        "only_instance_prompt": True,
+        "only_instance_prompt": False,
         "disable_multiline_split": True,
         "resolution": 0.5,
         "resolution_type": "area",
@@ -75,7 +75,7 @@ def test_every_field_arrives(folder: Path) -> None:
     assert dataset.caption_strategy == "instanceprompt"
     assert dataset.instance_prompts == ("a", "b")
     assert dataset.prepend_instance_prompt
-    assert dataset.only_instance_prompt
+    assert not dataset.only_instance_prompt
     assert dataset.disable_multiline_split
     assert (dataset.repeats, dataset.probability, dataset.max_num_samples) == (9, 0.25, 7)
     assert (framing.resolution, framing.resolution_type) == (0.5, "area")
@@ -84,6 +84,17 @@ def test_every_field_arrives(folder: Path) -> None:
     assert (framing.minimum_aspect_ratio, framing.maximum_aspect_ratio) == (0.4, 3)
     assert (framing.minimum_image_size, framing.maximum_image_size) == (0.1, 4)
     assert framing.target_downsample_size == 1.5
+
+
+def test_prompts_of_the_environment_and_what_the_config_sets_is_told_once(folder: Path) -> None:
+    (dataset,) = read(folder, photos(instance_prompt=["{env:PICTURES}"])).train
+    assert dataset.instance_prompts == ("photos",)
+    assert read(folder, photos(), minimum_aspect_ratio=5).train
+
+
+def test_a_folder_in_place_of_the_dataset_file(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="photos: cannot be read: Is a directory"):
+        read_backends(folder / "photos", DataOptions(), {})
 
 
 def test_a_typical_file(folder: Path) -> None:
@@ -136,7 +147,7 @@ def test_all_problems_at_once_with_line_and_column(folder: Path) -> None:
         read_backends(folder / "multidatabackend.json", DataOptions(), {})
     found = [str(problem).removeprefix("multidatabackend.json:") for problem in error.value.problems]
     assert found[0] == "3:44: a.repeat: unknown field; did you mean 'repeats'?"
-    assert found[1] == '4:4: a.resolution = "512" should be a number above 0'
+    assert found[1] == '4:4: a.resolution = "512" should be a number above 0, at most 16384'
     assert found[2].startswith('3:15: a.instance_data_dir = "pics" does not exist (resolved to /')
     assert found[3] == '5:4: id = "a" is already used at multidatabackend.json:3:4'
     assert found[4].startswith(
@@ -163,6 +174,17 @@ def test_fields_of_other_trainers_are_refused_by_name(name: str, folder: Path) -
         ({"repeats": 1.5}, "whole number of EXTRA passes"),
         ({"repeats": True}, "whole number of EXTRA passes"),
         ({"probability": 0}, "a number above 0"),
+        ({"resolution": 32}, "means pixels"),
+        ({"resolution": 20000}, "at most 16384"),
+        ({"resolution": 65, "resolution_type": "area"}, "means megapixels"),
+        ({"repeats": 10**350}, "is too large"),
+        (
+            {"only_instance_prompt": True, "prepend_instance_prompt": True, "instance_prompt": "x"},
+            "use one of them",
+        ),
+        ({"instance_data_dir": "x" * 5000}, "does not exist"),
+        ({"instance_data_dir": "~nobody/x"}, "does not exist"),
+        ({"instance_prompt": ["{env:NOWHERE}"]}, "NOWHERE is not set"),
         ({"crop": "true"}, 'photos.crop = "true" should be true or false'),
         ({"type": "aws"}, "only local folders are read; use one of local"),
         ({"dataset_type": "conditioning"}, "paired pictures are not trained on yet"),
@@ -173,8 +195,8 @@ def test_fields_of_other_trainers_are_refused_by_name(name: str, folder: Path) -
         ({"prepend_instance_prompt": True}, "instance_prompt is missing"),
         ({"instance_prompt": ["a", " "]}, "none of them blank"),
         ({"crop_aspect_buckets": [1.0]}, 'needs "crop": true'),
-        ({"maximum_image_size": 2048}, "maximum_image_size needs target_downsample_size"),
-        ({"target_downsample_size": 2048}, "target_downsample_size needs maximum_image_size"),
+        ({"maximum_image_size": 2048}, "maximum_image_size: needs target_downsample_size"),
+        ({"target_downsample_size": 2048}, "target_downsample_size: needs maximum_image_size"),
         ({"maximum_image_size": 900, "target_downsample_size": 2048}, "should lie between resolution (1024)"),
         ({"minimum_aspect_ratio": 5}, "above maximum_aspect_ratio"),
         ({"resolution_type": "area"}, 'for the edge in pixels write "pixel_area"'),

@@ -10,7 +10,7 @@ from PIL import Image, ImageCms, ImageFile, ImageOps
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.pixels import BadImage, load_pixels, read_header
 from simpletuner.data.types import Placed, Sample
-from tests.data.bad_files import picture
+from tests.data.bad_files import picture, png_header
 
 
 def placed(path: Path, size: tuple[int, int]) -> Placed:
@@ -131,6 +131,16 @@ def test_a_picture_that_changed_since_the_scan_is_refused(tmp_path: Path) -> Non
         load_pixels(placed(tmp_path / "x.png", (96, 64)), DataOptions())
     with pytest.raises(BadImage, match="No such file"):
         load_pixels(placed(tmp_path / "gone.png", (96, 64)), DataOptions())
+
+
+def test_the_limit_of_pixels_is_ours_alone(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(png_header(20000, 20000))  # over Pillow's own limit of 179 megapixels
+    assert read_header(tmp_path / "x.png", 400).size == (20000, 20000)
+    with pytest.raises(BadImage, match="400 megapixels"):
+        read_header(tmp_path / "x.png", 399)
+    with pytest.raises(BadImage, match="is 20000x20000, but its header said 8x8") as error:
+        load_pixels(placed(tmp_path / "x.png", (8, 8)), DataOptions())  # without decoding 400 megapixels
+    assert error.value.reason == "changed"
 
 
 def test_headers_are_read_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

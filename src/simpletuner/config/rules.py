@@ -46,29 +46,28 @@ def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
         read_arguments(optimizer)
     except ConfigError as error:
         yield "optimizer_config", str(error)
-    yield from _data(run.data)
+    yield from sizes_and_captions(run.data)
     yield from _flow(run.flow, given)
     yield from _watching(run)
 
 
-def _data(data: DataOptions) -> Iterator[Finding]:
-    if data.resolution_type == "area" and data.resolution > 64:
-        yield (
-            "resolution",
-            f"{data.resolution:g} megapixels is no picture size; resolution_type is pixels then",
-        )
-    if data.resolution_type != "area" and data.resolution < 64:
-        yield (
-            "resolution",
-            f"{data.resolution:g} px is too small; if these are megapixels, resolution_type is area",
-        )
+def sizes_and_captions(data: DataOptions) -> Iterator[Finding]:
+    """Of the section, or of a dataset with its own fields laid over it."""
+    kind, maximum, target = data.resolution_type, data.maximum_image_size, data.target_downsample_size
+    means = f'{data.resolution:g} means {{}} with resolution_type "{kind}"; for {{}} write "{{}}"'
+    if kind == "area" and data.resolution > 64:
+        yield "resolution", means.format("megapixels", "the edge in pixels", "pixel_area")
+    if kind != "area" and data.resolution < 64:
+        yield "resolution", means.format("pixels", "megapixels", "area")
     if data.minimum_aspect_ratio > data.maximum_aspect_ratio:
         yield "minimum_aspect_ratio", f"is above maximum_aspect_ratio {data.maximum_aspect_ratio:g}"
-    if (data.maximum_image_size is None) != (data.target_downsample_size is None):
-        lone = "maximum_image_size" if data.maximum_image_size else "target_downsample_size"
-        yield lone, "maximum_image_size and target_downsample_size go together"
-    elif (data.target_downsample_size or 0) > (data.maximum_image_size or 0):
-        yield "target_downsample_size", f"is above maximum_image_size {data.maximum_image_size:g}"
+    if maximum is None or target is None:
+        if maximum != target:
+            given, other = ("maximum_image_size", "target_downsample_size")[:: 1 if maximum else -1]
+            yield given, f"needs {other} as well"
+    elif not data.resolution <= target <= maximum:
+        limits = f"resolution ({data.resolution:g}) and maximum_image_size ({maximum:g})"
+        yield "target_downsample_size", f"{target:g} should lie between {limits}"
     if data.prepend_instance_prompt and data.only_instance_prompt:
         yield "only_instance_prompt", "prepend_instance_prompt is given too; use one of them"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import json
 import os
 import re
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config.environment import expand
-from simpletuner.config.jsonc import Document, parse
+from simpletuner.config.files import read_document
+from simpletuner.config.jsonc import Document
+from simpletuner.config.paths import find
+from simpletuner.config.rules import sizes_and_captions
 from simpletuner.config.schema import DataOptions
+from simpletuner.config.values import did_you_mean
 from simpletuner.data.dataset import Backends, Dataset
 from simpletuner.data.fields import CACHES, HARMLESS, KNOWN, PICTURES, REFUSED, SHARED, UNNEEDED, Field
 from simpletuner.data.geometry import Framing
 from simpletuner.errors import ConfigError, Problem
 
 EXAMPLE = '[{"id": "photos", "instance_data_dir": "datasets/photos"}]'
-FRAMING = (
-    "resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size",
-    "minimum_aspect_ratio", "maximum_aspect_ratio",
-)  # fmt: skip
 
 
 def read_backends(path: Path, options: DataOptions, environ: Mapping[str, str] | None = None) -> Backends:
@@ -32,15 +32,9 @@ def read_backends(path: Path, options: DataOptions, environ: Mapping[str, str] |
     environment of the process. Folders are looked for beside the file, then in the working directory.
     Raises ConfigError with every problem of the file.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(
-            [Problem(str(path), f"no such dataset file; the smallest one is {EXAMPLE}")]
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([Problem(str(path), f"cannot be read as UTF-8 text: {error}")]) from error
-    reader = _Reader(path, parse(text, path.name), options, environ)
+    if not os.path.lexists(path):
+        raise ConfigError([Problem(str(path), f"no such dataset file; the smallest one is {EXAMPLE}")])
+    reader = _Reader(path, read_document(path, path.name), options, environ)
     backends = reader.read()
     if reader.problems:
         raise ConfigError(reader.problems)
@@ -138,19 +132,15 @@ class _Reader:
             elif key in KNOWN:
                 self.problem(f"{name}.{key} does not belong into a set of this dataset_type", at, key)
             else:
-                near = difflib.get_close_matches(key, KNOWN, 1)
-                self.problem(
-                    f"{name}.{key}: unknown field" + (f"; did you mean {near[0]!r}?" if near else ""), at, key
-                )
+                self.problem(f"{name}.{key}: unknown field{did_you_mean(key, KNOWN)}", at, key)
         return values
 
     def value(self, at: int, name: str, key: str, raw: Any, field: Field) -> Any:
-        if isinstance(raw, str):
-            try:
-                raw = expand(raw, self.environ)
-            except ConfigError as error:
-                self.problem(f"{name}.{key}: {error}", at, key)
-                return None
+        try:
+            raw = expand(raw, self.environ)
+        except ConfigError as error:
+            self.problem(f"{name}.{key}: {error}", at, key)
+            return None
         value = field.read(raw)
         if value is None:
             shown = json.dumps(raw, ensure_ascii=False)
@@ -162,13 +152,15 @@ class _Reader:
     def dataset(self, at: int, name: str, kind: str, values: dict[str, Any]) -> Dataset | None:
         before = len(self.problems)
         folder = self.data_dir(at, name, values)
-        framing = self.framing(at, name, kind, values)
-        own = self.options.instance_prompt
-        prompts = values.get("instance_prompt", (own.strip(),) if own and own.strip() else ())
-        strategy = values.get("caption_strategy", self.options.caption_strategy)
-        prepend = values.get("prepend_instance_prompt", self.options.prepend_instance_prompt)
-        only = values.get("only_instance_prompt", self.options.only_instance_prompt)
-        if (strategy == "instanceprompt" or prepend or only) and not prompts:
+        prompt = (self.options.instance_prompt or "").strip()
+        prompts = values.pop("instance_prompt", (prompt,) if prompt else ())
+        given = {key: value for key, value in values.items() if key in DataOptions.model_fields}
+        own = self.options.model_copy(update={key: None if given[key] == 0 else given[key] for key in given})
+        for key, what in sizes_and_captions(own) if given else ():
+            self.problem(f"{name}.{key}: {what}", at, key)
+        framing = self.framing(at, name, kind, values, own)
+        made = own.caption_strategy == "instanceprompt" or own.prepend_instance_prompt
+        if (made or own.only_instance_prompt) and not prompts:
             self.problem(f"{name}.instance_prompt is missing: its captions are made of it", at)
         if len(self.problems) > before or folder is None:
             return None
@@ -177,60 +169,28 @@ class _Reader:
             dataset_type=kind,
             instance_data_dir=folder,
             framing=framing,
-            caption_strategy=strategy,
+            caption_strategy=own.caption_strategy,
             instance_prompts=prompts,
-            prepend_instance_prompt=prepend,
-            only_instance_prompt=only,
+            prepend_instance_prompt=own.prepend_instance_prompt,
+            only_instance_prompt=own.only_instance_prompt,
             disable_multiline_split=values.get("disable_multiline_split", False),
             repeats=values.get("repeats", 0),
             probability=values.get("probability", 1.0),
             max_num_samples=values.get("max_num_samples") or None,
         )
 
-    def framing(self, at: int, name: str, kind: str, values: dict[str, Any]) -> Framing:
-        chosen = self.options.model_dump(include=set(FRAMING))
-        chosen.update({key: values[key] for key in FRAMING if key in values})
-        for key in ("minimum_image_size", "maximum_image_size", "target_downsample_size"):
-            chosen[key] = chosen[key] or None
+    def framing(self, at: int, name: str, kind: str, values: dict[str, Any], own: DataOptions) -> Framing:
         crop = values.get("crop", False)
         aspect = values.get("crop_aspect", "square")
         if not crop and "crop_aspect" in values and aspect != "preserve":
             self.notes.append(f"{name}.crop_aspect is not used: crop is false, pictures keep their aspect")
         if "crop_aspect_buckets" in values and not (crop and aspect == "closest"):
-            self.problem(
-                f'{name}.crop_aspect_buckets needs "crop": true and "crop_aspect": "closest"',
-                at,
-                "crop_aspect_buckets",
-            )
+            what = f'{name}.crop_aspect_buckets needs "crop": true and "crop_aspect": "closest"'
+            self.problem(what, at, "crop_aspect_buckets")
         style = "center" if kind == "eval" else values.get("crop_style", "random" if crop else "center")
-        framing = Framing(
-            crop=crop, crop_style=style, crop_aspect=aspect,
-            crop_aspect_buckets=values.get("crop_aspect_buckets", ()), **chosen,
-        )  # fmt: skip
-        self.check_sizes(at, name, framing)
-        return framing
-
-    def check_sizes(self, at: int, name: str, framing: Framing) -> None:
-        maximum, target = framing.maximum_image_size, framing.target_downsample_size
-        if (maximum is None) != (target is None):
-            given, other = ("maximum_image_size", "target_downsample_size")[:: 1 if target is None else -1]
-            self.problem(f"{name}.{given} needs {other} as well", at, given)
-        if maximum is not None and target is not None and not framing.resolution <= target <= maximum:
-            limits = f"resolution ({framing.resolution:g}) and maximum_image_size ({maximum:g})"
-            what = f"{name}.target_downsample_size = {target:g} should lie between {limits}"
-            self.problem(what, at, "target_downsample_size")
-        if framing.minimum_aspect_ratio > framing.maximum_aspect_ratio:
-            self.problem(
-                f"{name}.minimum_aspect_ratio is above maximum_aspect_ratio", at, "minimum_aspect_ratio"
-            )
-        kind = framing.resolution_type
-        if kind == "area" and framing.resolution > 100:
-            what = 'megapixels with "resolution_type": "area"; for the edge in pixels write "pixel_area"'
-        elif kind != "area" and framing.resolution < 32:
-            what = f'pixels with "resolution_type": "{kind}"; for megapixels write "area"'
-        else:
-            return
-        self.problem(f"{name}.resolution = {framing.resolution:g} means {what}", at, "resolution")
+        shared = own.model_dump(include={field.name for field in dataclasses.fields(Framing)})
+        ratios = values.get("crop_aspect_buckets", ())
+        return Framing(crop=crop, crop_style=style, crop_aspect=aspect, crop_aspect_buckets=ratios, **shared)
 
     def data_dir(self, at: int, name: str, values: dict[str, Any]) -> Path | None:
         if "instance_data_dir" not in values:
@@ -239,14 +199,14 @@ class _Reader:
             return None
         written = values["instance_data_dir"]
         folder = self.beside(written)
-        if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "does not exist"
-            shown = f"{name}.instance_data_dir = {json.dumps(written, ensure_ascii=False)}"
-            self.problem(f"{shown} {what} (resolved to {folder})", at, "instance_data_dir")
-            return None
-        return folder
+        if os.path.isdir(folder):
+            return folder
+        what = "is not a folder" if os.path.exists(folder) else "does not exist"
+        shown = f"{name}.instance_data_dir = {json.dumps(written, ensure_ascii=False)}"
+        self.problem(f"{shown} {what} (resolved to {folder})", at, "instance_data_dir")
+        return None
 
     def beside(self, written: str) -> Path:
         """Absolute; beside the dataset file when it exists there, else in the working directory."""
-        path = Path(os.path.expanduser(written))
-        return self.folder / path if (self.folder / path).exists() else Path.cwd() / path
+        found, tried = find(written, self.folder, Path.cwd())
+        return Path(found or tried[-1])

@@ -9,6 +9,7 @@ from typing import Any
 
 LOCAL_ONLY = "only local folders are read"
 ONE_CACHE = "the run keeps one cache, addressed by content; its place is cache_dir of the config"
+LARGEST = 16384
 NO_PAIRS = "paired pictures are not trained on yet"
 
 
@@ -44,11 +45,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _positive(value: Any) -> float | None:
-    return float(value) if _is_number(value) and 0 < value <= 1e6 else None
+    return float(value) if _is_number(value) and 0 < value <= LARGEST else None
 
 
 def _size(value: Any) -> float | None:
-    return float(value) if _is_number(value) and 0 <= value <= 1e6 else None
+    return float(value) if value == 0 and _is_number(value) else _positive(value)
 
 
 def _count(value: Any) -> int | None:
@@ -75,8 +76,8 @@ def _choice(
 
 FLAG = Field("true or false", _flag)
 TEXT = Field("text", _text)
-POSITIVE = Field("a number above 0", _positive)
-SIZE = Field("a number, 0 for no limit", _size)
+POSITIVE = Field(f"a number above 0, at most {LARGEST}", _positive)
+SIZE = Field(f"a number up to {LARGEST}, 0 for no limit", _size)
 
 # Fields of every set.
 SHARED: Mapping[str, Field] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import struct
-import warnings
 import zlib
 from dataclasses import dataclass
 from io import BytesIO
@@ -26,11 +25,11 @@ MODES = frozenset(
     {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B", "I"}
 )
 WIDE_GREY = frozenset({"I;16", "I;16L", "I;16B", "I"})
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_image_megapixels is the limit
+Image.MAX_IMAGE_PIXELS = None  # max_image_megapixels is the limit, also where it is above Pillow's own
 # What Pillow's decoders raise on damaged files, besides OSError.
 DECODER_ERRORS = (
     OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, ZeroDivisionError,
-    struct.error, zlib.error, Image.DecompressionBombError,
+    struct.error, zlib.error,
 )  # fmt: skip
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -82,18 +81,17 @@ def load_pixels(placed: Placed, options: DataOptions) -> np.ndarray:
     Raises BadImage when the file is damaged, truncated or no longer has the size that was scanned.
     """
     sample = placed.sample
+    before = f"but its header said {sample.width_px}x{sample.height_px} when the folder was scanned"
     try:
         with Image.open(sample.path, formats=FORMATS) as image:
             _check_mode(image)
+            if image.width * image.height != sample.width_px * sample.height_px:  # told before it is decoded
+                raise BadImage("changed", f"is {image.width}x{image.height}, {before}")
             image.load()
             upright = UPRIGHT.get(_orientation(image))
             picture = image.transpose(upright) if upright is not None else image
             if picture.size != (sample.width_px, sample.height_px):
-                raise BadImage(
-                    "changed",
-                    f"is {picture.size[0]}x{picture.size[1]}, but its header said "
-                    f"{sample.width_px}x{sample.height_px} when the folder was scanned",
-                )
+                raise BadImage("changed", f"is {picture.width}x{picture.height}, {before}")
             picture = _srgb(picture, ImageColor.getrgb(options.alpha_background)[:3])
     except DECODER_ERRORS as error:
         raise _explained(sample.path, error) from error
@@ -150,8 +148,6 @@ def _check_mode(image: Image.Image) -> None:
 
 
 def _explained(path: Path, error: Exception) -> BadImage:
-    if isinstance(error, Image.DecompressionBombError):
-        return BadImage("too_many_pixels", f"Pillow refuses it: {error}")
     if isinstance(error, UnidentifiedImageError):
         with path.open("rb") as file:
             start = file.read(16)
