@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -205,6 +206,82 @@ def test_unfinished_files_go_unless_their_writer_lives(tmp_path: Path) -> None:
             assert unfinished.exists()
     with Store(tmp_path, "f"):
         assert not unfinished.exists()
+
+
+def test_an_index_damaged_inside_is_set_aside_and_rebuilt_at_the_next_start(tmp_path: Path) -> None:
+    folder = filled(tmp_path, 200, 0.05)
+    index = folder / "index.sqlite"
+    size = index.stat().st_size
+    with index.open("r+b") as file:
+        file.seek(4096)
+        file.write(os.urandom(size - 4096))  # the first page alone still looks like a database
+    with (
+        pytest.raises(CacheError, match=r"index\.sqlite is damaged.*same command again"),
+        Store(tmp_path, "f"),
+    ):
+        pass
+    with Store(tmp_path, "f") as store:
+        assert store.missing(keys(200)) == []
+
+
+def test_a_change_that_fails_half_way_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail(store: Store) -> None:
+        with store._index.change() as index:
+            index.execute("INSERT INTO shards VALUES ('a', 1)")
+            raise OSError("gone")
+
+    with Store(tmp_path, "f") as store:
+        with pytest.raises(OSError, match="gone"):
+            fail(store)
+        assert store._index.rows("SELECT * FROM shards") == []
+        store.put("a", {"x": tensor(1)})
+    with Store(tmp_path, "f") as store:
+        assert store.missing(["a"]) == []
+
+
+def test_a_full_disk_while_the_index_grows_says_so(tmp_path: Path) -> None:
+    with Store(tmp_path, "f") as store:
+        store._index.rows("PRAGMA max_page_count = 1")
+        store.put("x" * 100_000, {"x": tensor(1)})
+        with pytest.raises(DiskFull, match=r"index\.sqlite"):
+            store.flush()
+        store._index.rows("PRAGMA max_page_count = 1000000")
+    with Store(tmp_path, "f") as store:
+        assert store.missing(["x" * 100_000]) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match=r"cache folder .*file.* cannot be written to .*cache_dir"):
+        Store(tmp_path / "file", "f")
+
+
+def test_a_file_system_without_locks_still_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(store_module.fcntl, "flock", refuse)
+    unfinished = filled(tmp_path) / "shard-00000-abc.safetensors.tmp"
+    unfinished.touch()
+    with Store(tmp_path, "f") as store:
+        assert store.missing(keys()) == []
+    assert unfinished.exists()  # it may be another's
+
+
+def test_a_disk_that_cannot_be_read_is_no_damaged_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path)
+
+    def fail(handle: int, buffers: object, offset: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Store(tmp_path, "f") as store:
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(CacheError, match=r"cannot read .*shard-00000.*Input/output error"):
+            store.get("k0")
+        monkeypatch.undo()
+        assert torch.equal(store.get("k0")["x"], tensor(0))
 
 
 def test_a_full_disk_says_so_and_leaves_the_rest_intact(

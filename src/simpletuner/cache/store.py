@@ -16,7 +16,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import sqlite3
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -26,12 +25,18 @@ from types import TracebackType
 
 from torch import Tensor
 
+from simpletuner.cache.index import Index
 from simpletuner.cache.shards import DamagedShard, Entry, read_entries, read_tensor, write_shard
 from simpletuner.errors import CacheError, DiskFull
 from simpletuner.events.sinks import silent
 from simpletuner.events.types import Emit, Warned
 
 MAX_OPEN_SHARDS = 32
+NO_LOCKS = (
+    errno.ENOLCK,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+)  # some network file systems; unfinished files then stay
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS shards (name TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS entries (
@@ -40,22 +45,6 @@ CREATE TABLE IF NOT EXISTS entries (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_shard ON entries (shard);
 """
-
-
-def open_index(path: Path, schema: str) -> sqlite3.Connection:
-    """A SQLite file shared by threads and processes; sqlite3.DatabaseError when it is not one."""
-    index = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-    try:
-        try:
-            index.execute("PRAGMA journal_mode=WAL")
-        except sqlite3.OperationalError:  # network file systems have no shared memory for it
-            index.execute("PRAGMA journal_mode=DELETE")
-        index.execute("PRAGMA synchronous=NORMAL")
-        index.executescript(schema)
-    except sqlite3.DatabaseError:
-        index.close()
-        raise
-    return index
 
 
 class Store:
@@ -74,11 +63,18 @@ class Store:
         self._files: OrderedDict[str, FileIO] = OrderedDict()
         self._pending: dict[str, dict[str, Tensor]] = {}
         self._pending_bytes = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Held shared for the life of the store: while anyone else works here, unfinished files may be theirs.
-        self._alive = (self.folder / "in-use.lock").open("wb")
-        self._remove_unfinished()
-        self._index = self._open_index()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Held shared for the life of the store: while others work here, unfinished files may be theirs.
+            self._alive = (self.folder / "in-use.lock").open("wb")
+            self._remove_unfinished()
+        except OSError as error:
+            raise CacheError(
+                f"the cache folder {self.folder} cannot be written to ({error.strerror}); "
+                "set cache_dir to one that can"
+            ) from error
+        refill = "rebuilt from the shards' headers"
+        self._index = Index(self.folder / "index.sqlite", SCHEMA, emit, refill)
         self._reconcile()
 
     def missing(self, keys: Iterable[str]) -> list[str]:
@@ -89,7 +85,7 @@ class Store:
             for start in range(0, len(wanted), 500):  # SQLite's default limit of variables is 999
                 part = wanted[start : start + 500]
                 marks = ",".join("?" * len(part))
-                rows = self._index.execute(f"SELECT DISTINCT key FROM entries WHERE key IN ({marks})", part)
+                rows = self._index.rows(f"SELECT DISTINCT key FROM entries WHERE key IN ({marks})", part)
                 present.update(row[0] for row in rows)
         return [key for key in wanted if key not in present]
 
@@ -111,9 +107,9 @@ class Store:
         with self._lock:
             if key in self._pending:
                 return dict(self._pending[key])
-            rows = self._index.execute(
+            rows = self._index.rows(
                 "SELECT shard, tensor, offset, length, crc32, dtype, shape FROM entries WHERE key = ?", (key,)
-            ).fetchall()
+            )
         if not rows:
             raise KeyError(key)
         try:
@@ -125,6 +121,8 @@ class Store:
                 f"cache shard {self.folder / shard} is damaged: {error}. It was set aside; "
                 "start the same command again and what it held is encoded anew."
             ) from error
+        except OSError as error:
+            raise CacheError(f"cannot read {self.folder / rows[0][0]}: {error}") from error
 
     def flush(self) -> None:
         """Write what put() has buffered as one shard. DiskFull when there is no room."""
@@ -150,10 +148,8 @@ class Store:
         Afterwards missing() tells what has to be encoded again.
         """
         self.flush()
-        with self._lock:
-            names = [row[0] for row in self._index.execute("SELECT name FROM shards ORDER BY name")]
         damaged = []
-        for name in names:
+        for (name,) in self._index.rows("SELECT name FROM shards ORDER BY name"):
             try:
                 for entry in read_entries(self.folder / name):
                     self._read(name, entry)
@@ -190,19 +186,6 @@ class Store:
                 self._files.popitem(last=False)  # closed when the last reader lets go of it
         return read_tensor(file.fileno(), entry)
 
-    def _open_index(self) -> sqlite3.Connection:
-        path = self.folder / "index.sqlite"
-        try:
-            return open_index(path, SCHEMA)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise CacheError(f"cannot open {path}: {error}") from error
-            path.replace(path.with_name("index.sqlite.damaged"))
-            for suffix in ("-wal", "-shm"):
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
-            self._emit(Warned(f"cache index {path} is damaged ({error}); rebuilt from the shards' headers"))
-            return open_index(path, SCHEMA)
-
     def _remove_unfinished(self) -> None:
         try:
             fcntl.flock(self._alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,11 +193,15 @@ class Store:
                 path.unlink()
         except BlockingIOError:
             pass  # another process is filling this store
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return  # unfinished files stay: they may be another's
         fcntl.flock(self._alive, fcntl.LOCK_SH)
 
     def _reconcile(self) -> None:
         """Make index and folder agree: by length only, so that a million samples cost one stat per shard."""
-        known: dict[str, int] = dict(self._index.execute("SELECT name, bytes FROM shards"))
+        known: dict[str, int] = dict(self._index.rows("SELECT name, bytes FROM shards"))
         found = {path.name: path.stat().st_size for path in sorted(self.folder.glob("shard-*.safetensors"))}
         for name, size in known.items():
             if found.get(name) != size:
@@ -232,31 +219,26 @@ class Store:
             key, _, tensor = entry.name.partition("/")
             shape = ",".join(map(str, entry.shape))
             rows.append((key, tensor, path.name, entry.offset, entry.length, entry.crc32, entry.dtype, shape))
-        with self._lock:
-            self._index.execute("BEGIN IMMEDIATE")
-            self._index.executemany("INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?)", rows)
+        with self._index.change() as index:
+            index.executemany("INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?)", rows)
             shard = (path.name, path.stat().st_size)
-            self._index.execute("INSERT OR REPLACE INTO shards VALUES (?,?)", shard)
-            self._index.execute("COMMIT")
+            index.execute("INSERT OR REPLACE INTO shards VALUES (?,?)", shard)
 
     def _set_aside(self, shard: str, reason: str) -> None:
-        with self._lock:
+        path = self.folder / shard
+        with self._lock, self._index.change() as index:
             self._files.pop(shard, None)
-            path = self.folder / shard
-            exists = path.exists()
-            if exists:
+            if exists := path.exists():
                 path.replace(path.with_name(f"{shard}.damaged"))
-            self._index.execute("BEGIN IMMEDIATE")
-            lost = self._index.execute("SELECT COUNT(DISTINCT key) FROM entries WHERE shard = ?", (shard,))
+            lost = index.execute("SELECT COUNT(DISTINCT key) FROM entries WHERE shard = ?", (shard,))
             count = lost.fetchone()[0]
-            self._index.execute("DELETE FROM entries WHERE shard = ?", (shard,))
-            known = self._index.execute("DELETE FROM shards WHERE name = ?", (shard,)).rowcount
-            self._index.execute("COMMIT")
+            index.execute("DELETE FROM entries WHERE shard = ?", (shard,))
+            known = index.execute("DELETE FROM shards WHERE name = ?", (shard,)).rowcount
         if known or exists:  # otherwise another thread was here first
             self._emit(Warned(f"cache shard {path} is damaged: {reason}; {count} entries are encoded again"))
 
     def _next_number(self) -> int:
-        last = self._index.execute("SELECT MAX(name) FROM shards").fetchone()[0]
+        last = self._index.rows("SELECT MAX(name) FROM shards")[0][0]
         return int(last.split("-")[1]) + 1 if last else 0
 
 
