@@ -1,0 +1,293 @@
+"""Does chroma-nano draw what a prompt says? 200 unseen prompts, fixed noise, read by geometry: no judge.
+
+    python recipes/nano/score.py --sheet score.png                  the bundled base
+    python recipes/nano/score.py --lora RUN --strength 0.5          the same with a LoRA: what it forgets
+    python recipes/nano/score.py --zorbo --lora RUN                 32 unseen zorbos: what the lesson taught
+    python recipes/nano/score.py --truth [--zorbo] [--vae FOLDER]   pictures drawn by program: all is right
+    python recipes/nano/score.py --truth --shuffled                 prompts against others' pictures: chance
+
+prints one line of JSON: each rate with its standard error and the number it is taken over. Colour, position
+and shape are counted per object, size per object whose size is said, the rest per prompt. `pair`: colour,
+position and shape of both objects right. `all`: everything said is right and nothing else is there.
+`all_new`: the same, over combinations that no training picture has. With --zorbo: `zorbo` is there, `all` is
+there and as said; the others over the pictures that have one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from draw import POSITIONS, SIDE_PX, Scene, Thing, compose, generator, render
+from lesson import compose_lesson, render_lesson
+from PIL import Image, ImageDraw, ImageFont
+from read_scene import Reading, Seen, read
+from read_zorbo import Zorbo, find
+
+from simpletuner.config.schema import ModelOptions
+from simpletuner.errors import SimpleTunerError
+from simpletuner.models.registry import family as family_named
+
+SEED = 61  # no picture of it is trained on
+TRAINED_SEED, TRAINED_COUNT = 1, 10_000
+TAUGHT = 16  # lesson.py's pictures before this one are the example's
+NOISE_SEED = 61_000  # of the first prompt; counts up
+VAE_BATCH = 8
+GREEN, RED = (0, 125, 40), (205, 0, 0)
+
+# what was asked -> right or wrong, once per prompt or once per object in the order of the prompt
+Verdict = dict[str, list[bool]]
+
+
+def meaning(scene: Scene) -> tuple[object, ...]:
+    """A scene without its wording and its jitter."""
+    things = [
+        (thing.shape, thing.colour, thing.size, thing.position, thing.pattern) for thing in scene.things
+    ]
+    return (scene.background, *sorted(things))
+
+
+def unseen(count: int) -> tuple[list[Scene], list[bool]]:
+    """Scenes whose captions no training picture has, and whether their meaning is new too."""
+    trained = [compose(TRAINED_SEED, number) for number in range(TRAINED_COUNT)]
+    captions, meanings = {scene.caption for scene in trained}, {meaning(scene) for scene in trained}
+    scenes = (compose(SEED, number) for number in itertools.count())
+    chosen = list(itertools.islice((scene for scene in scenes if scene.caption not in captions), count))
+    return chosen, [meaning(scene) not in meanings for scene in chosen]
+
+
+def judge(scene: Scene, reading: Reading, new: bool = False) -> Verdict:
+    """new: no training picture has this combination."""
+    pairs = list(zip(scene.things, assigned(scene.things, reading.things)))
+    verdict: Verdict = {
+        "background": [reading.background == scene.background],
+        "count": [len(reading.things) == len(scene.things)],
+        "colour": [seen is not None and seen.colour == thing.colour for thing, seen in pairs],
+        "position": [seen is not None and seen.position == thing.position for thing, seen in pairs],
+        "size": [seen is not None and seen.size == thing.size for thing, seen in pairs if thing.size],
+        "shape": [seen is not None and seen.shape == thing.shape for thing, seen in pairs],
+    }
+    whole = all(itertools.chain.from_iterable(verdict.values()))
+    if len(pairs) == 2:
+        verdict["pair"] = [all(all(verdict[name]) for name in ("colour", "position", "shape"))]
+    return verdict | {"all": [whole], "all_new": [whole] if new else []}
+
+
+def assigned(things: Sequence[Thing], seen: Sequence[Seen]) -> list[Seen | None]:
+    """For each thing of the prompt an object or None: of the largest ones, the nearest to its place."""
+    largest: list[Seen | None] = [*seen[: len(things)], *[None] * (len(things) - len(seen))]
+
+    def away(order: Iterable[Seen | None]) -> float:
+        return sum(
+            math.dist(POSITIONS[thing.position], one.centre) for thing, one in zip(things, order) if one
+        )
+
+    return list(min(itertools.permutations(largest), key=away))
+
+
+def judge_zorbo(scene: Scene, found: Zorbo | None) -> Verdict:
+    if found is None:
+        return {"zorbo": [False], "background": [], "colour": [], "position": [], "all": [False]}
+    (thing,) = scene.things
+    said = {
+        "zorbo": [True], "background": [found.background == scene.background],
+        "colour": [found.colour == thing.colour], "position": [found.position == thing.position],
+    }  # fmt: skip
+    return said | {"all": [all(itertools.chain.from_iterable(said.values()))]}
+
+
+def rates(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
+    """Rate, standard error and count; objects of one prompt are not taken for independent."""
+    told = {}
+    for name in dict.fromkeys(itertools.chain.from_iterable(verdicts)):
+        counts = [(sum(verdict.get(name, ())), len(verdict.get(name, ()))) for verdict in verdicts]
+        of = sum(count for _, count in counts)
+        if of == 0:
+            continue
+        rate = sum(right for right, _ in counts) / of
+        error = math.sqrt(sum((right - rate * count) ** 2 for right, count in counts)) / of
+        told[name] = {"rate": round(rate, 4), "se": round(error, 4), "of": of}
+    return told
+
+
+def shuffled(scenes: Sequence[Scene]) -> list[Scene]:
+    """In one random ring each scene takes the place of the next: none keeps its own."""
+    order = generator(SEED, "shuffled", len(scenes)).permutation(len(scenes))
+    moved = list(scenes)
+    for place, taken in zip(order, np.roll(order, 1)):
+        moved[place] = scenes[taken]
+    return moved
+
+
+def through_vae(pictures: Sequence[Image.Image], folder: Path) -> list[Image.Image]:
+    """Encoded to the posterior's mean and decoded: the best that any transformer could draw."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from simpletuner.validation.images import to_image
+
+    vae = AutoencoderKL.from_pretrained(folder).float()
+    decoded = []
+    with torch.no_grad():
+        for start in range(0, len(pictures), VAE_BATCH):
+            levels = np.stack([np.asarray(picture) for picture in pictures[start : start + VAE_BATCH]])
+            pixels = torch.from_numpy(levels).permute(0, 3, 1, 2).float() / 127.5 - 1
+            back = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+            decoded += [to_image(one) for one in back.split(1)]
+    return decoded
+
+
+def model_options(args: argparse.Namespace) -> ModelOptions:
+    return ModelOptions(
+        model_flavour="nano", pretrained_model_name_or_path=args.model,
+        pretrained_transformer_model_name_or_path=args.transformer,
+    )  # fmt: skip
+
+
+def by_model(scenes: Sequence[Scene], args: argparse.Namespace) -> list[Image.Image]:
+    """What `simpletuner generate` draws for the captions."""
+    from simpletuner.cli.generate import Request, find_lora, generate
+    from simpletuner.validation.prompts import Prompt
+
+    prompts = tuple(
+        Prompt(f"{number:03d}", scene.caption, seed=NOISE_SEED + number)
+        for number, scene in enumerate(scenes)
+    )
+    lora = None if args.lora is None else find_lora(args.lora)
+    with tempfile.TemporaryDirectory() as scratch:
+        request = Request(
+            prompts, model_options(args), lora, (args.strength,), args.steps, args.guidance, NOISE_SEED,
+            str(SIDE_PX), 1, args.keep or Path(scratch),
+        )  # fmt: skip
+        return [
+            Image.open(path).convert("RGB")
+            for path in generate(request, lambda line: print(line, file=sys.stderr))
+        ]
+
+
+def sheet(
+    scenes: Sequence[Scene], pictures: Sequence[Image.Image], verdicts: Sequence[Verdict]
+) -> Image.Image:
+    """Pictures over their prompts; every word below is green where the picture has it, red where not."""
+    columns, side, words, gap = 6, 192, 74, 6
+    rows = -(-len(pictures) // columns)
+    page = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + words + gap) + gap), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+    for number, (scene, picture, verdict) in enumerate(zip(scenes, pictures, verdicts)):
+        left = gap + number % columns * (side + gap)
+        top = gap + number // columns * (side + words + gap)
+        page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, top))
+        for row, line in enumerate(_marks(scene, verdict)):
+            x = float(left)
+            for word, right in line:
+                pen.text(
+                    (x, top + side + 2 + 14 * row),
+                    word,
+                    fill=GREEN if right else RED,
+                    font=font,
+                )
+                x += pen.textlength(word + "  ", font=font)
+    return page
+
+
+def _marks(scene: Scene, verdict: Verdict) -> Iterator[list[tuple[str, bool]]]:
+    """Lines of words with their verdicts: the whole picture's, then each object's."""
+    first = "zorbo" if "zorbo" in verdict else "count"
+    name = "zorbo" if first == "zorbo" else f"{len(scene.things)} object{'s' * (len(scene.things) > 1)}"
+    yield [(scene.background, verdict["background"] == [True]), (name, verdict[first][0])]
+    for number, thing in enumerate(scene.things):
+        said = {"size": thing.size, "colour": thing.colour, "shape": thing.shape, "position": thing.position}
+        line = [
+            (word, verdict[what][number : number + 1] == [True])
+            for what, word in said.items()
+            if word and what in verdict
+        ]
+        yield [*line, (thing.pattern, True)] if thing.pattern != "plain" else line
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Score chroma-nano's pictures against their prompts.")
+    parser.add_argument("--model", help="another base: a diffusers folder")
+    parser.add_argument("--transformer", help="another transformer: a tuned one's folder")
+    parser.add_argument("--lora", type=Path, help="a LoRA file, a checkpoint folder or a run folder")
+    parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--count", type=int, help="prompts; default 200, zorbos 32")
+    parser.add_argument(
+        "--zorbo", action="store_true", help="the lesson's concept instead of the base's shapes"
+    )
+    parser.add_argument("--truth", action="store_true", help="score the truth, drawn by program")
+    parser.add_argument("--vae", type=Path, help="with --truth: through this VAE first")
+    parser.add_argument("--shuffled", action="store_true", help="prompts against others' pictures")
+    parser.add_argument("--sheet", type=Path, help="write the first 24 with a mark per attribute")
+    parser.add_argument("--keep", type=Path, help="keep the pictures in this folder")
+    args = parser.parse_args()
+    if args.vae and not args.truth:
+        parser.error("--vae goes with --truth")
+    if args.truth and (args.model or args.transformer or args.lora):
+        parser.error("--truth is drawn by program: without --model, --transformer and --lora")
+    return args
+
+
+def score(args: argparse.Namespace) -> dict[str, object]:
+    began = time.monotonic()
+    if args.zorbo:
+        scenes = [compose_lesson(TAUGHT + number) for number in range(args.count or 32)]
+        new = [False] * len(scenes)
+    else:
+        scenes, new = unseen(args.count or 200)
+    drawn = (
+        [render_lesson(s) if args.zorbo else render(s) for s in scenes]
+        if args.truth
+        else by_model(scenes, args)
+    )
+    pictures = through_vae(drawn, args.vae) if args.vae else drawn
+    if args.shuffled:
+        scenes, new = shuffled(scenes), [False] * len(scenes)
+    if args.zorbo:
+        verdicts = [judge_zorbo(scene, find(picture)) for scene, picture in zip(scenes, pictures)]
+    else:
+        verdicts = [
+            judge(scene, read(picture), is_new) for scene, picture, is_new in zip(scenes, pictures, new)
+        ]
+    if args.sheet:
+        sheet(scenes[:24], pictures[:24], verdicts[:24]).save(args.sheet)
+    told: dict[str, object] = {"scores": rates(verdicts)}
+    if args.zorbo and args.truth and not args.shuffled:
+        others = [render(scene) for scene in unseen(200)[0]]
+        others = through_vae(others, args.vae) if args.vae else others
+        told["zorbos_in_base_pictures"] = sum(find(picture) is not None for picture in others) / len(others)
+    told |= {"prompts": len(scenes), "prompt_seed": SEED, "settings": settings(args)}
+    return told | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """What decides the figures; weights by their fingerprint, so that a table knows what it compares."""
+    told = {name: getattr(args, name) for name in ("zorbo", "shuffled") if getattr(args, name)}
+    if args.truth:
+        return {**told, "truth": True, **({"vae": str(args.vae)} if args.vae else {})}
+    told |= {"steps": args.steps, "guidance": args.guidance, "noise_seed": NOISE_SEED}
+    if args.lora:
+        told |= {"lora": str(args.lora), "strength": args.strength}
+    family, model = family_named("chroma"), model_options(args)
+    return {**told, "transformer": family.transformer_fingerprint(family.locate(model))[:12]}
+
+
+def main() -> None:
+    try:
+        print(json.dumps(score(arguments())))
+    except SimpleTunerError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
