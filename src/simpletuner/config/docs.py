@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from itertools import groupby
 from pathlib import Path
@@ -50,19 +51,14 @@ def _row(option: Option) -> str:
 
 def json_schema() -> dict[str, Any]:
     """docs/options.schema.json: point an editor at it by a "$schema" key in config.json."""
-    nested = RunConfig.model_json_schema()
     properties: dict[str, Any] = {"$schema": {"type": "string"}}
-    for section in nested["$defs"].values():
+    for section in RunConfig.model_json_schema()["$defs"].values():
         for name, shape in section["properties"].items():
             option = catalog()[name]
-            kept = {key: value for key, value in shape.items() if key not in KEPT_IN_CATALOG}
-            properties[name] = kept
-            nullable = {
-                "anyOf": [{key: v for key, v in kept.items() if key != "description"}, {"type": "null"}]
-            }
+            kept = {key: shape[key] for key in shape if key != "title" and key not in FIELDS}
             if not option.nullable:
-                properties[name] = {"description": option.text, **nullable}
-            properties.update(dict.fromkeys(option.aliases, properties[name]))
+                kept = {"description": kept.pop("description"), "anyOf": [kept, {"type": "null"}]}
+            properties.update(dict.fromkeys((name, *option.aliases), kept))
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "simpletuner config",
@@ -72,7 +68,7 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-KEPT_IN_CATALOG = ("title", "level", "resume", "path", "aliases", "spellings", "hints", "zero_is_null")
+FIELDS = [field.name for field in dataclasses.fields(Option) if field.name not in ("default", "unit")]
 
 
 def write(folder: Path) -> None:

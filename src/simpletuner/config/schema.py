@@ -15,20 +15,6 @@ from simpletuner.config.sections_training import (
     ValidationOptions,
 )
 
-__all__ = [
-    "AdapterOptions",
-    "CacheOptions",
-    "CheckpointOptions",
-    "DataOptions",
-    "FlowOptions",
-    "LoggingOptions",
-    "ModelOptions",
-    "OptimizerOptions",
-    "RunConfig",
-    "TrainingOptions",
-    "ValidationOptions",
-]
-
 
 class RunConfig(Section):
     """Everything the user asked for. `config.load` fills it and sees to the rules between sections:

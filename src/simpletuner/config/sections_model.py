@@ -6,6 +6,9 @@ from typing import Literal
 
 from simpletuner.config.option import Section, option
 
+# fmt: off
+# A table: name, type and default; what it means; its level, bounds and other names.
+
 NOT_YET = "not offered yet"
 
 
@@ -13,72 +16,46 @@ class ModelOptions(Section):
     """The model and the numbers it computes with"""
 
     model_family: Literal["chroma"] = option("chroma", "Architecture.", level="basic")
-    model_flavour: Literal["base", "hd", "flash", "nano"] = option(
-        "base",
+    model_flavour: Literal["base", "hd", "flash", "nano"] = option("base",
         "Which Chroma: base, hd (finer, dearer), flash (few-step, unstable to train), nano (tiny, bundled, "
-        "runs on a CPU).",
-        level="basic",
-    )
-    model_type: Literal["lora", "full"] = option(
-        "lora", "Train a small adapter, or every weight of the transformer.", level="basic"
-    )
-    pretrained_model_name_or_path: str | None = option(
-        None, "Local diffusers folder or hub repository; null takes the flavour's own.", level="basic",
-        path="hub",
-    )  # fmt: skip
-    pretrained_transformer_model_name_or_path: str | None = option(
-        None, "Transformer from somewhere else.", path="hub"
-    )
+        "runs on a CPU).", level="basic")
+    model_type: Literal["lora", "full"] = option("lora",
+        "Train a small adapter, or every weight of the transformer.", level="basic")
+    pretrained_model_name_or_path: str | None = option(None,
+        "Local diffusers folder or hub repository; null takes the flavour's own.", level="basic", path="hub")
+    pretrained_transformer_model_name_or_path: str | None = option(None,
+        "Transformer from somewhere else.", path="hub")
     pretrained_vae_model_name_or_path: str | None = option(None, "VAE from somewhere else.", path="hub")
-    pretrained_t5_model_name_or_path: str | None = option(
-        None, "Text encoder and tokenizer from somewhere else.", path="hub"
-    )
+    pretrained_t5_model_name_or_path: str | None = option(None,
+        "Text encoder and tokenizer from somewhere else.", path="hub")
     revision: str | None = option(None, "Branch, tag or commit of the hub repository.")
     variant: str | None = option(None, "Variant of the weight files, such as fp16 in model.fp16.safetensors.")
-    mixed_precision: Literal["bf16", "fp16", "no"] = option(
-        "bf16", "Number type of the forward pass; no computes in fp32.", level="basic",
-        aliases=("model_precision",), hints={"fp8": "fp8 matrix products are not offered"},
-    )  # fmt: skip
-    base_model_default_dtype: Literal["bf16", "fp32"] | None = option(
-        None,
+    mixed_precision: Literal["bf16", "fp16", "no"] = option("bf16",
+        "Number type of the forward pass; no computes in fp32.", level="basic", aliases=("model_precision",),
+        hints={"fp8": "fp8 matrix products are not offered"})
+    base_model_default_dtype: Literal["bf16", "fp32"] | None = option(None,
         "Number type the transformer's weights are kept in; null is that of mixed_precision. fp32 with "
-        "mixed_precision bf16 keeps fp32 master weights under autocast.",
-    )
-    base_model_precision: Literal["no_change"] = option(
-        "no_change",
-        "Quantisation of the frozen base.",
-        hints={
-            "int8-quanto": NOT_YET, "int4-quanto": NOT_YET, "int2-quanto": NOT_YET, "fp8-quanto": NOT_YET,
-            "int8-torchao": NOT_YET, "int4-torchao": NOT_YET, "fp8-torchao": NOT_YET, "nf4-bnb": NOT_YET,
-        },
-    )  # fmt: skip
-    gradient_checkpointing: bool = option(
-        True, "Recompute blocks in the backward pass: less memory, more time.", level="basic", resume="free"
-    )
-    gradient_checkpointing_interval: int | None = option(
-        None, "Recompute only every n-th block; null is every block.", unit="blocks", resume="free", ge=1
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = option(
-        "auto", "Where to train; auto takes the best there is.", level="common", resume="free"
-    )
-    torch_num_threads: int | None = option(
-        None, "CPU threads of torch; null leaves torch's choice.", unit="threads", resume="free", ge=1,
-        le=1024,
-    )  # fmt: skip
+        "mixed_precision bf16 keeps fp32 master weights under autocast.")
+    base_model_precision: Literal["no_change"] = option("no_change",
+        "Quantisation of the frozen base.", hints=dict.fromkeys(("int8-quanto", "int4-quanto", "int2-quanto",
+            "fp8-quanto", "int8-torchao", "int4-torchao", "fp8-torchao", "nf4-bnb"), NOT_YET))
+    gradient_checkpointing: bool = option(True,
+        "Recompute blocks in the backward pass: less memory, more time.", level="basic", resume="free")
+    gradient_checkpointing_interval: int | None = option(None,
+        "Recompute only every n-th block; null is every block.", unit="blocks", resume="free", ge=1)
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto",
+        "Where to train; auto takes the best there is.", level="common", resume="free")
+    torch_num_threads: int | None = option(None,
+        "CPU threads of torch; null leaves torch's choice.", unit="threads", resume="free", ge=1, le=1024)
     disable_tf32: bool = option(False, "Keep fp32 products at full precision on NVIDIA.", resume="free")
-    flux_t5_padding: Literal["unmodified", "zero"] = option(
-        "unmodified", "The one padding row the transformer sees: as T5 made it, or zeros.",
-        aliases=("t5_padding",),
-    )  # fmt: skip
-    tokenizer_max_length: int | None = option(
-        None, "Longest caption; null is the model's own limit.", unit="tokens", ge=2, le=512
-    )
-    caption_overlong: Literal["truncate", "error"] = option(
-        "truncate", "Captions over the limit: cut, counted and listed; or refused."
-    )
-    vae_dtype: Literal["default", "fp32", "bf16", "fp16"] = option(
-        "default", "Number type of the VAE; default is bf16 on accelerators and fp32 on the CPU."
-    )
+    flux_t5_padding: Literal["unmodified", "zero"] = option("unmodified",
+        "The one padding row the transformer sees: as T5 made it, or zeros.", aliases=("t5_padding",))
+    tokenizer_max_length: int | None = option(None,
+        "Longest caption; null is the model's own limit.", unit="tokens", ge=2, le=512)
+    caption_overlong: Literal["truncate", "error"] = option("truncate",
+        "Captions over the limit: cut, counted and listed; or refused.")
+    vae_dtype: Literal["default", "fp32", "bf16", "fp16"] = option("default",
+        "Number type of the VAE; default is bf16 on accelerators and fp32 on the CPU.")
     vae_enable_tiling: bool = option(False, "Encode and decode in tiles: less memory, faint seams.")
     vae_enable_slicing: bool = option(False, "Encode and decode one picture at a time.", resume="free")
 
@@ -86,123 +63,85 @@ class ModelOptions(Section):
 class AdapterOptions(Section):
     """The LoRA"""
 
-    lora_rank: int = option(
-        16, "Rank: capacity and size.", level="basic", aliases=("network_rank", "network_dim"), ge=1, le=1024
-    )
-    lora_alpha: float | None = option(
-        None, "Strength is alpha / rank; null is alpha = rank.", level="common",
-        aliases=("network_alpha",), gt=0, le=8192,
-    )  # fmt: skip
-    lora_dropout: float = option(
-        0.0, "Chance that an input of the LoRA is dropped.", level="common", ge=0, lt=1
-    )
-    lora_type: Literal["standard"] = option(
-        "standard", "Kind of adapter.", hints={"lycoris": f"LyCORIS kinds are {NOT_YET}"}
-    )
-    flux_lora_target: Literal["all", "all+ffs", "context", "context+ffs", "tiny", "nano"] = option(
-        "all",
-        "Which modules get a LoRA: all attention, also feed-forwards (+ffs), the text stream only (context), "
-        "two single blocks (tiny), one (nano).",
-        level="common",
-        hints={
-            "ai-toolkit": "in Chroma these are the modules of all+ffs",
-            "mmdit": "in Chroma these are the modules of all",
-            "controlnet": "Chroma has no ControlNet here",
-        },
-    )
-    lora_target_modules: str | list[str] | None = option(
-        None,
+    lora_rank: int = option(16,
+        "Rank: capacity and size.", level="basic", aliases=("network_rank", "network_dim"), ge=1, le=1024)
+    lora_alpha: float | None = option(None,
+        "Strength is alpha / rank; null is alpha = rank.", level="common", aliases=("network_alpha",), gt=0,
+        le=8192)
+    lora_dropout: float = option(0.0,
+        "Chance that an input of the LoRA is dropped.", level="common", ge=0, lt=1)
+    lora_type: Literal["standard"] = option("standard",
+        "Kind of adapter.", hints={"lycoris": f"LyCORIS kinds are {NOT_YET}"})
+    flux_lora_target: Literal["all", "all+ffs", "context", "context+ffs", "tiny", "nano"] = option("all",
+        "Which modules get a LoRA: all attention, also feed-forwards (+ffs), the text stream only "
+        "(context), two single blocks (tiny), one (nano).", level="common",
+        hints={"ai-toolkit": "in Chroma these are the modules of all+ffs",
+            "mmdit": "in Chroma these are the modules of all", "controlnet": "Chroma has no ControlNet here"})
+    lora_target_modules: str | list[str] | None = option(None,
         "Instead of flux_lora_target: a regular expression for whole module names, or a list of names or "
-        "their ends.",
-        aliases=("peft_lora_target_modules",),
-    )
+        "their ends.", aliases=("peft_lora_target_modules",))
     use_dora: bool = option(False, "Weight-decomposed LoRA: slower, sometimes closer to full rank.")
     use_rslora: bool = option(False, "Strength alpha / sqrt(rank), for high ranks.")
-    lora_init_type: Literal["default", "gaussian", "olora", "pissa"] = option(
-        "default", "How A and B start; default is Kaiming A and zero B.",
-        hints={"loftq": "LoftQ needs a quantised base, which is " + NOT_YET},
-    )  # fmt: skip
-    init_lora: str | None = option(
-        None, "LoRA file whose weights to start from.", level="common", path="file"
-    )
+    lora_init_type: Literal["default", "gaussian", "olora", "pissa"] = option("default",
+        "How A and B start; default is Kaiming A and zero B.",
+        hints={"loftq": "LoftQ needs a quantised base, which is " + NOT_YET})
+    init_lora: str | None = option(None,
+        "LoRA file whose weights to start from.", level="common", path="file")
 
 
 class DataOptions(Section):
     """Pictures and captions; a dataset's own fields override these"""
 
-    data_backend_config: str | None = option(
-        None, "The file that lists the datasets; null is multidatabackend.json beside the config file.",
-        level="basic", resume="free", path="file",
-    )  # fmt: skip
-    resolution: float = option(
-        1024.0, "Training size, in the unit of resolution_type.", level="basic", gt=0, le=16384
-    )
-    resolution_type: Literal["pixel", "area", "pixel_area"] = option(
-        "pixel_area",
+    data_backend_config: str | None = option(None,
+        "The file that lists the datasets; null is multidatabackend.json beside the config file.",
+        level="basic", resume="free", path="file")
+    resolution: float = option(1024.0,
+        "Training size, in the unit of resolution_type.", level="basic", gt=0, le=16384)
+    resolution_type: Literal["pixel", "area", "pixel_area"] = option("pixel_area",
         "pixel: shorter edge, px; area: megapixels; pixel_area: edge of the square of that area, px.",
-        level="basic",
-    )
-    caption_strategy: Literal["textfile", "filename", "instanceprompt"] = option(
-        "textfile",
+        level="basic")
+    caption_strategy: Literal["textfile", "filename", "instanceprompt"] = option("textfile",
         "Where captions come from: a .txt beside each picture, its file name, or instance_prompt for all.",
         level="basic", spellings={"instance_prompt": "instanceprompt"},
-        hints={"parquet": f"caption tables are {NOT_YET}"},
-    )  # fmt: skip
-    instance_prompt: str | None = option(
-        None, "The caption of caption_strategy instanceprompt.", level="common"
-    )
+        hints={"parquet": f"caption tables are {NOT_YET}"})
+    instance_prompt: str | None = option(None,
+        "The caption of caption_strategy instanceprompt.", level="common")
     prepend_instance_prompt: bool = option(False, "Put instance_prompt before each caption.", level="common")
-    only_instance_prompt: bool = option(
-        False, "Use instance_prompt in place of every caption.", level="common"
-    )
-    caption_dropout_probability: float = option(
-        0.1, "Chance that a visit trains with the empty caption.", level="common", ge=0, le=1
-    )
-    missing_caption: Literal["error", "empty", "filename", "drop"] = option(
-        "error", "A picture without its .txt: stop, train without caption, use its file name, leave it out."
-    )
-    minimum_image_size: float | None = option(
-        None, "Smaller pictures are left out, in the unit of resolution_type.", level="common",
-        zero_is_null=True, gt=0,
-    )  # fmt: skip
-    maximum_image_size: float | None = option(
-        None, "Larger pictures are first shrunk to target_downsample_size.", zero_is_null=True, gt=0
-    )
-    target_downsample_size: float | None = option(
-        None, "What pictures over maximum_image_size are shrunk to before cropping.", zero_is_null=True, gt=0
-    )
-    max_image_megapixels: float = option(
-        100.0, "Pictures of more pixels are left out unread.", unit="megapixels", gt=0, le=10000
-    )
+    only_instance_prompt: bool = option(False,
+        "Use instance_prompt in place of every caption.", level="common")
+    caption_dropout_probability: float = option(0.1,
+        "Chance that a visit trains with the empty caption.", level="common", ge=0, le=1)
+    missing_caption: Literal["error", "empty", "filename", "drop"] = option("error",
+        "A picture without its .txt: stop, train without caption, use its file name, leave it out.")
+    minimum_image_size: float | None = option(None,
+        "Smaller pictures are left out, in the unit of resolution_type.", level="common", zero_is_null=True,
+        gt=0)
+    maximum_image_size: float | None = option(None,
+        "Larger pictures are first shrunk to target_downsample_size.", zero_is_null=True, gt=0)
+    target_downsample_size: float | None = option(None,
+        "What pictures over maximum_image_size are shrunk to before cropping.", zero_is_null=True, gt=0)
+    max_image_megapixels: float = option(100.0,
+        "Pictures of more pixels are left out unread.", unit="megapixels", gt=0, le=10000)
     maximum_aspect_ratio: float = option(4.0, "Wider pictures (width / height) are left out.", gt=0, le=1000)
     minimum_aspect_ratio: float = option(0.25, "Narrower pictures are left out.", gt=0, le=1000)
-    max_bad_sample_fraction: float = option(
-        0.1, "Refuse to train when more than this share of the pictures is unusable.", resume="free",
-        ge=0, le=1,
-    )  # fmt: skip
-    alpha_background: str = option(
-        "white", "What shows through transparent pixels: white, black or #rrggbb.",
-        pattern=r"^(white|black|#[0-9a-fA-F]{6})$",
-    )  # fmt: skip
-    data_backend_sampling: Literal["auto-weighting", "uniform"] = option(
-        "auto-weighting", "Choose datasets by probability times their length, or by probability alone."
-    )
+    max_bad_sample_fraction: float = option(0.1,
+        "Refuse to train when more than this share of the pictures is unusable.", resume="free", ge=0, le=1)
+    alpha_background: str = option("white",
+        "What shows through transparent pixels: white, black or #rrggbb.",
+        pattern="^(white|black|#[0-9a-fA-F]{6})$")
+    data_backend_sampling: Literal["auto-weighting", "uniform"] = option("auto-weighting",
+        "Choose datasets by probability times their length, or by probability alone.")
 
 
 class CacheOptions(Section):
     """Encoded pictures and captions"""
 
-    cache_dir: str | None = option(
-        None, "Folder of the caches; null is cache inside output_dir.", level="common", resume="free",
-        path="new",
-    )  # fmt: skip
-    vae_cache_sample: Literal["mean", "draw"] = option(
-        "draw", "A fresh draw from the VAE's posterior at each visit, or always its mean."
-    )
-    vae_batch_size: int = option(
-        4, "Pictures encoded together.", level="common", unit="pictures", resume="free", ge=1, le=256
-    )
-    text_encoder_batch_size: int = option(
-        4, "Captions encoded together.", unit="captions", resume="free", ge=1, le=256
-    )
+    cache_dir: str | None = option(None,
+        "Folder of the caches; null is cache inside output_dir.", level="common", resume="free", path="new")
+    vae_cache_sample: Literal["mean", "draw"] = option("draw",
+        "A fresh draw from the VAE's posterior at each visit, or always its mean.")
+    vae_batch_size: int = option(4,
+        "Pictures encoded together.", level="common", unit="pictures", resume="free", ge=1, le=256)
+    text_encoder_batch_size: int = option(4,
+        "Captions encoded together.", unit="captions", resume="free", ge=1, le=256)
     cache_shard_mib: int = option(256, "Size of one cache file.", unit="MiB", resume="free", ge=1, le=8192)

@@ -6,192 +6,151 @@ from typing import Any, Literal
 
 from simpletuner.config.option import Section, option
 
+# fmt: off
+# A table: name, type and default; what it means; its level, bounds and other names.
+
 SMALL_STATES = "8-bit and 4-bit optimizer states are not offered; adamw_bf16 and adafactor save memory too"
 
 
 class FlowOptions(Section):
     """Noise levels and the loss"""
 
-    chroma_sigma_density: Literal[
-        "quadratic", "parabola", "quadratic-literal", "uniform", "logit-normal", "beta"
-    ] = option(
-        "quadratic",
+    chroma_sigma_density: Literal["quadratic", "parabola", "quadratic-literal", "uniform", "logit-normal",
+        "beta"] = option("quadratic",
         "How often each noise level is trained: quadratic raises both tails without a hole, parabola is the "
-        "model author's, quadratic-literal never trains sigma 0.25 to 0.75.",
-        level="common",
-    )
-    flow_schedule_shift: float | None = option(
-        None, "Push noise levels up, s x / (1 + (s - 1) x); null is off, as Chroma wants.",
-        zero_is_null=True, gt=0, le=100,
-    )  # fmt: skip
+        "model author's, quadratic-literal never trains sigma 0.25 to 0.75.", level="common")
+    flow_schedule_shift: float | None = option(None,
+        "Push noise levels up, s x / (1 + (s - 1) x); null is off, as Chroma wants.", zero_is_null=True, gt=0,
+        le=100)
     flow_schedule_auto_shift: bool = option(False, "Shift by the number of image tokens instead.")
     flow_sigmoid_scale: float = option(1.0, "Width of the normal draw before the sigmoid.", gt=0, le=100)
     flow_use_uniform_schedule: bool = option(False, "Another way to say chroma_sigma_density uniform.")
     flow_use_beta_schedule: bool = option(False, "Another way to say chroma_sigma_density beta.")
     flow_beta_schedule_alpha: float = option(2.0, "First parameter of the beta density.", gt=0, le=100)
     flow_beta_schedule_beta: float = option(2.0, "Second parameter of the beta density.", gt=0, le=100)
-    flow_custom_timesteps: str | None = option(
-        None, "Train these noise levels only: a comma list of sigmas up to 1, or of timesteps up to 1000."
-    )
-    flow_timesteps_mode: Literal["fixed-list", "round-robin"] = option(
-        "fixed-list", "Draw from flow_custom_timesteps, or go through it in order."
-    )
-    flux_fast_schedule: bool = option(
-        False, "Noise levels of a few-step model (seven of ten at 1.0); leave it off for Chroma.",
-        level="common",
-    )  # fmt: skip
-    flux_guidance_mode: Literal["constant"] = option(
-        "constant", "Chroma's guidance input is a constant; there is nothing to choose.",
-        hints={"random-range": "Chroma has no guidance range", "mobius": "Chroma has no guidance range"},
-    )  # fmt: skip
-    stratified_sigmas: bool = option(
-        True, "Spread the noise levels of one optimizer step evenly: same density, less variance."
-    )
+    flow_custom_timesteps: str | None = option(None,
+        "Train these noise levels only: a comma list of sigmas up to 1, or of timesteps up to 1000.")
+    flow_timesteps_mode: Literal["fixed-list", "round-robin"] = option("fixed-list",
+        "Draw from flow_custom_timesteps, or go through it in order.")
+    flux_fast_schedule: bool = option(False,
+        "Noise levels of a few-step model (seven of ten at 1.0); leave it off for Chroma.", level="common")
+    flux_guidance_mode: Literal["constant"] = option("constant",
+        "Chroma's guidance input is a constant; there is nothing to choose.",
+        hints={"random-range": "Chroma has no guidance range", "mobius": "Chroma has no guidance range"})
+    stratified_sigmas: bool = option(True,
+        "Spread the noise levels of one optimizer step evenly: same density, less variance.")
     loss_type: Literal["l2", "huber", "smooth_l1"] = option("l2", "Loss on the velocity.", level="common")
-    huber_schedule: Literal["constant", "exponential", "snr"] = option(
-        "snr", "How huber_c goes with the noise level."
-    )
+    huber_schedule: Literal["constant", "exponential", "snr"] = option("snr",
+        "How huber_c goes with the noise level.")
     huber_c: float = option(0.1, "Where huber and smooth_l1 turn from square to straight.", gt=0, le=100)
-    input_perturbation: float = option(
-        0.0, "Extra noise in what the network sees, not in its target.", ge=0, le=1
-    )
+    input_perturbation: float = option(0.0,
+        "Extra noise in what the network sees, not in its target.", ge=0, le=1)
 
 
 class OptimizerOptions(Section):
     """Optimizer and learning rate"""
 
-    optimizer: Literal["adamw", "adamw_bf16", "adafactor", "lion", "prodigy", "adamw_schedulefree"] = option(
-        "adamw",
+    optimizer: Literal["adamw", "adamw_bf16", "adafactor", "lion", "prodigy", "adamw_schedulefree"
+        ] = option("adamw",
         "Optimizer; adamw_bf16 rounds stochastically and halves the memory of full-rank training.",
-        level="basic",
-        spellings={
-            "torch-adamw": "adamw", "optimi-adamw": "adamw", "torch-adafactor": "adafactor",
-            "optimi-lion": "lion",
-        },
-        hints=dict.fromkeys(("ao-adamw8bit", "ao-adamw4bit", "bnb-adamw8bit", "bnb-lion8bit"), SMALL_STATES),
-    )  # fmt: skip
+        level="basic", spellings={"torch-adamw": "adamw", "optimi-adamw": "adamw",
+            "torch-adafactor": "adafactor", "optimi-lion": "lion"},
+        hints=dict.fromkeys(("ao-adamw8bit", "ao-adamw4bit", "bnb-adamw8bit", "bnb-lion8bit"), SMALL_STATES))
     optimizer_config: str | None = option(None, "Further arguments of the optimizer, key=value,key=value.")
     learning_rate: float = option(1e-4, "Learning rate.", level="basic", gt=0, le=10)
     adam_beta1: float = option(0.9, "Decay of the gradient's mean.", ge=0, lt=1)
     adam_beta2: float = option(0.999, "Decay of the gradient's square.", ge=0, lt=1)
     adam_weight_decay: float = option(0.01, "Weight decay.", level="common", ge=0, le=10)
     adam_epsilon: float = option(1e-8, "Added to the denominator.", gt=0, le=1)
-    lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"] = option(
-        "constant", "Course of the learning rate over the whole run, after the warm-up.", level="basic",
-        spellings={"constant_with_warmup": "constant", "cosine_with_warmup": "cosine"},
-    )  # fmt: skip
+    lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"] = option("constant",
+        "Course of the learning rate over the whole run, after the warm-up.", level="basic",
+        spellings={"constant_with_warmup": "constant", "cosine_with_warmup": "cosine"})
     lr_warmup_steps: int = option(0, "Rise from 0 over this many steps.", level="common", unit="steps", ge=0)
     lr_end: float = option(0.0, "Where linear, cosine and polynomial end.", ge=0, le=10)
     lr_power: float = option(1.0, "Exponent of polynomial.", gt=0, le=100)
     lr_scale: bool = option(False, "Multiply the learning rate by the samples of a step.")
     lr_scale_sqrt: bool = option(False, "Multiply the learning rate by the root of the samples of a step.")
     max_grad_norm: float = option(1.0, "Gradient limit; 0 is off.", level="common", ge=0)
-    grad_clip_method: Literal["norm", "value"] = option(
-        "norm", "Limit the norm of the whole gradient, or each of its numbers."
-    )
+    grad_clip_method: Literal["norm", "value"] = option("norm",
+        "Limit the norm of the whole gradient, or each of its numbers.")
     use_ema: bool = option(False, "Also keep a moving average of the weights.", level="common")
     ema_decay: float = option(0.995, "Decay of the moving average at each update.", ge=0, lt=1)
     ema_update_interval: int = option(1, "Steps between its updates.", unit="steps", ge=1)
     ema_device: Literal["cpu", "accelerator"] = option("cpu", "Where it is kept.", resume="free")
-    ema_validation: Literal["comparison", "ema_only", "none"] = option(
-        "comparison", "Validation pictures from both weights, from the average, from the trained ones.",
-        resume="free",
-    )  # fmt: skip
+    ema_validation: Literal["comparison", "ema_only", "none"] = option("comparison",
+        "Validation pictures from both weights, from the average, from the trained ones.", resume="free")
 
 
 class TrainingOptions(Section):
     """Length and size of the run"""
 
-    output_dir: str = option(
-        "simpletuner-results", "The run folder.", level="basic", resume="free", path="new", min_length=1
-    )
+    output_dir: str = option("simpletuner-results",
+        "The run folder.", level="basic", resume="free", path="new", min_length=1)
     seed: int = option(42, "Where all randomness of the run comes from.", level="basic", ge=0, lt=2**63)
-    train_batch_size: int = option(
-        1, "Pictures that go through the network together.", level="basic", unit="pictures", ge=1, le=1024
-    )
-    gradient_accumulation_steps: int = option(
-        1, "Batches that make one optimizer step.", level="common", unit="batches", ge=1, le=4096
-    )
-    max_train_steps: int | None = option(
-        None, "Length in optimizer steps; without this and num_train_epochs it is 1000.", level="basic",
-        unit="steps", resume="free", zero_is_null=True, ge=1,
-    )  # fmt: skip
-    num_train_epochs: int | None = option(
-        None, "Length in passes over the data.", level="basic", unit="epochs", resume="free",
-        zero_is_null=True, ge=1,
-    )  # fmt: skip
-    nonfinite_loss_patience: int = option(
-        0, "Steps in a row that may be skipped for a NaN or infinite loss before stopping.", unit="steps",
-        resume="free", ge=0,
-    )  # fmt: skip
+    train_batch_size: int = option(1,
+        "Pictures that go through the network together.", level="basic", unit="pictures", ge=1, le=1024)
+    gradient_accumulation_steps: int = option(1,
+        "Batches that make one optimizer step.", level="common", unit="batches", ge=1, le=4096)
+    max_train_steps: int | None = option(None,
+        "Length in optimizer steps; without this and num_train_epochs it is 1000.", level="basic",
+        unit="steps", resume="free", zero_is_null=True, ge=1)
+    num_train_epochs: int | None = option(None,
+        "Length in passes over the data.", level="basic", unit="epochs", resume="free", zero_is_null=True,
+        ge=1)
+    nonfinite_loss_patience: int = option(0,
+        "Steps in a row that may be skipped for a NaN or infinite loss before stopping.", unit="steps",
+        resume="free", ge=0)
 
 
 class CheckpointOptions(Section):
     """Saving and going on"""
 
-    resume_from_checkpoint: str = option(
-        "latest",
+    resume_from_checkpoint: str = option("latest",
         "latest goes on if there is something to go on from, must insists, never starts anew, a path takes "
-        "that checkpoint.",
-        level="common", resume="free", path="new", min_length=1,
-    )  # fmt: skip
-    checkpoint_step_interval: int = option(
-        500, "Steps between checkpoints.", level="basic", unit="steps", resume="free",
-        aliases=("checkpointing_steps",), ge=1,
-    )  # fmt: skip
-    checkpoint_epoch_interval: int | None = option(
-        None, "Also after every n-th epoch.", unit="epochs", resume="free", ge=1
-    )
-    checkpoints_total_limit: int = option(
-        5, "Keep this many; older ones are removed.", level="common", unit="checkpoints", resume="free",
-        aliases=("save_total_limit",), ge=1,
-    )  # fmt: skip
+        "that checkpoint.", level="common", resume="free", path="new", min_length=1)
+    checkpoint_step_interval: int = option(500,
+        "Steps between checkpoints.", level="basic", unit="steps", resume="free",
+        aliases=("checkpointing_steps",), ge=1)
+    checkpoint_epoch_interval: int | None = option(None,
+        "Also after every n-th epoch.", unit="epochs", resume="free", ge=1)
+    checkpoints_total_limit: int = option(5,
+        "Keep this many; older ones are removed.", level="common", unit="checkpoints", resume="free",
+        aliases=("save_total_limit",), ge=1)
 
 
 class ValidationOptions(Section):
     """Pictures and held-out loss while training"""
 
     validation_disable: bool = option(False, "Draw no validation pictures.", level="common", resume="free")
-    validation_step_interval: int = option(
-        100, "Steps between validations.", level="basic", unit="steps", resume="free",
-        aliases=("validation_steps",), ge=1,
-    )  # fmt: skip
+    validation_step_interval: int = option(100,
+        "Steps between validations.", level="basic", unit="steps", resume="free",
+        aliases=("validation_steps",), ge=1)
     validation_prompt: str | None = option(None, "Prompt of the pictures.", level="basic", resume="free")
-    user_prompt_library: str | None = option(
-        None, "JSON file of further prompts, short name -> prompt.", level="common", resume="free",
-        path="file",
-    )  # fmt: skip
-    validation_prompt_library: Literal[False] = option(
-        False, "There is no built-in prompt list.", resume="free",
-        hints={"true": "there is no built-in prompt list; give your own by user_prompt_library"},
-    )  # fmt: skip
-    validation_negative_prompt: str = option(
-        "", "What guidance steers away from; read when validation_guidance_real > 1.", level="common",
-        resume="free",
-    )  # fmt: skip
-    validation_guidance_real: float = option(
-        1.0, "Classifier-free guidance; 1 is a single pass, 2 to 3 follow the prompt closer, twice as slow.",
-        level="common", resume="free", ge=1, le=30,
-    )  # fmt: skip
-    validation_num_inference_steps: int = option(
-        20, "Sampling steps: 20 for previews, 28 to 32 for quality.", level="common", unit="steps",
-        resume="free", ge=1, le=1000,
-    )  # fmt: skip
-    validation_resolution: str | None = option(
-        None, 'Size of the pictures: "512", "512x768" or a comma list; null is the training resolution.',
-        level="common", unit="px", resume="free",
-    )  # fmt: skip
-    num_validation_images: int = option(
-        1, "Pictures per prompt and size.", unit="pictures", resume="free", ge=1, le=64
-    )
+    user_prompt_library: str | None = option(None,
+        "JSON file of further prompts, short name -> prompt.", level="common", resume="free", path="file")
+    validation_prompt_library: Literal[False] = option(False,
+        "There is no built-in prompt list.", resume="free",
+        hints={"true": "there is no built-in prompt list; give your own by user_prompt_library"})
+    validation_negative_prompt: str = option("",
+        "What guidance steers away from; read when validation_guidance_real > 1.", level="common",
+        resume="free")
+    validation_guidance_real: float = option(1.0,
+        "Classifier-free guidance; 1 is a single pass, 2 to 3 follow the prompt closer, twice as slow.",
+        level="common", resume="free", ge=1, le=30)
+    validation_num_inference_steps: int = option(20,
+        "Sampling steps: 20 for previews, 28 to 32 for quality.", level="common", unit="steps", resume="free",
+        ge=1, le=1000)
+    validation_resolution: str | None = option(None,
+        'Size of the pictures: "512", "512x768" or a comma list; null is the training resolution.',
+        level="common", unit="px", resume="free")
+    num_validation_images: int = option(1,
+        "Pictures per prompt and size.", unit="pictures", resume="free", ge=1, le=64)
     validation_seed: int | None = option(None, "Their seed; null is seed.", resume="free", ge=0, lt=2**63)
-    disable_benchmark: bool = option(
-        False, "Skip the pictures of the untouched base at step 0.", resume="free"
-    )
-    eval_steps_interval: int | None = option(
-        None, "Steps between measurements of the held-out loss; null is every checkpoint.",
-        level="common", unit="steps", resume="free", ge=1,
-    )  # fmt: skip
+    disable_benchmark: bool = option(False,
+        "Skip the pictures of the untouched base at step 0.", resume="free")
+    eval_steps_interval: int | None = option(None,
+        "Steps between measurements of the held-out loss; null is every checkpoint.", level="common",
+        unit="steps", resume="free", ge=1)
     num_eval_images: int = option(64, "Pictures in the held-out loss.", unit="pictures", resume="free", ge=1)
     eval_sigma_count: int = option(8, "Noise levels at which each is measured.", unit="levels", ge=1, le=64)
     eval_dataset_id: str | None = option(None, "Measure on this eval set only.", resume="free")
@@ -200,15 +159,11 @@ class ValidationOptions(Section):
 class LoggingOptions(Section):
     """Telling"""
 
-    report_to: str = option(
-        "none", "Trackers: none, or a comma list of tensorboard, wandb, trackio.", level="common",
-        resume="free",
-    )  # fmt: skip
+    report_to: str = option("none",
+        "Trackers: none, or a comma list of tensorboard, wandb, trackio.", level="common", resume="free")
     tracker_project_name: str = option("simpletuner", "Project in the tracker.", resume="free", min_length=1)
-    tracker_run_name: str | None = option(
-        None, "Run in the tracker; null is the run folder's name.", resume="free"
-    )
-    webhook_config: str | list[dict[str, Any]] | dict[str, Any] | None = option(
-        None, "Webhooks: a file, or the object or list itself.", resume="free", path="file"
-    )
+    tracker_run_name: str | None = option(None,
+        "Run in the tracker; null is the run folder's name.", resume="free")
+    webhook_config: str | list[dict[str, Any]] | dict[str, Any] | None = option(None,
+        "Webhooks: a file, or the object or list itself.", resume="free", path="file")
     log_level: Literal["debug", "info", "warning"] = option("info", "How much is told.", resume="free")
