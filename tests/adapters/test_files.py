@@ -7,13 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from simpletuner.adapters import files
 from simpletuner.adapters.lora import attach, set_strength
 from simpletuner.config.schema import AdapterOptions
-from simpletuner.errors import ConfigError, ModelError
+from simpletuner.errors import ConfigError, DiskFull, ModelError
 from tests.adapters.networks import attention_names, perturb, pipeline, run, tiny_chroma
 
 KINDS = {
@@ -264,6 +264,19 @@ def test_init_lora_continues_the_delta_under_another_alpha(tmp_path):
     options = AdapterOptions(lora_rank=6, init_lora=path, use_dora=True)
     with pytest.raises(ConfigError, match="use_dora = False"):
         attach(tiny_chroma(), options, attention_names(tiny_chroma()), 9)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
+def test_a_full_disk_says_so_and_keeps_the_file_before(error, tmp_path, monkeypatch):
+    def full(*arguments, **more):
+        raise error
+
+    network, _ = trained(KINDS["plain"])
+    (tmp_path / "a.safetensors").write_bytes(b"the one before")
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(DiskFull, match=r"a\.safetensors could not be written.*No space left"):
+        files.save(network, tmp_path / "a.safetensors")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the one before"]
 
 
 def test_saves_beside_nothing_but_itself(tmp_path: Path):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from simpletuner.adapters import layout
 from simpletuner.adapters.layout import Factors, FileSummary
 from simpletuner.adapters.linear import AdaptedLinear, LoraLinear, adapted
 from simpletuner.adapters.lora import attach_file
-from simpletuner.errors import ModelError
+from simpletuner.errors import DiskFull, ModelError
 
 TOLERANCE = 1e-6
 PROBES = 8
@@ -26,7 +27,7 @@ def save(transformer: nn.Module, path: Path, metadata: Mapping[str, str] | None 
 
     Read back means: as diffusers names and scales modules, compared with the live delta of each module
     on random inputs in float64. A key that would match nothing, or a relative difference above 1e-6, is
-    a ModelError, and nothing is left under the name. metadata: free strings (modelspec.title, ...); of a
+    a ModelError, and nothing is left under the name (nor by a DiskFull). metadata: free strings (modelspec.title, ...); of a
     value that is a local path only the last part is written.
     """
     modules = adapted(transformer)
@@ -42,6 +43,8 @@ def save(transformer: nn.Module, path: Path, metadata: Mapping[str, str] | None 
         _verify(temporary, modules)
         os.replace(temporary, path)
         _sync(path.parent)
+    except (OSError, SafetensorError) as error:  # a full disk is the latter inside save_file
+        raise DiskFull(f"{path} could not be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
     return describe(path)
