@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont, features
 
 from simpletuner.errors import DiskFull
 from simpletuner.events.types import Event, ImageSaved, SheetSaved, Warned
-from simpletuner.validation import images
+from simpletuner.validation import fonts, images
 from simpletuner.validation.component import Validator
 from simpletuner.validation.images import Settings, read_description, save_png, to_image
 from simpletuner.validation.prompts import Prompt, pictures
@@ -144,3 +146,41 @@ def test_a_hole_in_the_sheet_stays_grey(tmp_path: Path) -> None:
     draw_sheet([Row("nothing " * 30, "x" * 4000, {})], {"a": "a" * 300}, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.getpixel((300, 150)) == (0xEC, 0xEC, 0xEC)
+
+
+def test_labels_are_written_in_the_letters_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fonts.writable("a cat", 14)[0] == "a cat"
+    monkeypatch.setattr(fonts, "SYSTEM", ("no such font.ttf",))
+    assert fonts.writable("un año \U0010fffd", 17)[0] == "un ano ?"
+
+
+@pytest.mark.skipif(not features.check("freetype2"), reason="no fonts at all")
+def test_a_font_of_the_computer_is_used_where_it_has_the_letters() -> None:
+    try:
+        ImageFont.truetype("DejaVuSans.ttf", 14)
+    except OSError:
+        pytest.skip("the font of this test is not here")
+    text, font = fonts.writable("un año, привет", 14)
+    assert text == "un año, привет"
+    boxes = font.getmask("\U0010fffe")
+    assert all(bytes(font.getmask(letter)) != bytes(boxes) for letter in "ñпр")
+
+
+def test_the_vae_is_held_only_while_pictures_are_drawn(tmp_path: Path) -> None:
+    class Held:
+        def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+            return decode(latents)
+
+    seen: list[weakref.ref[Held]] = []
+
+    def decoder() -> Held:
+        seen.append(weakref.ref(held := Held()))
+        return held
+
+    one = validator(tmp_path, [])
+    one.decoder = decoder
+    one.run(5, Network())
+    gc.collect()
+    assert [ref() for ref in seen] == [None]
+    one.run(5, Network())
+    assert len(seen) == 1, "nothing to draw, nothing to load"

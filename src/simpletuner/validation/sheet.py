@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from simpletuner.validation.fonts import Font, writable
 from simpletuner.validation.images import save_png
 
 PAPER, INK, FAINT, EMPTY = "#ffffff", "#1c1c1c", "#6b6b6b", "#ececec"
@@ -37,18 +38,20 @@ def draw_sheet(rows: Sequence[Row], columns: Mapping[Any, str], path: Path) -> P
     rows = rows[:MOST_ROWS]
     cell = 256 if len(rows) <= 16 else 128
     side, head = 176, TEXT_PX + 2 * GAP_PX
-    font, small = ImageFont.load_default(size=TEXT_PX), ImageFont.load_default(size=TEXT_PX - 3)
     width = side + len(columns) * (cell + GAP_PX) + GAP_PX
     heights = [_tallest(row, cell) for row in rows]
     sheet = Image.new("RGB", (width, head + sum(heights) + GAP_PX * (len(rows) + 1)), PAPER)
     pen = ImageDraw.Draw(sheet)
     for index, title in enumerate(columns.values()):
         left = side + GAP_PX + index * (cell + GAP_PX)
+        title, font = writable(title, TEXT_PX)
         pen.text((left, GAP_PX), _fitted(title, font, cell), INK, font)
     top = head
     for row, height in zip(rows, heights, strict=True):
-        pen.text((GAP_PX, top), _fitted(row.label, font, side - GAP_PX), INK, font)
-        lines = _wrapped(row.detail, small, side - GAP_PX, max(1, (height - 2 * TEXT_PX) // TEXT_PX))
+        label, font = writable(row.label, TEXT_PX)
+        pen.text((GAP_PX, top), _fitted(label, font, side - GAP_PX), INK, font)
+        detail, small = writable(row.detail, TEXT_PX - 3)
+        lines = _wrapped(detail, small, side - GAP_PX, max(1, (height - 2 * TEXT_PX) // TEXT_PX))
         pen.multiline_text((GAP_PX, top + TEXT_PX + 8), lines, FAINT, small, spacing=3)
         for index, column in enumerate(columns):
             place = (side + GAP_PX + index * (cell + GAP_PX), top)
@@ -76,9 +79,6 @@ def _tallest(row: Row, cell: int) -> int:
 def _thumbnail(picture: Path, cell: int) -> Image.Image:
     with Image.open(picture) as image:
         return image.convert("RGB").resize(_size_in(picture, cell), Image.Resampling.LANCZOS)
-
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def _fitted(text: str, font: Font, width: int) -> str:
