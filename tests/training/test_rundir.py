@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from simpletuner.errors import ConfigError, RunLocked
-from simpletuner.training.rundir import RunFolder
+from simpletuner.training.rundir import RunFolder, replace_folder
 
 HOLD = """
 import sys, time
@@ -69,3 +70,43 @@ def test_earlier_results_are_moved_not_lost(tmp_path: Path) -> None:
         assert (moved / "checkpoint-5" / "weights").read_text() == "w"
         assert (tmp_path / "cache").is_dir()
         assert folder.set_aside_earlier() is None
+
+
+@pytest.mark.parametrize("dies_at", [1, 2, 3])
+def test_a_replaced_folder_is_never_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int
+) -> None:
+    """Killed while writing, before and between the renames: the earlier weights are there afterwards."""
+    target = tmp_path / "transformer"
+
+    def writes(content: str) -> Callable[[Path], None]:
+        def write(folder: Path) -> None:
+            folder.mkdir()
+            (folder / "weights").write_text(content)
+
+        return write
+
+    replace_folder(target, writes("old"))
+    calls = []
+    real = Path.rename
+
+    def rename(self: Path, other: Path) -> Path:
+        calls.append(self)
+        if len(calls) == dies_at - 1:
+            raise KeyboardInterrupt
+        return real(self, other)
+
+    def dying(folder: Path) -> None:
+        writes("half")(folder)
+        if dies_at == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            replace_folder(target, dying)
+    kept = target if target.exists() else tmp_path / ".replaced-transformer"
+    assert (kept / "weights").read_text() == "old"
+    replace_folder(target, writes("new"))
+    assert (target / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["transformer"]

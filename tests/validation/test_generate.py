@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -92,6 +93,22 @@ def test_a_run_folder_says_its_model(base: Path, adapter: Path, tmp_path: Path) 
     assert ours != pixels(
         generate(None, tmp_path, "--prompt", "a cat", "--lora", str(run), "--strength", "0")
     )
+
+
+def test_a_run_at_full_rank_draws_with_its_transformer(base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_checkpoint(tmp_path / "other", seed=5)
+    shutil.copytree(tmp_path / "other" / "transformer", run / "transformer")
+    (run / "events.jsonl").touch()
+    options = {"pretrained_model_name_or_path": str(base), "mixed_precision": "no", "model_type": "full"}
+    (run / "config.json").write_text(json.dumps(options))
+    (drawn,) = generate(None, tmp_path / "a", "--prompt", "a cat", "--lora", str(run))
+    tuned = ["--pretrained_transformer_model_name_or_path", str(run / "transformer")]
+    config = ["--config", str(run / "config.json")]
+    expected = generate(None, tmp_path / "b", "--prompt", "a cat", *tuned, *config)
+    assert pixels([drawn]) == pixels(expected)
+    assert pixels([drawn]) != pixels(generate(None, tmp_path / "c", "--prompt", "a cat", *config))
+    assert read_description(drawn)["transformer"] == "run/transformer"
 
 
 def test_where_a_lora_is_found(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class Request:
 @click.command("generate", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")})
 @click.option("--prompt", "texts", multiple=True, required=True, help="What to draw; may be repeated.")
 @click.option("--negative_prompt", default="", help="What guidance above 1 steers away from.")
-@click.option("--lora", type=FILE, help="A LoRA file, a checkpoint folder or a run folder.")
+@click.option("--lora", type=FILE, help="A LoRA file, a checkpoint or a run folder (of any training).")
 @click.option("--strength", default="1.0", show_default=True, help="Of the LoRA; a comma list draws each.")
 @click.option("--model_flavour", type=click.Choice(FLAVOURS), help="Default: the LoRA's run's, else base.")
 @click.option("--pretrained_model_name_or_path", help="Another base: a diffusers folder or hub id.")
@@ -63,8 +63,15 @@ def command(
     steps: int, guidance: float, seed: int, size: str | None, count: int, out: Path, **model: str | None,
 ) -> None:  # fmt: skip
     """Draw pictures with the base model or a LoRA. Prints the path of each; nothing is overwritten."""
-    found = None if lora is None else find_lora(lora)
-    options = _model_options(config, found, {name: value for name, value in model.items() if value})
+    flags = {name: value for name, value in model.items() if value}
+    found, runs = None, []
+    if lora is not None and (tuned := finished_transformer(lora)):
+        flags.setdefault("pretrained_transformer_model_name_or_path", str(tuned))
+        runs = [lora.resolve()]
+    elif lora is not None:
+        found = find_lora(lora)
+        runs = [*found.resolve().parents[:3]]
+    options = _model_options(config, runs, flags)
     size = size or DEFAULT_SIZE.get(options.model_flavour, "1024")
     read_sizes(size, DataOptions(), 1, "--size")
     prompts = tuple(Prompt(file_safe(text) or "picture", text, negative_prompt) for text in texts)
@@ -73,6 +80,12 @@ def command(
     )
     for path in generate(request, lambda line: click.echo(line, err=True)):
         click.echo(path)
+
+
+def finished_transformer(given: Path) -> Path | None:
+    """What a run at full rank leaves in its folder."""
+    folder = given.resolve() / "transformer"
+    return folder if (folder / "config.json").is_file() and not (given / LORA_FILE).exists() else None
 
 
 def find_lora(given: Path) -> Path:
@@ -113,13 +126,12 @@ def _strengths(text: str, lora: Path | None) -> tuple[float, ...]:
     return strengths
 
 
-def _model_options(config: Path | None, lora: Path | None, flags: dict[str, str]) -> ModelOptions:
-    """Flags over --config, else over the run that made the LoRA, else over the configuration found here."""
+def _model_options(config: Path | None, runs: list[Path], flags: dict[str, str]) -> ModelOptions:
+    """Flags over --config, else over the run that made the weights, else over the one found here."""
     from simpletuner.config.jsonc import parse
     from simpletuner.config.load import from_resolved, load
 
-    made_by = [] if lora is None or config is not None else lora.resolve().parents[:2]
-    for run in made_by:
+    for run in runs if config is None else ():
         if (run / "events.jsonl").is_file() and (run / "config.json").is_file():
             file = run / "config.json"
             known = parse(file.read_text(encoding="utf-8"), str(file)).value
@@ -153,9 +165,11 @@ def generate(request: Request, say: Callable[[str], None]) -> list[Path]:
     paths = []
     for strength, picture, latents in drawn:
         added = {}
+        if tuned := request.model.pretrained_transformer_model_name_or_path:
+            added = {"transformer": "/".join(Path(tuned).parts[-2:])}
         if request.lora is not None:
             name = "/".join(request.lora.resolve().parts[-2:])
-            added = {"lora": name, "strength": f"{strength:g}"}
+            added.update({"lora": name, "strength": f"{strength:g}"})
         settings = Settings(request.steps, request.guidance, " x ".join([source.name, *added.values()]))
         path = _free_path(request.out, picture)
         save_png(to_image(vae.decode(latents)), path, describe(picture, settings, **added))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -16,7 +15,7 @@ from simpletuner.adapters import files
 from simpletuner.config.schema import RunConfig
 from simpletuner.events.types import Emit, Saved
 from simpletuner.models.family import ModelFamily, Source
-from simpletuner.training.rundir import RunFolder
+from simpletuner.training.rundir import RunFolder, replace_folder
 from simpletuner.training.stages import Average
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
@@ -43,16 +42,9 @@ class Exporter:
     def finish(self, step: int) -> None:
         """The weights at the top of the run folder."""
         started = time.perf_counter()
-        if self.uses_lora:
-            written = self._lora(self.folder.path)
-        else:
-            written = self._transformers()
+        written = self._lora(self.folder.path) if self.uses_lora else self._transformers()
         for path in written:
-            size = (
-                sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-                if path.is_dir()
-                else path.stat().st_size
-            )
+            size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
             name = path.relative_to(self.folder.path).as_posix()
             self.emit(Saved(step, name, time.perf_counter() - started, size))
 
@@ -68,27 +60,20 @@ class Exporter:
 
     def _transformers(self) -> list[Path]:
         written = []
-        for name, average in (("transformer", False), ("transformer_ema", True)):
-            if average and self.average is None:
-                continue
-            target = self.folder.path / name
-            work = target.with_name(f".writing-{name}-{os.getpid()}")
-            shutil.rmtree(work, ignore_errors=True)
-            with self.average() if self.average is not None and average else nullcontext():
-                self.family.save_transformer(self.transformer, self.source, work)
-            if target.exists():
-                shutil.rmtree(target)
-            work.rename(target)
-            written.append(target)
+        for name, weights in (("transformer", nullcontext), ("transformer_ema", self.average)):
+            if weights is not None:
+                written.append(self.folder.path / name)
+                with weights():
+                    replace_folder(
+                        written[-1], partial(self.family.save_transformer, self.transformer, self.source)
+                    )
         return written
 
     def _metadata(self, weights: str) -> dict[str, str]:
-        adapter, optimizer = self.run.adapter, self.run.optimizer
+        adapter, optimizer, base = self.run.adapter, self.run.optimizer, self.source.name
         return {
             "software": f"simpletuner {__version__}",
-            "base_model": Path(self.source.name).name
-            if Path(self.source.name).is_absolute()
-            else self.source.name,
+            "base_model": Path(base).name if Path(base).is_absolute() else base,
             "model_family": self.family.name,
             "weights": weights,
             "rank": str(adapter.lora_rank),

@@ -15,8 +15,9 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -34,6 +35,20 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
+    """The old folder is gone only when the new one is whole in its place. The run lock must be ours."""
+    work, old = (target.with_name(f".{what}-{target.name}") for what in ("writing", "replaced"))
+    if old.exists() and not target.exists():
+        old.rename(target)  # a process was killed between the two renames below
+    for leftover in (work, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write(work)
+    if target.exists():
+        target.rename(old)
+    work.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _lock_file(descriptor: int) -> None:
