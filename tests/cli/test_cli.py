@@ -180,3 +180,10 @@ def test_report_of_no_run(tmp_path: Path) -> None:
     done, _ = run(tmp_path, "report", ".")
     assert done.returncode == 2
     assert "no run folder" in done.stderr
+
+
+def test_training_in_fp16_is_refused_with_the_reason(project: Path) -> None:
+    done, _ = run(project, "train", "--mixed_precision=fp16", blocked=("torch",))
+    assert done.returncode == 2
+    assert "--mixed_precision" in done.stderr
+    assert "small gradients" in done.stderr

@@ -23,6 +23,11 @@ PLACES = {
     "env": "NAME  the environment config/NAME",
     "example": "NAME  a packaged example (simpletuner examples list)",
 }
+# A gradient of the velocity error is about 1e-6 per element; below 6e-5 fp16 loses its digits.
+FP16 = (
+    'mixed_precision = "fp16": training takes bf16 or no; fp16 rounds small gradients to zero and overflows '
+    "in Chroma's activations. Cards without bf16 units compute it too, more slowly"
+)
 SWITCHES = {
     "show_config": "print every value and where it came from, and stop",
     "rehearse": "a few steps of your dataset and options on the tiny bundled model, on the CPU",
@@ -74,6 +79,8 @@ def checked(tried: Attempt) -> tuple[Loaded, Backends]:
             problems.extend(error.problems)
     if tried.loaded is not None:
         run, source = tried.loaded.run, tried.loaded.source
+        if run.model.mixed_precision == "fp16":
+            problems.append(Problem(tried.loaded.origins["mixed_precision"], FP16))
         try:
             read_prompts(run.validation, source.parent if source else Path.cwd())
             if run.logging.webhook_config is not None:

@@ -20,6 +20,7 @@ from simpletuner.data.dataset import Backends, Dataset
 from simpletuner.data.scan import scan
 from simpletuner.errors import SimpleTunerError, Stopped
 from simpletuner.events.report import write_report
+from simpletuner.events.trackers import kinds
 from simpletuner.events.types import Event, StageDone, Stepped, Warned
 from simpletuner.training import loop
 from simpletuner.training.build import build
@@ -59,6 +60,8 @@ def rehearse(loaded: Loaded, backends: Backends) -> int:
     """Print what worked and what would have gone wrong; returns the exit code of the first problem, or 0."""
     findings = Findings()
     findings.attempt("pictures and captions, all of them", lambda: full_scan(loaded.run, backends, findings))
+    report_to = loaded.run.logging.report_to
+    findings.attempt(f"report_to {report_to}", lambda: "installed" if kinds(report_to) else "")
     with tempfile.TemporaryDirectory(prefix="simpletuner-rehearsal-") as folder:
         base_dir = loaded.source.parent if loaded.source else Path.cwd()
         run = reduced(loaded.run, Path(folder) / "run", findings)
@@ -100,14 +103,13 @@ def reduced(run: RunConfig, output_dir: Path, findings: Findings) -> RunConfig:
         findings.warnings.append(
             "lora_target_modules is rehearsed as given; the small model has fewer blocks"
         )
-    model, training = run.model, run.training
+    training = run.training
     return from_resolved(
         {
             **resolved(run),
             "model_flavour": "nano", "pretrained_model_name_or_path": None, "device": "cpu",
             "pretrained_transformer_model_name_or_path": None, "pretrained_vae_model_name_or_path": None,
             "pretrained_t5_model_name_or_path": None, "revision": None, "variant": None,
-            "mixed_precision": "bf16" if model.mixed_precision == "fp16" else model.mixed_precision,
             "flux_lora_target": target, "init_lora": None, "cache_dir": None,
             "output_dir": str(output_dir), "max_train_steps": STEPS, "num_train_epochs": None,
             "train_batch_size": min(training.train_batch_size, 2),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,17 @@ def make(
     report_to: str, run_dir: Path, project: str, run_name: str | None, config: Mapping[str, Any]
 ) -> list[ClosingSink]:
     """One sink with close() per name of the comma list. MissingExtra when its package is not installed."""
+    tracked = Tracked(run_dir, project, run_name or run_dir.resolve().name, config)
+    return [kind(tracked) for kind in kinds(report_to)]
+
+
+def kinds(report_to: str) -> list[Callable[[Tracked], ClosingSink]]:
+    """The trackers of a comma list, not opened yet."""
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
     unknown = [name for name in names if name not in TRACKERS]
     if unknown:
         raise ConfigError(f"report_to = {', '.join(unknown)}; allowed are none, {', '.join(TRACKERS)}")
-    tracked = Tracked(run_dir, project, run_name or run_dir.resolve().name, config)
-    return [importlib.import_module(f"{__name__}.{name}").Tracker(tracked) for name in dict.fromkeys(names)]
+    return [importlib.import_module(f"{__name__}.{name}").Tracker for name in dict.fromkeys(names)]
 
 
 def scalars(event: Event) -> dict[str, float]:
