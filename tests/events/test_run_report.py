@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from simpletuner.events.charts import Line, chart, thin, ticks
-from simpletuner.events.history import of_run
-from simpletuner.events.log import EventLog
+from simpletuner.events.history import of_records, of_run
+from simpletuner.events.log import EventLog, Record
 from simpletuner.events.report import write_report
 from simpletuner.events.types import (
     DatasetScanned,
@@ -92,6 +92,7 @@ def test_the_page_is_whole_and_asks_no_one(tmp_path: Path) -> None:
         image(tmp_path, 10, "trained"), evaluation(10, True), Saved(10, "checkpoint-10", 0.5, 1 << 20),
         Warned("careful"), Finished(10, 5.0, "done"),
     ]  # fmt: skip
+    (tmp_path / "checkpoint-10").mkdir()
     found = Tags(report(tmp_path, events, {"seed": 42, "rank": 8}, defaults={"seed": 42, "rank": 16}))
     assert found.open == []
     names = {tag for tag, _ in found.tags}
@@ -206,3 +207,19 @@ def test_charts_have_gaps_where_numbers_are_not_finite() -> None:
     assert "inf" not in svg
     assert chart("t", [Line([(1.0, math.nan)])]) == ""
     assert "<svg" in chart("t", [Line([(1.0, 0.5)], marks=True, error=[0.0])])
+
+
+def test_a_removed_checkpoint_is_not_offered(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-4").mkdir()
+    events = [step(1), Saved(2, "checkpoint-2", 0.5, 1), Saved(4, "checkpoint-4", 0.5, 1)]
+    texts = Tags(report(tmp_path, events)).texts
+    assert "checkpoint-4" in texts
+    assert "checkpoint-2" not in texts
+
+
+def test_a_fresh_start_has_nothing_before_it() -> None:
+    start = RunStarted("0.1", "r", "nano", "cpu", 20, 0)
+    records = [Record(1.0, event, 0) for event in (start, evaluation(0, False), step(1), start, step(1))]
+    found = of_records(records)
+    assert sorted(found.steps) == [1]
+    assert not found.evaluations

@@ -49,7 +49,7 @@ class History:
         match event:
             case RunStarted():
                 self.started, self.end = event, None
-                self._forget_after(event.resumed_step)
+                self._forget_after(event.resumed_step or -1)  # a fresh start has nothing before it
             case Resumed():
                 self.resumes.append(event.step)
                 self._forget_after(event.step)

@@ -38,7 +38,7 @@ def write_report(run_dir: Path, defaults: Mapping[str, Any] | None = None) -> Pa
     style = Path(__file__).with_name("report.css").read_text("utf-8")
     body = "".join(
         [_head(run_dir, history), _training(history), _held_out(history), _pictures(run_dir, history),
-         _checkpoints(history), _data(history), _problems(history), _settings(run_dir, defaults)]
+         _checkpoints(run_dir, history), _data(history), _problems(history), _settings(run_dir, defaults)]
     )  # fmt: skip
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
@@ -165,12 +165,14 @@ def _picture(run_dir: Path, event: ImageSaved) -> str:
     return f'<a href="{quote(event.path)}"><img src="{source}" alt="{about}" title="{about}"></a>'
 
 
-def _checkpoints(history: History) -> str:
+def _checkpoints(run_dir: Path, history: History) -> str:
+    """Those that are still there."""
     best = {event.step for event in history.evaluations.values() if event.best}
     rows = [
         (str(event.step), event.path, size(event.size_bytes), duration(event.seconds),
          "best held-out loss" if best and event.step == max(best) else "")
         for event in sorted(history.saved.values(), key=lambda event: event.step)
+        if (run_dir / event.path).exists()
     ]  # fmt: skip
     return _section("Checkpoints", _table(("step", "path", "size", "written in", ""), rows))
 
