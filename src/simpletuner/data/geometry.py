@@ -64,19 +64,19 @@ def bucket(framing: Framing, size: Size, alignment_px: int) -> Size:
     Each side is the ideal one (aspect kept, area or shorter edge as asked for) rounded to the nearest
     multiple, so it is off by at most half of alignment_px.
     """
-    wide, high = _aspect(framing, size)
-    target = amount(framing.resolution, framing.resolution_type)
-    if framing.resolution_type == "pixel":
-        shorter = min(wide, high)
-        return (
-            max(1, _rounded(target * wide, shorter * alignment_px)) * alignment_px,
-            max(1, _rounded(target * high, shorter * alignment_px)) * alignment_px,
-        )
-    unit = alignment_px * alignment_px
-    return (
-        max(1, _rounded_root(target * wide, high * unit)) * alignment_px,
-        max(1, _rounded_root(target * high, wide * unit)) * alignment_px,
-    )
+    kind = framing.resolution_type
+    return _scaled(_aspect(framing, size), amount(framing.resolution, kind), kind, alignment_px)
+
+
+def _scaled(aspect: Size, target: int, kind: str, step: int) -> Size:
+    """Sides of this aspect with the target as shorter edge or as area, to the nearest multiples of step."""
+    wide, high = aspect
+    if kind == "pixel":
+        shorter = min(aspect) * step
+        sides = _rounded(target * wide, shorter), _rounded(target * high, shorter)
+    else:
+        sides = _rounded_root(target * wide, high * step**2), _rounded_root(target * high, wide * step**2)
+    return max(1, sides[0]) * step, max(1, sides[1]) * step
 
 
 def cover(size: Size, window: Size) -> Size:
@@ -95,12 +95,7 @@ def resized(framing: Framing, size: Size, window: Size) -> Size:
         return covering
     if extent(size, kind) <= amount(framing.maximum_image_size, kind):
         return covering
-    target = amount(framing.target_downsample_size, kind)
-    width, height = size
-    if kind == "pixel":
-        shrunk = _rounded(width * target, min(size)), _rounded(height * target, min(size))
-    else:
-        shrunk = _rounded_root(target * width, height), _rounded_root(target * height, width)
+    shrunk = _scaled(size, amount(framing.target_downsample_size, kind), kind, 1)
     return shrunk if shrunk[0] >= covering[0] and shrunk[1] >= covering[1] else covering
 
 

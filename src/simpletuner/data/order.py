@@ -25,34 +25,28 @@ from simpletuner.randomness import seed_at
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """size_px: (width, height). members: int32 indices into the run's tuple of Placed."""
-
-    size_px: tuple[int, int]
-    members: np.ndarray
-
-
-@dataclass(frozen=True)
 class Source:
-    """A dataset cut into batches. batches: in a round; per_epoch: of these, how many an epoch takes."""
+    """A dataset cut into batches. batches: in a round; per_epoch: of these, how many an epoch takes.
+
+    buckets: (width, height) in px -> int32 indices into the run's tuple of Placed.
+    """
 
     dataset: Dataset
-    buckets: tuple[Bucket, ...]
+    buckets: dict[tuple[int, int], np.ndarray]
     batches: int
     per_epoch: int
 
 
 @dataclass(frozen=True)
 class Round:
-    """One pass over a dataset with its repeats: visits[starts[i]:ends[i]] is batch i.
+    """One pass over a dataset with its repeats: batch i is visits[spans[i, 0] : spans[i, 1]].
 
-    visits: int32 indices into Placed. passes: which repeat each visit is. starts, ends: shuffled.
+    visits: int32 indices into Placed. passes: which repeat each visit is. spans: shuffled.
     """
 
     visits: np.ndarray
     passes: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
+    spans: np.ndarray
 
 
 class Order:
@@ -87,8 +81,9 @@ class Order:
         source = self._sources[which[slot]]
         turn, at = divmod(epoch * source.per_epoch + int(nth[slot]), source.batches)
         current = self._round(int(which[slot]), turn)
-        span = range(int(current.starts[at]), int(current.ends[at]))
-        visits = tuple(self._visit(int(current.visits[i]), turn, int(current.passes[i])) for i in span)
+        members = slice(*current.spans[at])
+        pairs = zip(current.visits[members].tolist(), current.passes[members].tolist())
+        visits = tuple(self._visit(index, turn, pass_) for index, pass_ in pairs)
         return MicroBatch(number, epoch, visits)
 
     def _visit(self, index: int, turn: int, pass_: int) -> Visit:
@@ -137,10 +132,9 @@ def _sources(placed: Sequence[Placed], datasets: Sequence[Dataset], batch_size: 
     largest = max(dataset.probability for dataset in used)
     sources = []
     for dataset in used:
-        buckets = tuple(
-            Bucket(size, np.array(indices, np.int32)) for size, indices in sorted(members[dataset.id].items())
-        )
-        batches = sum(-(-len(bucket.members) * (dataset.repeats + 1) // batch_size) for bucket in buckets)
+        sizes = sorted(members[dataset.id].items())
+        buckets = {size: np.array(indices, np.int32) for size, indices in sizes}
+        batches = sum(-(-len(bucket) * (dataset.repeats + 1) // batch_size) for bucket in buckets.values())
         share = dataset.probability / largest
         sources.append(Source(dataset, buckets, batches, max(1, round(batches * share))))
     return sources
@@ -149,38 +143,31 @@ def _sources(placed: Sequence[Placed], datasets: Sequence[Dataset], batch_size: 
 def _shuffled(source: Source, batch_size: int, seed: int, turn: int) -> Round:
     rng = np.random.Generator(np.random.Philox(seed_at(seed, "order", source.dataset.id, turn)))
     passes = source.dataset.repeats + 1
-    visits, which_pass, starts, ends = [], [], [], []
+    visits, which_pass, spans = [], [], []
     begin = 0
-    for bucket in source.buckets:
-        count = len(bucket.members) * passes
+    for bucket in source.buckets.values():
+        end = begin + len(bucket) * passes
         # Pass after pass, so that a sample meets itself only where a small bucket leaves no choice.
-        visits += [rng.permutation(bucket.members) for _ in range(passes)]
-        which_pass.append(np.repeat(np.arange(passes, dtype=np.int32), len(bucket.members)))
-        first = np.arange(begin, begin + count, batch_size)
-        starts.append(first)
-        ends.append(np.minimum(first + batch_size, begin + count))
-        begin += count
+        visits += [rng.permutation(bucket) for _ in range(passes)]
+        which_pass.append(np.repeat(np.arange(passes, dtype=np.int32), len(bucket)))
+        first = np.arange(begin, end, batch_size)
+        spans.append(np.stack([first, np.minimum(first + batch_size, end)], axis=1))
+        begin = end
     order = rng.permutation(source.batches)
-    return Round(
-        np.concatenate(visits),
-        np.concatenate(which_pass),
-        np.concatenate(starts)[order],
-        np.concatenate(ends)[order],
-    )
+    return Round(np.concatenate(visits), np.concatenate(which_pass), np.concatenate(spans)[order])
 
 
 def _notes(source: Source, batch_size: int) -> list[str]:
     name, passes = source.dataset.id, source.dataset.repeats + 1
     notes = []
-    for bucket in source.buckets:
-        visits = len(bucket.members) * passes
+    for (width, height), bucket in source.buckets.items():
+        visits = len(bucket) * passes
         if visits < batch_size:
-            width, height = bucket.size_px
             notes.append(
                 f"{name}: bucket {width}x{height} has {visits} visits, fewer than a batch of {batch_size}; "
                 f"it trains with a batch of {visits}"
             )
-    short = sum(len(bucket.members) * passes % batch_size > 0 for bucket in source.buckets)
+    short = sum(len(bucket) * passes % batch_size > 0 for bucket in source.buckets.values())
     if short > len(notes):
         notes.append(f"{name}: {short} of {source.batches} batches per round are smaller than {batch_size}")
     if source.per_epoch < source.batches:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,27 +19,14 @@ from simpletuner.data.pixels import Header, read_header
 from simpletuner.data.report import BadFile, BadSamples, listing, refuse_too_many, write_rejected
 from simpletuner.data.types import Placed, Rejected, Sample
 from simpletuner.errors import DataError
-from simpletuner.events.types import (
-    DatasetScanned,
-    Emit,
-    Noted,
-    StageDone,
-    StageProgress,
-    StageStarted,
-    Warned,
-)
+from simpletuner.events.progress import Stage
+from simpletuner.events.types import DatasetScanned, Emit, Noted, Warned
 from simpletuner.randomness import seed_at
 
 READERS = 8
 CHUNK = 64
-TELL_EVERY_S = 0.5
 LISTED = 8
 ENLARGED = 1.25  # times the side, worth a word
-REMARKS = {
-    "animated": "are animated; the first frame is used",
-    "alpha": "have transparency, which is laid over alpha_background",
-    "cmyk": "are CMYK and are converted to sRGB",
-}
 Read = tuple[Placed, Header] | tuple[Rejected, None]
 
 
@@ -68,7 +54,6 @@ def scan(
     error, or more bad files than max_bad_sample_fraction; DataError: an empty folder, nothing left, a picture
     both trained on and held out.
     """
-    started = time.monotonic()
     found: list[Found] = []
     rejected: list[Rejected] = []
     notes: list[str] = []
@@ -82,19 +67,18 @@ def scan(
             notes.append(f"{dataset.id}: {unread.total()} files are no pictures and are not read: {kinds}")
         found += named
         rejected += misnamed
-    emit(StageStarted("scan", len(found), "pictures"))
     remarks: Counter[tuple[str, str]] = Counter()
     placed: list[Placed] = []
-    for item, header in _read_all(found, partial(_read, options, seed, alignment_px), emit):
-        if isinstance(item, Rejected):
-            rejected.append(item)
-            continue
-        placed.append(item)
-        remarks.update((item.sample.dataset, remark) for remark in _remarks(header))
-    placed = _subsets(datasets, sorted(placed, key=lambda item: item.sample.id))
-    rejected.sort(key=lambda item: (item.dataset, item.path))
-    seconds = time.monotonic() - started
-    emit(StageDone("scan", len(found), seconds, f"{len(placed)} kept, {len(rejected)} rejected"))
+    with Stage(emit, "scan", len(found), "pictures") as stage:
+        for item, header in _read_all(found, partial(_read, options, seed, alignment_px), stage):
+            if isinstance(item, Rejected):
+                rejected.append(item)
+            else:
+                placed.append(item)
+                remarks.update((item.sample.dataset, remark) for remark in _remarks(header))
+        placed = _subsets(datasets, sorted(placed, key=lambda item: item.sample.id))
+        rejected.sort(key=lambda item: (item.dataset, item.path))
+        stage.note = f"{len(placed)} kept, {len(rejected)} rejected"
     notes += [f"{name}: {count} pictures {remark}" for (name, remark), count in sorted(remarks.items())]
     copies = identical(item.sample.path for item in placed)
     _tell(datasets, placed, rejected, (*notes, *_shared(placed)), copies, emit)
@@ -108,21 +92,14 @@ def scan(
     return Scan(tuple(placed), tuple(rejected))
 
 
-def _read_all(found: Sequence[Found], read: Callable[[Found], Read], emit: Emit) -> Iterator[Read]:
+def _read_all(found: Sequence[Found], read: Callable[[Found], Read], stage: Stage) -> Iterator[Read]:
     # Threads overlap the waits for the disk. Chunks, because a future per file costs more than its header.
     chunks = [found[start : start + CHUNK] for start in range(0, len(found), CHUNK)]
     pool = ThreadPoolExecutor(READERS, "scan")
-    started = told = time.monotonic()
-    done = 0
     try:
         for results in pool.map(lambda chunk: [read(item) for item in chunk], chunks):
             yield from results
-            done += len(results)
-            now = time.monotonic()
-            if now - told >= TELL_EVERY_S:
-                told = now
-                rate = done / (now - started)
-                emit(StageProgress("scan", done, len(found), rate, (len(found) - done) / rate))
+            stage.advance(len(results))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -164,10 +141,12 @@ def _check_limits(framing: geometry.Framing, size: tuple[int, int]) -> None:
 
 
 def _remarks(header: Header | None) -> list[str]:
-    if header is None:
-        return []
-    holds = {"animated": header.animated, "alpha": header.alpha, "cmyk": header.mode == "CMYK"}
-    return [REMARKS[name] for name, applies in holds.items() if applies]
+    holds = {
+        "are animated; the first frame is used": header is not None and header.animated,
+        "have transparency, which is laid over alpha_background": header is not None and header.alpha,
+        "are CMYK and are converted to sRGB": header is not None and header.mode == "CMYK",
+    }
+    return [remark for remark, applies in holds.items() if applies]
 
 
 def _subsets(datasets: Sequence[Dataset], placed: list[Placed]) -> list[Placed]:
