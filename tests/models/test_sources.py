@@ -100,7 +100,8 @@ def test_flavours_download_only_the_parts(hub: Callable, checkpoint: Path, flavo
     source = sources.locate(ModelOptions(model_flavour=flavour))
     assert (source.name, source.revision) == (repo, checkpoint.name)
     assert calls[0]["repo"] == repo
-    assert calls[0]["revision"] == "c0ffee"
+    # The branch by its name, or the cache would not know it without network; then the commit found there.
+    assert [call["revision"] for call in calls] == [None, checkpoint.name]
     small, weights = (call["allow_patterns"] for call in calls)
     assert not any(pattern.endswith(".safetensors") for pattern in small)
     assert "transformer/diffusion_pytorch_model.safetensors" in weights
@@ -211,6 +212,26 @@ def test_without_network_the_hub_cache_serves(hub: Callable, checkpoint: Path) -
     calls = hub(ConnectionError("no route"), checkpoint)
     assert sources.locate(ModelOptions()).vae == checkpoint / "vae"
     assert calls[0]["local_files_only"] is True
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_was_downloaded_serves_offline(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """The hub's own cache layout, read by the hub's own library, with a port where nobody listens."""
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--lodestones--Chroma1-Base"
+    snapshot = Path(shutil.copytree(checkpoint, repository / "snapshots" / ("c0ffee" + 34 * "0")))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    if not whole:
+        shutil.rmtree(snapshot)
+        with pytest.raises(DownloadError, match="not wholly in the hub cache"):
+            sources.locate(ModelOptions())
+        return
+    source = sources.locate(ModelOptions())
+    assert (source.transformer, source.revision) == (snapshot / "transformer", snapshot.name)
 
 
 def test_a_dead_endpoint_is_noticed_in_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -134,13 +133,15 @@ def download(repo: str, parts: list[str], revision: str | None, variant: str) ->
     """
     small, weights = wanted(parts, variant)
     try:
-        commit = HfApi().model_info(repo, revision=revision, timeout=ANSWER_S).sha or revision
+        HfApi().model_info(repo, revision=revision, timeout=ANSWER_S)
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise _refused(repo, revision, error) from None
     except (HTTPError, OSError) as error:
         return _cached(repo, [*small, *weights], revision, error)
     try:
-        folder = snapshot_download(repo, revision=commit, allow_patterns=small, etag_timeout=ANSWER_S)
+        # By its name, since the cache remembers a branch only when it was asked for as one.
+        folder = snapshot_download(repo, revision=revision, allow_patterns=small, etag_timeout=ANSWER_S)
+        commit = Path(folder).name
         if "transformer" in parts:
             read_config(_part("transformer", Path(folder)))
         snapshot_download(repo, revision=commit, allow_patterns=weights, etag_timeout=ANSWER_S)
@@ -150,15 +151,16 @@ def download(repo: str, parts: list[str], revision: str | None, variant: str) ->
         raise DownloadError(
             f"The download of {repo} broke off ({_reason(error)}). The same command goes on."
         ) from None
-    return Path(folder), Path(folder).name
+    return Path(folder), commit
 
 
 def _cached(repo: str, patterns: list[str], revision: str | None, error: Exception) -> tuple[Path, str]:
     try:
         folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True)
-    except (LocalEntryNotFoundError, HTTPError):
+    except (HTTPError, OSError):
         raise DownloadError(
-            f"{repo} is not in the hub cache and {constants.ENDPOINT} cannot be reached ({_reason(error)})."
+            f"{repo} is not wholly in the hub cache, and {constants.ENDPOINT} cannot be reached"
+            f" ({_reason(error)})."
             " Behind a blocked network set HF_ENDPOINT=https://hf-mirror.com, or give a local folder as"
             " pretrained_model_name_or_path."
         ) from None
