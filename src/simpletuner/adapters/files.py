@@ -27,8 +27,8 @@ def save(transformer: nn.Module, path: Path, metadata: Mapping[str, str] | None 
 
     Read back means: as diffusers names and scales modules, compared with the live delta of each module
     on random inputs in float64. A key that would match nothing, or a relative difference above 1e-6, is
-    a ModelError, and nothing is left under the name (nor by a DiskFull). metadata: free strings (modelspec.title, ...); of a
-    value that is a local path only the last part is written.
+    a ModelError, no room is a DiskFull; either way the file before keeps its name. metadata: free strings
+    (modelspec.title, ...); of a value that is a local path only the last part is written.
     """
     modules = adapted(transformer)
     if not modules:
