@@ -10,10 +10,6 @@ from simpletuner.data.dataset import Dataset
 from simpletuner.data.report import BadFile
 
 
-class BadCaption(BadFile):
-    """A caption that is missing or cannot be read."""
-
-
 def captions(dataset: Dataset, image: Path, text: Path | None, options: DataOptions) -> tuple[str, ...]:
     """The alternatives of one picture; each visit uses one.
 
@@ -44,15 +40,14 @@ def _from_text(path: Path, whole: bool) -> tuple[str, ...]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadCaption(
-            "caption_encoding", f"{path.name} is not UTF-8 (byte {error.start + 1}); save it as UTF-8"
-        ) from error
+        where = f"{path.name} is not UTF-8 (byte {error.start + 1}); save it as UTF-8"
+        raise BadFile("caption_encoding", where) from error
     except OSError as error:
-        raise BadCaption("caption_unreadable", f"{path.name}: {error.strerror}") from error
+        raise BadFile("caption_unreadable", f"{path.name}: {error.strerror}") from error
     if "\x00" in text:
-        raise BadCaption("caption_encoding", f"{path.name} has zero bytes (UTF-16?); save it as UTF-8")
-    lines = re.split(r"\r\n|\r|\n", text)
-    alternatives = ["\n".join(lines)] if whole else lines
+        raise BadFile("caption_encoding", f"{path.name} has zero bytes (UTF-16?); save it as UTF-8")
+    text = re.sub(r"\r\n|\r", "\n", text)
+    alternatives = [text] if whole else text.split("\n")
     return tuple(said for said in (line.strip() for line in alternatives) if said)
 
 
@@ -67,4 +62,4 @@ def _instead(dataset: Dataset, image: Path, text: Path | None, policy: str) -> t
         missing = f"no {image.stem}.txt beside it"
     else:
         missing = "its name gives no caption"
-    raise BadCaption("caption_dropped" if policy == "drop" else "caption_missing", missing)
+    raise BadFile("caption_dropped" if policy == "drop" else "caption_missing", missing)

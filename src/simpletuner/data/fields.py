@@ -22,10 +22,6 @@ class Field:
     hints: Mapping[str, str] | None = None
 
 
-def _flag(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
@@ -67,14 +63,11 @@ def _choice(
 ) -> Field:
     """also: other spellings of an allowed value. hints: values refused with a reason of their own."""
     spellings = {name: name for name in allowed} | dict(also or {})
-    return Field(
-        "one of " + ", ".join(allowed),
-        lambda value: spellings.get(value) if isinstance(value, str) else None,
-        hints,
-    )
+    expects = "one of " + ", ".join(allowed)
+    return Field(expects, lambda value: spellings.get(value) if isinstance(value, str) else None, hints)
 
 
-FLAG = Field("true or false", _flag)
+FLAG = Field("true or false", lambda value: value if isinstance(value, bool) else None)
 TEXT = Field("text", _text)
 POSITIVE = Field(f"a number above 0, at most {LARGEST}", _positive)
 SIZE = Field(f"a number up to {LARGEST}, 0 for no limit", _size)
@@ -134,13 +127,11 @@ CACHES: Mapping[str, Field] = {
 }
 
 # Read, and without effect on what is trained: a note says why.
-UNNEEDED: Mapping[str, str] = {
-    **dict.fromkeys(("cache_dir_vae", "text_embeds", "image_embeds"), ONE_CACHE),
-    **dict.fromkeys(
-        ("preserve_data_backend_cache", "metadata_update_interval"), "scans leave no files behind"
-    ),
-    "write_batch_size": "cache shards are sized by cache_shard_mib of the config",
-    "hash_filenames": "cache entries are always named by content",
+NOTED: Mapping[str, str] = {
+    ONE_CACHE: "cache_dir_vae text_embeds image_embeds",
+    "scans leave no files behind": "preserve_data_backend_cache metadata_update_interval",
+    "cache shards are sized by cache_shard_mib of the config": "write_batch_size",
+    "cache entries are always named by content": "hash_filenames",
 }
 
 # Fields of other trainers that are refused, by reason; HARMLESS are values that ask for what happens anyway.
@@ -149,13 +140,11 @@ REASONS: Mapping[str, str] = {
     "set it once in the config, where it holds for all datasets": "train_batch_size text_encoder_batch_size",
     "use minimum_image_size to leave out small pictures": "max_upscale_threshold",
     "buckets follow from the exact aspect and the model": "aspect_bucket_rounding aspect_bucket_alignment",
-    "pictures are encoded once, before training": (
-        "vae_cache_clear_each_epoch vae_cache_ondemand vae_cache_disable"
-    ),
+    "pictures are encoded once, before training":
+        "vae_cache_clear_each_epoch vae_cache_ondemand vae_cache_disable",
     "captions are encoded once, before training": "text_cache_ondemand text_cache_disable",
-    "nothing in a dataset folder is ever deleted; a list of rejected files is written": (
-        "delete_unwanted_images delete_problematic_images delete_nsfw_images"
-    ),
+    "nothing in a dataset folder is ever deleted; a list of rejected files is written":
+        "delete_unwanted_images delete_problematic_images delete_nsfw_images",
     "regularisation sets are not offered yet": "is_regularisation_data is_regularization_data",
     "slider training is not offered yet": "slider_strength",
     "sigma is drawn alike for all datasets": "timestep_sampling_offset",
@@ -164,13 +153,14 @@ REASONS: Mapping[str, str] = {
     NO_PAIRS: "conditioning conditioning_data conditioning_type source_dataset_id",
     "caption tables are not read yet": "parquet",
     "Chroma draws single pictures": "video audio bbox",
-    LOCAL_ONLY: (
+    LOCAL_ONLY:
         "aws_bucket_name aws_data_prefix aws_region_name aws_endpoint_url aws_access_key_id "
         "aws_secret_access_key csv_file csv_caption_column csv_cache_dir csv_url_column dataset_name split "
-        "revision image_column caption_column num_proc streaming huggingface"
-    ),
-}
-REFUSED: Mapping[str, str] = {name: reason for reason, names in REASONS.items() for name in names.split()}
+        "revision image_column caption_column num_proc streaming huggingface",
+}  # fmt: skip
+REFUSED, UNNEEDED = (
+    {name: reason for reason, names in table.items() for name in names.split()} for table in (REASONS, NOTED)
+)
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "metadata_backend": ("discovery",), "skip_file_discovery": ("",), "aspect_bucket_alignment": (64,),
     "timestep_sampling_offset": (0,), "start_epoch": (0, 1), "start_step": (0,), "conditioning": ([],),

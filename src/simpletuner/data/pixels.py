@@ -58,17 +58,14 @@ def read_header(path: Path, max_megapixels: float) -> Header:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_megapixels * 1e6:
-                raise BadImage(
-                    "too_many_pixels",
-                    f"{width}x{height} is {width * height / 1e6:.0f} megapixels; max_image_megapixels is "
-                    f"{max_megapixels:g}",
-                )
+                what = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
+                raise BadImage("too_many_pixels", f"{what}; max_image_megapixels is {max_megapixels:g}")
             _check_mode(image)
             # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode the picture.
             turned = image.format != "TIFF" and _orientation(image) >= 5
-            alpha = image.has_transparency_data
+            animated = isinstance(image, (GifImageFile, PngImageFile, WebPImageFile)) and image.is_animated
             size = (height, width) if turned else (width, height)
-            return Header(size, image.mode, _animated(image), alpha)
+            return Header(size, image.mode, animated, image.has_transparency_data)
     except DECODER_ERRORS as error:
         raise _explained(path, error) from error
 
@@ -134,10 +131,6 @@ def _orientation(image: Image.Image) -> int:
         return int(Image.Image.getexif(image).get(0x0112, 1))
     except DECODER_ERRORS:
         return 1  # unreadable EXIF says nothing about the pixels
-
-
-def _animated(image: Image.Image) -> bool:
-    return isinstance(image, (GifImageFile, PngImageFile, WebPImageFile)) and image.is_animated
 
 
 def _check_mode(image: Image.Image) -> None:
