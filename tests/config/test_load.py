@@ -356,6 +356,13 @@ def test_files_that_cannot_be_read(
     assert message in problem
 
 
+def test_weights_named_as_the_configuration_are_not_read(folder: Path) -> None:
+    with (folder / "model.safetensors").open("wb") as file:
+        file.truncate(10 * 2**30)
+    with pytest.raises(ConfigError, match="10240 MiB are too many"):
+        load((), "model.safetensors", environ={}, cwd=folder)
+
+
 def test_data_section_is_handed_back_though_others_are_wrong(folder: Path) -> None:
     (folder / "config.json").write_text('{"seed": -1}')
     tried = attempt(environ={}, cwd=folder)

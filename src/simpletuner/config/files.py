@@ -15,6 +15,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+LARGEST_MIB = 64
 TOML_KEY = re.compile(r"^[ \t]*([\"']?)([\w-]+)\1[ \t]*=", re.MULTILINE)
 TOML_PLACE = re.compile(r" \(at line (\d+), column (\d+)\)$")
 
@@ -22,6 +23,9 @@ TOML_PLACE = re.compile(r" \(at line (\d+), column (\d+)\)$")
 def read_document(path: Path, name: str) -> Document:
     """Read a .json, .jsonc or .toml file; `name` is how it is called in messages. Raises ConfigError."""
     try:
+        size_mib = path.stat().st_size / 2**20
+        if size_mib > LARGEST_MIB:  # weights named by mistake would fill the memory first
+            raise ConfigError([Problem(name, f"{size_mib:.0f} MiB are too many for a file of options")])
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError([Problem(name, f"cannot be read: {error.strerror}")]) from None
