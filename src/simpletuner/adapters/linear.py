@@ -37,14 +37,11 @@ class _FrozenLinearWithDelta(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, weight, a, b = ctx.saved_tensors
-        needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_hidden = torch.mm(grad, b.to(x.dtype)).mul_(ctx.scale)
+        grad_hidden, grad_a, grad_b = _factor_gradients(ctx, grad, x, hidden, a, b, first=3)
         grad_x = None
-        if needs_x:
+        if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad, weight.to(x.dtype)).addmm_(grad_hidden, a.to(x.dtype)).view(x.shape)
-        grad_a = _grad_down(grad_hidden, x, a) if needs_a else None
-        grad_b = _grad_up(grad, hidden, b, ctx.scale) if needs_b else None
         return grad_x, None, None, grad_a, grad_b, None
 
 
@@ -63,21 +60,21 @@ class _Delta(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, a, b = ctx.saved_tensors
-        _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_hidden = torch.mm(grad, b.to(x.dtype)).mul_(ctx.scale)
-        grad_x = torch.mm(grad_hidden, a.to(x.dtype)).view(x.shape) if needs_x else None
-        grad_a = _grad_down(grad_hidden, x, a) if needs_a else None
-        grad_b = _grad_up(grad, hidden, b, ctx.scale) if needs_b else None
+        grad_hidden, grad_a, grad_b = _factor_gradients(ctx, grad, x, hidden, a, b, first=2)
+        grad_x = torch.mm(grad_hidden, a.to(x.dtype)).view(x.shape) if ctx.needs_input_grad[1] else None
         return grads[0], grad_x, grad_a, grad_b, None
 
 
-def _grad_down(grad_hidden: Tensor, x: Tensor, a: Tensor) -> Tensor:
-    return torch.mm(grad_hidden.t(), x.reshape(-1, x.shape[-1])).to(a.dtype)
-
-
-def _grad_up(grad: Tensor, hidden: Tensor, b: Tensor, scale: float) -> Tensor:
-    return torch.mm(grad.t(), hidden).mul_(scale).to(b.dtype)
+def _factor_gradients(
+    ctx: Any, grad: Tensor, x: Tensor, hidden: Tensor, a: Tensor, b: Tensor, first: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of A x, A and B. first: the place of A among the inputs; B follows it."""
+    needs_a, needs_b = ctx.needs_input_grad[first : first + 2]
+    grad_hidden = torch.mm(grad, b.to(x.dtype)).mul_(ctx.scale)
+    grad_a = torch.mm(grad_hidden.t(), x.reshape(-1, x.shape[-1])).to(a.dtype) if needs_a else None
+    grad_b = torch.mm(grad.t(), hidden).mul_(ctx.scale).to(b.dtype) if needs_b else None
+    return grad_hidden, grad_a, grad_b
 
 
 class AdaptedLinear(PeftLinear, ABC):

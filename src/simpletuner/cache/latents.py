@@ -104,13 +104,15 @@ def _keys(
 
     keys, bad = [], []
     with Stage(emit, "hash", len(placed), "files") as stage:
-        for one, found in zip(placed, pool.map(content, placed), strict=True):
-            if isinstance(found, OSError):
-                bad.append(_rejected(one, "unreadable", f"cannot be read: {found.strerror or found}"))
-                keys.append("")
-            else:
-                keys.append(latent_key(found, one, options, fingerprint))
-            stage.advance()
+        for start in range(0, len(placed), 1000):  # map() makes all its jobs at once
+            part = placed[start : start + 1000]
+            for one, found in zip(part, pool.map(content, part), strict=True):
+                if isinstance(found, OSError):
+                    bad.append(_rejected(one, "unreadable", f"cannot be read: {found.strerror or found}"))
+                    keys.append("")
+                else:
+                    keys.append(latent_key(found, one, options, fingerprint))
+                stage.advance()
     return keys, bad
 
 

@@ -21,7 +21,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 
 from torch import Tensor
 
@@ -142,22 +141,6 @@ class Store:
             self._adopt(path)
             self._pending, self._pending_bytes = {}, 0
 
-    def verify(self) -> list[str]:
-        """Read everything; set aside every shard with a damaged tensor and return their names.
-
-        Afterwards missing() tells what has to be encoded again.
-        """
-        self.flush()
-        damaged = []
-        for (name,) in self._index.rows("SELECT name FROM shards ORDER BY name"):
-            try:
-                for entry in read_entries(self.folder / name):
-                    self._read(name, entry)
-            except (DamagedShard, FileNotFoundError) as error:
-                self._set_aside(name, str(error))
-                damaged.append(name)
-        return damaged
-
     def close(self) -> None:
         """Write the open shard and let go of every file."""
         with self._lock:
@@ -171,9 +154,7 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _read(self, shard: str, entry: Entry) -> Tensor:
