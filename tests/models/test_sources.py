@@ -11,7 +11,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from huggingface_hub.utils import filter_repo_objects
 
 from simpletuner.config.schema import ModelOptions
-from simpletuner.errors import DownloadError, ModelError
+from simpletuner.errors import DiskFull, DownloadError, ModelError
 from simpletuner.models.chroma import sources
 
 
@@ -206,6 +206,12 @@ def test_every_failure_is_one_line_with_a_way_out(
     with pytest.raises(DownloadError, match=said) as caught:
         sources.locate(ModelOptions())
     assert "\n" not in str(caught.value)
+
+
+def test_a_disk_that_fills_up_says_where_to_go(hub: Callable) -> None:
+    hub("c0ffee", OSError(28, "No space left on device"))
+    with pytest.raises(DiskFull, match="no room for lodestones/Chroma1-Base in .*HF_HOME"):
+        sources.locate(ModelOptions())
 
 
 def test_without_network_the_hub_cache_serves(hub: Callable, checkpoint: Path) -> None:

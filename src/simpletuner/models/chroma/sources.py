@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from huggingface_hub.errors import (
 
 import simpletuner.models as models_package
 from simpletuner.config.schema import ModelOptions
-from simpletuner.errors import DownloadError, ModelError
+from simpletuner.errors import DiskFull, DownloadError, ModelError
 from simpletuner.models.chroma.weights import STEM, read_config
 from simpletuner.models.family import Source
 
@@ -148,6 +149,11 @@ def download(repo: str, parts: list[str], revision: str | None, variant: str) ->
     except GatedRepoError as error:
         raise _refused(repo, revision, error) from None
     except (HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"no room for {repo} in {constants.HF_HUB_CACHE}; HF_HOME chooses another disk. The same"
+                " command goes on."
+            ) from None
         raise DownloadError(
             f"The download of {repo} broke off ({_reason(error)}). The same command goes on."
         ) from None
