@@ -210,7 +210,7 @@ def test_every_failure_is_one_line_with_a_way_out(
 
 def test_a_disk_that_fills_up_says_where_to_go(hub: Callable) -> None:
     hub("c0ffee", OSError(28, "No space left on device"))
-    with pytest.raises(DiskFull, match="no room for lodestones/Chroma1-Base in .*HF_HOME"):
+    with pytest.raises(DiskFull, match=r"no room for lodestones/Chroma1-Base in .*HF_HOME"):
         sources.locate(ModelOptions())
 
 
