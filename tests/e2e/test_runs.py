@@ -207,6 +207,7 @@ def test_no_network_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 6, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert "failed" not in done.stdout, "said once"
 
 
 def test_rehearsal_finds_nothing_in_a_sound_config_and_leaves_nothing(

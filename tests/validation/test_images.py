@@ -10,11 +10,12 @@ from PIL import Image, ImageFont, features
 
 from simpletuner.errors import DiskFull
 from simpletuner.events.types import Event, ImageSaved, SheetSaved, Warned
+from simpletuner.events.wording import spread
 from simpletuner.validation import fonts, images
 from simpletuner.validation.component import Validator
 from simpletuner.validation.images import Settings, read_description, save_png, to_image
 from simpletuner.validation.prompts import Prompt, pictures
-from simpletuner.validation.sheet import Row, chosen, draw_sheet
+from simpletuner.validation.sheet import Row, draw_sheet
 from tests.validation.toy import INFERENCE, Network, decode, rows_of
 
 PROMPTS = (Prompt("cat", "a cat\nwith 帽子", "dogs"), Prompt("dog", "a dog"))
@@ -134,10 +135,10 @@ def test_pictures_of_another_run_are_not_on_the_sheet(tmp_path: Path) -> None:
 
 
 def test_columns_keep_first_and_last() -> None:
-    assert chosen([1, 2, 3], 8) == [1, 2, 3]
-    assert chosen(list(range(100)), 5) == [0, 25, 50, 74, 99]
+    assert spread([1, 2, 3], 8) == [1, 2, 3]
+    assert spread(list(range(100)), 5) == [0, 25, 50, 74, 99]
     for count in range(8, 40):
-        columns = chosen(list(range(count)), 8)
+        columns = spread(list(range(count)), 8)
         assert len(set(columns)) == 8
         assert (columns[0], columns[-1]) == (0, count - 1)
 

@@ -6,20 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from simpletuner.events import types
 from simpletuner.events.log import Record, read
-from simpletuner.events.types import (
-    CheckpointSetAside,
-    DatasetScanned,
-    Evaluated,
-    Failed,
-    Finished,
-    ImageSaved,
-    Resumed,
-    RunStarted,
-    Saved,
-    Stepped,
-    Warned,
-)
 
 PictureKey = tuple[str, int, int, int, str]
 
@@ -32,43 +20,45 @@ class History:
     resumes: steps at which a later process went on. end: how the last process ended, None while it runs.
     """
 
-    started: RunStarted | None = None
-    steps: dict[int, Stepped] = field(default_factory=dict)
-    evaluations: dict[tuple[str, str, int], Evaluated] = field(default_factory=dict)
-    pictures: dict[tuple[PictureKey, int], ImageSaved] = field(default_factory=dict)
-    saved: dict[str, Saved] = field(default_factory=dict)
-    datasets: dict[str, DatasetScanned] = field(default_factory=dict)
-    problems: list[tuple[float, Warned | Failed | CheckpointSetAside]] = field(default_factory=list)
+    started: types.RunStarted | None = None
+    steps: dict[int, types.Stepped] = field(default_factory=dict)
+    evaluations: dict[tuple[str, str, int], types.Evaluated] = field(default_factory=dict)
+    pictures: dict[tuple[PictureKey, int], types.ImageSaved] = field(default_factory=dict)
+    saved: dict[str, types.Saved] = field(default_factory=dict)
+    datasets: dict[str, types.DatasetScanned] = field(default_factory=dict)
+    problems: list[tuple[float, types.Warned | types.Failed | types.CheckpointSetAside]] = field(
+        default_factory=list
+    )
     resumes: list[int] = field(default_factory=list)
-    end: Finished | Failed | None = None
+    end: types.Finished | types.Failed | None = None
     last_t: float = 0.0
 
     def add(self, record: Record) -> None:
         event = record.event
         self.last_t = record.t
         match event:
-            case RunStarted():
+            case types.RunStarted():
                 self.started, self.end = event, None
                 self._forget_after(event.resumed_step or -1)  # a fresh start has nothing before it
-            case Resumed():
+            case types.Resumed():
                 self.resumes.append(event.step)
                 self._forget_after(event.step)
-            case Stepped():
+            case types.Stepped():
                 self.steps[event.step] = event
-            case Evaluated():
+            case types.Evaluated():
                 self.evaluations[event.dataset, event.split, event.step] = event
-            case ImageSaved():
+            case types.ImageSaved():
                 key = (event.prompt_id, event.width_px, event.height_px, event.seed, event.weights)
                 self.pictures[key, event.step] = event
-            case Saved():
+            case types.Saved():
                 self.saved[event.path] = event
-            case DatasetScanned():
+            case types.DatasetScanned():
                 self.datasets[event.dataset] = event
-            case Finished():
+            case types.Finished():
                 self.end = event
-            case Warned() | Failed() | CheckpointSetAside():
+            case types.Warned() | types.Failed() | types.CheckpointSetAside():
                 self.problems.append((record.t, event))
-                if isinstance(event, Failed):
+                if isinstance(event, types.Failed):
                     self.end = event
 
     def _forget_after(self, step: int) -> None:

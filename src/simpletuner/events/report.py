@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from simpletuner.events.charts import Line, chart
 from simpletuner.events.history import History, PictureKey, of_run
 from simpletuner.events.types import Evaluated, Failed, ImageSaved
-from simpletuner.events.wording import Smooth, describe, duration, size
+from simpletuner.events.wording import Smooth, describe, duration, size, spread
 
 MAX_COLUMNS = 9  # steps shown of the pictures: the first, the last and some between
 THUMBNAIL_PX = 448
@@ -128,7 +128,7 @@ def _pictures(run_dir: Path, history: History) -> str:
         for kind in kinds if weights == "base" else {weights}:
             rows.setdefault((prompt, width, height, seed, kind), {})[step] = event
     steps = sorted({step for row in rows.values() for step in row})
-    shown = _spread(steps, MAX_COLUMNS)
+    shown = spread(steps, MAX_COLUMNS)
     bases = {step for row in rows.values() for step, event in row.items() if event.weights == "base"}
     heads = "".join(f'<th scope="col">{"before" if step in bases else f"step {step}"}</th>' for step in shown)
     lines = []
@@ -216,12 +216,6 @@ def _settings(run_dir: Path, defaults: Mapping[str, Any] | None) -> str:
 
 def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _spread(steps: Sequence[int], limit: int) -> list[int]:
-    if len(steps) <= limit:
-        return list(steps)
-    return sorted({steps[round(n * (len(steps) - 1) / (limit - 1))] for n in range(limit)})
 
 
 def _table(heads: Iterable[str], rows: Sequence[Sequence[str]]) -> str:

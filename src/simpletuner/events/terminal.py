@@ -11,19 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from simpletuner.events import types
 from simpletuner.events.sinks import LEVELS, level_of
-from simpletuner.events.types import (
-    DatasetScanned,
-    Event,
-    Failed,
-    Finished,
-    ImageSaved,
-    RunStarted,
-    StageDone,
-    StageProgress,
-    StageStarted,
-    Stepped,
-)
 from simpletuner.events.wording import Smooth, describe, duration, speed
 
 STYLES = {LEVELS["warning"]: "yellow", LEVELS["info"]: ""}
@@ -31,9 +20,15 @@ TRAIN = "train"
 
 
 class Terminal:
-    """Sink. level: "debug", "info" or "warning". every_s: how often a plain progress line is due."""
+    """Sink. level: "debug", "info" or "warning". every_s: how often a plain progress line is due.
 
-    def __init__(self, stream: TextIO, level: str = "info", every_s: float = 5.0) -> None:
+    failures: False where the caller says itself why it ended.
+    """
+
+    def __init__(
+        self, stream: TextIO, level: str = "info", every_s: float = 5.0, failures: bool = True
+    ) -> None:
+        self._failures = failures
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         self._level = LEVELS[level]
         self._every_s = every_s
@@ -46,28 +41,28 @@ class Terminal:
                        TextColumn("{task.fields[text]}", markup=False))  # fmt: skip
             self._live = Progress(*columns, console=self._console, transient=True, refresh_per_second=4)
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: types.Event) -> None:
         match event:
-            case StageStarted():
+            case types.StageStarted():
                 self._task(event.stage, event.total)
-            case StageProgress():
+            case types.StageProgress():
                 self._progress(event.stage, event.done, event.total, _stage_text(event), describe(event))
-            case Stepped():
+            case types.Stepped():
                 text = self._step_text(event)
                 self._progress(TRAIN, event.step, event.total, text, f"step {text}")
-            case DatasetScanned():
+            case types.DatasetScanned():
                 self._end(event.dataset)
                 if self._level <= LEVELS["info"]:
                     self._console.print(bucket_table(event, self._safe))
-            case StageDone():
+            case types.StageDone():
                 self._end(event.stage)
                 self._line(event)
-            case ImageSaved() if self._level > LEVELS["debug"]:
+            case types.ImageSaved() if self._level > LEVELS["debug"]:
                 pass  # the contact sheet is told instead
             case _:
-                if isinstance(event, RunStarted):  # a resumed run in the same process starts a fresh mean
+                if isinstance(event, types.RunStarted):  # another run in the same process: a fresh mean
                     self._loss, self._seconds = Smooth(), Smooth()
-                if isinstance(event, (Finished, Failed)):
+                if isinstance(event, (types.Finished, types.Failed)):
                     self.close()
                 self._line(event)
 
@@ -76,11 +71,11 @@ class Terminal:
         for name in list(self._tasks):
             self._end(name)
 
-    def _line(self, event: Event) -> None:
+    def _line(self, event: types.Event) -> None:
         level = level_of(event)
-        if level >= self._level:
-            style = "red" if isinstance(event, Failed) else STYLES.get(level, "")
-            prefix = "warning: " if level == LEVELS["warning"] and not isinstance(event, Failed) else ""
+        if level >= self._level and (self._failures or not isinstance(event, types.Failed)):
+            style = "red" if isinstance(event, types.Failed) else STYLES.get(level, "")
+            prefix = "warning: " if level == LEVELS["warning"] and not isinstance(event, types.Failed) else ""
             self._console.print(Text(self._safe(prefix + describe(event)), style=style))
 
     def _task(self, name: str, total: int | None) -> TaskID | None:
@@ -113,7 +108,7 @@ class Terminal:
         plain = "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
         return plain.encode(self._console.encoding, "replace").decode(self._console.encoding)
 
-    def _step_text(self, event: Stepped) -> str:
+    def _step_text(self, event: types.Stepped) -> str:
         loss, seconds = self._loss(event.loss), self._seconds(event.seconds)
         parts = [f"{event.step}/{event.total}", f"loss {loss:.4f}", f"lr {event.learning_rate:.3g}",
                  speed(1 / seconds if seconds > 0 else 0.0, "it"),
@@ -123,12 +118,12 @@ class Terminal:
         return " · ".join(parts)
 
 
-def _stage_text(event: StageProgress) -> str:
+def _stage_text(event: types.StageProgress) -> str:
     of = "" if event.total is None else f"/{event.total}"
     return f"{event.done}{of} · {event.rate:.1f}/s · {duration(event.left_s)} left"
 
 
-def bucket_table(event: DatasetScanned, safe: Callable[[str], str]) -> Table:
+def bucket_table(event: types.DatasetScanned, safe: Callable[[str], str]) -> Table:
     """Sizes with their counts, then what was dropped and why."""
     title = Text(safe(f"dataset {event.dataset}: {event.samples} samples"))
     table = Table(title=title, title_justify="left", min_width=36)

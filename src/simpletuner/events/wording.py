@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from simpletuner.events import types
 
 
@@ -49,6 +51,13 @@ def speed(per_s: float, unit: str) -> str:
     return f"{per_s:.2f} {unit}/s" if per_s >= 0.5 else f"{1 / per_s:.1f} s/{unit}"
 
 
+def spread(steps: Sequence[int], most: int) -> list[int]:
+    """At most that many, the first and the last always among them, the rest evenly spaced by position."""
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[round(place * (len(steps) - 1) / (most - 1))] for place in range(most)]
+
+
 def describe(event: types.Event) -> str:
     """One line of plain text."""
     match event:
@@ -87,6 +96,7 @@ def describe(event: types.Event) -> str:
         case types.Finished():
             return f"{event.status} at step {event.step} after {duration(event.seconds)}"
         case types.Failed():
-            return f"failed at step {event.step}: {event.error}"
+            when = f"at step {event.step}" if event.step else "before the first step"
+            return f"failed {when}: {event.error}"
         case _:
             return event.kind

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,63 +58,60 @@ class ScheduleFreeAdamW(AdamWScheduleFree):
         self.train()
 
 
-def _adamw(
-    params: list[nn.Parameter], options: OptimizerOptions, extras: dict[str, Any], seed: int
-) -> Optimizer:
-    fused = all(param.is_cuda for param in params)
-    return AdamW(params, **_adam_arguments(options, extras), fused=fused or None)
+@dataclass(frozen=True)
+class Recipe:
+    """What is to be made. extras: what optimizer_config says, in the library's words."""
+
+    params: list[nn.Parameter]
+    options: OptimizerOptions
+    extras: dict[str, Any]
+    seed: int
+
+    def adam(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "lr": options.learning_rate, "betas": (options.adam_beta1, options.adam_beta2),
+            "eps": options.adam_epsilon, "weight_decay": options.adam_weight_decay, **self.extras,
+        }  # fmt: skip
 
 
-def _adamw_bf16(
-    params: list[nn.Parameter], options: OptimizerOptions, extras: dict[str, Any], seed: int
-) -> Optimizer:
-    return StochasticAdamW(params, **_adam_arguments(options, extras), seed=seed)
+def _adamw(recipe: Recipe) -> Optimizer:
+    fused = all(param.is_cuda for param in recipe.params)
+    return AdamW(recipe.params, **recipe.adam(), fused=fused or None)
 
 
-def _adafactor(
-    params: list[nn.Parameter], options: OptimizerOptions, extras: dict[str, Any], seed: int
-) -> Optimizer:
+def _adamw_bf16(recipe: Recipe) -> Optimizer:
+    return StochasticAdamW(recipe.params, **recipe.adam(), seed=recipe.seed)
+
+
+def _adafactor(recipe: Recipe) -> Optimizer:
+    options, extras = recipe.options, dict(recipe.extras)
     eps = (extras.pop("eps1", None), extras.pop("eps2", 1e-3))
-    return Adafactor(params, options.learning_rate, eps=eps, weight_decay=options.adam_weight_decay, **extras)
+    return Adafactor(
+        recipe.params, options.learning_rate, eps=eps, weight_decay=options.adam_weight_decay, **extras
+    )
 
 
-def _lion(
-    params: list[nn.Parameter], options: OptimizerOptions, extras: dict[str, Any], seed: int
-) -> Optimizer:
+def _lion(recipe: Recipe) -> Optimizer:
+    options, extras = recipe.options, dict(recipe.extras)
     betas = (extras.pop("beta1", 0.9), extras.pop("beta2", 0.99))
-    decay = options.adam_weight_decay
     # One implementation on every device: which one runs is part of the state, and must not change it.
-    arguments = {"triton": False, "foreach": False, **extras}
-    return Lion(params, options.learning_rate, betas=betas, weight_decay=decay, **arguments)
+    arguments = {"triton": False, "foreach": False, "weight_decay": options.adam_weight_decay, **extras}
+    return Lion(recipe.params, options.learning_rate, betas=betas, **arguments)
 
 
-def _prodigy(
-    params: list[nn.Parameter], options: OptimizerOptions, extras: dict[str, Any], seed: int
-) -> Optimizer:
+def _prodigy(recipe: Recipe) -> Optimizer:
     with contextlib.redirect_stdout(io.StringIO()):  # it announces its weight decay by print
-        return Prodigy(params, **_adam_arguments(options, extras))
+        return Prodigy(recipe.params, **recipe.adam())
 
 
-def _schedule_free(
-    params: list[nn.Parameter], options: OptimizerOptions, extras: dict[str, Any], seed: int
-) -> Optimizer:
-    optimizer = ScheduleFreeAdamW(params, **_adam_arguments(options, extras))
+def _schedule_free(recipe: Recipe) -> Optimizer:
+    optimizer = ScheduleFreeAdamW(recipe.params, **recipe.adam())
     optimizer.train()
     return optimizer
 
 
-def _adam_arguments(options: OptimizerOptions, extras: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "lr": options.learning_rate,
-        "betas": (options.adam_beta1, options.adam_beta2),
-        "eps": options.adam_epsilon,
-        "weight_decay": options.adam_weight_decay,
-        **extras,
-    }
-
-
-Make = Callable[[list[nn.Parameter], OptimizerOptions, dict[str, Any], int], Optimizer]
-OPTIMIZERS: Mapping[str, Make] = {
+OPTIMIZERS: Mapping[str, Callable[[Recipe], Optimizer]] = {
     "adamw": _adamw,
     "adamw_bf16": _adamw_bf16,
     "adafactor": _adafactor,
@@ -129,9 +127,9 @@ def build(options: OptimizerOptions, params: NamedParameters, seed: int) -> Opti
     adamw_bf16 keeps its moments in the weights' dtype. lion has betas of its own (0.9, 0.99), not
     adam_beta1 and adam_beta2. prodigy finds the rate itself: learning_rate is a factor on it, usually 1.
     """
-    arguments = read_arguments(options)
+    recipe = Recipe([param for _, param in params], options, read_arguments(options), seed)
     try:
-        return OPTIMIZERS[options.optimizer]([param for _, param in params], options, arguments, seed)
+        return OPTIMIZERS[options.optimizer](recipe)
     except ValueError as error:  # bounds that the libraries check
         raise ConfigError(f"optimizer {options.optimizer}: {error}") from error
 
@@ -142,10 +140,7 @@ def optimizer_mode(optimizer: Optimizer, training: bool) -> None:
     The way there and back is exact; a checkpoint may be taken in either mode.
     """
     if isinstance(optimizer, ScheduleFreeAdamW):
-        if training:
-            optimizer.train()
-        else:
-            optimizer.eval()
+        (optimizer.train if training else optimizer.eval)()
 
 
 def clip_gradients(params: Sequence[nn.Parameter], options: OptimizerOptions) -> float:

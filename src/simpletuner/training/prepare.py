@@ -53,17 +53,8 @@ class Prepared:
         return self.text.get(text_cache.text_key(caption, self.text.fingerprint))["rows"]
 
     def batches(self, filled: Filled, sample: Literal["mean", "draw"], seed: int) -> Batches:
-        facts = self.facts
-        return Batches(
-            filled.placed,
-            filled.keys,
-            self.latents,
-            self.text,
-            facts.latent_shift,
-            facts.latent_scale,
-            sample,
-            seed,
-        )
+        stored, scaling = (self.latents, self.text), (self.facts.latent_shift, self.facts.latent_scale)
+        return Batches(filled.placed, filled.keys, *stored, *scaling, sample, seed)
 
     def name(self) -> str:
         """16 hex digits for the whole identity."""

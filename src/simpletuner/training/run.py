@@ -20,23 +20,11 @@ from simpletuner.config.load import Loaded, resolved
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.dataset import Backends
 from simpletuner.errors import DiskFull, SimpleTunerError, Stopped
-from simpletuner.events import trackers, webhook
+from simpletuner.events import trackers, types, webhook
 from simpletuner.events.log import EventLog
 from simpletuner.events.report import write_report
 from simpletuner.events.sinks import ClosingSink, Sink, close_all, failure_of, fan_out, silent
 from simpletuner.events.terminal import Terminal
-from simpletuner.events.types import (
-    Emit,
-    Event,
-    Failed,
-    Finished,
-    Noted,
-    Resumed,
-    StageProgress,
-    StageStarted,
-    Stepped,
-    Warned,
-)
 from simpletuner.training import loop
 from simpletuner.training.build import build
 from simpletuner.training.rundir import RunFolder
@@ -82,8 +70,8 @@ class Position:
     def __init__(self) -> None:
         self.step = 0
 
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, (Stepped, Resumed)):
+    def __call__(self, event: types.Event) -> None:
+        if isinstance(event, (types.Stepped, types.Resumed)):
             self.step = event.step
 
 
@@ -91,7 +79,7 @@ def train(loaded: Loaded, backends: Backends) -> int:
     """Train to the end: 0. Errors are raised after exit.json and events.jsonl have told of them."""
     folder = RunFolder(Path(loaded.run.training.output_dir).expanduser().absolute())
     stop, position, started = StopFlag(folder), Position(), time.monotonic()
-    emit: Emit = silent
+    emit: types.Emit = silent
     with stop.installed(), folder, ExitStack() as closing:
         try:
             earlier = None
@@ -99,9 +87,9 @@ def train(loaded: Loaded, backends: Backends) -> int:
                 earlier = folder.set_aside_earlier()
             emit = fan_out([position, *sinks(loaded.run, folder, closing)])
             for note in (*loaded.notes, *backends.notes):
-                emit(Noted(note))
+                emit(types.Noted(note))
             if earlier is not None:
-                emit(Noted(f"resume_from_checkpoint = never: earlier results are now in {earlier}"))
+                emit(types.Noted(f"resume_from_checkpoint = never: earlier results are now in {earlier}"))
             work(loaded, backends, folder, stop, emit)
         except BaseException as error:  # the outermost edge: nothing may end without exit.json saying how
             known = explained(error)
@@ -120,7 +108,7 @@ def sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[Sink]:
     """Who hears of this run: the record, the terminal, train.log, and what the options name."""
     options = run.logging
     record = EventLog(folder.events)
-    shown = Terminal(sys.stdout, options.log_level)
+    shown = Terminal(sys.stdout, options.log_level, failures=False)
     logged = Terminal(
         closing.enter_context(folder.log.open("a", encoding="utf-8")), options.log_level, every_s=30
     )
@@ -137,12 +125,12 @@ def sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[Sink]:
     return [*everyone]
 
 
-def work(loaded: Loaded, backends: Backends, folder: RunFolder, stop: StopFlag, emit: Emit) -> None:
+def work(loaded: Loaded, backends: Backends, folder: RunFolder, stop: StopFlag, emit: types.Emit) -> None:
     """Build and train; whoever tells of progress hears of a wish to stop."""
 
-    def tell(event: Event) -> None:
+    def tell(event: types.Event) -> None:
         emit(event)
-        if isinstance(event, (StageStarted, StageProgress)) and stop():
+        if isinstance(event, (types.StageStarted, types.StageProgress)) and stop():
             raise Stopped("stopped before the first step; the same command goes on")
 
     base_dir = loaded.source.parent if loaded.source else Path.cwd()
@@ -150,20 +138,23 @@ def work(loaded: Loaded, backends: Backends, folder: RunFolder, stop: StopFlag, 
         loop.train(build(loaded.run, backends, base_dir, folder, stop, tell, opened))
 
 
-def end(folder: RunFolder, step: int, seconds: float, error: BaseException | None, emit: Emit) -> None:
+def end(folder: RunFolder, step: int, seconds: float, error: BaseException | None, emit: types.Emit) -> None:
     """Tell how it ended: events, report, exit.json. What cannot be written does not hide the reason."""
     code = error.exit_code if isinstance(error, SimpleTunerError) else int(error is not None)
     message = "" if error is None else str(error) or type(error).__name__
     status = "done" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
-    emit(Failed(step, message, code) if status == "failed" else Finished(step, seconds, status))
+    emit(types.Failed(step, message, code) if status == "failed" else types.Finished(step, seconds, status))
     why = failure_of(partial(write_report, folder.path, DEFAULTS))
-    emit(Warned(f"no report.html: {why}") if why else Noted(f"report: {folder.path / 'report.html'}"))
+    if why:
+        emit(types.Warned(f"no report.html: {why}"))
+    elif status != "failed":
+        emit(types.Noted(f"report: {folder.path / 'report.html'}"))
     sheet = folder.path / "images" / "before_after.png"
     if status == "done" and sheet.exists():
-        emit(Noted(f"before and after: {sheet}"))
+        emit(types.Noted(f"before and after: {sheet}"))
     why = failure_of(partial(folder.write_exit, code, status, step, message))
     if why:
-        emit(Warned(f"no exit.json: {why}"))
+        emit(types.Warned(f"no exit.json: {why}"))
 
 
 def explained(error: BaseException) -> SimpleTunerError | None:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from simpletuner.events.progress import Stage
 from simpletuner.events.types import Emit, ImageSaved, SheetSaved, Warned
+from simpletuner.events.wording import spread
 from simpletuner.validation.images import Settings, describe, is_drawn, path_of, save_png, to_image
 from simpletuner.validation.inference import Inference
 from simpletuner.validation.prompts import Picture
 from simpletuner.validation.sampler import latents_of
-from simpletuner.validation.sheet import MOST_COLUMNS, Row, chosen, draw_sheet
+from simpletuner.validation.sheet import MOST_COLUMNS, Row, draw_sheet
 
 BASE_STEP = 0
 
@@ -90,7 +91,7 @@ class Validator:
             for weights in ("trained", "ema")
         }
         steps = sorted({number for cells in rows.values() for number in cells})
-        titles = {number: _title(number) for number in chosen(steps)}
+        titles = {number: _title(number) for number in spread(steps, MOST_COLUMNS)}
         prompts = {picture.stem: picture.prompt.text for picture in self.pictures}
         table = [
             Row(stem + " (average)" * (weights == "ema"), prompts[stem], cells)

@@ -10,6 +10,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,22 +126,15 @@ class HeldOut:
     def state_dict(self) -> dict[str, object]:
         """JSON-able: what a resumed run needs to go on comparing with step 0."""
         loss = self.best_loss if math.isfinite(self.best_loss) else None
-        baseline = {name: dict(losses) for name, losses in self._baseline.items()}
         return {
-            "baseline": baseline, "best_step": self.best_step, "best_loss": loss, "last_step": self.last_step,
-            "among": self._among,
+            "baseline": self._baseline, "best_step": self.best_step, "best_loss": loss,
+            "last_step": self.last_step, "among": self._among,
         }  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        baseline, step, loss = state["baseline"], state["best_step"], state["best_loss"]
-        if not isinstance(baseline, dict):
-            raise TypeError(f"baseline must be a table of losses, not {type(baseline).__name__}")
-        self._baseline = {name: dict(losses) for name, losses in baseline.items()}
-        self.best_step = step if isinstance(step, int) else None
-        self.best_loss = loss if isinstance(loss, float) else math.inf
-        among, last = state.get("among"), state.get("last_step")
-        self._among = list(among) if isinstance(among, list) else []
-        self.last_step = last if isinstance(last, int) else None
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._baseline, self.best_step = state["baseline"], state["best_step"]
+        self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
+        self.last_step, self._among = state.get("last_step"), state.get("among", [])
 
     def _summary(
         self, one: HeldOutSet, samples: Mapping[str, list[float]], step: int, best: bool

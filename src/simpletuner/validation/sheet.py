@@ -26,13 +26,6 @@ class Row:
     cells: Mapping[Any, Path]
 
 
-def chosen(columns: Sequence[int], most: int = MOST_COLUMNS) -> list[int]:
-    """At most that many, the first and the last always among them, the rest evenly spaced by position."""
-    if len(columns) <= most:
-        return list(columns)
-    return [columns[round(place * (len(columns) - 1) / (most - 1))] for place in range(most)]
-
-
 def draw_sheet(rows: Sequence[Row], columns: Mapping[Any, str], path: Path) -> Path:
     """A table of pictures as PNG. columns: name, as in the cells, -> title. Missing pictures stay grey."""
     rows = rows[:MOST_ROWS]
