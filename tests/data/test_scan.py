@@ -163,6 +163,22 @@ def test_missing_captions(policy, expected, dataset: MakeDataset, tmp_path: Path
     assert len(result.rejected) == (31 if policy == "drop" else 0)
 
 
+def test_file_names_cannot_write_to_the_terminal(dataset: MakeDataset, options: DataOptions) -> None:
+    photos = dataset()
+    for name in ("a\n\x1b[2J.png", "b\n\x1b[2J.png"):
+        write(photos.instance_data_dir, name, PNG)
+    (photos.instance_data_dir / "c.\x1b]0;x").write_bytes(b"")
+    events: list[Event] = []
+    scan([photos, dataset("again")], options, 1, events.append)
+    messages = [event.message for event in events if isinstance(event, (Noted, Warned))]
+    assert len(messages) == 6
+    (photos.instance_data_dir / "a\n\x1b[2J.txt").unlink()
+    with pytest.raises(BadSamples) as error:
+        scan([photos], options, 1, ignore)
+    assert r"photos/a\n\x1b[2J.png: no a\n\x1b[2J.txt beside it" in str(error.value)
+    assert all(message.isprintable() for message in [*messages, *str(error.value).splitlines()])
+
+
 def test_filters_are_not_bad_samples(dataset: MakeDataset) -> None:
     framing = Framing(resolution=128, minimum_image_size=80, maximum_aspect_ratio=2, minimum_aspect_ratio=1)
     photos = dataset(framing=framing)

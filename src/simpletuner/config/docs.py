@@ -20,6 +20,14 @@ environment, flag. Look at the **basic** options first, then at the *common* one
 change between a checkpoint and its resumption.
 """
 
+REFUSED_HEAD = """
+## Options of SimpleTuner's that are not here
+
+Refused by name. One that is off, at its default there, or idle without another is skipped with a note.
+
+| option | why, or what instead |
+|---|---|"""
+
 
 def options_page() -> str:
     """docs/options.md."""
@@ -27,9 +35,7 @@ def options_page() -> str:
     for group, options in groupby(catalog().values(), key=lambda option: option.group):
         parts.append(f"\n## {group}\n\n| option | takes | default | |\n|---|---|---|---|")
         parts.extend(_row(option) for option in options)
-    parts.append(
-        "\n## Options of SimpleTuner's that are not here\n\n| option | why, or what instead |\n|---|---|"
-    )
+    parts.append(REFUSED_HEAD)
     parts.extend(f"| {', '.join(f'`{one}`' for one in names)} | {why} |" for why, names in names_refused())
     return "\n".join(parts) + "\n"
 

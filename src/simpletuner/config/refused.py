@@ -36,10 +36,10 @@ REFUSED: tuple[tuple[str, str], ...] = (
      "attention_mechanism=diffusers sageattention_usage=inference sla_config fuse_qkv_projections"),
     ("compiling the transformer " + NOT_YET, "dynamo_backend dynamo_*=* validation_torch_compile "
      "validation_torch_compile_mode=*"),
-    ("training on several devices " + NOT_YET, "num_processes=1 num_machines=1 machine_rank "
-     "main_process_*=* same_network=* accelerate_config accelerate_extra_args find_unused_parameters "
-     "deepspeed_config fsdp_enable fsdp_*=* context_parallel_size=1 context_parallel_*=* "
-     "seed_for_each_device=true validation_multigpu=* local_rank=-1"),
+    ("training on several devices " + NOT_YET, "num_processes=1 num_machines=1 machine_rank main_process_*=* "
+     "same_network=* accelerate_config accelerate_extra_args find_unused_parameters deepspeed_config "
+     "fsdp_enable fsdp_*=* context_parallel_size=1 context_parallel_*=* seed_for_each_device=true "
+     "validation_multigpu=* local_rank=-1"),
     (NOT_YET, "peft_lora_mode=standard singlora_ramp_up_steps=* slider_lora_target slider_strength "
      "init_lora_ema init_lora_step init_lokr_norm lycoris_config=* validation_lycoris_strength=1 "
      "assistant_lora_path assistant_lora_*=* disable_assistant_lora scheduled_sampling_probability "
@@ -63,8 +63,8 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ("is torch's business", "ema_foreach_disable set_grads_to_none=true accelerator_cache_clear_interval"),
     ("checkpoints are always written aside, checked and renamed; damaged ones are set aside, never deleted",
      "checkpointing_use_tempdir=true delete_invalid_checkpoints"),
-    ("free space is checked before each checkpoint",
-     "disk_low_threshold disk_low_action=stop disk_low_script"),
+    ("free space is checked before each checkpoint", "disk_low_threshold disk_low_action=stop "
+     "disk_low_script"),
     ("no program of yours is run from here; read events.jsonl, or use webhook_config",
      "post_checkpoint_script validation_method=simpletuner-local validation_external_* custom_tracker"),
     ("use validation_step_interval", "validation_epoch_interval validate_after_step validate_after_epoch"),
@@ -80,14 +80,14 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ("is fixed by the tracker or the event", "tracker_image_layout=gallery webhook_reporting_interval"),
     ("use cache_dir", "cache_dir_text=cache cache_dir_vae"),
     ("the run's records lie in output_dir", "logging_dir=logs"),
-    ("point pretrained_transformer_model_name_or_path at the folder itself",
+    ("point pretrained_transformer_model_name_or_path at the folder itself", ""
      "pretrained_transformer_subfolder=transformer pretrained_transformer_model_name_or_path_subfolder"),
     ("code from the hub is never run", "trust_remote_code"),
     ("nothing is deleted that this program did not write", "delete_model_after_load delete_unwanted_images "
      "delete_problematic_images delete_nsfw_images"),
     ("there are no locked options", "i_know_what_i_am_doing=*"),
-    ("is fixed by the model: buckets are multiples of 64 px",
-     "aspect_bucket_rounding=2 aspect_bucket_alignment=64"),
+    ("is fixed by the model: buckets are multiples of 64 px", "aspect_bucket_rounding=2 "
+     "aspect_bucket_alignment=64"),
     ("is not needed: a small bucket trains with a smaller batch", "allow_dataset_oversubscription=true "
      "disable_bucket_pruning=true"),
     ("is not needed: caches are keyed by content and settings, written once, rebuilt where they changed",
@@ -99,13 +99,13 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ("is not needed: reading ahead sizes itself", "read_batch_size=25 image_processing_batch_size=32 "
      "max_workers=32 aspect_bucket_worker_count=12 enable_multiprocessing dataloader_prefetch=true "
      "dataloader_prefetch_qlen=10"),
-    ("use log_level debug",
-     "print_filenames print_sampler_statistics debug_aspect_buckets debug_dataset_loader"),
+    ("use log_level debug", "print_filenames print_sampler_statistics debug_aspect_buckets "
+     "debug_dataset_loader"),
     ("belongs in the dataset file (data_backend_config)", "instance_data_dir crop crop_style crop_aspect "
      "crop_aspect_buckets repeats probability max_num_samples dataset_type max_upscale_threshold "
      "disable_multiline_split caption_shuffle timestep_sampling_offset is_regularisation_data"),
-    ("only local folders are read, without caption tables or paired pictures",
-     "aws_*=* parquet_*=* conditioning_multidataset_sampling=*"),
+    ("only local folders are read, without caption tables or paired pictures", "aws_*=* parquet_*=* "
+     "conditioning_multidataset_sampling=*"),
     ("regularisers and distillation are not offered", "crepa_enabled crepa_*=* repa_* layersync_enabled "
      "layersync_*=* twinflow_enabled twinflow_*=* nextlat_* distillation_* tread_config control controlnet "
      "controlnet_*=*"),

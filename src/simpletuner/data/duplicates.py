@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from simpletuner.data.report import printable
 from simpletuner.data.types import Placed
 from simpletuner.errors import DataError
 
@@ -62,7 +63,7 @@ def refuse_leaks(
         if placed.sample.path in learned
     ]
     if leaks:
-        lines = "\n".join(f"  {held} is {learned_as}" for held, learned_as in sorted(leaks)[:20])
+        lines = "\n".join(printable(f"  {held} is {learned_as}") for held, learned_as in sorted(leaks)[:20])
         raise DataError(
             f"{len(leaks)} pictures of an eval set are also trained on, so its loss would say nothing; "
             f"move them out of one of the two sets:\n{lines}"

@@ -33,9 +33,14 @@ class BadSamples(DataError):
         super().__init__(message)
 
 
+def printable(text: str) -> str:
+    """On one line and without control characters: file names may hold both."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 def listing(rejected: Sequence[Rejected], path: Path | None) -> str:
     """The first SHOWN files, one a line, and where the others are."""
-    lines = [f"  {item.dataset}/{item.path}: {item.detail}" for item in rejected[:SHOWN]]
+    lines = [printable(f"  {item.dataset}/{item.path}: {item.detail}") for item in rejected[:SHOWN]]
     if len(rejected) > SHOWN:
         lines.append(f"  and {len(rejected) - SHOWN} more")
     if path is not None:

@@ -16,7 +16,7 @@ from simpletuner.data.dataset import Dataset
 from simpletuner.data.duplicates import identical, refuse_leaks
 from simpletuner.data.files import Found, find
 from simpletuner.data.pixels import Header, read_header
-from simpletuner.data.report import BadFile, BadSamples, listing, refuse_too_many, write_rejected
+from simpletuner.data.report import BadFile, BadSamples, listing, printable, refuse_too_many, write_rejected
 from simpletuner.data.types import Placed, Rejected, Sample
 from simpletuner.errors import DataError
 from simpletuner.events.progress import Stage
@@ -180,13 +180,15 @@ def _tell(
         grown = sorted(pair for pair in grown if pair[0] >= ENLARGED)
         if grown:
             most = f"{grown[-1][1]} {grown[-1][0]:.1f} times"
-            emit(Noted(f"{dataset.id}: {len(grown)} pictures are enlarged, {most}; see minimum_image_size"))
+            what = f"{dataset.id}: {len(grown)} pictures are enlarged, {most}; see minimum_image_size"
+            emit(Noted(printable(what)))
     for note in notes:
-        emit(Noted(note))
+        emit(Noted(printable(note)))
     if copies:
         first, second = copies[0][:2]
         extra = sum(len(group) - 1 for group in copies)
-        emit(Warned(f"{extra} pictures are copies of others, such as {second.name} of {first.name}"))
+        what = f"{extra} pictures are copies of others, such as {second.name} of {first.name}"
+        emit(Warned(printable(what)))
 
 
 def _shared(placed: Sequence[Placed]) -> list[str]:
