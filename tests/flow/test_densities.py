@@ -148,7 +148,6 @@ def test_the_fast_schedule_is_seven_ones_in_ten() -> None:
     assert counts.tolist() == [100, 100, 100, 700]
 
 
-
 def test_strata_lower_the_variance_of_a_steps_mean() -> None:
     def spread(stratified: bool) -> float:
         chosen = options(stratified_sigmas=stratified)
