@@ -92,6 +92,12 @@ def test_prompts_of_the_environment_and_what_the_config_sets_is_told_once(folder
     assert read(folder, photos(), minimum_aspect_ratio=5).train
 
 
+def test_blank_is_not_given(folder: Path) -> None:
+    blank = dict.fromkeys({*PICTURES, *SHARED, *REFUSED} - {"id", "instance_data_dir"}, "")
+    assert read(folder, photos(**blank)).train == read(folder, photos()).train
+    assert "instance_data_dir is missing" in problems(folder, photos(instance_data_dir=""))[0]
+
+
 def test_a_folder_in_place_of_the_dataset_file(folder: Path) -> None:
     with pytest.raises(ConfigError, match="photos: cannot be read: Is a directory"):
         read_backends(folder / "photos", DataOptions(), {})
@@ -100,7 +106,7 @@ def test_a_folder_in_place_of_the_dataset_file(folder: Path) -> None:
 def test_a_typical_file(folder: Path) -> None:
     needless = {
         "metadata_backend": "discovery",
-        "skip_file_discovery": "",
+        "skip_file_discovery": "vae,aspect",
         "delete_problematic_images": False,
     }
     held = {"id": "held", "dataset_type": "eval", "instance_data_dir": "photos", "crop_style": "random"}
@@ -120,7 +126,9 @@ def test_a_typical_file(folder: Path) -> None:
     assert found.train[0].framing.minimum_image_size is None
     assert [(dataset.id, dataset.framing.crop_style) for dataset in found.eval] == [("held", "center")]
     assert found.text_cache_dir == Path.cwd() / "cache" / "text"
-    assert [note.split(" ")[0] for note in found.notes] == ["photos.cache_dir_vae", "images.cache_dir"]
+    assert [note.split(" ")[0] for note in found.notes] == [
+        "photos.cache_dir_vae", "photos.skip_file_discovery", "images.cache_dir",
+    ]  # fmt: skip
 
 
 def test_folders_beside_the_file_win(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ class _Reader:
                 self.problem("a dataset is expected: fields in { }", at)
                 continue
             name = self.identity(at, entry, ids)
-            given = {key: entry[key] for key in SHARED if entry.get(key) is not None}
+            given = {key: entry[key] for key in SHARED if entry.get(key) not in (None, "")}
             shared = self.fields(at, name, given, SHARED)
             if shared.get("disabled") or shared.get("disable") or shared.keys() != given.keys():
                 continue
@@ -115,10 +115,10 @@ class _Reader:
         return name
 
     def fields(self, at: int, name: str, entry: dict[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
-        """The values that are allowed; null is the same as not given."""
+        """The values that are allowed; null and blank are the same as not given."""
         values: dict[str, Any] = {}
         for key, raw in entry.items():
-            if raw is None or (key in SHARED and table is not SHARED):
+            if raw in (None, "") or (key in SHARED and table is not SHARED):
                 continue
             if key in table:
                 value = self.value(at, name, key, raw, table[key])
@@ -194,7 +194,7 @@ class _Reader:
 
     def data_dir(self, at: int, name: str, values: dict[str, Any]) -> Path | None:
         if "instance_data_dir" not in values:
-            if self.document.value[at].get("instance_data_dir") is None:
+            if not self.document.value[at].get("instance_data_dir"):
                 self.problem(f"{name}.instance_data_dir is missing: the folder of the pictures", at)
             return None
         written = values["instance_data_dir"]

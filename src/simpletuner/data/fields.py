@@ -75,7 +75,9 @@ SIZE = Field(f"a number up to {LARGEST}, 0 for no limit", _size)
 # Fields of every set.
 SHARED: Mapping[str, Field] = {
     "id": TEXT,
-    "type": _choice("local", hints=dict.fromkeys(("aws", "csv", "huggingface", "webshart"), LOCAL_ONLY)),
+    "type": _choice(
+        "local", hints=dict.fromkeys(("aws", "csv", "huggingface", "memory", "webshart"), LOCAL_ONLY)
+    ),
     "dataset_type": _choice(
         "image", "eval", "text_embeds", "image_embeds",
         hints={
@@ -130,13 +132,14 @@ CACHES: Mapping[str, Field] = {
 NOTED: Mapping[str, str] = {
     ONE_CACHE: "cache_dir_vae text_embeds image_embeds",
     "scans leave no files behind": "preserve_data_backend_cache metadata_update_interval",
+    "folders are always looked into, and nothing unchanged is encoded again": "skip_file_discovery",
     "cache shards are sized by cache_shard_mib of the config": "write_batch_size",
     "cache entries are always named by content": "hash_filenames",
 }
 
 # Fields of other trainers that are refused, by reason; HARMLESS are values that ask for what happens anyway.
 REASONS: Mapping[str, str] = {
-    "pictures and captions are found by looking into the folder": "metadata_backend skip_file_discovery",
+    "pictures and captions are found by looking into the folder": "metadata_backend",
     "set it once in the config, where it holds for all datasets": "train_batch_size text_encoder_batch_size",
     "use minimum_image_size to leave out small pictures": "max_upscale_threshold",
     "buckets follow from the exact aspect and the model": "aspect_bucket_rounding aspect_bucket_alignment",
@@ -150,19 +153,22 @@ REASONS: Mapping[str, str] = {
     "sigma is drawn alike for all datasets": "timestep_sampling_offset",
     "a dataset takes part in the whole run": "start_epoch start_step end_epoch end_step",
     "captions are used as written; more lines are more alternatives": "caption_shuffle caption_filter_list",
-    NO_PAIRS: "conditioning conditioning_data conditioning_type source_dataset_id",
+    NO_PAIRS:
+        "conditioning conditioning_data conditioning_type conditioning_image_embeds source_dataset_id "
+        "cache_dir_conditioning_image_embeds conditioning_image_embed_batch_size",
     "caption tables are not read yet": "parquet",
-    "Chroma draws single pictures": "video audio bbox",
+    "Chroma draws single pictures": "video audio bbox num_frames s2v_datasets",
     LOCAL_ONLY:
         "aws_bucket_name aws_data_prefix aws_region_name aws_endpoint_url aws_access_key_id "
         "aws_secret_access_key csv_file csv_caption_column csv_cache_dir csv_url_column dataset_name split "
-        "revision image_column caption_column num_proc streaming huggingface",
+        "revision image_column caption_column num_proc streaming huggingface "
+        "memory_filesystem_path memory_filesystem_size memory_filesystem_sudo",
 }  # fmt: skip
 REFUSED, UNNEEDED = (
     {name: reason for reason, names in table.items() for name in names.split()} for table in (REASONS, NOTED)
 )
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "metadata_backend": ("discovery",), "skip_file_discovery": ("",), "aspect_bucket_alignment": (64,),
+    "metadata_backend": ("discovery", "json"), "aspect_bucket_alignment": (64,),
     "timestep_sampling_offset": (0,), "start_epoch": (0, 1), "start_step": (0,), "conditioning": ([],),
     "caption_shuffle": ({"enable": False},),
     **{name: (False,) for name in REFUSED if name.startswith(("vae_", "text_cache", "delete_", "is_reg"))},
