@@ -111,6 +111,10 @@ def test_a_file_with_a_tail_is_damaged(folder: Path) -> None:
         ({"guidance_embeds": True}, "guidance_embeds"),
         ({"patch_size": 2}, "patch_size 1"),
         ({"axes_dims_rope": [8, 8, 8]}, "axes_dims_rope"),
+        ({"axes_dims_rope": 32}, "axes_dims_rope"),
+        ({"axes_dims_rope": ["8", 12, 12]}, "axes_dims_rope = "),
+        ({"num_layers": "2"}, "num_layers = '2' is not"),
+        ({"num_layers": None}, "num_layers = None"),
         ({"num_layers": 3}, r"missing transformer_blocks\.2"),
     ],
 )

@@ -66,6 +66,11 @@ class TransformerConfig:
             for key, value in raw.items()
             if key in names
         }
+        for key, value in values.items():
+            axes = isinstance(value, tuple) and all(isinstance(axis, int) for axis in value)
+            number = isinstance(value, int) or (key == "out_channels" and value is None)
+            if not (axes if key == "axes_dims_rope" else number):
+                raise ModelError(f"{where}: {key} = {raw[key]!r} is not what Chroma's transformer takes.")
         config = cls(**values)  # type: ignore[arg-type]
         if config.patch_size != 1 or config.out_channels not in (None, config.in_channels):
             raise ModelError(
