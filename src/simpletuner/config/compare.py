@@ -16,15 +16,15 @@ def training_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
     "learning_rate was 0.0001, is 0.0002". Options declared free on resume are left out; an option that
     one side does not know (another version wrote it) counts as its default.
     """
-    differing = []
-    for option in catalog().values():
-        was, now = old.get(option.name, option.default), new.get(option.name, option.default)
-        if option.resume == "fixed" and was != now:
-            differing.append(f"{option.name} was {json.dumps(was)}, is {json.dumps(now)}")
-    return differing
+    was, now = _fixed(old), _fixed(new)
+    differing = [name for name in now if was[name] != now[name]]
+    return [f"{name} was {json.dumps(was[name])}, is {json.dumps(now[name])}" for name in differing]
 
 
 def training_name(resolved: Mapping[str, Any]) -> str:
     """16 hex digits that change with every option that would change the training."""
-    fixed = {o.name: resolved.get(o.name, o.default) for o in catalog().values() if o.resume == "fixed"}
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_fixed(resolved), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _fixed(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    return {o.name: resolved.get(o.name, o.default) for o in catalog().values() if o.resume == "fixed"}

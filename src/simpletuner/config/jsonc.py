@@ -70,7 +70,7 @@ class _Reader:
         self.blank()
         if self.at >= len(self.text):
             raise self.error("the file is empty")
-        self.mark(())
+        self.positions[()] = self.position(self.at)
         value = self.value(())
         self.blank()
         if self.at < len(self.text):
@@ -80,9 +80,6 @@ class _Reader:
     def position(self, at: int) -> tuple[int, int]:
         line = bisect.bisect_right(self.line_starts, at)
         return line, at - self.line_starts[line - 1] + 1
-
-    def mark(self, path: Path) -> None:
-        self.positions[path] = self.position(self.at)
 
     def problem(self, what: str, at: int) -> Problem:
         line, column = self.position(at)
@@ -125,21 +122,23 @@ class _Reader:
             key = self.string()
             if key in found:
                 self.problems.append(self.problem(f"{key!r} appears twice", start))
-            self.positions[path + (key,)] = self.position(start)  # noqa: RUF005 - 3.10 has no starred index
+            inside = (*path, key)
+            self.positions[inside] = self.position(start)
             self.blank()
             if self.peek() != ":":
                 raise self.error(f"':' is expected after the key {key!r}")
             self.at += 1
             self.blank()
-            found[key] = self.value((*path, key))
+            found[key] = self.value(inside)
         return found
 
     def elements(self, path: Path) -> list[Any]:
         found: list[Any] = []
         self.at += 1
         while not self.closed("]", first=not found):
-            self.mark((*path, len(found)))
-            found.append(self.value((*path, len(found))))
+            inside = (*path, len(found))
+            self.positions[inside] = self.position(self.at)
+            found.append(self.value(inside))
         return found
 
     def closed(self, bracket: str, first: bool) -> bool:

@@ -43,7 +43,6 @@ def find(dataset: Dataset) -> tuple[list[Found], list[Rejected], Counter[str]]:
     for folder, inside, files in _walk(dataset.instance_data_dir):
         parts = [(file, *os.path.splitext(file)) for file in sorted(files)]
         texts = {_nfc(stem): file for file, stem, suffix in parts if suffix.lower() == ".txt"}
-        texts |= {_nfc(stem): file for file, stem, suffix in parts if suffix == ".txt"}
         alone = set(texts)
         for file, stem, suffix in parts:
             if suffix.lower() not in SUFFIXES:
