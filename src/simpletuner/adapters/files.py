@@ -103,7 +103,8 @@ def _as_diffusers_applies(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
             continue
         rank = up.shape[1]
         scale = float(kept.get(f"{name}.alpha", rank)) / rank
-        applied[name] = Factors(down.double(), up.double() * scale, kept.get(f"{name}.lora_magnitude_vector"))
+        magnitude = kept.get(f"{name}.lora_magnitude_vector")
+        applied[name] = Factors(down, up if scale == 1.0 else up * scale, magnitude)
     return applied
 
 
@@ -119,7 +120,8 @@ def _relative_error(module: AdaptedLinear, applied: Factors) -> float:
     if applied.down.shape[1] != live.down.shape[1] or applied.up.shape[0] != live.up.shape[0]:
         return float("inf")
     ours, scale = _live_product(module, probes)
-    error = float((applied.up @ (applied.down @ probes) - ours).abs().max())
+    theirs = applied.up.double() @ (applied.down.double() @ probes)
+    error = float((theirs - ours).abs().max())
     if live.magnitude is not None:
         same = applied.magnitude is not None and torch.equal(applied.magnitude.float(), live.magnitude)
         error = error if same else float("inf")
