@@ -206,6 +206,30 @@ def test_captions_are_encoded_once_in_batches_of_like_length(tmp_path: Path) -> 
     assert text.text_key("a", "t5") != text.text_key("a", "t6")
 
 
+def test_what_was_encoded_before_an_interruption_is_kept(
+    tmp_path: Path, pictures: Callable[[int], list[Placed]]
+) -> None:
+    placed, encoder = pictures(6), Encoder()
+
+    def interrupted(pixels: Tensor) -> Tensor:
+        if len(encoder.shapes) == 2:
+            raise KeyboardInterrupt
+        return encoder.encode(pixels)
+
+    def words(captions: Sequence[str]) -> list[Tensor]:
+        if "cc" in captions:
+            raise KeyboardInterrupt
+        return [torch.ones(1, 2) for _ in captions]
+
+    store, hashes = Store(tmp_path / "latents", "vae-1"), ContentHashes(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        latents.fill(store, placed, OPTIONS, hashes, lambda: interrupted, lambda event: None, batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        text.fill(store, ["b", "cc"], lambda: words, lambda event: None, batch_size=2)
+    with Store(tmp_path / "latents", "vae-1") as found:  # the first one was never closed
+        assert found._index.rows("SELECT COUNT(*) FROM entries") == [(4 + 2,)]
+
+
 def test_text_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     def encode(captions: Sequence[str]) -> list[Tensor]:
         return [torch.full((1, 2), torch.nan if caption else 0.0) for caption in captions]

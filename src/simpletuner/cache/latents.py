@@ -128,7 +128,7 @@ def _encode(
     """key -> (reason, detail) of what could not be encoded."""
     failed: dict[str, tuple[str, str]] = {}
     encode: EncodeImages | None = None
-    with Stage(emit, "encode images", len(jobs), "images") as stage:
+    with Stage(emit, "encode images", len(jobs), "images") as stage, store.flushed():
         for batch in _decoded(_batches(jobs, batch_size), options, pool):
             good = []
             for (key, _), pixels in batch:
@@ -146,7 +146,6 @@ def _encode(
                     else:
                         failed[key] = ("nonfinite_latent", "its latent is not finite; try vae_dtype = fp32")
             stage.advance(len(batch))
-        store.flush()
         stage.note = f"{len(failed)} could not be encoded" if failed else ""
     return failed
 

@@ -18,7 +18,8 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
@@ -140,6 +141,14 @@ class Store:
                 raise CacheError(f"cannot write {path}: {error}") from error
             self._adopt(path)
             self._pending, self._pending_bytes = {}, 0
+
+    @contextmanager
+    def flushed(self) -> Iterator[None]:
+        """Whatever ends the work inside, what was put is on disk afterwards."""
+        try:
+            yield
+        finally:
+            self.flush()
 
     def close(self) -> None:
         """Write the open shard and let go of every file."""

@@ -34,7 +34,7 @@ def fill(
     if not missing:
         return
     encode = encoder()
-    with Stage(emit, "encode text", len(missing), "captions") as stage:
+    with Stage(emit, "encode text", len(missing), "captions") as stage, store.flushed():
         stage.note = f"{len(by_key) - len(missing)} were in the cache"
         for start in range(0, len(missing), batch_size):
             keys = missing[start : start + batch_size]
@@ -43,4 +43,3 @@ def fill(
                     raise CacheError(f"the text encoder gives NaN or infinity for {by_key[key][:80]!r}")
                 store.put(key, {"rows": rows})
             stage.advance(len(keys))
-        store.flush()
