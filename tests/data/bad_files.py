@@ -142,6 +142,7 @@ ROWS = (
         lambda folder: (folder / "x.png").symlink_to(folder / "gone.png"),
         reason="unreadable",
     ),
+    Row("named pipe", lambda folder: os.mkfifo(folder / "x.png"), reason="unreadable"),
     Row("link to itself", lambda folder: (folder / "x.png").symlink_to("x.png"), reason="unreadable"),
     Row("svg by name", lambda folder: write(folder, "x.svg", b"<svg/>", None), note="not read: 1 .svg"),
     Row("files of the system", lambda folder: write(folder, "Thumbs.db", b"\xd0\xcf", None)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import stat
 import struct
 import zlib
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Header:
 def read_header(path: Path, max_megapixels: float) -> Header:
     """Size and kind without decoding. Raises BadImage: unreadable, unsupported or larger than the limit."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
+            raise BadImage("unreadable", "is not a regular file")
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_megapixels * 1e6:
