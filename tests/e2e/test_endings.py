@@ -229,7 +229,12 @@ def test_nothing_is_left_to_do(straight: tuple[Workspace, Path]) -> None:
 def test_the_best_step_is_said(straight: tuple[Workspace, Path]) -> None:
     _, run_dir = straight
     log = (run_dir / "train.log").read_text()
-    assert "lowest held-out loss" in log
-    assert "lowest held-out loss" in log.splitlines()[-4:][0] or log.index("lowest") > log.index(
-        "checkpoint-6"
-    )
+    said = log[log.index("lowest held-out loss") :].splitlines()[0]
+    assert said.endswith("checkpoint-6"), said
+
+
+def test_a_best_step_without_a_checkpoint_is_warned_of(straight: tuple[Workspace, Path]) -> None:
+    workspace, _ = straight
+    out = workspace.train(output_dir=str(workspace.root / "uneven"), eval_steps_interval=3)
+    told = [event.message for event in events(out) if isinstance(event, Warned)]
+    assert any("eval_steps_interval 3" in message for message in told)

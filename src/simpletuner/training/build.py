@@ -73,7 +73,7 @@ def build(
 
     inference = Inference(family, prepared.facts, device.device, device.weights, device.autocast)
     heldout = heldout_of(run, prepared, inference)
-    evaluation = Evaluation(heldout, net.transformer, net.average, emit) if heldout else None
+    evaluation = Evaluation(heldout, net.transformer, net.average, folder.path, emit) if heldout else None
     pictures = pictures_of(run, prepared, inference, net, prompts, folder, emit)
     exporter = Exporter(
         family, prepared.source, net.transformer, run, net.average, folder, net.uses_lora, emit
@@ -103,7 +103,7 @@ def build(
         family, net.transformer, device, list(net.trained.items()), net.optimizer, net.ema, plan,
         run.training.seed, run.flow, run.optimizer, run.adapter.lora_dropout > 0 and net.uses_lora,
         lambda step: schedules.learning_rate(net.schedule, step, plan.total_steps),
-        batch, sizes, first, keeper.save, every(run, plan, keeper, pictures, evaluation, exporter),
+        batch, sizes, first, keeper.save, every(run, plan, keeper, pictures, evaluation, exporter, emit),
         asked, stop_requested, emit,
     )  # fmt: skip
 
@@ -185,6 +185,7 @@ def every(
     pictures: Pictures | None,
     evaluation: Evaluation | None,
     exporter: Exporter,
+    emit: Emit,
 ) -> tuple[Every, ...]:
     """Between steps, in order: evaluate (it names the best), save, draw, and at the end export."""
 
@@ -194,7 +195,11 @@ def every(
     rows = []
     saving = run.checkpoint.checkpoint_step_interval
     if evaluation is not None:
-        rows.append(Every(steps(run.validation.eval_steps_interval or saving), evaluation.run, at_start=True))
+        measuring = run.validation.eval_steps_interval or saving
+        if measuring % saving:
+            what = f"checkpoint_step_interval {saving} does not divide eval_steps_interval {measuring}"
+            emit(Warned(f"{what}: the step with the lowest held-out loss may have no checkpoint"))
+        rows.append(Every(steps(measuring), evaluation.run, at_start=True))
     rows.append(Every(steps(saving), keeper.save))
     epochs = run.checkpoint.checkpoint_epoch_interval
     if epochs is not None:

@@ -43,8 +43,11 @@ class Ema:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The averaged weights in place of the trained ones; these come back bit for bit."""
-        trained = [param.detach().clone() for _, param in self.params]
+        """The averaged weights in place of the trained ones; these come back bit for bit.
+
+        They wait where the average is kept: at full rank a GPU has no room for both.
+        """
+        trained = [param.detach().to(self.shadow[name].device, copy=True) for name, param in self.params]
         with torch.no_grad():
             for name, param in self.params:
                 param.copy_(self.shadow[name])

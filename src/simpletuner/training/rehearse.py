@@ -177,4 +177,5 @@ def tell(findings: Findings) -> None:
     for line in findings.problems:
         print(f"  PROBLEM  {line}")
     verdict = "would not have trained" if findings.problems else "nothing stands in the way of training"
-    print(f"rehearsal: {verdict} ({len(findings.problems)} problems, {len(set(findings.warnings))} warnings)")
+    counts = f"problems: {len(findings.problems)}, warnings: {len(set(findings.warnings))}"
+    print(f"rehearsal: {verdict} ({counts})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -60,6 +61,7 @@ class Evaluation:
     heldout: HeldOut
     transformer: nn.Module
     average: Average | None
+    run_dir: Path
     emit: Emit
 
     def run(self, step: int) -> None:
@@ -75,8 +77,11 @@ class Evaluation:
         """Say where to stop."""
         best, loss = self.heldout.best_step, self.heldout.best_loss
         if best is not None:
-            where = f"step {best} (checkpoint-{best})" if best else "step 0: training did not lower it"
-            self.emit(Noted(f"lowest held-out loss {loss:.4f} at {where}"))
+            kept = self.run_dir / f"checkpoint-{best}"
+            found = (
+                f": {kept}" if kept.is_dir() else "; training did not lower it" if best == BASE_STEP else ""
+            )
+            self.emit(Noted(f"lowest held-out loss {loss:.4f} at step {best}{found}"))
 
 
 def heldout_of(run: RunConfig, prepared: Prepared, inference: Inference) -> HeldOut | None:
