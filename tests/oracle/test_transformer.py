@@ -15,7 +15,7 @@ from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig
+from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig, modulate
 from tests.models.small import TEXT_WIDTH, transformer_fields
 
 ROWS, COLUMNS, TEXT = 6, 5, 512
@@ -136,7 +136,7 @@ def gradients(model: nn.Module, run, lengths: tuple[int, ...]) -> tuple[Tensor, 
 
 
 @pytest.mark.usefixtures("exact_rope")
-@pytest.mark.parametrize("lengths", [(11, 11), (4, 19)])
+@pytest.mark.parametrize("lengths", [(11,), (11, 11), (4, 19)])
 def test_gradients_of_lora_are_diffusers_gradients(pair, lengths: tuple[int, ...]) -> None:
     theirs, ours = pair
     assert with_lora(theirs).keys() == with_lora(ours).keys()
@@ -173,6 +173,14 @@ def test_checkpointing_drops_the_same_inputs_again(pair) -> None:
     recomputed, found = gradients(ours, run_ours, (9,))
     assert torch.equal(plain, recomputed)
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("kinds", [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+def test_modulation_of_one_sample_is_that_of_a_batch(kinds: tuple[torch.dtype, torch.dtype]) -> None:
+    x, (shift, scale) = torch.randn(1, 7, 64).to(kinds[0]), torch.randn(2, 1, 1, 64).to(kinds[1])
+    alone, twice = modulate(x, shift, scale), modulate(*(part.repeat(2, 1, 1) for part in (x, shift, scale)))
+    assert alone.dtype == twice.dtype
+    assert distance(alone, twice[:1]) < 1e-12
 
 
 def test_checkpointing_frees_activations(pair) -> None:
