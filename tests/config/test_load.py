@@ -158,6 +158,14 @@ def test_written_as_text(folder: Path) -> None:
     assert any("optimizer optimi-lion is read as lion" in note for note in loaded.notes)
 
 
+def test_a_length_given_later_takes_the_place_of_the_other(folder: Path) -> None:
+    loaded = read(folder, {"num_train_epochs": 3}, "max_train_steps=7")
+    assert (loaded.run.training.max_train_steps, loaded.run.training.num_train_epochs) == (7, None)
+    assert any("takes the place of num_train_epochs" in note for note in loaded.notes)
+    with pytest.raises(ConfigError, match="num_train_epochs is given too"):
+        read(folder, {"num_train_epochs": 3, "max_train_steps": 7})
+
+
 def test_what_always_holds_may_be_asked_for(folder: Path) -> None:
     loaded = read(folder, {"offload_during_startup": True})
     assert any("offload_during_startup is always so" in note for note in loaded.notes)

@@ -21,6 +21,7 @@ from simpletuner.errors import ConfigError, Problem
 
 DEFAULT_STEPS = 1000
 LISTED = 12
+LENGTHS = ("max_train_steps", "num_train_epochs")
 PLAIN_WEBHOOK_FIELDS = ("webhook_type", "log_level", "message_prefix")
 
 
@@ -187,6 +188,10 @@ def _apply(reading: _Reading, layer: Iterable[Entry]) -> None:
         reading.values[name] = value
         if isinstance(entry.raw, str) and entry.raw.strip().lower() in option.spellings:
             reading.notes.append(f"{entry.where}: {name} {entry.raw} is read as {value}")
+    for name, other in (LENGTHS, LENGTHS[::-1]):
+        if name in written and name in reading.values and other not in written and other in reading.values:
+            reading.notes.append(f"{reading.origins[name]}: {name} takes the place of {other}")
+            del reading.values[other], reading.origins[other]
 
 
 def _option_name(entry: Entry, reading: _Reading) -> str | None:
