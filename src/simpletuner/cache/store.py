@@ -32,11 +32,7 @@ from simpletuner.events.sinks import silent
 from simpletuner.events.types import Emit, Warned
 
 MAX_OPEN_SHARDS = 32
-NO_LOCKS = (
-    errno.ENOLCK,
-    errno.ENOTSUP,
-    errno.ENOSYS,
-)  # some network file systems; unfinished files then stay
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of some network file systems
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS shards (name TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS entries (

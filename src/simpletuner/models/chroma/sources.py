@@ -115,13 +115,8 @@ def wanted(parts: list[str], variant: str) -> tuple[list[str], list[str]]:
     small += [f"{part}/{name}" for part in parts for name in ("*.json", "*.model", "*.txt")]
     if len(models) == 1:
         stems.append(STEMS[models[0]])
-        small += [
-            "config.json",
-            "special_tokens_map.json",
-            "*.safetensors.index*.json",
-            "spiece.model",
-            *TOKENIZERS,
-        ]
+        small += ["config.json", "*.safetensors.index*.json"]
+        small += [*TOKENIZERS, "special_tokens_map.json", "spiece.model"]
     dot = f".{variant}" if variant else ""
     ends = (f"{dot}.safetensors", f"{dot}-?????-of-?????.safetensors", f"-?????-of-?????{dot}.safetensors")
     return small, [stem + end for stem in stems for end in dict.fromkeys(ends)]
