@@ -21,12 +21,13 @@ from simpletuner.data.types import MicroBatch
 from simpletuner.events.types import Emit, Noted, Resumed, RunStarted, Warned
 from simpletuner.models import registry
 from simpletuner.training import resume, schedules, trainee
-from simpletuner.training.device import choose
+from simpletuner.training.device import Device, choose
 from simpletuner.training.export import Exporter
 from simpletuner.training.keeper import Keeper
 from simpletuner.training.loop import Action, Every, Parts, Plan
 from simpletuner.training.prefetch import Prefetch
 from simpletuner.training.prepare import Prepared, prepare
+from simpletuner.training.resume import Origin
 from simpletuner.training.rundir import RunFolder
 from simpletuner.training.stages import Evaluation, Pictures, heldout_of
 from simpletuner.training.trainee import Trainee
@@ -63,36 +64,24 @@ def build(
     prompts = validation_prompts.read_prompts(run.validation, base_dir) if validated else ()
     texts = validation_prompts.captions(prompts, run.validation.validation_guidance_real)
     prepared = prepare(run, backends, family, texts, folder, device, emit, closing)
-    order = Order(
-        prepared.train.placed, prepared.train_sets, run.training.seed, run.training.train_batch_size, run.data
-    )
-    for note in order.notes:
-        emit(Warned(note))
+    order = order_of(run, prepared, emit)
     plan = plan_of(run, order.batches_per_epoch)
     net = trainee.make(run, prepared, device, emit)
 
     inference = Inference(family, prepared.facts, device.device, device.weights, device.autocast)
-    heldout = heldout_of(run, prepared, inference)
-    evaluation = Evaluation(heldout, net.transformer, net.average, folder.path, emit) if heldout else None
+    evaluation = evaluation_of(run, prepared, inference, net, folder, emit)
     pictures = pictures_of(run, prepared, inference, net, prompts, folder, emit)
-    exporter = Exporter(
-        family, prepared.source, net.transformer, run, net.average, folder, net.uses_lora, emit
-    )
+    exporter = Exporter(family, prepared.source, net, run, folder, emit)
     keeper = Keeper(
-        folder, run.checkpoint, net.trained, net.optimizer, net.ema, config, prepared.identity(),
-        {"heldout": (heldout.state_dict, heldout.load_state_dict)} if heldout else {},
-        exporter.into_checkpoint, evaluation.best_step if evaluation else lambda: None, emit,
+        folder, run.checkpoint, net, config, prepared.identity(),
+        {"heldout": evaluation.heldout} if evaluation else {}, exporter.into_checkpoint,
+        evaluation.best_step if evaluation else lambda: None, emit,
     )  # fmt: skip
     if origin is not None:
         keeper.restore(origin)
         folder.write_config(config)
-    first = origin.step if origin is not None else 0
     model = f"{run.model.model_family} {prepared.source.name}"
-    emit(RunStarted(__version__, str(folder.path), model, str(device), plan.total_steps, first))
-    if origin is not None:
-        emit(Resumed(first, origin.folder.name))
-        if first >= plan.total_steps:
-            emit(Noted(f"all {plan.total_steps} steps are done; a larger max_train_steps would go on"))
+    first = begin(origin, folder, model, device, plan, emit)
     batch, sizes = batches_of(run, prepared, order, plan, closing)
 
     def asked() -> list[Action]:
@@ -108,6 +97,19 @@ def build(
     )  # fmt: skip
 
 
+def begin(
+    origin: Origin | None, folder: RunFolder, model: str, device: Device, plan: Plan, emit: Emit
+) -> int:
+    """Tell where the run begins; returns the steps that are behind."""
+    first = 0 if origin is None else origin.step
+    emit(RunStarted(__version__, str(folder.path), model, str(device), plan.total_steps, first))
+    if origin is not None:
+        emit(Resumed(first, origin.folder.name))
+        if first >= plan.total_steps:
+            emit(Noted(f"all {plan.total_steps} steps are done; a larger max_train_steps would go on"))
+    return first
+
+
 def plan_of(run: RunConfig, batches_per_epoch: int) -> Plan:
     """Steps or epochs, whichever is given; the config sees to it that one is."""
     training = run.training
@@ -119,6 +121,14 @@ def plan_of(run: RunConfig, batches_per_epoch: int) -> Plan:
         batches_per_epoch,
         training.nonfinite_loss_patience,
     )
+
+
+def order_of(run: RunConfig, prepared: Prepared, emit: Emit) -> Order:
+    seed, size = run.training.seed, run.training.train_batch_size
+    order = Order(prepared.train.placed, prepared.train_sets, seed, size, run.data)
+    for note in order.notes:
+        emit(Warned(note))
+    return order
 
 
 def batches_of(
@@ -142,6 +152,14 @@ def batches_of(
     prefetch = Prefetch(lambda number: batches.load(micro(number)), last)
     closing.callback(prefetch.close)
     return prefetch, sizes
+
+
+def evaluation_of(
+    run: RunConfig, prepared: Prepared, inference: Inference, net: Trainee, folder: RunFolder, emit: Emit
+) -> Evaluation | None:
+    """The stage that measures held-out loss; None without an eval set."""
+    heldout = heldout_of(run, prepared, inference)
+    return None if heldout is None else Evaluation(heldout, net, folder.path, emit)
 
 
 def pictures_of(
@@ -175,7 +193,7 @@ def pictures_of(
         return prepared.family.load_vae(prepared.source, run.model, inference.device).decode
 
     validator = Validator(inference, drawn, settings, prepared.rows, decoder, folder.path, emit)
-    return Pictures(validator, net.transformer, net.average, run.optimizer.ema_validation, net.set_strength)
+    return Pictures(validator, net, run.optimizer.ema_validation)
 
 
 def every(

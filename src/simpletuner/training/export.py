@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from simpletuner import __version__
 from simpletuner.adapters import files
 from simpletuner.config.schema import RunConfig
 from simpletuner.events.types import Emit, Saved
 from simpletuner.models.family import ModelFamily, Source
 from simpletuner.training.rundir import RunFolder, replace_folder
-from simpletuner.training.stages import Average
+from simpletuner.training.trainee import Trainee
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
@@ -27,22 +25,20 @@ class Exporter:
 
     family: ModelFamily
     source: Source
-    transformer: nn.Module
+    net: Trainee
     run: RunConfig
-    average: Average | None
     folder: RunFolder
-    uses_lora: bool
     emit: Emit
 
     def into_checkpoint(self, folder: Path) -> None:
         """A LoRA is small enough to stand in every checkpoint, ready to be tried elsewhere."""
-        if self.uses_lora:
+        if self.net.uses_lora:
             self._lora(folder)
 
     def finish(self, step: int) -> None:
         """The weights at the top of the run folder."""
         started = time.perf_counter()
-        written = self._lora(self.folder.path) if self.uses_lora else self._transformers()
+        written = self._lora(self.folder.path) if self.net.uses_lora else self._transformers()
         for path in written:
             size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
             name = path.relative_to(self.folder.path).as_posix()
@@ -50,22 +46,22 @@ class Exporter:
 
     def _lora(self, folder: Path) -> list[Path]:
         written = [folder / LORA_NAME]
-        files.save(self.transformer, written[0], self._metadata("trained"))
-        if self.average is not None:
+        files.save(self.net.transformer, written[0], self._metadata("trained"))
+        if self.net.average is not None:
             (folder / "ema").mkdir(exist_ok=True)
             written.append(folder / "ema" / LORA_NAME)
-            with self.average():
-                files.save(self.transformer, written[1], self._metadata("average"))
+            with self.net.average():
+                files.save(self.net.transformer, written[1], self._metadata("average"))
         return written
 
     def _transformers(self) -> list[Path]:
         written = []
-        for name, weights in (("transformer", nullcontext), ("transformer_ema", self.average)):
+        for name, weights in (("transformer", nullcontext), ("transformer_ema", self.net.average)):
             if weights is not None:
                 written.append(self.folder.path / name)
                 with weights():
                     replace_folder(
-                        written[-1], partial(self.family.save_transformer, self.transformer, self.source)
+                        written[-1], partial(self.family.save_transformer, self.net.transformer, self.source)
                     )
         return written
 

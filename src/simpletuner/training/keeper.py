@@ -6,41 +6,45 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from simpletuner.config.schema import CheckpointOptions
 from simpletuner.errors import CheckpointError
 from simpletuner.events.types import Emit, Saved, Warned
 from simpletuner.training import checkpoint
-from simpletuner.training.ema import Ema
 from simpletuner.training.optimizers import optimizer_mode
 from simpletuner.training.resume import Origin
 from simpletuner.training.rundir import RunFolder
+from simpletuner.training.trainee import Trainee
 
 Export = Callable[[Path], None]
+
+
+class Companion(Protocol):
+    """Something that has to remember a little across a resume, as JSON."""
+
+    def state_dict(self) -> dict[str, object]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass
 class Keeper:
     """Saves and restores one run.
 
-    trained: name -> parameter, exactly what is trained. identity: what must be the same for a resumed run
-    to be the same run (base weights, data), besides the config. companions: JSON-able state of others
-    (held-out loss), as (name -> (get, set)).
+    identity: what must be the same for a resumed run to be the same run (base weights, data), besides the
+    config. companions: by name, others who remember (held-out loss).
     """
 
     folder: RunFolder
     options: CheckpointOptions
-    trained: dict[str, nn.Parameter]
-    optimizer: Optimizer
-    ema: Ema | None
+    net: Trainee
     config: dict[str, object]
     identity: Mapping[str, str]
-    companions: Mapping[str, tuple[Callable[[], object], Callable[[Mapping[str, object]], None]]]
+    companions: Mapping[str, Companion]
     export: Export
     best_step: Callable[[], int | None]
     emit: Emit
@@ -50,15 +54,15 @@ class Keeper:
         if step == self._saved_step:
             return
         started = time.perf_counter()
-        optimizer_mode(self.optimizer, training=True)
-        tensors: dict[str, dict[str, Tensor]] = {"weights": {n: p.data for n, p in self.trained.items()}}
-        tensors["optimizer"], rest = checkpoint.flatten_optimizer(self.optimizer.state_dict())
+        optimizer_mode(self.net.optimizer, training=True)
+        tensors: dict[str, dict[str, Tensor]] = {"weights": {n: p.data for n, p in self.net.trained.items()}}
+        tensors["optimizer"], rest = checkpoint.flatten_optimizer(self.net.optimizer.state_dict())
         state: dict[str, object] = {"optimizer": rest, "config": self.config, "identity": dict(self.identity)}
-        if self.ema is not None:
-            shadow = self.ema.state_dict()
+        if self.net.ema is not None:
+            shadow = self.net.ema.state_dict()
             tensors["ema"] = shadow["shadow"]
             state["ema"] = {key: value for key, value in shadow.items() if key != "shadow"}
-        state["companions"] = {name: get() for name, (get, _) in self.companions.items()}
+        state["companions"] = {name: one.state_dict() for name, one in self.companions.items()}
         snapshot = checkpoint.Snapshot(step, tensors, state)
         best = self.best_step()
         keep = self.options.checkpoints_total_limit
@@ -68,9 +72,9 @@ class Keeper:
         self.emit(Saved(step, path.name, time.perf_counter() - started, size))
 
     def _export(self, folder: Path) -> None:
-        optimizer_mode(self.optimizer, training=False)
+        optimizer_mode(self.net.optimizer, training=False)
         self.export(folder)
-        optimizer_mode(self.optimizer, training=True)
+        optimizer_mode(self.net.optimizer, training=True)
 
     def restore(self, origin: Origin) -> None:
         """Go on from a checkpoint. Later ones here belong to steps that are done anew: moved aside."""
@@ -91,10 +95,10 @@ class Keeper:
         weights = tensors["weights"]
         unlike = sorted(
             name
-            for name in weights.keys() | self.trained.keys()
+            for name in weights.keys() | self.net.trained.keys()
             if name not in weights
-            or name not in self.trained
-            or weights[name].shape != self.trained[name].shape
+            or name not in self.net.trained
+            or weights[name].shape != self.net.trained[name].shape
         )
         if unlike:
             raise CheckpointError(
@@ -102,19 +106,19 @@ class Keeper:
                 f"(first: {unlike[0]}); choose another output_dir or the options it was made with"
             )
         with torch.no_grad():
-            for name, parameter in self.trained.items():
+            for name, parameter in self.net.trained.items():
                 parameter.copy_(weights[name])
         try:
-            self.optimizer.load_state_dict(
+            self.net.optimizer.load_state_dict(
                 checkpoint.unflatten_optimizer(
-                    tensors.get("optimizer", {}), state["optimizer"], self.optimizer.state_dict()
+                    tensors.get("optimizer", {}), state["optimizer"], self.net.optimizer.state_dict()
                 )
             )
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{found} holds the state of another optimizer ({error})") from error
-        if self.ema is not None:  # begun late, the average begins at the weights of that moment
+        if self.net.ema is not None:  # begun late, the average begins at the weights of that moment
             shadow = tensors.get("ema", {name: weight.float() for name, weight in weights.items()})
-            self.ema.load_state_dict({**state.get("ema", {"updates": 0}), "shadow": shadow})
-        for name, (_, put) in self.companions.items():
+            self.net.ema.load_state_dict({**state.get("ema", {"updates": 0}), "shadow": shadow})
+        for name, one in self.companions.items():
             if name in state["companions"]:
-                put(state["companions"][name])
+                one.load_state_dict(state["companions"][name])

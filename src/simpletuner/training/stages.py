@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import nn
 
 from simpletuner.cache.latents import Filled
 from simpletuner.config.schema import RunConfig
 from simpletuner.events.types import Emit, Noted
 from simpletuner.training.prepare import Prepared, part
+from simpletuner.training.trainee import Trainee
 from simpletuner.validation.component import BASE_STEP, Validator
 from simpletuner.validation.heldout import HeldOut, HeldOutSet, choose, fixed_batches
 from simpletuner.validation.inference import Inference
-
-Strength = Callable[[nn.Module, float], None]
-Average = Callable[[], AbstractContextManager[None]]  # the averaged weights inside, the trained ones after
 
 
 @dataclass
@@ -26,32 +22,30 @@ class Pictures:
     """Draws at a step: the untouched base at step 0, then the trained weights, their average, or both."""
 
     validator: Validator
-    transformer: nn.Module
-    average: Average | None
+    net: Trainee
     which: str
-    set_strength: Strength | None
 
     def draw(self, step: int) -> None:
         if step == BASE_STEP:
             with self._untouched():
-                self.validator.run(step, self.transformer, "base")
+                self.validator.run(step, self.net.transformer, "base")
             return
-        if self.average is None or self.which != "ema_only":
-            self.validator.run(step, self.transformer, "trained")
-        if self.average is not None and self.which != "none":
-            with self.average():
-                self.validator.run(step, self.transformer, "ema")
+        if self.net.average is None or self.which != "ema_only":
+            self.validator.run(step, self.net.transformer, "trained")
+        if self.net.average is not None and self.which != "none":
+            with self.net.average():
+                self.validator.run(step, self.net.transformer, "ema")
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
-        if self.set_strength is None:
+        if self.net.set_strength is None:
             yield
             return
-        self.set_strength(self.transformer, 0.0)
+        self.net.set_strength(self.net.transformer, 0.0)
         try:
             yield
         finally:
-            self.set_strength(self.transformer, 1.0)
+            self.net.set_strength(self.net.transformer, 1.0)
 
 
 @dataclass
@@ -59,16 +53,15 @@ class Evaluation:
     """Measures held-out loss; with an EMA, of the averaged weights, since those are what is kept."""
 
     heldout: HeldOut
-    transformer: nn.Module
-    average: Average | None
+    net: Trainee
     run_dir: Path
     emit: Emit
 
     def run(self, step: int) -> None:
         if step == self.heldout.last_step:
             return
-        with nullcontext() if self.average is None or step == BASE_STEP else self.average():
-            self.heldout.run(self.transformer, step, self.emit)
+        with nullcontext() if self.net.average is None or step == BASE_STEP else self.net.average():
+            self.heldout.run(self.net.transformer, step, self.emit)
 
     def best_step(self) -> int | None:
         return self.heldout.best_step

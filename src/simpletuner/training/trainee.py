@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,7 +16,9 @@ from simpletuner.training import optimizers, schedules
 from simpletuner.training.device import Device
 from simpletuner.training.ema import Ema
 from simpletuner.training.prepare import Prepared
-from simpletuner.training.stages import Average, Strength
+
+Strength = Callable[[nn.Module, float], None]
+Average = Callable[[], AbstractContextManager[None]]  # the averaged weights inside, the trained ones after
 
 
 @dataclass(frozen=True)
