@@ -38,14 +38,9 @@ from simpletuner.validation.inference import Inference
 
 
 def build(
-    run: RunConfig,
-    backends: Backends,
-    base_dir: Path,
-    folder: RunFolder,
-    stop_requested: Callable[[], bool],
-    emit: Emit,
-    closing: ExitStack,
-) -> Parts:
+    run: RunConfig, backends: Backends, base_dir: Path, folder: RunFolder, stop_requested: Callable[[], bool],
+    emit: Emit, closing: ExitStack,
+) -> Parts:  # fmt: skip
     """base_dir: folder of the config file, where relative paths are looked up first.
 
     Another training's run folder is refused before anything is encoded or loaded, and left as it was.
@@ -163,14 +158,9 @@ def evaluation_of(
 
 
 def pictures_of(
-    run: RunConfig,
-    prepared: Prepared,
-    inference: Inference,
-    net: Trainee,
-    prompts: tuple[validation_prompts.Prompt, ...],
-    folder: RunFolder,
-    emit: Emit,
-) -> Pictures | None:
+    run: RunConfig, prepared: Prepared, inference: Inference, net: Trainee,
+    prompts: tuple[validation_prompts.Prompt, ...], folder: RunFolder, emit: Emit,
+) -> Pictures | None:  # fmt: skip
     """The stage that draws; None when there is nothing to draw."""
     if not prompts:
         return None
@@ -197,14 +187,9 @@ def pictures_of(
 
 
 def every(
-    run: RunConfig,
-    plan: Plan,
-    keeper: Keeper,
-    pictures: Pictures | None,
-    evaluation: Evaluation | None,
-    exporter: Exporter,
-    emit: Emit,
-) -> tuple[Every, ...]:
+    run: RunConfig, plan: Plan, keeper: Keeper, pictures: Pictures | None, evaluation: Evaluation | None,
+    exporter: Exporter, emit: Emit,
+) -> tuple[Every, ...]:  # fmt: skip
     """Between steps, in order: evaluate (it names the best), save, draw, and at the end export."""
 
     def steps(interval: int) -> Callable[[int], int]:

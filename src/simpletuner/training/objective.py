@@ -24,14 +24,9 @@ def noise_for(visit_keys: tuple[str, ...], shape: torch.Size, seed: int, purpose
 
 
 def losses(
-    family: ModelFamily,
-    transformer: nn.Module,
-    batch: Batch,
-    sigma: Tensor,
-    options: FlowOptions,
-    seed: int,
+    family: ModelFamily, transformer: nn.Module, batch: Batch, sigma: Tensor, options: FlowOptions, seed: int,
     device: torch.device,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Loss of every sample, (B,) float32 on the device. sigma: (B,) float32.
 
     With input_perturbation p the network's input is built from noise + p * other noise, while the target

@@ -75,15 +75,9 @@ class Prepared:
 
 
 def prepare(
-    run: RunConfig,
-    backends: Backends,
-    family: ModelFamily,
-    texts: Sequence[str],
-    folder: RunFolder,
-    device: Device,
-    emit: Emit,
-    closing: ExitStack,
-) -> Prepared:
+    run: RunConfig, backends: Backends, family: ModelFamily, texts: Sequence[str], folder: RunFolder,
+    device: Device, emit: Emit, closing: ExitStack,
+) -> Prepared:  # fmt: skip
     """texts: what else must be encoded besides the captions . closing: gets the caches."""
     listed = folder.path / "rejected.jsonl"
     scanned = scan([*backends.train, *backends.eval], run.data, run.training.seed, emit, rejected_path=listed)

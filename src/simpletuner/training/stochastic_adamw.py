@@ -36,14 +36,9 @@ class StochasticAdamW(Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[Tensor],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        seed: int,
-    ) -> None:
+        self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float,
+        weight_decay: float, seed: int,
+    ) -> None:  # fmt: skip
         self.seed = seed
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}

@@ -33,15 +33,9 @@ def initial_noise(facts: Facts, seed: int, size_px: tuple[int, int]) -> Tensor:
 
 
 def sample(
-    inference: Inference,
-    transformer: nn.Module,
-    text_rows: Sequence[Tensor],
-    noise: Tensor,
-    *,
-    steps: int,
-    guidance: float = 1.0,
-    negative_rows: Sequence[Tensor] | None = None,
-) -> Tensor:
+    inference: Inference, transformer: nn.Module, text_rows: Sequence[Tensor], noise: Tensor, *, steps: int,
+    guidance: float = 1.0, negative_rows: Sequence[Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Latents (B, C, H, W) float32 on the CPU from noise (B, C, H, W), by Euler over sigma 1 -> 0.
 
     text_rows, negative_rows: one (L_i, D) each. Guidance above 1 takes
@@ -68,14 +62,9 @@ def sample(
 
 
 def latents_of(
-    inference: Inference,
-    transformer: nn.Module,
-    pictures: Sequence[Picture],
-    rows: Callable[[str], Tensor],
-    *,
-    steps: int,
-    guidance: float,
-) -> Iterator[tuple[Picture, Tensor]]:
+    inference: Inference, transformer: nn.Module, pictures: Sequence[Picture], rows: Callable[[str], Tensor],
+    *, steps: int, guidance: float,
+) -> Iterator[tuple[Picture, Tensor]]:  # fmt: skip
     """Each picture with its latents (1, C, H, W), neighbours of equal size drawn in one batch.
 
     rows: a text to its (L, D) rows. A picture in a batch equals the picture drawn alone up to rounding.
