@@ -105,10 +105,13 @@ def test_another_training_is_not_continued_silently(straight: tuple[Workspace, P
     assert free == run_dir
 
 
-def test_changed_pictures_are_not_continued_silently(straight: tuple[Workspace, Path]) -> None:
+@pytest.mark.parametrize("fields", [{"max_num_samples": 4}, {"repeats": 1}])
+def test_changed_data_is_not_continued_silently(
+    straight: tuple[Workspace, Path], fields: dict[str, int]
+) -> None:
     workspace, run_dir = straight
     try:
-        workspace.write_data(repeats=0, max_num_samples=4)
+        workspace.write_data(**fields)
         error = workspace.fails(output_dir=str(run_dir))
     finally:
         workspace.write_data()

@@ -63,6 +63,8 @@ class Prepared:
     def identity(self) -> dict[str, str]:
         """What must be the same for a resumed run to be the same run."""
         digest = hashlib.sha256()
+        for one in self.train_sets:
+            digest.update(f"{one.id}|{one.repeats}|{one.probability}\n".encode("utf-8", "surrogateescape"))
         for item in self.train.placed:
             line = f"{item.sample.id}|{item.bucket_px}|{item.crop_px}|{item.sample.captions}"
             digest.update(line.encode("utf-8", "surrogateescape"))
@@ -78,7 +80,7 @@ def prepare(
     run: RunConfig, backends: Backends, family: ModelFamily, texts: Sequence[str], folder: RunFolder,
     device: Device, emit: Emit, closing: ExitStack,
 ) -> Prepared:  # fmt: skip
-    """texts: what else must be encoded besides the captions . closing: gets the caches."""
+    """texts: what else must be encoded besides the captions. closing: gets the caches."""
     listed = folder.path / "rejected.jsonl"
     scanned = scan([*backends.train, *backends.eval], run.data, run.training.seed, emit, rejected_path=listed)
     if scanned.rejected:
