@@ -1,4 +1,4 @@
-"""The bundled base as a stranger uses it: the example, a rehearsal, a picture. Few steps; no claim of quality."""
+"""The bundled base as a stranger uses it: the example, a rehearsal, a picture. No claim of quality."""
 
 from __future__ import annotations
 
