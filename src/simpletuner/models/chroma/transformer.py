@@ -176,9 +176,10 @@ class Attention(nn.Module):
             self.add_v_proj = nn.Linear(width, width)
             self.to_add_out = nn.Linear(width, width)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values (B, S, heads, D)."""
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.to_q, self.to_k, self.to_v))
+    def project(self, x: Tensor, silent: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values (B, S, heads, D). The first `silent` rows are heard but ask nothing."""
+        projected = self.to_q(x[:, silent:]), self.to_k(x), self.to_v(x)
+        q, k, v = (each.unflatten(-1, (-1, self.head_dim)) for each in projected)
         return self.norm_q(q), self.norm_k(k), v
 
     def project_text(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,8 +188,9 @@ class Attention(nn.Module):
         return self.norm_added_q(q), self.norm_added_k(k), v
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, S, W). mask: (B, 1, 1, S) bool, True for keys that exist."""
-        q, k, v = (each.transpose(1, 2) for each in (rotate(q, table), rotate(k, table), v))
+        """(B, rows of q, W). q: the last rows of k and v. mask: (B, 1, 1, S) bool, True for existing keys."""
+        turned = rotate(q, table[-q.shape[1] :]), rotate(k, table), v
+        q, k, v = (each.transpose(1, 2) for each in turned)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
@@ -236,12 +238,15 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(config.width, 4 * config.width)
         self.proj_out = nn.Linear(5 * config.width, config.width)
 
-    def forward(self, x: Tensor, modulation: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, modulation: Tensor, table: Tensor, mask: Tensor | None, unread: int = 0
+    ) -> Tensor:
+        """(B, S - unread, W). The first `unread` rows are keys and values only; nobody reads their result."""
         shift, scale, gate = modulation.split(1, dim=1)
         inner = modulate(x, shift, scale)
-        attended = self.attn(*self.attn.project(inner), table, mask)
-        hidden = F.gelu(self.proj_mlp(inner), approximate="tanh")
-        return add_gated(x, gate, self.proj_out(torch.cat((attended, hidden), dim=-1)))
+        attended = self.attn(*self.attn.project(inner, unread), table, mask)
+        hidden = F.gelu(self.proj_mlp(inner[:, unread:]), approximate="tanh")
+        return add_gated(x[:, unread:], gate, self.proj_out(torch.cat((attended, hidden), dim=-1)))
 
 
 class ApproximatorLayer(nn.Module):
@@ -350,11 +355,12 @@ class ChromaTransformer(nn.Module):
         x = torch.cat((text, image), dim=1)
         for number, block in enumerate(self.single_transformer_blocks):
             single_mod = single_mods[:, 3 * number : 3 * number + 3]
-            x = self._run(doubles + number, block, x, single_mod, table, mask)
+            unread = text.shape[1] if number == singles - 1 else 0  # only the image leaves the last block
+            x = self._run(doubles + number, block, x, single_mod, table, mask, unread)
         shift, scale = out_mod.split(1, dim=1)
-        return self.proj_out(modulate(x[:, text.shape[1] :], shift, scale))
+        return self.proj_out(modulate(x[:, -tokens.shape[1] :], shift, scale))
 
-    def _run(self, number: int, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, number: int, block: nn.Module, *inputs: Tensor | int | None) -> Tensor:
         if self.checkpoint_every and torch.is_grad_enabled() and number % self.checkpoint_every == 0:
             # The generator's state is kept: adapters with dropout must drop the same again.
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=True)
