@@ -60,15 +60,14 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, h
     victim = newest / name
     content = bytearray(victim.read_bytes())
     if how == "flip":
-        content[len(content) // 2] ^= 1
+        at = content.index(b"sha256") + 12 if name == "manifest.json" else len(content) // 2
+        content[at] ^= 1
         victim.write_bytes(content)
     elif how == "truncate":
         victim.write_bytes(content[: len(content) // 2])
     else:
         victim.unlink()
     told: list[Event] = []
-    if name == "manifest.json" and how == "flip" and checkpoint.damage(newest) is None:
-        pytest.skip("the flipped bit fell on white space")
     found = checkpoint.newest_sound(tmp_path, told.append)
     assert found is not None
     assert found.name == "checkpoint-1"
