@@ -6,7 +6,7 @@ B batch · C latent channels · H W latent side (image px / stride) · L text to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +82,6 @@ class ModelFamily(ABC):
     """One architecture. Stateless: everything loaded is handed back to the caller."""
 
     name: str
-    flavours: Mapping[str, str]
 
     @abstractmethod
     def locate(self, options: ModelOptions) -> Source:

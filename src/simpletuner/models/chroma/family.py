@@ -38,7 +38,6 @@ def _chroma(transformer: nn.Module) -> ChromaTransformer:
 
 class Chroma(ModelFamily):
     name = "chroma"
-    flavours = sources.FLAVOURS
 
     def locate(self, options: ModelOptions) -> Source:
         return sources.locate(options)
