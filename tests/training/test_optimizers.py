@@ -136,6 +136,33 @@ def test_schedule_free_shows_the_average_of_its_own_points():
         assert torch.allclose(param, torch.stack(zs).mean(0), atol=1e-5)
 
 
+def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest():
+    params, optimizer = fresh("muon", torch.float32)
+    others, _ = fresh("muon", torch.float32)
+    matrices, rest = (
+        [param for _, param in others if (param.ndim == 2) == wanted] for wanted in (True, False)
+    )
+    oracles = (
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=0.01, weight_decay=0.01),
+    )
+    for number in range(6):
+        generator = torch.Generator().manual_seed(number)
+        for (_, mine), (_, other) in zip(params, others):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        for each in (optimizer, *oracles):
+            each.step()
+    for (name, mine), (_, other) in zip(params, others):
+        assert torch.allclose(mine, other, atol=2e-6), name
+
+
+def test_muon_refuses_what_it_cannot_do():
+    for config, word in (("momentum=1.0", "momentum"), ("iterations=0", "iterations"), ("beta=1", "beta")):
+        with pytest.raises(ConfigError, match=word):
+            fresh("muon", torch.float32, config)
+
+
 def test_stochastic_adamw_on_float32_is_adamw():
     params, optimizer = fresh("adamw_bf16", torch.float32)
     others, reference = fresh("adamw", torch.float32)

@@ -23,6 +23,7 @@ KNOWN: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
         "safeguard_warmup": _flag, "slice_p": int, "use_bias_correction": _flag,
     },
     "adamw_schedulefree": {"r": float, "weight_lr_power": float},
+    "muon": {"momentum": float, "iterations": int},
 }  # fmt: skip
 
 

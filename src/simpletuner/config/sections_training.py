@@ -50,9 +50,10 @@ class FlowOptions(Section):
 class OptimizerOptions(Section):
     """Optimizer and learning rate"""
 
-    optimizer: Literal["adamw", "adamw_bf16", "adafactor", "lion", "prodigy", "adamw_schedulefree"
-        ] = option("adamw",
-        "Optimizer; adamw_bf16 rounds stochastically and halves the memory of full-rank training.",
+    optimizer: Literal["adamw", "adamw_bf16", "adafactor", "lion", "prodigy", "adamw_schedulefree",
+        "muon"] = option("adamw",
+        "Optimizer; adamw_bf16 rounds stochastically and halves the memory of full-rank training, muon "
+        "learns in fewer steps at full rank.",
         level="basic", spellings={"torch-adamw": "adamw", "optimi-adamw": "adamw",
             "torch-adafactor": "adafactor", "optimi-lion": "lion"},
         hints=dict.fromkeys(("ao-adamw8bit", "ao-adamw4bit", "bnb-adamw8bit", "bnb-lion8bit"), SMALL_STATES))

@@ -21,6 +21,7 @@ from torch.optim import Adafactor, AdamW, Optimizer
 from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import ConfigError
+from simpletuner.training.muon import Muon
 from simpletuner.training.stochastic_adamw import StochasticAdamW
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
@@ -111,6 +112,10 @@ def _schedule_free(recipe: Recipe) -> Optimizer:
     return optimizer
 
 
+def _muon(recipe: Recipe) -> Optimizer:
+    return Muon(recipe.params, **recipe.adam())
+
+
 OPTIMIZERS: Mapping[str, Callable[[Recipe], Optimizer]] = {
     "adamw": _adamw,
     "adamw_bf16": _adamw_bf16,
@@ -118,6 +123,7 @@ OPTIMIZERS: Mapping[str, Callable[[Recipe], Optimizer]] = {
     "lion": _lion,
     "prodigy": _prodigy,
     "adamw_schedulefree": _schedule_free,
+    "muon": _muon,
 }
 
 
@@ -126,6 +132,7 @@ def build(options: OptimizerOptions, params: NamedParameters, seed: int) -> Opti
 
     adamw_bf16 keeps its moments in the weights' dtype. lion has betas of its own (0.9, 0.99), not
     adam_beta1 and adam_beta2. prodigy finds the rate itself: learning_rate is a factor on it, usually 1.
+    muon shares learning_rate between matrices and the rest.
     """
     recipe = Recipe([param for _, param in params], options, read_arguments(options), seed)
     try:
