@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from simpletuner.adapters import lora
 from simpletuner.config.schema import OptimizerOptions, RunConfig
 from simpletuner.events.types import Emit, Noted
+from simpletuner.models.family import ModelFamily
 from simpletuner.training import optimizers, schedules
 from simpletuner.training.device import Device
 from simpletuner.training.ema import Ema
@@ -47,25 +48,38 @@ class Trainee:
 
 def make(run: RunConfig, prepared: Prepared, device: Device, emit: Emit) -> Trainee:
     transformer = prepared.family.load_transformer(prepared.source, device.device, device.weights)
+    prepare_blocks(run, prepared.family, transformer)
+    return equip(run, transformer, attach(run, prepared.family, transformer, emit))
+
+
+def prepare_blocks(run: RunConfig, family: ModelFamily, transformer: nn.Module) -> None:
+    """How the blocks are run; the memory plan does the same to a network without weights."""
     if run.model.gradient_checkpointing:
-        every = run.model.gradient_checkpointing_interval or 1
-        prepared.family.set_gradient_checkpointing(transformer, every)
-    uses_lora = run.model.model_type == "lora"
-    attach = _lora if uses_lora else _full_rank
-    trained = attach(run, prepared, transformer, emit)
+        family.set_gradient_checkpointing(transformer, run.model.gradient_checkpointing_interval or 1)
+
+
+def attach(
+    run: RunConfig, family: ModelFamily, transformer: nn.Module, emit: Emit
+) -> dict[str, nn.Parameter]:
+    """What is trained, by name: a fresh LoRA's parameters, or the network's own."""
+    return (_lora if run.model.model_type == "lora" else _full_rank)(run, family, transformer, emit)
+
+
+def equip(run: RunConfig, transformer: nn.Module, trained: dict[str, nn.Parameter]) -> Trainee:
+    """Optimizer and average for what is trained."""
     samples = run.training.train_batch_size * run.training.gradient_accumulation_steps
     rate = schedules.effective_learning_rate(run.optimizer, samples)
     schedule = run.optimizer.model_copy(update={"learning_rate": rate})
     named = list(trained.items())
     optimizer = optimizers.build(schedule, named, run.training.seed)
     ema = Ema(named, run.optimizer) if run.optimizer.use_ema else None
-    return Trainee(transformer, trained, uses_lora, schedule, optimizer, ema)
+    return Trainee(transformer, trained, run.model.model_type == "lora", schedule, optimizer, ema)
 
 
 def _full_rank(
-    run: RunConfig, prepared: Prepared, transformer: nn.Module, emit: Emit
+    run: RunConfig, family: ModelFamily, transformer: nn.Module, emit: Emit
 ) -> dict[str, nn.Parameter]:
-    trained = dict(prepared.family.trainable_at_full_rank(transformer))
+    trained = dict(family.trainable_at_full_rank(transformer))
     for parameter in trained.values():
         parameter.requires_grad_(True)
     count = sum(parameter.numel() for parameter in trained.values())
@@ -73,9 +87,9 @@ def _full_rank(
     return trained
 
 
-def _lora(run: RunConfig, prepared: Prepared, transformer: nn.Module, emit: Emit) -> dict[str, nn.Parameter]:
+def _lora(run: RunConfig, family: ModelFamily, transformer: nn.Module, emit: Emit) -> dict[str, nn.Parameter]:
     options = run.adapter
-    names = prepared.family.lora_targets(transformer, options.flux_lora_target, options.lora_target_modules)
+    names = family.lora_targets(transformer, options.flux_lora_target, options.lora_target_modules)
     attached = lora.attach(transformer, options, names, run.training.seed)
     emit(
         Noted(
