@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from simpletuner.adapters.layout import Factors
+from simpletuner.errors import ModelError
 
 ADAPTER = "default"
 
@@ -113,6 +114,12 @@ class AdaptedLinear(PeftLinear, ABC):
     def cast_adapter(self, dtype: torch.dtype) -> None:
         for part in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
             part.to(dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's. A weight restored at each use cannot take the delta in: it would be lost unnoticed."""
+        if type(self.base_layer) is not nn.Linear:
+            raise ModelError("a LoRA cannot be merged into quantised weights; load the base with no_change")
+        super().merge(safe_merge, adapter_names)
 
     @abstractmethod
     def factors(self) -> Factors:

@@ -15,8 +15,10 @@ from torch import nn
 
 from simpletuner.errors import ModelError
 from simpletuner.models.chroma.transformer import CLASS_NAME, ChromaTransformer, TransformerConfig
+from simpletuner.quantization.linear import quantize_modules
 
 STEM = "diffusion_pytorch_model"
+BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 SHOWN = 8  # problems spelled out before "and N more"
 
 
@@ -105,6 +107,29 @@ def check(expected: Mapping[str, torch.Size], found: Mapping[str, Entry], where:
             + "; ".join(problems[:SHOWN])
             + more
         )
+
+
+def empty_transformer(
+    config: TransformerConfig, precision: str = "no_change", dtype: torch.dtype = torch.bfloat16
+) -> ChromaTransformer:
+    """The network on the meta device in `dtype`, eval mode and frozen, without any weight.
+
+    precision: a scheme of quantization.schemes for the linears in the blocks; norms, embedders, approximator
+    and the final projection stay as they are.
+    """
+    with torch.device("meta"):
+        transformer = ChromaTransformer(config)
+    index_code = transformer.mod_proj  # real numbers, exact in float32 only
+    transformer.to(dtype).mod_proj = index_code
+    if precision != "no_change":
+        quantize_modules(transformer, block_linears(transformer), precision)
+    return transformer.requires_grad_(False).eval()
+
+
+def block_linears(transformer: nn.Module) -> list[str]:
+    """What is quantised: every linear inside a block."""
+    modules = transformer.named_modules()
+    return [name for name, one in modules if isinstance(one, nn.Linear) and name.startswith(BLOCKS)]
 
 
 def load_transformer(
