@@ -1,0 +1,44 @@
+"""How a frozen base may be stored, and what people write for it: names of libraries, read as one of ours.
+
+No library is called: ours has the same codes (nf4), or errs no more at the same size, with exact gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+Precision = Literal["no_change", "int8", "int4", "nf4", "fp8"]
+
+SPELLINGS: Mapping[str, Precision] = {
+    "none": "no_change",
+    "bf16": "no_change",
+    "int8-quanto": "int8",
+    "int8-torchao": "int8",
+    "int8-bnb": "int8",
+    "int4-quanto": "int4",
+    "int4-torchao": "int4",
+    "nf4-bnb": "nf4",
+    "nf4-torchao": "nf4",
+    "fp8-quanto": "fp8",
+    "fp8uz-quanto": "fp8",
+    "fp8-torchao": "fp8",
+    "fp8wo-torchao": "fp8",
+    "fp8-native": "fp8",
+}
+
+_SDNQ = "sdnq's layers cut the gradients behind them off without an error"
+_DYNAMIC = "rounding activations as well makes the gradients wrong"
+HINTS: Mapping[str, str] = {
+    "int2-quanto": "two bits lose too much of Chroma; nf4 is the smallest",
+    "fp4-bnb": "fp4 errs a third more than nf4 at the same size; use nf4",
+    "int8dq-torchao": f"{_DYNAMIC}; use int8",
+    "int8dq-int4-torchao": f"{_DYNAMIC}; use int4",
+    "fp8-int4-torchao": f"{_DYNAMIC}; use int4",
+    "fp8-transformerengine": "fp8 matrix products are not offered; fp8 stores weights only",
+    **dict.fromkeys(("int8-sdnq", "uint8-sdnq", "int6-sdnq"), f"{_SDNQ}; use int8"),
+    **dict.fromkeys(("int5-sdnq", "uint5-sdnq", "uint4-sdnq"), f"{_SDNQ}; use nf4"),
+    **dict.fromkeys(("uint3-sdnq", "uint2-sdnq"), f"{_SDNQ}; nf4 is the smallest"),
+    **dict.fromkeys(("int16-sdnq", "uint16-sdnq", "fp16-sdnq"), f"{_SDNQ}; use no_change"),
+    "fp8-sdnq": f"{_SDNQ}; use fp8",
+}
