@@ -21,9 +21,10 @@ REFUSED: tuple[tuple[str, str], ...] = (
      "training_scheduler_timestep_spacing=trailing inference_scheduler_timestep_spacing=trailing "
      "validation_using_datasets validation_stitch_input_location=* validation_guidance_skip_layers "
      "validation_guidance_skip_*=* validation_no_cfg_until_timestep=2 enable_watermark"),
-    ("quantisation " + NOT_YET, "quantize_via=cpu|accelerator quantization_config quantize_activations "
-     "sdnq_*=* text_encoder_1_precision text_encoder_2_precision text_encoder_3_precision "
-     "text_encoder_4_precision"),
+    ("Chroma has one text encoder; use text_encoder_1_precision", "text_encoder_2_precision "
+     "text_encoder_3_precision text_encoder_4_precision"),
+    ("use base_model_precision: weights alone are quantised, each scheme in one way",
+     "quantization_config quantize_activations sdnq_*=*"),
     ("is not needed: text encoder, VAE and transformer are never loaded together",
      "keep_vae_loaded offload_during_save fully_unload_text_encoder=true"),
     ("moving weights between host and device " + NOT_YET, "enable_group_offload group_offload_*=* "

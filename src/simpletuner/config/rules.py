@@ -27,6 +27,9 @@ def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
         yield "max_train_steps", "num_train_epochs is given too; the length of a run is one of them"
     if model.base_model_default_dtype == "bf16" and model.mixed_precision != "bf16":
         yield "base_model_default_dtype", f"bf16 weights do not fit mixed_precision {model.mixed_precision}"
+    if model.model_type == "full" and model.base_model_precision != "no_change":
+        what = 'cannot be trained themselves, as model_type "full" does; use "no_change", or model_type "lora"'
+        yield "base_model_precision", f"{model.base_model_precision} weights {what}"
     if "sdxl" in (model.pretrained_vae_model_name_or_path or "").lower():
         yield "pretrained_vae_model_name_or_path", "is another model's VAE; leave it out for Chroma's own"
     if model.model_type == "full" and run.adapter.init_lora:
@@ -116,6 +119,8 @@ def remarks(run: RunConfig, given: Given) -> Iterator[str]:
         yield "mixed_precision fp16 overflows easily in Chroma and may draw black pictures; bf16 does not"
     if model.vae_dtype == "fp16":
         yield "vae_dtype fp16 overflows easily in this VAE; bf16 does not"
+    if "fp8" in (model.base_model_precision, model.text_encoder_1_precision):
+        yield "fp8 weights err three times as much as int8 ones, which take the same room"
     if flow.flux_fast_schedule:
         yield "flux_fast_schedule trains sigma 1.0 seven times in ten and skips the remap; leave it off"
     if flow.chroma_sigma_density == "quadratic-literal":
@@ -138,6 +143,10 @@ def _without_effect(run: RunConfig, given: Given) -> Iterator[str]:
             not run.flow.flow_use_beta_schedule and run.flow.chroma_sigma_density != "beta", BETA
         ),
         "with this density": (run.flow.chroma_sigma_density not in densities, ("flow_sigmoid_scale",)),
+        "without a quantised model": (
+            {model.base_model_precision, model.text_encoder_1_precision} == {"no_change"},
+            ("quantize_via", "quantized_cache_dir"),
+        ),
         "with loss_type l2": (run.flow.loss_type == "l2", ("huber_schedule", "huber_c")),
         "with lr_scheduler constant": (run.optimizer.lr_scheduler == "constant", ("lr_end", "lr_power")),
         "without gradient_checkpointing": (

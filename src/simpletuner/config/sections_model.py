@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from simpletuner.config import precisions
 from simpletuner.config.option import Section, option
+from simpletuner.config.precisions import Precision
 
 # fmt: off
 # A table: name, type and default; what it means; its level, bounds and other names.
@@ -36,9 +38,19 @@ class ModelOptions(Section):
     base_model_default_dtype: Literal["bf16", "fp32"] | None = option(None,
         "Number type the transformer's weights are kept in; null is that of mixed_precision. fp32 with "
         "mixed_precision bf16 keeps fp32 master weights under autocast.")
-    base_model_precision: Literal["no_change"] = option("no_change",
-        "Quantisation of the frozen base.", hints=dict.fromkeys(("int8-quanto", "int4-quanto", "int2-quanto",
-            "fp8-quanto", "int8-torchao", "int4-torchao", "fp8-torchao", "nf4-bnb"), NOT_YET))
+    base_model_precision: Precision = option("no_change",
+        "Bits per weight of the frozen base's blocks, for a LoRA: int8 (or fp8, which errs more) 8, int4 and "
+        "nf4 about 4.5. Converted once, then read from quantized_cache_dir.", level="basic",
+        spellings=precisions.SPELLINGS, hints=precisions.HINTS)
+    text_encoder_1_precision: Precision = option("no_change",
+        "The same for the text encoder; captions are then encoded anew.", level="common",
+        spellings=precisions.SPELLINGS, hints=precisions.HINTS)
+    quantize_via: Literal["accelerator", "cpu"] = option("accelerator",
+        "Where weights are converted; the result is the same.", resume="free",
+        hints={"pipeline": "weights are always read one after the other"})
+    quantized_cache_dir: str | None = option(None,
+        "Folder of converted weights, shared by all runs; null is simpletuner/quantized in the user's cache "
+        "folder.", resume="free", path="new")
     gradient_checkpointing: bool = option(True,
         "Recompute blocks in the backward pass: less memory, more time.", level="basic", resume="free")
     gradient_checkpointing_interval: int | None = option(None,
@@ -84,7 +96,7 @@ class AdapterOptions(Section):
     use_rslora: bool = option(False, "Strength alpha / sqrt(rank), for high ranks.")
     lora_init_type: Literal["default", "gaussian", "olora", "pissa"] = option("default",
         "How A and B start; default is Kaiming A and zero B.",
-        hints={"loftq": "LoftQ needs a quantised base, which is " + NOT_YET})
+        hints={"loftq": "LoftQ changes the base's weights; pissa starts from the base, quantised or not"})
     init_lora: str | None = option(None,
         "LoRA file whose weights to start from.", level="common", path="file")
 
