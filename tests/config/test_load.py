@@ -221,7 +221,7 @@ def test_everything_wrong_at_once(folder: Path) -> None:
   "init_lora": "nope.safetensors",
   "max_train_steps": 5,
   "num_train_epochs": 5,
-  "base_model_precision": "int8-quanto",
+  "base_model_precision": "int8-sdnq",
   "lora_init_type": "loftq",
   "learning_rate": 1e400
 }"""
@@ -241,9 +241,10 @@ def test_everything_wrong_at_once(folder: Path) -> None:
         "config.json:6:3: validation_guidance: use validation_guidance_real",
         'config.json:7:3: init_lora = "nope.safetensors": does not exist (looked for nope.safetensors)',
         "config.json:8:3: max_train_steps: num_train_epochs is given too; the length of a run is one of them",
-        'config.json:10:3: base_model_precision = "int8-quanto": not offered yet; allowed: no_change',
-        'config.json:11:3: lora_init_type = "loftq": LoftQ needs a quantised base, which is not offered yet; '
-        "allowed: default, gaussian, olora, pissa",
+        "config.json:10:3: base_model_precision = \"int8-sdnq\": sdnq's layers cut the gradients behind them "
+        "off without an error; use int8; allowed: no_change, int8, int4, nf4, fp8",
+        "config.json:11:3: lora_init_type = \"loftq\": LoftQ changes the base's weights; pissa starts from the "
+        "base, quantised or not; allowed: default, gaussian, olora, pissa",
         "config.json:12:3: learning_rate = nan: must be a finite number",
         "SIMPLETUNER_LORA_RNK: lora_rnk: unknown option; did you mean 'lora_rank'?",
         "--sed: unknown option; did you mean 'seed'?",

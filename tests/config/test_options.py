@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 # what configurations of SimpleTuner may name and this program has no option for
 FOREIGN = """
 pretrained_transformer_subfolder trust_remote_code logging_dir cache_dir_text cache_dir_vae
-seed_for_each_device prediction_type delete_model_after_load i_know_what_i_am_doing text_encoder_1_precision
-text_encoder_4_precision quantize_via quantization_config quantize_activations sdnq_weights_dtype
+seed_for_each_device prediction_type delete_model_after_load i_know_what_i_am_doing
+text_encoder_4_precision quantization_config quantize_activations sdnq_weights_dtype
 gradient_precision keep_vae_loaded vae_cache_ondemand vae_cache_disable vae_cache_preprocess
 gradient_checkpointing_backend gradient_checkpointing_segment_stride
 gradient_checkpointing_offload_attention
@@ -116,6 +116,7 @@ def judge(tmp_path: Path) -> Any:
     [
         ({"num_train_epochs": 1}, "max_train_steps"),
         ({"mixed_precision": "no", "base_model_default_dtype": "bf16"}, "base_model_default_dtype"),
+        ({"model_type": "full", "base_model_precision": "nf4-bnb"}, "base_model_precision"),
         ({"lr_scale": True, "lr_scale_sqrt": True}, "lr_scale_sqrt"),
         ({"lr_scheduler": "cosine", "lr_end": 1e-3}, "lr_end"),
         ({"optimizer": "adamw_schedulefree", "lr_scheduler": "linear"}, "lr_scheduler"),
@@ -204,13 +205,36 @@ def test_remarks(judge: Any, config: dict[str, Any], words: str) -> None:
     assert words in notes[0]
 
 
-def test_a_configuration_saved_by_a_form_needs_three_changes(judge: Any) -> None:
+def test_a_configuration_saved_by_a_form_needs_two_changes(judge: Any) -> None:
     """Hundreds of keys at the values that SimpleTuner's forms save, of this model and of others."""
     problems, notes = judge(**json.loads((Path(__file__).parent / "saved_by_a_form.json").read_text()))
     assert sorted(problem.split(" ")[0] for problem in problems) == [
-        "base_model_precision", "pretrained_vae_model_name_or_path:", "validation_guidance:",
+        "pretrained_vae_model_name_or_path:", "validation_guidance:",
     ]  # fmt: skip
-    assert notes == []
+    assert [note.partition(": ")[2] for note in notes] == ["base_model_precision int8-quanto is read as int8"]
+
+
+def test_every_precision_of_others_is_read_or_refused_with_the_alternative(judge: Any) -> None:
+    """The 28 values of SimpleTuner's base_model_precision, and those its texts name besides."""
+    names = """no_change int8-quanto int4-quanto int2-quanto fp8-quanto fp8uz-quanto int8-torchao int8dq-torchao
+    int8dq-int4-torchao int4-torchao fp8-torchao fp8wo-torchao fp8-int4-torchao int8-sdnq uint8-sdnq int16-sdnq
+    uint16-sdnq fp16-sdnq fp8-sdnq int6-sdnq int5-sdnq uint5-sdnq uint4-sdnq uint3-sdnq uint2-sdnq nf4-bnb
+    fp8-native fp8-transformerengine nf4-torchao int8-bnb fp4-bnb none bf16""".split()
+    own = catalog()["base_model_precision"].choices
+    for name in names:
+        for option in ("base_model_precision", "text_encoder_1_precision"):
+            problems, notes = judge(**{option: name})
+            if name == "no_change":
+                assert (problems, notes) == ([], [])
+            elif problems:
+                assert len(problems) == 1
+                assert name.endswith("-sdnq") == ("without an error" in problems[0])
+                assert problems[0].endswith(f"; allowed: {', '.join(own)}")
+                assert "; use " in problems[0] or "smallest" in problems[0] or "weights only" in problems[0]
+            else:
+                meant = notes[0].rpartition(" ")[2]
+                assert f"{option} {name} is read as {meant}" in notes[0]
+                assert meant == "no_change" if name in ("none", "bf16") else name.startswith(meant)
 
 
 def test_harmless_values_are_few(judge: Any) -> None:

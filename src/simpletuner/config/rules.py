@@ -144,7 +144,7 @@ def _without_effect(run: RunConfig, given: Given) -> Iterator[str]:
         ),
         "with this density": (run.flow.chroma_sigma_density not in densities, ("flow_sigmoid_scale",)),
         "without a quantised model": (
-            {model.base_model_precision, model.text_encoder_1_precision} == {"no_change"},
+            {run.model.base_model_precision, run.model.text_encoder_1_precision} == {"no_change"},
             ("quantize_via", "quantized_cache_dir"),
         ),
         "with loss_type l2": (run.flow.loss_type == "l2", ("huber_schedule", "huber_c")),
