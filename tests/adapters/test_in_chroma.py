@@ -10,8 +10,10 @@ from torch import Tensor
 from simpletuner.adapters import files
 from simpletuner.adapters.lora import attach, set_strength
 from simpletuner.config.schema import AdapterOptions
+from simpletuner.models.chroma.family import Chroma
 from simpletuner.models.chroma.targets import lora_targets
 from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig
+from simpletuner.models.family import BlockMemory
 from tests.adapters.networks import perturb, pipeline
 from tests.models.small import TEXT_WIDTH, transformer_fields
 
@@ -70,7 +72,7 @@ def test_recomputing_blocks_changes_no_bit(options):
     gradients = []
     for every in (0, 1, 2):
         _, ours = both()
-        ours.checkpoint_every = every
+        Chroma().arrange(ours, BlockMemory(5 if every else 0, every or 1))
         result = attach(ours, AdapterOptions(lora_rank=4, **options), lora_targets(ours, "all+ffs"), seed=1)
         perturb(result.trainable)
         ours.train()

@@ -12,7 +12,7 @@ from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ModelError
 from simpletuner.models.chroma.family import Chroma, pack, unpack
 from simpletuner.models.chroma.transformer import ChromaTransformer
-from simpletuner.models.family import Source
+from simpletuner.models.family import BlockMemory, Source
 from tests.models.small import TEXT_WIDTH
 
 CPU = torch.device("cpu")
@@ -91,8 +91,9 @@ def test_float32_masters_run_under_autocast(source: Source) -> None:
 def test_checkpointing_is_set_by_the_family(source: Source) -> None:
     transformer = Chroma().load_transformer(source, CPU, torch.float32)
     assert isinstance(transformer, ChromaTransformer)
-    Chroma().set_gradient_checkpointing(transformer, 3)
-    assert transformer.checkpoint_every == 3
+    assert Chroma().block_count(transformer) == 5
+    Chroma().arrange(transformer, BlockMemory(4, interval=3))
+    assert transformer.run_block.recomputed == {0, 3}
 
 
 def test_flash_comes_with_a_warning() -> None:

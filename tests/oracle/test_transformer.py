@@ -15,7 +15,9 @@ from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from simpletuner.models.chroma.family import Chroma
 from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig, modulate
+from simpletuner.models.family import BlockMemory
 from tests.models.small import TEXT_WIDTH, transformer_fields
 
 ROWS, COLUMNS, TEXT = 6, 5, 512
@@ -148,12 +150,16 @@ def test_gradients_of_lora_are_diffusers_gradients(pair, lengths: tuple[int, ...
         assert distance(found[name], gradient) < 1e-10, name
 
 
-@pytest.mark.parametrize("every", [1, 2, 4])
-def test_checkpointing_changes_no_bit(pair, every: int) -> None:
+def recompute(model: ChromaTransformer, count: int, interval: int = 1) -> None:
+    Chroma().arrange(model, BlockMemory(count, interval))
+
+
+@pytest.mark.parametrize(("count", "interval"), [(5, 1), (5, 2), (5, 4), (1, 1), (3, 1)])
+def test_checkpointing_changes_no_bit(pair, count: int, interval: int) -> None:
     _, ours = pair
     with_lora(ours)
     plain, expected = gradients(ours, run_ours, (4, 19))
-    ours.checkpoint_every = every
+    recompute(ours, count, interval)
     recomputed, found = gradients(ours, run_ours, (4, 19))
     assert torch.equal(plain, recomputed)
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
@@ -168,7 +174,7 @@ def test_checkpointing_drops_the_same_inputs_again(pair) -> None:
     ours.train()
     torch.manual_seed(3)
     plain, expected = gradients(ours, run_ours, (9,))
-    ours.checkpoint_every = 1
+    recompute(ours, 5)
     torch.manual_seed(3)
     recomputed, found = gradients(ours, run_ours, (9,))
     assert torch.equal(plain, recomputed)
@@ -199,9 +205,13 @@ def test_checkpointing_frees_activations(pair) -> None:
             run_ours(ours, tokens, text, (9,))
         return sum(kept.values())
 
-    plain = saved_bytes()
-    ours.checkpoint_every = 1
-    assert saved_bytes() < plain / 3
+    kept = []
+    for count in range(6):
+        recompute(ours, count)
+        kept.append(saved_bytes())
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) == 6  # every block counts
+    assert kept[5] < kept[0] / 3
 
 
 def test_modulations_carry_no_graph_and_need_no_blocks(pair) -> None:

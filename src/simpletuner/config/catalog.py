@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from simpletuner.config.schema import RunConfig
 
-Kind = Literal["flag", "integer", "number", "choice", "text"]
+Kind = Literal["flag", "amount", "integer", "number", "choice", "text"]
 BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
@@ -43,9 +43,9 @@ class Option:
     @property
     def takes(self) -> str:
         """What may be written: "integer, at least 1, or null"."""
-        kind = (
-            " | ".join(self.choices) if self.choices else "true | false" if self.kind == "flag" else self.kind
-        )
+        kind = " | ".join(self.choices) or ("true | false" if self.kind == "flag" else self.kind)
+        if self.kind == "amount":
+            kind = f"true | false | {kind} | integer"
         parts = [kind + (", list or object" if self.structured else "")]
         if self.bounds:
             parts.append(self.bounds)
@@ -95,6 +95,8 @@ def _option(name: str, section: str, group: str, field: FieldInfo) -> Option:
 
 
 def _kind(kinds: list[Any], literals: list[Any]) -> Kind:
+    if bool in kinds and literals:
+        return "amount"
     if bool in kinds or any(isinstance(value, bool) for value in literals):
         return "flag"
     if literals:

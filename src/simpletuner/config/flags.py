@@ -10,6 +10,7 @@ from simpletuner.config.values import FALSE, TRUE
 from simpletuner.errors import ConfigError, Problem
 
 ASSIGNED = re.compile(r"(?:--)?([A-Za-z][\w-]*)=(.*)", re.DOTALL)
+ALONE = ("flag", "amount")
 DASHED = re.compile(r"--([A-Za-z][\w-]*)")
 
 
@@ -39,8 +40,12 @@ def pairs(argv: Sequence[str], switches: Sequence[str] = ()) -> list[tuple[str, 
 
 
 def _is_value(name: str, word: str, switches: Sequence[str]) -> bool:
-    """A boolean takes the next word only if it says yes or no; nothing takes a word like `--seed`."""
+    """A boolean takes the next word only if it says yes, no or how much; nothing takes one like `--seed`."""
     if name in switches or DASHED.fullmatch(word) or (word.startswith("--") and ASSIGNED.fullmatch(word)):
         return False
     option = catalog().get(name)
-    return option is None or option.kind != "flag" or word.lower() in TRUE + FALSE
+    if option is None or option.kind not in ALONE:
+        return True
+    return word.lower() in TRUE + FALSE or (
+        option.kind == "amount" and (word.isdigit() or word in option.choices)
+    )

@@ -157,7 +157,7 @@ def _from_environment(environ: Mapping[str, str], reading: _Reading) -> Iterable
 def _from_flags(argv_pairs: Sequence[tuple[str, str | None]], reading: _Reading) -> Iterable[Entry]:
     for name, raw in argv_pairs:
         option = catalog().get(aliases().get(name, name))
-        if raw is None and option is not None and option.kind != "flag":
+        if raw is None and option is not None and option.kind not in ("flag", "amount"):
             reading.problem(f"--{name}", "needs a value")
         else:
             yield Entry(name, "true" if raw is None else raw, f"--{name}")

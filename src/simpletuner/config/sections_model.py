@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from simpletuner.config import precisions
 from simpletuner.config.option import Section, option
@@ -51,8 +53,9 @@ class ModelOptions(Section):
     quantized_cache_dir: str | None = option(None,
         "Folder of converted weights, shared by all runs; null is simpletuner/quantized in the user's cache "
         "folder.", resume="free", path="new")
-    gradient_checkpointing: bool = option(True,
-        "Recompute blocks in the backward pass: less memory, more time.", level="basic", resume="free")
+    gradient_checkpointing: bool | Annotated[int, Field(ge=2, le=1000)] | Literal["auto"] = option(True,
+        "Recompute blocks in the backward pass: less memory, more time. All, none, as many as memory demands "
+        "(auto), or a number: the first so many.", level="basic", unit="blocks", resume="free")
     gradient_checkpointing_interval: int | None = option(None,
         "Recompute only every n-th block; null is every block.", unit="blocks", resume="free", ge=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto",

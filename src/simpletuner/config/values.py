@@ -42,6 +42,19 @@ def _flag(option: Option, raw: Any) -> bool:
     return word in TRUE
 
 
+def _amount(option: Option, raw: Any) -> bool | int | str:
+    """Yes, no, a word, or how many; 1 and 0 say yes and no."""
+    word = str(raw).strip().lower()
+    if word in TRUE + FALSE or isinstance(raw, bool):
+        return word in TRUE
+    if word in option.choices:
+        return word
+    try:
+        return _integer(option, raw)
+    except BadValue:
+        raise BadValue(f"must be {option.takes}") from None
+
+
 def _integer(option: Option, raw: Any) -> int:
     if isinstance(raw, int) and not isinstance(raw, bool):
         return raw
@@ -98,6 +111,7 @@ def _structure(raw: str) -> Any:
 
 READERS: dict[str, Callable[[Option, Any], Any]] = {
     "flag": _flag,
+    "amount": _amount,
     "integer": _integer,
     "number": _number,
     "choice": _choice,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from simpletuner.cache.types import TextBatch
 from simpletuner.config.schema import ModelOptions
+from simpletuner.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,59 @@ class Source:
     text_encoder: Path
     tokenizer: Path
     variant: str = ""
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """Where a network's blocks keep what the backward pass needs. Changes no bit of any result.
+
+    checkpointed: the first so many of every `interval`-th block keep only their inputs, and are run again.
+    swapped: so many of these, evenly spread, have their frozen weights in host memory; at most two of them
+    are on the device. offload_activations: what recomputed blocks start from waits in host memory too.
+    approximator_on_host: Chroma's modulations are computed on the CPU; they differ by rounding there.
+    """
+
+    checkpointed: int = 0
+    interval: int = 1
+    swapped: int = 0
+    offload_activations: bool = False
+    approximator_on_host: bool = False
+
+    def recomputed(self, blocks: int) -> tuple[int, ...]:
+        """The first ones: what the others keep is gone by the time these are run again."""
+        return tuple(range(0, blocks, self.interval)[: self.checkpointed])
+
+    def fetched(self, blocks: int) -> tuple[int, ...]:
+        """Evenly spread, so that one is on its way while the blocks between compute."""
+        among = self.recomputed(blocks)
+        if self.swapped > len(among):
+            raise ConfigError(
+                f"musubi_blocks_to_swap asks for {self.swapped} of {blocks} blocks, and"
+                f" {len(among)} are recomputed; blocks that are swapped must be (gradient_checkpointing)"
+            )
+        return tuple(among[(2 * n + 1) * len(among) // (2 * self.swapped)] for n in range(self.swapped))
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A model before its weights are there: what a memory plan asks for.
+
+    transformer: on the meta device, frozen, in the dtypes that training holds it in. blocks: its repeated
+    parts in order. assumed: its shape is the published one, since no config file is at hand.
+    text_dtype: of the cached rows. text_encoder_bytes, vae_bytes: as they are loaded.
+    hosted_bytes: of the part that may stay on the CPU. missing_bytes: what is yet to be downloaded.
+    """
+
+    transformer: nn.Module
+    blocks: tuple[nn.Module, ...]
+    width: int
+    facts: Facts
+    assumed: bool
+    text_dtype: torch.dtype
+    text_encoder_bytes: int
+    vae_bytes: int
+    hosted_bytes: int
+    missing_bytes: int
 
 
 class TextEncoder(ABC):
@@ -92,6 +146,10 @@ class ModelFamily(ABC):
         return []
 
     @abstractmethod
+    def sketch(self, options: ModelOptions, dtype: torch.dtype) -> Sketch:
+        """Without weights, network or download; dtype: of what is not quantised. A fresh one at each call."""
+
+    @abstractmethod
     def facts(self, source: Source) -> Facts:
         """Read from the parts' config files; no weights."""
 
@@ -124,8 +182,18 @@ class ModelFamily(ABC):
         """Velocity (B, C, H, W) float32 at x_sigma (B, C, H, W) float32, sigma (B,) float32 in [0, 1]."""
 
     @abstractmethod
-    def set_gradient_checkpointing(self, transformer: nn.Module, every: int) -> None:
-        """Recompute every n-th block in the backward pass; 0 switches it off."""
+    def block_count(self, transformer: nn.Module) -> int:
+        """How many blocks BlockMemory has to do with."""
+
+    @abstractmethod
+    def arrange(
+        self, transformer: nn.Module, memory: BlockMemory, device: torch.device | None = None
+    ) -> None:
+        """Put everything on `device` but what `memory` keeps on the host, and run the blocks so from now on.
+
+        After adapters are attached, so that theirs stay on the device; undoes an earlier arrangement. Without
+        a device nothing is moved, and nothing may be swapped.
+        """
 
     @abstractmethod
     def trainable_at_full_rank(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:

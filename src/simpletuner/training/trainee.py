@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -16,6 +17,7 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.training import optimizers, schedules
 from simpletuner.training.device import Device
 from simpletuner.training.ema import Ema
+from simpletuner.training.memory import block_memory
 from simpletuner.training.prepare import Prepared
 
 Strength = Callable[[nn.Module, float], None]
@@ -48,14 +50,16 @@ class Trainee:
 
 def make(run: RunConfig, prepared: Prepared, device: Device, emit: Emit) -> Trainee:
     transformer = prepared.family.load_transformer(prepared.source, device.device, device.weights)
-    prepare_blocks(run, prepared.family, transformer)
-    return equip(run, transformer, attach(run, prepared.family, transformer, emit))
+    trained = attach(run, prepared.family, transformer, emit)
+    prepare_blocks(run, prepared.family, transformer, device.device)
+    return equip(run, transformer, trained)
 
 
-def prepare_blocks(run: RunConfig, family: ModelFamily, transformer: nn.Module) -> None:
-    """How the blocks are run; the memory plan does the same to a network without weights."""
-    if run.model.gradient_checkpointing:
-        family.set_gradient_checkpointing(transformer, run.model.gradient_checkpointing_interval or 1)
+def prepare_blocks(
+    run: RunConfig, family: ModelFamily, transformer: nn.Module, device: torch.device | None = None
+) -> None:
+    """How the blocks are run; the memory plan does the same to a network without weights or device."""
+    family.arrange(transformer, block_memory(run.model, family.block_count(transformer)), device)
 
 
 def attach(

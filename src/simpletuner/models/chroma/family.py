@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from simpletuner.cache.types import TextBatch
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ModelError
-from simpletuner.models.chroma import fingerprints, sources, targets, weights
+from simpletuner.models import blocks
+from simpletuner.models.chroma import fingerprints, sketch, sources, targets, weights
 from simpletuner.models.chroma.transformer import ChromaTransformer
-from simpletuner.models.family import Facts, ModelFamily, Source, TextEncoder, Vae
+from simpletuner.models.family import BlockMemory, Facts, ModelFamily, Sketch, Source, TextEncoder, Vae
 
 PATCH = 2
 ALIGNMENT_PX = 64
@@ -81,6 +82,9 @@ class Chroma(ModelFamily):
             latent_scale=scale,
         )
 
+    def sketch(self, options: ModelOptions, dtype: torch.dtype) -> Sketch:
+        return sketch.sketch(options, dtype, self.facts)
+
     def text_fingerprint(self, source: Source, options: ModelOptions) -> str:
         return fingerprints.text_fingerprint(source, options)
 
@@ -112,8 +116,15 @@ class Chroma(ModelFamily):
         velocity = transformer(pack(x_sigma).to(dtype), sigma.float(), rows, grid, lengths)
         return unpack(velocity, grid).float()
 
-    def set_gradient_checkpointing(self, transformer: nn.Module, every: int) -> None:
-        _chroma(transformer).checkpoint_every = every
+    def block_count(self, transformer: nn.Module) -> int:
+        return len(_chroma(transformer).blocks)
+
+    def arrange(
+        self, transformer: nn.Module, memory: BlockMemory, device: torch.device | None = None
+    ) -> None:
+        chroma = _chroma(transformer)
+        stay = [chroma.distilled_guidance_layer] if memory.approximator_on_host else []
+        chroma.run_block = blocks.arrange(chroma, chroma.blocks, memory, device, chroma.run_block, stay)
 
     def trainable_at_full_rank(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return [item for item in transformer.named_parameters() if not item[0].startswith(NEVER_TRAINED)]

@@ -3,7 +3,8 @@
 B batch · N image tokens (rows * columns of 2x2 latent patches) · L text tokens · S = L + N, text first
 W width (3072) · M modulation vectors (344) · D head width (128)
 
-Text arrives trimmed to its real tokens and one pad, so a batch of equal lengths has no mask at all.
+Text arrives trimmed to its real tokens and one pad, so a batch of equal lengths has no mask at all. Where
+lengths differ the padding is put in front, and each sample attends over its own rows, without a mask too.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from simpletuner.errors import ModelError
+from simpletuner.models.blocks import Runner
 
 CLASS_NAME = "ChromaTransformer2DModel"
 FP16_MAX = 65504.0
@@ -92,7 +93,10 @@ def sinusoid(positions: Tensor, width: int) -> Tensor:
 
 
 def rotary_table(axes: Sequence[int], text: int, rows: int, columns: int) -> Tensor:
-    """(S, 1, D / 2) complex64 on the CPU. Text sits at position (0, 0, 0), patches at (0, row, column)."""
+    """(S, 1, D / 2, 2) float32 on the CPU: cosine, sine.
+
+    Text sits at position (0, 0, 0), patches at (0, row, column).
+    """
 
     def turns(width: int, count: int) -> Tensor:
         # float64 on the CPU: MPS has none, and the angles are shared by every width and size.
@@ -106,14 +110,62 @@ def rotary_table(axes: Sequence[int], text: int, rows: int, columns: int) -> Ten
     across = turns(axes[2], columns)[None].expand(rows, columns, -1)
     image = torch.cat((still, down, across), dim=-1).reshape(rows * columns, half)
     table = torch.cat((torch.ones(text, half, dtype=torch.complex128), image))
-    return table[:, None].to(torch.complex64)
+    return torch.view_as_real(table[:, None].to(torch.complex64))
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x: (B, S, heads, D). Pairs of channels turn as complex numbers in float32, 4x cheaper than as reals."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * table
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    """x: (B, S, heads, D). Pairs of channels turn as complex numbers in float32, 4x cheaper than as reals.
+
+    The compiler fuses reals and has no code for complex numbers; one unit in the last place lies between.
+    """
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        turned = rotate_pairs(pairs, table)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return turned.flatten(-2).to(x.dtype)
+
+
+def rotate_pairs(pairs: Tensor, table: Tensor) -> Tensor:
+    """(..., 2) times (..., 2) as complex numbers are multiplied."""
+    (real, imaginary), (cosine, sine) = pairs.unbind(-1), table.unbind(-1)
+    turned = real * cosine - imaginary * sine, real * sine + imaginary * cosine
+    return torch.stack(turned, dim=-1)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Rows at the head of each sample that nobody hears: how many. mask: (B, 1, 1, S) bool, False there."""
+
+    rows: tuple[int, ...]
+    mask: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], text: int, tokens: Tensor) -> Padding:
+        """Of texts that are `text` rows with their padding, before image tokens (B, N, 64)."""
+        rows = tuple(text - length for length in lengths)
+        places = torch.arange(text + tokens.shape[1], device=tokens.device)
+        mask = places >= torch.tensor(rows, device=tokens.device)[:, None]
+        return cls(rows, mask[:, None, None])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
+    """(B, heads, rows, D). q: the last rows of k and v.
+
+    A mask rules out the flash kernel, so each sample attends alone; but the compiler would make a program for
+    every combination of lengths, and gets the mask. Padded rows come out as zero, or as anything.
+    """
+    if padding is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    if torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=padding.mask)
+    silent = k.shape[2] - q.shape[2]
+    samples = []
+    for one_q, one_k, one_v, pad in zip(q.split(1), k.split(1), v.split(1), padding.rows, strict=True):
+        skipped = max(0, pad - silent)
+        rows = one_q[:, :, skipped:], one_k[:, :, pad:], one_v[:, :, pad:]
+        samples.append(F.pad(F.scaled_dot_product_attention(*rows), (0, 0, skipped, 0)))
+    return torch.cat(samples)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -187,11 +239,11 @@ class Attention(nn.Module):
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in layers)
         return self.norm_added_q(q), self.norm_added_k(k), v
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, rows of q, W). q: the last rows of k and v. mask: (B, 1, 1, S) bool, True for existing keys."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, padding: Padding | None) -> Tensor:
+        """(B, rows of q, W). q: the last rows of k and v."""
         turned = rotate(q, table[-q.shape[1] :]), rotate(k, table), v
         q, k, v = (each.transpose(1, 2) for each in turned)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return attend(q, k, v, padding).transpose(1, 2).flatten(2)
 
 
 class DoubleBlock(nn.Module):
@@ -210,7 +262,7 @@ class DoubleBlock(nn.Module):
         image_mod: Tensor,
         text_mod: Tensor,
         table: Tensor,
-        mask: Tensor | None,
+        padding: Padding | None,
     ) -> tuple[Tensor, Tensor]:
         """image_mod, text_mod: (B, 6, W): shift, scale, gate of attention, then of the feed-forward."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = image_mod.split(1, dim=1)
@@ -219,7 +271,7 @@ class DoubleBlock(nn.Module):
         image_qkv = self.attn.project(modulate(image, shift, scale))
         text_qkv = self.attn.project_text(modulate(text, t_shift, t_scale))
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))
-        attended = self.attn(q, k, v, table, mask)
+        attended = self.attn(q, k, v, table, padding)
         text_attended, image_attended = attended.split((text.shape[1], image.shape[1]), dim=1)
 
         image = add_gated(image, gate, self.attn.to_out[0](image_attended))
@@ -239,12 +291,12 @@ class SingleBlock(nn.Module):
         self.proj_out = nn.Linear(5 * config.width, config.width)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, table: Tensor, mask: Tensor | None, unread: int = 0
+        self, x: Tensor, modulation: Tensor, table: Tensor, padding: Padding | None, unread: int = 0
     ) -> Tensor:
         """(B, S - unread, W). The first `unread` rows are keys and values only; nobody reads their result."""
         shift, scale, gate = modulation.split(1, dim=1)
         inner = modulate(x, shift, scale)
-        attended = self.attn(*self.attn.project(inner, unread), table, mask)
+        attended = self.attn(*self.attn.project(inner, unread), table, padding)
         hidden = F.gelu(self.proj_mlp(inner[:, unread:]), approximate="tanh")
         return add_gated(x[:, unread:], gate, self.proj_out(torch.cat((attended, hidden), dim=-1)))
 
@@ -280,7 +332,7 @@ class Approximator(nn.Module):
 class ChromaTransformer(nn.Module):
     """Velocity of packed latents.
 
-    checkpoint_every: recompute every n-th block in the backward pass, 0 for none; changes no number.
+    run_block: how a block is run (recomputed in the backward pass, its weights fetched); changes no number.
     """
 
     mod_proj: Tensor
@@ -288,7 +340,7 @@ class ChromaTransformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_every = 0
+        self.run_block = Runner()
         # Explicitly on the CPU, so that a model built under torch.device("meta") has real numbers here;
         # it is in no file.
         indices = torch.arange(config.modulation_count, dtype=torch.float32, device="cpu") * 1000
@@ -305,6 +357,11 @@ class ChromaTransformer(nn.Module):
     def _index_code(self, indices: Tensor) -> Tensor:
         with torch.device("cpu"):
             return sinusoid(indices, self.config.approximator_num_channels // 2)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """In the order in which they run."""
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -342,7 +399,12 @@ class ChromaTransformer(nn.Module):
         mod = self.modulations(sigma) if modulations is None else modulations
         mod = mod.to(tokens.device, self.dtype)
         table = rotary_table(self.config.axes_dims_rope, text.shape[1], *grid).to(tokens.device)
-        mask = _key_mask(lengths, text.shape[1], tokens)
+        padding = None
+        if lengths is not None and any(length != text.shape[1] for length in lengths):
+            padding = Padding.of(lengths, text.shape[1], tokens)
+            # Text has no order of its own: every row sits at position (0, 0, 0).
+            moved = [row.roll(pad, 0) for row, pad in zip(text, padding.rows, strict=True)]
+            text = torch.stack(moved)
         image, text = self.x_embedder(tokens), self.context_embedder(text)
 
         doubles, singles = len(self.transformer_blocks), len(self.single_transformer_blocks)
@@ -351,26 +413,12 @@ class ChromaTransformer(nn.Module):
         )
         for number, block in enumerate(self.transformer_blocks):
             image_mod, text_mod = (mods[:, 6 * number : 6 * number + 6] for mods in (image_mods, text_mods))
-            image, text = self._run(number, block, image, text, image_mod, text_mod, table, mask)
+            streams = self.run_block(number, block, (image, text), image_mod, text_mod, table, padding)
+            image, text = streams
         x = torch.cat((text, image), dim=1)
         for number, block in enumerate(self.single_transformer_blocks):
             single_mod = single_mods[:, 3 * number : 3 * number + 3]
             unread = text.shape[1] if number == singles - 1 else 0  # only the image leaves the last block
-            x = self._run(doubles + number, block, x, single_mod, table, mask, unread)
+            (x,) = self.run_block(doubles + number, block, (x,), single_mod, table, padding, unread)
         shift, scale = out_mod.split(1, dim=1)
         return self.proj_out(modulate(x[:, -tokens.shape[1] :], shift, scale))
-
-    def _run(self, number: int, block: nn.Module, *inputs: Tensor | int | None) -> Tensor:
-        if self.checkpoint_every and torch.is_grad_enabled() and number % self.checkpoint_every == 0:
-            # The generator's state is kept: adapters with dropout must drop the same again.
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=True)
-        return block(*inputs)
-
-
-def _key_mask(lengths: Sequence[int] | None, text: int, tokens: Tensor) -> Tensor | None:
-    """(B, 1, 1, S) bool, or None when every text row is real. Padded rows ask, but nothing hears them."""
-    if lengths is None or all(length == text for length in lengths):
-        return None
-    real = torch.arange(text)[None] < torch.tensor(lengths)[:, None]
-    mask = torch.cat((real, torch.ones(len(real), tokens.shape[1], dtype=torch.bool)), dim=1)
-    return mask[:, None, None].to(tokens.device)

@@ -1,0 +1,74 @@
+"""How the blocks of a network are run: kept, recomputed in the backward pass, or fetched for each pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from simpletuner.models.family import BlockMemory
+from simpletuner.models.swap import Swap, lane_for
+
+Streams = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """recomputed: numbers of the blocks that keep only their inputs. swap: holds weights that are elsewhere.
+
+    inputs: where recomputed blocks put their inputs until the backward pass.
+    """
+
+    recomputed: frozenset[int] = frozenset()
+    swap: Swap | None = None
+    inputs: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def __call__(self, number: int, block: nn.Module, streams: Streams, *rest: Any) -> Streams:
+        """block(*streams, *rest). streams: what the block before handed on; all else is small and shared."""
+
+        def run(*given: Tensor) -> Streams:
+            out = block(*given, *rest)
+            return out if isinstance(out, tuple) else (out,)
+
+        again = torch.is_grad_enabled() and number in self.recomputed
+        if self.swap is None or number not in self.swap:
+            return self._recomputed(run, streams) if again else run(*streams)
+        streams = self.swap.before(number, streams)
+        with self.swap.present(number):
+            out = self._recomputed(run, streams) if again else run(*streams)
+        return self.swap.after(number, out)
+
+    def _recomputed(self, run: Callable[..., Streams], streams: Streams) -> Streams:
+        with self.inputs():
+            # The generator's state is kept: adapters with dropout must drop the same again.
+            out: Streams = checkpoint(run, *streams, use_reentrant=False, preserve_rng_state=True)
+        return out
+
+
+def arrange(
+    network: nn.Module, blocks: Sequence[nn.Module], memory: BlockMemory, device: torch.device | None,
+    former: Runner, stay: Iterable[nn.Module] = (),
+) -> Runner:  # fmt: skip
+    """The runner of a BlockMemory, and every tensor where it wants it; parameters keep their identity.
+
+    stay: modules for the CPU. device: of all else, None to move nothing. ConfigError where its memory is the
+    host's and `memory` would have something wait there.
+    """
+    if former.swap is not None:
+        former.swap.close()
+    recomputed, fetched = memory.recomputed(len(blocks)), memory.fetched(len(blocks))
+    lane = lane_for(device) if fetched or memory.offload_activations else None
+    swap = Swap({number: blocks[number] for number in fetched}, lane) if fetched and lane else None
+    on_host = {id(part) for module in stay for part in module.modules()}
+    for module in network.modules() if device is not None else ():
+        at = torch.device("cpu") if id(module) in on_host else device
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.device.type != at.type and (swap is None or not swap.holds(tensor)):
+                tensor.data = tensor.data.to(at)
+    inputs = lane.inputs_on_host if lane and memory.offload_activations else nullcontext
+    return Runner(frozenset(recomputed), swap, inputs)
