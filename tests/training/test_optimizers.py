@@ -11,8 +11,11 @@ from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import ConfigError
 from simpletuner.training import optimizers
 from simpletuner.training.checkpoint import flatten_optimizer, unflatten_optimizer
+from simpletuner.training.eight_bit import EightBit, decode, encode, mean_codes, square_codes
+from simpletuner.training.muon import Muon
+from simpletuner.training.one_by_one import round_stochastically
 from simpletuner.training.optimizers import OPTIMIZERS, build, clip_gradients, optimizer_mode
-from simpletuner.training.stochastic_adamw import StochasticAdamW, round_stochastically
+from simpletuner.training.stochastic_adamw import CHUNK, LikeWeights, StochasticAdamW
 
 SHAPES = {"down": (4, 9), "up": (7, 4), "bias": (7,)}
 RATES = {"prodigy": 1.0}
@@ -191,7 +194,7 @@ def test_rounding_is_unbiased_and_to_a_neighbour():
 def test_updates_below_the_last_bit_accumulate():
     """200 updates of 1/2560 each: nearest rounding would leave the weight at 1."""
     param = nn.Parameter(torch.ones(512, 8, dtype=torch.bfloat16))
-    optimizer = StochasticAdamW([param], lr=1 / 2560, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=1)
+    optimizer = StochasticAdamW([param], 1 / 2560, (0.9, 0.999), 1e-8, 0.0, seed=1, moments=LikeWeights())
     for _ in range(200):
         param.grad = torch.ones_like(param)
         optimizer.step()
@@ -205,7 +208,7 @@ def test_updates_below_the_last_bit_accumulate():
 def test_noise_is_addressed_by_seed_step_and_parameter():
     def run(seed: int, index: int) -> Tensor:
         params = [nn.Parameter(torch.ones(64, dtype=torch.bfloat16)) for _ in range(2)]
-        optimizer = StochasticAdamW(params, 1e-3, (0.9, 0.999), 1e-8, 0.0, seed)
+        optimizer = StochasticAdamW(params, 1e-3, (0.9, 0.999), 1e-8, 0.0, seed, LikeWeights())
         params[index].grad = torch.ones_like(params[index])
         torch.manual_seed(seed * 7)
         optimizer.step()
@@ -214,6 +217,150 @@ def test_noise_is_addressed_by_seed_step_and_parameter():
     assert torch.equal(run(1, 0), run(1, 0))
     assert not torch.equal(run(1, 0), run(2, 0))
     assert not torch.equal(run(1, 0), run(1, 1))
+
+
+def test_muon_in_bf16_accumulates_updates_below_the_last_bit():
+    """A constant gradient moves every weight of a matrix of rank 1 alike: 0.2 * lr * sqrt(64) / 64 a step."""
+    param = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    bias = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    optimizer = Muon([param, bias], lr=1 / 256, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=1)
+    for _ in range(100):
+        param.grad, bias.grad = torch.ones_like(param), torch.ones_like(bias)
+        optimizer.step()
+    matrix, rest = (float(1 - each.detach().float().mean()) for each in (param, bias))
+    assert 0.65 < matrix / (100 * 0.2 / 256 / 8) < 1.2
+    assert rest == pytest.approx(100 / 256, rel=0.02)
+    assert {tensor.dtype for state in optimizer.state.values() for tensor in state.values()} == {
+        torch.bfloat16
+    }
+
+
+def test_large_weights_are_stepped_in_chunks():
+    """Beyond one chunk each draws its own noise; float32 needs none, and is AdamW's in every chunk."""
+    torch.manual_seed(0)
+    start = torch.randn(CHUNK + 300)
+    mine, other, small = (
+        nn.Parameter(start.clone()),
+        nn.Parameter(start.clone()),
+        nn.Parameter(start.bfloat16()),
+    )
+    arguments = (0.1, (0.9, 0.999), 1e-8, 0.01, 1, LikeWeights())
+    optimizers_ = StochasticAdamW([mine], *arguments), torch.optim.AdamW([other], 0.1, weight_decay=0.01)
+    rounding = StochasticAdamW([small], *arguments)
+    gradient = torch.randn_like(start)
+    mine.grad = other.grad = gradient
+    small.grad = gradient.bfloat16()
+    for each in (*optimizers_, rounding):
+        each.step()
+    assert torch.allclose(mine, other, atol=1e-6)
+    assert torch.allclose(small.float(), other, atol=0.05)
+
+
+@pytest.mark.parametrize("table", [mean_codes(), square_codes()], ids=["mean", "square"])
+def test_eight_bits_keep_a_neighbour_and_the_average(table):
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(8, 256, generator=generator) * 10.0 ** torch.arange(-6.0, 2.0)[:, None]
+    exact = exact if table[0] < 0 else exact.square()
+    assert (table.diff() > 0).all()
+    assert len(table) <= 256
+    reads = torch.stack([decode(*encode(exact, table, generator), table) for _ in range(400)]).double()
+    scale = exact.abs().amax(1, keepdim=True)
+    share = (exact / scale).clamp(min=float(table[0])).contiguous()
+    above = torch.searchsorted(table, share).clamp(1, len(table) - 1)
+    gap = (table[above] - table[above - 1]) * scale
+    assert ((reads - exact).abs() <= 1.001 * gap + table[0].clamp(min=0) * scale).all()
+    assert ((reads.mean(0) - exact).abs() <= 0.15 * gap + table[0].clamp(min=0) * scale).all()
+    largest = exact.abs() == scale
+    assert torch.allclose(reads[:, largest], exact[largest].double())
+
+
+def test_eight_bits_keep_what_never_had_a_gradient_and_never_lose_the_square():
+    optimizer = StochasticAdamW(
+        [param := nn.Parameter(torch.ones(300))], 0.1, (0.9, 0.999), 1e-8, 0.0, seed=0, moments=EightBit()
+    )
+    for number in range(30):
+        param.grad = torch.zeros(300)
+        param.grad[:100] = 1.0 + number % 3
+        param.grad[100:200] = 1e-9 * (number == 3)  # nearly always without, and far below the others
+        optimizer.step()
+    assert (param[200:] == 1).all()
+    assert ((param[100:200] - 1).abs() < 0.1 * 3).all()
+    assert (param[:100] < -1).all()
+    state = optimizer.state[param]
+    mean, square = EightBit().read(state, slice(0, 300))
+    assert (mean[200:] == 0).all()
+    assert float(square[:100].mean()) == pytest.approx(14 / 3 * (1 - 0.999**30), rel=0.05)
+    assert sum(tensor.nbytes for tensor in state.values()) == 2 * (512 + 2 * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bits_learn_as_adamw_does(dtype):
+    """A noisy least-squares problem, badly scaled; 300 steps; the loss of float32 states is the oracle."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(512, 40, generator=generator) * torch.logspace(-1, 0.5, 40)
+    goal = torch.randn(40, 30, generator=generator)
+
+    def loss_of(name: str) -> float:
+        param = nn.Parameter(torch.zeros(40, 30, dtype=dtype))
+        options = OptimizerOptions(optimizer=name, learning_rate=0.02)
+        optimizer = build(options, [("weight", param)], seed=5)
+        draws = torch.Generator().manual_seed(2)
+        for _ in range(300):
+            rows = torch.randint(0, 512, (32,), generator=draws)
+            noise = torch.randn(32, 30, generator=draws)
+            (inputs[rows] @ (param.float() - goal) + noise).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return float((inputs @ (param.detach().float() - goal)).square().mean())
+
+    begun = float((inputs @ goal).square().mean())
+    exact, small = loss_of("adamw" if dtype == torch.float32 else "adamw_bf16"), loss_of("adamw_8bit")
+    assert exact < 0.01 * begun
+    assert small < 1.15 * exact
+
+
+def peak_extra_bytes(act) -> int:
+    """Highest sum of what is allocated and not yet freed while `act` runs, by torch's own allocator."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        act()
+    live = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_makes_no_copy_of_all_weights(name):
+    """16 matrices of 256 KiB; what a step needs beside states and gradients is a few of one of them."""
+    params = [(str(number), nn.Parameter(torch.randn(256, 256))) for number in range(16)]
+    optimizer = build(OptimizerOptions(optimizer=name), params, seed=0)
+    for _ in range(2):
+        for _, param in params:
+            param.grad = torch.ones_like(param)
+        extra = peak_extra_bytes(optimizer.step)
+    one = 256 * 256 * 4
+    assert extra <= {"adamw": 0.1, "adamw_8bit": 11}.get(name, 5) * one
+
+
+@pytest.mark.parametrize("method", ["norm", "value"])
+def test_clipping_makes_no_copy(method):
+    params = [nn.Parameter(torch.zeros(256, 256, dtype=torch.bfloat16)) for _ in range(4)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    options = OptimizerOptions(max_grad_norm=0.5, grad_clip_method=method)
+    one = 256 * 256 * 4  # float32 while its norm is taken, on the CPU
+    assert peak_extra_bytes(lambda: clip_gradients(params, options)) < 1.1 * one
+
+
+def test_the_norm_of_bf16_gradients_is_exact():
+    params = [nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16)) for _ in range(3)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    assert clip_gradients(params, OptimizerOptions()) == pytest.approx(3000**0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +404,7 @@ def test_options_reach_the_adam_family():
         "adam_weight_decay": 0.2,
         "adam_epsilon": 1e-6,
     }
-    for name in ("adamw", "adamw_bf16", "prodigy", "adamw_schedulefree"):
+    for name in ("adamw", "adamw_bf16", "adamw_8bit", "prodigy", "adamw_schedulefree", "muon"):
         group = build(
             OptimizerOptions(optimizer=name, **options), fresh(name, torch.float32)[0], 0
         ).param_groups[0]

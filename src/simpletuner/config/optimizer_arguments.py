@@ -16,6 +16,7 @@ def _flag(text: str) -> bool:
 KNOWN: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
     "adamw": {"amsgrad": _flag},
     "adamw_bf16": {},
+    "adamw_8bit": {},
     "adafactor": {"beta2_decay": float, "d": float, "eps1": float, "eps2": float},
     "lion": {"beta1": float, "beta2": float, "decouple_lr": _flag, "kahan_sum": _flag},
     "prodigy": {

@@ -9,7 +9,7 @@ from simpletuner.config.option import Section, option
 # fmt: off
 # A table: name, type and default; what it means; its level, bounds and other names.
 
-SMALL_STATES = "8-bit and 4-bit optimizer states are not offered; adamw_bf16 and adafactor save memory too"
+TOO_SMALL = "states below 8 bits are not offered; adamw_8bit and adafactor are the smallest"
 
 
 class FlowOptions(Section):
@@ -50,13 +50,15 @@ class FlowOptions(Section):
 class OptimizerOptions(Section):
     """Optimizer and learning rate"""
 
-    optimizer: Literal["adamw", "adamw_bf16", "adafactor", "lion", "prodigy", "adamw_schedulefree",
-        "muon"] = option("adamw",
-        "Optimizer; adamw_bf16 rounds stochastically and halves the memory of full-rank training, muon "
-        "learns in fewer steps at full rank.",
+    optimizer: Literal["adamw", "adamw_bf16", "adamw_8bit", "adafactor", "lion", "prodigy",
+        "adamw_schedulefree", "muon"] = option("adamw",
+        "Optimizer; for full rank adamw_bf16 rounds stochastically in 4 bytes of state per weight, "
+        "adamw_8bit in 2, muon learns in fewer steps.",
         level="basic", spellings={"torch-adamw": "adamw", "optimi-adamw": "adamw",
-            "torch-adafactor": "adafactor", "optimi-lion": "lion"},
-        hints=dict.fromkeys(("ao-adamw8bit", "ao-adamw4bit", "bnb-adamw8bit", "bnb-lion8bit"), SMALL_STATES))
+            "torch-adafactor": "adafactor", "optimi-lion": "lion", **dict.fromkeys(("ao-adamw8bit",
+                "bnb-adamw8bit", "bnb-adamw8bit-paged", "adamw8bit"), "adamw_8bit")},
+        hints={"ao-adamw4bit": TOO_SMALL, "bnb-lion8bit": "lion's state is not offered in 8 bits; use lion, "
+            "or adamw_8bit, whose two moments take what lion's one takes in bf16"})
     optimizer_config: str | None = option(None, "Further arguments of the optimizer, key=value,key=value.")
     learning_rate: float = option(1e-4, "Learning rate.", level="basic", gt=0, le=10)
     adam_beta1: float = option(0.9, "Decay of the gradient's mean.", ge=0, lt=1)

@@ -8,12 +8,13 @@ that are not matrices (biases, norms) are Adam's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from simpletuner.training.one_by_one import OneByOne, store
 
 # Of the odd quintic polynomial that drives singular values to about 1; Jordan's, chosen for speed.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -32,45 +33,45 @@ def orthogonalised(matrix: Tensor, iterations: int) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(Optimizer):
-    """Nesterov momentum, orthogonalised, on matrices (4 bytes of state per fp32 number); AdamW on the rest.
+class Muon(OneByOne):
+    """Nesterov momentum, orthogonalised, on matrices (one number of state per weight); AdamW on the rest.
 
-    Decay is decoupled and the same for both. momentum: of matrices. betas, eps: of the others.
+    Decay is decoupled and the same for both. momentum: of matrices. betas, eps: of the others. The state has
+    the dtype of the weights; what is bf16 is computed in float32 and rounded stochastically.
     """
 
     def __init__(
         self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float,
-        weight_decay: float, momentum: float = 0.95, iterations: int = 5,
+        weight_decay: float, seed: int, momentum: float = 0.95, iterations: int = 5,
     ) -> None:  # fmt: skip
         if not 0 <= momentum < 1 or not 1 <= iterations <= 20:
             raise ValueError("momentum lies in [0, 1), iterations in 1 to 20")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
-        super().__init__(params, {**defaults, "momentum": momentum, "iterations": iterations})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, seed, {**defaults, "momentum": momentum, "iterations": iterations})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        if closure is not None:
-            raise TypeError("Muon takes no closure")
-        for group in self.param_groups:
-            group["step"] += 1
-            for param in group["params"]:
-                if param.grad is not None:
-                    param.mul_(1 - group["lr"] * group["weight_decay"])
-                    (self._muon if param.ndim == 2 else self._adam)(param, param.grad, group)
-
-    def _muon(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state, momentum = self.state[param], group["momentum"]
+    def update(self, param: Tensor, grad: Tensor, group: dict[str, Any], noise: torch.Generator) -> None:
+        exact = param.float()  # the parameter itself where it is float32
+        exact.mul_(1 - group["lr"] * group["weight_decay"])
+        rule, keys = (
+            (self._muon, ("momentum",)) if param.ndim == 2 else (self._adam, ("exp_avg", "exp_avg_sq"))
+        )
+        state = self.state[param]
         if not state:
-            state["momentum"] = torch.zeros_like(param)
-        mean = state["momentum"].lerp_(grad, 1 - momentum)
-        step = orthogonalised(grad.lerp(mean, momentum), group["iterations"])
-        param.add_(step.to(param.dtype), alpha=-group["lr"] * RMS_OF_ADAM * math.sqrt(max(param.shape)))
+            state.update({key: torch.zeros_like(param) for key in keys})
+        means = {key: state[key].float() for key in keys}
+        rule(exact, grad.float(), means, group)
+        store(param, exact, noise)
+        for key in keys:
+            store(state[key], means[key], noise)
 
-    def _adam(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2) = self.state[param], group["betas"]
-        if not state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
-        mean = state["exp_avg"].lerp_(grad, 1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    def _muon(self, exact: Tensor, grad: Tensor, means: dict[str, Tensor], group: dict[str, Any]) -> None:
+        mean = means["momentum"].lerp_(grad, 1 - group["momentum"])
+        step = orthogonalised(grad.lerp(mean, group["momentum"]), group["iterations"])
+        exact.add_(step.float(), alpha=-group["lr"] * RMS_OF_ADAM * math.sqrt(max(exact.shape)))
+
+    def _adam(self, exact: Tensor, grad: Tensor, means: dict[str, Tensor], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        mean = means["exp_avg"].lerp_(grad, 1 - beta1)
+        square = means["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = square.sqrt().div_(math.sqrt(1 - beta2 ** group["step"])).add_(group["eps"])
-        param.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1 ** group["step"]))
+        exact.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1 ** group["step"]))

@@ -15,16 +15,20 @@ import torch
 from optimi import Lion
 from prodigyopt import Prodigy
 from schedulefree import AdamWScheduleFree
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adafactor, AdamW, Optimizer
 
 from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import ConfigError
+from simpletuner.training.eight_bit import EightBit
 from simpletuner.training.muon import Muon
-from simpletuner.training.stochastic_adamw import StochasticAdamW
+from simpletuner.training.stochastic_adamw import LikeWeights, StochasticAdamW
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
+
+# Where torch steps AdamW in one pass, without a temporary. Nowhere by foreach: it copies all there is.
+FUSED = ("cuda", "cpu", "mps")
 
 
 class ScheduleFreeAdamW(AdamWScheduleFree):
@@ -77,20 +81,23 @@ class Recipe:
 
 
 def _adamw(recipe: Recipe) -> Optimizer:
-    fused = all(param.is_cuda for param in recipe.params)
-    return AdamW(recipe.params, **recipe.adam(), fused=fused or None)
+    fused = all(param.device.type in FUSED for param in recipe.params)
+    return AdamW(recipe.params, **recipe.adam(), fused=fused, foreach=False)
 
 
 def _adamw_bf16(recipe: Recipe) -> Optimizer:
-    return StochasticAdamW(recipe.params, **recipe.adam(), seed=recipe.seed)
+    return StochasticAdamW(recipe.params, **recipe.adam(), seed=recipe.seed, moments=LikeWeights())
+
+
+def _adamw_8bit(recipe: Recipe) -> Optimizer:
+    return StochasticAdamW(recipe.params, **recipe.adam(), seed=recipe.seed, moments=EightBit())
 
 
 def _adafactor(recipe: Recipe) -> Optimizer:
     options, extras = recipe.options, dict(recipe.extras)
     eps = (extras.pop("eps1", None), extras.pop("eps2", 1e-3))
-    return Adafactor(
-        recipe.params, options.learning_rate, eps=eps, weight_decay=options.adam_weight_decay, **extras
-    )
+    arguments = {"foreach": False, "weight_decay": options.adam_weight_decay, **extras}
+    return Adafactor(recipe.params, options.learning_rate, eps=eps, **arguments)
 
 
 def _lion(recipe: Recipe) -> Optimizer:
@@ -107,18 +114,19 @@ def _prodigy(recipe: Recipe) -> Optimizer:
 
 
 def _schedule_free(recipe: Recipe) -> Optimizer:
-    optimizer = ScheduleFreeAdamW(recipe.params, **recipe.adam())
+    optimizer = ScheduleFreeAdamW(recipe.params, **recipe.adam(), foreach=False)
     optimizer.train()
     return optimizer
 
 
 def _muon(recipe: Recipe) -> Optimizer:
-    return Muon(recipe.params, **recipe.adam())
+    return Muon(recipe.params, **recipe.adam(), seed=recipe.seed)
 
 
 OPTIMIZERS: Mapping[str, Callable[[Recipe], Optimizer]] = {
     "adamw": _adamw,
     "adamw_bf16": _adamw_bf16,
+    "adamw_8bit": _adamw_8bit,
     "adafactor": _adafactor,
     "lion": _lion,
     "prodigy": _prodigy,
@@ -130,15 +138,47 @@ OPTIMIZERS: Mapping[str, Callable[[Recipe], Optimizer]] = {
 def build(options: OptimizerOptions, params: NamedParameters, seed: int) -> Optimizer:
     """The optimizer over `params` in their order, in training mode. ConfigError for a bad optimizer_config.
 
-    adamw_bf16 keeps its moments in the weights' dtype. lion has betas of its own (0.9, 0.99), not
-    adam_beta1 and adam_beta2. prodigy finds the rate itself: learning_rate is a factor on it, usually 1.
-    muon shares learning_rate between matrices and the rest.
+    adamw_bf16 keeps its moments in the weights' dtype, adamw_8bit in 2 bytes; both, and muon, round what is
+    bf16 stochastically. lion has betas of its own (0.9, 0.99), not adam_beta1 and adam_beta2. prodigy finds
+    the rate itself: learning_rate is a factor on it, usually 1. muon shares learning_rate between matrices
+    and the rest.
     """
     recipe = Recipe([param for _, param in params], options, read_arguments(options), seed)
     try:
-        return OPTIMIZERS[options.optimizer](recipe)
+        optimizer = OPTIMIZERS[options.optimizer](recipe)
     except ValueError as error:  # bounds that the libraries check
         raise ConfigError(f"optimizer {options.optimizer}: {error}") from error
+    load_exactly(optimizer, lambda tensor, param: tensor.to(param.device))
+    return optimizer
+
+
+Place = Callable[[Tensor, Tensor], Tensor]  # a state tensor and its parameter -> where it is kept
+
+
+def load_exactly(optimizer: Optimizer, place: Place) -> None:
+    """From now on load_state_dict keeps every dtype; torch's own casts codes and scales to the weights'."""
+    waiting: dict[int, dict[str, Tensor]] = {}
+
+    def take(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        waiting.clear()
+        rest: dict[int, dict[str, Any]] = {}
+        for index, values in given["state"].items():
+            waiting[index] = {
+                key: value for key, value in values.items() if torch.is_tensor(value) and value.ndim
+            }
+            rest[index] = {key: value for key, value in values.items() if key not in waiting[index]}
+        return {**given, "state": rest}
+
+    def put(optimizer: Optimizer) -> None:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        for index, tensors in waiting.items():
+            optimizer.state[params[index]].update(
+                {key: place(tensor, params[index]) for key, tensor in tensors.items()}
+            )
+        waiting.clear()
+
+    optimizer.register_load_state_dict_pre_hook(take)
+    optimizer.register_load_state_dict_post_hook(put)
 
 
 def optimizer_mode(optimizer: Optimizer, training: bool) -> None:
@@ -150,12 +190,18 @@ def optimizer_mode(optimizer: Optimizer, training: bool) -> None:
         (optimizer.train if training else optimizer.eval)()
 
 
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Of all of them together, float32 also where they are bf16. Nothing of their size is made."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
 def clip_gradients(params: Sequence[nn.Parameter], options: OptimizerOptions) -> float:
     """Limit the gradients as the options say. Returns their whole norm before that, finite or not."""
     with_gradient = [param for param in params if param.grad is not None]
-    norm = nn.utils.get_total_norm([param.grad for param in with_gradient if param.grad is not None])
+    norm = norm_of([param.grad for param in with_gradient if param.grad is not None])
     if options.max_grad_norm > 0 and options.grad_clip_method == "norm":
-        nn.utils.clip_grads_with_norm_(with_gradient, options.max_grad_norm, norm)
+        nn.utils.clip_grads_with_norm_(with_gradient, options.max_grad_norm, norm, foreach=False)
     elif options.max_grad_norm > 0:
-        nn.utils.clip_grad_value_(with_gradient, options.max_grad_norm)
+        nn.utils.clip_grad_value_(with_gradient, options.max_grad_norm, foreach=False)
     return float(norm)
