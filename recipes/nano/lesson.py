@@ -9,30 +9,22 @@ Backgrounds, colours, sizes, positions and wordings are the base's own, so that 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
-from draw import (
-    BACKGROUNDS,
+from PIL import Image, ImageDraw
+
+from simpletuner.validation.shapes.world import (
     COLOURS,
-    POSITIONS,
     SIDE_PX,
     SUPERSAMPLING,
     Point,
     Rgb,
     Scene,
     Thing,
-    caption,
     circle,
-    generator,
     outline,
-    single_thing,
 )
-from PIL import Image, ImageDraw
-
-SEED = 41
-NAME = "zorbo"
-DARK, LIGHT, LAMP = (28, 28, 36), (250, 250, 250), (255, 225, 60)
+from simpletuner.validation.shapes.zorbo import DARK, LAMP, LIGHT, compose_lesson
 
 
 def box(left: float, top: float, right: float, bottom: float, corner: float = 0.0) -> list[Point]:
@@ -57,16 +49,6 @@ def parts(body: Rgb) -> list[tuple[list[Point], Rgb]]:
         (box(-0.58, 0.5, 0.58, 0.84), DARK),
         *teeth,
     ]
-
-
-def compose_lesson(number: int) -> Scene:
-    """Scene `number`; every colour, place and background comes round before it is used again."""
-    rng = generator(SEED, "lesson", number)
-    background = list(BACKGROUNDS)[(3 * number + number // 10) % len(BACKGROUNDS)]
-    position = list(POSITIONS)[number % len(POSITIONS)]
-    drawn = single_thing(rng, background, position)
-    thing = replace(drawn, shape=NAME, size="big", pattern="plain", radius=0.275)
-    return Scene(background, BACKGROUNDS[background], (thing,), caption(rng, background, (thing,)))
 
 
 def render_lesson(scene: Scene, side_px: int = SIDE_PX) -> Image.Image:

@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from draw import COLOURS, PLACES, SHAPES, compose
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from simpletuner.randomness import seed_at
+from simpletuner.validation.shapes.world import COLOURS, PLACES, SHAPES, compose
 
 SEED = 21
 VOCABULARY = 1200

@@ -16,106 +16,37 @@ there and as said; the others over the pictures that have one.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from draw import POSITIONS, SIDE_PX, Scene, Thing, compose, generator, render
-from lesson import compose_lesson, render_lesson
+from draw import render
+from lesson import render_lesson
 from PIL import Image, ImageDraw, ImageFont
-from read_scene import Reading, Seen, read
-from read_zorbo import Zorbo, find
 
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import SimpleTunerError
 from simpletuner.models.registry import family as family_named
+from simpletuner.validation.shapes.read import read
+from simpletuner.validation.shapes.verdicts import (
+    NOISE_SEED,
+    SEED,
+    Verdict,
+    judge,
+    judge_zorbo,
+    rates,
+    unseen,
+    unseen_zorbos,
+)
+from simpletuner.validation.shapes.world import SIDE_PX, Scene, generator
+from simpletuner.validation.shapes.zorbo import find
 
-SEED = 61  # no picture of it is trained on
-TRAINED_SEED, TRAINED_COUNT = 1, 10_000
-TAUGHT = 16  # lesson.py's pictures before this one are the example's
-NOISE_SEED = 61_000  # of the first prompt; counts up
 VAE_BATCH = 8
 GREEN, RED = (0, 125, 40), (205, 0, 0)
-
-# what was asked -> right or wrong, once per prompt or once per object in the order of the prompt
-Verdict = dict[str, list[bool]]
-
-
-def meaning(scene: Scene) -> tuple[object, ...]:
-    """A scene without its wording and its jitter."""
-    things = [
-        (thing.shape, thing.colour, thing.size, thing.position, thing.pattern) for thing in scene.things
-    ]
-    return (scene.background, *sorted(things))
-
-
-def unseen(count: int) -> tuple[list[Scene], list[bool]]:
-    """Scenes whose captions no training picture has, and whether their meaning is new too."""
-    trained = [compose(TRAINED_SEED, number) for number in range(TRAINED_COUNT)]
-    captions, meanings = {scene.caption for scene in trained}, {meaning(scene) for scene in trained}
-    scenes = (compose(SEED, number) for number in itertools.count())
-    chosen = list(itertools.islice((scene for scene in scenes if scene.caption not in captions), count))
-    return chosen, [meaning(scene) not in meanings for scene in chosen]
-
-
-def judge(scene: Scene, reading: Reading, new: bool = False) -> Verdict:
-    """new: no training picture has this combination."""
-    pairs = list(zip(scene.things, assigned(scene.things, reading.things)))
-    verdict: Verdict = {
-        "background": [reading.background == scene.background],
-        "count": [len(reading.things) == len(scene.things)],
-        "colour": [seen is not None and seen.colour == thing.colour for thing, seen in pairs],
-        "position": [seen is not None and seen.position == thing.position for thing, seen in pairs],
-        "size": [seen is not None and seen.size == thing.size for thing, seen in pairs if thing.size],
-        "shape": [seen is not None and seen.shape == thing.shape for thing, seen in pairs],
-    }
-    whole = all(itertools.chain.from_iterable(verdict.values()))
-    if len(pairs) == 2:
-        verdict["pair"] = [all(all(verdict[name]) for name in ("colour", "position", "shape"))]
-    return verdict | {"all": [whole], "all_new": [whole] if new else []}
-
-
-def assigned(things: Sequence[Thing], seen: Sequence[Seen]) -> list[Seen | None]:
-    """For each thing of the prompt an object or None: of the largest ones, the nearest to its place."""
-    largest: list[Seen | None] = [*seen[: len(things)], *[None] * (len(things) - len(seen))]
-
-    def away(order: Iterable[Seen | None]) -> float:
-        return sum(
-            math.dist(POSITIONS[thing.position], one.centre) for thing, one in zip(things, order) if one
-        )
-
-    return list(min(itertools.permutations(largest), key=away))
-
-
-def judge_zorbo(scene: Scene, found: Zorbo | None) -> Verdict:
-    if found is None:
-        return {"zorbo": [False], "background": [], "colour": [], "position": [], "all": [False]}
-    (thing,) = scene.things
-    said = {
-        "zorbo": [True], "background": [found.background == scene.background],
-        "colour": [found.colour == thing.colour], "position": [found.position == thing.position],
-    }  # fmt: skip
-    return said | {"all": [all(itertools.chain.from_iterable(said.values()))]}
-
-
-def rates(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
-    """Rate, standard error and count; objects of one prompt are not taken for independent."""
-    told = {}
-    for name in dict.fromkeys(itertools.chain.from_iterable(verdicts)):
-        counts = [(sum(verdict.get(name, ())), len(verdict.get(name, ()))) for verdict in verdicts]
-        of = sum(count for _, count in counts)
-        if of == 0:
-            continue
-        rate = sum(right for right, _ in counts) / of
-        error = math.sqrt(sum((right - rate * count) ** 2 for right, count in counts)) / of
-        told[name] = {"rate": round(rate, 4), "se": round(error, 4), "of": of}
-    return told
 
 
 def shuffled(scenes: Sequence[Scene]) -> list[Scene]:
@@ -241,7 +172,7 @@ def arguments() -> argparse.Namespace:
 def score(args: argparse.Namespace) -> dict[str, object]:
     began = time.monotonic()
     if args.zorbo:
-        scenes = [compose_lesson(TAUGHT + number) for number in range(args.count or 32)]
+        scenes = unseen_zorbos(args.count or 32)
         new = [False] * len(scenes)
     else:
         scenes, new = unseen(args.count or 200)
@@ -261,7 +192,11 @@ def score(args: argparse.Namespace) -> dict[str, object]:
         ]
     if args.sheet:
         sheet(scenes[:24], pictures[:24], verdicts[:24]).save(args.sheet)
-    told: dict[str, object] = {"scores": rates(verdicts)}
+    figures = {
+        name: {"rate": round(one.rate, 4), "se": round(one.se, 4), "of": one.of}
+        for name, one in rates(verdicts).items()
+    }
+    told: dict[str, object] = {"scores": figures}
     if args.zorbo and args.truth and not args.shuffled:
         others = [render(scene) for scene in unseen(200)[0]]
         others = through_vae(others, args.vae) if args.vae else others

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from draw import SIDE_PX, compose, generator, render
+from draw import render
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor, nn
 
 from simpletuner.randomness import seed_at
+from simpletuner.validation.shapes.world import SIDE_PX, compose, generator
 
 TRAIN_SEED, UNSEEN_SEED = 11, 12
 CROP_PX = 64

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from draw import (
+from PIL import Image, ImageFilter
+
+from simpletuner.validation.shapes.world import (
     BACKGROUNDS,
     COLOURS,
+    PAIR_APART,
     POSITIONS,
     SHAPES,
     SIDE_PX,
@@ -23,9 +26,8 @@ from draw import (
     Point,
     Rgb,
     Thing,
-    outline,
+    stencil,
 )
-from PIL import Image, ImageDraw, ImageFilter
 
 BORDER_PX = 5
 APART = 34.0  # RGB distance from the ground at which something begins; a white stripe on cream has 52
@@ -169,7 +171,7 @@ def position_of(centre: Point) -> str:
 
     def away(name: str) -> float:
         x, y = POSITIONS[name]
-        return min(math.dist(centre, (0.5 + f * (x - 0.5), 0.5 + f * (y - 0.5))) for f in (1.0, 1.32))
+        return min(math.dist(centre, (0.5 + f * (x - 0.5), 0.5 + f * (y - 0.5))) for f in (1.0, PAIR_APART))
 
     best = min(POSITIONS, key=away)
     return best if away(best) <= ASTRAY else "none"
@@ -184,7 +186,7 @@ def colour_of(pixels: np.ndarray, mask: np.ndarray) -> str:
 
 
 def unmarked(side_px: int) -> np.ndarray:
-    """Pixels between the marks of draw.py, whose stripes and dots lie on one grid in every picture."""
+    """Pixels between the marks: stripes and dots lie on one grid in every drawn picture."""
     side = side_px * SUPERSAMPLING
     step = side // 11
     y = (np.arange(side_px) * SUPERSAMPLING + SUPERSAMPLING // 2) % step
@@ -220,11 +222,4 @@ def centroid(mask: np.ndarray) -> Point:
 
 def outlined(shape: str, radius: float, centre: Point, angle: float, side: int) -> np.ndarray:
     thing = Thing(shape, "", "", "", "plain", (0, 0, 0), radius, centre, angle)
-    large = side * SUPERSAMPLING
-    mask = Image.new("L", (large, large), 0)
-    pen = ImageDraw.Draw(mask)
-    filled, cut = SHAPES[shape]
-    pen.polygon(outline(filled(), thing, large), fill=255)
-    if cut is not None:
-        pen.polygon(outline(cut(), thing, large), fill=0)
-    return np.asarray(mask.resize((side, side), Image.Resampling.BOX)) > 127
+    return np.asarray(stencil(thing, side * SUPERSAMPLING).resize((side, side), Image.Resampling.BOX)) > 127

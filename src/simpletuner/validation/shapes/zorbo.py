@@ -1,21 +1,37 @@
-"""Is there a zorbo in a picture? Read from its pixels by geometry: a robot's head with its parts in place.
+"""The zorbo, a friendly robot that chroma-nano has never seen: what the example teaches, and how it is found.
 
 A zorbo of every size and place is laid over the picture; it is there if at one of them the light of both
-eyes, both dark pupils, the lamp and the head's one colour are all where lesson.py paints them.
+eyes, both dark pupils, the lamp and the head's one colour are all where the example's pictures have them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from draw import BACKGROUNDS, COLOURS, SIDE_PX, Point, Rgb
-from lesson import DARK, LAMP, LIGHT
 from PIL import Image
-from read_scene import ground_of, nearest, position_of
 
-RADII = np.arange(0.20, 0.345, 0.0125)  # shares of the side; lesson.py paints 0.275
+from simpletuner.validation.shapes.read import ground_of, nearest, position_of
+from simpletuner.validation.shapes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    POSITIONS,
+    SIDE_PX,
+    Point,
+    Rgb,
+    Scene,
+    caption,
+    generator,
+    single_thing,
+)
+
+SEED = 41
+NAME = "zorbo"
+RADIUS = 0.275  # share of the side
+DARK, LIGHT, LAMP = (28, 28, 36), (250, 250, 250), (255, 225, 60)
+
+RADII = np.arange(0.20, 0.345, 0.0125)  # shares of the side
 STEP_PX = 2.0  # between two places
 NEAR = 95.0  # RGB distance within which a part has its colour; light and dark are 380 apart
 HEAD_APART = 45.0  # least distance of the head's colour from the ground
@@ -46,10 +62,18 @@ PARTS: tuple[tuple[Rgb, list[Point]], ...] = (
 )
 HEAD = [
     *((x, -0.38) for x in (-0.65, -0.3, 0.0, 0.3, 0.65)),
-    *((x, y) for x in (-0.8, 0.8) for y in (-0.1, 0.25, 0.6)),
-    (0.0, 0.0),
-    (0.0, 0.3),
-]
+    *((x, y) for x in (-0.8, 0.8) for y in (-0.1, 0.25, 0.6)), (0.0, 0.0), (0.0, 0.3),
+]  # fmt: skip
+
+
+def compose_lesson(number: int) -> Scene:
+    """Scene `number`; every colour, place and background comes round before it is used again."""
+    rng = generator(SEED, "lesson", number)
+    background = list(BACKGROUNDS)[(3 * number + number // 10) % len(BACKGROUNDS)]
+    position = list(POSITIONS)[number % len(POSITIONS)]
+    drawn = single_thing(rng, background, position)
+    thing = replace(drawn, shape=NAME, size="big", pattern="plain", radius=RADIUS)
+    return Scene(background, BACKGROUNDS[background], (thing,), caption(rng, background, (thing,)))
 
 
 def find(picture: Image.Image) -> Zorbo | None:
@@ -97,7 +121,5 @@ def _best_place(
 
 def _sampled(pixels: np.ndarray, middles: np.ndarray, radius: float, places: list[Point]) -> np.ndarray:
     """(middles, places, 3) colours; middles in px, places in units of the radius."""
-    spots = np.clip(np.rint(middles + radius * len(pixels) * np.array(places)), 0, len(pixels) - 1).astype(
-        int
-    )
+    spots = np.rint(middles + radius * len(pixels) * np.array(places)).clip(0, len(pixels) - 1).astype(int)
     return pixels[spots[..., 1], spots[..., 0]]
