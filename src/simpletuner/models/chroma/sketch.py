@@ -13,8 +13,8 @@ import simpletuner.models as models_package
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ModelError
 from simpletuner.models.chroma import fingerprints, sources
-from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig
-from simpletuner.models.chroma.weights import read_config, read_header, weight_files
+from simpletuner.models.chroma.transformer import TransformerConfig
+from simpletuner.models.chroma.weights import empty_transformer, read_config, read_header, weight_files
 from simpletuner.models.family import Facts, Sketch, Source
 
 FACTS = Facts(
@@ -34,9 +34,7 @@ def sketch(options: ModelOptions, dtype: torch.dtype, read_facts: Callable[[Sour
     folders = {part: _folder(part, options) for part in PUBLISHED}
     at = folders["transformer"]
     config = TransformerConfig() if at is None else read_config(at)
-    with torch.device("meta"):
-        transformer = ChromaTransformer(config).to(dtype)
-    transformer.requires_grad_(False).eval()
+    transformer = empty_transformer(config, options.base_model_precision, dtype)
     found = {part: _size(part, folder, options) for part, folder in folders.items()}
     sizes = {part: size or PUBLISHED[part] for part, size in found.items()}
     wide_vae = options.vae_dtype == "fp32"
