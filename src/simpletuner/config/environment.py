@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from simpletuner.errors import ConfigError
@@ -16,6 +17,11 @@ PREFIX = "SIMPLETUNER_"
 def process_environment() -> Mapping[str, str]:
     """A copy of the environment as it is now."""
     return dict(os.environ)
+
+
+def user_cache() -> Path:
+    """Where this program keeps what all runs share: simpletuner in $XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simpletuner"
 
 
 def expand(value: Any, environ: Mapping[str, str] | None = None) -> Any:
