@@ -17,6 +17,7 @@ from simpletuner.errors import SimpleTunerError
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "train": ("simpletuner.cli.train", "Train; the same command goes on with a run."),
     "generate": ("simpletuner.cli.generate", "Draw pictures with the base and any LoRA."),
+    "quantize": ("simpletuner.cli.quantize", "Convert a quantised base ahead of time."),
     "report": ("simpletuner.cli.report", "Write report.html of a run folder."),
     "options": ("simpletuner.cli.options", "Search the options, with help."),
     "examples": ("simpletuner.cli.examples", "List and copy the packaged examples."),

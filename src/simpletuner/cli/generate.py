@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 
 from simpletuner.config.schema import DataOptions, ModelOptions
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.events.terminal import Terminal
 from simpletuner.validation.prompts import Picture, Prompt, captions, file_safe, pictures, read_sizes
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class Request:
 @click.option("--model_flavour", type=click.Choice(FLAVOURS), help="Default: the LoRA's run's, else base.")
 @click.option("--pretrained_model_name_or_path", help="Another base: a diffusers folder or hub id.")
 @click.option("--pretrained_transformer_model_name_or_path", help="Another transformer: a tuned one.")
+@click.option("--base_model_precision", help="Default: what the LoRA was trained on; no_change for the best.")
 @click.option("--config", type=FILE, help="Take the model options from this file.")
 @click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="Sampling steps.")
 @click.option("--guidance", type=click.FloatRange(0, 30), default=1.0, show_default=True, help="1: one pass.")
@@ -182,7 +185,9 @@ def _encode(
 ) -> dict[str, Tensor]:
     texts = captions(request.prompts, request.guidance)
     say(f"encoding {len(texts)} text{'s' * (len(texts) > 1)}")
-    encoder = family.load_text_encoder(source, request.model, device.device)
+    shown = Terminal(sys.stderr)
+    encoder = family.load_text_encoder(source, request.model, device.device, shown)
+    shown.close()
     return dict(zip(texts, encoder.encode(texts), strict=True))
 
 
@@ -197,7 +202,9 @@ def _draw(
     from simpletuner.validation.sampler import latents_of
 
     say(f"loading {source.name}")
-    transformer = family.load_transformer(source, device.device, device.weights)
+    shown = Terminal(sys.stderr)
+    transformer = family.load_transformer(source, device.device, device.weights, request.model, shown)
+    shown.close()
     dtype = device.compute or device.weights
     inference = Inference(family, family.facts(source), device.device, dtype, device.autocast)
     if request.lora is not None:

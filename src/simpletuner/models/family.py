@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from simpletuner.cache.types import TextBatch
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError
+from simpletuner.events.sinks import silent
+from simpletuner.events.types import Emit
 
 
 @dataclass(frozen=True)
@@ -166,16 +168,37 @@ class ModelFamily(ABC):
         """Recognises the base's weights, so that a run is resumed on the base it began with."""
 
     @abstractmethod
+    def quantize(
+        self, source: Source, options: ModelOptions, device: torch.device, emit: Emit = silent
+    ) -> list[Path]:
+        """Convert ahead of time what the options want quantised: the files in the cache, none when nothing is.
+
+        Loading does the same to the part it loads. A conversion that was killed goes on.
+        """
+
+    @abstractmethod
     def load_text_encoder(
-        self, source: Source, options: ModelOptions, device: torch.device
-    ) -> TextEncoder: ...
+        self, source: Source, options: ModelOptions, device: torch.device, emit: Emit = silent
+    ) -> TextEncoder:
+        """In text_encoder_1_precision, converted first where it never was; emit hears of that."""
 
     @abstractmethod
     def load_vae(self, source: Source, options: ModelOptions, device: torch.device) -> Vae: ...
 
     @abstractmethod
-    def load_transformer(self, source: Source, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The network in eval mode, every parameter frozen."""
+    def load_transformer(
+        self,
+        source: Source,
+        device: torch.device,
+        dtype: torch.dtype,
+        options: ModelOptions | None = None,
+        emit: Emit = silent,
+    ) -> nn.Module:
+        """The network in eval mode, every parameter frozen; dtype: of everything that is not quantised.
+
+        options: base_model_precision and how it is come by; None is as the files are. emit hears of a
+        conversion.
+        """
 
     @abstractmethod
     def predict(self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch) -> Tensor:

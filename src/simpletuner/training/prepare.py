@@ -102,7 +102,7 @@ def prepare(
     captions = sorted({"", *texts, *(caption for item in scanned.placed for caption in item.sample.captions)})
 
     def text_encoder() -> Callable[[Sequence[str]], list[Tensor]]:
-        encoder = family.load_text_encoder(source, run.model, device.device)
+        encoder = family.load_text_encoder(source, run.model, device.device, emit)
         report_overlong(encoder, captions, facts.max_tokens, run.model, emit)
         return encoder.encode
 

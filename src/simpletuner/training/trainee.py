@@ -49,7 +49,9 @@ class Trainee:
 
 
 def make(run: RunConfig, prepared: Prepared, device: Device, emit: Emit) -> Trainee:
-    transformer = prepared.family.load_transformer(prepared.source, device.device, device.weights)
+    transformer = prepared.family.load_transformer(
+        prepared.source, device.device, device.weights, run.model, emit
+    )
     trained = attach(run, prepared.family, transformer, emit)
     prepare_blocks(run, prepared.family, transformer, device.device)
     return equip(run, transformer, trained)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from simpletuner.cache.types import TextBatch
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ModelError
+from simpletuner.events.sinks import silent
+from simpletuner.events.types import Emit
 from simpletuner.models import blocks
-from simpletuner.models.chroma import fingerprints, sketch, sources, targets, weights
+from simpletuner.models.chroma import fingerprints, precision, sketch, sources, targets, weights
 from simpletuner.models.chroma.transformer import ChromaTransformer
 from simpletuner.models.family import BlockMemory, Facts, ModelFamily, Sketch, Source, TextEncoder, Vae
 
@@ -94,19 +96,44 @@ class Chroma(ModelFamily):
     def transformer_fingerprint(self, source: Source) -> str:
         return fingerprints.transformer_fingerprint(source)
 
-    def load_text_encoder(self, source: Source, options: ModelOptions, device: torch.device) -> TextEncoder:
+    def quantize(
+        self, source: Source, options: ModelOptions, device: torch.device, emit: Emit = silent
+    ) -> list[Path]:
+        files = []
+        if options.base_model_precision != "no_change":
+            files.append(precision.transformer_file(source, options, device, emit))
+        if options.text_encoder_1_precision != "no_change":
+            from simpletuner.models.chroma.t5 import t5_file
+
+            files.append(t5_file(source, options, device, emit))
+        return files
+
+    def load_text_encoder(
+        self, source: Source, options: ModelOptions, device: torch.device, emit: Emit = silent
+    ) -> TextEncoder:
         # transformers takes seconds to import; a warm start never needs it. The same holds for the VAE.
         from simpletuner.models.chroma.text import load_text_encoder
 
-        return load_text_encoder(source, options, device)
+        return load_text_encoder(source, options, device, emit)
 
     def load_vae(self, source: Source, options: ModelOptions, device: torch.device) -> Vae:
         from simpletuner.models.chroma.vae import load_vae
 
         return load_vae(source, options, device)
 
-    def load_transformer(self, source: Source, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        return weights.load_transformer(source.transformer, device, dtype, source.variant)
+    def load_transformer(
+        self,
+        source: Source,
+        device: torch.device,
+        dtype: torch.dtype,
+        options: ModelOptions | None = None,
+        emit: Emit = silent,
+    ) -> nn.Module:
+        if options is None or options.base_model_precision == "no_change":
+            return weights.load_transformer(source.transformer, device, dtype, source.variant)
+        file = precision.transformer_file(source, options, device, emit)
+        config = weights.read_config(source.transformer)
+        return weights.load_quantized(file, config, options.base_model_precision, device, dtype)
 
     def predict(self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch) -> Tensor:
         dtype = _chroma(transformer).dtype
