@@ -171,7 +171,7 @@ class ModelFamily(ABC):
     def quantize(
         self, source: Source, options: ModelOptions, device: torch.device, emit: Emit = silent
     ) -> list[Path]:
-        """Convert ahead of time what the options want quantised: the files in the cache, none when nothing is.
+        """Convert ahead of time what the options want quantised: the files in the cache, if any.
 
         Loading does the same to the part it loads. A conversion that was killed goes on.
         """
