@@ -54,7 +54,7 @@ class Request:
 @click.option("--model_flavour", type=click.Choice(FLAVOURS), help="Default: the LoRA's run's, else base.")
 @click.option("--pretrained_model_name_or_path", help="Another base: a diffusers folder or hub id.")
 @click.option("--pretrained_transformer_model_name_or_path", help="Another transformer: a tuned one.")
-@click.option("--base_model_precision", type=click.Choice(PRECISIONS), help="Default: that of the LoRA's run.")
+@click.option("--base_model_precision", type=click.Choice(PRECISIONS), help="Default: the LoRA's run's.")
 @click.option("--config", type=FILE, help="Take the model options from this file.")
 @click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="Sampling steps.")
 @click.option("--guidance", type=click.FloatRange(0, 30), default=1.0, show_default=True, help="1: one pass.")
