@@ -118,11 +118,13 @@ class QuantizedLinear(nn.Linear):
         return self
 
 
-def quantize_modules(network: nn.Module, names: Iterable[str], scheme: str) -> None:
+def quantize_modules(
+    network: nn.Module, names: Iterable[str], scheme: str, kind: type[QuantizedLinear] = QuantizedLinear
+) -> None:
     """Replace these linears of a network in place, one after the other."""
     for name in names:
         parent, _, own = name.rpartition(".")
         linear = network.get_submodule(name)
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{name} is no linear: {type(linear).__name__}")
-        setattr(network.get_submodule(parent), own, QuantizedLinear.of(linear, scheme))
+        setattr(network.get_submodule(parent), own, kind.of(linear, scheme))

@@ -11,6 +11,7 @@ import torch
 from simpletuner.config.schema import ModelOptions
 from simpletuner.models.chroma.weights import STEM, weight_files
 from simpletuner.models.family import Source
+from simpletuner.quantization.schemes import named
 
 MAX_TOKENS = 512
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
@@ -28,7 +29,9 @@ def max_tokens(options: ModelOptions) -> int:
 
 
 def text_fingerprint(source: Source, options: ModelOptions) -> str:
-    """Weights, tokenizer, dtype, padding, limit and the library's major version."""
+    """Weights, their precision, tokenizer, dtype, padding, limit and the library's major version."""
+    precision = options.text_encoder_1_precision
+    quantized = [] if precision == "no_change" else [f"{precision} {named(precision).version}"]
     vocabulary = sorted(path for path in source.tokenizer.iterdir() if path.suffix in TOKENIZER_SUFFIXES)
     return fingerprint(
         "chroma text 1",
@@ -36,6 +39,7 @@ def text_fingerprint(source: Source, options: ModelOptions) -> str:
         str(text_dtype(options)),
         options.flux_t5_padding,
         str(max_tokens(options)),
+        *quantized,
         source.text_encoder / "config.json",
         *weight_files(source.text_encoder, "model", source.variant),
         *vocabulary,

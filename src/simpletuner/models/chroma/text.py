@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
-from transformers.utils import logging as transformers_logging
 
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import DataError, ModelError
-from simpletuner.models.chroma.fingerprints import MAX_TOKENS, max_tokens, text_dtype, text_fingerprint
-from simpletuner.models.chroma.weights import read_header, weight_files
+from simpletuner.events.types import Emit
+from simpletuner.models.chroma.fingerprints import MAX_TOKENS, max_tokens, text_fingerprint
+from simpletuner.models.chroma.t5 import load_t5
 from simpletuner.models.family import Source, TextEncoder
 
 
@@ -70,28 +69,10 @@ class ChromaText(TextEncoder):
         return self._tokenizer(caption, truncation=True, max_length=self._limit, verbose=False)["input_ids"]
 
 
-def load_text_encoder(source: Source, options: ModelOptions, device: torch.device) -> ChromaText:
-    """Headers first, then transformers' own streaming load in the cache dtype."""
-    for file in weight_files(source.text_encoder, "model", source.variant):
-        read_header(file)
-    transformers_logging.disable_progress_bar()
-    loaded: Any = T5EncoderModel.from_pretrained(
-        source.text_encoder,
-        dtype=text_dtype(options),
-        variant=source.variant or None,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    t5, report = loaded
-    missing = [name for name in report["missing_keys"] if not name.endswith("embed_tokens.weight")]
-    if missing:
-        raise ModelError(
-            f"{source.text_encoder} is no whole T5 encoder; missing: {', '.join(sorted(missing)[:8])}."
-        )
-    tokenizer = load_tokenizer(source.tokenizer)
+def load_text_encoder(source: Source, options: ModelOptions, device: torch.device, emit: Emit) -> ChromaText:
     return ChromaText(
-        t5.to(device).requires_grad_(False).eval(),
-        tokenizer,
+        load_t5(source, options, device, emit),
+        load_tokenizer(source.tokenizer),
         text_fingerprint(source, options),
         limit=max_tokens(options),
         zero_pad=options.flux_t5_padding == "zero",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,19 +14,12 @@ from torch import nn
 
 from simpletuner.errors import ModelError
 from simpletuner.models.chroma.transformer import CLASS_NAME, ChromaTransformer, TransformerConfig
+from simpletuner.quantization.convert import DTYPES, Stored
 from simpletuner.quantization.linear import quantize_modules
 
 STEM = "diffusion_pytorch_model"
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 SHOWN = 8  # problems spelled out before "and N more"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor as the header promises it."""
-
-    file: Path
-    shape: tuple[int, ...]
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -66,8 +58,8 @@ def weight_files(folder: Path, stem: str = STEM, variant: str = "") -> list[Path
     return files
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """Names and shapes of a safetensors file. ModelError when it is cut short or no safetensors file."""
+def read_header(path: Path) -> dict[str, Stored]:
+    """Every tensor of a safetensors file. ModelError when it is cut short or no safetensors file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -79,7 +71,12 @@ def read_header(path: Path) -> dict[str, Entry]:
         try:
             header = json.loads(file.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            shapes = {name: Entry(path, tuple(entry["shape"])) for name, entry in entries.items()}
+            found = {
+                name: Stored(
+                    path, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + length + entry["data_offsets"][0]
+                )
+                for name, entry in entries.items()
+            }
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ModelError(f"{path} has a damaged header. Download it again.") from None
@@ -88,10 +85,10 @@ def read_header(path: Path) -> dict[str, Entry]:
             f"{path} has {size:,} bytes where its header promises {8 + length + end:,}: it is cut short or"
             " damaged. Download it again."
         )
-    return shapes
+    return found
 
 
-def check(expected: Mapping[str, torch.Size], found: Mapping[str, Entry], where: Path) -> None:
+def check(expected: Mapping[str, torch.Size], found: Mapping[str, Stored], where: Path) -> None:
     """Every tensor there, none too many, all of the right shape; otherwise one ModelError with the list."""
     problems = [f"missing {name} {tuple(shape)}" for name, shape in expected.items() if name not in found]
     problems += [f"surplus {name} {entry.shape}" for name, entry in found.items() if name not in expected]
@@ -132,6 +129,15 @@ def block_linears(transformer: nn.Module) -> list[str]:
     return [name for name, one in modules if isinstance(one, nn.Linear) and name.startswith(BLOCKS)]
 
 
+def stored_transformer(folder: Path, variant: str = "") -> dict[str, Stored]:
+    """The tensors of a diffusers `transformer` folder, all of them there and of the right shape."""
+    expected = empty_transformer(read_config(folder)).state_dict()
+    files = weight_files(folder, variant=variant)
+    found = {name: entry for file in files for name, entry in read_header(file).items()}
+    check({name: tensor.shape for name, tensor in expected.items()}, found, folder)
+    return found
+
+
 def load_transformer(
     folder: Path, device: torch.device, dtype: torch.dtype, variant: str = ""
 ) -> ChromaTransformer:
@@ -140,19 +146,40 @@ def load_transformer(
     Nothing is read before all headers fit. Peak memory is the model plus its largest tensor: each is cast
     and moved on its own.
     """
-    config = read_config(folder)
-    with torch.device("meta"):
-        transformer = ChromaTransformer(config)
-    files = weight_files(folder, variant=variant)
-    found = {name: entry for file in files for name, entry in read_header(file).items()}
-    check({name: tensor.shape for name, tensor in transformer.state_dict().items()}, found, folder)
-    for file in files:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            # copy=True: a view of the file would change under us when somebody rewrites it.
-            state = {name: tensors.get_tensor(name).to(device, dtype, copy=True) for name in tensors.keys()}  # noqa: SIM118
-        transformer.load_state_dict(state, strict=False, assign=True)
+    found = stored_transformer(folder, variant)
+    transformer = empty_transformer(read_config(folder), dtype=dtype)
+    for file in sorted({stored.file for stored in found.values()}):
+        # copied: a view of the file would change under us when somebody rewrites it.
+        fill(transformer, file, device, copy=True)
     transformer.mod_proj = transformer.mod_proj.to(device)
-    return transformer.requires_grad_(False).eval()
+    return transformer
+
+
+def load_quantized(
+    file: Path, config: TransformerConfig, precision: str, device: torch.device, dtype: torch.dtype
+) -> ChromaTransformer:
+    """What `convert` made of a transformer. On the CPU its parts are views of the file: read when used."""
+    transformer = empty_transformer(config, precision, dtype)
+    shapes = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
+    check(shapes, read_header(file), file)
+    fill(transformer, file, device)
+    transformer.mod_proj = transformer.mod_proj.to(device)
+    return transformer
+
+
+def fill(network: nn.Module, file: Path, device: torch.device, copy: bool = False) -> None:
+    """Put a file's tensors into a network on the meta device, in the dtypes that it was built with.
+
+    copy: False keeps views of the file where neither device nor dtype change: for files that only ever are
+    replaced as a whole.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    with safe_open(file, framework="pt", device="cpu") as tensors:
+        state = {
+            name: tensors.get_tensor(name).to(device, dtypes[name], copy=copy)
+            for name in tensors.keys()  # noqa: SIM118
+        }
+    network.load_state_dict(state, strict=False, assign=True)
 
 
 def save_transformer(transformer: nn.Module, folder: Path) -> None:
@@ -178,5 +205,4 @@ def save_transformer(transformer: nn.Module, folder: Path) -> None:
 
 
 def _meta_names(config: TransformerConfig) -> list[str]:
-    with torch.device("meta"):
-        return list(ChromaTransformer(config).state_dict())
+    return list(empty_transformer(config).state_dict())

@@ -1,0 +1,49 @@
+"""Fewer bits per weight: converted once into a folder that all runs share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+
+from simpletuner.config.environment import user_cache
+from simpletuner.config.schema import ModelOptions
+from simpletuner.errors import ConfigError, ModelError
+from simpletuner.events.types import Emit, Warned
+from simpletuner.models.chroma import fingerprints, weights
+from simpletuner.models.family import Source
+from simpletuner.quantization.convert import Stored, convert, scheme_file
+from simpletuner.quantization.schemes import named
+
+
+def transformer_file(source: Source, options: ModelOptions, device: torch.device, emit: Emit) -> Path:
+    """The transformer's weights in base_model_precision; the first call converts them."""
+    stored = weights.stored_transformer(source.transformer, source.variant)
+    network = weights.empty_transformer(weights.read_config(source.transformer))
+    chosen = {f"{name}.weight" for name in weights.block_linears(network)}
+    key = fingerprints.transformer_fingerprint(source)
+    return converted("chroma", options.base_model_precision, stored, chosen, key, options, device, emit)
+
+
+def converted(
+    what: str, precision: str, stored: Mapping[str, Stored], chosen: Collection[str], key: str,
+    options: ModelOptions, device: torch.device, emit: Emit,
+) -> Path:  # fmt: skip
+    """The file in the cache, made when it is not there or damaged.
+
+    what: the first word of its name. chosen: names in `stored` that are quantised. key: recognises `stored`.
+    """
+    if precision == "fp8" and device.type == "mps":
+        raise ConfigError('fp8 weights: Apple GPUs have no float8. Use "int8": as small, and it errs less.')
+    folder = Path(options.quantized_cache_dir) if options.quantized_cache_dir else user_cache() / "quantized"
+    file = scheme_file(folder, what, precision, key)
+    if file.exists():
+        try:
+            weights.read_header(file)
+        except ModelError:
+            emit(Warned(f"{file} is damaged; the weights are converted again"))
+            file.unlink()
+    place = torch.device("cpu") if options.quantize_via == "cpu" else device
+    convert(stored, chosen, named(precision), file, place, emit)
+    return file
