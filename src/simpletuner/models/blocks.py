@@ -38,7 +38,6 @@ class Runner:
         again = torch.is_grad_enabled() and number in self.recomputed
         if self.swap is None or number not in self.swap:
             return self._recomputed(run, streams) if again else run(*streams)
-        streams = self.swap.before(number, streams)
         with self.swap.present(number):
             out = self._recomputed(run, streams) if again else run(*streams)
         return self.swap.after(number, out)

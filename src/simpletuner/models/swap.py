@@ -215,26 +215,16 @@ class Swap:
         try:
             yield
         finally:
-            self.release(number)
-
-    def before(self, number: int, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Marks where the block's backward pass ends."""
-        out: tuple[Tensor, ...] = _Before.apply(self, number, *streams)
-        return out
+            self._leave(self._tenancies[-1])
 
     def after(self, number: int, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Marks where the block's backward pass begins."""
+        """Marks where the block's backward pass begins; it ends when the room is wanted for another."""
         out: tuple[Tensor, ...] = _After.apply(self, number, *streams)
         return out
 
     def begin_backward(self, number: int) -> None:
         at = self._order.index(number)
         self._bring(number, self._order[at - 1] if at else self._order[:2][-1])
-
-    def release(self, number: int) -> None:
-        tenancy = self._find(number)
-        if tenancy is not None:
-            self._leave(tenancy)
 
     def _bring(self, number: int, follows: int) -> None:
         tenancy = self._find(number) or self._send(number)
@@ -262,19 +252,6 @@ class Swap:
             tenancy.room.read()
             self._parcels[tenancy.number].bind(None)
             tenancy.bound = False
-
-
-class _Before(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, swap: Swap, number: int, *streams: Tensor) -> tuple[Tensor, ...]:
-        ctx.swap, ctx.number = swap, number
-        ctx.set_materialize_grads(False)
-        return streams
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.swap.release(ctx.number)
-        return None, None, *grads
 
 
 class _After(torch.autograd.Function):
