@@ -43,7 +43,7 @@ validation_guidance_skip_layers validation_preview validation_preview_steps vali
 validation_external_script validation_external_background validation_adapter_path
 validation_adapter_strength validation_multigpu validation_image_format validation_image_quality
 validation_using_datasets validation_stitch_input_location eval_epoch_interval eval_timesteps
-eval_dataset_pooling eval_loss_disable evaluation_type pretrained_evaluation_model_name_or_path push_to_hub
+eval_dataset_pooling eval_loss_disable pretrained_evaluation_model_name_or_path push_to_hub
 push_checkpoints_to_hub push_to_hub_background hub_model_id model_card_private model_card_safe_for_work
 model_card_note modelspec_comment publishing_config post_upload_script custom_tracker tracker_image_layout
 webhook_reporting_interval aspect_bucket_rounding aspect_bucket_alignment max_upscale_threshold
@@ -144,6 +144,13 @@ def judge(tmp_path: Path) -> Any:
         ({"validation_resolution": "1.0"}, "validation_resolution"),
         ({"report_to": "wandb,swanlab"}, "report_to"),
         ({"webhook_config": "https://x/y"}, "webhook_config"),
+        ({"evaluation_type": "clip"}, "evaluation_type"),
+        ({"evaluation_type": "shapes", "model_flavour": "hd"}, "evaluation_type"),
+        ({"evaluation_type": "zorbo", "pretrained_model_name_or_path": "who/what"}, "evaluation_type"),
+        ({"evaluation_type": "shapes,none", "model_flavour": "nano"}, "evaluation_type"),
+        ({"evaluation_prompts": 0}, "evaluation_prompts"),
+        ({"validation_strengths": "0.5,x"}, "validation_strengths"),
+        ({"validation_strengths": -1}, "validation_strengths"),
         ({"alpha_background": "red"}, "alpha_background"),
         ({"output_dir": ""}, "output_dir"),
         ({"validation_prompt_library": True}, "validation_prompt_library"),
@@ -171,6 +178,11 @@ def test_contradictions(judge: Any, config: dict[str, Any], option: str) -> None
         {"report_to": "wandb,tensorboard"},
         {"optimizer": "lion", "optimizer_config": "beta1=0.8, kahan_sum=true"},
         {"resolution": 1.0, "resolution_type": "area"},
+        {"evaluation_type": "zorbo, shapes", "model_flavour": "nano", "evaluation_prompts": 8},
+        {"evaluation_type": "shapes", "pretrained_model_name_or_path": "."},
+        {"validation_strengths": 0.5},
+        {"validation_strengths": "none"},
+        {"validation_strengths": "0.25, 0.5"},
     ],
 )
 def test_what_agrees_is_let_through(judge: Any, config: dict[str, Any]) -> None:
@@ -191,6 +203,7 @@ def test_what_agrees_is_let_through(judge: Any, config: dict[str, Any]) -> None:
             {"model_type": "full", "lora_rank": 4, "use_dora": True},
             "lora_rank, use_dora have no effect with model_type full",
         ),
+        ({"evaluation_prompts": 8}, "no effect without evaluation_type"),
         ({"text_encoder_1_precision": "fp8"}, "as much as int8"),
         ({"quantize_via": "cpu"}, "no effect without a quantised model"),
         ({"huber_c": 0.2}, "huber_c has no effect with loss_type l2"),

@@ -12,8 +12,14 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from simpletuner.events.types import Scored
+from tests.e2e.runs import events
+
 EXAMPLE = ("train", "--example", "chroma-nano.peft-lora")
-FEW = ("--max_train_steps=2", "--validation_num_inference_steps=2", "--lr_warmup_steps=0")
+FEW = (
+    "--max_train_steps=2", "--validation_num_inference_steps=2", "--lr_warmup_steps=0",
+    "--evaluation_type=shapes,zorbo", "--evaluation_prompts=4",
+)  # fmt: skip
 
 
 def simpletuner(folder: Path, *arguments: str) -> str:
@@ -36,9 +42,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_the_example_ends_with_before_and_after(trained: tuple[Path, Path]) -> None:
     _, run_dir = trained
     with Image.open(run_dir / "images" / "before_after.png") as sheet:
-        assert min(sheet.size) > 200
+        assert sheet.height == 30 + 3 * (256 + 8) + 8, "before, after, after at half the strength"
+    drawn = {path.name for path in (run_dir / "images" / "step-000002").iterdir()}
+    assert {"base-star-0-128x128.png", "base-star-0-128x128-strength-0.5.png"} <= drawn
     assert json.loads((run_dir / "exit.json").read_text())["status"] == "done"
     assert (run_dir / "report.html").stat().st_size > 10_000
+
+
+def test_the_run_has_scored_itself(trained: tuple[Path, Path]) -> None:
+    _, run_dir = trained
+    scored = [event for event in events(run_dir) if isinstance(event, Scored)]
+    assert [(event.metric, event.step, event.weights) for event in scored] == [
+        ("shapes", 0, "base"), ("zorbo", 0, "base"), ("shapes", 2, "trained"), ("zorbo", 2, "trained"),
+    ]  # fmt: skip
+    assert {event.prompts for event in scored} == {4}
+    assert scored[0].rates["background"][2] == 4
+    assert scored[0].rates["background"][0] > 0.5, "two steps from noise the ground is there already"
+    assert scored[1].rates == {"zorbo": (0.0, 0.0, 4), "all": (0.0, 0.0, 4)}
+    report = (run_dir / "report.html").read_text()
+    scores = report[report.index("<h2>Scores") : report.index("<h2>Pictures")]
+    assert '<th scope="col">before</th><th scope="col">step 2</th>' in scores
 
 
 def test_the_lora_names_modules_of_chroma(trained: tuple[Path, Path]) -> None:
@@ -51,8 +74,12 @@ def test_the_lora_names_modules_of_chroma(trained: tuple[Path, Path]) -> None:
 def test_the_same_command_again_has_nothing_left_to_do(trained: tuple[Path, Path]) -> None:
     folder, run_dir = trained
     before = (run_dir / "pytorch_lora_weights.safetensors").stat().st_size
+    drawn = {path: path.stat().st_mtime_ns for path in run_dir.glob("images/step-*/*.png")}
+    scored = sum(isinstance(event, Scored) for event in events(run_dir))
     simpletuner(folder, *EXAMPLE, *FEW)
     assert (run_dir / "pytorch_lora_weights.safetensors").stat().st_size == before
+    assert {path: path.stat().st_mtime_ns for path in run_dir.glob("images/step-*/*.png")} == drawn
+    assert sum(isinstance(event, Scored) for event in events(run_dir)) == scored
 
 
 def test_generate_with_and_without_the_lora(trained: tuple[Path, Path]) -> None:

@@ -51,7 +51,7 @@ def test_everything_a_run_promises_is_there(drawn: tuple[Workspace, Path]) -> No
     assert [event.step for event in happened if isinstance(event, Stepped)] == [1, 2, 3, 4, 5, 6]
     pictures = [event for event in happened if isinstance(event, ImageSaved)]
     assert {(event.step, event.weights) for event in pictures} == {
-        (0, "base"), (4, "trained"), (4, "ema"), (6, "trained"), (6, "ema"),
+        (0, "base"), (4, "trained"), (4, "ema"), (6, "trained"), (6, "ema"), (6, "strength 0.5"),
     }  # fmt: skip
     for event in pictures:
         with Image.open(run_dir / event.path) as image:

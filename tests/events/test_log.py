@@ -27,6 +27,7 @@ EXAMPLES = [
     types.ImageSaved(2, "cat", "a <cat>", "images/cat.png", 1, 64, 128, "trained"),
     types.SheetSaved(2, "images/sheet.png"),
     types.Evaluated(2, "d", "eval", 0.4, -0.1, 0.01, ((0.1, 0.5), (0.9, 0.25)), True),
+    types.Scored(2, "shapes", "ema", 64, {"colour": (0.5, 0.06, 80), "pair": (0.0, 0.0, 9)}),
     types.Finished(10, 2.5, "done"),
     types.Failed(3, "boom", 4),
 ]

@@ -24,6 +24,7 @@ from simpletuner.events.types import (
     Resumed,
     RunStarted,
     Saved,
+    Scored,
     Stepped,
     Warned,
 )
@@ -223,3 +224,26 @@ def test_a_fresh_start_has_nothing_before_it() -> None:
     found = of_records(records)
     assert sorted(found.steps) == [1]
     assert not found.evaluations
+
+
+def scored(number: int, colour: float) -> Scored:
+    rates = {"colour": (colour, 0.04, 80), "pair": (0.0, 0.0, 9)}
+    return Scored(number, "shapes", "trained" if number else "base", 64, rates)
+
+
+def test_scores_stand_side_by_side(tmp_path: Path) -> None:
+    abandoned = [scored(20, 0.11), Resumed(10, "checkpoint-10")]
+    page = report(tmp_path, [scored(0, 0.25), scored(10, 0.5), *abandoned, scored(20, 0.75)])
+    table = page[page.index("<h2>Scores") : page.index("</table>", page.index("<h2>Scores"))]
+    heads = re.findall(r"<th[^>]*>([^<]*)</th>", table)
+    assert heads == ["shapes, 64 prompts", "before", "step 10", "step 20"]
+    cells = re.findall(r"<td>([^<]*)</td>", table)
+    assert cells == ["colour", "25 ± 4 %", "50 ± 4 %", "75 ± 4 %", "pair", *["0 ± 0 %"] * 3]
+    assert "<h2>Scores" not in report(tmp_path / "none", [step(1)])
+
+
+def test_a_lora_at_half_its_strength_has_its_own_row(tmp_path: Path) -> None:
+    page = report(tmp_path, [image(tmp_path, 0, "base"), image(tmp_path, 5, "trained"),
+                             image(tmp_path, 5, "strength 0.5")])  # fmt: skip
+    assert page.count("seed 42</span>") == 1
+    assert page.count("seed 42 · strength 0.5</span>") == 1

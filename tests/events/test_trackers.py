@@ -10,10 +10,11 @@ from PIL import Image
 
 from simpletuner.errors import ConfigError, MissingExtra
 from simpletuner.events import trackers
-from simpletuner.events.types import Evaluated, ImageSaved, Noted, Resumed, Stepped
+from simpletuner.events.types import Evaluated, ImageSaved, Noted, Resumed, Scored, Stepped
 
 STEP = Stepped(3, 20, 0, 0.5, 1e-4, 1.25, 0.5, 1, 3.25)
 EVALUATION = Evaluated(3, "d", "eval", 0.4, -0.1, 0.02, ((0.125, 0.6),), True)
+SCORE = Scored(3, "shapes", "trained", 64, {"colour": (0.75, 0.05, 80)})
 IMAGE = ImageSaved(3, "cat", "a cat", "cat.png", 42, 8, 8, "trained")
 
 
@@ -25,7 +26,7 @@ def test_tensorboard_reads_back_what_was_tracked(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     picture(tmp_path)
     (sink,) = trackers.make("tensorboard", tmp_path, "p", None, {"seed": 42})
-    for event in (Noted("x"), STEP, EVALUATION, IMAGE):
+    for event in (Noted("x"), STEP, EVALUATION, SCORE, IMAGE):
         sink(event)
     sink.close()  # type: ignore[attr-defined]
     found = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
@@ -33,6 +34,8 @@ def test_tensorboard_reads_back_what_was_tracked(tmp_path: Path) -> None:
     (loss,) = found.Scalars("train/loss")
     assert (loss.step, loss.value) == (3, 0.5)
     assert found.Scalars("eval/d/eval/sigma_0.125")[0].value == pytest.approx(0.6)
+    assert found.Scalars("score/shapes/colour")[0].value == 0.75
+    assert found.Scalars("score/shapes/colour_se")[0].value == pytest.approx(0.05)
     assert found.Scalars("device/memory_gib")[0].value == 3.25
     assert found.Images("cat/8x8/42/trained")[0].encoded_image_string == (tmp_path / "cat.png").read_bytes()
 

@@ -11,6 +11,8 @@ import pytest
 import score
 from PIL import Image, ImageFilter
 
+from simpletuner.config import rules
+from simpletuner.validation.scores import METRICS
 from simpletuner.validation.shapes import verdicts, world
 from simpletuner.validation.shapes.read import Reading, Seen, read
 from simpletuner.validation.shapes.zorbo import compose_lesson, find
@@ -239,3 +241,25 @@ def test_the_sheet_has_a_place_for_each() -> None:
     judged[0]["shape"] = [False]
     page = score.sheet(SCENES[:7], [draw.render(scene) for scene in SCENES[:7]], judged)
     assert np.all(np.asarray(page) == score.RED, axis=2).any()
+
+
+def test_a_metric_reads_what_it_asked_for() -> None:
+    shapes = METRICS["shapes"](24)
+    truth = [draw.render(scene) for scene in SCENES]
+    drawn = {scene.caption: picture for scene, picture in zip(SCENES, truth)}
+    wanted = [drawn[picture.prompt.text] for picture in shapes.pictures]
+    assert {one.rate for one in shapes.judge(wanted).values()} == {1.0}
+    assert shapes.judge(wanted[1:] + wanted[:1])["all"].rate == 0
+    zorbos = METRICS["zorbo"](None)
+    assert len(zorbos.pictures) == 32
+    found = zorbos.judge([lesson.render_lesson(scene) for scene in ZORBOS])
+    assert found["all"].rate >= 0.99
+    assert zorbos.judge(truth[:32]) == {"zorbo": (0, 0, 32), "all": (0, 0, 32)}
+
+
+def test_prompts_of_a_metric_are_always_the_same() -> None:
+    few, many = METRICS["zorbo"](4).pictures, METRICS["zorbo"](9).pictures
+    assert many[:4] == few
+    assert {picture.size_px for picture in many} == {(128, 128)}
+    assert len({picture.seed for picture in many}) == 9
+    assert tuple(METRICS) == rules.SCORES

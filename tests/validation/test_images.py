@@ -12,7 +12,7 @@ from simpletuner.errors import DiskFull
 from simpletuner.events.types import Event, ImageSaved, SheetSaved, Warned
 from simpletuner.events.wording import spread
 from simpletuner.validation import fonts, images
-from simpletuner.validation.component import Validator
+from simpletuner.validation.component import Validator, at
 from simpletuner.validation.images import Settings, read_description, save_png, to_image
 from simpletuner.validation.prompts import Prompt, pictures
 from simpletuner.validation.sheet import Row, draw_sheet
@@ -124,6 +124,23 @@ def test_sheets_grow_with_the_run(tmp_path: Path) -> None:
         assert max(difference) < 12
     assert before != after
     assert four_rows == (176 + 8 * 264 + 8, 30 + 4 * 128 + 5 * 8)
+
+
+def test_half_the_strength_is_a_third_row(tmp_path: Path) -> None:
+    network = Network(3.0)
+    for _ in "twice":
+        drawn = validator(tmp_path, [])
+        drawn.strengths = (0.5,)
+        drawn.run(0, Network(0.1), "base")
+        drawn.run(10, network)
+        drawn.run(10, network, at(0.5))
+        with Image.open(tmp_path / "images/before_after.png") as image:
+            assert image.height == 30 + 3 * 128 + 4 * 8
+    assert sum(network.calls) == 2 * 2 * 4 * 2, "two pictures at two strengths, guided, four steps: once"
+    assert (tmp_path / "images/step-000010/cat-0-32x16-strength-0.5.png").is_file()
+    drawn.run(20, network)
+    with Image.open(tmp_path / "images/before_after.png") as image:
+        assert image.height == 30 + 2 * 128 + 3 * 8, "of the newest step alone"
 
 
 def test_pictures_of_another_run_are_not_on_the_sheet(tmp_path: Path) -> None:

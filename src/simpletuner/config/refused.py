@@ -46,7 +46,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
      "assistant_lora_path assistant_lora_*=* disable_assistant_lora scheduled_sampling_probability "
      "scheduled_sampling_max_step_offset scheduled_sampling_reflexflow scheduled_sampling_*=* "
      "mixflow_enabled mixflow_*=* masked_loss_probability=1 validation_preview validation_preview_steps=* "
-     "validation_adapter_path validation_adapter_*=* evaluation_type ema_warmup_steps "
+     "validation_adapter_path validation_adapter_*=* ema_warmup_steps "
      "pretrained_evaluation_model_name_or_path=* checkpointing_rolling_steps gradient_precision=unmodified "
      "checkpoints_rolling_total_limit=* prodigy_steps optimizer_cpu_offload_method "
      "optimizer_offload_gradients optimizer_release_gradients fuse_optimizer"),

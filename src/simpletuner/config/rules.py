@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.schema import DataOptions, FlowOptions, RunConfig
@@ -13,10 +14,12 @@ Given = Mapping[str, str]  # option -> where it was given; defaults are absent
 Finding = tuple[str, str]  # option it is reported at, what is wrong
 RESOLUTION = re.compile(r"(\d+)(?:x(\d+))?")
 TRACKERS = ("tensorboard", "wandb", "trackio")
+SCORES = ("shapes", "zorbo")
 LORA_ONLY = (
     "lora_rank", "lora_alpha", "lora_dropout", "flux_lora_target", "lora_target_modules", "use_dora",
     "use_rslora", "lora_init_type",
 )  # fmt: skip
+SCORING = ("evaluation_prompts", "evaluation_step_interval")
 BETA = ("flow_beta_schedule_alpha", "flow_beta_schedule_beta")
 
 
@@ -104,12 +107,28 @@ def _watching(run: RunConfig) -> Iterator[Finding]:
         match = RESOLUTION.fullmatch(size)
         if size and (match is None or any(int(side) < 64 for side in match.groups() if side)):
             yield "validation_resolution", f'{size!r} is not "512" or "512x768" (pixels, at least 64)'
+    yield from _scores(run)
     names = [name.strip() for name in run.logging.report_to.split(",")]
     for name in names:
         if name not in TRACKERS and names != ["none"]:
             yield "report_to", f"{name!r} is not offered; allowed: none, or some of {', '.join(TRACKERS)}"
     if isinstance(run.logging.webhook_config, str) and "://" in run.logging.webhook_config:
         yield "webhook_config", 'an address alone is not enough; write {"webhook_type": ..., ...}'
+
+
+def _scores(run: RunConfig) -> Iterator[Finding]:
+    """What can be scored, and of which base: of one that knows the words and draws at 128 px."""
+    names = [name.strip() for name in run.validation.evaluation_type.split(",")]
+    for name in names:
+        if name == "clip":
+            yield "evaluation_type", "clip needs a second model; held-out loss (an eval dataset) does not"
+        elif name not in SCORES and names != ["none"]:
+            yield "evaluation_type", f"{name!r} is not offered; allowed: none, or some of {', '.join(SCORES)}"
+    base = run.model.pretrained_model_name_or_path
+    own = run.model.model_flavour == "nano" or (base is not None and Path(base).is_dir())
+    if not own and not set(SCORES).isdisjoint(names):
+        what = "is about chroma-nano's pictures; use model_flavour nano, or a folder with a base of its kind"
+        yield "evaluation_type", f"{run.validation.evaluation_type} {what}"
 
 
 def remarks(run: RunConfig, given: Given) -> Iterator[str]:
@@ -137,7 +156,8 @@ def remarks(run: RunConfig, given: Given) -> Iterator[str]:
 def _without_effect(run: RunConfig, given: Given) -> Iterator[str]:
     densities = ("quadratic", "quadratic-literal", "logit-normal")
     idle = {
-        "with model_type full": (run.model.model_type == "full", LORA_ONLY),
+        "with model_type full": (run.model.model_type == "full", (*LORA_ONLY, "validation_strengths")),
+        "without evaluation_type": (run.validation.evaluation_type == "none", SCORING),
         "beside lora_target_modules": (run.adapter.lora_target_modules is not None, ("flux_lora_target",)),
         "without a beta density": (
             not run.flow.flow_use_beta_schedule and run.flow.chroma_sigma_density != "beta", BETA

@@ -150,13 +150,25 @@ class ValidationOptions(Section):
         "Pictures per prompt and size.", unit="pictures", resume="free", ge=1, le=64)
     validation_seed: int | None = option(None, "Their seed; null is seed.", resume="free", ge=0, lt=2**63)
     disable_benchmark: bool = option(False,
-        "Skip the pictures of the untouched base at step 0.", resume="free")
+        "Skip the pictures and scores of the untouched base at step 0.", resume="free")
+    validation_strengths: str = option("0.5",
+        "Comma list: strengths at which the LoRA's pictures are drawn once more at the end; or none.",
+        level="common", resume="free", pattern=r"^(none|\d(\.\d+)?( *, *\d(\.\d+)?)*)$")
     eval_steps_interval: int | None = option(None,
         "Steps between measurements of the held-out loss; null is every checkpoint.", level="common",
         unit="steps", resume="free", ge=1)
     num_eval_images: int = option(64, "Pictures in the held-out loss.", unit="pictures", resume="free", ge=1)
     eval_sigma_count: int = option(8, "Noise levels at which each is measured.", unit="levels", ge=1, le=64)
     eval_dataset_id: str | None = option(None, "Measure on this eval set only.", resume="free")
+    evaluation_type: str = option("none",
+        "Score pictures of unseen prompts by program: none, or a comma list of shapes (chroma-nano's world) "
+        "and zorbo (the example's concept).", resume="free")
+    evaluation_prompts: int | None = option(None,
+        "Prompts of each score; null is 64 for shapes, 32 for zorbo.", unit="prompts", resume="free", ge=1,
+        le=10000)
+    evaluation_step_interval: int | None = option(None,
+        "Steps between scores; null is the untouched base and the end only.", unit="steps", resume="free",
+        ge=1)
 
 
 class LoggingOptions(Section):

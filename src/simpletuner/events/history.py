@@ -14,7 +14,7 @@ PictureKey = tuple[str, int, int, int, str]
 
 @dataclass
 class History:
-    """steps, evaluations and pictures are those that the present weights descend from.
+    """steps, evaluations, scores and pictures are those that the present weights descend from.
 
     pictures: ((prompt id, width, height, seed, weights), step) -> event. problems: (unix seconds, event).
     resumes: steps at which a later process went on. end: how the last process ended, None while it runs.
@@ -23,6 +23,7 @@ class History:
     started: types.RunStarted | None = None
     steps: dict[int, types.Stepped] = field(default_factory=dict)
     evaluations: dict[tuple[str, str, int], types.Evaluated] = field(default_factory=dict)
+    scores: dict[tuple[str, int], types.Scored] = field(default_factory=dict)
     pictures: dict[tuple[PictureKey, int], types.ImageSaved] = field(default_factory=dict)
     saved: dict[str, types.Saved] = field(default_factory=dict)
     datasets: dict[str, types.DatasetScanned] = field(default_factory=dict)
@@ -47,6 +48,8 @@ class History:
                 self.steps[event.step] = event
             case types.Evaluated():
                 self.evaluations[event.dataset, event.split, event.step] = event
+            case types.Scored():
+                self.scores[event.metric, event.step] = event
             case types.ImageSaved():
                 key = (event.prompt_id, event.width_px, event.height_px, event.seed, event.weights)
                 self.pictures[key, event.step] = event
@@ -64,6 +67,7 @@ class History:
     def _forget_after(self, step: int) -> None:
         self.steps = {at: event for at, event in self.steps.items() if at <= step}
         self.evaluations = {key: event for key, event in self.evaluations.items() if event.step <= step}
+        self.scores = {key: event for key, event in self.scores.items() if event.step <= step}
         self.pictures = {key: event for key, event in self.pictures.items() if event.step <= step}
 
 

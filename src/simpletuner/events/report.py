@@ -17,8 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 from simpletuner.events.charts import Line, chart
 from simpletuner.events.history import History, PictureKey, of_run
-from simpletuner.events.types import Evaluated, Failed, ImageSaved
-from simpletuner.events.wording import Smooth, describe, duration, size, spread
+from simpletuner.events.types import Evaluated, Failed, ImageSaved, Scored
+from simpletuner.events.wording import Smooth, describe, duration, percent, size, spread
 
 MAX_COLUMNS = 9  # steps shown of the pictures: the first, the last and some between
 THUMBNAIL_PX = 448
@@ -37,8 +37,9 @@ def write_report(run_dir: Path, defaults: Mapping[str, Any] | None = None) -> Pa
     title = f"{run_dir.resolve().name} · simpletuner"
     style = Path(__file__).with_name("report.css").read_text("utf-8")
     body = "".join(
-        [_head(run_dir, history), _training(history), _held_out(history), _pictures(run_dir, history),
-         _checkpoints(run_dir, history), _data(history), _problems(history), _settings(run_dir, defaults)]
+        [_head(run_dir, history), _training(history), _held_out(history), _scores(history),
+         _pictures(run_dir, history), _checkpoints(run_dir, history), _data(history), _problems(history),
+         _settings(run_dir, defaults)]
     )  # fmt: skip
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
@@ -121,6 +122,23 @@ def _held_out(history: History) -> str:
     )
 
 
+def _scores(history: History) -> str:
+    """A table per metric: the rates, a column per step."""
+    metrics: dict[str, list[Scored]] = {}
+    for event in sorted(history.scores.values(), key=lambda event: event.step):
+        metrics.setdefault(event.metric, []).append(event)
+    tables = []
+    for metric, events in metrics.items():
+        shown = [events[at] for at in spread(range(len(events)), MAX_COLUMNS)]
+        when = [_when(event.step, event.weights == "base") for event in shown]
+        names = dict.fromkeys(name for event in shown for name in event.rates)
+        rows = [
+            (name, *(percent(*e.rates[name][:2]) if name in e.rates else "" for e in shown)) for name in names
+        ]
+        tables.append(_table((f"{metric}, {shown[-1].prompts} prompts", *when), rows))
+    return _section("Scores: the share of unseen prompts that is right", "".join(tables))
+
+
 def _pictures(run_dir: Path, history: History) -> str:
     rows: dict[PictureKey, dict[int, ImageSaved]] = {}
     for ((prompt, width, height, seed, weights), step), event in history.pictures.items():
@@ -130,12 +148,12 @@ def _pictures(run_dir: Path, history: History) -> str:
     steps = sorted({step for row in rows.values() for step in row})
     shown = spread(steps, MAX_COLUMNS)
     bases = {step for row in rows.values() for step, event in row.items() if event.weights == "base"}
-    heads = "".join(f'<th scope="col">{"before" if step in bases else f"step {step}"}</th>' for step in shown)
+    heads = "".join(f'<th scope="col">{_when(step, step in bases)}</th>' for step in shown)
     lines = []
     for (_, width, height, seed, kind), row in sorted(rows.items()):
         event = next(iter(row.values()))
-        ema = " · EMA" if kind == "ema" else ""
-        about = f'<span class="soft">{width} x {height} · seed {seed}{ema}</span>'
+        which = {"trained": "", "ema": " · EMA"}.get(kind, f" · {kind}")
+        about = f'<span class="soft">{width} x {height} · seed {seed}{_text(which)}</span>'
         cells = "".join(f"<td>{_picture(run_dir, row[step]) if step in row else ''}</td>" for step in shown)
         lines.append(
             f'<tr><th scope="row">{_text(event.prompt) or "(empty prompt)"}<br>{about}</th>{cells}</tr>'
@@ -212,6 +230,10 @@ def _settings(run_dir: Path, defaults: Mapping[str, Any] | None) -> str:
     return _section(
         "Settings that differ from the defaults", _table(("option", "value", "default"), changed) + summary
     )
+
+
+def _when(step: int, base: bool) -> str:
+    return "before" if base else f"step {step}"
 
 
 def _value(value: Any) -> str:

@@ -133,7 +133,10 @@ class CheckpointSetAside(Event):
 
 @dataclass(frozen=True)
 class ImageSaved(Event):
-    """A validation picture. path: relative to the run folder. weights: "base", "trained" or "ema"."""
+    """A validation picture. path: relative to the run folder.
+
+    weights: "base", "trained", "ema", or the LoRA at another strength, "strength 0.5".
+    """
 
     kind: ClassVar[str] = "image"
     step: int
@@ -171,6 +174,22 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True)
+class Scored(Event):
+    """What a program reads from the pictures of `prompts` unseen prompts, drawn with the weights of the step.
+
+    metric: as in evaluation_type. weights: "base", "trained" or "ema". rates: name -> (share that is right,
+    its standard error, how many were counted).
+    """
+
+    kind: ClassVar[str] = "scored"
+    step: int
+    metric: str
+    weights: str
+    prompts: int
+    rates: dict[str, tuple[float, float, int]]
+
+
+@dataclass(frozen=True)
 class Finished(Event):
     """status: "done" or "stopped"."""
 
@@ -192,6 +211,7 @@ EVENTS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
         RunStarted, Noted, Warned, StageStarted, StageProgress, StageDone, DatasetScanned, Stepped, Saved,
-        Resumed, CheckpointSetAside, ImageSaved, SheetSaved, Evaluated, Finished, Failed,
+        Resumed, CheckpointSetAside, ImageSaved, SheetSaved, Evaluated, Scored, Finished,
+        Failed,
     )
 }  # fmt: skip

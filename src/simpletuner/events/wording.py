@@ -51,6 +51,11 @@ def speed(per_s: float, unit: str) -> str:
     return f"{per_s:.2f} {unit}/s" if per_s >= 0.5 else f"{1 / per_s:.1f} s/{unit}"
 
 
+def percent(rate: float, error: float) -> str:
+    """A share and its standard error: 96 ± 1 %."""
+    return f"{100 * rate:.0f} ± {100 * error:.0f} %"
+
+
 def spread(steps: Sequence[int], most: int) -> list[int]:
     """At most that many, the first and the last always among them, the rest evenly spaced by position."""
     if len(steps) <= most:
@@ -93,6 +98,9 @@ def describe(event: types.Event) -> str:
             best = ", the best so far" if event.best and event.step else ""
             change = f"change {event.change:+.4f} ± {event.change_se:.4f}"
             return f"step {event.step}: {event.split} loss ({event.dataset}) {event.loss:.4f}, {change}{best}"
+        case types.Scored():
+            told = ", ".join(f"{name} {percent(rate, se)}" for name, (rate, se, _) in event.rates.items())
+            return f"step {event.step}: {event.metric} in {event.prompts} pictures [{event.weights}]: {told}"
         case types.Finished():
             return f"{event.status} at step {event.step} after {duration(event.seconds)}"
         case types.Failed():

@@ -23,15 +23,16 @@ from simpletuner.models import registry
 from simpletuner.training import resume, schedules, trainee
 from simpletuner.training.device import Device, choose
 from simpletuner.training.export import Exporter
-from simpletuner.training.keeper import Keeper
+from simpletuner.training.keeper import Companion, Keeper
 from simpletuner.training.loop import Action, Every, Parts, Plan
 from simpletuner.training.prefetch import Prefetch
 from simpletuner.training.prepare import Prepared, prepare
 from simpletuner.training.resume import Origin
 from simpletuner.training.rundir import RunFolder
-from simpletuner.training.stages import Evaluation, Pictures, heldout_of
+from simpletuner.training.stages import Evaluation, Pictures, Scoring, heldout_of
 from simpletuner.training.trainee import Trainee
 from simpletuner.validation import prompts as validation_prompts
+from simpletuner.validation import scores
 from simpletuner.validation.component import Validator
 from simpletuner.validation.images import Settings
 from simpletuner.validation.inference import Inference
@@ -57,7 +58,9 @@ def build(
         emit(Noted(note))
     validated = not run.validation.validation_disable
     prompts = validation_prompts.read_prompts(run.validation, base_dir) if validated else ()
-    texts = validation_prompts.captions(prompts, run.validation.validation_guidance_real)
+    guidance = run.validation.validation_guidance_real
+    metrics = scores.chosen(run.validation)
+    texts = (*validation_prompts.captions(prompts, guidance), *scores.texts(metrics, guidance))
     prepared = prepare(run, backends, family, texts, folder, device, emit, closing)
     order = order_of(run, prepared, emit)
     plan = plan_of(run, order.batches_per_epoch)
@@ -65,11 +68,14 @@ def build(
 
     inference = Inference(family, prepared.facts, device.device, device.weights, device.autocast)
     evaluation = evaluation_of(run, prepared, inference, net, folder, emit)
-    pictures = pictures_of(run, prepared, inference, net, prompts, folder, emit)
+    pictures = pictures_of(run, prepared, inference, net, prompts, plan, folder, emit)
+    scoring = scoring_of(run, prepared, inference, net, metrics, emit)
+    remembering: dict[str, Companion] = {"heldout": evaluation.heldout} if evaluation else {}
+    if scoring is not None:
+        remembering["scores"] = scoring.scorer
     exporter = Exporter(family, prepared.source, net, run, folder, emit)
     keeper = Keeper(
-        folder, run.checkpoint, net, config, prepared.identity(),
-        {"heldout": evaluation.heldout} if evaluation else {}, exporter.into_checkpoint,
+        folder, run.checkpoint, net, config, prepared.identity(), remembering, exporter.into_checkpoint,
         evaluation.best_step if evaluation else lambda: None, emit,
     )  # fmt: skip
     if origin is not None:
@@ -87,8 +93,8 @@ def build(
         family, net.transformer, device, list(net.trained.items()), net.optimizer, net.ema, plan,
         run.training.seed, run.flow, run.optimizer, run.adapter.lora_dropout > 0 and net.uses_lora,
         lambda step: schedules.learning_rate(net.schedule, step, plan.total_steps),
-        batch, sizes, first, keeper.save, every(run, plan, keeper, pictures, evaluation, exporter, emit),
-        asked, stop_requested, emit,
+        batch, sizes, first, keeper.save,
+        every(run, plan, keeper, pictures, evaluation, scoring, exporter, emit), asked, stop_requested, emit,
     )  # fmt: skip
 
 
@@ -159,7 +165,7 @@ def evaluation_of(
 
 def pictures_of(
     run: RunConfig, prepared: Prepared, inference: Inference, net: Trainee,
-    prompts: tuple[validation_prompts.Prompt, ...], folder: RunFolder, emit: Emit,
+    prompts: tuple[validation_prompts.Prompt, ...], plan: Plan, folder: RunFolder, emit: Emit,
 ) -> Pictures | None:  # fmt: skip
     """The stage that draws; None when there is nothing to draw."""
     if not prompts:
@@ -178,19 +184,39 @@ def pictures_of(
         prepared.source.name,
         prepared.name() + training_name(resolved(run)),
     )
+    decoder = decoder_of(run, prepared, inference)
+    chosen = options.validation_strengths.split(",") if net.uses_lora else ["none"]
+    strengths = tuple(float(strength) for strength in chosen if strength != "none")
+    validator = Validator(inference, drawn, settings, prepared.rows, decoder, folder.path, emit, strengths)
+    return Pictures(validator, net, run.optimizer.ema_validation, plan.total_steps)
 
-    def decoder() -> Callable[[Tensor], Tensor]:
-        return prepared.family.load_vae(prepared.source, run.model, inference.device).decode
 
-    validator = Validator(inference, drawn, settings, prepared.rows, decoder, folder.path, emit)
-    return Pictures(validator, net, run.optimizer.ema_validation)
+def scoring_of(
+    run: RunConfig, prepared: Prepared, inference: Inference, net: Trainee,
+    metrics: tuple[scores.Metric, ...], emit: Emit,
+) -> Scoring | None:  # fmt: skip
+    """The stage that scores; None where no score is asked for."""
+    if not metrics:
+        return None
+    options = run.validation
+    scorer = scores.Scorer(
+        inference, metrics, options.validation_num_inference_steps, options.validation_guidance_real,
+        prepared.rows, decoder_of(run, prepared, inference), emit,
+    )  # fmt: skip
+    return Scoring(scorer, net)
+
+
+def decoder_of(
+    run: RunConfig, prepared: Prepared, inference: Inference
+) -> Callable[[], Callable[[Tensor], Tensor]]:
+    return lambda: prepared.family.load_vae(prepared.source, run.model, inference.device).decode
 
 
 def every(
     run: RunConfig, plan: Plan, keeper: Keeper, pictures: Pictures | None, evaluation: Evaluation | None,
-    exporter: Exporter, emit: Emit,
+    scoring: Scoring | None, exporter: Exporter, emit: Emit,
 ) -> tuple[Every, ...]:  # fmt: skip
-    """Between steps, in order: evaluate (it names the best), save, draw, and at the end export."""
+    """Between steps, in order: evaluate (it names the best), score, save, draw, and at the end export."""
 
     def steps(interval: int) -> Callable[[int], int]:
         return lambda step: step // interval
@@ -203,13 +229,17 @@ def every(
             what = f"checkpoint_step_interval {saving} does not divide eval_steps_interval {measuring}"
             emit(Warned(f"{what}: the step with the lowest held-out loss may have no checkpoint"))
         rows.append(Every(steps(measuring), evaluation.run, at_start=True))
+    benchmark = not run.validation.disable_benchmark
+    if scoring is not None:
+        interval = run.validation.evaluation_step_interval or plan.total_steps
+        rows.append(Every(steps(interval), scoring.run, at_start=benchmark))
     rows.append(Every(steps(saving), keeper.save))
     epochs = run.checkpoint.checkpoint_epoch_interval
     if epochs is not None:
         rows.append(Every(lambda step: plan.epoch(step) // epochs, keeper.save))
     if pictures is not None:
         drawn = steps(run.validation.validation_step_interval)
-        rows.append(Every(drawn, pictures.draw, at_start=not run.validation.disable_benchmark))
+        rows.append(Every(drawn, pictures.draw, at_start=benchmark))
     rows.append(Every(lambda step: 0, exporter.finish))
     if evaluation is not None:
         rows.append(Every(lambda step: 0, evaluation.conclude))

@@ -119,6 +119,7 @@ def reduced(run: RunConfig, output_dir: Path, findings: Findings) -> RunConfig:
             "checkpoint_epoch_interval": None, "validation_step_interval": STEPS,
             "eval_steps_interval": STEPS,
             "validation_num_inference_steps": 2, "validation_resolution": str(SIDE_PX),
+            "evaluation_prompts": 2,
             "num_validation_images": 1, "num_eval_images": 4, "report_to": "none", "webhook_config": None,
         }
     )  # fmt: skip

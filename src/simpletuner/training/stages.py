@@ -1,4 +1,4 @@
-"""What is done between steps with the weights of the moment: pictures and held-out loss."""
+"""What is done between steps with the weights of the moment: pictures, held-out loss, scores."""
 
 from __future__ import annotations
 
@@ -12,40 +12,76 @@ from simpletuner.config.schema import RunConfig
 from simpletuner.events.types import Emit, Noted
 from simpletuner.training.prepare import Prepared, part
 from simpletuner.training.trainee import Trainee
-from simpletuner.validation.component import BASE_STEP, Validator
+from simpletuner.validation.component import BASE_STEP, Validator, at
 from simpletuner.validation.heldout import HeldOut, HeldOutSet, choose, fixed_batches
 from simpletuner.validation.inference import Inference
+from simpletuner.validation.scores import Scorer
+
+
+@contextmanager
+def at_strength(net: Trainee, strength: float) -> Iterator[None]:
+    """The LoRA at that strength inside, at its own after; a network without one stays as it is."""
+    if net.set_strength is None:
+        yield
+        return
+    net.set_strength(net.transformer, strength)
+    try:
+        yield
+    finally:
+        net.set_strength(net.transformer, 1.0)
 
 
 @dataclass
 class Pictures:
-    """Draws at a step: the untouched base at step 0, then the trained weights, their average, or both."""
+    """Draws at a step: the untouched base at step 0, then the trained weights, their average, or both.
+
+    last_step: where the LoRA is drawn at the validator's other strengths too.
+    """
 
     validator: Validator
     net: Trainee
     which: str
+    last_step: int
 
     def draw(self, step: int) -> None:
         if step == BASE_STEP:
-            with self._untouched():
+            with at_strength(self.net, 0.0):
                 self.validator.run(step, self.net.transformer, "base")
             return
-        if self.net.average is None or self.which != "ema_only":
+        average = self.net.average
+        trained = average is None or self.which != "ema_only"
+        if trained:
             self.validator.run(step, self.net.transformer, "trained")
-        if self.net.average is not None and self.which != "none":
-            with self.net.average():
+        if average is not None and self.which != "none":
+            with average():
                 self.validator.run(step, self.net.transformer, "ema")
+        if step == self.last_step:
+            with nullcontext() if trained or average is None else average():
+                self._weaker(step)
 
-    @contextmanager
-    def _untouched(self) -> Iterator[None]:
-        if self.net.set_strength is None:
-            yield
-            return
-        self.net.set_strength(self.net.transformer, 0.0)
-        try:
-            yield
-        finally:
-            self.net.set_strength(self.net.transformer, 1.0)
+    def _weaker(self, step: int) -> None:
+        for strength in self.validator.strengths:
+            with at_strength(self.net, strength):
+                self.validator.run(step, self.net.transformer, at(strength))
+
+
+@dataclass
+class Scoring:
+    """Scores the untouched base at step 0, then what is kept: the average where there is one."""
+
+    scorer: Scorer
+    net: Trainee
+
+    def run(self, step: int) -> None:
+        average = self.net.average
+        if step == BASE_STEP:
+            with at_strength(self.net, 0.0):
+                self.scorer.run(step, self.net.transformer, "base")
+        elif average is None:
+            self.scorer.run(step, self.net.transformer, "trained")
+        else:
+            with average():
+                self.scorer.run(step, self.net.transformer, "ema")
 
 
 @dataclass

@@ -28,6 +28,7 @@ class Validator:
     pictures: as `prompts.pictures` lists them. rows: a text to its (L, D) rows, from the text cache.
     decoder: makes the function from latents (1, C, H, W) to pixels (1, 3, H px, W px). The VAE behind it
     is held only while pictures are drawn: between them its memory is training's.
+    strengths: others of the LoRA than its own, at which the last step's pictures are drawn too.
     """
 
     inference: Inference
@@ -37,12 +38,13 @@ class Validator:
     decoder: Callable[[], Callable[[Tensor], Tensor]]
     run_dir: Path
     emit: Emit
+    strengths: Sequence[float] = ()
     _verified: set[Path] = field(default_factory=set, init=False, repr=False)
 
     def run(self, step: int, transformer: nn.Module, weights: str = "trained") -> None:
         """Draw every picture with the weights that are in the transformer now; then the sheets.
 
-        weights: "base" (the caller has set adapters to strength 0; step is 0), "trained" or "ema".
+        weights: "base" (step is 0), "trained", "ema" or `at(strength)`; the caller has seen to it.
         Pictures that are there already, whole and made the same way, are not drawn again.
         """
         if not self.pictures:
@@ -104,15 +106,21 @@ class Validator:
         columns = {
             picture.stem: picture.prompt.text or picture.stem for picture in self.pictures[:MOST_COLUMNS]
         }
-        pair = [
+        last, model = steps[-1], self.settings.model
+        compared = [
             Row(
                 label,
-                f"{self.settings.model}, {_title(number)}",
+                f"{model}, {_title(number)}",
                 {stem: cells[number] for (stem, _), cells in reversed(rows.items()) if number in cells},
             )
-            for label, number in (("before", BASE_STEP), ("after", steps[-1]))
+            for label, number in (("before", BASE_STEP), ("after", last))
         ]
-        self._tell_sheet(step, draw_sheet(pair, columns, images / "before_after.png"))
+        for strength in self.strengths:
+            shown = {picture.stem: self._shown(picture, last, at(strength)) for picture in self.pictures}
+            cells = {stem: path for stem, path in shown.items() if path}
+            if cells:
+                compared.append(Row(f"after, {at(strength)}", f"{model}, {_title(last)}", cells))
+        self._tell_sheet(step, draw_sheet(compared, columns, images / "before_after.png"))
 
     def _shown(self, picture: Picture, step: int, weights: str) -> Path | None:
         """The file of the picture if this run drew it; every weights' first column is the base."""
@@ -124,6 +132,11 @@ class Validator:
 
     def _tell_sheet(self, step: int, path: Path) -> None:
         self.emit(SheetSaved(step, path.relative_to(self.run_dir).as_posix()))
+
+
+def at(strength: float) -> str:
+    """What the weights are called when the LoRA acts at another strength than its own."""
+    return f"strength {strength:g}"
 
 
 def _title(step: int) -> str:

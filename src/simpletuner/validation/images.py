@@ -85,8 +85,9 @@ def save_png(image: Image.Image, path: Path, description: Mapping[str, str] | No
 
 
 def path_of(run_dir: Path, picture: Picture, step: int, weights: str) -> Path:
-    """images/step-000500/<prompt id>-<number>-<W>x<H>.png; the average's pictures end in -ema.png."""
-    ending = "-ema" if weights == "ema" else ""
+    """images/step-000500/<prompt id>-<number>-<W>x<H>.png; the average's end in -ema.png, those of a LoRA
+    at another strength in -strength-0.5.png."""
+    ending = "" if weights in ("base", "trained") else f"-{weights.replace(' ', '-')}"
     return run_dir / "images" / f"step-{step:06d}" / f"{picture.stem}{ending}.png"
 
 

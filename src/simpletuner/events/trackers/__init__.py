@@ -10,8 +10,9 @@ from typing import Any
 
 from simpletuner.errors import ConfigError
 from simpletuner.events.sinks import ClosingSink
-from simpletuner.events.types import Evaluated, Event, Stepped
+from simpletuner.events.types import Evaluated, Event, Scored, Stepped
 
+MEASURED = (Stepped, Evaluated, Scored)  # events with figures
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -60,4 +61,8 @@ def scalars(event: Event) -> dict[str, float]:
         found = {f"{at}/loss": event.loss, f"{at}/change": event.change, f"{at}/change_se": event.change_se}
         found.update({f"{at}/sigma_{sigma:.3f}": loss for sigma, loss in event.by_sigma})
         return found
+    if isinstance(event, Scored):
+        at = f"score/{event.metric}"
+        return {f"{at}/{name}{end}": figure for name, (rate, error, _) in event.rates.items()
+                for end, figure in (("", rate), ("_se", error))}  # fmt: skip
     return {}

@@ -6,8 +6,8 @@ import json
 import time
 
 from simpletuner.errors import MissingExtra
-from simpletuner.events.trackers import Tracked, scalars
-from simpletuner.events.types import Evaluated, Event, ImageSaved, Resumed, Stepped
+from simpletuner.events.trackers import MEASURED, Tracked, scalars
+from simpletuner.events.types import Event, ImageSaved, Resumed
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event as Written
@@ -29,7 +29,7 @@ class Tracker:
     def __call__(self, event: Event) -> None:
         if isinstance(event, Resumed):  # hides what an abandoned tail had written beyond this step
             self._write(event.step + 1, session_log=SessionLog(status=SessionLog.START))
-        elif isinstance(event, (Stepped, Evaluated)):
+        elif isinstance(event, MEASURED):
             values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(event).items()]
             self._write(event.step, summary=Summary(value=values))
         elif isinstance(event, ImageSaved):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from simpletuner.errors import MissingExtra
-from simpletuner.events.trackers import Tracked, scalars
-from simpletuner.events.types import Evaluated, Event, ImageSaved, Stepped
+from simpletuner.events.trackers import MEASURED, Tracked, scalars
+from simpletuner.events.types import Event, ImageSaved
 
 try:
     import trackio
@@ -20,7 +20,7 @@ class Tracker:
         )
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, (Stepped, Evaluated)):
+        if isinstance(event, MEASURED):
             trackio.log(scalars(event), step=event.step)
         elif isinstance(event, ImageSaved):
             picture = trackio.Image(str(self._run_dir / event.path), caption=event.prompt)

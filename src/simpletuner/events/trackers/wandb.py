@@ -6,8 +6,8 @@ import hashlib
 import os
 
 from simpletuner.errors import MissingExtra
-from simpletuner.events.trackers import Tracked, scalars
-from simpletuner.events.types import Evaluated, Event, ImageSaved, Stepped
+from simpletuner.events.trackers import MEASURED, Tracked, scalars
+from simpletuner.events.types import Event, ImageSaved
 
 try:
     import wandb
@@ -32,7 +32,7 @@ class Tracker:
         self._run.define_metric("*", step_metric="step")
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, (Stepped, Evaluated)):
+        if isinstance(event, MEASURED):
             self._run.log({"step": event.step, **scalars(event)})
         elif isinstance(event, ImageSaved):
             picture = wandb.Image(str(self._run_dir / event.path), caption=event.prompt)
