@@ -1,0 +1,1 @@
+"""The tables that decide what is argued about, measured on chroma-nano. `python -m benchmarks.nano`."""

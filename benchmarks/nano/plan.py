@@ -1,0 +1,279 @@
+"""What is measured: trainings up to their seed (variants), their cells, and the tables that compare them.
+
+A variant may stand in several tables: the example's lesson is the reference of three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+DENSITIES = ("quadratic", "parabola", "quadratic-literal", "uniform", "logit-normal")
+SEEDS = (1, 2, 3)
+TRIAL_SEED = 10  # full rank's learning rate is chosen with it and compared with the others
+STILL = 1e-12  # a learning rate at which no weight moves by as much as its last digit
+REFERENCE = "lesson"
+# The preset's blocks 7 and 20 of 38, at the same depth of chroma-nano's 8.
+TINY = ["single_transformer_blocks.1.proj_out", "single_transformer_blocks.4.proj_out"]
+PADDED_ROWS = 512
+
+# Seconds of one core while the other is as busy: to start, per sample of a training step, of a held-out
+# loss, per step of a picture; how much dearer padded rows are; the orthogonalisation of one muon step.
+START_S, SAMPLE_STEP_S, HELD_OUT_S, PICTURE_STEP_S = 10.0, 0.026, 0.009, 0.0135
+PADDED_STEP, PADDED_FORWARD, MUON_S, WORLD_S = 8.0, 5.6, 0.15, 150.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything. pictures: drawn to train from scratch; unseen: held-out pictures, drawn
+    likewise; prompts: per score; sigmas: noise levels at which each unseen picture is measured; fit_steps:
+    of make_transformer.py."""
+
+    lesson_steps: int
+    scratch_steps: int
+    still_steps: int
+    lesson_batch: int
+    scratch_batch: int
+    pictures: int
+    unseen: int
+    prompts: int
+    sampling_steps: int
+    sigmas: int
+    fit_steps: int
+    rates: tuple[float, ...]
+
+
+WHOLE = Size(250, 200, 160, 8, 24, 2000, 32, 40, 20, 10, 2000, (1e-4, 3e-4, 1e-3))
+CORNER = Size(2, 2, 2, 2, 2, 4, 2, 2, 2, 2, 2, (1e-4,))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training up to its seed.
+
+    options: what differs from the data's own ("lesson": the example's, "shapes": from scratch). program:
+    a key of work.PROGRAMS. cache: name of the shared cache. rate_from: variants, of which the one with the
+    lowest held-out loss lends its learning rate. lora_from: the variant whose LoRA this one starts from,
+    same seed. seeds: those it has; empty means all that are asked for.
+    """
+
+    name: str
+    data: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    program: str = "simpletuner"
+    cache: str = "trimmed"
+    rate_from: tuple[str, ...] = ()
+    lora_from: str | None = None
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training. needs: names of cells that must be finished before it can begin."""
+
+    variant: Variant
+    seed: int
+    needs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return cell_name(self.variant.name, self.seed)
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    variant: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are compared with each other; the first is what the others are told against."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+
+
+def cell_name(variant: str, seed: int) -> str:
+    return f"{variant}/seed-{seed}"
+
+
+def variants(size: Size) -> dict[str, Variant]:
+    """Every training, the most decisive tables' first."""
+    made = [
+        Variant("base", "lesson", {**_still(1), "evaluation_type": "shapes,zorbo"}, seeds=(SEEDS[0],)),
+        Variant(REFERENCE, "lesson"),
+        *(
+            Variant(f"lesson-{name}", "lesson", {"chroma_sigma_density": name})
+            for name in DENSITIES
+            if name != "quadratic"
+        ),
+        Variant("still-stratified", "lesson", _watched(size, stratified_sigmas=True)),
+        Variant("still-independent", "lesson", _watched(size, stratified_sigmas=False)),
+        *_trials(size),
+        Variant("rank-4", "lesson", {"lora_rank": 4}),
+        Variant("rank-64", "lesson", {"lora_rank": 64}),
+        Variant("all+ffs", "lesson", {"flux_lora_target": "all+ffs"}),
+        Variant("context", "lesson", {"flux_lora_target": "context"}),
+        Variant("tiny", "lesson", {"lora_target_modules": TINY}),
+        *_full_rank(size),
+        Variant("shapes", "shapes", {**_still(1), "evaluation_type": "none"}, "world", seeds=(SEEDS[0],)),
+        *(Variant(f"scratch-{name}", "shapes", {"chroma_sigma_density": name}) for name in DENSITIES),
+        Variant("padded", "lesson", {"evaluation_type": "zorbo"}, "padded", "padded"),
+        Variant("padded-used-trimmed", "lesson", _still(1), lora_from="padded"),
+    ]
+    return {one.name: one for one in made}
+
+
+def _still(steps: int) -> dict[str, object]:
+    return {
+        "max_train_steps": steps,
+        "learning_rate": STILL,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+    }
+
+
+def _watched(size: Size, stratified_sigmas: bool) -> dict[str, object]:
+    """Fixed weights: what varies from step to step is what was drawn."""
+    return {
+        **_still(size.still_steps),
+        "stratified_sigmas": stratified_sigmas,
+        "evaluation_type": "none",
+        "num_eval_images": 1,
+    }
+
+
+FULL = {"model_type": "full", "optimizer": "adamw"}
+
+
+def _trials(size: Size) -> Iterator[Variant]:
+    for rate in size.rates:
+        options = {**FULL, "base_model_default_dtype": "fp32", "learning_rate": rate}
+        yield Variant(
+            f"trial-{rate:g}", "lesson", {**options, "evaluation_type": "none"}, seeds=(TRIAL_SEED,)
+        )
+
+
+def _full_rank(size: Size) -> Iterator[Variant]:
+    """fp32 master weights; bf16 weights rounded to nearest; bf16 weights rounded stochastically."""
+    kinds: dict[str, dict[str, object]] = {
+        "full-fp32": {"base_model_default_dtype": "fp32"},
+        "full-bf16": {"base_model_default_dtype": "bf16"},
+        "full-bf16-stochastic": {"base_model_default_dtype": "bf16", "optimizer": "adamw_bf16"},
+    }
+    for name, options in kinds.items():
+        trials = tuple(f"trial-{rate:g}" for rate in size.rates)
+        yield Variant(name, "lesson", {**FULL, **options}, rate_from=trials)
+
+
+TABLES: dict[str, tuple[Part, ...]] = {
+    "density": (
+        Part(
+            "lesson",
+            "the example's lesson (LoRA, rank 16)",
+            tuple(
+                Row(name, REFERENCE if name == "quadratic" else f"lesson-{name}")
+                for name in DENSITIES
+            ),
+        ),
+        Part(
+            "scratch",
+            "from scratch, short (full rank)",
+            tuple(Row(name, f"scratch-{name}") for name in DENSITIES),
+        ),
+    ),
+    "stratified": (
+        Part(
+            "still",
+            "the example's first step again and again, at fixed weights",
+            (Row("independent", "still-independent"), Row("stratified", "still-stratified")),
+        ),
+    ),
+    "lora": (
+        Part(
+            "kinds",
+            "what of the network is trained, and how",
+            (
+                Row("LoRA all, rank 16", REFERENCE),
+                Row("LoRA all, rank 4", "rank-4"),
+                Row("LoRA all, rank 64", "rank-64"),
+                Row("LoRA all+ffs, rank 16", "all+ffs"),
+                Row("LoRA context, rank 16", "context"),
+                Row("LoRA tiny, rank 16", "tiny"),
+                Row("full rank, fp32 master", "full-fp32"),
+                Row("full rank, bf16 to nearest", "full-bf16"),
+                Row("full rank, bf16 stochastic", "full-bf16-stochastic"),
+            ),
+        ),
+    ),
+    "text": (
+        Part(
+            "rows",
+            "text rows in training, and in use",
+            (
+                Row("trimmed, used trimmed", REFERENCE),
+                Row("512 padded, used trimmed", "padded-used-trimmed"),
+                Row("512 padded, used padded", "padded"),
+            ),
+        ),
+    ),
+}  # fmt: skip
+
+
+def cells(size: Size, seeds: Sequence[int], only: Sequence[str] = ()) -> list[Cell]:
+    """In the order of work: variant groups as they are listed, within a group one seed after the other."""
+    known = variants(size)
+    wanted = _wanted(known, only or tuple(TABLES))
+    listed = []
+    for group in GROUPS:
+        members = [one for one in known.values() if one.name in wanted and one.name.startswith(group)]
+        for seed in (*seeds, TRIAL_SEED):
+            for one in members:
+                own = one.seeds or tuple(seeds)
+                if seed in own:
+                    listed.append(Cell(one, seed, tuple(_needs(one, seed))))
+    return listed
+
+
+def estimate_s(cell: Cell, size: Size) -> float:
+    """What the cell should take, to tell when all is done."""
+    one = cell.variant
+    if one.program == "world":
+        return START_S + WORLD_S * size.pictures / WHOLE.pictures
+    scratch, padded = one.data == "shapes", one.program == "padded"
+    steps = int(str(one.options.get("max_train_steps", size.scratch_steps if scratch else size.lesson_steps)))
+    batch = size.scratch_batch if scratch else size.lesson_batch
+    metrics = {"none": 0, "zorbo": 1}.get(str(one.options.get("evaluation_type")), 1 if scratch else 2)
+    unseen = int(str(one.options.get("num_eval_images", size.unseen)))
+    forward = PADDED_FORWARD if padded else 1.0
+    training = steps * (batch * SAMPLE_STEP_S * (PADDED_STEP if padded else 1) + (MUON_S if scratch else 0))
+    measuring = 2 * 2 * unseen * size.sigmas * HELD_OUT_S * forward
+    drawing = metrics * size.prompts * size.sampling_steps * PICTURE_STEP_S * forward
+    return START_S + training + measuring + drawing
+
+
+# What is told together is trained together, seed by seed, so that an early end leaves whole comparisons.
+GROUPS = (
+    ("base",), ("lesson",), ("still",), ("trial",), ("rank", "all", "context", "tiny"), ("full",),
+    ("shapes",), ("scratch", "padded"),
+)  # fmt: skip
+
+
+def _wanted(known: Mapping[str, Variant], tables: Sequence[str]) -> set[str]:
+    """The tables' variants and what these need, the untouched base included."""
+    wanted = {"base"} | {row.variant for name in tables for part in TABLES[name] for row in part.rows}
+    for name in tuple(wanted):
+        one = known[name]
+        wanted |= {*one.rate_from, *([one.lora_from] if one.lora_from else [])}
+        wanted |= {"shapes"} if one.data == "shapes" else set()
+    return wanted
+
+
+def _needs(one: Variant, seed: int) -> Iterator[str]:
+    yield from (cell_name(name, TRIAL_SEED) for name in one.rate_from)
+    if one.lora_from is not None:
+        yield cell_name(one.lora_from, seed)
+    if one.data == "shapes" and one.program != "world":
+        yield cell_name("shapes", SEEDS[0])

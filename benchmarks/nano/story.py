@@ -1,0 +1,81 @@
+"""The measured part of docs/densities.md, written between two marks from results/density.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from benchmarks.nano.markdown import COLUMNS, Column, grid, number, seeds_of
+from benchmarks.nano.tables import Table
+
+from simpletuner.config.schema import FlowOptions
+
+BEGIN, END = "<!-- measured: python -m benchmarks.nano -->", "<!-- end of what was measured -->"
+# part -> the measure by which pictures judge, and what it is called
+JUDGED = {"lesson": ("zorbo_all", "zorbos drawn as said"), "scratch": ("shapes_all", "shapes drawn as said")}
+# Student's t for 95 %, both sides, by the number of seeds: standard errors from which a difference is one.
+CLEAR = {2: 12.71, 3: 4.30}
+
+
+def told(text: str, density: Table) -> str:
+    """The page with its measured part renewed. ValueError when the marks are not there."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page lacks {BEGIN} or {END}")
+    return f"{before}{BEGIN}\n\n{measured(density)}\n\n{END}{after}"
+
+
+def measured(density: Table) -> str:
+    size = density["size"]
+    steps = {
+        "lesson": f"{size['lesson_steps']} steps of {size['lesson_batch']}",
+        "scratch": f"{size['scratch_steps']} steps of {size['scratch_batch']}",
+    }
+    told = []
+    for part in density["parts"]:
+        name, title = part["name"], part["title"]
+        told += [f"**{title[0].upper()}{title[1:]}**, {steps[name]}, base {density['base']}:", ""]
+        if not any(row["measures"] for row in part["rows"]):
+            told += ["not measured yet.", ""]
+            continue
+        told += [short_table(part), "", verdict(part), ""]
+    return "\n".join(told).rstrip()
+
+
+def short_table(part: Table) -> str:
+    measure, heading = JUDGED[part["name"]]
+    columns = (*COLUMNS[part["name"]][:2], Column(f"{heading}, %", measure, 1, 100.0))
+    rows = []
+    for row in part["rows"]:
+        found = [row["against" if one.against else "measures"].get(one.measure) for one in columns]
+        cells = [number(value, one) if value else "-" for value, one in zip(found, columns)]
+        rows.append([row["label"], seeds_of(row), *cells])
+    return grid(["", "seeds", *(one.heading for one in columns)], rows)
+
+
+def verdict(part: Table) -> str:
+    """Who is best by each judge, and by how much the default falls short of it."""
+    measure, heading = JUDGED[part["name"]]
+    rows = [row for row in part["rows"] if row["measures"]]
+    lowest = min(rows, key=lambda row: row["measures"]["held_out"]["mean"])
+    said = [f"Lowest held-out loss: {lowest['label']}{distance(lowest, 'held_out', part['reference'])}."]
+    scored = [row for row in rows if measure in row["measures"]]
+    if scored:
+        highest = max(scored, key=lambda row: row["measures"][measure]["mean"])
+        said.append(f"Most {heading}: {highest['label']}{distance(highest, measure, part['reference'])}.")
+    said.append(f"The default is {FlowOptions().chroma_sigma_density}.")
+    return " ".join(said)
+
+
+def distance(row: Table, measure: str, reference: str) -> str:
+    found: Mapping[str, float | None] | None = row["against"].get(measure)
+    if row["label"] == reference or found is None:
+        return ""
+    mean, se = found["mean"], found["se"]
+    if mean is None or se is None:
+        return f"; one seed says nothing of how far from {reference}"
+    away = abs(mean) / se if se else 0.0
+    clear = away >= CLEAR[row["finished"]]
+    return (
+        f", {away:.1f} standard errors from {reference}: {'clear' if clear else 'not clear'} with these seeds"
+    )
