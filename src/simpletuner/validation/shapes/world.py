@@ -135,6 +135,7 @@ def compose(seed: int, number: int) -> Scene:
     """Scene `number` of a seed: a pure function of the two."""
     rng = generator(seed, "scene", number)
     background = pick(rng, list(BACKGROUNDS))
+    things: tuple[Thing, ...]
     if rng.random() < 0.3:
         first, second = PAIRS[int(rng.integers(len(PAIRS)))]
         things = (_thing(rng, background, first, pair=True), _thing(rng, background, second, pair=True))
