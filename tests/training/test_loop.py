@@ -13,13 +13,15 @@ from simpletuner.errors import TrainingDiverged
 from simpletuner.events.types import Event
 from simpletuner.training import loop, optimizers
 from simpletuner.training.loop import Every, Parts, Plan
+from simpletuner.training.update import Whole
 
 
 def parts(plan: Plan, *, optimizer: object = None, told: list[Event] | None = None) -> Parts:
     """Only what these tests look at; the rest of the fields is never asked."""
     fields = dict.fromkeys(Parts.__dataclass_fields__, None)
     emit = (told if told is not None else []).append
-    given = {"plan": plan, "optimizer": optimizer, "emit": emit, "every": (), "skipped": 0}
+    update = Whole((), optimizer, OptimizerOptions())  # type: ignore[arg-type]
+    given = {"plan": plan, "optimizer": optimizer, "update": update, "emit": emit, "every": (), "skipped": 0}
     return Parts(**{**fields, **given})  # type: ignore[arg-type]
 
 

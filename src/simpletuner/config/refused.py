@@ -48,8 +48,8 @@ REFUSED: tuple[tuple[str, str], ...] = (
      "mixflow_enabled mixflow_*=* masked_loss_probability=1 validation_preview validation_preview_steps=* "
      "validation_adapter_path validation_adapter_*=* ema_warmup_steps "
      "pretrained_evaluation_model_name_or_path=* checkpointing_rolling_steps gradient_precision=unmodified "
-     "checkpoints_rolling_total_limit=* prodigy_steps optimizer_cpu_offload_method "
-     "optimizer_offload_gradients optimizer_release_gradients fuse_optimizer"),
+     "checkpoints_rolling_total_limit=* prodigy_steps"),
+    ("use optimizer_release_gradients: then there are no gradients to move", "optimizer_offload_gradients"),
     (NOT_YET + "; the file is written in diffusers' layout", "lora_format=diffusers"),
     ("publishing " + NOT_YET, "push_to_hub push_checkpoints_to_hub push_to_hub_background=* hub_model_id=* "
      "model_card_*=* modelspec_comment=* publishing_config post_upload_script"),
@@ -118,6 +118,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
 
 # What people ask for by name and always get; saying so is a note, not a mistake.
 ALWAYS = {
+    "fuse_optimizer": "always so where torch can: AdamW is one pass without a temporary",
     "offload_during_startup": "always so: text encoder, VAE and transformer are never in memory together",
 }
 

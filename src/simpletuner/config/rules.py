@@ -48,6 +48,7 @@ def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
         yield "lr_end", f"{optimizer.lr_end:g} is above learning_rate {optimizer.learning_rate:g}"
     if optimizer.optimizer == "adamw_schedulefree" and optimizer.lr_scheduler != "constant":
         yield "lr_scheduler", 'the schedule-free optimizer makes its own course; use "constant"'
+    yield from _one_by_one(run)
     try:
         read_arguments(optimizer)
     except ConfigError as error:
@@ -55,6 +56,25 @@ def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
     yield from sizes_and_captions(run.data)
     yield from _flow(run.flow, given)
     yield from _watching(run)
+
+
+def _one_by_one(run: RunConfig) -> Iterator[Finding]:
+    """What cannot be where weights are stepped singly, or where states are away between steps."""
+    optimizer, accumulation = run.optimizer, run.training.gradient_accumulation_steps
+    released = optimizer.optimizer_release_gradients
+    hosted = optimizer.optimizer_cpu_offload_method != "none"
+    alone = {"optimizer_release_gradients": released, "optimizer_cpu_offload_method": hosted}
+    if released and accumulation > 1:
+        what = f"a gradient is used at once, gradient_accumulation_steps {accumulation} would add them up"
+        yield "optimizer_release_gradients", f"{what}; use 1, and a larger train_batch_size if it fits"
+    if released and optimizer.max_grad_norm > 0 and optimizer.grad_clip_method == "norm":
+        what = f"max_grad_norm {optimizer.max_grad_norm:g} limits a norm that is known only at the end"
+        yield "optimizer_release_gradients", f'{what}; use 0, or grad_clip_method "value"'
+    for name in (name for name, wanted in alone.items() if wanted and optimizer.optimizer == "prodigy"):
+        yield name, "prodigy finds its rate from all weights together; use another optimizer"
+    if hosted and optimizer.optimizer == "adamw_schedulefree":
+        what = "adamw_schedulefree shows its average between steps, from its state"
+        yield "optimizer_cpu_offload_method", f"{what}; use adamw_8bit or adamw_bf16"
 
 
 def sizes_and_captions(data: DataOptions) -> Iterator[Finding]:

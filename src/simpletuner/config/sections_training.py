@@ -76,6 +76,14 @@ class OptimizerOptions(Section):
     max_grad_norm: float = option(1.0, "Gradient limit; 0 is off.", level="common", ge=0)
     grad_clip_method: Literal["norm", "value"] = option("norm",
         "Limit the norm of the whole gradient, or each of its numbers.")
+    optimizer_release_gradients: bool = option(False,
+        "Step each weight inside the backward pass, as soon as its gradient is there, and free it: same "
+        "numbers, no memory for gradients. Needs one batch a step and no limit on the whole norm.",
+        level="common", resume="free")
+    optimizer_cpu_offload_method: Literal["none", "states"] = option("none",
+        "states keeps the optimizer's states in host memory and brings those of one weight at a time: same "
+        "numbers, slower steps. On devices that share the host's memory it changes nothing.",
+        level="common", resume="free", spellings={"torchao": "states"})
     use_ema: bool = option(False, "Also keep a moving average of the weights.", level="common")
     ema_decay: float = option(0.995, "Decay of the moving average at each update.", ge=0, lt=1)
     ema_update_interval: int = option(1, "Steps between its updates.", unit="steps", ge=1)

@@ -90,8 +90,8 @@ def build(
         return [action for name, action in offered.items() if folder.take_control(name)]
 
     return Parts(
-        family, net.transformer, device, list(net.trained.items()), net.optimizer, net.ema, plan,
-        run.training.seed, run.flow, run.optimizer, run.adapter.lora_dropout > 0 and net.uses_lora,
+        family, net.transformer, device, net.optimizer, net.update, net.ema, plan,
+        run.training.seed, run.flow, run.adapter.lora_dropout > 0 and net.uses_lora,
         lambda step: schedules.learning_rate(net.schedule, step, plan.total_steps),
         batch, sizes, first, keeper.save,
         every(run, plan, keeper, pictures, evaluation, scoring, exporter, emit), asked, stop_requested, emit,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simpletuner.cache.types import Batch
-from simpletuner.config.schema import FlowOptions, OptimizerOptions
+from simpletuner.config.schema import FlowOptions
 from simpletuner.errors import Stopped, TrainingDiverged
 from simpletuner.events.types import Emit, Stepped, Warned
 from simpletuner.flow.densities import draw_sigmas
@@ -25,7 +25,8 @@ from simpletuner.randomness import seed_at
 from simpletuner.training.device import Device
 from simpletuner.training.ema import Ema
 from simpletuner.training.objective import losses
-from simpletuner.training.optimizers import clip_gradients, optimizer_mode
+from simpletuner.training.optimizers import optimizer_mode
+from simpletuner.training.update import Update
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,12 @@ class Parts:
     family: ModelFamily
     transformer: nn.Module
     device: Device
-    trained: list[tuple[str, nn.Parameter]]
     optimizer: Optimizer
+    update: Update
     ema: Ema | None
     plan: Plan
     seed: int
     flow: FlowOptions
-    clipping: OptimizerOptions
     uses_dropout: bool
     learning_rate: Callable[[int], float]
     batch: Callable[[int], Batch]
@@ -150,15 +150,15 @@ def train_step(parts: Parts, step: int) -> Stepped:
         used += list(zip(batch.sample_ids, sigma.tolist(), strict=True))
         shares.append(backward(parts, batch, sigma, count, number))
     total = sum(torch.stack(shares).tolist())  # the device is waited for once a step, not once a micro-batch
-    norm = clip_gradients([parameter for _, parameter in parts.trained], parts.clipping)
+    norm = parts.update.limit()
     if math.isfinite(total) and math.isfinite(norm):
         parts.skipped = 0
-        parts.optimizer.step()
+        parts.update.apply()
         if parts.ema is not None:
             parts.ema.update(step)
     else:
         refuse(parts, step, total, norm, used)
-    parts.optimizer.zero_grad(set_to_none=True)
+    parts.update.clear()
     seconds = time.perf_counter() - started
     memory = parts.device.peak_memory_gib()
     return Stepped(step + 1, plan.total_steps, plan.epoch(step), total, rate, norm, seconds, count, memory)
@@ -174,16 +174,18 @@ def backward(parts: Parts, batch: Batch, sigma: Tensor, count: int, number: int)
             parts.family, parts.transformer, batch, sigma, parts.flow, parts.seed, parts.device.device
         )
     loss = each.sum() / count
-    loss.backward()
+    parts.update.backward(loss)
     return loss.detach()
 
 
 def refuse(parts: Parts, step: int, loss: float, norm: float, used: list[tuple[str, float]]) -> None:
-    """Skip the update; beyond `nonfinite_loss_patience` such steps in a row, stop and name the samples."""
+    """Skip the update and name the samples. Stop beyond `nonfinite_loss_patience` such steps in a row, and
+    where part of the update is in the weights already.
+    """
     parts.skipped += 1
     samples = ", ".join(f"{name} (sigma {sigma:.4f})" for name, sigma in used)
     what = f"step {step + 1}: loss {loss}, gradient norm {norm}; samples: {samples}"
-    if parts.skipped > parts.plan.patience:
+    if parts.skipped > parts.plan.patience or parts.update.touched:
         raise TrainingDiverged(
             f"{what}. The last checkpoint is untouched. Lower learning_rate, or look at these pictures"
         )

@@ -22,6 +22,7 @@ from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import ConfigError
 from simpletuner.training.eight_bit import EightBit
+from simpletuner.training.host_states import to_host
 from simpletuner.training.muon import Muon
 from simpletuner.training.stochastic_adamw import LikeWeights, StochasticAdamW
 
@@ -148,8 +149,14 @@ def build(options: OptimizerOptions, params: NamedParameters, seed: int) -> Opti
         optimizer = OPTIMIZERS[options.optimizer](recipe)
     except ValueError as error:  # bounds that the libraries check
         raise ConfigError(f"optimizer {options.optimizer}: {error}") from error
-    load_exactly(optimizer, lambda tensor, param: tensor.to(param.device))
+    hosted = is_hosted(options, recipe.params[0].device)
+    load_exactly(optimizer, lambda tensor, param: to_host(tensor) if hosted else tensor.to(param.device))
     return optimizer
+
+
+def is_hosted(options: OptimizerOptions, device: torch.device) -> bool:
+    """Whether the states live in host memory, and that is another than the device's."""
+    return options.optimizer_cpu_offload_method == "states" and device.type == "cuda"
 
 
 Place = Callable[[Tensor, Tensor], Tensor]  # a state tensor and its parameter -> where it is kept
@@ -190,16 +197,19 @@ def optimizer_mode(optimizer: Optimizer, training: bool) -> None:
         (optimizer.train if training else optimizer.eval)()
 
 
-def norm_of(gradients: Sequence[Tensor]) -> Tensor:
-    """Of all of them together, float32 also where they are bf16. Nothing of their size is made."""
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+def norm_of(gradient: Tensor) -> Tensor:
+    """float32, also where the gradient is bf16."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+
+def whole_norm(norms: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(list(norms))) if norms else torch.zeros(())
 
 
 def clip_gradients(params: Sequence[nn.Parameter], options: OptimizerOptions) -> float:
     """Limit the gradients as the options say. Returns their whole norm before that, finite or not."""
     with_gradient = [param for param in params if param.grad is not None]
-    norm = norm_of([param.grad for param in with_gradient if param.grad is not None])
+    norm = whole_norm([norm_of(param.grad) for param in with_gradient if param.grad is not None])
     if options.max_grad_norm > 0 and options.grad_clip_method == "norm":
         nn.utils.clip_grads_with_norm_(with_gradient, options.max_grad_norm, norm, foreach=False)
     elif options.max_grad_norm > 0:

@@ -19,6 +19,7 @@ from simpletuner.training.device import Device
 from simpletuner.training.ema import Ema
 from simpletuner.training.memory import block_memory
 from simpletuner.training.prepare import Prepared
+from simpletuner.training.update import Update, update_of
 
 Strength = Callable[[nn.Module, float], None]
 Average = Callable[[], AbstractContextManager[None]]  # the averaged weights inside, the trained ones after
@@ -36,6 +37,7 @@ class Trainee:
     uses_lora: bool
     schedule: OptimizerOptions
     optimizer: Optimizer
+    update: Update
     ema: Ema | None
 
     @property
@@ -54,6 +56,8 @@ def make(run: RunConfig, prepared: Prepared, device: Device, emit: Emit) -> Trai
     )
     trained = attach(run, prepared.family, transformer, emit)
     prepare_blocks(run, prepared.family, transformer, device.device)
+    if run.optimizer.optimizer_cpu_offload_method != "none" and device.device.type != "cuda":
+        emit(Noted(f"optimizer states stay where they are: {device.device.type} has the host's memory"))
     return equip(run, transformer, trained)
 
 
@@ -78,8 +82,9 @@ def equip(run: RunConfig, transformer: nn.Module, trained: dict[str, nn.Paramete
     schedule = run.optimizer.model_copy(update={"learning_rate": rate})
     named = list(trained.items())
     optimizer = optimizers.build(schedule, named, run.training.seed)
+    update = update_of(list(trained.values()), optimizer, schedule)
     ema = Ema(named, run.optimizer) if run.optimizer.use_ema else None
-    return Trainee(transformer, trained, run.model.model_type == "lora", schedule, optimizer, ema)
+    return Trainee(transformer, trained, run.model.model_type == "lora", schedule, optimizer, update, ema)
 
 
 def _full_rank(

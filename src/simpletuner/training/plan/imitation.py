@@ -133,8 +133,10 @@ def parts_of(
     tokens = feed.size_px[0] * feed.size_px[1] // facts.token_px**2
     device = choose(run.model.model_copy(update={"device": "cpu"}))
     return Parts(
-        family, net.transformer, device, list(net.trained.items()), net.optimizer, net.ema, plan,
-        run.training.seed, run.flow, run.optimizer, run.adapter.lora_dropout > 0 and net.uses_lora,
-        lambda step: net.schedule.learning_rate, batch, lambda number: (feed.samples, tokens), 0,
-        lambda step: None, (), lambda: [], lambda: False, silent,
+        family=family, transformer=net.transformer, device=device, optimizer=net.optimizer,
+        update=net.update, ema=net.ema, plan=plan, seed=run.training.seed, flow=run.flow,
+        uses_dropout=run.adapter.lora_dropout > 0 and net.uses_lora,
+        learning_rate=lambda step: net.schedule.learning_rate, batch=batch,
+        sizes=lambda number: (feed.samples, tokens), resumed_step=0, save=lambda step: None, every=(),
+        asked=list, stop_requested=lambda: False, emit=silent,
     )  # fmt: skip

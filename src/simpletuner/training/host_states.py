@@ -1,0 +1,59 @@
+"""Optimizer states in host memory: those of a parameter visit the device while it is stepped.
+
+Slower by what the bus needs for them, there and back, in every step; the numbers are the same.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in page-locked memory of its exact size; torch's own locked memory grows to a power of two."""
+    if not tensor.numel():
+        return tensor.cpu()
+    pages = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=torch.uint8)
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), tensor.nbytes, 0)))
+    return pages.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+class HostStates:
+    """fetch, keep: how a tensor goes to a device, and how it comes to the host for the first time.
+
+    Counters (tensors of no dimension) stay where the optimizer has them.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, fetch: Callable[[Tensor, torch.device], Tensor] = to_device,
+        keep: Callable[[Tensor], Tensor] = to_host,
+    ) -> None:  # fmt: skip
+        self.optimizer, self.fetch, self.keep = optimizer, fetch, keep
+
+    @contextmanager
+    def visit(self, param: Tensor) -> Iterator[None]:
+        """The states of `param` are beside it inside, and on the host again after."""
+        state = self.optimizer.state[param]
+        home = {key: tensor for key, tensor in state.items() if torch.is_tensor(tensor) and tensor.ndim}
+        for key, tensor in home.items():
+            state[key] = self.fetch(tensor, param.device)
+        yield
+        for key, tensor in state.items():
+            if key in home:
+                state[key] = home[key].copy_(tensor, non_blocking=True)
+            elif torch.is_tensor(tensor) and tensor.ndim:
+                state[key] = self.keep(tensor)
+
+    def settle(self) -> None:
+        """Wait for what is still on its way to the host: a checkpoint may read it next."""
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
