@@ -31,7 +31,8 @@ def command(words: tuple[str, ...]) -> None:
     options = [pair for pair in given if pair[0] not in PLACES]
     loaded = load(options, places.get("config"), places.get("env"), places.get("example"), needs_data=False)
     for note in loaded.notes:
-        click.echo(f"note: {note}", err=True)
+        if "is read as" in note:  # the others are about a training
+            click.echo(f"note: {note}", err=True)
     for file in quantize(loaded.run.model):
         click.echo(file)
 
