@@ -232,7 +232,7 @@ def scored(number: int, colour: float) -> Scored:
 
 
 def test_scores_stand_side_by_side(tmp_path: Path) -> None:
-    abandoned = [scored(20, 0.11), Resumed(10, "checkpoint-10")]
+    abandoned = [scored(15, 0.11), Resumed(10, "checkpoint-10")]
     page = report(tmp_path, [scored(0, 0.25), scored(10, 0.5), *abandoned, scored(20, 0.75)])
     table = page[page.index("<h2>Scores") : page.index("</table>", page.index("<h2>Scores"))]
     heads = re.findall(r"<th[^>]*>([^<]*)</th>", table)

@@ -116,15 +116,10 @@ class Scorer:
 
     def _draw(self, metric: Metric, transformer: nn.Module) -> list[Image.Image]:
         """Latents of all first, which weigh little; then they are decoded in batches."""
-        latents = []
+        latents, asked, guidance = [], metric.pictures, self.guidance
         with Stage(self.emit, f"score {metric.name}", len(metric.pictures), "pictures") as stage:
             for _, one in latents_of(
-                self.inference,
-                transformer,
-                metric.pictures,
-                self.rows,
-                steps=self.steps,
-                guidance=self.guidance,
+                self.inference, transformer, asked, self.rows, steps=self.steps, guidance=guidance
             ):
                 latents.append(torch.nan_to_num(one))
                 stage.advance()
