@@ -18,8 +18,8 @@ TINY = ["single_transformer_blocks.1.proj_out", "single_transformer_blocks.4.pro
 PADDED_ROWS = 512
 
 # Seconds of one core while the other is as busy: to start, per sample of a training step, of a held-out
-# loss, per step of a picture; how much dearer padded rows are; the orthogonalisation of one muon step.
-START_S, SAMPLE_STEP_S, HELD_OUT_S, PICTURE_STEP_S = 10.0, 0.026, 0.009, 0.0135
+# loss, per step of a picture and to decode it; how much dearer padded rows are; muon's part of a step.
+START_S, SAMPLE_STEP_S, HELD_OUT_S, PICTURE_STEP_S, PICTURE_S = 11.0, 0.026, 0.009, 0.0135, 0.055
 PADDED_STEP, PADDED_FORWARD, MUON_S, WORLD_S = 8.0, 5.6, 0.15, 150.0
 
 
@@ -43,7 +43,7 @@ class Size:
     rates: tuple[float, ...]
 
 
-WHOLE = Size(250, 200, 160, 8, 24, 2000, 32, 40, 20, 10, 2000, (1e-4, 3e-4, 1e-3))
+WHOLE = Size(250, 180, 160, 8, 24, 2000, 32, 32, 20, 10, 2000, (1e-4, 3e-4, 1e-3))
 CORNER = Size(2, 2, 2, 2, 2, 4, 2, 2, 2, 2, 2, (1e-4,))
 
 
@@ -250,7 +250,8 @@ def estimate_s(cell: Cell, size: Size) -> float:
     forward = PADDED_FORWARD if padded else 1.0
     training = steps * (batch * SAMPLE_STEP_S * (PADDED_STEP if padded else 1) + (MUON_S if scratch else 0))
     measuring = 2 * 2 * unseen * size.sigmas * HELD_OUT_S * forward
-    drawing = metrics * size.prompts * size.sampling_steps * PICTURE_STEP_S * forward
+    one_picture = size.sampling_steps * PICTURE_STEP_S * forward + PICTURE_S
+    drawing = metrics * size.prompts * one_picture
     return START_S + training + measuring + drawing
 
 

@@ -61,11 +61,11 @@ class Queue:
         self.done, self.failed = set(done), dict[str, str]()
         self._running: set[str] = set()
         self._changed = threading.Condition()
-        self._stopped = False
+        self.stopped = False
 
     def claim(self) -> Cell | None:
         with self._changed:
-            while not self._stopped:
+            while not self.stopped:
                 self._give_up()
                 waiting = [cell for name, cell in self.cells.items() if self._waits(name)]
                 ready = next((cell for cell in waiting if self.done.issuperset(cell.needs)), None)
@@ -88,7 +88,7 @@ class Queue:
 
     def stop(self) -> None:
         with self._changed:
-            self._stopped = True
+            self.stopped = True
             self._changed.notify_all()
 
     def left(self) -> list[Cell]:
@@ -205,7 +205,7 @@ class Runner:
     def _line(self, cell: Cell, why: str | None) -> str:
         count = f"[{len(self.queue.done)}/{len(self.queue.cells)}] {cell.name}"
         if why is not None:
-            return f"{count} FAILED: {why}"
+            return f"{count} {'left' if self.queue.stopped else 'FAILED'}: {why}"
         found = result.load(self.folders.run(cell.name) / result.NAME)
         assert found is not None
         known = result.measures(found, None)
