@@ -16,6 +16,7 @@ from simpletuner.errors import SimpleTunerError
 # command -> (module with an attribute `command`, one line of help)
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "train": ("simpletuner.cli.train", "Train; the same command goes on with a run."),
+    "plan": ("simpletuner.cli.plan", "What a training will need, and what to change so that it fits."),
     "generate": ("simpletuner.cli.generate", "Draw pictures with the base and any LoRA."),
     "quantize": ("simpletuner.cli.quantize", "Convert a quantised base ahead of time."),
     "report": ("simpletuner.cli.report", "Write report.html of a run folder."),

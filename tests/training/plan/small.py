@@ -12,9 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from simpletuner.cache.types import Batch, TextBatch
 from simpletuner.config.load import from_resolved
-from simpletuner.config.schema import RunConfig
+from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.events.sinks import silent
 from simpletuner.models import registry
+from simpletuner.models.chroma.family import Chroma
 from simpletuner.models.chroma.sketch import FACTS
 from simpletuner.models.chroma.transformer import TransformerConfig
 from simpletuner.models.chroma.weights import empty_transformer
@@ -91,3 +92,11 @@ def train_for_real(run: RunConfig, config: TransformerConfig, feed: Feed) -> Non
     parts = dataclasses.replace(parts, batch=batch)
     for step in range(2):
         loop.train_step(parts, step)
+
+
+class Small(Chroma):
+    """The family with the small network; everything else of a sketch is Chroma's."""
+
+    def sketch(self, options: ModelOptions, dtype: torch.dtype) -> Sketch:
+        run = run_of().model_copy(update={"model": options})
+        return dataclasses.replace(sketch_of(run), hosted_bytes=1_000_000)

@@ -34,12 +34,13 @@ class Feed:
 class Measured:
     """Of one optimizer step. peak: bytes by part at the highest moment. flops: of all its micro-batches.
 
-    trained: parameters that are trained. optimizer: bytes of its states.
+    trained, trained_bytes: parameters that are trained. optimizer: bytes of its states.
     """
 
     peak: dict[str, int]
     flops: float
     trained: int
+    trained_bytes: int
     optimizer: int
 
 
@@ -113,7 +114,8 @@ def measure_step(
     with count.step():
         loop.train_step(parts, 0)
     trained = sum(parameter.numel() for parameter in net.trained.values())
-    return Measured(dict(count.peak), count.flops * made / micro, trained, states)
+    size = sum(parameter.nbytes for parameter in net.trained.values())
+    return Measured(dict(count.peak), count.flops * made / micro, trained, size, states)
 
 
 def parts_of(

@@ -1,0 +1,70 @@
+"""simpletuner plan: what a training will need, without weights, network or dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import click
+
+from simpletuner.config import flags
+from simpletuner.config.load import load
+from simpletuner.config.schema import RunConfig
+from simpletuner.errors import ConfigError
+
+PLACES = ("config", "env", "example")
+OWN = ("json", "fit")
+
+
+@click.command("plan", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def command(words: tuple[str, ...]) -> None:
+    """Predict memory, disk and time of a training; with --fit, what to change so that it fits.
+
+    Takes what `train` takes: --config PATH, --env NAME, --example NAME and any option; --device cuda plans
+    for a GPU that is elsewhere. --json prints one object. --fit 12GB, or --fit for what is free here, finds
+    the fastest settings within it and changes nothing.
+    """
+    pairs = flags.pairs(list(words), ("json",))
+    given = dict(pairs)
+    options = [pair for pair in pairs if pair[0] not in (*PLACES, *OWN)]
+    loaded = load(options, given.get("config"), given.get("env"), given.get("example"), needs_data=False)
+    told, lines = planned(loaded.run, "fit" in given, given.get("fit"))
+    click.echo(json.dumps(told, indent=2) if "json" in given else "\n".join(lines))
+
+
+def planned(run: RunConfig, fits: bool, limit: str | None) -> tuple[dict[str, Any], list[str]]:
+    """As one object, and as lines."""
+    from simpletuner.models import registry
+    from simpletuner.training.device import choose
+    from simpletuner.training.plan import fit, speed, wording
+    from simpletuner.training.plan.announce import peak_of, room_for_tensors
+    from simpletuner.training.plan.prediction import predict
+    from simpletuner.training.plan.room import found
+
+    family = registry.family(run.model.model_family)
+    device = choose(run.model.model_copy(update={"device": "auto"}))
+    elsewhere = run.model.device not in ("auto", device.device.type) or (
+        limit and device.device.type == "cpu"
+    )
+    kind = ("cuda" if run.model.device == "auto" else run.model.device) if elsewhere else device.device.type
+    room = None if elsewhere else found(device)
+    name = speed.REFERENCE if room is None else room.name
+    peak = speed.PEAKS[name] * 1e12 if room is None else peak_of(device, name)
+    plan = predict(run, family, kind=kind)
+    lines = wording.table(plan, room, peak, name)
+    told: dict[str, Any] = {
+        **dataclasses.asdict(plan), "training": plan.training, "peak": plan.peak,
+        "seconds": speed.seconds(plan.flops, peak, plan.moved), "seconds_on": name,
+    }  # fmt: skip
+    if fits:
+        size = fit.read_size(limit) if limit else room_for_tensors(room, kind)
+        if size is None:
+            raise ConfigError("how much memory is free is not known here; write --fit 12GB")
+        found_ways = fit.fit(fit.Ladder(run, family, (), kind, peak), size)
+        lines += ["", *wording.ways(run, found_ways)]
+        told["fit"] = dataclasses.asdict(found_ways)
+        if found_ways.chosen is not None:
+            told["options"] = found_ways.chosen.options(found_ways.blocks)
+    return told, lines

@@ -1,0 +1,182 @@
+"""Ways to run the same training in less memory, by what they cost: the fastest that fits, and the runners-up.
+
+The cost model: operations over half the device's peak, the quantised bases' extra for unpacking weights, and
+weights that come over the bus beside the blocks' own time. It ranks; it does not promise seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from simpletuner.config.schema import RunConfig
+from simpletuner.data.geometry import Framing
+from simpletuner.errors import ConfigError
+from simpletuner.models.family import BlockMemory, ModelFamily, Sketch
+from simpletuner.training.device import choose
+from simpletuner.training.plan import prediction, speed
+from simpletuner.training.plan.prediction import predict
+
+# Time of a step beside the unquantised one's. Not measured on a GPU: each block's weights are read once more.
+UNPACKING = {"no_change": 1.0, "int8": 1.05, "int4": 1.1, "nf4": 1.1}
+SWAPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the blocks whose weights wait on the host
+APPROXIMATOR_S = 0.4  # 0.2 TFLOP on a desktop's CPU
+VERIFIED = 5  # exact predictions, each some seconds, before a choice is given up
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(G|M)(i?)B?)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Way:
+    """precision and memory of the blocks. size: device bytes while training, allowances included; about, or
+    exact once predicted. seconds: of a step, by the cost model."""
+
+    precision: str
+    memory: BlockMemory
+    size: int
+    seconds: float
+    exact: bool = False
+
+    def options(self, blocks: int) -> dict[str, Any]:
+        """What to set."""
+        count = self.memory.checkpointed
+        told: dict[str, Any] = {
+            "base_model_precision": self.precision,
+            "gradient_checkpointing": True if count >= blocks else count if count else False,
+        }
+        if self.memory.swapped:
+            told["musubi_blocks_to_swap"] = self.memory.swapped
+        if self.memory.offload_activations:
+            told["gradient_checkpointing_backend"] = "offload"
+        if self.memory.approximator_on_host:
+            told["chroma_approximator_device"] = "cpu"
+        return told
+
+
+def read_size(text: str) -> int:
+    """ "12GB", "11.5 GiB", "12" (GB) in bytes."""
+    match = SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is no size; write 12GB")
+    number, letter, binary = float(match[1]), (match[2] or "G").upper(), bool(match[3])
+    return int(number * (1024 if binary else 1000) ** {"M": 2, "G": 3}[letter])
+
+
+class Ladder:
+    """The ways of one run: predicted with every block kept and with every block recomputed, counted between.
+
+    peak: FLOP/s of the device. About, not exact: a block's share is taken to be the same for all.
+    """
+
+    def __init__(
+        self, run: RunConfig, family: ModelFamily, framings: Sequence[Framing], kind: str, peak: float
+    ) -> None:
+        self.run, self.family, self.framings, self.kind, self.peak = run, family, framings, kind, peak
+        dtype = choose(run.model.model_copy(update={"device": "cpu"})).weights
+        precisions = tuple(UNPACKING) if run.model.model_type == "lora" else ("no_change",)
+        self.own = run.model.base_model_precision
+        self.sketches: dict[str, Sketch] = {
+            name: family.sketch(run.model.model_copy(update={"base_model_precision": name}), dtype)
+            for name in dict.fromkeys((*precisions, self.own))
+        }
+        self.weights = {name: weight_bytes(sketch) for name, sketch in self.sketches.items()}
+        self.blocks = len(self.sketches[self.own].blocks)
+        self.kept = predict(run, family, framings, kind, BlockMemory())
+        self.recomputed = predict(run, family, framings, kind, BlockMemory(self.blocks))
+        self.each = (self.kept.training - self.recomputed.training) / max(1, self.blocks - 1)
+
+    def way(self, precision: str, memory: BlockMemory) -> Way:
+        sketch, count = self.sketches[precision], memory.checkpointed
+        size: float = self.kept.training
+        if count:
+            size = self.recomputed.training + self.each * (self.blocks - count)
+        size += self.weights[precision] - self.weights[self.own]
+        fetched = [prediction.frozen_bytes(sketch.blocks[number]) for number in memory.fetched(self.blocks)]
+        size -= sum(fetched) - prediction.ROOMS * max(fetched, default=0)
+        size -= sketch.hosted_bytes if memory.approximator_on_host else 0
+        moved = 2 * sum(fetched)
+        if memory.offload_activations:
+            inputs = prediction.kept_inputs(sketch, memory, self.kept.feed)
+            size, moved = size - inputs, moved + 2 * inputs
+        flops = self.kept.flops + (self.recomputed.flops - self.kept.flops) * count / self.blocks
+        moved *= self.run.training.gradient_accumulation_steps
+        seconds = speed.seconds(flops * UNPACKING.get(precision, 1.05), self.peak, moved)
+        return Way(precision, memory, int(size), seconds + APPROXIMATOR_S * memory.approximator_on_host)
+
+    def ways(self, limit: int) -> list[Way]:
+        """Of every precision the fastest that fits, of those that move weights the fastest of each kind."""
+        fitting: list[Way] = []
+        for precision in self.sketches:
+            plain = (self.way(precision, BlockMemory(count)) for count in range(self.blocks + 1))
+            first = next((way for way in plain if way.size <= limit), None)
+            if first is not None:
+                fitting.append(first)
+            elif self.kind == "cuda" and self.run.model.model_type == "lora":
+                fitting += self._moving(precision, limit)
+        return sorted(fitting, key=lambda way: way.seconds)
+
+    def _moving(self, precision: str, limit: int) -> Iterator[Way]:
+        for on_host, offload in product((False, True), (False, True)):
+            for share in SWAPS:
+                swapped = round(share * self.blocks)
+                way = self.way(precision, BlockMemory(self.blocks, 1, swapped, offload, on_host))
+                if way.size <= limit:
+                    yield way
+                    break
+
+    def proven(self, way: Way, limit: int) -> Way | None:
+        """The way with its exact size, with more blocks recomputed where that is over the limit."""
+        for _ in range(VERIFIED):
+            exact = predict(
+                changed(self.run, way, self.blocks), self.family, self.framings, self.kind, way.memory
+            )
+            way = dataclasses.replace(way, size=exact.training, exact=True)
+            if way.size <= limit:
+                return way
+            count, memory = way.memory.checkpointed, way.memory
+            if count >= self.blocks or self.each <= 0:
+                return None
+            more = count + max(1, math.ceil((way.size - limit) / self.each))
+            way = self.way(way.precision, dataclasses.replace(memory, checkpointed=min(self.blocks, more)))
+        return None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """chosen: None when nothing fits. others: about, in order of cost."""
+
+    limit: int
+    chosen: Way | None
+    others: tuple[Way, ...]
+    blocks: int
+
+
+def fit(ladder: Ladder, limit: int) -> Fit:
+    """The fastest way whose exact size is within the limit, and what else would fit."""
+    ways = ladder.ways(limit)
+    for position, way in enumerate(ways):
+        proven = ladder.proven(way, limit)
+        if proven is not None:
+            return Fit(limit, proven, tuple(ways[:position] + ways[position + 1 :]), ladder.blocks)
+    return Fit(limit, None, (), ladder.blocks)
+
+
+def changed(run: RunConfig, way: Way, blocks: int) -> RunConfig:
+    """The same run, this way."""
+    return run.model_copy(update={"model": run.model.model_copy(update=way.options(blocks))})
+
+
+def demanded(ladder: Ladder, limit: int) -> int:
+    """gradient_checkpointing "auto": the fewest blocks to recompute; all where even that is too little."""
+    plain = (ladder.way(ladder.own, BlockMemory(count)) for count in range(ladder.blocks + 1))
+    first = next((way for way in plain if way.size <= limit), None)
+    proven = None if first is None else ladder.proven(first, limit)
+    return ladder.blocks if proven is None else proven.memory.checkpointed
+
+
+def weight_bytes(sketch: Sketch) -> int:
+    return sum(tensor.nbytes for tensor in sketch.transformer.state_dict().values())

@@ -1,0 +1,176 @@
+"""From measured bytes to what a run needs; what is remembered; which way fits; what a person reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from simpletuner.cli.plan import command
+from simpletuner.config.schema import RunConfig
+from simpletuner.data.geometry import Framing
+from simpletuner.errors import ConfigError
+from simpletuner.events.types import Event, Noted
+from simpletuner.models.family import BlockMemory
+from simpletuner.training.plan import advice, announce, fit, prediction, stored, wording
+from simpletuner.training.plan.fit import Ladder
+from simpletuner.training.plan.imitation import Feed
+from simpletuner.training.plan.prediction import predict
+from simpletuner.training.plan.room import Room, lacking_on_disks
+from tests.training.plan.small import CONFIG, FEED, Small, run_of, sketch_of
+
+BLOCKS = CONFIG.num_layers + CONFIG.num_single_layers
+SIZE = (Framing(resolution=256),)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_the_second_answer_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = predict(run_of(), Small(), SIZE)
+
+    def never(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(prediction, "measure", never)
+    assert predict(run_of(learning_rate=0.5, seed=7), Small(), SIZE) == first
+    with pytest.raises(AssertionError, match="again"):
+        predict(run_of(lora_rank=8), Small(), SIZE)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"lora_rank": 5}, {"optimizer": "lion"}, {"base_model_precision": "nf4"}, {"mixed_precision": "no"},
+     {"gradient_accumulation_steps": 2}, {"use_dora": True}],
+)  # fmt: skip
+def test_what_moves_bytes_is_another_key(other: dict[str, object]) -> None:
+    def key(run: RunConfig, feed: Feed = FEED, memory: BlockMemory = BlockMemory()) -> str:  # noqa: B008
+        return stored.key(run, sketch_of(run), memory, feed, 1)
+
+    run = run_of(**other)
+    assert key(run) != key(run_of())
+    assert key(run) != key(run, dataclasses.replace(FEED, samples=3))
+    assert key(run) != key(run, memory=BlockMemory(1))
+
+
+def test_what_waits_on_the_host_is_taken_from_the_device() -> None:
+    """All blocks swapped: two rooms of the largest block instead of all blocks."""
+    run, family = run_of(), Small()
+    here = predict(run, family, SIZE, "cuda", BlockMemory(BLOCKS))
+    swapped = predict(run, family, SIZE, "cuda", BlockMemory(BLOCKS, 1, BLOCKS, True, True))
+    sizes = [sum(parameter.nbytes for parameter in block.parameters()) for block in sketch_of(run).blocks]
+    less = here.parts["weights"] - swapped.parts["weights"]
+    assert less == pytest.approx(sum(sizes) - 2 * max(sizes) + 1_000_000, rel=0.01)
+    rows = (256 // 16) ** 2 + 512
+    assert here.parts["activations"] - swapped.parts["activations"] == (BLOCKS - 2) * rows * 256 * 2
+    assert swapped.host["swapped blocks"] >= sum(sizes)
+    assert swapped.moved == pytest.approx(2 * sum(sizes), rel=0.01)
+
+
+def test_an_average_is_where_it_is_kept() -> None:
+    plain, on_host, beside = (
+        predict(run_of(**options), Small(), SIZE, "cuda")
+        for options in ({}, {"use_ema": True}, {"use_ema": True, "ema_device": "accelerator"})
+    )
+    assert on_host.parts == plain.parts
+    assert on_host.host["average"] == 4 * plain.trained
+    assert beside.parts["optimizer"] - plain.parts["optimizer"] == 4 * plain.trained
+
+
+def test_the_largest_set_decides() -> None:
+    sketch = sketch_of(run_of())
+    framings = (Framing(resolution=512), Framing(resolution=1.0, resolution_type="area"))
+    assert prediction.feed_of(run_of(), framings, sketch) == Feed(1, (1024, 1024), 512)
+    wide = (Framing(resolution=512, resolution_type="pixel"),)
+    assert prediction.feed_of(run_of(tokenizer_max_length=77), wide, sketch) == Feed(1, (768, 512), 77)
+
+
+def test_the_chosen_way_fits_and_a_tighter_limit_is_slower() -> None:
+    run = run_of()
+    ladder = Ladder(run, Small(), SIZE, "cuda", 1e13)
+    kept, recomputed = ladder.kept.training, ladder.recomputed.training
+    assert recomputed < kept
+    loose = fit.fit(ladder, kept)
+    assert loose.chosen is not None
+    assert (loose.chosen.precision, loose.chosen.memory.checkpointed) == ("no_change", 0)
+    between = fit.fit(ladder, (kept + recomputed) // 2)
+    assert between.chosen is not None
+    assert between.chosen.exact
+    assert between.chosen.size <= (kept + recomputed) // 2
+    assert between.chosen.seconds >= loose.chosen.seconds
+    nothing = fit.fit(ladder, 1000)
+    assert nothing.chosen is None
+    assert "nothing fits" in wording.ways(run, nothing)[0]
+
+
+def test_a_training_that_cannot_fit_is_refused_with_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, family = run_of(gradient_checkpointing=False), Small()
+    plan = predict(run, family, SIZE)
+    limit = predict(run, family, SIZE, memory=BlockMemory(BLOCKS)).tensors + 1_000
+    monkeypatch.setattr(announce.registry, "family", lambda name: family)
+    total = limit + prediction.RUNTIME["cpu"]
+    monkeypatch.setattr(announce, "found", lambda device: Room("a card", total, 10**12))
+    assert plan.tensors > limit
+    with pytest.raises(ConfigError, match=r"needs .* and a card has") as refused:
+        announce.announce(run, SIZE, lambda event: None)
+    assert refused.value.exit_code == 2
+    assert "--base_model_precision=" in str(refused.value)
+
+
+def test_auto_recomputes_what_memory_demands(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, family, told = run_of(gradient_checkpointing="auto"), Small(), list[Event]()
+    kept = predict(run, family, SIZE, memory=BlockMemory())
+    monkeypatch.setattr(announce.registry, "family", lambda name: family)
+
+    def settled(free: int) -> object:
+        room = Room("a card", free + prediction.RUNTIME["cpu"], 10**12)
+        monkeypatch.setattr(announce, "found", lambda device: room)
+        return announce.announce(run, SIZE, told.append).model.gradient_checkpointing
+
+    assert settled(kept.training) == 0
+    some = settled(kept.training - 1)
+    assert isinstance(some, int)
+    assert some > 0
+    assert any(isinstance(event, Noted) and event.message.startswith("plan: ") for event in told)
+
+
+def test_disks_with_too_little_space(tmp_path: Path) -> None:
+    run = run_of(output_dir=str(tmp_path / "run"))
+    needs = {"download": 0, "quantised base": 0, "checkpoints": 10**18, "result": 0}
+    ((folder, needed, free),) = lacking_on_disks(run, needs)
+    assert folder == tmp_path / "run"
+    assert free < needed == 10**18
+    assert lacking_on_disks(run, {**needs, "checkpoints": 1}) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("12GB", 12e9), ("12", 12e9), ("11.5 GiB", 11.5 * 2**30), ("800mb", 8e8)]
+)
+def test_sizes(text: str, size: float) -> None:
+    assert fit.read_size(text) == int(size)
+
+
+def test_a_word_that_is_no_size() -> None:
+    with pytest.raises(ConfigError, match="write 12GB"):
+        fit.read_size("a lot")
+
+
+def test_settings_go_down_one_by_one() -> None:
+    words = []
+    for change in ({"gradient_checkpointing": False}, {}, {"base_model_precision": "int8"},
+                   {"base_model_precision": "nf4"}):  # fmt: skip
+        words.append(advice.next_down(run_of(**change)))
+    assert [word.split(": ")[1].split(" = ")[0] for word in words] == [
+        "gradient_checkpointing", "base_model_precision", "base_model_precision", "vae_enable_tiling",
+    ]  # fmt: skip
+
+
+def test_the_command_needs_nothing() -> None:
+    done = CliRunner().invoke(command, ["--model_flavour=nano", "--resolution=128", "--lora_rank", "2"])
+    assert done.exit_code == 0, done.output
+    assert "weights" in done.output
+    assert "estimate" in done.output
