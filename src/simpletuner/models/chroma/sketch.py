@@ -16,6 +16,7 @@ from simpletuner.models.chroma import fingerprints, sources
 from simpletuner.models.chroma.transformer import TransformerConfig
 from simpletuner.models.chroma.weights import empty_transformer, read_config, read_header, weight_files
 from simpletuner.models.family import Facts, Sketch, Source
+from simpletuner.quantization import schemes
 
 FACTS = Facts(
     latent_channels=16, stride_px=8, alignment_px=64, token_px=16, max_tokens=fingerprints.MAX_TOKENS,
@@ -45,11 +46,18 @@ def sketch(options: ModelOptions, dtype: torch.dtype, read_facts: Callable[[Sour
         _facts(folders, read_facts),
         at is None,
         fingerprints.text_dtype(options),
-        sizes["text_encoder"][0] * fingerprints.text_dtype(options).itemsize,
+        int(sizes["text_encoder"][0] * _bytes_each(options)),
         sizes["vae"][0] * (4 if wide_vae else 2),
         sum(parameter.nbytes for parameter in transformer.distilled_guidance_layer.parameters()),
         sum(PUBLISHED[part][1] for part, size in found.items() if size is None),
     )
+
+
+def _bytes_each(options: ModelOptions) -> float:
+    """Of a number of T5's; its embedding, 3 % of it, is taken for a linear."""
+    if options.text_encoder_1_precision == "no_change":
+        return fingerprints.text_dtype(options).itemsize
+    return schemes.named(options.text_encoder_1_precision).size_bytes(1024, 1024) / 1024**2
 
 
 def _folder(part: str, options: ModelOptions) -> Path | None:
