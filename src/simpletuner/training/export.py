@@ -70,6 +70,7 @@ class Exporter:
         return {
             "software": f"simpletuner {__version__}",
             "base_model": Path(base).name if Path(base).is_absolute() else base,
+            "base_model_precision": self.run.model.base_model_precision,
             "model_family": self.family.name,
             "weights": weights,
             "rank": str(adapter.lora_rank),
