@@ -21,19 +21,19 @@ pretrained_transformer_subfolder trust_remote_code logging_dir cache_dir_text ca
 seed_for_each_device prediction_type delete_model_after_load i_know_what_i_am_doing
 text_encoder_4_precision quantization_config quantize_activations sdnq_weights_dtype
 gradient_precision keep_vae_loaded vae_cache_ondemand vae_cache_disable vae_cache_preprocess
-gradient_checkpointing_backend gradient_checkpointing_segment_stride
+gradient_checkpointing_segment_stride
 gradient_checkpointing_offload_attention
 gradient_checkpointing_offload_pin_memory_max_buckets offload_during_save enable_group_offload
-group_offload_type group_offload_blocks_per_group ramtorch ramtorch_target_modules musubi_blocks_to_swap
+group_offload_type group_offload_blocks_per_group ramtorch ramtorch_target_modules
 musubi_block_swap_device attention_mechanism sageattention_usage accelerator_cache_clear_interval
-set_grads_to_none dynamo_backend dynamo_mode peft_lora_mode singlora_ramp_up_steps slider_lora_target
+set_grads_to_none dynamo_fullgraph peft_lora_mode singlora_ramp_up_steps slider_lora_target
 init_lora_ema init_lora_step init_lokr_norm lora_format lycoris_config assistant_lora_path
 disable_assistant_lora validation_lycoris_strength flow_cubic_schedule_weights mixflow_enabled mixflow_gamma
 flux_guidance_value flux_guidance_min flux_guidance_max flux_attention_masked_training
 input_perturbation_steps noise_offset offset_noise timestep_bias_strategy snr_gamma use_soft_min_snr
 snr_weight soft_min_snr_sigma_data masked_loss_probability slider_strength optimizer_beta1 optimizer_beta2
-prodigy_steps lr_num_cycles strict_epoch_limit ignore_final_epochs optimizer_release_gradients
-fuse_optimizer optimizer_cpu_offload_method optimizer_offload_gradients text_encoder_lr train_text_encoder
+prodigy_steps lr_num_cycles strict_epoch_limit ignore_final_epochs
+optimizer_offload_gradients text_encoder_lr train_text_encoder
 ema_cpu_only ema_warmup_steps ema_foreach_disable checkpointing_rolling_steps
 checkpoints_rolling_total_limit checkpointing_use_tempdir delete_invalid_checkpoints disk_low_threshold
 disk_low_action disk_low_script post_checkpoint_script validation_epoch_interval validate_after_step
@@ -117,6 +117,12 @@ def judge(tmp_path: Path) -> Any:
         ({"num_train_epochs": 1}, "max_train_steps"),
         ({"mixed_precision": "no", "base_model_default_dtype": "bf16"}, "base_model_default_dtype"),
         ({"model_type": "full", "base_model_precision": "nf4-bnb"}, "base_model_precision"),
+        ({"model_type": "full", "musubi_blocks_to_swap": 4}, "musubi_blocks_to_swap"),
+        ({"musubi_blocks_to_swap": 1.5}, "musubi_blocks_to_swap"),
+        ({"musubi_blocks_to_swap": 0.5, "gradient_checkpointing": False}, "musubi_blocks_to_swap"),
+        ({"musubi_blocks_to_swap": 21, "gradient_checkpointing": 20}, "musubi_blocks_to_swap"),
+        ({"musubi_blocks_to_swap": 4, "device": "mps"}, "musubi_blocks_to_swap"),
+        ({"gradient_checkpointing_backend": "unsloth", "device": "cpu"}, "gradient_checkpointing_backend"),
         ({"lr_scale": True, "lr_scale_sqrt": True}, "lr_scale_sqrt"),
         ({"lr_scheduler": "cosine", "lr_end": 1e-3}, "lr_end"),
         ({"optimizer": "adamw_schedulefree", "lr_scheduler": "linear"}, "lr_scheduler"),
@@ -231,10 +237,41 @@ def test_a_configuration_saved_by_a_form_needs_two_changes(judge: Any) -> None:
 
 def test_every_precision_of_others_is_read_or_refused_with_the_alternative(judge: Any) -> None:
     """The 28 values of SimpleTuner's base_model_precision, and those its texts name besides."""
-    names = """no_change int8-quanto int4-quanto int2-quanto fp8-quanto fp8uz-quanto int8-torchao int8dq-torchao
-    int8dq-int4-torchao int4-torchao fp8-torchao fp8wo-torchao fp8-int4-torchao int8-sdnq uint8-sdnq int16-sdnq
-    uint16-sdnq fp16-sdnq fp8-sdnq int6-sdnq int5-sdnq uint5-sdnq uint4-sdnq uint3-sdnq uint2-sdnq nf4-bnb
-    fp8-native fp8-transformerengine nf4-torchao int8-bnb fp4-bnb none bf16""".split()
+    names = [
+        "no_change",
+        "int8-quanto",
+        "int4-quanto",
+        "int2-quanto",
+        "fp8-quanto",
+        "fp8uz-quanto",
+        "int8-torchao",
+        "int8dq-torchao",
+        "int8dq-int4-torchao",
+        "int4-torchao",
+        "fp8-torchao",
+        "fp8wo-torchao",
+        "fp8-int4-torchao",
+        "int8-sdnq",
+        "uint8-sdnq",
+        "int16-sdnq",
+        "uint16-sdnq",
+        "fp16-sdnq",
+        "fp8-sdnq",
+        "int6-sdnq",
+        "int5-sdnq",
+        "uint5-sdnq",
+        "uint4-sdnq",
+        "uint3-sdnq",
+        "uint2-sdnq",
+        "nf4-bnb",
+        "fp8-native",
+        "fp8-transformerengine",
+        "nf4-torchao",
+        "int8-bnb",
+        "fp4-bnb",
+        "none",
+        "bf16",
+    ]
     own = catalog()["base_model_precision"].choices
     for name in names:
         for option in ("base_model_precision", "text_encoder_1_precision"):

@@ -197,19 +197,26 @@ def _draw(
     wanted: tuple[Picture, ...], say: Callable[[str], None],
 ) -> list[tuple[float, Picture, Tensor]]:  # fmt: skip
     """Latents of every picture at every strength."""
+    import torch
+
     from simpletuner.adapters.files import load_into
     from simpletuner.adapters.lora import set_strength
+    from simpletuner.training.memory import block_memory
     from simpletuner.validation.inference import Inference
     from simpletuner.validation.sampler import latents_of
 
     say(f"loading {source.name}")
     shown = Terminal(sys.stderr)
-    transformer = family.load_transformer(source, device.device, device.weights, request.model, shown)
+    at = torch.device("cpu") if request.model.musubi_blocks_to_swap else device.device
+    transformer = family.load_transformer(source, at, device.weights, request.model, shown)
     shown.close()
     dtype = device.compute or device.weights
     inference = Inference(family, family.facts(source), device.device, dtype, device.autocast)
     if request.lora is not None:
         load_into(transformer, request.lora, request.strengths[0])
+    memory = block_memory(request.model, family.block_count(transformer))
+    family.arrange(transformer, memory, device.device)
+    family.compile_blocks(transformer, request.model)
     drawn = []
     for strength in request.strengths:
         if request.lora is not None:

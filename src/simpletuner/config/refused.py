@@ -25,18 +25,19 @@ REFUSED: tuple[tuple[str, str], ...] = (
      "text_encoder_3_precision text_encoder_4_precision"),
     ("use base_model_precision: weights alone are quantised, each scheme in one way",
      "quantization_config quantize_activations sdnq_*=*"),
-    ("is not needed: text encoder, VAE and transformer are never loaded together",
+    ("is not needed: text encoder, VAE and transformer are loaded one after the other",
      "keep_vae_loaded offload_during_save fully_unload_text_encoder=true"),
-    ("moving weights between host and device " + NOT_YET, "enable_group_offload group_offload_*=* "
-     "enable_model_cpu_offload ramtorch ramtorch_*=* musubi_blocks_to_swap musubi_block_swap_device=* "
-     "offload_param_path"),
-    (NOT_YET + "; gradient_checkpointing and gradient_checkpointing_interval are",
-     "gradient_checkpointing_backend=torch gradient_checkpointing_segment_stride "
-     "gradient_checkpointing_offload_attention gradient_checkpointing_offload_*=*"),
+    ("use musubi_blocks_to_swap", "enable_group_offload group_offload_*=* enable_model_cpu_offload ramtorch "
+     "ramtorch_*=* offload_param_path"),
+    ("is fixed: swapped blocks wait in host memory", "musubi_block_swap_device=cpu"),
+    ("use gradient_checkpointing = a number of blocks, or gradient_checkpointing_backend offload",
+     "gradient_checkpointing_segment_stride gradient_checkpointing_offload_attention "
+     "gradient_checkpointing_offload_*=*"),
     ("is not needed: captions are trimmed, so torch's own attention runs without a mask",
      "attention_mechanism=diffusers sageattention_usage=inference sla_config fuse_qkv_projections"),
-    ("compiling the transformer " + NOT_YET, "dynamo_backend dynamo_*=* validation_torch_compile "
-     "validation_torch_compile_mode=*"),
+    ("is fixed: dynamo_backend compiles each block, for any shape, in training and validation",
+     "dynamo_fullgraph dynamo_dynamic=true dynamo_use_regional_compilation=true "
+     "validation_torch_compile=true validation_torch_compile_mode=*"),
     ("training on several devices " + NOT_YET, "num_processes=1 num_machines=1 machine_rank main_process_*=* "
      "same_network=* accelerate_config accelerate_extra_args find_unused_parameters deepspeed_config "
      "fsdp_enable fsdp_*=* context_parallel_size=1 context_parallel_*=* seed_for_each_device=true "
@@ -119,7 +120,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
 # What people ask for by name and always get; saying so is a note, not a mistake.
 ALWAYS = {
     "fuse_optimizer": "always so where torch can: AdamW is one pass without a temporary",
-    "offload_during_startup": "always so: text encoder, VAE and transformer are never in memory together",
+    "offload_during_startup": "always so: text encoder, VAE and transformer are loaded in turn, each alone",
 }
 
 OFF = ("", "0", "0.0", "false", "no", "no_change", "none", "null", "[]", "{}")

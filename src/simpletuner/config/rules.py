@@ -31,8 +31,9 @@ def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
     if model.base_model_default_dtype == "bf16" and model.mixed_precision != "bf16":
         yield "base_model_default_dtype", f"bf16 weights do not fit mixed_precision {model.mixed_precision}"
     if model.model_type == "full" and model.base_model_precision != "no_change":
-        what = 'cannot be trained themselves, as model_type "full" does; use "no_change", or model_type "lora"'
+        what = 'cannot be trained themselves, as model_type "full" does; use "no_change" or model_type "lora"'
         yield "base_model_precision", f"{model.base_model_precision} weights {what}"
+    yield from _block_memory(run)
     if "sdxl" in (model.pretrained_vae_model_name_or_path or "").lower():
         yield "pretrained_vae_model_name_or_path", "is another model's VAE; leave it out for Chroma's own"
     if model.model_type == "full" and run.adapter.init_lora:
@@ -56,6 +57,28 @@ def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
     yield from sizes_and_captions(run.data)
     yield from _flow(run.flow, given)
     yield from _watching(run)
+
+
+def _block_memory(run: RunConfig) -> Iterator[Finding]:
+    """What waits in host memory must be frozen, recomputed, and not be in host memory anyway."""
+    model = run.model
+    swapped, recomputed = model.musubi_blocks_to_swap, model.gradient_checkpointing
+    if swapped > 1 and swapped != int(swapped):
+        yield "musubi_blocks_to_swap", f"{swapped:g} is neither a number of blocks nor a fraction below 1"
+    if swapped and model.model_type == "full":
+        yield "musubi_blocks_to_swap", 'needs a frozen base; model_type "full" trains it. Use 0'
+    if swapped and recomputed is False:
+        what = "keeps fetched weights for the backward pass; use gradient_checkpointing true"
+        yield "musubi_blocks_to_swap", f"without recomputing, autograd {what}"
+    if not isinstance(recomputed, (bool, str)) and swapped > recomputed:
+        what = f"only {recomputed} are recomputed, and swapped blocks must be"
+        yield "musubi_blocks_to_swap", f"{swapped:g} blocks: {what}; raise gradient_checkpointing"
+    waiting = {
+        "musubi_blocks_to_swap": swapped > 0,
+        "gradient_checkpointing_backend": model.gradient_checkpointing_backend == "offload",
+    }
+    for name in (name for name, wanted in waiting.items() if wanted and model.device in ("cpu", "mps")):
+        yield name, f'has no use on device "{model.device}", whose memory is the host\'s; leave it out'
 
 
 def _one_by_one(run: RunConfig) -> Iterator[Finding]:
@@ -190,8 +213,10 @@ def _without_effect(run: RunConfig, given: Given) -> Iterator[str]:
         "with loss_type l2": (run.flow.loss_type == "l2", ("huber_schedule", "huber_c")),
         "with lr_scheduler constant": (run.optimizer.lr_scheduler == "constant", ("lr_end", "lr_power")),
         "without gradient_checkpointing": (
-            not run.model.gradient_checkpointing, ("gradient_checkpointing_interval",)
+            not run.model.gradient_checkpointing,
+            ("gradient_checkpointing_interval", "gradient_checkpointing_backend"),
         ),
+        "without dynamo_backend inductor": (run.model.dynamo_backend != "inductor", ("dynamo_mode",)),
     }  # fmt: skip
     for reason, (holds, names) in idle.items():
         silent = [name for name in names if holds and name in given]

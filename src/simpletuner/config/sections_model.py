@@ -58,6 +58,24 @@ class ModelOptions(Section):
         "(auto), or a number: the first so many.", level="basic", unit="blocks", resume="free")
     gradient_checkpointing_interval: int | None = option(None,
         "Recompute only every n-th block; null is every block.", unit="blocks", resume="free", ge=1)
+    gradient_checkpointing_backend: Literal["torch", "offload"] = option("torch",
+        "Where recomputed blocks keep their inputs: on the GPU, or in host memory (offload).", resume="free",
+        spellings={"unsloth": "offload"},
+        hints=dict.fromkeys(("torch-ffn", "unsloth-ffn"), "blocks are recomputed as a whole"))
+    musubi_blocks_to_swap: float = option(0.0,
+        "Blocks whose frozen weights wait in host memory and are fetched for each pass: a number, or a "
+        "fraction below 1. Exact; slower as far as fetching takes longer than computing.", level="common",
+        unit="blocks", resume="free", ge=0, le=1000)
+    chroma_approximator_device: Literal["accelerator", "cpu"] = option("accelerator",
+        "Where Chroma's modulations are computed; cpu saves 0.56 GB of a GPU, and rounds differently.",
+        resume="free")
+    dynamo_backend: Literal["no", "inductor", "aot_eager", "eager"] = option("no",
+        "Compile the blocks with torch.compile: minutes at the start, faster steps on a GPU (inductor). The "
+        "eager ones are for finding faults.", level="common", resume="free")
+    dynamo_mode: Literal["default", "max-autotune-no-cudagraphs"] | None = option(None,
+        "How hard inductor searches; null is default.", resume="free",
+        hints=dict.fromkeys(("reduce-overhead", "max-autotune"),
+            "CUDA graphs want one shape and fixed addresses, and batches differ in both"))
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto",
         "Where to train; auto takes the best there is.", level="common", resume="free")
     torch_num_threads: int | None = option(None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from simpletuner.config.schema import ModelOptions
 from simpletuner.models.family import BlockMemory
 from simpletuner.models.swap import Swap, lane_for
 
@@ -47,6 +48,19 @@ class Runner:
             # The generator's state is kept: adapters with dropout must drop the same again.
             out: Streams = checkpoint(run, *streams, use_reentrant=False, preserve_rng_state=True)
         return out
+
+
+def compile_each(blocks: Sequence[nn.Module], options: ModelOptions) -> None:
+    """One program per kind of block, for any batch, size and text length; in place, at the first call.
+
+    A program exists per way of running as well: with and without gradient, masked and not, the last block.
+    """
+    backend = options.dynamo_backend
+    if backend == "no":
+        return
+    mode = options.dynamo_mode if backend == "inductor" else None
+    for block in blocks:
+        block.compile(backend=backend, dynamic=True, mode=mode)
 
 
 def arrange(

@@ -219,6 +219,10 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
+    def compile_blocks(self, transformer: nn.Module, options: ModelOptions) -> None:
+        """Have the blocks compiled at their first call, as dynamo_backend says."""
+
+    @abstractmethod
     def trainable_at_full_rank(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """Named parameters that model_type "full" trains."""
 

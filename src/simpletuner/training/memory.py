@@ -15,5 +15,12 @@ def block_memory(options: ModelOptions, blocks: int, demanded: int | None = None
     asked = options.gradient_checkpointing
     if asked == "auto":
         asked = True if demanded is None else demanded
-    count = blocks if asked is True else min(int(asked), blocks)
-    return BlockMemory(count, options.gradient_checkpointing_interval or 1)
+    share = options.musubi_blocks_to_swap
+    swapped = int(share * blocks) if share < 1 else int(share)
+    return BlockMemory(
+        blocks if asked is True else min(max(int(asked), swapped), blocks),
+        options.gradient_checkpointing_interval or 1,
+        swapped,
+        options.gradient_checkpointing_backend == "offload",
+        options.chroma_approximator_device == "cpu",
+    )

@@ -51,11 +51,12 @@ class Trainee:
 
 
 def make(run: RunConfig, prepared: Prepared, device: Device, emit: Emit) -> Trainee:
-    transformer = prepared.family.load_transformer(
-        prepared.source, device.device, device.weights, run.model, emit
-    )
+    # What is to be swapped need not fit the device even once.
+    at = torch.device("cpu") if run.model.musubi_blocks_to_swap else device.device
+    transformer = prepared.family.load_transformer(prepared.source, at, device.weights, run.model, emit)
     trained = attach(run, prepared.family, transformer, emit)
     prepare_blocks(run, prepared.family, transformer, device.device)
+    prepared.family.compile_blocks(transformer, run.model)
     if run.optimizer.optimizer_cpu_offload_method != "none" and device.device.type != "cuda":
         emit(Noted(f"optimizer states stay where they are: {device.device.type} has the host's memory"))
     return equip(run, transformer, trained)

@@ -1,0 +1,64 @@
+"""From the options to what the blocks keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner.config.flags import pairs
+from simpletuner.config.load import attempt
+from simpletuner.config.schema import ModelOptions
+from simpletuner.models.family import BlockMemory
+from simpletuner.training.memory import block_memory
+
+
+@pytest.mark.parametrize(
+    ("options", "demanded", "expected"),
+    [
+        ({}, None, BlockMemory(57)),
+        ({"gradient_checkpointing": False}, None, BlockMemory(0)),
+        ({"gradient_checkpointing": 20}, 3, BlockMemory(20)),
+        ({"gradient_checkpointing": 999}, None, BlockMemory(57)),
+        ({"gradient_checkpointing": "auto"}, None, BlockMemory(57)),
+        ({"gradient_checkpointing": "auto"}, 0, BlockMemory(0)),
+        ({"gradient_checkpointing": "auto"}, 12, BlockMemory(12)),
+        ({"gradient_checkpointing": "auto", "musubi_blocks_to_swap": 30}, 12, BlockMemory(30, 1, 30)),
+        ({"gradient_checkpointing_interval": 2}, None, BlockMemory(57, 2)),
+        ({"musubi_blocks_to_swap": 0.5}, None, BlockMemory(57, 1, 28)),
+        ({"musubi_blocks_to_swap": 14}, None, BlockMemory(57, 1, 14)),
+        ({"gradient_checkpointing_backend": "offload"}, None, BlockMemory(57, 1, 0, True)),
+        ({"chroma_approximator_device": "cpu"}, None, BlockMemory(57, approximator_on_host=True)),
+    ],
+    ids=str,
+)
+def test_options(options: dict[str, Any], demanded: int | None, expected: BlockMemory) -> None:
+    assert block_memory(ModelOptions(**options), 57, demanded) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("gradient_checkpointing=true", True),
+        ("gradient_checkpointing=no", False),
+        ("gradient_checkpointing=1", True),
+        ("gradient_checkpointing=AUTO", "auto"),
+        ("--gradient_checkpointing 12", 12),
+        ("--gradient_checkpointing auto", "auto"),
+        ("--gradient_checkpointing --seed 3", True),
+        ("--gradient_checkpointing seed=3", True),
+        ("--gradient_checkpointing", True),
+        ("gradient_checkpointing=perhaps", "must be true | false | auto | integer"),
+        ("gradient_checkpointing=-3", "must"),
+        ("gradient_checkpointing=2.5", "must be true | false | auto | integer"),
+    ],
+)
+def test_how_much_is_recomputed_is_read(argv: str, expected: Any, tmp_path: Path) -> None:
+    given = [("max_train_steps", "5"), *pairs(argv.split())]
+    tried = attempt(given, environ={}, cwd=tmp_path, needs_data=False)
+    if tried.loaded is None:
+        assert str(expected) in tried.problems[0].what
+    else:
+        assert tried.loaded.run.model.gradient_checkpointing == expected
+        assert type(tried.loaded.run.model.gradient_checkpointing) is type(expected)
