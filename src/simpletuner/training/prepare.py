@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from simpletuner.cache import latents as latent_cache
@@ -138,10 +137,7 @@ def part(filled: Filled, wanted: Callable[[Placed], bool]) -> Filled:
 def free(device: Device) -> None:
     """Give back what the encoder used before the next model comes."""
     gc.collect()
-    if device.device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.device.type == "mps":
-        torch.mps.empty_cache()
+    device.hardware.empty_cache()
 
 
 def report_overlong(

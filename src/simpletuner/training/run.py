@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-import torch
 from safetensors import SafetensorError
 
 from simpletuner.config.load import Loaded, resolved
@@ -27,6 +26,8 @@ from simpletuner.events.sinks import ClosingSink, Sink, close_all, failure_of, f
 from simpletuner.events.terminal import Terminal
 from simpletuner.training import loop
 from simpletuner.training.build import build
+from simpletuner.training.device import shortage
+from simpletuner.training.plan.advice import next_down
 from simpletuner.training.rundir import RunFolder
 
 DEFAULTS = resolved(RunConfig())
@@ -92,7 +93,7 @@ def train(loaded: Loaded, backends: Backends) -> int:
                 emit(types.Noted(f"resume_from_checkpoint = never: earlier results are now in {earlier}"))
             work(loaded, backends, folder, stop, emit)
         except BaseException as error:  # the outermost edge: nothing may end without exit.json saying how
-            known = explained(error)
+            known = explained(error, loaded.run)
             if known is None:
                 with folder.log.open("a", encoding="utf-8") as log:
                     traceback.print_exception(error, file=log)
@@ -157,17 +158,14 @@ def end(folder: RunFolder, step: int, seconds: float, error: BaseException | Non
         emit(types.Warned(f"no exit.json: {why}"))
 
 
-def explained(error: BaseException) -> SimpleTunerError | None:
+def explained(error: BaseException, run: RunConfig) -> SimpleTunerError | None:
     """The failure in a person's words; None for a mistake of this program, which needs its traceback."""
     if isinstance(error, SimpleTunerError):
         return error
     if isinstance(error, KeyboardInterrupt):
         return Stopped("left at once; the same command goes on from the last checkpoint")
-    if isinstance(error, torch.OutOfMemoryError):
-        return SimpleTunerError(
-            f"out of memory: {str(error).splitlines()[0]} The last checkpoint is kept. "
-            "Use gradient_checkpointing, a smaller resolution or train_batch_size"
-        )
+    if short := shortage(error):
+        return SimpleTunerError(f"{short}. The last checkpoint is kept. {next_down(run)}")
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or (isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)):
         return DiskFull(f"the disk is full ({error}); checkpoints are kept. Make room and go on")

@@ -1,0 +1,138 @@
+"""What is asked of a device by name, on devices that are made up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from simpletuner.config.schema import ModelOptions, RunConfig
+from simpletuner.errors import ConfigError, SimpleTunerError
+from simpletuner.training import device as devices
+from simpletuner.training.device import Cpu, Device, Hardware, choose, lacks, shortage
+from simpletuner.training.run import explained
+
+
+class Fake(Hardware):
+    def __init__(self, kind: str, capability: tuple[int, int] | None = None) -> None:
+        self.kind = kind
+        self._capability = capability
+        self.emptied = 0
+
+    @property
+    def name(self) -> str:
+        return f"a made-up {self.kind}"
+
+    def capability(self) -> tuple[int, int] | None:
+        return self._capability
+
+    def free_bytes(self) -> int:
+        return 3 * 2**30
+
+    def total_bytes(self) -> int:
+        return 8 * 2**30
+
+    def peak_bytes(self) -> int:
+        return 5 * 2**30
+
+    def synchronize(self) -> None:
+        return None
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
+
+
+TURING, AMPERE, ROCM, MPS, CPU = (
+    Fake("cuda", (7, 5)), Fake("cuda", (8, 6)), Fake("rocm"), Fake("mps"), Fake("cpu"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hardware", "options", "said"),
+    [
+        (TURING, {}, "compute capability 8.0 or newer; this is a made-up cuda, 7.5"),
+        (TURING, {"mixed_precision": "no"}, None),
+        (AMPERE, {}, None),
+        (ROCM, {"musubi_blocks_to_swap": 3}, None),
+        (AMPERE, {"musubi_blocks_to_swap": 3, "gradient_checkpointing_backend": "offload"}, None),
+        (MPS, {}, None),
+        (MPS, {"musubi_blocks_to_swap": 0.5}, "Use 0"),
+        (MPS, {"gradient_checkpointing_backend": "offload"}, 'Use "torch"'),
+        (MPS, {"base_model_precision": "fp8"}, 'base_model_precision = "fp8"'),
+        (MPS, {"text_encoder_1_precision": "fp8"}, 'Use "int8"'),
+        (MPS, {"base_model_precision": "nf4"}, None),
+        (CPU, {"mixed_precision": "fp16"}, 'use "bf16" or "no"'),
+        (CPU, {"musubi_blocks_to_swap": 1}, "this is a made-up cpu"),
+        (CPU, {}, None),
+    ],
+)
+def test_what_a_device_lacks(hardware: Hardware, options: dict[str, Any], said: str | None) -> None:
+    found = list(lacks(hardware, ModelOptions(**options)))
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+def test_everything_that_is_missing_at_once() -> None:
+    options = ModelOptions(
+        device="cpu",
+        musubi_blocks_to_swap=2,
+        gradient_checkpointing_backend="offload",
+        mixed_precision="fp16",
+    )
+    with pytest.raises(ConfigError) as refusal:
+        choose(options)
+    assert str(refusal.value).count("\n") == 2
+
+
+def test_a_device_by_its_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(devices.HARDWARE, "cuda", lambda device: AMPERE)
+    chosen = Device(torch.device("cuda"), torch.bfloat16, None)
+    assert str(chosen) == "a made-up cuda, bfloat16 weights"
+    assert chosen.peak_memory_gib() == 5.0
+
+
+def test_the_cpu_says_nothing_of_memory() -> None:
+    assert isinstance(choose(ModelOptions(device="cpu")).hardware, Cpu)
+    assert choose(ModelOptions(device="cpu")).peak_memory_gib() is None
+    assert (Cpu().free_bytes(), Cpu().total_bytes(), Cpu().capability()) == (None, None, None)
+
+
+CUDA_TEXT = (
+    "CUDA out of memory. Tried to allocate 162.00 MiB. GPU 0 has a total capacity of 11.75 GiB of which"
+    " 23.19 MiB is free. Including non-PyTorch memory, this process has 11.59 GiB memory in use."
+)
+MPS_TEXT = (
+    "MPS backend out of memory (MPS allocated: 17.94 GiB, other allocations: 416.00 KiB, max allowed:"
+    " 18.13 GiB). Tried to allocate 256.00 MiB on private pool."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError(CUDA_TEXT), "out of memory: 162.00 MiB was asked for, 23.19 MiB was free"),
+        (RuntimeError(MPS_TEXT), "out of memory: 256.00 MiB was asked for, max allowed: 18.13 GiB"),
+        (RuntimeError("CUDA error: out of memory\nmore"), "out of memory: CUDA error: out of memory"),
+        (MemoryError(), "out of host memory"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ValueError("out of memory"), None),
+    ],
+)
+def test_where_memory_ran_out(error: BaseException, said: str | None) -> None:
+    assert shortage(error) == said
+
+
+def test_what_this_torch_says_of_host_memory() -> None:
+    with pytest.raises(RuntimeError) as failure:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert shortage(failure.value) == f"out of memory: {2**60} bytes was asked for"
+
+
+def test_the_next_setting_down_is_told() -> None:
+    run = RunConfig(model=ModelOptions(gradient_checkpointing=False))
+    known = explained(torch.OutOfMemoryError(CUDA_TEXT), run)
+    assert isinstance(known, SimpleTunerError)
+    assert "23.19 MiB was free. The last checkpoint is kept" in str(known)
+    assert "gradient_checkpointing = true" in str(known)
+    assert explained(RuntimeError("a mistake of ours"), run) is None
