@@ -83,5 +83,6 @@ def arrange(
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.device.type != at.type and (swap is None or not swap.holds(tensor)):
                 tensor.data = tensor.data.to(at)
-    inputs = lane.inputs_on_host if lane and memory.offload_activations else nullcontext
-    return Runner(frozenset(recomputed), swap, inputs)
+    if lane and memory.offload_activations:
+        return Runner(frozenset(recomputed), swap, lane.inputs_on_host)
+    return Runner(frozenset(recomputed), swap)

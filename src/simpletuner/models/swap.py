@@ -169,7 +169,7 @@ class _Parcel:
             place.tensor.data = place.host if space is None else place.within(space)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Tenancy:
     """A room, whose parcel is in it, and whether the block is bound to it."""
 
