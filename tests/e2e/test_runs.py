@@ -114,7 +114,15 @@ def test_the_trained_lora_is_the_file_others_load(drawn: tuple[Workspace, Path])
             "input_perturbation": 0.1,
             "use_rslora": True,
         },
-        {"model_type": "full", "learning_rate": 1e-3, "lora_dropout": 0.0},
+        {
+            "model_type": "full",
+            "learning_rate": 1e-3,
+            "lora_dropout": 0.0,
+            "optimizer": "adamw_8bit",
+            "optimizer_release_gradients": True,
+            "max_grad_norm": 0,
+            "gradient_accumulation_steps": 1,
+        },
         {
             "model_type": "full",
             "base_model_default_dtype": "fp32",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import mmap
 import weakref
 
 import pytest
@@ -13,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from simpletuner.config.rules import contradictions
 from simpletuner.config.schema import OptimizerOptions, RunConfig, TrainingOptions
-from simpletuner.errors import TrainingDiverged
+from simpletuner.errors import ConfigError, TrainingDiverged
 from simpletuner.training import loop
-from simpletuner.training.host_states import HostStates
+from simpletuner.training.host_states import HostStates, to_host
 from simpletuner.training.optimizers import OPTIMIZERS, build
 from simpletuner.training.update import Alone, Hosted, Released, Update, Whole, update_of
 from tests.training.test_loop import Plan, parts
@@ -169,6 +170,33 @@ def tensors(state: dict[str, object]) -> list[Tensor]:
 def test_states_stay_where_the_device_has_the_hosts_memory() -> None:
     _, update, _ = ready(options("adamw", optimizer_cpu_offload_method="states"), torch.float32)
     assert type(update) is Whole
+
+
+class Driver:
+    """Page-locks what it is asked to, until it has had enough."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.locked: list[tuple[int, int]] = []
+
+    def cudaHostRegister(self, at: int, size: int, flags: int) -> int:
+        self.locked.append((at, size))
+        return 0 if sum(size for _, size in self.locked) <= self.room else 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_the_hosts_memory_is_locked_to_the_byte(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = (torch.randn(37, 41) * 50).to(dtype)
+    driver = Driver(2 * tensor.nbytes)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    first, second = to_host(tensor), to_host(tensor + 1)
+    assert torch.equal(first, tensor)
+    assert torch.equal(second, tensor + 1)
+    assert driver.locked == [(each.data_ptr(), tensor.nbytes) for each in (first, second)]
+    assert all(at % mmap.PAGESIZE == 0 for at, _ in driver.locked), "a page is nobody else's"
+    assert len(to_host(tensor[:0])) == 0
+    with pytest.raises(ConfigError, match="adamw_8bit"):
+        to_host(tensor)
 
 
 @pytest.mark.parametrize(

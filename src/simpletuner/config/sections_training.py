@@ -57,8 +57,8 @@ class OptimizerOptions(Section):
         level="basic", spellings={"torch-adamw": "adamw", "optimi-adamw": "adamw",
             "torch-adafactor": "adafactor", "optimi-lion": "lion", **dict.fromkeys(("ao-adamw8bit",
                 "bnb-adamw8bit", "bnb-adamw8bit-paged", "adamw8bit"), "adamw_8bit")},
-        hints={"ao-adamw4bit": TOO_SMALL, "bnb-lion8bit": "lion's state is not offered in 8 bits; use lion, "
-            "or adamw_8bit, whose two moments take what lion's one takes in bf16"})
+        hints={"ao-adamw4bit": TOO_SMALL, "bnb-lion8bit": "lion's state is not offered in 8 bits; use "
+            "adamw_8bit, which takes half of lion's memory in bf16"})
     optimizer_config: str | None = option(None, "Further arguments of the optimizer, key=value,key=value.")
     learning_rate: float = option(1e-4, "Learning rate.", level="basic", gt=0, le=10)
     adam_beta1: float = option(0.9, "Decay of the gradient's mean.", ge=0, lt=1)

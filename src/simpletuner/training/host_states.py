@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from simpletuner.errors import ConfigError
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
@@ -23,7 +25,12 @@ def to_host(tensor: Tensor) -> Tensor:
     if not tensor.numel():
         return tensor.cpu()
     pages = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=torch.uint8)
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), tensor.nbytes, 0)))
+    failed = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), tensor.nbytes, 0))
+    if failed:
+        raise ConfigError(
+            f"the driver locks no more of the host's memory (error {failed}): optimizer_cpu_offload_method "
+            'has no room for the states; use a smaller optimizer, as adamw_8bit or adafactor, or "none"'
+        )
     return pages.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
