@@ -1,0 +1,76 @@
+"""LoRA on a quantised base, from the option to the file: resumed bit for bit, checkpointed or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from simpletuner.cli.generate import _model_options
+from simpletuner.errors import CheckpointError, ConfigError
+from simpletuner.events.types import StageStarted
+from simpletuner.quantization.schemes import SCHEMES
+from tests.e2e.runs import Workspace, contents, events, losses
+from tests.e2e.test_resume import interrupted
+
+LORA = "pytorch_lora_weights.safetensors"
+SHORT = {"max_train_steps": 3, "checkpoint_step_interval": 1, "lora_dropout": 0.0, "lr_warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    root = tmp_path_factory.mktemp("quantised")
+    return Workspace(root, quantized_cache_dir=str(root / "quantized"), **SHORT)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_run_on_each(workspace: Workspace, scheme: str) -> None:
+    same = {"base_model_precision": scheme, "text_encoder_1_precision": "int8"}
+    run_dir = workspace.train(output_dir=str(workspace.root / scheme), **same)
+    converted = [event.stage for event in events(run_dir) if isinstance(event, StageStarted)]
+    assert f"quantise to {scheme}" in converted
+    assert len(losses(run_dir)) == 3
+    assert len({loss for loss, _, _ in losses(run_dir).values()}) == 3
+    assert any(
+        tensor.abs().max() > 0 for name, tensor in load_file(run_dir / LORA).items() if "lora_B" in name
+    )
+    assert _model_options(None, [run_dir], {}).base_model_precision == scheme
+
+    resumed = interrupted(workspace, 2, f"{scheme}-stopped", **same)
+    assert losses(resumed) == losses(run_dir)
+    assert contents(resumed / "checkpoint-3") == contents(run_dir / "checkpoint-3")
+    assert f"quantise to {scheme}" not in [
+        event.stage for event in events(resumed) if isinstance(event, StageStarted)
+    ]
+
+    kept = workspace.train(
+        output_dir=str(workspace.root / f"{scheme}-kept"), gradient_checkpointing=False, **same
+    )
+    assert losses(kept) == losses(run_dir)
+    assert contents(kept / "checkpoint-3") == contents(run_dir / "checkpoint-3")
+
+
+def test_the_precision_is_part_of_what_a_run_is(workspace: Workspace) -> None:
+    """Each base gives other losses; a checkpoint does not go on with another one unasked."""
+    first = {scheme: losses(workspace.root / scheme)[1][0] for scheme in SCHEMES}
+    assert len(set(first.values())) == len(SCHEMES)
+    error = workspace.fails(output_dir=str(workspace.root / "nf4"), base_model_precision="int8")
+    assert isinstance(error, CheckpointError)
+    assert 'base_model_precision was "nf4", is "int8"' in str(error)
+
+
+def test_full_rank_needs_the_weights_themselves(workspace: Workspace) -> None:
+    with pytest.raises(ConfigError, match='use "no_change", or model_type "lora"'):
+        workspace.loaded(model_type="full", base_model_precision="nf4")
+
+
+def test_an_unreadable_cache_place_is_told_before_the_weights_are_read(workspace: Workspace) -> None:
+    blocked = workspace.root / "blocked"
+    blocked.write_text("")
+    error = workspace.fails(
+        output_dir=str(workspace.root / "nowhere"),
+        base_model_precision="int8",
+        quantized_cache_dir=str(Path(blocked) / "inside"),
+    )
+    assert "quantized_cache_dir" in str(error)
