@@ -28,6 +28,7 @@ from simpletuner.training import loop
 from simpletuner.training.build import build
 from simpletuner.training.device import shortage
 from simpletuner.training.plan.advice import next_down
+from simpletuner.training.plan.announce import announce
 from simpletuner.training.rundir import RunFolder
 
 DEFAULTS = resolved(RunConfig())
@@ -135,8 +136,9 @@ def work(loaded: Loaded, backends: Backends, folder: RunFolder, stop: StopFlag, 
             raise Stopped("stopped before the first step; the same command goes on")
 
     base_dir = loaded.source.parent if loaded.source else Path.cwd()
+    run = announce(loaded.run, [one.framing for one in backends.train], tell)
     with ExitStack() as opened:
-        loop.train(build(loaded.run, backends, base_dir, folder, stop, tell, opened))
+        loop.train(build(run, backends, base_dir, folder, stop, tell, opened))
 
 
 def end(folder: RunFolder, step: int, seconds: float, error: BaseException | None, emit: types.Emit) -> None:

@@ -28,7 +28,7 @@ from simpletuner.training.plan.count import LiveBytes
 from simpletuner.training.plan.imitation import Feed, measure, parts_of
 
 CONFIG = TransformerConfig(
-    num_layers=2, num_single_layers=3, attention_head_dim=64, num_attention_heads=4, joint_attention_dim=128,
+    num_layers=1, num_single_layers=3, attention_head_dim=64, num_attention_heads=4, joint_attention_dim=128,
     axes_dims_rope=(8, 28, 28), approximator_hidden_dim=128, approximator_layers=2,
 )  # fmt: skip
 FEED = Feed(samples=2, size_px=(256, 192), text_rows=40)

@@ -31,11 +31,19 @@ CASES: dict[str, dict[str, Any]] = {
     "two micro-batches": {**FULL, "gradient_accumulation_steps": 2},
     "adafactor": {"model_type": "full", "optimizer": "adafactor"},
     "schedule-free": {"optimizer": "adamw_schedulefree"},
+    "step in backward": {**FULL, "optimizer_release_gradients": True, "grad_clip_method": "value"},
     "lion": {"model_type": "full", "optimizer": "lion"},
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = (
+    "LoRA fp32", "DoRA", "LoRA fp8", "full rank fp32", "adafactor", "schedule-free", "lion",
+    "step in backward",
+)  # fmt: skip
+RARE = [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
+
+
+@pytest.mark.parametrize("name", [*(name for name in CASES if name not in SLOW), *RARE])
 def test_planned_is_allocated(name: str) -> None:
     run = run_of(**CASES[name])
     assert planned_peak(run) == pytest.approx(allocator_peak(run), rel=0.02)

@@ -61,7 +61,7 @@ def _bytes_each(options: ModelOptions) -> float:
 
 
 def _folder(part: str, options: ModelOptions) -> Path | None:
-    """Where config.json of a part lies on this disk; None when it is on the hub alone."""
+    """Where a part lies on this disk, None when it is on the hub alone. ModelError for what is neither."""
     alone = {
         "transformer": options.pretrained_transformer_model_name_or_path,
         "vae": options.pretrained_vae_model_name_or_path,
@@ -71,14 +71,12 @@ def _folder(part: str, options: ModelOptions) -> Path | None:
     name, revision = alone or main, None if alone else options.revision
     path = Path(name).expanduser()
     if name == sources.NANO and not path.is_dir():
-        path = Path(models_package.__path__[0]) / sources.NANO
-    if path.is_dir():
-        places = [path / part, path]
-    else:
-        files = [f"{part}/config.json", *(["config.json"] if alone else [])]
-        cached = [try_to_load_from_cache(name, file, revision=revision) for file in files]
-        places = [Path(file).parent for file in cached if isinstance(file, str)]
-    return next((place for place in places if (place / "config.json").is_file()), None)
+        return Path(models_package.__path__[0]) / sources.NANO / part
+    if path.is_dir() or not sources.HUB_ID.fullmatch(name):
+        return sources.part_folder(part, sources.root_folder(name, [part], revision, "")[0])
+    files = [f"{part}/config.json", *(["config.json"] if alone else [])]
+    cached = [try_to_load_from_cache(name, file, revision=revision) for file in files]
+    return next((Path(file).parent for file in cached if isinstance(file, str)), None)
 
 
 def _size(part: str, folder: Path | None, options: ModelOptions) -> tuple[int, int] | None:

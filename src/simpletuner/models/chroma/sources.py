@@ -52,22 +52,24 @@ def locate(options: ModelOptions) -> Source:
     folders: dict[str, Path] = {}
     for part, name in separate.items():
         if name:
-            root, _ = _root(name, [part, "tokenizer"] if part == "text_encoder" else [part], None, variant)
-            folders[part] = _part(part, root)
+            root, _ = root_folder(
+                name, [part, "tokenizer"] if part == "text_encoder" else [part], None, variant
+            )
+            folders[part] = part_folder(part, root)
             if part == "text_encoder" and (tokenizer := _tokenizer(root)):
                 folders["tokenizer"] = tokenizer
     if needed := [part for part in PARTS if part not in folders]:
         if main == NANO and not (options.pretrained_model_name_or_path and Path(NANO).is_dir()):
             root = Path(models_package.__path__[0]) / NANO
         else:
-            root, revision = _root(main, needed, options.revision, variant)
+            root, revision = root_folder(main, needed, options.revision, variant)
         folders |= {part: root / part for part in needed}
     for part, folder in folders.items():
         _check(part, folder)
     return Source(main, revision, **folders, variant=variant)
 
 
-def _part(part: str, root: Path) -> Path:
+def part_folder(part: str, root: Path) -> Path:
     """Inside a pipeline's folder, or the folder itself."""
     folder = root / part if (root / part).is_dir() else root
     _check(part, folder)
@@ -89,7 +91,7 @@ def _tokenizer(root: Path) -> Path | None:
     return None
 
 
-def _root(name: str, parts: list[str], revision: str | None, variant: str) -> tuple[Path, str]:
+def root_folder(name: str, parts: list[str], revision: str | None, variant: str) -> tuple[Path, str]:
     """(folder, commit); the commit is empty for local folders."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -139,7 +141,7 @@ def download(repo: str, parts: list[str], revision: str | None, variant: str) ->
         folder = snapshot_download(repo, revision=revision, allow_patterns=small, etag_timeout=ANSWER_S)
         commit = Path(folder).name
         if "transformer" in parts:
-            read_config(_part("transformer", Path(folder)))
+            read_config(part_folder("transformer", Path(folder)))
         snapshot_download(repo, revision=commit, allow_patterns=weights, etag_timeout=ANSWER_S)
     except GatedRepoError as error:
         raise _refused(repo, revision, error) from None

@@ -24,6 +24,8 @@ def _steps(run: RunConfig) -> Iterator[str]:
         finer = {"no_change": "int8", "int8": "nf4", "fp8": "nf4", "int4": "nf4"}
         if model.base_model_precision in finer:
             yield f"base_model_precision = {finer[model.base_model_precision]}"
+        if model.musubi_blocks_to_swap == 0 and model.device != "cpu":
+            yield "musubi_blocks_to_swap = 0.5, on a GPU with memory of its own"
     elif optimizer.optimizer == "adamw":
         yield "optimizer = adamw_bf16"
     if not model.vae_enable_tiling:

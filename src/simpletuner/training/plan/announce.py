@@ -12,14 +12,17 @@ from simpletuner.models import registry
 from simpletuner.training.device import Device, choose
 from simpletuner.training.plan import speed, wording
 from simpletuner.training.plan.fit import Ladder, demanded
-from simpletuner.training.plan.prediction import RUNTIME, Prediction, predict
+from simpletuner.training.plan.prediction import RUNTIME, Prediction, is_worth_it, predict
 from simpletuner.training.plan.room import Room, found, lacking_on_disks
 
 SHOWN = 3  # ways out that a refusal names
 
 
 def announce(run: RunConfig, framings: Sequence[Framing], emit: Emit) -> RunConfig:
-    """The same run, its "auto" settled. ConfigError when device, host or a disk has too little room."""
+    """The same run, its "auto" settled. ConfigError when device, host or a disk has too little room.
+
+    Of a small base whose plan is not known nothing is said: it would not be noticed in any memory.
+    """
     device, family = choose(run.model), registry.family(run.model.model_family)
     room, kind = found(device), device.device.type
     peak = peak_of(device, room.name)
@@ -31,6 +34,8 @@ def announce(run: RunConfig, framings: Sequence[Framing], emit: Emit) -> RunConf
         emit(Noted(f"gradient_checkpointing auto: {count} blocks are recomputed"))
         model = run.model.model_copy(update={"gradient_checkpointing": count})
         run = run.model_copy(update={"model": model})
+    elif not is_worth_it(run, family, framings, kind):
+        return run
     plan = predict(run, family, framings)
     emit(Noted(wording.brief(plan, room, peak)))
     if limit is not None and plan.tensors > limit:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import torch
+
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import Framing
 from simpletuner.errors import ConfigError
 from simpletuner.models.family import BlockMemory, ModelFamily, Sketch
-from simpletuner.training.device import choose
 from simpletuner.training.plan import prediction, speed
+from simpletuner.training.plan.imitation import stand_in
 from simpletuner.training.plan.prediction import predict
 
 # Time of a step beside the unquantised one's. Not measured on a GPU: each block's weights are read once more.
@@ -40,6 +42,7 @@ class Way:
     size: int
     seconds: float
     exact: bool = False
+    text_encoder: str | None = None  # its precision, where it must be another than the run's
 
     def options(self, blocks: int) -> dict[str, Any]:
         """What to set."""
@@ -48,6 +51,8 @@ class Way:
             "base_model_precision": self.precision,
             "gradient_checkpointing": True if count >= blocks else count if count else False,
         }
+        if self.text_encoder is not None:
+            told["text_encoder_1_precision"] = self.text_encoder
         if self.memory.swapped:
             told["musubi_blocks_to_swap"] = self.memory.swapped
         if self.memory.offload_activations:
@@ -76,7 +81,7 @@ class Ladder:
         self, run: RunConfig, family: ModelFamily, framings: Sequence[Framing], kind: str, peak: float
     ) -> None:
         self.run, self.family, self.framings, self.kind, self.peak = run, family, framings, kind, peak
-        dtype = choose(run.model.model_copy(update={"device": "cpu"})).weights
+        dtype = stand_in(run.model).weights
         precisions = tuple(UNPACKING) if run.model.model_type == "lora" else ("no_change",)
         self.own = run.model.base_model_precision
         self.sketches: dict[str, Sketch] = {
@@ -119,6 +124,15 @@ class Ladder:
                 fitting += self._moving(precision, limit)
         return sorted(fitting, key=lambda way: way.seconds)
 
+    def text_encoder(self, limit: int) -> str | None:
+        """The finest precision of T5 within the limit, None for the run's own. It comes before training."""
+        for precision in (None, *list(UNPACKING)[1:]):
+            changed = {} if precision is None else {"text_encoder_1_precision": precision}
+            sketch = self.family.sketch(self.run.model.model_copy(update=changed), torch.bfloat16)
+            if sketch.text_encoder_bytes + prediction.CONTEXT[self.kind] <= limit:
+                return precision
+        return list(UNPACKING)[-1]
+
     def _moving(self, precision: str, limit: int) -> Iterator[Way]:
         for on_host, offload in product((False, True), (False, True)):
             for share in SWAPS:
@@ -141,7 +155,8 @@ class Ladder:
             if count >= self.blocks or self.each <= 0:
                 return None
             more = count + max(1, math.ceil((way.size - limit) / self.each))
-            way = self.way(way.precision, dataclasses.replace(memory, checkpointed=min(self.blocks, more)))
+            again = self.way(way.precision, dataclasses.replace(memory, checkpointed=min(self.blocks, more)))
+            way = dataclasses.replace(again, text_encoder=way.text_encoder)
         return None
 
 
@@ -157,7 +172,8 @@ class Fit:
 
 def fit(ladder: Ladder, limit: int) -> Fit:
     """The fastest way whose exact size is within the limit, and what else would fit."""
-    ways = ladder.ways(limit)
+    text_encoder = ladder.text_encoder(limit)
+    ways = [dataclasses.replace(way, text_encoder=text_encoder) for way in ladder.ways(limit)]
     for position, way in enumerate(ways):
         proven = ladder.proven(way, limit)
         if proven is not None:

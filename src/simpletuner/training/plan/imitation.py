@@ -9,11 +9,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simpletuner.cache.types import Batch, TextBatch
-from simpletuner.config.schema import RunConfig
+from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.events.sinks import silent
 from simpletuner.models.family import BlockMemory, ModelFamily, Sketch
 from simpletuner.training import loop, trainee
-from simpletuner.training.device import choose
+from simpletuner.training.device import Device, choose
 from simpletuner.training.loop import Parts, Plan
 from simpletuner.training.plan.count import LiveBytes
 from simpletuner.training.trainee import Trainee
@@ -65,6 +65,12 @@ def measure(
             net = trainee.equip(without_average(run), network, named)
             make_states(net)
             return measure_step(run, family, sketch, feed, net, count)
+
+
+def stand_in(options: ModelOptions) -> Device:
+    """The CPU in the run's number formats, whatever else the options ask of a GPU."""
+    plain = {"device": "cpu", "musubi_blocks_to_swap": 0.0, "gradient_checkpointing_backend": "torch"}
+    return choose(options.model_copy(update=plain))
 
 
 def without_average(run: RunConfig) -> RunConfig:
@@ -133,9 +139,8 @@ def parts_of(
         return Batch(latents, TextBatch(rows, (feed.text_rows,) * feed.samples), names, names)
 
     tokens = feed.size_px[0] * feed.size_px[1] // facts.token_px**2
-    device = choose(run.model.model_copy(update={"device": "cpu"}))
     return Parts(
-        family=family, transformer=net.transformer, device=device, optimizer=net.optimizer,
+        family=family, transformer=net.transformer, device=stand_in(run.model), optimizer=net.optimizer,
         update=net.update, ema=net.ema, plan=plan, seed=run.training.seed, flow=run.flow,
         uses_dropout=run.adapter.lora_dropout > 0 and net.uses_lora,
         learning_rate=lambda step: net.schedule.learning_rate, batch=batch,

@@ -16,7 +16,7 @@ from simpletuner.training.memory import block_memory
 from simpletuner.training.optimizers import is_hosted
 from simpletuner.training.plan import stored
 from simpletuner.training.plan.count import CUDA_GRANULE
-from simpletuner.training.plan.imitation import Feed, Measured, measure
+from simpletuner.training.plan.imitation import Feed, Measured, measure, stand_in
 
 # Allowances, in bytes: not counted, but what such programs are seen to take.
 CONTEXT = {"cuda": 600_000_000, "mps": 300_000_000, "cpu": 0}  # the driver's, kernels, workspaces of products
@@ -24,6 +24,7 @@ RUNTIME = {"cuda": 2_500_000_000, "mps": 1_000_000_000, "cpu": 800_000_000}  # P
 FRAGMENTATION = 0.05  # of what a step makes and frees: a caching allocator cannot use every gap
 ROOMS = 2  # blocks whose swapped weights are on the device at once
 COMPUTED = 2  # bytes of a number that blocks hand on; only GPUs offload it, and they compute in bf16
+LARGE = 1_000_000_000  # bytes of weights; smaller bases train where a plan would take as long as some steps
 SLOT = 256  # bytes that tensors in a room are aligned to
 UNSEEN = (3, 2)  # aspect for a size that names the shorter edge
 
@@ -73,13 +74,9 @@ def predict(
     framings: of the datasets, none for the config's own size. kind: "cuda", "mps" or "cpu" to plan for
     another device than the one here. memory: instead of what the options say.
     """
-    device = choose(run.model.model_copy(update={"device": "cpu"} if kind else {}))
-    kind = kind or device.device.type
-    sketch = family.sketch(run.model, device.weights)
+    kind = kind or choose(run.model).device.type
+    sketch, memory, feed, granule = situation(run, family, framings, kind, memory)
     blocks = len(sketch.blocks)
-    memory = memory or block_memory(run.model, blocks)
-    feed = feed_of(run, framings, sketch)
-    granule = 1 if kind == "cpu" else CUDA_GRANULE
     # Measuring uses the network up; what is asked of it comes first.
     fetched = [frozen_bytes(sketch.blocks[number]) for number in memory.fetched(blocks)]
     model_bytes = sum(tensor.nbytes for tensor in sketch.transformer.state_dict().values())
@@ -95,7 +92,7 @@ def predict(
         on_host["optimizer"] = measured.optimizer
     parts = dict(measured.peak)
     parts["weights"] -= sum(fetched) - ROOMS * max(fetched, default=0) + on_host["approximator"]
-    parts["activations"] -= on_host["inputs"]
+    parts["activations"] = max(0, parts["activations"] - on_host["inputs"])
     parts["optimizer"] -= on_host["optimizer"]
     average = 4 * measured.trained if run.optimizer.use_ema else 0
     if kind != "cpu" and run.optimizer.ema_device == "cpu":
@@ -113,6 +110,23 @@ def predict(
         2 * sum(fetched) * run.training.gradient_accumulation_steps, measured.trained, feed, memory,
         sketch.assumed,
     )  # fmt: skip
+
+
+def situation(
+    run: RunConfig, family: ModelFamily, framings: Sequence[Framing], kind: str, memory: BlockMemory | None
+) -> tuple[Sketch, BlockMemory, Feed, int]:
+    """What `measure` takes."""
+    sketch = family.sketch(run.model, stand_in(run.model).weights)
+    memory = memory or block_memory(run.model, len(sketch.blocks))
+    return sketch, memory, feed_of(run, framings, sketch), 1 if kind == "cpu" else CUDA_GRANULE
+
+
+def is_worth_it(run: RunConfig, family: ModelFamily, framings: Sequence[Framing], kind: str) -> bool:
+    """Whether a prediction is at hand, or the base so large that a few seconds for one are nothing."""
+    sketch, memory, feed, granule = situation(run, family, framings, kind, None)
+    weights = sum(tensor.nbytes for tensor in sketch.transformer.state_dict().values())
+    known = stored.recall(stored.key(run, sketch, memory, feed, granule))
+    return weights >= LARGE or known is not None
 
 
 def feed_of(run: RunConfig, framings: Sequence[Framing], sketch: Sketch) -> Feed:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from huggingface_hub import constants
 
 from simpletuner.config.environment import user_cache
@@ -30,16 +29,8 @@ class Room:
 
 
 def found(device: Device) -> Room:
-    host = free_host()
-    kind = device.device.type
-    if kind == "cuda":
-        return Room(
-            torch.cuda.get_device_name(device.device), torch.cuda.mem_get_info(device.device)[0], host
-        )
-    if kind == "mps":
-        left = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-        return Room("Apple GPU", left, host)
-    return Room("CPU", host, host)
+    host, free = free_host(), device.hardware.free_bytes()
+    return Room(device.hardware.name, host if free is None else free, host)
 
 
 def free_host() -> int | None:

@@ -1,0 +1,85 @@
+"""The quickstart's memory table beside what is planned for the same training, at full size, without weights.
+
+    python benchmarks/plan.py
+
+Writes benchmarks/results/plan.json and plan.md. Each row is a whole training step on tensors without
+contents: rank-16 LoRA on all linears of the blocks, batch 1, 512 text tokens, allowances (context,
+fragmentation) included. About a quarter of a CPU minute a row; what was planned before is in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from simpletuner.config.load import from_resolved
+from simpletuner.models import registry
+from simpletuner.training.plan.prediction import Prediction, predict
+
+RESULTS = Path(__file__).parent / "results"
+LORA = {"flux_lora_target": "all+ffs", "lora_rank": 16}
+KEPT = {"gradient_checkpointing": False}
+SMALL = {"chroma_approximator_device": "cpu"}
+FULL = {"model_type": "full", "optimizer": "adamw_bf16"}
+SWAP = {**SMALL, "musubi_blocks_to_swap": 57, "gradient_checkpointing_backend": "offload"}
+QUICKSTART = {"no_change": 28, "int8": 16, "int4": 11, "nf4": 8}  # GB of VRAM
+# What is to be reached, at which size (chroma.md's rows), and the options for it.
+ROWS: list[tuple[str, float | None, int, dict[str, Any]]] = [
+    *((f"{name}, all kept", gb, 512, {**LORA, **KEPT, "base_model_precision": name})
+      for name, gb in QUICKSTART.items()),
+    *((f"{name}, recomputed", gb, 1024, {**LORA, "base_model_precision": name})
+      for name, gb in QUICKSTART.items()),
+    *((f"{name}, recomputed, approximator on the CPU", gb, 1024,
+       {**LORA, **SMALL, "base_model_precision": name}) for name, gb in QUICKSTART.items()),
+    ("nf4, recomputed", 8, 512, {**LORA, "base_model_precision": "nf4"}),
+    ("nf4, all blocks swapped", 4, 512, {**LORA, **SWAP, "base_model_precision": "nf4"}),
+    ("full rank", 48, 1024, {**FULL, "optimizer_release_gradients": True, "grad_clip_method": "value"}),
+    ("full rank, states on the host", 24, 512,
+     {**FULL, "optimizer_release_gradients": True, "grad_clip_method": "value",
+      "optimizer_cpu_offload_method": "states"}),
+]  # fmt: skip
+
+
+def row(name: str, stated: float | None, px: int, options: dict[str, Any]) -> dict[str, Any]:
+    started = time.process_time()
+    run = from_resolved({**options, "resolution": float(px)})
+    plan = predict(run, registry.family("chroma"), kind="cuda")
+    cpu_s = round(time.process_time() - started, 1)
+    told = {"what": name, "px": px, "to_beat_gb": stated, "planned_gb": gb(plan.training), "cpu_s": cpu_s}
+    print(json.dumps(told), flush=True)
+    return {**told, "options": options, **split(plan)}
+
+
+def split(plan: Prediction) -> dict[str, Any]:
+    parts = {name: gb(size) for name, size in {**plan.parts, **plan.allowances}.items()}
+    return {"tensors_gb": gb(plan.tensors), "parts_gb": parts, "tflop": round(plan.flops / 1e12, 1)}
+
+
+def gb(size: float) -> float:
+    return round(size / 1e9, 2)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| training | px | to beat (GB) | planned (GB) | tensors alone (GB) | TFLOP a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {one['what']} | {one['px']} | {one['to_beat_gb']} | {one['planned_gb']} | {one['tensors_gb']}"
+        f" | {one['tflop']} |"
+        for one in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    rows = [row(*one) for one in ROWS]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "plan.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "plan.md").write_text(markdown(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
