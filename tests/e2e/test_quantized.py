@@ -61,7 +61,7 @@ def test_the_precision_is_part_of_what_a_run_is(workspace: Workspace) -> None:
 
 
 def test_full_rank_needs_the_weights_themselves(workspace: Workspace) -> None:
-    with pytest.raises(ConfigError, match='use "no_change", or model_type "lora"'):
+    with pytest.raises(ConfigError, match='use "no_change"'):
         workspace.loaded(model_type="full", base_model_precision="nf4")
 
 
