@@ -18,7 +18,7 @@ from simpletuner.validation.shapes.world import POSITIONS, Scene, Thing, compose
 from simpletuner.validation.shapes.zorbo import Zorbo, compose_lesson
 
 SEED = 61  # no picture of it is trained on
-TRAINED_SEED, TRAINED_COUNT = 1, 10_000
+TRAINED_SEED, TRAINED_COUNT = 1, 20_000
 NOISE_SEED = 61_000  # of the first prompt; counts up
 TAUGHT = 16  # the lesson's pictures before this one are the example's
 
