@@ -107,7 +107,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(model: ChromaTransformer) -> Tensor:
-    tokens, sigma, text = inputs()
+    tokens, sigma, text = (given.to(model.x_embedder.weight.device) for given in inputs())
     return model(tokens, sigma, text, (ROWS, COLUMNS), (TEXT, 4))
 
 
@@ -318,3 +318,20 @@ def test_weights_of_foreign_kinds_are_refused(lane: FakeLane) -> None:
     model.blocks[2].attn.norm_q.weight = Strange(torch.ones(32), requires_grad=False)
     with pytest.raises(ConfigError, match="works with plain weights"):
         arrange(model, swapped=5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with memory of its own")
+@pytest.mark.parametrize("swapped", [1, 2, 5])
+def test_on_a_gpu(swapped: int) -> None:
+    device = torch.device("cuda")
+    plain, model = network(), network()
+    Chroma().arrange(plain, BlockMemory(5), device)
+    Chroma().arrange(model, BlockMemory(5, 1, swapped, offload_activations=True), device)
+    assert sum(parameter.device.type == "cpu" for parameter in model.parameters()) > 5 * swapped
+    for _ in range(3):
+        expected, found = step(plain), step(model)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6 * float(tensor.abs().max()))
+    Chroma().arrange(model, BlockMemory(), device)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}

@@ -111,8 +111,21 @@ def test_every_sample_of_an_unequal_batch_equals_itself_alone(pair) -> None:
         assert distance(together[one], alone) < 1e-10
 
 
-def test_padded_rows_may_hold_anything(pair) -> None:
+@pytest.mark.parametrize("lengths", [(5, 30, 17), (20, 20, 3)])
+def test_attending_alone_is_attending_behind_a_mask(pair, lengths: tuple[int, ...]) -> None:
     _, ours = pair
+    with_lora(ours)
+    plain, expected = gradients(ours, run_ours, lengths)
+    ours.masked = True
+    masked, found = gradients(ours, run_ours, lengths)
+    assert distance(masked, plain) < 1e-10
+    assert all(distance(found[name], gradient) < 1e-10 for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_padded_rows_may_hold_anything(pair, masked: bool) -> None:
+    _, ours = pair
+    ours.masked = masked
     tokens, text = inputs(2)
     other = text.clone()
     other[0, 5:] = 1e3

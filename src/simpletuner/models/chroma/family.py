@@ -154,7 +154,9 @@ class Chroma(ModelFamily):
         chroma.run_block = blocks.arrange(chroma, chroma.blocks, memory, device, chroma.run_block, stay)
 
     def compile_blocks(self, transformer: nn.Module, options: ModelOptions) -> None:
-        blocks.compile_each(_chroma(transformer).blocks, options)
+        chroma = _chroma(transformer)
+        chroma.masked = options.dynamo_backend != "no"
+        blocks.compile_each(chroma.blocks, options)
 
     def trainable_at_full_rank(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return [item for item in transformer.named_parameters() if not item[0].startswith(NEVER_TRAINED)]

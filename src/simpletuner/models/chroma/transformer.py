@@ -133,35 +133,26 @@ def rotate_pairs(pairs: Tensor, table: Tensor) -> Tensor:
     return torch.stack(turned, dim=-1)
 
 
-@dataclass(frozen=True)
-class Padding:
-    """Rows at the head of each sample that nobody hears: how many. mask: (B, 1, 1, S) bool, False there."""
-
-    rows: tuple[int, ...]
-    mask: Tensor
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], text: int, tokens: Tensor) -> Padding:
-        """Of texts that are `text` rows with their padding, before image tokens (B, N, 64)."""
-        rows = tuple(text - length for length in lengths)
-        places = torch.arange(text + tokens.shape[1], device=tokens.device)
-        mask = places >= torch.tensor(rows, device=tokens.device)[:, None]
-        return cls(rows, mask[:, None, None])
+# Padding at the head of each sample, which nobody hears: its rows, or a (B, 1, 1, S) bool mask, False there.
+Padding = tuple[int, ...] | Tensor | None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
-    """(B, heads, rows, D). q: the last rows of k and v.
+def padding_mask(rows: Sequence[int], length: int, device: torch.device) -> Tensor:
+    """The mask for so many padded rows of each sample in a sequence of `length`."""
+    real = torch.arange(length)[None] >= torch.tensor(rows)[:, None]
+    return real[:, None, None].to(device)
 
-    A mask rules out the flash kernel, so each sample attends alone; but the compiler would make a program for
-    every combination of lengths, and gets the mask. Padded rows come out as zero, or as anything.
+
+def attend(q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
+    """(B, heads, rows, D). q: the last rows of k and v. Padded rows come out as zero, or as anything.
+
+    A mask rules out the flash kernel, so by numbers of rows each sample attends alone.
     """
-    if padding is None:
-        return F.scaled_dot_product_attention(q, k, v)
-    if torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=padding.mask)
+    if padding is None or isinstance(padding, Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=padding)
     silent = k.shape[2] - q.shape[2]
     samples = []
-    for one_q, one_k, one_v, pad in zip(q.split(1), k.split(1), v.split(1), padding.rows, strict=True):
+    for one_q, one_k, one_v, pad in zip(q.split(1), k.split(1), v.split(1), padding, strict=True):
         skipped = max(0, pad - silent)
         rows = one_q[:, :, skipped:], one_k[:, :, pad:], one_v[:, :, pad:]
         samples.append(F.pad(F.scaled_dot_product_attention(*rows), (0, 0, skipped, 0)))
@@ -239,7 +230,7 @@ class Attention(nn.Module):
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in layers)
         return self.norm_added_q(q), self.norm_added_k(k), v
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, padding: Padding | None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, padding: Padding) -> Tensor:
         """(B, rows of q, W). q: the last rows of k and v."""
         turned = rotate(q, table[-q.shape[1] :]), rotate(k, table), v
         q, k, v = (each.transpose(1, 2) for each in turned)
@@ -262,7 +253,7 @@ class DoubleBlock(nn.Module):
         image_mod: Tensor,
         text_mod: Tensor,
         table: Tensor,
-        padding: Padding | None,
+        padding: Padding,
     ) -> tuple[Tensor, Tensor]:
         """image_mod, text_mod: (B, 6, W): shift, scale, gate of attention, then of the feed-forward."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = image_mod.split(1, dim=1)
@@ -291,7 +282,7 @@ class SingleBlock(nn.Module):
         self.proj_out = nn.Linear(5 * config.width, config.width)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, table: Tensor, padding: Padding | None, unread: int = 0
+        self, x: Tensor, modulation: Tensor, table: Tensor, padding: Padding, unread: int = 0
     ) -> Tensor:
         """(B, S - unread, W). The first `unread` rows are keys and values only; nobody reads their result."""
         shift, scale, gate = modulation.split(1, dim=1)
@@ -333,6 +324,8 @@ class ChromaTransformer(nn.Module):
     """Velocity of packed latents.
 
     run_block: how a block is run (recomputed in the backward pass, its weights fetched); changes no number.
+    masked: unequal texts are told by a mask. For compiled blocks, which would become a program for every
+    combination of lengths.
     """
 
     mod_proj: Tensor
@@ -341,6 +334,7 @@ class ChromaTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.run_block = Runner()
+        self.masked = False
         # Explicitly on the CPU, so that a model built under torch.device("meta") has real numbers here;
         # it is in no file.
         indices = torch.arange(config.modulation_count, dtype=torch.float32, device="cpu") * 1000
@@ -399,12 +393,13 @@ class ChromaTransformer(nn.Module):
         mod = self.modulations(sigma) if modulations is None else modulations
         mod = mod.to(tokens.device, self.dtype)
         table = rotary_table(self.config.axes_dims_rope, text.shape[1], *grid).to(tokens.device)
-        padding = None
+        padding: Padding = None
         if lengths is not None and any(length != text.shape[1] for length in lengths):
-            padding = Padding.of(lengths, text.shape[1], tokens)
+            padding = tuple(text.shape[1] - length for length in lengths)
             # Text has no order of its own: every row sits at position (0, 0, 0).
-            moved = [row.roll(pad, 0) for row, pad in zip(text, padding.rows, strict=True)]
-            text = torch.stack(moved)
+            text = torch.stack([row.roll(pad, 0) for row, pad in zip(text, padding, strict=True)])
+            if self.masked:
+                padding = padding_mask(padding, text.shape[1] + tokens.shape[1], tokens.device)
         image, text = self.x_embedder(tokens), self.context_embedder(text)
 
         doubles, singles = len(self.transformer_blocks), len(self.single_transformer_blocks)

@@ -1,0 +1,142 @@
+"""Blocks under torch.compile: the same numbers, and one set of programs for every size and caption length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from simpletuner.adapters.lora import attach
+from simpletuner.config.schema import AdapterOptions, ModelOptions
+from simpletuner.models.chroma.family import Chroma
+from simpletuner.models.chroma.targets import lora_targets
+from simpletuner.models.chroma.transformer import (
+    ChromaTransformer,
+    TransformerConfig,
+    rotary_table,
+    rotate,
+    rotate_pairs,
+)
+from simpletuner.models.family import BlockMemory
+from tests.adapters.networks import perturb
+from tests.models.small import TEXT_WIDTH, transformer_fields
+
+# rows, columns, text rows. No size of the first is a constant of the network's: sizes that are equal at first
+# are taken for one and the same, which costs one more program later.
+SHAPES = [(3, 7, 13), (4, 6, 12), (6, 4, 5), (8, 8, 21), (5, 5, 10)]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def network(recomputed: int = 3) -> ChromaTransformer:
+    torch.manual_seed(0)
+    fields = transformer_fields(doubles=1, singles=2)
+    made = ChromaTransformer(TransformerConfig.read(fields, "fields")).requires_grad_(False)
+    attached = attach(made, AdapterOptions(lora_rank=4), lora_targets(made, "all+ffs"), seed=1)
+    perturb(attached.trainable)
+    Chroma().arrange(made, BlockMemory(recomputed))
+    return made.train()
+
+
+def run(model: ChromaTransformer, shape: tuple[int, int, int], lengths: tuple[int, ...] | None) -> Tensor:
+    rows, columns, text = shape
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(2, rows * columns, 64, generator=generator)
+    given = torch.randn(2, text, TEXT_WIDTH, generator=generator)
+    return model(tokens, torch.tensor([0.3, 0.8]), given, (rows, columns), lengths)
+
+
+def step(model: ChromaTransformer, shape: tuple[int, int, int], lengths: tuple[int, ...] | None) -> Tensor:
+    """Output and gradients in one row."""
+    model.zero_grad()
+    out = run(model, shape, lengths)
+    out.square().sum().backward()
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return torch.cat([out.detach().flatten(), *grads])
+
+
+def compiled(backend: str, recomputed: int = 3) -> ChromaTransformer:
+    model = network(recomputed)
+    Chroma().compile_blocks(model, ModelOptions(dynamo_backend=backend))
+    return model
+
+
+def programs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("recomputed", [pytest.param(0, marks=pytest.mark.slow), 3])
+def test_five_shapes_and_no_program_more(recomputed: int) -> None:
+    plain, model = network(recomputed), compiled("eager", recomputed)
+    found = []
+    for shape in SHAPES:
+        expected, got = step(plain, shape, None), step(model, shape, None)
+        assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+        found.append(programs())
+    assert found[0] == 3  # the double block, the single one, and the last, which makes the image's rows only
+    assert found == [found[0]] * len(SHAPES)
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_unequal_captions_are_one_program_too() -> None:
+    plain, model = network(), compiled("eager")
+    found = []
+    for rows, columns, text in SHAPES:
+        for short in (text - 1, text - 3, 2):
+            expected = step(plain, (rows, columns, text), (text, short))
+            got = step(model, (rows, columns, text), (text, short))
+            assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+            found.append(programs())
+    assert found == [found[0]] * len(found)
+
+
+@pytest.mark.slow
+def test_drawing_adds_its_programs_once() -> None:
+    model = compiled("eager")
+    step(model, SHAPES[0], None)
+    found = []
+    for shape in SHAPES:
+        with torch.no_grad():
+            run(model.eval(), shape, None)
+        step(model.train(), shape, None)
+        found.append(programs())
+    assert found == [found[0]] * len(found)
+
+
+@pytest.mark.slow
+def test_the_compilers_own_autograd() -> None:
+    plain, model = network(), compiled("aot_eager")
+    for shape in SHAPES[:2]:
+        expected, got = step(plain, shape, None), step(model, shape, None)
+        assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert programs() <= 3
+
+
+def test_names_and_files_do_not_change() -> None:
+    assert list(compiled("eager").state_dict()) == list(network().state_dict())
+
+
+def test_nothing_is_compiled_unless_asked_for() -> None:
+    model = network()
+    Chroma().compile_blocks(model, ModelOptions())
+    step(model, SHAPES[0], None)
+    assert programs() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turning_pairs_of_reals_is_turning_complex_numbers(dtype: torch.dtype) -> None:
+    table = rotary_table((8, 12, 12), 5, 6, 7)
+    x = torch.randn(2, 47, 3, 32).to(dtype)
+    real = rotate_pairs(x.float().unflatten(-1, (-1, 2)), table).flatten(-2).to(dtype)
+    limit = torch.finfo(dtype).eps * x.float().abs().max()
+    assert (rotate(x, table).float() - real.float()).abs().max() <= limit
