@@ -160,7 +160,7 @@ def _pieces(
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def _opened(partial: Path) -> BinaryIO:
