@@ -77,12 +77,17 @@ def arrange(
     recomputed, fetched = memory.recomputed(len(blocks)), memory.fetched(len(blocks))
     lane = lane_for(device) if fetched or memory.offload_activations else None
     swap = Swap({number: blocks[number] for number in fetched}, lane) if fetched and lane else None
-    on_host = {id(part) for module in stay for part in module.modules()}
-    for module in network.modules() if device is not None else ():
+    if device is not None:
+        _place(network, device, {id(part) for module in stay for part in module.modules()}, swap)
+    if lane and memory.offload_activations:
+        return Runner(frozenset(recomputed), swap, lane.inputs_on_host)
+    return Runner(frozenset(recomputed), swap)
+
+
+def _place(network: nn.Module, device: torch.device, on_host: set[int], swap: Swap | None) -> None:
+    """on_host: ids of the modules that stay on the CPU."""
+    for module in network.modules():
         at = torch.device("cpu") if id(module) in on_host else device
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.device.type != at.type and (swap is None or not swap.holds(tensor)):
                 tensor.data = tensor.data.to(at)
-    if lane and memory.offload_activations:
-        return Runner(frozenset(recomputed), swap, lane.inputs_on_host)
-    return Runner(frozenset(recomputed), swap)
