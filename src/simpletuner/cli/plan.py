@@ -62,7 +62,9 @@ def planned(run: RunConfig, fits: bool, limit: str | None) -> tuple[dict[str, An
         size = fit.read_size(limit) if limit else room_for_tensors(room, kind)
         if size is None:
             raise ConfigError("how much memory is free is not known here; write --fit 12GB")
-        found_ways = fit.fit(fit.Ladder(run, family, (), kind, peak), size)
+        found_ways = fit.fit(
+            fit.Ladder(run, family, (), kind, peak, None if room is None else room.host), size
+        )
         lines += ["", *wording.ways(run, found_ways)]
         told["fit"] = dataclasses.asdict(found_ways)
         if found_ways.chosen is not None:

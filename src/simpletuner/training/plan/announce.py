@@ -30,7 +30,7 @@ def announce(run: RunConfig, framings: Sequence[Framing], emit: Emit) -> RunConf
     if run.model.gradient_checkpointing == "auto":
         count = 0
         if limit is not None:
-            count = demanded(Ladder(run, family, framings, kind, peak), limit)
+            count = demanded(Ladder(run, family, framings, kind, peak, room.host), limit)
         emit(Noted(f"gradient_checkpointing auto: {count} blocks are recomputed"))
         model = run.model.model_copy(update={"gradient_checkpointing": count})
         run = run.model_copy(update={"model": model})
@@ -39,7 +39,7 @@ def announce(run: RunConfig, framings: Sequence[Framing], emit: Emit) -> RunConf
     plan = predict(run, family, framings)
     emit(Noted(wording.brief(plan, room, peak)))
     if limit is not None and plan.tensors > limit:
-        ladder = Ladder(run, family, framings, kind, peak)
+        ladder = Ladder(run, family, framings, kind, peak, room.host)
         raise ConfigError(too_large(run, plan, room, ladder, limit))
     refuse_host_and_disks(run, plan, room)
     for what, size in plan.before.items():

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice
 from typing import Any
 
 import torch
@@ -74,12 +74,15 @@ def read_size(text: str) -> int:
 class Ladder:
     """The ways of one run: predicted with every block kept and with every block recomputed, counted between.
 
-    peak: FLOP/s of the device. About, not exact: a block's share is taken to be the same for all.
+    peak: FLOP/s of the device. host: free bytes of the host, None when unknown. About, not exact: a block's
+    share is taken to be the same for all.
     """
 
     def __init__(
-        self, run: RunConfig, family: ModelFamily, framings: Sequence[Framing], kind: str, peak: float
-    ) -> None:
+        self, run: RunConfig, family: ModelFamily, framings: Sequence[Framing], kind: str, peak: float,
+        host: int | None = None,
+    ) -> None:  # fmt: skip
+        self.host = host
         self.run, self.family, self.framings, self.kind, self.peak = run, family, framings, kind, peak
         dtype = stand_in(run.model).weights
         precisions = tuple(UNPACKING) if run.model.model_type == "lora" else ("no_change",)
@@ -133,14 +136,20 @@ class Ladder:
                 return precision
         return list(UNPACKING)[-1]
 
-    def _moving(self, precision: str, limit: int) -> Iterator[Way]:
-        for on_host, offload in product((False, True), (False, True)):
-            for share in SWAPS:
-                swapped = round(share * self.blocks)
-                way = self.way(precision, BlockMemory(self.blocks, 1, swapped, offload, on_host))
-                if way.size <= limit:
-                    yield way
-                    break
+    def _moving(self, precision: str, limit: int) -> list[Way]:
+        """With weights or inputs on the host, if it has room; the approximator there as a last resort."""
+        if self.host is not None and self.weights[precision] + prediction.RUNTIME["cuda"] > self.host:
+            return []
+        for on_host in (False, True):
+            found = []
+            for offload in (False, True):
+                counts = (round(share * self.blocks) for share in SWAPS)
+                memories = (BlockMemory(self.blocks, 1, count, offload, on_host) for count in counts)
+                ways = (self.way(precision, memory) for memory in memories)
+                found += list(islice((way for way in ways if way.size <= limit), 1))
+            if found:
+                return found
+        return []
 
     def proven(self, way: Way, limit: int) -> Way | None:
         """The way with its exact size, with more blocks recomputed where that is over the limit."""

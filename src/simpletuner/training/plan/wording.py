@@ -13,6 +13,7 @@ from simpletuner.training.plan.fit import Fit, Way
 from simpletuner.training.plan.prediction import Prediction
 from simpletuner.training.plan.room import Room
 
+SHOWN = 5  # runners-up
 MEMORY = {"cuda": "GPU memory", "mps": "GPU memory (shared)", "cpu": "memory for tensors"}
 
 
@@ -75,7 +76,7 @@ def ways(run: RunConfig, fit: Fit) -> list[str]:
     lines += [f"    {name} = {value}" for name, value in settings(run, fit.chosen, fit.blocks).items()]
     if fit.others:
         lines.append("also within it, by the cost model:")
-    return [*lines, *(f"  {_way(way)}: {flags(run, way, fit.blocks)}" for way in fit.others)]
+    return [*lines, *(f"  {_way(way)}: {flags(run, way, fit.blocks)}" for way in fit.others[:SHOWN])]
 
 
 def _way(way: Way) -> str:
