@@ -66,8 +66,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {one['what']} | {one['px']} | {one['to_beat_gb'] or '-'} | {one['planned_gb']} | {one['tensors_gb']}"
-        f" | {one['tflop']} |"
+        f"| {one['what']} | {one['px']} | {one['to_beat_gb'] or '-'} | {one['planned_gb']}"
+        f" | {one['tensors_gb']} | {one['tflop']} |"
         for one in rows
     ]
     return "\n".join(lines) + "\n"

@@ -43,7 +43,7 @@ def key(run: RunConfig, sketch: Sketch, memory: BlockMemory, feed: Feed, granule
     }  # fmt: skip
     idle = IDLE.split()
     shapes = [(name, tuple(t.shape), str(t.dtype)) for name, t in sketch.transformer.state_dict().items()]
-    told = [{name: value for name, value in options.items() if name not in idle}, shapes]
+    told: list[object] = [{name: value for name, value in options.items() if name not in idle}, shapes]
     told += [memory.checkpointed, memory.interval, dataclasses.astuple(feed), granule]
     text = json.dumps([*told, torch.__version__, program()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
