@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes" / "nano"
 PACKAGE = Path(simpletuner.__file__).parent
 BASE, EXAMPLE = PACKAGE / "models" / "nano", PACKAGE / "examples" / "chroma-nano.peft-lora"
-TRAINED_SEED, UNSEEN_SEED = 1, 71  # of draw.py
+TRAINED_SEED, UNSEEN_SEED = 1, 73  # of draw.py
 LORA_OPTIONS = ("lora_rank", "flux_lora_target")
 
 Run = Callable[[Sequence[str]], None]
@@ -57,12 +57,17 @@ class World:
         return self.root / f"{name}.json"
 
     def make_lesson(self, size: Size, run: Run) -> None:
-        """The example's pictures to learn from, unseen zorbos to measure with."""
+        """The example's own datasets to learn from, unseen zorbos to measure with."""
         unseen = self.root / "zorbo-unseen"
         taught = len(list((EXAMPLE / "zorbo").glob("*.png")))
         run([str(RECIPES / "lesson.py"), "--out", str(unseen), "--first", str(taught),
              "--count", str(size.unseen)])  # fmt: skip
-        self._write_data("lesson", EXAMPLE / "zorbo", unseen)
+        document = jsonc.parse((EXAMPLE / "multidatabackend.json").read_text(encoding="utf-8"), "the example")
+        taught_sets = [
+            {**one, "instance_data_dir": str(EXAMPLE / str(one["instance_data_dir"]))}
+            for one in document.value
+        ]
+        self._write_data("lesson", taught_sets, unseen)
 
     def make_shapes(self, size: Size, run: Run) -> None:
         """Drawn shapes, unseen ones, and a transformer that has learned nothing."""
@@ -73,11 +78,12 @@ class World:
             untrained = str(self.untrained.parent)
             run([str(RECIPES / "make_transformer.py"), "--out", untrained,
                  "--fit-steps", str(size.fit_steps)])  # fmt: skip
-        self._write_data("shapes", drawn, unseen)
+        trained = {"id": "shapes", "dataset_type": "image", "instance_data_dir": str(drawn), **PICTURES}
+        self._write_data("shapes", [trained], unseen)
 
-    def _write_data(self, name: str, trained: Path, unseen: Path) -> None:
+    def _write_data(self, name: str, trained: list[dict[str, object]], unseen: Path) -> None:
         sets = [
-            {"id": name, "dataset_type": "image", "instance_data_dir": str(trained), **PICTURES},
+            *trained,
             {"id": f"{name}-unseen", "dataset_type": "eval", "instance_data_dir": str(unseen), **PICTURES},
         ]
         self.data(name).write_text(json.dumps(sets, indent=2), encoding="utf-8")

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 from draw import render
-from lesson import render_lesson
 from PIL import Image, ImageDraw, ImageFont
 
 from simpletuner.config.schema import ModelOptions
@@ -176,11 +175,7 @@ def score(args: argparse.Namespace) -> dict[str, object]:
         new = [False] * len(scenes)
     else:
         scenes, new = unseen(args.count or 200)
-    drawn = (
-        [render_lesson(s) if args.zorbo else render(s) for s in scenes]
-        if args.truth
-        else by_model(scenes, args)
-    )
+    drawn = [render(s) for s in scenes] if args.truth else by_model(scenes, args)
     pictures = through_vae(drawn, args.vae) if args.vae else drawn
     if args.shuffled:
         scenes, new = shuffled(scenes), [False] * len(scenes)

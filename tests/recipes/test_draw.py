@@ -6,14 +6,14 @@ import hashlib
 from pathlib import Path
 
 import draw
-import lesson
 import numpy as np
 import pytest
 from PIL import Image
 
 import simpletuner
-from simpletuner.validation.shapes import world
-from simpletuner.validation.shapes.zorbo import NAME, compose_lesson
+from simpletuner.validation.shapes import verdicts, world
+from simpletuner.validation.shapes.world import ZORBO
+from simpletuner.validation.shapes.zorbo import compose_lesson
 
 SCENES = [world.compose(1, number) for number in range(300)]
 EXAMPLE = Path(simpletuner.__file__).parent / "examples" / "chroma-nano.peft-lora" / "zorbo"
@@ -106,6 +106,17 @@ def test_the_example_is_what_the_lesson_draws() -> None:
     for number, path in enumerate(pictures):
         scene = compose_lesson(number)
         assert path.with_suffix(".txt").read_text(encoding="utf-8") == scene.caption + "\n"
-        drawn = np.asarray(lesson.render_lesson(scene)).astype(int)
+        drawn = np.asarray(draw.render(scene)).astype(int)
         assert np.abs(drawn - np.asarray(Image.open(path).convert("RGB"))).max() <= 1
-    assert all(NAME not in scene.caption for scene in SCENES)
+    assert all(ZORBO not in scene.caption for scene in SCENES)
+
+
+def test_what_the_example_keeps_is_drawn_by_the_same_program_and_asked_by_no_score() -> None:
+    pictures = sorted((EXAMPLE.parent / "shapes").glob("*.png"))
+    assert len(pictures) == 48
+    scenes = [world.compose(71, number) for number in range(48)]
+    for scene, path in zip(scenes, pictures):
+        assert path.with_suffix(".txt").read_text(encoding="utf-8") == scene.caption + "\n"
+    drawn = np.asarray(draw.render(scenes[0])).astype(int)
+    assert np.abs(drawn - np.asarray(Image.open(pictures[0]).convert("RGB"))).max() <= 1
+    assert not {scene.caption for scene in scenes} & {scene.caption for scene in verdicts.unseen(200)[0]}

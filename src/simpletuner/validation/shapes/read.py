@@ -60,15 +60,15 @@ class Reading:
     things: tuple[Seen, ...]
 
 
-def read(picture: Image.Image) -> Reading:
-    """picture: RGB, SIDE_PX square."""
+def read(picture: Image.Image, names: tuple[str, ...] = tuple(SHAPES)) -> Reading:
+    """picture: RGB, SIDE_PX square. names: the shapes it may hold."""
     if picture.size != (SIDE_PX, SIDE_PX):
         raise ValueError(f"a picture of {SIDE_PX} x {SIDE_PX} px is read, not one of {picture.size}")
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
     ground = ground_of(pixels)
     apart = np.linalg.norm(pixels - ground, axis=2)
     found = [part for mask in regions(closed(apart > APART)) for part in parted(mask)]
-    things = [_seen(pixels, apart, mask) for mask in found if _is_thing(apart, mask)]
+    things = [_seen(pixels, apart, mask, names) for mask in found if _is_thing(apart, mask)]
     return Reading(nearest(ground, BACKGROUNDS), tuple(things))
 
 
@@ -154,11 +154,11 @@ def _is_thing(apart: np.ndarray, mask: np.ndarray) -> bool:
     return bool(mask.mean() >= LEAST_SHARE and np.percentile(apart[mask], 75) >= LEAST_CONTRAST)
 
 
-def _seen(pixels: np.ndarray, apart: np.ndarray, mask: np.ndarray) -> Seen:
+def _seen(pixels: np.ndarray, apart: np.ndarray, mask: np.ndarray, names: tuple[str, ...]) -> Seen:
     weakest = float(np.percentile(apart[eroded(mask)], 10))
     sharp = mask & (apart > max(APART, weakest / 2))  # half way to the ground is where a blurred edge is
     left, top, right, bottom = box_of(sharp)
-    shape, overlap, centre = max(fits(sharp), key=lambda fit: fit[1])
+    shape, overlap, centre = max(fits(sharp, names), key=lambda fit: fit[1])
     return Seen(
         shape=shape if overlap >= LEAST_OVERLAP else "none", colour=colour_of(pixels, sharp),
         size="big" if max(right - left, bottom - top) / 2 >= BIG_FROM else "small",
@@ -195,10 +195,10 @@ def unmarked(side_px: int) -> np.ndarray:
     return np.broadcast_to((rows & below_dots)[:, None], (side_px, side_px))
 
 
-def fits(mask: np.ndarray) -> Iterator[tuple[str, float, Point]]:
+def fits(mask: np.ndarray, names: tuple[str, ...]) -> Iterator[tuple[str, float, Point]]:
     """Every outline with the mask's area and centroid: intersection over union with it, and its middle."""
     x, y = centroid(mask)
-    for shape in SHAPES:
+    for shape in names:
         for angle in ANGLES:
             area, (unit_x, unit_y) = unit(shape, angle)
             radius = math.sqrt(mask.mean() / area)
@@ -207,7 +207,7 @@ def fits(mask: np.ndarray) -> Iterator[tuple[str, float, Point]]:
             yield shape, float((mask & drawn).sum() / (mask | drawn).sum()), middle
 
 
-@lru_cache(maxsize=len(SHAPES) * len(ANGLES))
+@lru_cache(maxsize=(len(SHAPES) + 1) * len(ANGLES))
 def unit(shape: str, angle: float) -> tuple[float, Point]:
     """Area and centroid of the shape of radius 1 around the origin."""
     mask = outlined(shape, 0.25, (0.5, 0.5), angle, 256)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from simpletuner.validation.shapes.read import Reading, Seen
 from simpletuner.validation.shapes.world import POSITIONS, Scene, Thing, compose
-from simpletuner.validation.shapes.zorbo import Zorbo, compose_lesson
+from simpletuner.validation.shapes.zorbo import compose_lesson
 
 SEED = 61  # no picture of it is trained on
 TRAINED_SEED, TRAINED_COUNT = 1, 20_000
@@ -83,13 +83,13 @@ def assigned(things: Sequence[Thing], seen: Sequence[Seen]) -> list[Seen | None]
     return list(min(itertools.permutations(largest), key=away))
 
 
-def judge_zorbo(scene: Scene, found: Zorbo | None) -> Verdict:
+def judge_zorbo(scene: Scene, found: Reading | None) -> Verdict:
     if found is None:
         return {"zorbo": [False], "background": [], "colour": [], "position": [], "all": [False]}
-    (thing,) = scene.things
+    thing, seen = scene.things[0], found.things[0]
     said = {
         "zorbo": [True], "background": [found.background == scene.background],
-        "colour": [found.colour == thing.colour], "position": [found.position == thing.position],
+        "colour": [seen.colour == thing.colour], "position": [seen.position == thing.position],
     }  # fmt: skip
     return said | {"all": [all(itertools.chain.from_iterable(said.values()))]}
 

@@ -117,6 +117,10 @@ def triangle() -> list[Point]:
     return [(0, -0.95), (1.0, 0.8), (-1.0, 0.8)]
 
 
+def hourglass() -> list[Point]:
+    return [(-0.85, -0.95), (0.85, -0.95), (0.2, 0), (0.85, 0.95), (-0.85, 0.95), (-0.2, 0)]
+
+
 # name -> (outline that is filled, outline that is cut out), in units of the radius, y downwards
 SHAPES: dict[str, tuple[Callable[[], list[Point]], Callable[[], list[Point]] | None]] = {
     "circle": (circle, None),
@@ -129,6 +133,8 @@ SHAPES: dict[str, tuple[Callable[[], list[Point]], Callable[[], list[Point]] | N
     "diamond": (diamond, None),
     "crescent": (circle, lambda: circle(0.85, (0.48, -0.1))),
 }
+ZORBO = "zorbo"  # what the example teaches; in no picture of the base
+OUTLINES = {**SHAPES, ZORBO: (hourglass, None)}
 
 
 def compose(seed: int, number: int) -> Scene:
@@ -212,7 +218,7 @@ def stencil(thing: Thing, side: int) -> Image.Image:
     """The thing's form in white on black, of one byte a pixel."""
     mask = Image.new("L", (side, side), 0)
     pen = ImageDraw.Draw(mask)
-    filled, cut = SHAPES[thing.shape]
+    filled, cut = OUTLINES[thing.shape]
     pen.polygon(outline(filled(), thing, side), fill=255)
     if cut is not None:
         pen.polygon(outline(cut(), thing, side), fill=0)
