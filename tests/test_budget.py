@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "simpletuner"
-PACKAGE_LINES = 12_000
+PACKAGE_LINES = 17_000
 FILE_LINES = 400
 FILE_LINES_EXCEPT = {"models/chroma/transformer.py": 450}
 FUNCTION_LINES = 90

@@ -243,8 +243,8 @@ def test_everything_wrong_at_once(folder: Path) -> None:
         "config.json:8:3: max_train_steps: num_train_epochs is given too; the length of a run is one of them",
         "config.json:10:3: base_model_precision = \"int8-sdnq\": sdnq's layers cut the gradients behind them "
         "off without an error; use int8; allowed: no_change, int8, int4, nf4, fp8",
-        "config.json:11:3: lora_init_type = \"loftq\": LoftQ changes the base's weights; pissa starts from the "
-        "base, quantised or not; allowed: default, gaussian, olora, pissa",
+        "config.json:11:3: lora_init_type = \"loftq\": LoftQ changes the base's weights; pissa starts from "
+        "the base, quantised or not; allowed: default, gaussian, olora, pissa",
         "config.json:12:3: learning_rate = nan: must be a finite number",
         "SIMPLETUNER_LORA_RNK: lora_rnk: unknown option; did you mean 'lora_rank'?",
         "--sed: unknown option; did you mean 'seed'?",
