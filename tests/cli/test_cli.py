@@ -169,7 +169,7 @@ def test_options_are_searched(tmp_path: Path) -> None:
     done, _ = run(tmp_path, "options", "network-rank")
     assert done.stdout.startswith("lora_rank\n")
     done, _ = run(tmp_path, "options", "ramtorch")
-    assert "not offered yet" in done.stdout
+    assert "use musubi_blocks_to_swap" in done.stdout
     done, _ = run(tmp_path, "options")
     assert "learning_rate" in done.stdout.split()
     done, _ = run(tmp_path, "options", "qqq")

@@ -207,7 +207,10 @@ def test_the_quickstart_example_starts_as_written(tmp_path: Path) -> None:
 
 def test_no_network_is_one_line(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "data")
-    workspace.loaded(pretrained_model_name_or_path=None)
+    workspace.loaded(
+        pretrained_model_name_or_path=None, mixed_precision="bf16", base_model_precision="nf4",
+        gradient_checkpointing=True,
+    )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "simpletuner", "train", "--config", str(workspace.root / "config.json")],
         cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=False,
