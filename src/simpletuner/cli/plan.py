@@ -44,9 +44,13 @@ def planned(run: RunConfig, fits: bool, limit: str | None) -> tuple[dict[str, An
     from simpletuner.training.plan.room import found
 
     family = registry.family(run.model.model_family)
-    device = choose(run.model.model_copy(update={"device": "auto"}))
+    asked = fit.read_size(limit) if limit else None
+    # Of this machine only what it is: what needs a GPU is planned for one that is elsewhere.
+    anywhere = {"device": "auto", "musubi_blocks_to_swap": 0.0, "gradient_checkpointing_backend": "torch"}
+    device = choose(run.model.model_copy(update=anywhere))
+    waits = run.model.musubi_blocks_to_swap or run.model.gradient_checkpointing_backend == "offload"
     elsewhere = run.model.device not in ("auto", device.device.type) or (
-        limit and device.device.type == "cpu"
+        device.device.type == "cpu" and (limit or waits)
     )
     kind = ("cuda" if run.model.device == "auto" else run.model.device) if elsewhere else device.device.type
     room = None if elsewhere else found(device)
@@ -59,7 +63,7 @@ def planned(run: RunConfig, fits: bool, limit: str | None) -> tuple[dict[str, An
         "seconds": speed.seconds(plan.flops, peak, plan.moved), "seconds_on": name,
     }  # fmt: skip
     if fits:
-        size = fit.read_size(limit) if limit else room_for_tensors(room, kind)
+        size = room_for_tensors(room, kind) if asked is None else asked
         if size is None:
             raise ConfigError("how much memory is free is not known here; write --fit 12GB")
         found_ways = fit.fit(

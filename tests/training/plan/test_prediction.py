@@ -14,7 +14,8 @@ from simpletuner.data.geometry import Framing
 from simpletuner.errors import ConfigError
 from simpletuner.events.types import Event, Noted
 from simpletuner.models.family import BlockMemory
-from simpletuner.training.plan import advice, announce, fit, prediction, stored, wording
+from simpletuner.training.memory import block_memory
+from simpletuner.training.plan import advice, announce, fit, prediction, room, stored, wording
 from simpletuner.training.plan.fit import Ladder
 from simpletuner.training.plan.imitation import Feed
 from simpletuner.training.plan.prediction import predict
@@ -127,8 +128,8 @@ def test_auto_recomputes_what_memory_demands(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(announce.registry, "family", lambda name: family)
 
     def settled(free: int) -> object:
-        room = Room("a card", free + prediction.RUNTIME["cpu"], 10**12)
-        monkeypatch.setattr(announce, "found", lambda device: room)
+        there = Room("a card", free + prediction.RUNTIME["cpu"], 10**12)
+        monkeypatch.setattr(announce, "found", lambda device: there)
         return announce.announce(run, SIZE, told.append).model.gradient_checkpointing
 
     assert settled(kept.training) == 0
@@ -145,6 +146,32 @@ def test_disks_with_too_little_space(tmp_path: Path) -> None:
     assert folder == tmp_path / "run"
     assert free < needed == 10**18
     assert lacking_on_disks(run, {**needs, "checkpoints": 1}) == []
+
+
+def test_a_converted_base_is_not_written_again(tmp_path: Path) -> None:
+    run = run_of(base_model_precision="nf4", quantized_cache_dir=str(tmp_path))
+    needs = dict.fromkeys(("download", "checkpoints", "result"), 0) | {"quantised base": 10**18}
+    assert lacking_on_disks(run, needs)
+    with (tmp_path / "chroma-nf4-1-0123.safetensors").open("wb") as file:
+        file.truncate(10**12)
+    assert lacking_on_disks(run, needs | {"quantised base": 10**12}) == []
+
+
+def test_cached_files_are_free_memory_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"max": "8000", "current": "7000\n", "stat": "anon 900\nactive_file 2000\ninactive_file 4000\n"}
+    for name, text in told.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(room, "CGROUP", tmp_path)
+    assert room.free_host() == 7000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert room.free_host() != 7000
+
+
+def test_a_way_replaces_the_one_that_was_set() -> None:
+    run = run_of(device="auto", gradient_checkpointing_interval=2, musubi_blocks_to_swap=2,
+                 gradient_checkpointing_backend="offload")  # fmt: skip
+    model = fit.changed(run, fit.Way("nf4", BlockMemory(1), 0, 0.0), BLOCKS).model
+    assert block_memory(model, BLOCKS) == BlockMemory(2)
 
 
 @pytest.mark.parametrize(
@@ -174,3 +201,12 @@ def test_the_command_needs_nothing() -> None:
     assert done.exit_code == 0, done.output
     assert "weights" in done.output
     assert "estimate" in done.output
+
+
+def test_what_needs_a_gpu_is_planned_without_one() -> None:
+    words = ["--model_flavour=nano", "--resolution=128", "--lora_rank=2", "--musubi_blocks_to_swap=2"]
+    for more in ([], ["--device=cuda"], ["--fit=8GB"]):
+        done = CliRunner().invoke(command, [*words, *more])
+        assert done.exit_code == 0, done.output
+        assert "GPU memory while training" in done.output
+    assert "musubi_blocks_to_swap = 0" in done.output

@@ -45,20 +45,18 @@ class Way:
     text_encoder: str | None = None  # its precision, where it must be another than the run's
 
     def options(self, blocks: int) -> dict[str, Any]:
-        """What to set."""
+        """What to set, also where the run has set another way before."""
         count = self.memory.checkpointed
         told: dict[str, Any] = {
             "base_model_precision": self.precision,
-            "gradient_checkpointing": True if count >= blocks else count if count else False,
+            "gradient_checkpointing": True if count >= blocks else max(2, count) if count else False,
+            "gradient_checkpointing_interval": None,
+            "gradient_checkpointing_backend": "offload" if self.memory.offload_activations else "torch",
+            "musubi_blocks_to_swap": self.memory.swapped,
+            "chroma_approximator_device": "cpu" if self.memory.approximator_on_host else "accelerator",
         }
         if self.text_encoder is not None:
             told["text_encoder_1_precision"] = self.text_encoder
-        if self.memory.swapped:
-            told["musubi_blocks_to_swap"] = self.memory.swapped
-        if self.memory.offload_activations:
-            told["gradient_checkpointing_backend"] = "offload"
-        if self.memory.approximator_on_host:
-            told["chroma_approximator_device"] = "cpu"
         return told
 
 

@@ -16,7 +16,7 @@ from simpletuner.config.schema import RunConfig
 from simpletuner.training.device import Device
 
 MEMORY = Path("/proc/meminfo")
-CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,13 @@ def free_host() -> int | None:
     if MEMORY.exists():
         rows = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines() if ":" in line)
         sizes.append(int(rows["MemAvailable"].split()[0]) * 1024)
-    limit, used = (path.read_text().strip() if path.exists() else "" for path in CGROUP)
-    if limit.isdigit() and used.isdigit():
-        sizes.append(int(limit) - int(used))
+    names = ("memory.max", "memory.current", "memory.stat")
+    limit, used, told = (path.read_text() if path.exists() else "" for path in map(CGROUP.joinpath, names))
+    if limit.strip().isdigit() and used:
+        rows = dict(line.split() for line in told.splitlines())
+        # Pages of files that were read or written are counted as used, and given up when memory is wanted.
+        cached = sum(int(rows.get(name, 0)) for name in ("active_file", "inactive_file"))
+        sizes.append(int(limit) - int(used) + cached)
     if not sizes and "SC_PHYS_PAGES" in os.sysconf_names:
         sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(sizes, default=None)
@@ -50,14 +54,18 @@ def free_host() -> int | None:
 def lacking_on_disks(run: RunConfig, needed: Mapping[str, int]) -> list[tuple[Path, int, int]]:
     """(folder, needed, free) of each disk with too little space; needed: as in Prediction.disk.
 
-    What the run folder holds already counts as written: a resumed run replaces its checkpoints.
+    What is there already counts as written: a resumed run replaces its checkpoints, and a base that was
+    converted before is read again.
     """
     output = Path(run.training.output_dir).expanduser()
     there = sum(file.stat().st_size for file in output.glob("checkpoint-*/**/*") if file.is_file())
-    quantised = run.model.quantized_cache_dir
+    chosen = run.model.quantized_cache_dir
+    quantised = Path(chosen).expanduser() if chosen else user_cache() / "quantized"
+    converted = quantised.glob(f"*-{run.model.base_model_precision}-*")  # whole, or as far as it was come
+    written = {"checkpoints": there, "quantised base": sum(file.stat().st_size for file in converted)}
     places = {
         "download": Path(constants.HF_HUB_CACHE),
-        "quantised base": Path(quantised).expanduser() if quantised else user_cache(),
+        "quantised base": quantised,
         "checkpoints": output,
         "result": output,
     }
@@ -69,8 +77,7 @@ def lacking_on_disks(run: RunConfig, needed: Mapping[str, int]) -> list[tuple[Pa
             if folder.exists()
         )
         disk = place.stat().st_dev
-        less = there if what == "checkpoints" else 0
-        disks[disk] = (places[what], disks[disk][1] + max(0, size - less))
+        disks[disk] = (places[what], disks[disk][1] + max(0, size - written.get(what, 0)))
     rows = [(folder, size, shutil.disk_usage(_existing(folder)).free) for folder, size in disks.values()]
     return [row for row in rows if row[1] > row[2]]
 
