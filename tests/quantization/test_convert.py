@@ -190,6 +190,33 @@ def test_a_disk_that_fills_up_on_the_way_is_explained(
     assert (tmp_path / "out").exists()
 
 
+LIMITED = """
+import errno, resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from simpletuner.errors import DiskFull
+from simpletuner.quantization import convert as module
+from tests.quantization.test_convert import converted
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+module.errno.ENOSPC = errno.EFBIG
+try:
+    converted(Path({folder!r}), {names!r}, "int8", Path({target!r}))
+except DiskFull as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("size", [600, 40_000])
+def test_a_write_that_is_refused_is_explained_at_any_place(tmp_path: Path, size: int) -> None:
+    """What the system refuses beyond a size stands for a full disk."""
+    folder, names = write_checkpoint(tmp_path / "in")
+    arguments = {"root": str(Path(__file__).parents[2]), "folder": str(folder), "names": names}
+    script = LIMITED.format(**arguments, target=str(tmp_path / "out"), size=size)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "goes on there" in done.stdout, done.stderr[-500:]
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     folder, names = write_checkpoint(tmp_path / "in")
     (tmp_path / "file").write_text("")

@@ -164,11 +164,14 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _opened(partial: Path) -> BinaryIO:
-    """For reading and writing, made when it is not there and never emptied."""
+    """For reading and writing, made when it is not there and never emptied.
+
+    Unbuffered: what a full disk refused would be written once more at closing, and fail without explanation.
+    """
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
-        return partial.open("r+b")
+        return partial.open("r+b", buffering=0)
     except OSError as error:
         raise CacheError(
             f"{partial.parent} cannot be written ({error.strerror}); quantized_cache_dir chooses another"
@@ -207,7 +210,9 @@ def _room(file: BinaryIO, target: Path, total: int) -> None:
 def _write(file: BinaryIO, position: int, content: bytes | memoryview) -> None:
     try:
         file.seek(position)
-        file.write(content)
+        left = memoryview(content)
+        while left:
+            left = left[file.write(left) :]
     except OSError as error:
         raise _explained(error, file) from None
 
@@ -216,12 +221,10 @@ def _count(file: BinaryIO, total: int, number: int) -> None:
     """So many tensors are safe: first they, then the number."""
     _sync(file)
     _write(file, total, struct.pack("<Q", number))
-    file.flush()
 
 
 def _sync(file: BinaryIO) -> None:
     try:
-        file.flush()
         os.fsync(file.fileno())
     except OSError as error:
         raise _explained(error, file) from None
