@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -156,10 +157,15 @@ def single_thing(rng: np.random.Generator, background: str, position: str) -> Th
     return _thing(rng, background, position, pair=False)
 
 
+@cache
+def visible_on(background: str) -> tuple[str, ...]:
+    """Colours with enough contrast to it."""
+    under = BACKGROUNDS[background]
+    return tuple(name for name, rgb in COLOURS.items() if math.dist(under, rgb) >= CONTRAST)
+
+
 def _thing(rng: np.random.Generator, background: str, position: str, pair: bool) -> Thing:
-    under = np.array(BACKGROUNDS[background])
-    seen = [name for name, rgb in COLOURS.items() if np.linalg.norm(under - np.array(rgb)) >= CONTRAST]
-    colour = pick(rng, seen)
+    colour = pick(rng, visible_on(background))
     size = pick(rng, list(SIZES))
     pattern = PATTERNS[int(rng.choice(3, p=(0.8, 0.1, 0.1)))] if not pair and size == "big" else "plain"
     radius = (PAIR_RADIUS if pair else SIZES[size]) * float(rng.uniform(0.95, 1.05))
@@ -175,8 +181,12 @@ def _thing(rng: np.random.Generator, background: str, position: str, pair: bool)
 
 
 def _jitter(rng: np.random.Generator, rgb: Rgb, amount: int) -> Rgb:
-    r, g, b = (int(np.clip(v + rng.integers(-amount, amount + 1), 0, 255)) for v in rgb)
-    return r, g, b
+    r, g, b = rng.integers(-amount, amount + 1, 3).tolist()
+    return _byte(rgb[0] + r), _byte(rgb[1] + g), _byte(rgb[2] + b)
+
+
+def _byte(value: int) -> int:
+    return min(255, max(0, value))
 
 
 def caption(rng: np.random.Generator, background: str, things: tuple[Thing, ...]) -> str:
