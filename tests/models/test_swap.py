@@ -3,6 +3,7 @@ a room may not be filled while it is read."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from simpletuner.models.chroma.family import Chroma
 from simpletuner.models.chroma.targets import lora_targets
 from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig
 from simpletuner.models.family import BlockMemory
-from simpletuner.models.swap import Lane, Room
+from simpletuner.models.swap import CudaLane, Lane, Room
 from tests.adapters.networks import perturb
 from tests.models.small import TEXT_WIDTH, transformer_fields
 
@@ -288,6 +289,35 @@ def test_a_second_arrangement_undoes_the_first(lane: FakeLane, monkeypatch: pyte
     arrange(model, swapped=0)
     assert model.run_block == Runner(frozenset(range(5)))
     assert same(step(model), expected)
+
+
+def test_an_arrangement_that_is_undone_holds_nothing(lane: FakeLane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither host memory, nor rooms into which a copy is still on its way."""
+    model = network()
+    kept: list[weakref.ref[Tensor]] = []
+
+    def keep(self: FakeLane, parcel: Tensor) -> Tensor:
+        kept.append(weakref.ref(parcel))
+        return parcel
+
+    monkeypatch.setattr(FakeLane, "keep", keep)
+    monkeypatch.setattr(FakeRoom, "fill", lambda self, parcel: setattr(self, "coming", parcel))
+    arrange(model, swapped=4)
+    former = model.run_block
+    with torch.no_grad():
+        run(model)
+    assert all(parcel() is not None for parcel in kept)
+    assert any(room.coming is not None for room in lane.rooms)
+    arrange(model, swapped=0)
+    assert all(room.coming is None for room in lane.rooms)
+    assert former.swap is not None
+    assert all(parcel() is None for parcel in kept)
+
+
+def test_what_lies_on_the_host_stays_there() -> None:
+    """Older checkpoints hand the hooks an empty tensor of the CPU, which no stream of a GPU knows."""
+    empty = torch.empty(0)
+    assert CudaLane.__new__(CudaLane)._out(empty) is empty
 
 
 def test_inputs_of_recomputed_blocks_wait_on_the_host(lane: FakeLane) -> None:

@@ -95,6 +95,8 @@ class CudaLane(Lane):
         return torch.autograd.graph.saved_tensors_hooks(self._out, self._back)
 
     def _out(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu":  # older checkpoints keep an empty tensor there beside the inputs
+            return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._outward.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._outward):
@@ -199,10 +201,12 @@ class Swap:
         return id(tensor) in self._held
 
     def close(self) -> None:
-        """All weights are in host memory, and the rooms are given up."""
+        """All weights are in host memory; nothing is on its way into the rooms when they are given up."""
         for tenancy in self._tenancies:
             self._leave(tenancy)
+            tenancy.room.ready()
         self._tenancies.clear()
+        self._parcels.clear()  # another arrangement packs its own; both would be twice the weights
 
     @contextmanager
     def present(self, number: int) -> Iterator[None]:
