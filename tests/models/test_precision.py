@@ -13,11 +13,13 @@ from torch import nn
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError
 from simpletuner.events.types import Event, StageStarted, Warned
+from simpletuner.models.chroma import precision as precision_module
 from simpletuner.models.chroma import t5 as t5_module
 from simpletuner.models.chroma import weights
 from simpletuner.models.chroma.family import Chroma
 from simpletuner.models.chroma.transformer import TransformerConfig
 from simpletuner.models.family import Source
+from simpletuner.quantization.convert import convert
 from simpletuner.quantization.linear import QuantizedLinear, quantize_modules
 from simpletuner.quantization.schemes import SCHEMES
 
@@ -140,6 +142,42 @@ def test_a_damaged_file_is_made_again(source: Source, options: ModelOptions) -> 
     Chroma().load_transformer(source, CPU, torch.float32, chosen, heard.append)
     assert any(isinstance(event, Warned) and "damaged" in event.message for event in heard)
     assert file.read_bytes() == content
+
+
+def test_a_damaged_file_that_another_process_removes(source: Source, options: ModelOptions) -> None:
+    chosen = quantised(options, base_model_precision="nf4")
+    (file,) = Chroma().quantize(source, chosen, CPU)
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    gone = []
+
+    def other(event: Event) -> None:
+        if isinstance(event, Warned):
+            gone.append(file.unlink())
+
+    Chroma().quantize(source, chosen, CPU, other)
+    assert gone
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(("via", "expected"), [("accelerator", "cuda"), ("cpu", "cpu")])
+def test_a_base_loaded_to_the_host_for_swapping_is_converted_as_quantize_via_says(
+    source: Source, options: ModelOptions, monkeypatch: pytest.MonkeyPatch, via: str, expected: str
+) -> None:
+    places = []
+
+    def converting(*arguments: object) -> None:
+        places.append(arguments[-2])
+        convert(*arguments[:-2], CPU, arguments[-1])  # type: ignore[arg-type]
+
+    monkeypatch.setattr(precision_module, "convert", converting)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    chosen = quantised(options, base_model_precision="int8", quantize_via=via)
+    loaded = Chroma().load_transformer(
+        source, CPU, torch.float32, chosen.model_copy(update={"musubi_blocks_to_swap": 2.0})
+    )
+    assert places == [torch.device(expected)]
+    assert {tensor.device for tensor in loaded.parameters()} == {CPU}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")

@@ -23,6 +23,8 @@ def transformer_file(source: Source, options: ModelOptions, device: torch.device
     network = weights.empty_transformer(weights.read_config(source.transformer))
     chosen = {f"{name}.weight" for name in weights.block_linears(network)}
     key = fingerprints.transformer_fingerprint(source)
+    if options.musubi_blocks_to_swap and torch.cuda.is_available():
+        device = torch.device("cuda")  # the host is only where the result is loaded to
     return converted("chroma", options.base_model_precision, stored, chosen, key, options, device, emit)
 
 
@@ -43,7 +45,7 @@ def converted(
             weights.read_header(file)
         except ModelError:
             emit(Warned(f"{file} is damaged; the weights are converted again"))
-            file.unlink()
+            file.unlink(missing_ok=True)  # another process may have noticed as well
     place = torch.device("cpu") if options.quantize_via == "cpu" else device
     convert(stored, chosen, named(precision), file, place, emit)
     return file
