@@ -1,0 +1,101 @@
+"""The GPU suite at toy size on the CPU: it measures, resumes, and tells what did not work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.gpu import suite
+from benchmarks.gpu.cases import FULL_SIZE, TOY, Case, World, cases
+from benchmarks.gpu.record import BEGUN, DIED, MEASURED, Record
+from benchmarks.gpu.weights import Shaped, fill
+
+from simpletuner.config.load import from_resolved
+from simpletuner.quantization.linear import QuantizedLinear
+
+FEW = "theirs bf16 512 kept,ours bf16 512 kept,ours nf4 512 recomputed,ours nf4 512*swapped,restore int4"
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def toy(results: Path, only: str) -> dict[str, dict[str, Any]]:
+    assert suite.main(["--toy", "--only", only, "--results", str(results)]) == 0
+    told = json.loads((results / "gpu-toy.json").read_text(encoding="utf-8"))
+    return {row["name"]: row for row in told["rows"]}
+
+
+def test_cases_are_measured_or_refused_and_told(results: Path) -> None:
+    rows = toy(results, FEW)
+    states = {name: row["state"] for name, row in rows.items()}
+    assert states.pop("ours nf4 512 recomputed all swapped") == "refused"  # a CPU has nowhere to swap to
+    assert len(states) == 4
+    assert set(states.values()) == {MEASURED}
+    ours, theirs = rows["ours bf16 512 kept"], rows["theirs bf16 512 kept"]
+    assert ours["measured"]["trained"] == theirs["measured"]["trained"]  # the same modules are adapted
+    assert 0 < ours["plan"]["flops"] < theirs["measured"]["flops"]  # theirs computes padding
+    assert ours["measured"]["first_loss"] != ours["measured"]["last_loss"]  # it trains
+    page = (results / "gpu-toy.md").read_text(encoding="utf-8")
+    assert "**refused**: musubi_blocks_to_swap" in page
+    assert "| 512 | kept | no_change |" in page
+
+
+def test_the_same_command_goes_on_where_it_was(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Record(results / "gpu-toy.json")
+    first, second = (case for case in cases() if case.kind == "restore" and case.precision != "nf4")
+    record.put(first, BEGUN)  # its process was lost
+    monkeypatch.setitem(suite.KINDS, "restore", lambda case, world: pytest.fail(case.name))
+    record.put(second, MEASURED, measured={"linear_s": 1.0})
+    assert [case.kind for case in record.pending([first, second])] == []
+    again = Record(record.file)
+    again.bury()
+    assert {name: row["state"] for name, row in again.rows.items()} == {
+        first.name: DIED,
+        second.name: MEASURED,
+    }
+
+
+def out_of_memory(case: Case, world: World) -> dict[str, Any]:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 18.00 GiB. GPU 0 has ...")
+
+
+def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(suite.KINDS, "ours", out_of_memory)
+    state, facts = suite.attempt(cases()[1], TOY)
+    assert state == "out of memory"
+    assert "18.00 GiB was asked for" in facts["why"]
+
+
+def test_no_case_begins_when_the_time_is_up(tmp_path: Path) -> None:
+    record = Record(tmp_path / "gpu-toy.json")
+    suite.work(record, cases(), TOY, begun=0.0, limit_s=60.0)
+    assert not record.rows
+
+
+def test_every_case_is_a_config_that_the_product_takes() -> None:
+    assert len({case.name for case in cases()}) == len(cases())
+    for case in cases():
+        if case.kind == "ours":
+            flat = case.flat(FULL_SIZE)
+            run = from_resolved(flat)
+            assert run.model.base_model_precision == case.precision
+            assert run.model.dynamo_backend == ("inductor" if case.compiled else "no")
+            assert run.model.musubi_blocks_to_swap == flat.get("musubi_blocks_to_swap", 0)
+
+
+def test_random_weights_leave_nothing_on_the_meta_device() -> None:
+    world = dataclasses.replace(TOY, device="cpu")
+    options = from_resolved({"base_model_precision": "int4", "device": "cpu"}).model
+    network = Shaped(world).sketch(options, torch.bfloat16).transformer
+    fill(network, torch.device("cpu"), torch.device("cpu"))
+    assert not any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
+    linears = [module for module in network.modules() if isinstance(module, QuantizedLinear)]
+    assert linears
+    assert all(0.015 < float(linear.weight.float().std()) < 0.025 for linear in linears)
