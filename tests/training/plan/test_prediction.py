@@ -122,6 +122,12 @@ def test_a_training_that_cannot_fit_is_refused_with_ways_out(monkeypatch: pytest
     assert "--base_model_precision=" in str(refused.value)
 
 
+def test_at_full_rank_the_last_way_is_not_the_resolution() -> None:
+    nothing = fit.Fit(1000, None, (), BLOCKS)
+    assert 'model_type = "lora"' in wording.ways(run_of(model_type="full"), nothing)[0]
+    assert "resolution" in wording.ways(run_of(), nothing)[0]
+
+
 def test_auto_recomputes_what_memory_demands(monkeypatch: pytest.MonkeyPatch) -> None:
     run, family, told = run_of(gradient_checkpointing="auto"), Small(), list[Event]()
     kept = predict(run, family, SIZE, memory=BlockMemory())

@@ -70,7 +70,7 @@ def room_for_tensors(room: Room | None, kind: str) -> int | None:
 def too_large(run: RunConfig, plan: Prediction, room: Room, ladder: Ladder, limit: int) -> str:
     ways = ladder.ways(limit)[:SHOWN]
     told = [f"\n  {wording.flags(run, way, ladder.blocks)}  (about {wording.gb(way.size)})" for way in ways]
-    out = f"What would fit, the fastest first:{''.join(told)}" if told else "Use a smaller resolution"
+    out = f"What would fit, the fastest first:{''.join(told)}" if told else wording.last_way(run)
     return (
         f"this training needs {wording.gb(plan.tensors)} for its tensors alone, and {room.name} has"
         f" {wording.gb(limit)} free. {out}"

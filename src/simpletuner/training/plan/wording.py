@@ -71,12 +71,19 @@ def brief(plan: Prediction, room: Room, peak: float) -> str:
 def ways(run: RunConfig, fit: Fit) -> list[str]:
     """The choice with the options to set, then the runners-up."""
     if fit.chosen is None:
-        return [f"nothing fits {gb(fit.limit)}: a smaller resolution, or fewer samples at a time"]
+        return [f"nothing fits {gb(fit.limit)}. {last_way(run)}"]
     lines = [f"fastest within {gb(fit.limit)}:", f"  {_way(fit.chosen)}"]
     lines += [f"    {name} = {value}" for name, value in settings(run, fit.chosen, fit.blocks).items()]
     if fit.others:
         lines.append("also within it, by the cost model:")
     return [*lines, *(f"  {_way(way)}: {flags(run, way, fit.blocks)}" for way in fit.others[:SHOWN])]
+
+
+def last_way(run: RunConfig) -> str:
+    """Where no way of running this training is small enough."""
+    if run.model.model_type == "full":
+        return 'Use model_type = "lora" (full rank keeps weights and optimizer states), optimizer = adafactor'
+    return "Use a smaller resolution, fewer samples at a time"
 
 
 def _way(way: Way) -> str:
