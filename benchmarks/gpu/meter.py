@@ -56,8 +56,8 @@ def metered(step: Callable[[], float], world: World, device: torch.device) -> di
     made. The rest is of the timed steps alone; the allocator's cache is emptied before them, so that what is
     reserved is theirs.
     """
-    gc.collect()
     if device.type == "cuda":  # what making the weights took is not the step's
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     losses: list[float] = []

@@ -68,5 +68,10 @@ class Record:
                 row |= {"state": DIED, "why": "the process ended or was ended within this case"}
         self.save()
 
+    def forget_begun(self) -> None:
+        """The clock ended it: the next run begins it again."""
+        self.rows = {name: row for name, row in self.rows.items() if row["state"] != BEGUN}
+        self.save()
+
     def pending(self, cases: list[Case]) -> list[Case]:
         return [case for case in cases if case.name not in self.rows]

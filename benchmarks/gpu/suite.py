@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import gc
 import multiprocessing
 import os
 import re
@@ -44,6 +45,8 @@ BEGIN_BEFORE = 0.9  # of the time: no case begins after it
 COMPILE_BEFORE = 0.75  # of the time: compiling 57 blocks may take a minute
 PLANNERS = 4  # processes; the step's own thread keeps a core to itself
 DEATHS = 3  # after which the rest is left alone
+FRESH = 3  # exit status of a child that wants a successor
+MOST_LEFT_OVER = 100_000_000  # bytes; a later case's peak would hold them
 TOY_PLANS = 2
 
 
@@ -63,16 +66,26 @@ def attempt(case: Case, world: World) -> tuple[str, dict[str, Any]]:
     return state, {**facts, "left_over": left_over, "case_s": round(time.monotonic() - started, 1)}
 
 
-def work(record: Record, chosen: Sequence[Case], world: World, begun: float, limit_s: float) -> None:
-    """Every pending case that may still begin. begun, limit_s: on the wall's clock, shared by processes."""
+def work(record: Record, chosen: Sequence[Case], world: World, begun: float, limit_s: float) -> int:
+    """Every pending case that may still begin. begun, limit_s: on the wall's clock, shared by processes.
+
+    FRESH where the rest wants another process: the device is out of order, or memory stays allocated.
+    """
+    device, done = torch.device(world.device), 0
     for case in record.pending(list(chosen)):
         share = (time.time() - begun) / limit_s
         if share > (COMPILE_BEFORE if case.compiled else BEGIN_BEFORE):
             continue
+        if done and clean(device) > MOST_LEFT_OVER:
+            return FRESH
         record.put(case, BEGUN)
         state, facts = attempt(case, world)
         record.put(case, state, **facts)
         print(f"{time.time() - begun:6.0f} s  {case.name}: {state} {told(facts)}", flush=True)
+        done += 1
+        if "CUDA error" in facts.get("why", ""):
+            return FRESH
+    return 0
 
 
 def told(facts: dict[str, Any]) -> str:
@@ -84,7 +97,12 @@ def told(facts: dict[str, Any]) -> str:
 
 
 def plan_of(case: Case, world: World) -> tuple[str, dict[str, Any]]:
-    return case.name, ours.planned(case, world)
+    """Empty where there is no plan: what was measured is not lost over it."""
+    try:
+        return case.name, ours.planned(case, world)
+    except (SimpleTunerError, RuntimeError) as error:
+        print(f"{case.name}: no plan: {error}", flush=True)
+        return case.name, {}
 
 
 def stepped(chosen: Sequence[Case]) -> list[Case]:
@@ -101,19 +119,20 @@ def supervise(arguments: argparse.Namespace, file: Path, begun: float, limit_s: 
     given = ["--child", "--begun", str(begun), "--minutes", str(arguments.minutes), "--name", file.stem[4:],
              "--results", str(arguments.results)]  # fmt: skip
     given += ["--only", arguments.only] if arguments.only else []
-    for _ in range(1 + DEATHS):
-        left = begun + limit_s - time.time()
-        if left <= 0:
-            return
+    deaths = 0
+    while deaths <= DEATHS and (left := begun + limit_s - time.time()) > 0:
         with subprocess.Popen([sys.executable, "-m", "benchmarks.gpu.suite", *given]) as child:
             try:
                 code = child.wait(left)
             except subprocess.TimeoutExpired:
                 child.kill()
-                code = child.wait()
-        Record(file).bury()
+                child.wait()
+                Record(file).forget_begun()
+                return
         if code == 0:
             return
+        Record(file).bury()
+        deaths += code != FRESH
 
 
 def measure_all(
@@ -170,8 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = arguments.results / f"gpu-{arguments.name or name_of(world.device)}.json"
     record = Record(file)
     if arguments.child:
-        work(record, chosen, world, begun, limit_s)
-        return 0
+        gc.freeze()  # what is imported stays; looking through it at every case takes longer than the case
+        return work(record, chosen, world, begun, limit_s)
     command = shlex.join(["python", "-m", "benchmarks.gpu.suite", *(sys.argv[1:] if argv is None else argv)])
     record.environment = environment(world.device, command)
     record.bury()
@@ -182,18 +201,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         plans = measure_all(arguments, file, chosen, begun, limit_s)
         record = Record(file)
-    finish(record, plans)
+    finish(record, plans, chosen)
     return 0
 
 
-def finish(record: Record, plans: dict[str, dict[str, Any]]) -> None:
+def finish(record: Record, plans: dict[str, dict[str, Any]], chosen: Sequence[Case]) -> None:
     """Plans beside what was measured, and the page."""
     for name, plan in plans.items():
         if name in record.rows:
             record.rows[name]["plan"] = plan
     record.environment["peak_flops"] = peak_flops(record.environment["gpu"])
     record.save()
-    left = [case.name for case in cases() if case.name not in record.rows]
+    left = [case.name for case in record.pending(list(chosen))]
     record.file.with_suffix(".md").write_text(page(record, left), encoding="utf-8")
     print(record.file.with_suffix(".md"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,21 @@ def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     state, facts = suite.attempt(cases()[1], TOY)
     assert state == "out of memory"
     assert "18.00 GiB was asked for" in facts["why"]
+
+
+def test_a_device_out_of_order_ends_the_process_for_a_fresh_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(case: Case, world: World) -> dict[str, Any]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(suite.KINDS, "theirs", broken)
+    record = Record(tmp_path / "gpu-toy.json")
+    assert suite.work(record, cases(), TOY, begun=time.time(), limit_s=60.0) == suite.FRESH
+    assert [row["state"] for row in record.rows.values()] == ["failed"]
+    record.put(cases()[1], BEGUN)
+    record.forget_begun()
+    assert len(Record(record.file).rows) == 1
 
 
 def test_no_case_begins_when_the_time_is_up(tmp_path: Path) -> None:
