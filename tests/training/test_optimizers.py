@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from benchmarks.optimizers import peak_bytes
 from torch import Tensor, nn
 
 from simpletuner.config.schema import OptimizerOptions
@@ -319,20 +320,6 @@ def test_eight_bits_learn_as_adamw_does(dtype):
     assert small < 1.15 * exact
 
 
-def peak_extra_bytes(act) -> int:
-    """Highest sum of what is allocated and not yet freed while `act` runs, by torch's own allocator."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as seen:
-        act()
-    live = peak = 0
-    for event in seen.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_makes_no_copy_of_all_weights(name):
     """16 matrices of 256 KiB; what a step needs beside states and gradients is a few of one of them."""
@@ -341,7 +328,7 @@ def test_a_step_makes_no_copy_of_all_weights(name):
     for _ in range(2):
         for _, param in params:
             param.grad = torch.ones_like(param)
-        extra = peak_extra_bytes(optimizer.step)
+        extra = peak_bytes(optimizer.step)
     one = 256 * 256 * 4
     assert extra <= {"adamw": 0.1, "adamw_8bit": 11}.get(name, 5) * one
 
@@ -353,7 +340,7 @@ def test_clipping_makes_no_copy(method):
         param.grad = torch.ones_like(param)
     options = OptimizerOptions(max_grad_norm=0.5, grad_clip_method=method)
     one = 256 * 256 * 4  # float32 while its norm is taken, on the CPU
-    assert peak_extra_bytes(lambda: clip_gradients(params, options)) < 1.1 * one
+    assert peak_bytes(lambda: clip_gradients(params, options)) < 1.1 * one
 
 
 def test_the_norm_of_bf16_gradients_is_exact():
