@@ -58,10 +58,14 @@ def sigma_of(name: str) -> float:
 
 
 def clipped(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Range of the axis; the literal remap's hole must not press all others flat."""
-    values = [y + sign * e for curve in curves if curve.name != "quadratic-literal"
-              for _, y, e in curve.points for sign in (-1, 1)]  # fmt: skip
-    low, high = min(values, default=0.0), max(values, default=1.0)
+    """Range of the axis. The literal remap's hole must not press all others flat: it gets as much room."""
+    known = {literal: [y + sign * e for curve in curves if (curve.name == "quadratic-literal") == literal
+                       for _, y, e in curve.points for sign in (-1, 1)]
+             for literal in (True, False)}  # fmt: skip
+    low, high = min(known[False], default=0.0), max(known[False], default=1.0)
+    span = high - low
+    low = max(min([low, *known[True]]), low - span)
+    high = min(max([high, *known[True]]), high + span)
     margin = 0.12 * (high - low) or 1.0
     return low - margin, high + margin
 

@@ -247,3 +247,4 @@ def test_a_lora_at_half_its_strength_has_its_own_row(tmp_path: Path) -> None:
                              image(tmp_path, 5, "strength 0.5")])  # fmt: skip
     assert page.count("seed 42</span>") == 1
     assert page.count("seed 42 · strength 0.5</span>") == 1
+    assert page.index("seed 42</span>") < page.index("seed 42 · strength 0.5</span>")  # below the whole one

@@ -150,7 +150,10 @@ def _pictures(run_dir: Path, history: History) -> str:
     bases = {step for row in rows.values() for step, event in row.items() if event.weights == "base"}
     heads = "".join(f'<th scope="col">{_when(step, step in bases)}</th>' for step in shown)
     lines = []
-    for (_, width, height, seed, kind), row in sorted(rows.items()):
+    order = {"trained": 0, "ema": 1}  # then the weaker LoRAs
+    for (_, width, height, seed, kind), row in sorted(
+        rows.items(), key=lambda row: (row[0][:4], order.get(row[0][4], 2), row[0][4])
+    ):
         event = next(iter(row.values()))
         which = {"trained": "", "ema": " · EMA"}.get(kind, f" · {kind}")
         about = f'<span class="soft">{width} x {height} · seed {seed}{_text(which)}</span>'
