@@ -1,0 +1,108 @@
+"""Options, configurations, drafts and plans."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from simpletuner.server.wire.base import Complaint, Wire
+
+
+class OptionInfo(Wire):
+    """One option of the schema. kind: flag, amount, integer, number, choice, text. level: basic, common,
+    advanced. needs: shown only where every named option has one of these values."""
+
+    name: str
+    section: str
+    group: str
+    kind: str
+    nullable: bool
+    structured: bool
+    choices: list[str]
+    bounds: str
+    takes: str
+    default: Any
+    text: str
+    level: str
+    unit: str
+    path: str
+    settable: bool
+    needs: dict[str, list[Any]]
+
+
+class Preset(Wire):
+    """Settings for a card of that many GB. id: "8gb", "12gb", "16gb", "24gb", "80gb", "nano"."""
+
+    id: str
+    title: str
+    text: str
+    config: dict[str, Any]
+
+
+class Schema(Wire):
+    options: list[OptionInfo]
+    dataset_fields: list[OptionInfo]
+    presets: list[Preset]
+
+
+class Wanted(Wire):
+    """A configuration as a person writes it: options that differ, and the list of datasets."""
+
+    config: dict[str, Any]
+    datasets: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class Verdict(Wire):
+    """What the reader of configurations says. changed: options that differ from their default."""
+
+    problems: list[Complaint]
+    notes: list[str]
+    changed: dict[str, Any]
+
+
+class Draft(Wire):
+    """A configuration being written. version goes up with every change; PUT sends the one it saw."""
+
+    id: str
+    name: str
+    version: int
+    changed_t: float
+    config: dict[str, Any]
+    datasets: list[dict[str, Any]]
+
+
+class DraftWrite(Wire):
+    name: str
+    config: dict[str, Any]
+    datasets: list[dict[str, Any]]
+    version: int | None = None
+
+
+class Import(Wire):
+    """text: a config.json (JSONC, TOML) or a multidatabackend.json, as read from a file."""
+
+    name: str
+    text: str
+
+
+class Imported(Wire):
+    config: dict[str, Any] | None
+    datasets: list[dict[str, Any]] | None
+    problems: list[Complaint]
+    notes: list[str]
+
+
+class PlanAsk(Wire):
+    config: dict[str, Any]
+    datasets: list[dict[str, Any]] = Field(default_factory=list)
+    fit: str | None = None
+
+
+class PlanState(Wire):
+    """state "pending": ask again. plan: the object that `simpletuner plan --json` prints."""
+
+    state: Literal["pending", "ready", "failed"]
+    key: str
+    plan: dict[str, Any] | None = None
+    problems: list[Complaint] = Field(default_factory=list)

@@ -1,0 +1,32 @@
+"""What goes over the WebSocket."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from simpletuner.server.wire.base import Wire
+from simpletuner.server.wire.jobs import Queue
+from simpletuner.server.wire.runs import LogPart, RunSummary
+
+
+class Follow(Wire):
+    """From client to server: which run to follow, from which byte of its events and of its log. run None:
+    only the list."""
+
+    run: str | None = None
+    since: int = 0
+    log_since: int = 0
+
+
+class Live(Wire):
+    """From server to client. runs: the whole list, sent when it changed. queue likewise. events: records as
+    in events.jsonl (t, kind, fields) of the followed run, end: where they end. log: its next part."""
+
+    runs: list[RunSummary] | None = None
+    queue: Queue | None = None
+    run: str | None = None
+    events: list[dict[str, Any]] = Field(default_factory=list)
+    end: int | None = None
+    log: LogPart | None = None
