@@ -1,0 +1,1 @@
+"""Routes: one file per noun, each with `router`; they translate, the modules beside this folder work."""

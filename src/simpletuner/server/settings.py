@@ -1,0 +1,36 @@
+"""What a server is started with."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.server.place import Place
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+STATIC = Path(__file__).with_name("static")
+TRAINER = (sys.executable, "-m", "simpletuner", "train")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """token: what a client has to show; None lets everybody in who reaches the port, so only on loopback.
+
+    max_json_bytes, max_upload_bytes: of one request. trainer: the first words of a training's command line.
+    static: the built pages.
+    """
+
+    place: Place
+    host: str = "127.0.0.1"
+    port: int = 8001
+    token: str | None = None
+    max_json_bytes: int = 1 << 20
+    max_upload_bytes: int = 2 << 30
+    trainer: tuple[str, ...] = TRAINER
+    static: Path = STATIC
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only programs of this machine reach the port."""
+        return self.host in LOOPBACK
