@@ -9,8 +9,8 @@ import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError, features
 from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -19,6 +19,9 @@ from PIL.WebPImagePlugin import WebPImageFile
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.report import BadFile
 from simpletuner.data.types import Placed
+
+if TYPE_CHECKING:
+    import numpy as np  # else where pixels are needed: who only reads headers (the server) does without
 
 # What may be decoded, by content and not by name. Formats that run programs (EPS) are not among them.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
@@ -80,6 +83,8 @@ def load_pixels(placed: Placed, options: DataOptions) -> np.ndarray:
     divided by 257; transparency laid over alpha_background; the first frame of an animation; Lanczos, crop.
     Raises BadImage when the file is damaged, truncated or no longer has the size that was scanned.
     """
+    import numpy as np
+
     sample = placed.sample
     before = f"but its header said {sample.width_px}x{sample.height_px} when the folder was scanned"
     try:
@@ -104,6 +109,8 @@ def load_pixels(placed: Placed, options: DataOptions) -> np.ndarray:
 def _srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
     profile = image.info.get("icc_profile")
     if image.mode in WIDE_GREY:
+        import numpy as np
+
         # convert("RGB") would clip everything above 255 to white.
         levels = (np.asarray(image).astype(np.uint32) + 128) // 257
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")

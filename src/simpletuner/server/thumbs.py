@@ -1,0 +1,111 @@
+"""Small pictures of large ones, made once."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import stat
+import tempfile
+from io import BytesIO
+from pathlib import Path
+
+from simpletuner.server.refusal import refuse
+
+LADDER_PX = (96, 192, 384, 768)  # a cache cannot be filled by asking for every width there is
+LARGEST_PIXELS = 200_000_000
+ROOM_BYTES = 512 * 2**20
+SWEPT_EVERY = 16  # of as many new thumbnails one looks whether the cache is full; a power of two up to 256
+AT_ONCE = 2  # decoded together: a picture of 200 million pixels takes 0.8 GB
+QUALITY = 82
+GREY = (128, 128, 128)
+
+
+def thumbnail(source: Path, width: int, cache: Path) -> bytes:
+    """The picture as JPEG, upright, transparency over grey, at most `width` wide and twice that high.
+
+    width: rounded up to LADDER_PX; a smaller picture is not enlarged. cache: a folder that only holds
+    thumbnails, made here; entries go by the source's path, time and size. Raises Refused: 404 when there is
+    no such file, 415 when it is no picture or a damaged one, 413 above LARGEST_PIXELS (told by its header).
+    """
+    side = next((rung for rung in LADDER_PX if rung >= width), LADDER_PX[-1])
+    try:
+        status = source.stat()
+    except OSError:
+        refuse(404, "there is no such picture")
+    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+        refuse(415, "that is not a regular file")
+    said = f"{os.path.realpath(source)}\0{status.st_mtime_ns}\0{status.st_size}\0{side}"
+    key = hashlib.sha256(said.encode("utf-8", "surrogateescape"))
+    kept = cache / f"{key.hexdigest()}.jpg"
+    if kept.is_file():
+        return kept.read_bytes()
+    cache.mkdir(parents=True, exist_ok=True)
+    number = key.digest()[0]
+    with (cache / f"lock-{number % AT_ONCE}").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        made = _shrunk(source, side)
+    _write(kept, made)
+    if number % SWEPT_EVERY == 0:
+        sweep(cache, ROOM_BYTES)
+    return made
+
+
+def sweep(cache: Path, room_bytes: int) -> None:
+    """Remove the oldest thumbnails until three quarters of the room are taken; nothing when all fit."""
+    found = []
+    with os.scandir(cache) as entries:
+        for entry in entries:
+            if entry.name.endswith((".jpg", ".partial")):
+                status = entry.stat(follow_symlinks=False)
+                found.append((status.st_mtime_ns, entry.path, status.st_size))
+    taken = sum(size for _, _, size in found)
+    if taken <= room_bytes:
+        return
+    for _, path, size in sorted(found):
+        if taken <= room_bytes * 3 // 4:
+            return
+        Path(path).unlink(missing_ok=True)
+        taken -= size
+
+
+def _shrunk(source: Path, side: int) -> bytes:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from simpletuner.data.pixels import DECODER_ERRORS, FORMATS, MODES, WIDE_GREY
+
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            if image.width * image.height > LARGEST_PIXELS:
+                refuse(413, f"{image.width}x{image.height} is more than {LARGEST_PIXELS // 10**6} megapixels")
+            if image.mode not in MODES:
+                refuse(415, f"pixels of kind {image.mode} are not shown; export 8-bit RGB")
+            image.draft("RGB", (2 * side, 4 * side))  # JPEG only: decodes an eighth of a large one
+            picture = image
+            if image.mode in WIDE_GREY:  # convert("L") would clip everything above 255 to white
+                picture = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
+            alpha = picture.has_transparency_data
+            if alpha or picture.mode not in ("L", "RGB"):
+                picture = picture.convert("RGBA" if alpha else "RGB")
+            profile = image.info.get("icc_profile") if picture.mode == image.mode == "RGB" else None
+            picture.thumbnail((side * 2, side * 4), Image.Resampling.BOX)  # bounds what turning copies
+            picture = ImageOps.exif_transpose(picture)
+    except UnidentifiedImageError:
+        refuse(415, "that is not a picture that can be read")
+    except DECODER_ERRORS as error:
+        refuse(415, f"the picture cannot be decoded: {error}")
+    picture.thumbnail((side, side * 2), Image.Resampling.LANCZOS)
+    if alpha:
+        opaque = Image.new("RGB", picture.size, GREY)
+        opaque.paste(picture, mask=picture.getchannel("A"))
+        picture = opaque
+    out = BytesIO()
+    picture.save(out, "JPEG", quality=QUALITY, icc_profile=profile)
+    return out.getvalue()
+
+
+def _write(kept: Path, made: bytes) -> None:
+    descriptor, partial = tempfile.mkstemp(suffix=".partial", dir=kept.parent)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(made)
+    os.replace(partial, kept)
