@@ -1,0 +1,14 @@
+export const nav = {
+  label: "Pages",
+  skip: "Skip to the content",
+  runs: "Runs",
+  newRun: "New run",
+  datasets: "Datasets",
+  system: "System",
+  language: "Language",
+  theme: "Colours",
+  themes: { system: "System", light: "Light", dark: "Dark" },
+  connected: "Live",
+  connecting: "Connecting…",
+  lost: "No connection",
+};

@@ -1,0 +1,45 @@
+/** Where the page is: "#/runs/ab12?x=1" has page "runs", rest ["ab12"]. */
+
+class Router {
+  #hash = $state(location.hash);
+  readonly #route = $derived.by(() => {
+    const [path = "", query = ""] = this.#hash.replace(/^#\/?/, "").split("?", 2);
+    const [page = "", ...rest] = path.split("/").map(decodeURIComponent);
+    return { page: page || "runs", rest, query: new URLSearchParams(query) };
+  });
+
+  constructor() {
+    addEventListener("hashchange", () => {
+      this.#hash = location.hash;
+    });
+  }
+
+  get page(): string {
+    return this.#route.page;
+  }
+
+  get rest(): string[] {
+    return this.#route.rest;
+  }
+
+  get query(): URLSearchParams {
+    return this.#route.query;
+  }
+
+  /** go("runs", id): a new entry in the history. */
+  go(...parts: string[]): void {
+    location.hash = href(...parts);
+  }
+
+  /** The same without one: "new" became "new/ID" when its draft was made. */
+  replace(...parts: string[]): void {
+    history.replaceState(null, "", href(...parts));
+    this.#hash = location.hash;
+  }
+}
+
+export function href(...parts: string[]): string {
+  return "#/" + parts.map(encodeURIComponent).join("/");
+}
+
+export const router = new Router();
