@@ -106,25 +106,33 @@ def _read_all(found: Sequence[Found], read: Callable[[Found], Read], stage: Stag
 
 def _read(options: DataOptions, seed: int, alignment_px: int, found: Found) -> Read:
     dataset = found.dataset
-    framing = dataset.framing
+    sample_id = f"{dataset.id}/{found.name}"
     try:
         header = read_header(found.path, options.max_image_megapixels)
-        _check_limits(framing, header.size)
+        resize, corner, bucket = frame(dataset.framing, header.size, sample_id, seed, alignment_px)
         said = captions(dataset, found.path, found.text, options)
     except BadFile as error:
         return Rejected(found.name, dataset.id, error.reason, str(error)), None
     sample = Sample(
-        id=f"{dataset.id}/{found.name}",
+        id=sample_id,
         dataset=dataset.id,
         path=found.path,
         width_px=header.size[0],
         height_px=header.size[1],
         captions=said[:1] if dataset.dataset_type == "eval" else said,
     )
-    bucket = geometry.bucket(framing, header.size, alignment_px)
-    resize = geometry.resized(framing, header.size, bucket)
-    draw = seed_at(seed, "crop", sample.id)
-    return Placed(sample, resize, geometry.crop(framing.crop_style, resize, bucket, draw), bucket), header
+    return Placed(sample, resize, corner, bucket), header
+
+
+def frame(
+    framing: geometry.Framing, size: geometry.Size, sample_id: str, seed: int, alignment_px: int
+) -> tuple[geometry.Size, tuple[int, int], geometry.Size]:
+    """resize_px, crop_px and bucket_px (see Placed) of one picture. Raises BadFile: outside the limits."""
+    _check_limits(framing, size)
+    bucket = geometry.bucket(framing, size, alignment_px)
+    resize = geometry.resized(framing, size, bucket)
+    draw = seed_at(seed, "crop", sample_id)
+    return resize, geometry.crop(framing.crop_style, resize, bucket, draw), bucket
 
 
 def _check_limits(framing: geometry.Framing, size: tuple[int, int]) -> None:

@@ -6,7 +6,8 @@ from simpletuner.server.wire.base import Wire
 
 
 class DatasetInfo(Wire):
-    """owned: made by this server, so that files may be added. refused: files that cannot be trained on."""
+    """owned: lies in the workspace's datasets folder, so that files may be added. Every picture is captioned,
+    uncaptioned, refused (cannot be trained on) or unread: its header is still to be read, ask again."""
 
     name: str
     path: str
@@ -15,6 +16,7 @@ class DatasetInfo(Wire):
     captioned: int
     refused: int
     size_bytes: int
+    unread: int = 0
 
 
 class DatasetAsk(Wire):
@@ -30,7 +32,9 @@ class RefusedFile(Wire):
 
 
 class Uploaded(Wire):
-    """What one upload came to: an archive saves many."""
+    """What one upload came to. An archive saves many and may have refused some (the first few hundred are
+    named); a single file that is refused is an answer of its own. A file that was there already, with the
+    same content, counts as saved."""
 
     saved: list[str]
     refused: list[RefusedFile]
@@ -39,7 +43,8 @@ class Uploaded(Wire):
 
 class Item(Wire):
     """One picture. bucket_px (width, height) and crop_px (left, top, width, height in the picture's own
-    pixels) say how it would be trained; None for a refused file."""
+    pixels) say how it would be trained; None for a refused file. caption_text: of the .txt file, None where
+    there is none or it is not UTF-8; captions: its alternatives."""
 
     file: str
     width_px: int
@@ -52,9 +57,12 @@ class Item(Wire):
 
 
 class Items(Wire):
+    """One page. total: pictures that match; while unread is not 0 more may come to match."""
+
     total: int
     offset: int
     items: list[Item]
+    unread: int = 0
 
 
 class Bucket(Wire):
@@ -64,13 +72,17 @@ class Bucket(Wire):
 
 
 class CaptionWrite(Wire):
-    """before: the text that the writer saw, None for no file; another text there now answers 409."""
+    """text: "" removes the file. before: the caption_text that the writer saw; another text there now
+    answers 409."""
 
     text: str
     before: str | None
 
 
 class Folder(Wire):
+    """folders: absolute paths of the folders in it. path "": those that may be looked into at all.
+    pictures: files in this very folder that are named as pictures."""
+
     path: str
     folders: list[str]
     pictures: int
