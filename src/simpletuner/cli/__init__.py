@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "generate": ("simpletuner.cli.generate", "Draw pictures with the base and any LoRA."),
     "quantize": ("simpletuner.cli.quantize", "Convert a quantised base ahead of time."),
     "report": ("simpletuner.cli.report", "Write report.html of a run folder."),
+    "server": ("simpletuner.cli.server", "The pages in a browser: pictures, runs, queue."),
     "options": ("simpletuner.cli.options", "Search the options, with help."),
     "examples": ("simpletuner.cli.examples", "List and copy the packaged examples."),
 }

@@ -17,20 +17,21 @@ TRAINER = (sys.executable, "-m", "simpletuner", "train")
 class Settings:
     """token: what a client has to show; None lets everybody in who reaches the port, so only on loopback.
 
-    max_json_bytes, max_upload_bytes: of one request. trainer: the first words of a training's command line.
-    static: the built pages.
+    names: by which a proxy reaches this server. max_json_bytes, max_upload_bytes: of one request.
+    trainer: the first words of a training's command line. static: the built pages.
     """
 
     place: Place
     host: str = "127.0.0.1"
     port: int = 8001
     token: str | None = None
+    names: tuple[str, ...] = ()
     max_json_bytes: int = 1 << 20
     max_upload_bytes: int = 2 << 30
     trainer: tuple[str, ...] = TRAINER
     static: Path = STATIC
 
     @property
-    def loopback(self) -> bool:
-        """Whether only programs of this machine reach the port."""
-        return self.host in LOOPBACK
+    def open(self) -> bool:
+        """Whether others than programs of this machine reach the port."""
+        return self.host not in LOOPBACK or bool(self.names)

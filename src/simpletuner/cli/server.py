@@ -1,0 +1,119 @@
+"""simpletuner server: the pages and the REST interface, for this machine or, with a token, for others."""
+
+from __future__ import annotations
+
+import socket
+import webbrowser
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from simpletuner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from simpletuner.server.settings import Settings
+
+SHORTEST_TOKEN = 16
+CONNECTIONS = 512  # HTTP and WebSocket together; more are answered 503
+MESSAGE_BYTES = 1 << 16  # of a client over the WebSocket, which only says what it looks at
+GRACE_S = 3
+FOLDER = click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=True)
+
+
+@click.command("server")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0: everywhere.")
+@click.option("--port", default=8001, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
+@click.option("--workspace", type=FOLDER, default=".", help="Folder to work in (default: here).")
+@click.option("--root", "roots", multiple=True, type=FOLDER, help="Another folder that may be used.")
+@click.option("--token", help="What others must show; made where one is needed and none is given.")
+@click.option("--allow-host", "names", multiple=True, help="Name by which a proxy reaches this server.")
+@click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
+def command(
+    host: str,
+    port: int,
+    workspace: Path,
+    roots: tuple[Path, ...],
+    token: str | None,
+    names: tuple[str, ...],
+    opens: bool,
+) -> None:
+    """Serve the pages: http://localhost:8001.
+
+    Only programs of this machine reach it; with another --host or with --allow-host others do, and need a
+    token. Trainings are processes of their own: ending the server leaves them alone.
+    """
+    from simpletuner.server.place import Place
+    from simpletuner.server.settings import Settings
+    from simpletuner.server.token import kept
+
+    if token is not None and len(token) < SHORTEST_TOKEN:
+        raise ConfigError(f"--token needs at least {SHORTEST_TOKEN} characters; without it one is made")
+    with bound(host, port) as listening:
+        place = Place(workspace, roots)
+        settings = Settings(place, host, listening.getsockname()[1], token, names)
+        if settings.open and token is None:
+            settings = replace(settings, token=kept(place.own / "token"))
+        serve(settings, listening, opens)
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket on that address. Raises ConfigError where it is taken or not this machine's."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"{host}:{port}: {reason}; --port takes another, 0 a free one") from error
+    return listening
+
+
+def serve(settings: Settings, listening: socket.socket, opens: bool) -> None:
+    """Until Ctrl-C or SIGTERM. The access log stays off: it would keep what people look at."""
+    import uvicorn
+
+    from simpletuner.server.app import create_app
+
+    app = create_app(settings)
+    launch = "" if app.state.gate is None else f"#/login/{app.state.gate.launch}"
+
+    class Announced(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                tell(settings, launch, opens)
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws_max_size=MESSAGE_BYTES,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    try:
+        Announced(config).run([listening])
+    except KeyboardInterrupt:
+        click.echo("\nThe server has ended. Trainings that run go on; start it again to see them.")
+
+
+def tell(settings: Settings, launch: str, opens: bool) -> None:
+    """The address, as soon as it answers."""
+    name = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname(), "127.0.0.1": "localhost"}
+    host = name.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)
+    url = f"http://{host}:{settings.port}/{launch}"
+    click.echo(f"simpletuner: {url}")
+    if launch:
+        click.echo(
+            "This link logs in once. For scripts, and later: the token given with --token, or else the"
+        )
+        click.echo(
+            f"one in {settings.place.own / 'token'}. Plain HTTP: across a network use a tunnel (ssh -L)."
+        )
+    if opens:
+        webbrowser.open(url)

@@ -1,0 +1,102 @@
+"""Devices and memory, asked from the system's own tools: the server never imports torch."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from simpletuner.server.wire.system import Device
+
+MIB = 1 << 20
+PATIENCE_S = 10.0
+NVIDIA = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")
+ROCM = ("rocm-smi", "--showproductname", "--showmeminfo", "vram", "--json")
+APPLE = ("sysctl", "-n", "machdep.cpu.brand_string", "hw.memsize")
+
+
+def devices() -> list[Device]:
+    """Every accelerator, or the processor where there is none."""
+    found = [*nvidia(said(NVIDIA)), *rocm(said(ROCM))]
+    if not found and platform.system() == "Darwin" and platform.machine() == "arm64":
+        found = apple(said(APPLE))
+    return found or [processor()]
+
+
+def said(words: tuple[str, ...]) -> str:
+    """What the program prints; "" where it is not installed or fails."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
+
+
+def nvidia(text: str) -> list[Device]:
+    """One card a line: "NVIDIA H200, 143771, 143000", in MiB. An integrated one says [N/A] for memory."""
+    rows = [
+        [cell.strip() for cell in line.rsplit(",", 2)] for line in text.splitlines() if line.count(",") >= 2
+    ]
+    return [_card(name, "cuda", _mib(total), _mib(free)) for name, total, free in rows]
+
+
+def _mib(cell: str) -> int | None:
+    return int(cell) * MIB if cell.isdigit() else None
+
+
+def rocm(text: str) -> list[Device]:
+    """rocm-smi's object of cards: {"card0": {"Card Series": ..., "VRAM Total Memory (B)": "..."}}."""
+    try:
+        cards: dict[str, dict[str, Any]] = json.loads(text) if text else {}
+    except ValueError:
+        return []
+    found = []
+    for key, card in sorted(cards.items()):
+        total, used = card.get("VRAM Total Memory (B)"), card.get("VRAM Total Used Memory (B)")
+        name = str(card.get("Card Series") or card.get("Card series") or key)
+        size = int(total) if total else None
+        found.append(_card(name, "rocm", size, size - int(used) if size and used else None))
+    return found
+
+
+def apple(text: str) -> list[Device]:
+    """Memory is shared with the processor."""
+    lines = text.split("\n")
+    total = int(lines[1]) if len(lines) > 1 and lines[1].isdigit() else None
+    return [_card(lines[0] or "Apple", "mps", total, None)]
+
+
+def _card(name: str, kind: Any, total: int | None, free: int | None) -> Device:
+    return Device(name=name, kind=kind, memory_total_bytes=total, memory_free_bytes=free)
+
+
+def processor() -> Device:
+    total, free = memory()
+    names = (
+        line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")
+    )
+    return _card(next(names, platform.processor() or platform.machine()), "cpu", total, free)
+
+
+def memory() -> tuple[int | None, int | None]:
+    """Bytes of host memory, total and free; in a container those that it may use."""
+    rows = dict(line.split(":", 1) for line in _lines("/proc/meminfo") if ":" in line)
+    sizes = [int(rows[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable") if key in rows]
+    if len(sizes) < 2:
+        cards = apple(said(APPLE)) if platform.system() == "Darwin" else []
+        return (cards[0].memory_total_bytes, None) if cards else (None, None)
+    total, free = sizes
+    limit, used = (next(_lines(f"/sys/fs/cgroup/memory.{word}"), "") for word in ("max", "current"))
+    if limit.isdigit() and used.isdigit() and int(limit) < total:
+        total, free = int(limit), min(free, max(0, int(limit) - int(used)))
+    return total, free
+
+
+def _lines(path: str) -> Iterator[str]:
+    try:
+        yield from Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
