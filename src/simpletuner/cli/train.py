@@ -12,6 +12,7 @@ import click
 from simpletuner.config import flags
 from simpletuner.config.catalog import catalog
 from simpletuner.config.load import Attempt, Loaded, attempt, resolved
+from simpletuner.config.rules import FP16
 from simpletuner.data.backends import read_backends
 from simpletuner.data.dataset import Backends
 from simpletuner.errors import ConfigError, Problem
@@ -23,11 +24,6 @@ PLACES = {
     "env": "NAME  the environment config/NAME",
     "example": "NAME  a packaged example (simpletuner examples list)",
 }
-# A gradient of the velocity error is about 1e-6 per element; below 6e-5 fp16 loses its digits.
-FP16 = (
-    'mixed_precision = "fp16": training takes bf16 or no; fp16 rounds small gradients to zero and overflows '
-    "in Chroma's activations. Cards without bf16 units compute it too, more slowly"
-)
 SWITCHES = {
     "show_config": "print every value and where it came from, and stop",
     "rehearse": "a few steps of your dataset and options on the tiny bundled model, on the CPU",

@@ -31,7 +31,12 @@ def read_document(path: Path, name: str) -> Document:
         raise ConfigError([Problem(name, f"cannot be read: {error.strerror}")]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([Problem(name, f"is not UTF-8 text (byte {error.start})")]) from None
-    return _toml(text, name) if path.suffix.lower() == ".toml" else jsonc.parse(text, name)
+    return parse_document(text, path.suffix, name)
+
+
+def parse_document(text: str, suffix: str, name: str) -> Document:
+    """A text already read: TOML where the suffix says so, else JSON with comments. Raises ConfigError."""
+    return _toml(text, name) if suffix.lower() == ".toml" else jsonc.parse(text, name)
 
 
 def _toml(text: str, name: str) -> Document:

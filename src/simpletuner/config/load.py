@@ -123,6 +123,17 @@ def attempt(
     return _finish(reading, source, cwd, needs_data)
 
 
+def attempt_mapping(options: Mapping[str, Any], folder: Path, cwd: Path | None = None) -> Attempt:
+    """As `attempt`, of options that are in no file yet: `where` is the name they were given by.
+
+    folder: where relative paths are looked for, before cwd. Neither the environment nor a placeholder is
+    read, and the dataset file need not exist.
+    """
+    reading = _Reading()
+    _apply(reading, [Entry(name, raw, name, folder) for name, raw in options.items()])
+    return _finish(reading, None, folder if cwd is None else cwd, needs_data=False)
+
+
 def _from_file(
     document: Document, folder: Path, environ: Mapping[str, str], reading: _Reading
 ) -> Iterable[Entry]:
@@ -234,7 +245,7 @@ def _finish(reading: _Reading, source: Path | None, cwd: Path, needs_data: bool)
         if name in reading.broken:  # its default stands in, and may contradict what the person meant
             continue
         reading.problem(given.get(name, ""), f"{name}: {what}")
-    data = run.data if data_sound and run.data.data_backend_config else None
+    data = run.data if data_sound else None
     if reading.problems:
         return Attempt(tuple(sorted(reading.problems, key=_place)), None, data)
     notes = [*reading.notes, *rules.remarks(run, given)]

@@ -21,6 +21,11 @@ LORA_ONLY = (
 )  # fmt: skip
 SCORING = ("evaluation_prompts", "evaluation_step_interval")
 BETA = ("flow_beta_schedule_alpha", "flow_beta_schedule_beta")
+# A gradient of the velocity error is about 1e-6 per element; below 6e-5 fp16 loses its digits.
+FP16 = (
+    'mixed_precision = "fp16": training takes bf16 or no; fp16 rounds small gradients to zero and overflows '
+    "in Chroma's activations. Cards without bf16 units compute it too, more slowly"
+)
 
 
 def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from simpletuner.config import jsonc
 from simpletuner.config.environment import expand
 from simpletuner.config.files import read_document
-from simpletuner.config.jsonc import Document
 from simpletuner.config.paths import find
 from simpletuner.config.rules import sizes_and_captions
 from simpletuner.config.schema import DataOptions
@@ -34,38 +34,62 @@ def read_backends(path: Path, options: DataOptions, environ: Mapping[str, str] |
     """
     if not os.path.lexists(path):
         raise ConfigError([Problem(str(path), f"no such dataset file; the smallest one is {EXAMPLE}")])
-    reader = _Reader(path, read_document(path, path.name), options, environ)
+    document = read_document(path, path.name)
+    reader = _Reader(path.resolve().parent, document.value, document.where, options, environ)
     backends = reader.read()
     if reader.problems:
         raise ConfigError(reader.problems)
     return backends
 
 
+def attempt_sets(
+    sets: Sequence[Any], folder: Path, options: DataOptions
+) -> tuple[Backends, tuple[Problem, ...]]:
+    """As `read_backends`, of sets that are in no file yet: `where` is "photos.resolution".
+
+    folder: where relative folders are looked for first. No placeholder is read.
+    """
+
+    def where(path: jsonc.Path) -> str:
+        at, *field = (str(part) for part in path) if path else ("",)
+        entry = sets[int(at)] if at else None
+        name = entry.get("id") if isinstance(entry, dict) else None
+        return ".".join((name if isinstance(name, str) and name else f"[{at}]", *field)) if at else ""
+
+    reader = _Reader(folder, list(sets), where, options, {})
+    return reader.read(), tuple(reader.problems)
+
+
 class _Reader:
     """One pass over one file; problems and notes gather here."""
 
     def __init__(
-        self, path: Path, document: Document, options: DataOptions, environ: Mapping[str, str] | None
+        self,
+        folder: Path,
+        sets: Any,
+        where: Callable[[jsonc.Path], str],
+        options: DataOptions,
+        environ: Mapping[str, str] | None,
     ) -> None:
-        self.folder = path.resolve().parent
-        self.document = document
+        self.folder = folder
+        self.sets = sets
+        self.where = where
         self.options = options
         self.environ = environ
         self.problems: list[Problem] = []
         self.notes: list[str] = []
 
     def problem(self, what: str, *where: str | int) -> None:
-        self.problems.append(Problem(self.document.where(where), what))
+        self.problems.append(Problem(self.where(where), what))
 
     def read(self) -> Backends:
-        sets = self.document.value
-        if not isinstance(sets, list):
+        if not isinstance(self.sets, list):
             self.problem(f"a list of datasets is expected, such as {EXAMPLE}")
             return Backends((), (), None)
         found: list[Dataset] = []
         ids: dict[str, int] = {}
         text_caches: list[tuple[bool, Path | None]] = []
-        for at, entry in enumerate(sets):
+        for at, entry in enumerate(self.sets):
             if not isinstance(entry, dict):
                 self.problem("a dataset is expected: fields in { }", at)
                 continue
@@ -109,7 +133,7 @@ class _Reader:
         if re.search(r"[/\\\x00-\x1f\x7f]", name):
             self.problem(f"id = {json.dumps(name)}: slashes and control characters are not allowed", at, "id")
         if name in ids:
-            first = self.document.where((ids[name], "id"))
+            first = self.where((ids[name], "id"))
             self.problem(f"id = {json.dumps(name)} is already used at {first}", at, "id")
         ids.setdefault(name, at)
         return name
@@ -194,7 +218,7 @@ class _Reader:
 
     def data_dir(self, at: int, name: str, values: dict[str, Any]) -> Path | None:
         if "instance_data_dir" not in values:
-            if not self.document.value[at].get("instance_data_dir"):
+            if not self.sets[at].get("instance_data_dir"):
                 self.problem(f"{name}.instance_data_dir is missing: the folder of the pictures", at)
             return None
         written = values["instance_data_dir"]

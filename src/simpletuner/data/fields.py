@@ -15,11 +15,16 @@ NO_PAIRS = "paired pictures are not trained on yet"
 
 @dataclass(frozen=True)
 class Field:
-    """expects: the words of the error message. read: the value as used, or None when it is not allowed."""
+    """expects: the words of the error message. read: the value as used, or None when it is not allowed.
+
+    kind, choices: as of an option; "list" is a list, or one of its items.
+    """
 
     expects: str
     read: Callable[[Any], Any]
     hints: Mapping[str, str] | None = None
+    kind: str = "text"
+    choices: tuple[str, ...] = ()
 
 
 def _text(value: Any) -> str | None:
@@ -64,13 +69,19 @@ def _choice(
     """also: other spellings of an allowed value. hints: values refused with a reason of their own."""
     spellings = {name: name for name in allowed} | dict(also or {})
     expects = "one of " + ", ".join(allowed)
-    return Field(expects, lambda value: spellings.get(value) if isinstance(value, str) else None, hints)
+    return Field(
+        expects,
+        lambda value: spellings.get(value) if isinstance(value, str) else None,
+        hints,
+        "choice",
+        allowed,
+    )
 
 
-FLAG = Field("true or false", lambda value: value if isinstance(value, bool) else None)
+FLAG = Field("true or false", lambda value: value if isinstance(value, bool) else None, kind="flag")
 TEXT = Field("text", _text)
-POSITIVE = Field(f"a number above 0, at most {LARGEST}", _positive)
-SIZE = Field(f"a number up to {LARGEST}, 0 for no limit", _size)
+POSITIVE = Field(f"a number above 0, at most {LARGEST}", _positive, kind="number")
+SIZE = Field(f"a number up to {LARGEST}, 0 for no limit", _size, kind="number")
 
 # Fields of every set.
 SHARED: Mapping[str, Field] = {
@@ -97,7 +108,7 @@ PICTURES: Mapping[str, Field] = {
         "textfile", "filename", "instanceprompt", also={"instance_prompt": "instanceprompt"},
         hints=dict.fromkeys(("parquet", "huggingface", "csv", "webshart"), "caption tables are not read yet"),
     ),
-    "instance_prompt": Field("text or a list of texts, none of them blank", _prompts),
+    "instance_prompt": Field("text or a list of texts, none of them blank", _prompts, kind="list"),
     "prepend_instance_prompt": FLAG,
     "only_instance_prompt": FLAG,
     "disable_multiline_split": FLAG,
@@ -111,15 +122,15 @@ PICTURES: Mapping[str, Field] = {
     "crop_aspect": _choice(
         "square", "preserve", "closest", hints={"random": "a random aspect per picture is not offered"}
     ),
-    "crop_aspect_buckets": Field("a list of ratios width / height from 0.01 to 100", _ratios),
+    "crop_aspect_buckets": Field("a list of ratios width / height from 0.01 to 100", _ratios, kind="list"),
     "minimum_aspect_ratio": POSITIVE,
     "maximum_aspect_ratio": POSITIVE,
     "minimum_image_size": SIZE,
     "maximum_image_size": SIZE,
     "target_downsample_size": SIZE,
-    "repeats": Field("a whole number of EXTRA passes, 0 or more", _count),
+    "repeats": Field("a whole number of EXTRA passes, 0 or more", _count, kind="integer"),
     "probability": POSITIVE,
-    "max_num_samples": Field("a whole number, 0 for all", _count),
+    "max_num_samples": Field("a whole number, 0 for all", _count, kind="integer"),
 }  # fmt: skip
 
 # Fields of text_embeds and image_embeds sets.
