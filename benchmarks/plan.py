@@ -36,8 +36,10 @@ ROWS: list[tuple[str, float | None, int, dict[str, Any]]] = [
        {**LORA, **HOST, "base_model_precision": name}) for name, gb in QUICKSTART.items()),
     ("nf4, recomputed", 8, 512, {**LORA, "base_model_precision": "nf4"}),
     ("nf4, all blocks swapped", 4, 512, {**LORA, **SWAP, "base_model_precision": "nf4"}),
-    ("full rank", 48, 1024, FULL),
-    ("full rank, states on the host", 24, 1024, {**FULL, "optimizer_cpu_offload_method": "states"}),
+    ("full rank, adamw_bf16", 48, 1024, FULL),
+    ("full rank, adamw_8bit", 48, 1024, {**FULL, "optimizer": "adamw_8bit"}),
+    ("full rank, adamw_bf16, states on the host", 24, 1024,
+     {**FULL, "optimizer_cpu_offload_method": "states"}),
 ]  # fmt: skip
 
 

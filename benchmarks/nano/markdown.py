@@ -37,7 +37,7 @@ SHAPES = tuple(
 SAME = ("parameters_m", "file_mb")  # for every seed
 STEP = Column("s a step", "step_seconds", 2)
 
-TOUCHED = ("lesson", "kinds", "rows")  # parts that begin with the bundled base
+TOUCHED = ("lesson", "kinds", "bases", "rows")  # parts that begin with the bundled base
 SHOWN_UNTOUCHED = ("held_out", "zorbo_zorbo", "zorbo_all")
 
 COLUMNS: Mapping[str, tuple[Column, ...]] = {
@@ -51,6 +51,7 @@ COLUMNS: Mapping[str, tuple[Column, ...]] = {
     ),
     "kinds": (*HELD_OUT, *ZORBO, *LOST, Column("trained, M", "parameters_m", 2),
               Column("file, MB", "file_mb", 2), STEP),
+    "bases": (Column("held-out loss before", "held_out_start", 4), *HELD_OUT, *ZORBO, *LOST, STEP),
     "rows": (*HELD_OUT, *ZORBO, *LOST, STEP),
 }  # fmt: skip
 
@@ -65,6 +66,8 @@ NOTES: Mapping[str, str] = {
     "weights and another seed; the LoRAs keep the example's. tiny: single blocks 1 and 4 of 8, at the depth "
     "of the preset's 7 and 20 of 38. Seconds a step are medians of single-threaded runs, two side by side: "
     "compare them within the table only.",
+    "bases": "The blocks' linears are quantised; the LoRA is trained, measured and drawn on them. Lost: "
+    "against the untouched bf16 base, so that what quantisation alone costs is in it. Step times: CPU.",
     "rows": "Padded: {padded} text rows in training, all of them visible. Its LoRA is measured as it was "
     "trained, and with trimmed text as a correct program uses it. The step times are medians of "
     "single-threaded runs, two side by side.",

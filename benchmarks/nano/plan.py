@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+PRECISIONS = ("int8", "int4", "nf4", "fp8")
 DENSITIES = ("quadratic", "parabola", "quadratic-literal", "uniform", "logit-normal")
 SEEDS = (1, 2, 3)
 TRIAL_SEED = 10  # full rank's learning rate is chosen with it and compared with the others
@@ -109,6 +110,7 @@ def variants(size: Size) -> dict[str, Variant]:
             for name in DENSITIES
             if name != "quadratic"
         ),
+        *(Variant(f"on-{name}", "lesson", {"base_model_precision": name}) for name in PRECISIONS),
         Variant("still-stratified", "lesson", _watched(size, stratified_sigmas=True)),
         Variant("still-independent", "lesson", _watched(size, stratified_sigmas=False)),
         *_trials(size),
@@ -208,6 +210,13 @@ TABLES: dict[str, tuple[Part, ...]] = {
             ),
         ),
     ),
+    "precision": (
+        Part(
+            "bases",
+            "the example's lesson on a quantised base",
+            (Row("bf16", REFERENCE), *(Row(name, f"on-{name}") for name in PRECISIONS)),
+        ),
+    ),
     "text": (
         Part(
             "rows",
@@ -257,7 +266,7 @@ def estimate_s(cell: Cell, size: Size) -> float:
 
 # What is told together is trained together, seed by seed, so that an early end leaves whole comparisons.
 GROUPS = (
-    ("base",), ("lesson",), ("still",), ("trial",), ("rank", "all", "context", "tiny"), ("full",),
+    ("base",), ("lesson",), ("on-",), ("still",), ("trial",), ("rank", "all", "context", "tiny"), ("full",),
     ("shapes",), ("scratch", "padded"),
 )  # fmt: skip
 
