@@ -4,7 +4,10 @@ BIN := .venv/bin
 
 .PHONY: demo test lint docs clean
 
-.venv/.%: pyproject.toml
+# Installing builds the pages, so they are a part of what the environment is made from.
+WEB := $(shell find web -name node_modules -prune -o -name dist -prune -o -type f ! -name types.d.ts -print)
+
+.venv/.%: pyproject.toml hatch_build.py $(WEB)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
