@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +38,17 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
         holder.wait()
     with RunFolder(tmp_path):
         assert (tmp_path / "control").is_dir()
+
+
+def test_a_reader_who_looks_at_the_lock_stops_nobody(tmp_path: Path) -> None:
+    with RunFolder(tmp_path):
+        pass
+    reader = os.open(tmp_path / "run.lock", os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    timer = threading.Timer(0.1, os.close, [reader])
+    timer.start()
+    with RunFolder(tmp_path):
+        timer.join()
 
 
 def test_exit_record_belongs_to_the_last_process(tmp_path: Path) -> None:

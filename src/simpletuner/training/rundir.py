@@ -25,6 +25,7 @@ from simpletuner.errors import ConfigError, DiskFull, RunLocked
 
 CONTROLS = ("stop", "save", "validate")
 KEPT_IN_PLACE = ("cache", "run.lock", "control")
+READER_S = 0.5
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -51,7 +52,19 @@ def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _lock_file(descriptor: int) -> None:
+def _lock_file(descriptor: int, patience_s: float = READER_S) -> None:
+    """Raises OSError when another process holds it. Whoever only looks holds it for an instant."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return _try_lock(descriptor)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def _try_lock(descriptor: int) -> None:
     try:
         import fcntl
     except ImportError:  # Windows has no flock; its byte-range lock serves as well
