@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
+from simpletuner.server.live import Watcher
 from simpletuner.server.place import Place
 from simpletuner.server.settings import Settings
 
@@ -30,6 +32,11 @@ class Home:
     drafts: Drafts
     plans: Plans
     datasets: Datasets
+
+    @cached_property
+    def live(self) -> Watcher:
+        """One for all pages."""
+        return Watcher(self.runs, self.jobs.queue, self.settings.max_sockets)
 
 
 def home(request: HTTPConnection) -> Home:

@@ -18,6 +18,7 @@ class Settings:
     """token: what a client has to show; None lets everybody in who reaches the port, so only on loopback.
 
     names: by which a proxy reaches this server. max_json_bytes, max_upload_bytes: of one request.
+    max_sockets: live connections, of all pages together.
     trainer: the first words of a training's command line. static: the built pages.
     """
 
@@ -28,6 +29,7 @@ class Settings:
     names: tuple[str, ...] = ()
     max_json_bytes: int = 1 << 20
     max_upload_bytes: int = 2 << 30
+    max_sockets: int = 64
     trainer: tuple[str, ...] = TRAINER
     static: Path = STATIC
 

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from simpletuner.server.wire.base import Complaint, Wire
+
+
+T = TypeVar("T")
+
+
+def _characters(value: T) -> T:
+    """JSON may write half of a surrogate pair, which is no text that a file or an answer could hold."""
+    if isinstance(value, str):
+        value.encode("utf-8")  # a UnicodeEncodeError is a ValueError: the request is refused with it
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _characters(key)
+            _characters(item)
+    elif isinstance(value, list):
+        for item in value:
+            _characters(item)
+    return value
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_characters)]
+Sets = Annotated[list[dict[str, Any]], AfterValidator(_characters)]
 
 
 class OptionInfo(Wire):
@@ -49,8 +71,8 @@ class Schema(Wire):
 class Wanted(Wire):
     """A configuration as a person writes it: options that differ, and the list of datasets."""
 
-    config: dict[str, Any]
-    datasets: list[dict[str, Any]] = Field(default_factory=list)
+    config: Options
+    datasets: Sets = Field(default_factory=list)
 
 
 class Verdict(Wire):
@@ -74,8 +96,8 @@ class Draft(Wire):
 
 class DraftWrite(Wire):
     name: str
-    config: dict[str, Any]
-    datasets: list[dict[str, Any]]
+    config: Options
+    datasets: Sets
     version: int | None = None
 
 
@@ -94,8 +116,8 @@ class Imported(Wire):
 
 
 class PlanAsk(Wire):
-    config: dict[str, Any]
-    datasets: list[dict[str, Any]] = Field(default_factory=list)
+    config: Options
+    datasets: Sets = Field(default_factory=list)
     fit: str | None = None
 
 

@@ -15,7 +15,8 @@ class JobAsk(Wire):
 
 
 class Job(Wire):
-    """One process to run, or that ran. advice: what to change after a failure, "" for none."""
+    """One process to run, or that ran. advice: what to change after a failure, "" for none. run_dir: of its
+    run, "" for a rehearsal."""
 
     id: str
     run: str
@@ -30,6 +31,7 @@ class Job(Wire):
     message: str
     advice: str
     last_lines: list[str]
+    run_dir: str = ""
 
 
 class Queue(Wire):

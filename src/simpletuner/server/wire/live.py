@@ -22,11 +22,13 @@ class Follow(Wire):
 
 class Live(Wire):
     """From server to client. runs: the whole list, sent when it changed. queue likewise. events: records as
-    in events.jsonl (t, kind, fields) of the followed run, end: where they end. log: its next part."""
+    in events.jsonl (t, kind, fields) of the followed run, start..end: their bytes; start 0 though the client
+    asked for more: the run was begun anew, what came before is void. log: its next part."""
 
     runs: list[RunSummary] | None = None
     queue: Queue | None = None
     run: str | None = None
     events: list[dict[str, Any]] = Field(default_factory=list)
+    start: int | None = None
     end: int | None = None
     log: LogPart | None = None

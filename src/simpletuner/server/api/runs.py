@@ -1,0 +1,131 @@
+"""Runs: what they came to, their files, and what happens in them as it happens."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response, WebSocket
+from fastapi.responses import FileResponse
+from pydantic import ValidationError
+from starlette.websockets import WebSocketDisconnect
+
+from simpletuner.server import pictures as stored
+from simpletuner.server import tail
+from simpletuner.server.files import sent
+from simpletuner.server.home import Here, Home
+from simpletuner.server.live import Listener, Slow
+from simpletuner.server.metrics import metrics as columns
+from simpletuner.server.refusal import refuse
+from simpletuner.server.thumbs import thumbnail
+from simpletuner.server.wire.live import Follow
+from simpletuner.server.wire.runs import LogPart, MarkAsk, Metrics, Picture, RunDetail, RunSummary
+
+TRY_AGAIN = 1013  # of RFC 6455's registry
+REFUSED = 1008
+GROWING = ("events.jsonl", "train.log")
+
+router = APIRouter(prefix="/api/v1", tags=["runs"])
+
+
+def growing(home: Home, id: str, name: str) -> Path:
+    """A file of a run that may not be there yet. 404 for what is no run."""
+    folder = home.runs.find(id)
+    if folder is None:
+        home.runs.summary(id)
+    return folder / name if folder else Path(os.devnull)
+
+
+def folder_of(home: Home, id: str) -> Path:
+    return home.runs.find(id) or refuse(404, "there is no such run, or it has no folder yet")
+
+
+@router.get("/runs")
+def runs(home: Here) -> list[RunSummary]:
+    return home.runs.summaries()
+
+
+@router.get("/runs/{id}")
+def run(id: str, home: Here) -> RunDetail:
+    return home.runs.detail(id)
+
+
+@router.get("/runs/{id}/metrics")
+def metrics(
+    id: str, home: Here, since: int = 0, max_points: Annotated[int, Query(ge=4, le=100_000)] = 2000
+) -> Metrics:
+    return columns(growing(home, id, "events.jsonl"), since, max_points)
+
+
+@router.get("/runs/{id}/pictures")
+def pictures(id: str, home: Here) -> list[Picture]:
+    return home.runs.pictures(id)
+
+
+@router.get("/runs/{id}/files/{path:path}", response_class=FileResponse)
+def run_file(
+    id: str, path: str, home: Here, width: Annotated[int | None, Query(ge=1, le=4096)] = None
+) -> Response:
+    """A file below the run folder, width: of a thumbnail. A checkpoint's name answers with its LoRA file."""
+    folder = folder_of(home, id)
+    file = stored.stored(home.place, folder, path)
+    if width is not None:
+        return Response(thumbnail(file, width, home.place.own / "thumbs"), media_type="image/jpeg")
+    if stored.CHECKPOINT.fullmatch(path):
+        name = f"{tail.clean(folder.name)}-{path}.safetensors"
+        return FileResponse(file, media_type="application/octet-stream", filename=name)
+    if path in GROWING:  # what is added while it is sent would exceed the length that was told
+        return Response(file.read_bytes(), media_type="text/plain; charset=utf-8")
+    return sent(file)
+
+
+@router.get("/runs/{id}/log")
+def log(
+    id: str, home: Here, since: int = -65536, limit: Annotated[int, Query(ge=16, le=1 << 20)] = 65536
+) -> LogPart:
+    """train.log from byte `since` on; negative: so many bytes before its end."""
+    return tail.text(growing(home, id, "train.log"), since, limit)
+
+
+@router.put("/runs/{id}/checkpoints/{name}/mark")
+def mark(id: str, name: str, body: MarkAsk, home: Here) -> RunDetail:
+    """A marked checkpoint is never removed by the training."""
+    stored.mark(home.place, folder_of(home, id), name, body.marked)
+    return home.runs.detail(id)
+
+
+@router.websocket("/live")
+async def live(socket: WebSocket, home: Here) -> None:
+    """Hears Follow, tells Live."""
+    await socket.accept()
+    if home.live.full:
+        await socket.close(TRY_AGAIN, "too many pages are open")
+        return
+    listener = Listener()
+    tasks = {
+        asyncio.create_task(home.live.tell(listener, socket.send_text)),
+        asyncio.create_task(hear(socket, listener)),
+    }
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+    for end in ends:
+        if isinstance(end, Slow):
+            await socket.close(TRY_AGAIN, "too slow")
+        elif isinstance(end, Exception) and not isinstance(end, WebSocketDisconnect):
+            raise end
+
+
+async def hear(socket: WebSocket, listener: Listener) -> None:
+    """Until the other side leaves, or says what cannot be understood."""
+    while (message := await socket.receive())["type"] != "websocket.disconnect":
+        try:
+            listener.wants(Follow.model_validate_json(message.get("text") or ""))
+        except ValidationError:
+            await socket.close(REFUSED, "not a Follow")
+            return

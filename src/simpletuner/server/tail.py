@@ -1,0 +1,112 @@
+"""Files that grow: what was added behind a byte offset, never half a line or half a character.
+
+Links are not followed: a run folder may hold one that leads anywhere.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from simpletuner.server.wire.runs import LogPart
+
+MOST_BYTES = 4 << 20  # read at once
+NUMBERS = ("t", "step", "total", "loss", "seconds", "done", "resumed_step")
+DECODER = json.JSONDecoder(parse_constant=lambda word: None)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Whole lines from byte `start` to `end`. start: 0 where the file is not the one that was asked about.
+    more: whether as much again may wait behind them.
+    """
+
+    start: int
+    end: int
+    lines: list[bytes]
+    more: bool = False
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO | None]:
+    """An ordinary file to read, None where there is none."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        yield None
+        return
+    with os.fdopen(handle, "rb") as file:
+        yield file
+
+
+def lines(path: Path, since: int, most: int | None = None) -> Lines:
+    """Lines from byte `since` on, at most `most` of them; all anew when no line begins there any more."""
+    with opened(path) as file:
+        if file is None:
+            return Lines(0, 0, [])
+        start = since if 0 < since <= os.fstat(file.fileno()).st_size else 0
+        if start:
+            file.seek(start - 1)
+            if file.read(1) != b"\n":  # another file than the one that was asked about
+                file.seek(start := 0)
+        data = file.read(MOST_BYTES)
+    whole = data[: data.rfind(b"\n") + 1]
+    found = whole.split(b"\n")[:-1]
+    if most is not None and len(found) > most:
+        found = found[:most]
+        return Lines(start, start + sum(map(len, found)) + most, found, more=True)
+    return Lines(start, start + len(whole), found, more=len(data) == MOST_BYTES and bool(whole))
+
+
+def record(line: bytes) -> dict[str, Any] | None:
+    """A line of events.jsonl, free of what JSON or UTF-8 cannot hold; None for what is torn or no record."""
+    try:
+        found = DECODER.decode(line.decode("utf-8", "replace"))
+        if b"\\ud" in line:  # half a character, out of a file name that is not UTF-8
+            found = json.loads(clean(json.dumps(found, ensure_ascii=False)))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("kind"), str) or found.get("t") is None:
+        return None
+    sound = all(isinstance(found.get(name, 0), (int, float, type(None))) for name in NUMBERS)
+    return found if sound else None
+
+
+def text(path: Path, since: int, limit: int) -> LogPart:
+    """At most `limit` bytes from `since` on; negative: so many before the end; behind the end: all anew."""
+    with opened(path) as file:
+        if file is None:
+            return LogPart(text="", start=0, end=0, size=0)
+        size = os.fstat(file.fileno()).st_size
+        start = max(0, size + since) if since < 0 else since if since <= size else 0
+        file.seek(start)
+        data = file.read(limit)
+    skipped = 0
+    while start and skipped < min(3, len(data)) and data[skipped] & 0xC0 == 0x80:  # inside a character
+        skipped += 1
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    found = decoder.decode(data[skipped:])
+    end = start + len(data) - len(decoder.getstate()[0])
+    return LogPart(text=found, start=start + skipped, end=end, size=size)
+
+
+def document(path: Path) -> dict[str, Any] | None:
+    """A JSON object in a file of its own; None where there is none that can be read."""
+    with opened(path) as file:
+        data = file.read(MOST_BYTES) if file else b""
+    try:
+        found = json.loads(clean(data.decode("utf-8", "replace")))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def clean(words: str) -> str:
+    """What UTF-8 can hold of it."""
+    return words.encode("utf-8", "replace").decode()
