@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
 from simpletuner.server.wire.base import Complaint, Wire
 
-
 T = TypeVar("T")
+DEEPEST = 100  # levels, as in a file
 
 
-def _characters(value: T) -> T:
-    """JSON may write half of a surrogate pair, which is no text that a file or an answer could hold."""
-    if isinstance(value, str):
-        value.encode("utf-8")  # a UnicodeEncodeError is a ValueError: the request is refused with it
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _characters(key)
-            _characters(item)
-    elif isinstance(value, list):
-        for item in value:
-            _characters(item)
+def _writable(value: T) -> T:
+    """JSON may hold half of a surrogate pair, which no file or answer can; and more levels than are walked."""
+    waiting: list[tuple[Any, int]] = [(value, 0)]
+    while waiting:
+        one, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise ValueError(f"more than {DEEPEST} levels")
+        if isinstance(one, str):
+            one.encode("utf-8")  # its UnicodeEncodeError is a ValueError too
+        elif isinstance(one, dict):
+            waiting += [(item, depth + 1) for pair in one.items() for item in pair]
+        elif isinstance(one, list):
+            waiting += [(item, depth + 1) for item in one]
     return value
 
 
-Options = Annotated[dict[str, Any], AfterValidator(_characters)]
-Sets = Annotated[list[dict[str, Any]], AfterValidator(_characters)]
+Options = Annotated[dict[str, Any], AfterValidator(_writable)]
+Sets = Annotated[list[dict[str, Any]], AfterValidator(_writable)]
 
 
 class OptionInfo(Wire):

@@ -1,0 +1,147 @@
+"""The schema as the pages show it: what may be set here, what belongs to what, and settings for a card."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from simpletuner.config.catalog import Option, catalog
+from simpletuner.config.proposals import NANO
+from simpletuner.config.schema import AdapterOptions
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.fields import PICTURES, SHARED, Field
+from simpletuner.data.geometry import Framing
+from simpletuner.server.wire.configs import OptionInfo, Preset, Schema
+
+# Refused in everything that comes through the server: what leaves the allowed folders or this machine.
+NOT_SETTABLE: Mapping[str, str] = {
+    "webhook_config": "sends what happens to an address; write it into a config file and train from there",
+    "data_backend_config": "is written by the server from the list of datasets",
+}
+
+LORA, EMA, DRAWN = {"model_type": ["lora"]}, {"use_ema": [True]}, {"validation_disable": [False]}
+QUANTISED = ["int8", "int4", "nf4", "fp8"]
+COURSES = ["linear", "cosine", "polynomial"]
+# Option -> where it is shown: every option named there has one of the values.
+NEEDS: Mapping[str, Mapping[str, list[Any]]] = {
+    **dict.fromkeys(AdapterOptions.model_fields, LORA),
+    **dict.fromkeys(("base_model_precision", "musubi_blocks_to_swap"), LORA),
+    "quantize_via": {"base_model_precision": QUANTISED},
+    "quantized_cache_dir": {"base_model_precision": QUANTISED},
+    "dynamo_mode": {"dynamo_backend": ["inductor"]},
+    **dict.fromkeys(("ema_decay", "ema_update_interval", "ema_device", "ema_validation"), EMA),
+    "lr_end": {"lr_scheduler": COURSES},
+    "lr_power": {"lr_scheduler": ["polynomial"]},
+    "missing_caption": {"caption_strategy": ["textfile", "filename"]},
+    "huber_schedule": {"loss_type": ["huber", "smooth_l1"]},
+    "huber_c": {"loss_type": ["huber", "smooth_l1"]},
+    "flow_beta_schedule_alpha": {"chroma_sigma_density": ["beta"]},
+    "flow_beta_schedule_beta": {"chroma_sigma_density": ["beta"]},
+    "flow_sigmoid_scale": {"chroma_sigma_density": ["quadratic", "quadratic-literal", "logit-normal"]},
+    **dict.fromkeys(
+        (
+            "validation_prompt", "user_prompt_library", "validation_negative_prompt", "validation_resolution",
+            "validation_guidance_real", "validation_num_inference_steps", "num_validation_images",
+            "validation_seed", "disable_benchmark",
+        ),
+        DRAWN,
+    ),
+    "validation_strengths": {**LORA, **DRAWN},
+    "evaluation_type": {"model_flavour": ["nano"]},
+    "evaluation_prompts": {"model_flavour": ["nano"]},
+    "evaluation_step_interval": {"model_flavour": ["nano"]},
+}  # fmt: skip
+
+# Fields of a dataset that are no options: what they mean.
+FIELD_TEXTS: Mapping[str, str] = {
+    "id": "Name of the dataset, unique in the run.",
+    "dataset_type": "image is trained on; eval is held out and measured.",
+    "disabled": "Leave this dataset out.",
+    "instance_data_dir": "Folder of the pictures; it is only ever read.",
+    "disable_multiline_split": "Take a caption file as one caption; otherwise every line is an alternative.",
+    "crop": "Cut pictures; otherwise they keep their own aspect.",
+    "crop_style": "Which part is kept: the centre, a random place per picture, or the top left corner.",
+    "crop_aspect": "Shape of the cut: square, the picture's own, or the closest of crop_aspect_buckets.",
+    "crop_aspect_buckets": "Ratios width / height for crop_aspect closest; null takes the usual ones.",
+    "repeats": "Extra passes over every picture in an epoch; 0 is one visit.",
+    "probability": "Share of the dataset that an epoch shows, beside the other datasets.",
+    "max_num_samples": "Take this many pictures only; null is all.",
+}
+FIELD_NEEDS: Mapping[str, Mapping[str, list[Any]]] = {
+    "crop_style": {"crop": [True]},
+    "crop_aspect": {"crop": [True]},
+    "crop_aspect_buckets": {"crop": [True], "crop_aspect": ["closest"]},
+}
+BASIC_FIELDS = ("id", "dataset_type", "instance_data_dir", "caption_strategy", "repeats")
+FIELDS_LEFT_OUT = ("type", "disable")  # one value only; another spelling of disabled
+
+# The fastest way to train at the defaults within that memory:
+# `simpletuner plan --device cuda --fit 12GB --json`, "options", what differs from the defaults.
+CARDS: Mapping[int, Mapping[str, Any]] = {
+    8: {
+        "base_model_precision": "int8", "gradient_checkpointing_backend": "offload",
+        "musubi_blocks_to_swap": 28, "text_encoder_1_precision": "int8",
+    },
+    12: {"base_model_precision": "int4", "gradient_checkpointing": 49},
+    16: {"base_model_precision": "int4", "gradient_checkpointing": 39},
+    24: {"base_model_precision": "nf4", "gradient_checkpointing": 18},
+    80: {"gradient_checkpointing": False},
+}  # fmt: skip
+
+
+@functools.cache
+def schema() -> Schema:
+    """Every option in the schema's order, every field of a dataset, the presets."""
+    fields = {name: field for name, field in (SHARED | PICTURES).items() if name not in FIELDS_LEFT_OUT}
+    return Schema(
+        options=[_option(option) for option in catalog().values()],
+        dataset_fields=[_field(name, field) for name, field in fields.items()],
+        presets=presets(),
+    )
+
+
+def presets() -> list[Preset]:
+    """Cards in order of memory, then the bundled model."""
+    text = "The fastest LoRA at 1024 px that is planned to fit, with 0.6 GB for the context."
+    cards = [
+        Preset(id=f"{size}gb", title=f"{size} GB", text=text, config=dict(found))
+        for size, found in CARDS.items()
+    ]
+    nano = "The bundled model at 128 px: minutes on a CPU, to try things out."
+    return [*cards, Preset(id="nano", title="chroma-nano", text=nano, config=dict(NANO))]
+
+
+def _option(option: Option) -> OptionInfo:
+    told = {key: value for key, value in asdict(option).items() if key in OptionInfo.model_fields}
+    settable = option.name not in NOT_SETTABLE
+    needs = dict(NEEDS.get(option.name, {}))
+    told["choices"] = list(option.choices)
+    return OptionInfo(**told, takes=option.takes, settable=settable, needs=needs)
+
+
+def _field(name: str, field: Field) -> OptionInfo:
+    """Where the run has an option of the same name, null takes that one's value."""
+    shared = catalog().get(name)
+    own = {"dataset_type": "image", "crop": False, "crop_aspect": Framing.crop_aspect, "crop_style": "random"}
+    own |= {"repeats": Dataset.repeats, "probability": Dataset.probability, "disabled": False}
+    own |= {"disable_multiline_split": False}
+    return OptionInfo(
+        name=name,
+        section="dataset",
+        group="Dataset",
+        kind="text" if field.kind == "list" else field.kind,
+        nullable=name not in own and name not in ("id", "instance_data_dir"),
+        structured=field.kind == "list",
+        choices=list(field.choices),
+        bounds="",
+        takes=field.expects,
+        default=own.get(name),
+        text=FIELD_TEXTS[name] if shared is None else shared.text,
+        level="basic" if name in BASIC_FIELDS else "common",
+        unit="" if shared is None else shared.unit,
+        path="file" if name == "instance_data_dir" else "",
+        settable=True,
+        needs=dict(FIELD_NEEDS.get(name, {})),
+    )

@@ -1,0 +1,170 @@
+"""What a configuration would need: `simpletuner plan --json` as a process, because only that knows torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpletuner.config import environment
+from simpletuner.config.catalog import catalog
+from simpletuner.server.judge import changed, read_options
+from simpletuner.server.place import Place
+from simpletuner.server.refusal import refuse
+from simpletuner.server.wire.base import Complaint
+from simpletuner.server.wire.configs import PlanAsk, PlanState
+
+PLANNER = (sys.executable, "-m", "simpletuner", "plan")
+LIMIT_S = 300.0
+ABANDONED_S = 3.0  # pages ask again every second while they wait
+KEPT = 64
+LARGEST_EXIT = 11  # of errors.py: what a person can mend, told in sentences
+SIZE = re.compile(r"\d{1,5}(\.\d{1,3})?\s*[GM]i?B?", re.IGNORECASE)
+SECTIONS = ("model", "adapter", "data", "cache", "optimizer", "training", "checkpoint")
+# Without effect on memory, disk and time of a step: a change of these is no other plan.
+IDLE = frozenset({
+    "output_dir", "seed", "learning_rate", "lr_scheduler", "lr_end", "lr_power", "lr_warmup_steps",
+    "instance_prompt", "caption_strategy", "prepend_instance_prompt", "only_instance_prompt",
+    "missing_caption", "caption_dropout_probability", "max_train_steps", "num_train_epochs",
+})  # fmt: skip
+
+
+def bearing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a plan depends on."""
+    known = (name for name in config if name in catalog() and name not in IDLE)
+    return {name: config[name] for name in known if catalog()[name].section in SECTIONS}
+
+
+class Planning:
+    """One running process. Its files are gone with it; it ends by itself after LIMIT_S."""
+
+    def __init__(
+        self, config: Mapping[str, Any], words: Sequence[str], cwd: Path, planner: Sequence[str] = PLANNER
+    ) -> None:
+        """config: options, written to a file of its own, so that none of a person's is read. words: flags."""
+        self._folder = tempfile.TemporaryDirectory(prefix="simpletuner-plan-", ignore_cleanup_errors=True)
+        self._out, self._err = (Path(self._folder.name, name) for name in ("out", "err"))
+        path = Path(self._folder.name, "config.json")
+        path.write_text(json.dumps(dict(config)), encoding="utf-8")
+        inherited = environment.process_environment().items()
+        environ = {name: value for name, value in inherited if not name.startswith(environment.PREFIX)}
+        argv = [*planner, "--config", str(path), "--json", *words]
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._process = subprocess.Popen(
+                argv, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+            )
+        self._timer = threading.Timer(LIMIT_S, self._process.kill)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def done(self, patience_s: float = 0.0) -> bool:
+        """Whether it has ended, after waiting for that long at most."""
+        try:
+            self._process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def result(self) -> tuple[dict[str, Any] | None, list[Complaint]]:
+        """Of an ended one: the plan, or what it said instead."""
+        code = self._process.returncode
+        said = self._out.read_bytes(), self._err.read_text("utf-8", errors="replace").strip().splitlines()
+        self.end()
+        if code == 0:
+            try:
+                return json.loads(said[0]), []
+            except ValueError:
+                return None, [Complaint(loc="", message="the plan is not readable")]
+        if code is not None and 1 <= code <= LARGEST_EXIT and said[1] and "Traceback" not in said[1][0]:
+            return None, [Complaint(loc="", message=line) for line in said[1][-12:]]
+        ended = "took too long" if code is not None and code < 0 else "failed"
+        return None, [
+            Complaint(loc="", message=f"the plan {ended}; `simpletuner plan` in a terminal says more")
+        ]
+
+    def end(self) -> None:
+        """Kill it if it runs, and remove its files."""
+        self._timer.cancel()
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
+
+
+@dataclass
+class _Running:
+    key: str
+    planning: Planning
+    asked_t: float
+
+
+class Plans:
+    """At most one process. Another question ends it once nobody has asked for its answer for ABANDONED_S."""
+
+    def __init__(self, place: Place, planner: Sequence[str] = PLANNER) -> None:
+        self._place = place
+        self._planner = tuple(planner)
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, PlanState] = OrderedDict()
+        self._running: _Running | None = None
+
+    def ask(self, asked: PlanAsk) -> PlanState:
+        """Ready, failed, or pending: ask again then. A failure is told once; the next question tries anew."""
+        if asked.fit is not None and not SIZE.fullmatch(asked.fit.strip()):
+            refuse(422, "write a size such as 12GB", "fit")
+        problems, tried = read_options(self._place, asked.config)
+        config = bearing(changed(tried.loaded)) if tried.loaded is not None else {}
+        words = [] if asked.fit is None else ["--fit", asked.fit.strip()]
+        key = hashlib.sha256(json.dumps([config, words], sort_keys=True).encode()).hexdigest()[:16]
+        if problems or tried.loaded is None:
+            return PlanState(state="failed", key=key, problems=problems)
+        with self._lock:
+            self._collect()
+            if key in self._known:
+                self._known.move_to_end(key)
+                known = self._known[key]
+                if known.state == "failed":
+                    del self._known[key]
+                return known
+            self._see_to(key, config, words)
+        return PlanState(state="pending", key=key)
+
+    def close(self) -> None:
+        """End what runs; the server does, before it goes."""
+        with self._lock:
+            if self._running is not None:
+                self._running.planning.end()
+                self._running = None
+
+    def _see_to(self, key: str, config: Mapping[str, Any], words: Sequence[str]) -> None:
+        now, running = time.monotonic(), self._running
+        if running is not None and running.key == key:
+            running.asked_t = now
+            return
+        if running is not None:
+            if now - running.asked_t < ABANDONED_S:
+                return
+            running.planning.end()
+        planning = Planning(config, words, self._place.workspace, self._planner)
+        self._running = _Running(key, planning, now)
+
+    def _collect(self) -> None:
+        running = self._running
+        if running is None or not running.planning.done():
+            return
+        plan, problems = running.planning.result()
+        state: Any = "ready" if plan is not None else "failed"
+        self._known[running.key] = PlanState(state=state, key=running.key, plan=plan, problems=problems)
+        self._running = None
+        while len(self._known) > KEPT:
+            self._known.popitem(last=False)

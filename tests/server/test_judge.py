@@ -1,0 +1,136 @@
+"""The verdict is that of `train`; what the server adds is refused before anything is looked at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from simpletuner.config.load import attempt
+from simpletuner.server.judge import judge
+from simpletuner.server.options import NOT_SETTABLE
+from simpletuner.server.place import Place
+from simpletuner.server.wire.configs import Verdict
+
+SETS = [{"id": "photos", "instance_data_dir": "pics"}]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    (tmp_path / "work" / "pics").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    return Place((tmp_path / "work").resolve())
+
+
+def said(verdict: Verdict) -> dict[str, str]:
+    assert len({problem.loc for problem in verdict.problems}) == len(verdict.problems)
+    return {problem.loc: problem.message for problem in verdict.problems}
+
+
+def test_what_holds_says_what_differs(place: Place) -> None:
+    config = {"network_rank": 8, "seed": 42, "base_model_precision": "int8-quanto"}
+    verdict = judge(place, config, SETS)
+    assert verdict.problems == []
+    assert verdict.changed == {"lora_rank": 8, "base_model_precision": "int8"}
+    assert any("network_rank is read as lora_rank" in note for note in verdict.notes)
+
+
+def test_all_problems_at_once_with_their_option(place: Place) -> None:
+    config = {"learning_rat": 1, "network-rank": 0, "lr_scheduler": "cosine", "lr_end": 1, "seed": "x"}
+    sets = [*SETS, {"id": "more", "instance_data_dir": "gone", "resolution": -1, "croop": 1}, 7]
+    found = said(judge(place, config, sets))
+    assert found["learning_rat"] == "unknown option; did you mean 'learning_rate'?"
+    assert found["lora_rank"] == "lora_rank = 0: must be at least 1, at most 1024"
+    assert found["lr_end"] == "1 is above learning_rate 0.0001"
+    assert found["seed"] == 'seed = "x": must be a whole number'
+    assert "does not exist" in found["more.instance_data_dir"]
+    assert "at most 16384" in found["more.resolution"]
+    assert found["more.croop"] == "unknown field; did you mean 'crop'?"
+    assert "a dataset is expected" in found["[2]"]
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_rank": 0, "model_type": "full", "base_model_precision": "int8"},
+        {"max_train_steps": 3, "num_train_epochs": 4, "resolution": 2},
+        {"gradient_checkpointing": False, "musubi_blocks_to_swap": 3, "report_to": "pigeons"},
+        {"push_to_hub": True, "loss_type": "l7", "tokenizer_max_length": 10**9},
+    ],
+)
+def test_the_same_words_as_the_reader_of_files(place: Place, config: dict, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    (tmp_path / "multidatabackend.json").write_text("[]")
+    by_file = [problem.what for problem in attempt((), path, environ={}).problems]
+    ours = said(judge(place, config, SETS))
+    assert ours
+    assert sorted(ours.values()) == sorted(
+        what.removeprefix(f"{next((name for name in ours if what.startswith(f'{name}: ')), '')}: ")
+        for what in by_file
+    )
+
+
+def test_without_datasets_nothing_can_be_trained(place: Place) -> None:
+    assert list(said(judge(place, {}, []))) == ["datasets"]
+
+
+@pytest.mark.parametrize("name", NOT_SETTABLE)
+def test_what_reaches_outside_is_not_settable(place: Place, name: str) -> None:
+    (place.workspace / "x.json").write_text("{}")
+    assert "cannot be set here" in said(judge(place, {name: "x.json"}, SETS))[name]
+    spelt = f"--{name.replace('_', '-')}"
+    assert "cannot be set here" in said(judge(place, {spelt: "x.json"}, SETS))[name]
+
+
+@pytest.mark.parametrize(
+    "written", ["/etc/passwd", "../outside", "~root", "link", "pics/../../outside", "a\0b"]
+)
+@pytest.mark.parametrize("name", ["output_dir", "init_lora", "cache_dir", "pretrained_model_name_or_path"])
+def test_paths_stay_inside(place: Place, name: str, written: str) -> None:
+    (place.workspace / "link").symlink_to("../outside")
+    message = said(judge(place, {name: written}, SETS))[name]
+    assert "outside" in message or "NUL" in message
+    message = said(judge(place, {}, [{"id": "a", "instance_data_dir": written}]))["a.instance_data_dir"]
+    assert "outside" in message or "NUL" in message
+
+
+def test_what_lies_outside_is_not_told(place: Place) -> None:
+    there, gone = (
+        judge(place, {"init_lora": f"../{name}"}, [{"id": "a", "instance_data_dir": f"../{name}"}])
+        for name in ("outside", "nothing")
+    )
+    assert there == gone
+
+
+def test_other_roots_and_repositories_are_allowed(place: Place, tmp_path: Path) -> None:
+    wider = Place(place.workspace, ((tmp_path / "outside").resolve(),))
+    sets = [{"id": "a", "instance_data_dir": str(tmp_path / "outside")}]
+    config = {"output_dir": str(tmp_path / "outside" / "run"), "pretrained_model_name_or_path": "some/base"}
+    assert judge(wider, config, sets).problems == []
+    assert len(judge(place, config, sets).problems) == 2
+
+
+def test_the_environment_is_never_read(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIMPLETUNER_SEED", "77")
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    config = {"tracker_run_name": "{env:A_SECRET}", "lora_target_modules": ["{env:A_SECRET}"]}
+    sets = [{"id": "photos", "instance_data_dir": "{env:A_SECRET}", "instance_prompt": ["{env:A_SECRET}"]}]
+    verdict = judge(place, config, sets)
+    assert "hunter2" not in verdict.model_dump_json()
+    assert "77" not in verdict.model_dump_json()
+    locs = ["tracker_run_name", "lora_target_modules", "photos.instance_data_dir", "photos.instance_prompt"]
+    assert [problem.loc for problem in verdict.problems] == locs
+
+
+def test_training_in_fp16_is_refused_at_its_option(place: Place) -> None:
+    assert "training takes bf16" in said(judge(place, {"mixed_precision": "fp16"}, SETS))["mixed_precision"]
+
+
+def test_odd_values_are_complaints_not_failures(place: Place) -> None:
+    odd = [None, [], {}, True, -1, 1e400, "", " ", "\ud800", [[]], {"a": 1}, "null"]
+    for name in ("resolution", "lora_rank", "output_dir", "lora_target_modules", "", "model", "_metadata"):
+        for value in odd:
+            judge(place, {name: value}, [{"id": value, "instance_data_dir": value, name: value}, value])

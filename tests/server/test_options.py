@@ -1,0 +1,97 @@
+"""The table that the form is made of: complete, true to the schema, and its presets are the planner's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simpletuner.config import rules
+from simpletuner.config.catalog import catalog
+from simpletuner.config.load import attempt_mapping
+from simpletuner.config.schema import RunConfig
+from simpletuner.data.backends import attempt_sets
+from simpletuner.data.fields import PICTURES, SHARED
+from simpletuner.server import options
+
+EVERY = {option.name: option for option in options.schema().options}
+FIELDS = {field.name: field for field in options.schema().dataset_fields}
+
+
+def test_every_option_once_in_the_schemas_order() -> None:
+    assert list(EVERY) == list(catalog())
+    assert EVERY["lora_rank"].bounds == "at least 1, at most 1024"
+    assert EVERY["model_flavour"].choices == ["base", "hd", "flash", "nano"]
+    assert EVERY["gradient_checkpointing"].kind == "amount"
+    assert json.loads(options.schema().model_dump_json())["options"][0]["name"] == "model_family"
+
+
+def test_what_cannot_be_set_is_marked() -> None:
+    assert {name for name, option in EVERY.items() if not option.settable} == set(options.NOT_SETTABLE)
+
+
+@pytest.mark.parametrize("table", [EVERY, FIELDS], ids=["options", "fields"])
+def test_needs_name_values_that_their_option_can_have(table: dict) -> None:
+    for name, option in table.items():
+        for other, values in option.needs.items():
+            assert other != name
+            assert other in table
+            for value in values:
+                if table is EVERY:
+                    tried = attempt_mapping({other: value}, Path())
+                    assert value == tried.loaded.run.model_dump()[catalog()[other].section][other]
+                else:
+                    assert (PICTURES | SHARED)[other].read(value) == value
+
+
+def test_what_the_reader_calls_without_effect_is_hidden_then() -> None:
+    """The rules' own list is the oracle: with a dependent option's needs broken, it says "no effect"."""
+    full = attempt_mapping({"model_type": "full", "lora_rank": 4, "use_dora": True}, Path()).loaded
+    assert any("lora_rank, use_dora have no effect" in note for note in full.notes)
+    for name in rules.LORA_ONLY:
+        assert EVERY[name].needs["model_type"] == ["lora"]
+    for name in ("huber_c", "lr_end", "quantize_via", "dynamo_mode", "flow_beta_schedule_beta"):
+        assert EVERY[name].needs
+        other = {"huber_c": 0.2, "lr_end": 1e-6, "quantize_via": "cpu", "dynamo_mode": "default"}
+        tried = attempt_mapping({name: other.get(name, 3.0)}, Path())
+        assert any(name in note and "no effect" in note for note in tried.loaded.notes), name
+        for option, values in EVERY[name].needs.items():
+            tried = attempt_mapping({name: other.get(name, 3.0), option: values[0]}, Path())
+            assert not any(name in note and "no effect" in note for note in tried.loaded.notes), name
+
+
+def test_fields_of_datasets_are_those_of_the_reader(tmp_path: Path) -> None:
+    assert set(FIELDS) | set(options.FIELDS_LEFT_OUT) == set(PICTURES) | set(SHARED)
+    assert FIELDS["crop_style"].choices == ["center", "random", "corner"]
+    assert [FIELDS[name].kind for name in ("crop", "repeats", "probability")] == ["flag", "integer", "number"]
+    assert FIELDS["crop_aspect_buckets"].structured
+    given = {name: field.default for name, field in FIELDS.items() if field.default is not None}
+    sets = [{**given, "id": "a", "instance_data_dir": str(tmp_path), "crop_style": "center"}]
+    written, problems = attempt_sets(sets, tmp_path, RunConfig().data)
+    plain, _ = attempt_sets([{"id": "a", "instance_data_dir": str(tmp_path)}], tmp_path, RunConfig().data)
+    assert problems == ()
+    assert written.train == plain.train
+
+
+def test_presets_hold_and_say_only_what_differs(tmp_path: Path) -> None:
+    for preset in options.presets():
+        tried = attempt_mapping(preset.config, tmp_path)
+        assert tried.problems == ()
+        assert not any("no effect" in note for note in tried.loaded.notes)
+        assert all(value != catalog()[name].default for name, value in preset.config.items())
+    assert [preset.id for preset in options.presets()] == ["8gb", "12gb", "16gb", "24gb", "80gb", "nano"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", options.CARDS)
+def test_presets_are_what_the_planner_chooses(size: int, tmp_path: Path) -> None:
+    words = ["plan", "--device", "cuda", "--fit", f"{size}GB", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "simpletuner", *words], cwd=tmp_path, capture_output=True, check=True
+    )
+    chosen = json.loads(done.stdout)["options"]
+    differing = {name: value for name, value in chosen.items() if value != catalog()[name].default}
+    assert differing == options.CARDS[size]

@@ -1,0 +1,158 @@
+"""Plans: one process at a time, the newest question wins, nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from simpletuner.server import planning
+from simpletuner.server.place import Place
+from simpletuner.server.planning import Plans, bearing
+from simpletuner.server.refusal import Refused
+from simpletuner.server.wire.configs import PlanAsk, PlanState
+
+# Says what it was asked, once it may: it waits while a file named "wait" is in its working directory.
+FAKE = """
+import json, os, pathlib, sys, time
+with open("started", "a") as log:
+    log.write(f"{os.getpid()}\\n")
+words = sys.argv[1:]
+config = json.loads(pathlib.Path(words[words.index("--config") + 1]).read_text())
+while os.path.exists("wait"):
+    time.sleep(0.02)
+if config.get("lora_rank") == 13:
+    sys.exit("13 brings bad luck")
+if config.get("lora_rank") == 14:
+    raise ValueError("secret of the machine")
+variables = [name for name in os.environ if name.startswith("SIMPLETUNER_")]
+print(json.dumps({"config": config, "words": words[2:], "variables": variables}))
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path.resolve())
+
+
+@pytest.fixture
+def plans(place: Place, tmp_path: Path) -> Iterator[Plans]:
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+    made = Plans(place, (sys.executable, str(script)))
+    yield made
+    made.close()
+
+
+def until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def answer(plans: Plans, asked: PlanAsk) -> PlanState:
+    deadline = time.monotonic() + 60
+    while (state := plans.ask(asked)).state == "pending":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return state
+
+
+def started(place: Place) -> list[int]:
+    path = place.workspace / "started"
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_plan_is_made_once(plans: Plans, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIMPLETUNER_SEED", "5")
+    asked = PlanAsk(config={"network_rank": 8, "resolution": 512}, fit="12GB")
+    state = answer(plans, asked)
+    assert state.state == "ready"
+    assert state.plan == {
+        "config": {"lora_rank": 8, "resolution": 512}, "words": ["--json", "--fit", "12GB"], "variables": [],
+    }  # fmt: skip
+    same = PlanAsk(
+        config={"resolution": 512, "lora_rank": "8", "seed": 3, "validation_prompt": "x"}, fit="12GB"
+    )
+    assert plans.ask(same) == state
+    assert len(started(place)) == 1
+    assert answer(plans, PlanAsk(config=asked.config)).key != state.key
+
+
+def test_problems_are_told_without_a_process(plans: Plans, place: Place) -> None:
+    state = plans.ask(PlanAsk(config={"lora_rank": 0, "output_dir": "/etc"}))
+    assert state.state == "failed"
+    assert {problem.loc for problem in state.problems} == {"lora_rank", "output_dir"}
+    for fit in ("", "a lot", "--json", "12GB; ls", "1e9"):
+        with pytest.raises(Refused):
+            plans.ask(PlanAsk(config={}, fit=fit))
+    assert started(place) == []
+
+
+def test_a_failure_is_told_once_and_tried_again(plans: Plans, place: Place) -> None:
+    for _ in range(2):
+        state = answer(plans, PlanAsk(config={"lora_rank": 13}))
+        assert [problem.message for problem in state.problems] == ["13 brings bad luck"]
+    assert len(started(place)) == 2
+    state = answer(plans, PlanAsk(config={"lora_rank": 14}))
+    assert "secret" not in state.model_dump_json()
+    assert state.state == "failed"
+
+
+def test_the_newest_question_wins_when_nobody_asks_the_old_one(
+    plans: Plans, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place.workspace / "wait").touch()
+    first, second = PlanAsk(config={"lora_rank": 1}), PlanAsk(config={"lora_rank": 2})
+    assert plans.ask(first).state == "pending"
+    until(lambda: started(place))
+    plans.ask(second)
+    assert alive(started(place)[0])  # somebody still waits for the first
+    monkeypatch.setattr(planning, "ABANDONED_S", 0.0)
+    plans.ask(second)
+    until(lambda: not alive(started(place)[0]))
+    (place.workspace / "wait").unlink()
+    assert answer(plans, second).plan["config"] == {"lora_rank": 2}
+    assert len(started(place)) == 2
+
+
+def test_closing_and_the_time_limit_end_the_process(
+    plans: Plans, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place.workspace / "wait").touch()
+    plans.ask(PlanAsk(config={}))
+    until(lambda: started(place))
+    plans.close()
+    assert not alive(started(place)[0])
+    monkeypatch.setattr(planning, "LIMIT_S", 0.5)
+    state = answer(plans, PlanAsk(config={}))
+    assert "took too long" in state.problems[0].message
+
+
+def test_what_a_plan_depends_on() -> None:
+    config = {"seed": 1, "lora_rank": 2, "validation_prompt": "x", "train_batch_size": 3, "report_to": "none"}
+    assert bearing(config) == {"lora_rank": 2, "train_batch_size": 3}
+
+
+@pytest.mark.slow
+def test_the_real_command(place: Place) -> None:
+    plans = Plans(place)
+    state = answer(
+        plans, PlanAsk(config={"model_flavour": "nano", "resolution": 128, "resolution_type": "pixel"})
+    )
+    assert state.plan is not None, state.problems
+    assert json.loads(state.model_dump_json())["plan"]["training"] > 0
