@@ -103,6 +103,19 @@ def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch:
     assert checkpoint.damage(tmp_path / "checkpoint-1") is None
 
 
+def test_a_marked_one_is_never_removed(tmp_path: Path) -> None:
+    """The mark is a file that the manifest does not know; taking it away gives the folder up again."""
+    mark = checkpoint.save(tmp_path, snapshot(1), None, keep=2) / "keep"
+    mark.touch()
+    for step in (2, 3, 4):
+        checkpoint.save(tmp_path, snapshot(step), None, keep=2)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.existing(tmp_path)] == [4, 3, 1]
+    assert checkpoint.load(mark.parent).step == 1
+    mark.unlink()
+    checkpoint.save(tmp_path, snapshot(5), None, keep=2)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.existing(tmp_path)] == [5, 4]
+
+
 CRASH = """
 import os, sys
 from pathlib import Path

@@ -190,8 +190,8 @@ class Runs:
 
 
 def state_of(seen: Seen, job: Job | None) -> tuple[State, str]:
-    """The state of a run and what there is to say about it. The lock is believed, then the job where exit.json
-    is older than its start, then exit.json.
+    """The state of a run and what there is to say about it. The lock is believed, then the job where
+    exit.json is older than its start, then exit.json.
     """
     if seen.held:
         asked = seen.stamps[-1] is not None or (job is not None and job.state == "stopping")

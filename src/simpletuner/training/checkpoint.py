@@ -7,6 +7,7 @@ checkpoint-500/
   optimizer.safetensors     tensors of the optimizer state
   ema.safetensors           if there is an EMA
   pytorch_lora_weights.safetensors   for a LoRA: the file other programs load
+  keep                      laid there by a person: this one is never removed
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def save(
     keep: int,
     best: int | None = None,
 ) -> Path:
-    """Write checkpoint-<step>; then, and only then, delete the oldest beyond `keep`, never the best.
+    """Write checkpoint-<step>; then, and only then, delete the oldest beyond `keep`, never the best
+    and never a marked one.
 
     extra: writes further files (the LoRA for other programs) into the folder it is given.
     DiskFull before anything is written when there is less room than 1.2 times what is needed.
@@ -129,7 +131,7 @@ def save(
         raise DiskFull(f"{target} could not be written ({error}); earlier ones are untouched") from error
     _sync(run_dir)
     for old in existing(run_dir)[keep:]:
-        if old != target and step_of(old) != best:
+        if old != target and step_of(old) != best and not (old / "keep").exists():
             leaving = old.rename(run_dir / f".removing-{old.name}")  # half a folder is never seen as one
             shutil.rmtree(leaving)
     return target
