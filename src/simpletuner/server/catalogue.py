@@ -1,0 +1,236 @@
+"""What a folder of pictures holds, read once and kept up to date while it is looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+import unicodedata
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from simpletuner.config.schema import DataOptions
+from simpletuner.data.captions import captions
+from simpletuner.data.dataset import Dataset
+from simpletuner.data.files import Found, find
+from simpletuner.data.geometry import Framing
+from simpletuner.data.pixels import read_header
+from simpletuner.data.report import BadFile
+from simpletuner.data.scan import frame
+from simpletuner.errors import DataError
+from simpletuner.server.atomic import read_object, write_atomically
+from simpletuner.server.place import Outside, Place
+
+OPTIONS = DataOptions()
+LIMITS = f"headers up to {OPTIONS.max_image_megapixels:g} megapixels"
+FRESH_S = (
+    10.0  # so old may be what is answered without a look at every file; a changed folder is seen at once
+)
+ABSENT = (0, 0)
+Mark = tuple[tuple[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture as read. mark: (mtime_ns, bytes) of its file and of its caption file, zeros where there is
+    none. size_px: upright; (0, 0) when the header could not be read. wrong: why it cannot be trained on.
+    """
+
+    mark: Mark
+    size_px: tuple[int, int]
+    said: tuple[str, ...]
+    wrong: str | None
+
+    @property
+    def kind(self) -> str:
+        """Of the three that every picture is one of."""
+        return "refused" if self.wrong is not None else "captioned" if self.said else "uncaptioned"
+
+
+class Catalogue:
+    """Of one folder. A daemon thread reads what changed, at most one at a time; threads may ask at once.
+
+    kept: a JSON file that spares reading headers again in the next process; it can be deleted at any time.
+    """
+
+    def __init__(self, place: Place, name: str, folder: Path, kept: Path, turns: threading.Semaphore) -> None:
+        self.place, self.folder, self.kept = place, folder, kept
+        self.dataset = Dataset(name, "image", folder)
+        self.turns = turns  # how many folders are read at once
+        self.found: dict[str, Found] = {}
+        self.misnamed: dict[str, str] = {}
+        self._rows: dict[str, Row] = {}
+        self._headers: dict[str, list[int]] | None = None
+        self._folders: dict[str, int] = {}
+        self._inside: set[str] = set()
+        self._seen_t = 0.0
+        self._worker: threading.Thread | None = None
+        self._named, self._again = threading.Event(), threading.Event()
+        self._failed = ""
+        self._lock = threading.Lock()
+
+    def look(self, wait_s: float) -> None:
+        """See to it that names are known and rows are being read; wait that long for rows after a change.
+        Raises DataError when the folder cannot be read.
+        """
+        with self._lock:
+            changed = any(_mtime(folder) != seen for folder, seen in self._folders.items())
+            changed = changed or bool(self._failed) or not self._named.is_set()
+            if changed:
+                self._named.clear()
+                self._again.set()
+            if self._worker is None and (changed or time.monotonic() - self._seen_t > FRESH_S):
+                self._worker = threading.Thread(target=self._work, name="catalogue", daemon=True)
+                self._worker.start()
+            worker = self._worker
+        self._named.wait()
+        if changed and worker is not None:
+            worker.join(wait_s)
+        if self._failed:
+            raise DataError(self._failed)
+
+    def changed(self) -> None:
+        """Something was written here: the next look reads the folder again."""
+        with self._lock:
+            self._folders = {str(self.folder): -1}
+
+    def touched(self, path: Path) -> None:
+        """That one file in the folder was written or removed: seen without reading the folder again."""
+        stem, suffix = os.path.splitext(
+            unicodedata.normalize("NFC", path.relative_to(self.folder).as_posix())
+        )
+        with self._lock:
+            if self._worker is not None or not self._named.is_set():
+                self._folders = {str(self.folder): -1}
+                return
+            if suffix.lower() == ".txt":
+                there = path if path.is_file() else None
+                names = [name for name in self.found if name.rpartition(".")[0] == stem]
+                new = {name: replace(self.found[name], text=there) for name in names}
+                self.found = {**self.found, **new}
+            else:
+                text = path.with_suffix(".txt")
+                new = {
+                    stem + suffix: Found(self.dataset, path, stem + suffix, text if text.is_file() else None)
+                }
+                self.found = dict(sorted({**self.found, **new}.items()))
+            for parent in path.parents:
+                self._folders[str(parent)] = _mtime(parent)
+                if parent == self.folder:
+                    break
+        for name in new:
+            self.row(name)
+
+    def rows(self) -> list[tuple[str, Row]]:
+        """Those that are read, by name."""
+        rows = ((name, self._rows.get(name)) for name in self.found)
+        return [(name, row) for name, row in rows if row is not None]
+
+    def row(self, name: str) -> Row:
+        """Of a name in `found`, as its files are now."""
+        self._rows[name] = row = self._read(self.found[name])
+        return row
+
+    def _work(self) -> None:
+        try:
+            while self._pass():
+                pass
+        finally:
+            with self._lock:
+                self._worker = None
+                self._named.set()
+
+    def _pass(self) -> bool:
+        """Read what changed; whether to begin again, because more did in the meantime."""
+        self._again.clear()
+        try:
+            self._name()
+            with self.turns:
+                for found in list(self.found.values()):
+                    if self._again.is_set():
+                        return True
+                    self._rows[found.name] = self._read(found)
+            self._keep()
+        except DataError as error:
+            self._failed = str(error)
+        except OSError as error:
+            self._failed = f"{self.folder}: {error.strerror}"
+        with self._lock:
+            if not self._again.is_set():
+                self._worker = None
+            return self._again.is_set()
+
+    def _name(self) -> None:
+        self._seen_t = time.monotonic()
+        before = {str(self.folder), *(os.path.dirname(one.path) for one in self.found.values())}
+        times = {path: _mtime(path) for path in before}  # taken first, so that no change is missed
+        found, misnamed, _ = find(self.dataset)
+        times |= {path: _mtime(path) for path in {os.path.dirname(one.path) for one in found} - before}
+        self.found = {one.name: one for one in found}
+        self.misnamed = {one.path: one.detail for one in misnamed}
+        self._inside = {str(self.folder)}
+        for gone in self._rows.keys() - self.found.keys():
+            del self._rows[gone]
+        with self._lock:
+            self._folders, self._failed = times, ""
+            self._named.set()
+
+    def _read(self, found: Found) -> Row:
+        try:
+            mark = self._status(found.path), self._status(found.text) if found.text else ABSENT
+        except Outside as error:
+            return Row((ABSENT, ABSENT), ABSENT, (), str(error))
+        old = self._rows.get(found.name)
+        if old is not None and old.mark == mark:
+            return old
+        size, said, wrong = ABSENT, (), None
+        try:
+            size = self._size(found, mark[0])
+            frame(Framing(), size, found.name, 0, 1)  # refuses what is beyond the limits of aspect
+            said = captions(self.dataset, found.path, found.text, OPTIONS)
+        except BadFile as error:
+            wrong = None if error.reason == "caption_missing" else str(error)
+        return Row(mark, size, said, wrong)
+
+    def _status(self, path: Path) -> tuple[int, int]:
+        """Raises Outside for a link that leads out of what the server may show."""
+        parent = os.path.dirname(path)
+        if parent not in self._inside:
+            self.place.inside(parent)
+            self._inside.add(parent)
+        try:
+            if os.path.islink(path):
+                self.place.inside(path)
+            status = os.stat(path)
+        except OSError:
+            return ABSENT
+        return status.st_mtime_ns, status.st_size
+
+    def _size(self, found: Found, mark: tuple[int, int]) -> tuple[int, int]:
+        known = self._known().get(found.name, [])
+        if len(known) == 4 and (known[0], known[1]) == mark:
+            return known[2], known[3]
+        return read_header(found.path, OPTIONS.max_image_megapixels).size
+
+    def _known(self) -> dict[str, list[int]]:
+        if self._headers is None:
+            self._headers = (read_object(self.kept) or {}).get(LIMITS, {})
+        return self._headers
+
+    def _keep(self) -> None:
+        rows = [(name, row) for name, row in self.rows() if row.size_px != ABSENT]
+        headers = {name: [*row.mark[0], *row.size_px] for name, row in rows}
+        if headers != self._known():
+            self._headers = headers
+            with contextlib.suppress(OSError):  # a full disk: read again another time
+                self.kept.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.kept, json.dumps({LIMITS: headers}))
+
+
+def _mtime(folder: Path | str) -> int:
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return 0

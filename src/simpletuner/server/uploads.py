@@ -1,0 +1,308 @@
+"""What comes in: one picture, one caption or one archive of both, looked at before it may stay."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import filecmp
+import os
+import re
+import secrets
+import shutil
+import stat
+import struct
+import time
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NoReturn
+
+from simpletuner.config.schema import DataOptions
+from simpletuner.data.files import LITTER
+from simpletuner.data.report import BadFile, printable
+from simpletuner.errors import SimpleTunerError
+from simpletuner.server.place import Outside, Place
+from simpletuner.server.refusal import refuse
+from simpletuner.server.wire.datasets import RefusedFile
+
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff"})
+TAKEN = "pictures are PNG, JPEG, WebP, AVIF, BMP or TIFF, captions .txt, archives .zip"
+MAGIC = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|....ftypavi[fs]|....ftypmif1|BM|II[*+]\0|MM\0[*+]",
+    re.DOTALL,
+)
+INCOMING = ".incoming"  # in the dataset's folder, so that a file moves without being copied; never scanned
+ABANDONED_S = 86_400
+SPARE_BYTES = 512 << 20  # always left free on the disk
+LARGEST_CAPTION = 1 << 20
+LARGEST_PICTURE = 1 << 30
+DIRECTORY_BYTES = (
+    8 << 20
+)  # of an archive: 20,000 pictures with captions take 3 MB; all of it is held in memory
+MEMBERS = 50_000
+ENCRYPTED = 0x1 | 0x20 | 0x40  # also patches, which zipfile does not read
+RATIO = 200  # pictures hardly shrink; a bomb does
+SMALL = 1 << 20  # so little may shrink by any ratio
+REFUSED_NAMED = 500
+BLOCK = 1 << 20
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+class Unfit(SimpleTunerError):
+    """A file that is not taken; the text says why. status: of the answer when it came alone."""
+
+    def __init__(self, what: str, status: int = 415) -> None:
+        self.status = status
+        super().__init__(what)
+
+
+def safe_name(name: str) -> str:
+    """The name inside the dataset, NFC, folders by "/". Raises Unfit: every file system and every program can
+    read what is left, and nothing leads out of the folder or hides in it.
+    """
+    name = unicodedata.normalize("NFC", name)
+    for part in name.split("/"):
+        if part in ("", ".", "..") or part.startswith("."):
+            raise Unfit("its name is empty, hidden, absolute or leads out of the folder", 422)
+        if any(one in '\\:*?"<>|' or unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") for one in part):
+            raise Unfit('its name has a control character or one of \\ : * ? " < > |', 422)
+        if part != part.strip() or part.endswith(".") or RESERVED.fullmatch(part):
+            raise Unfit("its name ends in a space or dot, or means a device on Windows", 422)
+        if len(part.encode()) > 200:
+            raise Unfit("its name is longer than 200 bytes", 422)
+    if name.count("/") > 8 or len(name.encode()) > 1000:
+        raise Unfit("it lies more than eight folders deep", 422)
+    return name
+
+
+class Incoming:
+    """One request's body on its way into an owned dataset's folder: write(), finish(), always discard()."""
+
+    def __init__(self, place: Place, folder: Path, name: str, length: int, limit: int) -> None:
+        """length: as announced, 0 when not. Raises Refused: 413, 415, 422, 507 before a byte is read."""
+        self.place, self.folder, self.limit = place, folder, limit
+        with _told(name):
+            self.name = safe_name(name)
+            self.suffix = Path(self.name).suffix.lower()
+            if self.suffix not in PICTURES | {".txt", ".zip"}:
+                raise Unfit(f"{self.suffix or 'a file without suffix'} is not taken; {TAKEN}")
+        self.written = 0
+        self._room(length)
+        _sweep(folder / INCOMING)
+        self.part = _part(folder)
+        self.file = self.part.open("xb")
+
+    def write(self, block: bytes) -> None:
+        """Raises Refused: 413 above the limit, 507 when the disk is full."""
+        self.written += len(block)
+        self._room(len(block))
+        try:
+            self.file.write(block)
+        except OSError as error:
+            _disk(error)
+
+    def finish(self) -> tuple[list[str], list[RefusedFile]]:
+        """The names that are saved now, and what an archive held that is not taken. Raises Refused for a
+        single file, or a whole archive.
+        """
+        try:
+            self.file.close()
+            with _told(self.name):
+                if self.suffix == ".zip":
+                    return unpack(self.place, self.part, self.folder)
+                return [keep(self.place, self.part, self.folder, self.name)], []
+        except OSError as error:
+            _disk(error)
+
+    def discard(self) -> None:
+        self.file.close()
+        self.part.unlink(missing_ok=True)
+
+    def _room(self, more: int) -> None:
+        if max(self.written, more) > self.limit:
+            refuse(413, f"more than {self.limit} bytes are not taken at once; send an archive in parts")
+        if self.written % (64 * BLOCK) < more and shutil.disk_usage(self.folder).free < more + SPARE_BYTES:
+            refuse(507, "there is not enough room on the disk")
+
+
+def keep(place: Place, part: Path, folder: Path, name: str) -> str:
+    """Move a received file to its checked name, if its content is what the name says and nothing is there.
+
+    Never overwrites: the same content counts as saved. Raises Unfit.
+    """
+    (_check_caption if name.lower().endswith(".txt") else _check_picture)(part)
+    try:
+        target = place.below(folder, name)
+    except Outside as error:
+        raise Unfit(str(error), 422) from error
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        twin = _twin(target)
+        if twin is None:
+            target.open("xb").close()  # whoever makes the name has it; then the content arrives whole
+            os.replace(part, target)
+            return name
+    except FileExistsError:
+        twin = target
+    except NotADirectoryError as error:
+        raise Unfit("a file has the name of its folder", 409) from error
+    if twin.is_file() and filecmp.cmp(part, twin, shallow=False):
+        return name
+    raise Unfit("another file has this name already; rename one of them", 409)
+
+
+def _twin(target: Path) -> Path | None:
+    """The file of the same name, also in the other Unicode spelling."""
+    if os.path.lexists(target) or target.name.isascii():
+        return target if os.path.lexists(target) else None
+    names = (unicodedata.normalize("NFC", name) == target.name and name for name in os.listdir(target.parent))
+    return next((target.with_name(name) for name in names if name), None)
+
+
+def _check_picture(part: Path) -> None:
+    from simpletuner.data.pixels import read_header
+
+    with part.open("rb") as file:
+        start = file.read(16)
+    if not MAGIC.match(start):
+        raise Unfit(f"its content is no picture that is taken (it starts with {ascii(start)[1:]}); {TAKEN}")
+    try:
+        read_header(part, DataOptions().max_image_megapixels)
+    except BadFile as error:
+        raise Unfit(str(error)) from error
+
+
+def _check_caption(part: Path) -> None:
+    if part.stat().st_size > LARGEST_CAPTION:
+        raise Unfit(f"a caption is at most {LARGEST_CAPTION} bytes", 413)
+    text = part.read_bytes()
+    try:
+        text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Unfit(f"a caption is UTF-8; this is not, at byte {error.start + 1}") from error
+    if b"\0" in text:
+        raise Unfit("it has zero bytes (UTF-16?); save it as UTF-8")
+
+
+class _Archive:
+    """An archive's file that is never read in pieces of more than DIRECTORY_BYTES: zipfile reads the whole
+    list of members at once, whatever length the archive claims for it.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(DIRECTORY_BYTES + 1 if size < 0 else min(size, DIRECTORY_BYTES + 1))
+        if len(data) > DIRECTORY_BYTES:
+            raise zipfile.BadZipFile("its list of files is too long")
+        return data
+
+
+def unpack(place: Place, part: Path, folder: Path) -> tuple[list[str], list[RefusedFile]]:
+    """Every picture and caption of an archive, folders kept. Raises Unfit: no archive, a bomb."""
+    saved: list[str] = []
+    refused: list[RefusedFile] = []
+    hidden = 0
+    try:
+        with part.open("rb") as raw, zipfile.ZipFile(_Archive(raw)) as archive:  # type: ignore[arg-type]
+            members = [one for one in archive.infolist() if not one.is_dir()]
+            _check_whole(members, part.stat().st_size, shutil.disk_usage(folder).free - SPARE_BYTES)
+            for member in members:
+                name = _named(member)
+                if _is_litter(name.split("/")):
+                    continue
+                try:
+                    saved.append(_unpack_one(place, archive, member, safe_name(name), folder))
+                except Unfit as error:
+                    hidden += len(refused) >= REFUSED_NAMED
+                    if len(refused) < REFUSED_NAMED:
+                        refused.append(RefusedFile(file=printable(name)[:300], reason=str(error)))
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error) as error:
+        raise Unfit(f"this is no archive that can be read: {error}") from error
+    if hidden:
+        refused.append(RefusedFile(file=f"{hidden} more", reason="not named one by one"))
+    return list(dict.fromkeys(saved)), refused
+
+
+def _check_whole(members: list[zipfile.ZipInfo], size: int, room: int) -> None:
+    total = sum(one.file_size for one in members)
+    if len(members) > MEMBERS:
+        raise Unfit(f"an archive has at most {MEMBERS} files; this one has {len(members)}", 413)
+    if total > max(SMALL * 64, RATIO * size):
+        raise Unfit(f"{size} bytes that unpack to {total}: this is no archive of pictures", 413)
+    if total > room:
+        raise Unfit("there is not enough room on the disk to unpack it", 507)
+
+
+def _named(member: zipfile.ZipInfo) -> str:
+    """Its name; macOS writes UTF-8 without saying so, old Windows programs write backslashes."""
+    name = member.orig_filename
+    if not member.flag_bits & 0x800:
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return name.replace("\\", "/")
+
+
+def _is_litter(parts: list[str]) -> bool:
+    dotted = any(part.startswith(".") and part.strip(".") for part in parts)
+    return parts[0] == "__MACOSX" or dotted or parts[-1] in LITTER
+
+
+def _unpack_one(
+    place: Place, archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, folder: Path
+) -> str:
+    suffix = Path(name).suffix.lower()
+    mode = member.external_attr >> 16
+    most = LARGEST_CAPTION if suffix == ".txt" else LARGEST_PICTURE
+    problems = {
+        f"{suffix or 'a file without suffix'} is not taken; {TAKEN}": suffix not in PICTURES | {".txt"},
+        "it is encrypted": bool(member.flag_bits & ENCRYPTED),
+        "it is a link or a device": stat.S_IFMT(mode) not in (0, stat.S_IFREG),
+        "its compression is not read; use Deflate": member.compress_type
+        not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
+        f"it is larger than {most} bytes": member.file_size > most,
+        "it shrinks more than a picture can": member.file_size > max(SMALL, RATIO * member.compress_size),
+    }
+    for problem, applies in problems.items():
+        if applies:
+            raise Unfit(problem)
+    part = _part(folder)
+    try:
+        with archive.open(member) as source, part.open("xb") as file:
+            shutil.copyfileobj(source, file, BLOCK)
+        return keep(place, part, folder, name)
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, zlib.error, struct.error) as error:
+        raise Unfit(f"it is damaged: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _part(folder: Path) -> Path:
+    (folder / INCOMING).mkdir(exist_ok=True)
+    return folder / INCOMING / secrets.token_hex(8)
+
+
+def _sweep(incoming: Path) -> None:
+    """Remove what an upload left that was cut off by the end of its server."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in incoming.iterdir():
+            if time.time() - path.stat().st_mtime > ABANDONED_S:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Unfit as error:
+        refuse(error.status, f"{printable(name)[:300]}: {error}")
+
+
+def _disk(error: OSError) -> NoReturn:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        refuse(507, "there is not enough room on the disk")
+    raise error
