@@ -50,15 +50,19 @@ def _mib(cell: str) -> int | None:
 def rocm(text: str) -> list[Device]:
     """rocm-smi's object of cards: {"card0": {"Card Series": ..., "VRAM Total Memory (B)": "..."}}."""
     try:
-        cards: dict[str, dict[str, Any]] = json.loads(text) if text else {}
+        told = json.loads(text) if text else None
     except ValueError:
-        return []
+        told = None
+    cards = sorted(told.items()) if isinstance(told, dict) else []
     found = []
-    for key, card in sorted(cards.items()):
-        total, used = card.get("VRAM Total Memory (B)"), card.get("VRAM Total Used Memory (B)")
+    for key, card in cards:
+        if not key.startswith("card"):
+            continue
         name = str(card.get("Card Series") or card.get("Card series") or key)
-        size = int(total) if total else None
-        found.append(_card(name, "rocm", size, size - int(used) if size and used else None))
+        total, used = (str(card.get(f"VRAM Total {word}", "")) for word in ("Memory (B)", "Used Memory (B)"))
+        size = int(total) if total.isdigit() else None
+        free = size - int(used) if size is not None and used.isdigit() else None
+        found.append(_card(name, "rocm", size, free))
     return found
 
 
