@@ -133,8 +133,9 @@ def keep(place: Place, part: Path, folder: Path, name: str) -> str:
     Never overwrites: the same content counts as saved. Raises Unfit.
     """
     (_check_caption if name.lower().endswith(".txt") else _check_picture)(part)
-    try:
-        target = place.below(folder, name)
+    parent, _, last = name.rpartition("/")
+    try:  # the last part is not resolved: a link there is a name that is taken
+        target = (place.below(folder, parent) if parent else folder) / last
     except Outside as error:
         raise Unfit(str(error), 422) from error
     try:
@@ -148,7 +149,7 @@ def keep(place: Place, part: Path, folder: Path, name: str) -> str:
         twin = target
     except NotADirectoryError as error:
         raise Unfit("a file has the name of its folder", 409) from error
-    if twin.is_file() and filecmp.cmp(part, twin, shallow=False):
+    if twin.is_file() and not twin.is_symlink() and filecmp.cmp(part, twin, shallow=False):
         return name
     raise Unfit("another file has this name already; rename one of them", 409)
 
