@@ -8,16 +8,23 @@ from __future__ import annotations
 import codecs
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from simpletuner.server.wire.runs import LogPart
 
 MOST_BYTES = 4 << 20  # read at once
-NUMBERS = ("t", "step", "total", "loss", "seconds", "done", "resumed_step")
+NUMBER = (int, float, type(None))
+KINDS: Mapping[str, Any] = MappingProxyType(
+    dict.fromkeys(("t", "total", "done", "loss", "seconds", "learning_rate", "left_s"), NUMBER)
+    | dict.fromkeys(("step", "total_steps", "resumed_step", "seed", "width_px", "height_px"), int)
+    | dict.fromkeys(("kind", "message", "stage", "unit", "path", "prompt", "prompt_id", "weights"), str)
+    | dict.fromkeys(("model", "device", "split", "metric", "dataset"), str)
+)  # of fields that are shown as they are
 DECODER = json.JSONDecoder(parse_constant=lambda word: None)
 
 
@@ -72,9 +79,9 @@ def record(line: bytes) -> dict[str, Any] | None:
             found = json.loads(clean(json.dumps(found, ensure_ascii=False)))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or not isinstance(found.get("kind"), str) or found.get("t") is None:
+    if not isinstance(found, dict) or "kind" not in found or found.get("t") is None:
         return None
-    sound = all(isinstance(found.get(name, 0), (int, float, type(None))) for name in NUMBERS)
+    sound = all(isinstance(value, KINDS[name]) for name, value in found.items() if name in KINDS)
     return found if sound else None
 
 

@@ -1,0 +1,426 @@
+"""Runs: found, read where they grew, and in the state that their files add up to."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from simpletuner.events import types
+from simpletuner.events.history import of_run
+from simpletuner.server import digest, folders, runs, tail
+from simpletuner.server.place import Place, run_id
+from simpletuner.server.refusal import Refused
+from simpletuner.server.runs import Runs
+from simpletuner.server.wire.base import State
+from simpletuner.server.wire.jobs import Job
+from simpletuner.server.wire.runs import RunSummary
+from simpletuner.training import rundir
+from tests.server.written_run import BEGAN, WrittenRun, stepped
+
+
+@pytest.fixture(autouse=True)
+def _scans_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "SCAN_EVERY_S", 0.0)
+
+
+def job(run_dir: Path, state: State, started: float | None = BEGAN, ended: float | None = None) -> Job:
+    return Job(
+        id="0123456789ab", run=run_id(run_dir), name="a job", kind="train", state=state, devices="cpu",
+        queued_t=BEGAN, started_t=started, ended_t=ended, exit_code=None, message="said by the job",
+        advice="", last_lines=[], run_dir=str(run_dir),
+    )  # fmt: skip
+
+
+class SomeJobs:
+    def __init__(self, *jobs: Job) -> None:
+        self.jobs = {one.run: one for one in jobs}
+
+    def by_run(self) -> Mapping[str, Job]:
+        return self.jobs
+
+
+def only(workspace: Path, *jobs: Job) -> RunSummary:
+    found = Runs(Place(workspace))
+    found.know(SomeJobs(*jobs))
+    (summary,) = found.summaries()
+    return summary
+
+
+def test_control_names_are_the_training_s() -> None:
+    assert runs.CONTROLS == rundir.CONTROLS
+
+
+# -- where runs are found
+
+
+def test_runs_are_found_three_levels_deep_and_nowhere_else(tmp_path: Path) -> None:
+    place, other = tmp_path / "workspace", tmp_path / "elsewhere"
+    wanted = ["output/one", "a/b/c", "top", "output/one/inner"]
+    unwanted = [
+        "a/b/c/d", "datasets/x", "top/images/x", "top/checkpoint-5", "top/earlier-1", ".simpletuner/x",
+        "node_modules/x", "top/cache/x",
+    ]  # fmt: skip
+    for name in (*wanted, *unwanted):
+        WrittenRun(place / name).starts()
+    WrittenRun(other / "secret").starts()
+    (place / "link").symlink_to(other)
+    (place / "starting").mkdir()
+    (place / "starting" / "config.json").write_text("{}")
+    assert {run.path for run in Runs(Place(place)).summaries()} == {str(place / name) for name in wanted}
+    (place / "starting" / "run.lock").touch()
+    found = Runs(Place(place, (other,))).summaries()
+    added = {str(place / "starting"), str(other / "secret")}
+    assert {run.path for run in found} == added | {str(place / name) for name in wanted}
+
+
+def test_runs_come_and_go_while_folders_that_did_not_change_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "SETTLED_NS", -(10**12))
+    for number in range(3):
+        WrittenRun(tmp_path / "output" / str(number)).starts()
+    known, read = Runs(Place(tmp_path)), []
+    real = folders.Folders._read
+    monkeypatch.setattr(
+        folders.Folders, "_read", lambda self, folder: read.append(folder) or real(self, folder)
+    )
+    known.summaries()
+    assert len(read) == 5
+    known.summaries()
+    assert len(read) == 5, "nothing changed"
+    time.sleep(0.02)
+    WrittenRun(tmp_path / "output" / "new").starts()
+    assert [run.name for run in known.summaries()].count("new") == 1
+    assert sorted(read[5:]) == [str(tmp_path / "output"), str(tmp_path / "output" / "new")]
+    id = run_id(tmp_path / "output" / "new")
+    assert known.find(id) == tmp_path / "output" / "new"
+    (tmp_path / "output" / "new").rename(tmp_path / ".gone")
+    assert known.find(id) is None
+    with pytest.raises(Refused) as refused:
+        known.summary(id)
+    assert refused.value.status == 404
+
+
+def test_a_job_brings_the_folder_it_writes_to_unless_that_is_not_allowed(tmp_path: Path) -> None:
+    place = tmp_path / "workspace"
+    deep, outside = place / "a" / "b" / "c" / "d" / "e", tmp_path / "outside"
+    for folder in (deep, outside):
+        WrittenRun(folder).starts().steps(1, 3)
+    assert only(place, job(deep, "running")).step == 3
+    assert only(place, job(outside, "queued", None)).step == 0
+    known = Runs(Place(place))
+    known.know(SomeJobs(job(outside, "queued", None)))
+    assert known.find(run_id(outside)) is None
+
+
+# -- states
+
+
+def test_the_state_while_a_process_works(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run")
+    known = Runs(Place(tmp_path))
+
+    def state() -> str:
+        return known.summaries()[0].state
+
+    run.events.touch()
+    with run.held():
+        assert state() == "starting"
+        run.tell(types.StageStarted("encode images", 10, "images"))
+        run.tell(types.StageProgress("encode images", 3, 10, 1.0, 7.0))
+        summary = known.summaries()[0]
+        assert summary.state == "caching"
+        assert summary.stage is not None
+        assert (summary.stage.done, summary.stage.total, summary.stage.unit) == (3, 10, "images")
+        run.tell(types.StageDone("encode images", 10, 9.0)).starts()
+        assert state() == "running"
+        run.steps(1, 2)
+        assert state() == "running"
+        (run.path / "control" / "stop").touch()
+        assert state() == "stopping"
+        (run.path / "control" / "stop").unlink()
+        run.tell(types.Finished(2, 9.0, "stopped"))
+        run.ends("stopped", 2, "as asked")
+    summary = known.summaries()[0]
+    assert (summary.state, summary.message, summary.step, summary.left_s) == ("stopped", "as asked", 2, None)
+
+
+@pytest.mark.parametrize("ending", ["finished", "killed"])
+def test_a_resumed_run_begins_again(tmp_path: Path, ending: str) -> None:
+    """Also before its new process has told anything: run.lock is younger than the events."""
+    run = WrittenRun(tmp_path / "run").starts().steps(1, 20)
+    if ending == "finished":
+        run.tell(types.Finished(20, 9.0, "stopped"))
+    known = Runs(Place(tmp_path))
+    assert known.summaries()[0].state == "lost"
+    with run.held():
+        os.utime(run.path / "run.lock", (run.t + 5, run.t + 5))
+        assert known.summaries()[0].state == "starting"
+        run.t += 100
+        run.tell(types.StageStarted("scan", 4, "pictures"))
+        assert known.summaries()[0].state == "caching"
+        assert known.summaries()[0].started_t == run.t - 2
+        run.starts(resumed=10)
+        summary = known.summaries()[0]
+        assert (summary.state, summary.step) == ("running", 10)
+        assert known.detail(summary.id).stages_done == ["scan"]
+
+
+@pytest.mark.parametrize("status", ["done", "stopped", "failed"])
+def test_the_state_after_the_end(tmp_path: Path, status: str) -> None:
+    WrittenRun(tmp_path / "run").starts().steps(1, 5).ends(status, 5, "why")
+    summary = only(tmp_path)
+    assert (summary.state, summary.message) == (status, "why")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"status": 3, "t": "x", "message": 4}', '{"status": "odd"}']
+)
+def test_an_exit_that_says_nothing_is_no_end(tmp_path: Path, content: str) -> None:
+    run = WrittenRun(tmp_path / "run").starts()
+    (run.path / "exit.json").write_text(content)
+    assert (only(tmp_path).state, only(tmp_path).message) == ("lost", "")
+
+
+HOLD = """
+import fcntl, sys, time
+lock = open(sys.argv[1], "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_process_is_lost_unless_its_job_knows_more(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run").starts().steps(1, 5)
+    known = Runs(Place(tmp_path))
+    command = [sys.executable, "-c", HOLD, str(run.path / "run.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        os.utime(run.path / "run.lock", (BEGAN, BEGAN))
+        assert known.summaries()[0].state == "running"
+        process.kill()
+    assert known.summaries()[0].state == "lost"
+    for state in ("failed", "stopped", "lost"):
+        summary = only(tmp_path, job(run.path, state, ended=run.t))
+        assert (summary.state, summary.message, summary.job) == (state, "said by the job", "0123456789ab")
+    by_hand_since = only(tmp_path, job(run.path, "failed", BEGAN - 90, ended=BEGAN - 50))
+    assert by_hand_since.state == "lost"
+
+
+def test_the_younger_of_job_and_exit_is_believed(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run").starts().steps(1, 5)
+    run.ends("stopped", 5, "said by the run", t=run.t)
+    assert only(tmp_path, job(run.path, "queued", None)).state == "queued"
+    assert only(tmp_path, job(run.path, "starting", run.t + 1)).state == "starting"
+    refused = only(tmp_path, job(run.path, "failed", run.t + 1, run.t + 2))
+    assert (refused.state, refused.message) == ("failed", "said by the job")
+    told = only(tmp_path, job(run.path, "running", run.t - 9))
+    assert (told.state, told.message) == ("stopped", "said by the run")
+
+
+def test_jobs_without_a_folder_are_runs_too(tmp_path: Path) -> None:
+    WrittenRun(tmp_path / "output" / "old").starts().ends()
+    coming = job(tmp_path / "output" / "new", "queued", None)
+    known = Runs(Place(tmp_path))
+    known.know(SomeJobs(coming))
+    first, second = known.summaries()
+    assert (first.name, first.state, first.job, first.id) == ("new", "queued", coming.id, coming.run)
+    assert (second.name, second.state) == ("old", "done")
+    assert known.find(coming.run) is None
+    assert known.summary(coming.run) == first
+    detail = known.detail(coming.run)
+    assert (detail.checkpoints, detail.config, detail.exit, detail.events_end) == ([], {}, None, 0)
+    assert known.pictures(coming.run) == []
+
+
+def test_a_free_lock_is_tried_once_and_not_again_before_something_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that starts in the instant of a trial would find its lock taken."""
+    run = WrittenRun(tmp_path / "run").starts()
+    (run.path / "run.lock").touch()
+    tried, real = [], fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *of: tried.append(of) or real(*of))
+    known = Runs(Place(tmp_path))
+    for _ in range(5):
+        assert known.summaries()[0].state == "lost"
+    assert len(tried) == 1
+    run.ends()
+    assert known.summaries()[0].state == "done"
+    assert len(tried) == 1, "a run that has said how it ended is not tried at all"
+    (run.path / "exit.json").unlink()
+    with rundir.RunFolder(run.path):
+        assert known.summaries()[0].state == "starting"
+    assert len(tried) == 3  # its own, and that of the look
+    assert known.summaries()[0].state == "lost"
+
+
+# -- reading
+
+
+def test_only_what_was_added_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = WrittenRun(tmp_path / "run").starts().steps(1, 50)
+    known = Runs(Place(tmp_path))
+    asked: list[int] = []
+    real = tail.lines
+    monkeypatch.setattr(tail, "lines", lambda path, since: asked.append(since) or real(path, since))
+    before = known.summaries()[0]
+    size = run.events.stat().st_size
+    assert known.summaries()[0] is before
+    assert asked == [0]
+    run.steps(51, 51)
+    assert known.summaries()[0].step == 51
+    assert asked == [0, size]
+
+
+def test_a_long_run_agrees_with_its_whole_history(tmp_path: Path) -> None:
+    """Steps are passed over while reading; what is shown is what reading every single one gives."""
+    run = WrittenRun(tmp_path / "run").starts(5000).steps(1, 1500, 5000).draws(1000).draws(1500)
+    run.starts(5000, resumed=1200).steps(1201, 3000, 5000)
+    summary, history = only(tmp_path), of_run(run.path)
+    assert (summary.step, summary.total_steps) == (max(history.steps), 5000)
+    assert summary.loss == pytest.approx(history.steps[3000].loss)
+    assert summary.picture == history.pictures[("red", 8, 8, 42, "trained"), 1000].path
+    assert 20 <= len(summary.sparkline) <= 60
+    assert summary.sparkline == sorted(summary.sparkline, reverse=True), "as 1/step falls, so does its mean"
+
+
+def test_time_left_is_by_the_clock_of_the_recent_steps(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run").starts(1000)
+    run.steps(1, 100, 1000)
+    run.t += 40  # pictures are drawn
+    run.steps(101, 125, 1000)
+    with run.held():
+        assert only(tmp_path).left_s == pytest.approx((49 * 2 + 40) / 49 * 875)
+        run.tell(types.StageStarted("draw", 4, "pictures"))
+        assert only(tmp_path).stage is not None
+        run.steps(126, 126, 1000)
+        assert only(tmp_path).stage is None
+    assert only(tmp_path).left_s is None
+
+
+def test_abandoned_steps_disappear(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run").starts().steps(1, 20, loss=lambda step: 1.0).draws(20)
+    run.steps(21, 40, loss=lambda step: 9.0).draws(40)
+    known = Runs(Place(tmp_path))
+    assert max(known.summaries()[0].sparkline) > 4
+    run.starts(resumed=20)
+    summary = known.summaries()[0]
+    assert (summary.step, summary.loss, summary.sparkline) == (20, None, [1.0] * 20)
+    assert [picture.step for picture in known.pictures(summary.id)] == [20]
+    assert known.detail(summary.id).resumes == [20]
+    run.starts()
+    assert (known.summaries()[0].step, known.summaries()[0].sparkline) == (0, [])
+
+
+def test_a_torn_line_a_shorter_file_and_another_one(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run").starts().steps(1, 10)
+    known = Runs(Place(tmp_path))
+    whole = run.events.read_bytes()
+    with run.events.open("ab") as file:
+        file.write(b'{"t": 1, "kind": "step", "step": 11')
+    assert known.summaries()[0].step == 10
+    with run.events.open("ab") as file:
+        file.write(b"\n")
+    run.steps(12, 12)
+    assert known.summaries()[0].step == 12
+    run.events.write_bytes(whole[: len(whole) // 2])
+    assert 0 < known.summaries()[0].step < 10
+    run.events.write_bytes(b'{"t": 5, "kind": "noted", "message": "%s"}\n' % (b"x" * len(whole)))
+    assert (known.summaries()[0].step, known.detail(known.summaries()[0].id).notes[0][:2]) == (0, "xx")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"null", b"3", b"[" * 5000, b'"kind"', b'{"kind": "step"}', b'{"t": 1}', b'{"t": 1, "kind": []}',
+        b'{"t": 1, "kind": "step", "step": "x", "total": 1, "epoch": 0, "loss": 1, "learning_rate": 1,'
+        b' "grad_norm": 1, "seconds": 1, "samples": 1}',
+        b'{"t": 1, "kind": "run_started", "version": "", "run_dir": "", "model": "", "device": "",'
+        b' "total_steps": null, "resumed_step": "3"}',
+        b'{"t": 1, "kind": "noted", "message": "\\ud800"}', b'{"t": 1, "kind": "noted", "message": "\xff"}',
+        b'{"t": 1, "kind": "noted", "message": NaN}', b"\0" * 100,
+    ],
+)  # fmt: skip
+def test_no_line_takes_the_list_down(tmp_path: Path, line: bytes) -> None:
+    run = WrittenRun(tmp_path / "run").starts()
+    with run.events.open("ab") as file:
+        file.write(line + b"\n")
+    run.steps(1, 3)
+    summary = only(tmp_path)
+    assert summary.step == 3
+    Runs(Place(tmp_path)).detail(summary.id).model_dump_json()
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    WrittenRun(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))).starts()
+    assert json.loads(only(tmp_path).model_dump_json())["name"] == "caf?"
+
+
+def test_links_in_a_run_folder_are_not_followed(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"status": "done", "message": "secret", "learning_rate": 7.0}')
+    run = WrittenRun(tmp_path / "workspace" / "run").starts()
+    for name in ("exit.json", "config.json"):
+        (run.path / name).symlink_to(secret)
+    known = Runs(Place(tmp_path / "workspace"))
+    assert "secret" not in known.detail(known.summaries()[0].id).model_dump_json().replace(str(tmp_path), "")
+
+
+def test_detail(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run").starts()
+    run.tell(types.Noted("a note"), types.Warned("look at this"))
+    for step, best in ((10, True), (20, True), (30, False)):
+        run.tell(types.Evaluated(step, "photos", "eval", 1.0, 0.0, 0.0, (), best))
+        run.checkpoint(step)
+    (run.path / "checkpoint-20" / "keep").touch()
+    (run.path / "checkpoint-7").mkdir()
+    (run.path / "checkpoint-x").mkdir()
+    (run.path / "config.json").write_text(json.dumps({"learning_rate": 3.0, "seed": 42, "unheard_of": 1}))
+    (run.path / "pytorch_lora_weights.safetensors").write_bytes(b"1234")
+    known = Runs(Place(tmp_path))
+    detail = known.detail(run_id(run.path))
+    assert [(one.step, one.marked, one.best) for one in detail.checkpoints] == [
+        (30, False, False), (20, True, True), (10, False, False),
+    ]  # fmt: skip
+    assert detail.checkpoints[0].files == ["manifest.json", "pytorch_lora_weights.safetensors"]
+    assert detail.changed == {"learning_rate": 3.0}
+    assert [(one.path, one.size_bytes) for one in detail.outputs] == [("pytorch_lora_weights.safetensors", 4)]
+    assert (detail.notes, detail.problems, detail.model) == (["a note"], ["look at this"], "chroma nano")
+    assert detail.events_end == run.events.stat().st_size
+
+
+def test_fifty_long_runs_cost_next_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """25,000 steps each. The first looks read within their time, the later ones only ask for sizes."""
+    long = WrittenRun(tmp_path / "output" / "0").starts(25_000)
+    line = json.dumps({**{"t": BEGAN, "kind": "step"}, **vars(stepped(1, 25_000))})
+    head, _, rest = line.partition('"step": 1,')
+    with long.events.open("a") as file:
+        file.writelines(f'{head}"step": {step},{rest}\n' for step in range(1, 25_001))
+    for number in range(1, 50):
+        folder = tmp_path / "output" / str(number)
+        folder.mkdir()
+        os.link(long.events, folder / "events.jsonl")
+    monkeypatch.setattr(folders, "SCAN_EVERY_S", 1000.0)
+    parsed: list[bytes] = []
+    real = tail.record
+    monkeypatch.setattr(tail, "record", lambda line: parsed.append(line) or real(line))
+    known = Runs(Place(tmp_path))
+    deadline = time.monotonic() + 120
+    while not all(run.step == 25_000 for run in known.summaries()):
+        assert time.monotonic() < deadline
+    assert len(parsed) <= 50 * 2 * (2 * digest.LOOKED_AT + digest.RECENT + 10), "of 25,000, in two readings"
+    cpu = time.thread_time()
+    for _ in range(10):
+        known.summaries()
+    assert (time.thread_time() - cpu) / 10 < 0.05, "it takes 2 ms where nothing else runs"
