@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from simpletuner.adapters import files
+from simpletuner.adapters.container import WEIGHTS_NAME
 from simpletuner.adapters.lora import attach, set_strength
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError, DiskFull, ModelError
@@ -36,7 +37,7 @@ def trained(options: AdapterOptions, names: list[str] | None = None):
 @pytest.mark.parametrize("kind", KINDS)
 def test_diffusers_applies_exactly_our_delta(kind, tmp_path, caplog):
     network, _ = trained(KINDS[kind])
-    files.save(network, tmp_path / files.layout.WEIGHTS_NAME, {"modelspec.title": "moon"})
+    files.save(network, tmp_path / WEIGHTS_NAME, {"modelspec.title": "moon"})
     base = run(tiny_chroma())
     loaded = pipeline(tiny_chroma())
     caplog.clear()
@@ -135,7 +136,7 @@ def test_a_file_that_would_act_differently_never_gets_its_name(damage, tmp_path,
     target = tmp_path / "a.safetensors"
     target.write_bytes(b"the one before")
     honest = files._tensors
-    monkeypatch.setattr(files, "_tensors", lambda modules: damage(honest(modules)))
+    monkeypatch.setattr(files, "_tensors", lambda *given: damage(honest(*given)))
     with pytest.raises(ModelError, match="saved LoRA would"):
         files.save(network, target)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the one before"]
@@ -145,7 +146,9 @@ def test_a_wrong_magnitude_is_seen(tmp_path, monkeypatch):
     network, _ = trained(KINDS["dora"])
     honest = files._tensors
     monkeypatch.setattr(
-        files, "_tensors", lambda m: {k: v + 1e-4 * ("magnitude" in k) for k, v in honest(m).items()}
+        files,
+        "_tensors",
+        lambda *given: {k: v + 1e-4 * ("magnitude" in k) for k, v in honest(*given).items()},
     )
     with pytest.raises(ModelError, match="act differently"):
         files.save(network, tmp_path / "a.safetensors")
@@ -154,17 +157,18 @@ def test_a_wrong_magnitude_is_seen(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "named"),
     [
-        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "kohya"),
-        ("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight", "ComfyUI"),
-        ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "LyCORIS"),
-        ("lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight", "OneTrainer"),
-        ("base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight", "PEFT"),
-        ("transformer.transformer_blocks.0.attn.to_q.lora_down.weight", "lora_down"),
-        ("transformer_blocks.0.attn.to_q.lora_A.weight", "is not of the layout"),
+        ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "is a LoKr"),
+        ("lycoris_transformer_blocks_0_attn_to_q.hada_w1_a", "is a LoHa"),
+        ("base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight", "PEFT adapter folder"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text encoder weights"),
+        ("lora_unet_double_blocks_0_img_mod_lin.lora_down.weight", "Flux has and Chroma has not"),
+        ("lora_unet_distilled_guidance_layer_in_proj.lora_down.weight", "breaks the model"),
+        ("double_blocks.0.img_attn.qkv.weight", "is no LoRA of Chroma"),
         ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "has no lora_B.weight"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "has no lora_up.weight"),
     ],
 )
-def test_other_layouts_are_refused_by_name(key, named, tmp_path):
+def test_what_no_layout_has_is_refused_by_name(key, named, tmp_path):
     save_file({key: torch.zeros(4, 32)}, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match=named):
         files.describe(tmp_path / "x.safetensors")
@@ -172,7 +176,7 @@ def test_other_layouts_are_refused_by_name(key, named, tmp_path):
     files.save(network, tmp_path / "good.safetensors")
     mixed = {**load_file(tmp_path / "good.safetensors"), key.replace(".to_q.", ".to_z."): torch.zeros(4, 32)}
     save_file(mixed, tmp_path / "mixed.safetensors")
-    with pytest.raises(ModelError, match=named):
+    with pytest.raises(ModelError):
         files.load_into(tiny_chroma(), tmp_path / "mixed.safetensors")
 
 
@@ -234,7 +238,7 @@ def test_a_strength_in_the_header_is_read_as_diffusers_reads_it(use_rslora, tmp_
     assert (run(ours) - run(tiny_chroma())).abs().max() > 0.01
     assert torch.allclose(run(ours), run(theirs.transformer), rtol=0, atol=2e-6)
 
-    path = tmp_path / files.layout.WEIGHTS_NAME
+    path = tmp_path / WEIGHTS_NAME
     tensors, header = load_file(path), files.describe(path).metadata
     save_file(alpha_added(tensors), path, header)
     with pytest.raises(ModelError, match="alpha of its own and another in the header"):

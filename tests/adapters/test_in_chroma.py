@@ -8,6 +8,7 @@ from diffusers import ChromaTransformer2DModel
 from torch import Tensor
 
 from simpletuner.adapters import files
+from simpletuner.adapters.container import WEIGHTS_NAME
 from simpletuner.adapters.lora import attach, set_strength
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.models.chroma.family import Chroma
@@ -55,7 +56,7 @@ def test_a_file_trained_here_is_the_same_delta_in_the_diffusers_pipeline(preset,
     options = AdapterOptions(lora_rank=4, lora_alpha=3.0, use_dora=dora)
     result = attach(ours, options, lora_targets(ours, preset), seed=1)
     perturb(result.trainable)
-    files.save(ours, tmp_path / files.layout.WEIGHTS_NAME)
+    files.save(ours, tmp_path / WEIGHTS_NAME)
     loaded = pipeline(theirs)
     loaded.load_lora_weights(tmp_path)
     delta, delta_theirs = run_ours(ours) - base, run_theirs(theirs) - base_theirs

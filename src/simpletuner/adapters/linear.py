@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from simpletuner.adapters.layout import Factors
+from simpletuner.adapters.layouts import Factors
 from simpletuner.errors import ModelError
 
 ADAPTER = "default"

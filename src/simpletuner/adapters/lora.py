@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from simpletuner.adapters import layout
+from simpletuner.adapters import layouts
 from simpletuner.adapters.linear import ADAPTER, AdaptedLinear, DoraLinear, LoraLinear, adapted
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError, ModelError
@@ -27,13 +27,14 @@ class Attached:
     """modules, parameters: counts. scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
 
     trainable: (name, parameter) in module order; names as in PEFT's state dict,
-    "<module>.lora_A.weight", without the adapter's name.
+    "<module>.lora_A.weight", without the adapter's name. continued: the file it goes on from.
     """
 
     modules: int
     parameters: int
     scale: float
     trainable: list[tuple[str, nn.Parameter]]
+    continued: layouts.FileSummary | None = None
 
 
 def attach(
@@ -64,18 +65,18 @@ def attach(
     for name, module in modules.items():
         module.cast_adapter(dtype)
         _start(name, module, options, seed)
+    continued = None
     if options.init_lora is not None:
-        _continue_from(Path(options.init_lora), modules, options)
+        continued = _continue_from(Path(options.init_lora), modules, options)
     trainable = trainable_parameters(transformer)
     first = next(iter(modules.values()))
-    return Attached(
-        len(modules), sum(parameter.numel() for _, parameter in trainable), first.scale, trainable
-    )
+    parameters = sum(parameter.numel() for _, parameter in trainable)
+    return Attached(len(modules), parameters, first.scale, trainable, continued)
 
 
-def attach_file(transformer: nn.Module, path: Path, strength: float) -> layout.FileSummary:
+def attach_file(transformer: nn.Module, path: Path, strength: float) -> layouts.FileSummary:
     """Adapt the modules a file names, each with the file's rank, and freeze the result."""
-    factors, summary = layout.read(path)
+    factors, summary = layouts.read(path).opened()
     ranks = {f"^{re.escape(name)}": one.rank for name, one in factors.items()}
     config = LoraConfig(rank_pattern=ranks, alpha_pattern=dict(ranks), use_dora=summary.dora)
     modules = _inject(transformer, config, summary.modules, f"{path} was made for another network")
@@ -97,10 +98,10 @@ def trainable_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter
     """The adapter's parameters by PEFT's state-dict names, in module order."""
     found: list[tuple[str, nn.Parameter]] = []
     for name, module in adapted(transformer).items():
-        found.append((name + layout.DOWN, module.down))
-        found.append((name + layout.UP, module.up))
+        found.append((name + layouts.DOWN, module.down))
+        found.append((name + layouts.UP, module.up))
         if module.magnitude is not None:
-            found.append((name + layout.MAGNITUDE, module.magnitude))
+            found.append((name + layouts.MAGNITUDE, module.magnitude))
     return found
 
 
@@ -186,35 +187,38 @@ def _principal(name: str, module: LoraLinear, options: AdapterOptions, seed: int
     return root[:, None] * (v @ basis.t())[:rank], u[:, :rank] * root
 
 
-def _continue_from(path: Path, modules: Mapping[str, AdaptedLinear], options: AdapterOptions) -> None:
-    factors, summary = layout.read(path)
-    where = f"init_lora = {str(path)!r}"
+def _continue_from(
+    path: Path, modules: Mapping[str, AdaptedLinear], options: AdapterOptions
+) -> layouts.FileSummary:
+    """Modules of a smaller rank than the file's largest get rows more, whose delta is zero."""
+    factors, summary = layouts.read(path).opened()
+    where = f"init_lora = {str(path)!r} ({summary.layout} layout)"
     if set(factors) != set(modules):
         lacking, surplus = sorted(set(modules) - set(factors)), sorted(set(factors) - set(modules))
         raise ConfigError(
             f"{where} adapts other modules than this run: {len(lacking)} missing ({', '.join(lacking[:2])}), "
             f"{len(surplus)} too many ({', '.join(surplus[:2])}); set flux_lora_target alike"
         )
-    if summary.ranks != (options.lora_rank,):
-        raise ConfigError(
-            f"{where} has rank {', '.join(map(str, summary.ranks))} and lora_rank is {options.lora_rank}"
-        )
+    if summary.ranks[-1] != options.lora_rank:
+        raise ConfigError(f"{where} has rank {summary.ranks[-1]} and lora_rank is {options.lora_rank}")
     if summary.dora != options.use_dora:
         raise ConfigError(f"{where} is {'a' if summary.dora else 'no'} DoRA; set use_dora = {summary.dora}")
     for name, module in modules.items():
         _load(path, name, module, factors[name])
+    return summary
 
 
 @torch.no_grad()
-def _load(path: Path, name: str, module: AdaptedLinear, factors: layout.Factors) -> None:
-    """The file's delta, whatever alpha this module has."""
-    down, up = module.down, module.up
-    if factors.down.shape != down.shape or factors.up.shape != up.shape:
+def _load(path: Path, name: str, module: AdaptedLinear, factors: layouts.Factors) -> None:
+    """The file's delta, whatever alpha this module has; of a smaller rank it takes the first rows."""
+    down, up, rank = module.down, module.up, factors.rank
+    if factors.down.shape[1] != down.shape[1] or factors.up.shape[0] != up.shape[0]:
         raise ModelError(
             f"{path}: {name} is {tuple(factors.up.shape)} x {tuple(factors.down.shape)}, "
             f"this network needs {tuple(up.shape)} x {tuple(down.shape)}: it was made for another size"
         )
-    down.copy_(factors.down)
-    up.copy_(factors.up / module.scale)
+    down[:rank].copy_(factors.down)
+    up[:, :rank].copy_(factors.up / module.scale)
+    up[:, rank:].zero_()
     if factors.magnitude is not None and module.magnitude is not None:
         module.magnitude.copy_(factors.magnitude.reshape(module.magnitude.shape))

@@ -35,6 +35,7 @@ MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "txt_in": ("context_embedder",),
     "final_layer.linear": ("proj_out",),
 })  # fmt: skip
+MLP_RATIO = 4  # of Chroma at any width; for files that adapt q, k and v of linear1 and not mlp
 _NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")
 
 

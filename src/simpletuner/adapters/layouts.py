@@ -1,0 +1,339 @@
+"""LoRA files in every layout in use, read into one form: diffusers module -> the factors of its delta."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simpletuner.adapters import container, names
+from simpletuner.errors import ModelError
+
+# PEFT's configuration in a file's header: diffusers takes strengths from it, ComfyUI does not see it.
+HEADER_CONFIG = "lora_adapter_metadata"
+DOWN, UP, MAGNITUDE, ALPHA = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".alpha"
+DORA_SCALE = ".dora_scale"  # LyCORIS' name of the magnitude, (out, 1)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """delta W = up @ down, alpha already in `up`.
+
+    down: (r, in). up: (out, r). magnitude: (out,), only with DoRA. All float32 on the CPU.
+    """
+
+    down: Tensor
+    up: Tensor
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True)
+class FileSummary:
+    """What a LoRA file holds, in diffusers' modules. ranks, alphas: each that occurs, ascending.
+
+    layout: what people call it. parameters: numbers in the file.
+    """
+
+    layout: str
+    modules: tuple[str, ...]
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    dora: bool
+    parameters: int
+    metadata: dict[str, str]
+
+    def __str__(self) -> str:
+        """kohya layout, rank 16, alpha 8, 190 modules: attn.to_k, attn.to_q"""
+        ends = sorted({re.sub(r"^.*blocks\.\d+\.", "", name) for name in self.modules})
+        ranks, alphas = ("/".join(f"{one:g}" for one in many) for many in (self.ranks, self.alphas))
+        kind = "DoRA" if self.dora else "rank"
+        return (
+            f"{self.layout} layout, {kind} {ranks}, alpha {alphas}, {len(self.modules)} modules:"
+            f" {', '.join(ends)}"
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A key is prefix + module + ending. title: what people call it. flat: dots of the module are `_`."""
+
+    title: str
+    prefix: str
+    native: bool
+    flat: bool = False
+    down: str = DOWN
+    up: str = UP
+
+    def key(self, module: str) -> str:
+        return self.prefix + (names.flattened(module) if self.flat else module)
+
+    def module(self, written: str) -> str | None:
+        """The middle of a key as a dotted name, native or diffusers'; None for what Chroma has not."""
+        if self.flat:
+            return names.unflattened(written, self.native)
+        known = names.diffusers_names(written) if self.native else names.native_name(written)
+        return written if known or self.prefix == "transformer." else None
+
+
+# The twelve layouts that are met are these nine, the first with and without alpha tensors and header.
+_KOHYA = {"down": ".lora_down.weight", "up": ".lora_up.weight"}
+LAYOUTS: Mapping[str, Layout] = MappingProxyType({
+    "diffusers": Layout("diffusers", "transformer.", native=False),
+    "transformer-kohya": Layout("diffusers' names with lora_down/up", "transformer.", native=False, **_KOHYA),
+    "kohya": Layout("kohya", "lora_unet_", native=True, flat=True, **_KOHYA),
+    "comfyui": Layout("ComfyUI", "diffusion_model.", native=True, **_KOHYA),
+    "comfyui-peft": Layout("ComfyUI with lora_A/B (AI Toolkit)", "diffusion_model.", native=True),
+    "comfyui-diffusers": Layout("diffusers' names under diffusion_model.", "diffusion_model.", native=False),
+    "onetrainer": Layout("OneTrainer", "lora_transformer_", native=False, flat=True, **_KOHYA),
+    "lycoris": Layout("LyCORIS", "lycoris_", native=False, flat=True, **_KOHYA),
+    "bare": Layout("diffusers' names without a prefix", "", native=False),
+})  # fmt: skip
+
+# Part of a key that no layout has -> what such a file is.
+FOREIGN = {
+    "lora_te": "has text encoder weights (lora_te*), which Chroma's T5 does not take",
+    "text_encoder": "has text encoder weights, which Chroma's T5 does not take",
+    ".lokr_": "is a LoKr (lokr_*), which is not read here",
+    ".hada_": "is a LoHa (hada_*), which is not read here",
+    "distilled_guidance_layer": "adapts the approximator, which breaks the model",
+    "mod_lin": "adapts modulation layers, which Flux has and Chroma has not",
+    "mod.lin": "adapts modulation layers, which Flux has and Chroma has not",
+    "modulation": "adapts modulation layers, which Flux has and Chroma has not",
+    "base_model.model.": "is a PEFT adapter folder's (base_model.model.*), whose alpha is in another file",
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One module as the file has it, before any rule. magnitude: PEFT's; dora_scale: LyCORIS'."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float | None = None
+    magnitude: Tensor | None = None
+    dora_scale: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """modules: by their names in the layout. header: PEFT's configuration, mostly empty."""
+
+    path: Path
+    layout: str
+    modules: dict[str, Stored]
+    header: dict[str, Any]
+    metadata: dict[str, str]
+    parameters: int
+
+    def factors(self) -> dict[str, Factors]:
+        """What the file was made to do: diffusers module -> factors."""
+        found: dict[str, Factors] = {}
+        for name, one in self.modules.items():
+            magnitude = one.magnitude
+            if one.dora_scale is not None:
+                if one.dora_scale.shape[0] != one.up.shape[0] or one.dora_scale.numel() != one.up.shape[0]:
+                    raise ModelError(
+                        f"{self.path}: the dora_scale of {name} is per input, which is not read here"
+                    )
+                magnitude = one.dora_scale.flatten()
+            found |= self.split(name, self.scale(name), magnitude)
+        if len({one.magnitude is None for one in found.values()}) != 1:
+            what = "mixes LoRA and DoRA modules" if found else "holds no LoRA weights"
+            raise ModelError(f"{self.path} {what}")
+        return dict(sorted(found.items()))
+
+    def opened(self) -> tuple[dict[str, Factors], FileSummary]:
+        factors = self.factors()
+        summary = FileSummary(
+            layout=LAYOUTS[self.layout].title,
+            modules=tuple(factors),
+            ranks=tuple(sorted({one.rank for one in factors.values()})),
+            alphas=tuple(
+                sorted({round(self.scale(name) * one.rank, 6) for name, one in self.modules.items()})
+            ),
+            dora=any(one.magnitude is not None for one in factors.values()),
+            parameters=self.parameters,
+            metadata=self.metadata,
+        )
+        return factors, summary
+
+    def scale(self, name: str) -> float:
+        """alpha / rank by the alpha tensor, else by the header, else 1. ModelError where the two differ."""
+        one, told = self.modules[name], self.header_scale(name)
+        own = None if one.alpha is None else one.alpha / one.rank
+        if own is not None and told is not None and not math.isclose(own, told, rel_tol=1e-6):
+            raise ModelError(f"{self.path}: {name} has an alpha of its own and another in the header")
+        return own if own is not None else 1.0 if told is None else told
+
+    def header_scale(self, name: str) -> float | None:
+        """As PEFT reads its own configuration; None where it says nothing."""
+        rank, config = self.modules[name].rank, self.header
+        if "lora_alpha" not in config:
+            return None
+        patterns = config.get("alpha_pattern") or {}
+        # Regular expressions by PEFT's rule, but a stranger's are never run: names alone are understood.
+        literal = {re.sub(r"[\^$\\]", "", str(pattern)): alpha for pattern, alpha in dict(patterns).items()}
+        own = (alpha for pattern, alpha in literal.items() if name == pattern or name.endswith(f".{pattern}"))
+        alpha = next(own, config["lora_alpha"])
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ModelError(f"{self.path}: lora_alpha in the header is no number")
+        return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+    def split(self, name: str, scale: float, magnitude: Tensor | None = None) -> dict[str, Factors]:
+        """One stored module as diffusers' modules: the same A, rows of B.
+
+        Of a block-diagonal pair each part gets its own columns back. Exact; ModelError where sizes cannot be.
+        """
+        one = self.modules[name]
+        up = one.up if scale == 1.0 else one.up * scale
+        parts = names.diffusers_names(name) if LAYOUTS[self.layout].native else (name,)
+        if len(parts) == 1:
+            return {parts[0]: Factors(one.down, up, magnitude)}
+        try:
+            rows = names.split_rows(len(parts), up.shape[0], one.down.shape[1])
+        except ValueError as error:
+            raise ModelError(f"{self.path}: {name}: {error}; it was made for another model") from None
+        found = {}
+        for part, where in zip(parts, rows):
+            mine = one.up[where].any(dim=0)
+            if not mine.any() and one.up.any():
+                continue  # a module that the file does not adapt
+            of_all = bool(mine.all()) or not mine.any()
+            down, own = (one.down, up[where]) if of_all else (one.down[mine], up[where][:, mine])
+            found[part] = Factors(down, own, None if magnitude is None else magnitude[where])
+        return found
+
+
+def read(path: Path) -> LoraFile:
+    """A file, or a folder that holds one, of any layout. ModelError says what else it is."""
+    path = container.find(path)
+    keys, metadata = container.keys_and_metadata(path)
+    layout = _layout_of(path, keys)
+    header = _header_config(path, metadata)
+    parts: dict[str, dict[str, Tensor]] = {}
+    tensors = container.tensors_of(path)
+    for key, tensor in tensors.items():
+        name, ending = _parse(LAYOUTS[layout], key) or ("", "")
+        parts.setdefault(name, {})[ending] = tensor
+    modules = {name: _stored(path, layout, name, found) for name, found in sorted(parts.items())}
+    count = sum(tensor.numel() for tensor in tensors.values())
+    return LoraFile(path, layout, modules, header, metadata, count)
+
+
+def fused(factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Native module -> factors: one A for all parts where they share it, else block-diagonal; exact.
+
+    A part that is not adapted gets rows of zeros. ModelError for DoRA and for modules without native name.
+    """
+    groups: dict[str, dict[int, Factors]] = {}
+    for name, one in factors.items():
+        place = names.native_name(name)
+        if place is None:
+            raise ModelError(f"{name} has no native name; only the diffusers layout can hold it")
+        if one.magnitude is not None:
+            raise ModelError(
+                "the native layouts cannot hold a DoRA: no program applies one in them as trained"
+            )
+        groups.setdefault(place[0], {})[place[1]] = one
+    return {native: _fuse(native, parts) for native, parts in groups.items()}
+
+
+def _fuse(native: str, parts: Mapping[int, Factors]) -> Factors:
+    count = len(names.diffusers_names(native))
+    if count == 1:
+        return parts[0]
+    first = next(iter(parts.values()))
+    width = first.down.shape[1]
+    heights = [width, width, width, names.MLP_RATIO * width][:count]
+    shared = all(
+        one.down.shape == first.down.shape and torch.equal(one.down, first.down) for one in parts.values()
+    )
+    rank = first.rank if shared else sum(one.rank for one in parts.values())
+    up, row, column = torch.zeros(sum(heights), rank), 0, 0
+    for place, height in enumerate(heights):
+        if place in parts:
+            part = parts[place].up
+            if part.shape[0] != height:
+                raise ModelError(f"{native}: part {place} has {part.shape[0]} rows, not {height}")
+            up[row : row + height, column : column + part.shape[1]] = part
+            column += 0 if shared else part.shape[1]
+        row += height
+    return Factors(first.down if shared else torch.cat([parts[place].down for place in sorted(parts)]), up)
+
+
+def _parse(layout: Layout, key: str) -> tuple[str, str] | None:
+    """(module, ending) of a key of this layout."""
+    endings = (layout.down, layout.up, ALPHA, MAGNITUDE, DORA_SCALE)
+    ending = next((one for one in endings if key.endswith(one)), None)
+    if ending is None or not key.startswith(layout.prefix):
+        return None
+    module = layout.module(key[len(layout.prefix) : -len(ending)])
+    return None if module is None else (module, ending)
+
+
+def _layout_of(path: Path, keys: Iterable[str]) -> str:
+    """The one layout that every key is of."""
+    keys = list(keys)
+    if not keys:
+        raise ModelError(f"{path} holds no LoRA weights")
+    fitting = {name: sum(_parse(layout, key) is not None for key in keys) for name, layout in LAYOUTS.items()}
+    best = max(fitting, key=lambda name: fitting[name])
+    if fitting[best] == len(keys):
+        return best
+    for mark, what in FOREIGN.items():
+        if any(mark in key for key in keys):
+            raise ModelError(f"{path} {what}")
+    odd = next(key for key in keys if _parse(LAYOUTS[best], key) is None)
+    if fitting[best]:
+        title = LAYOUTS[best].title
+        raise ModelError(
+            f"{path}: {fitting[best]} of {len(keys)} keys are of the layout {title}, {odd!r} is not"
+        )
+    raise ModelError(f"{path} is no LoRA of Chroma: key {odd!r} is not of any known layout")
+
+
+def _header_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        fields = json.loads(metadata.get(HEADER_CONFIG, "{}"))
+        config = {key.removeprefix("transformer."): value for key, value in fields.items()}
+        dict(config.get("alpha_pattern") or {})
+        return config
+    except (TypeError, ValueError, AttributeError, RecursionError):
+        raise ModelError(f"{path}: {HEADER_CONFIG} in its header is no JSON object") from None
+
+
+def _stored(path: Path, layout: str, name: str, parts: Mapping[str, Tensor]) -> Stored:
+    ends = LAYOUTS[layout]
+    for needed in (ends.down, ends.up):
+        if needed not in parts:
+            raise ModelError(f"{path}: {ends.key(name)} has no {needed[1:]}")
+    down, up, alpha = parts[ends.down], parts[ends.up], parts.get(ALPHA)
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
+        raise ModelError(f"{path}: {name}: shapes {tuple(down.shape)} and {tuple(up.shape)} are no LoRA pair")
+    if alpha is not None and (alpha.numel() != 1 or not bool(alpha.isfinite().all())):
+        raise ModelError(f"{path}: the alpha of {name} is no number")
+    for ending in (MAGNITUDE, DORA_SCALE):
+        if ending in parts and (parts[ending].ndim == 0 or not parts[ending].numel()):
+            raise ModelError(f"{path}: the magnitude of {name} has no rows")
+    if MAGNITUDE in parts and parts[MAGNITUDE].numel() != up.shape[0]:
+        raise ModelError(
+            f"{path}: the magnitude of {name} has {parts[MAGNITUDE].numel()} rows, not {up.shape[0]}"
+        )
+    magnitude = parts[MAGNITUDE].flatten() if MAGNITUDE in parts else None
+    return Stored(down, up, None if alpha is None else float(alpha), magnitude, parts.get(DORA_SCALE))

@@ -1,0 +1,217 @@
+"""Every layout is read as what it is meant to do; fused and split names into each other, exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import struct
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from simpletuner.adapters import files, layouts
+from simpletuner.adapters.layouts import Factors
+from simpletuner.errors import ModelError
+from tests.adapters.matrix import split_factors, twelve
+
+WIDTH = 32
+ROWS = tuple(twelve(8))
+
+
+def written(held, path):
+    save_file(held.tensors, path, metadata={"format": "pt", **held.header})
+    return path
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_layout_is_read_as_it_is_meant(row, tmp_path):
+    held = twelve(WIDTH, rank=4, alpha=2.0)[row]
+    factors, summary = layouts.read(written(held, tmp_path / "x.safetensors")).opened()
+    assert set(factors) == set(held.meant) == set(summary.modules)
+    assert summary.ranks == (4,)
+    assert summary.alphas == ((4.0,) if row == "diffusers" else (2.0,))
+    for name, (a, b, strength) in held.meant.items():
+        assert torch.allclose(factors[name].up @ factors[name].down, strength * (b @ a), rtol=1e-6, atol=1e-5)
+    assert "17 modules" in str(summary)
+    assert "rank 4" in str(summary)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "comfyui"])
+@pytest.mark.parametrize("row", ["diffusers", "kohya"])
+def test_there_and_back_is_the_identity(row, layout, tmp_path):
+    """From split names the fused pair is block-diagonal; from fused names A is one, and so it stays."""
+    held = twelve(WIDTH, rank=4, alpha=4.0)[row]
+    before = layouts.read(written(held, tmp_path / "x.safetensors")).factors()
+    files.write(before, tmp_path / "y.safetensors", layout, torch.float32, {})
+    stored = layouts.read(tmp_path / "y.safetensors")
+    ranks = {name.split(".", 2)[2]: one.rank for name, one in stored.modules.items()}
+    assert ranks["img_attn.qkv"] == (12 if row == "diffusers" else 4) if "img_attn.qkv" in ranks else True
+    assert {one.rank for name, one in stored.modules.items() if name.endswith("linear1")} == {
+        16 if row == "diffusers" else 4
+    }
+    after = stored.factors()
+    assert set(after) == set(before)
+    for name in before:
+        assert torch.equal(after[name].down, before[name].down)
+        assert torch.equal(after[name].up, before[name].up)
+
+
+def test_modules_that_are_not_adapted_stay_so(tmp_path):
+    """The default target leaves proj_mlp out, of which no tensor then tells the height."""
+    wanted = ("transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.attn.to_v")
+    kept = {name: Factors(*pair) for name, pair in split_factors(WIDTH, 4).items() if name in wanted}
+    files.write(kept, tmp_path / "x.safetensors", "kohya", torch.float32, {})
+    stored = layouts.read(tmp_path / "x.safetensors")
+    assert {name: tuple(one.up.shape) for name, one in stored.modules.items()} == {
+        "double_blocks.0.img_attn.qkv": (3 * WIDTH, 4),
+        "single_blocks.0.linear1": (7 * WIDTH, 4),
+    }
+    assert stored.factors().keys() == kept.keys()
+    for name, one in stored.factors().items():
+        assert torch.equal(one.up @ one.down, kept[name].up @ kept[name].down)
+
+
+def test_unequal_ranks_and_outer_modules_fit_the_native_names(tmp_path):
+    pairs = split_factors(WIDTH, 4)
+    kept = {name: Factors(*pair) for name, pair in pairs.items()}
+    kept["transformer_blocks.0.attn.to_q"] = Factors(torch.randn(2, WIDTH), torch.randn(WIDTH, 2))
+    files.write(kept, tmp_path / "x.safetensors", "comfyui", torch.float32, {})
+    after = layouts.read(tmp_path / "x.safetensors").opened()
+    assert after[1].ranks == (2, 4)
+    for name, one in after[0].items():
+        assert torch.equal(one.down, kept[name].down)
+    outer = {"proj_out": Factors(torch.randn(4, WIDTH), torch.randn(64, 4))}
+    files.write(outer, tmp_path / "y.safetensors", "comfyui", torch.float32, {})
+    assert layouts.read(tmp_path / "y.safetensors").factors().keys() == {"proj_out"}
+    with pytest.raises(ModelError, match=r"not be applied to proj_out .* by kohya"):
+        files.write(outer, tmp_path / "z.safetensors", "kohya", torch.float32, {})
+
+
+def test_an_untrained_lora_keeps_its_rank(tmp_path):
+    fresh = {name: Factors(a, torch.zeros_like(b)) for name, (a, b) in split_factors(WIDTH, 4).items()}
+    for layout in ("kohya", "comfyui"):
+        files.write(fresh, tmp_path / f"{layout}.safetensors", layout, torch.float32, {})
+
+
+def test_dora_scale_per_output_is_a_magnitude(tmp_path):
+    name, (a, b) = next(iter(split_factors(WIDTH, 4).items()))
+    tensors = {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
+    scale = torch.rand(WIDTH, 1)
+    save_file({**tensors, f"transformer.{name}.dora_scale": scale}, tmp_path / "x.safetensors")
+    assert torch.equal(layouts.read(tmp_path / "x.safetensors").factors()[name].magnitude, scale.flatten())
+    save_file(
+        {**tensors, f"transformer.{name}.dora_scale": scale.t().contiguous()}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ModelError, match="per input"):
+        layouts.read(tmp_path / "x.safetensors").factors()
+
+
+KEY = "transformer.transformer_blocks.0.attn.to_q"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 5)}, "no LoRA pair"),
+        ({"lora_A.weight": (0, 8), "lora_B.weight": (8, 0)}, "no LoRA pair"),
+        ({"lora_A.weight": (4, 8, 1), "lora_B.weight": (8, 4)}, "no LoRA pair"),
+        ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "alpha": (2,)}, "is no number"),
+        ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "lora_magnitude_vector": (3,)}, "rows, not 8"),
+        ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "dora_scale": ()}, "no rows"),
+    ],
+)
+def test_sizes_that_are_no_lora(tensors, said, tmp_path):
+    save_file(
+        {f"{KEY}.{end}": torch.ones(shape) for end, shape in tensors.items()}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ModelError, match=said):
+        layouts.read(tmp_path / "x.safetensors")
+    fused = {
+        f"lora_unet_single_blocks_0_linear1.lora_{end}.weight": torch.ones(4, 4) for end in ("down", "up")
+    }
+    save_file(fused, tmp_path / "y.safetensors")
+    with pytest.raises(ModelError, match="made for another model"):
+        layouts.read(tmp_path / "y.safetensors").factors()
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["[1]", "[" * 100_000, '{"transformer.lora_alpha": "x"}', '{"transformer.lora_alpha": NaN}',
+     '{"transformer.lora_alpha": 1, "transformer.alpha_pattern": 3}'],
+)  # fmt: skip
+def test_headers_that_are_no_configuration(config, tmp_path):
+    pair = {f"{KEY}.lora_A.weight": torch.ones(4, 8), f"{KEY}.lora_B.weight": torch.ones(8, 4)}
+    save_file(pair, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": config})
+    with pytest.raises(ModelError, match="header"):
+        layouts.read(tmp_path / "x.safetensors").factors()
+
+
+def test_a_pattern_of_a_stranger_is_not_run(tmp_path):
+    """As a regular expression this one would take until the end of the world."""
+    slow = {
+        "transformer.lora_alpha": 8,
+        "transformer.r": 4,
+        "transformer.alpha_pattern": {"(([a-z_.0-9]+)+)+!": 1},
+    }
+    pair = {f"{KEY}.lora_A.weight": torch.ones(4, 8), f"{KEY}.lora_B.weight": torch.ones(8, 4)}
+    save_file(pair, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": json.dumps(slow)})
+    assert float(layouts.read(tmp_path / "x.safetensors").factors()[KEY[12:]].up[0, 0]) == 2.0
+
+
+class Trap:
+    opened = False
+
+    def __reduce__(self):
+        return (setattr, (Trap, "opened", True))
+
+
+def test_pickles_are_never_opened(tmp_path):
+    for number, data in enumerate((pickle.dumps(Trap()), pickle.dumps(Trap(), protocol=2))):
+        (tmp_path / f"{number}.safetensors").write_bytes(data)
+        with pytest.raises(ModelError, match=r"pickle.* never opened"):
+            layouts.read(tmp_path / f"{number}.safetensors")
+    torch.save({"x": torch.ones(1)}, tmp_path / "x.pt")
+    with pytest.raises(ModelError, match="pickle in a zip"):
+        layouts.read(tmp_path / "x.pt")
+    assert not Trap.opened
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x00", struct.pack("<Q", 1 << 60) + b"{}", struct.pack("<Q", 2) + b"{",
+     struct.pack("<Q", 2) + b"[]",
+     struct.pack("<Q", 10) + b"{" * 10, b"GGUF\x03\x00\x00\x00" + bytes(40), b"<html>" + bytes(40),
+     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"],
+)  # fmt: skip
+def test_other_kinds_of_file(data, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(data)
+    with pytest.raises(ModelError, match=r"readable safetensors|holds no LoRA"):
+        layouts.read(tmp_path / "x.safetensors")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_damage_of_any_kind_is_told_as_such(tmp_path_factory, data):
+    """Bytes changed, cut or repeated anywhere in a good file: it is read, or it is a ModelError."""
+    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    row = data.draw(st.sampled_from(ROWS))
+    held = twelve(8, rank=2, alpha=1.0)[row]
+    held.tensors = dict(list(held.tensors.items())[:6])
+    content = bytearray(written(held, path).read_bytes())
+    length = struct.unpack("<Q", content[:8])[0] + 8
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, min(len(content), length) - 1))
+        match data.draw(st.sampled_from(["change", "cut", "insert"])):
+            case "change":
+                content[place] = data.draw(st.integers(0, 255))
+            case "cut":
+                del content[place : place + data.draw(st.integers(1, 40))]
+            case "insert":
+                content[place:place] = data.draw(st.binary(min_size=1, max_size=40))
+    path.write_bytes(content)
+    with contextlib.suppress(ModelError):  # anything else is the failure
+        layouts.read(path).opened()
