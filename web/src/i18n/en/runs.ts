@@ -1,3 +1,28 @@
 export const runs = {
   title: "Runs",
+  start: "New run",
+  search: "Search by name",
+  nothing: "No run has this name.",
+  progress: "Progress",
+  loss: "Loss",
+  steps: (step: string, total: string) => `${step} of ${total} steps`,
+  left: (time: string) => `${time} left`,
+  empty: {
+    title: "Nothing has been trained here yet",
+    text: "Bring 10 to 50 pictures of what the model should learn, then set up a run. You see what it will cost before it starts, and you can rehearse it in a minute on the built-in tiny model.",
+    pictures: "1. Add pictures",
+    start: "2. Set up a run",
+  },
+  queue: {
+    title: "Queue",
+    paused: "The queue is paused: nothing new starts. What runs goes on.",
+    pause: "Pause the queue",
+    go: "Let it go on",
+    continueOnError: "Go on when a run fails",
+    rehearsal: "rehearsal",
+    earlier: (name: string) => `Start ${name} earlier`,
+    later: (name: string) => `Start ${name} later`,
+    withdraw: "Withdraw",
+    empty: "Nothing waits.",
+  },
 };
