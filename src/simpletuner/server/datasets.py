@@ -57,7 +57,7 @@ class Datasets:
         names = set(self._added())
         if self.place.datasets.is_dir():
             names |= {entry.name for entry in os.scandir(self.place.datasets) if entry.is_dir()}
-        known = [name for name in sorted(names) if NAME.fullmatch(name) and self._find(name) is not None]
+        known = [name for name in sorted(names) if self._find(name) is not None]
         return [self.info(name, WAIT_S / 10) for name in known]
 
     def make(self, name: str, path: str | None) -> DatasetInfo:
@@ -187,10 +187,11 @@ class Datasets:
 
     def _find(self, name: str) -> Path | None:
         """The folder of a dataset, links followed; None when there is none that may be shown."""
-        written = (
-            self.place.datasets / name if (self.place.datasets / name).is_dir() else self._added().get(name)
-        )
-        folder = self._allowed(written) if NAME.fullmatch(name) and written is not None else None
+        if not NAME.fullmatch(name):
+            return None
+        own = self.place.datasets / name
+        written = own if own.is_dir() else self._added().get(name)
+        folder = self._allowed(written) if written is not None else None
         return folder if folder is not None and folder.is_dir() else None
 
     def _catalogue(self, name: str, wait_s: float = WAIT_S) -> Catalogue:

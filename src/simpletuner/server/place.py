@@ -17,6 +17,7 @@ from pathlib import Path
 from simpletuner.errors import SimpleTunerError
 
 OWN = ".simpletuner"
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of Linux' and macOS' file systems
 
 
 class Outside(SimpleTunerError):
@@ -55,8 +56,8 @@ class Place:
         the workspace. Raises Outside.
         """
         text = os.fspath(path)
-        if "\0" in text:
-            raise Outside("a path cannot hold a NUL")
+        if _impossible(text):
+            raise Outside("that is no path")
         try:
             real = Path(os.path.realpath(self.workspace / os.path.expanduser(text)))
         except (OSError, ValueError) as error:
@@ -70,12 +71,23 @@ class Place:
         names, backslashes, drives, NUL, and links that lead out of the folder.
         """
         parts = name.split("/")
-        if not name or any(part in ("", ".", "..") for part in parts) or set(name) & set("\\\0:"):
+        bad = not name or any(part in ("", ".", "..") for part in parts) or set(name) & set("\\:")
+        if bad or _impossible(name):
             raise Outside("that is no name of a file here")
         real, home = Path(os.path.realpath(folder.joinpath(*parts))), Path(os.path.realpath(folder))
         if home not in real.parents:
             raise Outside("that file is outside its folder")
         return real
+
+
+def _impossible(path: str) -> bool:
+    """Where the system would fail instead of finding nothing."""
+    try:
+        whole = os.fsencode(path)
+    except UnicodeEncodeError:
+        return True
+    longest = max(map(len, whole.split(b"/")))
+    return b"\0" in whole or len(whole) > LONGEST_PATH or longest > LONGEST_NAME
 
 
 def run_id(path: Path) -> str:
