@@ -185,7 +185,8 @@ class Catalogue:
         old = self._rows.get(found.name)
         if old is not None and old.mark == mark:
             return old
-        size, said, wrong = ABSENT, (), None
+        size, wrong = ABSENT, None
+        said: tuple[str, ...] = ()
         try:
             size = self._size(found, mark[0])
             frame(Framing(), size, found.name, 0, 1)  # refuses what is beyond the limits of aspect

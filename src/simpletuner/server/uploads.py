@@ -209,7 +209,7 @@ def unpack(place: Place, part: Path, folder: Path) -> tuple[list[str], list[Refu
     refused: list[RefusedFile] = []
     hidden = 0
     try:
-        with part.open("rb") as raw, zipfile.ZipFile(_Archive(raw)) as archive:  # type: ignore[arg-type]
+        with part.open("rb") as raw, zipfile.ZipFile(_Archive(raw)) as archive:
             members = [one for one in archive.infolist() if not one.is_dir()]
             _check_whole(members, part.stat().st_size, shutil.disk_usage(folder).free - SPARE_BYTES)
             for member in members:

@@ -1,0 +1,142 @@
+"""Captions are written over what their writer saw and over nothing else; the old text is kept."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from simpletuner.server.captions import LONGEST, read_caption
+from simpletuner.server.datasets import Datasets, View
+from simpletuner.server.place import Outside
+from simpletuner.server.refusal import Refused
+from simpletuner.server.wire.datasets import CaptionWrite, Item
+from tests.server.dataset_home import PNG, place
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Datasets:
+    where = place(tmp_path / "w")
+    folder = where.datasets / "photos"
+    (folder / "in").mkdir(parents=True)
+    for name in ("a.png", "b.png", "in/c.v2.png"):
+        (folder / name).write_bytes(PNG)
+    (folder / "a.txt").write_bytes(b"first\r\nsecond")
+    return Datasets(where)
+
+
+def folder(datasets: Datasets) -> Path:
+    return datasets.place.datasets / "photos"
+
+
+def write(datasets: Datasets, file: str, text: str, before: str | None) -> Item:
+    page = datasets.caption("photos", file, CaptionWrite(text=text, before=before), View())
+    assert (page.total, len(page.items)) == (1, 1)
+    return page.items[0]
+
+
+def trash(datasets: Datasets) -> list[bytes]:
+    found = (path for path in (datasets.place.own / "trash").rglob("*") if path.is_file())
+    return sorted(path.read_bytes() for path in found)
+
+
+def test_write_and_undo(photos: Datasets) -> None:
+    seen = photos.items("photos", 0, 9, "all", View()).items[0]
+    item = write(photos, "a.png", "a new one", seen.caption_text)
+    assert (item.caption_text, item.captions) == ("a new one", ["a new one"])
+    assert trash(photos) == [b"first\r\nsecond"]
+    write(photos, "a.png", seen.caption_text or "", "a new one")
+    assert (folder(photos) / "a.txt").read_bytes() == b"first\r\nsecond"
+    assert trash(photos) == [b"a new one", b"first\r\nsecond"]
+
+
+def test_the_first_caption_and_its_undoing(photos: Datasets) -> None:
+    assert write(photos, "in/c.v2.png", "said नमस्ते", None).captions == ["said नमस्ते"]
+    assert (folder(photos) / "in" / "c.v2.txt").read_text(encoding="utf-8") == "said नमस्ते"
+    assert photos.info("photos").captioned == 2
+    assert write(photos, "in/c.v2.png", "", "said नमस्ते").caption_text is None
+    assert not (folder(photos) / "in" / "c.v2.txt").exists()
+    assert photos.info("photos").captioned == 1
+    assert trash(photos) == ["said नमस्ते".encode()]
+
+
+def test_another_text_there_is_not_overwritten(photos: Datasets) -> None:
+    for file, before in (("a.png", None), ("a.png", "first"), ("b.png", "something"), ("b.png", "")):
+        with pytest.raises(Refused) as caught:
+            write(photos, file, "mine", before)
+        assert caught.value.status == 409
+    assert (folder(photos) / "a.txt").read_bytes() == b"first\r\nsecond"
+    assert not (folder(photos) / "b.txt").exists()
+    assert trash(photos) == []
+
+
+def test_of_many_writers_who_saw_the_same_one_wins(photos: Datasets) -> None:
+    results: list[str] = []
+
+    def attempt(text: str) -> None:
+        try:
+            write(photos, "b.png", text, None)
+            results.append(text)
+        except Refused:
+            results.append("")
+
+    threads = [threading.Thread(target=attempt, args=(f"text {number}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    (winner,) = [text for text in results if text]
+    assert len(results) == 8
+    assert read_caption(folder(photos) / "b.txt") == winner
+
+
+def test_an_unreadable_text_can_be_replaced_and_is_kept(photos: Datasets) -> None:
+    (folder(photos) / "b.txt").write_bytes(b"caf\xe9")
+    assert write(photos, "b.png", "coffee", None).captions == ["coffee"]
+    assert trash(photos) == [b"caf\xe9"]
+
+
+def test_upper_case_suffix_is_written_in_place(photos: Datasets) -> None:
+    (folder(photos) / "b.TXT").write_text("old")
+    assert write(photos, "b.png", "new", "old").captions == ["new"]
+    assert not (folder(photos) / "b.txt").exists()
+
+
+@pytest.mark.parametrize("text", ["x" * (LONGEST + 1), "a\0b", "\ud800"])
+def test_texts_that_are_no_captions(photos: Datasets, text: str) -> None:
+    with pytest.raises(Refused) as caught:
+        write(photos, "b.png", text, None)
+    assert (caught.value.status, caught.value.complaints[0].loc) == (422, "text")
+
+
+@pytest.mark.parametrize("file", ["none.png", "a.txt", "../photos/a.png", "", "in", "/etc/passwd"])
+def test_only_beside_a_picture_of_the_dataset(photos: Datasets, file: str) -> None:
+    with pytest.raises(Refused) as caught:
+        write(photos, file, "x", None)
+    assert caught.value.status == 404
+
+
+def test_never_through_a_link_that_leads_out(photos: Datasets, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    (folder(photos) / "b.txt").symlink_to(secret)
+    with pytest.raises(Outside):
+        write(photos, "b.png", "x", "secret")
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "d.png").write_bytes(PNG)
+    (folder(photos) / "out").symlink_to(tmp_path / "away")
+    with pytest.raises(Outside):
+        write(photos, "out/d.png", "x", None)
+    assert secret.read_text() == "secret"
+    assert [path.name for path in (tmp_path / "away").iterdir()] == ["d.png"]
+
+
+def test_in_a_folder_that_was_added(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.png").write_bytes(PNG)
+    datasets = Datasets(place(tmp_path / "w", tmp_path / "mine"))
+    datasets.make("mine", str(tmp_path / "mine"))
+    page = datasets.caption("mine", "a.png", CaptionWrite(text="a cat", before=None), View())
+    assert page.items[0].captions == ["a cat"]
+    assert (tmp_path / "mine" / "a.txt").read_text() == "a cat"
