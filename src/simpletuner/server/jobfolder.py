@@ -1,0 +1,181 @@
+"""The folder of a job: what it runs, frozen; who holds it; how it ended. A job's state follows from it.
+
+.simpletuner/jobs/<id>/
+    job.json     the command, frozen            config/      what the training reads by --config
+    runner.lock  there once it was started, locked while it lives
+    state.json   its process group              stop.json    somebody asked it to stop
+    exit.json    how the process ended          end.json     what it came to, said once
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from simpletuner.errors import Stopped
+from simpletuner.server.advice import Reason, reason
+from simpletuner.server.atomic import read_object, write_atomically
+from simpletuner.server.runs import held
+from simpletuner.server.states import ENDED, End, Facts, Phase, state_of
+from simpletuner.server.wire.base import State
+from simpletuner.server.wire.jobs import Job
+
+LINES = 40
+TAIL_BYTES = 16384
+
+
+@dataclass(frozen=True)
+class Work:
+    """job.json. devices: "gpu" or "cpu" while it waits, then the set it runs on, "cuda:0". run_dir: "" for a
+    rehearsal, which leaves nothing behind. queued_t: unix seconds.
+    """
+
+    name: str
+    kind: Literal["train", "rehearse"]
+    argv: tuple[str, ...]
+    cwd: str
+    run_dir: str
+    run: str
+    devices: str
+    queued_t: float
+    env: dict[str, str] = field(default_factory=dict)
+
+
+class JobFolder:
+    """One folder below jobs/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.id = path, path.name
+
+    def work(self) -> Work | None:
+        """None for a folder that is not whole: its server was killed while it wrote."""
+        content = read_object(self.path / "job.json") or {}
+        try:
+            return Work(**{**content, "argv": tuple(content["argv"])})
+        except (KeyError, TypeError):
+            return None
+
+    def write_work(self, work: Work) -> None:
+        write_atomically(self.path / "job.json", json.dumps(asdict(work), indent=1) + "\n")
+
+    def take_lock(self) -> int:
+        """A descriptor for the runner; the file has its name only when it is locked."""
+        unnamed = self.path / ".runner.lock"
+        descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(unnamed, self.path / "runner.lock")
+        return descriptor
+
+    @property
+    def launched(self) -> bool:
+        return (self.path / "runner.lock").exists()
+
+    @property
+    def alive(self) -> bool:
+        return held(self.path / "runner.lock")
+
+    def asked(self) -> dict[str, Any] | None:
+        """{t, insist, sent}: when and how the stop was asked for, and what was done about it since."""
+        return read_object(self.path / "stop.json")
+
+    def ask(self, insist: bool) -> None:
+        asked = self.asked() or {"t": time.time(), "sent": []}
+        write_atomically(self.path / "stop.json", json.dumps({**asked, "insist": insist}) + "\n")
+
+    def sent(self, asked: dict[str, Any], what: str) -> None:
+        content = {**asked, "sent": [*asked["sent"], what]}
+        write_atomically(self.path / "stop.json", json.dumps(content) + "\n")
+
+    def signal(self, number: signal.Signals) -> bool:
+        """To the training by way of its runner; SIGKILL to the whole group. False: not yet to be reached."""
+        process = read_object(self.path / "state.json")
+        if process is None or not self.alive:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            if number != signal.SIGKILL:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process["pid"], number)
+                    return True
+            os.killpg(process["pid"], number)
+        return True
+
+    def state(self, phase: Phase = "starting") -> State:
+        """phase: how far the training has come while it lives, by its events."""
+        return state_of(self._facts(self.work(), phase))
+
+    def _facts(self, work: Work | None, phase: Phase) -> Facts:
+        if not self.launched or work is None:
+            return Facts()
+        alive = self.alive  # before exit.json, which is written while the lock is held
+        return Facts(True, alive, phase, self.asked() is not None, None if alive else self._end(work))
+
+    def _started_t(self) -> float | None:
+        process = read_object(self.path / "state.json")
+        return process["started_t"] if process else None
+
+    def _told(self, work: Work) -> dict[str, Any]:
+        """What the training itself wrote of this end into its run folder."""
+        told = read_object(Path(work.run_dir) / "exit.json") if work.run_dir else None
+        return told if told and told.get("t", 0) >= (self._started_t() or work.queued_t) else {}
+
+    def _end(self, work: Work) -> End | None:
+        exited = read_object(self.path / "exit.json")
+        if exited is None:  # the runner was killed; the training may have come to its own end
+            status = self._told(work).get("status")
+            return status if status in ("done", "stopped", "failed") else None
+        if exited["code"] in (0, Stopped.exit_code):
+            return "done" if exited["code"] == 0 else "stopped"
+        interrupted = exited["signal"] is not None or self.lines()[-1:] == ["Aborted!"]
+        return "stopped" if interrupted and self.asked() is not None else "failed"
+
+    def lines(self) -> list[str]:
+        """The last of its output."""
+        try:
+            with (self.path / "output.log").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                text = file.read().decode("utf-8", "replace")
+        except OSError:
+            return []
+        return (
+            [line.rpartition("\r")[2] for line in text.rstrip().split("\n")][-LINES:] if text.strip() else []
+        )
+
+    def view(self) -> Job | None:
+        """As the API tells of it. None for a folder that is not whole."""
+        work = self.work()
+        if work is None:
+            return None
+        state = self.state()
+        ended = state in ENDED
+        exited = read_object(self.path / "exit.json") or {}
+        lines = self.lines() if ended or (work.kind == "rehearse" and state != "queued") else []
+        told = str(self._told(work).get("message", "")) if ended else ""
+        why = Reason(told, "")
+        if state == "failed":
+            why = reason(exited.get("code"), exited.get("signal"), lines, told)
+        elif state == "lost":
+            lost = "the training vanished without a word: the computer went down, or everything was killed"
+            why = Reason(lost, "Resume it: it goes on from its last checkpoint")
+        return Job(
+            id=self.id,
+            run_dir=work.run_dir,
+            run=work.run,
+            name=work.name,
+            kind=work.kind,
+            state=state,
+            devices=work.devices,
+            queued_t=work.queued_t,
+            started_t=self._started_t(),
+            ended_t=exited.get("t", time.time()) if ended else None,
+            exit_code=exited.get("code"),
+            message=why.message,
+            advice=why.advice,
+            last_lines=lines,
+        )

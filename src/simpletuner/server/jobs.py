@@ -1,0 +1,251 @@
+"""The jobs of a workspace: queued, arranged, withdrawn, asked to stop. What starts them is the supervisor."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from simpletuner.server.atomic import write_atomically
+from simpletuner.server.drafts import Drafts
+from simpletuner.server.frozen import Frozen, of_draft, of_run
+from simpletuner.server.index import Index, Order
+from simpletuner.server.jobfolder import JobFolder, Work
+from simpletuner.server.judge import judge
+from simpletuner.server.place import Place, run_id
+from simpletuner.server.refusal import Refused, refuse
+from simpletuner.server.runs import Runs, held
+from simpletuner.server.settings import TRAINER
+from simpletuner.server.states import ACTIVE, ENDED, PHASES
+from simpletuner.server.wire.jobs import Job, JobAsk, Queue, QueueWrite
+from simpletuner.server.wire.runs import ResumeAsk
+
+ID = re.compile(r"[0-9a-f]{12}")
+CHECKPOINT = re.compile(r"checkpoint-\d{1,12}")
+ENDED_SHOWN = 200
+
+
+def in_order(jobs: Iterable[Job], order: Order) -> list[Job]:
+    """Those that wait; one that the order does not know comes last."""
+    places = {id: place for place, id in enumerate(order.jobs)}
+    waiting = [job for job in jobs if job.state == "queued"]
+    return sorted(waiting, key=lambda job: (places.get(job.id, len(places)), job.queued_t))
+
+
+class Jobs:
+    """trainer: as in Settings. changed: set when there is something to do for the supervisor."""
+
+    def __init__(self, place: Place, runs: Runs, drafts: Drafts, trainer: tuple[str, ...] = TRAINER) -> None:
+        self.place, self.folder = place, place.own / "jobs"
+        self.index, self.changed = Index(place.own), threading.Event()
+        self._runs, self._drafts, self._trainer = runs, drafts, trainer
+        runs.know(self)
+        self._lock = threading.RLock()
+
+    def queue(self) -> Queue:
+        order, jobs = self.index.order(), self._all()
+        active = sorted((job for job in jobs if job.state in ACTIVE), key=lambda job: job.queued_t)
+        ended = (job for job in jobs if job.state in ENDED)
+        newest = sorted(ended, key=lambda job: job.ended_t or 0.0, reverse=True)
+        return Queue(
+            paused=order.paused,
+            continue_on_error=order.continue_on_error,
+            jobs=[*in_order(jobs, order), *map(self._with_phase, active), *newest[:ENDED_SHOWN]],
+        )
+
+    def job(self, id: str) -> Job:
+        """404 for what is no job's id."""
+        folder = JobFolder(self.folder / id) if ID.fullmatch(id) else None
+        found = self._written(folder) or folder.view() if folder else None
+        return self._with_phase(found) if found else refuse(404, "there is no such job")
+
+    def by_run(self) -> dict[str, Job]:
+        """The newest job of every run that has one."""
+        return {job.run: job for job in sorted(self._all(), key=lambda job: job.queued_t) if job.run}
+
+    def elsewhere(self) -> int:
+        """How many runs work in this workspace that no job here started."""
+        mine = {run for run, job in self.by_run().items() if job.state in ACTIVE}
+        return sum(run.state in ACTIVE and run.id not in mine for run in self._runs.summaries())
+
+    def enqueue(self, ask: JobAsk) -> Job:
+        """Freeze a draft as it is now."""
+        draft = self._drafts.get(ask.draft)
+        problems = judge(self.place, draft.config, draft.datasets).problems
+        if problems:
+            raise Refused(422, problems)
+        frozen = of_draft(draft, self.place)
+        return self._add(draft.name, ask.kind, frozen)
+
+    def resume(self, run: str, ask: ResumeAsk) -> Job:
+        """Queue a run again with the configuration it had last."""
+        run_dir = self._found(run)
+        if ask.checkpoint is not None and not self._has_checkpoint(run_dir, ask.checkpoint):
+            refuse(422, "the run has no checkpoint of that name", "checkpoint")
+        if ask.max_train_steps is not None and ask.max_train_steps < 1:
+            refuse(422, "max_train_steps is at least 1", "max_train_steps")
+        summary, last = self._runs.summary(run), self.by_run().get(run)
+        longer = ask.max_train_steps is not None and ask.max_train_steps > summary.step
+        if summary.state == "done" and ask.checkpoint is None and not longer:
+            refuse(
+                422, f"the run is done at step {summary.step}: max_train_steps above that", "max_train_steps"
+            )
+        source = self.folder / last.id / "config" / "config.json" if last else run_dir / "config.json"
+        frozen = of_run(run_dir, source, ask.max_train_steps, ask.checkpoint)
+        return self._add(summary.name, "train", frozen)
+
+    def withdraw(self, id: str) -> None:
+        """Out of the queue, into the trash."""
+        with self._lock:
+            if self.job(id).state != "queued":
+                refuse(409, "only a job that waits can be withdrawn; stop its run instead")
+            trash = self.place.own / "trash" / f"{time.time():.3f}"
+            trash.mkdir(parents=True)
+            os.rename(self.folder / id, trash / f"job-{id}")
+            order = self.index.order()
+            self._reorder(replace(order, jobs=tuple(job for job in order.jobs if job != id)))
+
+    def arrange(self, write: QueueWrite) -> Queue:
+        """409 when the order is not of the jobs that wait now: somebody else was quicker."""
+        with self._lock:
+            order = self.index.order()
+            if write.order is not None:
+                if sorted(write.order) != sorted(folder.id for folder in self.waiting()):
+                    refuse(409, "the queue has changed meanwhile; look again", "order")
+                order = replace(order, jobs=tuple(write.order))
+            flags = {"paused": write.paused, "continue_on_error": write.continue_on_error}
+            self._reorder(
+                replace(order, **{name: value for name, value in flags.items() if value is not None})
+            )
+        return self.queue()
+
+    def stop(self, run: str, insist: bool) -> None:
+        """Ask the run to save and leave; insist: end it now."""
+        last = self.by_run().get(run)
+        if last is not None and last.state in ACTIVE:
+            JobFolder(self.folder / last.id).ask(insist)
+            self.changed.set()
+        elif last is not None and last.state == "queued":
+            refuse(409, "the run waits in the queue: withdraw its job instead")
+        elif insist:
+            refuse(409, "this run was started elsewhere: end it there, or let it save and leave")
+        else:
+            self.request(run, "stop")
+
+    def request(self, run: str, control: Literal["stop", "save", "validate"]) -> None:
+        """Lay a file that the running process looks for. 409 when nothing runs there."""
+        run_dir = self._found(run)
+        if not held(run_dir / "run.lock"):
+            refuse(409, "the run is not running")
+        self.place.below(run_dir, f"control/{control}").touch()
+
+    def waiting(self) -> list[JobFolder]:
+        """Those that could be started, in their order."""
+        return [JobFolder(self.folder / job.id) for job in in_order(self._views(), self.index.order())]
+
+    def unsettled(self) -> list[JobFolder]:
+        """Those that were started and whose end has not been written down."""
+        return [JobFolder(self.folder / job.id) for job in self._views() if job.state != "queued"]
+
+    def settle(self, folder: JobFolder) -> None:
+        """Write down what an ended job came to. A failure holds those that wait, unless told otherwise."""
+        with self._lock:
+            ended = folder.view()
+            if ended is None or ended.state not in ENDED:
+                return
+            write_atomically(folder.path / "end.json", ended.model_dump_json(indent=1) + "\n")
+            self.index.write_ended(folder.id, ended.model_dump_json())
+            order = self.index.order()
+            failed = ended.state in ("failed", "lost") and ended.kind == "train"
+            if failed and not order.continue_on_error and self.waiting():
+                self._reorder(replace(order, paused=True))
+
+    def _add(self, name: str, kind: Literal["train", "rehearse"], frozen: Frozen) -> Job:
+        rehearsal, run = kind == "rehearse", run_id(frozen.run_dir)
+        with self._lock:
+            if not rehearsal:
+                self._require_free(frozen.run_dir, run)
+            folder = JobFolder(self.folder / secrets.token_hex(6))
+            config = frozen.write(folder.path / "config")
+            work = Work(
+                name=name,
+                kind=kind,
+                argv=(*self._trainer, "--config", str(config), *(["--rehearse"] if rehearsal else [])),
+                cwd=str(self.place.workspace),
+                run_dir="" if rehearsal else str(frozen.run_dir),
+                run="" if rehearsal else run,
+                devices="cpu" if rehearsal or frozen.config.get("device") == "cpu" else "gpu",
+                queued_t=time.time(),
+            )
+            folder.write_work(work)
+            order = self.index.order()
+            self._reorder(replace(order, jobs=(*order.jobs, folder.id)))
+        return self.job(folder.id)
+
+    def _require_free(self, run_dir: Path, run: str) -> None:
+        last = self.by_run().get(run)
+        if last is not None and last.state not in ENDED:
+            refuse(
+                409,
+                f"{run_dir} already has a job that is {last.state}; stop it, or choose another output_dir",
+            )
+        if held(run_dir / "run.lock"):
+            refuse(409, f"a training that was started elsewhere works in {run_dir}")
+
+    def _reorder(self, order: Order) -> None:
+        self.index.write_order(order)
+        self.changed.set()
+
+    def _found(self, run: str) -> Path:
+        return (self._runs.find(run) if ID.fullmatch(run) else None) or refuse(404, "there is no such run")
+
+    def _has_checkpoint(self, run_dir: Path, name: str) -> bool:
+        return CHECKPOINT.fullmatch(name) is not None and self.place.below(run_dir, name).is_dir()
+
+    def _ids(self) -> list[str]:
+        try:
+            return [name for name in os.listdir(self.folder) if ID.fullmatch(name)]
+        except FileNotFoundError:
+            return []
+
+    def _written(self, folder: JobFolder) -> Job | None:
+        """What was written down of an ended job; None while it was not, or by a version with other fields."""
+        try:
+            return Job.model_validate_json((folder.path / "end.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def _with_phase(self, job: Job) -> Job:
+        """Nearer than "starting": the run's events know."""
+        if job.state != "starting" or not job.run:
+            return job
+        phase = self._runs.summary(job.run).state
+        return job.model_copy(update={"state": phase}) if phase in PHASES else job
+
+    def _views(self) -> list[Job]:
+        """Of all that wait, run, or ended without having been settled."""
+        with self._lock:
+            known = self.index.ended()
+            found = []
+            for id in self._ids():
+                if id in known:
+                    continue
+                folder = JobFolder(self.folder / id)
+                ended = self._written(folder)
+                if ended is not None:
+                    self.index.write_ended(id, ended.model_dump_json())
+                elif (view := folder.view()) is not None:
+                    found.append(view)
+            return found
+
+    def _all(self) -> list[Job]:
+        with self._lock:
+            living, here = self._views(), set(self._ids())
+            ended = self.index.ended().items()
+            return [*living, *(Job.model_validate_json(text) for id, text in ended if id in here)]

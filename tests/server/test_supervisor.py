@@ -1,0 +1,345 @@
+"""Starting, stopping, insisting, taking over, telling how it ended; with a trainer that trains nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from simpletuner.config.catalog import catalog
+from simpletuner.errors import SimpleTunerError
+from simpletuner.server import advice
+from simpletuner.server.jobfolder import JobFolder
+from simpletuner.server.place import run_id
+from simpletuner.server.refusal import Refused
+from simpletuner.server.runs import held
+from simpletuner.server.supervisor import device_sets, environment_of
+from simpletuner.server.wire.jobs import JobAsk, QueueWrite
+from simpletuner.server.wire.runs import ResumeAsk
+from simpletuner.training.rundir import RunFolder
+from tests.server.bench import ENDED, TRAINER, Bench, card, until
+
+SERVER = """
+import sys, time
+from pathlib import Path
+from tests.server.bench import Bench
+bench = Bench(Path(sys.argv[1]))
+bench.supervisor.start()
+bench.enqueue()
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setenv("FAKE_STEP_S", "0.01")
+    one = Bench(Path(os.path.realpath(tmp_path)))
+    yield one
+    end_all(one)
+
+
+def end_all(bench: Bench) -> None:
+    bench.supervisor.close()
+    for path in bench.jobs.folder.glob("*/state.json"):
+        folder = JobFolder(path.parent)
+        if folder.alive:
+            folder.signal(signal.SIGKILL)
+        until(lambda folder=folder: not folder.alive, "nothing is left behind")  # type: ignore[misc]
+
+
+def forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_STEPS", "100000")
+
+
+def test_one_after_the_other_to_the_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_STEPS", "6")
+    first, second = bench.enqueue("one"), bench.enqueue("two")
+    bench.supervisor.look()
+    assert bench.state(first) == "starting"
+    assert bench.state(second) == "queued", "the device is taken"
+    done = bench.reach(second, *ENDED)
+    ended = [bench.jobs.job(first.id), done]
+    assert [(job.state, job.exit_code, job.devices) for job in ended] == [("done", 0, "cpu")] * 2
+    assert ended[0].ended_t is not None
+    assert done.started_t is not None
+    assert ended[0].ended_t <= done.started_t
+    assert [job.id for job in bench.jobs.queue().jobs] == [second.id, first.id]
+    assert (Path(first.run_dir) / "pytorch_lora_weights.safetensors").exists()
+    assert bench.restarted().jobs.queue() == bench.jobs.queue()
+
+
+def test_states_on_the_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    forever(monkeypatch)
+    monkeypatch.setenv("FAKE_STEP_S", "0.2")
+    job, seen = bench.enqueue(), list[str]()
+
+    def note() -> None:
+        bench.supervisor.look()
+        state = bench.state(job)
+        seen.extend([state] if seen[-1:] != [state] else [])
+
+    until(lambda: "running" in seen, "it runs", note)
+    bench.jobs.stop(job.run, insist=False)
+    until(lambda: seen[-1] in ENDED, "it stops", note)
+    assert seen == ["starting", "caching", "running", "stopping", "stopped"]
+    assert bench.jobs.job(job.id).exit_code == 75
+
+
+def test_stop_saves_and_resume_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    forever(monkeypatch)
+    job = bench.enqueue()
+    bench.reach(job, "running")
+    bench.jobs.stop(job.run, insist=False)
+    stopped = bench.reach(job, *ENDED)
+    assert stopped.state == "stopped"
+    assert bench.file(job, "stop.json")["sent"] == ["control/stop"]
+    (checkpoint,) = Path(job.run_dir).glob("checkpoint-*")
+    step = int(checkpoint.name.rpartition("-")[2])
+    monkeypatch.setenv("FAKE_STEPS", str(step + 5))
+    again = bench.jobs.resume(job.run, ResumeAsk(max_train_steps=step + 5))
+    assert bench.jobs.by_run()[job.run].id == again.id
+    assert bench.reach(again, *ENDED).state == "done"
+    events = [json.loads(line) for line in (Path(job.run_dir) / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["kind"] == "resumed"] == [step]
+    assert bench.file(again, "config/config.json")["max_train_steps"] == step + 5
+
+
+def test_a_deaf_training_is_ended_in_three_steps(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    forever(monkeypatch)
+    monkeypatch.setenv("FAKE_DEAF", "1")
+    bench = Bench(bench.place.workspace, grace_s=0.3)
+    job = bench.enqueue()
+    bench.reach(job, "running")
+    begun = time.monotonic()
+    bench.jobs.stop(job.run, insist=False)
+    assert bench.reach(job, *ENDED).state == "stopped"
+    assert time.monotonic() - begun > 0.6
+    assert bench.file(job, "stop.json")["sent"] == ["control/stop", "SIGTERM", "SIGKILL"]
+    bench.supervisor.close()
+
+
+def test_who_insists_does_not_wait(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    forever(monkeypatch)
+    monkeypatch.setenv("FAKE_DEAF", "1")
+    job = bench.enqueue()
+    bench.reach(job, "running")
+    bench.jobs.stop(job.run, insist=False)
+    bench.supervisor.look()
+    bench.jobs.stop(job.run, insist=True)
+    assert bench.reach(job, *ENDED).state == "stopped"
+    assert bench.file(job, "stop.json")["sent"] == ["control/stop", "SIGKILL"]
+
+
+def test_before_there_is_a_run_folder_the_process_is_asked(bench: Bench, tmp_path: Path) -> None:
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time\nprint('loading', flush=True)\ntime.sleep(600)\n")
+    bench.jobs._trainer = (sys.executable, str(slow))
+    job = bench.enqueue()
+    log = bench.jobs.folder / job.id / "output.log"
+    until(lambda: log.exists() and "loading" in log.read_text(), "it loads", bench.supervisor.look)
+    bench.jobs.stop(job.run, insist=False)
+    assert bench.reach(job, *ENDED).state == "stopped"
+    assert bench.file(job, "stop.json")["sent"] == ["SIGINT"]
+
+
+def test_a_killed_server_leaves_the_training_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    forever(monkeypatch)
+    server = subprocess.Popen([sys.executable, "-c", SERVER, str(bench.place.workspace)], cwd=Path.cwd())
+    until(lambda: any(job.state == "running" for job in bench.jobs.queue().jobs), "it runs")
+    (job,) = bench.jobs.queue().jobs
+    bench.supervisor.look()
+    assert bench.supervisor._lock is None, "two servers do not both act"
+    server.kill()
+    server.wait()
+    events = Path(job.run_dir) / "events.jsonl"
+    size = events.stat().st_size
+    until(lambda: events.stat().st_size > size + 2000, "it goes on")
+    assert bench.state(job) == "running"
+    bench.supervisor.look()
+    bench.jobs.stop(job.run, insist=False)
+    assert bench.reach(job, *ENDED).state == "stopped"
+
+
+def test_what_ended_while_no_server_was_there(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_STEPS", "5")
+    job = bench.enqueue()
+    bench.supervisor.look()
+    until((bench.jobs.folder / job.id / "exit.json").exists, "it ends by itself")
+    until(lambda: not JobFolder(bench.jobs.folder / job.id).alive, "its runner too")
+    later = bench.restarted()
+    assert later.reach(job, *ENDED).state == "done"
+    assert later.file(job, "end.json")["state"] == "done"
+    later.supervisor.close()
+
+
+def test_the_whole_group_killed_is_lost_and_can_be_resumed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forever(monkeypatch)
+    job = bench.enqueue(checkpoint_step_interval=5)
+    until(lambda: [*Path(job.run_dir).glob("checkpoint-*")], "a checkpoint", bench.supervisor.look)
+    os.killpg(bench.file(job, "state.json")["pid"], signal.SIGKILL)
+    lost = bench.reach(job, *ENDED)
+    assert (lost.state, lost.exit_code) == ("lost", None)
+    assert "Resume" in lost.advice
+    again = bench.jobs.resume(job.run, ResumeAsk())
+    bench.reach(again, "running")
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "options"),
+    [("host", None, "base_model_precision"), ("cuda", 1, "gradient_checkpointing")],
+)
+def test_out_of_memory_is_told_with_what_to_change(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, how: str, code: int | None, options: str
+) -> None:
+    monkeypatch.setenv("FAKE_OOM", how)
+    job = bench.reach(bench.enqueue(), *ENDED)
+    assert (job.state, job.exit_code) == ("failed", code)
+    assert "out of memory" in job.message
+    assert options in job.advice
+    assert any("step 10/" in line for line in job.last_lines)
+
+
+def test_a_failure_holds_those_that_wait_unless_told_otherwise(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "3")
+    first, second = bench.enqueue("one"), bench.enqueue("two")
+    failed = bench.reach(first, *ENDED)
+    assert (failed.state, failed.exit_code, failed.message) == ("failed", 3, "failed on request")
+    assert bench.jobs.queue().paused
+    for _ in range(3):
+        bench.supervisor.look()
+    assert bench.state(second) == "queued"
+    bench.jobs.arrange(QueueWrite(paused=False, continue_on_error=True))
+    third = bench.enqueue("three")
+    bench.reach(second, "failed")
+    bench.reach(third, "failed")
+    assert not bench.jobs.queue().paused
+
+
+def test_one_job_for_one_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forever(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setenv("FAKE_STEP_S", "0.05")
+    bench = Bench(Path(os.path.realpath(tmp_path)), "cuda", "cuda")
+    try:
+        jobs = [bench.enqueue(name) for name in ("one", "two", "three")]
+        rehearsal = bench.jobs.enqueue(JobAsk(draft=bench.draft(), kind="rehearse"))
+        bench.supervisor.look()
+        states = [(bench.state(job), bench.jobs.job(job.id).devices) for job in jobs]
+        assert states == [("starting", "cuda:2"), ("starting", "cuda:5"), ("queued", "gpu")]
+        assert bench.reach(rehearsal, *ENDED).state == "done", "it needs the processor only"
+        until((bench.jobs.folder / jobs[1].id / "state.json").exists, "it has a process")
+        trainer = bench.file(jobs[1], "state.json")["trainer"]
+        environ = Path(f"/proc/{trainer}/environ").read_bytes().split(b"\0")
+        assert b"CUDA_VISIBLE_DEVICES=5" in environ
+        bench.jobs.stop(jobs[1].run, insist=True)
+        bench.reach(jobs[1], "stopped")
+        bench.supervisor.look()
+        assert bench.jobs.job(jobs[2].id).devices == "cuda:5"
+    finally:
+        end_all(bench)
+
+
+def test_a_run_that_was_started_by_hand_has_the_device(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_STEPS", "3")
+    job = bench.enqueue()
+    with RunFolder(bench.place.outputs / "by-hand") as folder:
+        folder.write_config({})
+        id = run_id(folder.path)
+        until(lambda: bench.runs.summary(id).state == "starting", "it is seen")
+        for _ in range(3):
+            bench.supervisor.look()
+        assert bench.state(job) == "queued"
+        with pytest.raises(Refused, match="started elsewhere"):
+            bench.jobs.stop(id, insist=True)
+        bench.jobs.stop(id, insist=False)
+        assert folder.take_control("stop")
+    assert bench.reach(job, *ENDED).state == "done"
+
+
+def test_the_environment_of_a_job() -> None:
+    environ = {
+        "PATH": "/bin",
+        "SIMPLETUNER_SEED": "7",
+        "SIMPLETUNER_OTHER": "x",
+        "CUDA_VISIBLE_DEVICES": "0,1",
+    }
+    found = environment_of("cuda:1", environ)
+    assert found["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "SIMPLETUNER_SEED" not in found, "the configuration is frozen"
+    assert (found["PATH"], found["SIMPLETUNER_OTHER"]) == ("/bin", "x")
+    assert environment_of("cpu", environ)["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+def test_device_sets() -> None:
+    cards = [card("cuda"), card("cuda")]
+    assert device_sets(cards, {}) == ("cuda:0", "cuda:1")
+    assert device_sets(cards, {"CUDA_VISIBLE_DEVICES": "1"}) == ("cuda:1",)
+    assert device_sets(cards, {"CUDA_VISIBLE_DEVICES": "GPU-8a, 3"}) == ("cuda:GPU-8a", "cuda:3")
+    assert device_sets(cards, {"CUDA_VISIBLE_DEVICES": ""}) == ()
+    assert device_sets([card("rocm")], {}) == ("cuda:0",)
+    assert device_sets([card("mps")], {}) == ("mps",)
+    assert device_sets([card("cpu")], {}) == ()
+
+
+ADVICE = [*advice.CODES.values(), *advice.SIGNALS.values(), *(what for _, what in advice.PATTERNS)]
+
+
+def test_advice_names_options_that_there_are() -> None:
+    assert ADVICE
+    for sentence in ADVICE:
+        for word in re.findall(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b", sentence):
+            assert word in catalog(), f"{word} in {sentence!r}"
+
+
+def test_every_exit_code_has_its_advice() -> None:
+    codes = {
+        kind.exit_code
+        for kind in SimpleTunerError.__subclasses__()
+        if kind.__module__ == "simpletuner.errors"
+    }
+    assert codes - {1, 75} <= set(advice.CODES)
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "train_batch_size"),
+        (
+            "out of memory: 2.00 GiB was asked for, 1.2 GiB was free. Next: ...",
+            "train_batch_size",
+        ),
+        ("RuntimeError: HIP out of memory. Tried to allocate", "train_batch_size"),
+        ("RuntimeError: MPS backend out of memory (MPS allocated: 18.00 GB", "train_batch_size"),
+        ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "base_model_precision"),
+        ("OSError: [Errno 12] Cannot allocate memory", "base_model_precision"),
+        ("terminate called after throwing an instance of 'std::bad_alloc'", "base_model_precision"),
+        ("OSError: [Errno 28] No space left on device", "checkpoints_total_limit"),
+    ],
+)
+def test_last_lines_are_recognised(line: str, options: str) -> None:
+    found = advice.reason(1, None, ["step 3", line, "", "more"])
+    assert found.message == line
+    assert options in found.advice
+    assert advice.reason(4, None, ["step 3", "loss is not finite"]).advice.startswith("Lower learning_rate")
+    assert advice.reason(1, None, []).message == "ended with exit code 1"
+
+
+def test_the_thread_works_by_itself(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_STEPS", "3")
+    bench.supervisor.start()
+    job = bench.enqueue()
+    until(lambda: bench.state(job) == "done", "nobody looks but the thread")
+    assert not held(Path(job.run_dir) / "run.lock")
+    assert TRAINER[1].endswith("fake_trainer.py")
