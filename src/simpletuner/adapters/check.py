@@ -9,7 +9,7 @@ from typing import Literal
 
 from simpletuner.adapters import layouts, names
 from simpletuner.adapters.layouts import LAYOUTS, LoraFile
-from simpletuner.adapters.loaders import PROGRAMS, Program, reading
+from simpletuner.adapters.loaders import PROGRAMS, Program, Reading, loses_magnitude, reading
 
 Outcome = Literal["applied", "in part", "ignored", "wrong strength", "refused"]
 
@@ -33,42 +33,36 @@ def check(path: Path) -> tuple[LoraFile, tuple[Verdict, ...]]:
 
 
 def verdict(program: Program, file: LoraFile) -> Verdict:
-    whole = file.factors()
-    found = reading(program, file)
+    whole, found = file.factors(), reading(program, file)
     native = LAYOUTS[file.layout].native
     stored = {module: (names.native_name(module) or ("", 0))[0] if native else module for module in whole}
-    reached = [module for module, name in stored.items() if name in found.strengths]
-    lost = (
-        any(whole[module].magnitude is not None for module in reached)
-        and file.layout not in program.magnitude
-    )
-    factors = {_ratio(found.strengths[stored[module]], file.scale(stored[module])) for module in reached}
-    right = [] if lost else [
-        module for module in reached
-        if math.isclose(found.strengths[stored[module]], file.scale(stored[module]), rel_tol=1e-6)
-    ]  # fmt: skip
-    strength = factors.pop() if len(factors) == 1 and not lost else None
+    ratios = {
+        module: _ratio(found.strengths[name], file.scale(name), loses_magnitude(program, file, name))
+        for module, name in stored.items()
+        if name in found.strengths
+    }
+    right = sum(ratio == 1.0 for ratio in ratios.values())
+    one = next(iter(ratios.values()), None) if len(set(ratios.values())) == 1 else None
+    outcome, why = _outcome(found, right, len(ratios), len(whole))
+    if not why and outcome == "in part":
+        why = f"{next(module for module in whole if module not in ratios)} is passed over, as others may be"
+    if outcome == "wrong strength" and None in ratios.values():
+        why = "the magnitudes of this DoRA are left out, or scaled by another rule"
+    return Verdict(program.title, outcome, right, len(whole), one, "" if outcome == "applied" else why)
+
+
+def _outcome(found: Reading, right: int, reached: int, whole: int) -> tuple[Outcome, str]:
     if found.refusal:
-        return Verdict(program.title, "refused", 0, len(whole), None, found.refusal)
+        return "refused", found.refusal
     if not reached:
-        return Verdict(program.title, "ignored", 0, len(whole), None, found.why)
+        return "ignored", found.why
+    if right < reached:
+        return "wrong strength", found.why
+    return ("applied", "") if reached == whole else ("in part", "")
+
+
+def _ratio(found: float, meant: float, lost: bool) -> float | None:
+    """Of the strength in the program to the one meant; None where there is none."""
     if lost:
-        why = "the magnitudes of this DoRA are left out or scaled by another rule"
-        return Verdict(program.title, "wrong strength", 0, len(whole), None, why)
-    if len(right) < len(reached):
-        return Verdict(program.title, "wrong strength", len(right), len(whole), strength, found.why)
-    if len(reached) < len(whole):
-        passed = next(module for module in whole if module not in reached)
-        return Verdict(
-            program.title,
-            "in part",
-            len(right),
-            len(whole),
-            strength,
-            f"{passed} is passed over, as others may be",
-        )
-    return Verdict(program.title, "applied", len(right), len(whole), 1.0, "")
-
-
-def _ratio(found: float, meant: float) -> float | None:
-    return round(found / meant, 6) if meant else None
+        return None
+    return 1.0 if math.isclose(found, meant, rel_tol=1e-6) else round(found / meant, 6) if meant else None

@@ -59,7 +59,7 @@ def _both_alphas(file: LoraFile) -> str | None:
 
 def _flux_sizes(file: LoraFile) -> str | None:
     """diffusers' converter has Flux's depth and width written into it."""
-    if not LAYOUTS[file.layout].native:
+    if not LAYOUTS[file.layout].native or DIFFUSERS[file.layout].outcome == "ignored":
         return None
     for name, one in file.modules.items():
         template, number = names.split_number(name)
@@ -164,6 +164,13 @@ def applied(program: Program, file: LoraFile) -> dict[str, Factors]:
         magnitude = file.modules[name].magnitude if file.layout in program.magnitude else None
         found |= file.split(name, strength, magnitude)
     return found
+
+
+def loses_magnitude(program: Program, file: LoraFile, name: str) -> bool:
+    """Of a DoRA. ComfyUI and Forge divide dora_scale by other norms than LyCORIS and PEFT train with."""
+    one = file.modules[name]
+    peft = one.magnitude is not None and file.layout not in program.magnitude
+    return peft or one.dora_scale is not None
 
 
 def _strength(rule: Rule, file: LoraFile, name: str) -> float:
