@@ -104,28 +104,26 @@ async def live(socket: WebSocket, home: Here) -> None:
         await socket.close(TRY_AGAIN, "too many pages are open")
         return
     listener = Listener()
-    tasks = {
-        asyncio.create_task(home.live.tell(listener, socket.send_text)),
-        asyncio.create_task(hear(socket, listener)),
-    }
+    telling = asyncio.create_task(home.live.tell(listener, socket.send_text))
+    hearing = asyncio.create_task(hear(socket, listener))
+    both = (telling, hearing)
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in tasks:
+        for task in both:
             task.cancel()
-        ends = await asyncio.gather(*tasks, return_exceptions=True)
-    for end in ends:
-        if isinstance(end, Slow):
+        await asyncio.wait(both)
+    failures = [task.exception() for task in both if not task.cancelled()]
+    for failure in failures:
+        if isinstance(failure, Slow):
             await socket.close(TRY_AGAIN, "too slow")
-        elif isinstance(end, Exception) and not isinstance(end, WebSocketDisconnect):
-            raise end
+        elif isinstance(failure, ValidationError):
+            await socket.close(REFUSED, "not a Follow")
+        elif failure is not None and not isinstance(failure, WebSocketDisconnect):
+            raise failure
 
 
 async def hear(socket: WebSocket, listener: Listener) -> None:
-    """Until the other side leaves, or says what cannot be understood."""
+    """Until the other side leaves. Raises ValidationError at what is no Follow."""
     while (message := await socket.receive())["type"] != "websocket.disconnect":
-        try:
-            listener.wants(Follow.model_validate_json(message.get("text") or ""))
-        except ValidationError:
-            await socket.close(REFUSED, "not a Follow")
-            return
+        listener.wants(Follow.model_validate_json(message.get("text") or ""))

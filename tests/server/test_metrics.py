@@ -1,0 +1,134 @@
+"""Columns: every step once, thin enough to draw, nothing of the loss's extremes lost."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from simpletuner.events import types
+from simpletuner.server import tail
+from simpletuner.server.metrics import metrics, thinned
+from tests.server.written_run import BEGAN, WrittenRun
+
+LOSSES = some.lists(some.none() | some.floats(-1e6, 1e6), min_size=1, max_size=300)
+
+
+@given(LOSSES, some.integers(4, 60))
+def test_thinning_keeps_the_ends_and_the_extremes(losses: list[float | None], most: int) -> None:
+    rows: list[dict[str, Any]] = [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
+    kept = thinned(rows, most)
+    steps = [row["step"] for row in kept]
+    assert len(kept) <= most
+    assert steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (0, len(rows) - 1)
+    numbers = [loss for loss in losses if loss is not None]
+    if len(losses) <= most:
+        assert kept == rows
+    elif len(numbers) == len(losses):
+        assert {min(numbers), max(numbers)} <= {row["loss"] for row in kept}
+    elif numbers:
+        assert min(numbers) in {row["loss"] for row in kept}
+        assert None in {row["loss"] for row in kept}, "a step without a loss is no less to be seen"
+
+
+def test_columns(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run").starts().steps(1, 3)
+    run.tell(types.Stepped(4, 100, 0, math.nan, 1e-4, math.inf, 1.5, 4, 7.25))
+    run.tell(types.Evaluated(4, "photos", "eval", 0.25, 0.0, 0.0, (), True))
+    run.tell(types.Evaluated(4, "photos", "train", math.nan, 0.0, 0.0, (), True))
+    run.tell(types.Scored(4, "chroma-nano", "trained", 8, {"shape": (0.5, 0.1, 8), "colour": (1.0, 0.0, 8)}))
+    found = metrics(run.events, 0, 100)
+    assert found.step == [1, 2, 3, 4]
+    assert found.t == [BEGAN + 6, BEGAN + 8, BEGAN + 10, BEGAN + 12]
+    assert found.loss == [1.0, 0.5, pytest.approx(1 / 3), None]
+    assert (found.grad_norm[-1], found.memory_gib) == (None, [None, None, None, 7.25])
+    assert found.held_out == [(4, "eval", 0.25)]
+    assert found.scores == [(4, "chroma-nano", "shape", 0.5), (4, "chroma-nano", "colour", 1.0)]
+    assert (found.start, found.end, found.forget_after) == (0, run.events.stat().st_size, None)
+    found.model_dump_json()
+
+
+def test_since_goes_on_where_it_ended(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run").starts().steps(1, 10)
+    end = metrics(run.events, 0, 100).end
+    run.steps(11, 12)
+    with run.events.open("ab") as file:
+        file.write(b'{"t": 1, "kind": "st')
+    more = metrics(run.events, end, 100)
+    assert (more.step, more.start, more.forget_after) == ([11, 12], end, None)
+    assert metrics(run.events, more.end, 100).step == []
+
+
+def test_a_resumed_run_did_its_steps_once(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run").starts().steps(1, 10, loss=lambda step: 9.0)
+    run.tell(types.Evaluated(10, "photos", "eval", 9.0, 0.0, 0.0, (), True))
+    end = metrics(run.events, 0, 100).end
+    run.starts(resumed=5).steps(6, 8, loss=lambda step: 1.0)
+    found = metrics(run.events, 0, 100)
+    assert found.step == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert found.loss == [9.0] * 5 + [1.0] * 3
+    assert (found.held_out, found.resumes, found.forget_after) == ([], [5], None)
+    later = metrics(run.events, end, 100)
+    assert (later.step, later.forget_after, later.resumes) == ([6, 7, 8], 5, [5])
+    run.starts().steps(1, 1)
+    assert metrics(run.events, 0, 100).step == [1]
+    assert metrics(run.events, later.end, 100).forget_after == 0
+
+
+def test_another_file_begins_anew(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run").starts().steps(1, 10)
+    end = metrics(run.events, 0, 100).end
+    run.events.unlink()
+    assert metrics(run.events, end, 100).end == 0
+    run.starts().steps(1, 2)
+    for since in (end, 10, 10**30, -5):
+        found = metrics(run.events, since, 100)
+        assert (found.start, found.step) == (0, [1, 2]), since
+
+
+def test_a_file_of_several_readings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = WrittenRun(tmp_path / "run").starts(1000).steps(1, 600, 1000).starts(1000, resumed=400)
+    run.steps(401, 900, 1000)
+    whole = metrics(run.events, 0, 1000)
+    monkeypatch.setattr(tail, "MOST_BYTES", 10_000)
+    assert metrics(run.events, 0, 1000) == whole
+    assert whole.step == list(range(1, 901))
+
+
+TEXTS = some.text(some.characters(codec="utf-8"), max_size=40)
+
+
+@given(TEXTS, some.integers(16, 40), some.integers(-60, 60))
+def test_a_log_is_cut_between_characters(
+    tmp_path_factory: pytest.TempPathFactory, text: str, limit: int, since: int
+) -> None:
+    path = tmp_path_factory.mktemp("log") / "train.log"
+    data = text.encode()
+    path.write_bytes(data)
+    part = tail.text(path, since, limit)
+    assert part.size == len(data)
+    assert data[part.start : part.end].decode() == part.text
+    assert part.end - part.start <= limit
+    wanted = max(0, len(data) + since) if since < 0 else since if since <= len(data) else 0
+    assert wanted <= part.start <= wanted + 3
+    read, at = "", 0
+    while (part := tail.text(path, at, limit)).end > at:
+        assert part.start == at
+        read, at = read + part.text, part.end
+    assert read == text
+
+
+def test_half_a_character_waits_for_its_other_half(tmp_path: Path) -> None:
+    path = tmp_path / "train.log"
+    path.write_bytes("añ".encode()[:2])
+    first = tail.text(path, 0, 100)
+    assert (first.text, first.end, first.size) == ("a", 1, 2)
+    path.write_bytes("añ".encode())
+    assert tail.text(path, 1, 100).text == "ñ"
+    path.write_bytes(b"a\xff\xfeb")
+    assert tail.text(path, 0, 100).text == "a\ufffd\ufffdb"
