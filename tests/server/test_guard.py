@@ -56,12 +56,12 @@ def client(tmp_path: Path) -> TestClient:
 
 @pytest.fixture
 def app(tmp_path: Path) -> FastAPI:
-    return create_app(Settings(Place(tmp_path)))
+    return create_app(Settings(Place(tmp_path), static=tmp_path / "none"))
 
 
 @pytest.fixture
 def closed(tmp_path: Path) -> FastAPI:
-    return create_app(Settings(Place(tmp_path), token=TOKEN))
+    return create_app(Settings(Place(tmp_path), token=TOKEN, static=tmp_path / "none"))
 
 
 # ---- which name it was asked by: DNS rebinding

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp
 
 from simpletuner.errors import ConfigError
-from simpletuner.server.api import system
+from simpletuner.server import hardware
+from simpletuner.server.api import configs, datasets, jobs, runs, system
+from simpletuner.server.datasets import Datasets
+from simpletuner.server.drafts import Drafts
 from simpletuner.server.guard import Guard
 from simpletuner.server.home import Home
+from simpletuner.server.jobs import Jobs
 from simpletuner.server.pages import Pages, routes_page
+from simpletuner.server.planning import Plans
 from simpletuner.server.refusal import answer_refusals
+from simpletuner.server.runs import Runs
 from simpletuner.server.settings import Settings
+from simpletuner.server.supervisor import Supervisor
 from simpletuner.server.token import Gate, kept
 from simpletuner.server.wire.base import Refusal
 
-ROUTES = (system,)
+ROUTES = (system, configs, runs, jobs, datasets)
 
 
 class Guarded(FastAPI):
@@ -27,8 +38,8 @@ class Guarded(FastAPI):
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Touches the disk only for the secret behind a token; what runs by itself starts with the first request
-    loop. Raises ConfigError where others could reach a server without a token.
+    """What works by itself starts and ends with the serving. Raises ConfigError where others could reach a
+    server without a token.
     """
     if settings.open and settings.token is None:
         raise ConfigError("a server that other machines reach needs a token")
@@ -39,6 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
         openapi_url="/api/v1/openapi.json",
         docs_url=None,
         redoc_url=None,
+        lifespan=working,
         responses={422: {"model": Refusal}},
     )
     app.state.home = furnished(settings)
@@ -57,4 +69,17 @@ def create_app(settings: Settings) -> FastAPI:
 
 def furnished(settings: Settings) -> Home:
     place = settings.place
-    return Home(place, settings, None, None, None, None, None)  # type: ignore[arg-type]
+    found, drafts = Runs(place), Drafts(place)
+    queue = Jobs(place, found, drafts, settings.trainer)
+    return Home(place, settings, found, queue, drafts, Plans(place), Datasets(place))
+
+
+@asynccontextmanager
+async def working(app: FastAPI) -> AsyncIterator[None]:
+    """The queue moves on while the server runs; what it started goes on without it."""
+    home: Home = app.state.home
+    supervisor = Supervisor(home.jobs, hardware.devices, home.settings.stop_grace_s)
+    supervisor.start()
+    yield
+    await run_in_threadpool(supervisor.close)
+    home.plans.close()
