@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 
@@ -27,6 +28,7 @@ PLACES = {
 SWITCHES = {
     "show_config": "print every value and where it came from, and stop",
     "rehearse": "a few steps of your dataset and options on the tiny bundled model, on the CPU",
+    "serve": "show the run's page on http://localhost:8001 while it trains",
     "help": "the basic options",
     "help_all": "all options",
 }
@@ -59,9 +61,14 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
         from simpletuner.training.rehearse import rehearse
 
         ctx.exit(rehearse(loaded, backends))
-    from simpletuner.training import run
+    with ExitStack() as beside:
+        if "serve" in given:
+            from simpletuner.cli.beside import served
 
-    ctx.exit(run.train(loaded, backends))
+            beside.enter_context(served(Path(loaded.run.training.output_dir).expanduser()))
+        from simpletuner.training import run
+
+        ctx.exit(run.train(loaded, backends))
 
 
 def checked(tried: Attempt) -> tuple[Loaded, Backends]:
@@ -111,7 +118,7 @@ def help_text(everything: bool) -> str:
         formatter.write_dl(
             [(f"--{name} {text.split('  ')[0]}", text.split("  ")[1]) for name, text in PLACES.items()]
         )
-    with formatter.section("Instead of training"):
+    with formatter.section("Instead of training, or beside it"):
         formatter.write_dl([(f"--{name.replace('_', '-')}", text) for name, text in SWITCHES.items()])
     for group, options in groupby(catalog().values(), key=lambda option: option.group):
         rows = [

@@ -119,10 +119,11 @@ class Jobs:
                 if sorted(write.order) != sorted(folder.id for folder in self.waiting()):
                     refuse(409, "the queue has changed meanwhile; look again", "order")
                 order = replace(order, jobs=tuple(write.order))
-            flags = {"paused": write.paused, "continue_on_error": write.continue_on_error}
-            self._reorder(
-                replace(order, **{name: value for name, value in flags.items() if value is not None})
-            )
+            if write.paused is not None:
+                order = replace(order, paused=write.paused)
+            if write.continue_on_error is not None:
+                order = replace(order, continue_on_error=write.continue_on_error)
+            self._reorder(order)
         return self.queue()
 
     def stop(self, run: str, insist: bool) -> None:

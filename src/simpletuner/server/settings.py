@@ -19,7 +19,8 @@ class Settings:
 
     names: by which a proxy reaches this server. max_json_bytes, max_upload_bytes: of one request.
     max_sockets: live connections, of all pages together.
-    trainer: the first words of a training's command line. static: the built pages.
+    trainer: the first words of a training's command line. stop_grace_s: how long a training that was asked to
+    stop may take to save. static: the built pages.
     """
 
     place: Place
@@ -31,6 +32,7 @@ class Settings:
     max_upload_bytes: int = 2 << 30
     max_sockets: int = 64
     trainer: tuple[str, ...] = TRAINER
+    stop_grace_s: float = 120.0
     static: Path = STATIC
 
     @property
