@@ -15,6 +15,7 @@ from simpletuner.errors import SimpleTunerError
 
 # command -> (module with an attribute `command`, one line of help)
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "configure": ("simpletuner.cli.configure", "Ask a dozen questions and write a configuration."),
     "train": ("simpletuner.cli.train", "Train; the same command goes on with a run."),
     "plan": ("simpletuner.cli.plan", "What a training will need, and what to change so that it fits."),
     "generate": ("simpletuner.cli.generate", "Draw pictures with the base and any LoRA."),

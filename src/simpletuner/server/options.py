@@ -94,7 +94,7 @@ CARDS: Mapping[int, Mapping[str, Any]] = {
 @functools.cache
 def schema() -> Schema:
     """Every option in the schema's order, every field of a dataset, the presets."""
-    fields = {name: field for name, field in (SHARED | PICTURES).items() if name not in FIELDS_LEFT_OUT}
+    fields = {name: field for name, field in {**SHARED, **PICTURES}.items() if name not in FIELDS_LEFT_OUT}
     return Schema(
         options=[_option(option) for option in catalog().values()],
         dataset_fields=[_field(name, field) for name, field in fields.items()],

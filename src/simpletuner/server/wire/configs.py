@@ -13,7 +13,7 @@ DEEPEST = 100  # levels, as in a file
 
 
 def _writable(value: T) -> T:
-    """JSON may hold half of a surrogate pair, which no file or answer can; and more levels than are walked."""
+    """JSON may hold half of a surrogate pair, which no file or answer can; and too many levels to walk."""
     waiting: list[tuple[Any, int]] = [(value, 0)]
     while waiting:
         one, depth = waiting.pop()

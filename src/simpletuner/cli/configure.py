@@ -1,0 +1,138 @@
+"""simpletuner configure: a dozen questions, and a configuration that trains."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from simpletuner.cli.wizard import Wizard
+from simpletuner.config.catalog import aliases, catalog
+from simpletuner.config.lookup import find_config, places
+from simpletuner.config.paths import shown as short
+from simpletuner.config.questions import Speaker, converse
+from simpletuner.config.values import did_you_mean
+from simpletuner.errors import ConfigError, Problem
+
+
+class Lines:
+    """Questions through a pipe: a line each."""
+
+    patient = True
+
+    def ask(self, text: str, choices: Sequence[str], proposed: str) -> str:
+        among = f" ({', '.join(choices)})" if choices else ""
+        click.echo(f"{text}{among} [{proposed}]")
+        line = sys.stdin.readline()
+        if not line:
+            raise click.UsageError(f"the input ended at {text!r}; --defaults takes what is proposed")
+        return line
+
+    def say(self, text: str) -> None:
+        click.echo(text)
+
+
+class Silent(Lines):
+    """--defaults: yes to everything."""
+
+    patient = False
+
+    def ask(self, text: str, choices: Sequence[str], proposed: str) -> str:
+        return ""
+
+
+class Screen(Lines):
+    """Questions on a terminal: lists to choose from, lines to type."""
+
+    def ask(self, text: str, choices: Sequence[str], proposed: str) -> str:
+        import questionary
+
+        if not choices or proposed not in choices:
+            return str(questionary.text(f"{text} [{proposed}]").unsafe_ask())
+        extra = [questionary.Choice("? help", "?"), questionary.Choice("< back", "<")]
+        listed = [*(questionary.Choice(word, word) for word in choices), *extra]
+        return str(questionary.select(text, listed, default=proposed).unsafe_ask())
+
+
+@click.command("configure")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the two files.")
+@click.option("--env", metavar="NAME", help="The folder config/NAME.")
+@click.option("--defaults", is_flag=True, help="Ask nothing, take what is proposed.")
+@click.option("--set", "pairs", multiple=True, metavar="OPTION=VALUE", help="Settle an option; repeatable.")
+@click.option("--force", is_flag=True, help="Write over existing files without asking.")
+def command(
+    output: Path | None, env: str | None, defaults: bool, pairs: tuple[str, ...], force: bool
+) -> None:
+    """Ask for what matters and write config.json and multidatabackend.json.
+
+    `?` explains a question, `<` goes back, Enter takes what is proposed. An existing configuration is edited:
+    what is not asked stays as it is.
+    """
+    cwd = Path.cwd()
+    target = _target(output, env, cwd)
+    terminal = sys.stdin.isatty() and sys.stdout.isatty() and not defaults
+    speaker: Speaker = Silent() if defaults else Screen() if terminal else Lines()
+    wizard = Wizard(speaker, target, cwd, _settled(pairs))
+    present = " and ".join(short(path, cwd) for path in (target, wizard.sets_path) if path.exists())
+    if present and not terminal and not force:
+        raise ConfigError(f"{present} exists; add --force to change it, or name another --output")
+    try:
+        if present:
+            speaker.say(f"{present} exists: this edits it. Comments in it are not kept.")
+        converse(speaker, wizard, wizard.settled)
+        config, sets = wizard.result()
+        if speaker.patient:
+            speaker.say(wizard.need())
+        if present and not force and not click.confirm(f"Write over {present}?", default=False):
+            speaker.say("Nothing was written.")
+            return
+    finally:
+        wizard.close()
+    from simpletuner.server.atomic import write_atomically
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for path, content in ((wizard.sets_path, sets), (target, config)):
+        write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        speaker.say(f"Wrote {short(path, cwd)}")
+    usual = target in (*places(cwd), *places(cwd / "config"))
+    where = f" --env {env}" if env else "" if usual else f" --config {short(target, cwd)}"
+    speaker.say(f"Try it out:  simpletuner train{where} --rehearse\nTrain:       simpletuner train{where}")
+
+
+def _target(output: Path | None, env: str | None, cwd: Path) -> Path:
+    """The file to write: the one that is there, else config.json."""
+    if output and env:
+        raise ConfigError("--output and --env each name a folder; give one of them")
+    if env and not re.fullmatch(r"[\w-][\w.-]*", env):
+        raise ConfigError(f"--env {env}: a name has letters, digits, dots, - and _")
+    folder = cwd / output if output else cwd / "config" / env if env else None
+    there = find_config(None, None, None, cwd) if folder is None else None
+    if folder is not None:
+        there = next((path for path in places(folder) if path.is_file()), None)
+    if there is not None and there.suffix == ".toml":
+        raise ConfigError(f"{short(there, cwd)} is TOML, which is not written here; name another --output")
+    return there or (folder or cwd) / "config.json"
+
+
+def _settled(pairs: Sequence[str]) -> dict[str, Any]:
+    """--set: option -> its text; instance_data_dir, the folder of the pictures, counts as one."""
+    found: dict[str, Any] = {}
+    problems = []
+    known = (*catalog(), "instance_data_dir")
+    for pair in pairs:
+        written, equals, value = pair.partition("=")
+        name = written.lstrip("-").replace("-", "_")
+        name = aliases().get(name, name)
+        if not equals:
+            problems.append(Problem("--set", f"{pair!r} is not option=value"))
+        elif name not in known:
+            problems.append(Problem("--set", f"{name}: unknown option{did_you_mean(name, known)}"))
+        found[name] = value
+    if problems:
+        raise ConfigError(problems)
+    return found

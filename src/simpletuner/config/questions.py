@@ -1,0 +1,137 @@
+"""What `simpletuner configure` asks, in the order in which a person thinks, and how such a talk goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from simpletuner.config.catalog import catalog
+from simpletuner.errors import SimpleTunerError
+
+HELP, BACK = "?", "<"
+BIG = ("base", "hd", "flash")
+
+
+@dataclass(frozen=True)
+class Question:
+    """name: an option, or a field of the dataset file. needs: asked only where these have such values;
+    "captions" is what was found beside the pictures: all, some, none."""
+
+    name: str
+    text: str
+    needs: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def applies(self, known: Callable[[str], Any]) -> bool:
+        return all(known(name) in values for name, values in self.needs.items())
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        option = catalog().get(self.name)
+        if option is None or option.kind not in ("choice", "amount"):
+            return ()
+        return option.choices if option.kind == "choice" else ("true", "false", *option.choices)
+
+    @property
+    def help(self) -> str:
+        option = catalog().get(self.name)
+        if option is None:
+            return (
+                "The folder with your pictures, folders in it included; photo.txt beside photo.jpg is its "
+                "caption. It is only ever read."
+            )
+        unit = f" ({option.unit})" if option.unit else ""
+        return (
+            f"{option.name}: {option.text} Takes {option.takes}{unit}; default {json.dumps(option.default)}."
+        )
+
+
+LORA, FULL = {"model_type": ("lora",)}, {"model_type": ("full",)}
+QUESTIONS = (
+    Question("instance_data_dir", "Which folder holds the pictures?"),
+    Question("caption_strategy", "Where do their captions come from?", {"captions": ("some", "none")}),
+    Question(
+        "missing_caption", "And pictures without one?",
+        {"captions": ("some",), "caption_strategy": ("textfile",)},
+    ),
+    Question("instance_prompt", "One caption for all?", {"caption_strategy": ("instanceprompt",)}),
+    Question("model_type", "Teach a LoRA, or change every weight?"),
+    Question("lora_rank", "How large a LoRA (rank)?", LORA),
+    Question("optimizer", "Which optimizer?", FULL),
+    Question("model_flavour", "Which Chroma to start from?"),
+    Question(
+        "pretrained_model_name_or_path", "Another folder or repository of it? Blank for none.",
+        {"model_flavour": BIG},
+    ),
+    Question("resolution", "Which resolution to train at?"),
+    Question("train_batch_size", "How many pictures at once?"),
+    Question("base_model_precision", "How to store the frozen base?", {**LORA, "model_flavour": BIG}),
+    Question("gradient_checkpointing", "Recompute blocks to save memory?"),
+    Question("max_train_steps", "How many steps?"),
+    Question("learning_rate", "At which learning rate?"),
+    Question("validation_prompt", "What to draw as a preview? Blank for nothing."),
+    Question("output_dir", "Where to write the results?"),
+)  # fmt: skip
+
+
+class Speaker(Protocol):
+    """Whoever is asked. `patient`: asked again after an answer that cannot be."""
+
+    patient: bool
+
+    def ask(self, text: str, choices: Sequence[str], proposed: str) -> str: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class Answering(Protocol):
+    """What is known and proposed, and what an answer comes to."""
+
+    def known(self, name: str) -> Any: ...
+
+    def proposed(self, name: str) -> Any: ...
+
+    def before(self, name: str) -> str: ...
+
+    def answer(self, name: str, raw: Any) -> None: ...
+
+
+def converse(speaker: Speaker, answering: Answering, settled: Sequence[str]) -> None:
+    """Ask every question that applies and is not settled. `?` explains, `<` goes back, a blank is a yes to
+    what is proposed; what the validator refuses is told and asked again."""
+    trail: list[int] = []
+    at, told = 0, -1
+    while at < len(QUESTIONS):
+        question = QUESTIONS[at]
+        if question.name in settled or not question.applies(answering.known):
+            at += 1
+            continue
+        if at != told and (worth_knowing := answering.before(question.name)):
+            speaker.say(worth_knowing)
+        told = at
+        proposed = answering.proposed(question.name)
+        reply = speaker.ask(question.text, question.choices, shown(proposed)).strip()
+        if reply == HELP:
+            speaker.say(question.help)
+        elif reply == BACK:
+            at = trail.pop() if trail else at
+        else:
+            try:
+                answering.answer(question.name, reply or proposed)
+            except SimpleTunerError as error:
+                if not speaker.patient:
+                    raise
+                speaker.say(str(error))
+                continue
+            trail.append(at)
+            at += 1
+
+
+def shown(value: Any) -> str:
+    """As a person would type it."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)

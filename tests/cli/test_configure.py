@@ -1,0 +1,348 @@
+"""configure leaves a configuration that `train` takes: by pipe, by flags, on a terminal, new or edited."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from simpletuner.cli.configure import command
+from simpletuner.config.proposals import NANO, PLANNED
+from simpletuner.server.wire.base import Complaint
+from simpletuner.server.wire.system import Device
+
+ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith("SIMPLETUNER_")}
+START = [sys.executable, "-m", "simpletuner"]
+CPU = Device(name="CPU", kind="cpu", memory_total_bytes=8 << 30, memory_free_bytes=None)
+
+
+class NoPlan:
+    """A plan that is never ready. made: of every one, what it was to plan."""
+
+    made: list[tuple[dict[str, Any], list[str]]]
+    gb: float | None = None
+
+    def __init__(self, config: dict[str, Any], words: list[str], cwd: Path) -> None:
+        self.made.append((config, words))
+        self.ended = False
+
+    def done(self, patience_s: float = 0.0) -> bool:
+        assert patience_s <= 3
+        return self.gb is not None
+
+    def result(self) -> tuple[dict[str, Any] | None, list[Complaint]]:
+        return {"peak": (self.gb or 0) * 1e9}, []
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, size in enumerate([(256, 256), (256, 128), (128, 128)]):
+        Image.new("RGB", size, (number, 0, 0)).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(f"picture {number}")
+    monkeypatch.chdir(tmp_path)
+    for name in os.environ:
+        if name.startswith("SIMPLETUNER_"):
+            monkeypatch.delenv(name)
+    return tmp_path
+
+
+@contextmanager
+def machine(monkeypatch: pytest.MonkeyPatch, gb: int | None, planned: float | None = None) -> Iterator[type]:
+    """A machine with one card, or none."""
+    card = Device(name="Card", kind="cuda", memory_total_bytes=(gb or 0) << 30, memory_free_bytes=None)
+    monkeypatch.setattr("simpletuner.server.hardware.devices", lambda: [card if gb else CPU])
+    fake = type("Fake", (NoPlan,), {"made": [], "gb": planned})
+    monkeypatch.setattr("simpletuner.server.planning.Planning", fake)
+    yield fake
+
+
+def talk(*words: str, answers: str = "") -> Result:
+    return CliRunner().invoke(command, words, input=answers)
+
+
+def written(where: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    names = ("config.json", "multidatabackend.json")
+    config, sets = (json.loads((where / name).read_text()) for name in names)
+    return config, sets
+
+
+def shown(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*START, "train", *words, "--show-config"], cwd=cwd, env=ENVIRON, capture_output=True, text=True
+    )
+
+
+def test_defaults_train_the_bundled_model_where_no_card_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with machine(monkeypatch, None) as planner:
+        done = talk("--defaults")
+    assert done.exit_code == 0, done.output
+    assert planner.made == []  # nobody waits, nothing is planned
+    config, sets = written(folder)
+    assert config == {**NANO, "output_dir": "output/pictures", "validation_prompt": "picture 0"}
+    assert sets == [{"id": "pictures", "type": "local", "instance_data_dir": "pictures"}]
+    assert "3 pictures, 3 with captions, from 128x128 to 256x256 px" in done.output
+    assert "simpletuner train\n" in done.output
+    check = shown(folder)
+    assert check.returncode == 0, check.stderr
+
+
+def test_a_real_process_through_a_pipe(folder: Path) -> None:
+    answers = [
+        "?",
+        "nowhere",
+        "pictures",
+        "<",
+        "",
+        "lora",
+        "0",
+        "4",
+        "nano",
+        "128",
+        "",
+        "",
+        "7",
+        "",
+        "none",
+        "out",
+    ]
+    done = subprocess.run(
+        [*START, "configure", "--env", "fox"], input="\n".join([*answers, ""]), cwd=folder, env=ENVIRON,
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    config, sets = written(folder / "config" / "fox")
+    assert config["lora_rank"] == 4
+    assert config["max_train_steps"] == 7
+    assert config["output_dir"] == "out"
+    assert "validation_prompt" not in config
+    assert sets[0]["instance_data_dir"] == str(folder.resolve() / "pictures")
+    assert "nowhere is not a folder" in done.stdout
+    assert "must be at least 1" in done.stdout
+    assert "simpletuner train --env fox\n" in done.stdout
+    assert shown(folder, "--env", "fox").returncode == 0
+
+
+def test_the_input_ends_too_early(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with machine(monkeypatch, None):
+        done = talk(answers="pictures\nlora\n")
+    assert done.exit_code == 2
+    assert "--defaults" in done.output
+    assert not (folder / "config.json").exists()
+
+
+@pytest.mark.parametrize(("gb", "row"), [(24, 0), (16, 1), (12, 2), (8, 3)])
+def test_what_is_proposed_for_a_card(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gb: int, row: int
+) -> None:
+    with machine(monkeypatch, gb):
+        assert talk("--defaults").exit_code == 0
+    config, _ = written(folder)
+    expected = {name: value for name, value in PLANNED[row][0].items() if value != "no_change"}
+    got = {name: value for name, value in config.items() if name.endswith(("precision", "backend", "device"))}
+    assert got == expected
+    assert "model_flavour" not in config
+
+
+def test_the_table_is_named_until_the_plan_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with machine(monkeypatch, 16) as planner:
+        done = talk(answers="pictures\n" + "\n" * 12)
+    assert done.exit_code == 0, done.output
+    assert "The plan is not ready; the README's table says 13.1 GB with int8" in done.output
+    assert "Found: Card, 17.2 GB." in done.output
+    assert planner.made[-1][1] == ["--device", "cuda"]
+    assert planner.made[-1][0]["base_model_precision"] == "int8"
+    assert len(planner.made) < 4  # the same question is not planned anew
+
+
+def test_a_plan_that_needs_more_proposes_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with machine(monkeypatch, 16, planned=18.0):
+        done = talk(answers="pictures\n" + "\n" * 12)
+    assert "Planned with" in done.output
+    assert written(folder)[0]["base_model_precision"] == "nf4"
+
+
+def test_settled_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--defaults", "--set", "network-rank=8", "--set", "seed=7", "--set", "model_type=LoRA"]
+    with machine(monkeypatch, None):
+        assert talk(*words, "--set", "instance_data_dir=pictures", "--output", "sub").exit_code == 0
+        config, _ = written(folder / "sub")
+        assert (config["lora_rank"], config["seed"], config["output_dir"]) == (8, 7, "output/sub")
+        for wrong in ("lora_ranc=8", "seed", "seed=many"):
+            done = talk("--defaults", "--set", wrong, "--output", "other")
+            assert done.exit_code != 0
+            assert not (folder / "other").exists()
+
+
+def test_full_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with machine(monkeypatch, 80):
+        assert talk("--defaults", "--set", "model_type=full").exit_code == 0
+    config, _ = written(folder)
+    assert (config["optimizer"], config["learning_rate"]) == ("adamw_bf16", 1e-5)
+    assert "base_model_precision" not in config
+
+
+def test_missing_captions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "pictures" / "1.txt").unlink()
+    with machine(monkeypatch, None):
+        assert talk("--defaults", "--output", "some").exit_code == 0
+        for text in (folder / "pictures").glob("*.txt"):
+            text.unlink()
+        assert talk("--defaults", "--output", "none").exit_code == 0
+        done = talk("--output", "asked", answers="pictures\ninstanceprompt\na zorbo\n" + "\n" * 12)
+    assert done.exit_code == 0, done.output
+    assert written(folder / "some")[0]["missing_caption"] == "drop"
+    assert written(folder / "none")[0]["instance_prompt"] == "pictures"
+    assert written(folder / "asked")[0]["instance_prompt"] == "a zorbo"
+    for name in ("some", "none", "asked"):
+        assert shown(folder, "--config", name).returncode == 0
+
+
+def test_an_existing_configuration_is_edited_only_on_demand(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "more").mkdir()
+    own = (
+        '{\n// mine\n"network_rank": 32, "huber_c": 0.3, "report_to": "{env:TRACKER}", "max_train_steps": 50}'
+    )
+    sets = [
+        {"id": "kept", "instance_data_dir": "pictures", "repeats": 3, "resolution": 256},
+        {"id": "held", "dataset_type": "eval", "instance_data_dir": "more"},
+    ]
+    monkeypatch.setenv("TRACKER", "none")
+    (folder / "config.json").write_text(own)
+    (folder / "multidatabackend.json").write_text(json.dumps(sets))
+    with machine(monkeypatch, None):
+        for words in ((), ("--defaults",)):
+            done = talk(*words, answers="\n" * 20)
+            assert done.exit_code != 0
+            assert "exists" in str(done.exception) + done.output
+            assert (folder / "config.json").read_text() == own
+        assert talk("--defaults", "--force", "--set", "seed=3").exit_code == 0
+        config, now = written(folder)
+        assert config == {
+            "lora_rank": 32, "huber_c": 0.3, "report_to": "{env:TRACKER}", "max_train_steps": 50, "seed": 3,
+            "resolution": 256,
+        }  # fmt: skip
+        assert now == [{"id": "kept", "instance_data_dir": "pictures", "repeats": 3}, sets[1]]
+        assert talk("--defaults", "--force").exit_code == 0
+    assert written(folder) == (config, now)
+
+
+def test_toml_is_not_touched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "config.toml").write_text("seed = 3\n")
+    with machine(monkeypatch, None):
+        done = talk("--defaults")
+    assert "TOML" in str(done.exception)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.toml", "pictures"]
+
+
+def test_no_torch_and_the_first_question_in_a_second(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "simpletuner", "configure", "--defaults"],
+        cwd=folder, env=ENVIRON, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "simpletuner.cli.wizard" in imported
+    assert not {"torch", "transformers", "diffusers"} & imported
+    seconds = []
+    for _ in range(3):
+        started = os.times()
+        subprocess.run([*START, "configure"], cwd=folder / "pictures", env=ENVIRON, input=b"", check=False)
+        ended = os.times()
+        seconds.append(ended[2] + ended[3] - started[2] - started[3])
+    assert min(seconds) < 1.0  # of CPU: the wall also waits for the neighbours
+
+
+def test_on_a_terminal(folder: Path) -> None:
+    """A real pseudo-terminal: lists are chosen from by Enter, `?` and `<` work, Ctrl-C leaves nothing."""
+    screen = Terminal(folder, "configure")
+    screen.until("pictures?")
+    screen.type("?\r")
+    screen.until("only ever read")
+    screen.until("pictures?")
+    screen.type("\r")
+    screen.until("every weight?")
+    screen.type("\r")
+    screen.until("rank")
+    screen.type("<\r")
+    screen.until("every weight?")
+    screen.type("\r")
+    for text, typed in (
+        ("rank", "4"), ("Chroma", ""), ("resolution", ""), ("at once", ""), ("Recompute", ""),
+        ("steps?", "9"), ("rate?", ""), ("preview", ""), ("results?", "out"),
+    ):  # fmt: skip
+        screen.until(text)
+        screen.type(f"{typed}\r")
+    screen.until("Train:")
+    assert screen.ended() == 0
+    config, _ = written(folder)
+    assert (config["lora_rank"], config["max_train_steps"], config["output_dir"]) == (4, 9, "out")
+    again = Terminal(folder, "configure", "--output", "second")
+    again.until("pictures?")
+    again.type("\x03")
+    assert again.ended() != 0
+    assert not (folder / "second").exists()
+
+
+class Terminal:
+    """A command on a pseudo-terminal; what it printed since the last `until`."""
+
+    def __init__(self, cwd: Path, *words: str) -> None:
+        pid, self.descriptor = pty.fork()
+        if pid == 0:
+            os.chdir(cwd)
+            os.execvpe(START[0], [*START, *words], {**ENVIRON, "TERM": "xterm", "COLUMNS": "100"})
+        self.pid = pid
+        self.seen = ""
+
+    def until(self, text: str) -> None:
+        deadline = time.monotonic() + 120
+        while text not in self.seen:
+            assert time.monotonic() < deadline, f"{text!r} is not in {self.seen!r}"
+            if select.select([self.descriptor], [], [], 0.2)[0]:
+                try:
+                    new = os.read(self.descriptor, 65536).decode("utf-8", "replace")
+                except OSError:
+                    new = ""
+                assert new, f"ended before {text!r}: {self.seen!r}"
+                if "\x1b[6n" in new:  # where is the cursor?
+                    os.write(self.descriptor, b"\x1b[1;1R")
+                self.seen += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", new)
+        self.seen = self.seen.split(text, 1)[1]
+
+    def type(self, keys: str) -> None:
+        time.sleep(0.2)  # the question reads what comes after it is drawn
+        os.write(self.descriptor, keys.encode())
+
+    def ended(self) -> int:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if select.select([self.descriptor], [], [], 0.1)[0]:
+                with suppress(OSError):
+                    os.read(self.descriptor, 65536)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                os.close(self.descriptor)
+                return os.waitstatus_to_exitcode(status)
+        raise AssertionError("it does not end")

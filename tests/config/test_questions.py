@@ -1,0 +1,137 @@
+"""The talk: order, help, back, the validator's word; every question is an option that people should know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from simpletuner.config.catalog import catalog
+from simpletuner.config.load import attempt_mapping
+from simpletuner.config.proposals import FULL, NANO, PLANNED, for_memory
+from simpletuner.config.questions import QUESTIONS, converse
+from simpletuner.errors import ConfigError
+
+
+class Script:
+    """Answers by question, or in order; remembers what was asked and told."""
+
+    def __init__(self, answers: Sequence[str], patient: bool = True) -> None:
+        self.answers, self.patient = list(answers), patient
+        self.asked: list[tuple[str, str]] = []
+        self.told: list[str] = []
+
+    def ask(self, text: str, choices: Sequence[str], proposed: str) -> str:
+        self.asked.append((next(one.name for one in QUESTIONS if one.text == text), proposed))
+        return self.answers.pop(0) if self.answers else ""
+
+    def say(self, text: str) -> None:
+        self.told.append(text)
+
+
+class Facts:
+    """Takes anything but "wrong"."""
+
+    def __init__(self, **facts: Any) -> None:
+        self.facts = {"captions": "all"} | facts
+        self.seen: list[str] = []
+
+    def known(self, name: str) -> Any:
+        return self.facts.get(name, catalog()[name].default if name in catalog() else None)
+
+    def proposed(self, name: str) -> Any:
+        return self.known(name)
+
+    def before(self, name: str) -> str:
+        self.seen.append(name)
+        return f"about {name}"
+
+    def answer(self, name: str, raw: Any) -> None:
+        if raw == "wrong":
+            raise ConfigError(f"{name} cannot be wrong")
+        self.facts[name] = raw
+
+
+def names(script: Script) -> list[str]:
+    return [name for name, _ in script.asked]
+
+
+def test_in_the_order_in_which_a_person_thinks() -> None:
+    script = Script([])
+    converse(script, Facts(), ())
+    assert names(script) == [
+        "instance_data_dir", "model_type", "lora_rank", "model_flavour", "pretrained_model_name_or_path",
+        "resolution", "train_batch_size", "base_model_precision", "gradient_checkpointing",
+        "max_train_steps", "learning_rate", "validation_prompt", "output_dir",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("facts", "asked", "not_asked"),
+    [
+        ({"model_type": "full"}, {"optimizer"}, {"lora_rank", "base_model_precision"}),
+        ({"model_flavour": "nano"}, set(), {"pretrained_model_name_or_path", "base_model_precision"}),
+        ({"captions": "some"}, {"caption_strategy", "missing_caption"}, {"instance_prompt"}),
+        (
+            {"captions": "none", "caption_strategy": "instanceprompt"},
+            {"instance_prompt"},
+            {"missing_caption"},
+        ),
+    ],
+)
+def test_only_what_applies(facts: dict[str, Any], asked: set[str], not_asked: set[str]) -> None:
+    script = Script([])
+    converse(script, Facts(**facts), ())
+    assert asked <= set(names(script))
+    assert not not_asked & set(names(script))
+
+
+def test_help_back_and_refusal_ask_again() -> None:
+    script = Script(["<", "?", "pics", "wrong", "full", "<", "lora", "8"])
+    facts = Facts()
+    converse(script, facts, ())
+    first = ["instance_data_dir"] * 3 + ["model_type"] * 2 + ["optimizer", "model_type", "lora_rank"]
+    assert names(script)[: len(first)] == first
+    assert script.asked[6] == ("model_type", "full")  # going back shows what was said
+    assert facts.facts["lora_rank"] == "8"
+    assert "model_type cannot be wrong" in script.told
+    assert any("only ever read" in told for told in script.told)
+    assert script.told.count("about instance_data_dir") == 1
+
+
+def test_what_is_settled_is_not_asked() -> None:
+    script = Script([])
+    converse(script, Facts(), ("model_type", "output_dir"))
+    assert not {"model_type", "output_dir"} & set(names(script))
+
+
+def test_without_a_person_a_refusal_ends_it() -> None:
+    with pytest.raises(ConfigError, match="cannot be wrong"):
+        converse(Script(["wrong"], patient=False), Facts(), ())
+
+
+def test_questions_are_options_with_help() -> None:
+    apart = {"instance_data_dir", "missing_caption", "instance_prompt"}
+    for question in QUESTIONS:
+        assert question.help
+        if question.name not in apart:
+            assert catalog()[question.name].level == "basic", question.name
+            assert catalog()[question.name].text in question.help
+        assert set(question.needs) <= {*catalog(), "captions"}
+
+
+def test_proposals_hold(tmp_path: Any) -> None:
+    for options in (NANO, {**FULL, "model_type": "full"}, *(row for row, _ in PLANNED)):
+        tried = attempt_mapping(options, tmp_path)
+        assert tried.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("gb", "precision"),
+    [(80, "no_change"), (24, "no_change"), (16, "int8"), (12, "nf4"), (8, "nf4"), (2, "nf4"), (None, "nf4")],
+)
+def test_the_finest_that_fits(gb: int | None, precision: str) -> None:
+    row, needed = for_memory(None if gb is None else gb << 30)
+    assert row["base_model_precision"] == precision
+    assert gb in (2, None) or needed <= gb
