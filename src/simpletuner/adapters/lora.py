@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from simpletuner.adapters import layouts
 from simpletuner.adapters.linear import ADAPTER, AdaptedLinear, DoraLinear, LoraLinear, adapted
+from simpletuner.adapters.loaders import OUTSIDE_BLOCKS
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError, ModelError
 from simpletuner.randomness import seed_at
@@ -52,7 +53,7 @@ def attach(
     dtype: of A and B. Refuses unknown modules, a network that has an adapter, and combinations that no
     file could express (ConfigError, ModelError).
     """
-    _refuse_combinations(options)
+    _refuse_combinations(options, target_names)
     alpha = float(options.lora_rank) if options.lora_alpha is None else options.lora_alpha
     config = LoraConfig(
         r=options.lora_rank,
@@ -105,7 +106,12 @@ def trainable_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter
     return found
 
 
-def _refuse_combinations(options: AdapterOptions) -> None:
+def _refuse_combinations(options: AdapterOptions, target_names: Sequence[str]) -> None:
+    """Here and not after hours, when the file is written."""
+    outer = [name for name in target_names if name in OUTSIDE_BLOCKS]
+    if options.lora_format == "kohya" and outer:
+        what = f"reaches the blocks only, and lora_target_modules names {outer[0]}"
+        raise ConfigError(f'lora_format "kohya" {what}; use "comfyui"')
     if options.lora_init_type in FROM_BASE and options.use_dora:
         raise ConfigError(
             f"lora_init_type = {options.lora_init_type!r} cannot be combined with use_dora: no file layout "

@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "plan": ("simpletuner.cli.plan", "What a training will need, and what to change so that it fits."),
     "generate": ("simpletuner.cli.generate", "Draw pictures with the base and any LoRA."),
     "quantize": ("simpletuner.cli.quantize", "Convert a quantised base ahead of time."),
+    "export": ("simpletuner.cli.export", "A LoRA for another program, or what each does with it."),
     "report": ("simpletuner.cli.report", "Write report.html of a run folder."),
     "server": ("simpletuner.cli.server", "The pages in a browser: pictures, runs, queue."),
     "options": ("simpletuner.cli.options", "Search the options, with help."),

@@ -213,7 +213,7 @@ def _draw(
     dtype = device.compute or device.weights
     inference = Inference(family, family.facts(source), device.device, dtype, device.autocast)
     if request.lora is not None:
-        load_into(transformer, request.lora, request.strengths[0])
+        say(f"{request.lora.name}: {load_into(transformer, request.lora, request.strengths[0])}")
     memory = block_memory(request.model, family.block_count(transformer))
     family.arrange(transformer, memory, device.device)
     family.compile_blocks(transformer, request.model)

@@ -51,7 +51,6 @@ REFUSED: tuple[tuple[str, str], ...] = (
      "pretrained_evaluation_model_name_or_path=* checkpointing_rolling_steps gradient_precision=unmodified "
      "checkpoints_rolling_total_limit=* prodigy_steps"),
     ("use optimizer_release_gradients: then there are no gradients to move", "optimizer_offload_gradients"),
-    (NOT_YET + "; the file is written in diffusers' layout", "lora_format=diffusers"),
     ("publishing " + NOT_YET, "push_to_hub push_checkpoints_to_hub push_to_hub_background=* hub_model_id=* "
      "model_card_*=* modelspec_comment=* publishing_config post_upload_script"),
     ("use chroma_sigma_density", "flow_cubic_schedule_weights"),

@@ -17,7 +17,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 SCORES = ("shapes", "zorbo")
 LORA_ONLY = (
     "lora_rank", "lora_alpha", "lora_dropout", "flux_lora_target", "lora_target_modules", "use_dora",
-    "use_rslora", "lora_init_type",
+    "use_rslora", "lora_init_type", "lora_format",
 )  # fmt: skip
 SCORING = ("evaluation_prompts", "evaluation_step_interval")
 BETA = ("flow_beta_schedule_alpha", "flow_beta_schedule_beta")
@@ -43,6 +43,9 @@ def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
         yield "pretrained_vae_model_name_or_path", "is another model's VAE; leave it out for Chroma's own"
     if model.model_type == "full" and run.adapter.init_lora:
         yield "init_lora", 'a LoRA to start from needs model_type "lora"'
+    if run.adapter.use_dora and run.adapter.lora_format != "diffusers":
+        what = "cannot hold a DoRA: ComfyUI, Forge and kohya's tools scale magnitudes by rules of their own"
+        yield "lora_format", f'{run.adapter.lora_format} {what}; use "diffusers", or leave use_dora off'
     if isinstance(run.adapter.lora_target_modules, str):
         try:
             re.compile(run.adapter.lora_target_modules)

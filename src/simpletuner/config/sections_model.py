@@ -119,7 +119,10 @@ class AdapterOptions(Section):
         "How A and B start; default is Kaiming A and zero B.",
         hints={"loftq": "LoftQ changes the base's weights; pissa starts from the base, quantised or not"})
     init_lora: str | None = option(None,
-        "LoRA file whose weights to start from.", level="common", path="file")
+        "LoRA file whose weights to start from, of any program's layout.", level="common", path="file")
+    lora_format: Literal["diffusers", "kohya", "comfyui"] = option("diffusers",
+        "Layout of a second file beside the LoRA, which diffusers and ComfyUI read: kohya for Forge and "
+        "kohya's tools too, comfyui for native names.", level="common", resume="free")
 
 
 class DataOptions(Section):

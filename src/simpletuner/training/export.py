@@ -45,14 +45,21 @@ class Exporter:
             self.emit(Saved(step, name, time.perf_counter() - started, size))
 
     def _lora(self, folder: Path) -> list[Path]:
-        written = [folder / LORA_NAME]
-        files.save(self.net.transformer, written[0], self._metadata("trained"))
+        written = self._layouts(folder / LORA_NAME, "trained")
         if self.net.average is not None:
             (folder / "ema").mkdir(exist_ok=True)
-            written.append(folder / "ema" / LORA_NAME)
             with self.net.average():
-                files.save(self.net.transformer, written[1], self._metadata("average"))
+                written += self._layouts(folder / "ema" / LORA_NAME, "average")
         return written
+
+    def _layouts(self, path: Path, weights: str) -> list[Path]:
+        """The file that is always written, and the one of another layout beside it."""
+        layout, metadata = self.run.adapter.lora_format, self._metadata(weights)
+        files.save(self.net.transformer, path, metadata)
+        if layout == "diffusers":
+            return [path]
+        files.save(self.net.transformer, files.beside(path, layout), metadata, layout)
+        return [path, files.beside(path, layout)]
 
     def _transformers(self) -> list[Path]:
         written = []

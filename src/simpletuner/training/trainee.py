@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -109,4 +110,6 @@ def _lora(run: RunConfig, family: ModelFamily, transformer: nn.Module, emit: Emi
             f"{attached.parameters / 1e6:.2f} M parameters, effective scale {attached.scale:g} (alpha / rank)"
         )
     )
+    if options.init_lora and attached.continued:
+        emit(Noted(f"goes on from {Path(options.init_lora).name}: {attached.continued}"))
     return dict(attached.trainable)

@@ -1,0 +1,120 @@
+"""simpletuner export: a LoRA for another program, or what each program does with one."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import click
+
+from simpletuner import __version__
+from simpletuner.cli.generate import find_lora
+from simpletuner.config.schema import AdapterOptions
+from simpletuner.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from simpletuner.adapters.check import Verdict
+    from simpletuner.adapters.layouts import LoraFile
+
+FILE = click.Path(path_type=Path)
+FORMATS = get_args(AdapterOptions.model_fields["lora_format"].annotation)
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# What a file says of its own numbers is not true of the one made from it.
+STALE = ("format", "lora_adapter_metadata", "rank", "alpha", "ss_network_", "sshs_", "modelspec.hash")
+
+
+@click.command("export", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")})
+@click.argument("source", type=FILE)
+@click.option("--check", "checking", is_flag=True, help="Write nothing; say what each program does with it.")
+@click.option("--json", "as_json", is_flag=True, help="With --check: for other programs to read.")
+@click.option("--format", "layout", type=click.Choice(FORMATS), help="Whose layout to write.")
+@click.option("--rank", type=click.IntRange(1, 8192), help="At most this rank; the error is told.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Numbers.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="Baked into the weights.")
+@click.option(
+    "--with", "others", multiple=True, metavar="FILE=WEIGHT", help="Add another LoRA; may be repeated."
+)
+@click.option(
+    "--output", type=FILE, help="The new file.  [default: beside the source, with the format's name]"
+)
+def command(
+    source: Path, checking: bool, as_json: bool, layout: str | None, rank: int | None, dtype: str,
+    strength: float, others: tuple[str, ...], output: Path | None,
+) -> None:  # fmt: skip
+    """Write SOURCE, a LoRA file of any layout or a run, for diffusers, kohya's tools or ComfyUI.
+
+    Nothing is overwritten, and what the programs would not apply as it was trained is not written.
+    """
+    source = find_lora(source)
+    if checking == (layout is not None) or (as_json and not checking):
+        what = "either --format (to write a file) or --check, which --json belongs to"
+        raise ConfigError([Problem("export", f"needs {what}")])
+    if checking or layout is None:
+        show(source, as_json)
+        return
+    added = [(source, strength), *(_weighted(text) for text in others)]
+    if not all(math.isfinite(weight) and weight for _, weight in added):
+        raise ConfigError([Problem("--strength", "strengths and weights are finite numbers other than 0")])
+    output = output or source.with_name(f"{source.stem}.{layout}.safetensors")
+    if output.exists():
+        raise ConfigError([Problem("--output", f"{output} exists and is not overwritten; name another")])
+    if output.suffix != ".safetensors" or not output.parent.is_dir():
+        raise ConfigError([Problem("--output", f"{output} is not a .safetensors file in an existing folder")])
+    export(added, layout, rank, dtype, output)
+    click.echo(output)
+
+
+def export(added: list[tuple[Path, float]], layout: str, rank: int | None, dtype: str, output: Path) -> None:
+    import torch
+
+    from simpletuner.adapters import files, layouts, sums
+    from simpletuner.adapters.layouts import LAYOUTS
+
+    read = [(layouts.read(path), weight) for path, weight in added]
+    for file, weight in read:
+        click.echo(f"{file.path.name}: {file.opened()[1]}; strength {weight:g}", err=True)
+    factors = sums.weighted_sum([(file.factors(), weight) for file, weight in read])
+    if rank is not None:
+        factors, error = sums.reduced(factors, rank, LAYOUTS[layout].native)
+        click.echo(f"rank {rank}: the delta differs by {error:.2%}", err=True)
+    told = {key: text for key, text in read[0][0].metadata.items() if not key.startswith(STALE)}
+    told["software"] = f"simpletuner {__version__}"
+    files.write(factors, output, layout, getattr(torch, DTYPES[dtype]), told)
+    show(output, as_json=False, err=True)
+
+
+def show(path: Path, as_json: bool, err: bool = False) -> None:
+    """The verdicts of all programs."""
+    from simpletuner.adapters.check import check
+
+    file, verdicts = check(path)
+    click.echo(_as_json(file, verdicts) if as_json else _as_text(file, verdicts), err=err)
+
+
+def _as_json(file: LoraFile, verdicts: tuple[Verdict, ...]) -> str:
+    summary = asdict(file.opened()[1])
+    fields = {name: summary[name] for name in ("layout", "ranks", "alphas", "dora", "parameters")}
+    told = {"file": str(file.path), **fields, "modules": len(summary["modules"])}
+    return json.dumps({**told, "programs": [asdict(one) for one in verdicts]}, indent=2)
+
+
+def _as_text(file: LoraFile, verdicts: tuple[Verdict, ...]) -> str:
+    lines = [f"{file.path.name}: {file.opened()[1]}"]
+    for one in verdicts:
+        strength = f"strength {one.strength:g}: " if one.outcome == "wrong strength" and one.strength else ""
+        line = f"  {one.program:<16}  {one.outcome:<14}  {one.modules} of {one.of}  {strength}{one.why}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    name, _, number = text.rpartition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        what = f"{text!r} is not FILE=WEIGHT, such as style.safetensors=0.5"
+        raise ConfigError([Problem("--with", what)]) from None
+    return find_lora(Path(name)), weight
