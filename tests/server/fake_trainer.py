@@ -8,6 +8,7 @@ FAKE_IMAGES   prompts that pictures are drawn for (default 2)
 FAKE_OOM      host: killed by SIGKILL in the middle; cuda: torch's error and exit code 1
 FAKE_DEAF     hears no request and no signal that it could ignore
 FAKE_FAIL     ends with this exit code in the middle
+FAKE_LINGER_S seconds that the process still takes when the run has ended
 """
 
 from __future__ import annotations
@@ -191,6 +192,7 @@ def main() -> int:
                 fake.emit(types.Finished(step, 0.1, "stopped"))
             return 75
         folder.write_exit(0, "done", fake.step)
+    time.sleep(float(SETTINGS.get("FAKE_LINGER_S", "0")))
     return 0
 
 

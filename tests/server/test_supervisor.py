@@ -76,9 +76,11 @@ def test_one_after_the_other_to_the_end(bench: Bench, monkeypatch: pytest.Monkey
     assert bench.restarted().jobs.queue() == bench.jobs.queue()
 
 
-def test_states_on_the_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    forever(monkeypatch)
+@pytest.mark.parametrize("ending", ["done", "stopped"])
+def test_states_on_the_way(bench: Bench, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    monkeypatch.setenv("FAKE_STEPS", "5" if ending == "done" else "100000")
     monkeypatch.setenv("FAKE_STEP_S", "0.2")
+    monkeypatch.setenv("FAKE_LINGER_S", "0.5")
     job, seen = bench.enqueue(), list[str]()
 
     def note() -> None:
@@ -87,10 +89,12 @@ def test_states_on_the_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Non
         seen.extend([state] if seen[-1:] != [state] else [])
 
     until(lambda: "running" in seen, "it runs", note)
-    bench.jobs.stop(job.run, insist=False)
-    until(lambda: seen[-1] in ENDED, "it stops", note)
-    assert seen == ["starting", "caching", "running", "stopping", "stopped"]
-    assert bench.jobs.job(job.id).exit_code == 75
+    if ending == "stopped":
+        bench.jobs.stop(job.run, insist=False)
+    until(lambda: seen[-1] in ENDED, "it ends", note)
+    stopping = ["stopping"] if ending == "stopped" else []
+    assert seen == ["starting", "caching", "running", *stopping, ending]
+    assert bench.jobs.job(job.id).exit_code == (75 if ending == "stopped" else 0)
 
 
 def test_stop_saves_and_resume_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

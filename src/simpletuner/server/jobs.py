@@ -223,10 +223,11 @@ class Jobs:
             return None
 
     def _with_phase(self, job: Job) -> Job:
-        """Nearer than "starting": the run's events know."""
+        """Nearer than "starting": by the run's events. One that has ended still has a process for a while."""
         if job.state != "starting" or not job.run:
             return job
-        phase = self._runs.summary(job.run).state
+        found = self._runs.summary(job.run).state
+        phase = "running" if found in ENDED else found
         return job.model_copy(update={"state": phase}) if phase in PHASES else job
 
     def _views(self) -> list[Job]:
