@@ -24,13 +24,10 @@ def pictures(history: History) -> list[Picture]:
 
 def stored(place: Place, folder: Path, name: str) -> Path:
     """A file below a run folder; of a checkpoint its LoRA file. Raises Outside, also where there is none."""
-    try:
-        path = place.below(folder, f"{name}/{LORA}" if CHECKPOINT.fullmatch(name) else name)
-        if os.path.isfile(path):
-            return path
-    except (OSError, ValueError) as error:
-        raise Outside("that is no name of a file here") from error
-    raise Outside("there is no such file")
+    path = place.below(folder, f"{name}/{LORA}" if CHECKPOINT.fullmatch(name) else name)
+    if not os.path.isfile(path):
+        raise Outside("there is no such file")
+    return path
 
 
 def checkpoints(folder: Path, best: int | None) -> list[Checkpoint]:
