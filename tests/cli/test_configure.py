@@ -99,6 +99,7 @@ def test_defaults_train_the_bundled_model_where_no_card_is(
     assert planner.made == []  # nobody waits, nothing is planned
     config, sets = written(folder)
     assert config == {**NANO, "output_dir": "output/pictures", "validation_prompt": "picture 0"}
+    assert '"resolution": 128,' in (folder / "config.json").read_text()
     assert sets == [{"id": "pictures", "type": "local", "instance_data_dir": "pictures"}]
     assert "3 pictures, 3 with captions, from 128x128 to 256x256 px" in done.output
     assert "simpletuner train\n" in done.output
@@ -106,6 +107,7 @@ def test_defaults_train_the_bundled_model_where_no_card_is(
     assert check.returncode == 0, check.stderr
 
 
+@pytest.mark.timeout(600)
 def test_a_real_process_through_a_pipe(folder: Path) -> None:
     answers = [
         "?",
@@ -127,7 +129,7 @@ def test_a_real_process_through_a_pipe(folder: Path) -> None:
     ]
     done = subprocess.run(
         [*START, "configure", "--env", "fox"], input="\n".join([*answers, ""]), cwd=folder, env=ENVIRON,
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     config, sets = written(folder / "config" / "fox")
@@ -274,6 +276,7 @@ def test_no_torch_and_the_first_question_in_a_second(folder: Path) -> None:
     assert min(seconds) < 1.0  # of CPU: the wall also waits for the neighbours
 
 
+@pytest.mark.timeout(900)
 def test_on_a_terminal(folder: Path) -> None:
     """A real pseudo-terminal: lists are chosen from by Enter, `?` and `<` work, Ctrl-C leaves nothing."""
     screen = Terminal(folder, "configure")

@@ -86,6 +86,7 @@ def test_presets_hold_and_say_only_what_differs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("size", options.CARDS)
 def test_presets_are_what_the_planner_chooses(size: int, tmp_path: Path) -> None:
     words = ["plan", "--device", "cuda", "--fit", f"{size}GB", "--json"]

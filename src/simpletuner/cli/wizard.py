@@ -138,7 +138,7 @@ class Wizard:
         from simpletuner.data.backends import attempt_sets
 
         config = {
-            name: value
+            name: int(value) if isinstance(value, float) and value.is_integer() else value
             for name, value in self._all().items()
             if value is not None
             and (
