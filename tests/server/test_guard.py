@@ -121,6 +121,8 @@ FOREIGN = [
     {"origin": "http://localhost:9999"},
     {"origin": "http://localhost"},
     {"origin": "http://localhost:8001.evil.example"},
+    {"origin": "http://evil-localhost:8001"},
+    {"origin": "ws://localhost:8001"},
     {"origin": "file://"},
     {"sec-fetch-site": "cross-site"},
     {"sec-fetch-site": "same-site"},
