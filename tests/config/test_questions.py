@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +137,13 @@ def test_the_finest_that_fits(gb: int | None, precision: str) -> None:
     row, needed = for_memory(None if gb is None else gb << 30)
     assert row["base_model_precision"] == precision
     assert gb in (2, None) or needed <= gb
+
+
+def test_the_figures_are_the_readmes() -> None:
+    """Rows of its table: precision | quickstart | planned | with inputs and modulations on the host."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\| ([\d.]+) GB \| ([\d.]+) GB \|$", readme, re.MULTILINE)
+    table = {name: (float(plain), float(hosted)) for name, plain, hosted in rows}
+    for options, gb in PLANNED:
+        hosted = options.get("gradient_checkpointing_backend") == "offload"
+        assert gb == table[options["base_model_precision"]][hosted]
