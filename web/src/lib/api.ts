@@ -69,7 +69,7 @@ export async function refusal(response: Response): Promise<Refused> {
   } catch (error) {
     if (!(error instanceof SyntaxError)) throw error; // a proxy's page is no JSON
   }
-  if (response.status === 401) location.hash = "#/login";
+  if (response.status === 401 && !location.hash.startsWith("#/login")) location.hash = "#/login";
   return new Refused(response.status, detail);
 }
 

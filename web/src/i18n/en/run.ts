@@ -23,6 +23,7 @@ export const run = {
   download: "Download the LoRA",
   stopping: "The run was asked to stop. It finishes its step and saves; a large model takes a minute or two.",
   noSteps: "No step was made",
+  problems: (count: number) => (count === 1 ? "1 warning" : `${count} warnings`),
   tabs: {
     label: "Parts of the run",
     progress: "Progress",

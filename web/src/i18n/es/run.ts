@@ -6,6 +6,7 @@ export const run: Words["run"] = {
   download: "Descargar el LoRA",
   stopping: "Se le ha pedido que pare. Termina el paso actual y guarda; con un modelo grande tarda uno o dos minutos.",
   noSteps: "No se dio ningún paso",
+  problems: (count) => (count === 1 ? "1 aviso" : `${count} avisos`),
   tabs: {
     label: "Partes del entrenamiento",
     progress: "Progreso",

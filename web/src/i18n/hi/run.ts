@@ -6,6 +6,7 @@ export const run: Words["run"] = {
   download: "LoRA डाउनलोड करें",
   stopping: "Run को रुकने के लिए कहा गया है। वह अपना step पूरा करके checkpoint सहेजता है; बड़े model में इसमें एक-दो मिनट लगते हैं।",
   noSteps: "एक भी step नहीं हुआ",
+  problems: (count) => (count === 1 ? "1 चेतावनी" : `${count} चेतावनियाँ`),
   tabs: {
     label: "Run के हिस्से",
     progress: "प्रगति",
