@@ -97,6 +97,16 @@ def test_an_unreadable_text_can_be_replaced_and_is_kept(photos: Datasets) -> Non
     assert trash(photos) == [b"caf\xe9"]
 
 
+def test_a_full_or_locked_disk_is_told(photos: Datasets, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("simpletuner.server.captions.write_atomically", full)
+    with pytest.raises(Refused, match="Read-only"):
+        write(photos, "a.png", "new", "first\r\nsecond")
+    assert (folder(photos) / "a.txt").read_bytes() == b"first\r\nsecond"
+
+
 def test_upper_case_suffix_is_written_in_place(photos: Datasets) -> None:
     (folder(photos) / "b.TXT").write_text("old")
     assert write(photos, "b.png", "new", "old").captions == ["new"]

@@ -89,6 +89,7 @@ def test_refusals_say_what_is_wrong(web: TestClient) -> None:
         assert got == status
         assert word in said(body)
     assert put(web, "a.png", PNG, "none")[0] == 404
+    assert web.get(f"{P}/datasets/none").status_code == 404
     assert put(web, "a.png", PNG, "..")[0] in (404, 405)
     for query in ("resolution=0", "resolution=nan", "resolution_type=inch", "crop_style=face", "offset=-1",
                   "limit=0", "limit=201", "only=bad", "seed=-1"):  # fmt: skip
@@ -122,6 +123,17 @@ def test_a_body_above_the_limit(tmp_path: Path) -> None:
     answer = web.put(f"{P}/datasets/photos/files/a.png", content=(PNG for _ in range(2)), headers=OCTETS)
     assert answer.status_code == 413
     assert list((where.datasets / "photos" / INCOMING).iterdir()) == []
+
+
+def test_the_other_spelling_of_a_name_is_the_same_file(web: TestClient, tmp_path: Path) -> None:
+    folder = tmp_path / "w" / "datasets" / "photos"
+    for file, data in (("e\u0301.png", PNG), ("e\u0301.txt", b"said")):
+        (folder / file).write_bytes(data)
+    assert web.get(f"{P}/datasets/photos").json()["captioned"] == 1
+    for file, data in (("%C3%A9.png", PNG), ("%C3%A9.txt", b"said")):
+        status, body = put(web, file, data)
+        assert (status, body["dataset"]["pictures"], body["dataset"]["captioned"]) == (200, 1, 1)
+    assert len([path for path in folder.iterdir() if path.is_file()]) == 2
 
 
 def test_only_into_the_workspace(tmp_path: Path) -> None:

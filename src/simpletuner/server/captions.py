@@ -30,11 +30,14 @@ def write_caption(text: Path, ask: CaptionWrite, trash: Path) -> None:
         refuse(422, f"a caption is text of at most {LONGEST} characters", "text")
     if read_caption(text) != ask.before:
         refuse(409, "the caption was changed meanwhile; look at it again before you write", "before")
-    if text.is_file():
-        kept = trash / str(time.time_ns()) / text.name
-        kept.parent.mkdir(parents=True)
-        kept.write_bytes(text.read_bytes())
-    if ask.text.strip():
-        write_atomically(text, ask.text)
-    else:
-        text.unlink(missing_ok=True)
+    try:
+        if text.is_file():
+            kept = trash / str(time.time_ns()) / text.name
+            kept.parent.mkdir(parents=True)
+            kept.write_bytes(text.read_bytes())
+        if ask.text.strip():
+            write_atomically(text, ask.text)
+        else:
+            text.unlink(missing_ok=True)
+    except OSError as error:
+        refuse(409, f"the caption cannot be written: {error.strerror}")

@@ -120,17 +120,17 @@ class Catalogue:
                 self._folders[str(parent)] = _mtime(parent)
                 if parent == self.folder:
                     break
-        for name in new:
-            self.row(name)
+        for found in new.values():
+            self.row(found)
 
     def rows(self) -> list[tuple[str, Row]]:
         """Those that are read, by name."""
         rows = ((name, self._rows.get(name)) for name in self.found)
         return [(name, row) for name, row in rows if row is not None]
 
-    def row(self, name: str) -> Row:
-        """Of a name in `found`, as its files are now."""
-        self._rows[name] = row = self._read(self.found[name])
+    def row(self, found: Found) -> Row:
+        """As its files are now."""
+        self._rows[found.name] = row = self._read(found)
         return row
 
     def _work(self) -> None:

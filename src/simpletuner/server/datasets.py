@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.config.schema import RunConfig
-from simpletuner.data.files import SUFFIXES
+from simpletuner.data.files import SUFFIXES, Found
 from simpletuner.data.geometry import Framing, Size, bucket
+from simpletuner.errors import DataError
 from simpletuner.server.atomic import read_object, write_atomically
 from simpletuner.server.captions import read_caption, write_caption
 from simpletuner.server.place import Outside, Place
@@ -58,7 +59,7 @@ class Datasets:
         if self.place.datasets.is_dir():
             names |= {entry.name for entry in os.scandir(self.place.datasets) if entry.is_dir()}
         known = [name for name in sorted(names) if self._find(name) is not None]
-        return [self.info(name, WAIT_S / 10) for name in known]
+        return [self._listed(name) for name in known]
 
     def make(self, name: str, path: str | None) -> DatasetInfo:
         """A new folder in the workspace, or the name for an existing folder. Raises Refused, Outside."""
@@ -95,6 +96,13 @@ class Datasets:
             unread=max(0, len(catalogue.found) - len(rows)),
         )
 
+    def _listed(self, name: str) -> DatasetInfo:
+        try:
+            return self.info(name, WAIT_S / 10)
+        except DataError as error:  # one folder that cannot be read does not hide the others
+            return DatasetInfo(name=name, path=str(self._folder(name)), owned=self.owned(name), pictures=0,
+                               captioned=0, refused=0, size_bytes=0, problem=str(error))  # fmt: skip
+
     def items(self, name: str, offset: int, limit: int, only: str, view: View) -> Items:
         """A page in the order of names. only: all, captioned, uncaptioned, refused."""
         catalogue = self._catalogue(name)
@@ -115,17 +123,14 @@ class Datasets:
 
     def picture(self, name: str, file: str) -> Path:
         """The file of an item. Raises Refused 404 for every other name, Outside for a link that leads out."""
-        found = self._catalogue(name).found.get(file)
-        if found is None:
-            refuse(404, "there is no such picture")
-        return self.place.inside(found.path)
+        return self.place.inside(self._found(self._catalogue(name), file).path)
 
     def caption(self, name: str, file: str, ask: CaptionWrite, view: View) -> Items:
         """Write a caption; the item as it is then. Raises Refused, see `write_caption`."""
         catalogue = self._catalogue(name)
         with self._writing:
-            self.picture(name, file)
-            found = catalogue.found[file]
+            found = self._found(catalogue, file)
+            self.place.inside(found.path)
             text = found.text or found.path.with_suffix(".txt")
             self.place.inside(text)
             write_caption(text, ask, self.place.own / "trash")
@@ -140,7 +145,7 @@ class Datasets:
         """An upload into an owned dataset; see Incoming. Raises Refused."""
         from simpletuner.server.uploads import Incoming
 
-        folder = self._catalogue(name).folder
+        folder = self._folder(name)
         if not self.owned(name):
             refuse(409, f"files are added here to datasets of the workspace only; copy them into {folder}")
         return Incoming(self.place, folder, file, length, limit)
@@ -148,7 +153,7 @@ class Datasets:
     def added(self, name: str, saved: Sequence[str]) -> DatasetInfo:
         """The dataset after these files were written into its folder."""
         catalogue = self._catalogue(name, 0)
-        if len(saved) > FEW:
+        if len(saved) > FEW or not all((catalogue.folder / file).is_file() for file in saved):
             catalogue.changed()
         else:
             for file in saved:
@@ -194,12 +199,22 @@ class Datasets:
         folder = self._allowed(written) if written is not None else None
         return folder if folder is not None and folder.is_dir() else None
 
-    def _catalogue(self, name: str, wait_s: float = WAIT_S) -> Catalogue:
-        from simpletuner.server.catalogue import Catalogue
-
+    def _folder(self, name: str) -> Path:
         folder = self._find(name)
         if folder is None:
             refuse(404, "there is no such dataset")
+        return folder
+
+    def _found(self, catalogue: Catalogue, file: str) -> Found:
+        found = catalogue.found.get(file)
+        if found is None:
+            refuse(404, "there is no such picture")
+        return found
+
+    def _catalogue(self, name: str, wait_s: float = WAIT_S) -> Catalogue:
+        from simpletuner.server.catalogue import Catalogue
+
+        folder = self._folder(name)
         with self._lock:
             kept = self.place.own / "datasets" / f"{name}.json"
             made = Catalogue(self.place, name, folder, kept, self._turns)
@@ -211,7 +226,7 @@ class Datasets:
         from simpletuner.data.scan import frame
 
         found = catalogue.found.get(file)
-        row = catalogue.row(file) if found is not None else None
+        row = catalogue.row(found) if found is not None else None
         if found is None or row is None:
             wrong = catalogue.misnamed.get(file, "is gone")
             return Item(file=file, width_px=0, height_px=0, captions=[], caption_text=None, refused=wrong,

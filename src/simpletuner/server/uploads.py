@@ -90,9 +90,12 @@ class Incoming:
                 raise Unfit(f"{self.suffix or 'a file without suffix'} is not taken; {TAKEN}")
         self.written = 0
         self._room(length)
-        _sweep(folder / INCOMING)
-        self.part = _part(folder)
-        self.file = self.part.open("xb")
+        try:
+            _sweep(folder / INCOMING)
+            self.part = _part(folder)
+            self.file = self.part.open("xb")
+        except OSError as error:
+            _disk(error)
 
     def write(self, block: bytes) -> None:
         """Raises Refused: 413 above the limit, 507 when the disk is full."""
@@ -158,8 +161,10 @@ def _twin(target: Path) -> Path | None:
     """The file of the same name, also in the other Unicode spelling."""
     if os.path.lexists(target) or target.name.isascii():
         return target if os.path.lexists(target) else None
-    names = (unicodedata.normalize("NFC", name) == target.name and name for name in os.listdir(target.parent))
-    return next((target.with_name(name) for name in names if name), None)
+    spelled = [
+        name for name in os.listdir(target.parent) if unicodedata.normalize("NFC", name) == target.name
+    ]
+    return target.with_name(spelled[0]) if spelled else None
 
 
 def _check_picture(part: Path) -> None:
@@ -306,4 +311,4 @@ def _told(name: str) -> Iterator[None]:
 def _disk(error: OSError) -> NoReturn:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         refuse(507, "there is not enough room on the disk")
-    raise error
+    refuse(409, f"the folder cannot be written to: {error.strerror}")

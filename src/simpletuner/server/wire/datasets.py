@@ -7,7 +7,9 @@ from simpletuner.server.wire.base import Wire
 
 class DatasetInfo(Wire):
     """owned: lies in the workspace's datasets folder, so that files may be added. Every picture is captioned,
-    uncaptioned, refused (cannot be trained on) or unread: its header is still to be read, ask again."""
+    uncaptioned, refused (cannot be trained on) or unread: its header is still to be read, ask again.
+    problem: why the folder cannot be read at all.
+    """
 
     name: str
     path: str
@@ -17,6 +19,7 @@ class DatasetInfo(Wire):
     refused: int
     size_bytes: int
     unread: int = 0
+    problem: str = ""
 
 
 class DatasetAsk(Wire):
