@@ -47,11 +47,11 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 
 
 def end_all(bench: Bench) -> None:
+    """Also what was started a moment ago and has not said its process yet."""
     bench.supervisor.close()
-    for path in bench.jobs.folder.glob("*/state.json"):
+    for path in bench.jobs.folder.glob("*/runner.lock"):
         folder = JobFolder(path.parent)
-        if folder.alive:
-            folder.signal(signal.SIGKILL)
+        until(lambda folder=folder: not folder.alive or folder.signal(signal.SIGKILL), "it is reached")  # type: ignore[misc]
         until(lambda folder=folder: not folder.alive, "nothing is left behind")  # type: ignore[misc]
 
 
