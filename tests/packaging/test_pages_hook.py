@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import stat
 import sys
 from pathlib import Path
@@ -165,3 +167,9 @@ def test_the_lock_file_names_no_registry() -> None:
     text = (FILE.parent / "web" / "package-lock.json").read_text(encoding="utf-8")
     assert '"integrity"' in text
     assert '"resolved"' not in text
+
+
+def test_building_calls_no_npm_of_its_own() -> None:
+    """The npm that pip brings is a program to be run by its path; there is none along PATH."""
+    scripts = json.loads((FILE.parent / "web" / "package.json").read_text(encoding="utf-8"))["scripts"]
+    assert not re.search(r"\bnp[mx]\b", scripts["build"])

@@ -61,10 +61,7 @@ def routes_page(document: dict[str, Any]) -> str:
             asked += [
                 f"body: {_shape(one.get('schema', {}))} as {html.escape(kind)}" for kind, one in taken.items()
             ]
-            answers = [
-                f"{status}: {_shape(next(iter(one.get('content', {}).values()), {}).get('schema', {}))}"
-                for status, one in route["responses"].items()
-            ]
+            answers = [f"{status}: {_answer(one)}" for status, one in route["responses"].items()]
             parts.append("<ul>" + "".join(f"<li>{line}</li>" for line in [*asked, *answers]) + "</ul>")
     parts.append("<h2>Shapes</h2>")
     for name, shape in document["components"]["schemas"].items():
@@ -78,6 +75,13 @@ def _parameter(one: dict[str, Any]) -> str:
     return f"{one['in']} <code>{html.escape(one['name'])}</code>: {_shape(one['schema'])}{need}"
 
 
+def _answer(one: dict[str, Any]) -> str:
+    return (
+        " or ".join(_shape(content.get("schema", {})) for content in one.get("content", {}).values())
+        or "nothing"
+    )
+
+
 def _shape(schema: dict[str, Any]) -> str:
     if "$ref" in schema:
         name = html.escape(schema["$ref"].rpartition("/")[2])
@@ -86,4 +90,4 @@ def _shape(schema: dict[str, Any]) -> str:
         return f"list of {_shape(schema['items'])}"
     if "anyOf" in schema:
         return " or ".join(_shape(one) for one in schema["anyOf"])
-    return html.escape(str(schema.get("type", "nothing" if not schema else "anything")))
+    return html.escape(str(schema.get("type", "anything")))
