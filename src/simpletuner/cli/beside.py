@@ -40,7 +40,8 @@ def served(run_dir: Path, port: int = PORT) -> Iterator[str]:
                 f"http://localhost:{port}, or train without --serve"
             ) from error
     folder = Path(os.path.realpath(run_dir))
-    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # the training says it better
+        folder.mkdir(parents=True, exist_ok=True)
     url = f"http://localhost:{port}/#/runs/{run_id(folder)}"
     words = ["server", "--port", str(port), "--workspace", os.getcwd(), "--root", str(folder)]
     server = subprocess.Popen(
