@@ -73,8 +73,15 @@ class Layout:
     prefix: str
     native: bool
     flat: bool = False
-    down: str = DOWN
-    up: str = UP
+    ends: tuple[str, str] = (DOWN, UP)
+
+    @property
+    def down(self) -> str:
+        return self.ends[0]
+
+    @property
+    def up(self) -> str:
+        return self.ends[1]
 
     def key(self, module: str) -> str:
         return self.prefix + (names.flattened(module) if self.flat else module)
@@ -88,16 +95,16 @@ class Layout:
 
 
 # The twelve layouts that are met are these nine, the first with and without alpha tensors and header.
-_KOHYA = {"down": ".lora_down.weight", "up": ".lora_up.weight"}
+_KOHYA = (".lora_down.weight", ".lora_up.weight")
 LAYOUTS: Mapping[str, Layout] = MappingProxyType({
     "diffusers": Layout("diffusers", "transformer.", native=False),
-    "transformer-kohya": Layout("diffusers' names with lora_down/up", "transformer.", native=False, **_KOHYA),
-    "kohya": Layout("kohya", "lora_unet_", native=True, flat=True, **_KOHYA),
-    "comfyui": Layout("ComfyUI", "diffusion_model.", native=True, **_KOHYA),
+    "transformer-kohya": Layout("transformer. with lora_down/up", "transformer.", native=False, ends=_KOHYA),
+    "kohya": Layout("kohya", "lora_unet_", native=True, flat=True, ends=_KOHYA),
+    "comfyui": Layout("ComfyUI", "diffusion_model.", native=True, ends=_KOHYA),
     "comfyui-peft": Layout("ComfyUI with lora_A/B (AI Toolkit)", "diffusion_model.", native=True),
     "comfyui-diffusers": Layout("diffusers' names under diffusion_model.", "diffusion_model.", native=False),
-    "onetrainer": Layout("OneTrainer", "lora_transformer_", native=False, flat=True, **_KOHYA),
-    "lycoris": Layout("LyCORIS", "lycoris_", native=False, flat=True, **_KOHYA),
+    "onetrainer": Layout("OneTrainer", "lora_transformer_", native=False, flat=True, ends=_KOHYA),
+    "lycoris": Layout("LyCORIS", "lycoris_", native=False, flat=True, ends=_KOHYA),
     "bare": Layout("diffusers' names without a prefix", "", native=False),
 })  # fmt: skip
 
