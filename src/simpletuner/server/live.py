@@ -109,10 +109,15 @@ class Watcher:
                 watching.cancel()
 
     async def _send(self, send: Send, news: str) -> None:
+        """Not by wait_for: before Python 3.12 it may swallow a cancellation, and would tell for ever."""
+        sending = asyncio.ensure_future(send(news))
         try:
-            await asyncio.wait_for(send(news), self._send_s)
-        except asyncio.TimeoutError as error:  # another class than the builtin before Python 3.11
-            raise Slow from error
+            done, _ = await asyncio.wait({sending}, timeout=self._send_s)
+        finally:
+            sending.cancel()
+        if not done:
+            raise Slow
+        sending.result()
 
     def _wake(self) -> None:
         for listener in self._listeners:

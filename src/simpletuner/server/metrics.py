@@ -39,10 +39,11 @@ def metrics(path: Path, since: int, max_points: int) -> Metrics:
                     rows = {step: row for step, row in rows.items() if step <= last}
                     forget_after = last if forget_after is None else min(last, forget_after)
     kept = thinned([rows[step] for step in sorted(rows)], max_points)
+    columns: dict[str, Any] = {name: [row.get(name) for row in kept] for name in COLUMNS}
+    columns |= {name: [row.get(name) or 0.0 for row in kept] for name in ALWAYS}
     return Metrics(
         step=[row["step"] for row in kept],
-        **{name: [row.get(name) for row in kept] for name in COLUMNS},
-        **{name: [row.get(name) or 0.0 for row in kept] for name in ALWAYS},
+        **columns,
         held_out=[(e.step, e.split, e.loss) for e in history.evaluations.values() if e.loss == e.loss],
         scores=[
             (s.step, s.metric, name, rate)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from simpletuner.server.wire.runs import LogPart
 
-MOST_BYTES = 4 << 20  # read at once
+MOST_BYTES = 1 << 20  # read at once
 NUMBER = (int, float, type(None))
 KINDS: Mapping[str, Any] = MappingProxyType(
     dict.fromkeys(("t", "total", "done", "loss", "seconds", "learning_rate", "left_s"), NUMBER)
