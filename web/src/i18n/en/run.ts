@@ -63,7 +63,6 @@ export const run = {
     from: "From",
     newest: "the newest checkpoint",
     until: "Train up to step",
-    steps: "steps",
     hint: (steps: string) => `It was set up for ${steps} steps.`,
     go: "Resume",
     queued: (name: string) => `${name} is in the queue again.`,

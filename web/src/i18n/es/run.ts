@@ -46,7 +46,6 @@ export const run: Words["run"] = {
     from: "Desde",
     newest: "el último checkpoint",
     until: "Entrenar hasta el paso",
-    steps: "pasos",
     hint: (steps) => `Estaba previsto para ${steps} pasos.`,
     go: "Reanudar",
     queued: (name) => `${name} está otra vez en la cola.`,

@@ -46,7 +46,6 @@ export const run: Words["run"] = {
     from: "कहाँ से",
     newest: "सबसे नया checkpoint",
     until: "किस step तक train करना है",
-    steps: "steps",
     hint: (steps) => `यह ${steps} steps के लिए तैयार किया गया था।`,
     go: "फिर चलाएँ",
     queued: (name) => `${name} फिर से कतार में है।`,
