@@ -447,6 +447,7 @@ def test_secrets_are_256_bit_and_for_their_owner_alone(tmp_path: Path) -> None:
     path = tmp_path / "own" / "token"
     token = kept(path)
     assert len(token) == 43
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert kept(path) == token
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     path.chmod(0o644)
