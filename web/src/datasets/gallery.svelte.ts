@@ -35,6 +35,7 @@ export class Gallery {
   why = $state("");
   /** Where the keyboard is, and where it is to go once that card is there. */
   active = $state(0);
+  moves = $state(0);
   focus = $state.raw<{ at: number; part: Part } | null>(null);
   readonly typed = new SvelteMap<string, string>();
   readonly saving = new SvelteMap<string, "saving" | "saved">();
@@ -215,6 +216,7 @@ export class Gallery {
   move(to: number, part: Part): void {
     const at = Math.max(0, Math.min((this.total ?? 1) - 1, to));
     this.active = at;
+    this.moves += 1;
     this.focus = { at, part };
   }
 }

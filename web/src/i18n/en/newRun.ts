@@ -62,6 +62,7 @@ export const newRun = {
   datasetRemove: "Take out",
   datasetMore: "More fields",
   datasetLess: "Fewer fields",
+  inherited: "as in the settings",
   datasetGone: "Not on the Datasets page (any more)",
   basics: "Settings",
   all: "All options",

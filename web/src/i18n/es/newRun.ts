@@ -63,6 +63,7 @@ export const newRun: NewRunTexts = {
   datasetRemove: "Quitar",
   datasetMore: "Más campos",
   datasetLess: "Menos campos",
+  inherited: "como en los ajustes",
   datasetGone: "No está (o ya no está) en la página Conjuntos de datos",
   basics: "Ajustes",
   all: "Todas las opciones",

@@ -63,6 +63,7 @@ export const newRun: NewRunTexts = {
   datasetRemove: "निकालें",
   datasetMore: "और फ़ील्ड",
   datasetLess: "कम फ़ील्ड",
+  inherited: "सेटिंग्स के अनुसार",
   datasetGone: "डेटासेट पेज पर (अब) नहीं है",
   basics: "सेटिंग्स",
   all: "सभी विकल्प",
