@@ -63,11 +63,6 @@ class LiveFeed {
     return this.runs?.find((one) => one.id === id);
   }
 
-  /** What an answer said about a run, before the connection says it too. */
-  put(summary: RunSummary): void {
-    this.runs = this.runs?.map((one) => (one.id === summary.id ? summary : one)) ?? null;
-  }
-
   #say(): void {
     if (this.#socket?.readyState !== WebSocket.OPEN) return;
     const ask: Follow = this.#followed?.ask ?? { run: null, since: 0, log_since: 0 };
