@@ -30,6 +30,7 @@ QUICKSTART = {"no_change": 28, "int8": 16, "int4": 11, "nf4": 8}  # GB of VRAM
 ROWS: list[tuple[str, float | None, int, dict[str, Any]]] = [
     *((f"{name}, all kept", 28 if name == "no_change" else None, 512,
        {**LORA, **KEPT, "base_model_precision": name}) for name in QUICKSTART),
+    ("no_change, all kept", 80, 1024, {**LORA, **KEPT}),
     *((f"{name}, recomputed", gb, 1024, {**LORA, "base_model_precision": name})
       for name, gb in QUICKSTART.items()),
     *((f"{name}, recomputed, approximator and inputs on the host", gb, 1024,

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from simpletuner.config.catalog import Option, catalog
-from simpletuner.config.proposals import NANO
+from simpletuner.config.proposals import NANO, for_memory
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.fields import PICTURES, SHARED, Field
@@ -77,18 +77,8 @@ FIELD_NEEDS: Mapping[str, Mapping[str, list[Any]]] = {
 BASIC_FIELDS = ("id", "dataset_type", "instance_data_dir", "caption_strategy", "repeats")
 FIELDS_LEFT_OUT = ("type", "disable")  # one value only; another spelling of disabled
 
-# The fastest way to train at the defaults within that memory:
-# `simpletuner plan --device cuda --fit 12GB --json`, "options", what differs from the defaults.
-CARDS: Mapping[int, Mapping[str, Any]] = {
-    8: {
-        "base_model_precision": "int8", "gradient_checkpointing_backend": "offload",
-        "musubi_blocks_to_swap": 28, "text_encoder_1_precision": "int8",
-    },
-    12: {"base_model_precision": "int4", "gradient_checkpointing": 49},
-    16: {"base_model_precision": "int4", "gradient_checkpointing": 39},
-    24: {"base_model_precision": "nf4", "gradient_checkpointing": 18},
-    80: {"gradient_checkpointing": False},
-}  # fmt: skip
+CARDS_GB = (8, 12, 16, 24, 80)
+BITS = {"no_change": "bf16 base", "int8": "int8 base", "nf4": "NF4 base"}
 
 
 @functools.cache
@@ -103,14 +93,18 @@ def schema() -> Schema:
 
 
 def presets() -> list[Preset]:
-    """Cards in order of memory, then the bundled model."""
-    text = "The fastest LoRA at 1024 px that is planned to fit, with 0.6 GB for the context."
-    cards = [
-        Preset(id=f"{size}gb", title=f"{size} GB", text=text, config=dict(found))
-        for size, found in CARDS.items()
-    ]
+    """Cards in order of memory, each with the finest base that fits, then the bundled model."""
+    made = []
+    for size in CARDS_GB:
+        row, planned = for_memory(size * 10**9)
+        how = [BITS[row["base_model_precision"]]]
+        how += ["nothing recomputed"] if row.get("gradient_checkpointing") is False else []
+        how += ["inputs of blocks in host memory"] if "gradient_checkpointing_backend" in row else []
+        text = f"LoRA, 1024 px: {', '.join(how)}; {planned:.1f} GB planned."
+        config = {name: value for name, value in row.items() if value != catalog()[name].default}
+        made.append(Preset(id=f"{size}gb", title=f"{size} GB", text=text, config=config))
     nano = "The bundled model at 128 px: minutes on a CPU, to try things out."
-    return [*cards, Preset(id="nano", title="chroma-nano", text=nano, config=dict(NANO))]
+    return [*made, Preset(id="nano", title="chroma-nano", text=nano, config=dict(NANO))]
 
 
 def _option(option: Option) -> OptionInfo:
