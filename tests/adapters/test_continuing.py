@@ -69,8 +69,9 @@ def test_the_second_file_acts_as_the_first(layout, tmp_path):
         RunConfig(adapter=options),
         None,
         None,
+        lambda step, weights: {"weights": weights, "ss_steps": str(step)},
     )
-    exporter.into_checkpoint(tmp_path)
+    exporter.into_checkpoint(tmp_path, 7)
     default, other = (
         tmp_path / "pytorch_lora_weights.safetensors",
         f"pytorch_lora_weights.{layout}.safetensors",

@@ -43,9 +43,8 @@ validation_guidance_skip_layers validation_preview validation_preview_steps vali
 validation_external_script validation_external_background validation_adapter_path
 validation_adapter_strength validation_multigpu validation_image_format validation_image_quality
 validation_using_datasets validation_stitch_input_location eval_epoch_interval eval_timesteps
-eval_dataset_pooling eval_loss_disable pretrained_evaluation_model_name_or_path push_to_hub
-push_checkpoints_to_hub push_to_hub_background hub_model_id model_card_private model_card_safe_for_work
-model_card_note modelspec_comment publishing_config post_upload_script custom_tracker tracker_image_layout
+eval_dataset_pooling eval_loss_disable pretrained_evaluation_model_name_or_path
+push_to_hub_background publishing_config post_upload_script custom_tracker tracker_image_layout
 webhook_reporting_interval aspect_bucket_rounding aspect_bucket_alignment max_upscale_threshold
 metadata_update_interval write_batch_size read_batch_size image_processing_batch_size max_workers
 aspect_bucket_worker_count enable_multiprocessing dataloader_prefetch dataloader_prefetch_qlen
@@ -214,8 +213,8 @@ def test_what_agrees_is_let_through(judge: Any, config: dict[str, Any]) -> None:
         ({"quantize_via": "cpu"}, "no effect without a quantised model"),
         ({"huber_c": 0.2}, "huber_c has no effect with loss_type l2"),
         (
-            {"ramtorch": False, "push_to_hub": "false", "hub_model_id": None},
-            "as they are off or change nothing: hub_model_id, push_to_hub, ramtorch",
+            {"ramtorch": False, "post_upload_script": None},
+            "as they are off or change nothing: post_upload_script, ramtorch",
         ),
     ],
 )

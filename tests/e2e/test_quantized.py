@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from simpletuner.cli.generate import _model_options
+from simpletuner.cli.generate import model_options
 from simpletuner.errors import CheckpointError, ConfigError
 from simpletuner.events.types import StageStarted
 from simpletuner.quantization.schemes import SCHEMES
@@ -35,7 +35,7 @@ def test_a_run_on_each(workspace: Workspace, scheme: str) -> None:
     assert any(
         tensor.abs().max() > 0 for name, tensor in load_file(run_dir / LORA).items() if "lora_B" in name
     )
-    assert _model_options(None, [run_dir], {}).base_model_precision == scheme
+    assert model_options(None, [run_dir], {}).base_model_precision == scheme
 
     resumed = interrupted(workspace, 2, f"{scheme}-stopped", **same)
     assert losses(resumed) == losses(run_dir)

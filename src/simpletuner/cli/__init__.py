@@ -21,6 +21,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "generate": ("simpletuner.cli.generate", "Draw pictures with the base and any LoRA."),
     "quantize": ("simpletuner.cli.quantize", "Convert a quantised base ahead of time."),
     "export": ("simpletuner.cli.export", "A LoRA for another program, or what each does with it."),
+    "merge": ("simpletuner.cli.merge", "LoRAs into the base, as a model of its own."),
+    "publish": ("simpletuner.cli.publish", "A finished run to the hub."),
     "report": ("simpletuner.cli.report", "Write report.html of a run folder."),
     "server": ("simpletuner.cli.server", "The pages in a browser: pictures, runs, queue."),
     "options": ("simpletuner.cli.options", "Search the options, with help."),

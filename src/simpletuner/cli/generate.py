@@ -75,7 +75,7 @@ def command(
     elif lora is not None:
         found = find_lora(lora)
         runs = [*found.resolve().parents[:3]]
-    options = _model_options(config, runs, flags)
+    options = model_options(config, runs, flags)
     size = size or DEFAULT_SIZE.get(options.model_flavour, "1024")
     read_sizes(size, DataOptions(), 1, "--size")
     prompts = tuple(Prompt(file_safe(text) or "picture", text, negative_prompt) for text in texts)
@@ -130,7 +130,7 @@ def _strengths(text: str, lora: Path | None) -> tuple[float, ...]:
     return strengths
 
 
-def _model_options(config: Path | None, runs: list[Path], flags: dict[str, str]) -> ModelOptions:
+def model_options(config: Path | None, runs: list[Path], flags: dict[str, str]) -> ModelOptions:
     """Flags over --config, else over the run that made the weights, else over the one found here."""
     from simpletuner.config.jsonc import parse
     from simpletuner.config.load import from_resolved, load

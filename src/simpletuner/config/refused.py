@@ -51,8 +51,8 @@ REFUSED: tuple[tuple[str, str], ...] = (
      "pretrained_evaluation_model_name_or_path=* checkpointing_rolling_steps gradient_precision=unmodified "
      "checkpoints_rolling_total_limit=* prodigy_steps"),
     ("use optimizer_release_gradients: then there are no gradients to move", "optimizer_offload_gradients"),
-    ("publishing " + NOT_YET, "push_to_hub push_checkpoints_to_hub push_to_hub_background=* hub_model_id=* "
-     "model_card_*=* modelspec_comment=* publishing_config post_upload_script"),
+    ("uploads go to the hub alone, always in the background; use push_to_hub",
+     "push_to_hub_background=* publishing_config post_upload_script"),
     ("use chroma_sigma_density", "flow_cubic_schedule_weights"),
     ("use stratified_sigmas", "disable_segmented_timestep_sampling"),
     ("use input_perturbation alone: it does not fade", "input_perturbation_steps"),

@@ -165,6 +165,12 @@ def _watching(run: RunConfig) -> Iterator[Finding]:
             yield "report_to", f"{name!r} is not offered; allowed: none, or some of {', '.join(TRACKERS)}"
     if isinstance(run.logging.webhook_config, str) and "://" in run.logging.webhook_config:
         yield "webhook_config", 'an address alone is not enough; write {"webhook_type": ..., ...}'
+    publishing, full = run.publishing, run.model.model_type == "full"
+    if publishing.push_checkpoints_to_hub and not publishing.push_to_hub:
+        yield "push_checkpoints_to_hub", "needs push_to_hub as well"
+    if publishing.push_checkpoints_to_hub and full:
+        what = "holds its state alone, for going on; the weights are uploaded at the end"
+        yield "push_checkpoints_to_hub", f"a checkpoint at full rank {what}: use push_to_hub alone"
 
 
 def _scores(run: RunConfig) -> Iterator[Finding]:
@@ -208,6 +214,7 @@ def _without_effect(run: RunConfig, given: Given) -> Iterator[str]:
     densities = ("quadratic", "quadratic-literal", "logit-normal")
     idle = {
         "with model_type full": (run.model.model_type == "full", (*LORA_ONLY, "validation_strengths")),
+        "with model_type lora": (run.model.model_type == "lora", ("save_native_file",)),
         "without evaluation_type": (run.validation.evaluation_type == "none", SCORING),
         "beside lora_target_modules": (run.adapter.lora_target_modules is not None, ("flux_lora_target",)),
         "without a beta density": (

@@ -11,6 +11,7 @@ from simpletuner.config.sections_training import (
     FlowOptions,
     LoggingOptions,
     OptimizerOptions,
+    PublishingOptions,
     TrainingOptions,
     ValidationOptions,
 )
@@ -31,3 +32,4 @@ class RunConfig(Section):
     checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
     validation: ValidationOptions = Field(default_factory=ValidationOptions)
     logging: LoggingOptions = Field(default_factory=LoggingOptions)
+    publishing: PublishingOptions = Field(default_factory=PublishingOptions)

@@ -190,3 +190,28 @@ class LoggingOptions(Section):
     webhook_config: str | list[dict[str, Any]] | dict[str, Any] | None = option(None,
         "Webhooks: a file, or the object or list itself.", resume="free", path="file")
     log_level: Literal["debug", "info", "warning"] = option("info", "How much is told.", resume="free")
+
+
+class PublishingOptions(Section):
+    """What the weights say of themselves, and where they are published"""
+
+    save_native_file: bool = option(False,
+        "At full rank, also write one file with native names, as ComfyUI and Forge read it.",
+        level="common", resume="free")
+    modelspec_title: str | None = option(None,
+        "Title inside the files and on the card; null is the run folder's name.", resume="free")
+    modelspec_author: str | None = option(None, "Author inside the files; null says nothing.", resume="free")
+    modelspec_trigger: str | None = option(None,
+        "Words that call up what was trained; null is instance_prompt.", level="common", resume="free")
+    modelspec_comment: str | None = option(None, "Description inside the files.", resume="free")
+    model_card_note: str | None = option(None, "Text for the model card, README.md.", resume="free")
+    model_card_safe_for_work: bool = option(False, "The card says safe-for-work.", resume="free")
+    push_to_hub: bool = option(False,
+        "At the end upload weights, card and pictures to a hub repository, in the background; a failure is "
+        "told and never ends the run.", level="common", resume="free")
+    push_checkpoints_to_hub: bool = option(False, "Upload each checkpoint's LoRA too.", resume="free")
+    hub_model_id: str | None = option(None,
+        "The repository: owner/name, or a name of your own; null is the run folder's name.", level="common",
+        resume="free", pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    model_card_private: bool = option(True,
+        "The repository is private; false makes a new one public.", level="common", resume="free")

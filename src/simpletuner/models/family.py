@@ -6,7 +6,7 @@ B batch · C latent channels · H W latent side (image px / stride) · L text to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -238,3 +238,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def save_transformer(self, transformer: nn.Module, source: Source, folder: Path) -> None:
         """Write a diffusers `transformer` folder (config.json + safetensors) that load_transformer reads."""
+
+    @abstractmethod
+    def save_native(self, folder: Path, file: Path, metadata: Mapping[str, str]) -> None:
+        """The same weights as one file with the author's own names, as ComfyUI and Forge read it.
+
+        folder: what save_transformer wrote. Tensor by tensor; an older file is replaced at the end.
+        """

@@ -25,8 +25,10 @@ from simpletuner.training.device import Device, choose
 from simpletuner.training.export import Exporter
 from simpletuner.training.keeper import Companion, Keeper
 from simpletuner.training.loop import Action, Every, Parts, Plan
+from simpletuner.training.metadata import Describer, public_name
 from simpletuner.training.prefetch import Prefetch
 from simpletuner.training.prepare import Prepared, prepare
+from simpletuner.training.publish import Publisher, Publishing, repository
 from simpletuner.training.resume import Origin
 from simpletuner.training.rundir import RunFolder
 from simpletuner.training.stages import Evaluation, Pictures, Scoring, heldout_of
@@ -73,7 +75,12 @@ def build(
     remembering: dict[str, Companion] = {"heldout": evaluation.heldout} if evaluation else {}
     if scoring is not None:
         remembering["scores"] = scoring.scorer
-    exporter = Exporter(family, prepared.source, net, run, folder, emit)
+    described = Describer(
+        run, family.name, prepared.source.name, prepared.train.placed,
+        [prompt for one in backends.train for prompt in one.instance_prompts], plan.epoch, folder.path,
+    )  # fmt: skip
+    exporter = Exporter(family, prepared.source, net, run, folder, emit, described.fields)
+    publishing = publishing_of(run, described, stop_requested, emit, closing)
     keeper = Keeper(
         folder, run.checkpoint, net, config, prepared.identity(), remembering, exporter.into_checkpoint,
         evaluation.best_step if evaluation else lambda: None, emit,
@@ -94,7 +101,8 @@ def build(
         run.training.seed, run.flow, run.adapter.lora_dropout > 0 and net.uses_lora,
         lambda step: schedules.learning_rate(net.schedule, step, plan.total_steps),
         batch, sizes, first, keeper.save,
-        every(run, plan, keeper, pictures, evaluation, scoring, exporter, emit), asked, stop_requested, emit,
+        every(run, plan, keeper, pictures, evaluation, scoring, exporter, publishing, emit), asked,
+        stop_requested, emit,
     )  # fmt: skip
 
 
@@ -181,7 +189,7 @@ def pictures_of(
     settings = Settings(
         options.validation_num_inference_steps,
         options.validation_guidance_real,
-        prepared.source.name,
+        public_name(prepared.source.name),  # pictures are published
         prepared.name() + training_name(resolved(run)),
     )
     decoder = decoder_of(run, prepared, inference)
@@ -206,6 +214,18 @@ def scoring_of(
     return Scoring(scorer, net)
 
 
+def publishing_of(
+    run: RunConfig, described: Describer, stop_requested: Callable[[], bool], emit: Emit, closing: ExitStack
+) -> Publishing:
+    """The stage that writes the card, and uploads where that is asked for."""
+    options, folder = run.publishing, described.run_dir
+    if not options.push_to_hub:
+        return Publishing(described, None, stop_requested)
+    publisher = Publisher(folder, repository(options, folder), options.model_card_private, emit)
+    closing.callback(publisher.close)
+    return Publishing(described, publisher, stop_requested)
+
+
 def decoder_of(
     run: RunConfig, prepared: Prepared, inference: Inference
 ) -> Callable[[], Callable[[Tensor], Tensor]]:
@@ -214,7 +234,7 @@ def decoder_of(
 
 def every(
     run: RunConfig, plan: Plan, keeper: Keeper, pictures: Pictures | None, evaluation: Evaluation | None,
-    scoring: Scoring | None, exporter: Exporter, emit: Emit,
+    scoring: Scoring | None, exporter: Exporter, publishing: Publishing, emit: Emit,
 ) -> tuple[Every, ...]:  # fmt: skip
     """Between steps, in order: evaluate (it names the best), score, save, draw, and at the end export."""
 
@@ -237,10 +257,13 @@ def every(
     epochs = run.checkpoint.checkpoint_epoch_interval
     if epochs is not None:
         rows.append(Every(lambda step: plan.epoch(step) // epochs, keeper.save))
+    if run.publishing.push_checkpoints_to_hub:
+        rows.append(Every(steps(saving), publishing.checkpoint))
     if pictures is not None:
         drawn = steps(run.validation.validation_step_interval)
         rows.append(Every(drawn, pictures.draw, at_start=benchmark))
     rows.append(Every(lambda step: 0, exporter.finish))
+    rows.append(Every(lambda step: 0, publishing.finish))
     if evaluation is not None:
         rows.append(Every(lambda step: 0, evaluation.conclude))
     return tuple(rows)

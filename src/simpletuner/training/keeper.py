@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from simpletuner.training.resume import Origin
 from simpletuner.training.rundir import RunFolder
 from simpletuner.training.trainee import Trainee
 
-Export = Callable[[Path], None]
+Export = Callable[[Path, int], None]  # folder, step
 
 
 class Companion(Protocol):
@@ -66,14 +67,14 @@ class Keeper:
         snapshot = checkpoint.Snapshot(step, tensors, state)
         best = self.best_step()
         keep = self.options.checkpoints_total_limit
-        path = checkpoint.save(self.folder.path, snapshot, self._export, keep, best)
+        path = checkpoint.save(self.folder.path, snapshot, partial(self._export, step=step), keep, best)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         self._saved_step = step
         self.emit(Saved(step, path.name, time.perf_counter() - started, size))
 
-    def _export(self, folder: Path) -> None:
+    def _export(self, folder: Path, step: int) -> None:
         optimizer_mode(self.net.optimizer, training=False)
-        self.export(folder)
+        self.export(folder, step)
         optimizer_mode(self.net.optimizer, training=True)
 
     def restore(self, origin: Origin) -> None:

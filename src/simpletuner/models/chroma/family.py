@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -170,3 +170,8 @@ class Chroma(ModelFamily):
 
     def save_transformer(self, transformer: nn.Module, source: Source, folder: Path) -> None:
         weights.save_transformer(transformer, folder)
+
+    def save_native(self, folder: Path, file: Path, metadata: Mapping[str, str]) -> None:
+        from simpletuner.models.chroma.merge import Target, merge
+
+        merge(folder, (), Target(file, native=True, dtype=None, replace=True), metadata)

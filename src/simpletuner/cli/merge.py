@@ -1,0 +1,105 @@
+"""simpletuner merge: LoRAs into the base, as a transformer of its own."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import click
+
+from simpletuner import __version__
+from simpletuner.cli.generate import FLAVOURS, find_lora, model_options
+from simpletuner.config.schema import ModelOptions
+from simpletuner.errors import ConfigError, Problem
+from simpletuner.events.terminal import Terminal
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn"}
+SUFFIX = ".safetensors"
+
+
+@click.command("merge", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")})
+@click.option("--lora", "loras", multiple=True, metavar="FILE[=WEIGHT]", help="May be repeated, or left out.")
+@click.option("--base", help="A flavour, hub id, folder, file or run.  [default: the first LoRA's run's]")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder or file.")
+@click.option("--format", "layout", type=click.Choice(["diffusers", "native"]), help="[default: by --output]")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True, help="Numbers.")
+def command(loras: tuple[str, ...], base: str | None, output: Path, layout: str | None, dtype: str) -> None:
+    """Write the base with LoRAs in it: a diffusers folder, or one native .safetensors file for ComfyUI.
+
+    Any layout of LoRA, DoRA too; each is counted from the untouched base. fp8 is scaled, for ComfyUI.
+    Nothing is overwritten.
+    """
+    added = [weighted(text) for text in loras]
+    layout = layout or ("native" if output.suffix == SUFFIX else "diffusers")
+    problems = []
+    if (layout == "native") != (output.suffix == SUFFIX):
+        problems.append(Problem("--output", f"{output}: native is one {SUFFIX} file, diffusers a folder"))
+    if layout == "diffusers" and dtype == "fp8":
+        problems.append(Problem("--dtype", "diffusers reads no scaled fp8; use --format native or bf16"))
+    if not output.parent.is_dir():
+        problems.append(Problem("--output", f"{output.parent} does not exist"))
+    if not added and base is None:
+        problems.append(Problem("--lora", "give a LoRA to merge, or a --base to convert"))
+    if problems:
+        raise ConfigError(problems)
+    merge(added, _options(base, added), layout == "native", dtype, output)
+    click.echo(output)
+
+
+def weighted(text: str) -> tuple[Path, float]:
+    """FILE=WEIGHT or FILE, also a checkpoint or a run."""
+    name, mark, number = text.rpartition("=")
+    if not mark or Path(text).exists():
+        return find_lora(Path(text)), 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ConfigError([Problem("--lora", f"{text!r} is not FILE=WEIGHT, such as style{SUFFIX}=0.5")])
+    return find_lora(Path(name)), weight
+
+
+def _options(base: str | None, added: list[tuple[Path, float]]) -> ModelOptions:
+    """Of a base that is named only the transformer is needed: the other parts are then the bundled ones."""
+    from simpletuner.models.chroma.sources import FLAVOURS as HUB_IDS
+
+    if base is None:
+        return model_options(None, [*added[0][0].resolve().parents[:3]], {})
+    if base == "nano":
+        return ModelOptions(model_flavour="nano")
+    name = HUB_IDS[base] if base in FLAVOURS else base
+    return ModelOptions(model_flavour="nano", pretrained_transformer_model_name_or_path=name)
+
+
+def merge(
+    added: list[tuple[Path, float]], options: ModelOptions, native: bool, dtype: str, output: Path
+) -> None:
+    import torch
+
+    from simpletuner.adapters import layouts
+    from simpletuner.models.chroma.merge import Target
+    from simpletuner.models.chroma.merge import merge as write
+    from simpletuner.models.registry import family as family_named
+    from simpletuner.training.metadata import public_name
+
+    source = family_named(options.model_family).locate(options)
+    read = [(layouts.read(path), weight) for path, weight in added]
+    for file, weight in read:
+        click.echo(f"{file.path.name}: {file.opened()[1]}; weight {weight:g}", err=True)
+    base = public_name(options.pretrained_transformer_model_name_or_path or source.name)
+    parts = [f"{public_name(str(path.absolute()))} x {weight:g}" for path, weight in added]
+    told = {
+        "software": f"simpletuner {__version__}", "base_model": base,
+        "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": options.model_family,
+        "modelspec.implementation": "diffusers", "modelspec.title": output.stem,
+        "modelspec.merged_from": ", ".join([base, *parts]),
+    }  # fmt: skip
+    shown = Terminal(sys.stderr)
+    try:
+        target = Target(output, native, getattr(torch, DTYPES[dtype]))
+        loras = [(file.factors(), weight) for file, weight in read]
+        write(source.transformer, loras, target, told, shown, source.variant)
+    finally:
+        shown.close()

@@ -1,0 +1,171 @@
+"""Uploads to the hub beside a run: retried with growing pauses, told by events, never the end of the run."""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import disable_progress_bars
+
+from simpletuner.config.schema import PublishingOptions
+from simpletuner.errors import SimpleTunerError
+from simpletuner.events.sinks import failure_of
+from simpletuner.events.types import Emit, Event, Noted, Warned
+from simpletuner.training.card import pictures_of, write_card
+from simpletuner.training.metadata import Describer
+
+PAUSES_S = (5.0, 20.0, 60.0, 180.0, 600.0)
+WAIT_S, SLOWEST = 600.0, 1e6  # at the end: so long, and the time of this many bytes per second
+FINAL = (400, 401, 403, 404, 409)  # answers that asking again does not change
+RESULTS = ("*.safetensors", "ema/*.safetensors", "transformer/*", "transformer_ema/*")
+
+
+def results(run_dir: Path) -> list[Path]:
+    """What a finished run has to publish: weights, the card and its pictures; nothing that names a path."""
+    found = [path for pattern in RESULTS for path in sorted(run_dir.glob(pattern))]
+    card = run_dir / "README.md"
+    if card.is_file():
+        found += [card, *(run_dir / name for name in pictures_of(card))]
+    return [path for path in found if path.is_file() and not path.name.startswith(".")]
+
+
+def repository(options: PublishingOptions, run_dir: Path) -> str:
+    """hub_model_id, or the run folder's name as the hub takes it."""
+    return options.hub_model_id or re.sub(r"[^\w.-]+|--+|\.\.+", "-", run_dir.name).strip("-.") or "chroma"
+
+
+class Publisher:
+    """One thread that uploads what is offered, in order, each as one commit. failed: why the last was not.
+
+    private: of a repository that is made; into one that is public nothing is put unless private is False.
+    api: the hub's; its token is the one that is logged in, or HF_TOKEN.
+    """
+
+    def __init__(
+        self, run_dir: Path, repo: str, private: bool, emit: Emit, api: HfApi | None = None,
+        pauses_s: Sequence[float] = PAUSES_S,
+    ) -> None:  # fmt: skip
+        self.run_dir, self.repo, self.failed = run_dir, repo, ""
+        self._private, self._emit, self._pauses_s = private, emit, pauses_s
+        self._api, self._made, self._refused = api or HfApi(), False, False
+        self._offered: queue.Queue[tuple[Sequence[Path], str]] = queue.Queue()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="publish", daemon=True)
+        self._thread.start()
+
+    def offer(self, files: Sequence[Path], message: str) -> None:
+        self._offered.put((files, message))
+
+    def wait(self, limit_s: float, stop_requested: Callable[[], bool] = lambda: False) -> bool:
+        """Until everything is uploaded: True. What is not by then is given up, and said how to do later."""
+        deadline = time.monotonic() + limit_s
+        while self._offered.unfinished_tasks and self._thread.is_alive():
+            if time.monotonic() > deadline or stop_requested():
+                self._give_up(f"not within {limit_s:.0f} s" if time.monotonic() > deadline else "stopped")
+                self._closed.set()
+                return False
+            time.sleep(0.05)
+        return not self.failed
+
+    def close(self) -> None:
+        """At the end of the process; what is still waiting is told."""
+        if self._offered.unfinished_tasks and not self.failed:
+            self._give_up("the run ended before")
+        self._closed.set()
+
+    def _work(self) -> None:
+        disable_progress_bars()
+        while not self._refused:
+            files, message = self._offered.get()
+            self._upload(files, message)
+            self._offered.task_done()
+
+    def _upload(self, files: Sequence[Path], message: str) -> None:
+        for pause_s in (*self._pauses_s, None):
+            why = failure_of(partial(self._commit, files, message)).removeprefix("SimpleTunerError: ")
+            if not why:
+                self.failed = ""
+            elif pause_s is None or self._refused:
+                self._give_up(why)
+            else:
+                self._tell(Warned(f"not published yet ({why}); once more in {pause_s:g} s"))
+                if not self._closed.wait(pause_s):
+                    continue
+            return
+
+    def _commit(self, files: Sequence[Path], message: str) -> None:
+        here = [path for path in files if path.is_file()]  # a checkpoint may have made room for a newer one
+        if not here:
+            return
+        names = [path.relative_to(self.run_dir).as_posix() for path in here]
+        added = [CommitOperationAdd(name, str(path)) for name, path in zip(names, here, strict=True)]
+        try:
+            self._make()
+            self._api.create_commit(self.repo, added, commit_message=message)
+        except HfHubHTTPError as error:
+            self._refused = error.response.status_code in FINAL
+            raise SimpleTunerError(_reason(error)) from error
+        size = sum(one.upload_info.size for one in added)
+        self._tell(Noted(f"published: {message}, {len(here)} files, {size / 1e6:.1f} MB, to {self.repo}"))
+
+    def _make(self) -> None:
+        """The repository, if it is not there."""
+        if self._made:
+            return
+        self.repo = self._api.create_repo(self.repo, private=self._private, exist_ok=True).repo_id
+        if self._private and not self._api.model_info(self.repo).private:
+            self._refused = True
+            raise SimpleTunerError(f"{self.repo} is public and model_card_private is on; choose another")
+        self._made = True
+
+    def _give_up(self, why: str) -> None:
+        self.failed = why
+        later = f"simpletuner publish {self.run_dir.name} --repo {self.repo}"
+        self._tell(Warned(f"not published ({why}). The run is not touched by that; later: {later}"))
+
+    def _tell(self, event: Event) -> None:
+        if not self._closed.is_set():
+            self._emit(event)
+
+
+@dataclass(frozen=True)
+class Publishing:
+    """What is done for others between steps: each checkpoint's LoRA, and at the end card and weights."""
+
+    described: Describer
+    publisher: Publisher | None
+    stop_requested: Callable[[], bool]
+
+    def checkpoint(self, step: int) -> None:
+        folder = self.described.run_dir / f"checkpoint-{step}"
+        if self.publisher is not None:
+            self.publisher.offer(sorted(folder.rglob("pytorch_lora_weights*.safetensors")), folder.name)
+
+    def finish(self, step: int) -> None:
+        run_dir = self.described.run_dir
+        write_card(run_dir, self.described, step)
+        if self.publisher is not None:
+            files = results(run_dir)
+            self.publisher.offer(files, f"weights after {step} steps")
+            self.publisher.wait(limit_s(files), self.stop_requested)
+
+
+def limit_s(files: Sequence[Path]) -> float:
+    """How long to wait for them at the end."""
+    return WAIT_S + sum(path.stat().st_size for path in files) / SLOWEST
+
+
+def _reason(error: HfHubHTTPError) -> str:
+    """In one line; what to do about a refusal."""
+    code = error.response.status_code
+    if code in (401, 403):
+        return f"the hub answers {code}: no token that may write there; `hf auth login`, or set HF_TOKEN"
+    return f"the hub answers {code}: {(error.server_message or str(error)).splitlines()[0]}"

@@ -1,0 +1,175 @@
+"""Uploads against a hub on loopback: retried, told, given up, and never in the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi, constants
+
+from simpletuner.config.schema import PublishingOptions
+from simpletuner.events.types import Event, Noted
+from simpletuner.training import publish
+from simpletuner.training.publish import Publisher, results
+from tests.training.hub_stub import TOKEN, Hub, serving
+
+PAUSES = (0.02, 0.04, 0.08)
+WAIT_S = 120
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    # The hub's own storage service speaks a protocol of its own; the one before it is what a stub can speak.
+    monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False)
+    with serving() as served:
+        yield served
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    run = tmp_path / "my moons"
+    for name, content in {
+        "pytorch_lora_weights.safetensors": b"weights", "ema/pytorch_lora_weights.safetensors": b"average",
+        "README.md": b"---\nlicense: apache-2.0\n---\n![x](images/step-000004/a.png)\n",
+        "images/step-000004/a.png": b"new", "images/step-000000/a.png": b"old", "config.json": b"{}",
+        "train.log": b"secret", "events.jsonl": b"secret", "checkpoint-4/weights.safetensors": b"state",
+        ".pytorch_lora_weights.safetensors.7.tmp": b"half",
+    }.items():  # fmt: skip
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(content)
+    return run
+
+
+def publisher(hub: Hub, run_dir: Path, told: list[Event], **more: object) -> Publisher:
+    given = {"repo": "moons", "private": True, "pauses_s": PAUSES, "token": TOKEN, **more}
+    api = HfApi(endpoint=hub.endpoint, token=given.pop("token"))
+    return Publisher(run_dir, emit=told.append, api=api, **given)  # type: ignore[arg-type]
+
+
+def test_weights_card_and_pictures_arrive_in_a_private_repository(hub: Hub, run_dir: Path) -> None:
+    told: list[Event] = []
+    one = publisher(hub, run_dir, told)
+    one.offer(
+        [run_dir / "checkpoint-4" / "weights.safetensors", run_dir / "gone.safetensors"], "checkpoint-4"
+    )
+    one.offer(results(run_dir), "weights")
+    assert one.wait(WAIT_S)
+    assert hub.repos == {"ada/moons": True}
+    assert hub.commits == ["checkpoint-4", "weights"]
+    assert hub.files["ada/moons"] == {
+        "checkpoint-4/weights.safetensors": b"state",
+        "pytorch_lora_weights.safetensors": b"weights", "ema/pytorch_lora_weights.safetensors": b"average",
+        "README.md": (run_dir / "README.md").read_bytes(), "images/step-000004/a.png": b"new",
+    }  # fmt: skip
+    assert [type(event) for event in told] == [Noted, Noted]
+    assert "4 files" in str(told[1])
+
+
+def test_a_stumbling_hub_is_asked_again(hub: Hub, run_dir: Path) -> None:
+    hub.faults += [500, 500]
+    told: list[Event] = []
+    one = publisher(hub, run_dir, told)
+    one.offer(results(run_dir), "weights")
+    assert one.wait(WAIT_S)
+    assert "answers 500: " in str(told[0])
+    assert "once more in 0.02 s" in str(told[0])
+    assert "once more in 0.04 s" in str(told[1])
+    assert len(told) == 3
+    assert hub.commits == ["weights"]
+
+
+def test_what_fails_for_good_says_how_to_publish_later(hub: Hub, run_dir: Path) -> None:
+    hub.faults += [500] * (len(PAUSES) + 1)
+    told: list[Event] = []
+    one = publisher(hub, run_dir, told)
+    one.offer(results(run_dir), "checkpoint-2")
+    one.offer(results(run_dir), "weights")
+    assert one.wait(WAIT_S), "the next one is tried all the same"
+    assert hub.commits == ["weights"]
+    assert "not published" in str(told[len(PAUSES)])
+    assert "simpletuner publish" in str(told[len(PAUSES)])
+
+
+def test_a_token_that_may_not_write_is_told_at_once(hub: Hub, run_dir: Path) -> None:
+    told: list[Event] = []
+    one = publisher(hub, run_dir, told, token="hf_wrongcanary", pauses_s=(60.0,))
+    one.offer(results(run_dir), "weights")
+    started = time.monotonic()
+    assert not one.wait(WAIT_S)
+    assert time.monotonic() - started < 50, "asking again would not help"
+    assert len(told) == 1
+    assert "401: no token that may write there" in str(told)
+    assert "wrongcanary" not in str(told)
+
+
+def test_a_hanging_hub_is_not_waited_for_longer_than_said(hub: Hub, run_dir: Path) -> None:
+    hub.hanging.set()
+    told: list[Event] = []
+    one = publisher(hub, run_dir, told)
+    one.offer(results(run_dir), "weights")
+    assert not one.wait(0.2)
+    assert "not within 0 s" in str(told)
+    hub.released.set()
+    time.sleep(0.3)
+    assert len(told) == 1, "nothing is told after the end"
+
+
+def test_one_can_leave_while_it_uploads(hub: Hub, run_dir: Path) -> None:
+    hub.hanging.set()
+    one = publisher(hub, run_dir, [])
+    one.offer(results(run_dir), "weights")
+    asked = threading.Event()
+    threading.Timer(0.1, asked.set).start()
+    assert not one.wait(WAIT_S, asked.is_set)
+
+
+def test_nothing_private_goes_into_a_public_repository(hub: Hub, run_dir: Path) -> None:
+    hub.repos["ada/moons"] = False
+    told: list[Event] = []
+    one = publisher(hub, run_dir, told)
+    one.offer(results(run_dir), "weights")
+    assert not one.wait(WAIT_S)
+    assert "is public and model_card_private is on" in str(told)
+    assert hub.files == {}
+    one = publisher(hub, run_dir, told, private=False)
+    one.offer(results(run_dir), "weights")
+    assert one.wait(WAIT_S)
+
+
+def test_the_runs_name_serves_as_the_repositorys(run_dir: Path) -> None:
+    assert publish.repository(PublishingOptions(), run_dir) == "my-moons"
+    assert publish.repository(PublishingOptions(hub_model_id="a/b"), run_dir) == "a/b"
+
+
+def test_the_command_publishes_later(hub: Hub, run_dir: Path) -> None:
+    environ = {
+        **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "simpletuner",
+        "publish",
+        str(run_dir),
+        "--repo",
+        "club/moons",
+        "--public",
+    ]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "club/moons\n"
+    assert hub.repos == {"club/moons": False}
+    assert len(hub.files["club/moons"]) == 4
+    done = subprocess.run(
+        [*command[:4], str(run_dir / "images")], env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "no finished weights" in done.stderr
+    assert hub.endpoint != constants.ENDPOINT
