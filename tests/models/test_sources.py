@@ -12,7 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import DiskFull, DownloadError, ModelError
-from simpletuner.models.chroma import sources
+from simpletuner.models.chroma import download, sources
 
 
 def answer(kind: type[Exception]) -> Exception:
@@ -32,7 +32,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, object]
                 if isinstance(asked, Exception):
                     raise asked
                 revisions.append(arguments["revision"])
-                return SimpleNamespace(sha=asked)
+                folder = fetched if isinstance(fetched, Path) else Path("nowhere")
+                weights = [str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")]
+                return SimpleNamespace(siblings=[SimpleNamespace(rfilename=one, size=1) for one in weights])
 
         def fetch(repo: str, **arguments: object) -> str:
             calls.append({"repo": repo, "asked": [None, *revisions][-1], **arguments})
@@ -40,8 +42,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, object]
                 raise fetched
             return str(fetched)
 
-        monkeypatch.setattr(sources, "HfApi", Api)
-        monkeypatch.setattr(sources, "snapshot_download", fetch)
+        monkeypatch.setattr(download, "HfApi", Api)
+        monkeypatch.setattr(download, "snapshot_download", fetch)
+        monkeypatch.setattr(download, "try_to_load_from_cache", lambda *_, **__: None)
         return calls
 
     return install
@@ -77,13 +80,13 @@ def test_an_incomplete_folder_is_named(checkpoint: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["chroma.safetensors", "owner/chroma-q8.gguf", "./model.pt"])
-def test_single_files_are_refused_with_what_to_give_instead(name: str) -> None:
-    with pytest.raises(ModelError, match=r"not read yet.*diffusers"):
+def test_a_single_file_that_is_not_there_is_no_repository(name: str) -> None:
+    with pytest.raises(ModelError, match=r"does not exist; expected a single file"):
         sources.locate(ModelOptions(pretrained_model_name_or_path=name))
 
 
 def test_a_mistyped_folder_is_no_repository() -> None:
-    with pytest.raises(ModelError, match="neither a folder that exists nor a hub repository"):
+    with pytest.raises(ModelError, match="neither a file or folder that exists nor a hub repository"):
         sources.locate(ModelOptions(pretrained_model_name_or_path="./models/my-chroma"))
 
 
@@ -120,7 +123,7 @@ REPOSITORY = [
 
 
 def chosen(parts: list[str], variant: str, files: list[str]) -> set[str]:
-    small, weights = sources.wanted(parts, variant)
+    small, weights = download.wanted(parts, variant)
     return set(filter_repo_objects(files, allow_patterns=[*small, *weights]))
 
 
@@ -242,8 +245,8 @@ def test_what_was_downloaded_serves_offline(
 
 def test_a_dead_endpoint_is_noticed_in_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A real call, to a port where nobody listens."""
-    monkeypatch.setattr(sources.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(sources.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(download.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(download.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
     with pytest.raises(DownloadError, match=r"http://127\.0\.0\.1:9 cannot be reached"):

@@ -155,7 +155,9 @@ def generate(request: Request, say: Callable[[str], None]) -> list[Path]:
     from simpletuner.validation.images import Settings, describe, save_png, to_image
 
     family = family_named(request.model.model_family)
-    source = family.locate(request.model)
+    shown = Terminal(sys.stderr)
+    source = family.locate(request.model, shown)
+    shown.close()
     device = choose(request.model)
     sizes, notes = read_sizes(request.size, DataOptions(), family.facts(source).alignment_px, "--size")
     for note in notes:

@@ -50,6 +50,6 @@ def quantize(options: ModelOptions) -> list[Path]:
     family = family_named(options.model_family)
     shown = Terminal(sys.stderr)
     try:
-        return family.quantize(family.locate(options), options, choose(options).device, shown)
+        return family.quantize(family.locate(options, shown), options, choose(options).device, shown)
     finally:
         shown.close()

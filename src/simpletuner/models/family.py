@@ -37,7 +37,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Source:
-    """Where each part lies: local diffusers folders, one per part, all existing.
+    """Where each part lies: a folder of diffusers' or a single file for each, all existing.
 
     name: what a person calls it ("lodestones/Chroma1-Base", "nano", "./my-chroma").
     revision: commit of a hub snapshot, "" for local folders. variant: "fp16" in model.fp16.safetensors.
@@ -140,7 +140,7 @@ class ModelFamily(ABC):
     name: str
 
     @abstractmethod
-    def locate(self, options: ModelOptions) -> Source:
+    def locate(self, options: ModelOptions, emit: Emit = silent) -> Source:
         """Find (or download) the parts. Refuses with ModelError or DownloadError, never loads a weight."""
 
     def notes(self, options: ModelOptions) -> list[str]:

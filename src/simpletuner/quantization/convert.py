@@ -1,4 +1,4 @@
-"""safetensors to safetensors, a few rows at a time: 18 GB become 5 in less than 1 GB of memory.
+"""Any weight file to safetensors, a few rows at a time: 18 GB become 5 in less than 1 GB of memory.
 
 Every shape is known before the first weight is read, so the header is written first and each result goes
 straight to its place. While a file grows it is called .partial and ends in a number: how many tensors are
@@ -10,18 +10,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import struct
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from simpletuner.errors import CacheError, DiskFull
+from simpletuner.errors import CacheError, DiskFull, ModelError
 from simpletuner.events.progress import Stage
 from simpletuner.events.types import Emit, Noted
 from simpletuner.quantization.schemes import Scheme, named
@@ -39,16 +40,60 @@ SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a safetensors file. offset: of its first byte in the file."""
+    """One tensor of a file. dtype: once read. offset: of its first byte in the file.
+
+    decode: for what is stored otherwise: bytes (uint8) of whole rows -> the rows in dtype, in any shape.
+    decoded_bytes: what one such row takes in the file. A row is what the last dimension counts.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
+    decode: Callable[[Tensor], Tensor] | None = None
+    decoded_bytes: int = 0
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
+    def row_bytes(self) -> int:
+        return self.decoded_bytes if self.decode else self.columns * self.dtype.itemsize
 
     @property
     def size_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        """In the file."""
+        return self.rows * self.row_bytes
+
+    def cut(self, kept: slice) -> Stored:
+        """So many entries of the first dimension; they lie together."""
+        count = kept.stop - kept.start
+        each = self.size_bytes // max(1, self.shape[0])
+        row = count * self.decoded_bytes // self.shape[0] if len(self.shape) == 1 else self.decoded_bytes
+        return replace(
+            self,
+            shape=(count, *self.shape[1:]),
+            offset=self.offset + kept.start * each,
+            decoded_bytes=row,
+        )
+
+    def read(self, file: BinaryIO, first: int, count: int) -> Tensor:
+        """(count, columns), in memory of its own."""
+        raw = torch.empty(count * self.row_bytes, dtype=torch.uint8)
+        file.seek(self.offset + first * self.row_bytes)
+        if file.readinto(raw.numpy()) != len(raw):  # type: ignore[attr-defined]
+            raise ModelError(f"{self.file} has become shorter while it was read.")
+        values = raw.view(self.dtype) if self.decode is None else self.decode(raw)
+        return values.view(count, self.columns)
+
+    def whole(self) -> Tensor:
+        with self.file.open("rb") as file:
+            return self.read(file, 0, self.rows).view(self.shape)
 
 
 def part_name(weight: str, part: str) -> str:
@@ -69,7 +114,7 @@ def convert(
     device: torch.device,
     emit: Emit,
 ) -> None:
-    """Write `target`: of the matrices `names` the scheme's parts, everything else as it is.
+    """Write `target`: of the matrices `names` the scheme's parts, everything else as it is once read.
 
     device: where the arithmetic is done. Returns at once when the target exists; another process at the same
     work is waited for. DiskFull before anything is written.
@@ -141,19 +186,21 @@ def _pieces(
 ) -> Iterator[tuple[int, bytes | memoryview]]:
     """(place in the result, bytes) of one tensor; scheme: None copies it."""
     with stored.file.open("rb") as file:
-        file.seek(stored.offset)
-        if scheme is None:
+        if scheme is None and stored.decode is None:
+            file.seek(stored.offset)
             for start in range(0, stored.size_bytes, SYNC_BYTES):
                 content = file.read(min(SYNC_BYTES, stored.size_bytes - start))
                 yield placed[name].offset + start, content
             return
-        rows, columns = stored.shape
-        one, two = scheme.part_shapes(1, columns), scheme.part_shapes(2, columns)
-        at_once = max(1, CHUNK_WEIGHTS // columns)
+        rows, columns = stored.rows, stored.columns
+        at_once = max(1, CHUNK_WEIGHTS // max(1, columns))
         for first in range(0, rows, at_once):
             count = min(at_once, rows - first)
-            raw = bytearray(file.read(count * columns * stored.dtype.itemsize))
-            weight = torch.frombuffer(raw, dtype=stored.dtype).view(count, columns)
+            weight = stored.read(file, first, count)
+            if scheme is None:
+                yield placed[name].offset + first * columns * stored.dtype.itemsize, _bytes_of(weight)
+                continue
+            one, two = scheme.part_shapes(1, columns), scheme.part_shapes(2, columns)
             for part, tensor in scheme.quantize(weight.to(device)).items():
                 each = tensor.nbytes // count if one[part] != two[part] else 0  # 0: the same for all rows
                 yield placed[part_name(name, part)].offset + first * each, _bytes_of(tensor)

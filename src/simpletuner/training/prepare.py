@@ -87,7 +87,7 @@ def prepare(
             Warned(f"{len(scanned.rejected)} files are not trained on:\n{listing(scanned.rejected, listed)}")
         )
     held_out = {one.id for one in backends.eval}
-    source = family.locate(run.model)
+    source = family.locate(run.model, emit)
     facts = family.facts(source)
     root = Path(run.cache.cache_dir) if run.cache.cache_dir else folder.path / "cache"
     text_fingerprint = family.text_fingerprint(source, run.model)

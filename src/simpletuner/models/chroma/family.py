@@ -42,8 +42,8 @@ def _chroma(transformer: nn.Module) -> ChromaTransformer:
 class Chroma(ModelFamily):
     name = "chroma"
 
-    def locate(self, options: ModelOptions) -> Source:
-        return sources.locate(options)
+    def locate(self, options: ModelOptions, emit: Emit = silent) -> Source:
+        return sources.locate(options, emit)
 
     def notes(self, options: ModelOptions) -> list[str]:
         if options.model_flavour == "flash" and options.pretrained_model_name_or_path is None:
@@ -55,8 +55,7 @@ class Chroma(ModelFamily):
 
     def facts(self, source: Source) -> Facts:
         transformer = weights.read_config(source.transformer)
-        vae = weights.read_json(source.vae / "config.json")
-        t5 = weights.read_json(source.text_encoder / "config.json")
+        vae, t5 = weights.vae_config(source.vae), weights.t5_config(source.text_encoder)
         try:
             channels, sides = int(vae["latent_channels"]), len(vae["block_out_channels"])  # type: ignore[call-overload,arg-type]
             scale, shift = float(vae["scaling_factor"]), float(vae.get("shift_factor") or 0.0)  # type: ignore[arg-type]

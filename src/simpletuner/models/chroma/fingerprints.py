@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from simpletuner.config.schema import ModelOptions
-from simpletuner.models.chroma.weights import STEM, weight_files
+from simpletuner.models.chroma.weights import part_files
 from simpletuner.models.family import Source
 from simpletuner.quantization.schemes import named
 
@@ -40,8 +40,7 @@ def text_fingerprint(source: Source, options: ModelOptions) -> str:
         options.flux_t5_padding,
         str(max_tokens(options)),
         *quantized,
-        source.text_encoder / "config.json",
-        *weight_files(source.text_encoder, "model", source.variant),
+        *part_files(source.text_encoder, "text_encoder", source.variant),
         *vocabulary,
     )
 
@@ -56,15 +55,13 @@ def vae_fingerprint(source: Source, options: ModelOptions) -> str:
         _major("diffusers"),
         options.vae_dtype,
         f"tiling {options.vae_enable_tiling}",
-        source.vae / "config.json",
-        *weight_files(source.vae, STEM, source.variant),
+        *part_files(source.vae, "vae", source.variant),
     )
 
 
 def transformer_fingerprint(source: Source) -> str:
     """Weights and config, whatever dtype they are computed in."""
-    files = weight_files(source.transformer, STEM, source.variant)
-    return fingerprint("chroma transformer 1", source.transformer / "config.json", *files)
+    return fingerprint("chroma transformer 1", *part_files(source.transformer, "transformer", source.variant))
 
 
 def _major(package: str) -> str:

@@ -12,9 +12,10 @@ from huggingface_hub import try_to_load_from_cache
 import simpletuner.models as models_package
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ModelError
+from simpletuner.events.sinks import silent
 from simpletuner.models.chroma import fingerprints, sources
 from simpletuner.models.chroma.transformer import TransformerConfig
-from simpletuner.models.chroma.weights import empty_transformer, read_config, read_header, weight_files
+from simpletuner.models.chroma.weights import empty_transformer, part_tensors, read_config
 from simpletuner.models.family import Facts, Sketch, Source
 from simpletuner.quantization import schemes
 
@@ -61,19 +62,14 @@ def _bytes_each(options: ModelOptions) -> float:
 
 
 def _folder(part: str, options: ModelOptions) -> Path | None:
-    """Where a part lies on this disk, None when it is on the hub alone. ModelError for what is neither."""
-    alone = {
-        "transformer": options.pretrained_transformer_model_name_or_path,
-        "vae": options.pretrained_vae_model_name_or_path,
-        "text_encoder": options.pretrained_t5_model_name_or_path,
-    }[part]
-    main = options.pretrained_model_name_or_path or sources.FLAVOURS[options.model_flavour]
-    name, revision = alone or main, None if alone else options.revision
+    """A part's folder or file, None when it is on the hub alone. ModelError for what is neither."""
+    alone = sources.separate(options).get(part)
+    name, revision = alone or sources.mains(options)[part], None if alone else options.revision
     path = Path(name).expanduser()
     if name == sources.NANO and not path.is_dir():
         return Path(models_package.__path__[0]) / sources.NANO / part
-    if path.is_dir() or not sources.HUB_ID.fullmatch(name):
-        return sources.part_folder(part, sources.root_folder(name, [part], revision, "")[0])
+    if path.exists() or not sources.HUB_ID.fullmatch(name):
+        return sources.place_of(part, sources.root_of(name, [part], revision, "", silent)[0])
     files = [f"{part}/config.json", *(["config.json"] if alone else [])]
     cached = [try_to_load_from_cache(name, file, revision=revision) for file in files]
     return next((Path(file).parent for file in cached if isinstance(file, str)), None)
@@ -84,11 +80,10 @@ def _size(part: str, folder: Path | None, options: ModelOptions) -> tuple[int, i
     if folder is None:
         return None
     try:
-        files = weight_files(folder, sources.STEMS[part], options.variant or "")
-        shapes = [entry.shape for file in files for entry in read_header(file).values()]
+        found = part_tensors(folder, part, options.variant or "").values()
     except ModelError:  # not downloaded yet; if damaged, loading says so
         return None
-    return sum(map(math.prod, shapes)), sum(file.stat().st_size for file in files)
+    return sum(math.prod(one.shape) for one in found), sum(one.size_bytes for one in found)
 
 
 def _facts(folders: Mapping[str, Path | None], read_facts: Callable[[Source], Facts]) -> Facts:

@@ -22,6 +22,7 @@ from simpletuner.models.blocks import Runner
 
 CLASS_NAME = "ChromaTransformer2DModel"
 FP16_MAX = 65504.0
+MOST_LAYERS = 1000  # a config that asks for a billion is refused, not built
 # In the config.json of every published Chroma; diffusers passes over them too.
 FLUX_LEFTOVERS = {"guidance_embeds": False, "pooled_projection_dim": 768}
 
@@ -70,6 +71,7 @@ class TransformerConfig:
         for key, value in values.items():
             axes = isinstance(value, tuple) and all(isinstance(axis, int) for axis in value)
             number = isinstance(value, int) or (key == "out_channels" and value is None)
+            number = number and (value is None or 0 < value <= (MOST_LAYERS if "layers" in key else 2**20))
             if not (axes if key == "axes_dims_rope" else number):
                 raise ModelError(f"{where}: {key} = {raw[key]!r} is not what Chroma's transformer takes.")
         config = cls(**values)  # type: ignore[arg-type]

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
 from simpletuner.config.schema import ModelOptions
-from simpletuner.errors import ModelError
 from simpletuner.models.chroma.fingerprints import vae_fingerprint
-from simpletuner.models.chroma.weights import STEM, read_header, weight_files
+from simpletuner.models.chroma.weights import check, part_tensors, vae_config
 from simpletuner.models.family import Source, Vae
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,20 +43,16 @@ class ChromaVae(Vae):
 
 def load_vae(source: Source, options: ModelOptions, device: torch.device) -> ChromaVae:
     """Tiling and slicing save memory on large pictures; tiles leave seams of a few grey levels."""
-    for file in weight_files(source.vae, STEM, source.variant):
-        read_header(file)
-    loaded: Any = AutoencoderKL.from_pretrained(
-        source.vae,
-        torch_dtype=vae_dtype(options, device),
-        variant=source.variant or None,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    vae, report = loaded
-    if report["missing_keys"]:
-        raise ModelError(
-            f"{source.vae} is no whole VAE; missing: {', '.join(sorted(report['missing_keys'])[:8])}."
-        )
+    config = vae_config(source.vae)
+    with torch.device("meta"):
+        vae: Any = AutoencoderKL.from_config(config)
+    dtype = vae_dtype(options, device)
+    found = part_tensors(source.vae, "vae", source.variant)
+    state = {name: one.whole().to(dtype) for name, one in found.items()}
+    if any(name.startswith("encoder.down.") for name in state):
+        state = convert_ldm_vae_checkpoint(state, config)
+    check(vae.state_dict(), state, source.vae)
+    vae.load_state_dict(state, assign=True)
     if options.vae_enable_tiling:
         vae.enable_tiling()
     if options.vae_enable_slicing:

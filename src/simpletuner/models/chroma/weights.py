@@ -1,23 +1,24 @@
-"""Weights between a diffusers `transformer` folder and memory: checked first, then tensor by tensor."""
+"""Weights between folders or single files and memory: checked first, then tensor by tensor."""
 
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from simpletuner.errors import ModelError
+from simpletuner.models.chroma import header, native, single
 from simpletuner.models.chroma.transformer import CLASS_NAME, ChromaTransformer, TransformerConfig
-from simpletuner.quantization.convert import DTYPES, Stored
+from simpletuner.quantization.convert import Stored
 from simpletuner.quantization.linear import quantize_modules
 
 STEM = "diffusion_pytorch_model"
+STEMS = {"transformer": STEM, "vae": STEM, "text_encoder": "model"}
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 SHOWN = 8  # problems spelled out before "and N more"
 
@@ -35,8 +36,20 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def read_config(folder: Path) -> TransformerConfig:
-    return TransformerConfig.read(read_json(folder / "config.json"), str(folder / "config.json"))
+def read_config(place: Path) -> TransformerConfig:
+    """Of a transformer's folder or single file."""
+    if not place.is_file():
+        return TransformerConfig.read(read_json(place / "config.json"), str(place / "config.json"))
+    shapes = {name: stored.shape for name, stored in single.transformer(place).items()}
+    return native.config_of(shapes, header.read(place).metadata, str(place))
+
+
+def t5_config(place: Path) -> dict[str, object]:
+    return single.t5_config(place) if place.is_file() else read_json(place / "config.json")
+
+
+def vae_config(place: Path) -> dict[str, object]:
+    return single.vae_config(place) if place.is_file() else read_json(place / "config.json")
 
 
 def weight_files(folder: Path, stem: str = STEM, variant: str = "") -> list[Path]:
@@ -59,50 +72,41 @@ def weight_files(folder: Path, stem: str = STEM, variant: str = "") -> list[Path
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of a safetensors file. ModelError when it is cut short or no safetensors file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
-            raise ModelError(
-                f"{path} is cut short or not a safetensors file ({size:,} bytes). Download it again."
-            )
-        try:
-            header = json.loads(file.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            found = {
-                name: Stored(
-                    path, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + length + entry["data_offsets"][0]
-                )
-                for name, entry in entries.items()
-            }
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ModelError(f"{path} has a damaged header. Download it again.") from None
-    if size != 8 + length + end:
-        raise ModelError(
-            f"{path} has {size:,} bytes where its header promises {8 + length + end:,}: it is cut short or"
-            " damaged. Download it again."
-        )
-    return found
+    """Every tensor of a weight file. ModelError when it is cut short, damaged or something else."""
+    return dict(header.read(path).tensors)
 
 
-def check(expected: Mapping[str, torch.Size], found: Mapping[str, Stored], where: Path) -> None:
+def part_tensors(
+    place: Path, part: str, variant: str = "", file_of: Callable[[Path], dict[str, Stored]] | None = None
+) -> dict[str, Stored]:
+    """Of a part's folder or file. file_of: reads a file, where its names are to be changed."""
+    if place.is_file():
+        return file_of(place) if file_of else single.tensors(place, part)[0]
+    files = weight_files(place, STEMS[part], variant)
+    return header.unscaled({name: one for file in files for name, one in read_header(file).items()}, place)
+
+
+def part_files(place: Path, part: str, variant: str = "") -> list[Path]:
+    """Everything that says what a part is: its config and its weights, or the one file."""
+    return [place] if place.is_file() else [place / "config.json", *weight_files(place, STEMS[part], variant)]
+
+
+def check(expected: Mapping[str, Tensor], found: Mapping[str, Stored | Tensor], where: Path) -> None:
     """Every tensor there, none too many, all of the right shape; otherwise one ModelError with the list."""
-    problems = [f"missing {name} {tuple(shape)}" for name, shape in expected.items() if name not in found]
-    problems += [f"surplus {name} {entry.shape}" for name, entry in found.items() if name not in expected]
-    problems += [
-        f"{name} is {found[name].shape}, expected {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != tuple(shape)
-    ]
+    problems = [f"missing {name} {tuple(one.shape)}" for name, one in expected.items() if name not in found]
+    problems += [f"surplus {name} {tuple(one.shape)}" for name, one in found.items() if name not in expected]
+    for name, one in expected.items():
+        if name not in found:
+            continue
+        if (shape := tuple(found[name].shape)) != tuple(one.shape):
+            problems.append(f"{name} is {shape}, expected {tuple(one.shape)}")
+        elif found[name].dtype.is_floating_point != one.dtype.is_floating_point:
+            problems.append(f"{name} is {found[name].dtype}; only floating point and fp8 are read")
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        told = "belong to its model" if where.is_file() else "its config.json describes"
         raise ModelError(
-            f"{where} does not hold the weights that its config.json describes: "
-            + "; ".join(problems[:SHOWN])
-            + more
+            f"{where} does not hold the weights that {told}: " + "; ".join(problems[:SHOWN]) + more
         )
 
 
@@ -129,30 +133,36 @@ def block_linears(transformer: nn.Module) -> list[str]:
     return [name for name, one in modules if isinstance(one, nn.Linear) and name.startswith(BLOCKS)]
 
 
-def stored_transformer(folder: Path, variant: str = "") -> dict[str, Stored]:
-    """The tensors of a diffusers `transformer` folder, all of them there and of the right shape."""
-    expected = empty_transformer(read_config(folder)).state_dict()
-    files = weight_files(folder, variant=variant)
-    found = {name: entry for file in files for name, entry in read_header(file).items()}
-    check({name: tensor.shape for name, tensor in expected.items()}, found, folder)
+def stored_transformer(place: Path, variant: str = "") -> dict[str, Stored]:
+    """The tensors of a `transformer` folder or single file, all of them there and of the right shape."""
+    found = part_tensors(place, "transformer", variant, single.transformer)
+    check(empty_transformer(read_config(place)).state_dict(), found, place)
     return found
 
 
 def load_transformer(
-    folder: Path, device: torch.device, dtype: torch.dtype, variant: str = ""
+    place: Path, device: torch.device, dtype: torch.dtype, variant: str = ""
 ) -> ChromaTransformer:
-    """Read a diffusers `transformer` folder; eval mode, every parameter frozen.
+    """Read a diffusers `transformer` folder or a single file; eval mode, every parameter frozen.
 
     Nothing is read before all headers fit. Peak memory is the model plus its largest tensor: each is cast
     and moved on its own.
     """
-    found = stored_transformer(folder, variant)
-    transformer = empty_transformer(read_config(folder), dtype=dtype)
-    for file in sorted({stored.file for stored in found.values()}):
-        # copied: a view of the file would change under us when somebody rewrites it.
-        fill(transformer, file, device, copy=True)
+    found = stored_transformer(place, variant)
+    transformer = empty_transformer(read_config(place), dtype=dtype)
+    pour(transformer, found, device)
     transformer.mod_proj = transformer.mod_proj.to(device)
     return transformer
+
+
+def pour(network: nn.Module, found: Mapping[str, Stored], device: torch.device) -> None:
+    """Copy tensors one by one into a network on the meta device, in the dtypes that it was built with.
+
+    Never views: they would change under us when somebody rewrites a file.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    state = {name: stored.whole().to(device, dtypes[name]) for name, stored in found.items()}
+    network.load_state_dict(state, strict=False, assign=True)
 
 
 def load_quantized(
@@ -160,23 +170,21 @@ def load_quantized(
 ) -> ChromaTransformer:
     """What `convert` made of a transformer. On the CPU its parts are views of the file: read when used."""
     transformer = empty_transformer(config, precision, dtype)
-    shapes = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
-    check(shapes, read_header(file), file)
+    check(transformer.state_dict(), read_header(file), file)
     fill(transformer, file, device)
     transformer.mod_proj = transformer.mod_proj.to(device)
     return transformer
 
 
-def fill(network: nn.Module, file: Path, device: torch.device, copy: bool = False) -> None:
+def fill(network: nn.Module, file: Path, device: torch.device) -> None:
     """Put a file's tensors into a network on the meta device, in the dtypes that it was built with.
 
-    copy: False keeps views of the file where neither device nor dtype change: for files that only ever are
-    replaced as a whole.
+    Views of the file where neither device nor dtype change: for files that only ever are replaced as a whole.
     """
     dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
     with safe_open(file, framework="pt", device="cpu") as tensors:
         state = {
-            name: tensors.get_tensor(name).to(device, dtypes[name], copy=copy)
+            name: tensors.get_tensor(name).to(device, dtypes[name])
             for name in tensors.keys()  # noqa: SIM118
         }
     network.load_state_dict(state, strict=False, assign=True)

@@ -1,0 +1,183 @@
+"""The needed files of a hub repository, by the hub's own library and into its own cache."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
+
+from simpletuner.errors import DiskFull, DownloadError
+from simpletuner.events.progress import Stage
+from simpletuner.events.types import Emit
+from simpletuner.models.chroma.weights import STEMS, read_config
+
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")  # spiece.model alone does not say whose it is
+ANSWER_S = 4.0  # one question before the download, so that no network is noticed in seconds
+LOOKED_S = 0.5  # how often the growth of the cache is looked at
+MB = 1_000_000
+STATUS = {
+    401: "it does not accept the token in HF_TOKEN or of `hf auth login` (401)",
+    403: "it refuses this token (403)",
+    429: "it has had too many requests and asks to wait (429); a token in HF_TOKEN is allowed more",
+}
+
+
+def wanted(parts: list[str], variant: str) -> tuple[list[str], list[str]]:
+    """Names of the small files that describe the parts, and of the weights of this variant alone.
+
+    A repository asked for one part may hold it at its root, beside 18 GB copies that are never wanted.
+    """
+    models = [part for part in parts if part in STEMS]
+    stems = [f"{part}/{STEMS[part]}" for part in models]
+    small = ["model_index.json", "scheduler/*.json"]
+    small += [f"{part}/{name}" for part in parts for name in ("*.json", "*.model", "*.txt")]
+    if len(models) == 1:
+        stems.append(STEMS[models[0]])
+        small += ["config.json", "*.safetensors.index*.json"]
+        small += [*TOKENIZERS, "special_tokens_map.json", "spiece.model"]
+    dot = f".{variant}" if variant else ""
+    ends = (f"{dot}.safetensors", f"{dot}-?????-of-?????.safetensors", f"-?????-of-?????{dot}.safetensors")
+    return small, [stem + end for stem in stems for end in dict.fromkeys(ends)]
+
+
+def download(repo: str, parts: list[str], revision: str | None, variant: str, emit: Emit) -> tuple[Path, str]:
+    """The needed parts of a hub repository, from the hub's own cache if there; (folder, commit).
+
+    The transformer's config comes first: what is not Chroma is refused before gigabytes have come.
+    """
+    small, weights = wanted(parts, variant)
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=ANSWER_S, files_metadata=True)
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise _refused(repo, revision, error) from None
+    except (HTTPError, OSError) as error:
+        return _cached(repo, [*small, *weights], revision, error)
+    sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
+    disable_progress_bars()  # ours are events
+    try:
+        # By its name, since the cache remembers a branch only when it was asked for as one.
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=small, etag_timeout=ANSWER_S))
+        commit = folder.name
+        if "transformer" in parts:
+            nested = folder / "transformer"
+            read_config(nested if nested.is_dir() else folder)
+        needed = list(filter_repo_objects(sizes, allow_patterns=weights))
+        absent = {
+            name: sizes[name]
+            for name in needed
+            if not isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
+        }
+        if absent:
+            with _watched(repo, sum(absent.values()), emit):
+                snapshot_download(repo, revision=commit, allow_patterns=needed, etag_timeout=ANSWER_S)
+    except GatedRepoError as error:
+        raise _refused(repo, revision, error) from None
+    except (HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(repo, "no room") from None
+        raise DownloadError(
+            f"The download of {repo} broke off ({_reason(error)}). The same command goes on."
+        ) from None
+    # The library hands back what the cache has when the hub stops answering.
+    if lost := [name for name in needed if not (folder / name).is_file()]:
+        raise DownloadError(f"The download of {repo} broke off before {lost[0]}. The same command goes on.")
+    return folder, commit
+
+
+@contextmanager
+def _watched(repo: str, total: int, emit: Emit) -> Iterator[None]:
+    """Progress by the growth of the cache, whatever it is that writes there. DiskFull before it begins."""
+    blobs = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "blobs")
+    there = _bytes_of(blobs.glob("*.incomplete"))
+    free = shutil.disk_usage(next(place for place in blobs.parents if place.exists())).free
+    if total - there > free:
+        raise _full(
+            repo, f"{(total - there) / 1e9:.1f} GB are to come, there is room for {free / 1e9:.1f} GB"
+        )
+    begun = _bytes_of(blobs.glob("*")) - there
+    done = threading.Event()
+    with Stage(emit, f"download {repo}", total // MB, "MB") as stage:
+
+        def look() -> None:
+            grown = (_bytes_of(blobs.glob("*")) - begun) // MB
+            stage.advance(max(0, min(grown, total // MB) - stage.done))
+
+        def watch() -> None:
+            while not done.wait(LOOKED_S):
+                look()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+            look()
+
+
+def _bytes_of(files: Iterable[Path]) -> int:
+    total = 0
+    for file in files:
+        try:
+            total += file.stat().st_size
+        except FileNotFoundError:  # it got its name in this moment
+            continue
+    return total
+
+
+def _full(repo: str, reason: str) -> DiskFull:
+    return DiskFull(
+        f"{reason} for {repo} in {constants.HF_HUB_CACHE}; HF_HOME chooses another disk. The same command"
+        " goes on."
+    )
+
+
+def _cached(repo: str, patterns: list[str], revision: str | None, error: Exception) -> tuple[Path, str]:
+    try:
+        folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True)
+    except (HTTPError, OSError):
+        raise DownloadError(f"{repo} is not wholly in the hub cache, and {_silence(error)}") from None
+    return Path(folder), Path(folder).name
+
+
+def _silence(error: Exception) -> str:
+    """Why the hub did not tell, and the way out."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    if status in STATUS:
+        return f"{constants.ENDPOINT} does not answer: {STATUS[status]}."
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE forbids asking for it. Unset it, or give a local folder."
+    return (
+        f"{constants.ENDPOINT} cannot be reached ({_reason(error)}). Behind a blocked network set"
+        " HF_ENDPOINT=https://hf-mirror.com, or give a local folder as pretrained_model_name_or_path."
+    )
+
+
+def _refused(repo: str, revision: str | None, error: HfHubHTTPError) -> DownloadError:
+    if isinstance(error, GatedRepoError):
+        return DownloadError(
+            f"{repo} is gated: accept its licence on {constants.ENDPOINT}/{repo},"
+            " then run `hf auth login` or set HF_TOKEN."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return DownloadError(f"{repo} has no revision {revision!r}.")
+    return DownloadError(f"{repo} does not exist on {constants.ENDPOINT}, or is private and needs HF_TOKEN.")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

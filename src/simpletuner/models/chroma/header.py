@@ -1,0 +1,151 @@
+"""What a weight file says of itself, before any weight is read. Files come from strangers: all is bounded."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simpletuner.adapters.container import KINDS
+from simpletuner.errors import ModelError
+from simpletuner.models.chroma import ggml
+from simpletuner.quantization.convert import DTYPES, Stored
+
+LONGEST = 16 << 20  # a full checkpoint with a thumbnail in its header has 1 MB
+MOST_TENSORS = 20_000
+MOST_DIMENSIONS = 8
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = (".scale_weight", ".weight_scale")
+MARKS = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+@dataclass(frozen=True)
+class Header:
+    tensors: Mapping[str, Stored]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def read(path: Path) -> Header:
+    """Of a safetensors or a GGUF file, told apart by their first bytes. ModelError for anything else."""
+    if path.suffix.lower() in PICKLES:
+        raise ModelError(
+            f"{path} may be a pickle, which can run code when it is opened, so it never is. Give a"
+            " safetensors or GGUF file."
+        )
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(24)
+            if start.startswith(b"GGUF"):
+                file.seek(0)
+                return Header(ggml.parsed(path, file.read(LONGEST), size))
+            length = _length(path, start, size)
+            text = (start[8:] + file.read(max(0, length - 16)))[:length]
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from None
+    try:
+        return _safetensors(path, json.loads(text, object_pairs_hook=_once), 8 + len(text), size)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise ModelError(f"{path} has a damaged header ({reason}). Download it again.") from None
+
+
+def _length(path: Path, start: bytes, size: int) -> int:
+    """Of the JSON, at most what is there. The first eight bytes may be any number, the ninth may not."""
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
+    if start[8:9] != b"{":
+        kind = next((name for magic, name in KINDS.items() if start.startswith(magic)), None)
+        if kind is not None:
+            unsafe = ", which can run code when it is opened, so it never is" * ("pickle" in kind)
+            raise ModelError(f"{path} is {kind}{unsafe}. Give a safetensors or GGUF file.")
+    if length > size - 8:
+        raise ModelError(
+            f"{path} is cut short or not a safetensors file ({size:,} bytes). Download it again."
+        )
+    if length > LONGEST:
+        raise ModelError(f"{path} has a damaged header: {length:,} bytes of names. Download it again.")
+    return int(length)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _safetensors(path: Path, header: dict[str, Any], start: int, size: int) -> Header:
+    """Every tensor follows the one before without a gap, to the end of the file."""
+    metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
+    if len(header) > MOST_TENSORS:
+        raise ValueError(f"{len(header):,} tensors")
+    found, spans = {}, []
+    for name, entry in header.items():
+        shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
+        if any(type(number) is not int or number < 0 for number in (*shape, first, last)):
+            raise ValueError(f"{name}: a size or place that is no number")
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{name} is of type {entry['dtype']!r}, which is not read")
+        dtype = DTYPES[entry["dtype"]]
+        if len(shape) > MOST_DIMENSIONS or math.prod(shape) * dtype.itemsize != last - first:
+            raise ValueError(
+                f"{name} of shape {shape[:MOST_DIMENSIONS]} does not take its {last - first} bytes"
+            )
+        found[name] = Stored(path, shape, dtype, start + first)
+        spans.append((first, last))
+    end = 0
+    for first, last in sorted(spans):
+        if first != end:
+            raise ValueError("tensors overlap or leave a gap")
+        end = last
+    if size != start + end:
+        raise ModelError(
+            f"{path} has {size:,} bytes where its header promises {start + end:,}: it is cut short or"
+            " damaged. Download it again."
+        )
+    return Header(found, metadata)
+
+
+def unscaled(found: Mapping[str, Stored], where: Path) -> dict[str, Stored]:
+    """fp8 as bfloat16, which holds it exactly; scaled fp8 multiplied out and rounded once.
+
+    ComfyUI's markers: `x.scale_weight` (or `x.weight_scale`) beside `x.weight`, an empty `scaled_fp8`;
+    scales of inputs are for fp8 products and play no part.
+    """
+    marks = {name for name in found if name.endswith(MARKS) or name == "scaled_fp8"}
+    result = {}
+    for name, stored in found.items():
+        if name in marks:
+            continue
+        if stored.dtype not in FP8:
+            result[name] = stored
+            continue
+        stem = name.removesuffix(".weight")
+        scales = [found[f"{stem}{mark}"] for mark in SCALES if f"{stem}{mark}" in marks]
+        scale = _number(scales[0], name, where) if scales and name != stem else 1.0
+        result[name] = _as_bfloat16(stored, scale)
+    return result
+
+
+def _number(scale: Stored, name: str, where: Path) -> float:
+    if math.prod(scale.shape) != 1 or not scale.dtype.is_floating_point:
+        raise ModelError(f"{where}: {name} has a scale of shape {scale.shape}; a single number is read.")
+    value = float(scale.whole())
+    if not math.isfinite(value):
+        raise ModelError(f"{where}: the scale of {name} is {value}.")
+    return value
+
+
+def _as_bfloat16(stored: Stored, scale: float) -> Stored:
+    def decode(raw: torch.Tensor) -> torch.Tensor:
+        values = raw.view(stored.dtype).float()
+        return (values * scale if scale != 1.0 else values).bfloat16()
+
+    return Stored(stored.file, stored.shape, torch.bfloat16, stored.offset, decode, stored.columns)

@@ -1,0 +1,140 @@
+"""One file where diffusers has a folder: which model it is, its tensors by the names used here, its config.
+
+The config of a folder is in its config.json; of a file it is in the shapes of its tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from simpletuner.errors import ModelError
+from simpletuner.models.chroma import header, native
+from simpletuner.quantization.convert import Stored
+
+# Where all-in-one files keep a part; what is only that part has no prefix.
+PREFIXES = {
+    "transformer": ("model.diffusion_model.", "diffusion_model."),
+    "text_encoder": ("text_encoders.t5xxl.transformer.",),
+    "vae": ("first_stage_model.", "vae."),
+}
+TITLES = {"transformer": "Chroma's transformer", "vae": "Flux's VAE", "text_encoder": "a T5 encoder"}
+# What a file is by names that nothing else has, in this order; the part that it serves as here, "" for none.
+KINDS = (
+    ("a LoRA", "", (".lora_A.", ".lora_down.", ".lora.down.", ".hada_w1_a", ".lokr_w", "lora_unet_")),
+    ("Chroma Radiance, which draws pixels without a VAE", "", ("\nnerf_",)),
+    ("Chroma's transformer", "transformer", ("\ndistilled_guidance_layer.",)),
+    ("a Stable Diffusion 3 transformer", "", ("\njoint_blocks.0.", "\npos_embed.proj.")),
+    ("a Flux transformer", "", ("\ndouble_blocks.0.img_mod.", ".0.norm1_context.linear.")),
+    ("Stable Diffusion XL", "", ("\nlabel_emb.0.0.", "conditioner.embedders.", "\nadd_embedding.linear_1.")),
+    ("Stable Diffusion 1 or 2", "", ("\ninput_blocks.0.0.", "\ndown_blocks.0.resnets.")),
+    ("a T5 encoder", "text_encoder", ("encoder.block.0.layer.0.SelfAttention.", "\nshared.weight\n")),
+    ("a T5 with llama.cpp's names (a T5 is read from safetensors)", "", ("\nenc.blk.0.",)),
+    ("a CLIP text encoder", "", ("text_model.encoder.layers.0.",)),
+    ("a VAE", "vae", ("\ndecoder.conv_in.", "\nencoder.conv_in.")),
+)
+VAE_BLOCK = re.compile(r"encoder\.down(?:_blocks)?\.(\d+)\.(?:block|resnets)\.(\d+)\.conv1\.weight")
+
+
+def kind_of(names: Collection[str]) -> tuple[str, str]:
+    """("a LoRA", ""): what a file is and which part it serves as."""
+    text = "\n".join(["", *names, ""])
+    found = next(((kind, part) for kind, part, marks in KINDS if any(mark in text for mark in marks)), None)
+    shown = ", ".join(sorted(names)[:3])
+    return found or (f"no model known here (it holds {shown or 'nothing'})", "")
+
+
+def tensors(file: Path, part: str) -> tuple[dict[str, Stored], Mapping[str, str]]:
+    """Of one part, by their names in the file less a prefix; the metadata. ModelError for another model."""
+    read = header.read(file)
+    prefix = _prefix(read.tensors, part)
+    found = {name[len(prefix) :]: stored for name, stored in read.tensors.items() if name.startswith(prefix)}
+    kind, serves = kind_of(found)
+    if serves != part:
+        raise ModelError(f"{file} is {kind}; expected {TITLES[part]}.")
+    return header.unscaled(found, file), read.metadata
+
+
+def parts_in(file: Path) -> list[str]:
+    """The parts that a file brings: most bring one, ComfyUI's checkpoints all. ModelError where none is."""
+    names = header.read(file).tensors
+    held = {part: any(name.startswith(PREFIXES[part]) for name in names) for part in PREFIXES}
+    whole = [part for part, has in held.items() if has]
+    if held["transformer"]:
+        return whole
+    kind, serves = kind_of(names)
+    if not serves:
+        raise ModelError(f"{file} is {kind}; expected {TITLES['transformer']}.")
+    return [serves]
+
+
+def transformer(file: Path) -> dict[str, Stored]:
+    """By diffusers' names, whichever the file has. A fused matrix is cut where it lies."""
+    found, _ = tensors(file, "transformer")
+    if any(name.startswith(("transformer_blocks.", "x_embedder.")) for name in found):
+        return found
+    if "img_in.weight" not in found or not found["img_in.weight"].shape:
+        raise ModelError(f"{file} is no whole Chroma transformer: missing img_in.weight.")
+    width = found["img_in.weight"].shape[0]
+    result = {}
+    for name, stored in found.items():
+        rows = stored.shape[0] if stored.shape else 1
+        pieces = native.parts(name, rows, width)
+        result |= {piece: stored.cut(kept) if len(pieces) > 1 else stored for piece, kept in pieces}
+        if not pieces:
+            result[name] = stored  # surplus, and told as that
+    return result
+
+
+def vae_config(file: Path) -> dict[str, object]:
+    """diffusers' config.json of Flux's VAE, at the widths of this file."""
+    found, _ = tensors(file, "vae")
+    blocks = {match.groups(): found[match[0]] for match in map(VAE_BLOCK.fullmatch, found) if match}
+    levels = sorted({int(level) for level, _ in blocks})
+    latents = found.get("decoder.conv_in.weight")
+    widths = [blocks[str(level), "0"].shape[0] for level in levels if (str(level), "0") in blocks]
+    if latents is None or len(latents.shape) != 4 or not 0 < len(widths) == len(levels) < 9:
+        raise ModelError(f"{file} is no whole VAE: its blocks are not all there.")
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3, "out_channels": 3, "act_fn": "silu", "sample_size": 1024,
+        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
+        "block_out_channels": widths, "layers_per_block": len([1 for level, _ in blocks if level == "0"]),
+        "norm_num_groups": 32, "mid_block_add_attention": True,
+        "latent_channels": latents.shape[1], "scaling_factor": 0.3611, "shift_factor": 0.1159,
+        "use_quant_conv": "quant_conv.weight" in found,
+        "use_post_quant_conv": "post_quant_conv.weight" in found,
+    }  # fmt: skip
+
+
+def t5_config(file: Path) -> dict[str, object]:
+    """transformers' config.json of a T5 v1.1 encoder."""
+    found, _ = tensors(file, "text_encoder")
+    block = "encoder.block.0.layer"
+    try:
+        vocabulary, width = found[SHARED if SHARED in found else ALIAS].shape
+        inner, _ = found[f"{block}.0.SelfAttention.q.weight"].shape
+        buckets, heads = found[f"{block}.0.SelfAttention.relative_attention_bias.weight"].shape
+        hidden, _ = found[f"{block}.1.DenseReluDense.wi_0.weight"].shape
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"{file} is no whole T5 v1.1 encoder: {error}.") from None
+    count = len({name.split(".")[2] for name in found if name.startswith("encoder.block.")})
+    if not heads or inner % heads or count > MOST_BLOCKS:
+        raise ModelError(f"{file} is no T5 v1.1 encoder: {inner} columns, {heads} heads, {count} blocks.")
+    return {
+        "architectures": ["T5EncoderModel"], "model_type": "t5", "is_encoder_decoder": False,
+        "vocab_size": vocabulary, "d_model": width, "d_kv": inner // heads, "d_ff": hidden,
+        "num_layers": count, "num_heads": heads, "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False,
+        "pad_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+
+
+SHARED, ALIAS = "shared.weight", "encoder.embed_tokens.weight"
+MOST_BLOCKS = 100
+
+
+def _prefix(names: Collection[str], part: str) -> str:
+    return next((one for one in PREFIXES[part] if any(name.startswith(one) for name in names)), "")
