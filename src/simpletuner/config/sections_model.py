@@ -26,12 +26,15 @@ class ModelOptions(Section):
     model_type: Literal["lora", "full"] = option("lora",
         "Train a small adapter, or every weight of the transformer.", level="basic")
     pretrained_model_name_or_path: str | None = option(None,
-        "Local diffusers folder or hub repository; null takes the flavour's own.", level="basic", path="hub")
+        "Local diffusers folder, hub repository, or single file (.safetensors, .gguf) with the rest from the "
+        "flavour's; null takes the flavour's own.", level="basic", path="hub")
     pretrained_transformer_model_name_or_path: str | None = option(None,
-        "Transformer from somewhere else.", path="hub")
-    pretrained_vae_model_name_or_path: str | None = option(None, "VAE from somewhere else.", path="hub")
+        "Transformer from somewhere else: folder, repository or single file.", path="hub")
+    pretrained_vae_model_name_or_path: str | None = option(None,
+        "VAE from somewhere else: folder, repository or single file.", path="hub")
     pretrained_t5_model_name_or_path: str | None = option(None,
-        "Text encoder and tokenizer from somewhere else.", path="hub")
+        "Text encoder from somewhere else: folder, repository or single file; its tokenizer from there or "
+        "beside the file, else the main model's.", path="hub")
     revision: str | None = option(None, "Branch, tag or commit of the hub repository.")
     variant: str | None = option(None, "Variant of the weight files, such as fp16 in model.fp16.safetensors.")
     mixed_precision: Literal["bf16", "fp16", "no"] = option("bf16",

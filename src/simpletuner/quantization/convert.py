@@ -84,7 +84,7 @@ class Stored:
 
     def read(self, file: BinaryIO, first: int, count: int) -> Tensor:
         """(count, columns), in memory of its own."""
-        raw = torch.empty(count * self.row_bytes, dtype=torch.uint8)
+        raw = torch.empty(count * self.row_bytes, dtype=torch.uint8, device="cpu")
         file.seek(self.offset + first * self.row_bytes)
         if file.readinto(raw.numpy()) != len(raw):  # type: ignore[attr-defined]
             raise ModelError(f"{self.file} has become shorter while it was read.")

@@ -45,7 +45,7 @@ def read(path: Path) -> Header:
             start = file.read(24)
             if start.startswith(b"GGUF"):
                 file.seek(0)
-                return Header(ggml.parsed(path, file.read(LONGEST), size))
+                return Header(ggml.parsed(path, file.read(min(LONGEST, size)), size))
             length = _length(path, start, size)
             text = (start[8:] + file.read(max(0, length - 16)))[:length]
     except OSError as error:

@@ -1,0 +1,166 @@
+"""Downloads from a hub of our own, over HTTP, by the hub's own library."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from simpletuner.config.schema import ModelOptions
+from simpletuner.errors import DiskFull, DownloadError, ModelError
+from simpletuner.events.types import StageDone, StageStarted
+from simpletuner.models.chroma import download, sources
+from tests.e2e.runs import Workspace
+from tests.models.hub import COMMIT, Hub, serving
+
+OPTIONS = ModelOptions(pretrained_model_name_or_path="owner/chroma")
+UNWANTED = ("model-all-in-one.safetensors", "transformer/diffusion_pytorch_model.fp16.safetensors", "pic.png")
+
+
+@pytest.fixture
+def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "repository"))
+    for name in UNWANTED:
+        (folder / name).write_bytes(b"x" * 1000)
+    with serving(Hub(folder)) as hub:
+        aim(monkeypatch, hub.url, tmp_path / "cache")
+        yield hub
+
+
+def aim(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
+    """What HF_ENDPOINT and HF_HOME do before the library is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what is kept of a file that is cut
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its attempts
+
+
+def test_only_what_is_needed_comes_and_is_told(hub: Hub, checkpoint: Path) -> None:
+    said: list[object] = []
+    source = sources.locate(OPTIONS, said.append)
+    assert (source.revision, source.transformer.parent.name) == (COMMIT, COMMIT)
+    for part in ("transformer", "vae", "text_encoder"):
+        for file in (checkpoint / part).iterdir():
+            assert (getattr(source, part) / file.name).read_bytes() == file.read_bytes()
+    assert not hub.fetched() & set(UNWANTED)
+    assert "transformer/diffusion_pytorch_model.safetensors" in hub.fetched()
+    weights = sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors")) // 10**6
+    begun, done = said[0], said[-1]
+    assert isinstance(begun, StageStarted)
+    assert isinstance(done, StageDone)
+    assert (begun.stage, begun.total, done.done) == ("download owner/chroma", weights, weights)
+    hub.requests.clear()
+    said.clear()
+    assert sources.locate(OPTIONS, said.append) == source  # from the cache
+    assert (hub.fetched(), said) == (set(), [])
+
+
+def test_a_revision_is_asked_for_by_its_name(hub: Hub) -> None:
+    source = sources.locate(OPTIONS.model_copy(update={"revision": "v2"}))
+    assert source.revision == COMMIT
+    assert ("GET", "/api/models/owner/chroma/revision/v2", "") in hub.requests
+    with pytest.raises(DownloadError, match="has no revision 'v3'"):
+        sources.locate(OPTIONS.model_copy(update={"revision": "v3"}))
+
+
+def test_a_file_cut_in_the_middle_goes_on_where_it_broke_off(hub: Hub) -> None:
+    hub.fault, hub.times = "cut", 1
+    sources.locate(OPTIONS)
+    assert any(span for _, path, span in hub.requests if "/cdn/" in path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("401", r"does not accept the token in HF_TOKEN.*\(401\)"),
+        ("429", r"too many requests and asks to wait \(429\)"),
+        ("500", r"cannot be reached.*500.*HF_ENDPOINT=https://hf-mirror\.com"),
+        ("gated", "owner/chroma is gated: accept its licence on http.*HF_TOKEN"),
+        ("cut", "The download of owner/chroma broke off .*The same command goes on"),
+        ("short", "The download of owner/chroma broke off .*[Cc]onsistency"),
+        ("long", "The download of owner/chroma broke off .*[Cc]onsistency"),
+    ],
+)
+def test_each_fault_is_told_as_that(hub: Hub, fault: str, said: str) -> None:
+    hub.fault = fault
+    with pytest.raises(DownloadError, match=said) as caught:
+        sources.locate(OPTIONS)
+    assert "\n" not in str(caught.value)
+    hub.fault = ""
+    assert sources.locate(OPTIONS).vae.is_dir()  # the same command goes on
+
+
+def test_a_repository_that_is_not_there(hub: Hub) -> None:
+    with pytest.raises(DownloadError, match=r"owner/other does not exist on http://127\.0\.0\.1"):
+        sources.locate(ModelOptions(pretrained_model_name_or_path="owner/other"))
+
+
+def test_what_is_not_chroma_costs_no_weights(hub: Hub) -> None:
+    config = hub.folder / "transformer" / "config.json"
+    config.write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(ModelError, match="FluxTransformer2DModel"):
+        sources.locate(OPTIONS)
+    assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
+
+
+def test_a_disk_too_small_is_told_before_the_first_byte(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DiskFull, match=r"GB are to come, there is room for 0\.0 GB .*HF_HOME"):
+        sources.locate(OPTIONS)
+    assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
+
+
+def test_without_answer_the_cache_serves(hub: Hub) -> None:
+    source = sources.locate(OPTIONS)
+    hub.fault = "429"
+    assert sources.locate(OPTIONS) == source
+
+
+@pytest.mark.slow
+def test_trainings_from_a_hub_from_end_to_end(tmp_path: Path) -> None:
+    """`simpletuner train` in a process of its own, told by the environment alone; its exit codes."""
+    workspace = Workspace(tmp_path, max_train_steps=2, pretrained_model_name_or_path="owner/chroma")
+    workspace.loaded()
+
+    def run(command: str, url: str, out: str, *flags: str, **more: str) -> subprocess.CompletedProcess[str]:
+        cleared = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        environment = cleared | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), **more}
+        words = [command, "--config", str(workspace.root / "config.json"), *flags]
+        if command == "train":
+            words.append(f"--output_dir={tmp_path / out}")
+        return subprocess.run(
+            [sys.executable, "-m", "simpletuner", *words],
+            env=environment, capture_output=True, text=True, timeout=250, cwd=tmp_path, check=False,
+        )  # fmt: skip
+
+    with serving(Hub(workspace.base, token="secret")) as hub:
+        planned = run("plan", hub.url, "")
+        assert planned.returncode == 0, planned.stderr + planned.stdout
+        assert hub.requests == []
+        refused = run("train", hub.url, "refused")
+        assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (6, 1), refused.stderr
+        assert "HF_TOKEN" in refused.stderr
+        done = run("train", hub.url, "done", HF_TOKEN="secret")
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert "secret" not in done.stderr + done.stdout
+        assert (tmp_path / "done" / "pytorch_lora_weights.safetensors").is_file()
+    offline = run("train", hub.url, "offline", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr + offline.stdout
+    other = "--pretrained_model_name_or_path=owner/other"
+    for more, said in (
+        ({}, "http://127.0.0.1:9 cannot be reached"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
+    ):
+        silent = run("train", "http://127.0.0.1:9", "silent", other, **more)
+        assert (silent.returncode, said in silent.stderr) == (6, True), silent.stderr + silent.stdout
