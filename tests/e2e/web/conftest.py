@@ -1,0 +1,115 @@
+"""Chromium, pages that fail their test on anything unusual, and servers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.web.house import FAKE, PATIENCE_S, REAL, ROOT, STATIC, House
+
+playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+Browser, Page, expect = playwright_api.Browser, playwright_api.Page, playwright_api.expect
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+AXE = ROOT / "web" / "node_modules" / "axe-core" / "axe.min.js"
+
+
+def missing(what: str) -> None:
+    """A test that cannot run is an error where everything should be there."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A browser on a busy machine takes its time."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    """One for all tests here. It ends with them: its event loop would be in the way of others."""
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        missing(f"no browser: none of {', '.join(NAMES)} is installed")
+    if not (STATIC / "index.html").exists():
+        missing("the pages are not built: pip install --editable .")
+    expect.set_options(timeout=1000 * PATIENCE_S)
+    with playwright_api.sync_playwright() as player:
+        started = player.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+class Watch:
+    """What a page should never do. `allowed`: what a test does on purpose."""
+
+    def __init__(self, page: Page, origin: str) -> None:
+        self.origin, self.seen = origin, list[str]()
+        self.allowed: list[str] = []
+        page.on("console", lambda told: told.type == "error" and self.seen.append(f"console: {told.text}"))
+        page.on("pageerror", lambda error: self.seen.append(f"error: {error}"))
+        page.on("request", lambda request: self._request(request.url))
+        page.on("websocket", lambda socket: self._request(socket.url.replace("ws:", "http:", 1)))
+
+    def _request(self, url: str) -> None:
+        if not url.startswith((self.origin + "/", "data:", "blob:")):
+            self.seen.append(f"request: {url}")
+
+    @property
+    def faults(self) -> list[str]:
+        return [one for one in self.seen if not any(re.search(word, one) for word in self.allowed)]
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """visit(house, "#/runs", **context): a page of its own context; visit(house, hash, beside=page): a second
+    tab of that one's. page.watch.allowed takes what is expected to go wrong."""
+    contexts, watches = [], []
+
+    def opened(house: House, hash: str = "#/", beside: Page | None = None, **wishes: Any) -> Page:
+        if beside is None:
+            usual = {"viewport": {"width": 1280, "height": 800}, "locale": "en-US", "accept_downloads": True}
+            context = browser.new_context(base_url=house.origin, **{**usual, **wishes})
+            context.set_default_timeout(1000 * PATIENCE_S)
+            contexts.append(context)
+        else:
+            context = beside.context
+        page = context.new_page()
+        page.watch = Watch(page, house.origin)
+        watches.append(page.watch)
+        page.goto(f"/{hash}")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert [watch.faults for watch in watches if watch.faults] == []
+
+
+def housed(folder: Path, command: tuple[str, ...]) -> Iterator[House]:
+    house = House(folder, command)
+    try:
+        house.start()
+        yield house
+    finally:
+        house.close()
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """The real application; its trainings only pretend."""
+    yield from housed(tmp_path_factory.mktemp("house"), FAKE)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """`simpletuner server`, which really trains."""
+    yield from housed(tmp_path_factory.mktemp("real"), REAL)

@@ -1,0 +1,150 @@
+"""A server of its own as a process, and what a test prepares in its workspace."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parents[3]
+STATIC = ROOT / "src" / "simpletuner" / "server" / "static"
+EXAMPLE = ROOT / "src" / "simpletuner" / "examples" / "chroma-nano.peft-lora"
+REAL = (sys.executable, "-m", "simpletuner", "server")
+FAKE = (sys.executable, "-m", "tests.e2e.web.fake_server")
+PATIENCE_S = 120.0
+
+
+class House:
+    """One workspace below `folder`, and the server that serves it on one port through all of its lives."""
+
+    def __init__(self, folder: Path, command: tuple[str, ...] = REAL) -> None:
+        self.folder, self.command = folder, command
+        self.workspace = folder / "workspace"
+        self.workspace.mkdir(parents=True)
+        (folder / "home").mkdir()
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def origin(self) -> str:
+        return f"http://localhost:{self.port}"
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """A person's folders are the test's own, and no hub is asked."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("SIMPLETUNER_")}
+        home = {"HOME": str(self.folder / "home"), "XDG_CACHE_HOME": str(self.folder / "home" / "cache")}
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        return {**kept, **home, "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+
+    def start(self) -> None:
+        words = ["--workspace", str(self.workspace), "--port", str(self.port)]
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.command, *words], cwd=self.workspace, env=self.environ, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        until(self.answers, "the server answers")
+
+    def answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "server.log").read_text()
+        try:
+            return self.ask("GET", "system")[0] == 200
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """As a crash would end it."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def close(self) -> None:
+        """The server, and every training that it left behind."""
+        self.kill()
+        for state in self.workspace.glob(".simpletuner/jobs/*/state.json"):
+            if not (state.parent / "exit.json").exists():
+                end_group(int(json.loads(state.read_text())["pid"]))
+
+    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        headers = {"content-type": "application/json"} if body is not None else {}
+        with closing(http.client.HTTPConnection("localhost", self.port, timeout=PATIENCE_S)) as connection:
+            sent = None if body is None else json.dumps(body)
+            connection.request(method, f"/api/v1/{path}", sent, headers)
+            answer = connection.getresponse()
+            text = answer.read()
+        return answer.status, json.loads(text) if text else None
+
+    def tell(self, method: str, path: str, body: Any = None) -> Any:
+        status, answer = self.ask(method, path, body)
+        assert status < 300, (status, answer)
+        return answer
+
+    def pictures(self, name: str, count: int = 4, captions: bool = True) -> Path:
+        """A dataset of discs; every caption says its number."""
+        folder = self.workspace / "datasets" / name
+        folder.mkdir(parents=True)
+        for at in range(count):
+            image = Image.new("RGB", (96 + 16 * (at % 3), 96), (30, 60, 40 + at % 200))
+            ImageDraw.Draw(image).ellipse((16, 16, 80, 80), fill=(220, 40 * (at % 6), 90))
+            image.save(folder / f"disc-{at:04d}.png")
+            if captions:
+                (folder / f"disc-{at:04d}.txt").write_text(f"disc number {at}\n")
+        return folder
+
+    def behave(self, **fake: str) -> None:
+        """How fake trainings that start from now on behave: FAKE_* of the fake trainer."""
+        (self.workspace / "fake.json").write_text(json.dumps(fake))
+
+    def draft(self, name: str, **config: Any) -> Any:
+        folder = self.workspace / "datasets" / "discs"
+        if not folder.exists():
+            self.pictures("discs")
+        sets = [{"id": "discs", "type": "local", "instance_data_dir": str(folder)}]
+        wanted = {"model_flavour": "nano", "device": "cpu", **config}
+        return self.tell("POST", "drafts", {"name": name, "config": wanted, "datasets": sets})
+
+    def enqueue(self, name: str, **config: Any) -> Any:
+        return self.tell("POST", "jobs", {"draft": self.draft(name, **config)["id"]})
+
+    def state(self, run: str) -> str:
+        return str(self.tell("GET", f"runs/{run}")["summary"]["state"])
+
+    def reach(self, run: str, *states: str) -> None:
+        until(lambda: self.state(run) in states, f"{run} is {states}")
+
+    def log(self, run: str) -> list[dict[str, Any]]:
+        """The run's events, as they lie in its folder."""
+        path = Path(self.tell("GET", f"runs/{run}")["summary"]["path"])
+        folder = path if path.is_absolute() else self.workspace / path
+        return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def until(true: Callable[[], object], what: str, every_s: float = 0.1) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(every_s)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def end_group(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(os.getpgid(pid), signal.SIGKILL)

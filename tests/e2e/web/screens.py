@@ -1,0 +1,157 @@
+"""The pictures of the README, of a run that really trains: python -m tests.e2e.web.screens [--steps 150]
+
+The packaged example through the pages' own interface, then docs/screens/*.png. Minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from simpletuner.config.files import read_document
+from tests.e2e.web.conftest import NAMES
+from tests.e2e.web.hands import saved
+from tests.e2e.web.house import EXAMPLE, PATIENCE_S, ROOT, House
+
+FOLDER = ROOT / "docs" / "screens"
+WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+LARGEST_BYTES = 250_000
+LONGEST_S = 3600.0
+
+
+def furnish(house: House, steps: int) -> str:
+    """The example's two datasets, and its run in the queue. Returns the run's id."""
+    sets = read_document(EXAMPLE / "multidatabackend.json", "multidatabackend.json").value
+    for one in sets:
+        folder = house.workspace / "datasets" / one["id"]
+        shutil.copytree(EXAMPLE / one["id"], folder)
+        one["instance_data_dir"] = str(folder)
+    config = read_document(EXAMPLE / "config.json", "config.json").value
+    for name in ("output_dir", "data_backend_config", "user_prompt_library"):
+        del config[name]
+    prompts = json.loads((EXAMPLE / "prompts.json").read_text())
+    every = max(1, steps // 5)
+    config |= {
+        "max_train_steps": steps,
+        "checkpoint_step_interval": every,
+        "validation_step_interval": every,
+        "checkpoints_total_limit": 5,
+        "user_prompt_library": str(house.workspace / "prompts.json"),
+    }
+    shown = {name: prompts[name] for name in ("red-navy", "green-cream", "base-star")}
+    (house.workspace / "prompts.json").write_text(json.dumps(shown))
+    draft = house.tell("POST", "drafts", {"name": "zorbo", "config": config, "datasets": sets})
+    return str(house.tell("POST", "jobs", {"draft": draft["id"]})["run"])
+
+
+def trained(house: House, run: str) -> None:
+    deadline = time.monotonic() + LONGEST_S
+    while house.state(run) not in ("done", "failed", "lost", "stopped"):
+        assert time.monotonic() < deadline
+        time.sleep(2)
+    assert house.state(run) == "done", house.tell("GET", f"runs/{run}/log")["text"]
+
+
+def taken(page: Page, name: str) -> None:
+    """One file, once nothing moves any more."""
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(1500)
+    path = FOLDER / f"{name}.png"
+    page.screenshot(path=path, animations="disabled")
+    size = path.stat().st_size
+    print(f"{path.relative_to(ROOT)} {size // 1000} kB")
+    assert size < LARGEST_BYTES
+
+
+def shoot(browser: Browser, house: House, run: str) -> None:
+    def opened(hash: str, scheme: str = "light", viewport: dict[str, int] = WIDE) -> Page:
+        context = browser.new_context(
+            base_url=house.origin, viewport=viewport, color_scheme=scheme, locale="en-US",
+            device_scale_factor=1,
+        )  # fmt: skip
+        page = context.new_page()
+        page.set_default_timeout(1000 * PATIENCE_S)
+        page.goto(f"/{hash}")
+        return page
+
+    views: dict[str, Callable[[], Page]] = {
+        "run": lambda: looked_at(opened(f"#/runs/{run}")),
+        "compare": lambda: compared(opened(f"#/runs/{run}/pictures", "dark")),
+        "new-run": lambda: planned(opened("#/new")),
+        "datasets": lambda: browsed(opened("#/datasets/zorbo")),
+        "phone": lambda: looked_at(opened(f"#/runs/{run}", "dark", PHONE)),
+        "pictures": lambda: drawn(opened(f"#/runs/{run}/pictures")),
+    }
+    for name, view in views.items():
+        page = view()
+        taken(page, name)
+        page.context.close()
+
+
+def looked_at(page: Page) -> Page:
+    expect(page.get_by_role("img", name=re.compile("^Loss: "))).to_be_visible()
+    return page
+
+
+def drawn(page: Page) -> Page:
+    expect(page.get_by_role("columnheader", name="Before")).to_be_visible()
+    return page
+
+
+def compared(page: Page) -> Page:
+    drawn(page)
+    page.get_by_role("button", name=re.compile("^Open: a big red zorbo")).last.click()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.get_by_role("slider")).to_be_focused()
+    return page
+
+
+def planned(page: Page) -> Page:
+    page.locator('[data-preset="12gb"]').click()
+    page.get_by_label("Add a dataset").select_option("zorbo")
+    page.get_by_role("button", name="Add", exact=True).click()
+    saved(page)
+    expect(page.get_by_text("Whole run")).to_be_visible()
+    page.mouse.click(640, 8)
+    page.evaluate("() => scrollTo(0, 0)")
+    return page
+
+
+def browsed(page: Page) -> Page:
+    page.get_by_label("Resolution", exact=True).fill("128")
+    expect(page.locator("article img").first).to_be_visible()
+    page.evaluate("() => scrollTo(0, 0)")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=150)
+    given = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    found = next(filter(None, map(shutil.which, NAMES)))
+    with tempfile.TemporaryDirectory() as folder:
+        house = House(Path(folder) / "house")
+        try:
+            house.start()
+            run = furnish(house, given.steps)
+            trained(house, run)
+            with sync_playwright() as player:
+                expect.set_options(timeout=1000 * PATIENCE_S)
+                browser = player.chromium.launch(executable_path=found, args=["--no-sandbox"])
+                shoot(browser, house, run)
+                browser.close()
+        finally:
+            house.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""From an empty workspace to a LoRA that loads, as a person does it, with the real training."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.e2e.web.hands import badge, connection, new_dataset, settle, upload
+from tests.e2e.web.house import EXAMPLE, PATIENCE_S, House, until
+
+STEPS = 40
+NAME = "mi-zorbo"
+PROMPT = "a big red zorbo in the centre, navy background"
+
+
+@pytest.mark.timeout(900)
+def test_from_an_empty_workspace_to_a_lora_that_loads(
+    real: House, visit: Callable[..., Page], tmp_path: Path
+) -> None:
+    page = visit(real)
+    uploads_sixteen_pictures(page)
+    configures(page)
+    run = starts_and_watches(page)
+    stops(page)
+    resumes_while_the_server_dies(page, real, run)
+    compares(page)
+    loads_the_lora(page, tmp_path)
+
+
+def uploads_sixteen_pictures(page: Page) -> None:
+    expect(page.get_by_role("heading", name="Nothing has been trained here yet")).to_be_visible()
+    page.get_by_role("link", name="Add pictures").click()
+    new_dataset(page, "zorbo")
+    upload(page, *sorted(str(path) for path in (EXAMPLE / "zorbo").iterdir()))
+    expect(page.get_by_text("The dataset now has 16 pictures, 16 with a caption.")).to_be_visible()
+    expect(page.get_by_role("listitem").locator("article").first).to_be_visible()
+
+
+def configures(page: Page) -> None:
+    page.get_by_role("link", name="Train on it").click()
+    page.get_by_role("button", name="chroma-nano").click()
+    page.get_by_role("textbox", name="Name", exact=True).fill(NAME)
+    settle(
+        page, max_train_steps=str(STEPS), train_batch_size="1", checkpoint_step_interval="10",
+        validation_step_interval="10", validation_num_inference_steps="4", validation_prompt=PROMPT,
+    )  # fmt: skip
+    expect(page.get_by_text("No problems found")).to_be_visible()
+    expect(page.get_by_text("Memory for tensors while training")).to_be_visible()
+    expect(page.get_by_text("Whole run")).to_be_visible()
+
+
+def starts_and_watches(page: Page) -> str:
+    """Loss and pictures come by themselves: the page that was loaded is never left."""
+    page.get_by_role("button", name="Start training").click()
+    expect(page.get_by_role("heading", name=NAME)).to_be_visible()
+    page.evaluate("() => { window.loaded = 'once' }")
+    expect(page.get_by_role("img", name=re.compile(r"^Loss: [\d.]+ at the end, Step 1?\d$"))).to_be_visible()
+    page.get_by_role("tab", name="Pictures").click()
+    expect(page.get_by_role("columnheader", name="Before")).to_be_visible()
+    expect(page.get_by_role("columnheader", name="Step 10")).to_be_visible()
+    expect(page.get_by_role("rowheader", name=PROMPT)).to_be_visible()
+    assert page.evaluate("() => window.loaded") == "once"
+    return page.url.rpartition("#/runs/")[2].partition("/")[0]
+
+
+def stops(page: Page) -> None:
+    page.get_by_role("button", name="Stop", exact=True).click()
+    badge(page, "Stopped")
+    page.get_by_role("tab", name="Checkpoints and files").click()
+    expect(page.get_by_role("link", name="Download the LoRA checkpoint-10")).to_be_visible()
+
+
+def resumes_while_the_server_dies(page: Page, real: House, run: str) -> None:
+    page.get_by_role("button", name="Resume", exact=True).click()
+    page.get_by_role("dialog").get_by_role("button", name="Resume", exact=True).click()
+    until(lambda: names(real, run).count("run_started") == 2, "the run goes on")
+    page.watch.allowed.append("ERR_CONNECTION_REFUSED|WebSocket|Failed to fetch")
+    real.kill()
+    connection(page, "No connection")
+    real.start()
+    connection(page, "Live")
+    badge(page, "Done")
+    page.get_by_role("tab", name="Progress").click()
+    expect(page.get_by_role("img", name=re.compile(rf"^Loss: .*, Step {STEPS}$"))).to_be_visible()
+    assert page.evaluate("() => window.loaded") == "once"
+    assert names(real, run).count("run_started") == 2, "the training was started anew"
+    done = [event["step"] for event in real.log(run) if event["kind"] == "stepped"]
+    assert sorted(set(done)) == list(range(1, STEPS + 1))
+    assert len(done) == STEPS, "a step was made twice"
+
+
+def names(real: House, run: str) -> list[str]:
+    return [event["kind"] for event in real.log(run)]
+
+
+def compares(page: Page) -> None:
+    page.get_by_role("tab", name="Pictures").click()
+    page.get_by_role("button", name=f"Open: {PROMPT}, step {STEPS}").click()
+    page.get_by_role("button", name="Compare").click()
+    slider = page.get_by_role("slider", name=f"Divider between Before and Step {STEPS}")
+    expect(slider).to_be_focused()
+    page.keyboard.press("Home")
+    expect(slider).to_have_attribute("aria-valuetext", "0%")
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    expect(slider).to_have_attribute("aria-valuetext", "2%")
+    page.keyboard.press("Escape")
+    expect(slider).to_have_count(0)
+
+
+def loads_the_lora(page: Page, folder: Path) -> None:
+    with page.expect_download() as coming:
+        page.get_by_role("link", name="Download the LoRA", exact=True).click()
+    assert coming.value.suggested_filename == f"{NAME}.safetensors"
+    file = folder / "lora.safetensors"
+    coming.value.save_as(file)
+    words = [sys.executable, "-m", "simpletuner", "export", str(file), "--check", "--json"]
+    told = subprocess.run(words, capture_output=True, text=True, check=True, timeout=PATIENCE_S)
+    verdicts = {one["program"]: one for one in json.loads(told.stdout)["programs"]}
+    for program in ("diffusers", "ComfyUI"):
+        assert (verdicts[program]["outcome"], verdicts[program]["strength"]) == ("applied", 1.0)
