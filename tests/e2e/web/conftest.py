@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.e2e.web.house import FAKE, PATIENCE_S, REAL, ROOT, STATIC, House
 
-playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-Browser, Page, expect = playwright_api.Browser, playwright_api.Page, playwright_api.expect
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 AXE = ROOT / "web" / "node_modules" / "axe-core" / "axe.min.js"
 
@@ -24,6 +23,15 @@ def missing(what: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(what)
     pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def axe() -> Path:
+    """axe-core's one file, among what the pages are built with: `npm ci` in web/, where there is an npm."""
+    if not AXE.exists():
+        missing_axe = "axe-core is not there: npm --prefix web ci"
+        pytest.skip(missing_axe) if shutil.which("npm") is None else missing(missing_axe)
+    return AXE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,7 +50,7 @@ def browser() -> Iterator[Browser]:
     if not (STATIC / "index.html").exists():
         missing("the pages are not built: pip install --editable .")
     expect.set_options(timeout=1000 * PATIENCE_S)
-    with playwright_api.sync_playwright() as player:
+    with sync_playwright() as player:
         started = player.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield started
         started.close()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.e2e.web.conftest import AXE, missing
 from tests.e2e.web.hands import saved
 from tests.e2e.web.house import House
 
@@ -71,12 +71,12 @@ def allow_what_is_meant(page: Page) -> None:
     page.watch.allowed.append("404")
 
 
-def test_no_serious_violation_of_accessibility(furnished: Furnished, visit: Callable[..., Page]) -> None:
-    if not AXE.exists():
-        missing("axe-core is not there: cd web && npm ci")
+def test_no_serious_violation_of_accessibility(
+    furnished: Furnished, visit: Callable[..., Page], axe: Path
+) -> None:
     page = visit(furnished.house)
     allow_what_is_meant(page)
-    page.context.add_init_script(path=AXE)
+    page.context.add_init_script(path=axe)
     found = []
     for view in VIEWS:
         page.goto("about:blank")
@@ -89,11 +89,11 @@ def test_no_serious_violation_of_accessibility(furnished: Furnished, visit: Call
     assert found == []
 
 
-def test_dialogs_have_no_serious_violation(furnished: Furnished, visit: Callable[..., Page]) -> None:
-    if not AXE.exists():
-        missing("axe-core is not there: cd web && npm ci")
+def test_dialogs_have_no_serious_violation(
+    furnished: Furnished, visit: Callable[..., Page], axe: Path
+) -> None:
     page = visit(furnished.house, furnished.address("#/runs/RUN/pictures"))
-    page.context.add_init_script(path=AXE)
+    page.context.add_init_script(path=axe)
     page.reload()
     found = []
 
