@@ -114,7 +114,7 @@ def test_options_are_imported_under_their_own_names() -> None:
       // from another program
       "$schema": "x", "--network-rank": "32", "base_model_precision": "int8-quanto", "learning_rate": "2e-4",
       "seed": 42, "pretrained_model_name_or_path": null, "webhook_config": {"webhook_url": "http://x/secret"},
-      "push_to_hub": false, "data_backend_config": "sets.json", "lora_ranc": 3, "max_train_steps": "many",
+      "noise_offset": 0.1, "data_backend_config": "sets.json", "lora_ranc": 3, "max_train_steps": "many",
       "tracker_run_name": "{env:HOME}",
     }"""
     found = imported(Import(name="config.jsonc", text=text))

@@ -255,3 +255,57 @@ def test_a_run_that_is_done_needs_more_steps(bench: Bench) -> None:
             bench.jobs.resume(run_id(folder), ask)
     assert caught.value.complaints[0].loc == "max_train_steps"
     assert bench.jobs.resume(run_id(folder), ResumeAsk(max_train_steps=10)).state == "queued"
+
+
+def test_a_resume_below_its_checkpoint_is_refused(bench: Bench) -> None:
+    folder = run_folder(bench, "hand", max_train_steps=500)
+    for step in (200, 400):
+        (folder / f"checkpoint-{step}").mkdir()
+    for ask in (
+        ResumeAsk(max_train_steps=399),
+        ResumeAsk(max_train_steps=199, checkpoint="checkpoint-200"),
+    ):
+        with pytest.raises(Refused, match="is at step") as caught:
+            bench.jobs.resume(run_id(folder), ask)
+        assert [complaint.loc for complaint in caught.value.complaints] == ["max_train_steps"]
+    assert queued(bench) == []
+    allowed = ResumeAsk(max_train_steps=200, checkpoint="checkpoint-200")
+    assert bench.jobs.resume(run_id(folder), allowed).state == "queued"
+
+
+def test_options_are_frozen_by_their_own_names(bench: Bench) -> None:
+    """Another spelling would meet the server's own word for it in the file, and be refused there."""
+    job = bench.enqueue(**{"--output-dir": "output/other", "network-rank": 8})
+    config = bench.file(job, "config/config.json")
+    assert config["output_dir"] == str(bench.place.outputs / "other")
+    assert set(config) == {"model_flavour", "lora_rank", "output_dir", "data_backend_config"}
+
+
+def test_a_config_by_hand_is_not_written_over(bench: Bench) -> None:
+    mine = bench.place.configs / "fox"
+    mine.mkdir(parents=True)
+    (mine / "config.json").write_text("{}")
+    with pytest.raises(Refused, match="is no run") as caught:
+        bench.enqueue(output_dir="config/fox")
+    assert [complaint.loc for complaint in caught.value.complaints] == ["output_dir"]
+    (mine / "run.lock").write_text("")
+    assert bench.enqueue(output_dir="config/fox").state == "queued", "a run's own is"
+
+
+def test_a_clock_that_went_back_hides_no_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_folder(bench, "hand")
+    first = bench.jobs.resume(run_id(folder), ResumeAsk())
+    path = bench.jobs.folder / first.id / "end.json"
+    path.write_text(first.model_copy(update={"state": "stopped", "queued_t": 9e9}).model_dump_json())
+    again = bench.jobs.resume(run_id(folder), ResumeAsk())
+    assert bench.jobs.by_run()[again.run].id == again.id
+    with pytest.raises(Refused, match="already has a job"):
+        bench.jobs.resume(run_id(folder), ResumeAsk())
+
+
+def test_a_done_run_whose_folder_was_removed_is_gone(bench: Bench) -> None:
+    job = bench.enqueue()
+    (bench.jobs.folder / job.id / "end.json").write_text(
+        job.model_copy(update={"state": "done", "ended_t": 5.0}).model_dump_json()
+    )
+    assert bench.runs.summaries() == []

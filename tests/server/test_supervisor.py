@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from simpletuner.config.catalog import catalog
 from simpletuner.errors import SimpleTunerError
-from simpletuner.server import advice
+from simpletuner.server import advice, jobfolder
 from simpletuner.server.jobfolder import JobFolder
 from simpletuner.server.place import run_id
 from simpletuner.server.refusal import Refused
@@ -347,3 +348,81 @@ def test_the_thread_works_by_itself(bench: Bench, monkeypatch: pytest.MonkeyPatc
     until(lambda: bench.state(job) == "done", "nobody looks but the thread")
     assert not held(Path(job.run_dir) / "run.lock")
     assert TRAINER[1].endswith("fake_trainer.py")
+
+
+def test_a_leap_of_the_clock_shortens_no_grace(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A laptop that slept, or was set right: the training has not had its time to save."""
+    forever(monkeypatch)
+    monkeypatch.setenv("FAKE_DEAF", "1")
+    job = bench.enqueue()
+    bench.reach(job, "running")
+    bench.jobs.stop(job.run, insist=False)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 9000.0)
+    for _ in range(3):
+        bench.supervisor.look()
+    assert bench.file(job, "stop.json")["sent"] == ["control/stop"]
+
+
+def test_on_a_full_disk_a_training_can_be_stopped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    forever(monkeypatch)
+    job = bench.enqueue()
+    bench.reach(job, "running")
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jobfolder, "write_atomically", full)
+    bench.jobs.stop(job.run, insist=False)
+    until(lambda: not held(Path(job.run_dir) / "run.lock"), "it hears")
+
+
+def test_one_folder_that_cannot_be_tended_does_not_keep_the_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_STEPS", "3")
+    first = bench.enqueue("one")
+    bench.supervisor.look()
+    until(lambda: not JobFolder(bench.jobs.folder / first.id).alive, "it ends")
+    (bench.jobs.folder / first.id / "end.json").mkdir()  # cannot be written
+    second = bench.enqueue("two")
+
+    def look() -> None:
+        with suppress(OSError):
+            bench.supervisor.look()
+
+    until(lambda: bench.state(second) == "done", "the next one runs", look)
+
+
+@pytest.mark.parametrize("content", ['{"t": "x"}', '{"t": null}', "[" * 9000, "{}"])
+def test_an_odd_exit_of_a_run_takes_nothing_down(bench: Bench, content: str) -> None:
+    job = bench.enqueue()
+    Path(job.run_dir).mkdir(parents=True)
+    (bench.jobs.folder / job.id / "runner.lock").write_text("")
+    (Path(job.run_dir) / "exit.json").write_text(content)
+    (bench.jobs.folder / job.id / "state.json").write_text("{}")
+    (bench.jobs.folder / job.id / "exit.json").write_text("{}")
+    assert [one.state for one in bench.jobs.queue().jobs] == ["failed"]
+
+
+def test_a_full_disk_repeats_no_signal(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one would mean "at once"."""
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time\nprint('loading', flush=True)\ntime.sleep(600)\n")
+    bench.jobs._trainer = (sys.executable, str(slow))
+    job = bench.enqueue()
+    log = bench.jobs.folder / job.id / "output.log"
+    until(lambda: log.exists() and "loading" in log.read_text(), "it loads", bench.supervisor.look)
+    bench.jobs.stop(job.run, insist=False)
+    sent: list[int] = []
+    monkeypatch.setattr(JobFolder, "signal", lambda self, number: sent.append(number) or True)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobfolder, "write_atomically", full)
+        for _ in range(3):
+            bench.supervisor.look()
+    assert sent == [signal.SIGINT]
+    monkeypatch.undo()

@@ -71,7 +71,6 @@ def furnished(settings: Settings) -> Home:
     place = settings.place
     found, drafts = Runs(place), Drafts(place)
     queue = Jobs(place, found, drafts, settings.trainer)
-    found.know(queue)
     return Home(place, settings, found, queue, drafts, Plans(place), Datasets(place))
 
 

@@ -20,8 +20,9 @@ from simpletuner.data.pixels import read_header
 from simpletuner.data.report import BadFile
 from simpletuner.data.scan import frame
 from simpletuner.errors import DataError
-from simpletuner.server.atomic import read_object, write_atomically
+from simpletuner.server.atomic import write_atomically
 from simpletuner.server.place import Outside, Place
+from simpletuner.server.tail import document
 
 OPTIONS = DataOptions()
 LIMITS = f"headers up to {OPTIONS.max_image_megapixels:g} megapixels"
@@ -217,7 +218,7 @@ class Catalogue:
 
     def _known(self) -> dict[str, list[int]]:
         if self._headers is None:
-            self._headers = (read_object(self.kept) or {}).get(LIMITS, {})
+            self._headers = (document(self.kept) or {}).get(LIMITS, {})
         return self._headers
 
     def _keep(self) -> None:

@@ -16,10 +16,11 @@ from simpletuner.config.schema import RunConfig
 from simpletuner.data.files import SUFFIXES, Found
 from simpletuner.data.geometry import Framing, Size, bucket
 from simpletuner.errors import DataError
-from simpletuner.server.atomic import read_object, write_atomically
+from simpletuner.server.atomic import write_atomically
 from simpletuner.server.captions import read_caption, write_caption
 from simpletuner.server.place import Outside, Place
 from simpletuner.server.refusal import refuse
+from simpletuner.server.tail import document
 from simpletuner.server.wire.datasets import Bucket, CaptionWrite, DatasetInfo, Folder, Item, Items
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ class Datasets:
         return self.place.own in (folder, *folder.parents)
 
     def _added(self) -> dict[str, str]:
-        return read_object(self.place.own / "datasets.json") or {}
+        return document(self.place.own / "datasets.json") or {}
 
     def _allowed(self, path: str | Path) -> Path | None:
         try:

@@ -94,7 +94,8 @@ class Digest:
         if self.last is None or self.total is None or not self._recent:
             return None
         (first, began), (last, now) = self._recent[0], self._recent[-1]
-        each = (now - began) / (last - first) if last > first else self.last.seconds
+        steady = last > first and now > began  # else the clock was set back
+        each = (now - began) / (last - first) if steady else self.last.seconds
         return max(0.0, each * (self.total - last))
 
     @property

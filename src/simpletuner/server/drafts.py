@@ -17,11 +17,12 @@ from simpletuner.config import refused, values
 from simpletuner.config.catalog import catalog
 from simpletuner.config.files import parse_document, read_document
 from simpletuner.errors import ConfigError
-from simpletuner.server.atomic import read_object, write_atomically
+from simpletuner.server.atomic import write_atomically
 from simpletuner.server.judge import canonical, has_placeholder
 from simpletuner.server.options import NOT_SETTABLE
 from simpletuner.server.place import Outside, Place
 from simpletuner.server.refusal import refuse
+from simpletuner.server.tail import document
 from simpletuner.server.wire.base import Complaint
 from simpletuner.server.wire.configs import Draft, DraftWrite, Import, Imported
 
@@ -72,7 +73,7 @@ class Drafts:
 
     def of_run(self, folder: Path) -> Draft:
         """The configuration of a run, to change and train anew; its datasets, where they may be read."""
-        config = read_object(folder / "config.json") or refuse(404, "this run has no readable config.json")
+        config = document(folder / "config.json") or refuse(404, "this run has no readable config.json")
         kept = {
             name: value
             for name, value in config.items()

@@ -11,9 +11,11 @@ from typing import Any
 
 from simpletuner.config import paths
 from simpletuner.config.files import read_document
-from simpletuner.server.atomic import read_object, write_atomically
+from simpletuner.server.atomic import write_atomically
+from simpletuner.server.judge import canonical
 from simpletuner.server.place import Outside, Place
 from simpletuner.server.refusal import refuse
+from simpletuner.server.tail import document
 from simpletuner.server.wire.configs import Draft
 
 FOLDERS = ("instance_data_dir", "cache_dir")
@@ -54,15 +56,18 @@ def _json(value: object) -> str:
 
 def of_draft(draft: Draft, place: Place) -> Frozen:
     """Refuses (422) folders that are not allowed, by the name of their option."""
-    given = draft.config.get("output_dir") or place.outputs / folder_name(draft.name)
+    config = {canonical(name): value for name, value in draft.config.items()}
+    given = config.get("output_dir") or place.outputs / folder_name(draft.name)
     run_dir = _inside(place, given, "output_dir")
     if run_dir == place.workspace or place.own in (run_dir, *run_dir.parents):
         refuse(422, f"output_dir = {given}: a run needs a folder of its own", "output_dir")
+    if (run_dir / "config.json").exists() and not (run_dir / "run.lock").exists():
+        refuse(422, f"output_dir = {given}: its config.json is no run's; name another", "output_dir")
 
     def found(text: str, loc: str) -> str:
         return str(_inside(place, text, loc))
 
-    return Frozen({**draft.config, "output_dir": str(run_dir)}, _absolute(draft.datasets, found))
+    return Frozen({**config, "output_dir": str(run_dir)}, _absolute(draft.datasets, found))
 
 
 def _inside(place: Place, path: str | Path, loc: str) -> Path:
@@ -84,7 +89,7 @@ def _absolute(
 
 def of_run(run_dir: Path, source: Path, max_train_steps: int | None, checkpoint: str | None) -> Frozen:
     """What a run goes on with. source: its last frozen config.json, or the one in its folder."""
-    config = read_object(source)
+    config = document(source)
     if config is None:
         refuse(409, "this run has no config.json to go on with")
     config["output_dir"] = str(run_dir)

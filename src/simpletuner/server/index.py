@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from simpletuner.server.atomic import read_object, write_atomically
+from simpletuner.server.atomic import write_atomically
+from simpletuner.server.tail import document
 from simpletuner.server.wire.jobs import Job
 
 # Another set of fields is another index.
@@ -122,7 +123,7 @@ class Index:
                 raise sqlite3.DatabaseError(f"index of version {version}")
             with self._opened as transaction:
                 transaction.executescript(f"{TABLES} PRAGMA user_version = {VERSION};")
-            kept = read_object(self.second)
+            kept = document(self.second)
             if kept is not None:
                 jobs = tuple(job for job in kept.get("jobs", []) if isinstance(job, str))
                 flags = (kept.get(name) is True for name in ("paused", "continue_on_error"))

@@ -21,9 +21,10 @@ from typing import Any, Literal
 
 from simpletuner.errors import Stopped
 from simpletuner.server.advice import Reason, reason
-from simpletuner.server.atomic import read_object, write_atomically
+from simpletuner.server.atomic import write_atomically
 from simpletuner.server.runs import held
 from simpletuner.server.states import ENDED, End, Facts, Phase, state_of
+from simpletuner.server.tail import document
 from simpletuner.server.wire.base import State
 from simpletuner.server.wire.jobs import Job
 
@@ -56,7 +57,7 @@ class JobFolder:
 
     def work(self) -> Work | None:
         """None for a folder that is not whole: its server was killed while it wrote."""
-        content = read_object(self.path / "job.json") or {}
+        content = document(self.path / "job.json") or {}
         try:
             return Work(**{**content, "argv": tuple(content["argv"])})
         except (KeyError, TypeError):
@@ -83,19 +84,18 @@ class JobFolder:
 
     def asked(self) -> dict[str, Any] | None:
         """{t, insist, sent}: when and how the stop was asked for, and what was done about it since."""
-        return read_object(self.path / "stop.json")
+        return document(self.path / "stop.json")
 
     def ask(self, insist: bool) -> None:
         asked = self.asked() or {"t": time.time(), "sent": []}
-        write_atomically(self.path / "stop.json", json.dumps({**asked, "insist": insist}) + "\n")
+        self.sent({**asked, "insist": insist})
 
-    def sent(self, asked: dict[str, Any], what: str) -> None:
-        content = {**asked, "sent": [*asked["sent"], what]}
-        write_atomically(self.path / "stop.json", json.dumps(content) + "\n")
+    def sent(self, asked: dict[str, Any]) -> None:
+        write_atomically(self.path / "stop.json", json.dumps(asked) + "\n")
 
     def signal(self, number: signal.Signals) -> bool:
         """To the training by way of its runner; SIGKILL to the whole group. False: not yet to be reached."""
-        process = read_object(self.path / "state.json")
+        process = document(self.path / "state.json")
         if process is None or not self.alive:
             return False
         with contextlib.suppress(ProcessLookupError):
@@ -117,22 +117,22 @@ class JobFolder:
         return Facts(True, alive, phase, self.asked() is not None, None if alive else self._end(work))
 
     def _started_t(self) -> float | None:
-        process = read_object(self.path / "state.json")
-        return process["started_t"] if process else None
+        return (document(self.path / "state.json") or {}).get("started_t")
 
     def _told(self, work: Work) -> dict[str, Any]:
         """What the training itself wrote of this end into its run folder."""
-        told = read_object(Path(work.run_dir) / "exit.json") if work.run_dir else None
-        return told if told and told.get("t", 0) >= (self._started_t() or work.queued_t) else {}
+        told = (document(Path(work.run_dir) / "exit.json") if work.run_dir else None) or {}
+        t = told.get("t")
+        return told if isinstance(t, (int, float)) and t >= (self._started_t() or work.queued_t) else {}
 
     def _end(self, work: Work) -> End | None:
-        exited = read_object(self.path / "exit.json")
+        exited = document(self.path / "exit.json")
         if exited is None:  # the runner was killed; the training may have come to its own end
             status = self._told(work).get("status")
             return status if status in ("done", "stopped", "failed") else None
-        if exited["code"] in (0, Stopped.exit_code):
+        if exited.get("code") in (0, Stopped.exit_code):
             return "done" if exited["code"] == 0 else "stopped"
-        interrupted = exited["signal"] is not None or self.lines()[-1:] == ["Aborted!"]
+        interrupted = exited.get("signal") is not None or self.lines()[-1:] == ["Aborted!"]
         return "stopped" if interrupted and self.asked() is not None else "failed"
 
     def lines(self) -> list[str]:
@@ -154,7 +154,7 @@ class JobFolder:
             return None
         state = self.state()
         ended = state in ENDED
-        exited = read_object(self.path / "exit.json") or {}
+        exited = document(self.path / "exit.json") or {}
         lines = self.lines() if ended or (work.kind == "rehearse" and state != "queued") else []
         told = str(self._told(work).get("message", "")) if ended else ""
         why = Reason(told, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import signal
 import threading
 import time
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from simpletuner.server.frozen import Frozen, of_draft, of_run
 from simpletuner.server.index import Index, Order
 from simpletuner.server.jobfolder import JobFolder, Work
 from simpletuner.server.judge import judge
+from simpletuner.server.pictures import CHECKPOINT, step_of
 from simpletuner.server.place import Place, run_id
 from simpletuner.server.refusal import Refused, refuse
 from simpletuner.server.runs import Runs, held
@@ -27,7 +29,6 @@ from simpletuner.server.wire.jobs import Job, JobAsk, Queue, QueueWrite
 from simpletuner.server.wire.runs import ResumeAsk
 
 ID = re.compile(r"[0-9a-f]{12}")
-CHECKPOINT = re.compile(r"checkpoint-\d{1,12}")
 ENDED_SHOWN = 200
 
 
@@ -46,7 +47,7 @@ class Jobs:
         self.index, self.changed = Index(place.own), threading.Event()
         self._runs, self._drafts, self._trainer = runs, drafts, trainer
         runs.know(self)
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     def queue(self) -> Queue:
         order, jobs = self.index.order(), self._all()
@@ -66,8 +67,9 @@ class Jobs:
         return self._with_phase(found) if found else refuse(404, "there is no such job")
 
     def by_run(self) -> dict[str, Job]:
-        """The newest job of every run that has one."""
-        return {job.run: job for job in sorted(self._all(), key=lambda job: job.queued_t) if job.run}
+        """The newest job of every run that has one; one that has not ended, whatever the clock said."""
+        found = sorted(self._all(), key=lambda job: (job.state not in ENDED, job.queued_t))
+        return {job.run: job for job in found if job.run}
 
     def elsewhere(self) -> int:
         """How many runs work in this workspace that no job here started."""
@@ -88,8 +90,10 @@ class Jobs:
         run_dir = self._found(run)
         if ask.checkpoint is not None and not self._has_checkpoint(run_dir, ask.checkpoint):
             refuse(422, "the run has no checkpoint of that name", "checkpoint")
-        if ask.max_train_steps is not None and ask.max_train_steps < 1:
-            refuse(422, "max_train_steps is at least 1", "max_train_steps")
+        begun = [run_dir / ask.checkpoint] if ask.checkpoint else run_dir.glob("checkpoint-*")
+        begins = max((0, *map(step_of, begun)))
+        if ask.max_train_steps is not None and ask.max_train_steps < max(1, begins):
+            refuse(422, f"the checkpoint is at step {begins}; max_train_steps is no less", "max_train_steps")
         summary, last = self._runs.summary(run), self.by_run().get(run)
         longer = ask.max_train_steps is not None and ask.max_train_steps > summary.step
         if summary.state == "done" and ask.checkpoint is None and not longer:
@@ -102,7 +106,7 @@ class Jobs:
 
     def withdraw(self, id: str) -> None:
         """Out of the queue, into the trash."""
-        with self._lock:
+        with self.lock:
             if self.job(id).state != "queued":
                 refuse(409, "only a job that waits can be withdrawn; stop its run instead")
             trash = self.place.own / "trash" / f"{time.time():.3f}"
@@ -113,7 +117,7 @@ class Jobs:
 
     def arrange(self, write: QueueWrite) -> Queue:
         """409 when the order is not of the jobs that wait now: somebody else was quicker."""
-        with self._lock:
+        with self.lock:
             order = self.index.order()
             if write.order is not None:
                 if sorted(write.order) != sorted(folder.id for folder in self.waiting()):
@@ -130,7 +134,7 @@ class Jobs:
         """Ask the run to save and leave; insist: end it now."""
         last = self.by_run().get(run)
         if last is not None and last.state in ACTIVE:
-            JobFolder(self.folder / last.id).ask(insist)
+            self._ask(JobFolder(self.folder / last.id), insist)
             self.changed.set()
         elif last is not None and last.state == "queued":
             refuse(409, "the run waits in the queue: withdraw its job instead")
@@ -138,6 +142,13 @@ class Jobs:
             refuse(409, "this run was started elsewhere: end it there, or let it save and leave")
         else:
             self.request(run, "stop")
+
+    def _ask(self, folder: JobFolder, insist: bool) -> None:
+        try:
+            folder.ask(insist)
+        except OSError:  # a full disk keeps no wish: say it at once, and once
+            if not folder.signal(signal.SIGKILL if insist else signal.SIGINT):
+                raise
 
     def request(self, run: str, control: Literal["stop", "save", "validate"]) -> None:
         """Lay a file that the running process looks for. 409 when nothing runs there."""
@@ -156,7 +167,7 @@ class Jobs:
 
     def settle(self, folder: JobFolder) -> None:
         """Write down what an ended job came to. A failure holds those that wait, unless told otherwise."""
-        with self._lock:
+        with self.lock:
             ended = folder.view()
             if ended is None or ended.state not in ENDED:
                 return
@@ -169,7 +180,7 @@ class Jobs:
 
     def _add(self, name: str, kind: Literal["train", "rehearse"], frozen: Frozen) -> Job:
         rehearsal, run = kind == "rehearse", run_id(frozen.run_dir)
-        with self._lock:
+        with self.lock:
             if not rehearsal:
                 self._require_free(frozen.run_dir, run)
             folder = JobFolder(self.folder / secrets.token_hex(6))
@@ -232,7 +243,7 @@ class Jobs:
 
     def _views(self) -> list[Job]:
         """Of all that wait, run, or ended without having been settled."""
-        with self._lock:
+        with self.lock:
             known = self.index.ended()
             found = []
             for id in self._ids():
@@ -247,7 +258,7 @@ class Jobs:
             return found
 
     def _all(self) -> list[Job]:
-        with self._lock:
+        with self.lock:
             living, here = self._views(), set(self._ids())
             ended = self.index.ended().items()
             return [*living, *(Job.model_validate_json(text) for id, text in ended if id in here)]

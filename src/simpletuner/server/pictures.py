@@ -39,7 +39,7 @@ def checkpoints(folder: Path, best: int | None) -> list[Checkpoint]:
         try:
             sizes = {clean(file.name): file.lstat().st_size for file in entry.iterdir()}
             saved_t = (entry / "manifest.json").stat().st_mtime
-        except FileNotFoundError:
+        except OSError:
             continue  # being removed in this moment
         found.append(
             Checkpoint(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from simpletuner.config.catalog import catalog
 from simpletuner.events.wording import describe
 from simpletuner.server import pictures, tail
-from simpletuner.server.digest import Digest, Phase
+from simpletuner.server.digest import NOTES, Digest, Phase
 from simpletuner.server.folders import Folders
 from simpletuner.server.place import Outside, Place, run_id
 from simpletuner.server.refusal import refuse
@@ -85,7 +85,9 @@ class Runs:
             self._look_around()
             newest = sorted(self._seen.items(), key=lambda one: _changed(one[1].path), reverse=True)
             found = [self._summary(id, seen, jobs.get(id), deadline) for id, seen in newest]
-            found += [_to_come(id, job) for id, job in jobs.items() if id not in self._seen]
+            # The folder of one that is done was removed.
+            absent = [id for id, job in jobs.items() if id not in self._seen and job.state != "done"]
+            found += [_to_come(id, jobs[id]) for id in absent]
         return sorted(found, key=lambda run: (run.state == "queued", run.started_t or 0.0), reverse=True)
 
     def summary(self, id: str) -> RunSummary:
@@ -127,7 +129,7 @@ class Runs:
                 checkpoints=pictures.checkpoints(seen.path, digest.best_step),
                 outputs=pictures.outputs(seen.path),
                 resumes=list(digest.history.resumes),
-                problems=[describe(event) for _, event in digest.history.problems],
+                problems=[describe(event) for _, event in digest.history.problems[-NOTES:]],
                 notes=list(digest.notes),
                 exit=seen.exit,
                 events_end=digest.end,

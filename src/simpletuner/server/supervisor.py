@@ -30,6 +30,8 @@ from simpletuner.server.wire.system import Device
 
 LOOK_S = 0.5
 TERM_S = 20.0
+# A full disk, or a folder by another hand: the next look may fare better.
+TROUBLE = (OSError, sqlite3.Error, SimpleTunerError, ValueError, KeyError, TypeError)
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # heeded on ROCm too
 
 
@@ -63,6 +65,7 @@ class Supervisor:
         self._jobs, self._devices, self._grace_s = jobs, devices, grace_s
         self._sets: tuple[str, ...] | None = None
         self._runners: list[subprocess.Popen[bytes]] = []
+        self._told: dict[str, tuple[list[str], float]] = {}  # job -> what was sent, the last when
         self._lock: int | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -86,29 +89,40 @@ class Supervisor:
             self._jobs.changed.clear()
             try:
                 self.look()
-            except (OSError, sqlite3.Error, SimpleTunerError, ValueError, KeyError, TypeError) as error:
-                # a full disk, or a folder by another hand: the next look may fare better
+            except TROUBLE as error:
                 if str(error) != said:
                     said = str(error)
                     print(f"jobs: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             self._jobs.changed.wait(LOOK_S)
 
     def look(self) -> None:
-        """One round over all jobs."""
+        """One round over all jobs. Raises the last trouble with one of them, when all have had their turn."""
         if not self._acts():
             return
         self._runners = [runner for runner in self._runners if runner.poll() is None]
         busy: list[str] = []
+        trouble: Exception | None = None
         for folder in self._jobs.unsettled():
-            if folder.state() in ENDED:
-                self._jobs.settle(folder)
-                continue
-            asked, work = folder.asked(), folder.work()
-            busy.append(work.devices if work else "")
-            if asked is not None and work is not None:
-                self._press(folder, asked, Path(work.run_dir) if work.run_dir else None)
+            try:
+                busy += self._tend(folder)
+            except TROUBLE as error:
+                trouble = error
         if not self._jobs.index.order().paused:
             self._launch_all(busy)
+        if trouble is not None:
+            raise trouble
+
+    def _tend(self, folder: JobFolder) -> list[str]:
+        """What it keeps busy."""
+        work = folder.work()
+        if work is None or folder.state() in ENDED:
+            self._jobs.settle(folder)
+            return []
+        asked = folder.asked()
+        if asked is not None:
+            with suppress(OSError):  # the device is taken all the same
+                self._press(folder, asked, Path(work.run_dir) if work.run_dir else None)
+        return [work.devices]
 
     def _acts(self) -> bool:
         if self._lock is None:
@@ -123,16 +137,20 @@ class Supervisor:
         return True
 
     def _press(self, folder: JobFolder, asked: dict[str, Any], run_dir: Path | None) -> None:
-        """Ask, then SIGTERM, then SIGKILL; each once, whichever server: a second signal means "at once"."""
-        sent, waited = asked["sent"], time.time() - asked["t"]
+        """Ask, then SIGTERM, then SIGKILL; each once, whichever server: a second signal means "at once".
+
+        It has its time to save after each by this process' own clock, which a laptop's sleep does not move.
+        """
+        sent, since = self._told.setdefault(folder.id, (asked["sent"], time.monotonic()))
+        waited = time.monotonic() - since
         if "SIGKILL" in sent:
             return
-        if asked["insist"] or ("SIGTERM" in sent and waited > self._grace_s + min(self._grace_s, TERM_S)):
+        if asked["insist"] or ("SIGTERM" in sent and waited > min(self._grace_s, TERM_S)):
             self._send(folder, asked, signal.SIGKILL)
         elif not sent:
             if run_dir is not None and held(run_dir / "run.lock"):
                 self._jobs.place.below(run_dir, "control/stop").touch()
-                folder.sent(asked, "control/stop")
+                self._sent(folder, asked, "control/stop")
             else:
                 self._send(folder, asked, signal.SIGINT)
         elif waited > self._grace_s and "SIGTERM" not in sent:
@@ -140,7 +158,13 @@ class Supervisor:
 
     def _send(self, folder: JobFolder, asked: dict[str, Any], number: signal.Signals) -> None:
         if folder.signal(number):
-            folder.sent(asked, number.name)
+            self._sent(folder, asked, number.name)
+
+    def _sent(self, folder: JobFolder, asked: dict[str, Any], what: str) -> None:
+        """Remembered here too: a full disk keeps nothing."""
+        sent = [*self._told[folder.id][0], what]
+        self._told[folder.id] = sent, time.monotonic()
+        folder.sent({**asked, "sent": sent})
 
     def _launch_all(self, busy: list[str]) -> None:
         waiting = self._jobs.waiting()
@@ -160,11 +184,12 @@ class Supervisor:
             self._launch(folder, free)
 
     def _launch(self, folder: JobFolder, devices: str) -> None:
-        work = folder.work()
-        if work is None:
-            return
-        folder.write_work(replace(work, devices=devices))
-        lock = folder.take_lock()
+        with self._jobs.lock:  # nobody withdraws it meanwhile
+            work = folder.work()
+            if work is None:
+                return
+            folder.write_work(replace(work, devices=devices))
+            lock = folder.take_lock()
         try:
             with (folder.path / "output.log").open("ab") as log, suppress(OSError):
                 runner = subprocess.Popen(

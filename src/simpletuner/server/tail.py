@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 from simpletuner.server.wire.runs import LogPart
 
 MOST_BYTES = 1 << 20  # read at once
+LARGEST_BYTES = 1 << 24  # of a document, which is read whole
 NUMBER = (int, float, type(None))
 KINDS: Mapping[str, Any] = MappingProxyType(
     dict.fromkeys(("t", "total", "done", "loss", "seconds", "learning_rate", "left_s"), NUMBER)
@@ -46,6 +48,10 @@ def opened(path: Path) -> Iterator[BinaryIO | None]:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):
+        yield None
+        return
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
         yield None
         return
     with os.fdopen(handle, "rb") as file:
@@ -106,7 +112,7 @@ def text(path: Path, since: int, limit: int) -> LogPart:
 def document(path: Path) -> dict[str, Any] | None:
     """A JSON object in a file of its own; None where there is none that can be read."""
     with opened(path) as file:
-        data = file.read(MOST_BYTES) if file else b""
+        data = file.read(LARGEST_BYTES) if file else b""
     try:
         found = json.loads(clean(data.decode("utf-8", "replace")))
     except (ValueError, RecursionError):
