@@ -160,3 +160,8 @@ def test_a_run_is_copied_without_what_is_its_own(place: Place) -> None:
     (run / "config.json").write_text("{")
     with refused(404):
         Drafts(place).of_run(run)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 20_000, "a = " + "9" * 5000])
+def test_an_import_beyond_all_bounds_is_a_complaint(text: str) -> None:
+    assert imported(Import(name="config.toml", text=text)).problems

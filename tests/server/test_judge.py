@@ -134,3 +134,16 @@ def test_odd_values_are_complaints_not_failures(place: Place) -> None:
     for name in ("resolution", "lora_rank", "output_dir", "lora_target_modules", "", "model", "_metadata"):
         for value in odd:
             judge(place, {name: value}, [{"id": value, "instance_data_dir": value, name: value}, value])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lora_target_modules", "a{99999999999}"),
+        ("lora_target_modules", "(" * 20_000 + ")" * 20_000),
+        ("validation_resolution", "9" * 5000),
+        ("variant", "../../x"),
+    ],
+)
+def test_what_python_cannot_hold_is_a_complaint(place: Place, name: str, value: str) -> None:
+    assert list(said(judge(place, {name: value}, SETS))) == [name]

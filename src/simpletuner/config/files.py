@@ -42,7 +42,7 @@ def parse_document(text: str, suffix: str, name: str) -> Document:
 def _toml(text: str, name: str) -> Document:
     try:
         value = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         place = TOML_PLACE.search(str(error))
         where = f"{name}:{place[1]}:{place[2]}" if place else name
         raise ConfigError([Problem(where, TOML_PLACE.sub("", str(error)))]) from None

@@ -12,7 +12,7 @@ from simpletuner.errors import ConfigError
 
 Given = Mapping[str, str]  # option -> where it was given; defaults are absent
 Finding = tuple[str, str]  # option it is reported at, what is wrong
-RESOLUTION = re.compile(r"(\d+)(?:x(\d+))?")
+RESOLUTION = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SCORES = ("shapes", "zorbo")
 LORA_ONLY = (
@@ -49,7 +49,7 @@ def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
     if isinstance(run.adapter.lora_target_modules, str):
         try:
             re.compile(run.adapter.lora_target_modules)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             yield "lora_target_modules", f"is not a regular expression: {error}"
     if optimizer.lr_scale and optimizer.lr_scale_sqrt:
         yield "lr_scale_sqrt", "lr_scale is given too; scale by one of them"

@@ -36,7 +36,8 @@ class ModelOptions(Section):
         "Text encoder from somewhere else: folder, repository or single file; its tokenizer from there or "
         "beside the file, else the main model's.", path="hub")
     revision: str | None = option(None, "Branch, tag or commit of the hub repository.")
-    variant: str | None = option(None, "Variant of the weight files, such as fp16 in model.fp16.safetensors.")
+    variant: str | None = option(None, "Variant of the weight files, such as fp16 in model.fp16.safetensors.",
+        pattern=r"^[\w.-]+$")
     mixed_precision: Literal["bf16", "fp16", "no"] = option("bf16",
         "Number type of the forward pass; no computes in fp32.", level="basic", aliases=("model_precision",),
         hints={"fp8": "fp8 matrix products are not offered"})
