@@ -8,15 +8,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import HfApi, constants
+from safetensors import safe_open
 
 from simpletuner.config.schema import PublishingOptions
 from simpletuner.events.types import Event, Noted
+from simpletuner.models.chroma import weights
 from simpletuner.training import publish
 from simpletuner.training.publish import Publisher, results
+from tests.e2e.runs import Workspace, events
 from tests.training.hub_stub import TOKEN, Hub, serving
 
 PAUSES = (0.02, 0.04, 0.08)
@@ -67,8 +72,9 @@ def test_weights_card_and_pictures_arrive_in_a_private_repository(hub: Hub, run_
         "pytorch_lora_weights.safetensors": b"weights", "ema/pytorch_lora_weights.safetensors": b"average",
         "README.md": (run_dir / "README.md").read_bytes(), "images/step-000004/a.png": b"new",
     }  # fmt: skip
-    assert [type(event) for event in told] == [Noted, Noted]
-    assert "4 files" in str(told[1])
+    assert [type(event) for event in told] == [Noted] * 3
+    assert "publishes to ada/moons, private" in str(told[0])
+    assert "4 files" in str(told[2])
 
 
 def test_a_stumbling_hub_is_asked_again(hub: Hub, run_dir: Path) -> None:
@@ -80,20 +86,21 @@ def test_a_stumbling_hub_is_asked_again(hub: Hub, run_dir: Path) -> None:
     assert "answers 500: " in str(told[0])
     assert "once more in 0.02 s" in str(told[0])
     assert "once more in 0.04 s" in str(told[1])
-    assert len(told) == 3
+    assert len(told) == 4
     assert hub.commits == ["weights"]
 
 
 def test_what_fails_for_good_says_how_to_publish_later(hub: Hub, run_dir: Path) -> None:
-    hub.faults += [500] * (len(PAUSES) + 1)
+    hub.faults += 2 * [500] * (len(PAUSES) + 1)
     told: list[Event] = []
     one = publisher(hub, run_dir, told)
     one.offer(results(run_dir), "checkpoint-2")
     one.offer(results(run_dir), "weights")
     assert one.wait(WAIT_S), "the next one is tried all the same"
     assert hub.commits == ["weights"]
-    assert "not published" in str(told[len(PAUSES)])
-    assert "simpletuner publish" in str(told[len(PAUSES)])
+    last = str(told[2 * len(PAUSES) + 1])
+    assert "not published" in last
+    assert "simpletuner publish" in last
 
 
 def test_a_token_that_may_not_write_is_told_at_once(hub: Hub, run_dir: Path) -> None:
@@ -103,7 +110,7 @@ def test_a_token_that_may_not_write_is_told_at_once(hub: Hub, run_dir: Path) -> 
     started = time.monotonic()
     assert not one.wait(WAIT_S)
     assert time.monotonic() - started < 50, "asking again would not help"
-    assert len(told) == 1
+    assert len(told) == 2, "at the start, and once more at the end"
     assert "401: no token that may write there" in str(told)
     assert "wrongcanary" not in str(told)
 
@@ -145,6 +152,46 @@ def test_nothing_private_goes_into_a_public_repository(hub: Hub, run_dir: Path) 
 def test_the_runs_name_serves_as_the_repositorys(run_dir: Path) -> None:
     assert publish.repository(PublishingOptions(), run_dir) == "my-moons"
     assert publish.repository(PublishingOptions(hub_model_id="a/b"), run_dir) == "a/b"
+
+
+def test_a_run_publishes_its_checkpoints_and_its_end(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "HfApi", partial(HfApi, endpoint=hub.endpoint, token=TOKEN))
+    workspace = Workspace(tmp_path)
+    options = {"push_to_hub": True, "push_checkpoints_to_hub": True, "hub_model_id": "ada/moons"}
+    run = workspace.train(max_train_steps=4, use_ema=False, **options)
+    held = hub.files["ada/moons"]
+    lora = "pytorch_lora_weights.safetensors"
+    assert held.keys() == {lora, "README.md", f"checkpoint-2/{lora}", f"checkpoint-4/{lora}"}
+    assert held[lora] == (run / lora).read_bytes()
+    assert not any(str(tmp_path).encode() in content for content in held.values())
+    told = [event.message for event in events(run) if isinstance(event, Noted)]
+    assert len([text for text in told if text.startswith("publishe")]) == 4, told
+    monkeypatch.setattr(publish, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token=TOKEN))
+    monkeypatch.setattr(publish, "limit_s", lambda _: 0.5)
+    run = workspace.train(max_train_steps=2, push_to_hub=True, output_dir=str(tmp_path / "unreachable"))
+    assert (run / lora).is_file()
+    assert '"done"' in (run / "exit.json").read_text()
+    assert "later: simpletuner publish unreachable" in (run / "train.log").read_text()
+
+
+def test_full_rank_writes_the_native_file_too(tmp_path: Path) -> None:
+    run = Workspace(tmp_path).train(
+        model_type="full", save_native_file=True, max_train_steps=2, checkpoint_step_interval=2,
+        modelspec_title="Moons", lora_rank=16, lora_dropout=0.0,
+    )  # fmt: skip
+    for name in ("transformer", "transformer_ema"):
+        file = run / f"{name}_native.safetensors"
+        ours, native = weights.stored_transformer(run / name), weights.stored_transformer(file)
+        assert ours.keys() == native.keys()
+        assert all(torch.equal(ours[key].whole(), native[key].whole()) for key in ours)
+        with safe_open(file, framework="pt") as opened:
+            told = opened.metadata()
+        assert (told["modelspec.architecture"], told["modelspec.title"]) == ("chroma", "Moons")
+        assert "ss_network_dim" not in told
+    assert "ChromaTransformer2DModel.from_pretrained" in (run / "README.md").read_text()
+    assert len([path for path in results(run) if "native" in path.name]) == 2
 
 
 def test_the_command_publishes_later(hub: Hub, run_dir: Path) -> None:

@@ -84,7 +84,8 @@ def merge(
     from simpletuner.models.registry import family as family_named
     from simpletuner.training.metadata import public_name
 
-    source = family_named(options.model_family).locate(options)
+    shown = Terminal(sys.stderr)
+    source = family_named(options.model_family).locate(options, shown)
     read = [(layouts.read(path), weight) for path, weight in added]
     for file, weight in read:
         click.echo(f"{file.path.name}: {file.opened()[1]}; weight {weight:g}", err=True)
@@ -96,7 +97,6 @@ def merge(
         "modelspec.implementation": "diffusers", "modelspec.title": output.stem,
         "modelspec.merged_from": ", ".join([base, *parts]),
     }  # fmt: skip
-    shown = Terminal(sys.stderr)
     try:
         target = Target(output, native, getattr(torch, DTYPES[dtype]))
         loras = [(file.factors(), weight) for file, weight in read]

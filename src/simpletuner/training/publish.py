@@ -46,7 +46,8 @@ class Publisher:
     """One thread that uploads what is offered, in order, each as one commit. failed: why the last was not.
 
     private: of a repository that is made; into one that is public nothing is put unless private is False.
-    api: the hub's; its token is the one that is logged in, or HF_TOKEN.
+    api: the hub's; its token is the one that is logged in, or HF_TOKEN. The repository is made at once, so
+    that a refusal is known at the start.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Publisher:
         self._offered: queue.Queue[tuple[Sequence[Path], str]] = queue.Queue()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="publish", daemon=True)
+        self.offer((), "the repository")
         self._thread.start()
 
     def offer(self, files: Sequence[Path], message: str) -> None:
@@ -83,12 +85,13 @@ class Publisher:
 
     def _work(self) -> None:
         disable_progress_bars()
-        while not self._refused:
+        while True:
             files, message = self._offered.get()
             self._upload(files, message)
             self._offered.task_done()
 
     def _upload(self, files: Sequence[Path], message: str) -> None:
+        self._refused = False  # by then somebody may have logged in
         for pause_s in (*self._pauses_s, None):
             why = failure_of(partial(self._commit, files, message)).removeprefix("SimpleTunerError: ")
             if not why:
@@ -103,12 +106,12 @@ class Publisher:
 
     def _commit(self, files: Sequence[Path], message: str) -> None:
         here = [path for path in files if path.is_file()]  # a checkpoint may have made room for a newer one
-        if not here:
-            return
         names = [path.relative_to(self.run_dir).as_posix() for path in here]
         added = [CommitOperationAdd(name, str(path)) for name, path in zip(names, here, strict=True)]
         try:
             self._make()
+            if not here:
+                return
             self._api.create_commit(self.repo, added, commit_message=message)
         except HfHubHTTPError as error:
             self._refused = error.response.status_code in FINAL
@@ -125,6 +128,7 @@ class Publisher:
             self._refused = True
             raise SimpleTunerError(f"{self.repo} is public and model_card_private is on; choose another")
         self._made = True
+        self._tell(Noted(f"publishes to {self.repo}, {'private' if self._private else 'public'}"))
 
     def _give_up(self, why: str) -> None:
         self.failed = why
