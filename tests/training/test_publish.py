@@ -168,10 +168,14 @@ def test_a_run_publishes_its_checkpoints_and_its_end(
     assert not any(str(tmp_path).encode() in content for content in held.values())
     told = [event.message for event in events(run) if isinstance(event, Noted)]
     assert len([text for text in told if text.startswith("publishe")]) == 4, told
+
+
+def test_a_run_is_not_touched_by_a_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token=TOKEN))
     monkeypatch.setattr(publish, "limit_s", lambda _: 0.5)
-    run = workspace.train(max_train_steps=2, push_to_hub=True, output_dir=str(tmp_path / "unreachable"))
-    assert (run / lora).is_file()
+    out = str(tmp_path / "unreachable")
+    run = Workspace(tmp_path).train(max_train_steps=1, use_ema=False, push_to_hub=True, output_dir=out)
+    assert (run / "pytorch_lora_weights.safetensors").is_file()
     assert '"done"' in (run / "exit.json").read_text()
     assert "later: simpletuner publish unreachable" in (run / "train.log").read_text()
 
