@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.server.captions import LONGEST, read_caption
-from simpletuner.server.datasets import Datasets, View
+from simpletuner.server.datasets import LONGEST, Datasets, View, read_caption
 from simpletuner.server.place import Outside
 from simpletuner.server.refusal import Refused
 from simpletuner.server.wire.datasets import CaptionWrite, Item
@@ -101,8 +100,8 @@ def test_a_full_or_locked_disk_is_told(photos: Datasets, monkeypatch: pytest.Mon
     def full(path: Path, text: str) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("simpletuner.server.captions.write_atomically", full)
-    with pytest.raises(Refused, match="Read-only"):
+    monkeypatch.setattr("simpletuner.server.datasets.write_atomically", full)
+    with pytest.raises(OSError, match="Read-only"):
         write(photos, "a.png", "new", "first\r\nsecond")
     assert (folder(photos) / "a.txt").read_bytes() == b"first\r\nsecond"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
+import os
 import zipfile
 from pathlib import Path
 
@@ -179,3 +181,26 @@ def test_many_pieces_are_gathered_before_they_are_written(
     answer = web.put(f"{P}/datasets/photos/files/a.png", content=iter(pieces), headers=OCTETS)
     assert answer.status_code == 200
     assert web.get(f"{P}/datasets/photos/files/a.png").content == PNG
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_nothing_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    where = place(tmp_path)
+    (where.datasets / "photos").mkdir(parents=True)
+    (where.datasets / "photos" / "a.png").write_bytes(PNG)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr("simpletuner.server.datasets.write_atomically", full)
+    asked = client(where)
+    answer = asked.put("/api/v1/datasets/photos/captions/a.png", json={"text": "x", "before": None})
+    assert answer.status_code == 507
+    (told,) = answer.json()["detail"]
+    assert os.strerror(code) in told["message"]
+    assert "a.txt" in told["message"]
+    assert str(tmp_path) not in told["message"]
+    monkeypatch.setattr("simpletuner.server.thumbs._write", full)
+    assert asked.get("/api/v1/datasets/photos/files/a.png?width=96").status_code == 200

@@ -16,7 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from PIL import Image
 
-from simpletuner.server.place import run_id
+from simpletuner.server import tail
+from simpletuner.server.pictures import stored
+from simpletuner.server.place import Outside, Place, run_id
+from simpletuner.server.runs import Runs
 from tests.server.written_run import WrittenRun, served
 
 SECRET = b"CANARY: nobody may read this"
@@ -215,3 +218,26 @@ def test_the_log_is_bounded(client: TestClient, files: str) -> None:
     for bad in ("limit=0", "limit=1048577", "since=x"):
         assert client.get(f"{url}?{bad}").status_code == 422
     assert client.get(f"{url}?since={10**40}").status_code in (200, 422)
+
+
+def test_hidden_files_are_no_files_of_a_run(tmp_path: Path) -> None:
+    """A workspace may be a run folder itself, and the token of the server lies in it."""
+    WrittenRun(tmp_path).starts()
+    for name in (".simpletuner/token", ".env", "images/.secret.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("secret")
+        with pytest.raises(Outside):
+            stored(Place(tmp_path), tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "train.log", "exit.json", "config.json"])
+def test_a_folder_in_the_place_of_a_file_takes_nothing_down(tmp_path: Path, name: str) -> None:
+    folder = WrittenRun(tmp_path / "run").starts().path
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    known = Runs(Place(tmp_path))
+    known.detail(known.summaries()[0].id)
+    open_files = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        assert tail.lines(folder / name, 0).lines == []
+    assert len(os.listdir("/proc/self/fd")) == open_files

@@ -121,6 +121,14 @@ def test_a_job_brings_the_folder_it_writes_to_unless_that_is_not_allowed(tmp_pat
     assert known.find(run_id(outside)) is None
 
 
+def test_output_is_looked_through_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "MOST_FOLDERS", 20)
+    for number in range(50):
+        (tmp_path / "a" / str(number)).mkdir(parents=True)
+    WrittenRun(tmp_path / "output" / "one").starts()
+    assert [run.name for run in Runs(Place(tmp_path)).summaries()] == ["one"]
+
+
 # -- states
 
 

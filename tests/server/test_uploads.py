@@ -317,3 +317,15 @@ def test_a_damaged_archive_is_refused_and_never_a_crash(tmp_path: Path, data: st
     for name in saved:
         assert folder in (folder / name).resolve().parents
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and folder not in path.parents]
+
+
+def test_names_beyond_ascii_cost_no_look_at_the_whole_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed(path: object) -> list[str]:
+        assert Path(str(path)).name == uploads.INCOMING, "10,000 pictures would be listed 10,000 times"
+        return []
+
+    monkeypatch.setattr(os, "listdir", listed)
+    saved, not_saved = send(folder, "a.zip", packed({"चित्र.png": PNG, "é.png": PNG}))
+    assert (len(saved), not_saved) == (2, [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ from simpletuner.data.files import SUFFIXES, Found
 from simpletuner.data.geometry import Framing, Size, bucket
 from simpletuner.errors import DataError
 from simpletuner.server.atomic import write_atomically
-from simpletuner.server.captions import read_caption, write_caption
 from simpletuner.server.place import Outside, Place
 from simpletuner.server.refusal import refuse
 from simpletuner.server.tail import document
@@ -32,6 +32,7 @@ ALIGNMENT_PX = 64
 WAIT_S = 0.5  # for what changed to be read; afterwards one is told how much is unread
 AT_ONCE = 2
 FEW = 20  # files to look at one by one; for more the folder is read again
+LONGEST = 20_000  # characters of a caption; 512 tokens are some 2,500
 SEED: int = RunConfig().training.seed
 
 
@@ -127,14 +128,15 @@ class Datasets:
         return self.place.inside(self._found(self._catalogue(name), file).path)
 
     def caption(self, name: str, file: str, ask: CaptionWrite, view: View) -> Items:
-        """Write a caption; the item as it is then. Raises Refused, see `write_caption`."""
+        """Write a caption; the item as it is then. Raises Refused: 409 when another text
+        is there than ask.before, 422 for what cannot be a caption. Undoing is writing the old text."""
         catalogue = self._catalogue(name)
         with self._writing:
             found = self._found(catalogue, file)
             self.place.inside(found.path)
             text = found.text or found.path.with_suffix(".txt")
             self.place.inside(text)
-            write_caption(text, ask, self.place.own / "trash")
+            _write_caption(text, ask, self.place)
             catalogue.touched(text)
         return Items(total=1, offset=0, items=[self._item(catalogue, file, view)])
 
@@ -169,14 +171,11 @@ class Datasets:
         if not folder.is_dir() or self._is_own(folder):
             refuse(404, "that is no folder")
         inner, pictures = [], 0
-        try:
-            for entry in os.scandir(folder):
-                shown = not entry.name.startswith(".") and entry.name.isprintable()
-                pictures += shown and os.path.splitext(entry.name)[1].lower() in SUFFIXES
-                if shown and entry.is_dir() and self._allowed(entry.path):
-                    inner.append(entry.path)
-        except OSError as error:
-            refuse(409, f"the folder cannot be read: {error.strerror}")
+        for entry in os.scandir(folder):
+            shown = not entry.name.startswith(".") and entry.name.isprintable()
+            pictures += shown and os.path.splitext(entry.name)[1].lower() in SUFFIXES
+            if shown and entry.is_dir() and self._allowed(entry.path):
+                inner.append(entry.path)
         return Folder(path=str(folder), folders=sorted(inner), pictures=pictures)
 
     def _is_own(self, folder: Path) -> bool:
@@ -247,6 +246,28 @@ class Datasets:
             bucket_px=window,
             crop_px=cut,
         )
+
+
+def read_caption(path: Path | None) -> str | None:
+    """The text of a file as it is; None where there is none, or it is not UTF-8."""
+    try:
+        return None if path is None else path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _write_caption(text: Path, ask: CaptionWrite, place: Place) -> None:
+    """What was there goes to the trash first. A blank caption only removes it."""
+    if len(ask.text) > LONGEST or "\0" in ask.text or any("\ud800" <= one <= "\udfff" for one in ask.text):
+        refuse(422, f"a caption is text of at most {LONGEST} characters", "text")
+    if read_caption(text) != ask.before:
+        refuse(409, "the caption was changed meanwhile; look at it again before you write", "before")
+    if text.is_file():
+        shutil.copyfile(text, place.trash() / text.name)
+    if ask.text.strip():
+        write_atomically(text, ask.text)
+    else:
+        text.unlink(missing_ok=True)
 
 
 def _in_picture(size: Size, resize: Size, corner: Size, window: Size) -> tuple[int, int, int, int]:

@@ -67,9 +67,7 @@ class Drafts:
         """Into the trash."""
         with self._lock:
             self.get(id)
-            trash = self._place.own / "trash" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-            trash.mkdir(parents=True)
-            os.replace(self._path(id), trash / f"draft-{id}.json")
+            os.replace(self._path(id), self._place.trash() / f"draft-{id}.json")
 
     def of_run(self, folder: Path) -> Draft:
         """The configuration of a run, to change and train anew; its datasets, where they may be read."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from simpletuner.server.place import Place
 
 DEPTH = 3  # levels below an allowed folder
-MOST_FOLDERS = 5000
+MOST_FOLDERS = 5000  # after output/, which is looked through first
 SCAN_EVERY_S = 2.0
 SETTLED_NS = 2_000_000_000  # clocks of file systems are coarse: what is younger is read again
 NO_RUNS_IN = frozenset({"datasets", "node_modules", "images", "cache", "control"})
@@ -32,8 +32,10 @@ class Folders:
     def runs(self) -> list[Path]:
         if time.monotonic() >= self._due:
             before, self._known = self._known, {}
+            first = [] if self.place.outputs.is_symlink() else [(self.place.outputs, DEPTH - 1)]
+            places = [*first, *((root, DEPTH) for root in self.place.allowed)]
             self._found = [
-                Path(path) for root in self.place.allowed for path in self._walk(str(root), DEPTH, before)
+                Path(path) for root, depth in places for path in self._walk(str(root), depth, before)
             ]
             self._due = time.monotonic() + SCAN_EVERY_S
         return self._found

@@ -109,9 +109,7 @@ class Jobs:
         with self.lock:
             if self.job(id).state != "queued":
                 refuse(409, "only a job that waits can be withdrawn; stop its run instead")
-            trash = self.place.own / "trash" / f"{time.time():.3f}"
-            trash.mkdir(parents=True)
-            os.rename(self.folder / id, trash / f"job-{id}")
+            os.rename(self.folder / id, self.place.trash() / f"job-{id}")
             order = self.index.order()
             self._reorder(replace(order, jobs=tuple(job for job in order.jobs if job != id)))
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +53,12 @@ class Place:
     def allowed(self) -> tuple[Path, ...]:
         return (self.workspace, *self.roots)
 
+    def trash(self) -> Path:
+        """A new folder for what is taken away; nothing of a person's is deleted."""
+        made = self.own / "trash" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        made.mkdir(parents=True)
+        return made
+
     def inside(self, path: Path | str) -> Path:
         """The path with every link followed, if it lies in an allowed folder; a relative one is looked up in
         the workspace. Raises Outside.
@@ -67,11 +75,11 @@ class Place:
         raise Outside("that path is outside the workspace and the folders added with --root")
 
     def below(self, folder: Path, name: str) -> Path:
-        """A file below `folder` by its relative name, links followed. Raises Outside for "..", absolute
-        names, backslashes, drives, NUL, and links that lead out of the folder.
+        """A file below `folder` by its relative name, links followed. Raises Outside for "..", hidden and
+        absolute names, backslashes, drives, NUL, and links that lead out of the folder.
         """
         parts = name.split("/")
-        bad = not name or any(part in ("", ".", "..") for part in parts) or set(name) & set("\\:")
+        bad = any(part[:1] in ("", ".") for part in parts) or set(name) & set("\\:")
         if bad or _impossible(name):
             raise Outside("that is no name of a file here")
         real, home = Path(os.path.realpath(folder.joinpath(*parts))), Path(os.path.realpath(folder))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -13,6 +15,10 @@ from starlette.exceptions import HTTPException
 from simpletuner.errors import ConfigError, SimpleTunerError
 from simpletuner.server.place import Outside
 from simpletuner.server.wire.base import Complaint, Refusal
+
+ROOM, RIGHTS = "make room on the disk", "see whose folder it is, and whether it may be written to"
+DISK = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ROOM)
+DISK |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), RIGHTS)
 
 
 class Refused(SimpleTunerError):
@@ -49,6 +55,14 @@ def _mendable(_: Request, error: SimpleTunerError) -> JSONResponse:
     return JSONResponse(body([Complaint(loc="", message=str(error))]), 409)
 
 
+def _disk(_: Request, error: OSError) -> JSONResponse:
+    """What a person can mend; anything else is a failure of the server's own."""
+    if error.errno not in DISK:
+        raise error
+    what = f"{os.path.basename(error.filename or '') or 'a file'}: {error.strerror}"
+    return JSONResponse(body([Complaint(loc="", message=f"{what}; {DISK[error.errno]}")]), 507)
+
+
 def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     """loc without its first word, which says body, path or query; the value itself is not repeated."""
     found = [
@@ -76,6 +90,7 @@ HANDLERS: dict[type[Exception], Any] = {
     Outside: _outside,
     ConfigError: _config,
     SimpleTunerError: _mendable,
+    OSError: _disk,
     RequestValidationError: _invalid,
     HTTPException: _http,
     Exception: _unexpected,

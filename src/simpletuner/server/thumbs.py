@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -45,7 +46,8 @@ def thumbnail(source: Path, width: int, cache: Path) -> bytes:
     with (cache / f"lock-{number % AT_ONCE}").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         made = _shrunk(source, side)
-    _write(kept, made)
+    with contextlib.suppress(OSError):  # a full disk: made again another time
+        _write(kept, made)
     if number % SWEPT_EVERY == 0:
         sweep(cache, ROOM_BYTES)
     return made
@@ -106,6 +108,9 @@ def _shrunk(source: Path, side: int) -> bytes:
 
 def _write(kept: Path, made: bytes) -> None:
     descriptor, partial = tempfile.mkstemp(suffix=".partial", dir=kept.parent)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(made)
-    os.replace(partial, kept)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(made)
+        os.replace(partial, kept)
+    finally:
+        Path(partial).unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import filecmp
 import os
 import re
@@ -17,14 +16,14 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.files import LITTER
 from simpletuner.data.report import BadFile, printable
 from simpletuner.errors import SimpleTunerError
 from simpletuner.server.place import Outside, Place
-from simpletuner.server.refusal import refuse
+from simpletuner.server.refusal import DISK, refuse
 from simpletuner.server.wire.datasets import RefusedFile
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff"})
@@ -90,37 +89,29 @@ class Incoming:
                 raise Unfit(f"{self.suffix or 'a file without suffix'} is not taken; {TAKEN}")
         self.written = 0
         self._room(length)
-        try:
-            _sweep(folder / INCOMING)
-            self.part = _part(folder)
-            self.file = self.part.open("xb")
-        except OSError as error:
-            _disk(error)
+        _sweep(folder / INCOMING)
+        self.part = _part(folder)
+        self.file = self.part.open("xb")
 
     def write(self, block: bytes) -> None:
         """Raises Refused: 413 above the limit, 507 when the disk is full."""
         self.written += len(block)
         self._room(len(block))
-        try:
-            self.file.write(block)
-        except OSError as error:
-            _disk(error)
+        self.file.write(block)
 
     def finish(self) -> tuple[list[str], list[RefusedFile]]:
         """The names that are saved now, and what an archive held that is not taken. Raises Refused for a
         single file, or a whole archive.
         """
-        try:
-            self.file.close()
-            with _told(self.name):
-                if self.suffix == ".zip":
-                    return unpack(self.place, self.part, self.folder)
-                return [keep(self.place, self.part, self.folder, self.name)], []
-        except OSError as error:
-            _disk(error)
+        self.file.close()
+        with _told(self.name):
+            if self.suffix == ".zip":
+                return unpack(self.place, self.part, self.folder)
+            return [keep(self.place, self.part, self.folder, self.name)], []
 
     def discard(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # what it still holds; a full disk has been told
+            self.file.close()
         self.part.unlink(missing_ok=True)
 
     def _room(self, more: int) -> None:
@@ -159,12 +150,8 @@ def keep(place: Place, part: Path, folder: Path, name: str) -> str:
 
 def _twin(target: Path) -> Path | None:
     """The file of the same name, also in the other Unicode spelling."""
-    if os.path.lexists(target) or target.name.isascii():
-        return target if os.path.lexists(target) else None
-    spelled = [
-        name for name in os.listdir(target.parent) if unicodedata.normalize("NFC", name) == target.name
-    ]
-    return target.with_name(spelled[0]) if spelled else None
+    spelled = (target, target.with_name(unicodedata.normalize("NFD", target.name)))
+    return next((one for one in spelled if os.path.lexists(one)), None)
 
 
 def _check_picture(part: Path) -> None:
@@ -227,7 +214,9 @@ def unpack(place: Place, part: Path, folder: Path) -> tuple[list[str], list[Refu
                     hidden += len(refused) >= REFUSED_NAMED
                     if len(refused) < REFUSED_NAMED:
                         refused.append(RefusedFile(file=printable(name)[:300], reason=str(error)))
-    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error) as error:
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise
         raise Unfit(f"this is no archive that can be read: {error}") from error
     if hidden:
         refused.append(RefusedFile(file=f"{hidden} more", reason="not named one by one"))
@@ -306,9 +295,3 @@ def _told(name: str) -> Iterator[None]:
         yield
     except Unfit as error:
         refuse(error.status, f"{printable(name)[:300]}: {error}")
-
-
-def _disk(error: OSError) -> NoReturn:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        refuse(507, "there is not enough room on the disk")
-    refuse(409, f"the folder cannot be written to: {error.strerror}")
