@@ -1,6 +1,7 @@
 """The pictures of the README, of a run that really trains: python -m tests.e2e.web.screens [--steps 150]
 
 The packaged example through the pages' own interface, then docs/screens/*.png. Minutes on two CPU cores.
+--run shows a run folder of an earlier training instead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -27,13 +29,27 @@ LARGEST_BYTES = 250_000
 LONGEST_S = 3600.0
 
 
-def furnish(house: House, steps: int) -> str:
-    """The example's two datasets, and its run in the queue. Returns the run's id."""
-    sets = read_document(EXAMPLE / "multidatabackend.json", "multidatabackend.json").value
+def datasets(house: House) -> list[dict[str, Any]]:
+    """The example's two, in the workspace."""
+    sets: list[dict[str, Any]] = read_document(
+        EXAMPLE / "multidatabackend.json", "multidatabackend.json"
+    ).value
     for one in sets:
         folder = house.workspace / "datasets" / one["id"]
         shutil.copytree(EXAMPLE / one["id"], folder)
         one["instance_data_dir"] = str(folder)
+    return sets
+
+
+def earlier(house: House, run_dir: Path) -> str:
+    datasets(house)
+    shutil.copytree(run_dir, house.workspace / "output" / "zorbo")
+    return str(house.tell("GET", "runs")[0]["id"])
+
+
+def trained(house: House, steps: int) -> str:
+    """The example's run, done."""
+    sets = datasets(house)
     config = read_document(EXAMPLE / "config.json", "config.json").value
     for name in ("output_dir", "data_backend_config", "user_prompt_library"):
         del config[name]
@@ -49,15 +65,13 @@ def furnish(house: House, steps: int) -> str:
     shown = {name: prompts[name] for name in ("red-navy", "green-cream", "base-star")}
     (house.workspace / "prompts.json").write_text(json.dumps(shown))
     draft = house.tell("POST", "drafts", {"name": "zorbo", "config": config, "datasets": sets})
-    return str(house.tell("POST", "jobs", {"draft": draft["id"]})["run"])
-
-
-def trained(house: House, run: str) -> None:
+    run = str(house.tell("POST", "jobs", {"draft": draft["id"]})["run"])
     deadline = time.monotonic() + LONGEST_S
     while house.state(run) not in ("done", "failed", "lost", "stopped"):
         assert time.monotonic() < deadline
         time.sleep(2)
     assert house.state(run) == "done", house.tell("GET", f"runs/{run}/log")["text"]
+    return run
 
 
 def taken(page: Page, name: str) -> None:
@@ -108,7 +122,7 @@ def drawn(page: Page) -> Page:
 
 def compared(page: Page) -> Page:
     drawn(page)
-    page.get_by_role("button", name=re.compile("^Open: a big red zorbo")).last.click()
+    page.get_by_role("row", name=re.compile("^a big red zorbo")).first.get_by_role("button").last.click()
     page.get_by_role("button", name="Compare").click()
     expect(page.get_by_role("slider")).to_be_focused()
     return page
@@ -119,7 +133,7 @@ def planned(page: Page) -> Page:
     page.get_by_label("Add a dataset").select_option("zorbo")
     page.get_by_role("button", name="Add", exact=True).click()
     saved(page)
-    expect(page.get_by_text("Whole run")).to_be_visible()
+    expect(page.locator("dt", has_text="Whole run")).to_be_visible()
     page.mouse.click(640, 8)
     page.evaluate("() => scrollTo(0, 0)")
     return page
@@ -135,6 +149,7 @@ def browsed(page: Page) -> Page:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--run", type=Path)
     given = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     found = next(filter(None, map(shutil.which, NAMES)))
@@ -142,8 +157,7 @@ def main() -> None:
         house = House(Path(folder) / "house")
         try:
             house.start()
-            run = furnish(house, given.steps)
-            trained(house, run)
+            run = earlier(house, given.run) if given.run else trained(house, given.steps)
             with sync_playwright() as player:
                 expect.set_options(timeout=1000 * PATIENCE_S)
                 browser = player.chromium.launch(executable_path=found, args=["--no-sandbox"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.e2e.web.hands import badge, connection
@@ -13,6 +14,18 @@ from tests.e2e.web.house import House, until
 SLOW = {"FAKE_STEP_S": "1", "FAKE_STEPS": "900"}
 QUICK = {"FAKE_STEP_S": "0.01", "FAKE_STEPS": "8"}
 LOSS = re.compile(r"^Loss: [\d.]+ at the end, Step [\d,.]+$")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(house: House) -> Iterator[None]:
+    """What a test left running or waiting is in nobody's way."""
+    yield
+    for job in house.tell("GET", "queue")["jobs"]:
+        if job["state"] == "queued":
+            house.ask("DELETE", f"jobs/{job['id']}")
+        elif job["state"] in ("starting", "caching", "running", "stopping"):
+            house.ask("POST", f"runs/{job['run']}/stop", {"insist": True})
+    house.ask("PUT", "queue", {"paused": False, "continue_on_error": False})
 
 
 def moves_on(page: Page) -> None:
@@ -27,10 +40,10 @@ def test_eight_tabs_are_all_live_and_catch_up_after_a_crash(house: House, visit:
     run = house.enqueue("eight")["run"]
     house.reach(run, "running")
     first = visit(house, f"#/runs/{run}")
-    tabs = [first, *(visit(house, f"#/runs/{run}", beside=first) for _ in range(7))]
+    tabs = [first, *(visit(house, f"#/runs/{run}/log", beside=first) for _ in range(7))]
     for tab in tabs:
         connection(tab, "Live")
-        expect(tab.get_by_role("img", name=LOSS)).to_be_visible()
+    expect(first.get_by_role("img", name=LOSS)).to_be_visible()
     for tab in tabs:
         moves_on(tab)
         tab.watch.allowed.append(
@@ -63,8 +76,6 @@ def test_save_and_sample_now_and_keep_a_checkpoint(house: House, visit: Callable
     expect(page.get_by_role("columnheader")).to_have_count(2)  # the prompt and what was there before
     page.get_by_role("button", name="Draw pictures now").click()
     expect(page.get_by_role("columnheader")).to_have_count(3)
-    house.tell("POST", f"runs/{run}/stop", {"insist": True})
-    house.reach(run, "stopped", "lost", "failed")
 
 
 def waiting(page: Page) -> list[str]:
@@ -95,7 +106,6 @@ def test_the_queue_has_an_order_a_pause_and_a_rule_after_failures(
     page.get_by_role("button", name="Let it go on").click()
     for name in ("q-one", "q-two"):
         house.reach(jobs[name]["run"], "failed")
-    house.tell("PUT", "queue", {"continue_on_error": False, "paused": False})
 
 
 def test_a_failure_shows_its_last_lines_and_what_to_change(house: House, visit: Callable[..., Page]) -> None:

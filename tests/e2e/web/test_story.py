@@ -53,7 +53,7 @@ def configures(page: Page) -> None:
     )  # fmt: skip
     expect(page.get_by_text("No problems found")).to_be_visible()
     expect(page.get_by_text("Memory for tensors while training")).to_be_visible()
-    expect(page.get_by_text("Whole run")).to_be_visible()
+    expect(page.locator("dt", has_text="Whole run")).to_be_visible()
 
 
 def starts_and_watches(page: Page) -> str:
@@ -65,7 +65,7 @@ def starts_and_watches(page: Page) -> str:
     page.get_by_role("tab", name="Pictures").click()
     expect(page.get_by_role("columnheader", name="Before")).to_be_visible()
     expect(page.get_by_role("columnheader", name="Step 10")).to_be_visible()
-    expect(page.get_by_role("rowheader", name=PROMPT)).to_be_visible()
+    expect(page.get_by_role("rowheader", name=PROMPT).first).to_be_visible()
     assert page.evaluate("() => window.loaded") == "once"
     return page.url.rpartition("#/runs/")[2].partition("/")[0]
 
@@ -102,7 +102,8 @@ def names(real: House, run: str) -> list[str]:
 
 def compares(page: Page) -> None:
     page.get_by_role("tab", name="Pictures").click()
-    page.get_by_role("button", name=f"Open: {PROMPT}, step {STEPS}").click()
+    trained = page.get_by_role("row", name=re.compile(f"^{PROMPT}")).first
+    trained.get_by_role("button", name=f"Open: {PROMPT}, step {STEPS}").click()
     page.get_by_role("button", name="Compare").click()
     slider = page.get_by_role("slider", name=f"Divider between Before and Step {STEPS}")
     expect(slider).to_be_focused()
