@@ -70,8 +70,9 @@ class TransformerConfig:
         }
         for key, value in values.items():
             axes = isinstance(value, tuple) and all(isinstance(axis, int) for axis in value)
-            number = isinstance(value, int) or (key == "out_channels" and value is None)
-            number = number and (value is None or 0 < value <= (MOST_LAYERS if "layers" in key else 2**20))
+            most = MOST_LAYERS if "layers" in key else 2**20
+            number = isinstance(value, int) and 0 < value <= most
+            number = number or (key == "out_channels" and value is None)
             if not (axes if key == "axes_dims_rope" else number):
                 raise ModelError(f"{where}: {key} = {raw[key]!r} is not what Chroma's transformer takes.")
         config = cls(**values)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, object]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} does not hold a JSON object.")
@@ -60,7 +60,7 @@ def weight_files(folder: Path, stem: str = STEM, variant: str = "") -> list[Path
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelError(f"{index} has no weight_map.")
-        files = [folder / str(file) for file in sorted(set(weight_map.values()))]
+        files = [folder / Path(str(file)).name for file in sorted(set(map(str, weight_map.values())))]
     else:
         files = [folder / f"{name}.safetensors"]
     missing = [str(file) for file in files if not file.is_file()]
