@@ -156,3 +156,12 @@ def test_the_real_command(place: Place) -> None:
     )
     assert state.plan is not None, state.problems
     assert json.loads(state.model_dump_json())["plan"]["training"] > 0
+
+
+def test_modules_in_the_workspace_are_not_the_planner_s(tmp_path: Path) -> None:
+    fake = tmp_path / "fake.py"
+    fake.write_text("import json, os\nprint(json.dumps({'safe': os.environ.get('PYTHONSAFEPATH')}))")
+    planning = Planning({}, [], tmp_path, (sys.executable, str(fake)))
+    while not planning.done(1.0):
+        pass
+    assert planning.result()[0] == {"safe": "1"}

@@ -47,6 +47,7 @@ def served(run_dir: Path, port: int = PORT) -> Iterator[str]:
     server = subprocess.Popen(
         [sys.executable, "-m", "simpletuner", *words],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+        env={**process_environment(), "PYTHONSAFEPATH": "1"},
     )  # fmt: skip
     click.echo(f"simpletuner: {url}")
     threading.Thread(target=show, args=(server, port, url), daemon=True).start()

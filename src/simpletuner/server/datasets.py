@@ -18,7 +18,7 @@ from simpletuner.data.files import SUFFIXES, Found
 from simpletuner.data.geometry import Framing, Size, bucket
 from simpletuner.errors import DataError
 from simpletuner.server.atomic import write_atomically
-from simpletuner.server.place import Outside, Place
+from simpletuner.server.place import Place
 from simpletuner.server.refusal import refuse
 from simpletuner.server.tail import document
 from simpletuner.server.wire.datasets import Bucket, CaptionWrite, DatasetInfo, Folder, Item, Items
@@ -88,15 +88,12 @@ class Datasets:
         rows = catalogue.rows()
         kinds = Counter(row.kind for _, row in rows)
         return DatasetInfo(
-            name=name,
-            path=str(catalogue.folder),
-            owned=self.owned(name),
-            pictures=len(catalogue.found) + len(catalogue.misnamed),
-            captioned=kinds["captioned"],
+            name=name, path=str(catalogue.folder), owned=self.owned(name),
+            pictures=len(catalogue.found) + len(catalogue.misnamed), captioned=kinds["captioned"],
             refused=kinds["refused"] + len(catalogue.misnamed),
             size_bytes=sum(row.mark[0][1] for _, row in rows),
             unread=max(0, len(catalogue.found) - len(rows)),
-        )
+        )  # fmt: skip
 
     def _listed(self, name: str) -> DatasetInfo:
         try:
@@ -141,7 +138,7 @@ class Datasets:
         return Items(total=1, offset=0, items=[self._item(catalogue, file, view)])
 
     def owned(self, name: str) -> bool:
-        home = self._allowed(self.place.datasets)
+        home = self.place.allows(self.place.datasets)
         return home is not None and self._find(name) == home / name
 
     def begin(self, name: str, file: str, length: int, limit: int) -> Incoming:
@@ -174,7 +171,7 @@ class Datasets:
         for entry in os.scandir(folder):
             shown = not entry.name.startswith(".") and entry.name.isprintable()
             pictures += shown and os.path.splitext(entry.name)[1].lower() in SUFFIXES
-            if shown and entry.is_dir() and self._allowed(entry.path):
+            if shown and entry.is_dir() and self.place.allows(entry.path):
                 inner.append(entry.path)
         return Folder(path=str(folder), folders=sorted(inner), pictures=pictures)
 
@@ -184,19 +181,13 @@ class Datasets:
     def _added(self) -> dict[str, str]:
         return document(self.place.own / "datasets.json") or {}
 
-    def _allowed(self, path: str | Path) -> Path | None:
-        try:
-            return self.place.inside(path)
-        except Outside:
-            return None
-
     def _find(self, name: str) -> Path | None:
         """The folder of a dataset, links followed; None when there is none that may be shown."""
         if not NAME.fullmatch(name):
             return None
         own = self.place.datasets / name
         written = own if own.is_dir() else self._added().get(name)
-        folder = self._allowed(written) if written is not None else None
+        folder = self.place.allows(written) if written is not None else None
         return folder if folder is not None and folder.is_dir() else None
 
     def _folder(self, name: str) -> Path:
@@ -237,15 +228,10 @@ class Datasets:
             resize, corner, window = frame(view.framing, row.size_px, sample_id, view.seed, ALIGNMENT_PX)
             cut = _in_picture(row.size_px, resize, corner, window)
         return Item(
-            file=file,
-            width_px=row.size_px[0],
-            height_px=row.size_px[1],
-            captions=list(row.said),
-            caption_text=read_caption(found.text) if row.mark[0] != (0, 0) else None,
-            refused=row.wrong,
-            bucket_px=window,
-            crop_px=cut,
-        )
+            file=file, width_px=row.size_px[0], height_px=row.size_px[1], captions=list(row.said),
+            caption_text=read_caption(found.text) if row.mark[0] != (0, 0) else None, refused=row.wrong,
+            bucket_px=window, crop_px=cut,
+        )  # fmt: skip
 
 
 def read_caption(path: Path | None) -> str | None:

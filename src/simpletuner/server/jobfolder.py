@@ -164,18 +164,8 @@ class JobFolder:
             lost = "the training vanished without a word: the computer went down, or everything was killed"
             why = Reason(lost, "Resume it: it goes on from its last checkpoint")
         return Job(
-            id=self.id,
-            run_dir=work.run_dir,
-            run=work.run,
-            name=work.name,
-            kind=work.kind,
-            state=state,
-            devices=work.devices,
-            queued_t=work.queued_t,
-            started_t=self._started_t(),
-            ended_t=exited.get("t", time.time()) if ended else None,
-            exit_code=exited.get("code"),
-            message=why.message,
-            advice=why.advice,
-            last_lines=lines,
-        )
+            id=self.id, run_dir=work.run_dir, run=work.run, name=work.name, kind=work.kind, state=state,
+            devices=work.devices, queued_t=work.queued_t, started_t=self._started_t(),
+            ended_t=exited.get("t", time.time()) if ended else None, exit_code=exited.get("code"),
+            message=why.message, advice=why.advice, last_lines=lines,
+        )  # fmt: skip

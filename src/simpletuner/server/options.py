@@ -122,20 +122,11 @@ def _field(name: str, field: Field) -> OptionInfo:
     own |= {"repeats": Dataset.repeats, "probability": Dataset.probability, "disabled": False}
     own |= {"disable_multiline_split": False}
     return OptionInfo(
-        name=name,
-        section="dataset",
-        group="Dataset",
-        kind="text" if field.kind == "list" else field.kind,
-        nullable=name not in own and name not in ("id", "instance_data_dir"),
-        structured=field.kind == "list",
-        choices=list(field.choices),
-        bounds="",
-        takes=field.expects,
-        default=own.get(name),
+        name=name, section="dataset", group="Dataset", kind="text" if field.kind == "list" else field.kind,
+        nullable=name not in own and name not in ("id", "instance_data_dir"), structured=field.kind == "list",
+        choices=list(field.choices), bounds="", takes=field.expects, default=own.get(name),
         text=FIELD_TEXTS[name] if shared is None else shared.text,
-        level="basic" if name in BASIC_FIELDS else "common",
-        unit="" if shared is None else shared.unit,
-        path="file" if name == "instance_data_dir" else "",
-        settable=True,
+        level="basic" if name in BASIC_FIELDS else "common", unit="" if shared is None else shared.unit,
+        path="file" if name == "instance_data_dir" else "", settable=True,
         needs=dict(FIELD_NEEDS.get(name, {})),
-    )
+    )  # fmt: skip

@@ -41,17 +41,10 @@ def checkpoints(folder: Path, best: int | None) -> list[Checkpoint]:
             saved_t = (entry / "manifest.json").stat().st_mtime
         except OSError:
             continue  # being removed in this moment
-        found.append(
-            Checkpoint(
-                name=entry.name,
-                step=step_of(entry),
-                size_bytes=sum(sizes.values()),
-                saved_t=saved_t,
-                marked=KEEP in sizes,
-                best=step_of(entry) == best,
-                files=sorted(sizes.keys() - {KEEP}),
-            )
-        )
+        found.append(Checkpoint(
+            name=entry.name, step=step_of(entry), size_bytes=sum(sizes.values()), saved_t=saved_t,
+            marked=KEEP in sizes, best=step_of(entry) == best, files=sorted(sizes.keys() - {KEEP}),
+        ))  # fmt: skip
     return found
 
 

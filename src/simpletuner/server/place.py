@@ -74,6 +74,13 @@ class Place:
             return real
         raise Outside("that path is outside the workspace and the folders added with --root")
 
+    def allows(self, path: Path | str) -> Path | None:
+        """As `inside`; None for what is outside."""
+        try:
+            return self.inside(path)
+        except Outside:
+            return None
+
     def below(self, folder: Path, name: str) -> Path:
         """A file below `folder` by its relative name, links followed. Raises Outside for "..", hidden and
         absolute names, backslashes, drives, NUL, and links that lead out of the folder.

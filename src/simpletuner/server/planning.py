@@ -58,6 +58,7 @@ class Planning:
         path.write_text(json.dumps(dict(config)), encoding="utf-8")
         inherited = environment.process_environment().items()
         environ = {name: value for name, value in inherited if not name.startswith(environment.PREFIX)}
+        environ["PYTHONSAFEPATH"] = "1"  # modules that lie in the workspace are none of ours
         argv = [*planner, "--config", str(path), "--json", *words]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(

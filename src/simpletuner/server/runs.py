@@ -16,7 +16,7 @@ from simpletuner.events.wording import describe
 from simpletuner.server import pictures, tail
 from simpletuner.server.digest import NOTES, Digest, Phase
 from simpletuner.server.folders import Folders
-from simpletuner.server.place import Outside, Place, run_id
+from simpletuner.server.place import Place, run_id
 from simpletuner.server.refusal import refuse
 from simpletuner.server.wire.base import State
 from simpletuner.server.wire.jobs import Job
@@ -119,21 +119,16 @@ class Runs:
             digest, started = seen.digest, seen.digest.history.started
             config, options = tail.document(seen.path / "config.json") or {}, catalog()
             return RunDetail(
-                summary=summary,
-                model=started.model if started else "",
-                device=started.device if started else "",
-                config=config,
+                summary=summary, model=started.model if started else "",
+                device=started.device if started else "", config=config,
                 changed={n: v for n, v in config.items() if n in options and v != options[n].default},
                 stages=list(digest.stages.values()) if summary.stage else [],
                 stages_done=list(digest.stages_done),
                 checkpoints=pictures.checkpoints(seen.path, digest.best_step),
-                outputs=pictures.outputs(seen.path),
-                resumes=list(digest.history.resumes),
+                outputs=pictures.outputs(seen.path), resumes=list(digest.history.resumes),
                 problems=[describe(event) for _, event in digest.history.problems[-NOTES:]],
-                notes=list(digest.notes),
-                exit=seen.exit,
-                events_end=digest.end,
-            )
+                notes=list(digest.notes), exit=seen.exit, events_end=digest.end,
+            )  # fmt: skip
 
     def _by_run(self) -> Mapping[str, Job]:
         """Never asked while the lock is held: jobs have one of their own."""
@@ -150,15 +145,9 @@ class Runs:
     def _look_around(self) -> None:
         paths = {run_id(path): path for path in self._folders.runs()}
         for id, home in self._homes.items():
-            if id not in paths and (path := self._allowed(home)) is not None and path.is_dir():
+            if id not in paths and (path := self.place.allows(home)) is not None and path.is_dir():
                 paths[id] = path
         self._seen = {id: self._seen.get(id) or Seen.of(path) for id, path in paths.items()}
-
-    def _allowed(self, home: str) -> Path | None:
-        try:
-            return self.place.inside(home)
-        except Outside:
-            return None
 
     def _summary(self, id: str, seen: Seen, job: Job | None, deadline: float) -> RunSummary:
         _look(seen, deadline)
@@ -168,26 +157,17 @@ class Runs:
         if seen.summary is not None and told == seen.told:
             return seen.summary
         last = digest.last
-        seen.told, seen.summary = (
-            told,
-            RunSummary(
-                id=id,
-                name=tail.clean(seen.path.name),
-                path=tail.clean(str(seen.path)),
-                state=state,
-                step=digest.step,
-                total_steps=digest.total,
-                loss=last.loss if last and last.loss == last.loss else None,
-                left_s=digest.left_s if state == "running" else None,
-                started_t=digest.process_t or (job.started_t if job else None),
-                changed_t=max(history.last_t, seen.exit_t or 0.0) or None,
-                sparkline=digest.sparkline(),
-                stage=next(reversed(digest.stages.values()), None) if state in ALIVE else None,
-                job=job.id if job else None,
-                message=message,
-                picture=digest.picture,
-            ),
-        )
+        seen.told = told
+        seen.summary = RunSummary(
+            id=id, name=tail.clean(seen.path.name), path=tail.clean(str(seen.path)), state=state,
+            step=digest.step, total_steps=digest.total,
+            loss=last.loss if last and last.loss == last.loss else None,
+            left_s=digest.left_s if state == "running" else None,
+            started_t=digest.process_t or (job.started_t if job else None),
+            changed_t=max(history.last_t, seen.exit_t or 0.0) or None, sparkline=digest.sparkline(),
+            stage=next(reversed(digest.stages.values()), None) if state in ALIVE else None,
+            job=job.id if job else None, message=message, picture=digest.picture,
+        )  # fmt: skip
         return seen.summary
 
 
@@ -247,21 +227,10 @@ def held(lock: Path) -> bool:
 def _to_come(id: str, job: Job) -> RunSummary:
     """A job that has no folder, or not yet."""
     return RunSummary(
-        id=id,
-        name=Path(job.run_dir).name or job.name,
-        path=job.run_dir,
-        state=job.state,
-        step=0,
-        total_steps=None,
-        loss=None,
-        left_s=None,
-        started_t=job.started_t,
-        changed_t=job.queued_t,
-        sparkline=[],
-        stage=None,
-        job=job.id,
-        message=job.message,
-    )
+        id=id, name=Path(job.run_dir).name or job.name, path=job.run_dir, state=job.state, step=0,
+        total_steps=None, loss=None, left_s=None, started_t=job.started_t, changed_t=job.queued_t,
+        sparkline=[], stage=None, job=job.id, message=job.message,
+    )  # fmt: skip
 
 
 def _stamp(path: Path) -> Stamp:

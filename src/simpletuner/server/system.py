@@ -28,17 +28,10 @@ PACKAGES = (
 def describe(place: Place) -> System:
     total, free = hardware.memory()
     return System(
-        version=__version__,
-        python=platform.python_version(),
-        platform=platform.platform(),
-        workspace=str(place.workspace),
-        roots=[str(root) for root in place.roots],
-        devices=hardware.devices(),
-        memory_total_bytes=total,
-        memory_free_bytes=free,
-        disks=disks(place.allowed),
-        packages=packages(),
-    )
+        version=__version__, python=platform.python_version(), platform=platform.platform(),
+        workspace=str(place.workspace), roots=[str(root) for root in place.roots], devices=hardware.devices(),
+        memory_total_bytes=total, memory_free_bytes=free, disks=disks(place.allowed), packages=packages(),
+    )  # fmt: skip
 
 
 def disks(folders: tuple[Path, ...]) -> list[Disk]:

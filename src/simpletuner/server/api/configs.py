@@ -11,49 +11,39 @@ from simpletuner.server import drafts, options
 from simpletuner.server.home import Here
 from simpletuner.server.judge import judge
 from simpletuner.server.refusal import refuse
+from simpletuner.server.wire import configs as wire
 from simpletuner.server.wire.base import Refusal
-from simpletuner.server.wire.configs import (
-    Draft,
-    DraftWrite,
-    Import,
-    Imported,
-    PlanAsk,
-    PlanState,
-    Schema,
-    Verdict,
-    Wanted,
-)
 
 router = APIRouter(prefix="/api/v1", tags=["configs"], responses={422: {"model": Refusal}})
 
 
 @router.get("/schema")
-def schema() -> Schema:
+def schema() -> wire.Schema:
     return options.schema()
 
 
 @router.post("/validate")
-def validate(body: Wanted, home: Here) -> Verdict:
+def validate(body: wire.Wanted, home: Here) -> wire.Verdict:
     return judge(home.place, body.config, body.datasets)
 
 
 @router.get("/drafts")
-def all_drafts(home: Here) -> list[Draft]:
+def all_drafts(home: Here) -> list[wire.Draft]:
     return home.drafts.all()
 
 
 @router.post("/drafts", status_code=201)
-def new_draft(body: DraftWrite, home: Here) -> Draft:
+def new_draft(body: wire.DraftWrite, home: Here) -> wire.Draft:
     return home.drafts.create(body)
 
 
 @router.get("/drafts/{id}")
-def draft(id: str, home: Here) -> Draft:
+def draft(id: str, home: Here) -> wire.Draft:
     return home.drafts.get(id)
 
 
 @router.put("/drafts/{id}")
-def write_draft(id: str, body: DraftWrite, home: Here) -> Draft:
+def write_draft(id: str, body: wire.DraftWrite, home: Here) -> wire.Draft:
     return home.drafts.write(id, body)
 
 
@@ -73,17 +63,17 @@ def export_datasets(id: str, home: Here) -> JSONResponse:
 
 
 @router.post("/import")
-def import_text(body: Import) -> Imported:
+def import_text(body: wire.Import) -> wire.Imported:
     return drafts.imported(body)
 
 
 @router.post("/plan")
-def plan(body: PlanAsk, home: Here) -> PlanState:
+def plan(body: wire.PlanAsk, home: Here) -> wire.PlanState:
     return home.plans.ask(body)
 
 
 @router.post("/runs/{id}/draft", status_code=201)
-def duplicate(id: str, body: dict[str, Any], home: Here) -> Draft:
+def duplicate(id: str, body: dict[str, Any], home: Here) -> wire.Draft:
     folder = home.runs.find(id) or refuse(404, "there is no such run")
     return home.drafts.of_run(folder)
 

@@ -15,15 +15,7 @@ from simpletuner.server.home import Here
 from simpletuner.server.refusal import refuse
 from simpletuner.server.thumbs import thumbnail
 from simpletuner.server.uploads import BLOCK
-from simpletuner.server.wire.datasets import (
-    Bucket,
-    CaptionWrite,
-    DatasetAsk,
-    DatasetInfo,
-    Folder,
-    Items,
-    Uploaded,
-)
+from simpletuner.server.wire import datasets as wire
 
 router = APIRouter(prefix="/api/v1", tags=["datasets"])
 BYTES = {"requestBody": {"required": True, "content": {"application/octet-stream": {}}}}
@@ -53,17 +45,17 @@ Cut = Annotated[View, Depends(view)]
 
 
 @router.get("/datasets")
-def datasets(home: Here) -> list[DatasetInfo]:
+def datasets(home: Here) -> list[wire.DatasetInfo]:
     return home.datasets.all()
 
 
 @router.post("/datasets", status_code=201)
-def new_dataset(ask: DatasetAsk, home: Here) -> DatasetInfo:
+def new_dataset(ask: wire.DatasetAsk, home: Here) -> wire.DatasetInfo:
     return home.datasets.make(ask.name, ask.path)
 
 
 @router.get("/datasets/{name}")
-def dataset(name: str, home: Here) -> DatasetInfo:
+def dataset(name: str, home: Here) -> wire.DatasetInfo:
     return home.datasets.info(name)
 
 
@@ -75,12 +67,12 @@ def items(
     offset: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=1, le=200)] = 60,
     only: Literal["all", "captioned", "uncaptioned", "refused"] = "all",
-) -> Items:
+) -> wire.Items:
     return home.datasets.items(name, offset, limit, only, cut)
 
 
 @router.get("/datasets/{name}/buckets")
-def buckets(name: str, home: Here, cut: Cut) -> list[Bucket]:
+def buckets(name: str, home: Here, cut: Cut) -> list[wire.Bucket]:
     return home.datasets.buckets(name, cut)
 
 
@@ -97,7 +89,7 @@ def dataset_file(name: str, path: str, home: Here, width: int | None = None) -> 
 
 
 @router.put("/datasets/{name}/files/{path:path}", openapi_extra=BYTES)
-async def upload(name: str, path: str, request: Request, home: Here) -> Uploaded:
+async def upload(name: str, path: str, request: Request, home: Here) -> wire.Uploaded:
     """A picture, a caption (.txt) or an archive (.zip) as the whole body. Nothing is ever overwritten."""
     length = int(request.headers.get("content-length") or 0)
     limit = home.settings.max_upload_bytes
@@ -116,15 +108,15 @@ async def upload(name: str, path: str, request: Request, home: Here) -> Uploaded
     finally:
         await run_in_threadpool(incoming.discard)
     info = await run_in_threadpool(home.datasets.added, name, saved)
-    return Uploaded(saved=saved, refused=refused, dataset=info)
+    return wire.Uploaded(saved=saved, refused=refused, dataset=info)
 
 
 @router.put("/datasets/{name}/captions/{path:path}")
-def caption(name: str, path: str, ask: CaptionWrite, home: Here, cut: Cut) -> Items:
+def caption(name: str, path: str, ask: wire.CaptionWrite, home: Here, cut: Cut) -> wire.Items:
     """The caption of one picture, and the picture's item as it is then."""
     return home.datasets.caption(name, path, ask, cut)
 
 
 @router.get("/folders")
-def folders(home: Here, path: str = "") -> Folder:
+def folders(home: Here, path: str = "") -> wire.Folder:
     return home.datasets.folders(path)
