@@ -13,7 +13,7 @@ import pytest
 
 from simpletuner.server import planning
 from simpletuner.server.place import Place
-from simpletuner.server.planning import Plans, bearing
+from simpletuner.server.planning import Planning, Plans, bearing
 from simpletuner.server.refusal import Refused
 from simpletuner.server.wire.configs import PlanAsk, PlanState
 
