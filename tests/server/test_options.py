@@ -93,3 +93,8 @@ def test_presets_take_the_finest_base_that_fits() -> None:
         planned = re.search(r"([\d.]+) GB planned", found[f"{gb}gb"].text)
         assert planned is not None
         assert float(planned[1]) < gb
+
+
+def test_the_pages_have_a_name_for_every_section() -> None:
+    words = (Path(__file__).parents[2] / "web/src/i18n/en/newRun.ts").read_text(encoding="utf-8")
+    assert set(re.findall(r"^  group_(\w+):", words, re.MULTILINE)) == set(RunConfig.model_fields)

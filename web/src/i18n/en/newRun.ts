@@ -104,6 +104,7 @@ export const newRun = {
   group_checkpoint: "Saving and resuming",
   group_validation: "Preview pictures and held-out loss",
   group_logging: "Logging",
+  group_publishing: "What the file says, and publishing",
   conflictTitle: "This draft was changed in another tab",
   conflictText: "Version {theirs} is on the server; this page shows a change of version {ours}.",
   conflictOption: "Option",

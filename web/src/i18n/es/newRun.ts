@@ -105,6 +105,7 @@ export const newRun: NewRunTexts = {
   group_checkpoint: "Guardar y reanudar",
   group_validation: "Imágenes de prueba y pérdida en datos reservados",
   group_logging: "Registro",
+  group_publishing: "Lo que dice el archivo, y publicación",
   conflictTitle: "Este borrador se cambió en otra pestaña",
   conflictText: "En el servidor está la versión {theirs}; esta página muestra un cambio de la versión {ours}.",
   conflictOption: "Opción",

@@ -105,6 +105,7 @@ export const newRun: NewRunTexts = {
   group_checkpoint: "सहेजना और फिर से शुरू करना",
   group_validation: "पूर्वावलोकन चित्र और held-out loss",
   group_logging: "लॉग",
+  group_publishing: "फ़ाइल में लिखी जानकारी और प्रकाशन",
   conflictTitle: "यह ड्राफ़्ट किसी दूसरे टैब में बदला गया",
   conflictText: "सर्वर पर संस्करण {theirs} है; यह पेज संस्करण {ours} का बदलाव दिखा रहा है।",
   conflictOption: "विकल्प",
