@@ -85,7 +85,7 @@ def taken(page: Page, name: str) -> None:
     assert size < LARGEST_BYTES
 
 
-def shoot(browser: Browser, house: House, run: str) -> None:
+def shoot(browser: Browser, house: House, run: str, only: str | None) -> None:
     def opened(hash: str, scheme: str = "light", viewport: dict[str, int] = WIDE) -> Page:
         context = browser.new_context(
             base_url=house.origin, viewport=viewport, color_scheme=scheme, locale="en-US",
@@ -105,6 +105,8 @@ def shoot(browser: Browser, house: House, run: str) -> None:
         "pictures": lambda: drawn(opened(f"#/runs/{run}/pictures")),
     }
     for name, view in views.items():
+        if only not in (None, name):
+            continue
         page = view()
         taken(page, name)
         page.context.close()
@@ -133,7 +135,7 @@ def planned(page: Page) -> Page:
     page.get_by_label("Add a dataset").select_option("zorbo")
     page.get_by_role("button", name="Add", exact=True).click()
     saved(page)
-    expect(page.locator("dt", has_text="Whole run")).to_be_visible()
+    expect(page.locator("dt", has_text="Whole run")).to_be_visible(timeout=1000 * LONGEST_S)
     page.mouse.click(640, 8)
     page.evaluate("() => scrollTo(0, 0)")
     return page
@@ -150,6 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--run", type=Path)
+    parser.add_argument("--only", help="Take this one only.")
     given = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     found = next(filter(None, map(shutil.which, NAMES)))
@@ -161,7 +164,7 @@ def main() -> None:
             with sync_playwright() as player:
                 expect.set_options(timeout=1000 * PATIENCE_S)
                 browser = player.chromium.launch(executable_path=found, args=["--no-sandbox"])
-                shoot(browser, house, run)
+                shoot(browser, house, run, given.only)
                 browser.close()
         finally:
             house.close()
