@@ -60,7 +60,9 @@ def verdict(part: Table) -> str:
     lowest = min(rows, key=lambda row: row["measures"]["held_out"]["mean"])
     said = [f"Lowest held-out loss: {lowest['label']}{distance(lowest, 'held_out', part['reference'])}."]
     scored = [row for row in rows if measure in row["measures"]]
-    if scored:
+    if len({row["measures"][measure]["mean"] for row in scored}) == 1 and len(scored) > 1:
+        said.append(f"By {heading} they are alike.")
+    elif scored:
         highest = max(scored, key=lambda row: row["measures"][measure]["mean"])
         said.append(f"Most {heading}: {highest['label']}{distance(highest, measure, part['reference'])}.")
     said.append(f"The default is {FlowOptions().chroma_sigma_density}.")

@@ -81,7 +81,8 @@ class Digest:
 
     @property
     def total(self) -> int | None:
-        return self.last.total if self.last else self.history.started and self.history.started.total_steps
+        started = self.history.started
+        return self.last.total if self.last else started.total_steps if started else None
 
     @property
     def phase(self) -> Phase:

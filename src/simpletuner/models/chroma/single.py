@@ -77,7 +77,7 @@ def transformer(file: Path) -> dict[str, Stored]:
     if "img_in.weight" not in found or not found["img_in.weight"].shape:
         raise ModelError(f"{file} is no whole Chroma transformer: missing img_in.weight.")
     width = found["img_in.weight"].shape[0]
-    result = {}
+    result: dict[str, Stored] = {}
     for name, stored in found.items():
         rows = stored.shape[0] if stored.shape else 1
         pieces = native.parts(name, rows, width)

@@ -81,7 +81,7 @@ def _quantized(source: Source, options: ModelOptions, device: torch.device, emit
 
 def _empty(source: Source) -> Any:
     """On the meta device. Any, because transformers' modules are not typed."""
-    config = T5Config(**t5_config(source.text_encoder))
+    config = T5Config.from_dict(t5_config(source.text_encoder))
     with torch.device("meta"):
         return T5EncoderModel(config)
 
