@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,20 +20,19 @@ LOSSES = some.lists(some.none() | some.floats(-1e6, 1e6), min_size=1, max_size=3
 
 @given(LOSSES, some.integers(4, 60))
 def test_thinning_keeps_the_ends_and_the_extremes(losses: list[float | None], most: int) -> None:
-    rows: list[dict[str, Any]] = [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
-    kept = thinned(rows, most)
-    steps = [row["step"] for row in kept]
+    steps = list(thinned(losses, most))
+    kept = [losses[step] for step in steps]
     assert len(kept) <= most
     assert steps == sorted(set(steps))
-    assert (steps[0], steps[-1]) == (0, len(rows) - 1)
+    assert (steps[0], steps[-1]) == (0, len(losses) - 1)
     numbers = [loss for loss in losses if loss is not None]
     if len(losses) <= most:
-        assert kept == rows
+        assert kept == losses
     elif len(numbers) == len(losses):
-        assert {min(numbers), max(numbers)} <= {row["loss"] for row in kept}
+        assert {min(numbers), max(numbers)} <= set(kept)
     elif numbers:
-        assert min(numbers) in {row["loss"] for row in kept}
-        assert None in {row["loss"] for row in kept}, "a step without a loss is no less to be seen"
+        assert min(numbers) in kept
+        assert None in kept, "a step without a loss is no less to be seen"
 
 
 def test_columns(tmp_path: Path) -> None:
@@ -132,3 +131,12 @@ def test_half_a_character_waits_for_its_other_half(tmp_path: Path) -> None:
     assert tail.text(path, 1, 100).text == "ñ"
     path.write_bytes(b"a\xff\xfeb")
     assert tail.text(path, 0, 100).text == "a\ufffd\ufffdb"
+
+
+def test_a_long_run_takes_little_memory(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run").starts(20_000).steps(1, 20_000, 20_000)
+    tracemalloc.start()
+    metrics(run.events, 0, 2000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000 * 900, "bytes a step"

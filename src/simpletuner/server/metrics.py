@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from simpletuner.server.wire.runs import Metrics
 
 COLUMNS = ("loss", "grad_norm", "memory_gib")
 ALWAYS = ("t", "learning_rate", "seconds")
+Row = tuple[float | None, ...]  # of COLUMNS and ALWAYS: a hundred thousand whole records take 135 MB
 
 
 def metrics(path: Path, since: int, max_points: int) -> Metrics:
@@ -21,7 +23,7 @@ def metrics(path: Path, since: int, max_points: int) -> Metrics:
     start: 0 where the file is another than the one asked about. forget_after: steps of before `since` behind
     this one are void too.
     """
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[int, Row] = {}
     history, start, forget_after = History(), None, None
     more = True
     while more:
@@ -31,18 +33,20 @@ def metrics(path: Path, since: int, max_points: int) -> Metrics:
         since, more = part.end, part.more
         for found in filter(None, map(tail.record, part.lines)):
             if found["kind"] == "step" and found.get("step"):
-                rows[found["step"]] = found
+                figures = [found.get(name) or 0.0 for name in ALWAYS]
+                rows[found["step"]] = (*map(found.get, COLUMNS), *figures)
             elif (event := from_record(found)) is not None:
                 history.add(Record(found["t"], event, since))
                 if isinstance(event, (types.RunStarted, types.Resumed)):
                     last = event.step if isinstance(event, types.Resumed) else event.resumed_step
                     rows = {step: row for step, row in rows.items() if step <= last}
                     forget_after = last if forget_after is None else min(last, forget_after)
-    kept = thinned([rows[step] for step in sorted(rows)], max_points)
-    columns: dict[str, Any] = {name: [row.get(name) for row in kept] for name in COLUMNS}
-    columns |= {name: [row.get(name) or 0.0 for row in kept] for name in ALWAYS}
+    steps = sorted(rows)
+    steps = [steps[place] for place in thinned([rows[step][0] for step in steps], max_points)]
+    named = enumerate((*COLUMNS, *ALWAYS))
+    columns: dict[str, Any] = {name: [rows[step][at] for step in steps] for at, name in named}
     return Metrics(
-        step=[row["step"] for row in kept],
+        step=steps,
         **columns,
         held_out=[(e.step, e.split, e.loss) for e in history.evaluations.values() if e.loss == e.loss],
         scores=[
@@ -57,19 +61,15 @@ def metrics(path: Path, since: int, max_points: int) -> Metrics:
     )
 
 
-def thinned(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """At most `most` rows: the first, the last, and of equal stretches the lowest and the highest loss; one
-    that is no number counts as the highest.
+def thinned(losses: Sequence[float | None], most: int) -> Sequence[int]:
+    """The places of at most `most`: the first, the last, and of equal stretches the lowest and the highest;
+    one that is no number counts as the highest.
     """
-    if len(rows) <= most:
-        return rows
-    keep, stretches = {0, len(rows) - 1}, (most - 2) // 2
-
-    def height(place: int) -> float:
-        loss: float | None = rows[place].get("loss")
-        return float("inf") if loss is None else loss
-
+    count, stretches = len(losses), (most - 2) // 2
+    if count <= most:
+        return range(count)
+    keep, heights = {0, count - 1}, [float("inf") if loss is None else loss for loss in losses]
     for stretch in range(stretches):
-        places = range(len(rows) * stretch // stretches, len(rows) * (stretch + 1) // stretches)
-        keep |= {min(places, key=height), max(places, key=height)}
-    return [rows[place] for place in sorted(keep)]
+        places = range(count * stretch // stretches, count * (stretch + 1) // stretches)
+        keep |= {min(places, key=heights.__getitem__), max(places, key=heights.__getitem__)}
+    return sorted(keep)
