@@ -92,9 +92,9 @@ def test_what_reaches_outside_is_not_settable(place: Place, name: str) -> None:
 def test_paths_stay_inside(place: Place, name: str, written: str) -> None:
     (place.workspace / "link").symlink_to("../outside")
     message = said(judge(place, {name: written}, SETS))[name]
-    assert "outside" in message or "NUL" in message
+    assert "outside" in message or message == "that is no path"
     message = said(judge(place, {}, [{"id": "a", "instance_data_dir": written}]))["a.instance_data_dir"]
-    assert "outside" in message or "NUL" in message
+    assert "outside" in message or message == "that is no path"
 
 
 def test_what_lies_outside_is_not_told(place: Place) -> None:
