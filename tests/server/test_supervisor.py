@@ -426,3 +426,18 @@ def test_a_full_disk_repeats_no_signal(bench: Bench, tmp_path: Path, monkeypatch
             bench.supervisor.look()
     assert sent == [signal.SIGINT]
     monkeypatch.undo()
+
+
+def test_a_run_goes_on_while_its_last_process_still_leaves(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page offers Resume as soon as the run has said how it ended; unloading may take seconds more."""
+    monkeypatch.setenv("FAKE_LINGER_S", "2")
+    job = bench.enqueue()
+    bench.reach(job, "running")
+    bench.jobs.stop(job.run, insist=False)
+    until(lambda: bench.runs.summary(job.run).state == "stopped", "told", bench.supervisor.look)
+    assert bench.state(job) not in ENDED, "the process is still there"
+    again = bench.jobs.resume(job.run, ResumeAsk())
+    assert bench.state(again) == "queued"
+    assert bench.reach(again, "done").exit_code == 0

@@ -199,8 +199,10 @@ class Jobs:
         return self.job(folder.id)
 
     def _require_free(self, run_dir: Path, run: str) -> None:
+        """A process that has told how its run ended may still be leaving: the queue waits for its device."""
         last = self.by_run().get(run)
-        if last is not None and last.state not in ENDED:
+        leaving = last is not None and last.started_t is not None and self._runs.summary(run).state in ENDED
+        if last is not None and last.state not in ENDED and not leaving:
             refuse(
                 409,
                 f"{run_dir} already has a job that is {last.state}; stop it, or choose another output_dir",
