@@ -152,7 +152,7 @@ def test_the_input_ends_too_early(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert not (folder / "config.json").exists()
 
 
-@pytest.mark.parametrize(("gb", "row"), [(24, 0), (16, 1), (12, 2), (8, 3)])
+@pytest.mark.parametrize(("gb", "row"), [(80, 0), (24, 1), (16, 3), (12, 4), (10, 5), (8, 6)])
 def test_what_is_proposed_for_a_card(
     folder: Path, monkeypatch: pytest.MonkeyPatch, gb: int, row: int
 ) -> None:
@@ -160,7 +160,8 @@ def test_what_is_proposed_for_a_card(
         assert talk("--defaults").exit_code == 0
     config, _ = written(folder)
     expected = {name: value for name, value in PLANNED[row][0].items() if value != "no_change"}
-    got = {name: value for name, value in config.items() if name.endswith(("precision", "backend", "device"))}
+    how = ("precision", "backend", "device", "gradient_checkpointing")
+    got = {name: value for name, value in config.items() if name.endswith(how)}
     assert got == expected
     assert "model_flavour" not in config
 
@@ -180,7 +181,9 @@ def test_a_plan_that_needs_more_proposes_less(folder: Path, monkeypatch: pytest.
     with machine(monkeypatch, 16, planned=18.0):
         done = talk(answers="pictures\n" + "\n" * 12)
     assert "Planned with" in done.output
-    assert written(folder)[0]["base_model_precision"] == "nf4"
+    config, _ = written(folder)
+    assert config["base_model_precision"] == "int8"
+    assert config["gradient_checkpointing_backend"] == "offload"
 
 
 def test_settled_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
