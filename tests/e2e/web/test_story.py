@@ -91,7 +91,7 @@ def resumes_while_the_server_dies(page: Page, real: House, run: str) -> None:
     expect(page.get_by_role("img", name=re.compile(rf"^Loss: .*, Step {STEPS}$"))).to_be_visible()
     assert page.evaluate("() => window.loaded") == "once"
     assert names(real, run).count("run_started") == 2, "the training was started anew"
-    done = [event["step"] for event in real.log(run) if event["kind"] == "stepped"]
+    done = [event["step"] for event in real.log(run) if event["kind"] == "step"]
     assert sorted(set(done)) == list(range(1, STEPS + 1))
     assert len(done) == STEPS, "a step was made twice"
 

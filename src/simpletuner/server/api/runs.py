@@ -68,13 +68,15 @@ def pictures(id: str, home: Here) -> list[Picture]:
 def run_file(
     id: str, path: str, home: Here, width: Annotated[int | None, Query(ge=1, le=4096)] = None
 ) -> Response:
-    """A file below the run folder, width: of a thumbnail. A checkpoint's name answers with its LoRA file."""
+    """A file below the run folder, width: of a thumbnail. A checkpoint's name answers with its LoRA
+    file; a LoRA is saved under the run's name."""
     folder = folder_of(home, id)
     file = stored.stored(home.place, folder, path)
     if width is not None:
         return Response(thumbnail(file, width, home.place.own / "thumbs"), media_type="image/jpeg")
-    if stored.CHECKPOINT.fullmatch(path):
-        name = f"{tail.clean(folder.name)}-{path}.safetensors"
+    if file.name == stored.LORA:
+        where = path.removesuffix(stored.LORA).strip("/").replace("/", "-")
+        name = "-".join(part for part in (tail.clean(folder.name), where) if part) + ".safetensors"
         return FileResponse(file, media_type="application/octet-stream", filename=name)
     if path in GROWING:  # what is added while it is sent would exceed the length that was told
         return Response(file.read_bytes(), media_type="text/plain; charset=utf-8")
