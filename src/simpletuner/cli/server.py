@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import webbrowser
 from dataclasses import replace
@@ -96,10 +97,9 @@ def serve(settings: Settings, listening: socket.socket, opens: bool) -> None:
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=GRACE_S,
     )
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         Announced(config).run([listening])
-    except KeyboardInterrupt:
-        click.echo("\nThe server has ended. Trainings that run go on; start it again to see them.")
+    click.echo("\nThe server has ended. Trainings that run go on; start it again to see them.")
 
 
 def tell(settings: Settings, launch: str, opens: bool) -> None:

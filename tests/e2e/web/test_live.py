@@ -82,6 +82,7 @@ def waiting(page: Page) -> list[str]:
     return page.get_by_role("region", name="Queue").locator("li .name").all_inner_texts()
 
 
+@pytest.mark.slow
 def test_the_queue_has_an_order_a_pause_and_a_rule_after_failures(
     house: House, visit: Callable[..., Page]
 ) -> None:

@@ -40,6 +40,9 @@ class Furnished:
         return view
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def furnished(house: House) -> Furnished:
     house.behave(FAKE_STEP_S="0.01", FAKE_STEPS="40")

@@ -20,6 +20,7 @@ NAME = "mi-zorbo"
 PROMPT = "a big red zorbo in the centre, navy background"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_from_an_empty_workspace_to_a_lora_that_loads(
     real: House, visit: Callable[..., Page], tmp_path: Path

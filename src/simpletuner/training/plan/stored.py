@@ -23,8 +23,8 @@ from simpletuner.training.rundir import write_atomically
 # an update, where files lie, other parts of the model, and what prediction.py adds or takes away itself.
 IDLE = (
     "learning_rate adam_beta1 adam_beta2 adam_weight_decay adam_epsilon lr_scheduler lr_warmup_steps lr_end "
-    "lr_power lr_scale lr_scale_sqrt lora_alpha init_lora lora_format device torch_num_threads variant revision "
-    "model_flavour pretrained_model_name_or_path pretrained_transformer_model_name_or_path "
+    "lr_power lr_scale lr_scale_sqrt lora_alpha init_lora lora_format device torch_num_threads variant "
+    "revision model_flavour pretrained_model_name_or_path pretrained_transformer_model_name_or_path "
     "pretrained_vae_model_name_or_path pretrained_t5_model_name_or_path quantized_cache_dir quantize_via "
     "text_encoder_1_precision vae_dtype vae_enable_tiling vae_enable_slicing flux_t5_padding "
     "caption_overlong tokenizer_max_length gradient_checkpointing gradient_checkpointing_interval "
