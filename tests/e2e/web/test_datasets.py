@@ -7,11 +7,14 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
 from tests.e2e.web.hands import new_dataset, upload
 from tests.e2e.web.house import House, until
+
+pytestmark = pytest.mark.slow  # the browser: until every one is seen stable on two busy cores
 
 MANY = 300
 

@@ -7,10 +7,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.e2e.web.hands import badge, option, saved, settle
 from tests.e2e.web.house import House, until
+
+pytestmark = pytest.mark.slow  # the browser: until every one is seen stable on two busy cores
 
 
 def drafted(house: House, visit: Callable[..., Page], name: str) -> tuple[Page, str]:

@@ -11,6 +11,8 @@ from playwright.sync_api import Page, expect
 from tests.e2e.web.hands import badge, connection
 from tests.e2e.web.house import House, until
 
+pytestmark = pytest.mark.slow  # the browser: until every one is seen stable on two busy cores
+
 SLOW = {"FAKE_STEP_S": "1", "FAKE_STEPS": "900"}
 QUICK = {"FAKE_STEP_S": "0.01", "FAKE_STEPS": "8"}
 LOSS = re.compile(r"^Loss: [\d.]+ at the end, Step [\d,.]+$")
