@@ -242,7 +242,9 @@ def test_one_job_for_one_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         rehearsal = bench.jobs.enqueue(JobAsk(draft=bench.draft(), kind="rehearse"))
         bench.supervisor.look()
         assert [bench.jobs.job(job.id).devices for job in jobs] == ["cuda:2", "cuda:5", "gpu"]
-        assert [bench.state(job) == "queued" for job in jobs] == [False, False, True]
+        begun = ("starting", "caching", "running")
+        assert all(bench.state(job) in begun for job in jobs[:2])
+        assert bench.state(jobs[2]) == "queued"
         assert bench.reach(rehearsal, *ENDED).state == "done", "it needs the processor only"
         until((bench.jobs.folder / jobs[1].id / "state.json").exists, "it has a process")
         trainer = bench.file(jobs[1], "state.json")["trainer"]
