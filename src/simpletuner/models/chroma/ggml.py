@@ -130,7 +130,7 @@ def _decoded(path: Path, kind: int, columns: int, raw: Tensor) -> Tensor:
     rows = raw.numpy().reshape(-1, columns // block * block_bytes)
     try:
         return torch.from_numpy(package.quants.dequantize(rows, quantised)).bfloat16()
-    except NotImplementedError:
+    except RuntimeError:  # the library cannot decode this type
         raise ModelError(
             f"{path}: weights of type {quantised.name} are not read; Q8_0 or Q4_K are."
         ) from None
