@@ -242,3 +242,17 @@ def test_a_dora_starts_as_the_base() -> None:
         assert module.magnitude is not None
         norms = torch.linalg.vector_norm(module.base_layer.weight.float(), dim=1)
         assert torch.equal(module.magnitude.detach(), norms)
+
+
+def test_a_lora_is_attached_without_restoring_a_weight(monkeypatch: pytest.MonkeyPatch):
+    """PEFT asks for weights to see their device: at full size ten minutes and ten gigabytes."""
+    _, block = pair("nf4")
+    linears = [block.get_submodule(name) for name in NAMES]
+
+    def restored(linear: QuantizedLinear) -> Tensor:
+        raise AssertionError("restored")
+
+    monkeypatch.setattr(QuantizedLinear, "weight", property(restored))
+    attach(block, AdapterOptions(lora_rank=4), NAMES, seed=1)
+    assert [one.base_layer for one in adapted(block).values()] == linears
+    assert not any(one.requires_grad for linear in linears for one in linear.parameters())
