@@ -60,6 +60,14 @@ class Bench:
         wanted = DraftWrite(name=name, config={"model_flavour": "nano", **config}, datasets=sets)
         return self.drafts.create(wanted).id
 
+    def by_hand(self) -> str:
+        """A list of datasets in a file of its own, with a comment and a relative folder."""
+        self.draft()
+        file = self.place.workspace / "config" / "multidatabackend.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text('// by hand\n[{"id": "photos", "instance_data_dir": "../datasets/photos"}]')
+        return str(file)
+
     def enqueue(self, name: str = "zorbo", **config: Any) -> Job:
         return self.jobs.enqueue(JobAsk(draft=self.draft(name, **config)))
 

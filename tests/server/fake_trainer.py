@@ -8,6 +8,7 @@ FAKE_IMAGES   prompts that pictures are drawn for (default 2)
 FAKE_OOM      host: killed by SIGKILL in the middle; cuda: torch's error and exit code 1
 FAKE_DEAF     hears no request and no signal that it could ignore
 FAKE_FAIL     ends with this exit code in the middle
+FAKE_GATE     makes its last step once this file is there
 FAKE_LINGER_S seconds that the process still takes when the run has ended
 """
 
@@ -97,6 +98,10 @@ class Fake:
 
     def one_step(self) -> None:
         time.sleep(self.step_s)
+        while self.step == self.total - 1 and not Path(SETTINGS.get("FAKE_GATE", "/")).exists():
+            time.sleep(0.05)
+            if self.asked():
+                raise Left
         self.step += 1
         loss = 0.3 + 0.7 * math.exp(-self.step / 20) + random.Random(self.step).uniform(-0.05, 0.05)
         self.emit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def run_folder(bench: Bench, name: str, **config: object) -> Path:
     """As a training that was started by hand leaves one."""
     folder = bench.place.outputs / name
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"data_backend_config": bench.by_hand(), **config}))
     (folder / "events.jsonl").write_text("")
     (folder / "run.lock").write_text("")
     return folder
@@ -214,15 +215,12 @@ def test_write_ahead_only_on_local_disks(tmp_path: Path) -> None:
 
 
 def test_resume_of_a_run_that_was_started_by_hand(bench: Bench) -> None:
-    bench.draft()
-    sets = bench.place.workspace / "config" / "multidatabackend.json"
-    sets.parent.mkdir()
-    sets.write_text('// by hand\n[{"id": "photos", "instance_data_dir": "../datasets/photos"}]')
     folder = run_folder(
         bench, "hand", output_dir="elsewhere", num_train_epochs=3, max_train_steps=None,
-        data_backend_config=str(sets), webhook_config={"url": "***"}, resume_from_checkpoint="never",
+        webhook_config={"url": "***"}, resume_from_checkpoint="never",
     )  # fmt: skip
     job = bench.jobs.resume(run_id(folder), ResumeAsk(max_train_steps=50))
+    assert job.message.startswith("webhook_config is left out: it sends what happens to an address")
     config = bench.file(job, "config/config.json")
     assert config == {
         "output_dir": str(folder), "max_train_steps": 50, "resume_from_checkpoint": "latest",
@@ -309,3 +307,95 @@ def test_a_done_run_whose_folder_was_removed_is_gone(bench: Bench) -> None:
         job.model_copy(update={"state": "done", "ended_t": 5.0}).model_dump_json()
     )
     assert bench.runs.summaries() == []
+
+
+def test_results_of_a_run_are_not_trained_over_unasked(bench: Bench) -> None:
+    """Found when the draft is queued, not by a training that has loaded everything."""
+    folder = bench.place.outputs / "zorbo"
+    for result in ("checkpoint-20/manifest.json", "pytorch_lora_weights.safetensors"):
+        (folder / result).parent.mkdir(parents=True, exist_ok=True)
+        (folder / result).write_text("{}")
+        for named, loc in (({}, "name"), ({"output_dir": "output/zorbo"}, "output_dir")):
+            for resume in ({}, {"resume_from_checkpoint": "latest"}):
+                with pytest.raises(Refused, match="holds the results of a run already") as caught:
+                    bench.enqueue(**named, **resume)
+                (complaint,) = caught.value.complaints
+                assert (caught.value.status, complaint.loc) == (422, loc)
+                assert "never moves them aside" in complaint.message
+                assert "checkpoint-20 goes on" in complaint.message
+    rehearsal = bench.jobs.enqueue(JobAsk(draft=bench.draft(), kind="rehearse"))
+    assert rehearsal.state == "queued", "it writes nothing there"
+    assert bench.enqueue("zorbo 2").run_dir == f"{folder}-2"
+    said = bench.enqueue(resume_from_checkpoint="checkpoint-20")
+    assert bench.file(said, "config/config.json")["resume_from_checkpoint"] == "checkpoint-20"
+    bench.jobs.withdraw(said.id)
+    assert bench.enqueue(resume_from_checkpoint="never").run_dir == str(folder)
+
+
+def test_a_failed_run_without_results_may_be_queued_again(bench: Bench) -> None:
+    run_folder(bench, "zorbo")
+    assert bench.enqueue().state == "queued"
+
+
+HOOK = {"url": "https://evil.example/hook"}
+
+
+@pytest.mark.parametrize("hook", [HOOK, [HOOK], "hooks.json"])
+def test_a_run_folder_from_elsewhere_brings_no_hook(bench: Bench, hook: object) -> None:
+    """Copied in, its config.json may say anything: nothing that no page can set is taken from it."""
+    folder = run_folder(bench, "copied", webhook_config=hook)
+    job = bench.jobs.resume(run_id(folder), ResumeAsk())
+    frozen = "".join(path.read_text() for path in (bench.jobs.folder / job.id).rglob("*.json"))
+    assert "webhook" not in frozen
+    assert "evil.example" not in frozen
+    assert "webhook_config is left out" in job.message
+
+
+@pytest.mark.parametrize(
+    ("config", "sets", "loc"),
+    [
+        ({"cache_dir": "/etc/simpletuner"}, None, "cache_dir"),
+        ({"pretrained_model_name_or_path": "/etc"}, None, "pretrained_model_name_or_path"),
+        ({"instance_prompt": "{env:HF_TOKEN}"}, None, "instance_prompt"),
+        ({"data_backend_config": "/etc/passwd"}, None, "data_backend_config"),
+        ({}, [{"id": "photos", "instance_data_dir": "/etc"}], "photos.instance_data_dir"),
+        (
+            {},
+            [{"id": "photos", "instance_data_dir": "../datasets/photos", "instance_prompt": "{env:X}"}],
+            "photos.instance_prompt",
+        ),
+        ({}, [{"id": "photos", "instance_data_dir": "../datasets/gone"}], "photos.instance_data_dir"),
+    ],
+)
+def test_a_run_folder_from_elsewhere_is_read_as_a_draft_is(
+    bench: Bench, config: dict[str, object], sets: list[object] | None, loc: str
+) -> None:
+    folder = run_folder(bench, "copied", **config)
+    if sets is not None:
+        Path(bench.place.workspace / "config" / "multidatabackend.json").write_text(json.dumps(sets))
+    with pytest.raises(Refused) as caught:
+        bench.jobs.resume(run_id(folder), ResumeAsk())
+    assert [complaint.loc for complaint in caught.value.complaints] == [loc]
+    assert queued(bench) == []
+
+
+@pytest.mark.parametrize("state", ["stopped", "failed", "lost", "done"])
+def test_a_run_whose_folder_was_removed_is_gone(bench: Bench, state: str) -> None:
+    folder = run_folder(bench, "hand")
+    job = bench.jobs.resume(run_id(folder), ResumeAsk())
+    ended = job.model_copy(update={"state": state, "ended_t": 5.0, "begun": True})
+    (bench.jobs.folder / job.id / "end.json").write_text(ended.model_dump_json())
+    assert [run.id for run in bench.runs.summaries()] == [job.run]
+    shutil.rmtree(folder)
+    bench = bench.restarted()
+    assert bench.runs.summaries() == []
+    with pytest.raises(Refused, match="no such run"):
+        bench.runs.summary(job.run)
+    assert bench.enqueue("hand").run == job.run, "its name is free again"
+
+
+def test_a_training_that_failed_before_it_made_its_folder_is_listed(bench: Bench) -> None:
+    job = bench.enqueue()
+    failed = job.model_copy(update={"state": "failed", "ended_t": 5.0, "message": "no such device"})
+    (bench.jobs.folder / job.id / "end.json").write_text(failed.model_dump_json())
+    assert [(run.state, run.message) for run in bench.runs.summaries()] == [("failed", "no such device")]

@@ -89,6 +89,21 @@ def test_what_a_run_is_asked_for(bench: Bench, client: TestClient, route: str, f
     assert not folder.take_control(file), "nothing is left for the next training"
 
 
+@pytest.mark.parametrize(
+    "config", [{"validation_disable": True}, {"validation_prompt": None, "user_prompt_library": None}]
+)
+def test_a_run_without_pictures_is_not_asked_for_them(
+    bench: Bench, client: TestClient, config: dict[str, object]
+) -> None:
+    with RunFolder(bench.place.outputs / "by-hand") as folder:
+        folder.write_config(config)
+        answer = client.post(f"{API}/runs/{run_id(folder.path)}/sample", json={})
+        assert answer.status_code == 409
+        assert "draws no pictures" in answer.json()["detail"][0]["message"]
+        assert not folder.take_control("validate")
+        assert client.post(f"{API}/runs/{run_id(folder.path)}/save", json={}).status_code == 200
+
+
 def test_a_link_in_the_place_of_control_is_not_followed(
     bench: Bench, client: TestClient, tmp_path: Path
 ) -> None:
@@ -112,7 +127,7 @@ def test_a_run_that_waits_is_withdrawn_not_stopped(bench: Bench, client: TestCli
 
 def test_resume(bench: Bench, client: TestClient) -> None:
     with RunFolder(bench.place.outputs / "by-hand") as folder:
-        folder.write_config({"max_train_steps": 5})
+        folder.write_config({"max_train_steps": 5, "data_backend_config": bench.by_hand()})
         id = run_id(folder.path)
         answer = client.post(f"{API}/runs/{id}/resume", json={"max_train_steps": 9})
         assert answer.status_code == 409, "it is running"

@@ -27,10 +27,11 @@ HEAVY = ("torch", "transformers", "diffusers", "peft", "numpy", "PIL")
 
 @contextmanager
 def served(
-    workspace: Path, *words: str, start: tuple[str, ...] = tuple(COMMAND)
+    workspace: Path, *words: str, start: tuple[str, ...] = tuple(COMMAND), token: str = ""
 ) -> Iterator[tuple[Any, str]]:
     """The process, and the line that tells the address."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("SIMPLETUNER_")}
+    environ |= {"SIMPLETUNER_SERVER_TOKEN": token} if token else {}
     process = subprocess.Popen(
         [*start, "--workspace", str(workspace), "--port", "0", *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ,
@@ -145,6 +146,19 @@ def test_others_need_the_token_that_is_made(tmp_path: Path) -> None:
         assert get(port, "/api/v1/runs", {"Authorization": f"Bearer {token}"})[0] == 200
         process.send_signal(signal.SIGINT)
         assert token not in process.communicate(timeout=PATIENCE_S)[0]
+
+
+def test_a_token_need_not_stand_in_the_list_of_processes(tmp_path: Path) -> None:
+    token = "chosen-by-a-person-0123"
+    with served(tmp_path, "--host", "0.0.0.0", token=token) as (process, line):
+        assert get(port_of(line), "/api/v1/runs")[0] == 401
+        assert get(port_of(line), "/api/v1/runs", {"Authorization": f"Bearer {token}"})[0] == 200
+        assert not (tmp_path / ".simpletuner" / "token").exists(), "none is made where one is given"
+        if sys.platform == "linux":
+            assert token.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    said = " ".join(refused("--help", cwd=tmp_path).stdout.split())
+    assert "Every user of this machine sees a command line" in said
+    assert "SIMPLETUNER_SERVER_TOKEN" in said
 
 
 @pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,39 @@ def test_stop_saves_and_resume_goes_on(bench: Bench, monkeypatch: pytest.MonkeyP
     events = [json.loads(line) for line in (Path(job.run_dir) / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["kind"] == "resumed"] == [step]
     assert bench.file(again, "config/config.json")["max_train_steps"] == step + 5
+
+
+@pytest.mark.parametrize("when", ["starting", "caching", "running"])
+def test_a_stop_is_heard_whenever_it_comes(bench: Bench, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Also in the first instant, when there is no process yet that could be told."""
+    forever(monkeypatch)
+    monkeypatch.setenv("FAKE_STEP_S", "2" if when == "caching" else "0.01")
+    job = bench.enqueue()
+    bench.reach(job, when)
+    bench.jobs.stop(job.run, insist=False)
+    assert bench.state(job) == "stopping"
+    assert bench.reach(job, *ENDED).state == "stopped"
+    assert bench.jobs.resume(job.run, ResumeAsk()).state == "queued", "with a run folder and without one"
+
+
+def test_a_rehearsal_that_was_begun_can_be_ended(bench: Bench, tmp_path: Path) -> None:
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time\ntime.sleep(600)\n")
+    bench.jobs._trainer = (sys.executable, str(slow))
+    job = bench.jobs.enqueue(JobAsk(draft=bench.draft(), kind="rehearse"))
+    bench.reach(job, "starting")
+    bench.jobs.withdraw(job.id)
+    assert bench.reach(job, *ENDED).state == "stopped"
+
+
+def test_a_removed_folder_takes_its_failed_run_out_of_the_list(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "3")
+    job = bench.reach(bench.enqueue(), *ENDED)
+    assert [run.state for run in bench.runs.summaries()] == ["failed"]
+    shutil.rmtree(job.run_dir)
+    assert bench.restarted().runs.summaries() == []
 
 
 def test_a_deaf_training_is_ended_in_three_steps(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,11 +314,13 @@ def test_the_environment_of_a_job() -> None:
         "PATH": "/bin",
         "SIMPLETUNER_SEED": "7",
         "SIMPLETUNER_OTHER": "x",
+        "SIMPLETUNER_SERVER_TOKEN": "a secret of the server's",
         "CUDA_VISIBLE_DEVICES": "0,1",
     }
     found = environment_of("cuda:1", environ)
     assert found["CUDA_VISIBLE_DEVICES"] == "1"
     assert "SIMPLETUNER_SEED" not in found, "the configuration is frozen"
+    assert "SIMPLETUNER_SERVER_TOKEN" not in found
     assert (found["PATH"], found["SIMPLETUNER_OTHER"]) == ("/bin", "x")
     assert environment_of("cpu", environ)["CUDA_VISIBLE_DEVICES"] == "0,1"
 

@@ -168,4 +168,5 @@ class JobFolder:
             devices=work.devices, queued_t=work.queued_t, started_t=self._started_t(),
             ended_t=exited.get("t", time.time()) if ended else None, exit_code=exited.get("code"),
             message=why.message, advice=why.advice, last_lines=lines,
+            begun=bool(work.run_dir) and Path(work.run_dir, "run.lock").exists(),
         )  # fmt: skip

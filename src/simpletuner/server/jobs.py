@@ -25,6 +25,7 @@ from simpletuner.server.refusal import Refused, refuse
 from simpletuner.server.runs import Runs, held
 from simpletuner.server.settings import TRAINER
 from simpletuner.server.states import ACTIVE, ENDED, PHASES
+from simpletuner.server.tail import document
 from simpletuner.server.wire.jobs import Job, JobAsk, Queue, QueueWrite
 from simpletuner.server.wire.runs import ResumeAsk
 
@@ -82,32 +83,35 @@ class Jobs:
         problems = judge(self.place, draft.config, draft.datasets).problems
         if problems:
             raise Refused(422, problems)
-        frozen = of_draft(draft, self.place)
-        return self._add(draft.name, ask.kind, frozen)
+        return self._add(draft.name, ask.kind, of_draft(draft, self.place, ask.kind == "train"))
 
     def resume(self, run: str, ask: ResumeAsk) -> Job:
-        """Queue a run again with the configuration it had last."""
-        run_dir = self._found(run)
+        """Queue a run again with the configuration it had last; the job's message says what was left out."""
+        summary, last = self._runs.summary(run), self.by_run().get(run)
+        run_dir = Path(last.run_dir) if last else self._found(run)  # one that was stopped early has no folder
         if ask.checkpoint is not None and not self._has_checkpoint(run_dir, ask.checkpoint):
             refuse(422, "the run has no checkpoint of that name", "checkpoint")
         begun = [run_dir / ask.checkpoint] if ask.checkpoint else run_dir.glob("checkpoint-*")
         begins = max((0, *map(step_of, begun)))
         if ask.max_train_steps is not None and ask.max_train_steps < max(1, begins):
             refuse(422, f"the checkpoint is at step {begins}; max_train_steps is no less", "max_train_steps")
-        summary, last = self._runs.summary(run), self.by_run().get(run)
         longer = ask.max_train_steps is not None and ask.max_train_steps > summary.step
         if summary.state == "done" and ask.checkpoint is None and not longer:
-            refuse(
-                422, f"the run is done at step {summary.step}: max_train_steps above that", "max_train_steps"
-            )
+            what = f"the run is done at step {summary.step}: max_train_steps above that"
+            refuse(422, what, "max_train_steps")
         source = self.folder / last.id / "config" / "config.json" if last else run_dir / "config.json"
-        frozen = of_run(run_dir, source, ask.max_train_steps, ask.checkpoint)
-        return self._add(summary.name, "train", frozen)
+        frozen = of_run(run_dir, source, self.place, ask.max_train_steps, ask.checkpoint)
+        added = self._add(summary.name, "train", frozen)
+        return added.model_copy(update={"message": "; ".join(frozen.left_out)})
 
     def withdraw(self, id: str) -> None:
-        """Out of the queue, into the trash."""
+        """Out of the queue, into the trash. A rehearsal that was begun is ended: it has nothing to save."""
         with self.lock:
-            if self.job(id).state != "queued":
+            job = self.job(id)
+            if job.state in ACTIVE and job.kind == "rehearse":
+                self._ask(JobFolder(self.folder / id), insist=True)
+                return
+            if job.state != "queued":
                 refuse(409, "only a job that waits can be withdrawn; stop its run instead")
             os.rename(self.folder / id, self.place.trash() / f"job-{id}")
             order = self.index.order()
@@ -133,7 +137,6 @@ class Jobs:
         last = self.by_run().get(run)
         if last is not None and last.state in ACTIVE:
             self._ask(JobFolder(self.folder / last.id), insist)
-            self.changed.set()
         elif last is not None and last.state == "queued":
             refuse(409, "the run waits in the queue: withdraw its job instead")
         elif insist:
@@ -147,12 +150,19 @@ class Jobs:
         except OSError:  # a full disk keeps no wish: say it at once, and once
             if not folder.signal(signal.SIGKILL if insist else signal.SIGINT):
                 raise
+        self.changed.set()
 
     def request(self, run: str, control: Literal["stop", "save", "validate"]) -> None:
         """Lay a file that the running process looks for. 409 when nothing runs there."""
         run_dir = self._found(run)
         if not held(run_dir / "run.lock"):
             refuse(409, "the run is not running")
+        options = document(run_dir / "config.json") or {}
+        prompts = any(options.get(name, "unknown") for name in ("validation_prompt", "user_prompt_library"))
+        if control == "validate" and (options.get("validation_disable") or not prompts):
+            refuse(
+                409, "this run draws no pictures: it was begun without prompts, or with validation_disable"
+            )
         self.place.below(run_dir, f"control/{control}").touch()
 
     def waiting(self) -> list[JobFolder]:
@@ -201,14 +211,13 @@ class Jobs:
     def _require_free(self, run_dir: Path, run: str) -> None:
         """A process that has told how its run ended may still be leaving: the queue waits for its device."""
         last = self.by_run().get(run)
-        leaving = last is not None and last.started_t is not None and self._runs.summary(run).state in ENDED
-        if last is not None and last.state not in ENDED and not leaving:
-            refuse(
-                409,
-                f"{run_dir} already has a job that is {last.state}; stop it, or choose another output_dir",
-            )
+        if last is not None and last.state not in ENDED:
+            leaving = last.started_t is not None and self._runs.summary(run).state in ENDED
+            if not leaving:
+                what = f"already has a job that is {last.state}; stop it, or choose another output_dir"
+                refuse(409, f"{run_dir} {what}", "output_dir")
         if held(run_dir / "run.lock"):
-            refuse(409, f"a training that was started elsewhere works in {run_dir}")
+            refuse(409, f"a training that was started elsewhere works in {run_dir}", "output_dir")
 
     def _reorder(self, order: Order) -> None:
         self.index.write_order(order)

@@ -18,6 +18,7 @@ from simpletuner.server.digest import NOTES, Digest, Phase
 from simpletuner.server.folders import Folders
 from simpletuner.server.place import Place, run_id
 from simpletuner.server.refusal import refuse
+from simpletuner.server.states import ACTIVE, ENDED
 from simpletuner.server.wire.base import State
 from simpletuner.server.wire.jobs import Job
 from simpletuner.server.wire.runs import Picture, RunDetail, RunSummary
@@ -25,7 +26,6 @@ from simpletuner.server.wire.runs import Picture, RunDetail, RunSummary
 CONTROLS = ("stop", "save", "validate")  # files in control/ by which a run is asked for something
 READ_AT_ONCE_S = 0.25  # of events that nobody has read yet, for one list of runs
 WATCHED = ("events.jsonl", "exit.json", "run.lock", "control/stop")
-ALIVE: tuple[State, ...] = ("starting", "caching", "running", "stopping")
 ENDS: Mapping[str, State] = {"done": "done", "stopped": "stopped", "failed": "failed"}  # of exit.json
 
 Stamp = tuple[int, int, int] | None
@@ -85,9 +85,8 @@ class Runs:
             self._look_around()
             newest = sorted(self._seen.items(), key=lambda one: _changed(one[1].path), reverse=True)
             found = [self._summary(id, seen, jobs.get(id), deadline) for id, seen in newest]
-            # The folder of one that is done was removed.
-            absent = [id for id, job in jobs.items() if id not in self._seen and job.state != "done"]
-            found += [_to_come(id, jobs[id]) for id in absent]
+            absent = (id for id in jobs if id not in self._seen)
+            found += [_to_come(id, jobs[id]) for id in absent if not _removed(jobs[id])]
         return sorted(found, key=lambda run: (run.state == "queued", run.started_t or 0.0), reverse=True)
 
     def summary(self, id: str) -> RunSummary:
@@ -97,7 +96,8 @@ class Runs:
             seen = self._one(id)
             if seen is not None:
                 return self._summary(id, seen, job, float("inf"))
-        return _to_come(id, job) if job is not None else refuse(404, "there is no such run")
+        known = job is not None and not _removed(job)
+        return _to_come(id, job) if known and job else refuse(404, "there is no such run")
 
     def find(self, id: str) -> Path | None:
         """The folder of a run that has one."""
@@ -165,7 +165,7 @@ class Runs:
             left_s=digest.left_s if state == "running" else None,
             started_t=digest.process_t or (job.started_t if job else None),
             changed_t=max(history.last_t, seen.exit_t or 0.0) or None, sparkline=digest.sparkline(),
-            stage=next(reversed(digest.stages.values()), None) if state in ALIVE else None,
+            stage=next(reversed(digest.stages.values()), None) if state in ACTIVE else None,
             job=job.id if job else None, message=message, picture=digest.picture,
         )  # fmt: skip
         return seen.summary
@@ -224,8 +224,13 @@ def held(lock: Path) -> bool:
         return False
 
 
+def _removed(job: Job) -> bool:
+    """Whether the absent folder of an ended job was there: a person has removed it, and the run with it."""
+    return job.state == "done" or (job.state in ENDED and job.begun)
+
+
 def _to_come(id: str, job: Job) -> RunSummary:
-    """A job that has no folder, or not yet."""
+    """A job that has no folder, or not yet, or that failed before it made one."""
     return RunSummary(
         id=id, name=Path(job.run_dir).name or job.name, path=job.run_dir, state=job.state, step=0,
         total_steps=None, loss=None, left_s=None, started_t=job.started_t, changed_t=job.queued_t,

@@ -49,8 +49,9 @@ export class DraftForm {
   readonly problems = $derived.by(() => this.verdict?.problems ?? []);
   readonly general = $derived.by(() => [...this.refused, ...this.problems.filter((one) => !this.#hasField(one.loc))]);
 
+  /** What the last check says of a field, and what refused the start. */
   problemsOf(loc: string): string[] {
-    return this.problems.filter((one) => one.loc === loc).map((one) => one.message);
+    return [...this.refused, ...this.problems].filter((one) => one.loc === loc).map((one) => one.message);
   }
 
   #hasField(loc: string): boolean {

@@ -16,7 +16,7 @@ class JobAsk(Wire):
 
 class Job(Wire):
     """One process to run, or that ran. advice: what to change after a failure, "" for none. run_dir: of its
-    run, "" for a rehearsal."""
+    run, "" for a rehearsal. begun: whether that folder was there when this was told."""
 
     id: str
     run: str
@@ -32,6 +32,7 @@ class Job(Wire):
     advice: str
     last_lines: list[str]
     run_dir: str = ""
+    begun: bool = False
 
 
 class Queue(Wire):
