@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from simpletuner.config.environment import SERVER_TOKEN
 from simpletuner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +29,12 @@ FOLDER = click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=T
 @click.option("--port", default=8001, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
 @click.option("--workspace", type=FOLDER, default=".", help="Folder to work in (default: here).")
 @click.option("--root", "roots", multiple=True, type=FOLDER, help="Another folder that may be used.")
-@click.option("--token", help="What others must show; made where one is needed and none is given.")
+@click.option(
+    "--token",
+    envvar=SERVER_TOKEN,
+    help="What others must show; made where one is needed and none is given. Every user of this machine sees "
+    f"a command line (ps): rather put it into the variable {SERVER_TOKEN} or the file .simpletuner/token.",
+)
 @click.option("--allow-host", "names", multiple=True, help="Name by which a proxy reaches this server.")
 @click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
 def command(

@@ -12,6 +12,7 @@ from simpletuner.errors import ConfigError
 
 PLACEHOLDER = re.compile(r"\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 PREFIX = "SIMPLETUNER_"
+SERVER_TOKEN = f"{PREFIX}SERVER_TOKEN"  # what `simpletuner server` demands of others; no option's
 
 
 def process_environment() -> Mapping[str, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config.catalog import catalog
-from simpletuner.config.environment import PREFIX, process_environment
+from simpletuner.config.environment import PREFIX, SERVER_TOKEN, process_environment
 from simpletuner.errors import SimpleTunerError
 from simpletuner.server.jobfolder import JobFolder
 from simpletuner.server.jobs import Jobs
@@ -46,11 +46,11 @@ def device_sets(found: Sequence[Device], environ: Mapping[str, str]) -> tuple[st
 
 
 def environment_of(devices: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Of a job: its configuration is frozen, so no variable of an option reaches it; nor do modules that lie
-    in the workspace.
+    """Of a job: its configuration is frozen, so no variable of an option reaches it; nor do the server's
+    token and modules that lie in the workspace.
     """
-    options = {f"{PREFIX}{name.upper()}" for name in catalog()}
-    kept = {name: value for name, value in environ.items() if name not in options}
+    ours = {SERVER_TOKEN, *(f"{PREFIX}{name.upper()}" for name in catalog())}
+    kept = {name: value for name, value in environ.items() if name not in ours}
     kept |= {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     return kept | {VISIBLE: devices.partition(":")[2]} if devices.startswith("cuda:") else kept
 
