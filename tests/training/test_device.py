@@ -30,14 +30,8 @@ class Fake(Hardware):
     def free_bytes(self) -> int:
         return 3 * 2**30
 
-    def total_bytes(self) -> int:
-        return 8 * 2**30
-
     def peak_bytes(self) -> int:
         return 5 * 2**30
-
-    def synchronize(self) -> None:
-        return None
 
     def empty_cache(self) -> None:
         self.emptied += 1
@@ -95,7 +89,7 @@ def test_a_device_by_its_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cpu_says_nothing_of_memory() -> None:
     assert isinstance(choose(ModelOptions(device="cpu")).hardware, Cpu)
     assert choose(ModelOptions(device="cpu")).peak_memory_gib() is None
-    assert (Cpu().free_bytes(), Cpu().total_bytes(), Cpu().capability()) == (None, None, None)
+    assert (Cpu().free_bytes(), Cpu().capability()) == (None, None)
 
 
 CUDA_TEXT = (

@@ -15,26 +15,25 @@ from simpletuner.training.memory import block_memory
 
 
 @pytest.mark.parametrize(
-    ("options", "demanded", "expected"),
+    ("options", "expected"),
     [
-        ({}, None, BlockMemory(57)),
-        ({"gradient_checkpointing": False}, None, BlockMemory(0)),
-        ({"gradient_checkpointing": 20}, 3, BlockMemory(20)),
-        ({"gradient_checkpointing": 999}, None, BlockMemory(57)),
-        ({"gradient_checkpointing": "auto"}, None, BlockMemory(57)),
-        ({"gradient_checkpointing": "auto"}, 0, BlockMemory(0)),
-        ({"gradient_checkpointing": "auto"}, 12, BlockMemory(12)),
-        ({"gradient_checkpointing": "auto", "musubi_blocks_to_swap": 30}, 12, BlockMemory(30, 1, 30)),
-        ({"gradient_checkpointing_interval": 2}, None, BlockMemory(57, 2)),
-        ({"musubi_blocks_to_swap": 0.5}, None, BlockMemory(57, 1, 28)),
-        ({"musubi_blocks_to_swap": 14}, None, BlockMemory(57, 1, 14)),
-        ({"gradient_checkpointing_backend": "offload"}, None, BlockMemory(57, 1, 0, True)),
-        ({"chroma_approximator_device": "cpu"}, None, BlockMemory(57, approximator_on_host=True)),
+        ({}, BlockMemory(57)),
+        ({"gradient_checkpointing": False}, BlockMemory(0)),
+        ({"gradient_checkpointing": 20}, BlockMemory(20)),
+        ({"gradient_checkpointing": 999}, BlockMemory(57)),
+        ({"gradient_checkpointing": "auto"}, BlockMemory(57)),
+        ({"gradient_checkpointing": 12}, BlockMemory(12)),
+        ({"gradient_checkpointing": 12, "musubi_blocks_to_swap": 30}, BlockMemory(30, 1, 30)),
+        ({"gradient_checkpointing_interval": 2}, BlockMemory(57, 2)),
+        ({"musubi_blocks_to_swap": 0.5}, BlockMemory(57, 1, 28)),
+        ({"musubi_blocks_to_swap": 14}, BlockMemory(57, 1, 14)),
+        ({"gradient_checkpointing_backend": "offload"}, BlockMemory(57, 1, 0, True)),
+        ({"chroma_approximator_device": "cpu"}, BlockMemory(57, approximator_on_host=True)),
     ],
     ids=str,
 )
-def test_options(options: dict[str, Any], demanded: int | None, expected: BlockMemory) -> None:
-    assert block_memory(ModelOptions(**options), 57, demanded) == expected
+def test_options(options: dict[str, Any], expected: BlockMemory) -> None:
+    assert block_memory(ModelOptions(**options), 57) == expected
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,18 @@ from types import TracebackType
 
 from simpletuner.events.types import Emit, StageDone, StageProgress, StageStarted
 
+EVERY_S = 0.5
+
 
 class Stage:
     """`with Stage(emit, "encode images", total=160, unit="images") as stage: stage.advance()`.
 
-    Emits StageStarted, StageProgress at most every `every_s` seconds, and StageDone unless the body raised.
+    Emits StageStarted, StageProgress at most every EVERY_S seconds, and StageDone unless the body raised.
     `note` may be set on the way; it ends up in StageDone. advance() may be called from several threads.
     """
 
-    def __init__(self, emit: Emit, name: str, total: int | None, unit: str, every_s: float = 0.5) -> None:
-        self._emit, self._name, self._total, self._unit, self._every_s = emit, name, total, unit, every_s
+    def __init__(self, emit: Emit, name: str, total: int | None, unit: str) -> None:
+        self._emit, self._name, self._total, self._unit = emit, name, total, unit
         self._lock = threading.Lock()
         self.done = 0
         self.note = ""
@@ -31,7 +33,7 @@ class Stage:
         now = time.monotonic()
         with self._lock:
             self.done += count
-            due = now - self._told >= self._every_s
+            due = now - self._told >= EVERY_S
             if due:
                 self._told = now
         if due:

@@ -5,14 +5,12 @@ Given as quantiles, any of them can be stratified: one draw from each of n equal
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from simpletuner.config.schema import FlowOptions
-from simpletuner.errors import ConfigError
 from simpletuner.flow.shift import shift_for, shifted
 from simpletuner.randomness import seed_at
 
@@ -61,19 +59,8 @@ def custom_sigmas(options: FlowOptions) -> tuple[float, ...]:
     """flow_custom_timesteps as sigmas; empty when not given. A value above 1 makes them timesteps to 1000."""
     if not options.flow_custom_timesteps:
         return ()
-    try:
-        values = [
-            float(word) for word in options.flow_custom_timesteps.strip("[] ").split(",") if word.strip()
-        ]
-    except ValueError:
-        values = []
-    largest = max(values, default=math.nan)
-    if not values or not all(0 <= value <= 1000 for value in values):
-        raise ConfigError(
-            f'flow_custom_timesteps = "{options.flow_custom_timesteps}" is no comma list of sigmas up to 1 or'
-            ' of timesteps up to 1000, such as "250,500,750".'
-        )
-    return tuple(value / 1000 if largest > 1 else value for value in values)
+    values = [float(word) for word in options.flow_custom_timesteps.split(",")]
+    return tuple(value / 1000 if max(values) > 1 else value for value in values)
 
 
 def steps(values: tuple[float, ...]) -> Quantile:

@@ -38,16 +38,9 @@ class Hardware(ABC):
     def free_bytes(self) -> int | None:
         """None where the device's memory is the host's, for the host to tell."""
 
-    @abstractmethod
-    def total_bytes(self) -> int | None: ...
-
     def peak_bytes(self) -> int | None:
         """Of the allocator since the start; None where no count is kept."""
         return None
-
-    @abstractmethod
-    def synchronize(self) -> None:
-        """Wait until everything that was begun is done."""
 
     @abstractmethod
     def empty_cache(self) -> None:
@@ -71,14 +64,8 @@ class Cuda(Hardware):
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self._device)[0]
 
-    def total_bytes(self) -> int:
-        return torch.cuda.mem_get_info(self._device)[1]
-
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self._device)
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self._device)
 
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
@@ -90,13 +77,7 @@ class Mps(Hardware):
     kind = "mps"
 
     def free_bytes(self) -> int:
-        return self.total_bytes() - torch.mps.driver_allocated_memory()
-
-    def total_bytes(self) -> int:
-        return torch.mps.recommended_max_memory()
-
-    def synchronize(self) -> None:
-        torch.mps.synchronize()
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
 
     def empty_cache(self) -> None:
         torch.mps.empty_cache()
@@ -107,12 +88,6 @@ class Cpu(Hardware):
 
     def free_bytes(self) -> None:
         return None
-
-    def total_bytes(self) -> None:
-        return None
-
-    def synchronize(self) -> None:
-        """Nothing is ever under way."""
 
     def empty_cache(self) -> None:
         """Nothing is kept."""

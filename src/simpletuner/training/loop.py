@@ -56,14 +56,11 @@ class Every:
     count: Callable[[int], int]
     action: Action
     at_start: bool = False
-    at_end: bool = True
 
     def due(self, step: int, total: int) -> bool:
         if step == 0:
             return self.at_start
-        if step >= total:
-            return self.at_end
-        return self.count(step) > self.count(step - 1)
+        return step >= total or self.count(step) > self.count(step - 1)
 
 
 @dataclass

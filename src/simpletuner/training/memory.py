@@ -6,19 +6,13 @@ from simpletuner.config.schema import ModelOptions
 from simpletuner.models.family import BlockMemory
 
 
-def block_memory(options: ModelOptions, blocks: int, demanded: int | None = None) -> BlockMemory:
-    """Of a network of so many blocks.
-
-    demanded: how many must be recomputed for the step to fit, where gradient_checkpointing is "auto"; None
-    is all of them.
-    """
+def block_memory(options: ModelOptions, blocks: int) -> BlockMemory:
+    """Of a network of so many blocks. The plan puts a number in the place of "auto"; without, it is all."""
     asked = options.gradient_checkpointing
-    if asked == "auto":
-        asked = True if demanded is None else demanded
     share = options.musubi_blocks_to_swap
     swapped = int(share * blocks) if share < 1 else int(share)
     return BlockMemory(
-        blocks if asked is True else min(max(int(asked), swapped), blocks),
+        blocks if asked in (True, "auto") else min(max(int(asked), swapped), blocks),
         options.gradient_checkpointing_interval or 1,
         swapped,
         options.gradient_checkpointing_backend == "offload",

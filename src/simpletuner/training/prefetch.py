@@ -7,19 +7,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from simpletuner.cache.types import Batch
 
+DEPTH = 4
+
 
 class Prefetch:
-    """Calls load(number) for the next `depth` micro-batches on one thread."""
+    """Calls load(number) for the next DEPTH micro-batches on one thread."""
 
-    def __init__(self, load: Callable[[int], Batch], last: int, depth: int = 4) -> None:
-        self._load = load
-        self._last = last
-        self._depth = depth
+    def __init__(self, load: Callable[[int], Batch], last: int) -> None:
+        self._load, self._last = load, last
         self._pool = ThreadPoolExecutor(1, "prefetch")
         self._pending: dict[int, Future[Batch]] = {}
 
     def __call__(self, number: int) -> Batch:
-        for ahead in range(number, min(number + self._depth, self._last + 1)):
+        for ahead in range(number, min(number + DEPTH, self._last + 1)):
             if ahead not in self._pending:
                 self._pending[ahead] = self._pool.submit(self._load, ahead)
         return self._pending.pop(number).result()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -52,27 +53,16 @@ def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _lock_file(descriptor: int, patience_s: float = READER_S) -> None:
+def _lock_file(descriptor: int) -> None:
     """Raises OSError when another process holds it. Whoever only looks holds it for an instant."""
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + READER_S
     while True:
         try:
-            return _try_lock(descriptor)
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
-
-
-def _try_lock(descriptor: int) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock; its byte-range lock serves as well
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-    else:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class RunFolder:
@@ -123,14 +113,8 @@ class RunFolder:
         write_atomically(self.path / "config.json", json.dumps(resolved, indent=2, ensure_ascii=False) + "\n")
 
     def write_exit(self, exit_code: int, status: str, step: int, message: str = "") -> None:
-        record = {
-            "exit_code": exit_code,
-            "status": status,
-            "step": step,
-            "message": message,
-            "t": time.time(),
-        }
-        write_atomically(self.path / "exit.json", json.dumps(record) + "\n")
+        record = {"exit_code": exit_code, "status": status, "step": step, "message": message}
+        write_atomically(self.path / "exit.json", json.dumps({**record, "t": time.time()}) + "\n")
 
     def take_control(self, name: str) -> bool:
         """True once for every time that somebody asked."""
