@@ -26,7 +26,6 @@ class History:
     scores: dict[tuple[str, int], types.Scored] = field(default_factory=dict)
     pictures: dict[tuple[PictureKey, int], types.ImageSaved] = field(default_factory=dict)
     saved: dict[str, types.Saved] = field(default_factory=dict)
-    datasets: dict[str, types.DatasetScanned] = field(default_factory=dict)
     problems: list[tuple[float, types.Warned | types.Failed | types.CheckpointSetAside]] = field(
         default_factory=list
     )
@@ -55,8 +54,6 @@ class History:
                 self.pictures[key, event.step] = event
             case types.Saved():
                 self.saved[event.path] = event
-            case types.DatasetScanned():
-                self.datasets[event.dataset] = event
             case types.Finished():
                 self.end = event
             case types.Warned() | types.Failed() | types.CheckpointSetAside():

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from simpletuner.events.charts import Line, chart
 from simpletuner.events.history import History, PictureKey, of_run
 from simpletuner.events.types import Evaluated, Failed, ImageSaved, Scored
-from simpletuner.events.wording import Smooth, describe, duration, percent, size, spread
+from simpletuner.events.wording import Smooth, describe, duration, percent, spread
 
 MAX_COLUMNS = 9  # steps shown of the pictures: the first, the last and some between
 THUMBNAIL_PX = 448
@@ -38,8 +38,7 @@ def write_report(run_dir: Path, defaults: Mapping[str, Any] | None = None) -> Pa
     style = Path(__file__).with_name("report.css").read_text("utf-8")
     body = "".join(
         [_head(run_dir, history), _training(history), _held_out(history), _scores(history),
-         _pictures(run_dir, history), _checkpoints(run_dir, history), _data(history), _problems(history),
-         _settings(run_dir, defaults)]
+         _pictures(run_dir, history), _problems(history), _settings(run_dir, defaults)]
     )  # fmt: skip
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
@@ -184,27 +183,6 @@ def _picture(run_dir: Path, event: ImageSaved) -> str:
     about = _text(f"{event.prompt} (step {event.step}, seed {event.seed})")
     source = f"data:image/webp;base64,{data}"
     return f'<a href="{quote(event.path)}"><img src="{source}" alt="{about}" title="{about}"></a>'
-
-
-def _checkpoints(run_dir: Path, history: History) -> str:
-    """Those that are still there."""
-    best = {event.step for event in history.evaluations.values() if event.best}
-    rows = [
-        (str(event.step), event.path, size(event.size_bytes), duration(event.seconds),
-         "best held-out loss" if best and event.step == max(best) else "")
-        for event in sorted(history.saved.values(), key=lambda event: event.step)
-        if (run_dir / event.path).exists()
-    ]  # fmt: skip
-    return _section("Checkpoints", _table(("step", "path", "size", "written in", ""), rows))
-
-
-def _data(history: History) -> str:
-    rows = []
-    for event in history.datasets.values():
-        buckets = ", ".join(f"{width} x {height}: {count}" for width, height, count in event.buckets)
-        dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(event.rejected.items()))
-        rows.append((event.dataset, str(event.samples), buckets, dropped))
-    return _section("Data", _table(("dataset", "samples", "buckets (px)", "dropped"), rows))
 
 
 def _problems(history: History) -> str:

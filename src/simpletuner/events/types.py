@@ -11,17 +11,19 @@ from typing import ClassVar
 class Event:
     """Root of all events. `kind` is the word written in the file."""
 
-    kind: ClassVar[str] = "event"
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, kind: str) -> None:
+        cls.kind = kind
 
 
 Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
-class RunStarted(Event):
+class RunStarted(Event, kind="run_started"):
     """First line of every process that works on a run."""
 
-    kind: ClassVar[str] = "run_started"
     version: str
     run_dir: str
     model: str
@@ -31,36 +33,32 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True)
-class Noted(Event):
+class Noted(Event, kind="noted"):
     """Worth one line to a person; nothing is wrong."""
 
-    kind: ClassVar[str] = "noted"
     message: str
 
 
 @dataclass(frozen=True)
-class Warned(Event):
+class Warned(Event, kind="warned"):
     """Something is not as the person probably meant it; the run goes on."""
 
-    kind: ClassVar[str] = "warned"
     message: str
 
 
 @dataclass(frozen=True)
-class StageStarted(Event):
+class StageStarted(Event, kind="stage_started"):
     """A stage with known or unknown length begins (scan, encode text, encode images, load, train)."""
 
-    kind: ClassVar[str] = "stage_started"
     stage: str
     total: int | None
     unit: str
 
 
 @dataclass(frozen=True)
-class StageProgress(Event):
+class StageProgress(Event, kind="stage_progress"):
     """`done` of `total` units; `rate` in units per second; `left_s` seconds left, None when unknown."""
 
-    kind: ClassVar[str] = "stage_progress"
     stage: str
     done: int
     total: int | None
@@ -69,8 +67,7 @@ class StageProgress(Event):
 
 
 @dataclass(frozen=True)
-class StageDone(Event):
-    kind: ClassVar[str] = "stage_done"
+class StageDone(Event, kind="stage_done"):
     stage: str
     done: int
     seconds: float
@@ -78,10 +75,9 @@ class StageDone(Event):
 
 
 @dataclass(frozen=True)
-class DatasetScanned(Event):
+class DatasetScanned(Event, kind="dataset_scanned"):
     """buckets: (width_px, height_px, samples); rejected: reason -> count."""
 
-    kind: ClassVar[str] = "dataset_scanned"
     dataset: str
     samples: int
     buckets: tuple[tuple[int, int, int], ...]
@@ -89,10 +85,9 @@ class DatasetScanned(Event):
 
 
 @dataclass(frozen=True)
-class Stepped(Event):
+class Stepped(Event, kind="step"):
     """One optimizer step. seconds: wall time of the step. memory_gib: peak device memory, None on CPU."""
 
-    kind: ClassVar[str] = "step"
     step: int
     total: int
     epoch: int
@@ -105,10 +100,9 @@ class Stepped(Event):
 
 
 @dataclass(frozen=True)
-class Saved(Event):
+class Saved(Event, kind="saved"):
     """A checkpoint, or at the end the weights themselves, safely on disk."""
 
-    kind: ClassVar[str] = "saved"
     step: int
     path: str
     seconds: float
@@ -116,29 +110,26 @@ class Saved(Event):
 
 
 @dataclass(frozen=True)
-class Resumed(Event):
-    kind: ClassVar[str] = "resumed"
+class Resumed(Event, kind="resumed"):
     step: int
     path: str
 
 
 @dataclass(frozen=True)
-class CheckpointSetAside(Event):
+class CheckpointSetAside(Event, kind="checkpoint_set_aside"):
     """A damaged checkpoint was renamed, never deleted; the one before it is used."""
 
-    kind: ClassVar[str] = "checkpoint_set_aside"
     path: str
     reason: str
 
 
 @dataclass(frozen=True)
-class ImageSaved(Event):
+class ImageSaved(Event, kind="image"):
     """A validation picture. path: relative to the run folder.
 
     weights: "base", "trained", "ema", or the LoRA at another strength, "strength 0.5".
     """
 
-    kind: ClassVar[str] = "image"
     step: int
     prompt_id: str
     prompt: str
@@ -150,19 +141,17 @@ class ImageSaved(Event):
 
 
 @dataclass(frozen=True)
-class SheetSaved(Event):
+class SheetSaved(Event, kind="sheet"):
     """A contact sheet prompt x step. path: relative to the run folder."""
 
-    kind: ClassVar[str] = "sheet"
     step: int
     path: str
 
 
 @dataclass(frozen=True)
-class Evaluated(Event):
+class Evaluated(Event, kind="evaluated"):
     """Held-out loss. by_sigma: (sigma, loss). change, change_se: against step 0, paired per sample."""
 
-    kind: ClassVar[str] = "evaluated"
     step: int
     dataset: str
     split: str
@@ -174,14 +163,13 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True)
-class Scored(Event):
+class Scored(Event, kind="scored"):
     """What a program reads from the pictures of `prompts` unseen prompts, drawn with the weights of the step.
 
     metric: as in evaluation_type. weights: "base", "trained" or "ema". rates: name -> (share that is right,
     its standard error, how many were counted).
     """
 
-    kind: ClassVar[str] = "scored"
     step: int
     metric: str
     weights: str
@@ -190,28 +178,19 @@ class Scored(Event):
 
 
 @dataclass(frozen=True)
-class Finished(Event):
+class Finished(Event, kind="finished"):
     """status: "done" or "stopped"."""
 
-    kind: ClassVar[str] = "finished"
     step: int
     seconds: float
     status: str
 
 
 @dataclass(frozen=True)
-class Failed(Event):
-    kind: ClassVar[str] = "failed"
+class Failed(Event, kind="failed"):
     step: int
     error: str
     exit_code: int
 
 
-EVENTS: dict[str, type[Event]] = {
-    event.kind: event
-    for event in (
-        RunStarted, Noted, Warned, StageStarted, StageProgress, StageDone, DatasetScanned, Stepped, Saved,
-        Resumed, CheckpointSetAside, ImageSaved, SheetSaved, Evaluated, Scored, Finished,
-        Failed,
-    )
-}  # fmt: skip
+EVENTS: dict[str, type[Event]] = {event.kind: event for event in Event.__subclasses__()}
