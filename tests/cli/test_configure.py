@@ -240,7 +240,7 @@ def test_an_existing_configuration_is_edited_only_on_demand(
         for words in ((), ("--defaults",)):
             done = talk(*words, answers="\n" * 20)
             assert done.exit_code != 0
-            assert "exists" in str(done.exception) + done.output
+            assert "add --force" in str(done.exception) + done.output
             assert (folder / "config.json").read_text() == own
         assert talk("--defaults", "--force", "--set", "seed=3").exit_code == 0
         config, now = written(folder)

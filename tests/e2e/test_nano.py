@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +49,15 @@ def test_the_example_ends_with_before_and_after(trained: tuple[Path, Path]) -> N
     assert {"base-star-0-128x128.png", "base-star-0-128x128-strength-0.5.png"} <= drawn
     assert json.loads((run_dir / "exit.json").read_text())["status"] == "done"
     assert (run_dir / "report.html").stat().st_size > 10_000
+
+
+def test_the_card_promises_no_other_program(trained: tuple[Path, Path]) -> None:
+    _, run_dir = trained
+    card = (run_dir / "README.md").read_text()
+    assert "ComfyUI" not in card
+    (line,) = re.findall(r"^simpletuner .*$", card, re.MULTILINE)
+    simpletuner(run_dir, *shlex.split(line)[1:], "--steps", "1", "--out", "as-told")
+    assert list((run_dir / "as-told").glob("*.png"))
 
 
 def test_the_run_has_scored_itself(trained: tuple[Path, Path]) -> None:

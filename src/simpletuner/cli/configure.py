@@ -80,10 +80,10 @@ def command(
     wizard = Wizard(speaker, target, cwd, _settled(pairs))
     present = " and ".join(short(path, cwd) for path in (target, wizard.sets_path) if path.exists())
     if present and not terminal and not force:
-        raise ConfigError(f"{present} exists; add --force to change it, or name another --output")
+        raise ConfigError(f"already there: {present}; add --force to edit it, or name another --output")
     try:
         if present:
-            speaker.say(f"{present} exists: this edits it. Comments in it are not kept.")
+            speaker.say(f"Already there: {present}. This edits it; comments in it are not kept.")
         converse(speaker, wizard, wizard.settled)
         config, sets = wizard.result()
         if speaker.patient:

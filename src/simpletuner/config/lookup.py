@@ -35,8 +35,8 @@ def nothing_found(cwd: Path) -> str:
     """The one line for a run without any configuration."""
     looked = ", ".join([*NAMES, *(f"config/{name}" for name in NAMES)])
     return (
-        f"no configuration: none of {looked} is in {cwd}. Write one, name one "
-        "with --config PATH or --env NAME, or try `simpletuner train --example chroma-nano.peft-lora`"
+        f"no configuration: none of {looked} is in {cwd}. Write one with `simpletuner configure`, "
+        "name one with --config or --env, or try `simpletuner train --example chroma-nano.peft-lora`"
     )
 
 

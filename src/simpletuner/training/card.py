@@ -35,6 +35,14 @@ ComfyUI: put `pytorch_lora_weights.safetensors` into `models/loras` and add the 
 between the Chroma model and the sampler. Forge: put {forge}
 into `models/Lora`.
 """
+NANO = """
+```bash
+simpletuner generate --model_flavour nano --lora . --prompt {prompt}
+```
+
+The bundled base is a small model for trying things out; other programs do not load what was trained on it.
+
+"""
 FULL = """
 With diffusers:
 
@@ -78,12 +86,19 @@ def write_card(run_dir: Path, told: Describer, step: int) -> Path:
         *([_plain(run.publishing.model_card_note), ""] if run.publishing.model_card_note else []),
         *([f"Trigger words: {_code(told.trigger)}", ""] if told.trigger else []),
         *(f"![{_plain(text)}]({place})" for place, text in pictures), "",
-        "## Use", (LORA if uses_lora else FULL).format(**words),
+        "## Use", _use(run).format(**words),
         "## Settings that differ from the defaults", "", "| option | value |", "|---|---|",
         *(f"| `{name}` | {_code(json.dumps(value))} |" for name, value in _settings(run).items()), "",
     ]  # fmt: skip
     write_atomically(target, "\n".join(lines))
     return target
+
+
+def _use(run: RunConfig) -> str:
+    if run.model.model_type != "lora":
+        return FULL
+    bundled = run.model.model_flavour == "nano" and run.model.pretrained_model_name_or_path is None
+    return NANO if bundled else LORA
 
 
 def pictures_of(card: Path) -> list[str]:
