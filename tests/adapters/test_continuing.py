@@ -64,7 +64,6 @@ def test_the_second_file_acts_as_the_first(layout, tmp_path):
     net = SimpleNamespace(uses_lora=True, transformer=network, average=None)
     exporter = Exporter(
         SimpleNamespace(name="chroma"),
-        SimpleNamespace(name="base"),
         net,
         RunConfig(adapter=options),
         None,

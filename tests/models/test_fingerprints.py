@@ -20,12 +20,6 @@ def names(source: Source, options: ModelOptions, **changes: object) -> tuple[str
     return Chroma().text_fingerprint(source, changed), Chroma().vae_fingerprint(source, changed)
 
 
-def test_they_are_what_the_loaded_parts_say(source: Source, options: ModelOptions) -> None:
-    text, vae = names(source, options)
-    assert Chroma().load_text_encoder(source, options, CPU).fingerprint == text
-    assert Chroma().load_vae(source, options, CPU).fingerprint == vae
-
-
 @pytest.mark.parametrize(
     "change", [{"flux_t5_padding": "zero"}, {"tokenizer_max_length": 100}, {"mixed_precision": "bf16"}]
 )

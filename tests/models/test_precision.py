@@ -202,8 +202,7 @@ def test_t5_quantised(
     texts = ["a red square", "", "two words and more"]
     encoder = Chroma().load_text_encoder(source, chosen, CPU)
     found = encoder.encode(texts)
-    assert encoder.fingerprint == Chroma().text_fingerprint(source, chosen)
-    assert encoder.fingerprint != Chroma().text_fingerprint(source, options)
+    assert Chroma().text_fingerprint(source, chosen) != Chroma().text_fingerprint(source, options)
 
     plain = t5_module._plain
 

@@ -41,14 +41,6 @@ def test_presets_count_what_they_promise(
         assert sum(16 * (m.in_features + m.out_features) for m in modules) == pytest.approx(rank16, rel=5e-3)
 
 
-@pytest.mark.parametrize(
-    "preset", ["mmdit", "ai-toolkit", "controlnet", "all+ffs+embedder", "tiny+embedder", ""]
-)
-def test_presets_that_mean_nothing_are_refused_with_the_list(full: ChromaTransformer, preset: str) -> None:
-    with pytest.raises(ConfigError, match=r"all, context, context\+ffs, all\+ffs, tiny, nano"):
-        Chroma().lora_targets(full, preset)
-
-
 @pytest.mark.parametrize("preset", ["tiny", "nano"])
 def test_a_block_that_a_small_model_lacks_is_named(preset: str) -> None:
     small = ChromaTransformer(TransformerConfig.read(transformer_fields(), "fields"))

@@ -106,9 +106,7 @@ class Sketch:
 
 
 class TextEncoder(ABC):
-    """Captions to rows. fingerprint: changes whenever the same caption would give other rows."""
-
-    fingerprint: str
+    """Captions to rows."""
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
@@ -120,9 +118,7 @@ class TextEncoder(ABC):
 
 
 class Vae(ABC):
-    """Pixels to raw posterior moments and back. fingerprint: as in TextEncoder."""
-
-    fingerprint: str
+    """Pixels to raw posterior moments and back."""
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
@@ -157,11 +153,11 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def text_fingerprint(self, source: Source, options: ModelOptions) -> str:
-        """What TextEncoder.fingerprint will be, without loading it (so a warm start loads nothing)."""
+        """Changes whenever the same caption would give other rows; nothing is loaded for it."""
 
     @abstractmethod
     def vae_fingerprint(self, source: Source, options: ModelOptions) -> str:
-        """What Vae.fingerprint will be, without loading it."""
+        """Changes whenever the same pixels would give other moments; nothing is loaded for it."""
 
     @abstractmethod
     def transformer_fingerprint(self, source: Source) -> str:
@@ -236,7 +232,7 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def save_transformer(self, transformer: nn.Module, source: Source, folder: Path) -> None:
+    def save_transformer(self, transformer: nn.Module, folder: Path) -> None:
         """Write a diffusers `transformer` folder (config.json + safetensors) that load_transformer reads."""
 
     @abstractmethod

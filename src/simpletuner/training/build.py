@@ -79,7 +79,7 @@ def build(
         run, family.name, prepared.source.name, prepared.train.placed,
         [prompt for one in backends.train for prompt in one.instance_prompts], plan.epoch, folder.path,
     )  # fmt: skip
-    exporter = Exporter(family, prepared.source, net, run, folder, emit, described.fields)
+    exporter = Exporter(family, net, run, folder, emit, described.fields)
     publishing = publishing_of(run, described, stop_requested, emit, closing)
     keeper = Keeper(
         folder, run.checkpoint, net, config, prepared.identity(), remembering, exporter.into_checkpoint,

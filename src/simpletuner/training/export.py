@@ -12,7 +12,7 @@ from pathlib import Path
 from simpletuner.adapters import files
 from simpletuner.config.schema import RunConfig
 from simpletuner.events.types import Emit, Saved
-from simpletuner.models.family import ModelFamily, Source
+from simpletuner.models.family import ModelFamily
 from simpletuner.training.rundir import RunFolder, replace_folder
 from simpletuner.training.trainee import Trainee
 
@@ -27,7 +27,6 @@ class Exporter:
     """
 
     family: ModelFamily
-    source: Source
     net: Trainee
     run: RunConfig
     folder: RunFolder
@@ -71,8 +70,7 @@ class Exporter:
             if weights is not None:
                 folder = self.folder.path / name
                 with weights():
-                    save = partial(self.family.save_transformer, self.net.transformer, self.source)
-                    replace_folder(folder, save)
+                    replace_folder(folder, partial(self.family.save_transformer, self.net.transformer))
                 written.append(folder)
                 if self.run.publishing.save_native_file:
                     written.append(folder.with_name(f"{name}_native.safetensors"))

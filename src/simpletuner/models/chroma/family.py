@@ -167,7 +167,7 @@ class Chroma(ModelFamily):
             return targets.lora_targets(transformer, preset)
         return targets.chosen_targets(transformer, chosen)
 
-    def save_transformer(self, transformer: nn.Module, source: Source, folder: Path) -> None:
+    def save_transformer(self, transformer: nn.Module, folder: Path) -> None:
         weights.save_transformer(transformer, folder)
 
     def save_native(self, folder: Path, file: Path, metadata: Mapping[str, str]) -> None:

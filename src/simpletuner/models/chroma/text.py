@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import DataError, ModelError
 from simpletuner.events.types import Emit
-from simpletuner.models.chroma.fingerprints import MAX_TOKENS, max_tokens, text_fingerprint
+from simpletuner.models.chroma.fingerprints import MAX_TOKENS, max_tokens
 from simpletuner.models.chroma.t5 import load_t5
 from simpletuner.models.family import Source, TextEncoder
 
@@ -28,13 +28,11 @@ class ChromaText(TextEncoder):
         self,
         t5: T5EncoderModel,
         tokenizer: PreTrainedTokenizerBase,
-        fingerprint: str,
         *,
         limit: int = MAX_TOKENS,
         zero_pad: bool = False,
         overlong: str = "truncate",
     ) -> None:
-        self.fingerprint = fingerprint
         self._t5, self._tokenizer = t5, tokenizer
         self._limit, self._zero_pad, self._overlong = limit, zero_pad, overlong
 
@@ -73,7 +71,6 @@ def load_text_encoder(source: Source, options: ModelOptions, device: torch.devic
     return ChromaText(
         load_t5(source, options, device, emit),
         load_tokenizer(source.tokenizer),
-        text_fingerprint(source, options),
         limit=max_tokens(options),
         zero_pad=options.flux_t5_padding == "zero",
         overlong=options.caption_overlong,

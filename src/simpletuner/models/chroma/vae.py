@@ -10,7 +10,6 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
 from simpletuner.config.schema import ModelOptions
-from simpletuner.models.chroma.fingerprints import vae_fingerprint
 from simpletuner.models.chroma.weights import check, part_tensors, vae_config
 from simpletuner.models.family import Source, Vae
 
@@ -25,9 +24,8 @@ def vae_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
 
 
 class ChromaVae(Vae):
-    def __init__(self, vae: Any, fingerprint: str) -> None:
+    def __init__(self, vae: Any) -> None:
         """vae: an AutoencoderKL, which type checkers see as a stub without methods."""
-        self.fingerprint = fingerprint
         self._vae = vae
 
     @torch.no_grad()
@@ -57,4 +55,4 @@ def load_vae(source: Source, options: ModelOptions, device: torch.device) -> Chr
         vae.enable_tiling()
     if options.vae_enable_slicing:
         vae.enable_slicing()
-    return ChromaVae(vae.to(device).requires_grad_(False).eval(), vae_fingerprint(source, options))
+    return ChromaVae(vae.to(device).requires_grad_(False).eval())
