@@ -10,24 +10,19 @@ import os
 import sqlite3
 import threading
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from simpletuner.server.atomic import write_atomically
 from simpletuner.server.tail import document
 from simpletuner.server.wire.jobs import Job
 
-# Another set of fields is another index.
-VERSION = zlib.crc32(",".join(Job.model_fields).encode()) >> 1
+# Another set of fields, or of tables, is another index.
+VERSION = zlib.crc32(",".join((*Job.model_fields, "kept")).encode()) >> 1
 BUSY_S = 5.0
-T = TypeVar("T")
-TABLES = """
-CREATE TABLE IF NOT EXISTS waiting (place INTEGER PRIMARY KEY, job TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS flags (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS ended (job TEXT PRIMARY KEY, summary TEXT NOT NULL) STRICT;
-"""
+ORDER = "order"  # beside the jobs, whose ids are hexadecimal
+WRITE = "INSERT OR REPLACE INTO kept VALUES (?, ?)"
 # Write-ahead logging needs memory that all processes share: wrong on network disks, and on unknown ones.
 LOCAL_DISKS = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"))
 
@@ -55,13 +50,13 @@ class Order:
     paused: bool = False
     continue_on_error: bool = False
 
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> Order:
+        jobs = tuple(job for job in kept.get("jobs", ()) if isinstance(job, str))
+        return cls(jobs, kept.get("paused") is True, kept.get("continue_on_error") is True)
 
-def fill(index: sqlite3.Connection, order: Order) -> None:
-    flags = (("paused", order.paused), ("continue_on_error", order.continue_on_error))
-    with index:
-        index.execute("DELETE FROM waiting")
-        index.executemany("INSERT INTO waiting VALUES (?, ?)", enumerate(order.jobs))
-        index.executemany("INSERT OR REPLACE INTO flags VALUES (?, ?)", flags)
+    def json(self) -> str:
+        return json.dumps(asdict(self))
 
 
 class Index:
@@ -73,30 +68,21 @@ class Index:
         self._opened: sqlite3.Connection | None = None
 
     def order(self) -> Order:
-        def read(index: sqlite3.Connection) -> Order:
-            jobs = tuple(job for (job,) in index.execute("SELECT job FROM waiting ORDER BY place"))
-            return Order(
-                jobs, **{name: bool(on) for name, on in index.execute("SELECT name, value FROM flags")}
-            )
-
-        return self._do(read)
+        found = self._do("SELECT json FROM kept WHERE name = ?", ORDER)
+        return Order.of(json.loads(found[0][0])) if found else Order()
 
     def write_order(self, order: Order) -> None:
         """The file first: it is what a damaged index is made of."""
         with self._lock:
-            write_atomically(self.second, json.dumps(asdict(order)) + "\n")
-            self._do(lambda index: fill(index, order))
+            write_atomically(self.second, order.json() + "\n")
+            self._do(WRITE, ORDER, order.json())
 
     def ended(self) -> dict[str, str]:
         """Id -> summary as JSON."""
-        return dict(self._do(lambda index: index.execute("SELECT job, summary FROM ended").fetchall()))
+        return dict(self._do("SELECT name, json FROM kept WHERE name != ?", ORDER))
 
     def write_ended(self, job: str, summary: str) -> None:
-        def write(index: sqlite3.Connection) -> None:
-            with index:
-                index.execute("INSERT OR REPLACE INTO ended VALUES (?, ?)", (job, summary))
-
-        self._do(write)
+        self._do(WRITE, job, summary)
 
     def close(self) -> None:
         with self._lock:
@@ -104,30 +90,32 @@ class Index:
                 self._opened.close()
                 self._opened = None
 
-    def _do(self, act: Callable[[sqlite3.Connection], T]) -> T:
+    def _do(self, statement: str, *values: str) -> list[Any]:
         with self._lock:
             try:
-                return act(self._connection())
+                return self._connection().execute(statement, values).fetchall()
             except sqlite3.DatabaseError as error:
                 self._renew(error)
-                return act(self._connection())
+                return self._connection().execute(statement, values).fetchall()
 
     def _connection(self) -> sqlite3.Connection:
         if self._opened is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._opened = sqlite3.connect(self.path, timeout=BUSY_S, check_same_thread=False)
+            self._opened = sqlite3.connect(
+                self.path, timeout=BUSY_S, check_same_thread=False, isolation_level=None
+            )
             self._opened.execute(f"PRAGMA journal_mode={journal_mode(self.path.parent)}")
             self._opened.execute("PRAGMA synchronous=NORMAL")
             (version,) = self._opened.execute("PRAGMA user_version").fetchone()
             if version not in (0, VERSION):
                 raise sqlite3.DatabaseError(f"index of version {version}")
-            with self._opened as transaction:
-                transaction.executescript(f"{TABLES} PRAGMA user_version = {VERSION};")
+            self._opened.execute(
+                "CREATE TABLE IF NOT EXISTS kept (name TEXT PRIMARY KEY, json TEXT NOT NULL) STRICT"
+            )
+            self._opened.execute(f"PRAGMA user_version = {VERSION}")
             kept = document(self.second)
             if kept is not None:
-                jobs = tuple(job for job in kept.get("jobs", []) if isinstance(job, str))
-                flags = (kept.get(name) is True for name in ("paused", "continue_on_error"))
-                fill(self._opened, Order(jobs, *flags))
+                self._opened.execute(WRITE, (ORDER, Order.of(kept).json()))
         return self._opened
 
     def _renew(self, error: sqlite3.DatabaseError) -> None:

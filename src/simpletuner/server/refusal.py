@@ -38,66 +38,40 @@ def body(complaints: Sequence[Complaint]) -> dict[str, Any]:
     return Refusal(detail=list(complaints)).model_dump()
 
 
-def _refused(_: Request, error: Refused) -> JSONResponse:
-    return JSONResponse(body(error.complaints), error.status)
+def answer(_: Request, error: Exception) -> JSONResponse:
+    """What is told of each kind of failure; of an unexpected one only where its traceback is."""
+    status, headers = 500, None
+    complaints: Sequence[Complaint] = [_whole("the server failed at this; its terminal says why")]
+    match error:
+        case Refused():
+            status, complaints = error.status, error.complaints
+        case Outside():  # as for what does not exist: an answer must not tell what lies outside
+            status, complaints = 404, [_whole(str(error))]
+        case ConfigError():
+            status = 422
+            complaints = [Complaint(loc="", message=one.what, where=one.where) for one in error.problems]
+        case SimpleTunerError():
+            status, complaints = 409, [_whole(str(error))]
+        case OSError() if error.errno in DISK:  # what a person can mend
+            what = f"{os.path.basename(error.filename or '') or 'a file'}: {error.strerror}"
+            status, complaints = 507, [_whole(f"{what}; {DISK[error.errno]}")]
+        case RequestValidationError():  # without "body", "path" or "query", and without the value itself
+            status, found = 422, error.errors()
+            complaints = [
+                Complaint(loc=".".join(map(str, one["loc"][1:])), message=one["msg"]) for one in found
+            ]
+        case HTTPException():
+            status, headers, complaints = error.status_code, error.headers, [_whole(str(error.detail))]
+        case OSError():
+            raise error
+    return JSONResponse(body(complaints), status, headers)
 
 
-def _outside(_: Request, error: Outside) -> JSONResponse:
-    """404, as for what does not exist: an answer must not tell what lies outside."""
-    return JSONResponse(body([Complaint(loc="", message=str(error))]), 404)
-
-
-def _config(_: Request, error: ConfigError) -> JSONResponse:
-    return JSONResponse(body([Complaint(loc="", message=p.what, where=p.where) for p in error.problems]), 422)
-
-
-def _mendable(_: Request, error: SimpleTunerError) -> JSONResponse:
-    return JSONResponse(body([Complaint(loc="", message=str(error))]), 409)
-
-
-def _disk(_: Request, error: OSError) -> JSONResponse:
-    """What a person can mend; anything else is a failure of the server's own."""
-    if error.errno not in DISK:
-        raise error
-    what = f"{os.path.basename(error.filename or '') or 'a file'}: {error.strerror}"
-    return JSONResponse(body([Complaint(loc="", message=f"{what}; {DISK[error.errno]}")]), 507)
-
-
-def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-    """loc without its first word, which says body, path or query; the value itself is not repeated."""
-    found = [
-        Complaint(loc=".".join(str(word) for word in one["loc"][1:]), message=one["msg"])
-        for one in error.errors()
-    ]
-    return JSONResponse(body(found), 422)
-
-
-def _http(_: Request, error: HTTPException) -> JSONResponse:
-    return JSONResponse(
-        body([Complaint(loc="", message=str(error.detail))]), error.status_code, headers=error.headers
-    )
-
-
-def _unexpected(_: Request, __: Exception) -> JSONResponse:
-    """The traceback goes to the server's terminal only."""
-    return JSONResponse(
-        body([Complaint(loc="", message="the server failed at this; its terminal says why")]), 500
-    )
-
-
-HANDLERS: dict[type[Exception], Any] = {
-    Refused: _refused,
-    Outside: _outside,
-    ConfigError: _config,
-    SimpleTunerError: _mendable,
-    OSError: _disk,
-    RequestValidationError: _invalid,
-    HTTPException: _http,
-    Exception: _unexpected,
-}
+def _whole(message: str) -> Complaint:
+    return Complaint(loc="", message=message)
 
 
 def answer_refusals(app: FastAPI) -> None:
-    """From now on every exception of a route is answered by its row of HANDLERS."""
-    for kind, handler in HANDLERS.items():
-        app.add_exception_handler(kind, handler)
+    """From now on every exception of a route is answered."""
+    for kind in (SimpleTunerError, OSError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)

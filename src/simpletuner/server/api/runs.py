@@ -128,4 +128,4 @@ async def live(socket: WebSocket, home: Here) -> None:
 async def hear(socket: WebSocket, listener: Listener) -> None:
     """Until the other side leaves. Raises ValidationError at what is no Follow."""
     while (message := await socket.receive())["type"] != "websocket.disconnect":
-        listener.wants(Follow.model_validate_json(message.get("text") or ""))
+        listener.follow = Follow.model_validate_json(message.get("text") or "")
