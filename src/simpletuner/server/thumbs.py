@@ -7,10 +7,10 @@ import fcntl
 import hashlib
 import os
 import stat
-import tempfile
 from io import BytesIO
 from pathlib import Path
 
+from simpletuner.server.atomic import write_atomically
 from simpletuner.server.refusal import refuse
 
 LADDER_PX = (96, 192, 384, 768)  # a cache cannot be filled by asking for every width there is
@@ -47,7 +47,7 @@ def thumbnail(source: Path, width: int, cache: Path) -> bytes:
         fcntl.flock(turn, fcntl.LOCK_EX)
         made = _shrunk(source, side)
     with contextlib.suppress(OSError):  # a full disk: made again another time
-        _write(kept, made)
+        write_atomically(kept, made)
     if number % SWEPT_EVERY == 0:
         sweep(cache, ROOM_BYTES)
     return made
@@ -58,7 +58,7 @@ def sweep(cache: Path, room_bytes: int) -> None:
     found = []
     with os.scandir(cache) as entries:
         for entry in entries:
-            if entry.name.endswith((".jpg", ".partial")):
+            if entry.name.endswith((".jpg", ".tmp")):
                 status = entry.stat(follow_symlinks=False)
                 found.append((status.st_mtime_ns, entry.path, status.st_size))
     taken = sum(size for _, _, size in found)
@@ -104,13 +104,3 @@ def _shrunk(source: Path, side: int) -> bytes:
     out = BytesIO()
     picture.save(out, "JPEG", quality=QUALITY, icc_profile=profile)
     return out.getvalue()
-
-
-def _write(kept: Path, made: bytes) -> None:
-    descriptor, partial = tempfile.mkstemp(suffix=".partial", dir=kept.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(made)
-        os.replace(partial, kept)
-    finally:
-        Path(partial).unlink(missing_ok=True)
