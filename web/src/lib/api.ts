@@ -77,14 +77,14 @@ async function call(method: Method, route: keyof paths, ask: Loose): Promise<unk
   const init: RequestInit = { method: method.toUpperCase(), credentials: "same-origin" };
   if (method !== "get") init.headers = { "content-type": "application/json" };
   if (ask.body !== undefined) init.body = JSON.stringify(ask.body);
-  let response: Response;
   try {
-    response = await fetch(url(route, ask.path, ask.query), init);
-  } catch {
-    throw new Refused(0, []);
+    const response = await fetch(url(route, ask.path, ask.query), init);
+    if (!response.ok) throw await refusal(response);
+    return response.status === 204 ? undefined : await response.json();
+  } catch (error) {
+    if (error instanceof Refused) throw error;
+    throw new Refused(0, []); // also one that was cut off in the middle
   }
-  if (!response.ok) throw await refusal(response);
-  return response.status === 204 ? undefined : response.json();
 }
 
 export const api = {

@@ -74,7 +74,9 @@ class LiveFeed {
     if (message.queue !== null) this.queue = message.queue;
     const followed = this.#followed;
     if (followed === null || message.run !== followed.ask.run) return;
-    if (message.end !== null) followed.ask.since = message.end;
+    // on its way when the question changed: what lies between is still to come
+    if ((message.start ?? 0) > followed.ask.since) return;
+    if (message.end !== null) followed.ask.since = message.start === 0 ? message.end : Math.max(message.end, followed.ask.since);
     if (message.log !== null) followed.ask.log_since = message.log.end;
     followed.hear(message);
   }

@@ -10,6 +10,7 @@ import { append } from "./series";
 const MAX_POINTS = 2000; // asked for; live ones are added until there are twice as many
 const KEPT_LOG = 400_000; // characters
 const LOG_PART = 65_536;
+const AGAIN_MS = 1000;
 const CHANGES_DETAIL = new Set(["saved", "noted", "warned", "checkpoint_set_aside", "finished", "failed"]);
 
 export class RunView {
@@ -22,12 +23,17 @@ export class RunView {
   problem = $state("");
   #unfollow: () => void = () => undefined;
   #closed = false;
+  #loads = 0;
+  #asked = 0;
+  #told = 0;
 
   constructor(readonly id: string) {}
 
   /** Everything anew: at the start, and when a process begins to work on the run again. */
   async load(): Promise<void> {
     this.#unfollow();
+    const load = ++this.#loads;
+    const asked = ++this.#asked;
     const path = { id: this.id };
     try {
       const [detail, metrics, pictures, log] = await Promise.all([
@@ -36,25 +42,33 @@ export class RunView {
         api.get("/api/v1/runs/{id}/pictures", { path }),
         api.get("/api/v1/runs/{id}/log", { path, query: { since: -LOG_PART, limit: LOG_PART } }),
       ]);
-      if (this.#closed) return;
-      this.#tell(detail);
+      if (this.#closed || load !== this.#loads) return;
+      this.#tell(detail, asked);
       [this.metrics, this.pictures, this.log] = [metrics, pictures, log];
       this.problem = "";
       const since = Math.min(detail.events_end, metrics.end);
       this.#unfollow = live.follow(this.id, since, log.end, (message) => this.#hear(message));
     } catch (error) {
-      if (!this.#closed) this.problem = explain(error);
+      if (this.#closed || load !== this.#loads) return;
+      this.problem = explain(error);
+      this.#later(error, () => this.load());
     }
   }
 
   /** The detail alone: checkpoints, outputs, notes. */
   async refresh(): Promise<void> {
+    const asked = ++this.#asked;
     try {
-      const detail = await api.get("/api/v1/runs/{id}", { path: { id: this.id } });
-      if (!this.#closed) this.#tell(detail);
+      this.#tell(await api.get("/api/v1/runs/{id}", { path: { id: this.id } }), asked);
     } catch (error) {
-      if (!(error instanceof Refused)) throw error; // the next change asks again
+      this.#later(error, () => this.refresh());
     }
+  }
+
+  /** A server that is not reached may be on its way back. What it refuses, the next change asks for again. */
+  #later(error: unknown, again: () => Promise<void>): void {
+    if (!(error instanceof Refused)) throw error;
+    if (error.status === 0) setTimeout(() => this.#closed || void again(), AGAIN_MS);
   }
 
   async olderLog(): Promise<void> {
@@ -71,7 +85,10 @@ export class RunView {
     this.#unfollow();
   }
 
-  #tell(detail: RunDetail): void {
+  /** asked: when, among all askings; an answer that was overtaken by a later one is old. */
+  #tell(detail: RunDetail, asked: number): void {
+    if (this.#closed || asked < this.#told) return;
+    this.#told = asked;
     this.detail = detail;
     this.stages = detail.stages;
     this.stagesDone = detail.stages_done;
@@ -92,7 +109,9 @@ export class RunView {
   }
 
   #stage(event: RunEvent): void {
-    if (event.kind === "stage_started") {
+    if (event.kind === "step") {
+      if (this.stages.length > 0) this.stages = [];
+    } else if (event.kind === "stage_started") {
       const stage: Stage = { stage: event.stage, done: 0, total: event.total, unit: event.unit, left_s: null };
       this.stages = [...this.stages.filter((one) => one.stage !== event.stage), stage];
     } else if (event.kind === "stage_progress") {
@@ -106,7 +125,7 @@ export class RunView {
 
   #write(part: LogPart): void {
     const log = this.log;
-    if (log === null || part.start < log.end) {
+    if (log === null || part.start !== log.end) {
       this.log = part.start === 0 ? part : log; // the file was begun anew
       return;
     }
