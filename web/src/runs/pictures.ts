@@ -39,6 +39,17 @@ export function grid(pictures: Picture[]): Grid {
   return { steps, rows: sorted };
 }
 
+interface Words {
+  weights: Record<string, string>;
+  strength: (value: string) => string;
+}
+
+/** What drew a picture, as a person reads it: "strength 0.5" is the LoRA at half its strength. */
+export function drawnBy(weights: string, words: Words): string {
+  const value = /^strength (.+)$/.exec(weights)?.[1];
+  return value === undefined ? (words.weights[weights] ?? weights) : words.strength(value);
+}
+
 /** The pictures of a row in the order of their steps. */
 export function ordered(row: Row): Picture[] {
   return [...row.at.values()].sort((a, b) => a.step - b.step);

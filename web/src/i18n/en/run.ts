@@ -118,6 +118,7 @@ export const run = {
     size: "Size",
     weightsOf: "Weights",
     weights,
+    strength: (value: string) => `LoRA at strength ${value}`,
     file: "File",
     picture: "Picture",
     open: (prompt: string, step: string) => `Open: ${prompt}, step ${step}`,

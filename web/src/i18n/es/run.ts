@@ -109,6 +109,7 @@ export const run: Words["run"] = {
     size: "Tamaño",
     weightsOf: "Pesos",
     weights: { base: "Modelo base", trained: "Entrenado", ema: "EMA" },
+    strength: (valor) => `LoRA con fuerza ${valor}`,
     file: "Archivo",
     picture: "Imagen",
     open: (prompt, step) => `Abrir: ${prompt}, paso ${step}`,

@@ -109,6 +109,7 @@ export const run: Words["run"] = {
     size: "आकार",
     weightsOf: "Weights",
     weights: { base: "Base model", trained: "Trained", ema: "EMA" },
+    strength: (value) => `LoRA की strength ${value}`,
     file: "फ़ाइल",
     picture: "तस्वीर",
     open: (prompt, step) => `खोलें: ${prompt}, step ${step}`,
