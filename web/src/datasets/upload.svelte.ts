@@ -1,6 +1,6 @@
 /** Files on their way: three at once, those that meet a bad line sent again, what is refused told one by one. */
 import { url } from "../lib/api";
-import type { DatasetInfo, Uploaded } from "../lib/types";
+import type { Uploaded } from "../lib/types";
 import { isTaken, type Found } from "./drop";
 
 interface Sending {
@@ -30,14 +30,15 @@ export class Uploader {
   sending = $state<Sending[]>([]);
   refused = $state.raw<{ file: string; reason: string }[]>([]);
   failed = $state.raw<Failure[]>([]);
-  info = $state.raw<DatasetInfo | null>(null);
+  /** All is in, and the page has looked at what the dataset holds now. */
+  settled = $state(false);
   stopped = $state(false);
   #waiting: Found[] = [];
   readonly #open = new Set<XMLHttpRequest>();
 
   constructor(
     readonly name: string,
-    readonly told: { unreachable: () => string; ended: () => void },
+    readonly told: { unreachable: () => string; ended: () => Promise<unknown> },
   ) {}
 
   get busy(): boolean {
@@ -47,7 +48,7 @@ export class Uploader {
   add(found: Found[]): void {
     if (!this.busy) {
       [this.total, this.done, this.saved, this.skipped] = [0, 0, 0, 0];
-      [this.refused, this.failed, this.info, this.stopped] = [[], [], null, false];
+      [this.refused, this.failed, this.settled, this.stopped] = [[], [], false, false];
     }
     const taken = found.filter((one) => isTaken(one.path));
     this.skipped += found.length - taken.length;
@@ -75,7 +76,9 @@ export class Uploader {
       this.sending = this.sending.filter((one) => one.path !== path);
       this.done += 1;
     }
-    if (!this.busy) this.told.ended();
+    if (this.busy) return;
+    await this.told.ended();
+    this.settled = !this.busy;
   }
 
   async #one(found: Found, shown: Sending): Promise<void> {
@@ -86,7 +89,6 @@ export class Uploader {
         const told = JSON.parse(answer.text) as Uploaded;
         this.saved += told.saved.length;
         this.refused = [...this.refused, ...told.refused];
-        this.info = told.dataset;
         return;
       }
       const passing = answer.status === 0 || answer.status === 429 || answer.status >= 502;
