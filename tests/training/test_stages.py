@@ -18,12 +18,11 @@ class Net:
 
     def __init__(self, lora: bool = True, ema: bool = False) -> None:
         self.transformer = self
-        self.strength, self.averaged = 1.0, False
-        self.set_strength = self._set if lora else None
+        self.strength, self.averaged, self.lora = 1.0, False, lora
         self.average = self._average if ema else None
 
-    def _set(self, transformer: object, strength: float) -> None:
-        self.strength = strength
+    def set_strength(self, strength: float) -> None:
+        self.strength = strength if self.lora else 1.0
 
     @contextmanager
     def _average(self) -> Iterator[None]:
@@ -75,6 +74,6 @@ def test_what_is_scored_is_what_is_kept(ema: bool) -> None:
         scoring = Scoring(cast(Any, witness), cast(Any, net))
         for step in (0, 3):
             scoring.run(step)
-        base = (0, "base", 0.0 if net.set_strength else 1.0, False)
+        base = (0, "base", 0.0 if net.lora else 1.0, False)
         assert witness.seen == [base, (3, "ema" if ema else "trained", 1.0, ema)]
         assert (net.strength, net.averaged) == (1.0, False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ ASKED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 FREE = re.compile(r"of which ([\d.]+ \w+) is free|(max allowed: [\d.]+ \w+)")
 
 
-class Hardware(ABC):
-    """One kind of device; the CPU is one. kind: "cuda", "rocm", "mps" or "cpu". Sizes in bytes."""
+class Hardware:
+    """One kind of device, here the CPU. kind: "cuda", "rocm", "mps" or "cpu". Sizes in bytes."""
 
-    kind: str
+    kind = "cpu"
 
     @property
     def name(self) -> str:
@@ -34,17 +33,16 @@ class Hardware(ABC):
         """NVIDIA's compute capability; None where there is no such thing."""
         return None
 
-    @abstractmethod
     def free_bytes(self) -> int | None:
         """None where the device's memory is the host's, for the host to tell."""
+        return None
 
     def peak_bytes(self) -> int | None:
         """Of the allocator since the start; None where no count is kept."""
         return None
 
-    @abstractmethod
     def empty_cache(self) -> None:
-        """Give back what the allocator keeps for later."""
+        """Give back what the allocator keeps for later; the CPU's keeps nothing."""
 
 
 class Cuda(Hardware):
@@ -83,20 +81,10 @@ class Mps(Hardware):
         torch.mps.empty_cache()
 
 
-class Cpu(Hardware):
-    kind = "cpu"
-
-    def free_bytes(self) -> None:
-        return None
-
-    def empty_cache(self) -> None:
-        """Nothing is kept."""
-
-
 HARDWARE: dict[str, Callable[[torch.device], Hardware]] = {
     "cuda": Cuda,
     "mps": lambda device: Mps(),
-    "cpu": lambda device: Cpu(),
+    "cpu": lambda device: Hardware(),
 }
 
 

@@ -20,15 +20,25 @@ from simpletuner.validation.scores import Scorer
 
 @contextmanager
 def at_strength(net: Trainee, strength: float) -> Iterator[None]:
-    """The LoRA at that strength inside, at its own after; a network without one stays as it is."""
-    if net.set_strength is None:
-        yield
-        return
-    net.set_strength(net.transformer, strength)
+    """The LoRA at that strength inside, at its own after."""
+    net.set_strength(strength)
     try:
         yield
     finally:
-        net.set_strength(net.transformer, 1.0)
+        net.set_strength(1.0)
+
+
+@contextmanager
+def kept(net: Trainee, step: int) -> Iterator[str]:
+    """What the weights inside are called: the untouched base at step 0, then the average if there is one."""
+    if step == BASE_STEP:
+        with at_strength(net, 0.0):
+            yield "base"
+    elif net.average is not None:
+        with net.average():
+            yield "ema"
+    else:
+        yield "trained"
 
 
 @dataclass
@@ -44,25 +54,17 @@ class Pictures:
     last_step: int
 
     def draw(self, step: int) -> None:
-        if step == BASE_STEP:
-            with at_strength(self.net, 0.0):
-                self.validator.run(step, self.net.transformer, "base")
-            return
-        average = self.net.average
-        trained = average is None or self.which != "ema_only"
-        if trained:
-            self.validator.run(step, self.net.transformer, "trained")
-        if average is not None and self.which != "none":
-            with average():
-                self.validator.run(step, self.net.transformer, "ema")
+        average, transformer = self.net.average, self.net.transformer
+        if step != BASE_STEP and average is not None and self.which != "ema_only":
+            self.validator.run(step, transformer, "trained")
+        if step == BASE_STEP or average is None or self.which != "none":
+            with kept(self.net, step) as weights:
+                self.validator.run(step, transformer, weights)
         if step == self.last_step:
-            with nullcontext() if trained or average is None else average():
-                self._weaker(step)
-
-    def _weaker(self, step: int) -> None:
-        for strength in self.validator.strengths:
-            with at_strength(self.net, strength):
-                self.validator.run(step, self.net.transformer, at(strength))
+            with average() if average is not None and self.which == "ema_only" else nullcontext():
+                for strength in self.validator.strengths:
+                    with at_strength(self.net, strength):
+                        self.validator.run(step, transformer, at(strength))
 
 
 @dataclass
@@ -73,15 +75,8 @@ class Scoring:
     net: Trainee
 
     def run(self, step: int) -> None:
-        average = self.net.average
-        if step == BASE_STEP:
-            with at_strength(self.net, 0.0):
-                self.scorer.run(step, self.net.transformer, "base")
-        elif average is None:
-            self.scorer.run(step, self.net.transformer, "trained")
-        else:
-            with average():
-                self.scorer.run(step, self.net.transformer, "ema")
+        with kept(self.net, step) as weights:
+            self.scorer.run(step, self.net.transformer, weights)
 
 
 @dataclass
@@ -96,7 +91,7 @@ class Evaluation:
     def run(self, step: int) -> None:
         if step == self.heldout.last_step:
             return
-        with nullcontext() if self.net.average is None or step == BASE_STEP else self.net.average():
+        with kept(self.net, step):
             self.heldout.run(self.net.transformer, step, self.emit)
 
     def best_step(self) -> int | None:

@@ -22,7 +22,6 @@ from simpletuner.training.memory import block_memory
 from simpletuner.training.prepare import Prepared
 from simpletuner.training.update import Update, update_of
 
-Strength = Callable[[nn.Module, float], None]
 Average = Callable[[], AbstractContextManager[None]]  # the averaged weights inside, the trained ones after
 
 
@@ -45,10 +44,10 @@ class Trainee:
     def average(self) -> Average | None:
         return None if self.ema is None else self.ema.swapped
 
-    @property
-    def set_strength(self) -> Strength | None:
-        """How the untouched base is had back; None where there is no way."""
-        return lora.set_strength if self.uses_lora else None
+    def set_strength(self, strength: float) -> None:
+        """Of the LoRA; a network without one stays as it is."""
+        if self.uses_lora:
+            lora.set_strength(self.transformer, strength)
 
 
 def make(run: RunConfig, prepared: Prepared, device: Device, emit: Emit) -> Trainee:
