@@ -93,34 +93,22 @@ class Catalogue:
             raise DataError(self._failed)
 
     def changed(self) -> None:
-        """Something was written here: the next look reads the folder again."""
+        """Something was written here, whatever the folder's coarse clock says: the next look reads it."""
         with self._lock:
             self._folders = {str(self.folder): -1}
 
-    def touched(self, path: Path) -> None:
-        """That one file in the folder was written or removed: seen without reading the folder again."""
-        stem, suffix = os.path.splitext(
-            unicodedata.normalize("NFC", path.relative_to(self.folder).as_posix())
-        )
+    def touched(self, text: Path) -> None:
+        """That caption file was written or removed: seen without reading the folder again."""
+        stem = unicodedata.normalize("NFC", text.relative_to(self.folder).with_suffix("").as_posix())
         with self._lock:
             if self._worker is not None or not self._named.is_set():
-                self._folders = {str(self.folder): -1}
+                self._folders = {str(self.folder): -1}  # what is being read may be older
                 return
-            if suffix.lower() == ".txt":
-                there = path if path.is_file() else None
-                names = [name for name in self.found if name.rpartition(".")[0] == stem]
-                new = {name: replace(self.found[name], text=there) for name in names}
-                self.found = {**self.found, **new}
-            else:
-                text = path.with_suffix(".txt")
-                new = {
-                    stem + suffix: Found(self.dataset, path, stem + suffix, text if text.is_file() else None)
-                }
-                self.found = dict(sorted({**self.found, **new}.items()))
-            for parent in path.parents:
-                self._folders[str(parent)] = _mtime(parent)
-                if parent == self.folder:
-                    break
+            there = text if text.is_file() else None
+            names = [name for name in self.found if name.rpartition(".")[0] == stem]
+            new = {name: replace(self.found[name], text=there) for name in names}
+            self.found = {**self.found, **new}
+            self._folders[str(text.parent)] = _mtime(text.parent)
         for found in new.values():
             self.row(found)
 

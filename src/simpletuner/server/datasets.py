@@ -8,7 +8,6 @@ import re
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +30,6 @@ NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 ALIGNMENT_PX = 64
 WAIT_S = 0.5  # for what changed to be read; afterwards one is told how much is unread
 AT_ONCE = 2
-FEW = 20  # files to look at one by one; for more the folder is read again
 LONGEST = 20_000  # characters of a caption; 512 tokens are some 2,500
 SEED: int = RunConfig().training.seed
 
@@ -150,15 +148,11 @@ class Datasets:
             refuse(409, f"files are added here to datasets of the workspace only; copy them into {folder}")
         return Incoming(self.place, folder, file, length, limit)
 
-    def added(self, name: str, saved: Sequence[str]) -> DatasetInfo:
-        """The dataset after these files were written into its folder."""
-        catalogue = self._catalogue(name, 0)
-        if len(saved) > FEW or not all((catalogue.folder / file).is_file() for file in saved):
+    def uploaded(self, name: str) -> None:
+        """The next look at the dataset reads its folder again."""
+        catalogue = self._catalogues.get((name, self._folder(name)))
+        if catalogue is not None:
             catalogue.changed()
-        else:
-            for file in saved:
-                catalogue.touched(catalogue.folder / file)
-        return self.info(name)
 
     def folders(self, path: str) -> Folder:
         """What may be looked into. Raises Outside; Refused 404 for what is no folder."""

@@ -15,13 +15,14 @@ from pydantic import ValidationError
 
 from simpletuner.config import refused, values
 from simpletuner.config.catalog import catalog
-from simpletuner.config.files import parse_document, read_document
+from simpletuner.config.files import parse_document
 from simpletuner.errors import ConfigError
 from simpletuner.server.atomic import write_atomically
+from simpletuner.server.frozen import datasets_of
 from simpletuner.server.judge import canonical, has_placeholder
 from simpletuner.server.options import NOT_SETTABLE
-from simpletuner.server.place import Outside, Place
-from simpletuner.server.refusal import refuse
+from simpletuner.server.place import Place
+from simpletuner.server.refusal import Refused, refuse
 from simpletuner.server.tail import document
 from simpletuner.server.wire.base import Complaint
 from simpletuner.server.wire.configs import Draft, DraftWrite, Import, Imported
@@ -77,24 +78,12 @@ class Drafts:
             for name, value in config.items()
             if name in catalog() and name not in RUNS_OWN and value != catalog()[name].default
         }
-        sets = self._sets(config.get("data_backend_config"))
+        try:
+            sets = [one for one in datasets_of(config, self._place) if isinstance(one, dict)]
+        except (Refused, ConfigError):
+            sets = []
         name = folder.name if NAME.fullmatch(folder.name) else "copy"
         return self.create(DraftWrite(name=f"{name[:73]} copy", config=kept, datasets=sets))
-
-    def _sets(self, written: Any) -> list[dict[str, Any]]:
-        """Relative folders are made absolute, as they are beside that file."""
-        try:
-            path = self._place.inside(written) if isinstance(written, str) else None
-            found = read_document(path, path.name).value if path is not None else []
-        except (Outside, ConfigError):
-            return []
-        sets = [dict(entry) for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
-        for entry in sets:
-            pictures = entry.get("instance_data_dir")
-            if path is not None and isinstance(pictures, str) and not has_placeholder(pictures):
-                beside = path.parent / os.path.expanduser(pictures)
-                entry["instance_data_dir"] = str(beside if beside.exists() else pictures)
-        return sets
 
     def _path(self, id: str) -> Path:
         if not ID.fullmatch(id):

@@ -119,8 +119,8 @@ def of_run(
         refuse(409, "this run has no config.json to go on with")
     options = catalog()
     config = {n: v for n, v in written.items() if n not in options or v != options[n].default}
-    datasets = _datasets(config.pop("data_backend_config", None), place)
-    unset = [name for name in NOT_SETTABLE if config.pop(name, None)]
+    datasets = datasets_of(config, place)
+    unset = [name for name in NOT_SETTABLE if config.pop(name, None) and name != "data_backend_config"]
     if max_train_steps is not None:
         config = {key: value for key, value in config.items() if key not in LENGTHS}
         config["max_train_steps"] = max_train_steps
@@ -132,8 +132,11 @@ def of_run(
     return Frozen(config, _absolute(datasets, place), left_out)
 
 
-def _datasets(file: object, place: Place) -> list[Any]:
-    """As `train` reads them: folders beside the file first."""
+def datasets_of(config: Mapping[str, Any], place: Place) -> list[Any]:
+    """What the file lists that a run's configuration names, with absolute folders: as `train` finds them,
+    beside the file first. Raises Refused, ConfigError.
+    """
+    file = config.get("data_backend_config")
     if not isinstance(file, str):
         return []
     path = _inside(place, file, "data_backend_config")

@@ -107,8 +107,8 @@ async def upload(name: str, path: str, request: Request, home: Here) -> wire.Upl
         refuse(400, "the upload was cut off")
     finally:
         await run_in_threadpool(incoming.discard)
-    info = await run_in_threadpool(home.datasets.added, name, saved)
-    return wire.Uploaded(saved=saved, refused=refused, dataset=info)
+    await run_in_threadpool(home.datasets.uploaded, name)
+    return wire.Uploaded(saved=saved, refused=refused)
 
 
 @router.put("/datasets/{name}/captions/{path:path}")

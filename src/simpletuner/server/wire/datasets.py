@@ -41,7 +41,6 @@ class Uploaded(Wire):
 
     saved: list[str]
     refused: list[RefusedFile]
-    dataset: DatasetInfo
 
 
 class Item(Wire):
