@@ -56,38 +56,13 @@ def routes_page(document: dict[str, Any]) -> str:
         for method, route in methods.items():
             text = html.escape(route.get("description") or route.get("summary", ""))
             parts.append(f"<h2><code>{method.upper()} {html.escape(path)}</code></h2><p>{text}</p>")
-            asked = [_parameter(one) for one in route.get("parameters", [])]
-            taken = route.get("requestBody", {}).get("content", {})
-            asked += [
-                f"body: {_shape(one.get('schema', {}))} as {html.escape(kind)}" for kind, one in taken.items()
-            ]
-            answers = [f"{status}: {_answer(one)}" for status, one in route["responses"].items()]
-            parts.append("<ul>" + "".join(f"<li>{line}</li>" for line in [*asked, *answers]) + "</ul>")
+            told = {key: route[key] for key in ("parameters", "requestBody", "responses") if key in route}
+            parts.append(_folded("Takes and answers", told))
     parts.append("<h2>Shapes</h2>")
-    for name, shape in document["components"]["schemas"].items():
-        name, text = html.escape(name), html.escape(json.dumps(shape, indent=1))
-        parts.append(f'<details id="{name}"><summary>{name}</summary><pre>{text}</pre></details>')
+    parts += [_folded(name, shape) for name, shape in document["components"]["schemas"].items()]
     return FRAME.format(title="simpletuner: routes", body="\n".join(parts))
 
 
-def _parameter(one: dict[str, Any]) -> str:
-    need = "" if one.get("required") else ", optional"
-    return f"{one['in']} <code>{html.escape(one['name'])}</code>: {_shape(one['schema'])}{need}"
-
-
-def _answer(one: dict[str, Any]) -> str:
-    return (
-        " or ".join(_shape(content.get("schema", {})) for content in one.get("content", {}).values())
-        or "nothing"
-    )
-
-
-def _shape(schema: dict[str, Any]) -> str:
-    if "$ref" in schema:
-        name = html.escape(schema["$ref"].rpartition("/")[2])
-        return f'<a href="#{name}">{name}</a>'
-    if "items" in schema:
-        return f"list of {_shape(schema['items'])}"
-    if "anyOf" in schema:
-        return " or ".join(_shape(one) for one in schema["anyOf"])
-    return html.escape(str(schema.get("type", "anything")))
+def _folded(title: str, shape: dict[str, Any]) -> str:
+    text = html.escape(json.dumps(shape, indent=1))
+    return f"<details><summary>{html.escape(title)}</summary><pre>{text}</pre></details>"

@@ -10,9 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +100,6 @@ class Planning:
         self._folder.cleanup()
 
 
-@dataclass
-class _Running:
-    key: str
-    planning: Planning
-    asked_t: float
-
-
 class Plans:
     """At most one process. Another question ends it once nobody has asked for its answer for ABANDONED_S."""
 
@@ -116,8 +107,9 @@ class Plans:
         self._place = place
         self._planner = tuple(planner)
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, PlanState] = OrderedDict()
-        self._running: _Running | None = None
+        self._known: dict[str, PlanState] = {}
+        self._running: tuple[str, Planning] | None = None
+        self._asked_t = 0.0  # when one last asked for what runs
 
     def ask(self, asked: PlanAsk) -> PlanState:
         """Ready, failed, or pending: ask again then. A failure is told once; the next question tries anew."""
@@ -131,41 +123,39 @@ class Plans:
             return PlanState(state="failed", key=key, problems=problems)
         with self._lock:
             self._collect()
-            if key in self._known:
-                self._known.move_to_end(key)
-                known = self._known[key]
-                if known.state == "failed":
-                    del self._known[key]
-                return known
-            self._see_to(key, config, words)
-        return PlanState(state="pending", key=key)
+            known = self._known.pop(key, None)
+            if known is None:
+                self._see_to(key, config, words)
+                return PlanState(state="pending", key=key)
+            if known.state == "ready":
+                self._known[key] = known  # as the newest
+            return known
 
     def close(self) -> None:
         """End what runs; the server does, before it goes."""
         with self._lock:
             if self._running is not None:
-                self._running.planning.end()
+                self._running[1].end()
                 self._running = None
 
     def _see_to(self, key: str, config: Mapping[str, Any], words: Sequence[str]) -> None:
-        now, running = time.monotonic(), self._running
-        if running is not None and running.key == key:
-            running.asked_t = now
-            return
-        if running is not None:
-            if now - running.asked_t < ABANDONED_S:
+        now = time.monotonic()
+        if self._running is not None and self._running[0] != key:
+            if now - self._asked_t < ABANDONED_S:
                 return
-            running.planning.end()
-        planning = Planning(config, words, self._place.workspace, self._planner)
-        self._running = _Running(key, planning, now)
+            self._running[1].end()
+            self._running = None
+        if self._running is None:
+            self._running = key, Planning(config, words, self._place.workspace, self._planner)
+        self._asked_t = now
 
     def _collect(self) -> None:
-        running = self._running
-        if running is None or not running.planning.done():
+        if self._running is None or not self._running[1].done():
             return
-        plan, problems = running.planning.result()
-        state: Any = "ready" if plan is not None else "failed"
-        self._known[running.key] = PlanState(state=state, key=running.key, plan=plan, problems=problems)
+        key, planning = self._running
+        plan, problems = planning.result()
         self._running = None
-        while len(self._known) > KEPT:
-            self._known.popitem(last=False)
+        state: Any = "ready" if plan is not None else "failed"
+        self._known[key] = PlanState(state=state, key=key, plan=plan, problems=problems)
+        if len(self._known) > KEPT:
+            del self._known[next(iter(self._known))]
