@@ -12,6 +12,7 @@ from simpletuner.config import rules
 from simpletuner.config.catalog import catalog
 from simpletuner.config.load import attempt_mapping
 from simpletuner.config.schema import RunConfig
+from simpletuner.config.values import read
 from simpletuner.data.backends import attempt_sets
 from simpletuner.data.fields import PICTURES, SHARED
 from simpletuner.server import options
@@ -43,7 +44,7 @@ def test_needs_name_values_that_their_option_can_have(table: dict) -> None:
                     tried = attempt_mapping({other: value}, Path())
                     assert value == tried.loaded.run.model_dump()[catalog()[other].section][other]
                 else:
-                    assert (PICTURES | SHARED)[other].read(value) == value
+                    assert read(dict(PICTURES, **SHARED)[other], value) == value
 
 
 def test_what_the_reader_calls_without_effect_is_hidden_then() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 from pydantic.fields import FieldInfo
 
+from simpletuner.config.option import Section
 from simpletuner.config.schema import RunConfig
 
 Kind = Literal["flag", "amount", "integer", "number", "choice", "text"]
@@ -57,11 +58,16 @@ def catalog() -> Mapping[str, Option]:
     """Every option by name, in the order of the schema."""
     found: dict[str, Option] = {}
     for section, holder in RunConfig.model_fields.items():
-        model = cast(Any, holder.annotation)
-        for name, field in model.model_fields.items():
-            assert name not in found, name
-            found[name] = _option(name, section, model.__doc__ or section, field)
+        options = options_of(section, cast(Any, holder.annotation))
+        assert found.keys().isdisjoint(options)
+        found |= options
     return types.MappingProxyType(found)
+
+
+def options_of(section: str, model: type[Section]) -> dict[str, Option]:
+    """The declarations of one section by name, in their order."""
+    group = model.__doc__ or section
+    return {name: _option(name, section, group, field) for name, field in model.model_fields.items()}
 
 
 @functools.cache

@@ -143,7 +143,7 @@ class DataOptions(Section):
     caption_strategy: Literal["textfile", "filename", "instanceprompt"] = option("textfile",
         "Where captions come from: a .txt beside each picture, its file name, or instance_prompt for all.",
         level="basic", spellings={"instance_prompt": "instanceprompt"},
-        hints={"parquet": f"caption tables are {NOT_YET}"})
+        hints=dict.fromkeys(("parquet", "huggingface", "csv", "webshart"), f"caption tables are {NOT_YET}"))
     instance_prompt: str | None = option(None,
         "The caption of caption_strategy instanceprompt.", level="common")
     prepend_instance_prompt: bool = option(False, "Put instance_prompt before each caption.", level="common")

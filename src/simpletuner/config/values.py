@@ -121,7 +121,7 @@ READERS: dict[str, Callable[[Option, Any], Any]] = {
 
 def complaint(option: Option, error: ErrorDetails) -> str:
     """The schema's refusal in the words of this program: "must be at least 1 (pictures)"."""
-    if error["type"].startswith(("greater_than", "less_than")):
+    if option.bounds and error["type"].startswith(("greater_than", "less_than")):
         return f"must be {option.bounds}" + (f" ({option.unit})" if option.unit else "")
     if error["type"] == "string_pattern_mismatch":
         return option.text

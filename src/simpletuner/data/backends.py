@@ -8,20 +8,36 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from simpletuner.config import jsonc
+from pydantic import ValidationError
+
+from simpletuner.config import jsonc, values
+from simpletuner.config.catalog import Option, options_of
 from simpletuner.config.environment import expand
 from simpletuner.config.files import read_document
+from simpletuner.config.option import Section
 from simpletuner.config.paths import find
 from simpletuner.config.rules import sizes_and_captions
 from simpletuner.config.schema import DataOptions
 from simpletuner.config.values import did_you_mean
 from simpletuner.data.dataset import Backends, Dataset
-from simpletuner.data.fields import CACHES, HARMLESS, KNOWN, PICTURES, REFUSED, SHARED, UNNEEDED, Field
+from simpletuner.data.fields import (
+    CACHES,
+    HARMLESS,
+    KNOWN,
+    OF_THE_RUN,
+    PICTURES,
+    REFUSED,
+    SHARED,
+    UNNEEDED,
+    CacheFields,
+    PictureFields,
+)
 from simpletuner.data.geometry import Framing
 from simpletuner.errors import ConfigError, Problem
 
+Kind = TypeVar("Kind", bound=Section)
 EXAMPLE = '[{"id": "photos", "instance_data_dir": "datasets/photos"}]'
 
 
@@ -103,10 +119,10 @@ class _Reader:
                 dataset = self.dataset(at, name, kind, self.fields(at, name, entry, PICTURES))
                 found += [dataset] if dataset is not None else []
             else:
-                cache = self.fields(at, name, entry, CACHES)
-                folder = self.beside(cache["cache_dir"]) if "cache_dir" in cache else None
+                cache = self.bounded(at, name, CacheFields, self.fields(at, name, entry, CACHES))
+                folder = self.beside(cache.cache_dir) if cache.cache_dir else None
                 if kind == "text_embeds":
-                    text_caches.append((bool(cache.get("default")), folder))
+                    text_caches.append((cache.default, folder))
                 elif folder is not None:
                     self.notes.append(f"{name}.cache_dir is not used: {UNNEEDED['image_embeds']}")
         train = tuple(dataset for dataset in found if dataset.dataset_type == "image")
@@ -138,16 +154,21 @@ class _Reader:
         ids.setdefault(name, at)
         return name
 
-    def fields(self, at: int, name: str, entry: dict[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
-        """The values that are allowed; null and blank are the same as not given."""
-        values: dict[str, Any] = {}
+    def fields(
+        self, at: int, name: str, entry: dict[str, Any], table: Mapping[str, Option]
+    ) -> dict[str, Any]:
+        """The values that are allowed; null and blank are the same as not given, 0 may say None."""
+        found: dict[str, Any] = {}
         for key, raw in entry.items():
             if raw in (None, "") or (key in SHARED and table is not SHARED):
                 continue
             if key in table:
-                value = self.value(at, name, key, raw, table[key])
-                if value is not None:
-                    values[key] = value
+                try:
+                    found[key] = values.read(table[key], expand(raw, self.environ))
+                except values.BadValue as error:
+                    self.problem(f"{name}.{values.shown(table[key], raw)}: {error}", at, key)
+                except ConfigError as error:
+                    self.problem(f"{name}.{key}: {error}", at, key)
             elif key in REFUSED:
                 if not any(raw == item and isinstance(raw, type(item)) for item in HARMLESS.get(key, ())):
                     self.problem(f"{name}.{key} is not offered: {REFUSED[key]}", at, key)
@@ -157,71 +178,68 @@ class _Reader:
                 self.problem(f"{name}.{key} does not belong into a set of this dataset_type", at, key)
             else:
                 self.problem(f"{name}.{key}: unknown field{did_you_mean(key, KNOWN)}", at, key)
-        return values
+        return found
 
-    def value(self, at: int, name: str, key: str, raw: Any, field: Field) -> Any:
+    def bounded(self, at: int, name: str, model: type[Kind], given: dict[str, Any], base: Any = None) -> Kind:
+        """A section of these values over `base`; what is out of bounds is told, and left out."""
         try:
-            raw = expand(raw, self.environ)
-        except ConfigError as error:
-            self.problem(f"{name}.{key}: {error}", at, key)
-            return None
-        value = field.read(raw)
-        if value is None:
-            shown = json.dumps(raw, ensure_ascii=False)
-            reason = (field.hints or {}).get(raw) if isinstance(raw, str) else None
-            what = f"is not offered: {reason}; use" if reason else "should be"
-            self.problem(f"{name}.{key} = {shown} {what} {field.expects}", at, key)
-        return value
+            return model(**{**(base.model_dump() if base else {}), **given})
+        except ValidationError as failure:
+            table = options_of("dataset", model)
+            for error in failure.errors():
+                key = str(error["loc"][0])
+                said = f"{values.shown(table[key], given[key])}: {values.complaint(table[key], error)}"
+                self.problem(f"{name}.{said}", at, key)
+            return base or model()
 
-    def dataset(self, at: int, name: str, kind: str, values: dict[str, Any]) -> Dataset | None:
+    def dataset(self, at: int, name: str, kind: str, given: dict[str, Any]) -> Dataset | None:
         before = len(self.problems)
-        folder = self.data_dir(at, name, values)
-        prompt = (self.options.instance_prompt or "").strip()
-        prompts = values.pop("instance_prompt", (prompt,) if prompt else ())
-        given = {key: value for key, value in values.items() if key in DataOptions.model_fields}
-        own = self.options.model_copy(update={key: None if given[key] == 0 else given[key] for key in given})
-        for key, what in sizes_and_captions(own) if given else ():
+        folder = self.data_dir(at, name, given)
+        if isinstance(given.get("instance_prompt"), str):
+            given["instance_prompt"] = [given["instance_prompt"]]
+        laid_over = {key: given.pop(key) for key in OF_THE_RUN if key in given}
+        fields = self.bounded(at, name, PictureFields, given)
+        own = self.bounded(at, name, DataOptions, laid_over, self.options)
+        for key, what in sizes_and_captions(own) if laid_over else ():
             self.problem(f"{name}.{key}: {what}", at, key)
-        framing = self.framing(at, name, kind, values, own)
-        made = own.caption_strategy == "instanceprompt" or own.prepend_instance_prompt
-        if (made or own.only_instance_prompt) and not prompts:
-            self.problem(f"{name}.instance_prompt is missing: its captions are made of it", at)
-        if len(self.problems) > before or folder is None:
-            return None
-        return Dataset(
+        prompts = fields.instance_prompt or filter(None, [(self.options.instance_prompt or "").strip()])
+        dataset = Dataset(
             id=name,
             dataset_type=kind,
-            instance_data_dir=folder,
-            framing=framing,
+            instance_data_dir=folder or Path(),
+            framing=self.framing(at, name, kind, fields, own),
             caption_strategy=own.caption_strategy,
-            instance_prompts=prompts,
+            instance_prompts=tuple(prompts),
             prepend_instance_prompt=own.prepend_instance_prompt,
             only_instance_prompt=own.only_instance_prompt,
-            disable_multiline_split=values.get("disable_multiline_split", False),
-            repeats=values.get("repeats", 0),
-            probability=values.get("probability", 1.0),
-            max_num_samples=values.get("max_num_samples") or None,
+            disable_multiline_split=fields.disable_multiline_split,
+            repeats=fields.repeats,
+            probability=fields.probability,
+            max_num_samples=fields.max_num_samples,
         )
+        made = own.caption_strategy == "instanceprompt" or own.prepend_instance_prompt
+        if (made or own.only_instance_prompt) and not dataset.instance_prompts:
+            self.problem(f"{name}.instance_prompt is missing: its captions are made of it", at)
+        return dataset if folder is not None and len(self.problems) == before else None
 
-    def framing(self, at: int, name: str, kind: str, values: dict[str, Any], own: DataOptions) -> Framing:
-        crop = values.get("crop", False)
-        aspect = values.get("crop_aspect", "square")
-        if not crop and "crop_aspect" in values and aspect != "preserve":
+    def framing(self, at: int, name: str, kind: str, fields: PictureFields, own: DataOptions) -> Framing:
+        crop, aspect, given = fields.crop, fields.crop_aspect, fields.model_fields_set
+        if not crop and "crop_aspect" in given and aspect != "preserve":
             self.notes.append(f"{name}.crop_aspect is not used: crop is false, pictures keep their aspect")
-        if "crop_aspect_buckets" in values and not (crop and aspect == "closest"):
+        if fields.crop_aspect_buckets and not (crop and aspect == "closest"):
             what = f'{name}.crop_aspect_buckets needs "crop": true and "crop_aspect": "closest"'
             self.problem(what, at, "crop_aspect_buckets")
-        style = "center" if kind == "eval" else values.get("crop_style", "random" if crop else "center")
+        style = fields.crop_style if kind != "eval" and (crop or "crop_style" in given) else "center"
         shared = own.model_dump(include={field.name for field in dataclasses.fields(Framing)})
-        ratios = values.get("crop_aspect_buckets", ())
+        ratios = tuple(fields.crop_aspect_buckets or ())
         return Framing(crop=crop, crop_style=style, crop_aspect=aspect, crop_aspect_buckets=ratios, **shared)
 
-    def data_dir(self, at: int, name: str, values: dict[str, Any]) -> Path | None:
-        if "instance_data_dir" not in values:
+    def data_dir(self, at: int, name: str, given: dict[str, Any]) -> Path | None:
+        if "instance_data_dir" not in given:
             if not self.sets[at].get("instance_data_dir"):
                 self.problem(f"{name}.instance_data_dir is missing: the folder of the pictures", at)
             return None
-        written = values["instance_data_dir"]
+        written = given["instance_data_dir"]
         folder = self.beside(written)
         if os.path.isdir(folder):
             return folder

@@ -1,143 +1,88 @@
-"""Every field a dataset file may have: what it takes, or why it is refused."""
+"""Every field a dataset file may have: declared as options are, or refused with the reason."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints
+
+from simpletuner.config.catalog import Option, catalog, options_of
+from simpletuner.config.option import Section, option
 
 LOCAL_ONLY = "only local folders are read"
 ONE_CACHE = "the run keeps one cache, addressed by content; its place is cache_dir of the config"
-LARGEST = 16384
 NO_PAIRS = "paired pictures are not trained on yet"
+Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Ratio = Annotated[float, Field(ge=0.01, le=100)]
+
+# fmt: off
+# A table: name, type and default; what it means; its bounds and other values.
 
 
-@dataclass(frozen=True)
-class Field:
-    """expects: the words of the error message. read: the value as used, or None when it is not allowed.
+class SetFields(Section):
+    """Every set"""
 
-    kind, choices: as of an option; "list" is a list, or one of its items.
-    """
-
-    expects: str
-    read: Callable[[Any], Any]
-    hints: Mapping[str, str] | None = None
-    kind: str = "text"
-    choices: tuple[str, ...] = ()
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value.strip() else None
-
-
-def _folder(value: Any) -> str | None:
-    return _text(value) if "{" not in str(value) else None
-
-
-def _prompts(value: Any) -> tuple[str, ...] | None:
-    listed = value if isinstance(value, list) else [value]
-    prompts = tuple(prompt.strip() for prompt in listed if isinstance(prompt, str) and prompt.strip())
-    return prompts if prompts and len(prompts) == len(listed) else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _positive(value: Any) -> float | None:
-    return float(value) if _is_number(value) and 0 < value <= LARGEST else None
-
-
-def _size(value: Any) -> float | None:
-    return float(value) if value == 0 and _is_number(value) else _positive(value)
-
-
-def _count(value: Any) -> int | None:
-    return int(value) if _is_number(value) and value == int(value) and 0 <= value <= 1_000_000 else None
-
-
-def _ratios(value: Any) -> tuple[float, ...] | None:
-    if not isinstance(value, list) or not value or not all(_is_number(item) for item in value):
-        return None
-    return tuple(float(item) for item in value) if all(0.01 <= item <= 100 for item in value) else None
-
-
-def _choice(
-    *allowed: str, also: Mapping[str, str] | None = None, hints: Mapping[str, str] | None = None
-) -> Field:
-    """also: other spellings of an allowed value. hints: values refused with a reason of their own."""
-    spellings = {name: name for name in allowed} | dict(also or {})
-    expects = "one of " + ", ".join(allowed)
-    return Field(
-        expects,
-        lambda value: spellings.get(value) if isinstance(value, str) else None,
-        hints,
-        "choice",
-        allowed,
-    )
-
-
-FLAG = Field("true or false", lambda value: value if isinstance(value, bool) else None, kind="flag")
-TEXT = Field("text", _text)
-POSITIVE = Field(f"a number above 0, at most {LARGEST}", _positive, kind="number")
-SIZE = Field(f"a number up to {LARGEST}, 0 for no limit", _size, kind="number")
-
-# Fields of every set.
-SHARED: Mapping[str, Field] = {
-    "id": TEXT,
-    "type": _choice(
-        "local", hints=dict.fromkeys(("aws", "csv", "huggingface", "memory", "webshart"), LOCAL_ONLY)
-    ),
-    "dataset_type": _choice(
-        "image", "eval", "text_embeds", "image_embeds",
-        hints={
-            "video": "Chroma draws single pictures", "audio": "Chroma draws pictures",
+    id: str = option("", "Name of the dataset, unique in the run.")
+    type: Literal["local"] = option("local", "Where the pictures are.",
+        hints=dict.fromkeys(("aws", "csv", "huggingface", "memory", "webshart"), LOCAL_ONLY))
+    dataset_type: Literal["image", "eval", "text_embeds", "image_embeds"] = option("image",
+        "image is trained on; eval is held out and measured.",
+        hints={"video": "Chroma draws single pictures", "audio": "Chroma draws pictures",
             "caption": "sets of captions without pictures are not offered",
-            "conditioning": NO_PAIRS, "conditioning_image_embeds": NO_PAIRS,
-        },
-    ),
-    "disabled": FLAG,
-    "disable": FLAG,
-}  # fmt: skip
+            "conditioning": NO_PAIRS, "conditioning_image_embeds": NO_PAIRS})
+    disabled: bool = option(False, "Leave this dataset out.")
+    disable: bool = option(False, "Another way to say disabled.")
 
-# Fields of image and eval sets.
-PICTURES: Mapping[str, Field] = {
-    "instance_data_dir": TEXT,
-    "caption_strategy": _choice(
-        "textfile", "filename", "instanceprompt", also={"instance_prompt": "instanceprompt"},
-        hints=dict.fromkeys(("parquet", "huggingface", "csv", "webshart"), "caption tables are not read yet"),
-    ),
-    "instance_prompt": Field("text or a list of texts, none of them blank", _prompts, kind="list"),
-    "prepend_instance_prompt": FLAG,
-    "only_instance_prompt": FLAG,
-    "disable_multiline_split": FLAG,
-    "resolution": POSITIVE,
-    "resolution_type": _choice("pixel", "area", "pixel_area"),
-    "crop": FLAG,
-    "crop_style": _choice(
-        "center", "random", "corner", also={"centre": "center"},
-        hints={"face": "faces are not looked for"},
-    ),
-    "crop_aspect": _choice(
-        "square", "preserve", "closest", hints={"random": "a random aspect per picture is not offered"}
-    ),
-    "crop_aspect_buckets": Field("a list of ratios width / height from 0.01 to 100", _ratios, kind="list"),
-    "minimum_aspect_ratio": POSITIVE,
-    "maximum_aspect_ratio": POSITIVE,
-    "minimum_image_size": SIZE,
-    "maximum_image_size": SIZE,
-    "target_downsample_size": SIZE,
-    "repeats": Field("a whole number of EXTRA passes, 0 or more", _count, kind="integer"),
-    "probability": POSITIVE,
-    "max_num_samples": Field("a whole number, 0 for all", _count, kind="integer"),
-}  # fmt: skip
 
-# Fields of text_embeds and image_embeds sets.
-CACHES: Mapping[str, Field] = {
-    "default": FLAG,
-    "cache_dir": Field("a folder; {env:NAME} is the only placeholder", _folder),
-}
+class PictureFields(Section):
+    """Sets of pictures, image and eval; besides these they take fields of OF_THE_RUN"""
+
+    instance_data_dir: str = option("", "Folder of the pictures; it is only ever read.", path="file")
+    instance_prompt: list[Prompt] | None = option(None,
+        "The captions of caption_strategy instanceprompt: a text, or a list of texts.", min_length=1)
+    disable_multiline_split: bool = option(False,
+        "Take a caption file as one caption; otherwise every line is an alternative.")
+    crop: bool = option(False, "Cut pictures; otherwise they keep their own aspect.")
+    crop_style: Literal["center", "random", "corner"] = option("random",
+        "Which part is kept: the centre, a random place per picture, or the top left corner.",
+        spellings={"centre": "center"}, hints={"face": "faces are not looked for"})
+    crop_aspect: Literal["square", "preserve", "closest"] = option("square",
+        "Shape of the cut: square, the picture's own, or the closest of crop_aspect_buckets.",
+        hints={"random": "a random aspect per picture is not offered"})
+    crop_aspect_buckets: list[Ratio] | None = option(None,
+        "Ratios width / height, 0.01 to 100, for crop_aspect closest; null is the usual ones.", min_length=1)
+    repeats: int = option(0,
+        "Extra passes over every picture in an epoch; 0 is one visit.", unit="extra passes", ge=0, le=10**6)
+    probability: float = option(1.0,
+        "Share of the dataset that an epoch shows, beside the other datasets.", gt=0, le=16384)
+    max_num_samples: int | None = option(None,
+        "Take this many pictures only; null is all.", zero_is_null=True, ge=1, le=10**6)
+
+
+class CacheFields(Section):
+    """Sets of type text_embeds and image_embeds"""
+
+    default: bool = option(False, "The one that is used where several are listed.")
+    cache_dir: str | None = option(None, "must be a folder; {env:NAME} is the only placeholder",
+        pattern=r"^[^{]*$")
+# fmt: on
+
+
+SHARED: Mapping[str, Option] = options_of("dataset", SetFields)
+CACHES: Mapping[str, Option] = options_of("dataset", CacheFields)
+_OWN = options_of("dataset", PictureFields)
+PICTURES: Mapping[str, Option] = {
+    name: _OWN.get(name) or catalog()[name]
+    for name in (
+        "instance_data_dir", "caption_strategy", "instance_prompt", "prepend_instance_prompt",
+        "only_instance_prompt", "disable_multiline_split", "resolution", "resolution_type", "crop",
+        "crop_style", "crop_aspect", "crop_aspect_buckets", "minimum_aspect_ratio", "maximum_aspect_ratio",
+        "minimum_image_size", "maximum_image_size", "target_downsample_size", "repeats", "probability",
+        "max_num_samples",
+    )
+}  # fmt: skip
+OF_THE_RUN = tuple(name for name in PICTURES if name not in _OWN)  # a set's own value goes before the run's
 
 # Read, and without effect on what is trained: a note says why.
 NOTED: Mapping[str, str] = {

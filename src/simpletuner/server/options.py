@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from simpletuner.config.catalog import Option, catalog
 from simpletuner.config.proposals import NANO, for_memory
 from simpletuner.config.schema import AdapterOptions
-from simpletuner.data.dataset import Dataset
-from simpletuner.data.fields import PICTURES, SHARED, Field
-from simpletuner.data.geometry import Framing
+from simpletuner.data.fields import PICTURES, SHARED
 from simpletuner.server.wire.configs import OptionInfo, Preset, Schema
 
 # Refused in everything that comes through the server: what leaves the allowed folders or this machine.
@@ -54,21 +52,6 @@ NEEDS: Mapping[str, Mapping[str, list[Any]]] = {
     "evaluation_step_interval": {"model_flavour": ["nano"]},
 }  # fmt: skip
 
-# Fields of a dataset that are no options: what they mean.
-FIELD_TEXTS: Mapping[str, str] = {
-    "id": "Name of the dataset, unique in the run.",
-    "dataset_type": "image is trained on; eval is held out and measured.",
-    "disabled": "Leave this dataset out.",
-    "instance_data_dir": "Folder of the pictures; it is only ever read.",
-    "disable_multiline_split": "Take a caption file as one caption; otherwise every line is an alternative.",
-    "crop": "Cut pictures; otherwise they keep their own aspect.",
-    "crop_style": "Which part is kept: the centre, a random place per picture, or the top left corner.",
-    "crop_aspect": "Shape of the cut: square, the picture's own, or the closest of crop_aspect_buckets.",
-    "crop_aspect_buckets": "Ratios width / height for crop_aspect closest; null takes the usual ones.",
-    "repeats": "Extra passes over every picture in an epoch; 0 is one visit.",
-    "probability": "Share of the dataset that an epoch shows, beside the other datasets.",
-    "max_num_samples": "Take this many pictures only; null is all.",
-}
 FIELD_NEEDS: Mapping[str, Mapping[str, list[Any]]] = {
     "crop_style": {"crop": [True]},
     "crop_aspect": {"crop": [True]},
@@ -87,7 +70,7 @@ def schema() -> Schema:
     fields = {name: field for name, field in {**SHARED, **PICTURES}.items() if name not in FIELDS_LEFT_OUT}
     return Schema(
         options=[_option(option) for option in catalog().values()],
-        dataset_fields=[_field(name, field) for name, field in fields.items()],
+        dataset_fields=[_field(field) for field in fields.values()],
         presets=presets(),
     )
 
@@ -110,23 +93,15 @@ def presets() -> list[Preset]:
 def _option(option: Option) -> OptionInfo:
     told = {key: value for key, value in asdict(option).items() if key in OptionInfo.model_fields}
     settable = option.name not in NOT_SETTABLE
-    needs = dict(NEEDS.get(option.name, {}))
+    needs = dict((FIELD_NEEDS if option.section == "dataset" else NEEDS).get(option.name, {}))
     told["choices"] = list(option.choices)
     return OptionInfo(**told, takes=option.takes, settable=settable, needs=needs)
 
 
-def _field(name: str, field: Field) -> OptionInfo:
+def _field(option: Option) -> OptionInfo:
     """Where the run has an option of the same name, null takes that one's value."""
-    shared = catalog().get(name)
-    own = {"dataset_type": "image", "crop": False, "crop_aspect": Framing.crop_aspect, "crop_style": "random"}
-    own |= {"repeats": Dataset.repeats, "probability": Dataset.probability, "disabled": False}
-    own |= {"disable_multiline_split": False}
-    return OptionInfo(
-        name=name, section="dataset", group="Dataset", kind="text" if field.kind == "list" else field.kind,
-        nullable=name not in own and name not in ("id", "instance_data_dir"), structured=field.kind == "list",
-        choices=list(field.choices), bounds="", takes=field.expects, default=own.get(name),
-        text=FIELD_TEXTS[name] if shared is None else shared.text,
-        level="basic" if name in BASIC_FIELDS else "common", unit="" if shared is None else shared.unit,
-        path="file" if name == "instance_data_dir" else "", settable=True,
-        needs=dict(FIELD_NEEDS.get(name, {})),
-    )  # fmt: skip
+    of_run, level = option.name in catalog(), "basic" if option.name in BASIC_FIELDS else "common"
+    default = None if of_run or option.default == "" else option.default
+    nullable = of_run or option.nullable
+    dataset = replace(option, section="dataset", group="Dataset", level=level, nullable=nullable)
+    return _option(replace(dataset, default=default))
