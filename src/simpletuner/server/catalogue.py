@@ -26,9 +26,8 @@ from simpletuner.server.tail import document
 
 OPTIONS = DataOptions()
 LIMITS = f"headers up to {OPTIONS.max_image_megapixels:g} megapixels"
-FRESH_S = (
-    10.0  # so old may be what is answered without a look at every file; a changed folder is seen at once
-)
+# So old may be what is answered without a look at every file; a changed folder is seen at once.
+FRESH_S, UNSETTLED = 10.0, float("inf")
 ABSENT = (0, 0)
 Mark = tuple[tuple[int, int], tuple[int, int]]
 
@@ -51,66 +50,61 @@ class Row:
 
 
 class Catalogue:
-    """Of one folder. A daemon thread reads what changed, at most one at a time; threads may ask at once.
+    """Of one folder. Whoever looks reads a part of what is new; threads may look at once.
 
     kept: a JSON file that spares reading headers again in the next process; it can be deleted at any time.
     """
 
-    def __init__(self, place: Place, name: str, folder: Path, kept: Path, turns: threading.Semaphore) -> None:
+    def __init__(self, place: Place, name: str, folder: Path, kept: Path) -> None:
         self.place, self.folder, self.kept = place, folder, kept
         self.dataset = Dataset(name, "image", folder)
-        self.turns = turns  # how many folders are read at once
         self.found: dict[str, Found] = {}
         self.misnamed: dict[str, str] = {}
         self._rows: dict[str, Row] = {}
+        self._waiting: list[str] = []
         self._headers: dict[str, list[int]] | None = None
-        self._folders: dict[str, int] = {}
+        self._folders: dict[str, int] = {}  # with the times of their last change; none: not named yet
         self._inside: set[str] = set()
-        self._seen_t = 0.0
-        self._worker: threading.Thread | None = None
-        self._named, self._again = threading.Event(), threading.Event()
-        self._failed = ""
+        self._due_t = UNSETTLED
         self._lock = threading.Lock()
 
     def look(self, wait_s: float) -> None:
-        """See to it that names are known and rows are being read; wait that long for rows after a change.
-        Raises DataError when the folder cannot be read.
+        """Names are known then, and rows of what is new as far as that time sufficed. Raises DataError when
+        the folder cannot be read.
         """
-        with self._lock:
+        deadline = time.monotonic() + wait_s
+        if not self._lock.acquire(timeout=wait_s if self._folders else -1):
+            return  # somebody else reads
+        try:
             changed = any(_mtime(folder) != seen for folder, seen in self._folders.items())
-            changed = changed or bool(self._failed) or not self._named.is_set()
-            if changed:
-                self._named.clear()
-                self._again.set()
-            if self._worker is None and (changed or time.monotonic() - self._seen_t > FRESH_S):
-                self._worker = threading.Thread(target=self._work, name="catalogue", daemon=True)
-                self._worker.start()
-            worker = self._worker
-        self._named.wait()
-        if changed and worker is not None:
-            worker.join(wait_s)
-        if self._failed:
-            raise DataError(self._failed)
+            if changed or not self._folders or time.monotonic() > self._due_t:
+                self._name()
+            while self._waiting and time.monotonic() < deadline:
+                name = self._waiting.pop()
+                self._rows[name] = self._read(self.found[name])
+            if not self._waiting and self._due_t == UNSETTLED:
+                self._due_t = time.monotonic() + FRESH_S
+                self._keep()
+        except OSError as error:
+            raise DataError(f"{self.folder}: {error.strerror}") from error
+        finally:
+            self._lock.release()
 
     def changed(self) -> None:
         """Something was written here, whatever the folder's coarse clock says: the next look reads it."""
         with self._lock:
-            self._folders = {str(self.folder): -1}
+            self._folders = {}
 
     def touched(self, text: Path) -> None:
         """That caption file was written or removed: seen without reading the folder again."""
         stem = unicodedata.normalize("NFC", text.relative_to(self.folder).with_suffix("").as_posix())
+        there = text if text.is_file() else None
         with self._lock:
-            if self._worker is not None or not self._named.is_set():
-                self._folders = {str(self.folder): -1}  # what is being read may be older
-                return
-            there = text if text.is_file() else None
             names = [name for name in self.found if name.rpartition(".")[0] == stem]
-            new = {name: replace(self.found[name], text=there) for name in names}
-            self.found = {**self.found, **new}
+            self.found = {**self.found, **{name: replace(self.found[name], text=there) for name in names}}
             self._folders[str(text.parent)] = _mtime(text.parent)
-        for found in new.values():
-            self.row(found)
+            for name in names:
+                self.row(self.found[name])
 
     def rows(self) -> list[tuple[str, Row]]:
         """Those that are read, by name."""
@@ -122,37 +116,8 @@ class Catalogue:
         self._rows[found.name] = row = self._read(found)
         return row
 
-    def _work(self) -> None:
-        try:
-            while self._pass():
-                pass
-        finally:
-            with self._lock:
-                self._worker = None
-                self._named.set()
-
-    def _pass(self) -> bool:
-        """Read what changed; whether to begin again, because more did in the meantime."""
-        self._again.clear()
-        try:
-            self._name()
-            with self.turns:
-                for found in list(self.found.values()):
-                    if self._again.is_set():
-                        return True
-                    self._rows[found.name] = self._read(found)
-            self._keep()
-        except DataError as error:
-            self._failed = str(error)
-        except OSError as error:
-            self._failed = f"{self.folder}: {error.strerror}"
-        with self._lock:
-            if not self._again.is_set():
-                self._worker = None
-            return self._again.is_set()
-
     def _name(self) -> None:
-        self._seen_t = time.monotonic()
+        self._folders = {}
         before = {str(self.folder), *(os.path.dirname(one.path) for one in self.found.values())}
         times = {path: _mtime(path) for path in before}  # taken first, so that no change is missed
         found, misnamed, _ = find(self.dataset)
@@ -162,9 +127,8 @@ class Catalogue:
         self._inside = {str(self.folder)}
         for gone in self._rows.keys() - self.found.keys():
             del self._rows[gone]
-        with self._lock:
-            self._folders, self._failed = times, ""
-            self._named.set()
+        self._waiting = sorted(self.found, key=lambda name: name not in self._rows)  # new ones come first
+        self._folders, self._due_t = times, UNSETTLED
 
     def _read(self, found: Found) -> Row:
         try:

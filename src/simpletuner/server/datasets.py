@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 ALIGNMENT_PX = 64
 WAIT_S = 0.5  # for what changed to be read; afterwards one is told how much is unread
-AT_ONCE = 2
 LONGEST = 20_000  # characters of a caption; 512 tokens are some 2,500
 SEED: int = RunConfig().training.seed
 
@@ -50,7 +50,6 @@ class Datasets:
     def __init__(self, place: Place) -> None:
         self.place = place
         self._catalogues: dict[tuple[str, Path], Catalogue] = {}
-        self._turns = threading.Semaphore(AT_ONCE)
         self._lock, self._writing = threading.Lock(), threading.Lock()
 
     def all(self) -> list[DatasetInfo]:
@@ -58,8 +57,8 @@ class Datasets:
         names = set(self._added())
         if self.place.datasets.is_dir():
             names |= {entry.name for entry in os.scandir(self.place.datasets) if entry.is_dir()}
-        known = [name for name in sorted(names) if self._find(name) is not None]
-        return [self._listed(name) for name in known]
+        end = time.monotonic() + WAIT_S
+        return [self._listed(name, end) for name in sorted(names) if self._find(name) is not None]
 
     def make(self, name: str, path: str | None) -> DatasetInfo:
         """A new folder in the workspace, or the name for an existing folder. Raises Refused, Outside."""
@@ -93,9 +92,9 @@ class Datasets:
             unread=max(0, len(catalogue.found) - len(rows)),
         )  # fmt: skip
 
-    def _listed(self, name: str) -> DatasetInfo:
+    def _listed(self, name: str, end: float) -> DatasetInfo:
         try:
-            return self.info(name, WAIT_S / 10)
+            return self.info(name, max(WAIT_S / 10, end - time.monotonic()))
         except DataError as error:  # one folder that cannot be read does not hide the others
             return DatasetInfo(name=name, path=str(self._folder(name)), owned=self.owned(name), pictures=0,
                                captioned=0, refused=0, size_bytes=0, problem=str(error))  # fmt: skip
@@ -202,7 +201,7 @@ class Datasets:
         folder = self._folder(name)
         with self._lock:
             kept = self.place.own / "datasets" / f"{name}.json"
-            made = Catalogue(self.place, name, folder, kept, self._turns)
+            made = Catalogue(self.place, name, folder, kept)
             catalogue = self._catalogues.setdefault((name, folder), made)
         catalogue.look(wait_s)
         return catalogue
