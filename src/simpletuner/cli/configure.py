@@ -11,52 +11,13 @@ from typing import Any
 
 import click
 
+from simpletuner.cli.questions import BACK, HELP, QUESTIONS, Lines, Screen, Silent, shown
 from simpletuner.cli.wizard import Wizard
 from simpletuner.config.catalog import aliases, catalog
 from simpletuner.config.lookup import find_config, places
 from simpletuner.config.paths import shown as short
-from simpletuner.config.questions import Speaker, converse
 from simpletuner.config.values import did_you_mean
-from simpletuner.errors import ConfigError, Problem
-
-
-class Lines:
-    """Questions through a pipe: a line each."""
-
-    patient = True
-
-    def ask(self, text: str, choices: Sequence[str], proposed: str) -> str:
-        among = f" ({', '.join(choices)})" if choices else ""
-        click.echo(f"{text}{among} [{proposed}]")
-        line = sys.stdin.readline()
-        if not line:
-            raise click.UsageError(f"the input ended at {text!r}; --defaults takes what is proposed")
-        return line
-
-    def say(self, text: str) -> None:
-        click.echo(text)
-
-
-class Silent(Lines):
-    """--defaults: yes to everything."""
-
-    patient = False
-
-    def ask(self, text: str, choices: Sequence[str], proposed: str) -> str:
-        return ""
-
-
-class Screen(Lines):
-    """Questions on a terminal: lists to choose from, lines to type."""
-
-    def ask(self, text: str, choices: Sequence[str], proposed: str) -> str:
-        import questionary
-
-        if not choices or proposed not in choices:
-            return str(questionary.text(f"{text} [{proposed}]").unsafe_ask())
-        extra = [questionary.Choice("? help", "?"), questionary.Choice("< back", "<")]
-        listed = [*(questionary.Choice(word, word) for word in choices), *extra]
-        return str(questionary.select(text, listed, default=proposed).unsafe_ask())
+from simpletuner.errors import ConfigError, Problem, SimpleTunerError
 
 
 @click.command("configure")
@@ -76,7 +37,7 @@ def command(
     cwd = Path.cwd()
     target = _target(output, env, cwd)
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and not defaults
-    speaker: Speaker = Silent() if defaults else Screen() if terminal else Lines()
+    speaker = Silent() if defaults else Screen() if terminal else Lines()
     wizard = Wizard(speaker, target, cwd, _settled(pairs))
     present = " and ".join(short(path, cwd) for path in (target, wizard.sets_path) if path.exists())
     if present and not terminal and not force:
@@ -102,6 +63,37 @@ def command(
     usual = target in (*places(cwd), *places(cwd / "config"))
     where = f" --env {env}" if env else "" if usual else f" --config {short(target, cwd)}"
     speaker.say(f"Try it out:  simpletuner train{where} --rehearse\nTrain:       simpletuner train{where}")
+
+
+def converse(speaker: Lines, wizard: Wizard, settled: Sequence[str]) -> None:
+    """Ask every question that applies and is not settled. `?` explains, `<` goes back, a blank is a yes to
+    what is proposed; what the validator refuses is told and asked again."""
+    trail: list[int] = []
+    at, told = 0, -1
+    while at < len(QUESTIONS):
+        question = QUESTIONS[at]
+        if question.name in settled or not question.applies(wizard.known):
+            at += 1
+            continue
+        if at != told and (worth_knowing := wizard.before(question.name)):
+            speaker.say(worth_knowing)
+        told = at
+        proposed = wizard.proposed(question.name)
+        reply = speaker.ask(question.text, question.choices, shown(proposed)).strip()
+        if reply == HELP:
+            speaker.say(question.help)
+        elif reply == BACK:
+            at = trail.pop() if trail else at
+        else:
+            try:
+                wizard.answer(question.name, reply or proposed)
+            except SimpleTunerError as error:
+                if not speaker.patient:
+                    raise
+                speaker.say(str(error))
+                continue
+            trail.append(at)
+            at += 1
 
 
 def _target(output: Path | None, env: str | None, cwd: Path) -> Path:

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.cli.questions import QUESTIONS, Lines
 from simpletuner.config.catalog import aliases, catalog
 from simpletuner.config.environment import expand
 from simpletuner.config.files import read_document
 from simpletuner.config.load import Attempt, attempt_mapping, resolved
 from simpletuner.config.paths import shown as short
 from simpletuner.config.proposals import FULL, NANO, PLANNED, for_memory
-from simpletuner.config.questions import QUESTIONS, Speaker
 from simpletuner.config.values import NULL
 from simpletuner.errors import ConfigError
 
@@ -35,9 +35,9 @@ NO_CHANGE = "no_change"
 
 
 class Wizard:
-    """The Answering of a talk. Later wins: proposal, file, answer, --set."""
+    """What is known and proposed, and what an answer comes to. Later wins: proposal, file, answer, --set."""
 
-    def __init__(self, speaker: Speaker, target: Path, cwd: Path, given: dict[str, Any]) -> None:
+    def __init__(self, speaker: Lines, target: Path, cwd: Path, given: dict[str, Any]) -> None:
         self.speaker, self.target, self.cwd, self.given = speaker, target, cwd, given
         self.old = self._read_config()
         self.editing = bool(self.old)

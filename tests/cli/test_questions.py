@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from simpletuner.cli.configure import converse
+from simpletuner.cli.questions import QUESTIONS
 from simpletuner.config.catalog import catalog
 from simpletuner.config.load import attempt_mapping
 from simpletuner.config.proposals import FULL, NANO, PLANNED, for_memory
-from simpletuner.config.questions import QUESTIONS, converse
 from simpletuner.errors import ConfigError
 
 

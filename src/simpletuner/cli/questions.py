@@ -1,14 +1,16 @@
-"""What `simpletuner configure` asks, in the order in which a person thinks, and how such a talk goes."""
+"""What `simpletuner configure` asks, in the order in which a person thinks, and who is asked."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
+
+import click
 
 from simpletuner.config.catalog import catalog
-from simpletuner.errors import SimpleTunerError
 
 HELP, BACK = "?", "<"
 BIG = ("base", "hd", "flash")
@@ -75,57 +77,43 @@ QUESTIONS = (
 )  # fmt: skip
 
 
-class Speaker(Protocol):
-    """Whoever is asked. `patient`: asked again after an answer that cannot be."""
+class Lines:
+    """Questions through a pipe: a line each. patient: asked again after an answer that cannot be."""
 
-    patient: bool
+    patient = True
 
-    def ask(self, text: str, choices: Sequence[str], proposed: str) -> str: ...
+    def ask(self, text: str, choices: Sequence[str], proposed: str) -> str:
+        among = f" ({', '.join(choices)})" if choices else ""
+        click.echo(f"{text}{among} [{proposed}]")
+        line = sys.stdin.readline()
+        if not line:
+            raise click.UsageError(f"the input ended at {text!r}; --defaults takes what is proposed")
+        return line
 
-    def say(self, text: str) -> None: ...
-
-
-class Answering(Protocol):
-    """What is known and proposed, and what an answer comes to."""
-
-    def known(self, name: str) -> Any: ...
-
-    def proposed(self, name: str) -> Any: ...
-
-    def before(self, name: str) -> str: ...
-
-    def answer(self, name: str, raw: Any) -> None: ...
+    def say(self, text: str) -> None:
+        click.echo(text)
 
 
-def converse(speaker: Speaker, answering: Answering, settled: Sequence[str]) -> None:
-    """Ask every question that applies and is not settled. `?` explains, `<` goes back, a blank is a yes to
-    what is proposed; what the validator refuses is told and asked again."""
-    trail: list[int] = []
-    at, told = 0, -1
-    while at < len(QUESTIONS):
-        question = QUESTIONS[at]
-        if question.name in settled or not question.applies(answering.known):
-            at += 1
-            continue
-        if at != told and (worth_knowing := answering.before(question.name)):
-            speaker.say(worth_knowing)
-        told = at
-        proposed = answering.proposed(question.name)
-        reply = speaker.ask(question.text, question.choices, shown(proposed)).strip()
-        if reply == HELP:
-            speaker.say(question.help)
-        elif reply == BACK:
-            at = trail.pop() if trail else at
-        else:
-            try:
-                answering.answer(question.name, reply or proposed)
-            except SimpleTunerError as error:
-                if not speaker.patient:
-                    raise
-                speaker.say(str(error))
-                continue
-            trail.append(at)
-            at += 1
+class Silent(Lines):
+    """--defaults: yes to everything."""
+
+    patient = False
+
+    def ask(self, text: str, choices: Sequence[str], proposed: str) -> str:
+        return ""
+
+
+class Screen(Lines):
+    """Questions on a terminal: lists to choose from, lines to type."""
+
+    def ask(self, text: str, choices: Sequence[str], proposed: str) -> str:
+        import questionary
+
+        if not choices or proposed not in choices:
+            return str(questionary.text(f"{text} [{proposed}]").unsafe_ask())
+        extra = [questionary.Choice("? help", HELP), questionary.Choice("< back", BACK)]
+        listed = [*(questionary.Choice(word, word) for word in choices), *extra]
+        return str(questionary.select(text, listed, default=proposed).unsafe_ask())
 
 
 def shown(value: Any) -> str:
