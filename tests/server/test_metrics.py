@@ -41,61 +41,57 @@ def test_columns(tmp_path: Path) -> None:
     run.tell(types.Evaluated(4, "photos", "eval", 0.25, 0.0, 0.0, (), True))
     run.tell(types.Evaluated(4, "photos", "train", math.nan, 0.0, 0.0, (), True))
     run.tell(types.Scored(4, "chroma-nano", "trained", 8, {"shape": (0.5, 0.1, 8), "colour": (1.0, 0.0, 8)}))
-    found = metrics(run.events, 0, 100)
+    found = metrics(run.events, 100)
     assert found.step == [1, 2, 3, 4]
     assert found.t == [BEGAN + 6, BEGAN + 8, BEGAN + 10, BEGAN + 12]
     assert found.loss == [1.0, 0.5, pytest.approx(1 / 3), None]
     assert (found.grad_norm[-1], found.memory_gib) == (None, [None, None, None, 7.25])
     assert found.held_out == [(4, "eval", 0.25)]
     assert found.scores == [(4, "chroma-nano", "shape", 0.5), (4, "chroma-nano", "colour", 1.0)]
-    assert (found.start, found.end, found.forget_after) == (0, run.events.stat().st_size, None)
+    assert found.end == run.events.stat().st_size
     found.model_dump_json()
 
 
-def test_since_goes_on_where_it_ended(tmp_path: Path) -> None:
+def test_the_end_is_where_the_live_connection_goes_on(tmp_path: Path) -> None:
     run = WrittenRun(tmp_path / "run").starts().steps(1, 10)
-    end = metrics(run.events, 0, 100).end
+    end = metrics(run.events, 100).end
     run.steps(11, 12)
     with run.events.open("ab") as file:
         file.write(b'{"t": 1, "kind": "st')
-    more = metrics(run.events, end, 100)
-    assert (more.step, more.start, more.forget_after) == ([11, 12], end, None)
-    assert metrics(run.events, more.end, 100).step == []
+    more = tail.lines(run.events, end)
+    assert ([tail.record(line)["step"] for line in more.lines], more.start) == ([11, 12], end)  # type: ignore[index]
+    assert metrics(run.events, 100).end == more.end, "not behind half a line"
 
 
 def test_a_resumed_run_did_its_steps_once(tmp_path: Path) -> None:
     run = WrittenRun(tmp_path / "run").starts().steps(1, 10, loss=lambda step: 9.0)
     run.tell(types.Evaluated(10, "photos", "eval", 9.0, 0.0, 0.0, (), True))
-    end = metrics(run.events, 0, 100).end
     run.starts(resumed=5).steps(6, 8, loss=lambda step: 1.0)
-    found = metrics(run.events, 0, 100)
+    found = metrics(run.events, 100)
     assert found.step == [1, 2, 3, 4, 5, 6, 7, 8]
     assert found.loss == [9.0] * 5 + [1.0] * 3
-    assert (found.held_out, found.resumes, found.forget_after) == ([], [5], None)
-    later = metrics(run.events, end, 100)
-    assert (later.step, later.forget_after, later.resumes) == ([6, 7, 8], 5, [5])
+    assert (found.held_out, found.resumes) == ([], [5])
     run.starts().steps(1, 1)
-    assert metrics(run.events, 0, 100).step == [1]
-    assert metrics(run.events, later.end, 100).forget_after == 0
+    assert metrics(run.events, 100).step == [1]
 
 
 def test_another_file_begins_anew(tmp_path: Path) -> None:
     run = WrittenRun(tmp_path / "run").starts().steps(1, 10)
-    end = metrics(run.events, 0, 100).end
+    end = metrics(run.events, 100).end
     run.events.unlink()
-    assert metrics(run.events, end, 100).end == 0
+    assert metrics(run.events, 100).end == 0
     run.starts().steps(1, 2)
     for since in (end, 10, 10**30, -5):
-        found = metrics(run.events, since, 100)
-        assert (found.start, found.step) == (0, [1, 2]), since
+        found = tail.lines(run.events, since)
+        assert (found.start, found.end) == (0, run.events.stat().st_size), since
 
 
 def test_a_file_of_several_readings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = WrittenRun(tmp_path / "run").starts(1000).steps(1, 600, 1000).starts(1000, resumed=400)
     run.steps(401, 900, 1000)
-    whole = metrics(run.events, 0, 1000)
+    whole = metrics(run.events, 1000)
     monkeypatch.setattr(tail, "MOST_BYTES", 10_000)
-    assert metrics(run.events, 0, 1000) == whole
+    assert metrics(run.events, 1000) == whole
     assert whole.step == list(range(1, 901))
 
 
@@ -136,7 +132,7 @@ def test_half_a_character_waits_for_its_other_half(tmp_path: Path) -> None:
 def test_a_long_run_takes_little_memory(tmp_path: Path) -> None:
     run = WrittenRun(tmp_path / "run").starts(20_000).steps(1, 20_000, 20_000)
     tracemalloc.start()
-    metrics(run.events, 0, 2000)
+    metrics(run.events, 2000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20_000 * 900, "bytes a step"

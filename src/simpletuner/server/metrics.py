@@ -17,47 +17,35 @@ ALWAYS = ("t", "learning_rate", "seconds")
 Row = tuple[float | None, ...]  # of COLUMNS and ALWAYS: a hundred thousand whole records take 135 MB
 
 
-def metrics(path: Path, since: int, max_points: int) -> Metrics:
-    """Of events.jsonl, from byte `since` on. A step that a later process did anew is there once, the new one.
-
-    start: 0 where the file is another than the one asked about. forget_after: steps of before `since` behind
-    this one are void too.
-    """
+def metrics(path: Path, max_points: int) -> Metrics:
+    """Of events.jsonl. A step that a later process did anew is there once, the new one."""
     rows: dict[int, Row] = {}
-    history, start, forget_after = History(), None, None
-    more = True
-    while more:
-        part = tail.lines(path, since)
-        if start is None or part.start < since:
-            rows, history, start = {}, History(), part.start
-        since, more = part.end, part.more
+    history, part = History(), tail.Lines(0, 0, [], more=True)
+    while part.more:
+        part = tail.lines(path, part.end)
+        if part.start == 0:
+            rows, history = {}, History()
         for found in filter(None, map(tail.record, part.lines)):
             if found["kind"] == "step" and found.get("step"):
                 figures = [found.get(name) or 0.0 for name in ALWAYS]
                 rows[found["step"]] = (*map(found.get, COLUMNS), *figures)
             elif (event := from_record(found)) is not None:
-                history.add(Record(found["t"], event, since))
+                history.add(Record(found["t"], event, part.end))
                 if isinstance(event, (types.RunStarted, types.Resumed)):
                     last = event.step if isinstance(event, types.Resumed) else event.resumed_step
                     rows = {step: row for step, row in rows.items() if step <= last}
-                    forget_after = last if forget_after is None else min(last, forget_after)
     steps = sorted(rows)
     steps = [steps[place] for place in thinned([rows[step][0] for step in steps], max_points)]
     named = enumerate((*COLUMNS, *ALWAYS))
     columns: dict[str, Any] = {name: [rows[step][at] for step in steps] for at, name in named}
+    scores = [
+        (one.step, one.metric, name, rate)
+        for one in history.scores.values()
+        for name, (rate, _, _) in one.rates.items()
+    ]
+    held_out = [(e.step, e.split, e.loss) for e in history.evaluations.values() if e.loss == e.loss]
     return Metrics(
-        step=steps,
-        **columns,
-        held_out=[(e.step, e.split, e.loss) for e in history.evaluations.values() if e.loss == e.loss],
-        scores=[
-            (s.step, s.metric, name, rate)
-            for s in history.scores.values()
-            for name, (rate, _, _) in s.rates.items()
-        ],
-        resumes=history.resumes,
-        start=start or 0,
-        end=since,
-        forget_after=forget_after if start else None,
+        step=steps, **columns, held_out=held_out, scores=scores, resumes=history.resumes, end=part.end
     )
 
 

@@ -53,10 +53,8 @@ def run(id: str, home: Here) -> RunDetail:
 
 
 @router.get("/runs/{id}/metrics")
-def metrics(
-    id: str, home: Here, since: int = 0, max_points: Annotated[int, Query(ge=4, le=100_000)] = 2000
-) -> Metrics:
-    return columns(growing(home, id, "events.jsonl"), since, max_points)
+def metrics(id: str, home: Here, max_points: Annotated[int, Query(ge=4, le=100_000)] = 2000) -> Metrics:
+    return columns(growing(home, id, "events.jsonl"), max_points)
 
 
 @router.get("/runs/{id}/pictures")

@@ -76,9 +76,8 @@ class RunDetail(Wire):
 
 class Metrics(Wire):
     """Columns of equal length, thinned to at most max_points (min and max of loss are kept). held_out:
-    (step, split, loss). scores: (step, metric, name, rate). end: byte offset to go on from with `since`.
-    start: where they begin; 0 though `since` was more: the run was begun anew, what came before is void.
-    forget_after: the run went on from this step since; what came before is void behind it."""
+    (step, split, loss). scores: (step, metric, name, rate). end: byte offset of the events that they are
+    made of, to go on from over the live connection."""
 
     step: list[int]
     t: list[float]
@@ -91,8 +90,6 @@ class Metrics(Wire):
     scores: list[tuple[int, str, str, float]]
     resumes: list[int]
     end: int
-    start: int = 0
-    forget_after: int | None = None
 
 
 class Picture(Wire):
