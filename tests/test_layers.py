@@ -13,18 +13,19 @@ SOURCE = Path(__file__).parents[1] / "src" / "simpletuner"
 ALLOWED = {
     "errors": set(),
     "randomness": set(),
-    "events": {"errors"},
+    "durable": set(),
+    "events": {"errors", "durable"},
     "config": {"errors", "events", "randomness"},
-    "data": {"errors", "events", "randomness", "config"},
+    "data": {"errors", "durable", "events", "randomness", "config"},
     "flow": {"errors", "randomness", "config"},
-    "quantization": {"errors", "events", "config"},
-    "adapters": {"errors", "events", "randomness", "config"},
-    "cache": {"errors", "events", "randomness", "config", "data"},
+    "quantization": {"errors", "durable", "events", "config"},
+    "adapters": {"errors", "durable", "events", "randomness", "config"},
+    "cache": {"errors", "durable", "events", "randomness", "config", "data"},
 }
 ALLOWED["models"] = ALLOWED["cache"] | {"flow", "quantization", "adapters", "cache"}
 ALLOWED["validation"] = ALLOWED["models"] | {"models"}
 ALLOWED["training"] = ALLOWED["validation"] | {"validation"}
-ALLOWED["server"] = {"errors", "events", "config", "data"}
+ALLOWED["server"] = {"errors", "durable", "events", "config", "data"}
 ALLOWED["cli"] = set(ALLOWED) | {"cli"}
 
 FORBIDDEN_THIRD_PARTY = {

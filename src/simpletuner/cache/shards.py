@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from simpletuner.durable import sync_folder
 from simpletuner.errors import CacheError
 
 DTYPES = {
@@ -77,15 +78,6 @@ def write_shard(final: Path, tensors: Mapping[str, Tensor], fingerprint: str) ->
     finally:
         unfinished.unlink(missing_ok=True)
     sync_folder(final.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_entries(path: Path) -> list[Entry]:

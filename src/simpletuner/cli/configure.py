@@ -54,7 +54,7 @@ def command(
             return
     finally:
         wizard.close()
-    from simpletuner.server.atomic import write_atomically
+    from simpletuner.durable import write_atomically
 
     target.parent.mkdir(parents=True, exist_ok=True)
     for path, content in ((wizard.sets_path, sets), (target, config)):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from simpletuner.data.types import Rejected
+from simpletuner.durable import write_atomically
 from simpletuner.errors import DataError
 
 SHOWN = 20
@@ -71,6 +71,4 @@ def refuse_too_many(
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
     """One JSON object a line: path (inside the dataset), dataset, reason, detail. Replaces the file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(asdict(item)) + "\n" for item in rejected), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, "".join(json.dumps(asdict(item)) + "\n" for item in rejected))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -15,6 +14,7 @@ from urllib.parse import quote
 
 from PIL import Image, UnidentifiedImageError
 
+from simpletuner.durable import write_atomically
 from simpletuner.events.charts import Line, chart
 from simpletuner.events.history import History, PictureKey, of_run
 from simpletuner.events.types import Evaluated, Failed, ImageSaved, Scored
@@ -47,9 +47,7 @@ def write_report(run_dir: Path, defaults: Mapping[str, Any] | None = None) -> Pa
         f"<body>{body}<footer>Written {_clock(time.time())}.</footer></body></html>"
     )
     path = run_dir / "report.html"
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(page, "utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, page)
     return path
 
 

@@ -19,8 +19,8 @@ from simpletuner.data.geometry import Framing
 from simpletuner.data.pixels import read_header
 from simpletuner.data.report import BadFile
 from simpletuner.data.scan import frame
+from simpletuner.durable import write_atomically
 from simpletuner.errors import DataError
-from simpletuner.server.atomic import write_atomically
 from simpletuner.server.place import Outside, Place
 from simpletuner.server.tail import document
 

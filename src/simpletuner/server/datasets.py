@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.files import SUFFIXES, Found
 from simpletuner.data.geometry import Framing, Size, bucket
+from simpletuner.durable import write_atomically
 from simpletuner.errors import DataError
-from simpletuner.server.atomic import write_atomically
 from simpletuner.server.place import Place
 from simpletuner.server.refusal import refuse
 from simpletuner.server.tail import document

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from simpletuner.config import refused, values
 from simpletuner.config.catalog import catalog
 from simpletuner.config.files import parse_document
+from simpletuner.durable import write_atomically
 from simpletuner.errors import ConfigError
-from simpletuner.server.atomic import write_atomically
 from simpletuner.server.frozen import datasets_of
 from simpletuner.server.judge import canonical, has_placeholder
 from simpletuner.server.options import NOT_SETTABLE

@@ -12,7 +12,7 @@ from typing import Any
 from simpletuner.config import paths
 from simpletuner.config.catalog import catalog
 from simpletuner.config.files import read_document
-from simpletuner.server.atomic import write_atomically
+from simpletuner.durable import write_atomically
 from simpletuner.server.judge import FOLDERS, canonical, judge
 from simpletuner.server.options import NOT_SETTABLE
 from simpletuner.server.pictures import outputs, step_of

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from simpletuner.server.atomic import write_atomically
+from simpletuner.durable import write_atomically
 from simpletuner.server.tail import document
 from simpletuner.server.wire.jobs import Job
 

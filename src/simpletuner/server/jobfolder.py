@@ -15,16 +15,16 @@ import json
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from simpletuner.durable import write_atomically
 from simpletuner.errors import Stopped
 from simpletuner.server.advice import Reason, reason
-from simpletuner.server.atomic import write_atomically
 from simpletuner.server.runs import held
 from simpletuner.server.states import ENDED, End, Facts, Phase, state_of
-from simpletuner.server.tail import document
+from simpletuner.server.tail import document, text
 from simpletuner.server.wire.base import State
 from simpletuner.server.wire.jobs import Job
 
@@ -46,7 +46,6 @@ class Work:
     run: str
     devices: str
     queued_t: float
-    env: dict[str, str] = field(default_factory=dict)
 
 
 class JobFolder:
@@ -137,15 +136,15 @@ class JobFolder:
 
     def lines(self) -> list[str]:
         """The last of its output."""
+        said = text(self.path / "output.log", -TAIL_BYTES, TAIL_BYTES).text.rstrip()
+        return [line.rpartition("\r")[2] for line in said.split("\n")][-LINES:] if said else []
+
+    def written(self) -> Job | None:
+        """What was written down of its end; None while it was not, or by a version with other fields."""
         try:
-            with (self.path / "output.log").open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-                text = file.read().decode("utf-8", "replace")
-        except OSError:
-            return []
-        return (
-            [line.rpartition("\r")[2] for line in text.rstrip().split("\n")][-LINES:] if text.strip() else []
-        )
+            return Job.model_validate_json((self.path / "end.json").read_bytes())
+        except (OSError, ValueError):
+            return None
 
     def view(self) -> Job | None:
         """As the API tells of it. None for a folder that is not whole."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from simpletuner.server.atomic import write_atomically
+from simpletuner.durable import write_atomically
 from simpletuner.server.drafts import Drafts
 from simpletuner.server.frozen import Frozen, of_draft, of_run
 from simpletuner.server.index import Index, Order
@@ -29,6 +29,7 @@ from simpletuner.server.tail import document
 from simpletuner.server.wire.jobs import Job, JobAsk, Queue, QueueWrite
 from simpletuner.server.wire.runs import ResumeAsk
 
+Control = Literal["stop", "save", "validate"]  # files in control/ by which a run is asked for something
 ID = re.compile(r"[0-9a-f]{12}")
 ENDED_SHOWN = 200
 
@@ -47,7 +48,7 @@ class Jobs:
         self.place, self.folder = place, place.own / "jobs"
         self.index, self.changed = Index(place.own), threading.Event()
         self._runs, self._drafts, self._trainer = runs, drafts, trainer
-        runs.know(self)
+        runs.know(self.by_run)
         self.lock = threading.RLock()
 
     def queue(self) -> Queue:
@@ -63,8 +64,8 @@ class Jobs:
 
     def job(self, id: str) -> Job:
         """404 for what is no job's id."""
-        folder = JobFolder(self.folder / id) if ID.fullmatch(id) else None
-        found = self._written(folder) or folder.view() if folder else None
+        folder = self._folder(id) if ID.fullmatch(id) else None
+        found = folder.written() or folder.view() if folder else None
         return self._with_phase(found) if found else refuse(404, "there is no such job")
 
     def by_run(self) -> dict[str, Job]:
@@ -109,7 +110,7 @@ class Jobs:
         with self.lock:
             job = self.job(id)
             if job.state in ACTIVE and job.kind == "rehearse":
-                self._ask(JobFolder(self.folder / id), insist=True)
+                self._ask(self._folder(id), insist=True)
                 return
             if job.state != "queued":
                 refuse(409, "only a job that waits can be withdrawn; stop its run instead")
@@ -120,23 +121,19 @@ class Jobs:
     def arrange(self, write: QueueWrite) -> Queue:
         """409 when the order is not of the jobs that wait now: somebody else was quicker."""
         with self.lock:
-            order = self.index.order()
+            changed = write.model_dump(exclude={"order"}, exclude_none=True)
             if write.order is not None:
                 if sorted(write.order) != sorted(folder.id for folder in self.waiting()):
                     refuse(409, "the queue has changed meanwhile; look again", "order")
-                order = replace(order, jobs=tuple(write.order))
-            if write.paused is not None:
-                order = replace(order, paused=write.paused)
-            if write.continue_on_error is not None:
-                order = replace(order, continue_on_error=write.continue_on_error)
-            self._reorder(order)
+                changed["jobs"] = tuple(write.order)
+            self._reorder(replace(self.index.order(), **changed))
         return self.queue()
 
     def stop(self, run: str, insist: bool) -> None:
         """Ask the run to save and leave; insist: end it now."""
         last = self.by_run().get(run)
         if last is not None and last.state in ACTIVE:
-            self._ask(JobFolder(self.folder / last.id), insist)
+            self._ask(self._folder(last.id), insist)
         elif last is not None and last.state == "queued":
             refuse(409, "the run waits in the queue: withdraw its job instead")
         elif insist:
@@ -152,7 +149,7 @@ class Jobs:
                 raise
         self.changed.set()
 
-    def request(self, run: str, control: Literal["stop", "save", "validate"]) -> None:
+    def request(self, run: str, control: Control) -> None:
         """Lay a file that the running process looks for. 409 when nothing runs there."""
         run_dir = self._found(run)
         if not held(run_dir / "run.lock"):
@@ -167,11 +164,11 @@ class Jobs:
 
     def waiting(self) -> list[JobFolder]:
         """Those that could be started, in their order."""
-        return [JobFolder(self.folder / job.id) for job in in_order(self._views(), self.index.order())]
+        return [self._folder(job.id) for job in in_order(self._views(), self.index.order())]
 
     def unsettled(self) -> list[JobFolder]:
         """Those that were started and whose end has not been written down."""
-        return [JobFolder(self.folder / job.id) for job in self._views() if job.state != "queued"]
+        return [self._folder(job.id) for job in self._views() if job.state != "queued"]
 
     def settle(self, folder: JobFolder) -> None:
         """Write down what an ended job came to. A failure holds those that wait, unless told otherwise."""
@@ -191,7 +188,7 @@ class Jobs:
         with self.lock:
             if not rehearsal:
                 self._require_free(frozen.run_dir, run)
-            folder = JobFolder(self.folder / secrets.token_hex(6))
+            folder = self._folder(secrets.token_hex(6))
             config = frozen.write(folder.path / "config")
             work = Work(
                 name=name,
@@ -229,18 +226,14 @@ class Jobs:
     def _has_checkpoint(self, run_dir: Path, name: str) -> bool:
         return CHECKPOINT.fullmatch(name) is not None and self.place.below(run_dir, name).is_dir()
 
+    def _folder(self, id: str) -> JobFolder:
+        return JobFolder(self.folder / id)
+
     def _ids(self) -> list[str]:
         try:
             return [name for name in os.listdir(self.folder) if ID.fullmatch(name)]
         except FileNotFoundError:
             return []
-
-    def _written(self, folder: JobFolder) -> Job | None:
-        """What was written down of an ended job; None while it was not, or by a version with other fields."""
-        try:
-            return Job.model_validate_json((folder.path / "end.json").read_bytes())
-        except (OSError, ValueError):
-            return None
 
     def _with_phase(self, job: Job) -> Job:
         """Nearer than "starting": by the run's events. One that has ended still has a process for a while."""
@@ -258,8 +251,8 @@ class Jobs:
             for id in self._ids():
                 if id in known:
                     continue
-                folder = JobFolder(self.folder / id)
-                ended = self._written(folder)
+                folder = self._folder(id)
+                ended = folder.written()
                 if ended is not None:
                     self.index.write_ended(id, ended.model_dump_json())
                 elif (view := folder.view()) is not None:

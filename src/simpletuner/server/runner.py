@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from simpletuner.server.atomic import write_atomically
+from simpletuner.durable import write_atomically
 
 FULL_BYTES = 20 * 2**20
 LOOK_S = 2.0

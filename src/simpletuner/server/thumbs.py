@@ -10,7 +10,7 @@ import stat
 from io import BytesIO
 from pathlib import Path
 
-from simpletuner.server.atomic import write_atomically
+from simpletuner.durable import write_atomically
 from simpletuner.server.refusal import refuse
 
 LADDER_PX = (96, 192, 384, 768)  # a cache cannot be filled by asking for every width there is

@@ -22,21 +22,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from simpletuner.durable import write_atomically
 from simpletuner.errors import ConfigError, DiskFull, RunLocked
 
 CONTROLS = ("stop", "save", "validate")
 KEPT_IN_PLACE = ("cache", "run.lock", "control")
 READER_S = 0.5
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The old content or the new, never half of it, whatever happens."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def replace_folder(target: Path, write: Callable[[Path], object]) -> None:

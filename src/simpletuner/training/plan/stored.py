@@ -15,9 +15,9 @@ import torch
 import simpletuner
 from simpletuner.config.environment import user_cache
 from simpletuner.config.schema import RunConfig
+from simpletuner.durable import write_atomically
 from simpletuner.models.family import BlockMemory, Sketch
 from simpletuner.training.plan.imitation import Feed, Measured
-from simpletuner.training.rundir import write_atomically
 
 # Of the three sections that are part of the key: what moves no byte of the measured step. Numbers that scale
 # an update, where files lie, other parts of the model, and what prediction.py adds or takes away itself.

@@ -1,4 +1,4 @@
-"""Small files of the server's own: the old content or the new, never half of it."""
+"""Files that are whole or not there, whatever happens: written aside, on the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """On the disk before it takes the old one's place. Threads may write at once: the last counts."""
+    """The old content or the new, never half of it. Threads may write at once: the last counts."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -18,3 +18,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
