@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from simpletuner.errors import ConfigError
+from simpletuner.quantization import schemes
 from simpletuner.quantization.schemes import SCHEMES, named
 
 # Root of the mean square error over that of the weights, Gaussian rows with a few outliers.
@@ -138,3 +139,11 @@ def test_nf4_against_bitsandbytes_itself() -> None:
 def test_an_unknown_scheme_is_told_the_names() -> None:
     with pytest.raises(ConfigError, match="int8, fp8, int4, nf4"):
         named("int3")
+
+
+@pytest.mark.parametrize("columns", [200, 256])
+def test_nf4_in_pieces_is_the_same_weight(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = gaussian(23, columns)
+    whole = restored("nf4", weight, torch.bfloat16)
+    monkeypatch.setattr(schemes, "AT_ONCE", 5 * 128)
+    assert torch.equal(restored("nf4", weight, torch.bfloat16), whole)

@@ -6,7 +6,8 @@ T tokens (batch and sequence flattened) · r rank · A (r, in) · B (out, r), fl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -17,33 +18,50 @@ from simpletuner.adapters.layouts import Factors
 from simpletuner.errors import ModelError
 
 ADAPTER = "default"
+Restore = Callable[..., Tensor]
+
+
+@runtime_checkable
+class Restoring(Protocol):
+    """A frozen linear that keeps its weight in another form."""
+
+    def recipe(self) -> tuple[Restore, Sequence[Tensor]]:
+        """restore and parts: restore(dtype, *parts) is the weight."""
+
+
+def _itself(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    return weight.to(dtype)
 
 
 class _FrozenLinearWithDelta(torch.autograd.Function):
-    """A frozen nn.Linear and its delta as one node: keeps x and A x, adds the delta in place both ways."""
+    """A frozen linear and its delta as one node: keeps x and A x, adds the delta in place both ways.
+
+    restore(dtype, *parts): the weight (out, in), anew each time: a copy would live until the backward.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, restore: Restore,
+        *parts: Tensor,
+    ) -> Tensor:  # fmt: skip
         dtype, flat = x.dtype, x.reshape(-1, x.shape[-1])
         hidden = F.linear(flat, a.to(dtype))
-        y = F.linear(flat, weight.to(dtype), None if bias is None else bias.to(dtype))
+        y = F.linear(flat, restore(dtype, *parts), None if bias is None else bias.to(dtype))
         y.addmm_(hidden, b.to(dtype).t(), alpha=scale)
-        # The weights are kept as they are and cast again: cast copies would live until the backward.
-        ctx.save_for_backward(x, hidden, weight, a, b)
-        ctx.scale = scale
+        ctx.save_for_backward(x, hidden, a, b, *parts)
+        ctx.scale, ctx.restore = scale, restore
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, weight, a, b = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_hidden, grad_a, grad_b = _factor_gradients(ctx, grad, x, hidden, a, b, first=3)
+        x, hidden, a, b, *parts = ctx.saved_tensors
+        grad, dtype, shape = grads[0].reshape(-1, grads[0].shape[-1]), x.dtype, x.shape
+        grad_hidden, grad_a, grad_b = _factor_gradients(ctx, grad, x, hidden, a, b, first=2)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, weight.to(x.dtype)).addmm_(grad_hidden, a.to(x.dtype)).view(x.shape)
-        return grad_x, None, None, grad_a, grad_b, None
+            del x  # a recomputed one is gone before the largest products: 142 MB at 1024 px
+            grad_x = torch.mm(grad, ctx.restore(dtype, *parts)).addmm_(grad_hidden, a.to(dtype)).view(shape)
+        return grad_x, None, grad_a, grad_b, *([None] * (2 + len(parts)))
 
 
 class _Delta(torch.autograd.Function):
@@ -89,6 +107,11 @@ class AdaptedLinear(PeftLinear, ABC):
     def __init__(self, base_layer: nn.Module, adapter_name: str, **arguments: Any) -> None:
         super().__init__(base_layer, adapter_name, **arguments)
         self.strength = 1.0
+        self.adopt(base_layer)
+
+    def adopt(self, base: nn.Module) -> None:
+        """Another linear of the same shape takes the base's place."""
+        self.base_layer, self.restores = base, isinstance(base, Restoring)
 
     @property
     def down(self) -> nn.Parameter:
@@ -149,11 +172,21 @@ class LoraLinear(AdaptedLinear):
         dropping = self.training and isinstance(dropout, nn.Dropout)
         if self.start_down is not None and self.start_up is not None:
             return self._from_start(base(x, *args, **kwargs), dropout(x), self.start_down, self.start_up)
-        if type(base) is nn.Linear and not base.weight.requires_grad and not dropping:
-            x = _as_autocast(x)
-            return _FrozenLinearWithDelta.apply(x, base.weight, base.bias, self.down, self.up, scale)
+        recipe = None if dropping else self._recipe()
+        if recipe is not None:
+            restore, parts = recipe
+            return _FrozenLinearWithDelta.apply(
+                _as_autocast(x), base.bias, self.down, self.up, scale, restore, *parts
+            )
         base_y = base(x, *args, **kwargs)
         return _Delta.apply(base_y, dropout(x.to(base_y.dtype)), self.down, self.up, scale)
+
+    def _recipe(self) -> tuple[Restore, Sequence[Tensor]] | None:
+        """None where the base is no frozen linear that is known here."""
+        base = self.base_layer
+        if self.restores:
+            return cast(Restoring, base).recipe()
+        return (_itself, [base.weight]) if type(base) is nn.Linear and not base.weight.requires_grad else None
 
     def _from_start(self, base_y: Tensor, x: Tensor, start_down: Tensor, start_up: Tensor) -> Tensor:
         """The difference of two large products is taken in the masters' dtype: bf16 would drown it."""

@@ -145,7 +145,7 @@ def _inject(
         warnings.filterwarnings("ignore", message="Unsupported layer type")
         inject_adapter_in_model(config, transformer, ADAPTER)
     for name, module in adapted(transformer).items():
-        module.base_layer = modules[name].requires_grad_(False)
+        module.adopt(modules[name].requires_grad_(False))
     transformer.train(transformer.training)  # new modules follow the network's mode, dropout with them
     return adapted(transformer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,17 +12,17 @@ from torch import Tensor, nn
 
 from simpletuner.quantization.schemes import SCHEMES, named
 
+Restore = Callable[..., Tensor]
+
 
 class _Product(torch.autograd.Function):
     """x W^T + bias. Neither x nor the restored weight is kept: the backward restores it again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, scheme: str, columns: int, *parts: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, restore: Restore, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(*parts)
-        ctx.scheme, ctx.columns, ctx.dtype = scheme, columns, x.dtype
-        return F.linear(x, _restored(scheme, columns, x.dtype, parts), bias)
+        ctx.restore, ctx.dtype = restore, x.dtype
+        return F.linear(x, restore(x.dtype, *parts), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -29,14 +30,13 @@ class _Product(torch.autograd.Function):
         parts = ctx.saved_tensors  # once: under checkpointing a second look is refused
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = _restored(ctx.scheme, ctx.columns, ctx.dtype, parts)
-            grad_x = torch.mm(grad, weight).view(*grads[0].shape[:-1], ctx.columns)
+            grad_x = torch.mm(grad, ctx.restore(ctx.dtype, *parts)).view(*grads[0].shape[:-1], -1)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(0)
-        return grad_x, grad_bias, *([None] * (2 + len(parts)))
+        return grad_x, grad_bias, *([None] * (1 + len(parts)))
 
 
-def _restored(scheme: str, columns: int, dtype: torch.dtype, parts: Iterable[Tensor]) -> Tensor:
+def _restored(scheme: str, columns: int, dtype: torch.dtype, *parts: Tensor) -> Tensor:
     table = SCHEMES[scheme]
     return table.dequantize(dict(zip(table.part_shapes(1, columns), parts, strict=True)), columns, dtype)
 
@@ -89,13 +89,19 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """(out, in) in weight_dtype"""
-        return _restored(self.scheme, self.in_features, self.weight_dtype, self._parts())
+        restore, parts = self.recipe()
+        return restore(self.weight_dtype, *parts)
+
+    def recipe(self) -> tuple[Restore, list[Tensor]]:
+        """restore(dtype, *parts): the weight. For those who have it in a node of their own (adapters)."""
+        return partial(_restored, self.scheme, self.in_features), self._parts()
 
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
-        return _Product.apply(input, self._bias(input.dtype), self.scheme, self.in_features, *self._parts())
+        restore, parts = self.recipe()
+        return _Product.apply(input, self._bias(input.dtype), restore, *parts)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}"

@@ -20,6 +20,7 @@ from simpletuner.errors import ConfigError
 
 GROUP = 64
 FP8_MAX = 448.0
+AT_ONCE = 5 * 2**20  # NF4 codes (a 3072 x 3072 matrix) that are int32 at a time, for the table
 # QLoRA, appendix E (arXiv 2305.14314): quantiles of the normal distribution, 0 among them.
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -163,10 +164,16 @@ def _quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
 
 
 def _dequantize_nf4(parts: Parts, columns: int, dtype: torch.dtype) -> Tensor:
-    work = _exact(dtype)
-    both = F.embedding(parts["codes"].int(), parts["levels"].to(work))
-    both = both.view(*parts["absmax"].shape, GROUP).mul_(parts["absmax"].to(work)[..., None])
-    return both.flatten(1)[:, :columns].to(dtype)
+    work, codes = _exact(dtype), parts["codes"]
+    levels, absmax = parts["levels"].to(work), parts["absmax"].to(work)[..., None]
+    if codes.numel() <= AT_ONCE or torch.compiler.is_compiling():  # compiled, they are no tensor at all
+        both = F.embedding(codes.int(), levels).view(*parts["absmax"].shape, GROUP)
+    else:
+        both = codes.new_empty((*parts["absmax"].shape, GROUP), dtype=work)
+        rows = max(1, AT_ONCE // codes.shape[1])
+        for piece, place in zip(codes.split(rows), both.split(rows), strict=True):
+            place.copy_(F.embedding(piece.int(), levels).view(place.shape))
+    return both.mul_(absmax).flatten(1)[:, :columns].to(dtype)
 
 
 def _nf4_shapes(rows: int, columns: int) -> Shapes:

@@ -291,8 +291,9 @@ class SingleBlock(nn.Module):
         shift, scale, gate = modulation.split(1, dim=1)
         inner = modulate(x, shift, scale)
         attended = self.attn(*self.attn.project(inner, unread), table, padding)
-        hidden = F.gelu(self.proj_mlp(inner[:, unread:]), approximate="tanh")
-        return add_gated(x[:, unread:], gate, self.proj_out(torch.cat((attended, hidden), dim=-1)))
+        # Nameless, so that the parts are gone before the largest product of the step.
+        both = torch.cat((attended, F.gelu(self.proj_mlp(inner[:, unread:]), approximate="tanh")), dim=-1)
+        return add_gated(x[:, unread:], gate, self.proj_out(both))
 
 
 class ApproximatorLayer(nn.Module):
