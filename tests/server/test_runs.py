@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from simpletuner.events import types
 from simpletuner.events.history import of_run
-from simpletuner.server import digest, folders, runs, tail
+from simpletuner.server import digest, folders, jobs, tail
 from simpletuner.server.place import Place, run_id
 from simpletuner.server.refusal import Refused
 from simpletuner.server.runs import Runs
@@ -49,13 +50,13 @@ class SomeJobs:
 
 def only(workspace: Path, *jobs: Job) -> RunSummary:
     found = Runs(Place(workspace))
-    found.know(SomeJobs(*jobs))
+    found.know(SomeJobs(*jobs).by_run)
     (summary,) = found.summaries()
     return summary
 
 
 def test_control_names_are_the_training_s() -> None:
-    assert runs.CONTROLS == rundir.CONTROLS
+    assert get_args(jobs.Control) == rundir.CONTROLS
 
 
 # -- where runs are found
@@ -117,7 +118,7 @@ def test_a_job_brings_the_folder_it_writes_to_unless_that_is_not_allowed(tmp_pat
     assert only(place, job(deep, "running")).step == 3
     assert only(place, job(outside, "queued", None)).step == 0
     known = Runs(Place(place))
-    known.know(SomeJobs(job(outside, "queued", None)))
+    known.know(SomeJobs(job(outside, "queued", None)).by_run)
     assert known.find(run_id(outside)) is None
 
 
@@ -240,7 +241,7 @@ def test_jobs_without_a_folder_are_runs_too(tmp_path: Path) -> None:
     WrittenRun(tmp_path / "output" / "old").starts().ends()
     coming = job(tmp_path / "output" / "new", "queued", None)
     known = Runs(Place(tmp_path))
-    known.know(SomeJobs(coming))
+    known.know(SomeJobs(coming).by_run)
     first, second = known.summaries()
     assert (first.name, first.state, first.job, first.id) == ("new", "queued", coming.id, coming.run)
     assert (second.name, second.state) == ("old", "done")

@@ -127,7 +127,8 @@ def test_a_stop_is_heard_whenever_it_comes(bench: Bench, monkeypatch: pytest.Mon
     bench.reach(job, when)
     bench.jobs.stop(job.run, insist=False)
     assert bench.state(job) == "stopping"
-    assert bench.reach(job, *ENDED).state == "stopped"
+    ended = bench.reach(job, *ENDED)
+    assert ended.state == "stopped", (bench.file(job, "exit.json"), ended.last_lines)
     assert bench.jobs.resume(job.run, ResumeAsk()).state == "queued", "with a run folder and without one"
 
 
@@ -479,3 +480,21 @@ def test_a_run_goes_on_while_its_last_process_still_leaves(
     again = bench.jobs.resume(job.run, ResumeAsk())
     assert bench.state(again) == "queued"
     assert bench.reach(again, "done").exit_code == 0
+
+
+@pytest.mark.parametrize(("told", "state"), [(None, "stopped"), ("failed", "failed")])
+def test_one_that_was_interrupted_while_it_loaded_is_stopped(
+    bench: Bench, told: str | None, state: str
+) -> None:
+    """Python ends with code 1 and words of its own then; a failure is what the training itself calls one."""
+    job = bench.enqueue()
+    folder = bench.jobs.folder / job.id
+    (folder / "runner.lock").write_text("")
+    (folder / "state.json").write_text('{"started_t": 1.0}')
+    (folder / "stop.json").write_text('{"t": 2.0, "insist": false, "sent": ["SIGINT"]}')
+    (folder / "output.log").write_text("Fatal Python error: init_import_site\nKeyboardInterrupt\n")
+    (folder / "exit.json").write_text('{"code": 1, "signal": null, "t": 3.0}')
+    if told is not None:
+        Path(job.run_dir).mkdir(parents=True)
+        (Path(job.run_dir) / "exit.json").write_text(json.dumps({"status": told, "message": "", "t": 2.5}))
+    assert bench.state(job) == state

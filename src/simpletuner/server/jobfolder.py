@@ -15,7 +15,7 @@ import json
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +58,8 @@ class JobFolder:
         """None for a folder that is not whole: its server was killed while it wrote."""
         content = document(self.path / "job.json") or {}
         try:
-            return Work(**{**content, "argv": tuple(content["argv"])})
+            known = {field.name: content[field.name] for field in fields(Work)}
+            return Work(**{**known, "argv": tuple(known["argv"])})
         except (KeyError, TypeError):
             return None
 
@@ -125,14 +126,13 @@ class JobFolder:
         return told if isinstance(t, (int, float)) and t >= (self._started_t() or work.queued_t) else {}
 
     def _end(self, work: Work) -> End | None:
-        exited = document(self.path / "exit.json")
+        exited, status = document(self.path / "exit.json"), self._told(work).get("status")
         if exited is None:  # the runner was killed; the training may have come to its own end
-            status = self._told(work).get("status")
             return status if status in ("done", "stopped", "failed") else None
         if exited.get("code") in (0, Stopped.exit_code):
             return "done" if exited["code"] == 0 else "stopped"
-        interrupted = exited.get("signal") is not None or self.lines()[-1:] == ["Aborted!"]
-        return "stopped" if interrupted and self.asked() is not None else "failed"
+        # Interrupted while it is loaded, Python says so in many ways.
+        return "failed" if self.asked() is None or status == "failed" else "stopped"
 
     def lines(self) -> list[str]:
         """The last of its output."""

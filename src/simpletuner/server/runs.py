@@ -6,10 +6,10 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from simpletuner.config.catalog import catalog
 from simpletuner.events.wording import describe
@@ -23,18 +23,11 @@ from simpletuner.server.wire.base import State
 from simpletuner.server.wire.jobs import Job
 from simpletuner.server.wire.runs import Picture, RunDetail, RunSummary
 
-CONTROLS = ("stop", "save", "validate")  # files in control/ by which a run is asked for something
 READ_AT_ONCE_S = 0.25  # of events that nobody has read yet, for one list of runs
 WATCHED = ("events.jsonl", "exit.json", "run.lock", "control/stop")
 ENDS: Mapping[str, State] = {"done": "done", "stopped": "stopped", "failed": "failed"}  # of exit.json
 
 Stamp = tuple[int, int, int] | None
-
-
-class Jobs(Protocol):
-    def by_run(self) -> Mapping[str, Job]:
-        """The newest job of every run that has one, by run id; it asks no runs."""
-        ...
 
 
 @dataclass
@@ -67,14 +60,16 @@ class Runs:
     def __init__(self, place: Place) -> None:
         self.place = place
         self._folders = Folders(place)
-        self._jobs: Jobs | None = None
+        self._newest_jobs: Callable[[], Mapping[str, Job]] = dict
         self._homes: dict[str, str] = {}
         self._seen: dict[str, Seen] = {}
         self._lock = threading.RLock()
 
-    def know(self, jobs: Jobs) -> None:
-        """Jobs are made after the runs that they ask about."""
-        self._jobs = jobs
+    def know(self, by_run: Callable[[], Mapping[str, Job]]) -> None:
+        """by_run: the newest job of every run that has one, by run id. Jobs are made after runs, which they
+        ask about; this asks no runs.
+        """
+        self._newest_jobs = by_run
 
     def summaries(self) -> list[RunSummary]:
         """Newest first, those to come before all. Of long events that nobody has read yet the first answer
@@ -132,7 +127,7 @@ class Runs:
 
     def _by_run(self) -> Mapping[str, Job]:
         """Never asked while the lock is held: jobs have one of their own."""
-        jobs = self._jobs.by_run() if self._jobs is not None else {}
+        jobs = self._newest_jobs()
         with self._lock:
             self._homes = {id: job.run_dir for id, job in jobs.items() if job.run_dir}
         return jobs
