@@ -85,6 +85,7 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
 def by_model(scenes: Sequence[Scene], args: argparse.Namespace) -> list[Image.Image]:
     """What `simpletuner generate` draws for the captions."""
     from simpletuner.cli.generate import Request, find_lora, generate
+    from simpletuner.events.terminal import Terminal
     from simpletuner.validation.prompts import Prompt
 
     prompts = tuple(
@@ -97,10 +98,7 @@ def by_model(scenes: Sequence[Scene], args: argparse.Namespace) -> list[Image.Im
             prompts, model_options(args), lora, (args.strength,), args.steps, args.guidance, NOISE_SEED,
             str(SIDE_PX), 1, args.keep or Path(scratch),
         )  # fmt: skip
-        return [
-            Image.open(path).convert("RGB")
-            for path in generate(request, lambda line: print(line, file=sys.stderr))
-        ]
+        return [Image.open(path).convert("RGB") for path in generate(request, Terminal(sys.stderr))]
 
 
 def sheet(

@@ -56,7 +56,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ours(out: Path, lora: Path | None, model: ModelOptions = NANO) -> np.ndarray:
     prompts = (Prompt("star", PROMPT),)
     request = Request(prompts, model, lora, (1.0,), STEPS, 1.0, SEED, str(SIDE_PX), 1, out)
-    (path,) = generate(request, lambda line: None)
+    (path,) = generate(request, lambda event: None)
     return np.asarray(Image.open(path)).astype(int)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import re
 import sys
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -14,7 +15,9 @@ import click
 
 from simpletuner.config.schema import DataOptions, ModelOptions
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.events.progress import Stage
 from simpletuner.events.terminal import Terminal
+from simpletuner.events.types import Emit, Noted
 from simpletuner.validation.prompts import Picture, Prompt, captions, file_safe, pictures, read_sizes
 
 if TYPE_CHECKING:
@@ -82,7 +85,9 @@ def command(
     request = Request(
         prompts, options, found, _strengths(strength, found), steps, guidance, seed, size, count, out
     )
-    for path in generate(request, lambda line: click.echo(line, err=True)):
+    with closing(Terminal(sys.stderr)) as shown:
+        paths = generate(request, shown)
+    for path in paths:
         click.echo(path)
 
 
@@ -132,20 +137,19 @@ def _strengths(text: str, lora: Path | None) -> tuple[float, ...]:
 
 def model_options(config: Path | None, runs: list[Path], flags: dict[str, str]) -> ModelOptions:
     """Flags over --config, else over the run that made the weights, else over the one found here."""
-    from simpletuner.config.jsonc import parse
+    from simpletuner.config.files import read_document
     from simpletuner.config.load import from_resolved, load
 
     for run in runs if config is None else ():
         if (run / "events.jsonl").is_file() and (run / "config.json").is_file():
-            file = run / "config.json"
-            known = parse(file.read_text(encoding="utf-8"), str(file)).value
+            known = read_document(run / "config.json", str(run / "config.json")).value
             if "model_flavour" in flags:  # the run's own base would hide the flavour asked for
                 known = {name: value for name, value in known.items() if not name.startswith("pretrained_")}
             return from_resolved({**known, **flags}).model
     return load(tuple(flags.items()), config, needs_data=False).run.model
 
 
-def generate(request: Request, say: Callable[[str], None]) -> list[Path]:
+def generate(request: Request, emit: Emit) -> list[Path]:
     """Draw and write everything; the paths in the order of strengths, then sizes, prompts and seeds.
 
     The text encoder, the transformer and the VAE are in memory one after the other, never together.
@@ -155,17 +159,17 @@ def generate(request: Request, say: Callable[[str], None]) -> list[Path]:
     from simpletuner.validation.images import Settings, describe, save_png, to_image
 
     family = family_named(request.model.model_family)
-    shown = Terminal(sys.stderr)
-    source = family.locate(request.model, shown)
-    shown.close()
+    source = family.locate(request.model, emit)
     device = choose(request.model)
     sizes, notes = read_sizes(request.size, DataOptions(), family.facts(source).alignment_px, "--size")
     for note in notes:
-        say(note)
-    wanted = pictures(request.prompts, sizes, request.count, request.seed)
-    rows = _encode(request, family, source, device, say)
+        emit(Noted(note))
+    texts = captions(request.prompts, request.guidance)
+    emit(Noted(f"encoding {len(texts)} text{'s' * (len(texts) > 1)}"))
+    encoded = family.load_text_encoder(source, request.model, device.device, emit).encode(texts)
     gc.collect()  # a network may be held by a cycle; the next one needs its memory
-    drawn = _draw(request, family, source, device, rows, wanted, say)
+    wanted = pictures(request.prompts, sizes, request.count, request.seed)
+    drawn = _draw(request, family, source, device, dict(zip(texts, encoded, strict=True)), wanted, emit)
     gc.collect()
     vae = family.load_vae(source, request.model, device.device)
     paths = []
@@ -183,20 +187,9 @@ def generate(request: Request, say: Callable[[str], None]) -> list[Path]:
     return paths
 
 
-def _encode(
-    request: Request, family: ModelFamily, source: Source, device: Device, say: Callable[[str], None]
-) -> dict[str, Tensor]:
-    texts = captions(request.prompts, request.guidance)
-    say(f"encoding {len(texts)} text{'s' * (len(texts) > 1)}")
-    shown = Terminal(sys.stderr)
-    encoder = family.load_text_encoder(source, request.model, device.device, shown)
-    shown.close()
-    return dict(zip(texts, encoder.encode(texts), strict=True))
-
-
 def _draw(
     request: Request, family: ModelFamily, source: Source, device: Device, rows: dict[str, Tensor],
-    wanted: tuple[Picture, ...], say: Callable[[str], None],
+    wanted: tuple[Picture, ...], emit: Emit,
 ) -> list[tuple[float, Picture, Tensor]]:  # fmt: skip
     """Latents of every picture at every strength."""
     import torch
@@ -207,27 +200,26 @@ def _draw(
     from simpletuner.validation.inference import Inference
     from simpletuner.validation.sampler import latents_of
 
-    say(f"loading {source.name}")
-    shown = Terminal(sys.stderr)
+    emit(Noted(f"loading {source.name}"))
     at = torch.device("cpu") if request.model.musubi_blocks_to_swap else device.device
-    transformer = family.load_transformer(source, at, device.weights, request.model, shown)
-    shown.close()
+    transformer = family.load_transformer(source, at, device.weights, request.model, emit)
     dtype = device.compute or device.weights
     inference = Inference(family, family.facts(source), device.device, dtype, device.autocast)
     if request.lora is not None:
-        say(f"{request.lora.name}: {load_into(transformer, request.lora, request.strengths[0])}")
+        loaded = load_into(transformer, request.lora, request.strengths[0])
+        emit(Noted(f"{request.lora.name}: {loaded}"))
     memory = block_memory(request.model, family.block_count(transformer))
     family.arrange(transformer, memory, device.device)
     family.compile_blocks(transformer, request.model)
+    again = partial(latents_of, inference, transformer, wanted, rows.__getitem__)
     drawn = []
-    for strength in request.strengths:
-        if request.lora is not None:
-            set_strength(transformer, strength)
-        for picture, latents in latents_of(
-            inference, transformer, wanted, rows.__getitem__, steps=request.steps, guidance=request.guidance
-        ):
-            drawn.append((strength, picture, latents))
-            say(f"drawn {len(drawn)} of {len(wanted) * len(request.strengths)}")
+    with Stage(emit, "draw", len(wanted) * len(request.strengths), "pictures") as stage:
+        for strength in request.strengths:
+            if request.lora is not None:
+                set_strength(transformer, strength)
+            for picture, latents in again(steps=request.steps, guidance=request.guidance):
+                drawn.append((strength, picture, latents))
+                stage.advance()
     return drawn
 
 
