@@ -6,6 +6,8 @@ import re
 
 from playwright.sync_api import Locator, Page, expect
 
+SAVED = ("Saved", "Guardado", "सहेजा गया")
+
 
 def option(page: Page, name: str) -> Locator:
     """The field of an option among all, found as a person finds it: by search."""
@@ -25,7 +27,8 @@ def settle(page: Page, **values: str) -> None:
 
 
 def saved(page: Page) -> None:
-    expect(page.get_by_role("status").filter(has_text=re.compile("^Saved$"))).to_be_visible()
+    words = "|".join(SAVED)
+    expect(page.get_by_role("status").filter(has_text=re.compile(f"^({words})$"))).to_be_visible()
 
 
 def badge(page: Page, state: str) -> None:
@@ -41,6 +44,18 @@ def new_dataset(page: Page, name: str) -> None:
     page.get_by_role("dialog").get_by_label("Name").fill(name)
     page.get_by_role("button", name="Create").click()
     expect(page.get_by_role("heading", name=name, level=1)).to_be_visible()
+
+
+def drop(page: Page, onto: str, *paths: str) -> None:
+    """Drag files and folders from the desktop over that element, and let go."""
+    where = page.locator(onto).bounding_box()
+    assert where is not None
+    x, y = where["x"] + where["width"] / 2, where["y"] + where["height"] / 2
+    mouse = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        data = {"items": [], "files": list(paths), "dragOperationsMask": 1}
+        mouse.send("Input.dispatchDragEvent", {"type": kind, "x": x, "y": y, "data": data})
+    mouse.detach()
 
 
 def upload(page: Page, *paths: str) -> None:

@@ -135,13 +135,14 @@ export class Gallery {
     void this.#write(at, item.file, text, item.caption_text, true);
   }
 
-  undo(): void {
+  /** What is still being saved is the last edit too. */
+  async undo(): Promise<void> {
+    await this.#queue;
     const last = this.edits.at(-1);
     if (last === undefined) return;
     this.edits = this.edits.slice(0, -1);
-    void this.#write(last.at, last.file, last.before ?? "", last.after, false).then((done) => {
-      if (done) toasts.done(fill(i18n.t.datasets.undoDone, { file: last.file }));
-    });
+    const done = await this.#write(last.at, last.file, last.before ?? "", last.after, false);
+    if (done) toasts.done(fill(i18n.t.datasets.undoDone, { file: last.file }));
   }
 
   /** One after the other, so that an undo meets what it undoes. */
