@@ -126,11 +126,14 @@ class House:
     def reach(self, run: str, *states: str) -> None:
         until(lambda: self.state(run) in states, f"{run} is {states}")
 
+    def run_folder(self, run: str) -> Path:
+        return self.workspace / self.tell("GET", f"runs/{run}")["summary"]["path"]
+
     def log(self, run: str) -> list[dict[str, Any]]:
         """The run's events, as they lie in its folder."""
-        path = Path(self.tell("GET", f"runs/{run}")["summary"]["path"])
-        folder = path if path.is_absolute() else self.workspace / path
-        return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        text = (self.run_folder(run) / "events.jsonl").read_text()
+        whole = text.rpartition("\n")[0]  # the last line may be half there
+        return [json.loads(line) for line in whole.splitlines()]
 
 
 def until(true: Callable[[], object], what: str, every_s: float = 0.1) -> None:

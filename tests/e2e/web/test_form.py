@@ -7,13 +7,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from playwright.sync_api import Page, expect
 
 from tests.e2e.web.hands import badge, option, saved, settle
 from tests.e2e.web.house import House, until
-
-pytestmark = pytest.mark.slow  # the browser: until every one is seen stable on two busy cores
 
 
 def drafted(house: House, visit: Callable[..., Page], name: str) -> tuple[Page, str]:
@@ -85,6 +82,7 @@ def test_options_that_need_others_and_a_preset_with_its_way_back(
     expect(option(page, "ema_decay").locator(".idle")).to_have_count(0)
     option(page, "use_ema").get_by_role("checkbox").uncheck()
     expect(option(page, "ema_decay").locator(".idle")).to_be_visible()
+    saved(page)
     before = house.tell("GET", f"drafts/{id}")["config"]
     page.get_by_label("Apply a preset").select_option("12gb")
     until(lambda: "base_model_precision" in house.tell("GET", f"drafts/{id}")["config"], "the preset is kept")
@@ -124,17 +122,13 @@ def test_export_and_import_are_each_other_s_way_back(
 def test_a_rehearsal(house: House, visit: Callable[..., Page]) -> None:
     page, _ = drafted(house, visit, "tried")
     page.get_by_role("button", name="Rehearse").click()
-    until(lambda: [job["state"] for job in rehearsals(house)] == ["done"], "the rehearsal is done")
-    assert any("nothing stands in the way" in line for line in rehearsals(house)[0]["last_lines"])
-
-
-def rehearsals(house: House) -> list[dict[str, object]]:
-    return [job for job in house.tell("GET", "queue")["jobs"] if job["kind"] == "rehearse"]
+    expect(page.get_by_text("Rehearse: Done")).to_be_visible()
+    expect(page.get_by_text("nothing stands in the way")).to_be_visible()
 
 
 def test_start_to_finish_by_keyboard_alone(house: House, visit: Callable[..., Page]) -> None:
     """Tab, arrows, Enter and Escape; the pointer is never used."""
-    house.behave(FAKE_STEP_S="0.2", FAKE_STEPS="60")
+    house.behave(FAKE_STEPS="40", FAKE_GATE="looked-at")
     house.draft("by-hand")  # makes the dataset
     page = visit(house, "#/new?dataset=discs")
     expect(page.get_by_role("button", name="chroma-nano")).to_be_visible()
@@ -157,6 +151,7 @@ def test_start_to_finish_by_keyboard_alone(house: House, visit: Callable[..., Pa
     expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.get_by_role("button", name=re.compile("^Open: fake prompt 0, step 0$"))).to_be_focused()
+    (house.workspace / "looked-at").touch()
     badge(page, "Done")
     tab_to(page, "link", re.compile("^Download the LoRA$"), back=True)
     with page.expect_download() as coming:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
+from simpletuner.events.log import EventLog
+from simpletuner.events.types import ImageSaved
 from tests.e2e.web.hands import badge, connection
 from tests.e2e.web.house import House, until
 
-pytestmark = pytest.mark.slow  # the browser: until every one is seen stable on two busy cores
-
-SLOW = {"FAKE_STEP_S": "1", "FAKE_STEPS": "900"}
+SLOW = {"FAKE_STEP_S": "0.25", "FAKE_STEPS": "4000"}
+LIVES = ("queued", "starting", "caching", "running", "stopping")
 QUICK = {"FAKE_STEP_S": "0.01", "FAKE_STEPS": "8"}
 LOSS = re.compile(r"^Loss: [\d.]+ at the end, Step [\d,.]+$")
 
@@ -22,19 +24,28 @@ LOSS = re.compile(r"^Loss: [\d.]+ at the end, Step [\d,.]+$")
 def _quiet(house: House) -> Iterator[None]:
     """What a test left running or waiting is in nobody's way."""
     yield
-    for job in house.tell("GET", "queue")["jobs"]:
-        if job["state"] == "queued":
-            house.ask("DELETE", f"jobs/{job['id']}")
-        elif job["state"] in ("starting", "caching", "running", "stopping"):
-            house.ask("POST", f"runs/{job['run']}/stop", {"insist": True})
-    house.ask("PUT", "queue", {"paused": False, "continue_on_error": False})
+    house.tell("PUT", "queue", {"paused": True})  # so that none begins that was seen waiting
+    until(
+        lambda: not [end(house, job) for job in house.tell("GET", "queue")["jobs"] if job["state"] in LIVES],
+        "all end",
+    )
+    house.tell("PUT", "queue", {"paused": False, "continue_on_error": False})
 
 
-def moves_on(page: Page) -> None:
-    """The step that the page shows becomes another one."""
-    told = page.locator(".progress > span").first
-    expect(told).to_have_text(re.compile(r"^Step [1-9]"))
-    expect(told).not_to_have_text(told.inner_text())
+def end(house: House, job: dict[str, Any]) -> None:
+    if job["state"] == "queued":
+        house.ask("DELETE", f"jobs/{job['id']}")
+    else:
+        house.ask("POST", f"runs/{job['run']}/stop", {"insist": True})
+
+
+def move_on(pages: list[Page]) -> None:
+    """The step that each of them shows becomes another one."""
+    told = [page.locator(".progress > span").first for page in pages]
+    for one in told:
+        expect(one).to_have_text(re.compile(r"^Step [1-9]"))
+    for one, before in [(one, one.inner_text()) for one in told]:
+        expect(one).not_to_have_text(before)
 
 
 def test_eight_tabs_are_all_live_and_catch_up_after_a_crash(house: House, visit: Callable[..., Page]) -> None:
@@ -46,8 +57,8 @@ def test_eight_tabs_are_all_live_and_catch_up_after_a_crash(house: House, visit:
     for tab in tabs:
         connection(tab, "Live")
     expect(first.get_by_role("img", name=LOSS)).to_be_visible()
+    move_on(tabs)
     for tab in tabs:
-        moves_on(tab)
         tab.watch.allowed.append(
             "ERR_CONNECTION_REFUSED|WebSocket|Failed to fetch|ERR_EMPTY|ERR_CONNECTION_RESET"
         )
@@ -56,12 +67,58 @@ def test_eight_tabs_are_all_live_and_catch_up_after_a_crash(house: House, visit:
     house.start()
     for tab in tabs:
         connection(tab, "Live")
-        moves_on(tab)
+    move_on(tabs)
     first.get_by_role("button", name="Stop", exact=True).click()
     for tab in tabs:
         badge(tab, "Stopped")
     steps = [event["step"] for event in house.log(run) if event["kind"] == "stepped"]
     assert steps == list(range(1, len(steps) + 1)), "the training noticed"
+
+
+def test_a_question_without_an_answer_is_asked_again(house: House, visit: Callable[..., Page]) -> None:
+    """The page asks anew when a run goes on, and the server may be gone just then."""
+    house.behave(FAKE_STEP_S="0.01")
+    run = house.enqueue("asks", max_train_steps=8)["run"]
+    house.reach(run, "done")
+    page = visit(house, f"#/runs/{run}")
+    chart = page.get_by_role("img", name=LOSS)
+    expect(chart).to_have_accessible_name(re.compile("Step 8$"))
+    lost: list[str] = []
+
+    def lose(route: Route) -> None:
+        lost.append(route.request.url)
+        route.abort()
+
+    page.watch.allowed.append("ERR_FAILED")
+    page.route("**/metrics?*", lose, times=2)
+    house.tell("POST", f"runs/{run}/resume", {"max_train_steps": 16})
+    expect(chart).to_have_accessible_name(re.compile("Step 16$"))
+    assert len(lost) == 2
+
+
+def test_a_picture_at_another_strength_says_so_where_it_is_compared(
+    house: House, visit: Callable[..., Page]
+) -> None:
+    house.behave(**QUICK)
+    run = house.enqueue("weaker")["run"]
+    house.reach(run, "done")
+    page = visit(house, f"#/runs/{run}/pictures")
+    expect(page.get_by_role("columnheader", name="Step 8")).to_be_visible()
+    drawn = house.run_folder(run) / "images" / "step-000008" / "fake-0-1-128x128.png"
+    weaker = drawn.with_name("fake-0-1-128x128-strength-0.5.png")
+    weaker.write_bytes(drawn.read_bytes())
+    path = weaker.relative_to(house.run_folder(run)).as_posix()
+    emit = EventLog(house.run_folder(run) / "events.jsonl")
+    emit(ImageSaved(8, "fake-0", "fake prompt 0", path, 42, 128, 128, "strength 0.5"))
+    emit.close()
+    compare = page.get_by_role("button", name="Compare")
+    for name in ("8", "8 · LoRA at strength 0.5"):
+        page.get_by_role("button", name=f"Open: fake prompt 0, step {name}", exact=True).click()
+        if compare.get_attribute("aria-pressed") == "false":  # else it is as the last one was looked at
+            compare.click()
+        divider = page.get_by_role("slider", name=f"Divider between Before and Step {name}", exact=True)
+        expect(divider).to_be_visible()
+        page.keyboard.press("Escape")
 
 
 def test_save_and_sample_now_and_keep_a_checkpoint(house: House, visit: Callable[..., Page]) -> None:

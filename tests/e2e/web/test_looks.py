@@ -40,9 +40,6 @@ class Furnished:
         return view
 
 
-pytestmark = pytest.mark.slow
-
-
 @pytest.fixture(scope="module")
 def furnished(house: House) -> Furnished:
     house.behave(FAKE_STEP_S="0.01", FAKE_STEPS="40")
@@ -139,6 +136,7 @@ def test_a_phone_needs_no_sideways_scrolling(
     allow_what_is_meant(page)
     wider = {}
     for view in VIEWS:
+        page.goto("about:blank")
         page.goto("/" + furnished.address(view))
         settled(page, view)
         if page.evaluate(WIDER) > 0:
