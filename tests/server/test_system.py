@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from simpletuner.server import hardware, system
+from simpletuner.server import hardware
+from simpletuner.server.api import system
 from simpletuner.server.app import create_app
 from simpletuner.server.hardware import MIB
 from simpletuner.server.place import Place

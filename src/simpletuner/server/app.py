@@ -13,15 +13,10 @@ from starlette.types import ASGIApp
 from simpletuner.errors import ConfigError
 from simpletuner.server import hardware
 from simpletuner.server.api import configs, datasets, jobs, runs, system
-from simpletuner.server.datasets import Datasets
-from simpletuner.server.drafts import Drafts
 from simpletuner.server.guard import Guard
 from simpletuner.server.home import Home
-from simpletuner.server.jobs import Jobs
 from simpletuner.server.pages import Pages, routes_page
-from simpletuner.server.planning import Plans
 from simpletuner.server.refusal import answer_refusals
-from simpletuner.server.runs import Runs
 from simpletuner.server.settings import Settings
 from simpletuner.server.supervisor import Supervisor
 from simpletuner.server.token import Gate, kept
@@ -53,7 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=working,
         responses={422: {"model": Refusal}},
     )
-    app.state.home = furnished(settings)
+    app.state.home = Home.of(settings)
     app.state.gate = settings.token and Gate(settings.token, kept(settings.place.own / "cookie.key"))
     answer_refusals(app)
     for module in ROUTES:
@@ -65,13 +60,6 @@ def create_app(settings: Settings) -> FastAPI:
 
     app.mount("/", Pages(settings))
     return app
-
-
-def furnished(settings: Settings) -> Home:
-    place = settings.place
-    found, drafts = Runs(place), Drafts(place)
-    queue = Jobs(place, found, drafts, settings.trainer)
-    return Home(place, settings, found, queue, drafts, Plans(place), Datasets(place))
 
 
 @asynccontextmanager

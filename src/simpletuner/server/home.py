@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
+from simpletuner.server.datasets import Datasets
+from simpletuner.server.drafts import Drafts
+from simpletuner.server.jobs import Jobs
 from simpletuner.server.live import Watcher
 from simpletuner.server.place import Place
+from simpletuner.server.planning import Plans
+from simpletuner.server.runs import Runs
 from simpletuner.server.settings import Settings
-
-if TYPE_CHECKING:
-    from simpletuner.server.datasets import Datasets
-    from simpletuner.server.drafts import Drafts
-    from simpletuner.server.jobs import Jobs
-    from simpletuner.server.planning import Plans
-    from simpletuner.server.runs import Runs
 
 
 @dataclass(frozen=True)
 class Home:
-    """Made once by `create_app`; what changes is in the folders."""
+    """Made once by `create_app`; what changes is in the folders. live: one for all pages."""
 
     place: Place
     settings: Settings
@@ -32,11 +29,15 @@ class Home:
     drafts: Drafts
     plans: Plans
     datasets: Datasets
+    live: Watcher
 
-    @cached_property
-    def live(self) -> Watcher:
-        """One for all pages."""
-        return Watcher(self.runs, self.jobs.queue, self.settings.max_sockets)
+    @classmethod
+    def of(cls, settings: Settings) -> Home:
+        place = settings.place
+        runs, drafts = Runs(place), Drafts(place)
+        jobs = Jobs(place, runs, drafts, settings.trainer)
+        live = Watcher(runs, jobs.queue, settings.max_sockets)
+        return cls(place, settings, runs, jobs, drafts, Plans(place), Datasets(place), live)
 
 
 def home(request: HTTPConnection) -> Home:

@@ -6,6 +6,7 @@ allowed folders. Nothing outside them is looked at, and nothing of the environme
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -67,21 +68,9 @@ def complaint(problem: Problem) -> Complaint:
     return Complaint(loc=name if known else "", message=what if known else problem.what)
 
 
-def texts(value: Any) -> Iterator[str]:
-    """Every text inside lists and objects, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from texts(key)
-            yield from texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from texts(item)
-
-
 def has_placeholder(value: Any) -> bool:
-    return any(PLACEHOLDER in text for text in texts(value))
+    """Whether a text somewhere inside has one, keys too."""
+    return PLACEHOLDER in json.dumps(value, default=str)
 
 
 def _refused(place: Place, config: Mapping[str, Any]) -> Iterator[Complaint]:
