@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from simpletuner.server import uploads
 from simpletuner.server.place import Place
 from simpletuner.server.refusal import Refused
-from simpletuner.server.uploads import Incoming, Unfit, safe_name
+from simpletuner.server.uploads import Incoming, safe_name
 from simpletuner.server.wire.datasets import RefusedFile
 from tests.data.bad_files import encoded, picture, png_header
 from tests.server.dataset_home import OTHER_PNG, PNG, place
@@ -131,7 +131,7 @@ def test_what_is_not_taken(folder: Path, name: str, data: bytes) -> None:
 
 @pytest.mark.parametrize("name", AWAY)
 def test_names_that_lead_away(folder: Path, name: str) -> None:
-    with pytest.raises(Unfit):
+    with pytest.raises(Refused):
         safe_name(name)
     assert refused(folder, name, PNG)[0] == 422
 
@@ -141,7 +141,7 @@ def test_names_that_lead_away(folder: Path, name: str) -> None:
 def test_a_safe_name_stays_inside_and_stays_itself(tmp_path: Path, name: str) -> None:
     try:
         safe = safe_name(name)
-    except Unfit:
+    except Refused:
         return
     assert safe == safe_name(safe) == unicodedata.normalize("NFC", name)
     assert not any(part.startswith(".") for part in PurePosixPath(safe).parts)

@@ -14,16 +14,14 @@ import time
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.files import LITTER
 from simpletuner.data.report import BadFile, printable
-from simpletuner.errors import SimpleTunerError
 from simpletuner.server.place import Outside, Place
-from simpletuner.server.refusal import DISK, refuse
+from simpletuner.server.refusal import DISK, Refused, refuse
 from simpletuner.server.wire.datasets import RefusedFile
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff"})
@@ -37,9 +35,7 @@ ABANDONED_S = 86_400
 SPARE_BYTES = 512 << 20  # always left free on the disk
 LARGEST_CAPTION = 1 << 20
 LARGEST_PICTURE = 1 << 30
-DIRECTORY_BYTES = (
-    8 << 20
-)  # of an archive: 20,000 pictures with captions take 3 MB; all of it is held in memory
+DIRECTORY_BYTES = 8 << 20  # of an archive, held in memory; 20,000 pictures with captions take 3 MB
 MEMBERS = 50_000
 ENCRYPTED = 0x1 | 0x20 | 0x40  # also patches, which zipfile does not read
 RATIO = 200  # pictures hardly shrink; a bomb does
@@ -49,30 +45,22 @@ BLOCK = 1 << 20
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
-class Unfit(SimpleTunerError):
-    """A file that is not taken; the text says why. status: of the answer when it came alone."""
-
-    def __init__(self, what: str, status: int = 415) -> None:
-        self.status = status
-        super().__init__(what)
-
-
 def safe_name(name: str) -> str:
-    """The name inside the dataset, NFC, folders by "/". Raises Unfit: every file system and every program can
-    read what is left, and nothing leads out of the folder or hides in it.
+    """The name inside the dataset, NFC, folders by "/". Raises Refused: every file system and every program
+    can read what is left, and nothing leads out of the folder or hides in it.
     """
     name = unicodedata.normalize("NFC", name)
     for part in name.split("/"):
         if part in ("", ".", "..") or part.startswith("."):
-            raise Unfit("its name is empty, hidden, absolute or leads out of the folder", 422)
+            refuse(422, "its name is empty, hidden, absolute or leads out of the folder")
         if any(one in '\\:*?"<>|' or unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") for one in part):
-            raise Unfit('its name has a control character or one of \\ : * ? " < > |', 422)
+            refuse(422, 'its name has a control character or one of \\ : * ? " < > |')
         if part != part.strip() or part.endswith(".") or RESERVED.fullmatch(part):
-            raise Unfit("its name ends in a space or dot, or means a device on Windows", 422)
+            refuse(422, "its name ends in a space or dot, or means a device on Windows")
         if len(part.encode()) > 200:
-            raise Unfit("its name is longer than 200 bytes", 422)
+            refuse(422, "its name is longer than 200 bytes")
     if name.count("/") > 8 or len(name.encode()) > 1000:
-        raise Unfit("it lies more than eight folders deep", 422)
+        refuse(422, "it lies more than eight folders deep")
     return name
 
 
@@ -82,11 +70,10 @@ class Incoming:
     def __init__(self, place: Place, folder: Path, name: str, length: int, limit: int) -> None:
         """length: as announced, 0 when not. Raises Refused: 413, 415, 422, 507 before a byte is read."""
         self.place, self.folder, self.limit = place, folder, limit
-        with _told(name):
-            self.name = safe_name(name)
-            self.suffix = Path(self.name).suffix.lower()
-            if self.suffix not in PICTURES | {".txt", ".zip"}:
-                raise Unfit(f"{self.suffix or 'a file without suffix'} is not taken; {TAKEN}")
+        self.name = safe_name(name)
+        self.suffix = Path(self.name).suffix.lower()
+        if self.suffix not in PICTURES | {".txt", ".zip"}:
+            refuse(415, f"{self.suffix or 'a file without suffix'} is not taken; {TAKEN}")
         self.written = 0
         self._room(length)
         _sweep(folder / INCOMING)
@@ -104,10 +91,9 @@ class Incoming:
         single file, or a whole archive.
         """
         self.file.close()
-        with _told(self.name):
-            if self.suffix == ".zip":
-                return unpack(self.place, self.part, self.folder)
-            return [keep(self.place, self.part, self.folder, self.name)], []
+        if self.suffix == ".zip":
+            return unpack(self.place, self.part, self.folder)
+        return [keep(self.place, self.part, self.folder, self.name)], []
 
     def discard(self) -> None:
         with contextlib.suppress(OSError):  # what it still holds; a full disk has been told
@@ -124,14 +110,14 @@ class Incoming:
 def keep(place: Place, part: Path, folder: Path, name: str) -> str:
     """Move a received file to its checked name, if its content is what the name says and nothing is there.
 
-    Never overwrites: the same content counts as saved. Raises Unfit.
+    Never overwrites: the same content counts as saved. Raises Refused.
     """
     (_check_caption if name.lower().endswith(".txt") else _check_picture)(part)
     parent, _, last = name.rpartition("/")
     try:  # the last part is not resolved: a link there is a name that is taken
         target = (place.below(folder, parent) if parent else folder) / last
     except Outside as error:
-        raise Unfit(str(error), 422) from error
+        refuse(422, str(error))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         twin = _twin(target)
@@ -141,11 +127,11 @@ def keep(place: Place, part: Path, folder: Path, name: str) -> str:
             return name
     except FileExistsError:
         twin = target
-    except NotADirectoryError as error:
-        raise Unfit("a file has the name of its folder", 409) from error
-    if twin.is_file() and not twin.is_symlink() and filecmp.cmp(part, twin, shallow=False):
-        return name
-    raise Unfit("another file has this name already; rename one of them", 409)
+    except NotADirectoryError:
+        refuse(409, "a file has the name of its folder")
+    if not twin.is_file() or twin.is_symlink() or not filecmp.cmp(part, twin, shallow=False):
+        refuse(409, "another file has this name already; rename one of them")
+    return name
 
 
 def _twin(target: Path) -> Path | None:
@@ -160,23 +146,23 @@ def _check_picture(part: Path) -> None:
     with part.open("rb") as file:
         start = file.read(16)
     if not MAGIC.match(start):
-        raise Unfit(f"its content is no picture that is taken (it starts with {ascii(start)[1:]}); {TAKEN}")
+        refuse(415, f"its content is no picture that is taken (it starts with {ascii(start)[1:]}); {TAKEN}")
     try:
         read_header(part, DataOptions().max_image_megapixels)
     except BadFile as error:
-        raise Unfit(str(error)) from error
+        refuse(415, str(error))
 
 
 def _check_caption(part: Path) -> None:
     if part.stat().st_size > LARGEST_CAPTION:
-        raise Unfit(f"a caption is at most {LARGEST_CAPTION} bytes", 413)
+        refuse(413, f"a caption is at most {LARGEST_CAPTION} bytes")
     text = part.read_bytes()
     try:
         text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Unfit(f"a caption is UTF-8; this is not, at byte {error.start + 1}") from error
+        refuse(415, f"a caption is UTF-8; this is not, at byte {error.start + 1}")
     if b"\0" in text:
-        raise Unfit("it has zero bytes (UTF-16?); save it as UTF-8")
+        refuse(415, "it has zero bytes (UTF-16?); save it as UTF-8")
 
 
 class _Archive:
@@ -196,7 +182,7 @@ class _Archive:
 
 
 def unpack(place: Place, part: Path, folder: Path) -> tuple[list[str], list[RefusedFile]]:
-    """Every picture and caption of an archive, folders kept. Raises Unfit: no archive, a bomb."""
+    """Every picture and caption of an archive, folders kept. Raises Refused: no archive, a bomb."""
     saved: list[str] = []
     refused: list[RefusedFile] = []
     hidden = 0
@@ -210,14 +196,14 @@ def unpack(place: Place, part: Path, folder: Path) -> tuple[list[str], list[Refu
                     continue
                 try:
                     saved.append(_unpack_one(place, archive, member, safe_name(name), folder))
-                except Unfit as error:
+                except Refused as error:
                     hidden += len(refused) >= REFUSED_NAMED
                     if len(refused) < REFUSED_NAMED:
                         refused.append(RefusedFile(file=printable(name)[:300], reason=str(error)))
     except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error, OSError) as error:
         if isinstance(error, OSError) and error.errno in DISK:
             raise
-        raise Unfit(f"this is no archive that can be read: {error}") from error
+        refuse(415, f"this is no archive that can be read: {error}")
     if hidden:
         refused.append(RefusedFile(file=f"{hidden} more", reason="not named one by one"))
     return list(dict.fromkeys(saved)), refused
@@ -226,11 +212,11 @@ def unpack(place: Place, part: Path, folder: Path) -> tuple[list[str], list[Refu
 def _check_whole(members: list[zipfile.ZipInfo], size: int, room: int) -> None:
     total = sum(one.file_size for one in members)
     if len(members) > MEMBERS:
-        raise Unfit(f"an archive has at most {MEMBERS} files; this one has {len(members)}", 413)
+        refuse(413, f"an archive has at most {MEMBERS} files; this one has {len(members)}")
     if total > max(SMALL * 64, RATIO * size):
-        raise Unfit(f"{size} bytes that unpack to {total}: this is no archive of pictures", 413)
+        refuse(413, f"{size} bytes that unpack to {total}: this is no archive of pictures")
     if total > room:
-        raise Unfit("there is not enough room on the disk to unpack it", 507)
+        refuse(507, "there is not enough room on the disk to unpack it")
 
 
 def _named(member: zipfile.ZipInfo) -> str:
@@ -264,14 +250,14 @@ def _unpack_one(
     }
     for problem, applies in problems.items():
         if applies:
-            raise Unfit(problem)
+            refuse(415, problem)
     part = _part(folder)
     try:
         with archive.open(member) as source, part.open("xb") as file:
             shutil.copyfileobj(source, file, BLOCK)
         return keep(place, part, folder, name)
     except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, zlib.error, struct.error) as error:
-        raise Unfit(f"it is damaged: {error}") from error
+        refuse(415, f"it is damaged: {error}")
     finally:
         part.unlink(missing_ok=True)
 
@@ -287,11 +273,3 @@ def _sweep(incoming: Path) -> None:
         for path in incoming.iterdir():
             if time.time() - path.stat().st_mtime > ABANDONED_S:
                 path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _told(name: str) -> Iterator[None]:
-    try:
-        yield
-    except Unfit as error:
-        refuse(error.status, f"{printable(name)[:300]}: {error}")
