@@ -13,14 +13,14 @@ from simpletuner.validation import scores
 from simpletuner.validation.images import to_image
 from simpletuner.validation.prompts import Picture, Prompt
 from simpletuner.validation.sampler import latents_of
-from simpletuner.validation.scores import Metric, Scorer
+from simpletuner.validation.scores import Scorer
 from simpletuner.validation.shapes.verdicts import Rate
 from tests.validation.toy import INFERENCE, Network, decode, rows_of
 
 COUNT = 20  # more than one batch of the sampler
 
 
-class Bright(Metric):
+class Bright:
     """How many pictures are bright; keeps what it was shown."""
 
     def __init__(self, name: str) -> None:
@@ -36,7 +36,7 @@ class Bright(Metric):
         return {"bright": Rate(bright / len(drawn), 0.25, len(drawn))}
 
 
-def scorer(events: list[Event], *metrics: Metric) -> Scorer:
+def scorer(events: list[Event], *metrics: Bright) -> Scorer:
     return Scorer(INFERENCE, metrics, 3, 1.0, rows_of, lambda: decode, events.append)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpletuner.config.jsonc import parse
+from simpletuner.config.files import read_document
 from simpletuner.config.schema import DataOptions, ValidationOptions
 from simpletuner.errors import ConfigError, Problem
 
@@ -122,11 +122,7 @@ def _read_library(name: str, base_dir: Path, negative: str) -> list[Prompt]:
     if path is None:
         what = f"{name!r} is not a file (looked in {base_dir} and in the working directory)"
         raise ConfigError([Problem("user_prompt_library", what)])
-    try:
-        document = parse(path.read_bytes().decode("utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        what = f"is not UTF-8 text ({error.reason}, byte {error.start})"
-        raise ConfigError([Problem(str(path), what)]) from None
+    document = read_document(path, str(path))
     if not isinstance(document.value, dict):
         raise ConfigError([Problem(document.where(), 'must be an object: {"shortname": "a prompt", ...}')])
     problems: list[Problem] = []

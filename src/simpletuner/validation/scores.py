@@ -6,8 +6,8 @@ a picture has what its prompt says, or it has not.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,15 +28,16 @@ from simpletuner.validation.shapes.world import SIDE_PX, Scene
 from simpletuner.validation.shapes.zorbo import find
 
 
-class Metric(ABC):
-    """One way to score. name: as evaluation_type says it. pictures: what it wants drawn, always the same."""
+@dataclass(frozen=True)
+class Metric:
+    """One way to score. name: as evaluation_type says it. pictures: what it wants drawn, always the same.
+
+    judge: the rates of the pictures, given in that order.
+    """
 
     name: str
     pictures: tuple[Picture, ...]
-
-    @abstractmethod
-    def judge(self, drawn: Sequence[Image.Image]) -> Mapping[str, Rate]:
-        """The rates of the pictures, given in the order of `pictures`."""
+    judge: Callable[[Sequence[Image.Image]], Mapping[str, Rate]]
 
 
 def _pictures(scenes: Sequence[Scene]) -> tuple[Picture, ...]:
@@ -47,35 +48,31 @@ def _pictures(scenes: Sequence[Scene]) -> tuple[Picture, ...]:
     )
 
 
-class Shapes(Metric):
+def shapes(count: int | None) -> Metric:
     """Chroma-nano's own world, in captions that no picture of its training has. None: 64 prompts."""
+    scenes, new = verdicts.unseen(count or 64)
 
-    name = "shapes"
+    def judge(drawn: Sequence[Image.Image]) -> Mapping[str, Rate]:
+        asked = zip(scenes, drawn, new, strict=True)
+        return verdicts.rates(
+            [verdicts.judge(scene, read(picture), fresh) for scene, picture, fresh in asked]
+        )
 
-    def __init__(self, count: int | None) -> None:
-        self.scenes, self.new = verdicts.unseen(count or 64)
-        self.pictures = _pictures(self.scenes)
-
-    def judge(self, drawn: Sequence[Image.Image]) -> dict[str, Rate]:
-        asked = zip(self.scenes, drawn, self.new, strict=True)
-        return verdicts.rates([verdicts.judge(scene, read(picture), new) for scene, picture, new in asked])
+    return Metric("shapes", _pictures(scenes), judge)
 
 
-class Zorbos(Metric):
+def zorbos(count: int | None) -> Metric:
     """The example's concept, in prompts that are not the example's. None: 32 prompts."""
+    scenes = verdicts.unseen_zorbos(count or 32)
 
-    name = "zorbo"
-
-    def __init__(self, count: int | None) -> None:
-        self.scenes = verdicts.unseen_zorbos(count or 32)
-        self.pictures = _pictures(self.scenes)
-
-    def judge(self, drawn: Sequence[Image.Image]) -> dict[str, Rate]:
-        asked = zip(self.scenes, drawn, strict=True)
+    def judge(drawn: Sequence[Image.Image]) -> Mapping[str, Rate]:
+        asked = zip(scenes, drawn, strict=True)
         return verdicts.rates([verdicts.judge_zorbo(scene, find(picture)) for scene, picture in asked])
 
+    return Metric("zorbo", _pictures(scenes), judge)
 
-METRICS: dict[str, Callable[[int | None], Metric]] = {"shapes": Shapes, "zorbo": Zorbos}
+
+METRICS: dict[str, Callable[[int | None], Metric]] = {"shapes": shapes, "zorbo": zorbos}
 
 
 def chosen(options: ValidationOptions) -> tuple[Metric, ...]:
@@ -89,20 +86,21 @@ def texts(metrics: Sequence[Metric], guidance: float) -> tuple[str, ...]:
     return captions([picture.prompt for metric in metrics for picture in metric.pictures], guidance)
 
 
+@dataclass
 class Scorer:
     """Draws what the metrics ask for, in memory, and tells what they read.
 
     rows, decoder: as Validator has them; the VAE is held only while it decodes.
     """
 
-    def __init__(
-        self, inference: Inference, metrics: Sequence[Metric], steps: int, guidance: float,
-        rows: Callable[[str], Tensor], decoder: Callable[[], Callable[[Tensor], Tensor]], emit: Emit,
-    ) -> None:  # fmt: skip
-        self.inference, self.metrics, self.emit = inference, tuple(metrics), emit
-        self.steps, self.guidance = steps, guidance
-        self.rows, self.decoder = rows, decoder
-        self._done: dict[str, int] = {}
+    inference: Inference
+    metrics: Sequence[Metric]
+    steps: int
+    guidance: float
+    rows: Callable[[str], Tensor]
+    decoder: Callable[[], Callable[[Tensor], Tensor]]
+    emit: Emit
+    _done: dict[str, int] = field(default_factory=dict, init=False)
 
     def run(self, step: int, transformer: nn.Module, weights: str) -> None:
         """Score the weights that are in the transformer now, once a step. weights: what they are."""
@@ -116,11 +114,9 @@ class Scorer:
 
     def _draw(self, metric: Metric, transformer: nn.Module) -> list[Image.Image]:
         """Latents of all first, which weigh little; then they are decoded in batches."""
-        latents, asked, guidance = [], metric.pictures, self.guidance
+        latents, how = [], (self.inference, transformer, metric.pictures, self.rows)
         with Stage(self.emit, f"score {metric.name}", len(metric.pictures), "pictures") as stage:
-            for _, one in latents_of(
-                self.inference, transformer, asked, self.rows, steps=self.steps, guidance=guidance
-            ):
+            for _, one in latents_of(*how, steps=self.steps, guidance=self.guidance):
                 latents.append(torch.nan_to_num(one))
                 stage.advance()
             decode = self.decoder()

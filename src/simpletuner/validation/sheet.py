@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from simpletuner.validation.fonts import Font, writable
 from simpletuner.validation.images import save_png
@@ -32,7 +32,9 @@ def draw_sheet(rows: Sequence[Row], columns: Mapping[Any, str], path: Path) -> P
     cell = 256 if len(rows) <= 16 else 128
     side, head = 176, TEXT_PX + 2 * GAP_PX
     width = side + len(columns) * (cell + GAP_PX) + GAP_PX
-    heights = [_tallest(row, cell) for row in rows]
+    drawn = [{column: _thumbnail(row.cells[column], cell) for column in columns if column in row.cells}
+             for row in rows]  # fmt: skip
+    heights = [max((image.height for image in cells.values()), default=cell) for cells in drawn]
     sheet = Image.new("RGB", (width, head + sum(heights) + GAP_PX * (len(rows) + 1)), PAPER)
     pen = ImageDraw.Draw(sheet)
     for index, title in enumerate(columns.values()):
@@ -40,7 +42,7 @@ def draw_sheet(rows: Sequence[Row], columns: Mapping[Any, str], path: Path) -> P
         title, font = writable(title, TEXT_PX)
         pen.text((left, GAP_PX), _fitted(title, font, cell), INK, font)
     top = head
-    for row, height in zip(rows, heights, strict=True):
+    for row, cells, height in zip(rows, drawn, heights, strict=True):
         label, font = writable(row.label, TEXT_PX)
         pen.text((GAP_PX, top), _fitted(label, font, side - GAP_PX), INK, font)
         detail, small = writable(row.detail, TEXT_PX - 3)
@@ -48,30 +50,18 @@ def draw_sheet(rows: Sequence[Row], columns: Mapping[Any, str], path: Path) -> P
         pen.multiline_text((GAP_PX, top + TEXT_PX + 8), lines, FAINT, small, spacing=3)
         for index, column in enumerate(columns):
             place = (side + GAP_PX + index * (cell + GAP_PX), top)
-            picture = row.cells.get(column)
-            if picture is None:
-                pen.rectangle((*place, place[0] + cell - 1, place[1] + height - 1), EMPTY)
+            if column in cells:
+                sheet.paste(cells[column], place)
             else:
-                sheet.paste(_thumbnail(picture, cell), place)
+                pen.rectangle((*place, place[0] + cell - 1, place[1] + height - 1), EMPTY)
         top += height + GAP_PX
     save_png(sheet, path)
     return path
 
 
-def _size_in(picture: Path, cell: int) -> tuple[int, int]:
-    with Image.open(picture) as image:
-        width, height = image.size
-    scale = cell / max(width, height)
-    return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def _tallest(row: Row, cell: int) -> int:
-    return max((_size_in(picture, cell)[1] for picture in row.cells.values()), default=cell)
-
-
 def _thumbnail(picture: Path, cell: int) -> Image.Image:
     with Image.open(picture) as image:
-        return image.convert("RGB").resize(_size_in(picture, cell), Image.Resampling.LANCZOS)
+        return ImageOps.contain(image.convert("RGB"), (cell, cell), Image.Resampling.LANCZOS)
 
 
 def _fitted(text: str, font: Font, width: int) -> str:
