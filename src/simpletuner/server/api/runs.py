@@ -18,7 +18,6 @@ from simpletuner.server.files import sent
 from simpletuner.server.home import Here, Home
 from simpletuner.server.live import Listener, Slow
 from simpletuner.server.metrics import metrics as columns
-from simpletuner.server.refusal import refuse
 from simpletuner.server.thumbs import thumbnail
 from simpletuner.server.wire.live import Follow
 from simpletuner.server.wire.runs import LogPart, MarkAsk, Metrics, Picture, RunDetail, RunSummary
@@ -30,16 +29,12 @@ GROWING = ("events.jsonl", "train.log")
 router = APIRouter(prefix="/api/v1", tags=["runs"])
 
 
-def growing(home: Home, id: str, name: str) -> Path:
-    """A file of a run that may not be there yet. 404 for what is no run."""
+def folder_of(home: Home, id: str) -> Path:
+    """Of a run; where nothing lies while it has none yet. 404 for what is no run."""
     folder = home.runs.find(id)
     if folder is None:
         home.runs.summary(id)
-    return folder / name if folder else Path(os.devnull)
-
-
-def folder_of(home: Home, id: str) -> Path:
-    return home.runs.find(id) or refuse(404, "there is no such run, or it has no folder yet")
+    return folder or Path(os.devnull)
 
 
 @router.get("/runs")
@@ -54,7 +49,7 @@ def run(id: str, home: Here) -> RunDetail:
 
 @router.get("/runs/{id}/metrics")
 def metrics(id: str, home: Here, max_points: Annotated[int, Query(ge=4, le=100_000)] = 2000) -> Metrics:
-    return columns(growing(home, id, "events.jsonl"), max_points)
+    return columns(folder_of(home, id) / "events.jsonl", max_points)
 
 
 @router.get("/runs/{id}/pictures")
@@ -86,7 +81,7 @@ def log(
     id: str, home: Here, since: int = -65536, limit: Annotated[int, Query(ge=16, le=1 << 20)] = 65536
 ) -> LogPart:
     """train.log from byte `since` on; negative: so many bytes before its end."""
-    return tail.text(growing(home, id, "train.log"), since, limit)
+    return tail.text(folder_of(home, id) / "train.log", since, limit)
 
 
 @router.put("/runs/{id}/checkpoints/{name}/mark")
