@@ -216,7 +216,7 @@ def test_the_whole_corner(tmp_path: Path) -> None:
 
 def test_padded_rows_are_the_trimmed_ones_and_the_encoder_s_own_for_pads() -> None:
     t5 = T5EncoderModel.from_pretrained(world.BASE / "text_encoder", dtype=torch.float32)
-    encoder = ChromaText(t5, load_tokenizer(world.BASE / "tokenizer"), "nano")
+    encoder = ChromaText(t5, load_tokenizer(world.BASE / "tokenizer"))
     captions = ["a big red zorbo in the centre, navy background", "a star"]
     padded = encode_padded(encoder, captions)
     for rows, trimmed in zip(padded, encoder.encode(captions)):

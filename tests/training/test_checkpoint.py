@@ -17,6 +17,13 @@ from simpletuner.training import checkpoint
 from simpletuner.training.checkpoint import Snapshot
 
 
+def load(folder: Path) -> Snapshot:
+    """As a run goes on: verified, then read."""
+    checkpoint.verify(folder)
+    state = checkpoint.read_state(folder)
+    return Snapshot(state["step"], checkpoint.read_tensors(folder), state)
+
+
 def snapshot(step: int) -> Snapshot:
     generator = torch.Generator().manual_seed(step)
     weights = {
@@ -32,7 +39,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     written = snapshot(7)
     folder = checkpoint.save(tmp_path, written, None, keep=3)
     assert folder.name == "checkpoint-7"
-    read = checkpoint.load(folder)
+    read = load(folder)
     assert read.step == 7
     assert read.state["note"] == "é"
     for stem, tensors in written.tensors.items():
@@ -74,7 +81,7 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, h
     assert isinstance(told[0], CheckpointSetAside)
     assert (tmp_path / "damaged-checkpoint-2").is_dir(), "set aside, not deleted"
     with pytest.raises(CheckpointError):
-        checkpoint.load(tmp_path / "damaged-checkpoint-2")
+        load(tmp_path / "damaged-checkpoint-2")
 
 
 def test_oldest_goes_first_and_the_best_stays(tmp_path: Path) -> None:
@@ -110,7 +117,7 @@ def test_a_marked_one_is_never_removed(tmp_path: Path) -> None:
     for step in (2, 3, 4):
         checkpoint.save(tmp_path, snapshot(step), None, keep=2)
     assert [checkpoint.step_of(folder) for folder in checkpoint.existing(tmp_path)] == [4, 3, 1]
-    assert checkpoint.load(mark.parent).step == 1
+    assert load(mark.parent).step == 1
     mark.unlink()
     checkpoint.save(tmp_path, snapshot(5), None, keep=2)
     assert [checkpoint.step_of(folder) for folder in checkpoint.existing(tmp_path)] == [5, 4]
@@ -167,7 +174,7 @@ def test_a_crash_at_any_write_loses_nothing(tmp_path: Path) -> None:
     for limit in range(1, len(codes) + 1):
         found = checkpoint.newest_sound(tmp_path / str(limit), lambda event: pytest.fail(f"damaged: {event}"))
         assert found is not None
-        steps.append(checkpoint.load(found).step)
+        steps.append(load(found).step)
     assert steps == sorted(steps), "before the rename the old one counts, after it the new one"
     assert steps[0] == 1
     assert steps[-1] == 2
@@ -185,7 +192,7 @@ def test_unknown_format_is_refused(tmp_path: Path) -> None:
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="format 99"):
-        checkpoint.load(folder)
+        load(folder)
 
 
 def test_optimizer_state_survives_as_tensors_and_json() -> None:

@@ -18,7 +18,7 @@ from simpletuner.errors import ConfigError, TrainingDiverged
 from simpletuner.training import loop
 from simpletuner.training.host_states import HostStates, to_host
 from simpletuner.training.optimizers import OPTIMIZERS, build
-from simpletuner.training.update import Alone, Hosted, Released, Update, Whole, update_of
+from simpletuner.training.update import Alone, Released, Update, Whole, update_of
 from tests.training.test_loop import Plan, parts
 from tests.training.test_optimizers import same
 
@@ -147,7 +147,7 @@ def test_states_on_the_host_are_the_same_training(name: str, releases: bool) -> 
     hosted = (
         Released(params, Alone(its, states), options(name))
         if releases
-        else Hosted(params, its, options(name), states)
+        else Whole(params, its, options(name), states)
     )
     assert train(net, update, optimizer, 1) == train(other, hosted, its, 1)
     homes = {id(tensor): tensor.data_ptr() for state in its.state.values() for tensor in tensors(state)}
@@ -169,7 +169,8 @@ def tensors(state: dict[str, object]) -> list[Tensor]:
 
 def test_states_stay_where_the_device_has_the_hosts_memory() -> None:
     _, update, _ = ready(options("adamw", optimizer_cpu_offload_method="states"), torch.float32)
-    assert type(update) is Whole
+    assert isinstance(update, Whole)
+    assert update.alone is None
 
 
 class Driver:

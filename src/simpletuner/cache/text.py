@@ -20,6 +20,11 @@ def text_key(caption: str, fingerprint: str) -> str:
     return hashlib.sha256(f"{fingerprint}\0{caption}".encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def rows_of(store: Store, caption: str) -> Tensor:
+    """(L, D) in the dtype of the cache. KeyError when the caption was never encoded."""
+    return store.get(text_key(caption, store.fingerprint))["rows"]
+
+
 def fill(
     store: Store, captions: Iterable[str], encoder: Callable[[], EncodeText], emit: Emit, batch_size: int = 4
 ) -> None:

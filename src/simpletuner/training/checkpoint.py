@@ -188,14 +188,6 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder} is damaged: {reason}")
 
 
-def load(folder: Path) -> Snapshot:
-    """Verify and read a checkpoint. CheckpointError when it is damaged or of an unknown format."""
-    verify(folder)
-    state = read_state(folder)
-    step: int = state["step"]  # type: ignore[assignment]
-    return Snapshot(step, read_tensors(folder), state)
-
-
 def read_state(folder: Path) -> dict[str, object]:
     """What a verified checkpoint says of itself. CheckpointError when its format is unknown."""
     state: dict[str, object] = json.loads((folder / "state.json").read_text(encoding="utf-8"))

@@ -86,12 +86,8 @@ def _adamw(recipe: Recipe) -> Optimizer:
     return AdamW(recipe.params, **recipe.adam(), fused=fused, foreach=False)
 
 
-def _adamw_bf16(recipe: Recipe) -> Optimizer:
-    return StochasticAdamW(recipe.params, **recipe.adam(), seed=recipe.seed, moments=LikeWeights())
-
-
-def _adamw_8bit(recipe: Recipe) -> Optimizer:
-    return StochasticAdamW(recipe.params, **recipe.adam(), seed=recipe.seed, moments=EightBit())
+def _stochastic(moments: type[LikeWeights | EightBit]) -> Callable[[Recipe], Optimizer]:
+    return lambda recipe: StochasticAdamW(recipe.params, **recipe.adam(), seed=recipe.seed, moments=moments())
 
 
 def _adafactor(recipe: Recipe) -> Optimizer:
@@ -120,19 +116,15 @@ def _schedule_free(recipe: Recipe) -> Optimizer:
     return optimizer
 
 
-def _muon(recipe: Recipe) -> Optimizer:
-    return Muon(recipe.params, **recipe.adam(), seed=recipe.seed)
-
-
 OPTIMIZERS: Mapping[str, Callable[[Recipe], Optimizer]] = {
     "adamw": _adamw,
-    "adamw_bf16": _adamw_bf16,
-    "adamw_8bit": _adamw_8bit,
+    "adamw_bf16": _stochastic(LikeWeights),
+    "adamw_8bit": _stochastic(EightBit),
     "adafactor": _adafactor,
     "lion": _lion,
     "prodigy": _prodigy,
     "adamw_schedulefree": _schedule_free,
-    "muon": _muon,
+    "muon": lambda recipe: Muon(recipe.params, **recipe.adam(), seed=recipe.seed),
 }
 
 

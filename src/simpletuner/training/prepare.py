@@ -49,7 +49,7 @@ class Prepared:
 
     def rows(self, caption: str) -> Tensor:
         """Text rows (L, D) of a caption that was prepared."""
-        return self.text.get(text_cache.text_key(caption, self.text.fingerprint))["rows"]
+        return text_cache.rows_of(self.text, caption)
 
     def batches(self, filled: Filled, sample: Literal["mean", "draw"], seed: int) -> Batches:
         stored, scaling = (self.latents, self.text), (self.facts.latent_shift, self.facts.latent_scale)

@@ -63,12 +63,14 @@ class Alone:
 
 
 class Whole(Update):
-    """All gradients first, then all steps."""
+    """All gradients first, then all steps; one after the other where their states are in host memory."""
 
     def __init__(
-        self, params: Sequence[nn.Parameter], optimizer: Optimizer, options: OptimizerOptions
-    ) -> None:
+        self, params: Sequence[nn.Parameter], optimizer: Optimizer, options: OptimizerOptions,
+        states: HostStates | None = None,
+    ) -> None:  # fmt: skip
         self.params, self.optimizer, self.options = params, optimizer, options
+        self.alone = None if states is None else Alone(optimizer, states)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -77,30 +79,16 @@ class Whole(Update):
         return clip_gradients(self.params, self.options)
 
     def apply(self) -> None:
-        self.optimizer.step()
-
-    def clear(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-class Hosted(Whole):
-    """The same, with the optimizer's states in host memory."""
-
-    def __init__(
-        self,
-        params: Sequence[nn.Parameter],
-        optimizer: Optimizer,
-        options: OptimizerOptions,
-        states: HostStates,
-    ) -> None:
-        super().__init__(params, optimizer, options)
-        self.alone = Alone(optimizer, states)
-
-    def apply(self) -> None:
+        if self.alone is None:
+            self.optimizer.step()
+            return
         for param in self.params:
             if param.grad is not None:
                 self.alone.step(param)
         self.alone.finish()
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 class Released(Update):
@@ -147,6 +135,4 @@ def update_of(params: Sequence[nn.Parameter], optimizer: Optimizer, options: Opt
     states = HostStates(optimizer) if is_hosted(options, params[0].device) else None
     if options.optimizer_release_gradients:
         return Released(params, Alone(optimizer, states), options)
-    if states is not None:
-        return Hosted(params, optimizer, options, states)
-    return Whole(params, optimizer, options)
+    return Whole(params, optimizer, options, states)

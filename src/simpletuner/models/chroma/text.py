@@ -7,6 +7,7 @@ tokens + 1 rows, at a fraction of the cost: masked keys take no part and T5's po
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,20 +22,15 @@ from simpletuner.models.chroma.t5 import load_t5
 from simpletuner.models.family import Source, TextEncoder
 
 
+@dataclass(frozen=True)
 class ChromaText(TextEncoder):
     """T5 v1.1's encoder half with its tokenizer. overlong: "truncate" cuts before `</s>`, "error" refuses."""
 
-    def __init__(
-        self,
-        t5: T5EncoderModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        limit: int = MAX_TOKENS,
-        zero_pad: bool = False,
-        overlong: str = "truncate",
-    ) -> None:
-        self._t5, self._tokenizer = t5, tokenizer
-        self._limit, self._zero_pad, self._overlong = limit, zero_pad, overlong
+    _t5: T5EncoderModel
+    _tokenizer: PreTrainedTokenizerBase
+    _limit: int = MAX_TOKENS
+    _zero_pad: bool = False
+    _overlong: str = "truncate"
 
     def token_count(self, caption: str) -> int:
         return len(self._tokenizer(caption, verbose=False)["input_ids"])
@@ -71,9 +67,9 @@ def load_text_encoder(source: Source, options: ModelOptions, device: torch.devic
     return ChromaText(
         load_t5(source, options, device, emit),
         load_tokenizer(source.tokenizer),
-        limit=max_tokens(options),
-        zero_pad=options.flux_t5_padding == "zero",
-        overlong=options.caption_overlong,
+        max_tokens(options),
+        options.flux_t5_padding == "zero",
+        options.caption_overlong,
     )
 
 
