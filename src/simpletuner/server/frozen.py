@@ -97,14 +97,9 @@ def _inside(place: Place, path: str | Path, loc: str) -> Path:
 
 
 def _absolute(datasets: Sequence[Mapping[str, Any]], place: Place) -> list[dict[str, Any]]:
+    """Of sets that were judged, and may be where they are."""
     return [
-        dict(one)
-        | {
-            key: str(_inside(place, str(one[key]), f"{one.get('id', '')}.{key}"))
-            for key in FOLDERS
-            if one.get(key)
-        }
-        for one in datasets
+        {**one, **{key: str(place.inside(one[key])) for key in FOLDERS if one.get(key)}} for one in datasets
     ]
 
 

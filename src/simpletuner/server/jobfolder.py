@@ -23,7 +23,7 @@ from simpletuner.durable import write_atomically
 from simpletuner.errors import Stopped
 from simpletuner.server.advice import Reason, reason
 from simpletuner.server.runs import held
-from simpletuner.server.states import ENDED, End, Facts, Phase, state_of
+from simpletuner.server.states import ENDED, End, Facts, state_of
 from simpletuner.server.tail import document, text
 from simpletuner.server.wire.base import State
 from simpletuner.server.wire.jobs import Job
@@ -106,15 +106,14 @@ class JobFolder:
             os.killpg(process["pid"], number)
         return True
 
-    def state(self, phase: Phase = "starting") -> State:
-        """phase: how far the training has come while it lives, by its events."""
-        return state_of(self._facts(self.work(), phase))
-
-    def _facts(self, work: Work | None, phase: Phase) -> Facts:
+    def state(self) -> State:
+        """While the training lives "starting": how far it has come is in its run folder."""
+        work = self.work()
         if not self.launched or work is None:
-            return Facts()
+            return state_of(Facts())
         alive = self.alive  # before exit.json, which is written while the lock is held
-        return Facts(True, alive, phase, self.asked() is not None, None if alive else self._end(work))
+        end = None if alive else self._end(work)
+        return state_of(Facts(True, alive, asked=self.asked() is not None, end=end))
 
     def _started_t(self) -> float | None:
         return (document(self.path / "state.json") or {}).get("started_t")

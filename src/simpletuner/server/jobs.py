@@ -157,9 +157,7 @@ class Jobs:
         options = document(run_dir / "config.json") or {}
         prompts = any(options.get(name, "unknown") for name in ("validation_prompt", "user_prompt_library"))
         if control == "validate" and (options.get("validation_disable") or not prompts):
-            refuse(
-                409, "this run draws no pictures: it was begun without prompts, or with validation_disable"
-            )
+            refuse(409, "this run draws no pictures: it has no prompts, or validation_disable is on")
         self.place.below(run_dir, f"control/{control}").touch()
 
     def waiting(self) -> list[JobFolder]:

@@ -127,6 +127,8 @@ class Watcher:
         if events.end == follow.since and log.end == follow.log_since:
             return {}, follow
         records = [found for line in events.lines if (found := tail.record(line)) is not None]
-        part = {"run": follow.run, "events": records, "start": events.start, "end": events.end}
-        part["log"] = log if log.end != follow.log_since else None
+        new_log = log if log.end != follow.log_since else None
+        part = {
+            "run": follow.run, "events": records, "start": events.start, "end": events.end, "log": new_log
+        }  # fmt: skip
         return part, follow.model_copy(update={"since": events.end, "log_since": log.end})
