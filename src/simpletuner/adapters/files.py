@@ -18,6 +18,7 @@ from simpletuner.adapters import layouts, loaders
 from simpletuner.adapters.layouts import LAYOUTS, Factors, FileSummary, LoraFile
 from simpletuner.adapters.linear import AdaptedLinear, LoraLinear, adapted
 from simpletuner.adapters.lora import attach_file
+from simpletuner.durable import sync
 from simpletuner.errors import DiskFull, ModelError
 
 PROBES = 8
@@ -99,10 +100,10 @@ def _write(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(_tensors(factors, layout, dtype), temporary, metadata=header)
-        _sync(temporary)
+        sync(temporary)
         written = _verify(temporary, deltas, layout, TOLERANCE[dtype])
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:  # a full disk is the latter inside save_file
         raise DiskFull(f"{path} could not be written ({error})") from error
     finally:
@@ -195,12 +196,3 @@ def _live_terms(module: AdaptedLinear) -> Iterator[tuple[Tensor, Tensor]]:
 def _without_path(value: str) -> str:
     local = re.match(r"([~/\\]|\.\.?[/\\]|[A-Za-z]:[/\\])", value)
     return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if local else value
-
-
-def _sync(path: Path) -> None:
-    """A directory too: the rename itself must survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

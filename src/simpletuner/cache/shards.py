@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simpletuner.durable import sync_folder
+from simpletuner.durable import sync
 from simpletuner.errors import CacheError
 
 DTYPES = {
@@ -77,7 +77,7 @@ def write_shard(final: Path, tensors: Mapping[str, Tensor], fingerprint: str) ->
         unfinished.rename(final)
     finally:
         unfinished.unlink(missing_ok=True)
-    sync_folder(final.parent)
+    sync(final.parent)
 
 
 def read_entries(path: Path) -> list[Entry]:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,33 +68,26 @@ def attempt_sets(
     """
 
     def where(path: jsonc.Path) -> str:
-        at, *field = (str(part) for part in path) if path else ("",)
+        at, *inside = (str(part) for part in path) if path else ("",)
         entry = sets[int(at)] if at else None
         name = entry.get("id") if isinstance(entry, dict) else None
-        return ".".join((name if isinstance(name, str) and name else f"[{at}]", *field)) if at else ""
+        return ".".join((name if isinstance(name, str) and name else f"[{at}]", *inside)) if at else ""
 
     reader = _Reader(folder, list(sets), where, options, {})
     return reader.read(), tuple(reader.problems)
 
 
+@dataclass
 class _Reader:
     """One pass over one file; problems and notes gather here."""
 
-    def __init__(
-        self,
-        folder: Path,
-        sets: Any,
-        where: Callable[[jsonc.Path], str],
-        options: DataOptions,
-        environ: Mapping[str, str] | None,
-    ) -> None:
-        self.folder = folder
-        self.sets = sets
-        self.where = where
-        self.options = options
-        self.environ = environ
-        self.problems: list[Problem] = []
-        self.notes: list[str] = []
+    folder: Path
+    sets: Any
+    where: Callable[[jsonc.Path], str]
+    options: DataOptions
+    environ: Mapping[str, str] | None
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def problem(self, what: str, *where: str | int) -> None:
         self.problems.append(Problem(self.where(where), what))
@@ -230,7 +224,7 @@ class _Reader:
             what = f'{name}.crop_aspect_buckets needs "crop": true and "crop_aspect": "closest"'
             self.problem(what, at, "crop_aspect_buckets")
         style = fields.crop_style if kind != "eval" and (crop or "crop_style" in given) else "center"
-        shared = own.model_dump(include={field.name for field in dataclasses.fields(Framing)})
+        shared = own.model_dump(include={one.name for one in dataclasses.fields(Framing)})
         ratios = tuple(fields.crop_aspect_buckets or ())
         return Framing(crop=crop, crop_style=style, crop_aspect=aspect, crop_aspect_buckets=ratios, **shared)
 

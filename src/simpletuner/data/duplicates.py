@@ -13,16 +13,14 @@ from simpletuner.data.report import printable
 from simpletuner.data.types import Placed
 from simpletuner.errors import DataError
 
-TAIL = 4096
-
 
 def identical(paths: Iterable[Path]) -> list[list[Path]]:
     """Groups of files with equal content. A file that cannot be read (any more) is in none.
 
-    Only files that share their length are opened, and only those that share their end are read whole.
+    Only files that share their length are opened.
     """
     groups = [list(dict.fromkeys(paths))]
-    for mark in (os.path.getsize, _tail, _content):
+    for mark in (os.path.getsize, _content):
         groups = [alike for group in groups for alike in _alike(group, mark)]
     return groups
 
@@ -33,12 +31,6 @@ def _alike(paths: Sequence[Path], mark: Callable[[Path], object]) -> list[list[P
         with contextlib.suppress(OSError):
             found[mark(path)].append(path)
     return [alike for alike in found.values() if len(alike) > 1]
-
-
-def _tail(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL))
-        return hashlib.sha256(file.read()).digest()
 
 
 def _content(path: Path) -> bytes:

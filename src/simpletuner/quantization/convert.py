@@ -22,6 +22,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from simpletuner.durable import sync
 from simpletuner.errors import CacheError, DiskFull, ModelError
 from simpletuner.events.progress import Stage
 from simpletuner.events.types import Emit, Noted
@@ -149,7 +150,7 @@ def convert(
         file.truncate(total)
         _sync(file)
         os.replace(file.name, target)
-    _sync_folder(target.parent)
+    sync(target.parent)
 
 
 def _layout(
@@ -281,9 +282,3 @@ def _explained(error: OSError, file: BinaryIO) -> DiskFull | OSError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"the disk is full at {file.name}; free some, and the same command goes on there")
     return error
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)

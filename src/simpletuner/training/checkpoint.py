@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from simpletuner.durable import sync
 from simpletuner.errors import CheckpointError, DiskFull
 from simpletuner.events.types import CheckpointSetAside, Emit
 
@@ -63,14 +64,11 @@ def _hash(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(path)
     except OSError as error:
         if path.is_file():  # some file systems cannot sync a folder; a file must be
             raise DiskFull(f"{path} could not be written to the disk: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
 
 
 def free_bytes(folder: Path) -> int:

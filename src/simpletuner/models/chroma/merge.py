@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.adapters.layouts import Factors
+from simpletuner.durable import sync
 from simpletuner.errors import ConfigError, DiskFull, ModelError
 from simpletuner.events.progress import Stage
 from simpletuner.events.sinks import silent
@@ -228,6 +229,4 @@ def _take_place(whole: Path, target: Target) -> None:
     if target.path.exists() and not target.replace:
         raise ConfigError(f"{target.path} has come into being meanwhile and is not overwritten")
     os.replace(whole, target.path)
-    handle = os.open(target.path.parent, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    sync(target.path.parent)
