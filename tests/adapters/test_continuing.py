@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from simpletuner.adapters import files, layouts
 from simpletuner.adapters.linear import adapted
 from simpletuner.adapters.lora import attach
+from simpletuner.config.load import attempt_mapping
 from simpletuner.config.rules import contradictions
 from simpletuner.config.schema import AdapterOptions, RunConfig
 from simpletuner.errors import ConfigError
@@ -32,7 +33,7 @@ def test_training_goes_on_from_any_layout(row, tmp_path):
     assert "17 modules: attn.add_k_proj" in str(result.continued)
     modules = adapted(network)
     for name, (a, b, strength) in held.meant.items():
-        one = modules[name].factors()
+        one = modules[name].delta()
         assert torch.allclose(one.up @ one.down, strength * (b @ a), rtol=1e-5, atol=1e-4), name
     run(network).square().sum().backward()
     assert all(parameter.grad is not None for _, parameter in result.trainable)
@@ -126,3 +127,36 @@ def test_a_second_file_of_an_untrained_lora(tmp_path):
     attach(network, AdapterOptions(lora_rank=4), attention_names(network)[:1], 5)
     files.save(network, tmp_path / "a.safetensors", layout="kohya")
     assert load_file(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("row", twelve(8))
+def test_the_rank_is_the_files_unless_one_is_given(row, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file(twelve(8, rank=6)[row].tensors, path)
+    given = {"init_lora": str(path)}
+    tried = attempt_mapping(given, tmp_path)
+    assert tried.loaded.run.adapter.lora_rank == 6
+    assert "lora_rank is 6, as x.safetensors has it" in tried.loaded.notes
+    assert attempt_mapping({**given, "lora_rank": 9}, tmp_path).loaded.run.adapter.lora_rank == 9
+    (problem,) = attempt_mapping({**given, "lora_rank": 4}, tmp_path).problems
+    assert "init_lora has rank 6 and lora_rank is 4; leave it out, or" in problem.what
+
+
+def test_a_file_of_a_smaller_rank_is_gone_on_from_with_zeros(tmp_path):
+    held, path = twelve(WIDTH, rank=4)["kohya"], tmp_path / "x.safetensors"
+    save_file(held.tensors, path)
+    network, shown = tiny_chroma(), tiny_chroma()
+    attach(network, AdapterOptions(lora_rank=7, init_lora=str(path)), list(held.meant), 0)
+    files.load_into(shown, path)
+    assert torch.allclose(run(shown), run(network), rtol=1e-5, atol=1e-5)
+    assert not any(module.up[:, 4:].any() for module in adapted(network).values())
+
+
+NO_LORA = (b"", b"\xff" * 40, b"\x02" + b"\0" * 7 + b"[]", b"\x08" + b"\0" * 7 + b'{"a": 1}')
+
+
+@pytest.mark.parametrize("content", NO_LORA)
+def test_what_is_no_lora_leaves_the_rank_to_those_who_read_it(content, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    tried = attempt_mapping({"init_lora": str(tmp_path / "x.safetensors")}, tmp_path)
+    assert tried.loaded.run.adapter.lora_rank == 16

@@ -60,7 +60,7 @@ def test_load_into_is_the_inverse_of_save(kind, tmp_path):
         == written
         == files.describe(tmp_path / "a.safetensors")
     )
-    assert written.dora == (kind == "dora")
+    assert (written.kind == "DoRA") == (kind == "dora")
     rank = KINDS[kind].lora_rank * (2 if kind in ("pissa", "olora") else 1)
     assert written.ranks == (rank,)
     assert torch.allclose(run(other), run(network), rtol=0, atol=2e-6)
@@ -157,8 +157,8 @@ def test_a_wrong_magnitude_is_seen(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "named"),
     [
-        ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "is a LoKr"),
-        ("lycoris_transformer_blocks_0_attn_to_q.hada_w1_a", "is a LoHa"),
+        ("lycoris_transformer_blocks_0_attn_to_q.lokr_t2", "is a LoKr of convolutions"),
+        ("lycoris_transformer_blocks_0_attn_to_q.hada_w1_a", "hada_w1 is neither one matrix nor a pair"),
         ("base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight", "PEFT adapter folder"),
         ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text encoder weights"),
         ("lora_unet_double_blocks_0_img_mod_lin.lora_down.weight", "Flux has and Chroma has not"),
@@ -259,14 +259,14 @@ def test_init_lora_continues_the_delta_under_another_alpha(tmp_path):
             other, AdapterOptions(lora_rank=6, lora_alpha=alpha, init_lora=path), attention_names(other), 9
         )
         assert torch.allclose(run(other), goal, rtol=0, atol=2e-6)
-    with pytest.raises(ConfigError, match="has rank 6 and lora_rank is 4"):
+    with pytest.raises(ConfigError, match="has rank 6 and lora_rank is 4; set it to 6, or make"):
         attach(tiny_chroma(), AdapterOptions(lora_rank=4, init_lora=path), attention_names(other.cpu()), 9)
     with pytest.raises(ConfigError, match="21 too many"):
         attach(
             tiny_chroma(), AdapterOptions(lora_rank=6, init_lora=path), attention_names(tiny_chroma())[:1], 9
         )
     options = AdapterOptions(lora_rank=6, init_lora=path, use_dora=True)
-    with pytest.raises(ConfigError, match="use_dora = False"):
+    with pytest.raises(ConfigError, match=r"is a LoRA; set .*use_dora = false"):
         attach(tiny_chroma(), options, attention_names(tiny_chroma()), 9)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from simpletuner.adapters import files, layouts
-from simpletuner.adapters.layouts import Factors
+from simpletuner.adapters.deltas import Factors
 from simpletuner.errors import ModelError
 from tests.adapters.matrix import split_factors, twelve
 
@@ -45,7 +45,7 @@ def test_every_layout_is_read_as_it_is_meant(row, tmp_path):
 def test_there_and_back_is_the_identity(row, layout, tmp_path):
     """From split names the fused pair is block-diagonal; from fused names A is one, and so it stays."""
     held = twelve(WIDTH, rank=4, alpha=4.0)[row]
-    before = layouts.read(written(held, tmp_path / "x.safetensors")).factors()
+    before = layouts.read(written(held, tmp_path / "x.safetensors")).deltas()
     files.write(before, tmp_path / "y.safetensors", layout, torch.float32, {})
     stored = layouts.read(tmp_path / "y.safetensors")
     ranks = {name.split(".", 2)[2]: one.rank for name, one in stored.modules.items()}
@@ -53,7 +53,7 @@ def test_there_and_back_is_the_identity(row, layout, tmp_path):
     assert {one.rank for name, one in stored.modules.items() if name.endswith("linear1")} == {
         16 if row == "diffusers" else 4
     }
-    after = stored.factors()
+    after = stored.deltas()
     assert set(after) == set(before)
     for name in before:
         assert torch.equal(after[name].down, before[name].down)
@@ -66,12 +66,12 @@ def test_modules_that_are_not_adapted_stay_so(tmp_path):
     kept = {name: Factors(*pair) for name, pair in split_factors(WIDTH, 4).items() if name in wanted}
     files.write(kept, tmp_path / "x.safetensors", "kohya", torch.float32, {})
     stored = layouts.read(tmp_path / "x.safetensors")
-    assert {name: tuple(one.up.shape) for name, one in stored.modules.items()} == {
+    assert {name: (one.delta.shape[0], one.rank) for name, one in stored.modules.items()} == {
         "double_blocks.0.img_attn.qkv": (3 * WIDTH, 4),
         "single_blocks.0.linear1": (7 * WIDTH, 4),
     }
-    assert stored.factors().keys() == kept.keys()
-    for name, one in stored.factors().items():
+    assert stored.deltas().keys() == kept.keys()
+    for name, one in stored.deltas().items():
         assert torch.equal(one.up @ one.down, kept[name].up @ kept[name].down)
 
 
@@ -86,7 +86,7 @@ def test_unequal_ranks_and_outer_modules_fit_the_native_names(tmp_path):
         assert torch.equal(one.down, kept[name].down)
     outer = {"proj_out": Factors(torch.randn(4, WIDTH), torch.randn(64, 4))}
     files.write(outer, tmp_path / "y.safetensors", "comfyui", torch.float32, {})
-    assert layouts.read(tmp_path / "y.safetensors").factors().keys() == {"proj_out"}
+    assert layouts.read(tmp_path / "y.safetensors").deltas().keys() == {"proj_out"}
     with pytest.raises(ModelError, match=r"not be applied to proj_out .* by kohya"):
         files.write(outer, tmp_path / "z.safetensors", "kohya", torch.float32, {})
 
@@ -102,12 +102,12 @@ def test_dora_scale_per_output_is_a_magnitude(tmp_path):
     tensors = {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
     scale = torch.rand(WIDTH, 1)
     save_file({**tensors, f"transformer.{name}.dora_scale": scale}, tmp_path / "x.safetensors")
-    assert torch.equal(layouts.read(tmp_path / "x.safetensors").factors()[name].magnitude, scale.flatten())
+    assert torch.equal(layouts.read(tmp_path / "x.safetensors").deltas()[name].magnitude, scale.flatten())
     save_file(
         {**tensors, f"transformer.{name}.dora_scale": scale.t().contiguous()}, tmp_path / "x.safetensors"
     )
     with pytest.raises(ModelError, match="per input"):
-        layouts.read(tmp_path / "x.safetensors").factors()
+        layouts.read(tmp_path / "x.safetensors").deltas()
 
 
 KEY = "transformer.transformer_blocks.0.attn.to_q"
@@ -135,7 +135,7 @@ def test_sizes_that_are_no_lora(tensors, said, tmp_path):
     }
     save_file(fused, tmp_path / "y.safetensors")
     with pytest.raises(ModelError, match="made for another model"):
-        layouts.read(tmp_path / "y.safetensors").factors()
+        layouts.read(tmp_path / "y.safetensors").deltas()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_headers_that_are_no_configuration(config, tmp_path):
     pair = {f"{KEY}.lora_A.weight": torch.ones(4, 8), f"{KEY}.lora_B.weight": torch.ones(8, 4)}
     save_file(pair, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": config})
     with pytest.raises(ModelError, match="header"):
-        layouts.read(tmp_path / "x.safetensors").factors()
+        layouts.read(tmp_path / "x.safetensors").deltas()
 
 
 def test_a_pattern_of_a_stranger_is_not_run(tmp_path):
@@ -159,7 +159,7 @@ def test_a_pattern_of_a_stranger_is_not_run(tmp_path):
     }
     pair = {f"{KEY}.lora_A.weight": torch.ones(4, 8), f"{KEY}.lora_B.weight": torch.ones(8, 4)}
     save_file(pair, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": json.dumps(slow)})
-    assert float(layouts.read(tmp_path / "x.safetensors").factors()[KEY[12:]].up[0, 0]) == 2.0
+    assert float(layouts.read(tmp_path / "x.safetensors").deltas()[KEY[12:]].up[0, 0]) == 2.0
 
 
 class Trap:

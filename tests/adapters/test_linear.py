@@ -17,17 +17,22 @@ from simpletuner.adapters.linear import DoraLinear, LoraLinear
 
 def pair(
     dtype: torch.dtype, master: torch.dtype, bias: bool = True, dropout: float = 0.0
-) -> list[PeftLinear]:
+) -> tuple[LoraLinear, PeftLinear]:
     """Ours and PEFT's own on one frozen base, same factors."""
     torch.manual_seed(0)
     base = nn.Linear(24, 40, bias=bias).to(dtype).requires_grad_(False)
     config = LoraConfig(r=4, lora_alpha=7, lora_dropout=dropout)
-    layers = [kind(base, "default", config=config, r=4, lora_alpha=7) for kind in (LoraLinear, PeftLinear)]
+    theirs = PeftLinear(base, "default", config=config, r=4, lora_alpha=7)
     down, up = torch.randn(4, 24).to(master), torch.randn(40, 4).to(master)
-    for layer in layers:
-        layer.lora_A["default"].weight = nn.Parameter(down.clone())
-        layer.lora_B["default"].weight = nn.Parameter(up.clone())
-    return layers
+    theirs.lora_A["default"].weight = nn.Parameter(down.clone())
+    theirs.lora_B["default"].weight = nn.Parameter(up.clone())
+    return LoraLinear(base, down.clone(), up.clone(), 7 / 4, dropout), theirs
+
+
+def factors(layer: nn.Module) -> list[nn.Parameter]:
+    if isinstance(layer, LoraLinear):
+        return [layer.down, layer.up]
+    return [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
 
 
 def outputs_and_gradients(
@@ -36,8 +41,7 @@ def outputs_and_gradients(
     x = x.clone().requires_grad_()
     y = layer(x) if call is None else call(layer, x)
     (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
-    factors = [layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad]
-    return [y.detach(), x.grad, *factors]
+    return [y.detach(), x.grad, *(factor.grad for factor in factors(layer))]
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -79,10 +83,8 @@ def test_gradcheck():
     ours, _ = pair(torch.float64, torch.float64)
     x = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(ours, (x,))
-    ours.base_layer.weight.requires_grad_(True)  # takes the other path, and the base gets its own gradient
+    ours.base_layer = Dequantised(ours.base_layer)  # takes the other path
     assert torch.autograd.gradcheck(ours, (x,))
-    ours(x).sum().backward()
-    assert ours.base_layer.weight.grad is not None
 
 
 def test_any_module_may_be_the_base():
@@ -98,9 +100,8 @@ def test_input_without_gradient_still_trains_the_factors():
     x = torch.randn(5, 24, dtype=torch.float64)
     for layer in (ours, theirs):
         layer(x).square().sum().backward()
-    for name in ("lora_A", "lora_B"):
-        mine, other = (getattr(layer, name)["default"].weight.grad for layer in (ours, theirs))
-        assert relative(mine, other) < 1e-13
+    for mine, other in zip(factors(ours), factors(theirs)):
+        assert relative(mine.grad, other.grad) < 1e-13
 
 
 def test_dropout_draws_the_same_mask_as_peft_and_survives_checkpointing():
@@ -157,8 +158,7 @@ def test_autocast_over_a_float32_base():
 def test_strength(kind):
     ours, _ = pair(torch.float32, torch.float32)
     if kind is DoraLinear:
-        config = LoraConfig(r=4, lora_alpha=7, use_dora=True, init_lora_weights=False)
-        ours = DoraLinear(ours.base_layer, "default", config=config, r=4, lora_alpha=7)
+        ours = DoraLinear(ours.base_layer, ours.down.detach(), ours.up.detach(), 7 / 4)
         ours.magnitude.data.mul_(1.5)
     x = torch.randn(6, 24)
     base = ours.base_layer(x)
@@ -168,14 +168,6 @@ def test_strength(kind):
     for strength in (0.5, -1.0, 2.0):
         ours.strength = strength
         assert relative(ours(x).detach() - base, strength * full) < 1e-5
-
-
-def test_merge_agrees_with_the_forward():
-    ours, _ = pair(torch.float64, torch.float64)
-    x = torch.randn(6, 24, dtype=torch.float64)
-    before = ours(x).detach()
-    ours.merge()
-    assert relative(ours(x).detach(), before) < 1e-13
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simpletuner.adapters import files, layouts, loaders
 from simpletuner.adapters.check import check
-from simpletuner.adapters.layouts import Factors
+from simpletuner.adapters.deltas import Factors
 from tests.adapters.matrix import (
     AB,
     DOWN_UP,
@@ -172,7 +172,7 @@ def test_diffusers_does_what_is_written_of_it(row, width, full, small, tmp_path,
     compare_with_diffusers(path, (full if width == FULL else small).load(path), meant_by(held))
 
 
-@pytest.mark.parametrize("layout", list(files.MEANT_FOR))
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "comfyui"])
 def test_diffusers_applies_every_layout_that_is_written(layout, full, tmp_path):
     factors = {name: Factors(a, b / 3) for name, (a, b) in split_factors(FULL, RANK).items()}
     path = tmp_path / "x.safetensors"

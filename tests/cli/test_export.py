@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from simpletuner.adapters import layouts, sums
-from simpletuner.adapters.layouts import Factors
+from simpletuner.adapters.deltas import Factors
 from simpletuner.cli.export import command
 from simpletuner.errors import ConfigError, ModelError
 from tests.adapters.matrix import AB, of_diffusers, split_factors, twelve
@@ -31,7 +31,7 @@ def run(*words):
 
 
 def deltas(path):
-    return {name: one.up @ one.down for name, one in layouts.read(path).factors().items()}
+    return {name: one.up @ one.down for name, one in layouts.read(path).deltas().items()}
 
 
 def same(found, wanted, tolerance=1e-5):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from simpletuner.adapters import files, layouts
-from simpletuner.adapters.layouts import Factors
+from simpletuner.adapters.deltas import Factors
 from simpletuner.adapters.linear import adapted
 from simpletuner.adapters.lora import attach
 from simpletuner.cli.merge import command
@@ -46,7 +46,7 @@ def lora(base: Path, seed: int, preset: str = "all+ffs", **options: object) -> d
     network = weights.load_transformer(base, CPU, F32)
     chosen = AdapterOptions(lora_rank=4, **options)
     perturb(attach(network, chosen, lora_targets(network, preset), seed).trainable)
-    return {name: one.factors() for name, one in adapted(network).items()}
+    return {name: one.delta() for name, one in adapted(network).items()}
 
 
 def dense(base: Path, *loras: tuple[Mapping[str, Factors], float]) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ def test_a_dora_is_merged_as_it_acts(base: Path, tmp_path: Path, strength: float
     acting = weights.load_transformer(base, CPU, F32)
     files.load_into(acting, path, strength)
     target = Target(tmp_path / "out", native=False, dtype=F32)
-    merge(base, [(layouts.read(path).factors(), strength)], target, {})
+    merge(base, [(layouts.read(path).deltas(), strength)], target, {})
     merged = weights.load_transformer(target.path, CPU, F32)
     plain = weights.load_transformer(base, CPU, F32)
     name = "single_transformer_blocks.1.proj_mlp"

@@ -90,7 +90,7 @@ def test_diffusers_draws_the_same_picture_with_our_file(lora: Path, tmp_path: Pa
 
 
 def test_merged_weights_draw_the_same_picture_as_base_and_lora(lora: Path, tmp_path: Path) -> None:
-    factors = layouts.read(lora).factors()
+    factors = layouts.read(lora).deltas()
     mine = ours(tmp_path, lora)
     for native, name in ((False, "folder"), (True, "file.safetensors")):
         target = Target(tmp_path / name, native=native, dtype=torch.float32)

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from simpletuner.adapters.linear import adapted
 from simpletuner.adapters.lora import attach
 from simpletuner.config.schema import AdapterOptions
-from simpletuner.errors import ModelError
 from simpletuner.quantization.linear import QuantizedLinear, quantize_modules
 from simpletuner.quantization.schemes import SCHEMES
 
@@ -221,14 +220,6 @@ def test_another_dtype_leaves_the_parts(scheme: str) -> None:
     assert linear.half().weight.dtype == torch.float16
     assert [one.dtype for one in linear.buffers()] == [one.dtype for one in before.values()]
     assert {one.device.type for one in copy.deepcopy(linear).to("meta").buffers()} == {"meta"}
-
-
-def test_an_adapter_is_not_merged_into_it() -> None:
-    """PEFT would write to a copy of the weight, and the adapter would be gone."""
-    block = pair("int8")[1]
-    with_ours(block)
-    with pytest.raises(ModelError, match="quantised"):
-        next(iter(adapted(block).values())).merge()
 
 
 def test_a_dora_starts_as_the_base() -> None:

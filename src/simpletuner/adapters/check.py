@@ -33,7 +33,7 @@ def check(path: Path) -> tuple[LoraFile, tuple[Verdict, ...]]:
 
 
 def verdict(program: Program, file: LoraFile) -> Verdict:
-    whole, found = file.factors(), reading(program, file)
+    whole, found = file.deltas(), reading(program, file)
     native = LAYOUTS[file.layout].native
     stored = {module: (names.native_name(module) or ("", 0))[0] if native else module for module in whole}
     ratios = {

@@ -1,4 +1,4 @@
-"""LoRA files in every layout in use, read into one form: diffusers module -> the factors of its delta."""
+"""LoRA files in every layout in use, read into one form: diffusers module -> its delta."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.adapters import container, names
+from simpletuner.adapters.deltas import PRODUCT_PARTS, Delta, Factors, Product, misfit
 from simpletuner.errors import ModelError
 
 # PEFT's configuration in a file's header: diffusers takes strengths from it, ComfyUI does not see it.
@@ -24,33 +25,18 @@ DORA_SCALE = ".dora_scale"  # LyCORIS' name of the magnitude, (out, 1)
 
 
 @dataclass(frozen=True)
-class Factors:
-    """delta W = up @ down, alpha already in `up`.
-
-    down: (r, in). up: (out, r). magnitude: (out,), only with DoRA. All float32 on the CPU.
-    """
-
-    down: Tensor
-    up: Tensor
-    magnitude: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-
-@dataclass(frozen=True)
 class FileSummary:
     """What a LoRA file holds, in diffusers' modules. ranks, alphas: each that occurs, ascending.
 
-    layout: what people call it. parameters: numbers in the file.
+    layout: what people call it. kind: LoRA, DoRA, LoHa or LoKr; LoKr's rank 0 is a whole second matrix.
+    parameters: numbers in the file.
     """
 
     layout: str
+    kind: str
     modules: tuple[str, ...]
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
-    dora: bool
     parameters: int
     metadata: dict[str, str]
 
@@ -58,7 +44,7 @@ class FileSummary:
         """kohya layout, rank 16, alpha 8, 190 modules: attn.to_k, attn.to_q"""
         ends = sorted({re.sub(r"^.*blocks\.\d+\.", "", name) for name in self.modules})
         ranks, alphas = ("/".join(f"{one:g}" for one in many) for many in (self.ranks, self.alphas))
-        kind = "DoRA" if self.dora else "rank"
+        kind = "rank" if self.kind == "LoRA" else self.kind
         return (
             f"{self.layout} layout, {kind} {ranks}, alpha {alphas}, {len(self.modules)} modules:"
             f" {', '.join(ends)}"
@@ -112,8 +98,9 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType({
 FOREIGN = {
     "lora_te": "has text encoder weights (lora_te*), which Chroma's T5 does not take",
     "text_encoder": "has text encoder weights, which Chroma's T5 does not take",
-    ".lokr_": "is a LoKr (lokr_*), which is not read here",
-    ".hada_": "is a LoHa (hada_*), which is not read here",
+    ".lokr_t": "is a LoKr of convolutions, which Chroma has not",
+    ".hada_t": "is a LoHa of convolutions, which Chroma has not",
+    ".oft_": "is an OFT (oft_*), which is not read here",
     "distilled_guidance_layer": "adapts the approximator, which breaks the model",
     "mod_lin": "adapts modulation layers, which Flux has and Chroma has not",
     "mod.lin": "adapts modulation layers, which Flux has and Chroma has not",
@@ -126,15 +113,21 @@ FOREIGN = {
 class Stored:
     """One module as the file has it, before any rule. magnitude: PEFT's; dora_scale: LyCORIS'."""
 
-    down: Tensor
-    up: Tensor
+    delta: Delta
     alpha: float | None = None
     magnitude: Tensor | None = None
     dora_scale: Tensor | None = None
 
     @property
     def rank(self) -> int:
-        return self.down.shape[0]
+        return self.delta.rank
+
+    @property
+    def scale(self) -> float | None:
+        """alpha / rank; None where it is not said. Two whole matrices of a LoKr are never scaled."""
+        if self.rank == 0:
+            return 1.0
+        return None if self.alpha is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -148,42 +141,46 @@ class LoraFile:
     metadata: dict[str, str]
     parameters: int
 
-    def factors(self) -> dict[str, Factors]:
-        """What the file was made to do: diffusers module -> factors."""
-        found: dict[str, Factors] = {}
+    @property
+    def is_product(self) -> bool:
+        return any(isinstance(one.delta, Product) for one in self.modules.values())
+
+    def deltas(self) -> dict[str, Delta]:
+        """What the file was made to do: diffusers module -> delta."""
+        found: dict[str, Delta] = {}
         for name, one in self.modules.items():
             magnitude = one.magnitude
             if one.dora_scale is not None:
-                if one.dora_scale.shape[0] != one.up.shape[0] or one.dora_scale.numel() != one.up.shape[0]:
+                rows = one.delta.shape[0]
+                if one.dora_scale.shape[0] != rows or one.dora_scale.numel() != rows:
                     raise ModelError(
                         f"{self.path}: the dora_scale of {name} is per input, which is not read here"
                     )
                 magnitude = one.dora_scale.flatten()
             found |= self.split(name, self.scale(name), magnitude)
-        if len({one.magnitude is None for one in found.values()}) != 1:
-            what = "mixes LoRA and DoRA modules" if found else "holds no LoRA weights"
+        kinds = sorted({one.kind for one in found.values()})
+        if len(kinds) != 1:
+            what = f"mixes {' and '.join(kinds)} modules" if found else "holds no LoRA weights"
             raise ModelError(f"{self.path} {what}")
         return dict(sorted(found.items()))
 
-    def opened(self) -> tuple[dict[str, Factors], FileSummary]:
-        factors = self.factors()
+    def opened(self) -> tuple[dict[str, Delta], FileSummary]:
+        deltas = self.deltas()
+        alphas = {round(self.scale(name) * one.rank, 6) for name, one in self.modules.items()}
         summary = FileSummary(
             layout=LAYOUTS[self.layout].title,
-            modules=tuple(factors),
-            ranks=tuple(sorted({one.rank for one in factors.values()})),
-            alphas=tuple(
-                sorted({round(self.scale(name) * one.rank, 6) for name, one in self.modules.items()})
-            ),
-            dora=any(one.magnitude is not None for one in factors.values()),
+            kind=next(iter(deltas.values())).kind,
+            modules=tuple(deltas),
+            ranks=tuple(sorted({one.rank for one in deltas.values()})),
+            alphas=tuple(sorted(alphas)),
             parameters=self.parameters,
             metadata=self.metadata,
         )
-        return factors, summary
+        return deltas, summary
 
     def scale(self, name: str) -> float:
         """alpha / rank by the alpha tensor, else by the header, else 1. ModelError where the two differ."""
-        one, told = self.modules[name], self.header_scale(name)
-        own = None if one.alpha is None else one.alpha / one.rank
+        own, told = self.modules[name].scale, self.header_scale(name)
         if own is not None and told is not None and not math.isclose(own, told, rel_tol=1e-6):
             raise ModelError(f"{self.path}: {name} has an alpha of its own and another in the header")
         return own if own is not None else 1.0 if told is None else told
@@ -191,7 +188,7 @@ class LoraFile:
     def header_scale(self, name: str) -> float | None:
         """As PEFT reads its own configuration; None where it says nothing."""
         rank, config = self.modules[name].rank, self.header
-        if "lora_alpha" not in config:
+        if "lora_alpha" not in config or self.is_product:
             return None
         patterns = config.get("alpha_pattern") or {}
         # Regular expressions by PEFT's rule, but a stranger's are never run: names alone are understood.
@@ -202,28 +199,28 @@ class LoraFile:
             raise ModelError(f"{self.path}: lora_alpha in the header is no number")
         return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
-    def split(self, name: str, scale: float, magnitude: Tensor | None = None) -> dict[str, Factors]:
-        """One stored module as diffusers' modules: the same A, rows of B.
+    def split(self, name: str, scale: float, magnitude: Tensor | None = None) -> dict[str, Delta]:
+        """One stored module as diffusers' modules: the same A, rows of B, or rows of a product.
 
         Of a block-diagonal pair each part gets its own columns back. Exact; ModelError where sizes cannot be.
         """
-        one = self.modules[name]
-        up = one.up if scale == 1.0 else one.up * scale
+        whole = self.modules[name].delta.scaled(scale)
         parts = names.diffusers_names(name) if LAYOUTS[self.layout].native else (name,)
-        if len(parts) == 1:
-            return {parts[0]: Factors(one.down, up, magnitude)}
         try:
-            rows = names.split_rows(len(parts), up.shape[0], one.down.shape[1])
+            rows = names.split_rows(len(parts), *whole.shape)
         except ValueError as error:
             raise ModelError(f"{self.path}: {name}: {error}; it was made for another model") from None
-        found = {}
+        found: dict[str, Delta] = {}
         for part, where in zip(parts, rows):
-            mine = one.up[where].any(dim=0)
-            if not mine.any() and one.up.any():
+            if isinstance(whole, Product):
+                found[part] = Product(whole.parts, whole.scale, where)
+                continue
+            mine = whole.up[where].any(dim=0)
+            if len(parts) > 1 and not mine.any() and whole.up.any():
                 continue  # a module that the file does not adapt
-            of_all = bool(mine.all()) or not mine.any()
-            down, own = (one.down, up[where]) if of_all else (one.down[mine], up[where][:, mine])
-            found[part] = Factors(down, own, None if magnitude is None else magnitude[where])
+            own = slice(None) if len(parts) == 1 or mine.all() or not mine.any() else mine
+            length = None if magnitude is None else magnitude[where]
+            found[part] = Factors(whole.down[own], whole.up[where][:, own], length)
         return found
 
 
@@ -243,19 +240,20 @@ def read(path: Path) -> LoraFile:
     return LoraFile(path, layout, modules, header, metadata, count)
 
 
-def fused(factors: Mapping[str, Factors]) -> dict[str, Factors]:
+def fused(factors: Mapping[str, Delta]) -> dict[str, Factors]:
     """Native module -> factors: one A for all parts where they share it, else block-diagonal; exact.
 
-    A part that is not adapted gets rows of zeros. ModelError for DoRA and for modules without native name.
+    A part that is not adapted gets rows of zeros. ModelError for all but LoRA, and for modules without native
+    name.
     """
     groups: dict[str, dict[int, Factors]] = {}
     for name, one in factors.items():
         place = names.native_name(name)
         if place is None:
             raise ModelError(f"{name} has no native name; only the diffusers layout can hold it")
-        if one.magnitude is not None:
+        if isinstance(one, Product) or one.magnitude is not None:
             raise ModelError(
-                "the native layouts cannot hold a DoRA: no program applies one in them as trained"
+                f"the native layouts cannot hold a {one.kind}: no program applies one in them as trained"
             )
         groups.setdefault(place[0], {})[place[1]] = one
     return {native: _fuse(native, parts) for native, parts in groups.items()}
@@ -286,7 +284,7 @@ def _fuse(native: str, parts: Mapping[int, Factors]) -> Factors:
 
 def _parse(layout: Layout, key: str) -> tuple[str, str] | None:
     """(module, ending) of a key of this layout."""
-    endings = (layout.down, layout.up, ALPHA, MAGNITUDE, DORA_SCALE)
+    endings = (layout.down, layout.up, ALPHA, MAGNITUDE, DORA_SCALE, *(f".{part}" for part in PRODUCT_PARTS))
     ending = next((one for one in endings if key.endswith(one)), None)
     if ending is None or not key.startswith(layout.prefix):
         return None
@@ -327,20 +325,29 @@ def _header_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _stored(path: Path, layout: str, name: str, parts: Mapping[str, Tensor]) -> Stored:
     ends = LAYOUTS[layout]
-    for needed in (ends.down, ends.up):
-        if needed not in parts:
-            raise ModelError(f"{path}: {ends.key(name)} has no {needed[1:]}")
-    down, up, alpha = parts[ends.down], parts[ends.up], parts.get(ALPHA)
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
-        raise ModelError(f"{path}: {name}: shapes {tuple(down.shape)} and {tuple(up.shape)} are no LoRA pair")
+    alpha, magnitude = parts.get(ALPHA), parts.get(MAGNITUDE)
+    delta: Delta
+    if product := {part: parts[f".{part}"] for part in PRODUCT_PARTS if f".{part}" in parts}:
+        odd = next((end for end in parts if end != ALPHA and end[1:] not in product), "")
+        if why := f"{odd[1:]} belongs to no LoHa or LoKr that is read here" if odd else misfit(product):
+            raise ModelError(f"{path}: {ends.key(name)}: {why}")
+        delta = Product(product)
+    else:
+        for needed in (ends.down, ends.up):
+            if needed not in parts:
+                raise ModelError(f"{path}: {ends.key(name)} has no {needed[1:]}")
+        down, up = parts[ends.down], parts[ends.up]
+        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
+            shapes = f"shapes {tuple(down.shape)} and {tuple(up.shape)}"
+            raise ModelError(f"{path}: {name}: {shapes} are no LoRA pair")
+        delta = Factors(down, up)
     if alpha is not None and (alpha.numel() != 1 or not bool(alpha.isfinite().all())):
         raise ModelError(f"{path}: the alpha of {name} is no number")
     for ending in (MAGNITUDE, DORA_SCALE):
         if ending in parts and (parts[ending].ndim == 0 or not parts[ending].numel()):
             raise ModelError(f"{path}: the magnitude of {name} has no rows")
-    if MAGNITUDE in parts and parts[MAGNITUDE].numel() != up.shape[0]:
-        raise ModelError(
-            f"{path}: the magnitude of {name} has {parts[MAGNITUDE].numel()} rows, not {up.shape[0]}"
-        )
-    magnitude = parts[MAGNITUDE].flatten() if MAGNITUDE in parts else None
-    return Stored(down, up, None if alpha is None else float(alpha), magnitude, parts.get(DORA_SCALE))
+    if magnitude is not None and magnitude.numel() != delta.shape[0]:
+        what = f"the magnitude of {name} has {magnitude.numel()} rows, not {delta.shape[0]}"
+        raise ModelError(f"{path}: {what}")
+    lengths = None if magnitude is None else magnitude.flatten()
+    return Stored(delta, None if alpha is None else float(alpha), lengths, parts.get(DORA_SCALE))

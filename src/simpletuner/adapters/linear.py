@@ -1,4 +1,4 @@
-"""Linears with a low-rank delta: y = base(x) + strength * scale * B A x.
+"""Linears with a small delta: y = base(x) + strength * scale * delta x.
 
 T tokens (batch and sequence flattened) · r rank · A (r, in) · B (out, r), float32 masters over any base
 """
@@ -6,18 +6,17 @@ T tokens (batch and sequence flattened) · r rank · A (r, in) · B (out, r), fl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from simpletuner.adapters.layouts import Factors
-from simpletuner.errors import ModelError
+from simpletuner.adapters.deltas import Delta, Factors, Product, half, is_loha, product
+from simpletuner.adapters.layouts import DOWN, MAGNITUDE, UP
 
-ADAPTER = "default"
 Restore = Callable[..., Tensor]
 
 
@@ -96,60 +95,63 @@ def _factor_gradients(
     return grad_hidden, grad_a, grad_b
 
 
-class AdaptedLinear(PeftLinear, ABC):
-    """PEFT's LoRA linear, with its parameter names. strength: 1 as trained, 0 the base, bit for bit.
+class AdaptedLinear(nn.Module, ABC):
+    """A linear of any kind, frozen, and what is added to it. strength: 1 as trained, 0 the base, bit for bit.
 
-    Dropout draws from the global generator: seed it per micro-batch, and let checkpointing preserve it.
+    scale: of the delta. Dropout draws from the global generator: seed it per micro-batch, and let
+    checkpointing preserve it.
     """
 
-    base_layer: nn.Module
+    def __init__(self, base_layer: nn.Module, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.scale, self.strength = scale, 1.0
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **arguments: Any) -> None:
-        super().__init__(base_layer, adapter_name, **arguments)
-        self.strength = 1.0
-        self.adopt(base_layer)
+    @abstractmethod
+    def named(self) -> dict[str, nn.Parameter]:
+        """The parameters, by PEFT's or LyCORIS' names after the module's."""
 
-    def adopt(self, base: nn.Module) -> None:
-        """Another linear of the same shape takes the base's place."""
-        self.base_layer, self.restores = base, isinstance(base, Restoring)
+    @abstractmethod
+    def delta(self) -> Delta:
+        """At strength 1 as a file holds it, alpha folded in."""
 
-    @property
-    def down(self) -> nn.Parameter:
-        """A (r, in)"""
-        return cast(nn.Parameter, self.lora_A[ADAPTER].weight)
-
-    @property
-    def up(self) -> nn.Parameter:
-        """B (out, r)"""
-        return cast(nn.Parameter, self.lora_B[ADAPTER].weight)
+    @abstractmethod
+    def terms(self, columns: Tensor) -> list[Tensor]:
+        """As `Factors.terms`, from the live parameters alone: what a file is compared with."""
 
     @property
     def magnitude(self) -> nn.Parameter | None:
         """Row norms (out,) with DoRA, else None."""
-        parts = self.lora_magnitude_vector
-        return cast(nn.Parameter, parts[ADAPTER].weight) if ADAPTER in parts else None
+        return None
 
     @property
-    def scale(self) -> float:
-        """alpha / rank, or alpha / sqrt(rank)."""
-        return float(self.scaling[ADAPTER])
-
-    def cast_adapter(self, dtype: torch.dtype) -> None:
-        for part in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
-            part.to(dtype)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """PEFT's. A weight restored at each use cannot take the delta in: it would be lost unnoticed."""
-        if type(self.base_layer) is not nn.Linear:
-            raise ModelError("a LoRA cannot be merged into quantised weights; load the base with no_change")
-        super().merge(safe_merge, adapter_names)
-
-    @abstractmethod
-    def factors(self) -> Factors:
-        """The delta at strength 1 as a file holds it, alpha folded in."""
+    def shape(self) -> tuple[int, int]:
+        base = cast(nn.Linear, self.base_layer)
+        return base.out_features, base.in_features
 
 
-class LoraLinear(AdaptedLinear):
+class LowRankLinear(AdaptedLinear, ABC):
+    """down: A (r, in). up: B (out, r)."""
+
+    def __init__(
+        self, base_layer: nn.Module, down: Tensor, up: Tensor, scale: float = 1.0, dropout: float = 0.0
+    ) -> None:
+        super().__init__(base_layer, scale, dropout)
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+
+    def named(self) -> dict[str, nn.Parameter]:
+        return {DOWN: self.down, UP: self.up}
+
+    def delta(self) -> Factors:
+        magnitude = None if self.magnitude is None else _on_cpu(self.magnitude)
+        return Factors(_on_cpu(self.down), _on_cpu(self.up) * self.scale, magnitude)
+
+    def terms(self, columns: Tensor) -> list[Tensor]:
+        return [_wide(self.up) @ (_wide(self.down) @ columns) * self.scale]
+
+
+class LoraLinear(LowRankLinear):
     """Plain LoRA through our autograd: base-dtype matmuls, float32 masters.
 
     start_down, start_up: what a delta that starts from the base's principal part is measured from
@@ -159,34 +161,36 @@ class LoraLinear(AdaptedLinear):
     start_down: Tensor | None
     start_up: Tensor | None
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **arguments: Any) -> None:
-        super().__init__(base_layer, adapter_name, **arguments)
-        self.register_buffer("start_down", None, persistent=False)
-        self.register_buffer("start_up", None, persistent=False)
+    def __init__(
+        self, base_layer: nn.Module, down: Tensor, up: Tensor, scale: float = 1.0, dropout: float = 0.0,
+        principal: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(base_layer, down, up, scale, dropout)
+        self.restores = isinstance(base_layer, Restoring)
+        self.register_buffer("start_down", down.clone() if principal else None, persistent=False)
+        self.register_buffer("start_up", up.clone() if principal else None, persistent=False)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base = self.base_layer
-        if self.strength == 0.0 or self.disable_adapters or self.merged:
-            return base(x, *args, **kwargs)
-        dropout, scale = self.lora_dropout[ADAPTER], self.scale * self.strength
-        dropping = self.training and isinstance(dropout, nn.Dropout)
+    def forward(self, x: Tensor) -> Tensor:
+        base, scale = self.base_layer, self.scale * self.strength
+        if self.strength == 0.0:
+            return cast(Tensor, base(x))
         if self.start_down is not None and self.start_up is not None:
-            return self._from_start(base(x, *args, **kwargs), dropout(x), self.start_down, self.start_up)
-        recipe = None if dropping else self._recipe()
+            return self._from_start(base(x), self.dropout(x), self.start_down, self.start_up)
+        recipe = None if self.training and isinstance(self.dropout, nn.Dropout) else self._recipe()
         if recipe is not None:
             restore, parts = recipe
             return _FrozenLinearWithDelta.apply(
                 _as_autocast(x), base.bias, self.down, self.up, scale, restore, *parts
             )
-        base_y = base(x, *args, **kwargs)
-        return _Delta.apply(base_y, dropout(x.to(base_y.dtype)), self.down, self.up, scale)
+        base_y = base(x)
+        return _Delta.apply(base_y, self.dropout(x.to(base_y.dtype)), self.down, self.up, scale)
 
     def _recipe(self) -> tuple[Restore, Sequence[Tensor]] | None:
         """None where the base is no frozen linear that is known here."""
         base = self.base_layer
         if self.restores:
             return cast(Restoring, base).recipe()
-        return (_itself, [base.weight]) if type(base) is nn.Linear and not base.weight.requires_grad else None
+        return (_itself, [base.weight]) if type(base) is nn.Linear else None
 
     def _from_start(self, base_y: Tensor, x: Tensor, start_down: Tensor, start_up: Tensor) -> Tensor:
         """The difference of two large products is taken in the masters' dtype: bf16 would drown it."""
@@ -195,36 +199,104 @@ class LoraLinear(AdaptedLinear):
             delta = F.linear(F.linear(x, self.down), self.up) - F.linear(F.linear(x, start_down), start_up)
         return base_y + (delta * (self.scale * self.strength)).to(base_y.dtype)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """(out, in) at strength 1; PEFT's merge uses it."""
-        delta = self.up @ self.down
-        if self.start_down is not None and self.start_up is not None:
-            delta = delta - self.start_up @ self.start_down
-        return delta * self.scale
-
-    def factors(self) -> Factors:
+    def delta(self) -> Factors:
         """A start makes the rank twice as large."""
-        down, up = _on_cpu(self.down), _on_cpu(self.up)
-        if self.start_down is not None and self.start_up is not None:
-            down = torch.cat([down, _on_cpu(self.start_down)])
-            up = torch.cat([up, -_on_cpu(self.start_up)], dim=1)
-        return Factors(down, up * self.scale)
+        now = super().delta()
+        if self.start_down is None or self.start_up is None:
+            return now
+        up = torch.cat([now.up, -_on_cpu(self.start_up) * self.scale], dim=1)
+        return Factors(torch.cat([now.down, _on_cpu(self.start_down)]), up)
+
+    def terms(self, columns: Tensor) -> list[Tensor]:
+        now = super().terms(columns)
+        if self.start_down is None or self.start_up is None:
+            return now
+        return [*now, _wide(self.start_up) @ (_wide(self.start_down) @ columns) * -self.scale]
 
 
-class DoraLinear(AdaptedLinear):
-    """PEFT's DoRA (arXiv 2402.09353); strength blends between the base's output and the adapted one."""
+class DoraLinear(LowRankLinear):
+    """DoRA (arXiv 2402.09353): rows of W + scale B A at lengths of their own.
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.strength == 1.0:
-            return super().forward(x, *args, **kwargs)
-        base_y = self.base_layer(x, *args, **kwargs)
+    The length is taken as a constant in the backward pass (section 4.3 there). strength blends between the
+    base's output and the adapted one.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, down: Tensor, up: Tensor, scale: float = 1.0, dropout: float = 0.0,
+        lengths: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(base_layer, down, up, scale, dropout)
+        if lengths is None:
+            lengths = torch.linalg.vector_norm(cast(Tensor, base_layer.weight).to(up.dtype), dim=1)
+        self.lengths = nn.Parameter(lengths)
+
+    @property
+    def magnitude(self) -> nn.Parameter:
+        return self.lengths
+
+    def named(self) -> dict[str, nn.Parameter]:
+        return {**super().named(), MAGNITUDE: self.lengths}
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = cast(nn.Linear, self.base_layer)
+        base_y = base(x)
         if self.strength == 0.0:
-            return base_y
-        return torch.lerp(base_y, super().forward(x, *args, **kwargs), self.strength)
+            return cast(Tensor, base_y)
+        weight, x = base.weight.to(self.down.dtype), x.to(self.down.dtype)
+        with torch.no_grad():
+            changed = torch.addmm(weight, self.up, self.down, alpha=self.scale)
+            length = torch.linalg.vector_norm(changed, dim=1)
+        stretch = self.lengths / length
+        if self.training and isinstance(self.dropout, nn.Dropout):
+            x = self.dropout(x)
+            plain = F.linear(x, weight)
+        else:
+            plain = base_y if base.bias is None else base_y - base.bias
+        change = (stretch - 1) * plain + stretch * F.linear(F.linear(x, self.down), self.up) * self.scale
+        return cast(Tensor, base_y + (change * self.strength).to(base_y.dtype))
 
-    def factors(self) -> Factors:
-        magnitude = None if self.magnitude is None else _on_cpu(self.magnitude)
-        return Factors(_on_cpu(self.down), _on_cpu(self.up) * self.scale, magnitude)
+
+class ProductLinear(AdaptedLinear):
+    """LoHa and LoKr. Parts are multiplied anew at each use; of LoKr's the large product is never made."""
+
+    def __init__(self, base_layer: nn.Module, start: Product, dropout: float = 0.0) -> None:
+        super().__init__(base_layer, start.scale, dropout)
+        self.parts = nn.ParameterDict({name: nn.Parameter(part) for name, part in start.parts.items()})
+        self.rows = start.rows
+
+    def named(self) -> dict[str, nn.Parameter]:
+        return {f".{name}": part for name, part in self.parts.items()}
+
+    def delta(self) -> Product:
+        return Product({name: _on_cpu(part) for name, part in self.parts.items()}, self.scale, self.rows)
+
+    def terms(self, columns: Tensor) -> list[Tensor]:
+        wide = {name: _wide(part) for name, part in self.parts.items()}
+        return Product(wide, self.scale, self.rows).terms(columns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base_y = self.base_layer(x)
+        if self.strength == 0.0:
+            return cast(Tensor, base_y)
+        parts, x = dict(self.parts.items()), self.dropout(x.to(base_y.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            if is_loha(parts):
+                # Kept for the backward pass are the parts, and one matrix in x's dtype.
+                weight = checkpoint(product, parts, use_reentrant=False, preserve_rng_state=False)
+                y = F.linear(x, weight.to(x.dtype))
+            else:
+                y = _kronecker(x, {name: part.to(x.dtype) for name, part in parts.items()})
+        mine = y if self.rows is None else y[..., self.rows]
+        return cast(Tensor, base_y + mine * (self.scale * self.strength))
+
+
+def _kronecker(x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """(w1 ⊗ w2) x by w2 on pieces of x and w1 across them: (..., b d) -> (..., a c)."""
+    w1 = half(parts, "1")
+    pieces = x.unflatten(-1, (w1.shape[1], -1))
+    for name in [name for name in ("lokr_w2_b", "lokr_w2_a", "lokr_w2") if name in parts]:
+        pieces = F.linear(pieces, parts[name])
+    return F.linear(pieces.transpose(-1, -2), w1).transpose(-1, -2).flatten(-2)
 
 
 def adapted(transformer: nn.Module) -> dict[str, AdaptedLinear]:
@@ -240,3 +312,8 @@ def _as_autocast(x: Tensor) -> Tensor:
 
 def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """On the CPU: MPS has no float64."""
+    return tensor.detach().to("cpu").double()

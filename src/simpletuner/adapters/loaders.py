@@ -11,7 +11,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from simpletuner.adapters import names
-from simpletuner.adapters.layouts import LAYOUTS, Factors, LoraFile
+from simpletuner.adapters.deltas import Delta, Product
+from simpletuner.adapters.layouts import LAYOUTS, LoraFile
 
 Limit = Callable[[LoraFile], "str | None"]
 OUTSIDE_BLOCKS = ("img_in", "txt_in", "final_layer.linear", "x_embedder", "context_embedder", "proj_out")
@@ -32,7 +33,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Program:
-    """limits: each says why a file is refused as a whole, or None. skips: (layout is native, module)."""
+    """limits: each says why a file is refused as a whole, or None. skips: (layout is native, module).
+
+    products: what it makes of LoHa and LoKr, where that is not what it makes of pairs.
+    """
 
     title: str
     source: str
@@ -40,6 +44,7 @@ class Program:
     limits: tuple[Limit, ...] = ()
     skips: Callable[[bool, str], bool] = lambda native, module: False
     magnitude: tuple[str, ...] = ()  # layouts in which lora_magnitude_vector is applied
+    products: Callable[[LoraFile], Reading] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def _flux_sizes(file: LoraFile) -> str | None:
         template, number = names.split_number(name)
         if number and int(number) >= (19 if template.startswith("double") else 38):
             return f"ValueError: its converter knows no {name}"
-        if template.endswith("linear1") and one.up.shape[0] != 7 * 3072:
+        if template.endswith("linear1") and one.delta.shape[0] != 7 * 3072:
             return "AssertionError: its converter splits linear1 at width 3072 only"
     return None
 
@@ -81,13 +86,24 @@ def _mixture(file: LoraFile) -> str | None:
     return "KeyError: its converter needs an alpha for every module" if without else None
 
 
+def _lora_in_the_name(file: LoraFile) -> Reading:
+    """diffusers' mixin for Flux and Chroma takes "lora" in some key; LoKr it knows of other models."""
+    if "lora" in LAYOUTS[file.layout].prefix:
+        return Reading({}, why=NO_TRANSFORMER.why)
+    return Reading({}, refusal="ValueError: it takes no LoHa and no LoKr of this model")
+
+
 def _needs_alpha(file: LoraFile) -> str | None:
     lacking = file.layout == "kohya" and any(one.alpha is None for one in file.modules.values())
     return "KeyError: every module needs an alpha" if lacking else None
 
 
 def _too_many_unmatched(file: LoraFile) -> str | None:
-    keys = sum(2 + (one.alpha is not None) + (one.dora_scale is not None) for one in file.modules.values())
+    keys = sum(
+        (len(one.delta.parts) if isinstance(one.delta, Product) else 2)
+        + (one.alpha is not None) + (one.dora_scale is not None)
+        for one in file.modules.values()
+    )  # fmt: skip
     unknown = FORGE[file.layout].outcome == "ignored"
     extra = sum(one.magnitude is not None for one in file.modules.values())
     count = keys * unknown + extra
@@ -124,11 +140,12 @@ PROGRAMS: Mapping[str, Program] = MappingProxyType({
         "PeftAdapterMixin.load_lora_adapter",
         DIFFUSERS, (_both_alphas, _flux_sizes, _mixture),
         # Its converter gives these names without the prefix that its loader then asks for.
-        lambda native, module: native and module in OUTSIDE_BLOCKS, ("diffusers",),
+        lambda native, module: native and module in OUTSIDE_BLOCKS, ("diffusers",), _lora_in_the_name,
     ),
     "comfyui": Program(
         "ComfyUI",
-        "ComfyUI 17358c8: comfy/lora.py load_lora, model_lora_keys_unet; comfy/weight_adapter/lora.py",
+        "ComfyUI 17358c8: comfy/lora.py load_lora, model_lora_keys_unet; comfy/weight_adapter/lora.py, "
+        "loha.py, lokr.py",
         COMFYUI,
     ),
     "forge": Program(
@@ -141,6 +158,7 @@ PROGRAMS: Mapping[str, Program] = MappingProxyType({
         "kohya sd-scripts",
         "sd-scripts 0087a46: networks/lora_flux.py create_network_from_weights, LoRANetwork",
         KOHYA, (_needs_alpha,), lambda native, module: module in OUTSIDE_BLOCKS,
+        products=lambda file: Reading({}, why="lora_down and lora_up alone are read; LoHa and LoKr are not"),
     ),
 })  # fmt: skip
 
@@ -148,6 +166,8 @@ PROGRAMS: Mapping[str, Program] = MappingProxyType({
 def reading(program: Program, file: LoraFile) -> Reading:
     """How strongly each module of a file acts in a program, or why it does not."""
     rule = program.rules[file.layout]
+    if file.is_product and program.products is not None:
+        return program.products(file)
     limits = (limit(file) for limit in program.limits)
     refusal = rule.why if rule.outcome == "refused" else next((why for why in limits if why), "")
     if refusal or rule.outcome != "applied":
@@ -157,9 +177,9 @@ def reading(program: Program, file: LoraFile) -> Reading:
     return Reading({name: _strength(rule, file, name) for name in kept}, why=rule.why)
 
 
-def applied(program: Program, file: LoraFile) -> dict[str, Factors]:
-    """The deltas that a program adds: diffusers module -> factors; nothing for a file it refuses."""
-    found: dict[str, Factors] = {}
+def applied(program: Program, file: LoraFile) -> dict[str, Delta]:
+    """The deltas that a program adds, by diffusers module; nothing for a file it refuses."""
+    found: dict[str, Delta] = {}
     for name, strength in reading(program, file).strengths.items():
         magnitude = file.modules[name].magnitude if file.layout in program.magnitude else None
         found |= file.split(name, strength, magnitude)
@@ -174,8 +194,6 @@ def loses_magnitude(program: Program, file: LoraFile, name: str) -> bool:
 
 
 def _strength(rule: Rule, file: LoraFile, name: str) -> float:
-    one = file.modules[name]
-    told = file.header_scale(name) if rule.strength == "header" and one.alpha is None else None
-    if told is not None:
-        return told
-    return 1.0 if rule.strength == "one" or one.alpha is None else one.alpha / one.rank
+    own = file.modules[name].scale
+    told = file.header_scale(name) if rule.strength == "header" and own is None else None
+    return told if told is not None else 1.0 if rule.strength == "one" or own is None else own

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from simpletuner.adapters import layouts
-from simpletuner.adapters.linear import ADAPTER, AdaptedLinear, DoraLinear, LoraLinear, adapted
+from simpletuner.adapters.deltas import Delta, DeltaT, Factors, Product
+from simpletuner.adapters.linear import AdaptedLinear, DoraLinear, LoraLinear, ProductLinear, adapted
 from simpletuner.adapters.loaders import OUTSIDE_BLOCKS
+from simpletuner.adapters.products import continued, fresh
+from simpletuner.config import lycoris
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError, ModelError
 from simpletuner.randomness import seed_at
@@ -28,7 +28,7 @@ class Attached:
     """modules, parameters: counts. scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
 
     trainable: (name, parameter) in module order; names as in PEFT's state dict,
-    "<module>.lora_A.weight", without the adapter's name. continued: the file it goes on from.
+    "<module>.lora_A.weight", or LyCORIS'. continued: the file it goes on from.
     """
 
     modules: int
@@ -50,41 +50,38 @@ def attach(
     alpha defaults to the rank. A is drawn from (seed, module name), whatever the order of the names.
     olora and pissa leave the base as it is: the start is kept beside A and B and subtracted, so a file
     (of twice the rank) and strength 0 stay right for the untouched base.
-    dtype: of A and B. Refuses unknown modules, a network that has an adapter, and combinations that no
-    file could express (ConfigError, ModelError).
+    dtype: of what is trained. Refuses unknown modules, a network that has an adapter, and combinations that
+    no file could express (ConfigError, ModelError).
     """
     _refuse_combinations(options, target_names)
-    alpha = float(options.lora_rank) if options.lora_alpha is None else options.lora_alpha
-    config = LoraConfig(
-        r=options.lora_rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        lora_dropout=options.lora_dropout,
-        use_dora=options.use_dora,
-        use_rslora=options.use_rslora,
-    )
-    modules = _inject(transformer, config, target_names)
-    for name, module in modules.items():
-        module.cast_adapter(dtype)
-        _start(name, module, options, seed)
-    continued = None
+    bases = _bases(transformer, target_names)
+    told: dict[str, Delta] = {}
+    goes_on = None
     if options.init_lora is not None:
-        continued = _continue_from(Path(options.init_lora), modules, options)
+        told, goes_on = _continued(Path(options.init_lora), bases, options)
+    made = {name: _made(name, base, options, told.get(name), seed, dtype) for name, base in bases.items()}
+    _place(transformer, made)
     trainable = trainable_parameters(transformer)
-    first = next(iter(modules.values()))
     parameters = sum(parameter.numel() for _, parameter in trainable)
-    return Attached(len(modules), parameters, first.scale, trainable, continued)
+    return Attached(len(made), parameters, next(iter(made.values())).scale, trainable, goes_on)
 
 
 def attach_file(transformer: nn.Module, path: Path, strength: float) -> layouts.FileSummary:
     """Adapt the modules a file names, each with the file's rank, and freeze the result."""
-    factors, summary = layouts.read(path).opened()
-    ranks = {f"^{re.escape(name)}": one.rank for name, one in factors.items()}
-    config = LoraConfig(rank_pattern=ranks, alpha_pattern=dict(ranks), use_dora=summary.dora)
-    modules = _inject(transformer, config, summary.modules, f"{path} was made for another network")
-    for name, module in modules.items():
-        module.cast_adapter(torch.float32)
-        _load(path, name, module, factors[name])
-        module.requires_grad_(False)
+    deltas, summary = layouts.read(path).opened()
+    made: dict[str, AdaptedLinear] = {}
+    for name, base in _bases(transformer, summary.modules, f"{path} was made for another network").items():
+        delta = _fitting(path, name, deltas[name], base)
+        if isinstance(delta, Product):
+            made[name] = ProductLinear(base, _moved(delta, base))
+            continue
+        pair = _moved(delta, base)
+        if pair.magnitude is None:
+            made[name] = LoraLinear(base, pair.down, pair.up)
+        else:
+            made[name] = DoraLinear(base, pair.down, pair.up, lengths=pair.magnitude)
+    _place(transformer, made)
+    transformer.requires_grad_(False)
     set_strength(transformer, strength)
     return summary
 
@@ -96,14 +93,9 @@ def set_strength(transformer: nn.Module, strength: float) -> None:
 
 
 def trainable_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The adapter's parameters by PEFT's state-dict names, in module order."""
-    found: list[tuple[str, nn.Parameter]] = []
-    for name, module in adapted(transformer).items():
-        found.append((name + layouts.DOWN, module.down))
-        found.append((name + layouts.UP, module.up))
-        if module.magnitude is not None:
-            found.append((name + layouts.MAGNITUDE, module.magnitude))
-    return found
+    """The adapter's parameters by their names in a state dict, in module order."""
+    modules = adapted(transformer).items()
+    return [(f"{name}{end}", one) for name, module in modules for end, one in module.named().items()]
 
 
 def _refuse_combinations(options: AdapterOptions, target_names: Sequence[str]) -> None:
@@ -124,10 +116,10 @@ def _refuse_combinations(options: AdapterOptions, target_names: Sequence[str]) -
         )
 
 
-def _inject(
-    transformer: nn.Module, config: LoraConfig, names: Sequence[str], context: str = "cannot attach a LoRA"
-) -> dict[str, AdaptedLinear]:
-    """PEFT's own wiring with our linears, on exactly these modules."""
+def _bases(
+    transformer: nn.Module, names: Sequence[str], context: str = "cannot attach a LoRA"
+) -> dict[str, nn.Linear]:
+    """The linears of these names, quantised or not, in the network's order."""
     modules = dict(transformer.named_modules())
     unknown = [name for name in names if name not in modules]
     if unknown or not names:
@@ -136,61 +128,64 @@ def _inject(
         raise ModelError(f"{context}: {what}{more}")
     if adapted(transformer):
         raise ModelError("this network has an adapter already; load the base again for another one")
-    # A list would match name endings too: "proj_out" also means every block's proj_out.
-    config.target_modules = "|".join(re.escape(name) for name in names)
-    config._register_custom_module({nn.Module: DoraLinear if config.use_dora else LoraLinear})
-    for name in names:
-        transformer.set_submodule(name, _stand_in(modules[name]))
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unsupported layer type")
-        inject_adapter_in_model(config, transformer, ADAPTER)
-    for name, module in adapted(transformer).items():
-        module.adopt(modules[name].requires_grad_(False))
-    transformer.train(transformer.training)  # new modules follow the network's mode, dropout with them
-    return adapted(transformer)
+    wanted, found = set(names), {}
+    for name, module in modules.items():
+        if name in wanted:
+            if not isinstance(module, nn.Linear):
+                raise ModelError(f"{context}: {name} is no linear")
+            found[name] = module
+    return found
 
 
-def _stand_in(linear: nn.Module) -> nn.Linear:
-    """Its shape on its device, one number in memory.
-
-    PEFT asks twenty times for a weight to see where it lies, and a quantised one is restored each time: at
-    full size nine minutes, and 9 GB of holes between the new factors.
-    """
-    if not isinstance(linear, nn.Linear):
-        raise ModelError(f"a LoRA adapts linears only, not {type(linear).__name__}")
-    made = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    device = next(iter(linear.state_dict().values())).device
-    made.weight = nn.Parameter(torch.zeros(1, 1, device=device).expand(made.weight.shape), False)
-    return made
+def _place(transformer: nn.Module, made: Mapping[str, AdaptedLinear]) -> None:
+    """What is in place follows the network's mode, dropout with it; the base is frozen."""
+    transformer.requires_grad_(False)
+    for name, module in made.items():
+        transformer.set_submodule(name, module.train(transformer.training))
 
 
 @torch.no_grad()
-def _start(name: str, module: AdaptedLinear, options: AdapterOptions, seed: int) -> None:
-    down, up = module.down, module.up
-    if options.lora_init_type in FROM_BASE and isinstance(module, LoraLinear):
-        start_down, start_up = _principal(name, module, options, seed)
-        down.copy_(start_down)
-        up.copy_(start_up)
-        module.start_down, module.start_up = down.clone(), up.clone()
-        return
+def _made(
+    name: str, base: nn.Linear, options: AdapterOptions, told: Delta | None, seed: int, dtype: torch.dtype
+) -> AdaptedLinear:
+    """told: the delta to go on from."""
     generator = torch.Generator().manual_seed(seed_at(seed, "lora_init", name))
+    if options.lora_type == "lycoris":
+        product = fresh(lycoris.of(options), (base.out_features, base.in_features), generator)
+        product = continued(told, product, name) if isinstance(told, Product) else product
+        return ProductLinear(base, _moved(product, base, dtype), options.lora_dropout)
+    rank = options.lora_rank
+    alpha = rank if options.lora_alpha is None else options.lora_alpha
+    scale = alpha / (rank**0.5 if options.use_rslora else rank)
+    principal = options.lora_init_type in FROM_BASE
+    if principal:
+        start = Factors(*_principal(name, base, options, scale, generator))
+    else:
+        start = _start(base, options, generator)
+    if isinstance(told, Factors):  # of a smaller rank it takes the first rows; the others add nothing yet
+        start.down[: told.rank], start.up[:, : told.rank] = told.down, told.up / scale
+    start = _moved(start, base, dtype)
+    if options.use_dora:
+        lengths = None if told is None else told.magnitude
+        return DoraLinear(base, start.down, start.up, scale, options.lora_dropout, lengths)
+    return LoraLinear(base, start.down, start.up, scale, options.lora_dropout, principal)
+
+
+def _start(base: nn.Linear, options: AdapterOptions, generator: torch.Generator) -> Factors:
+    shape = (options.lora_rank, base.in_features)
     if options.lora_init_type == "gaussian":
-        drawn = torch.randn(down.shape, generator=generator) / options.lora_rank
+        down = torch.randn(shape, generator=generator) / options.lora_rank
     else:
         # Kaiming uniform with a = sqrt(5), the default of nn.Linear: bound 1 / sqrt(in)
-        drawn = (2 * torch.rand(down.shape, generator=generator) - 1) * down.shape[1] ** -0.5
-    down.copy_(drawn)
-    up.zero_()
-    if module.magnitude is not None and isinstance(module.base_layer, nn.Linear):
-        weight = module.base_layer.weight.to(module.magnitude.dtype)
-        module.magnitude.copy_(torch.linalg.vector_norm(weight, dim=1))
+        down = (2 * torch.rand(shape, generator=generator) - 1) * base.in_features**-0.5
+    return Factors(down, torch.zeros(base.out_features, options.lora_rank))
 
 
-def _principal(name: str, module: LoraLinear, options: AdapterOptions, seed: int) -> tuple[Tensor, Tensor]:
+def _principal(
+    name: str, base: nn.Linear, options: AdapterOptions, scale: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """PiSSA (arXiv 2404.02948): r largest singular triplets. OLoRA (arXiv 2406.01775): r columns of QR."""
-    base, rank = module.base_layer, options.lora_rank
-    if not isinstance(base, nn.Linear):
-        raise ConfigError(f"lora_init_type = {options.lora_init_type!r} needs plain weights; {name} has none")
+    rank = options.lora_rank
     if rank > min(base.weight.shape):
         raise ConfigError(
             f"lora_init_type = {options.lora_init_type!r}: lora_rank <= {min(base.weight.shape)} in {name}"
@@ -201,48 +196,59 @@ def _principal(name: str, module: LoraLinear, options: AdapterOptions, seed: int
     if options.lora_init_type == "olora":
         q, r = torch.linalg.qr(weight)
         return r[:rank], q[:, :rank]
-    generator = torch.Generator().manual_seed(seed_at(seed, "lora_init", name))
     wide = min(rank + 8, *weight.shape)
     basis = torch.randn(weight.shape[1], wide, generator=generator).to(weight)
     for _ in range(5):  # subspace iteration, algorithm 4.4 of Halko, Martinsson and Tropp 2011
         basis = torch.linalg.qr(weight.t() @ torch.linalg.qr(weight @ basis).Q).Q
     u, s, v = torch.linalg.svd(weight @ basis, full_matrices=False)
-    root = (s[:rank] / module.scale).sqrt()
+    root = (s[:rank] / scale).sqrt()
     return root[:, None] * (v @ basis.t())[:rank], u[:, :rank] * root
 
 
-def _continue_from(
-    path: Path, modules: Mapping[str, AdaptedLinear], options: AdapterOptions
-) -> layouts.FileSummary:
-    """Modules of a smaller rank than the file's largest get rows more, whose delta is zero."""
-    factors, summary = layouts.read(path).opened()
+def _continued(
+    path: Path, bases: Mapping[str, nn.Linear], options: AdapterOptions
+) -> tuple[dict[str, Delta], layouts.FileSummary]:
+    """What each module goes on from. Smaller ranks than the run's get rows more, whose delta is zero."""
+    deltas, summary = layouts.read(path).opened()
     where = f"init_lora = {str(path)!r} ({summary.layout} layout)"
-    if set(factors) != set(modules):
-        lacking, surplus = sorted(set(modules) - set(factors)), sorted(set(factors) - set(modules))
+    if set(deltas) != set(bases):
+        lacking, surplus = sorted(set(bases) - set(deltas)), sorted(set(deltas) - set(bases))
         raise ConfigError(
             f"{where} adapts other modules than this run: {len(lacking)} missing ({', '.join(lacking[:2])}), "
             f"{len(surplus)} too many ({', '.join(surplus[:2])}); set flux_lora_target alike"
         )
-    if summary.ranks[-1] != options.lora_rank:
-        raise ConfigError(f"{where} has rank {summary.ranks[-1]} and lora_rank is {options.lora_rank}")
-    if summary.dora != options.use_dora:
-        raise ConfigError(f"{where} is {'a' if summary.dora else 'no'} DoRA; set use_dora = {summary.dora}")
-    for name, module in modules.items():
-        _load(path, name, module, factors[name])
-    return summary
+    asked = "dora" if options.use_dora else "lora"
+    if options.lora_type == "lycoris":
+        asked = lycoris.of(options).algo
+    if summary.kind.lower() != asked:
+        plain = 'lora_type = "standard" and use_dora = '
+        ways = {"LoRA": f"{plain}false", "DoRA": f"{plain}true"}
+        own = f'lora_type = "lycoris" and algo {summary.kind.lower()} in lycoris_config'
+        way = ways.get(summary.kind, own)
+        raise ConfigError(f"{where} is a {summary.kind}; set {way}")
+    if options.lora_type == "standard" and (rank := summary.ranks[-1]) > options.lora_rank:
+        way = f"set it to {rank}, or make the file smaller: simpletuner export --format diffusers --rank N"
+        raise ConfigError(f"{where} has rank {rank} and lora_rank is {options.lora_rank}; {way}")
+    for name, base in bases.items():
+        _fitting(path, name, deltas[name], base)
+    return deltas, summary
 
 
-@torch.no_grad()
-def _load(path: Path, name: str, module: AdaptedLinear, factors: layouts.Factors) -> None:
-    """The file's delta, whatever alpha this module has; of a smaller rank it takes the first rows."""
-    down, up, rank = module.down, module.up, factors.rank
-    if factors.down.shape[1] != down.shape[1] or factors.up.shape[0] != up.shape[0]:
-        raise ModelError(
-            f"{path}: {name} is {tuple(factors.up.shape)} x {tuple(factors.down.shape)}, "
-            f"this network needs {tuple(up.shape)} x {tuple(down.shape)}: it was made for another size"
-        )
-    down[:rank].copy_(factors.down)
-    up[:, :rank].copy_(factors.up / module.scale)
-    up[:, rank:].zero_()
-    if factors.magnitude is not None and module.magnitude is not None:
-        module.magnitude.copy_(factors.magnitude.reshape(module.magnitude.shape))
+def _moved(start: DeltaT, base: nn.Linear, dtype: torch.dtype = torch.float32) -> DeltaT:
+    """To where the base lies: asking a quantised one for its weight would restore it."""
+    device = next(iter(base.state_dict().values())).device
+    if isinstance(start, Product):
+        parts = {name: part.to(device, dtype) for name, part in start.parts.items()}
+        return Product(parts, start.scale, start.rows)
+    length = None if start.magnitude is None else start.magnitude.to(device, dtype)
+    down, up = (one.to(device, dtype).contiguous() for one in (start.down, start.up))
+    return Factors(down, up, length)
+
+
+def _fitting(path: Path, name: str, delta: Delta, base: nn.Linear) -> Delta:
+    needed = base.out_features, base.in_features
+    if delta.shape != needed:
+        sizes = " x ".join(map(str, delta.shape)), " x ".join(map(str, needed))
+        what = f"{name} is {sizes[0]}, this network needs {sizes[1]}"
+        raise ModelError(f"{path}: {what}: it was made for another size")
+    return delta

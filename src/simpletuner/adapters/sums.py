@@ -7,49 +7,68 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from simpletuner.adapters import layouts, names
-from simpletuner.adapters.layouts import Factors
+from simpletuner.adapters.deltas import Delta, Factors, Product
 from simpletuner.errors import ModelError
 
-Loras = Mapping[str, Factors]
+Loras = Mapping[str, Delta]
 
 
-def weighted_sum(parts: Sequence[tuple[Loras, float]]) -> dict[str, Factors]:
+def weighted_sum(parts: Sequence[tuple[Loras, float]]) -> dict[str, Delta]:
     """Exact: ranks add up where modules meet. ModelError for a DoRA, whose strength is no factor."""
     if len(parts) == 1 and parts[0][1] == 1.0:
         return dict(parts[0][0])
     _refuse_dora(parts, "be scaled or added to another")
+    if len(parts) == 1:
+        return {name: one.scaled(parts[0][1]) for name, one in parts[0][0].items()}
     modules = sorted({name for factors, _ in parts for name in factors})
-    found = {}
+    found: dict[str, Delta] = {}
     for name in modules:
-        mine = [(factors[name], weight) for factors, weight in parts if name in factors]
-        sizes = {(one.down.shape[1], one.up.shape[0]) for one, _ in mine}
-        if len(sizes) != 1:
+        mine = [factors[name].scaled(weight) for factors, weight in parts if name in factors]
+        pairs = [one for one in mine if isinstance(one, Factors)]
+        if len({one.shape for one in mine}) != 1:
             raise ModelError(
                 f"{name} has different sizes in these files: they were made for different models"
             )
-        found[name] = Factors(
-            torch.cat([one.down for one, _ in mine]),
-            torch.cat([one.up * weight for one, weight in mine], dim=1),
-        )
+        if len(pairs) != len(mine):
+            raise ModelError("a LoHa or LoKr cannot be added to another file; reduce it to a LoRA first")
+        down, up = torch.cat([one.down for one in pairs]), torch.cat([one.up for one in pairs], dim=1)
+        found[name] = Factors(down, up)
     return found
 
 
-def reduced(factors: Loras, rank: int, native: bool) -> tuple[dict[str, Factors], float]:
+def reduced(factors: Loras, rank: int, native: bool) -> tuple[dict[str, Delta], float]:
     """No module above `rank`, by singular values: the best there is. And the error as a share of the delta.
 
-    native: of the fused matrices, whose rank it then is. error: in the Frobenius norm over all modules.
+    native: of the fused matrices, whose rank it then is. error: in the Frobenius norm over all modules. LoHa
+    and LoKr become LoRA; what that loses is orthogonal to what fusing then loses, so that squares add up.
     """
     _refuse_dora([(factors, 1.0)], "be reduced in rank")
-    whole = layouts.fused(factors) if native else dict(factors)
-    found: dict[str, Factors] = {}
     lost = total = 0.0
+    pairs: dict[str, Delta] = {}
+    for name, delta in factors.items():
+        pairs[name], tail = _pair(delta, rank) if isinstance(delta, Product) else (delta, 0.0)
+        lost, total = lost + tail, total + tail
+    whole = layouts.fused(pairs) if native else pairs
+    found: dict[str, Delta] = {}
     for name, one in whole.items():
+        assert isinstance(one, Factors)
         small, tail, power = _nearest(one, rank)
         lost, total = lost + tail, total + power
         parts = names.diffusers_names(name) if native else (name,)
         rows = names.split_rows(len(parts), small.up.shape[0], small.down.shape[1])
         found |= {part: Factors(small.down, small.up[at]) for part, at in zip(parts, rows) if part in factors}
     return found, (lost / total) ** 0.5 if total else 0.0
+
+
+def _pair(one: Product, rank: int) -> tuple[Factors, float]:
+    """The same by a randomised decomposition of the whole matrix; and what it leaves out, squared."""
+    delta = one.delta()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(delta, min(rank + 8, *delta.shape), niter=4)
+    root = s[:rank].sqrt()
+    pair = Factors(root[:, None] * v[:, :rank].t(), u[:, :rank] * root)
+    return pair, max(0.0, float(delta.double().square().sum() - s[:rank].double().square().sum()))
 
 
 def _nearest(one: Factors, rank: int) -> tuple[Factors, float, float]:

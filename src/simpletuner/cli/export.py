@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from simpletuner.adapters.layouts import LoraFile
 
 FILE = click.Path(path_type=Path)
-FORMATS = get_args(AdapterOptions.model_fields["lora_format"].annotation)
+FORMATS = (*get_args(AdapterOptions.model_fields["lora_format"].annotation), "lycoris")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # What a file says of its own numbers is not true of the one made from it.
 STALE = ("format", "lora_adapter_metadata", "rank", "alpha", "ss_network_", "sshs_", "modelspec.hash")
@@ -76,13 +76,13 @@ def export(added: list[tuple[Path, float]], layout: str, rank: int | None, dtype
     read = [(layouts.read(path), weight) for path, weight in added]
     for file, weight in read:
         click.echo(f"{file.path.name}: {file.opened()[1]}; strength {weight:g}", err=True)
-    factors = sums.weighted_sum([(file.factors(), weight) for file, weight in read])
+    deltas = sums.weighted_sum([(file.deltas(), weight) for file, weight in read])
     if rank is not None:
-        factors, error = sums.reduced(factors, rank, LAYOUTS[layout].native)
+        deltas, error = sums.reduced(deltas, rank, LAYOUTS[layout].native)
         click.echo(f"rank {rank}: the delta differs by {error:.2%}", err=True)
     told = {key: text for key, text in read[0][0].metadata.items() if not key.startswith(STALE)}
     told["software"] = f"simpletuner {__version__}"
-    files.write(factors, output, layout, getattr(torch, DTYPES[dtype]), told)
+    files.write(deltas, output, layout, getattr(torch, DTYPES[dtype]), told)
     show(output, as_json=False, err=True)
 
 
@@ -96,7 +96,7 @@ def show(path: Path, as_json: bool, err: bool = False) -> None:
 
 def _as_json(file: LoraFile, verdicts: tuple[Verdict, ...]) -> str:
     summary = asdict(file.opened()[1])
-    fields = {name: summary[name] for name in ("layout", "ranks", "alphas", "dora", "parameters")}
+    fields = {name: summary[name] for name in ("layout", "kind", "ranks", "alphas", "parameters")}
     told = {"file": str(file.path), **fields, "modules": len(summary["modules"])}
     return json.dumps({**told, "programs": [asdict(one) for one in verdicts]}, indent=2)
 

@@ -99,7 +99,7 @@ def merge(
     }  # fmt: skip
     try:
         target = Target(output, native, getattr(torch, DTYPES[dtype]))
-        loras = [(file.factors(), weight) for file, weight in read]
+        loras = [(file.deltas(), weight) for file, weight in read]
         write(source.transformer, loras, target, told, shown, source.variant)
     finally:
         shown.close()

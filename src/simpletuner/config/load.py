@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from simpletuner.config import environment, lookup, paths, refused, rules, values
+from simpletuner.config import environment, lookup, lora_header, lycoris, paths, refused, rules, values
 from simpletuner.config.catalog import aliases, catalog
 from simpletuner.config.files import read_document
 from simpletuner.config.jsonc import Document
@@ -230,6 +230,10 @@ def _option_name(entry: Entry, reading: _Reading) -> str | None:
 
 def _finish(reading: _Reading, source: Path | None, cwd: Path, needs_data: bool) -> Attempt:
     """Resolve paths, check bounds and rules, and put the configuration together."""
+    standard = reading.values.get("lora_type", "standard") == "standard"
+    if reading.values.get("lycoris_config") == lycoris.UNUSED and standard:
+        reading.skipped.append("lycoris_config")
+        del reading.values["lycoris_config"]
     for name, option in catalog().items():
         text = reading.values.get(name)
         if option.path and isinstance(text, str) and not (option.structured and "://" in text):
@@ -238,6 +242,8 @@ def _finish(reading: _Reading, source: Path | None, cwd: Path, needs_data: bool)
             if complaint:
                 reading.problem(reading.origins[name], f"{values.shown(option, text)}: {complaint}", name)
     _default_data(reading, source, cwd, needs_data and (source is not None or not reading.problems))
+    _inline_lycoris(reading)
+    _rank_of_init_lora(reading)
     run = _build(reading)
     data_sound = reading.broken.isdisjoint(DataOptions.model_fields)
     given = {name: reading.origins[name] for name in reading.values if name in reading.origins}
@@ -276,6 +282,31 @@ def _default_data(reading: _Reading, source: Path | None, cwd: Path, needs_data:
     elif needs_data:
         what = f"{paths.shown(default, cwd)} does not exist; list your datasets there or name the file"
         reading.problem("", f"data_backend_config: {what}")
+
+
+def _inline_lycoris(reading: _Reading) -> None:
+    """A run keeps what its file says, not where it was."""
+    name = "lycoris_config"
+    if isinstance(file := reading.values.get(name), str) and name not in reading.broken:
+        try:
+            reading.values[name] = lycoris.read_file(file)
+        except ConfigError as error:
+            reading.problem(reading.origins[name], f"{name}: {error}", name)
+
+
+def _rank_of_init_lora(reading: _Reading) -> None:
+    """The file's rank, unless one is given; a smaller one is refused before a model is loaded."""
+    file, rank = reading.values.get("init_lora"), reading.values.get("lora_rank")
+    if file is None or not reading.broken.isdisjoint({"init_lora", "lora_rank"}):
+        return
+    largest, surely = lora_header.ranks(Path(file))
+    if rank is None and largest:
+        reading.values["lora_rank"] = largest
+        reading.notes.append(f"lora_rank is {largest}, as {Path(file).name} has it")
+    elif rank is not None and rank < surely:
+        way = "or make the file smaller: simpletuner export --format diffusers --rank N"
+        what = f"lora_rank: init_lora has rank {surely} and lora_rank is {rank}; leave it out, {way}"
+        reading.problem(reading.origins["lora_rank"], what, "lora_rank")
 
 
 def _build(reading: _Reading) -> RunConfig:

@@ -13,6 +13,7 @@ NOT_YET = "is not offered yet"
 # without another refused option.
 REFUSED: tuple[tuple[str, str], ...] = (
     ("use validation_guidance_real", "validation_guidance"),
+    ("use validation_strengths", "validation_lycoris_strength=1"),
     ("does nothing to Chroma", "validation_guidance_rescale flux_guidance_value=* flux_guidance_min=* "
      "flux_guidance_max=* flux_attention_masked_training noise_offset=0.1 noise_offset_probability=* "
      "offset_noise timestep_bias_strategy timestep_bias_*=* snr_gamma snr_weight=1 use_soft_min_snr "
@@ -43,7 +44,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
      "fsdp_enable fsdp_*=* context_parallel_size=1 context_parallel_*=* seed_for_each_device=true "
      "validation_multigpu=* local_rank=-1"),
     (NOT_YET, "peft_lora_mode=standard singlora_ramp_up_steps=* slider_lora_target slider_strength "
-     "init_lora_ema init_lora_step init_lokr_norm lycoris_config=* validation_lycoris_strength=1 "
+     "init_lora_ema init_lora_step init_lokr_norm "
      "assistant_lora_path assistant_lora_*=* disable_assistant_lora scheduled_sampling_probability "
      "scheduled_sampling_max_step_offset scheduled_sampling_reflexflow scheduled_sampling_*=* "
      "mixflow_enabled mixflow_*=* masked_loss_probability=1 validation_preview validation_preview_steps=* "

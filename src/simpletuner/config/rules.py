@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from simpletuner.config import lycoris
 from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.schema import DataOptions, FlowOptions, RunConfig
 from simpletuner.errors import ConfigError
@@ -17,8 +18,14 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 SCORES = ("shapes", "zorbo")
 LORA_ONLY = (
     "lora_rank", "lora_alpha", "lora_dropout", "flux_lora_target", "lora_target_modules", "use_dora",
-    "use_rslora", "lora_init_type", "lora_format",
+    "use_rslora", "lora_init_type", "lora_format", "lora_type", "lycoris_config",
 )  # fmt: skip
+# What lycoris_config says by its own names, or LyCORIS' kinds cannot be.
+PAIRS_ONLY = {
+    "lora_rank": "use lycoris_config's linear_dim", "lora_alpha": "use lycoris_config's linear_alpha",
+    "use_dora": "is of a LoRA", "use_rslora": "is of a LoRA", "lora_init_type": "is of a LoRA",
+    "lora_format": "no other layout holds a LoHa or LoKr; simpletuner export --rank N writes a LoRA near it",
+}  # fmt: skip
 SCORING = ("evaluation_prompts", "evaluation_step_interval")
 BETA = ("flow_beta_schedule_alpha", "flow_beta_schedule_beta")
 # A gradient of the velocity error is about 1e-6 per element; below 6e-5 fp16 loses its digits.
@@ -43,6 +50,7 @@ def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
         yield "pretrained_vae_model_name_or_path", "is another model's VAE; leave it out for Chroma's own"
     if model.model_type == "full" and run.adapter.init_lora:
         yield "init_lora", 'a LoRA to start from needs model_type "lora"'
+    yield from _lycoris(run, given)
     if run.adapter.use_dora and run.adapter.lora_format != "diffusers":
         what = "cannot hold a DoRA: ComfyUI, Forge and kohya's tools scale magnitudes by rules of their own"
         yield "lora_format", f'{run.adapter.lora_format} {what}; use "diffusers", or leave use_dora off'
@@ -65,6 +73,21 @@ def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
     yield from sizes_and_captions(run.data)
     yield from _flow(run.flow, given)
     yield from _watching(run)
+
+
+def _lycoris(run: RunConfig, given: Given) -> Iterator[Finding]:
+    if run.adapter.lora_type == "standard":
+        if run.adapter.lycoris_config is not None:
+            yield "lycoris_config", 'is read with lora_type "lycoris" alone'
+        return
+    try:
+        lycoris.of(run.adapter)
+    except ConfigError as error:
+        yield "lycoris_config", str(error)
+    defaults = type(run.adapter)()
+    for name, what in PAIRS_ONLY.items():
+        if run.adapter.model_dump()[name] != defaults.model_dump()[name]:
+            yield name, f'with lora_type "lycoris": {what}'
 
 
 def _block_memory(run: RunConfig) -> Iterator[Finding]:

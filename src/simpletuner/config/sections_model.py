@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -107,8 +107,11 @@ class AdapterOptions(Section):
         le=8192)
     lora_dropout: float = option(0.0,
         "Chance that an input of the LoRA is dropped.", level="common", ge=0, lt=1)
-    lora_type: Literal["standard"] = option("standard",
-        "Kind of adapter.", hints={"lycoris": f"LyCORIS kinds are {NOT_YET}"})
+    lora_type: Literal["standard", "lycoris"] = option("standard",
+        "Kind of adapter: LoRA (or DoRA), or what lycoris_config says.", level="common")
+    lycoris_config: str | dict[str, Any] | None = option(None,
+        "Of lora_type lycoris: a JSON file, or the object itself, with algo (lokr, loha), linear_dim, "
+        "linear_alpha and lokr's factor, full_matrix, decompose_both.", level="common", path="file")
     flux_lora_target: Literal["all", "all+ffs", "context", "context+ffs", "tiny", "nano"] = option("all",
         "Which modules get a LoRA: all attention, also feed-forwards (+ffs), the text stream only "
         "(context), two single blocks (tiny), one (nano).", level="common",

@@ -10,6 +10,7 @@ from typing import Any
 
 from simpletuner.config.catalog import catalog
 from simpletuner.config.load import resolved
+from simpletuner.config.lycoris import described
 from simpletuner.config.schema import RunConfig
 from simpletuner.durable import write_atomically
 from simpletuner.training.metadata import HUB_ID, Describer
@@ -62,6 +63,18 @@ ComfyUI: put {native} into `models/diffusion_models` and load it with "Load Diff
 """
 
 
+LYCORIS = """
+ComfyUI: put `pytorch_lora_weights.safetensors` into `models/loras` and add the node "LoraLoaderModelOnly"
+between the Chroma model and the sampler. Forge: into `models/Lora`.
+
+diffusers loads none of its kind into Chroma; it loads the LoRA near it that this writes, and says how near:
+
+```bash
+simpletuner export pytorch_lora_weights.safetensors --format diffusers --rank 64
+```
+"""
+
+
 def write_card(run_dir: Path, told: Describer, step: int) -> Path:
     """README.md: front matter for the hub, pictures, settings, and how each program loads the weights."""
     target, run = run_dir / "README.md", told.run
@@ -79,7 +92,7 @@ def write_card(run_dir: Path, told: Describer, step: int) -> Path:
         "what `simpletuner merge --base transformer --format native --output chroma.safetensors` writes"
     )  # fmt: skip
     uses_lora = run.model.model_type == "lora"
-    kind = f"A rank {run.adapter.lora_rank} LoRA" if uses_lora else "A full-rank fine-tune"
+    kind = f"A {described(run.adapter)}" if uses_lora else "A full-rank fine-tune"
     lines = [
         *_front_matter(told, pictures), f"# {_plain(told.title)}", "",
         f"{kind} of {_plain(told.base_name)}, {step} steps on {len(told.samples)} pictures.", "",
@@ -98,7 +111,7 @@ def _use(run: RunConfig) -> str:
     if run.model.model_type != "lora":
         return FULL
     bundled = run.model.model_flavour == "nano" and run.model.pretrained_model_name_or_path is None
-    return NANO if bundled else LORA
+    return NANO if bundled else LYCORIS if run.adapter.lora_type == "lycoris" else LORA
 
 
 def pictures_of(card: Path) -> list[str]:

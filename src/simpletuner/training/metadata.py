@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from simpletuner import __version__
+from simpletuner.config import lycoris
 from simpletuner.config.compare import training_name
 from simpletuner.config.load import resolved
 from simpletuner.config.schema import RunConfig
@@ -101,8 +102,12 @@ class Describer:
         }
         if run.model.model_type == "lora":
             # As the file has it: alpha is folded in, so that its strength is 1 at any rank.
-            told |= {"ss_network_dim": run.adapter.lora_rank, "ss_network_alpha": run.adapter.lora_rank}
-            told |= {"rank": run.adapter.lora_rank, "alpha": run.adapter.lora_alpha or run.adapter.lora_rank}
+            rank, alpha = run.adapter.lora_rank, run.adapter.lora_alpha or run.adapter.lora_rank
+            told |= {"ss_network_dim": rank, "ss_network_alpha": rank, "rank": rank, "alpha": alpha}
+            if run.adapter.lora_type == "lycoris":
+                asked = lycoris.of(run.adapter)
+                told |= {"ss_network_dim": asked.dim, "ss_network_alpha": asked.alpha, "rank": asked.dim}
+                told |= {"ss_network_args": json.dumps({"algo": asked.algo}), "alpha": asked.alpha}
         return {key: str(value) for key, value in told.items()}
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from simpletuner.adapters import lora
+from simpletuner.config.lycoris import described
 from simpletuner.config.schema import OptimizerOptions, RunConfig
 from simpletuner.events.types import Emit, Noted
 from simpletuner.models.family import ModelFamily
@@ -105,7 +106,7 @@ def _lora(run: RunConfig, family: ModelFamily, transformer: nn.Module, emit: Emi
     attached = lora.attach(transformer, options, names, run.training.seed)
     emit(
         Noted(
-            f"LoRA on {attached.modules} modules, rank {options.lora_rank}: "
+            f"{described(options)} on {attached.modules} modules: "
             f"{attached.parameters / 1e6:.2f} M parameters, effective scale {attached.scale:g} (alpha / rank)"
         )
     )

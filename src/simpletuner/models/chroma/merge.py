@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from simpletuner.adapters.layouts import Factors
+from simpletuner.adapters.deltas import Delta
 from simpletuner.durable import sync
 from simpletuner.errors import ConfigError, DiskFull, ModelError
 from simpletuner.events.progress import Stage
@@ -25,7 +25,7 @@ from simpletuner.models.chroma import native, weights
 from simpletuner.models.chroma.transformer import CLASS_NAME, TransformerConfig
 from simpletuner.quantization.convert import SPELLED, Stored
 
-Loras = Sequence[tuple[Mapping[str, Factors], float]]  # each with its weight
+Loras = Sequence[tuple[Mapping[str, Delta], float]]  # each with its weight
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
 SHARD_BYTES = 10 * 10**9
@@ -104,7 +104,7 @@ def _fit(found: Mapping[str, Stored], loras: Loras) -> None:
     for factors, _ in loras:
         for name, one in factors.items():
             shape = found[f"{name}.weight"].shape if f"{name}.weight" in found else None
-            if shape != (one.up.shape[0], one.down.shape[1]):
+            if shape != one.shape:
                 what = f"{name} is {shape} here" if shape else f"there is no {name} here"
                 raise ModelError(f"a LoRA was made for another model: {what}")
 
@@ -207,10 +207,11 @@ def _merged(name: str, stored: Stored, loras: Loras) -> Tensor:
     changed = base.clone()
     for one, strength in mine:
         if one.magnitude is None:
-            changed.addmm_(one.up.to(base), one.down.to(base), alpha=strength)
+            one.add_to(changed, strength)
             continue
         # DoRA (arXiv 2402.09353): rows of the adapted matrix get a length of their own.
-        adapted = torch.addmm(base, one.up.to(base), one.down.to(base))
+        adapted = base.clone()
+        one.add_to(adapted, 1.0)
         length = torch.linalg.vector_norm(adapted, dim=1, keepdim=True)
         changed += strength * (adapted * (one.magnitude.to(base)[:, None] / length) - base)
     return changed

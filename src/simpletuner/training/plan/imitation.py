@@ -51,16 +51,17 @@ def measure(
 
     Of `memory`, what is recomputed; nothing waits on the host. The moving average is left out.
 
-    The adapter is attached on the meta device, where PEFT puts it; the rest runs on fake tensors of the
+    The adapter is attached on the meta device, where the network is; the rest runs on fake tensors of the
     CPU: those of CUDA abort where there is none, and on meta attention keeps all S x S scores.
     """
     network = sketch.transformer
     with torch.random.fork_rng(devices=[]):
         trained = {id(parameter) for parameter in trainee.attach(run, family, network, silent).values()}
+        part = "adapters" if run.model.model_type == "lora" else "weights"
         family.arrange(network, BlockMemory(memory.checkpointed, memory.interval), None)
         count = LiveBytes(granule)
         with FakeTensorMode(allow_non_fake_inputs=True), count:
-            named = materialise(network, trained, count)
+            named = materialise(network, trained, part, count)
             count.part = "optimizer"
             net = trainee.equip(without_average(run), network, named)
             make_states(net)
@@ -77,14 +78,19 @@ def without_average(run: RunConfig) -> RunConfig:
     return run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"use_ema": False})})
 
 
-def materialise(network: nn.Module, trained: set[int], count: LiveBytes) -> dict[str, nn.Parameter]:
-    """Tensors in place of the meta device's (Module.to refuses); those that are trained, by name."""
+def materialise(
+    network: nn.Module, trained: set[int], part: str, count: LiveBytes
+) -> dict[str, nn.Parameter]:
+    """Tensors in place of the meta device's (Module.to refuses); those that are trained, by name.
+
+    part: what those are counted as.
+    """
     named: dict[str, nn.Parameter] = {}
     for prefix, module in network.named_modules():
         for name, tensor in list(module._parameters.items()):
             if tensor is not None:
                 is_trained = id(tensor) in trained
-                count.part = "adapters" if is_trained and "lora_" in prefix else "weights"
+                count.part = part if is_trained else "weights"
                 fresh = nn.Parameter(_empty(tensor), requires_grad=tensor.requires_grad)
                 module._parameters[name] = fresh
                 if is_trained:

@@ -1,0 +1,152 @@
+"""What an adapter adds to a linear: a low-rank pair (LoRA, DoRA), or a product of two matrices (LoHa, LoKr).
+
+out, in: of the linear · r rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+# LyCORIS' names of what a product is made of: w1 and w2, each whole or as the pair a @ b.
+PRODUCT_PARTS = (
+    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b",
+    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Factors:
+    """delta W = up @ down, alpha already in `up`.
+
+    down: (r, in). up: (out, r). magnitude: (out,), only with DoRA. All float32 on the CPU.
+    """
+
+    down: Tensor
+    up: Tensor
+    magnitude: Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        return "LoRA" if self.magnitude is None else "DoRA"
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def scaled(self, by: float) -> Factors:
+        return self if by == 1.0 else Factors(self.down, self.up * by, self.magnitude)
+
+    def terms(self, columns: Tensor) -> list[Tensor]:
+        """delta W @ columns as the sum of these; columns: (in, n) float64."""
+        return [self.up.double() @ (self.down.double() @ columns)]
+
+    def add_to(self, weight: Tensor, strength: float) -> None:
+        weight.addmm_(self.up.to(weight), self.down.to(weight), alpha=strength)
+
+
+@dataclass(frozen=True)
+class Product:
+    """delta W = scale * w1 ∘ w2 (LoHa, arXiv 2108.06098) or scale * w1 ⊗ w2 (LoKr, arXiv 2309.14859).
+
+    parts: name of LyCORIS' -> matrix; LoHa's w1 and w2 are (out, in), LoKr's (a, b) and (out / a, in / b).
+    rows: those of a fused native matrix that are this linear's; None: all. Float32 on the CPU.
+    """
+
+    parts: Mapping[str, Tensor]
+    scale: float = 1.0
+    rows: slice | None = None
+    magnitude: None = None
+
+    @property
+    def kind(self) -> str:
+        return "LoHa" if is_loha(self.parts) else "LoKr"
+
+    @property
+    def rank(self) -> int:
+        """Of w2's pair, else of w1's; 0 where both are whole, and alpha means nothing."""
+        pairs = (self.parts.get(f"{stem(self.parts)}{number}_b") for number in "21")
+        return next((pair.shape[0] for pair in pairs if pair is not None), 0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        (_, b), (_, d) = (_size(self.parts, number) for number in "12")
+        height = self.height if self.rows is None else self.rows.stop - self.rows.start
+        return height, b if is_loha(self.parts) else b * d
+
+    @property
+    def height(self) -> int:
+        """Of all rows."""
+        (a, _), (c, _) = (_size(self.parts, number) for number in "12")
+        return a if is_loha(self.parts) else a * c
+
+    def scaled(self, by: float) -> Product:
+        """In w1 where alpha means nothing."""
+        if self.rank:
+            return Product(self.parts, self.scale * by, self.rows)
+        return Product({**self.parts, "lokr_w1": self.parts["lokr_w1"] * by}, self.scale, self.rows)
+
+    def delta(self) -> Tensor:
+        whole = product(self.parts) * self.scale
+        return whole if self.rows is None else whole[self.rows]
+
+    def terms(self, columns: Tensor) -> list[Tensor]:
+        wide = Product({name: part.double() for name, part in self.parts.items()}, self.scale, self.rows)
+        return [wide.delta() @ columns]
+
+    def add_to(self, weight: Tensor, strength: float) -> None:
+        weight.add_(self.delta().to(weight), alpha=strength)
+
+
+Delta: TypeAlias = Factors | Product
+DeltaT = TypeVar("DeltaT", Factors, Product)
+
+
+def is_loha(parts: Mapping[str, Tensor]) -> bool:
+    return "hada_w1_a" in parts
+
+
+def stem(parts: Mapping[str, Tensor]) -> str:
+    return "hada_w" if is_loha(parts) else "lokr_w"
+
+
+def product(parts: Mapping[str, Tensor]) -> Tensor:
+    """(out, in), without scale."""
+    w1, w2 = (half(parts, number) for number in "12")
+    return w1 * w2 if is_loha(parts) else torch.kron(w1, w2)
+
+
+def half(parts: Mapping[str, Tensor], number: str) -> Tensor:
+    """w1 or w2."""
+    name = f"{stem(parts)}{number}"
+    return parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
+
+
+def misfit(parts: Mapping[str, Tensor]) -> str:
+    """Why these are no LoHa and no LoKr; nothing for those that are."""
+    shapes = {name: tuple(part.shape) for name, part in parts.items()}
+    for name in (f"{stem(parts)}{number}" for number in "12"):
+        found = [end for end in ("", "_a", "_b") if f"{name}{end}" in parts]
+        if found not in ([""], ["_a", "_b"]):
+            return f"{name} is neither one matrix nor a pair"
+        mine = [shapes[f"{name}{end}"] for end in found]
+        if any(len(shape) != 2 or 0 in shape for shape in mine) or mine[0][-1] != mine[-1][-len(found)]:
+            return f"shapes {', '.join(map(str, mine))} are no {name}"
+    if is_loha(parts) and (len(parts) > 4 or _size(parts, "1") != _size(parts, "2")):
+        return "w1 and w2 differ in size"
+    return ""
+
+
+def _size(parts: Mapping[str, Tensor], number: str) -> tuple[int, int]:
+    name = f"{stem(parts)}{number}"
+    if name in parts:
+        return parts[name].shape[0], parts[name].shape[1]
+    return parts[f"{name}_a"].shape[0], parts[f"{name}_b"].shape[1]

@@ -1,0 +1,82 @@
+"""lycoris_config: from a file or as an object, kept with the run, refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from simpletuner.config.load import attempt, from_resolved, resolved
+from simpletuner.config.lycoris import Lycoris, of, read
+from simpletuner.errors import ConfigError
+
+LOKR = {"algo": "lokr", "linear_dim": 8, "linear_alpha": 4, "factor": 16}
+
+
+def judged(folder: Path, **options: object) -> tuple[list[str], object]:
+    (folder / "config.json").write_text(json.dumps(options), encoding="utf-8")
+    tried = attempt((), folder / "config.json", environ={}, cwd=folder, needs_data=False)
+    return [problem.what for problem in tried.problems], tried.loaded
+
+
+def test_a_run_keeps_what_the_file_says(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(LOKR), encoding="utf-8")
+    for given in ("mine.json", LOKR):
+        problems, loaded = judged(tmp_path, lora_type="lycoris", lycoris_config=given)
+        assert not problems
+        assert loaded.run.adapter.lycoris_config == LOKR
+        again = from_resolved(resolved(loaded.run))
+        assert of(again.adapter) == Lycoris("lokr", 8, 4.0, 16)
+    file.write_text("[1", encoding="utf-8")
+    problems, _ = judged(tmp_path, lora_type="lycoris", lycoris_config="mine.json")
+    assert "cannot be read as JSON" in problems[0]
+
+
+def test_what_simpletuner_users_write_is_read() -> None:
+    """With its fields for convolutions, and dim 10000 for whole matrices."""
+    common = {
+        "algo": "lokr", "multiplier": 1.0, "full_matrix": True, "use_scalar": False, "linear_dim": 10000,
+        "linear_alpha": 1, "factor": 16, "conv_dim": 8, "conv_alpha": 1, "use_tucker": True, "dropout": 0,
+    }  # fmt: skip
+    assert read(common) == Lycoris("lokr", 10_000, 1.0, 16, full_matrix=True)
+    assert read({"algo": "loha"}) == Lycoris("loha", 16, 16.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"algo": "lora"}, 'use lora_type "standard"'),
+        ({"algo": "boft"}, "allowed: lokr, loha"),
+        ({}, "allowed: lokr, loha"),
+        ({**LOKR, "multiplier": 0.5}, "strength is linear_alpha"),
+        ({**LOKR, "apply_preset": {"target_module": ["Attention"]}}, "flux_lora_target"),
+        ({**LOKR, "weight_decompose": True}, "magnitudes"),
+        ({**LOKR, "linear_dims": 4}, "linear_dims: unknown"),
+        ({**LOKR, "linear_dim": 0}, "linear_dim"),
+        ({**LOKR, "linear_dim": True}, "linear_dim"),
+        ({**LOKR, "factor": 0}, "factor"),
+        ({**LOKR, "linear_alpha": -1}, "linear_alpha"),
+        ({**LOKR, "full_matrix": 1}, "true or false"),
+        ({"algo": "loha", "factor": 4}, "the rest is lokr's"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_reason(config: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        read(config)
+
+
+def test_options_of_a_lora_are_refused_beside_it(tmp_path: Path) -> None:
+    problems, _ = judged(
+        tmp_path, lora_type="lycoris", lycoris_config=LOKR, lora_rank=8, use_dora=True, lora_format="kohya"
+    )
+    assert [problem.split(":")[0] for problem in problems[:3]] == ["lora_rank", "use_dora", "lora_format"]
+    assert "linear_dim" in problems[0]
+    problems, _ = judged(tmp_path, lycoris_config=LOKR)
+    assert 'lora_type "lycoris" alone' in problems[0]
+    problems, _ = judged(tmp_path, lora_type="lycoris")
+    assert "needs a file or an object such as" in problems[0]
+    problems, loaded = judged(tmp_path, lora_type="standard", lycoris_config="config/lycoris_config.json")
+    assert not problems
+    assert loaded.run.adapter.lycoris_config is None
