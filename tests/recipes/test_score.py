@@ -217,7 +217,7 @@ def test_an_hourglass_among_the_shapes_is_read_as_none_of_them() -> None:
 
 
 def test_an_object_is_assigned_to_the_nearest_place() -> None:
-    left, right = (Seen("star", "red", "small", place, 1.0, centre)
+    left, right = (Seen("star", "red", "small", place, centre)
                    for place, centre in (("left", (0.26, 0.5)), ("right", (0.74, 0.5))))  # fmt: skip
     things = tuple(replace(PAIR.things[0], position=place) for place in ("left", "right"))
     assert verdicts.assigned(things, (right, left)) == [left, right]

@@ -42,13 +42,12 @@ ANGLES = (-0.05, 0.0, 0.05)
 
 @dataclass(frozen=True)
 class Seen:
-    """One object. overlap: intersection over union with the outline of its shape, whose middle is centre."""
+    """One object. centre: the middle of its shape's outline."""
 
     shape: str
     colour: str
     size: str
     position: str
-    overlap: float
     centre: Point
 
 
@@ -162,7 +161,7 @@ def _seen(pixels: np.ndarray, apart: np.ndarray, mask: np.ndarray, names: tuple[
     return Seen(
         shape=shape if overlap >= LEAST_OVERLAP else "none", colour=colour_of(pixels, sharp),
         size="big" if max(right - left, bottom - top) / 2 >= BIG_FROM else "small",
-        position=position_of(centre), overlap=overlap, centre=centre,
+        position=position_of(centre), centre=centre,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -86,10 +86,9 @@ def circle(radius: float = 1.0, centre: Point = (0.0, 0.0)) -> list[Point]:
     return [(centre[0] + radius * math.cos(t), centre[1] + radius * math.sin(t)) for t in turns]
 
 
-def star(points: int = 5, inner: float = 0.42) -> list[Point]:
-    """Every other corner lies at the inner radius."""
-    turns = [(inner if i % 2 else 1.0, -math.pi / 2 + 2 * math.pi * i / (2 * points))
-             for i in range(2 * points)]  # fmt: skip
+def star() -> list[Point]:
+    """Every other of ten corners lies farther in."""
+    turns = [(0.42 if i % 2 else 1.0, -math.pi / 2 + 2 * math.pi * i / 10) for i in range(10)]
     return [(r * math.cos(a), r * math.sin(a)) for r, a in turns]
 
 
@@ -100,42 +99,23 @@ def heart() -> list[Point]:
     return [(float(a) / 17, float(b + 2.5) / 17) for a, b in zip(x, y)]
 
 
-def cross(a: float = 0.34) -> list[Point]:
-    """a: half the width of an arm."""
-    return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
-            (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]  # fmt: skip
-
-
-def square() -> list[Point]:
-    return [(-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)]
-
-
-def diamond() -> list[Point]:
-    return [(0, -1.08), (0.72, 0), (0, 1.08), (-0.72, 0)]
-
-
-def triangle() -> list[Point]:
-    return [(0, -0.95), (1.0, 0.8), (-1.0, 0.8)]
-
-
-def hourglass() -> list[Point]:
-    return [(-0.85, -0.95), (0.85, -0.95), (0.2, 0), (0.85, 0.95), (-0.85, 0.95), (-0.2, 0)]
-
-
+ARM = 0.34  # half the width of a cross's arm
 # name -> (outline that is filled, outline that is cut out), in units of the radius, y downwards
-SHAPES: dict[str, tuple[Callable[[], list[Point]], Callable[[], list[Point]] | None]] = {
-    "circle": (circle, None),
-    "square": (square, None),
-    "triangle": (triangle, None),
-    "star": (star, None),
-    "heart": (heart, None),
-    "cross": (cross, None),
-    "ring": (circle, lambda: circle(0.55)),
-    "diamond": (diamond, None),
-    "crescent": (circle, lambda: circle(0.85, (0.48, -0.1))),
-}
-ZORBO = "zorbo"  # what the example teaches; in no picture of the base
-OUTLINES = {**SHAPES, ZORBO: (hourglass, None)}
+SHAPES: dict[str, tuple[list[Point], list[Point] | None]] = {
+    "circle": (circle(), None),
+    "square": ([(-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)], None),
+    "triangle": ([(0, -0.95), (1.0, 0.8), (-1.0, 0.8)], None),
+    "star": (star(), None),
+    "heart": (heart(), None),
+    "cross": ([(-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM), (ARM, 1), (-ARM, 1),
+               (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM)], None),
+    "ring": (circle(), circle(0.55)),
+    "diamond": ([(0, -1.08), (0.72, 0), (0, 1.08), (-0.72, 0)], None),
+    "crescent": (circle(), circle(0.85, (0.48, -0.1))),
+}  # fmt: skip
+ZORBO = "zorbo"  # what the example teaches, an hourglass; in no picture of the base
+HOURGLASS = [(-0.85, -0.95), (0.85, -0.95), (0.2, 0), (0.85, 0.95), (-0.85, 0.95), (-0.2, 0)]
+OUTLINES: dict[str, tuple[list[Point], list[Point] | None]] = {**SHAPES, ZORBO: (HOURGLASS, None)}
 
 
 def compose(seed: int, number: int) -> Scene:
@@ -145,16 +125,11 @@ def compose(seed: int, number: int) -> Scene:
     things: tuple[Thing, ...]
     if rng.random() < 0.3:
         first, second = PAIRS[int(rng.integers(len(PAIRS)))]
-        things = (_thing(rng, background, first, pair=True), _thing(rng, background, second, pair=True))
+        things = (thing_at(rng, background, first, pair=True), thing_at(rng, background, second, pair=True))
     else:
-        things = (_thing(rng, background, pick(rng, list(POSITIONS)), pair=False),)
+        things = (thing_at(rng, background, pick(rng, list(POSITIONS))),)
     ground = _jitter(rng, BACKGROUNDS[background], 3)
     return Scene(background, ground, things, caption(rng, background, things))
-
-
-def single_thing(rng: np.random.Generator, background: str, position: str) -> Thing:
-    """A thing that stands alone; its colour is one that can be seen on the background."""
-    return _thing(rng, background, position, pair=False)
 
 
 @cache
@@ -164,7 +139,8 @@ def visible_on(background: str) -> tuple[str, ...]:
     return tuple(name for name, rgb in COLOURS.items() if math.dist(under, rgb) >= CONTRAST)
 
 
-def _thing(rng: np.random.Generator, background: str, position: str, pair: bool) -> Thing:
+def thing_at(rng: np.random.Generator, background: str, position: str, pair: bool = False) -> Thing:
+    """One of a pair, or what stands alone; its colour is one that can be seen on the background."""
     colour = pick(rng, visible_on(background))
     size = pick(rng, list(SIZES))
     pattern = PATTERNS[int(rng.choice(3, p=(0.8, 0.1, 0.1)))] if not pair and size == "big" else "plain"
@@ -181,12 +157,8 @@ def _thing(rng: np.random.Generator, background: str, position: str, pair: bool)
 
 
 def _jitter(rng: np.random.Generator, rgb: Rgb, amount: int) -> Rgb:
-    r, g, b = rng.integers(-amount, amount + 1, 3).tolist()
-    return _byte(rgb[0] + r), _byte(rgb[1] + g), _byte(rgb[2] + b)
-
-
-def _byte(value: int) -> int:
-    return min(255, max(0, value))
+    r, g, b = np.clip(rng.integers(-amount, amount + 1, 3) + rgb, 0, 255).tolist()
+    return r, g, b
 
 
 def caption(rng: np.random.Generator, background: str, things: tuple[Thing, ...]) -> str:
@@ -229,7 +201,7 @@ def stencil(thing: Thing, side: int) -> Image.Image:
     mask = Image.new("L", (side, side), 0)
     pen = ImageDraw.Draw(mask)
     filled, cut = OUTLINES[thing.shape]
-    pen.polygon(outline(filled(), thing, side), fill=255)
+    pen.polygon(outline(filled, thing, side), fill=255)
     if cut is not None:
-        pen.polygon(outline(cut(), thing, side), fill=0)
+        pen.polygon(outline(cut, thing, side), fill=0)
     return mask

@@ -15,7 +15,7 @@ from simpletuner.validation.shapes.world import (
     Scene,
     caption,
     generator,
-    single_thing,
+    thing_at,
 )
 
 SEED = 41
@@ -27,9 +27,9 @@ def compose_lesson(number: int) -> Scene:
     rng = generator(SEED, "lesson", number)
     background = list(BACKGROUNDS)[(3 * number + number // 10) % len(BACKGROUNDS)]
     position = list(POSITIONS)[number % len(POSITIONS)]
-    drawn = single_thing(rng, background, position)
-    thing = replace(drawn, shape=ZORBO, size="big", pattern="plain", radius=RADIUS)
-    return Scene(background, BACKGROUNDS[background], (thing,), caption(rng, background, (thing,)))
+    drawn = thing_at(rng, background, position)
+    zorbo = replace(drawn, shape=ZORBO, size="big", pattern="plain", radius=RADIUS)
+    return Scene(background, BACKGROUNDS[background], (zorbo,), caption(rng, background, (zorbo,)))
 
 
 def find(picture: Image.Image) -> Reading | None:
