@@ -28,9 +28,9 @@ PATIENCE_S = 120.0
 class House:
     """One workspace below `folder`, and the server that serves it on one port through all of its lives."""
 
-    def __init__(self, folder: Path, command: tuple[str, ...] = REAL) -> None:
+    def __init__(self, folder: Path, command: tuple[str, ...] = REAL, name: str = "workspace") -> None:
         self.folder, self.command = folder, command
-        self.workspace = folder / "workspace"
+        self.workspace = folder / name
         self.workspace.mkdir(parents=True)
         (folder / "home").mkdir()
         self.port = free_port()

@@ -1,7 +1,7 @@
 """The pictures of the README, of a run that really trains: python -m tests.e2e.web.screens [--steps 150]
 
 The packaged example through the pages' own interface, then docs/screens/*.png. Minutes on two CPU cores.
---run shows a run folder of an earlier training instead.
+--run shows a run folder of an earlier training instead. --home: where the workspace, chroma, is made.
 """
 
 from __future__ import annotations
@@ -136,15 +136,18 @@ def planned(page: Page) -> Page:
     page.get_by_role("button", name="Add", exact=True).click()
     saved(page)
     expect(page.locator("dt", has_text="Whole run")).to_be_visible(timeout=1000 * LONGEST_S)
-    page.mouse.click(640, 8)
-    page.evaluate("() => scrollTo(0, 0)")
-    return page
+    expect(page.get_by_text("Counting…")).to_have_count(0, timeout=1000 * LONGEST_S)
+    return rested(page)
 
 
 def browsed(page: Page) -> Page:
     page.get_by_label("Resolution", exact=True).fill("128")
     expect(page.locator("article img").first).to_be_visible()
-    page.evaluate("() => scrollTo(0, 0)")
+    return rested(page)
+
+
+def rested(page: Page) -> Page:
+    page.evaluate("() => { document.activeElement.blur(); scrollTo(0, 0) }")
     return page
 
 
@@ -153,11 +156,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--run", type=Path)
     parser.add_argument("--only", help="Take this one only.")
+    parser.add_argument("--home", type=Path, help="A folder that is not there yet.")
     given = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     found = next(filter(None, map(shutil.which, NAMES)))
     with tempfile.TemporaryDirectory() as folder:
-        house = House(Path(folder) / "house")
+        house = House(given.home or Path(folder) / "house", name="chroma")
         try:
             house.start()
             run = earlier(house, given.run) if given.run else trained(house, given.steps)
