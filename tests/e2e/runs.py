@@ -67,11 +67,11 @@ class Workspace:
         config.write_text(json.dumps({**self.options, **options}))
         return load(config_path=config, environ={}, cwd=self.root)
 
-    def train(self, **options: object) -> Path:
+    def train(self, within: str | None = None, **options: object) -> Path:
         loaded = self.loaded(**options)
         assert loaded.run.data.data_backend_config is not None
         backends = read_backends(Path(loaded.run.data.data_backend_config), loaded.run.data)
-        assert engine.train(loaded, backends) == 0
+        assert engine.train(loaded, backends, within) == 0
         return Path(loaded.run.training.output_dir)
 
     def fails(self, **options: object) -> SimpleTunerError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,18 @@ def test_an_unreadable_cache_place_is_told_before_the_weights_are_read(workspace
         quantized_cache_dir=str(Path(blocked) / "inside"),
     )
     assert "quantized_cache_dir" in str(error)
+
+
+def test_what_was_fitted_is_recorded_and_kept(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for the plain base, and a checkpoint says what the run began with."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace.root / "plans"))
+    folder = workspace.root / "fitted"
+    same: dict[str, object] = {"output_dir": str(folder), "max_train_steps": 2}
+    workspace.train(base_model_precision="nf4", text_encoder_1_precision="int8", **same)
+    workspace.train("", **{**same, "max_train_steps": 3})
+    now = json.loads((folder / "config.json").read_text())
+    assert (now["base_model_precision"], now["text_encoder_1_precision"]) == ("nf4", "int8")
+    assert now["gradient_checkpointing"] is False
+    assert len(losses(folder)) == 3
+    fresh = json.loads((workspace.train("", output_dir=f"{folder}-anew") / "config.json").read_text())
+    assert (fresh["base_model_precision"], fresh["gradient_checkpointing"]) == ("no_change", False)

@@ -39,38 +39,35 @@ def planned(run: RunConfig, fits: bool, limit: str | None) -> tuple[dict[str, An
     from simpletuner.models import registry
     from simpletuner.training.device import choose
     from simpletuner.training.plan import fit, speed, wording
-    from simpletuner.training.plan.announce import peak_of, room_for_tensors
+    from simpletuner.training.plan.announce import smaller
     from simpletuner.training.plan.prediction import predict
-    from simpletuner.training.plan.room import found
+    from simpletuner.training.plan.room import elsewhere, found
 
     family = registry.family(run.model.model_family)
     asked = fit.read_size(limit) if limit else None
     # Of this machine only what it is: what needs a GPU is planned for one that is elsewhere.
     anywhere = {"device": "auto", "musubi_blocks_to_swap": 0.0, "gradient_checkpointing_backend": "torch"}
     device = choose(run.model.model_copy(update=anywhere))
+    here, wanted = device.device.type, run.model.device
     waits = run.model.musubi_blocks_to_swap or run.model.gradient_checkpointing_backend == "offload"
-    elsewhere = run.model.device not in ("auto", device.device.type) or (
-        device.device.type == "cpu" and (limit or waits)
-    )
-    kind = ("cuda" if run.model.device == "auto" else run.model.device) if elsewhere else device.device.type
-    room = None if elsewhere else found(device)
-    name = speed.REFERENCE if room is None else room.name
-    peak = speed.PEAKS[name] * 1e12 if room is None else peak_of(device, name)
-    plan = predict(run, family, kind=kind)
-    lines = wording.table(plan, room, peak, name)
+    away = wanted not in ("auto", here) or (here == "cpu" and (limit or waits))
+    room = elsewhere("cuda" if wanted == "auto" else wanted) if away else found(device)
+    plan = predict(run, family, kind=room.kind)
+    lines = wording.table(plan, room)
     told: dict[str, Any] = {
         **dataclasses.asdict(plan), "training": plan.training, "peak": plan.peak,
-        "seconds": speed.seconds(plan.flops, peak, plan.moved), "seconds_on": name,
+        "seconds": speed.seconds(plan.flops, room.peak, plan.moved), "seconds_on": room.name,
     }  # fmt: skip
     if fits:
-        size = room_for_tensors(room, kind) if asked is None else asked
+        size = room.tensors if asked is None else asked
         if size is None:
             raise ConfigError("how much memory is free is not known here; write --fit 12GB")
-        found_ways = fit.fit(
-            fit.Ladder(run, family, (), kind, peak, None if room is None else room.host), size
-        )
-        lines += ["", *wording.ways(run, found_ways)]
-        told["fit"] = dataclasses.asdict(found_ways)
-        if found_ways.chosen is not None:
-            told["options"] = found_ways.chosen.options(found_ways.blocks)
+        ladder = fit.Ladder(run, family, (), room)
+        best = fit.fit(ladder, size)
+        lines += ["", *wording.ways(run, best)]
+        told["fit"] = dataclasses.asdict(best)
+        if best.chosen is not None:
+            told["options"] = best.chosen.options()
+        else:
+            lines.append(smaller(ladder, size))
     return told, lines

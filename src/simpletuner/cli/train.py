@@ -25,6 +25,7 @@ PLACES = {
     "env": "NAME  the environment config/NAME",
     "example": "NAME  a packaged example (simpletuner examples list)",
 }
+FIT = {"fit [12GB]": "take the fastest settings that fit it, or what is free; say it again to go on"}
 SWITCHES = {
     "show_config": "print every value and where it came from, and stop",
     "rehearse": "a few steps of your dataset and options on the tiny bundled model, on the CPU",
@@ -51,12 +52,14 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
     empty = [Problem(f"--{name}", "needs a value") for name in PLACES if name in given and not given[name]]
     if empty:
         raise ConfigError(empty)
-    options = [pair for pair in pairs if pair[0] not in PLACES and pair[0] not in SWITCHES]
+    options = [pair for pair in pairs if pair[0] not in (*PLACES, *SWITCHES, "fit")]
     tried = attempt(options, given.get("config"), given.get("env"), given.get("example"))
     loaded, backends = checked(tried)
     if "show_config" in given:
         show(loaded, click.echo)
         return
+    if "rehearse" in given and "fit" in given:
+        raise ConfigError("--fit is for the training itself; --rehearse trains the bundled model on the CPU")
     if "rehearse" in given:
         from simpletuner.training.rehearse import rehearse
 
@@ -68,7 +71,7 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
             beside.enter_context(served(Path(loaded.run.training.output_dir).expanduser()))
         from simpletuner.training import run
 
-        ctx.exit(run.train(loaded, backends))
+        ctx.exit(run.train(loaded, backends, (given["fit"] or "") if "fit" in given else None))
 
 
 def checked(tried: Attempt) -> tuple[Loaded, Backends]:
@@ -119,7 +122,8 @@ def help_text(everything: bool) -> str:
             [(f"--{name} {text.split('  ')[0]}", text.split("  ")[1]) for name, text in PLACES.items()]
         )
     with formatter.section("Instead of training, or beside it"):
-        formatter.write_dl([(f"--{name.replace('_', '-')}", text) for name, text in SWITCHES.items()])
+        switches = {**SWITCHES, **FIT}.items()
+        formatter.write_dl([(f"--{name.replace('_', '-')}", text) for name, text in switches])
     for group, options in groupby(catalog().values(), key=lambda option: option.group):
         rows = [
             (f"--{option.name}", f"{option.text}  [{option.takes}; default {json.dumps(option.default)}]")

@@ -7,11 +7,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any, cast
 
 from safetensors import SafetensorError
 
@@ -24,7 +25,7 @@ from simpletuner.events.log import EventLog
 from simpletuner.events.report import write_report
 from simpletuner.events.sinks import ClosingSink, Sink, close_all, failure_of, fan_out, silent
 from simpletuner.events.terminal import Terminal
-from simpletuner.training import loop
+from simpletuner.training import loop, resume
 from simpletuner.training.build import build
 from simpletuner.training.device import shortage
 from simpletuner.training.plan.advice import next_down
@@ -77,24 +78,33 @@ class Position:
             self.step = event.step
 
 
-def train(loaded: Loaded, backends: Backends) -> int:
-    """Train to the end: 0. Errors are raised after exit.json and events.jsonl have told of them."""
-    folder = RunFolder(Path(loaded.run.training.output_dir).expanduser().absolute())
+def train(loaded: Loaded, backends: Backends, within: str | None = None) -> int:
+    """Train to the end: 0. Errors are raised after exit.json and events.jsonl have told of them.
+
+    within: as announce has it.
+    """
+    run = loaded.run
+    folder = RunFolder(Path(run.training.output_dir).expanduser().absolute())
     stop, position, started = StopFlag(folder), Position(), time.monotonic()
     emit: types.Emit = silent
     with stop.installed(), folder, ExitStack() as closing:
         try:
             earlier = None
-            if loaded.run.checkpoint.resume_from_checkpoint == "never":
+            if run.checkpoint.resume_from_checkpoint == "never":
                 earlier = folder.set_aside_earlier()
-            emit = fan_out([position, *sinks(loaded.run, folder, closing)])
+            emit = fan_out([position, *sinks(run, folder, closing)])
             for note in (*loaded.notes, *backends.notes):
                 emit(types.Noted(note))
             if earlier is not None:
                 emit(types.Noted(f"resume_from_checkpoint = never: earlier results are now in {earlier}"))
-            work(loaded, backends, folder, stop, emit)
+            tell, framings = hearing(stop, emit), [one.framing for one in backends.train]
+            before = None if within is None else recorded(run, folder)
+            run = announce(run, framings, tell, within, before)
+            base_dir = loaded.source.parent if loaded.source else Path.cwd()
+            with ExitStack() as opened:
+                loop.train(build(run, backends, base_dir, folder, stop, tell, opened))
         except BaseException as error:  # the outermost edge: nothing may end without exit.json saying how
-            known = explained(error, loaded.run)
+            known = explained(error, run)
             if known is None:
                 with folder.log.open("a", encoding="utf-8") as log:
                     traceback.print_exception(error, file=log)
@@ -127,18 +137,21 @@ def sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[Sink]:
     return [*everyone]
 
 
-def work(loaded: Loaded, backends: Backends, folder: RunFolder, stop: StopFlag, emit: types.Emit) -> None:
-    """Build and train; whoever tells of progress hears of a wish to stop."""
+def hearing(stop: StopFlag, emit: types.Emit) -> types.Emit:
+    """Whoever tells of progress hears of a wish to stop."""
 
     def tell(event: types.Event) -> None:
         emit(event)
         if isinstance(event, (types.StageStarted, types.StageProgress)) and stop():
             raise Stopped("stopped before the first step; the same command goes on")
 
-    base_dir = loaded.source.parent if loaded.source else Path.cwd()
-    run = announce(loaded.run, [one.framing for one in backends.train], tell)
-    with ExitStack() as opened:
-        loop.train(build(run, backends, base_dir, folder, stop, tell, opened))
+    return tell
+
+
+def recorded(run: RunConfig, folder: RunFolder) -> Mapping[str, Any] | None:
+    """Options of the checkpoint that the run goes on from."""
+    origin = resume.find(folder.path, run.checkpoint.resume_from_checkpoint, silent)
+    return None if origin is None else cast(Mapping[str, Any], origin.state["config"])
 
 
 def end(folder: RunFolder, step: int, seconds: float, error: BaseException | None, emit: types.Emit) -> None:

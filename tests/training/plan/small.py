@@ -21,11 +21,10 @@ from simpletuner.models.chroma.transformer import TransformerConfig
 from simpletuner.models.chroma.weights import empty_transformer
 from simpletuner.models.family import Sketch
 from simpletuner.training import loop, trainee
-from simpletuner.training.device import choose
 from simpletuner.training.loop import Plan
 from simpletuner.training.memory import block_memory
 from simpletuner.training.plan.count import LiveBytes
-from simpletuner.training.plan.imitation import Feed, measure, parts_of
+from simpletuner.training.plan.imitation import Feed, measure, parts_of, stand_in
 
 CONFIG = TransformerConfig(
     num_layers=1, num_single_layers=3, attention_head_dim=64, num_attention_heads=4, joint_attention_dim=128,
@@ -40,7 +39,7 @@ def run_of(**options: Any) -> RunConfig:
 
 
 def sketch_of(run: RunConfig, config: TransformerConfig = CONFIG) -> Sketch:
-    network = empty_transformer(config, run.model.base_model_precision, choose(run.model).weights)
+    network = empty_transformer(config, run.model.base_model_precision, stand_in(run.model).weights)
     facts = dataclasses.replace(FACTS, text_width=config.joint_attention_dim)
     blocks = (*network.transformer_blocks, *network.single_transformer_blocks)
     return Sketch(network, blocks, config.width, facts, False, torch.bfloat16, 0, 0, 0, 0)

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from simpletuner.cli.plan import command
+from simpletuner.config.load import resolved
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import Framing
 from simpletuner.errors import ConfigError
@@ -24,6 +25,7 @@ from tests.training.plan.small import CONFIG, FEED, Small, run_of, sketch_of
 
 BLOCKS = CONFIG.num_layers + CONFIG.num_single_layers
 SIZE = (Framing(resolution=256),)
+CARD = Room("a card", "cuda", 1e13)
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +93,8 @@ def test_the_largest_set_decides() -> None:
 
 
 def test_the_chosen_way_fits_and_a_tighter_limit_is_slower() -> None:
-    run = run_of()
-    ladder = Ladder(run, Small(), SIZE, "cuda", 1e13)
+    run = run_of(device="auto")
+    ladder = Ladder(run, Small(), SIZE, CARD)
     kept, recomputed = ladder.kept.training, ladder.recomputed.training
     assert recomputed < kept
     loose = fit.fit(ladder, kept)
@@ -106,6 +108,11 @@ def test_the_chosen_way_fits_and_a_tighter_limit_is_slower() -> None:
     nothing = fit.fit(ladder, 1000)
     assert nothing.chosen is None
     assert "nothing fits" in wording.ways(run, nothing)[0]
+    least = ladder.least()
+    assert (least.precision, least.memory) == ("nf4", BlockMemory(BLOCKS, 1, BLOCKS, True, True))
+    lines = announce.smaller(ladder, 1000).splitlines()
+    assert f"--musubi_blocks_to_swap={BLOCKS}" in lines[0]
+    assert [line.split()[0] for line in lines[1:]] == ["optimizer", "resolution"]  # the rank is 4 already
 
 
 def test_a_training_that_cannot_fit_is_refused_with_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +121,7 @@ def test_a_training_that_cannot_fit_is_refused_with_ways_out(monkeypatch: pytest
     limit = predict(run, family, SIZE, memory=BlockMemory(BLOCKS)).tensors + 1_000
     monkeypatch.setattr(announce.registry, "family", lambda name: family)
     total = limit + prediction.RUNTIME["cpu"]
-    monkeypatch.setattr(announce, "found", lambda device: Room("a card", total, 10**12))
+    monkeypatch.setattr(announce, "found", lambda device: Room("a card", "cpu", 1e13, total, 10**12))
     assert plan.tensors > limit
     with pytest.raises(ConfigError, match=r"needs .* and a card has") as refused:
         announce.announce(run, SIZE, lambda event: None)
@@ -122,10 +129,52 @@ def test_a_training_that_cannot_fit_is_refused_with_ways_out(monkeypatch: pytest
     assert "--base_model_precision=" in str(refused.value)
 
 
-def test_at_full_rank_the_last_way_is_not_the_resolution() -> None:
-    nothing = fit.Fit(1000, None, (), BLOCKS)
-    assert 'model_type = "lora"' in wording.ways(run_of(model_type="full"), nothing)[0]
-    assert "resolution" in wording.ways(run_of(), nothing)[0]
+def test_at_full_rank_a_lora_is_tried_before_a_smaller_picture() -> None:
+    changes = list(advice.steps(run_of(model_type="full", optimizer="adamw_bf16")))
+    assert changes[-2:] == [{"model_type": "lora"}, {"resolution": 768.0}]
+
+
+def fitted(
+    run: RunConfig, free: int, monkeypatch: pytest.MonkeyPatch, within: str = "",
+    before: dict[str, object] | None = None,
+) -> tuple[RunConfig, list[str]]:  # fmt: skip
+    told = list[Event]()
+    room = Room("a card", "cpu", 1e13, free + prediction.RUNTIME["cpu"], 10**12)
+    monkeypatch.setattr(announce.registry, "family", lambda name: Small())
+    monkeypatch.setattr(announce, "found", lambda device: room)
+    run = announce.announce(run, SIZE, told.append, within, before)
+    return run, [event.message for event in told if isinstance(event, Noted)]
+
+
+def test_a_training_takes_the_fastest_way_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer bits without recomputing are quicker than recomputing; what is said is what is set."""
+    run = run_of(gradient_checkpointing=True)
+    kept = predict(run, Small(), SIZE, memory=BlockMemory())
+    roomy, said = fitted(run, kept.training, monkeypatch)
+    assert (roomy.model.base_model_precision, roomy.model.gradient_checkpointing) == ("no_change", False)
+    assert "--gradient_checkpointing=false" in said[0]
+    assert said[1].startswith("would fit too: --base_model_precision=int8")
+    tight, said = fitted(run, 10**12, monkeypatch, f"{(kept.training - 1_000_000) / 1e6}MB")
+    assert tight.model.base_model_precision == "int8"
+    assert predict(tight, Small(), SIZE).training <= kept.training - 1_000_000
+    assert "--base_model_precision=int8" in said[0]
+
+
+def test_a_checkpoint_keeps_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same training goes on, also where another would now be the fastest."""
+    before = {"base_model_precision": "int4", "text_encoder_1_precision": "int8"}
+    run = fitted(run_of(), 10**12, monkeypatch, before=before)[0]
+    assert {name: resolved(run)[name] for name in before} == before
+    assert run.model.gradient_checkpointing is False
+
+
+def test_where_nothing_fits_the_cheapest_changes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = predict(run_of(), Small(), SIZE)
+    monkeypatch.setattr(announce, "predict", lambda *_: plan)
+    with pytest.raises(ConfigError, match="nothing fits") as refused:
+        fitted(run_of(train_batch_size=2, lora_rank=8), 1000, monkeypatch)
+    named = [line.split()[0] for line in str(refused.value).splitlines()[1:]]
+    assert named == ["train_batch_size", "optimizer", "lora_rank", "resolution"]
 
 
 def test_auto_recomputes_what_memory_demands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +183,7 @@ def test_auto_recomputes_what_memory_demands(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(announce.registry, "family", lambda name: family)
 
     def settled(free: int) -> object:
-        there = Room("a card", free + prediction.RUNTIME["cpu"], 10**12)
+        there = Room("a card", "cpu", 1e13, free + prediction.RUNTIME["cpu"], 10**12)
         monkeypatch.setattr(announce, "found", lambda device: there)
         return announce.announce(run, SIZE, told.append).model.gradient_checkpointing
 
@@ -176,7 +225,7 @@ def test_cached_files_are_free_memory_in_a_container(tmp_path: Path, monkeypatch
 def test_a_way_replaces_the_one_that_was_set() -> None:
     run = run_of(device="auto", gradient_checkpointing_interval=2, musubi_blocks_to_swap=2,
                  gradient_checkpointing_backend="offload")  # fmt: skip
-    model = fit.changed(run, fit.Way("nf4", BlockMemory(1), 0, 0.0), BLOCKS).model
+    model = fit.changed(run, fit.Way("nf4", BlockMemory(1), BLOCKS, 0, 0.0).options()).model
     assert block_memory(model, BLOCKS) == BlockMemory(2)
 
 
@@ -198,7 +247,7 @@ def test_settings_go_down_one_by_one() -> None:
                    {"base_model_precision": "nf4"}):  # fmt: skip
         words.append(advice.next_down(run_of(**change)))
     assert [word.split(": ")[1].split(" = ")[0] for word in words] == [
-        "gradient_checkpointing", "base_model_precision", "base_model_precision", "vae_enable_tiling",
+        "gradient_checkpointing", "base_model_precision", "base_model_precision", "optimizer",
     ]  # fmt: skip
 
 

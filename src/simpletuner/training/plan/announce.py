@@ -2,79 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import Framing
 from simpletuner.errors import ConfigError
 from simpletuner.events.types import Emit, Noted, Warned
 from simpletuner.models import registry
-from simpletuner.training.device import Device, choose
-from simpletuner.training.plan import speed, wording
-from simpletuner.training.plan.fit import Ladder, demanded
-from simpletuner.training.plan.prediction import RUNTIME, Prediction, is_worth_it, predict
+from simpletuner.models.family import ModelFamily
+from simpletuner.training.device import choose
+from simpletuner.training.plan import advice, wording
+from simpletuner.training.plan.fit import Ladder, changed, checkpointing, demanded, fit, read_size
+from simpletuner.training.plan.prediction import Prediction, is_worth_it, predict
 from simpletuner.training.plan.room import Room, found, lacking_on_disks
 
 SHOWN = 3  # ways out that a refusal names
+SETTLED = ("base_model_precision", "text_encoder_1_precision")  # by the checkpoint that a run goes on from
 
 
-def announce(run: RunConfig, framings: Sequence[Framing], emit: Emit) -> RunConfig:
+def announce(
+    run: RunConfig, framings: Sequence[Framing], emit: Emit, within: str | None = None,
+    before: Mapping[str, Any] | None = None,
+) -> RunConfig:  # fmt: skip
     """The same run, its "auto" settled. ConfigError when device, host or a disk has too little room.
 
+    within: a size, or "" for what is free: the fastest way that fits takes the place of the run's own.
+    before: options of the checkpoint that it goes on from.
     Of a small base whose plan is not known nothing is said: it would not be noticed in any memory.
     """
-    device, family = choose(run.model), registry.family(run.model.model_family)
-    room, kind = found(device), device.device.type
-    peak = peak_of(device, room.name)
-    limit = room_for_tensors(room, kind)
-    if run.model.gradient_checkpointing == "auto":
-        count = 0
-        if limit is not None:
-            count = demanded(Ladder(run, family, framings, kind, peak, room.host), limit)
+    family = registry.family(run.model.model_family)
+    room = found(choose(run.model))
+    limit = room.tensors
+    if within is not None:
+        run = fitted(run, family, framings, room, within, before, emit)
+    elif run.model.gradient_checkpointing == "auto":
+        ladder = None if limit is None else Ladder(run, family, framings, room)
+        count = demanded(ladder, limit) if ladder and limit is not None else 0
         emit(Noted(f"gradient_checkpointing auto: {count} blocks are recomputed"))
-        model = run.model.model_copy(update={"gradient_checkpointing": count})
-        run = run.model_copy(update={"model": model})
-    elif not is_worth_it(run, family, framings, kind):
+        asked = checkpointing(count, ladder.blocks) if ladder else False
+        run = changed(run, {"gradient_checkpointing": asked})
+    elif not is_worth_it(run, family, framings, room.kind):
         return run
-    plan = predict(run, family, framings)
-    emit(Noted(wording.brief(plan, room, peak)))
+    plan = predict(run, family, framings, room.kind)
+    emit(Noted(wording.brief(plan, room)))
     if limit is not None and plan.tensors > limit:
-        ladder = Ladder(run, family, framings, kind, peak, room.host)
-        raise ConfigError(too_large(run, plan, room, ladder, limit))
+        raise ConfigError(too_large(plan, Ladder(run, family, framings, room), limit))
     refuse_host_and_disks(run, plan, room)
     for what, size in plan.before.items():
         if limit is not None and size > limit:
-            emit(
-                Warned(
-                    f"the {what} takes {wording.gb(size)} of {wording.gb(limit)}: text_encoder_1_precision"
-                )
-            )
+            told = f"the {what} takes {wording.gb(size)} of {wording.gb(limit)}: text_encoder_1_precision"
+            emit(Warned(told))
     if limit is not None and plan.training > limit:
         emit(Warned(f"{wording.gb(plan.training)} with allowances, {wording.gb(limit)} free: it may not fit"))
     return run
 
 
-def peak_of(device: Device, name: str) -> float:
-    """FLOP/s: by the device's name, measured on a CPU, and a good card's where nothing is known."""
-    known = speed.here(device.weights) if device.device.type == "cpu" else speed.peak_flops(name)
-    return known or speed.PEAKS[speed.REFERENCE] * 1e12
+def fitted(
+    run: RunConfig, family: ModelFamily, framings: Sequence[Framing], room: Room, within: str,
+    before: Mapping[str, Any] | None, emit: Emit,
+) -> RunConfig:  # fmt: skip
+    """The run in the fastest way that fits. ConfigError, with the cheapest changes, where none does."""
+    known = [size for size in (read_size(within) if within else None, room.tensors) if size is not None]
+    if not known:
+        raise ConfigError("how much memory is free is not known here; write --fit 12GB")
+    if before is not None:
+        run = changed(run, {name: before[name] for name in SETTLED})
+    ladder, limit = Ladder(run, family, framings, room, settled=before is not None), min(known)
+    best = fit(ladder, limit)
+    if best.chosen is None:
+        raise ConfigError(f"nothing fits {wording.gb(limit)}. {smaller(ladder, limit)}")
+    for line in wording.taken(run, best):
+        emit(Noted(line))
+    return changed(run, best.chosen.options())
 
 
-def room_for_tensors(room: Room | None, kind: str) -> int | None:
-    """What a training may take of the free memory, where that is known."""
-    if room is None or room.device is None:
-        return None
-    return room.device - (RUNTIME["cpu"] if kind == "cpu" else 0)
-
-
-def too_large(run: RunConfig, plan: Prediction, room: Room, ladder: Ladder, limit: int) -> str:
+def too_large(plan: Prediction, ladder: Ladder, limit: int) -> str:
     ways = ladder.ways(limit)[:SHOWN]
-    told = [f"\n  {wording.flags(run, way, ladder.blocks)}  (about {wording.gb(way.size)})" for way in ways]
-    out = f"What would fit, the fastest first:{''.join(told)}" if told else wording.last_way(run)
-    return (
-        f"this training needs {wording.gb(plan.tensors)} for its tensors alone, and {room.name} has"
-        f" {wording.gb(limit)} free. {out}"
-    )
+    told = [f"\n  {wording.flags(ladder.run, way)}  (about {wording.gb(way.size)})" for way in ways]
+    out = f"What would fit, the fastest first:{''.join(told)}" if told else smaller(ladder, limit)
+    what = f"this training needs {wording.gb(plan.tensors)} for its tensors alone"
+    return f"{what}, and {ladder.room.name} has {wording.gb(limit)} free. {out}"
+
+
+def smaller(ladder: Ladder, limit: int) -> str:
+    """Where no way of running it fits: changes of the training itself, the cheapest first, until one does."""
+    least = ladder.least()
+    run, framings = changed(ladder.run, least.options()), list(ladder.framings)
+    told = wording.flags(ladder.run, least)
+    lines = [f"The least is about {wording.gb(least.size)}: {told}. Then, each added to those before:"]
+    for options in advice.steps(run):
+        try:
+            run = changed(run, options)
+        except ConfigError:  # the rest of the options does not go with it
+            continue
+        if "resolution" in options:
+            framings = [
+                dataclasses.replace(one, resolution=one.resolution * advice.SMALLER[one.resolution_type])
+                for one in framings
+            ]
+        size = predict(run, ladder.family, framings, ladder.room.kind).training
+        lines.append(f"  {advice.told(options)}  ({wording.gb(size)})")
+        if size <= limit:
+            break
+    return "\n".join(lines)
 
 
 def refuse_host_and_disks(run: RunConfig, plan: Prediction, room: Room) -> None:

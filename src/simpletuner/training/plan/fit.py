@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 
+from simpletuner.config.load import from_resolved, resolved
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import Framing
 from simpletuner.errors import ConfigError
@@ -23,6 +24,7 @@ from simpletuner.models.family import BlockMemory, ModelFamily, Sketch
 from simpletuner.training.plan import prediction, speed
 from simpletuner.training.plan.imitation import stand_in
 from simpletuner.training.plan.prediction import predict
+from simpletuner.training.plan.room import Room
 
 # Time of a step beside the unquantised one's. Not measured on a GPU: each block's weights are read once more.
 UNPACKING = {"no_change": 1.0, "int8": 1.05, "int4": 1.1, "nf4": 1.1}
@@ -34,22 +36,22 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(G|M)(i?)B?)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Way:
-    """precision and memory of the blocks. size: device bytes while training, allowances included; about, or
+    """precision and memory of so many blocks. size: device bytes while training with allowances; about, or
     exact once predicted. seconds: of a step, by the cost model."""
 
     precision: str
     memory: BlockMemory
+    blocks: int
     size: int
     seconds: float
     exact: bool = False
     text_encoder: str | None = None  # its precision, where it must be another than the run's
 
-    def options(self, blocks: int) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """What to set, also where the run has set another way before."""
-        count = self.memory.checkpointed
         told: dict[str, Any] = {
             "base_model_precision": self.precision,
-            "gradient_checkpointing": True if count >= blocks else max(2, count) if count else False,
+            "gradient_checkpointing": checkpointing(self.memory.checkpointed, self.blocks),
             "gradient_checkpointing_interval": None,
             "gradient_checkpointing_backend": "offload" if self.memory.offload_activations else "torch",
             "musubi_blocks_to_swap": self.memory.swapped,
@@ -58,6 +60,11 @@ class Way:
         if self.text_encoder is not None:
             told["text_encoder_1_precision"] = self.text_encoder
         return told
+
+
+def checkpointing(count: int, blocks: int) -> bool | int:
+    """The option's value for so many blocks; 1 would be read as all."""
+    return count >= blocks or (max(2, count) if count else False)
 
 
 def read_size(text: str) -> int:
@@ -72,28 +79,31 @@ def read_size(text: str) -> int:
 class Ladder:
     """The ways of one run: predicted with every block kept and with every block recomputed, counted between.
 
-    peak: FLOP/s of the device. host: free bytes of the host, None when unknown. About, not exact: a block's
-    share is taken to be the same for all.
+    settled: the precisions stay the run's own. About, not exact: a block's share is taken to be the same for
+    all.
     """
 
     def __init__(
-        self, run: RunConfig, family: ModelFamily, framings: Sequence[Framing], kind: str, peak: float,
-        host: int | None = None,
+        self, run: RunConfig, family: ModelFamily, framings: Sequence[Framing], room: Room,
+        settled: bool = False,
     ) -> None:  # fmt: skip
-        self.host = host
-        self.run, self.family, self.framings, self.kind, self.peak = run, family, framings, kind, peak
-        dtype = stand_in(run.model).weights
-        precisions = tuple(UNPACKING) if run.model.model_type == "lora" else ("no_change",)
+        self.run, self.family, self.framings, self.room, self.settled = run, family, framings, room, settled
+        dtype, frozen = stand_in(run.model).weights, run.model.model_type == "lora"
+        precisions = tuple(UNPACKING) if frozen and not settled else ()
         self.own = run.model.base_model_precision
         self.sketches: dict[str, Sketch] = {
             name: family.sketch(run.model.model_copy(update={"base_model_precision": name}), dtype)
             for name in dict.fromkeys((*precisions, self.own))
         }
-        self.weights = {name: weight_bytes(sketch) for name, sketch in self.sketches.items()}
+        self.weights = {name: prediction.weight_bytes(sketch) for name, sketch in self.sketches.items()}
         self.blocks = len(self.sketches[self.own].blocks)
-        self.kept = predict(run, family, framings, kind, BlockMemory())
-        self.recomputed = predict(run, family, framings, kind, BlockMemory(self.blocks))
+        self.kept = predict(run, family, framings, room.kind, BlockMemory())
+        self.recomputed = predict(run, family, framings, room.kind, BlockMemory(self.blocks))
         self.each = (self.kept.training - self.recomputed.training) / max(1, self.blocks - 1)
+        # Weights may wait on the host where it is another memory, and has room for them.
+        most = math.inf if room.host is None else room.host - prediction.RUNTIME[room.kind]
+        apart = frozen and room.kind == "cuda"
+        self.movable = [name for name, size in self.weights.items() if apart and size <= most]
 
     def way(self, precision: str, memory: BlockMemory) -> Way:
         sketch, count = self.sketches[precision], memory.checkpointed
@@ -110,35 +120,42 @@ class Ladder:
             size, moved = size - inputs, moved + 2 * inputs
         flops = self.kept.flops + (self.recomputed.flops - self.kept.flops) * count / self.blocks
         moved *= self.run.training.gradient_accumulation_steps
-        seconds = speed.seconds(flops * UNPACKING.get(precision, 1.05), self.peak, moved)
-        return Way(precision, memory, int(size), seconds + APPROXIMATOR_S * memory.approximator_on_host)
+        seconds = speed.seconds(flops * UNPACKING.get(precision, 1.05), self.room.peak, moved)
+        seconds += APPROXIMATOR_S * memory.approximator_on_host
+        return Way(precision, memory, self.blocks, int(size), seconds)
 
     def ways(self, limit: int) -> list[Way]:
         """Of every precision the fastest that fits, of those that move weights the fastest of each kind."""
         fitting: list[Way] = []
         for precision in self.sketches:
-            plain = (self.way(precision, BlockMemory(count)) for count in range(self.blocks + 1))
-            first = next((way for way in plain if way.size <= limit), None)
-            if first is not None:
-                fitting.append(first)
-            elif self.kind == "cuda" and self.run.model.model_type == "lora":
-                fitting += self._moving(precision, limit)
+            first = self.plain(precision, limit)
+            fitting += [first] if first is not None else self._moving(precision, limit)
         return sorted(fitting, key=lambda way: way.seconds)
+
+    def plain(self, precision: str, limit: int) -> Way | None:
+        """With as few blocks recomputed as fit, and nothing on the host."""
+        ways = (self.way(precision, BlockMemory(count)) for count in range(self.blocks + 1))
+        return next((way for way in ways if way.size <= limit), None)
+
+    def least(self) -> Way:
+        """In as little memory as can be."""
+        ways = [self.way(name, BlockMemory(self.blocks)) for name in self.sketches]
+        everything = BlockMemory(self.blocks, 1, self.blocks, True, True)
+        ways += [self.way(name, everything) for name in self.movable]
+        return min(ways, key=lambda way: way.size)
 
     def text_encoder(self, limit: int) -> str | None:
         """The finest precision of T5 within the limit, None for the run's own. It comes before training."""
-        for precision in (None, *list(UNPACKING)[1:]):
+        for precision in (None, *([] if self.settled else list(UNPACKING)[1:])):
             changed = {} if precision is None else {"text_encoder_1_precision": precision}
             sketch = self.family.sketch(self.run.model.model_copy(update=changed), torch.bfloat16)
-            if sketch.text_encoder_bytes + prediction.CONTEXT[self.kind] <= limit:
+            if self.settled or sketch.text_encoder_bytes + prediction.CONTEXT[self.room.kind] <= limit:
                 return precision
         return list(UNPACKING)[-1]
 
     def _moving(self, precision: str, limit: int) -> list[Way]:
         """With weights or inputs on the host, if it has room; the approximator there as a last resort."""
-        if self.host is not None and self.weights[precision] + prediction.RUNTIME["cuda"] > self.host:
-            return []
-        for on_host in (False, True):
+        for on_host in (False, True) if precision in self.movable else ():
             found = []
             for offload in (False, True):
                 counts = (round(share * self.blocks) for share in SWAPS)
@@ -152,9 +169,8 @@ class Ladder:
     def proven(self, way: Way, limit: int) -> Way | None:
         """The way with its exact size, with more blocks recomputed where that is over the limit."""
         for _ in range(VERIFIED):
-            exact = predict(
-                changed(self.run, way, self.blocks), self.family, self.framings, self.kind, way.memory
-            )
+            run = changed(self.run, way.options())
+            exact = predict(run, self.family, self.framings, self.room.kind, way.memory)
             way = dataclasses.replace(way, size=exact.training, exact=True)
             if way.size <= limit:
                 return way
@@ -174,7 +190,6 @@ class Fit:
     limit: int
     chosen: Way | None
     others: tuple[Way, ...]
-    blocks: int
 
 
 def fit(ladder: Ladder, limit: int) -> Fit:
@@ -184,22 +199,17 @@ def fit(ladder: Ladder, limit: int) -> Fit:
     for position, way in enumerate(ways):
         proven = ladder.proven(way, limit)
         if proven is not None:
-            return Fit(limit, proven, tuple(ways[:position] + ways[position + 1 :]), ladder.blocks)
-    return Fit(limit, None, (), ladder.blocks)
+            return Fit(limit, proven, tuple(ways[:position] + ways[position + 1 :]))
+    return Fit(limit, None, ())
 
 
-def changed(run: RunConfig, way: Way, blocks: int) -> RunConfig:
-    """The same run, this way."""
-    return run.model_copy(update={"model": run.model.model_copy(update=way.options(blocks))})
+def changed(run: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+    """The same run with other options. ConfigError when they contradict the rest."""
+    return from_resolved({**resolved(run), **options})
 
 
 def demanded(ladder: Ladder, limit: int) -> int:
     """gradient_checkpointing "auto": the fewest blocks to recompute; all where even that is too little."""
-    plain = (ladder.way(ladder.own, BlockMemory(count)) for count in range(ladder.blocks + 1))
-    first = next((way for way in plain if way.size <= limit), None)
+    first = ladder.plain(ladder.own, limit)
     proven = None if first is None else ladder.proven(first, limit)
     return ladder.blocks if proven is None else proven.memory.checkpointed
-
-
-def weight_bytes(sketch: Sketch) -> int:
-    return sum(tensor.nbytes for tensor in sketch.transformer.state_dict().values())

@@ -11,6 +11,7 @@ from torch import nn
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import Framing, Size, bucket
 from simpletuner.models.family import BlockMemory, ModelFamily, Sketch
+from simpletuner.models.swap import ALIGNMENT, ROOMS
 from simpletuner.training.device import choose
 from simpletuner.training.memory import block_memory
 from simpletuner.training.optimizers import is_hosted
@@ -22,10 +23,8 @@ from simpletuner.training.plan.imitation import Feed, Measured, measure, stand_i
 CONTEXT = {"cuda": 600_000_000, "mps": 300_000_000, "cpu": 0}  # the driver's, kernels, workspaces of products
 RUNTIME = {"cuda": 2_500_000_000, "mps": 1_000_000_000, "cpu": 800_000_000}  # Python, torch and its libraries
 FRAGMENTATION = 0.05  # of what a step makes and frees: a caching allocator cannot use every gap
-ROOMS = 2  # blocks whose swapped weights are on the device at once
 COMPUTED = 2  # bytes of a number that blocks hand on; only GPUs offload it, and they compute in bf16
 LARGE = 1_000_000_000  # bytes of weights; smaller bases train where a plan would take as long as some steps
-SLOT = 256  # bytes that tensors in a room are aligned to
 UNSEEN = (3, 2)  # aspect for a size that names the shorter edge
 
 
@@ -79,7 +78,7 @@ def predict(
     blocks = len(sketch.blocks)
     # Measuring uses the network up; what is asked of it comes first.
     fetched = [frozen_bytes(sketch.blocks[number]) for number in memory.fetched(blocks)]
-    model_bytes = sum(tensor.nbytes for tensor in sketch.transformer.state_dict().values())
+    model_bytes = weight_bytes(sketch)
     name = stored.key(run, sketch, memory, feed, granule)
     measured = stored.remembered(name, lambda: measure(run, family, sketch, memory, feed, granule))
 
@@ -124,9 +123,8 @@ def situation(
 def is_worth_it(run: RunConfig, family: ModelFamily, framings: Sequence[Framing], kind: str) -> bool:
     """Whether a prediction is at hand, or the base so large that a few seconds for one are nothing."""
     sketch, memory, feed, granule = situation(run, family, framings, kind, None)
-    weights = sum(tensor.nbytes for tensor in sketch.transformer.state_dict().values())
     known = stored.recall(stored.key(run, sketch, memory, feed, granule))
-    return weights >= LARGE or known is not None
+    return weight_bytes(sketch) >= LARGE or known is not None
 
 
 def feed_of(run: RunConfig, framings: Sequence[Framing], sketch: Sketch) -> Feed:
@@ -143,9 +141,14 @@ def feed_of(run: RunConfig, framings: Sequence[Framing], sketch: Sketch) -> Feed
     return Feed(run.training.train_batch_size, largest, rows)
 
 
+def weight_bytes(sketch: Sketch) -> int:
+    return sum(tensor.nbytes for tensor in sketch.transformer.state_dict().values())
+
+
 def frozen_bytes(block: nn.Module) -> int:
     """Each tensor of a block as it lies in a room."""
-    return sum(-(-tensor.nbytes // SLOT) * SLOT for tensor in (*block.parameters(), *block.buffers()))
+    sizes = (tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
 def kept_inputs(sketch: Sketch, memory: BlockMemory, feed: Feed) -> int:

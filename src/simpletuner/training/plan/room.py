@@ -14,6 +14,8 @@ from huggingface_hub import constants
 from simpletuner.config.environment import user_cache
 from simpletuner.config.schema import RunConfig
 from simpletuner.training.device import Device
+from simpletuner.training.plan import speed
+from simpletuner.training.plan.prediction import RUNTIME
 
 MEMORY = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -21,16 +23,35 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Room:
-    """Free bytes; None where nobody can say. device: the accelerator's, or the host's again on a CPU."""
+    """Where a run is planned. kind: "cuda", "mps" or "cpu". peak: FLOP/s.
+
+    Free bytes, None where nobody can say: device, the accelerator's, or the host's again on a CPU; host.
+    """
 
     name: str
-    device: int | None
-    host: int | None
+    kind: str
+    peak: float
+    device: int | None = None
+    host: int | None = None
+
+    @property
+    def tensors(self) -> int | None:
+        """What a training may take of the free memory."""
+        program = RUNTIME["cpu"] if self.kind == "cpu" else 0
+        return None if self.device is None else self.device - program
 
 
 def found(device: Device) -> Room:
-    host, free = free_host(), device.hardware.free_bytes()
-    return Room(device.hardware.name, host if free is None else free, host)
+    """peak: by the device's name, measured on a CPU, and a good card's where nothing is known."""
+    hardware, kind = device.hardware, device.device.type
+    peak = speed.here(device.weights) if kind == "cpu" else speed.peak_flops(hardware.name)
+    host, free = free_host(), hardware.free_bytes()
+    return Room(hardware.name, kind, peak or elsewhere(kind).peak, host if free is None else free, host)
+
+
+def elsewhere(kind: str) -> Room:
+    """A good card that is not here."""
+    return Room(speed.REFERENCE, kind, speed.PEAKS[speed.REFERENCE] * 1e12)
 
 
 def free_host() -> int | None:
@@ -71,12 +92,7 @@ def lacking_on_disks(run: RunConfig, needed: Mapping[str, int]) -> list[tuple[Pa
     }
     disks: dict[int, tuple[Path, int]] = defaultdict(lambda: (Path(), 0))
     for what, size in needed.items():
-        place = next(
-            folder
-            for folder in (places[what].absolute(), *places[what].absolute().parents)
-            if folder.exists()
-        )
-        disk = place.stat().st_dev
+        disk = _existing(places[what]).stat().st_dev
         disks[disk] = (places[what], disks[disk][1] + max(0, size - written.get(what, 0)))
     rows = [(folder, size, shutil.disk_usage(_existing(folder)).free) for folder, size in disks.values()]
     return [row for row in rows if row[1] > row[2]]

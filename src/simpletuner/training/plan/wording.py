@@ -22,21 +22,20 @@ def gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def table(plan: Prediction, room: Room | None, peak: float, name: str) -> list[str]:
-    """The whole plan. peak: FLOP/s of the device called `name`."""
+def table(plan: Prediction, room: Room) -> list[str]:
+    """The whole plan."""
     width, height = plan.feed.size_px
     feed = f"{plan.feed.samples} x {width} x {height} px, {plan.feed.text_rows} text tokens"
     recomputed = f"{plan.memory.checkpointed} blocks recomputed, {plan.memory.swapped} swapped"
     lines = [f"{plan.trained / 1e6:.1f} M parameters trained; {feed}; {recomputed}"]
     if plan.assumed:
         lines.append("Chroma 1 as published: the base is not on this machine yet")
-    of_device = None if room is None else room.device
-    lines += _group(f"{MEMORY[plan.kind]} while training", {**plan.parts, **plan.allowances}, of_device)
+    lines += _group(f"{MEMORY[plan.kind]} while training", {**plan.parts, **plan.allowances}, room.device)
     for what, size in plan.before.items():
         lines.append(f"  {what + ', before training':<34}{gb(size):>9}")
-    lines += _group("host memory", plan.host, None if room is None else room.host)
+    lines += _group("host memory", plan.host, room.host)
     lines += _group("disk", plan.disk, None)
-    return [*lines, step(plan, peak, name)]
+    return [*lines, step(plan, room)]
 
 
 def _group(title: str, rows: Mapping[str, int], free: int | None) -> list[str]:
@@ -52,12 +51,12 @@ def _group(title: str, rows: Mapping[str, int], free: int | None) -> list[str]:
     ]
 
 
-def step(plan: Prediction, peak: float, name: str) -> str:
-    took = speed.seconds(plan.flops, peak, plan.moved)
-    return f"step: {plan.flops / 1e12:.3g} TFLOP, about {took:.2g} s on {name} (estimate)"
+def step(plan: Prediction, room: Room) -> str:
+    took = speed.seconds(plan.flops, room.peak, plan.moved)
+    return f"step: {plan.flops / 1e12:.3g} TFLOP, about {took:.2g} s on {room.name} (estimate)"
 
 
-def brief(plan: Prediction, room: Room, peak: float) -> str:
+def brief(plan: Prediction, room: Room) -> str:
     """What a training says first."""
     parts = ", ".join(
         f"{what} {gb(size)}" for what, size in {**plan.parts, **plan.allowances}.items() if size
@@ -65,38 +64,39 @@ def brief(plan: Prediction, room: Room, peak: float) -> str:
     free = "" if room.device is None else f", free {gb(room.device)}"
     device = f"{MEMORY[plan.kind]} {gb(plan.training)} ({parts}){free}"
     others = f"host {gb(sum(plan.host.values()))}; disk {gb(sum(plan.disk.values()))}"
-    return f"plan: {device}; {others}; {step(plan, peak, room.name)}"
+    return f"plan: {device}; {others}; {step(plan, room)}"
 
 
 def ways(run: RunConfig, fit: Fit) -> list[str]:
     """The choice with the options to set, then the runners-up."""
     if fit.chosen is None:
-        return [f"nothing fits {gb(fit.limit)}. {last_way(run)}"]
+        return [f"nothing fits {gb(fit.limit)}"]
     lines = [f"fastest within {gb(fit.limit)}:", f"  {_way(fit.chosen)}"]
-    lines += [f"    {name} = {value}" for name, value in settings(run, fit.chosen, fit.blocks).items()]
+    lines += [f"    {name} = {value}" for name, value in settings(run, fit.chosen).items()]
     if fit.others:
         lines.append("also within it, by the cost model:")
-    return [*lines, *(f"  {_way(way)}: {flags(run, way, fit.blocks)}" for way in fit.others[:SHOWN])]
+    return [*lines, *(f"  {_way(way)}: {flags(run, way)}" for way in fit.others[:SHOWN])]
 
 
-def last_way(run: RunConfig) -> str:
-    """Where no way of running this training is small enough."""
-    if run.model.model_type == "full":
-        return 'Use model_type = "lora" (full rank keeps weights and optimizer states), optimizer = adafactor'
-    return "Use a smaller resolution, fewer samples at a time"
+def taken(run: RunConfig, fit: Fit) -> list[str]:
+    """What a training says that goes on with the choice: what it changed, and the runners-up in a line."""
+    if fit.chosen is None:
+        return []
+    lines = [f"fit {gb(fit.limit)}: {flags(run, fit.chosen)} ({_way(fit.chosen)})"]
+    others = "; ".join(f"{flags(run, way)} ({_way(way)})" for way in fit.others[:SHOWN])
+    return [*lines, *([f"would fit too: {others}"] if others else [])]
 
 
 def _way(way: Way) -> str:
     return f"{'' if way.exact else 'about '}{gb(way.size)}, about {way.seconds:.2g} s a step"
 
 
-def settings(run: RunConfig, way: Way, blocks: int) -> dict[str, str]:
+def settings(run: RunConfig, way: Way) -> dict[str, str]:
     """Options that differ from the run's, as JSON."""
     now: dict[str, Any] = resolved(run)
-    told = way.options(blocks)
-    return {name: json.dumps(value) for name, value in told.items() if now[name] != value}
+    return {name: json.dumps(value) for name, value in way.options().items() if now[name] != value}
 
 
-def flags(run: RunConfig, way: Way, blocks: int) -> str:
-    changed = settings(run, way, blocks).items()
+def flags(run: RunConfig, way: Way) -> str:
+    changed = settings(run, way).items()
     return " ".join(f"--{name}={value.strip(chr(34))}" for name, value in changed) or "as it is"
