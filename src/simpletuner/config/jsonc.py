@@ -1,7 +1,7 @@
 """JSON with comments and trailing commas, and the line and column of every key and list element.
 
-`//`, `#` and `/* */` comments, trailing commas. Refused: duplicate keys, NaN and infinities, lone
-surrogates, more than 100 levels.
+`//`, `#` and `/* */` comments and trailing commas are blanked at equal offsets; the standard library reads
+the rest. Refused: duplicate keys, NaN and infinities, lone surrogates, more than 100 levels.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from json.decoder import scanstring  # type: ignore[attr-defined]  # the C one, with end offsets
 from typing import Any
 
 from simpletuner.errors import ConfigError, Problem
 
 Path = tuple[str | int, ...]
 
-BLANK = re.compile(r"(?:[ \t\r\n]+|//[^\n]*|#[^\n]*|/\*.*?\*/)*", re.DOTALL)
-NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?(?![\w.])", re.ASCII)
+# None of them can end earlier or later, whatever comes behind.
+COMMENT = r"//[^\n]*(?=\n|\Z)|#[^\n]*(?=\n|\Z)|/\*(?:(?!\*/).)*(?:\*/|\Z)"
+TOKEN = re.compile(rf'"(?:[^"\\]|\\.)*"|{COMMENT}|[\[\]{{}},:]|[^\[\]{{}},:"/#\s]+', re.DOTALL)
+CLOSING = re.compile(rf"(?:\s|{COMMENT})*[\]}}]", re.DOTALL)
+BEFORE_VALUES = ("", "[", "{", ",", ":")  # a comma behind one of these ends no value
 WORD = re.compile(r"[\w$.+-]+")
-CONSTANTS: Mapping[str, bool | None] = {"true": True, "false": False, "null": None}
+NO_NUMBERS = ("NaN", "Infinity", "-Infinity")
 DEEPEST = 100
-LONGEST_INTEGER = 300  # digits that a float can hold too
 
 
 @dataclass(frozen=True)
@@ -47,148 +49,107 @@ class Document:
 
 
 def parse(text: str, name: str) -> Document:
-    """Read a whole text; `name` is how the file is called in messages. Raises ConfigError."""
-    reader = _Reader(text.removeprefix("\ufeff"), name)
-    value = reader.document()
-    if reader.problems:
-        raise ConfigError(reader.problems)
-    return Document(value, reader.positions, name)
+    """Read a whole text; `name` is how the file is called in messages. ConfigError with every problem."""
+    walk, value = _Walk(text.removeprefix("\ufeff")), None
+    try:
+        value = json.loads(walk.plain())
+    except json.JSONDecodeError as error:
+        walk.problem(_told(error), error.pos)
+    except ValueError:  # so many digits that Python makes no number of them
+        assert walk.problems, "told as too large"
+    if walk.problems:
+        places = [(*walk.place(at), what) for at, what in sorted(walk.problems)]
+        raise ConfigError([Problem(f"{name}:{line}:{column}", what) for line, column, what in places])
+    return Document(value, walk.positions, name)
 
 
-class _Reader:
-    """Recursive descent over one text; `at` is the offset of the next character."""
+class _Walk:
+    """Once over the tokens of a text that may be anything. problems: (offset, sentence)."""
 
-    def __init__(self, text: str, name: str) -> None:
+    def __init__(self, text: str) -> None:
         self.text = text
-        self.name = name
-        self.at = 0
         self.positions: dict[Path, tuple[int, int]] = {}
-        self.problems: list[Problem] = []
+        self.problems: list[tuple[int, str]] = []
         self.line_starts = [0, *(match.end() for match in re.finditer("\n", text))]
+        self.path: list[str | int] = []  # of every open bracket the key or the index that is read
+        self.keys: list[set[str]] = []  # of every open bracket those that were read
+        self.key_is_due = False
 
-    def document(self) -> Any:
-        self.blank()
-        if self.at >= len(self.text):
-            raise self.error("the file is empty")
-        self.positions[()] = self.position(self.at)
-        value = self.value(())
-        self.blank()
-        if self.at < len(self.text):
-            raise self.error("the file should end here")
-        return value
-
-    def position(self, at: int) -> tuple[int, int]:
+    def place(self, at: int) -> tuple[int, int]:
+        """Line and column, from 1."""
         line = bisect.bisect_right(self.line_starts, at)
         return line, at - self.line_starts[line - 1] + 1
 
-    def problem(self, what: str, at: int) -> Problem:
-        line, column = self.position(at)
-        return Problem(f"{self.name}:{line}:{column}", what)
+    def problem(self, what: str, at: int) -> None:
+        self.problems.append((at, what))
 
-    def error(self, what: str, at: int | None = None) -> ConfigError:
-        return ConfigError([self.problem(what, self.at if at is None else at)])
+    def plain(self) -> str:
+        """The text with blanks for comments and trailing commas."""
+        pieces, begin, last = [], 0, ""
+        for match in TOKEN.finditer(self.text):
+            word, at = match[0], match.start()
+            trailing = word == "," and last not in BEFORE_VALUES and CLOSING.match(self.text, match.end())
+            if trailing or word.startswith(("//", "#", "/*")):
+                pieces += [self.text[begin:at], re.sub(r"[^\n]", " ", word)]
+                begin = match.end()
+                if word.startswith("/*") and (len(word) < 4 or not word.endswith("*/")):
+                    self.problem("this comment is never closed: '*/' is missing", at)
+                continue
+            self.token(word, at)
+            last = word
+            if len(self.path) > DEEPEST:  # no farther: the library's reader calls itself for each
+                self.problem(f"more than {DEEPEST} levels", at)
+                return "null"
+        return "".join([*pieces, self.text[begin:]])
 
-    def peek(self) -> str:
-        return self.text[self.at : self.at + 1]
+    def token(self, word: str, at: int) -> None:
+        if word in "]}":
+            self.path[-1:], self.keys[-1:], self.key_is_due = [], [], False
+        elif word == "," and self.path:
+            index = self.path[-1]
+            self.key_is_due = isinstance(index, str)
+            self.path[-1] = index + 1 if isinstance(index, int) else index
+        elif self.key_is_due and word[0] == '"':
+            key = self.path[-1] = self.string(word, at)
+            self.key_is_due = False
+            if key in self.keys[-1]:
+                self.problem(f"{key!r} appears twice", at)
+            self.keys[-1].add(key)
+            self.positions[tuple(self.path)] = self.place(at)
+        elif word not in ",:":
+            self.value(word, at)
 
-    def blank(self) -> None:
-        match = BLANK.match(self.text, self.at)
-        assert match is not None
-        self.at = match.end()
-        if self.text.startswith("/*", self.at):
-            raise self.error("this comment is never closed: '*/' is missing")
+    def value(self, word: str, at: int) -> None:
+        if not self.path or isinstance(self.path[-1], int):
+            self.positions.setdefault(tuple(self.path), self.place(at))
+        if word in "[{":
+            self.path.append(0 if word == "[" else "")
+            self.keys.append(set())
+            self.key_is_due = word == "{"
+        elif word[0] == '"':
+            self.string(word, at)
+        elif word in NO_NUMBERS:
+            self.problem(f"a value is expected here, not {word}", at)
+        else:
+            with suppress(ValueError):  # a word, or what the library's reader calls no number
+                if math.isinf(float(word)):
+                    self.problem(f"{word[:40]} is too large", at)
 
-    def value(self, path: Path) -> Any:
-        if len(path) > DEEPEST:
-            raise self.error(f"more than {DEEPEST} levels")
-        first = self.peek()
-        if first == "{":
-            return self.members(path)
-        if first == "[":
-            return self.elements(path)
-        if first == '"':
-            return self.string()
-        if first == "-" or first.isdecimal():
-            return self.number()
-        return self.constant()
+    def string(self, word: str, at: int) -> str:
+        with suppress(json.JSONDecodeError):  # told with its place when the whole text is read
+            text: str = json.loads(word)
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                self.problem("half of a surrogate pair is not a character", at)
+            return text
+        return word
 
-    def members(self, path: Path) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        self.at += 1
-        while not self.closed("}", first=not found):
-            start = self.at
-            if self.peek() != '"':
-                raise self.error('a key in double quotes, such as "seed", is expected here')
-            key = self.string()
-            if key in found:
-                self.problems.append(self.problem(f"{key!r} appears twice", start))
-            inside = (*path, key)
-            self.positions[inside] = self.position(start)
-            self.blank()
-            if self.peek() != ":":
-                raise self.error(f"':' is expected after the key {key!r}")
-            self.at += 1
-            self.blank()
-            found[key] = self.value(inside)
-        return found
 
-    def elements(self, path: Path) -> list[Any]:
-        found: list[Any] = []
-        self.at += 1
-        while not self.closed("]", first=not found):
-            inside = (*path, len(found))
-            self.positions[inside] = self.position(self.at)
-            found.append(self.value(inside))
-        return found
-
-    def closed(self, bracket: str, first: bool) -> bool:
-        """Step over the comma before the next item, or over the closing bracket (then True)."""
-        self.blank()
-        if not first and self.peek() == ",":
-            self.at += 1
-            self.blank()
-        elif not first and self.peek() != bracket:
-            end = "the end of the file" if self.at >= len(self.text) else f"{self.peek()!r}"
-            raise self.error(f"',' or {bracket!r} is expected before {end}")
-        if self.peek() == bracket:
-            self.at += 1
-            return True
-        if self.at >= len(self.text):
-            raise self.error(f"the file ends before its {bracket!r}")
-        return False
-
-    def string(self) -> str:
-        start = self.at
-        try:
-            value, self.at = scanstring(self.text, start + 1, True)
-        except json.JSONDecodeError as error:
-            raise self.error(f"in this text: {error.msg}", min(error.pos, len(self.text))) from None
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise self.error("half of a surrogate pair is not a character", start)
-        return value
-
-    def number(self) -> int | float:
-        match = NUMBER.match(self.text, self.at)
-        if match is None:
-            raise self.error(f"{self.word()!r} is not a number as JSON writes it")
-        if match[1] is None and match[2] is None and len(match[0]) <= LONGEST_INTEGER:
-            self.at = match.end()
-            return int(match[0])
-        value = float(match[0])
-        if not math.isfinite(value):
-            raise self.error(f"{match[0][:40]} is too large")
-        self.at = match.end()
-        return value
-
-    def constant(self) -> bool | None:
-        word = self.word()
-        if word not in CONSTANTS:
-            hint = "; write it in lower case" if word.lower() in CONSTANTS else ""
-            shown = word or self.peek() or "the end of the file"
-            raise self.error(f"a value is expected here, not {shown}{hint}; text needs double quotes")
-        self.at += len(word)
-        return CONSTANTS[word]
-
-    def word(self) -> str:
-        match = WORD.match(self.text, self.at)
-        return match[0] if match else ""
+def _told(error: json.JSONDecodeError) -> str:
+    if not error.doc.strip():
+        return "the file is empty"
+    if error.msg != "Expecting value":
+        return error.msg
+    match = WORD.match(error.doc, error.pos)
+    word = match[0] if match else error.doc[error.pos : error.pos + 1] or "the end of the file"
+    hint = "; write it in lower case" if word.lower() in ("true", "false", "null") else ""
+    return f"a value is expected here, not {word}{hint}; text needs double quotes"
