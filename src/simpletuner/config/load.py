@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import ValidationError
-
 from simpletuner.config import environment, lookup, lora_header, lycoris, paths, refused, rules, values
 from simpletuner.config.catalog import aliases, catalog
 from simpletuner.config.files import read_document
@@ -315,16 +313,9 @@ def _build(reading: _Reading) -> RunConfig:
     for section, holder in RunConfig.model_fields.items():
         model = cast(Any, holder.annotation)
         mine = {name: reading.values[name] for name in model.model_fields if name in reading.values}
-        try:
-            sections[section] = model(**mine)
-        except ValidationError as failure:
-            for error in failure.errors():
-                name = str(error["loc"][0])
-                option, where = catalog()[name], reading.origins.get(name, "")
-                if mine.pop(name, None) is not None:
-                    complaint = values.complaint(option, error)
-                    reading.problem(where, f"{values.shown(option, reading.values[name])}: {complaint}", name)
-            sections[section] = model(**mine)
+        sections[section] = values.section_of(
+            model, mine, lambda name, what: reading.problem(reading.origins.get(name, ""), what, name)
+        )
     return RunConfig(**sections)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from simpletuner.config.catalog import Option
+from simpletuner.config.catalog import Option, options_of
+from simpletuner.config.option import Section
 
+Kind = TypeVar("Kind", bound=Section)
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
 NULL = ("", "null", "none")
@@ -119,7 +122,20 @@ READERS: dict[str, Callable[[Option, Any], Any]] = {
 }
 
 
-def complaint(option: Option, error: ErrorDetails) -> str:
+def section_of(model: type[Kind], given: Mapping[str, Any], tell: Callable[[str, str], None]) -> Kind:
+    """A section of values that are read. What is out of bounds is told by name, and left at its default."""
+    try:
+        return model(**given)
+    except ValidationError as failure:
+        table, kept = options_of("", model), dict(given)
+        for error in failure.errors():
+            name = str(error["loc"][0])
+            if (value := kept.pop(name, None)) is not None:
+                tell(name, f"{shown(table[name], value)}: {_complaint(table[name], error)}")
+        return model(**kept)
+
+
+def _complaint(option: Option, error: ErrorDetails) -> str:
     """The schema's refusal in the words of this program: "must be at least 1 (pictures)"."""
     if option.bounds and error["type"].startswith(("greater_than", "less_than")):
         return f"must be {option.bounds}" + (f" ({option.unit})" if option.unit else "")

@@ -9,19 +9,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
+from typing import Any
 
 from simpletuner.config import jsonc, values
-from simpletuner.config.catalog import Option, options_of
+from simpletuner.config.catalog import Option
 from simpletuner.config.environment import expand
 from simpletuner.config.files import read_document
-from simpletuner.config.option import Section
 from simpletuner.config.paths import find
 from simpletuner.config.rules import sizes_and_captions
 from simpletuner.config.schema import DataOptions
-from simpletuner.config.values import did_you_mean
+from simpletuner.config.values import Kind, did_you_mean, section_of
 from simpletuner.data.dataset import Backends, Dataset
 from simpletuner.data.fields import (
     CACHES,
@@ -38,7 +35,6 @@ from simpletuner.data.fields import (
 from simpletuner.data.geometry import Framing
 from simpletuner.errors import ConfigError, Problem
 
-Kind = TypeVar("Kind", bound=Section)
 EXAMPLE = '[{"id": "photos", "instance_data_dir": "datasets/photos"}]'
 
 
@@ -174,17 +170,8 @@ class _Reader:
                 self.problem(f"{name}.{key}: unknown field{did_you_mean(key, KNOWN)}", at, key)
         return found
 
-    def bounded(self, at: int, name: str, model: type[Kind], given: dict[str, Any], base: Any = None) -> Kind:
-        """A section of these values over `base`; what is out of bounds is told, and left out."""
-        try:
-            return model(**{**(base.model_dump() if base else {}), **given})
-        except ValidationError as failure:
-            table = options_of("dataset", model)
-            for error in failure.errors():
-                key = str(error["loc"][0])
-                said = f"{values.shown(table[key], given[key])}: {values.complaint(table[key], error)}"
-                self.problem(f"{name}.{said}", at, key)
-            return base or model()
+    def bounded(self, at: int, name: str, model: type[Kind], given: dict[str, Any]) -> Kind:
+        return section_of(model, given, lambda key, what: self.problem(f"{name}.{what}", at, key))
 
     def dataset(self, at: int, name: str, kind: str, given: dict[str, Any]) -> Dataset | None:
         before = len(self.problems)
@@ -193,7 +180,7 @@ class _Reader:
             given["instance_prompt"] = [given["instance_prompt"]]
         laid_over = {key: given.pop(key) for key in OF_THE_RUN if key in given}
         fields = self.bounded(at, name, PictureFields, given)
-        own = self.bounded(at, name, DataOptions, laid_over, self.options)
+        own = self.bounded(at, name, DataOptions, {**self.options.model_dump(), **laid_over})
         for key, what in sizes_and_captions(own) if laid_over else ():
             self.problem(f"{name}.{key}: {what}", at, key)
         prompts = fields.instance_prompt or filter(None, [(self.options.instance_prompt or "").strip()])
