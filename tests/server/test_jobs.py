@@ -398,4 +398,15 @@ def test_a_training_that_failed_before_it_made_its_folder_is_listed(bench: Bench
     job = bench.enqueue()
     failed = job.model_copy(update={"state": "failed", "ended_t": 5.0, "message": "no such device"})
     (bench.jobs.folder / job.id / "end.json").write_text(failed.model_dump_json())
-    assert [(run.state, run.message) for run in bench.runs.summaries()] == [("failed", "no such device")]
+    (run,) = bench.runs.summaries()
+    assert (run.state, run.message, run.begun) == ("failed", "no such device", False)
+    bench.jobs.withdraw(job.id)
+    assert bench.runs.summaries() == bench.jobs.queue().jobs == []
+
+
+def test_a_run_with_a_folder_is_not_withdrawn(bench: Bench) -> None:
+    job = bench.jobs.resume(run_id(run_folder(bench, "hand")), ResumeAsk())
+    ended = job.model_copy(update={"state": "failed", "ended_t": 5.0, "begun": True})
+    (bench.jobs.folder / job.id / "end.json").write_text(ended.model_dump_json())
+    with pytest.raises(Refused, match="remove the run folder"):
+        bench.jobs.withdraw(job.id)

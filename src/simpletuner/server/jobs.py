@@ -106,14 +106,18 @@ class Jobs:
         return added.model_copy(update={"message": "; ".join(frozen.left_out)})
 
     def withdraw(self, id: str) -> None:
-        """Out of the queue, into the trash. A rehearsal that was begun is ended: it has nothing to save."""
+        """Out of the queue, or out of the list where it ended without a run folder, into the trash. A
+        rehearsal that was begun is ended: it has nothing to save.
+        """
         with self.lock:
             job = self.job(id)
             if job.state in ACTIVE and job.kind == "rehearse":
                 self._ask(self._folder(id), insist=True)
                 return
-            if job.state != "queued":
+            if job.state in ACTIVE:
                 refuse(409, "only a job that waits can be withdrawn; stop its run instead")
+            if job.state in ENDED and job.begun:
+                refuse(409, "its run was begun: remove the run folder to be rid of it")
             os.rename(self.folder / id, self.place.trash() / f"job-{id}")
             order = self.index.order()
             self._reorder(replace(order, jobs=tuple(job for job in order.jobs if job != id)))

@@ -229,7 +229,7 @@ def _to_come(id: str, job: Job) -> RunSummary:
     return RunSummary(
         id=id, name=Path(job.run_dir).name or job.name, path=job.run_dir, state=job.state, step=0,
         total_steps=None, loss=None, left_s=None, started_t=job.started_t, changed_t=job.queued_t,
-        sparkline=[], stage=None, job=job.id, message=job.message,
+        sparkline=[], stage=None, job=job.id, message=job.message, begun=False,
     )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ class Stage(Wire):
 
 class RunSummary(Wire):
     """One line of the list. id is made of the run folder's path and never changes. sparkline: up to 60
-    smoothed losses. job: its newest job, None for a run that was started by hand."""
+    smoothed losses. job: its newest job, None for a run that was started by hand. begun: whether it has a run
+    folder."""
 
     id: str
     name: str
@@ -36,6 +37,7 @@ class RunSummary(Wire):
     job: str | None
     message: str = ""
     picture: str | None = None
+    begun: bool = True
 
 
 class Checkpoint(Wire):
