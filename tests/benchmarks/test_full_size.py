@@ -14,8 +14,8 @@ from torch import Tensor
 
 import simpletuner.models.chroma.weights as weights
 from benchmarks import full_size
+from simpletuner.models.blocks import block_memory
 from simpletuner.quantization.schemes import named
-from simpletuner.training.memory import block_memory
 
 LINEAR = "single_transformer_blocks.1.proj_out"
 GB = 10**9

@@ -10,8 +10,8 @@ import pytest
 from simpletuner.config.flags import pairs
 from simpletuner.config.load import attempt
 from simpletuner.config.schema import ModelOptions
+from simpletuner.models.blocks import block_memory
 from simpletuner.models.family import BlockMemory
-from simpletuner.training.memory import block_memory
 
 
 @pytest.mark.parametrize(

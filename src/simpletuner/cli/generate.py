@@ -196,7 +196,7 @@ def _draw(
 
     from simpletuner.adapters.files import load_into
     from simpletuner.adapters.lora import set_strength
-    from simpletuner.training.memory import block_memory
+    from simpletuner.models.blocks import block_memory
     from simpletuner.validation.inference import Inference
     from simpletuner.validation.sampler import latents_of
 

@@ -18,6 +18,20 @@ from simpletuner.models.swap import Swap, lane_for
 Streams = tuple[Tensor, ...]
 
 
+def block_memory(options: ModelOptions, blocks: int) -> BlockMemory:
+    """What the options ask for, of so many blocks. The plan gives "auto" a number; without one it is all."""
+    asked = options.gradient_checkpointing
+    share = options.musubi_blocks_to_swap
+    swapped = int(share * blocks) if share < 1 else int(share)
+    return BlockMemory(
+        blocks if asked in (True, "auto") else min(max(int(asked), swapped), blocks),
+        options.gradient_checkpointing_interval or 1,
+        swapped,
+        options.gradient_checkpointing_backend == "offload",
+        options.chroma_approximator_device == "cpu",
+    )
+
+
 @dataclass(frozen=True)
 class Runner:
     """recomputed: numbers of the blocks that keep only their inputs. swap: holds weights that are elsewhere.

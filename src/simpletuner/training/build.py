@@ -9,8 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
-from torch import Tensor
-
 from simpletuner import __version__
 from simpletuner.config.compare import training_name
 from simpletuner.config.load import resolved
@@ -69,7 +67,8 @@ def build(
     net = trainee.make(run, prepared, device, emit)
 
     inference = Inference(family, prepared.facts, device.device, device.weights, device.autocast)
-    evaluation = evaluation_of(run, prepared, inference, net, folder, emit)
+    heldout = heldout_of(run, prepared, inference)
+    evaluation = None if heldout is None else Evaluation(heldout, net, folder.path, emit)
     pictures = pictures_of(run, prepared, inference, net, prompts, plan, folder, emit)
     scoring = scoring_of(run, prepared, inference, net, metrics, emit)
     remembering: dict[str, Companion] = {"heldout": evaluation.heldout} if evaluation else {}
@@ -122,14 +121,10 @@ def begin(
 def plan_of(run: RunConfig, batches_per_epoch: int) -> Plan:
     """Steps or epochs, whichever is given; the config sees to it that one is."""
     training = run.training
-    per_epoch = batches_per_epoch / training.gradient_accumulation_steps
-    steps = training.max_train_steps or math.ceil((training.num_train_epochs or 1) * per_epoch)
-    return Plan(
-        steps,
-        training.gradient_accumulation_steps,
-        batches_per_epoch,
-        training.nonfinite_loss_patience,
-    )
+    accumulation, patience = training.gradient_accumulation_steps, training.nonfinite_loss_patience
+    epochs = (training.num_train_epochs or 1) * batches_per_epoch / accumulation
+    steps = training.max_train_steps or math.ceil(epochs)
+    return Plan(steps, accumulation, batches_per_epoch, patience)
 
 
 def order_of(run: RunConfig, prepared: Prepared, emit: Emit) -> Order:
@@ -163,14 +158,6 @@ def batches_of(
     return prefetch, sizes
 
 
-def evaluation_of(
-    run: RunConfig, prepared: Prepared, inference: Inference, net: Trainee, folder: RunFolder, emit: Emit
-) -> Evaluation | None:
-    """The stage that measures held-out loss; None without an eval set."""
-    heldout = heldout_of(run, prepared, inference)
-    return None if heldout is None else Evaluation(heldout, net, folder.path, emit)
-
-
 def pictures_of(
     run: RunConfig, prepared: Prepared, inference: Inference, net: Trainee,
     prompts: tuple[validation_prompts.Prompt, ...], plan: Plan, folder: RunFolder, emit: Emit,
@@ -192,7 +179,7 @@ def pictures_of(
         public_name(prepared.source.name),  # pictures are published
         prepared.name() + training_name(resolved(run)),
     )
-    decoder = decoder_of(run, prepared, inference)
+    decoder = prepared.decoder(run.model, inference.device)
     chosen = options.validation_strengths.split(",") if net.uses_lora else ["none"]
     strengths = tuple(float(strength) for strength in chosen if strength != "none")
     validator = Validator(inference, drawn, settings, prepared.rows, decoder, folder.path, emit, strengths)
@@ -209,7 +196,7 @@ def scoring_of(
     options = run.validation
     scorer = scores.Scorer(
         inference, metrics, options.validation_num_inference_steps, options.validation_guidance_real,
-        prepared.rows, decoder_of(run, prepared, inference), emit,
+        prepared.rows, prepared.decoder(run.model, inference.device), emit,
     )  # fmt: skip
     return Scoring(scorer, net)
 
@@ -224,12 +211,6 @@ def publishing_of(
     publisher = Publisher(folder, repository(options, folder), options.model_card_private, emit)
     closing.callback(publisher.close)
     return Publishing(described, publisher, stop_requested)
-
-
-def decoder_of(
-    run: RunConfig, prepared: Prepared, inference: Inference
-) -> Callable[[], Callable[[Tensor], Tensor]]:
-    return lambda: prepared.family.load_vae(prepared.source, run.model, inference.device).decode
 
 
 def every(

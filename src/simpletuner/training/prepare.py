@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from simpletuner.cache import latents as latent_cache
@@ -54,6 +55,10 @@ class Prepared:
     def batches(self, filled: Filled, sample: Literal["mean", "draw"], seed: int) -> Batches:
         stored, scaling = (self.latents, self.text), (self.facts.latent_shift, self.facts.latent_scale)
         return Batches(filled.placed, filled.keys, *stored, *scaling, sample, seed)
+
+    def decoder(self, options: ModelOptions, at: torch.device) -> Callable[[], Callable[[Tensor], Tensor]]:
+        """Makes the function from latents to pixels; the VAE behind it lives as long as that."""
+        return lambda: self.family.load_vae(self.source, options, at).decode
 
     def name(self) -> str:
         """16 hex digits for the whole identity."""

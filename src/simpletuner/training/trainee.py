@@ -15,11 +15,11 @@ from simpletuner.adapters import lora
 from simpletuner.config.lycoris import described
 from simpletuner.config.schema import OptimizerOptions, RunConfig
 from simpletuner.events.types import Emit, Noted
+from simpletuner.models.blocks import block_memory
 from simpletuner.models.family import ModelFamily
 from simpletuner.training import optimizers, schedules
 from simpletuner.training.device import Device
 from simpletuner.training.ema import Ema
-from simpletuner.training.memory import block_memory
 from simpletuner.training.prepare import Prepared
 from simpletuner.training.update import Update, update_of
 

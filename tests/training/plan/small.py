@@ -15,6 +15,7 @@ from simpletuner.config.load import from_resolved
 from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.events.sinks import silent
 from simpletuner.models import registry
+from simpletuner.models.blocks import block_memory
 from simpletuner.models.chroma.family import Chroma
 from simpletuner.models.chroma.sketch import FACTS
 from simpletuner.models.chroma.transformer import TransformerConfig
@@ -22,7 +23,6 @@ from simpletuner.models.chroma.weights import empty_transformer
 from simpletuner.models.family import Sketch
 from simpletuner.training import loop, trainee
 from simpletuner.training.loop import Plan
-from simpletuner.training.memory import block_memory
 from simpletuner.training.plan.count import LiveBytes
 from simpletuner.training.plan.imitation import Feed, measure, parts_of, stand_in
 

@@ -14,8 +14,8 @@ from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import Framing
 from simpletuner.errors import ConfigError
 from simpletuner.events.types import Event, Noted
+from simpletuner.models.blocks import block_memory
 from simpletuner.models.family import BlockMemory
-from simpletuner.training.memory import block_memory
 from simpletuner.training.plan import advice, announce, fit, prediction, room, stored, wording
 from simpletuner.training.plan.fit import Ladder
 from simpletuner.training.plan.imitation import Feed

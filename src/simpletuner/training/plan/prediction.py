@@ -10,10 +10,10 @@ from torch import nn
 
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import Framing, Size, bucket
+from simpletuner.models.blocks import block_memory
 from simpletuner.models.family import BlockMemory, ModelFamily, Sketch
 from simpletuner.models.swap import ALIGNMENT, ROOMS
 from simpletuner.training.device import choose
-from simpletuner.training.memory import block_memory
 from simpletuner.training.optimizers import is_hosted
 from simpletuner.training.plan import stored
 from simpletuner.training.plan.count import CUDA_GRANULE
