@@ -141,9 +141,9 @@ def test_toml_datasets_and_broken_files_are_told_apart() -> None:
 
 def test_a_run_is_copied_without_what_is_its_own(place: Place) -> None:
     run = place.outputs / "fox"
-    (place.configs / "fox" / "pics").mkdir(parents=True)
+    (place.workspace / "config" / "fox" / "pics").mkdir(parents=True)
     run.mkdir(parents=True)
-    sets = place.configs / "fox" / "multidatabackend.json"
+    sets = place.workspace / "config" / "fox" / "multidatabackend.json"
     sets.write_text('[{"id": "pics", "instance_data_dir": "pics", "repeats": 2}]')
     flat = resolved(RunConfig()) | {
         "lora_rank": 4, "output_dir": str(run), "resume_from_checkpoint": "must", "seed": 9,
@@ -152,7 +152,7 @@ def test_a_run_is_copied_without_what_is_its_own(place: Place) -> None:
     (run / "config.json").write_text(json.dumps(flat))
     draft = Drafts(place).of_run(run)
     assert draft.config == {"lora_rank": 4, "seed": 9, "max_train_steps": 30}
-    pictures = str(place.configs / "fox" / "pics")
+    pictures = str(place.workspace / "config" / "fox" / "pics")
     assert draft.datasets == [{"id": "pics", "instance_data_dir": pictures, "repeats": 2}]
     assert judge(place, draft.config, draft.datasets).problems == []
     (run / "config.json").write_text(json.dumps(flat | {"data_backend_config": "/etc/passwd"}))

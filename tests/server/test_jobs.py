@@ -280,7 +280,7 @@ def test_options_are_frozen_by_their_own_names(bench: Bench) -> None:
 
 
 def test_a_config_by_hand_is_not_written_over(bench: Bench) -> None:
-    mine = bench.place.configs / "fox"
+    mine = bench.place.workspace / "config" / "fox"
     mine.mkdir(parents=True)
     (mine / "config.json").write_text("{}")
     with pytest.raises(Refused, match="is no run") as caught:

@@ -184,16 +184,10 @@ class Datasets:
         return folder if folder is not None and folder.is_dir() else None
 
     def _folder(self, name: str) -> Path:
-        folder = self._find(name)
-        if folder is None:
-            refuse(404, "there is no such dataset")
-        return folder
+        return self._find(name) or refuse(404, "there is no such dataset")
 
     def _found(self, catalogue: Catalogue, file: str) -> Found:
-        found = catalogue.found.get(file)
-        if found is None:
-            refuse(404, "there is no such picture")
-        return found
+        return catalogue.found.get(file) or refuse(404, "there is no such picture")
 
     def _catalogue(self, name: str, wait_s: float = WAIT_S) -> Catalogue:
         from simpletuner.server.catalogue import Catalogue

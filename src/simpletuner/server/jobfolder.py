@@ -83,12 +83,11 @@ class JobFolder:
         return held(self.path / "runner.lock")
 
     def asked(self) -> dict[str, Any] | None:
-        """{t, insist, sent}: when and how the stop was asked for, and what was done about it since."""
+        """{insist, sent}: how the stop was asked for, and what was done about it since."""
         return document(self.path / "stop.json")
 
     def ask(self, insist: bool) -> None:
-        asked = self.asked() or {"t": time.time(), "sent": []}
-        self.sent({**asked, "insist": insist})
+        self.sent({"sent": [], **(self.asked() or {}), "insist": insist})
 
     def sent(self, asked: dict[str, Any]) -> None:
         write_atomically(self.path / "stop.json", json.dumps(asked) + "\n")

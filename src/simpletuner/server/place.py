@@ -46,10 +46,6 @@ class Place:
         return self.workspace / "output"
 
     @property
-    def configs(self) -> Path:
-        return self.workspace / "config"
-
-    @property
     def allowed(self) -> tuple[Path, ...]:
         return (self.workspace, *self.roots)
 
