@@ -115,4 +115,4 @@ def _bounds(field: FieldInfo) -> str:
     rules = [
         item for rule in field.metadata if is_dataclass(rule) for item in asdict(cast(Any, rule)).items()
     ]
-    return ", ".join(f"{BOUNDS[word]} {limit:g}" for word, limit in rules if word in BOUNDS)
+    return ", ".join(f"{BOUNDS[word]} {limit:.7g}" for word, limit in rules if word in BOUNDS)
