@@ -166,6 +166,19 @@ def test_a_deaf_training_is_ended_in_three_steps(bench: Bench, monkeypatch: pyte
     bench.supervisor.close()
 
 
+def test_a_stop_that_was_swept_away_is_laid_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that begins empties its control/ when it has the lock."""
+    forever(monkeypatch)
+    monkeypatch.setenv("FAKE_DEAF", "1")
+    job = bench.enqueue()
+    bench.reach(job, "running")
+    bench.jobs.stop(job.run, insist=False)
+    for _ in range(2):
+        bench.supervisor.look()
+        (Path(job.run_dir) / "control" / "stop").unlink()
+    assert bench.file(job, "stop.json")["sent"] == ["control/stop"]
+
+
 def test_who_insists_does_not_wait(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     forever(monkeypatch)
     monkeypatch.setenv("FAKE_DEAF", "1")

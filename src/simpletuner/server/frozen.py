@@ -109,9 +109,7 @@ def of_run(
     """What a run goes on with. source: its last frozen config.json, or the one in its folder, which may come
     from anywhere: it is refused (422) what a draft is refused; what no page can set is left out.
     """
-    written = document(source)
-    if written is None:
-        refuse(409, "this run has no config.json to go on with")
+    written = document(source) or refuse(409, "this run has no config.json to go on with")
     options = catalog()
     config = {n: v for n, v in written.items() if n not in options or v != options[n].default}
     datasets = datasets_of(config, place)

@@ -147,14 +147,16 @@ class Supervisor:
             return
         if asked["insist"] or ("SIGTERM" in sent and waited > min(self._grace_s, TERM_S)):
             self._send(folder, asked, signal.SIGKILL)
-        elif not sent:
-            if run_dir is not None and held(run_dir / "run.lock"):
-                self._jobs.place.below(run_dir, "control/stop").touch()
-                self._sent(folder, asked, "control/stop")
-            else:
-                self._send(folder, asked, signal.SIGINT)
-        elif waited > self._grace_s and "SIGTERM" not in sent:
+        elif waited > self._grace_s and sent and "SIGTERM" not in sent:
             self._send(folder, asked, signal.SIGTERM)
+        elif run_dir is not None and held(run_dir / "run.lock"):
+            # Looked at again: a training that begins in that instant sweeps its control/ first.
+            if sent in ([], ["control/stop"]) and not (run_dir / "control" / "stop").exists():
+                self._jobs.place.below(run_dir, "control/stop").touch()
+            if not sent:
+                self._sent(folder, asked, "control/stop")
+        elif not sent:
+            self._send(folder, asked, signal.SIGINT)
 
     def _send(self, folder: JobFolder, asked: dict[str, Any], number: signal.Signals) -> None:
         if folder.signal(number):
