@@ -127,6 +127,26 @@ def test_a_hanging_hub_is_not_waited_for_longer_than_said(hub: Hub, run_dir: Pat
     assert len(told) == 1, "nothing is told after the end"
 
 
+def test_a_hanging_upload_does_not_delay_the_next(
+    hub: Hub, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline is only short here; the next one then has all the time it needs."""
+    told: list[Event] = []
+    one = publisher(hub, run_dir, told)
+    assert one.wait(WAIT_S)
+    hub.hanging.set()
+    monkeypatch.setattr(publish, "WAIT_S", 0.3)
+    one.offer(results(run_dir), "checkpoint-2")
+    assert not one.wait(WAIT_S)
+    assert "no answer to checkpoint-2 in 0 s" in str(told[-1])
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False)
+    hub.hanging.clear()
+    one.offer(results(run_dir), "weights")
+    assert one.wait(WAIT_S)
+    assert "weights" in hub.commits
+
+
 def test_one_can_leave_while_it_uploads(hub: Hub, run_dir: Path) -> None:
     hub.hanging.set()
     one = publisher(hub, run_dir, [])

@@ -23,7 +23,7 @@ from simpletuner.training.card import pictures_of, write_card
 from simpletuner.training.metadata import Describer
 
 PAUSES_S = (5.0, 20.0, 60.0, 180.0, 600.0)
-WAIT_S, SLOWEST = 600.0, 1e6  # at the end: so long, and the time of this many bytes per second
+WAIT_S, SLOWEST = 600.0, 1e6  # so long, and the time of this many bytes per second
 FINAL = (400, 401, 403, 404, 409)  # answers that asking again does not change
 RESULTS = ("*.safetensors", "ema/*.safetensors", "transformer/*", "transformer_ema/*")
 
@@ -93,7 +93,7 @@ class Publisher:
     def _upload(self, files: Sequence[Path], message: str) -> None:
         self._refused = False  # by then somebody may have logged in
         for pause_s in (*self._pauses_s, None):
-            why = failure_of(partial(self._commit, files, message)).removeprefix("SimpleTunerError: ")
+            why = self._attempt(files, message)
             if not why:
                 self.failed = ""
             elif pause_s is None or self._refused:
@@ -103,6 +103,17 @@ class Publisher:
                 if not self._closed.wait(pause_s):
                     continue
             return
+
+    def _attempt(self, files: Sequence[Path], message: str) -> str:
+        """Why it failed. A hub that hangs is left to it: what is offered next must not wait for it."""
+        done: queue.Queue[str] = queue.Queue()
+        commit, limit = partial(self._commit, files, message), limit_s(files)
+        threading.Thread(target=lambda: done.put(failure_of(commit)), name="upload", daemon=True).start()
+        try:
+            return done.get(timeout=limit).removeprefix("SimpleTunerError: ")
+        except queue.Empty:
+            self._refused = True
+            return f"no answer to {message} in {limit:.0f} s"
 
     def _commit(self, files: Sequence[Path], message: str) -> None:
         here = [path for path in files if path.is_file()]  # a checkpoint may have made room for a newer one
@@ -163,8 +174,8 @@ class Publishing:
 
 
 def limit_s(files: Sequence[Path]) -> float:
-    """How long to wait for them at the end."""
-    return WAIT_S + sum(path.stat().st_size for path in files) / SLOWEST
+    """How long an upload of them may take, and how long they are waited for at the end."""
+    return WAIT_S + sum(path.stat().st_size for path in files if path.is_file()) / SLOWEST
 
 
 def _reason(error: HfHubHTTPError) -> str:
