@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from simpletuner.adapters import layouts, sums
 from simpletuner.adapters.deltas import Factors
 from simpletuner.cli.export import command
+from simpletuner.cli.merge import command as merge
 from simpletuner.errors import ConfigError, ModelError
 from tests.adapters.matrix import AB, of_diffusers, split_factors, twelve
 
@@ -154,3 +155,29 @@ def test_a_dora_stays_in_the_layout_that_holds_it(tmp_path):
     ):
         with pytest.raises(ModelError, match=said):
             run(tmp_path / "a.safetensors", *words)
+
+
+def test_a_lokr_becomes_the_lora_near_it_when_a_rank_is_given(tmp_path):
+    key, name = "lycoris_transformer_blocks_0_attn_to_q", "transformer_blocks.0.attn.to_q"
+    w1, w2 = torch.randn(4, 4), torch.randn(4, 4)
+    parts = {f"{key}.lokr_w1": w1, f"{key}.lokr_w2": w2, f"{key}.alpha": torch.tensor(1.0)}
+    save_file(parts, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match="with --rank N"):
+        run(tmp_path / "x.safetensors", "--format", "diffusers")
+    result = run(tmp_path / "x.safetensors", "--format", "diffusers", "--rank", 16, "--strength", 0.5)
+    assert "rank 16: the delta differs by 0.0" in result.stderr
+    same(deltas(tmp_path / "x.diffusers.safetensors"), {name: 0.5 * torch.kron(w1, w2)}, 1e-4)
+    run(tmp_path / "x.safetensors", "--format", "lycoris", "--strength", 0.5)
+    (again,) = layouts.read(tmp_path / "x.lycoris.safetensors").deltas().values()
+    assert torch.allclose(again.delta(), 0.5 * torch.kron(w1, w2), rtol=1e-5)
+    told = json.loads(run(tmp_path / "x.safetensors", "--check", "--json").stdout)
+    assert (told["kind"], told["ranks"]) == ("LoKr", [0])
+
+
+@pytest.mark.parametrize("words", [["--output", "y"], ["--output", "y.safetensors", "--base", "hd"]])
+def test_merge_reads_loras_before_it_asks_for_a_base(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("simpletuner.models.chroma.family.Chroma.locate", None)
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4)}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match="whole weights"):
+        CliRunner().invoke(merge, ["--lora", "x.safetensors", *words], catch_exceptions=False)

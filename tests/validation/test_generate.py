@@ -177,3 +177,26 @@ def test_chroma_draws_the_same_in_a_batch_as_alone(base: Path) -> None:
         ((_, alone),) = latents_of(inference, transformer, [picture], rows, steps=3, guidance=2.0)
         torch.testing.assert_close(latents, alone, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together[0][1], together[1][1], atol=1e-2)
+
+
+def test_what_is_no_lora_is_told_before_anything_is_loaded(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(CHROMA), "locate", None)
+    model = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(SimpleTunerError, match="whole weights"):
+        generate(base, tmp_path, "--prompt", "a cat", "--lora", str(model))
+
+
+def test_text_encoder_and_vae_may_lie_elsewhere(base: Path, tmp_path: Path) -> None:
+    """As people keep them once for several models: T5 as one file, the VAE in its folder."""
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    t5, vae = tmp_path / "t5.safetensors", tmp_path / "vae"
+    shutil.move(model / "text_encoder" / "model.safetensors", t5)
+    shutil.move(model / "vae", vae)
+    (plain,) = pixels(generate(base, tmp_path / "out", "--prompt", "a cat"))
+    parts = {"t5": t5, "vae": vae}
+    flags = [f"--pretrained_{part}_model_name_or_path={place}" for part, place in parts.items()]
+    (apart,) = pixels(generate(model, tmp_path / "out", "--prompt", "a cat", *flags))
+    assert max(abs(a - b) for a, b in zip(plain, apart, strict=True)) <= 2

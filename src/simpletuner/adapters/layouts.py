@@ -301,6 +301,8 @@ def _layout_of(path: Path, keys: Iterable[str]) -> str:
     best = max(fitting, key=lambda name: fitting[name])
     if fitting[best] == len(keys):
         return best
+    if not any(re.search(r"lora|hada|lokr|oft_|alpha", key) for key in keys):
+        raise ModelError(f"{path} holds whole weights, such as {min(keys)!r}: a model, no LoRA of Chroma")
     for mark, what in FOREIGN.items():
         if any(mark in key for key in keys):
             raise ModelError(f"{path} {what}")

@@ -55,8 +55,10 @@ class Request:
 @click.option("--lora", type=FILE, help="A LoRA file, a checkpoint or a run folder (of any training).")
 @click.option("--strength", default="1.0", show_default=True, help="Of the LoRA; a comma list draws each.")
 @click.option("--model_flavour", type=click.Choice(FLAVOURS), help="Default: the LoRA's run's, else base.")
-@click.option("--pretrained_model_name_or_path", help="Another base: a diffusers folder or hub id.")
+@click.option("--pretrained_model_name_or_path", help="Another base: a folder, hub id or single file.")
 @click.option("--pretrained_transformer_model_name_or_path", help="Another transformer: a tuned one.")
+@click.option("--pretrained_t5_model_name_or_path", help="Another T5: a folder, a hub id or a single file.")
+@click.option("--pretrained_vae_model_name_or_path", help="Another VAE, alike.")
 @click.option("--base_model_precision", type=click.Choice(PRECISIONS), help="Default: the LoRA's run's.")
 @click.option("--config", type=FILE, help="Take the model options from this file.")
 @click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="Sampling steps.")
@@ -154,11 +156,14 @@ def generate(request: Request, emit: Emit) -> list[Path]:
 
     The text encoder, the transformer and the VAE are in memory one after the other, never together.
     """
+    from simpletuner.adapters.files import describe as describe_lora
     from simpletuner.models.registry import family as family_named
     from simpletuner.training.device import choose
     from simpletuner.validation.images import Settings, describe, save_png, to_image
 
     family = family_named(request.model.model_family)
+    if request.lora is not None:  # what is none is told before anything is loaded
+        emit(Noted(f"{request.lora.name}: {describe_lora(request.lora)}"))
     source = family.locate(request.model, emit)
     device = choose(request.model)
     sizes, notes = read_sizes(request.size, DataOptions(), family.facts(source).alignment_px, "--size")
@@ -206,8 +211,7 @@ def _draw(
     dtype = device.compute or device.weights
     inference = Inference(family, family.facts(source), device.device, dtype, device.autocast)
     if request.lora is not None:
-        loaded = load_into(transformer, request.lora, request.strengths[0])
-        emit(Noted(f"{request.lora.name}: {loaded}"))
+        load_into(transformer, request.lora, request.strengths[0])
     memory = block_memory(request.model, family.block_count(transformer))
     family.arrange(transformer, memory, device.device)
     family.compile_blocks(transformer, request.model)

@@ -85,10 +85,10 @@ def merge(
     from simpletuner.training.metadata import public_name
 
     shown = Terminal(sys.stderr)
-    source = family_named(options.model_family).locate(options, shown)
     read = [(layouts.read(path), weight) for path, weight in added]
     for file, weight in read:
         click.echo(f"{file.path.name}: {file.opened()[1]}; weight {weight:g}", err=True)
+    source = family_named(options.model_family).locate(options, shown)
     base = public_name(options.pretrained_transformer_model_name_or_path or source.name)
     parts = [f"{public_name(str(path.absolute()))} x {weight:g}" for path, weight in added]
     told = {
