@@ -40,72 +40,53 @@ class SimpleTunerError(Exception):
 
     exit_code = 1
 
+    def __init_subclass__(cls, code: int | None = None) -> None:
+        cls.exit_code = cls.exit_code if code is None else code
 
-class ConfigError(SimpleTunerError):
+
+class ConfigError(SimpleTunerError, code=2):
     """All problems of a configuration together."""
-
-    exit_code = 2
 
     def __init__(self, problems: Sequence[Problem] | str) -> None:
         self.problems = (Problem("", problems),) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
-class DataError(SimpleTunerError):
+class DataError(SimpleTunerError, code=3):
     """Pictures or captions that cannot be trained on."""
 
-    exit_code = 3
 
-
-class TrainingDiverged(SimpleTunerError):
+class TrainingDiverged(SimpleTunerError, code=4):
     """The loss or the gradient stopped being a finite number."""
 
-    exit_code = 4
 
-
-class DiskFull(SimpleTunerError):
+class DiskFull(SimpleTunerError, code=5):
     """There is no room for what is about to be written."""
 
-    exit_code = 5
 
-
-class DownloadError(SimpleTunerError):
+class DownloadError(SimpleTunerError, code=6):
     """Weights could not be fetched."""
 
-    exit_code = 6
 
-
-class RunLocked(SimpleTunerError):
+class RunLocked(SimpleTunerError, code=7):
     """Another process works in this run folder."""
 
-    exit_code = 7
 
-
-class ModelError(SimpleTunerError):
+class ModelError(SimpleTunerError, code=8):
     """Weights that are not what they should be."""
 
-    exit_code = 8
 
-
-class CheckpointError(SimpleTunerError):
+class CheckpointError(SimpleTunerError, code=9):
     """Nothing to resume from, or it does not belong to this configuration."""
 
-    exit_code = 9
 
-
-class CacheError(SimpleTunerError):
+class CacheError(SimpleTunerError, code=10):
     """A cache that cannot be used and could not be rebuilt."""
 
-    exit_code = 10
 
-
-class MissingExtra(SimpleTunerError):
+class MissingExtra(SimpleTunerError, code=11):
     """An optional package is not installed; the text says what to type."""
 
-    exit_code = 11
 
-
-class Stopped(SimpleTunerError):
+class Stopped(SimpleTunerError, code=75):
     """Stopped on request, with a checkpoint; the same command goes on."""
-
-    exit_code = 75

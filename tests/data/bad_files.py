@@ -21,7 +21,7 @@ E_ACUTE = "\u00e9"
 class Row:
     """make: fills a folder with the one bad thing. reason: code of the rejection by the scan, "" when kept.
 
-    decode: reason of BadImage when the scan keeps it but the pixels are bad. note: words of an event.
+    decode: reason of BadFile when the scan keeps it but the pixels are bad. note: words of an event.
     Rows named as in PASSED_OVER are no pictures at all.
     """
 

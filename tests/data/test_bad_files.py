@@ -10,8 +10,8 @@ import pytest
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.geometry import Framing
-from simpletuner.data.pixels import BadImage, load_pixels
-from simpletuner.data.report import BadSamples
+from simpletuner.data.pixels import load_pixels
+from simpletuner.data.report import BadFile, BadSamples
 from simpletuner.data.scan import scan
 from simpletuner.events.types import Event, Noted
 from tests.data.bad_files import PASSED_OVER, ROWS, Row, encoded, picture, write
@@ -47,7 +47,7 @@ def test_each_row_is_kept_or_rejected_by_name(row: Row, tmp_path: Path) -> None:
         rejected = result.rejected
         bad = [placed for placed in result.placed if "good" not in placed.sample.path.name]
         if row.decode:
-            with pytest.raises(BadImage) as damage:
+            with pytest.raises(BadFile) as damage:
                 load_pixels(bad[0], options)
             assert damage.value.reason == row.decode
         else:

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.pixels import BadImage, load_pixels, read_header
+from simpletuner.data.pixels import load_pixels, read_header
+from simpletuner.data.report import BadFile
 from simpletuner.data.types import Placed, Sample
 from tests.data.bad_files import picture, png_header
 
@@ -119,7 +120,7 @@ def test_truncation_is_never_filled_in(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     picture().save(path)
     path.write_bytes(path.read_bytes()[:-600])
-    with pytest.raises(BadImage, match="truncated") as error:
+    with pytest.raises(BadFile, match="truncated") as error:
         load_pixels(placed(path, (96, 64)), DataOptions())
     assert error.value.reason == "damaged"
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
@@ -127,18 +128,18 @@ def test_truncation_is_never_filled_in(tmp_path: Path) -> None:
 
 def test_a_picture_that_changed_since_the_scan_is_refused(tmp_path: Path) -> None:
     picture((64, 64)).save(tmp_path / "x.png")
-    with pytest.raises(BadImage, match=r"64x64.*96x64"):
+    with pytest.raises(BadFile, match=r"64x64.*96x64"):
         load_pixels(placed(tmp_path / "x.png", (96, 64)), DataOptions())
-    with pytest.raises(BadImage, match="No such file"):
+    with pytest.raises(BadFile, match="No such file"):
         load_pixels(placed(tmp_path / "gone.png", (96, 64)), DataOptions())
 
 
 def test_the_limit_of_pixels_is_ours_alone(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(png_header(20000, 20000))  # over Pillow's own limit of 179 megapixels
     assert read_header(tmp_path / "x.png", 400).size == (20000, 20000)
-    with pytest.raises(BadImage, match="400 megapixels"):
+    with pytest.raises(BadFile, match="400 megapixels"):
         read_header(tmp_path / "x.png", 399)
-    with pytest.raises(BadImage, match="is 20000x20000, but its header said 8x8") as error:
+    with pytest.raises(BadFile, match="is 20000x20000, but its header said 8x8") as error:
         load_pixels(placed(tmp_path / "x.png", (8, 8)), DataOptions())  # without decoding 400 megapixels
     assert error.value.reason == "changed"
 

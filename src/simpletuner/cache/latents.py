@@ -20,7 +20,8 @@ from torch import Tensor
 from simpletuner.cache.content import ContentHashes
 from simpletuner.cache.store import Store
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.pixels import BadImage, load_pixels
+from simpletuner.data.pixels import load_pixels
+from simpletuner.data.report import BadFile
 from simpletuner.data.types import Placed, Rejected
 from simpletuner.errors import DataError
 from simpletuner.events.progress import Stage
@@ -132,7 +133,7 @@ def _encode(
         for batch in _decoded(_batches(jobs, batch_size), options, pool):
             good = []
             for (key, _), pixels in batch:
-                if isinstance(pixels, BadImage):
+                if isinstance(pixels, BadFile):
                     failed[key] = (pixels.reason, str(pixels))
                 else:
                     good.append((key, pixels))
@@ -161,16 +162,16 @@ def _batches(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
 
 def _decoded(
     batches: Iterator[list[Job]], options: DataOptions, pool: ThreadPoolExecutor
-) -> Iterator[list[tuple[Job, np.ndarray | BadImage]]]:
+) -> Iterator[list[tuple[Job, np.ndarray | BadFile]]]:
     """Pixels of each batch, with the next two batches already being decoded."""
 
-    def pixels(job: Job) -> np.ndarray | BadImage:
+    def pixels(job: Job) -> np.ndarray | BadFile:
         try:
             return load_pixels(job[1], options)
-        except BadImage as error:
+        except BadFile as error:
             return error
 
-    ahead: deque[list[tuple[Job, Future[np.ndarray | BadImage]]]] = deque()
+    ahead: deque[list[tuple[Job, Future[np.ndarray | BadFile]]]] = deque()
     for batch in batches:
         ahead.append([(job, pool.submit(pixels, job)) for job in batch])
         if len(ahead) > 2:

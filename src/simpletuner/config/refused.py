@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Iterator
 
 NOT_YET = "is not offered yet"
 
@@ -133,18 +132,20 @@ def _rows() -> tuple[tuple[str, tuple[str, ...], str], ...]:
     return tuple((name, tuple(values.split("|")) if values else (), why) for (name, _, values), why in words)
 
 
-def _fitting(name: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    return ((values, why) for pattern, values, why in _rows() if fnmatch.fnmatchcase(name, pattern))
+def _fitting(name: str) -> tuple[tuple[str, ...], str | None]:
+    """The values that are skipped, and the reason; none for a name that is not SimpleTuner's."""
+    rows = ((values, why) for pattern, values, why in _rows() if fnmatch.fnmatchcase(name, pattern))
+    return next(rows, ((), None))
 
 
 def reason_refused(name: str) -> str | None:
     """Why an option of SimpleTuner's is not here: "use adam_beta1". None for any other name."""
-    return next((why for _, why in _fitting(name)), None)
+    return _fitting(name)[1]
 
 
 def is_harmless(name: str, value: object) -> bool:
     """Whether a refused option is said to be off, or at a value that changes nothing: forms save hundreds."""
-    skipped = next((values for values, _ in _fitting(name)), ())
+    skipped = _fitting(name)[0]
     word = f"{value:g}" if isinstance(value, float) else str(value).strip().lower()
     return word in OFF or word in skipped or "*" in skipped
 

@@ -42,10 +42,6 @@ UPRIGHT = {
 }  # fmt: skip
 
 
-class BadImage(BadFile):
-    """A picture that cannot be decoded faithfully."""
-
-
 @dataclass(frozen=True)
 class Header:
     """What a file says before its pixels. size: (width, height) after EXIF orientation."""
@@ -57,15 +53,15 @@ class Header:
 
 
 def read_header(path: Path, max_megapixels: float) -> Header:
-    """Size and kind without decoding. Raises BadImage: unreadable, unsupported or larger than the limit."""
+    """Size and kind without decoding. Raises BadFile: unreadable, unsupported or larger than the limit."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
-            raise BadImage("unreadable", "is not a regular file")
+            raise BadFile("unreadable", "is not a regular file")
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_megapixels * 1e6:
                 what = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
-                raise BadImage("too_many_pixels", f"{what}; max_image_megapixels is {max_megapixels:g}")
+                raise BadFile("too_many_pixels", f"{what}; max_image_megapixels is {max_megapixels:g}")
             _check_mode(image)
             # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode the picture.
             turned = image.format != "TIFF" and _orientation(image) >= 5
@@ -81,7 +77,7 @@ def load_pixels(placed: Placed, options: DataOptions) -> np.ndarray:
 
     Upright by EXIF; embedded ICC profile converted to sRGB (an unreadable one counts as sRGB); 16-bit grey
     divided by 257; transparency laid over alpha_background; the first frame of an animation; Lanczos, crop.
-    Raises BadImage when the file is damaged, truncated or no longer has the size that was scanned.
+    Raises BadFile when the file is damaged, truncated or no longer has the size that was scanned.
     """
     import numpy as np
 
@@ -91,12 +87,12 @@ def load_pixels(placed: Placed, options: DataOptions) -> np.ndarray:
         with Image.open(sample.path, formats=FORMATS) as image:
             _check_mode(image)
             if image.width * image.height != sample.width_px * sample.height_px:  # told before it is decoded
-                raise BadImage("changed", f"is {image.width}x{image.height}, {before}")
+                raise BadFile("changed", f"is {image.width}x{image.height}, {before}")
             image.load()
             upright = UPRIGHT.get(_orientation(image))
             picture = image.transpose(upright) if upright is not None else image
             if picture.size != (sample.width_px, sample.height_px):
-                raise BadImage("changed", f"is {picture.width}x{picture.height}, {before}")
+                raise BadFile("changed", f"is {picture.width}x{picture.height}, {before}")
             picture = _srgb(picture, ImageColor.getrgb(options.alpha_background)[:3])
     except DECODER_ERRORS as error:
         raise _explained(sample.path, error) from error
@@ -145,21 +141,21 @@ def _orientation(image: Image.Image) -> int:
 
 def _check_mode(image: Image.Image) -> None:
     if image.mode == "F":
-        raise BadImage("unsupported_pixels", "floating-point pixels have no agreed white; export 8 or 16 bit")
+        raise BadFile("unsupported_pixels", "floating-point pixels have no agreed white; export 8 or 16 bit")
     if image.mode not in MODES or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise BadImage("unsupported_pixels", f"pixels of kind {image.mode} are not read; export 8-bit RGB")
+        raise BadFile("unsupported_pixels", f"pixels of kind {image.mode} are not read; export 8-bit RGB")
 
 
-def _explained(path: Path, error: Exception) -> BadImage:
+def _explained(path: Path, error: Exception) -> BadFile:
     if isinstance(error, UnidentifiedImageError):
         with path.open("rb") as file:
             start = file.read(16)
         if not start:
-            return BadImage("empty_file", "the file is empty")
-        return BadImage(
+            return BadFile("empty_file", "the file is empty")
+        return BadFile(
             "not_an_image",
             f"not a picture that can be read (starts with {ascii(start)[1:]}); save it as PNG or JPEG",
         )
     if isinstance(error, OSError) and error.errno is not None:
-        return BadImage("unreadable", f"cannot be read: {error.strerror}")
-    return BadImage("damaged", f"cannot be decoded: {error}")
+        return BadFile("unreadable", f"cannot be read: {error.strerror}")
+    return BadFile("damaged", f"cannot be decoded: {error}")

@@ -27,7 +27,7 @@ READERS = 8
 CHUNK = 64
 LISTED = 8
 ENLARGED = 1.25  # times the side, worth a word
-Read = tuple[Placed, Header] | tuple[Rejected, None]
+Read = tuple[Placed, Header] | Rejected
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,13 @@ def scan(
     remarks: Counter[tuple[str, str]] = Counter()
     placed: list[Placed] = []
     with Stage(emit, "scan", len(found), "pictures") as stage:
-        for item, header in _read_all(found, partial(_read, options, seed, alignment_px), stage):
-            if isinstance(item, Rejected):
-                rejected.append(item)
-            else:
-                placed.append(item)
-                remarks.update((item.sample.dataset, remark) for remark in _remarks(header))
+        for read in _read_all(found, partial(_read, options, seed, alignment_px), stage):
+            if isinstance(read, Rejected):
+                rejected.append(read)
+                continue
+            item, header = read
+            placed.append(item)
+            remarks.update((item.sample.dataset, remark) for remark in _remarks(header))
         placed = _subsets(datasets, sorted(placed, key=lambda item: item.sample.id))
         rejected.sort(key=lambda item: (item.dataset, item.path))
         stage.note = f"{len(placed)} kept, {len(rejected)} rejected"
@@ -112,7 +113,7 @@ def _read(options: DataOptions, seed: int, alignment_px: int, found: Found) -> R
         resize, corner, bucket = frame(dataset.framing, header.size, sample_id, seed, alignment_px)
         said = captions(dataset, found.path, found.text, options)
     except BadFile as error:
-        return Rejected(found.name, dataset.id, error.reason, str(error)), None
+        return Rejected(found.name, dataset.id, error.reason, str(error))
     sample = Sample(
         id=sample_id,
         dataset=dataset.id,
@@ -148,11 +149,11 @@ def _check_limits(framing: geometry.Framing, size: tuple[int, int]) -> None:
         raise BadFile("too_small", f"{size[0]}x{size[1]} is below minimum_image_size {least:g} ({kind})")
 
 
-def _remarks(header: Header | None) -> list[str]:
+def _remarks(header: Header) -> list[str]:
     holds = {
-        "are animated; the first frame is used": header is not None and header.animated,
-        "have transparency, which is laid over alpha_background": header is not None and header.alpha,
-        "are CMYK and are converted to sRGB": header is not None and header.mode == "CMYK",
+        "are animated; the first frame is used": header.animated,
+        "have transparency, which is laid over alpha_background": header.alpha,
+        "are CMYK and are converted to sRGB": header.mode == "CMYK",
     }
     return [remark for remark, applies in holds.items() if applies]
 

@@ -11,9 +11,10 @@ from typing import Any
 from simpletuner.config.catalog import catalog
 from simpletuner.config.load import resolved
 from simpletuner.config.lycoris import described
+from simpletuner.config.paths import HUB_ID
 from simpletuner.config.schema import RunConfig
 from simpletuner.durable import write_atomically
-from simpletuner.training.metadata import HUB_ID, Describer
+from simpletuner.training.metadata import Describer
 from simpletuner.validation.images import read_description
 
 SHOWN = 12  # pictures

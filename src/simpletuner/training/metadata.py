@@ -18,10 +18,10 @@ from simpletuner import __version__
 from simpletuner.config import lycoris
 from simpletuner.config.compare import training_name
 from simpletuner.config.load import resolved
+from simpletuner.config.paths import HUB_ID
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.types import Placed
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 THUMBNAIL_BYTES = 64 << 10  # of the whole data: address
 THUMBNAIL_PX = 512
 TAGS, LONGEST_TAG = 200, 60  # the most frequent ones; longer pieces are sentences

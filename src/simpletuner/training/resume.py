@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.config.compare import training_difference
+from simpletuner.config.load import LENGTHS
 from simpletuner.errors import CheckpointError
 from simpletuner.events.types import Emit, Warned
 from simpletuner.training import checkpoint
-
-LENGTHS = ("max_train_steps", "num_train_epochs")
 
 
 @dataclass(frozen=True)

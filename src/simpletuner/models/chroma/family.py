@@ -41,9 +41,11 @@ def _chroma(transformer: nn.Module) -> ChromaTransformer:
 
 class Chroma(ModelFamily):
     name = "chroma"
-
-    def locate(self, options: ModelOptions, emit: Emit = silent) -> Source:
-        return sources.locate(options, emit)
+    locate = staticmethod(sources.locate)
+    text_fingerprint = staticmethod(fingerprints.text_fingerprint)
+    vae_fingerprint = staticmethod(fingerprints.vae_fingerprint)
+    transformer_fingerprint = staticmethod(fingerprints.transformer_fingerprint)
+    save_transformer = staticmethod(weights.save_transformer)
 
     def notes(self, options: ModelOptions) -> list[str]:
         if options.model_flavour == "flash" and options.pretrained_model_name_or_path is None:
@@ -85,15 +87,6 @@ class Chroma(ModelFamily):
 
     def sketch(self, options: ModelOptions, dtype: torch.dtype) -> Sketch:
         return sketch.sketch(options, dtype, self.facts)
-
-    def text_fingerprint(self, source: Source, options: ModelOptions) -> str:
-        return fingerprints.text_fingerprint(source, options)
-
-    def vae_fingerprint(self, source: Source, options: ModelOptions) -> str:
-        return fingerprints.vae_fingerprint(source, options)
-
-    def transformer_fingerprint(self, source: Source) -> str:
-        return fingerprints.transformer_fingerprint(source)
 
     def quantize(
         self, source: Source, options: ModelOptions, device: torch.device, emit: Emit = silent
@@ -166,9 +159,6 @@ class Chroma(ModelFamily):
         if chosen is None:
             return targets.lora_targets(transformer, preset)
         return targets.chosen_targets(transformer, chosen)
-
-    def save_transformer(self, transformer: nn.Module, folder: Path) -> None:
-        weights.save_transformer(transformer, folder)
 
     def save_native(self, folder: Path, file: Path, metadata: Mapping[str, str]) -> None:
         from simpletuner.models.chroma.merge import Target, merge

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 import simpletuner.models as models_package
+from simpletuner.config.paths import HUB_ID
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ModelError
 from simpletuner.events.sinks import silent
@@ -68,7 +69,7 @@ def _folder(part: str, options: ModelOptions) -> Path | None:
     path = Path(name).expanduser()
     if name == sources.NANO and not path.is_dir():
         return Path(models_package.__path__[0]) / sources.NANO / part
-    if path.exists() or not sources.HUB_ID.fullmatch(name):
+    if path.exists() or not HUB_ID.fullmatch(name):
         return sources.place_of(part, sources.root_of(name, [part], revision, "", silent)[0])
     files = [f"{part}/config.json", *(["config.json"] if alone else [])]
     cached = [try_to_load_from_cache(name, file, revision=revision) for file in files]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import simpletuner.models as models_package
+from simpletuner.config.paths import HUB_ID
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ModelError
 from simpletuner.events.sinks import silent
@@ -14,7 +14,6 @@ from simpletuner.models.chroma import single
 from simpletuner.models.chroma.download import TOKENIZERS, download
 from simpletuner.models.family import Source
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NANO = "nano"
 FLAVOURS = {
     "base": "lodestones/Chroma1-Base",
