@@ -176,7 +176,7 @@ def test_fields_of_other_trainers_are_refused_by_name(name: str, folder: Path) -
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"repeats": -1}, "repeats = -1: must be at least 0, at most 1e+06 (extra passes)"),
+        ({"repeats": -1}, "repeats = -1: must be at least 0, at most 1000000 (extra passes)"),
         ({"repeats": 1.5}, "must be a whole number"),
         ({"repeats": True}, "must be a whole number"),
         ({"probability": 0}, "must be more than 0"),
