@@ -285,7 +285,7 @@ def test_only_what_was_added_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tail, "lines", lambda path, since: asked.append(since) or real(path, since))
     before = known.summaries()[0]
     size = run.events.stat().st_size
-    assert known.summaries()[0] is before
+    assert known.summaries()[0] == before
     assert asked == [0]
     run.steps(51, 51)
     assert known.summaries()[0].step == 51

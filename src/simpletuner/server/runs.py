@@ -33,7 +33,7 @@ Stamp = tuple[int, int, int] | None
 @dataclass
 class Seen:
     """A run folder as it was when it was last looked at. held: a process works there. exit: what exit.json
-    says. told: what the summary was made of.
+    says.
     """
 
     path: Path
@@ -41,8 +41,6 @@ class Seen:
     stamps: tuple[Stamp, ...] = ()
     held: bool = False
     exit: dict[str, Any] | None = None
-    told: tuple[object, ...] = ()
-    summary: RunSummary | None = None
 
     @classmethod
     def of(cls, path: Path) -> Seen:
@@ -148,12 +146,8 @@ class Runs:
         _look(seen, deadline)
         digest, history = seen.digest, seen.digest.history
         state, message = state_of(seen, job)
-        told = (seen.stamps, digest.end, digest.complete, state, message, job and job.id)
-        if seen.summary is not None and told == seen.told:
-            return seen.summary
         last = digest.last
-        seen.told = told
-        seen.summary = RunSummary(
+        return RunSummary(
             id=id, name=tail.clean(seen.path.name), path=tail.clean(str(seen.path)), state=state,
             step=digest.step, total_steps=digest.total,
             loss=last.loss if last and last.loss == last.loss else None,
@@ -163,7 +157,6 @@ class Runs:
             stage=next(reversed(digest.stages.values()), None) if state in ACTIVE else None,
             job=job.id if job else None, message=message, picture=digest.picture,
         )  # fmt: skip
-        return seen.summary
 
 
 def state_of(seen: Seen, job: Job | None) -> tuple[State, str]:
