@@ -56,7 +56,9 @@ class Curve:
 
 
 class Digest:
-    """history: all but the steps. process_t: when the first event of the last process came."""
+    """history: all but the steps. curve: their losses. process_t: when the first event of the last process
+    came.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -72,7 +74,7 @@ class Digest:
         self.stages_done: list[str] = []
         self.notes: deque[str] = deque(maxlen=NOTES)
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
-        self._curve = Curve()
+        self.curve = Curve()
 
     @property
     def step(self) -> int:
@@ -108,9 +110,6 @@ class Digest:
     def picture(self) -> str | None:
         newest = max(self.history.pictures.values(), key=lambda one: one.step, default=None)
         return newest.path if newest else None
-
-    def sparkline(self) -> list[float]:
-        return self._curve.points()
 
     def read(self, deadline: float = float("inf")) -> None:
         """Take in what was added; `complete` when all was before the deadline (of time.monotonic)."""
@@ -154,7 +153,7 @@ class Digest:
         self.last, self.history.last_t = event, t
         self.stages.clear()
         self._recent.append((event.step, t))
-        self._curve.add(event.step, event.loss)
+        self.curve.add(event.step, event.loss)
 
     def _follow(self, event: types.Event) -> None:
         match event:
@@ -171,7 +170,7 @@ class Digest:
                     self.stages_done.append(name)
             case types.RunStarted(resumed_step=step) | types.Resumed(step=step):
                 self.begun = True
-                self._curve.forget_after(step)
+                self.curve.forget_after(step)
                 self._recent.clear()
                 self.last = None
             case types.Noted(message=message):

@@ -153,7 +153,7 @@ class Runs:
             loss=last.loss if last and last.loss == last.loss else None,
             left_s=digest.left_s if state == "running" else None,
             started_t=digest.process_t or (job.started_t if job else None),
-            changed_t=max(history.last_t, seen.exit_t or 0.0) or None, sparkline=digest.sparkline(),
+            changed_t=max(history.last_t, seen.exit_t or 0.0) or None, sparkline=digest.curve.points(),
             stage=next(reversed(digest.stages.values()), None) if state in ACTIVE else None,
             job=job.id if job else None, message=message, picture=digest.picture,
         )  # fmt: skip

@@ -74,6 +74,23 @@ def test_a_bad_value_is_told_at_its_field(house: House, visit: Callable[..., Pag
     expect(start).to_be_disabled()
 
 
+def test_a_name_that_a_run_has_is_refused_at_its_field(house: House, visit: Callable[..., Page]) -> None:
+    """Before anything starts, with the ways out; another name is one."""
+    house.behave(FAKE_STEPS="2")
+    house.reach(house.enqueue("fox")["run"], "done")
+    page, _ = drafted(house, visit, "fox")
+    page.watch.allowed.append("422")
+    name, start = page.get_by_role("textbox", name="Name", exact=True), "Start training"
+    page.get_by_role("button", name=start).click()
+    expect(page.locator("#problems")).to_contain_text("name: ")
+    expect(page.locator("#problems")).to_contain_text("holds the results of a run already")
+    expect(name).to_have_attribute("aria-invalid", "true")
+    name.fill("fox-2")
+    expect(name).to_have_attribute("aria-invalid", "false")
+    page.get_by_role("button", name=start).click()
+    expect(page.get_by_role("heading", name="fox-2", level=1)).to_be_visible()
+
+
 def test_options_that_need_others_and_a_preset_with_its_way_back(
     house: House, visit: Callable[..., Page]
 ) -> None:
