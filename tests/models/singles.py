@@ -29,14 +29,18 @@ def write(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | No
     return path
 
 
-def fp8(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float8_e4m3fn, scaled: bool = False) -> State:
-    """Every matrix in fp8 as ComfyUI's files have them, vectors in bfloat16."""
+def fp8(
+    state: Mapping[str, Tensor], dtype: torch.dtype = torch.float8_e4m3fn, scaled: bool | str = False
+) -> State:
+    """Every matrix in fp8 as ComfyUI's files have them, vectors in bfloat16. scaled: "rows" is each row."""
     result: State = {"scaled_fp8": torch.empty(0, dtype=dtype)} if scaled else {}
     for name, tensor in state.items():
         if tensor.dim() < 2:
             result[name] = tensor.bfloat16()
             continue
         scale = tensor.float().abs().max() / 448 if scaled else torch.tensor(1.0)
+        if scaled == "rows" and tensor.dim() == 2:
+            scale = tensor.float().abs().amax(1, keepdim=True) / 448
         result[name] = (tensor.float() / scale).to(dtype)
         if scaled:
             result[f"{name.removesuffix('.weight')}.scale_weight"] = scale
@@ -44,7 +48,7 @@ def fp8(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float8_e4m3fn, s
     return result
 
 
-def restored(state: Mapping[str, Tensor], scaled: bool) -> State:
+def restored(state: Mapping[str, Tensor], scaled: bool | str) -> State:
     """What such a file means, by another way than the reader's: in float64, rounded once."""
     found = {}
     for name, tensor in state.items():

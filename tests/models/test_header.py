@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from simpletuner.errors import MissingExtra, ModelError
@@ -188,6 +188,7 @@ whole = st.tuples(
 
 
 @QUICK
+@example(tensors=[("decoder.conv_in.weight", "F32", []), ("encoder.down.7.block.0.conv1.weight", "F32", [])])
 @given(tensors=st.lists(whole, max_size=8, unique_by=lambda one: one[0]))
 def test_well_formed_files_of_anything(tmp_path: Path, tensors: list[tuple[str, str, list[int]]]) -> None:
     """Past the header: configs and cuts made of shapes that no model has."""

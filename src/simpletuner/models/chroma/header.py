@@ -6,9 +6,9 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -129,23 +129,44 @@ def unscaled(found: Mapping[str, Stored], where: Path) -> dict[str, Stored]:
             continue
         stem = name.removesuffix(".weight")
         scales = [found[f"{stem}{mark}"] for mark in SCALES if f"{stem}{mark}" in marks]
-        scale = _number(scales[0], name, where) if scales and name != stem else 1.0
+        scale = _scale(scales[0], stored, f"{where}: {name}") if scales and name != stem else None
         result[name] = _as_bfloat16(stored, scale)
     return result
 
 
-def _number(scale: Stored, name: str, where: Path) -> float:
-    if math.prod(scale.shape) != 1 or not scale.dtype.is_floating_point:
-        raise ModelError(f"{where}: {name} has a scale of shape {scale.shape}; a single number is read.")
-    value = float(scale.whole())
-    if not math.isfinite(value):
-        raise ModelError(f"{where}: the scale of {name} is {value}.")
+def _scale(scale: Stored, stored: Stored, where: str) -> torch.Tensor:
+    """One number, or one for each row."""
+    rows = stored.shape[0] if len(stored.shape) == 2 else 1
+    if scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)) or not scale.dtype.is_floating_point:
+        raise ModelError(f"{where} has a scale of shape {scale.shape}; one number, or one a row, is read.")
+    value = scale.whole().float().reshape(-1, 1)
+    if not bool(value.isfinite().all()):
+        raise ModelError(f"{where} has a scale that is no finite number.")
     return value
 
 
-def _as_bfloat16(stored: Stored, scale: float) -> Stored:
-    def decode(raw: torch.Tensor) -> torch.Tensor:
-        values = raw.view(stored.dtype).float()
-        return (values * scale if scale != 1.0 else values).bfloat16()
+@dataclass(frozen=True)
+class _Scaled(Stored):
+    """scales: (1, 1), or (rows, 1) of a matrix; None is 1."""
 
-    return Stored(stored.file, stored.shape, torch.bfloat16, stored.offset, decode, stored.columns)
+    scales: torch.Tensor | None = None
+
+    def cut(self, kept: slice) -> Stored:
+        return replace(cast(_Scaled, super().cut(kept)), scales=self._of(kept))
+
+    def read(self, file: BinaryIO, first: int, count: int) -> torch.Tensor:
+        values, scales = super().read(file, first, count), self._of(slice(first, first + count))
+        return values if scales is None else (values * scales).bfloat16()
+
+    def _of(self, rows: slice) -> torch.Tensor | None:
+        return self.scales if self.scales is None or len(self.scales) == 1 else self.scales[rows]
+
+
+def _as_bfloat16(stored: Stored, scales: torch.Tensor | None) -> Stored:
+    dtype = torch.bfloat16 if scales is None else torch.float32  # rounded once
+
+    def decode(raw: torch.Tensor) -> torch.Tensor:
+        return raw.view(stored.dtype).to(dtype)
+
+    place = stored.file, stored.shape, torch.bfloat16, stored.offset
+    return _Scaled(*place, decode, stored.columns, scales)

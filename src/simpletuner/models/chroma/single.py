@@ -29,11 +29,24 @@ KINDS = (
     ("a Flux transformer", "", ("\ndouble_blocks.0.img_mod.", ".0.norm1_context.linear.")),
     ("Stable Diffusion XL", "", ("\nlabel_emb.0.0.", "conditioner.embedders.", "\nadd_embedding.linear_1.")),
     ("Stable Diffusion 1 or 2", "", ("\ninput_blocks.0.0.", "\ndown_blocks.0.resnets.")),
-    ("a T5 encoder", "text_encoder", ("encoder.block.0.layer.0.SelfAttention.", "\nshared.weight\n")),
-    ("a T5 with llama.cpp's names (a T5 is read from safetensors)", "", ("\nenc.blk.0.",)),
+    (
+        "a T5 encoder",
+        "text_encoder",
+        ("encoder.block.0.layer.0.SelfAttention.", "\nshared.weight\n", "\nenc.blk.0."),
+    ),
     ("a CLIP text encoder", "", ("text_model.encoder.layers.0.",)),
     ("a VAE", "vae", ("\ndecoder.conv_in.", "\nencoder.conv_in.")),
 )
+# llama.cpp's names of a T5's parts, as its GGUF files have them -> transformers'.
+LLAMA_T5 = {
+    "enc.blk.": "encoder.block.", "token_embd.": "shared.", "enc.output_norm.": "encoder.final_layer_norm.",
+    ".attn_q.": ".layer.0.SelfAttention.q.", ".attn_k.": ".layer.0.SelfAttention.k.",
+    ".attn_v.": ".layer.0.SelfAttention.v.", ".attn_o.": ".layer.0.SelfAttention.o.",
+    ".attn_norm.": ".layer.0.layer_norm.",
+    ".attn_rel_b.": ".layer.0.SelfAttention.relative_attention_bias.",
+    ".ffn_gate.": ".layer.1.DenseReluDense.wi_0.", ".ffn_up.": ".layer.1.DenseReluDense.wi_1.",
+    ".ffn_down.": ".layer.1.DenseReluDense.wo.", ".ffn_norm.": ".layer.1.layer_norm.",
+}  # fmt: skip
 VAE_BLOCK = re.compile(r"encoder\.down(?:_blocks)?\.(\d+)\.(?:block|resnets)\.(\d+)\.conv1\.weight")
 
 
@@ -53,6 +66,8 @@ def tensors(file: Path, part: str) -> tuple[dict[str, Stored], Mapping[str, str]
     kind, serves = kind_of(found)
     if serves != part:
         raise ModelError(f"{file} is {kind}; expected {TITLES[part]}.")
+    if any(name.startswith("enc.blk.") for name in found):
+        found = {_transformers_name(name): stored for name, stored in found.items()}
     return header.unscaled(found, file), read.metadata
 
 
@@ -93,7 +108,8 @@ def vae_config(file: Path) -> dict[str, object]:
     blocks = {match.groups(): found[match[0]] for match in map(VAE_BLOCK.fullmatch, found) if match}
     levels = sorted({int(level) for level, _ in blocks})
     latents = found.get("decoder.conv_in.weight")
-    widths = [blocks[str(level), "0"].shape[0] for level in levels if (str(level), "0") in blocks]
+    firsts = [one.shape for level in levels if (one := blocks.get((str(level), "0")))]
+    widths = [shape[0] for shape in firsts if len(shape) == 4]
     if latents is None or len(latents.shape) != 4 or not 0 < len(widths) == len(levels) < 9:
         raise ModelError(f"{file} is no whole VAE: its blocks are not all there.")
     return {
@@ -134,6 +150,12 @@ def t5_config(file: Path) -> dict[str, object]:
 
 SHARED, ALIAS = "shared.weight", "encoder.embed_tokens.weight"
 MOST_BLOCKS = 100
+
+
+def _transformers_name(name: str) -> str:
+    for llama, transformers in LLAMA_T5.items():
+        name = name.replace(llama, transformers)
+    return name
 
 
 def _prefix(names: Collection[str], part: str) -> str:
