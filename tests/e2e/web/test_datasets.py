@@ -99,6 +99,7 @@ def test_what_is_dropped_comes_in_with_its_folders_and_a_bad_line_is_mended(
     page.watch.allowed.append("ERR_FAILED|500")
     page.route("**/files/one.png", lambda route: route.abort(), times=1)  # sent again by itself
     page.route("**/files/inner/two.png", lambda route: route.fulfill(status=500), times=1)
+    page.route("**/api/v1/datasets", lambda route: route.abort(), times=1)  # asked when all is in
     desktop = (str(tmp_path / name) for name in ("one.png", "one.txt", "inner", "notes.doc"))
     drop(page, "main section", *desktop)
     told = page.get_by_role("region", name="Upload")

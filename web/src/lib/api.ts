@@ -39,6 +39,11 @@ export class Refused extends Error {
   }
 }
 
+/** Whether the server may answer the same question later. */
+export function isUnreached(error: unknown): boolean {
+  return error instanceof Refused && error.status === 0;
+}
+
 interface Loose {
   path?: Record<string, unknown>;
   query?: Record<string, unknown>;

@@ -1,5 +1,5 @@
 /** What the page of one run knows: asked for once, then kept up by the live connection. */
-import { api, Refused } from "../lib/api";
+import { api, isUnreached, Refused } from "../lib/api";
 import { live } from "../lib/live.svelte";
 import { explain } from "../lib/toast.svelte";
 import type { Live, LogPart, Metrics, Picture, RunDetail, Stage } from "../lib/types";
@@ -68,7 +68,7 @@ export class RunView {
   /** A server that is not reached may be on its way back. What it refuses, the next change asks for again. */
   #later(error: unknown, again: () => Promise<void>): void {
     if (!(error instanceof Refused)) throw error;
-    if (error.status === 0) setTimeout(() => this.#closed || void again(), AGAIN_MS);
+    if (isUnreached(error)) setTimeout(() => this.#closed || void again(), AGAIN_MS);
   }
 
   async olderLog(): Promise<void> {
