@@ -21,7 +21,7 @@ from simpletuner.models import registry
 from simpletuner.training import resume, schedules, trainee
 from simpletuner.training.device import Device, choose
 from simpletuner.training.export import Exporter
-from simpletuner.training.keeper import Companion, Keeper
+from simpletuner.training.keeper import Keeper
 from simpletuner.training.loop import Action, Every, Parts, Plan
 from simpletuner.training.metadata import Describer, public_name
 from simpletuner.training.prefetch import Prefetch
@@ -34,6 +34,7 @@ from simpletuner.training.trainee import Trainee
 from simpletuner.validation import prompts as validation_prompts
 from simpletuner.validation import scores
 from simpletuner.validation.component import Validator
+from simpletuner.validation.heldout import HeldOut
 from simpletuner.validation.images import Settings
 from simpletuner.validation.inference import Inference
 
@@ -71,7 +72,7 @@ def build(
     evaluation = None if heldout is None else Evaluation(heldout, net, folder.path, emit)
     pictures = pictures_of(run, prepared, inference, net, prompts, plan, folder, emit)
     scoring = scoring_of(run, prepared, inference, net, metrics, emit)
-    remembering: dict[str, Companion] = {"heldout": evaluation.heldout} if evaluation else {}
+    remembering: dict[str, HeldOut | scores.Scorer] = {"heldout": evaluation.heldout} if evaluation else {}
     if scoring is not None:
         remembering["scores"] = scoring.scorer
     described = Describer(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +20,10 @@ from simpletuner.training.optimizers import optimizer_mode
 from simpletuner.training.resume import Origin
 from simpletuner.training.rundir import RunFolder
 from simpletuner.training.trainee import Trainee
+from simpletuner.validation.heldout import HeldOut
+from simpletuner.validation.scores import Scorer
 
 Export = Callable[[Path, int], None]  # folder, step
-
-
-class Companion(Protocol):
-    """Something that has to remember a little across a resume, as JSON."""
-
-    def state_dict(self) -> dict[str, object]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass
@@ -45,7 +39,7 @@ class Keeper:
     net: Trainee
     config: dict[str, object]
     identity: Mapping[str, str]
-    companions: Mapping[str, Companion]
+    companions: Mapping[str, HeldOut | Scorer]
     export: Export
     best_step: Callable[[], int | None]
     emit: Emit

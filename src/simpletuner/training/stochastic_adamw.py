@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from simpletuner.training.eight_bit import EightBit
 from simpletuner.training.one_by_one import OneByOne, store
 
 CHUNK = 1 << 22  # numbers in float32 at a time: half a dozen temporaries of 16 MB, however large the weight
 
 
-class Moments(Protocol):
-    """How the mean of the gradient and of its square are kept between steps."""
-
-    def fresh(self, param: Tensor) -> dict[str, Tensor]:
-        """Both zero."""
-
-    def read(self, state: dict[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:
-        """Mean and square of these numbers of the flat parameter, (numbers,) float32."""
-
-    def write(
-        self, state: dict[str, Tensor], part: slice, mean: Tensor, square: Tensor, noise: torch.Generator
-    ) -> None:
-        """What `read` gave, changed in place."""
-
-
 class LikeWeights:
-    """In the dtype of the weights: 4 bytes per bf16 parameter, rounded stochastically."""
+    """Mean of the gradient and of its square in the dtype of the weights: 4 bytes per bf16 parameter, rounded
+    stochastically. read: (numbers,) float32 of a part of the flat parameter; write: the same, changed."""
 
     def fresh(self, param: Tensor) -> dict[str, Tensor]:
         flat = torch.contiguous_format
@@ -51,7 +38,7 @@ class StochasticAdamW(OneByOne):
 
     def __init__(
         self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float,
-        weight_decay: float, seed: int, moments: Moments,
+        weight_decay: float, seed: int, moments: LikeWeights | EightBit,
     ) -> None:  # fmt: skip
         super().__init__(params, seed, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.moments = moments

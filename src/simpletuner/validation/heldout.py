@@ -102,23 +102,17 @@ class HeldOut:
 
     def run(self, transformer: nn.Module, step: int, emit: Emit) -> bool:
         """Measure every set and tell; True when the eval loss is the lowest so far."""
-        measured = [self._measure(transformer, one, emit) for one in self.sets]
-        held_out = [
-            statistics.fmean(losses)
-            for one, samples in zip(self.sets, measured, strict=True)
-            if one.split == "eval"
-            for losses in samples.values()
-        ]
-        loss = statistics.fmean(held_out) if held_out else math.inf
-        among = [sample for one, samples in zip(self.sets, measured, strict=True) if one.split == "eval"
-                 for sample in sorted(samples)]  # fmt: skip
+        measured = [(one, self._measure(transformer, one, emit)) for one in self.sets]
+        held_out = {sample: statistics.fmean(samples[sample]) for one, samples in measured
+                    if one.split == "eval" for sample in sorted(samples)}  # fmt: skip
+        loss, among = statistics.fmean(held_out.values()) if held_out else math.inf, list(held_out)
         if self._among not in ([], among):
             self.best_step, self.best_loss = None, math.inf  # it was chosen on other pictures
         best = loss < self.best_loss
         self._among, self.last_step = among, step
         if best:
             self.best_step, self.best_loss = step, loss
-        for one, samples in zip(self.sets, measured, strict=True):
+        for one, samples in measured:
             if samples:
                 emit(self._summary(one, samples, step, best and one.split == "eval"))
         return best
