@@ -13,7 +13,6 @@ from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.duplicates import identical
 from simpletuner.data.geometry import Framing
-from simpletuner.data.report import BadSamples
 from simpletuner.data.scan import scan
 from simpletuner.errors import DataError
 from simpletuner.events.types import DatasetScanned, Event, Noted, StageDone, StageStarted, Warned
@@ -145,7 +144,7 @@ def test_missing_captions(policy, expected, dataset: MakeDataset, tmp_path: Path
     options = DataOptions(missing_caption=policy)
     listed = tmp_path / "out" / "rejected.jsonl"
     if policy == "error":
-        with pytest.raises(BadSamples) as error:
+        with pytest.raises(DataError) as error:
             scan([photos], options, 1, ignore, rejected_path=listed)
         lines = str(error.value).splitlines()
         assert lines[0].startswith("31 pictures have no caption.")
@@ -173,7 +172,7 @@ def test_file_names_cannot_write_to_the_terminal(dataset: MakeDataset, options: 
     messages = [event.message for event in events if isinstance(event, (Noted, Warned))]
     assert len(messages) == 6
     (photos.instance_data_dir / "a\n\x1b[2J.txt").unlink()
-    with pytest.raises(BadSamples) as error:
+    with pytest.raises(DataError) as error:
         scan([photos], options, 1, ignore)
     assert r"photos/a\n\x1b[2J.png: no a\n\x1b[2J.txt beside it" in str(error.value)
     assert all(message.isprintable() for message in [*messages, *str(error.value).splitlines()])
@@ -199,7 +198,7 @@ def test_too_many_bad_samples(fraction, refused, dataset: MakeDataset) -> None:
     write(photos.instance_data_dir, "bad.png", b"")
     options = DataOptions(max_bad_sample_fraction=fraction)
     if refused:
-        with pytest.raises(BadSamples, match=r"1 of 5 pictures cannot be used \(1 empty_file\)"):
+        with pytest.raises(DataError, match=r"1 of 5 pictures cannot be used \(1 empty_file\)"):
             scan([photos], options, 1, ignore)
     else:
         assert len(scan([photos], options, 1, ignore).placed) == 4

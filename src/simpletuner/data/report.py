@@ -25,14 +25,6 @@ class BadFile(DataError):
         super().__init__(detail)
 
 
-class BadSamples(DataError):
-    """Too many files cannot be used. rejected: all of them; the message shows the first."""
-
-    def __init__(self, message: str, rejected: Sequence[Rejected]) -> None:
-        self.rejected = tuple(rejected)
-        super().__init__(message)
-
-
 def printable(text: str) -> str:
     """On one line and without control characters: file names may hold both."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
@@ -51,7 +43,7 @@ def listing(rejected: Sequence[Rejected], path: Path | None) -> str:
 def refuse_too_many(
     rejected: Sequence[Rejected], kept: int, max_bad_sample_fraction: float, path: Path | None = None
 ) -> None:
-    """Raises BadSamples when bad files are more than the allowed fraction of kept + bad.
+    """Raises DataError when bad files are more than the allowed fraction of kept + bad.
 
     Pictures outside the limits that the person set (FILTERS) are not bad. path: of the list, for the message.
     """
@@ -61,10 +53,9 @@ def refuse_too_many(
     reasons = ", ".join(
         f"{count} {reason}" for reason, count in Counter(item.reason for item in bad).most_common()
     )
-    raise BadSamples(
+    raise DataError(
         f"{len(bad)} of {kept + len(bad)} pictures cannot be used ({reasons}); "
-        f"max_bad_sample_fraction allows {max_bad_sample_fraction:g}.\n{listing(bad, path)}",
-        bad,
+        f"max_bad_sample_fraction allows {max_bad_sample_fraction:g}.\n{listing(bad, path)}"
     )
 
 

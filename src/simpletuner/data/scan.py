@@ -16,7 +16,7 @@ from simpletuner.data.dataset import Dataset
 from simpletuner.data.duplicates import identical, refuse_leaks
 from simpletuner.data.files import Found, find
 from simpletuner.data.pixels import Header, read_header
-from simpletuner.data.report import BadFile, BadSamples, listing, printable, refuse_too_many, write_rejected
+from simpletuner.data.report import BadFile, listing, printable, refuse_too_many, write_rejected
 from simpletuner.data.types import Placed, Rejected, Sample
 from simpletuner.errors import DataError
 from simpletuner.events.progress import Stage
@@ -50,9 +50,8 @@ def scan(
     """Read every header and caption and place every picture in a bucket.
 
     seed: of the run, for crop_style random. rejected_path: where the list of rejected files is written, also
-    when the scan ends in an error. Raises BadSamples (a DataError): captions missing under missing_caption
-    error, or more bad files than max_bad_sample_fraction; DataError: an empty folder, nothing left, a picture
-    both trained on and held out.
+    when the scan ends in an error. DataError: captions missing under missing_caption error, more bad files
+    than max_bad_sample_fraction, an empty folder, nothing left, a picture both trained on and held out.
     """
     found: list[Found] = []
     rejected: list[Rejected] = []
@@ -213,7 +212,7 @@ def _refuse(
     if speechless:
         how = "Write them, or set missing_caption to empty, filename or drop."
         files = listing(speechless, listed)
-        raise BadSamples(f"{len(speechless)} pictures have no caption. {how}\n{files}", speechless)
+        raise DataError(f"{len(speechless)} pictures have no caption. {how}\n{files}")
     refuse_too_many(rejected, kept, options.max_bad_sample_fraction, listed)
     if idle:
         raise DataError(f"no picture is left to train on.\n{listing(rejected, listed)}")
