@@ -170,7 +170,7 @@ def test_the_table_is_named_until_the_plan_is_there(folder: Path, monkeypatch: p
     with machine(monkeypatch, 16) as planner:
         done = talk(answers="pictures\n" + "\n" * 12)
     assert done.exit_code == 0, done.output
-    assert "The plan is not ready; the README's table says 13.1 GB with int8" in done.output
+    assert "The plan is not ready; the README's table says 13.0 GB with int8" in done.output
     assert "Found: Card, 17.2 GB." in done.output
     assert planner.made[-1][1] == ["--device", "cuda"]
     assert planner.made[-1][0]["base_model_precision"] == "int8"

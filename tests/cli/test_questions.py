@@ -151,10 +151,11 @@ def test_the_finest_that_fits(gb: int | None, precision: str) -> None:
 
 
 def test_the_figures_are_the_readmes() -> None:
-    """Rows of its table: precision | quickstart | planned | with inputs and modulations on the host."""
+    """Rows of its table: precision | quickstart | planned | small | inputs and modulations on the host."""
     root = Path(__file__).parents[2]
     readme = (root / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\| ([\d.]+) GB \| ([\d.]+) GB \|$", readme, re.MULTILINE)
+    pattern = r"^\| `(\w+)`[^|]*\|[^|]*\| ([\d.]+) GB \|[^|]*\| ([\d.]+) GB \|$"
+    rows = re.findall(pattern, readme, re.MULTILINE)
     table = {name: (float(plain), float(hosted)) for name, plain, hosted in rows}
     kept = json.loads((root / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))
     roomy = next(row for row in kept if row["what"] == "no_change, all kept" and row["px"] == 1024)

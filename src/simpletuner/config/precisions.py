@@ -1,6 +1,8 @@
 """How a frozen base may be stored, and what people write for it: names of libraries, read as one of ours.
 
 No library is called: ours has the same codes (nf4), or errs no more at the same size, with exact gradients.
+bitsandbytes' NF4 kernel multiplies unrounded levels: a fifth of the weights would come back one rounding
+beside ours. torchao keeps restored weights for the backward pass.
 """
 
 from __future__ import annotations

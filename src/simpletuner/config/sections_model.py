@@ -46,7 +46,8 @@ class ModelOptions(Section):
         "mixed_precision bf16 keeps fp32 master weights under autocast.")
     base_model_precision: Precision = option("no_change",
         "Bits per weight of the frozen base's blocks, for a LoRA: int8 (or fp8, which errs more) 8, int4 and "
-        "nf4 about 4.5. Converted once, then read from quantized_cache_dir.", level="basic",
+        "nf4 about 4.5. Converted once, then read from quantized_cache_dir. Libraries' names (nf4-bnb) are "
+        "read as these; no library is called.", level="basic",
         spellings=precisions.SPELLINGS, hints=precisions.HINTS)
     text_encoder_1_precision: Precision = option("no_change",
         "The same for the text encoder; captions are then encoded anew.", level="common",
