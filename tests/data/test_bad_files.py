@@ -11,8 +11,9 @@ from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset import Dataset
 from simpletuner.data.geometry import Framing
 from simpletuner.data.pixels import load_pixels
-from simpletuner.data.report import BadFile, BadSamples
+from simpletuner.data.report import BadFile
 from simpletuner.data.scan import scan
+from simpletuner.errors import DataError
 from simpletuner.events.types import Event, Noted
 from tests.data.bad_files import PASSED_OVER, ROWS, Row, encoded, picture, write
 
@@ -39,7 +40,7 @@ def test_each_row_is_kept_or_rejected_by_name(row: Row, tmp_path: Path) -> None:
     options = DataOptions(max_bad_sample_fraction=1.0)
     events: list[Event] = []
     if row.reason == "caption_missing":
-        with pytest.raises(BadSamples, match=r"1 pictures have no caption") as refusal:
+        with pytest.raises(DataError, match=r"1 pictures have no caption") as refusal:
             scan([dataset], options, 1, events.append, rejected_path=tmp_path / "rejected.jsonl")
         rejected = refusal.value.rejected
     else:
