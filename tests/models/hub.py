@@ -90,7 +90,10 @@ def serving(hub: Hub) -> Iterator[Hub]:
             hub.requests.append((self.command, path, self.headers.get("Range") or ""))
             if status := hub.failing("429", "500"):
                 return self.refuse(int(status))
-            if hub.failing("401") or (hub.token and self.headers["Authorization"] != f"Bearer {hub.token}"):
+            told, signed = self.headers["Authorization"], path.startswith("/cdn/")
+            if signed and told:
+                return self.refuse(400, message="a signed address takes no token, and must not be told one")
+            if hub.failing("401") or (hub.token and not signed and told != f"Bearer {hub.token}"):
                 return self.refuse(401, message="Invalid credentials in Authorization header")
             if path.startswith("/api/models/"):
                 return self.about(path.removeprefix("/api/models/"))

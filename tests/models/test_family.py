@@ -99,3 +99,18 @@ def test_checkpointing_is_set_by_the_family(source: Source) -> None:
 def test_flash_comes_with_a_warning() -> None:
     assert Chroma().notes(ModelOptions()) == []
     assert "flash" in Chroma().notes(ModelOptions(model_flavour="flash"))[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "guessed"),
+    [
+        ({"model_flavour": "nano"}, False),
+        ({}, False),
+        ({"pretrained_model_name_or_path": "lodestones/Chroma1-HD"}, False),
+        ({"pretrained_model_name_or_path": "somebody/small-chroma"}, True),
+        ({"pretrained_transformer_model_name_or_path": "somebody/small-chroma"}, True),
+    ],
+)
+def test_only_a_repository_that_was_never_read_is_guessed(options: dict[str, str], guessed: bool) -> None:
+    """Nothing is refused for the size of what is not known."""
+    assert Chroma().sketch(ModelOptions(**options), torch.bfloat16).guessed is guessed

@@ -91,6 +91,7 @@ class Sketch:
     parts in order. assumed: its shape is the published one, since no config file is at hand.
     text_dtype: of the cached rows. text_encoder_bytes, vae_bytes: as they are loaded.
     hosted_bytes: of the part that may stay on the CPU. missing_bytes: what is yet to be downloaded.
+    guessed: assumed of a repository that may hold another size.
     """
 
     transformer: nn.Module
@@ -103,6 +104,7 @@ class Sketch:
     vae_bytes: int
     hosted_bytes: int
     missing_bytes: int
+    guessed: bool = False
 
 
 class TextEncoder(ABC):

@@ -41,6 +41,7 @@ def sketch(options: ModelOptions, dtype: torch.dtype, read_facts: Callable[[Sour
     found = {part: _size(part, folder, options) for part, folder in folders.items()}
     sizes = {part: size or PUBLISHED[part] for part, size in found.items()}
     wide_vae = options.vae_dtype == "fp32"
+    name = (sources.mains(options) | sources.separate(options))["transformer"]
     return Sketch(
         transformer,
         (*transformer.transformer_blocks, *transformer.single_transformer_blocks),
@@ -52,6 +53,7 @@ def sketch(options: ModelOptions, dtype: torch.dtype, read_facts: Callable[[Sour
         sizes["vae"][0] * (4 if wide_vae else 2),
         sum(parameter.nbytes for parameter in transformer.distilled_guidance_layer.parameters()),
         sum(PUBLISHED[part][1] for part, size in found.items() if size is None),
+        at is None and name not in sources.FLAVOURS.values(),
     )
 
 

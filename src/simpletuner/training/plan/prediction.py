@@ -121,8 +121,13 @@ def situation(
 
 
 def is_worth_it(run: RunConfig, family: ModelFamily, framings: Sequence[Framing], kind: str) -> bool:
-    """Whether a prediction is at hand, or the base so large that a few seconds for one are nothing."""
+    """Whether a prediction is at hand, or the base so large that a few seconds for one are nothing.
+
+    Not of a repository that was never read: it may hold a smaller one, and must not be refused for that.
+    """
     sketch, memory, feed, granule = situation(run, family, framings, kind, None)
+    if sketch.guessed:
+        return False
     known = stored.recall(stored.key(run, sketch, memory, feed, granule))
     return weight_bytes(sketch) >= LARGE or known is not None
 
