@@ -8,6 +8,7 @@ FAKE_IMAGES   prompts that pictures are drawn for (default 2)
 FAKE_OOM      host: killed by SIGKILL in the middle; cuda: torch's error and exit code 1
 FAKE_DEAF     hears no request and no signal that it could ignore
 FAKE_FAIL     ends with this exit code in the middle
+FAKE_LATE     makes its run folder once this file is there
 FAKE_GATE     makes its last step once this file is there
 FAKE_LINGER_S seconds that the process still takes when the run has ended
 """
@@ -179,6 +180,8 @@ def main() -> int:
             "  ok       pictures and captions\nrehearsal: nothing stands in the way of training", flush=True
         )
         return 0
+    while not Path(SETTINGS.get("FAKE_LATE", "/")).exists():
+        time.sleep(0.05)
     folder = RunFolder(Path(config["output_dir"]))
     fake = None
     with folder:
