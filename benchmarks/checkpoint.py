@@ -37,7 +37,8 @@ def main() -> None:
         saved = checkpoint.save(folder, checkpoint.Snapshot(1, tensors, {}), None, keep=2)
         save_s = time.perf_counter() - started
         started = time.perf_counter()
-        checkpoint.load(saved)
+        checkpoint.verify(saved)
+        checkpoint.read_tensors(saved)
         load_s = time.perf_counter() - started
         size = sum(path.stat().st_size for path in saved.rglob("*"))
         started = time.perf_counter()
