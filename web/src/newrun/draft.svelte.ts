@@ -20,7 +20,9 @@ export class DraftForm {
   why = $state("");
   verdict = $state.raw<Verdict | null>(null);
   checking = $state(false);
+  /** Why it was not started; true until something is changed. */
   refused = $state.raw<Complaint[]>([]);
+  unchecked = $state.raw<Complaint[]>([]);
   theirs = $state.raw<Draft | null>(null);
   #draft: Draft;
   #dirty = false;
@@ -47,7 +49,7 @@ export class DraftForm {
   }
 
   readonly problems = $derived.by(() => this.verdict?.problems ?? []);
-  readonly general = $derived.by(() => [...this.refused, ...this.problems.filter((one) => !this.#hasField(one.loc))]);
+  readonly general = $derived.by(() => [...this.refused, ...this.unchecked, ...this.problems.filter((one) => !this.#hasField(one.loc))]);
 
   /** What the last check says of a field, and what refused the start. */
   problemsOf(loc: string): string[] {
@@ -104,11 +106,11 @@ export class DraftForm {
       const verdict = await api.post("/api/v1/validate", { body });
       if (asked !== this.#asked) return;
       this.verdict = verdict;
-      this.refused = [];
+      this.unchecked = [];
       if (verdict.problems.some((one) => this.options.has(one.loc))) this.plan.wait();
       else this.plan.ask(body.config, body.datasets);
     } catch (error) {
-      if (asked === this.#asked) this.refused = [{ loc: "", message: explain(error), where: "" }];
+      if (asked === this.#asked) this.unchecked = [{ loc: "", message: explain(error), where: "" }];
     }
     if (asked === this.#asked) this.checking = false;
   }
@@ -190,6 +192,7 @@ export class DraftForm {
   #adopt(draft: Draft): void {
     this.#draft = draft;
     this.#dirty = false;
+    this.refused = [];
     this.name = draft.name;
     this.config = draft.config;
     this.datasets = draft.datasets;
