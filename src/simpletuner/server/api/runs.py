@@ -70,7 +70,7 @@ def run_file(
     if file.name == stored.LORA:
         where = path.removesuffix(stored.LORA).strip("/").replace("/", "-")
         name = "-".join(part for part in (tail.clean(folder.name), where) if part) + ".safetensors"
-        return FileResponse(file, media_type="application/octet-stream", filename=name)
+        return sent(file, name)
     if path in GROWING:  # what is added while it is sent would exceed the length that was told
         return Response(file.read_bytes(), media_type="text/plain; charset=utf-8")
     return sent(file)
