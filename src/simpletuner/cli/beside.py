@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from simpletuner.cli.server import bound
 from simpletuner.config.environment import process_environment
 from simpletuner.errors import ConfigError
 from simpletuner.server.place import run_id
@@ -30,15 +31,13 @@ def served(run_dir: Path, port: int = PORT) -> Iterator[str]:
 
     Raises ConfigError where the port is taken.
     """
-    with socket.socket() as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind((HOST, port))
-        except OSError as error:
-            raise ConfigError(
-                f"--serve: port {port} is taken, perhaps by a server that shows this run already: see "
-                f"http://localhost:{port}, or train without --serve"
-            ) from error
+    try:
+        bound(HOST, port).close()
+    except ConfigError as error:
+        raise ConfigError(
+            f"--serve: port {port} is taken, perhaps by a server that shows this run already: see "
+            f"http://localhost:{port}, or train without --serve"
+        ) from error
     folder = Path(os.path.realpath(run_dir))
     with contextlib.suppress(OSError):  # the training says it better
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,11 @@ from simpletuner.config import lycoris
 from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.schema import DataOptions, FlowOptions, RunConfig
 from simpletuner.errors import ConfigError
+from simpletuner.events.trackers import TRACKERS
 
 Given = Mapping[str, str]  # option -> where it was given; defaults are absent
 Finding = tuple[str, str]  # option it is reported at, what is wrong
 RESOLUTION = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
-TRACKERS = ("tensorboard", "wandb", "trackio")
 SCORES = ("shapes", "zorbo")
 LORA_ONLY = (
     "lora_rank", "lora_alpha", "lora_dropout", "flux_lora_target", "lora_target_modules", "use_dora",

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpletuner.errors import ConfigError
 from simpletuner.events.sinks import ClosingSink
 from simpletuner.events.types import Evaluated, Event, Scored, Stepped
 
-MEASURED = (Stepped, Evaluated, Scored)  # events with figures
 TRACKERS = ("tensorboard", "wandb", "trackio")
+MEASURED = (Stepped, Evaluated, Scored)  # events with figures
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,8 @@ def make(
 
 
 def kinds(report_to: str) -> list[Callable[[Tracked], ClosingSink]]:
-    """The trackers of a comma list, not opened yet."""
-    names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
-    unknown = [name for name in names if name not in TRACKERS]
-    if unknown:
-        raise ConfigError(f"report_to = {', '.join(unknown)}; allowed are none, {', '.join(TRACKERS)}")
+    """The trackers of a comma list, which config/rules.py has checked; not opened yet."""
+    names = [name.strip() for name in report_to.split(",") if name.strip() != "none"]
     return [importlib.import_module(f"{__name__}.{name}").Tracker for name in dict.fromkeys(names)]
 
 
