@@ -323,7 +323,7 @@ def test_what_a_browser_could_run_is_a_download(tmp_path: Path, name: str) -> No
 def test_pictures_and_text_are_shown(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_text("x")
     assert sent(tmp_path / name).media_type == kind
-    assert sent(tmp_path / name, download=True).headers["content-disposition"].startswith("attachment")
+    assert sent(tmp_path / name, name).headers["content-disposition"].startswith("attachment")
 
 
 # ---- the token
