@@ -146,10 +146,10 @@ class Ladder:
 
     def text_encoder(self, limit: int) -> str | None:
         """The finest precision of T5 within the limit, None for the run's own. It comes before training."""
-        for precision in (None, *([] if self.settled else list(UNPACKING)[1:])):
+        for precision in (None, *list(UNPACKING)[1:]):
             changed = {} if precision is None else {"text_encoder_1_precision": precision}
             sketch = self.family.sketch(self.run.model.model_copy(update=changed), torch.bfloat16)
-            if self.settled or sketch.text_encoder_bytes + prediction.CONTEXT[self.room.kind] <= limit:
+            if sketch.text_encoder_bytes + prediction.CONTEXT[self.room.kind] <= limit:
                 return precision
         return list(UNPACKING)[-1]
 
@@ -194,7 +194,7 @@ class Fit:
 
 def fit(ladder: Ladder, limit: int) -> Fit:
     """The fastest way whose exact size is within the limit, and what else would fit."""
-    text_encoder = ladder.text_encoder(limit)
+    text_encoder = None if ladder.settled else ladder.text_encoder(limit)
     ways = [dataclasses.replace(way, text_encoder=text_encoder) for way in ladder.ways(limit)]
     for position, way in enumerate(ways):
         proven = ladder.proven(way, limit)
