@@ -160,3 +160,15 @@ def test_what_is_no_lora_leaves_the_rank_to_those_who_read_it(content, tmp_path)
     (tmp_path / "x.safetensors").write_bytes(content)
     tried = attempt_mapping({"init_lora": str(tmp_path / "x.safetensors")}, tmp_path)
     assert tried.loaded.run.adapter.lora_rank == 16
+
+
+def test_a_block_diagonal_file_may_be_gone_on_from_at_the_rank_of_its_parts(tmp_path):
+    """What kohya's layout fuses has the ranks of q, k and v added up."""
+    network = tiny_chroma()
+    perturb(attach(network, AdapterOptions(lora_rank=4), attention_names(network), 5).trainable)
+    files.save(network, tmp_path / "x.safetensors", layout="kohya")
+    given = {"init_lora": str(tmp_path / "x.safetensors"), "lora_rank": 4}
+    run_of = attempt_mapping(given, tmp_path).loaded.run
+    again = tiny_chroma()
+    attach(again, run_of.adapter, attention_names(again), 9)
+    assert torch.allclose(run(again), run(network), rtol=0, atol=2e-6)

@@ -92,6 +92,7 @@ def entry(**changes: object) -> dict[str, object]:
         (singles.gguf_bytes({"a": ((1, 1, 1, 1, 1), 0, b"\0" * 4)}), "5 dimensions"),
         (singles.gguf_bytes({"a": ((4,), 0, b"\0" * 16), "b": ((40,), 0, b"\0" * 160)})[:-1], "cut short"),
         (singles.gguf_bytes({"a": ((40,), 0, b"\0" * 16), "b": ((4,), 0, b"\0" * 160)}), "overlap"),
+        (singles.gguf_bytes(dict.fromkeys(("aa", "ab"), ((4,), 0, b"\0" * 32))).replace(b"b", b"a"), "twice"),
     ],
 )  # fmt: skip
 def test_hostile_headers(tmp_path: Path, content: bytes, said: str) -> None:

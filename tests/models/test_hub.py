@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,22 @@ def test_a_disk_too_small_is_told_before_the_first_byte(hub: Hub, monkeypatch: p
     with pytest.raises(DiskFull, match=r"GB are to come, there is room for 0\.0 GB .*HF_HOME"):
         sources.locate(OPTIONS)
     assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
+
+
+def test_a_hub_that_goes_away_between_two_questions(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library then hands back what the cache has, without a word."""
+
+    @contextmanager
+    def gone(*_: object) -> Iterator[None]:
+        hub.fault = "500"
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "_watched", gone)
+        with pytest.raises(DownloadError, match=r"broke off.*The same command goes on"):
+            sources.locate(OPTIONS)
+    hub.fault = ""
+    assert sources.locate(OPTIONS).vae.is_dir()
 
 
 def test_without_answer_the_cache_serves(hub: Hub) -> None:

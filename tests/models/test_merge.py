@@ -72,6 +72,19 @@ def test_several_with_weights_into_a_diffusers_folder(base: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_each_is_counted_from_the_untouched_base(base: Path, tmp_path: Path) -> None:
+    """A DoRA after a LoRA adds what it adds alone: its lengths are of the base's rows."""
+    one, two = lora(base, 1), lora(base, 2, use_dora=True)
+    made = {}
+    for name, loras in {"both": [(one, 1.0), (two, 1.0)], "dora": [(two, 1.0)]}.items():
+        merge(base, loras, Target(tmp_path / name, native=False, dtype=F32), {})
+        made[name] = load_file(tmp_path / name / f"{weights.STEM}.safetensors")
+    plain, first = dense(base), dense(base, (one, 1.0))
+    for name, tensor in made["both"].items():
+        wanted = first[name] + made["dora"][name].double() - plain[name]
+        assert (tensor - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+
+
 def test_shards_are_found_by_diffusers(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merging, "SHARD_BYTES", 200_000)
     merge(base, [], Target(tmp_path / "out", native=False, dtype=F32), {})

@@ -14,6 +14,7 @@ from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import MissingExtra, ModelError
 from simpletuner.models.chroma import native, sources, weights
 from simpletuner.models.chroma.family import Chroma
+from simpletuner.quantization import convert
 from tests.models import singles
 from tests.models.singles import State
 
@@ -67,9 +68,11 @@ def test_fp8_is_multiplied_out(
 
 
 def test_quantising_streams_from_any_of_them(
-    checkpoint: Path, state: State, told: dict[str, str], options: ModelOptions, tmp_path: Path
-) -> None:
-    """The same numbers, from a folder and from fused rows in one file: the same codes."""
+    checkpoint: Path, state: State, told: dict[str, str], options: ModelOptions, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The same numbers, from a folder and from fused rows in one file, few rows at a time: the same codes."""
+    monkeypatch.setattr(convert, "CHUNK_WEIGHTS", 64 * 10)
     cast = {name: tensor.bfloat16() for name, tensor in state.items()}
     folder = Path(shutil.copytree(checkpoint, tmp_path / "folder"))
     save_file(cast, folder / "transformer" / singles.WEIGHTS)

@@ -102,13 +102,10 @@ def download(repo: str, parts: list[str], revision: str | None, variant: str, em
 def _watched(repo: str, total: int, emit: Emit) -> Iterator[None]:
     """Progress by the growth of the cache, whatever it is that writes there. DiskFull before it begins."""
     blobs = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "blobs")
-    there = _bytes_of(blobs.glob("*.incomplete"))
     free = shutil.disk_usage(next(place for place in blobs.parents if place.exists())).free
-    if total - there > free:
-        raise _full(
-            repo, f"{(total - there) / 1e9:.1f} GB are to come, there is room for {free / 1e9:.1f} GB"
-        )
-    begun = _bytes_of(blobs.glob("*")) - there
+    if total > free:  # what a broken download has left, the library does not go on with
+        raise _full(repo, f"{total / 1e9:.1f} GB are to come, there is room for {free / 1e9:.1f} GB")
+    begun = _bytes_of(blobs.glob("*"))
     done = threading.Event()
     with Stage(emit, f"download {repo}", total // MB, "MB") as stage:
 

@@ -156,17 +156,15 @@ class _Scaled(Stored):
 
     def read(self, file: BinaryIO, first: int, count: int) -> torch.Tensor:
         values, scales = super().read(file, first, count), self._of(slice(first, first + count))
-        return values if scales is None else (values * scales).bfloat16()
+        return values if scales is None else (values.float() * scales).bfloat16()
 
     def _of(self, rows: slice) -> torch.Tensor | None:
         return self.scales if self.scales is None or len(self.scales) == 1 else self.scales[rows]
 
 
 def _as_bfloat16(stored: Stored, scales: torch.Tensor | None) -> Stored:
-    dtype = torch.bfloat16 if scales is None else torch.float32  # rounded once
-
     def decode(raw: torch.Tensor) -> torch.Tensor:
-        return raw.view(stored.dtype).to(dtype)
+        return raw.view(stored.dtype).bfloat16()  # exact
 
     place = stored.file, stored.shape, torch.bfloat16, stored.offset
     return _Scaled(*place, decode, stored.columns, scales)
