@@ -63,7 +63,10 @@ def build(
     metrics = scores.chosen(run.validation)
     texts = (*validation_prompts.captions(prompts, guidance), *scores.texts(metrics, guidance))
     prepared = prepare(run, backends, family, texts, folder, device, emit, closing)
-    order = order_of(run, prepared, emit)
+    seed, size = run.training.seed, run.training.train_batch_size
+    order = Order(prepared.train.placed, prepared.train_sets, seed, size, run.data)
+    for note in order.notes:
+        emit(Warned(note))
     plan = plan_of(run, order.batches_per_epoch)
     net = trainee.make(run, prepared, device, emit)
 
@@ -126,14 +129,6 @@ def plan_of(run: RunConfig, batches_per_epoch: int) -> Plan:
     epochs = (training.num_train_epochs or 1) * batches_per_epoch / accumulation
     steps = training.max_train_steps or math.ceil(epochs)
     return Plan(steps, accumulation, batches_per_epoch, patience)
-
-
-def order_of(run: RunConfig, prepared: Prepared, emit: Emit) -> Order:
-    seed, size = run.training.seed, run.training.train_batch_size
-    order = Order(prepared.train.placed, prepared.train_sets, seed, size, run.data)
-    for note in order.notes:
-        emit(Warned(note))
-    return order
 
 
 def batches_of(

@@ -74,7 +74,14 @@ def attach(
     run: RunConfig, family: ModelFamily, transformer: nn.Module, emit: Emit
 ) -> dict[str, nn.Parameter]:
     """What is trained, by name: a fresh LoRA's parameters, or the network's own."""
-    return (_lora if run.model.model_type == "lora" else _full_rank)(run, family, transformer, emit)
+    if run.model.model_type == "lora":
+        return _lora(run, family, transformer, emit)
+    trained = dict(family.trainable_at_full_rank(transformer))
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    count = sum(parameter.numel() for parameter in trained.values())
+    emit(Noted(f"full rank: {count / 1e6:.1f} M parameters are trained"))
+    return trained
 
 
 def equip(run: RunConfig, transformer: nn.Module, trained: dict[str, nn.Parameter]) -> Trainee:
@@ -87,17 +94,6 @@ def equip(run: RunConfig, transformer: nn.Module, trained: dict[str, nn.Paramete
     update = update_of(list(trained.values()), optimizer, schedule)
     ema = Ema(named, run.optimizer) if run.optimizer.use_ema else None
     return Trainee(transformer, trained, run.model.model_type == "lora", schedule, optimizer, update, ema)
-
-
-def _full_rank(
-    run: RunConfig, family: ModelFamily, transformer: nn.Module, emit: Emit
-) -> dict[str, nn.Parameter]:
-    trained = dict(family.trainable_at_full_rank(transformer))
-    for parameter in trained.values():
-        parameter.requires_grad_(True)
-    count = sum(parameter.numel() for parameter in trained.values())
-    emit(Noted(f"full rank: {count / 1e6:.1f} M parameters are trained"))
-    return trained
 
 
 def _lora(run: RunConfig, family: ModelFamily, transformer: nn.Module, emit: Emit) -> dict[str, nn.Parameter]:
