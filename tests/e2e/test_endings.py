@@ -116,8 +116,8 @@ def test_an_average_begun_late_begins_at_the_trained_weights(straight: tuple[Wor
     workspace.train(
         output_dir=str(out), use_ema=True, ema_update_interval=100, resume_from_checkpoint="checkpoint-4"
     )
-    weights = checkpoint.load(out / "checkpoint-4").tensors["weights"]
-    shadow = checkpoint.load(out / "checkpoint-6").tensors["ema"]
+    weights = checkpoint.read_tensors(out / "checkpoint-4")["weights"]
+    shadow = checkpoint.read_tensors(out / "checkpoint-6")["ema"]
     assert all(tensor.equal(weights[name]) for name, tensor in shadow.items())
 
 
