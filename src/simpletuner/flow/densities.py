@@ -69,10 +69,6 @@ def steps(values: tuple[float, ...]) -> Quantile:
     return lambda u: table[(u.double() * len(table)).long().clamp(0, len(table) - 1)]
 
 
-def uniform(options: FlowOptions) -> Quantile:
-    return lambda u: u
-
-
 def logit_normal(options: FlowOptions) -> Quantile:
     """sigmoid(scale * N(0, 1)), eq. 19 of Esser et al. 2024 with location 0."""
     return lambda u: torch.sigmoid(options.flow_sigmoid_scale * torch.special.ndtri(u))
@@ -123,7 +119,7 @@ DENSITIES: dict[str, tuple[Callable[[FlowOptions], Quantile], Quantile]] = {
     "quadratic": (logit_normal, raise_tails),
     "parabola": (parabola, keep),
     "quadratic-literal": (logit_normal, raise_tails_literally),
-    "uniform": (uniform, keep),
+    "uniform": (lambda options: keep, keep),
     "logit-normal": (logit_normal, keep),
     "beta": (beta, keep),
 }

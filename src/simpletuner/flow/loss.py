@@ -27,23 +27,15 @@ def pseudo_huber(difference: Tensor, c: Tensor) -> Tensor:
     return square / (torch.sqrt(square + c * c) + c)
 
 
-def constant(c: float, sigma: Tensor) -> Tensor:
-    return torch.full_like(sigma, c)
-
-
-def exponential(c: float, sigma: Tensor) -> Tensor:
-    """From 1 at the picture to c at pure noise, geometrically."""
-    return c**sigma
-
-
 def snr(c: float, sigma: Tensor) -> Tensor:
     """(1 - c) / (1 + s)^2 + c with s the root of signal over noise: near c at the picture, 1 at noise."""
     ratio = torch.sqrt((1 - sigma) / (sigma + 1e-4))
     return (1 - c) / (1 + ratio) ** 2 + c
 
 
+# huber_c and sigma (B,) -> c of each sample. exponential: from 1 at the picture to c at pure noise.
 HUBER_SCHEDULES: dict[str, Callable[[float, Tensor], Tensor]] = {
-    "constant": constant,
-    "exponential": exponential,
+    "constant": lambda c, sigma: torch.full_like(sigma, c),
+    "exponential": lambda c, sigma: c**sigma,
     "snr": snr,
 }
