@@ -61,7 +61,6 @@ BASIC_FIELDS = ("id", "dataset_type", "instance_data_dir", "caption_strategy", "
 FIELDS_LEFT_OUT = ("type", "disable")  # one value only; another spelling of disabled
 
 CARDS_GB = (8, 12, 16, 24, 80)
-BITS = {"no_change": "bf16 base", "int8": "int8 base", "nf4": "NF4 base"}
 
 
 @functools.cache
@@ -80,14 +79,9 @@ def presets() -> list[Preset]:
     made = []
     for size in CARDS_GB:
         row, planned = for_memory(size * 10**9)
-        how = [BITS[row["base_model_precision"]]]
-        how += ["nothing recomputed"] if row.get("gradient_checkpointing") is False else []
-        how += ["inputs of blocks in host memory"] if "gradient_checkpointing_backend" in row else []
-        text = f"LoRA, 1024 px: {', '.join(how)}; {planned:.1f} GB planned."
         config = {name: value for name, value in row.items() if value != catalog()[name].default}
-        made.append(Preset(id=f"{size}gb", title=f"{size} GB", text=text, config=config))
-    nano = "The bundled model at 128 px: minutes on a CPU, to try things out."
-    return [*made, Preset(id="nano", title="chroma-nano", text=nano, config=dict(NANO))]
+        made.append(Preset(id=f"{size}gb", title=f"{size} GB", planned_gb=planned, config=config))
+    return [*made, Preset(id="nano", title="chroma-nano", planned_gb=None, config=dict(NANO))]
 
 
 def _option(option: Option) -> OptionInfo:

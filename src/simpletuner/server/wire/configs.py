@@ -55,11 +55,14 @@ class OptionInfo(Wire):
 
 
 class Preset(Wire):
-    """Settings for a card of that many GB. id: "8gb", "12gb", "16gb", "24gb", "80gb", "nano"."""
+    """Settings for a card of that many GB. id: "8gb", "12gb", "16gb", "24gb", "80gb", "nano".
+
+    planned_gb: of device memory; null for the bundled model.
+    """
 
     id: str
     title: str
-    text: str
+    planned_gb: float | None
     config: dict[str, Any]
 
 
