@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import unicodedata
@@ -13,6 +12,7 @@ from typing import Any
 
 from simpletuner.config.files import read_document
 from simpletuner.config.schema import DataOptions, ValidationOptions
+from simpletuner.config.values import did_you_mean
 from simpletuner.errors import ConfigError, Problem
 
 FIELDS = ("prompt", "caption", "negative_prompt", "seed")
@@ -155,9 +155,8 @@ def _problems_of(fields: Any) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (), 'must be a prompt, or {"prompt": ..., "negative_prompt": ..., "seed": ...}'
         return
     for field in sorted(fields.keys() - set(FIELDS)):
-        near = difflib.get_close_matches(field, FIELDS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FIELDS)}"
-        yield (field,), f"unknown field {field!r}; {hint}"
+        hint = did_you_mean(field, FIELDS) or f"; known are {', '.join(FIELDS)}"
+        yield (field,), f"unknown field {field!r}{hint}"
     if ("prompt" in fields) == ("caption" in fields):
         yield (), "needs the field 'prompt' (or 'caption', not both)"
     for field in ("prompt", "caption", "negative_prompt"):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 
 from torch import nn
 
+from simpletuner.config.values import did_you_mean
 from simpletuner.errors import ConfigError
 
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -55,9 +55,8 @@ def chosen_targets(transformer: nn.Module, chosen: str | Sequence[str]) -> list[
     for wanted, found in matched.items():
         if not found:
             ends = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in names if name.startswith(BLOCKS)})
-            near = difflib.get_close_matches(wanted, ends, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"linears of a block end with {', '.join(ends)}"
-            raise ConfigError(f"lora_target_modules: {wanted!r} matches no linear of the transformer; {hint}")
+            hint = did_you_mean(wanted, ends, 0.6) or f"; linears of a block end with {', '.join(ends)}"
+            raise ConfigError(f"lora_target_modules: {wanted!r} matches no linear of the transformer{hint}")
     found_names = {name for found in matched.values() for name in found}
     if frozen := sorted(name for name in found_names if name.startswith("distilled_guidance_layer.")):
         raise ConfigError(
