@@ -223,7 +223,7 @@ def converter(scheme: str) -> Callable[[Path, Size], Figures]:
 
         def tell(event: Event) -> None:
             if isinstance(event, Noted):  # that a killed conversion went on: the figures are of the rest
-                notes.append(event.message)
+                notes.append(f"{event.message}: the figures are of the rest.")
 
         with measured() as found:
             file = transformer_file(source, run.model, torch.device("cpu"), tell)
@@ -349,7 +349,7 @@ def markdown(result: Figures) -> str:
         f" {machine['threads']} threads, torch {machine['torch']}.",
         "",
         *table(("stage", "s", "CPU s", "peak resident (GB)", "anonymous (GB)", "of files (GB)"), rows),
-        *(f"\n{note}: the figures are of the rest." for one in SCHEMES for note in result[one]["notes"]),
+        *(f"\n{note}" for stage in STAGES for note in result[stage].get("notes", [])),
         "",
         f"Rank-16 LoRA on all linears of the blocks ({trained['trained_parameters'] / 1e6:.1f} M parameters),"
         f" {result['px']} px, {result['text_rows']} text rows, all blocks recomputed:",
