@@ -52,6 +52,28 @@ def test_a_run_on_each(workspace: Workspace, scheme: str) -> None:
     assert contents(kept / "checkpoint-3") == contents(run_dir / "checkpoint-3")
 
 
+@pytest.mark.parametrize("config", [{"algo": "lokr", "linear_dim": 2, "factor": 4}, {"algo": "loha"}], ids=str)
+def test_a_product_on_a_quantised_base(workspace: Workspace, config: dict[str, object]) -> None:
+    """LoKr and LoHa: an average beside them, resumed bit for bit, recomputed or not, and generated from."""
+    algo = str(config["algo"])
+    same = {"base_model_precision": "int8", "lora_type": "lycoris", "lycoris_config": config}
+    same |= {"lora_rank": None, "use_ema": True}
+    run_dir = workspace.train(output_dir=str(workspace.root / algo), **same)
+    names = load_file(run_dir / LORA)
+    assert all(name.startswith("lycoris_") for name in names)
+    assert load_file(run_dir / "ema" / LORA).keys() == names.keys()
+    resumed = interrupted(workspace, 2, f"{algo}-stopped", **same)
+    assert losses(resumed) == losses(run_dir)
+    assert contents(resumed / "checkpoint-3") == contents(run_dir / "checkpoint-3")
+    kept = workspace.train(
+        output_dir=str(workspace.root / f"{algo}-kept"), gradient_checkpointing=False, **same
+    )
+    assert contents(kept / "checkpoint-3") == contents(run_dir / "checkpoint-3")
+    card = (run_dir / "README.md").read_text()
+    assert {"lokr": "LoKr", "loha": "LoHa"}[algo] in card
+    assert "--format diffusers --rank 64" in card
+
+
 def test_the_precision_is_part_of_what_a_run_is(workspace: Workspace) -> None:
     """Each base gives other losses; a checkpoint does not go on with another one unasked."""
     first = {scheme: losses(workspace.root / scheme)[1][0] for scheme in SCHEMES}
