@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,10 @@ def test_a_run_keeps_what_the_file_says(tmp_path: Path) -> None:
         assert loaded.run.adapter.lycoris_config == LOKR
         again = from_resolved(resolved(loaded.run))
         assert of(again.adapter) == Lycoris("lokr", 8, 4.0, 16)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("lycoris_config", "init_lora"):
+        problems, _ = judged(tmp_path, lora_type="lycoris", **{"lycoris_config": LOKR, name: "pipe"})
+        assert name == "init_lora" or "no file of a few lines" in problems[0]
     file.write_text("[1", encoding="utf-8")
     problems, _ = judged(tmp_path, lora_type="lycoris", lycoris_config="mine.json")
     assert "cannot be read as JSON" in problems[0]

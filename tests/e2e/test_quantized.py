@@ -52,7 +52,10 @@ def test_a_run_on_each(workspace: Workspace, scheme: str) -> None:
     assert contents(kept / "checkpoint-3") == contents(run_dir / "checkpoint-3")
 
 
-@pytest.mark.parametrize("config", [{"algo": "lokr", "linear_dim": 2, "factor": 4}, {"algo": "loha"}], ids=str)
+PRODUCTS = ({"algo": "lokr", "linear_dim": 2, "factor": 4}, {"algo": "loha"})
+
+
+@pytest.mark.parametrize("config", PRODUCTS, ids=str)
 def test_a_product_on_a_quantised_base(workspace: Workspace, config: dict[str, object]) -> None:
     """LoKr and LoHa: an average beside them, resumed bit for bit, recomputed or not, and generated from."""
     algo = str(config["algo"])

@@ -17,6 +17,8 @@ def ranks(path: Path) -> tuple[int, int]:
     What is no LoRA is told by those who read it whole.
     """
     path = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    if not path.is_file():  # a pipe would be waited for
+        return 0, 0
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -12,6 +12,7 @@ from simpletuner.config.sections_model import AdapterOptions
 from simpletuner.errors import ConfigError
 
 ALGOS = ("lokr", "loha")
+LONGEST = 1 << 20
 UNUSED = "config/lycoris_config.json"  # what forms save for those who use none
 EXAMPLE = '{"algo": "lokr", "linear_dim": 16, "linear_alpha": 16}'
 # Key -> values that ask for what happens anyway, and why no other is taken.
@@ -91,6 +92,8 @@ def read(config: Mapping[str, Any]) -> Lycoris:
 
 def read_file(path: str) -> dict[str, Any]:
     """The object in a file; what it says is for `read` to judge."""
+    if not Path(path).is_file() or Path(path).stat().st_size > LONGEST:
+        raise ConfigError(f"{path} is no file of a few lines of JSON")
     try:
         config = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
