@@ -131,7 +131,8 @@ def test_check_tells_every_program(tmp_path):
         (("--format", "kohya", "--check"), "either"),
         (("--json", "--format", "kohya"), "--json"),
         (("--format", "kohya", "--strength", "0"), "other than 0"),
-        (("--format", "kohya", "--with", "x"), "WEIGHT"),
+        (("--format", "kohya", "--with", "x=y"), "--with: .*WEIGHT"),
+        (("--format", "kohya", "--with", "x"), "x: is neither a file nor a folder"),
         (("--format", "kohya", "--output", "x.txt"), "safetensors"),
     ],
 )

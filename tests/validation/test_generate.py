@@ -135,7 +135,7 @@ BAD = {
     "strength range": (["--lora", __file__, "--strength", "1,99"], "--strength: '1,99' is not a number"),
     "strength alone": (["--strength", "0.5"], "give --lora too"),
     "size": (["--size", "big"], "--size: 'big' is not a size"),
-    "lora": (["--lora", "/nowhere.safetensors"], "--lora: /nowhere.safetensors is neither"),
+    "lora": (["--lora", "/nowhere.safetensors"], "/nowhere.safetensors: is neither"),
 }
 
 

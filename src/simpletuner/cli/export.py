@@ -12,6 +12,7 @@ import click
 
 from simpletuner import __version__
 from simpletuner.cli.generate import find_lora
+from simpletuner.cli.merge import weighted
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError, Problem
 
@@ -35,7 +36,7 @@ STALE = ("format", "lora_adapter_metadata", "rank", "alpha", "ss_network_", "ssh
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Numbers.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Baked into the weights.")
 @click.option(
-    "--with", "others", multiple=True, metavar="FILE=WEIGHT", help="Add another LoRA; may be repeated."
+    "--with", "others", multiple=True, metavar="FILE[=WEIGHT]", help="Add another LoRA; may be repeated."
 )
 @click.option(
     "--output", type=FILE, help="The new file.  [default: beside the source, with the format's name]"
@@ -55,7 +56,7 @@ def command(
     if checking or layout is None:
         show(source, as_json)
         return
-    added = [(source, strength), *(_weighted(text) for text in others)]
+    added = [(source, strength), *(weighted(text, "--with") for text in others)]
     if not all(math.isfinite(weight) and weight for _, weight in added):
         raise ConfigError([Problem("--strength", "strengths and weights are finite numbers other than 0")])
     output = output or source.with_name(f"{source.stem}.{layout}.safetensors")
@@ -108,13 +109,3 @@ def _as_text(file: LoraFile, verdicts: tuple[Verdict, ...]) -> str:
         line = f"  {one.program:<16}  {one.outcome:<14}  {one.modules} of {one.of}  {strength}{one.why}"
         lines.append(line.rstrip())
     return "\n".join(lines)
-
-
-def _weighted(text: str) -> tuple[Path, float]:
-    name, _, number = text.rpartition("=")
-    try:
-        weight = float(number)
-    except ValueError:
-        what = f"{text!r} is not FILE=WEIGHT, such as style.safetensors=0.5"
-        raise ConfigError([Problem("--with", what)]) from None
-    return find_lora(Path(name)), weight

@@ -104,7 +104,7 @@ def find_lora(given: Path) -> Path:
     if given.is_file():
         return given
     if not given.is_dir():
-        raise ConfigError([Problem("--lora", f"{given} is neither a file nor a folder")])
+        raise ConfigError([Problem(str(given), "is neither a file nor a folder")])
     checkpoints = [
         (int(match[1]), folder)
         for folder in given.iterdir()
@@ -121,7 +121,7 @@ def find_lora(given: Path) -> Path:
         if files
         else f"holds no {LORA_FILE}; --pretrained_transformer_model_name_or_path takes full transformers"
     )
-    raise ConfigError([Problem("--lora", f"{given} {what}")])
+    raise ConfigError([Problem(str(given), what)])
 
 
 def _strengths(text: str, lora: Path | None) -> tuple[float, ...]:

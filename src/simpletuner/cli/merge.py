@@ -47,7 +47,7 @@ def command(loras: tuple[str, ...], base: str | None, output: Path, layout: str 
     click.echo(output)
 
 
-def weighted(text: str) -> tuple[Path, float]:
+def weighted(text: str, option: str = "--lora") -> tuple[Path, float]:
     """FILE=WEIGHT or FILE, also a checkpoint or a run."""
     name, mark, number = text.rpartition("=")
     if not mark or Path(text).exists():
@@ -57,7 +57,7 @@ def weighted(text: str) -> tuple[Path, float]:
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise ConfigError([Problem("--lora", f"{text!r} is not FILE=WEIGHT, such as style{SUFFIX}=0.5")])
+        raise ConfigError([Problem(option, f"{text!r} is not FILE=WEIGHT, such as style{SUFFIX}=0.5")])
     return find_lora(Path(name)), weight
 
 
