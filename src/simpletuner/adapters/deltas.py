@@ -99,8 +99,16 @@ class Product:
         return whole if self.rows is None else whole[self.rows]
 
     def terms(self, columns: Tensor) -> list[Tensor]:
-        wide = Product({name: part.double() for name, part in self.parts.items()}, self.scale, self.rows)
-        return [wide.delta() @ columns]
+        """Without the product itself, which at full size takes minutes for all modules."""
+        parts = {name: part.double() for name, part in self.parts.items()}
+        if is_loha(parts):
+            cores = torch.einsum("rj,sj,jn->nrs", parts["hada_w1_b"], parts["hada_w2_b"], columns)
+            whole = torch.einsum("ir,nrs,is->in", parts["hada_w1_a"], cores, parts["hada_w2_a"])
+        else:
+            w1, w2 = half(parts, "1"), half(parts, "2")
+            pieces = torch.einsum("cd,bdn->bcn", w2, columns.view(w1.shape[1], w2.shape[1], -1))
+            whole = torch.einsum("ab,bcn->acn", w1, pieces).flatten(0, 1)
+        return [self.scale * (whole if self.rows is None else whole[self.rows])]
 
     def add_to(self, weight: Tensor, strength: float) -> None:
         weight.add_(self.delta().to(weight), alpha=strength)
