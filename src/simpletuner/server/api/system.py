@@ -17,7 +17,7 @@ from simpletuner.server.wire.system import Disk, Login, System
 
 router = APIRouter(prefix="/api/v1", tags=["system"])
 YEAR_S = 365 * 86400
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pillow", "fastapi", "uvicorn")
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "pillow", "fastapi", "uvicorn")
 
 
 @router.get("/system")
