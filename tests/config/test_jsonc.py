@@ -154,6 +154,7 @@ def test_positions() -> None:
         ('["\\ud800"]', "half of a surrogate pair"),
         ("[" * 5000, "more than 100 levels"),
         ("9" * 5000, "too large"),
+        ("9" * 5000 + "x", "a number with thousands of digits"),
         ("", "x:1:1: the file is empty"),
     ],
 )
@@ -179,3 +180,13 @@ def test_three_thousand_keys_take_no_time() -> None:
     start = time.process_time()
     assert len(parse(text, "x").value) == 3000
     assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize("end", ["", "\\"])
+def test_a_text_that_is_never_closed_is_read_once(end: str) -> None:
+    import time
+
+    start = time.process_time()
+    with pytest.raises(ConfigError, match="Unterminated string"):
+        parse('"' + '\\"' * 20_000 + end, "x")
+    assert time.process_time() - start < 1

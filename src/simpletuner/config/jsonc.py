@@ -19,9 +19,9 @@ from simpletuner.errors import ConfigError, Problem
 
 Path = tuple[str | int, ...]
 
-# None of them can end earlier or later, whatever comes behind.
+# None of them, nor a text, can end earlier or later, whatever comes behind: a file is read once.
 COMMENT = r"//[^\n]*(?=\n|\Z)|#[^\n]*(?=\n|\Z)|/\*(?:(?!\*/).)*(?:\*/|\Z)"
-TOKEN = re.compile(rf'"(?:[^"\\]|\\.)*"|{COMMENT}|[\[\]{{}},:]|[^\[\]{{}},:"/#\s]+', re.DOTALL)
+TOKEN = re.compile(rf'"(?:[^"\\]|\\(?:.|\Z))*(?:"|\Z)|{COMMENT}|[\[\]{{}},:]|[^\[\]{{}},:"/#\s]+', re.DOTALL)
 CLOSING = re.compile(rf"(?:\s|{COMMENT})*[\]}}]", re.DOTALL)
 BEFORE_VALUES = ("", "[", "{", ",", ":")  # a comma behind one of these ends no value
 WORD = re.compile(r"[\w$.+-]+")
@@ -56,7 +56,8 @@ def parse(text: str, name: str) -> Document:
     except json.JSONDecodeError as error:
         walk.problem(_told(error), error.pos)
     except ValueError:  # so many digits that Python makes no number of them
-        assert walk.problems, "told as too large"
+        if not walk.problems:  # nor did float, of what follows them at once
+            walk.problem("a number with thousands of digits, and more behind it, is none", 0)
     if walk.problems:
         places = [(*walk.place(at), what) for at, what in sorted(walk.problems)]
         raise ConfigError([Problem(f"{name}:{line}:{column}", what) for line, column, what in places])
