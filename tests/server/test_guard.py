@@ -267,10 +267,13 @@ def test_a_body_that_never_ends_is_not_waited_for(monkeypatch: pytest.MonkeyPatc
 # ---- what every answer carries
 
 
-def test_headers_of_every_answer(app: FastAPI) -> None:
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("secret of the inside"), OSError(5, "Input/output error", "/secret")]
+)
+def test_headers_of_every_answer(app: FastAPI, failure: Exception) -> None:
     @app.get("/api/v1/broken")
     def broken() -> None:
-        raise RuntimeError("secret of the inside")
+        raise failure
 
     app.router.routes.insert(0, app.router.routes.pop())
     client = TestClient(app, base_url=HERE, raise_server_exceptions=False)

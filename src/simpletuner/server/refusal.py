@@ -62,9 +62,14 @@ def answer(_: Request, error: Exception) -> JSONResponse:
             ]
         case HTTPException():
             status, headers, complaints = error.status_code, error.headers, [_whole(str(error.detail))]
-        case OSError():
-            raise error
     return JSONResponse(body(complaints), status, headers)
+
+
+def _of_disk(request: Request, error: Exception) -> JSONResponse:
+    """What nobody can mend is unexpected: it goes on, so that the terminal tells of it."""
+    if isinstance(error, OSError) and error.errno not in DISK:
+        raise error
+    return answer(request, error)
 
 
 def _whole(message: str) -> Complaint:
@@ -73,5 +78,6 @@ def _whole(message: str) -> Complaint:
 
 def answer_refusals(app: FastAPI) -> None:
     """From now on every exception of a route is answered."""
-    for kind in (SimpleTunerError, OSError, RequestValidationError, HTTPException, Exception):
+    app.add_exception_handler(OSError, _of_disk)
+    for kind in (SimpleTunerError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
