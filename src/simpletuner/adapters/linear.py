@@ -243,7 +243,7 @@ class DoraLinear(LowRankLinear):
         if self.strength == 0.0:
             return cast(Tensor, base_y)
         weight, x = base.weight.to(self.down.dtype), x.to(self.down.dtype)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # bf16 has no such lengths
             changed = torch.addmm(weight, self.up, self.down, alpha=self.scale)
             length = torch.linalg.vector_norm(changed, dim=1)
         stretch = self.lengths / length
