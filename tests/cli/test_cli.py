@@ -113,6 +113,16 @@ def test_prompt_library_and_webhooks_are_checked_too(project: Path) -> None:
     assert "pigeon" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "told"), [(["--fit=8XB"], "write 12GB"), (["--fit", "--show-config"], "simpletuner plan --fit")]
+)
+def test_a_fit_that_cannot_be_is_told_before_torch(project: Path, words: list[str], told: str) -> None:
+    done, _ = run(project, "train", *words, "--output_dir=out", blocked=("torch",))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr
+    assert not (project / "out").exists()
+
+
 def test_show_config(project: Path) -> None:
     done, _ = run(
         project, "train", "--show-config", "--lora-rank", "4", "learning_rate=2e-4", blocked=("torch",)

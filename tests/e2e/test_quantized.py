@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from simpletuner.cli.generate import model_options
 from simpletuner.errors import CheckpointError, ConfigError
-from simpletuner.events.types import StageStarted
+from simpletuner.events.types import CheckpointSetAside, StageStarted
 from simpletuner.quantization.schemes import SCHEMES
 from tests.e2e.runs import Workspace, contents, events, losses
 from tests.e2e.test_resume import interrupted
@@ -103,12 +103,14 @@ def test_an_unreadable_cache_place_is_told_before_the_weights_are_read(workspace
 
 
 def test_what_was_fitted_is_recorded_and_kept(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is room for the plain base, and a checkpoint says what the run began with."""
+    """There is room for the plain base, and a checkpoint says what the run began with; a bad one is told."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace.root / "plans"))
     folder = workspace.root / "fitted"
     same: dict[str, object] = {"output_dir": str(folder), "max_train_steps": 2}
     workspace.train(base_model_precision="nf4", text_encoder_1_precision="int8", **same)
+    (folder / "checkpoint-2" / "weights.safetensors").write_bytes(b"")
     workspace.train("", **{**same, "max_train_steps": 3})
+    assert any(isinstance(event, CheckpointSetAside) for event in events(folder))
     now = json.loads((folder / "config.json").read_text())
     assert (now["base_model_precision"], now["text_encoder_1_precision"]) == ("nf4", "int8")
     assert now["gradient_checkpointing"] is False

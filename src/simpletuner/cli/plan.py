@@ -11,6 +11,7 @@ import click
 from simpletuner.config import flags
 from simpletuner.config.load import load
 from simpletuner.config.schema import RunConfig
+from simpletuner.config.values import read_size
 from simpletuner.errors import ConfigError
 
 PLACES = ("config", "env", "example")
@@ -44,7 +45,7 @@ def planned(run: RunConfig, fits: bool, limit: str | None) -> tuple[dict[str, An
     from simpletuner.training.plan.room import elsewhere, found
 
     family = registry.family(run.model.model_family)
-    asked = fit.read_size(limit) if limit else None
+    asked = read_size(limit) if limit else None
     # Of this machine only what it is: what needs a GPU is planned for one that is elsewhere.
     anywhere = {"device": "auto", "musubi_blocks_to_swap": 0.0, "gradient_checkpointing_backend": "torch"}
     device = choose(run.model.model_copy(update=anywhere))

@@ -14,6 +14,7 @@ from simpletuner.config import flags
 from simpletuner.config.catalog import catalog
 from simpletuner.config.load import Attempt, Loaded, attempt, resolved
 from simpletuner.config.rules import FP16
+from simpletuner.config.values import read_size
 from simpletuner.data.backends import read_backends
 from simpletuner.data.dataset import Backends
 from simpletuner.errors import ConfigError, Problem
@@ -52,14 +53,17 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
     empty = [Problem(f"--{name}", "needs a value") for name in PLACES if name in given and not given[name]]
     if empty:
         raise ConfigError(empty)
+    if "fit" in given and not given.keys().isdisjoint(("rehearse", "show_config")):
+        raise ConfigError("--fit is for the training itself; simpletuner plan --fit shows what it would take")
+    within = (given["fit"] or "") if "fit" in given else None
+    if within:
+        read_size(within)
     options = [pair for pair in pairs if pair[0] not in (*PLACES, *SWITCHES, "fit")]
     tried = attempt(options, given.get("config"), given.get("env"), given.get("example"))
     loaded, backends = checked(tried)
     if "show_config" in given:
         show(loaded, click.echo)
         return
-    if "rehearse" in given and "fit" in given:
-        raise ConfigError("--fit is for the training itself; --rehearse trains the bundled model on the CPU")
     if "rehearse" in given:
         from simpletuner.training.rehearse import rehearse
 
@@ -71,7 +75,7 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
             beside.enter_context(served(Path(loaded.run.training.output_dir).expanduser()))
         from simpletuner.training import run
 
-        ctx.exit(run.train(loaded, backends, (given["fit"] or "") if "fit" in given else None))
+        ctx.exit(run.train(loaded, backends, within))
 
 
 def checked(tried: Attempt) -> tuple[Loaded, Backends]:

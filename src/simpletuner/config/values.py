@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -13,12 +14,14 @@ from pydantic_core import ErrorDetails
 
 from simpletuner.config.catalog import Option, options_of
 from simpletuner.config.option import Section
+from simpletuner.errors import ConfigError
 
 Kind = TypeVar("Kind", bound=Section)
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
 NULL = ("", "null", "none")
 LONGEST_SHOWN = 60
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(G|M)(i?)B?)?", re.IGNORECASE)
 
 
 class BadValue(ValueError):
@@ -158,3 +161,12 @@ def did_you_mean(word: str, names: Iterable[str], likeness: float = 0.7) -> str:
     """ "; did you mean 'learning_rate'?", or nothing."""
     close = difflib.get_close_matches(word.lower(), list(names), n=1, cutoff=likeness)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def read_size(text: str) -> int:
+    """ "12GB", "11.5 GiB", "12" (GB) in bytes."""
+    match = SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"--fit: {text!r} is no size; write 12GB")
+    number, letter, binary = float(match[1]), (match[2] or "G").upper(), bool(match[3])
+    return int(number * (1024 if binary else 1000) ** {"M": 2, "G": 3}[letter])

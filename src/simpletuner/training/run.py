@@ -98,7 +98,7 @@ def train(loaded: Loaded, backends: Backends, within: str | None = None) -> int:
             if earlier is not None:
                 emit(types.Noted(f"resume_from_checkpoint = never: earlier results are now in {earlier}"))
             tell, framings = hearing(stop, emit), [one.framing for one in backends.train]
-            before = None if within is None else recorded(run, folder)
+            before = None if within is None else recorded(run, folder, emit)
             run = announce(run, framings, tell, within, before)
             base_dir = loaded.source.parent if loaded.source else Path.cwd()
             with ExitStack() as opened:
@@ -148,9 +148,9 @@ def hearing(stop: StopFlag, emit: types.Emit) -> types.Emit:
     return tell
 
 
-def recorded(run: RunConfig, folder: RunFolder) -> Mapping[str, Any] | None:
+def recorded(run: RunConfig, folder: RunFolder, emit: types.Emit) -> Mapping[str, Any] | None:
     """Options of the checkpoint that the run goes on from."""
-    origin = resume.find(folder.path, run.checkpoint.resume_from_checkpoint, silent)
+    origin = resume.find(folder.path, run.checkpoint.resume_from_checkpoint, emit)
     return None if origin is None else cast(Mapping[str, Any], origin.state["config"])
 
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from simpletuner.cli.plan import command
 from simpletuner.config.load import resolved
 from simpletuner.config.schema import RunConfig
+from simpletuner.config.values import read_size
 from simpletuner.data.geometry import Framing
 from simpletuner.errors import ConfigError
 from simpletuner.events.types import Event, Noted
@@ -233,12 +234,12 @@ def test_a_way_replaces_the_one_that_was_set() -> None:
     ("text", "size"), [("12GB", 12e9), ("12", 12e9), ("11.5 GiB", 11.5 * 2**30), ("800mb", 8e8)]
 )
 def test_sizes(text: str, size: float) -> None:
-    assert fit.read_size(text) == int(size)
+    assert read_size(text) == int(size)
 
 
 def test_a_word_that_is_no_size() -> None:
     with pytest.raises(ConfigError, match="write 12GB"):
-        fit.read_size("a lot")
+        read_size("a lot")
 
 
 def test_settings_go_down_one_by_one() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simpletuner.config.schema import RunConfig
+from simpletuner.config.values import read_size
 from simpletuner.data.geometry import Framing
 from simpletuner.errors import ConfigError
 from simpletuner.events.types import Emit, Noted, Warned
@@ -14,7 +15,7 @@ from simpletuner.models import registry
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.device import choose
 from simpletuner.training.plan import advice, wording
-from simpletuner.training.plan.fit import Ladder, changed, checkpointing, demanded, fit, read_size
+from simpletuner.training.plan.fit import Ladder, changed, checkpointing, demanded, fit
 from simpletuner.training.plan.prediction import Prediction, is_worth_it, predict
 from simpletuner.training.plan.room import Room, found, lacking_on_disks
 

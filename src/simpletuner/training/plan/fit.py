@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +18,6 @@ import torch
 from simpletuner.config.load import from_resolved, resolved
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import Framing
-from simpletuner.errors import ConfigError
 from simpletuner.models.family import BlockMemory, ModelFamily, Sketch
 from simpletuner.training.plan import prediction, speed
 from simpletuner.training.plan.imitation import stand_in
@@ -31,7 +29,6 @@ UNPACKING = {"no_change": 1.0, "int8": 1.05, "int4": 1.1, "nf4": 1.1}
 SWAPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the blocks whose weights wait on the host
 APPROXIMATOR_S = 0.4  # 0.2 TFLOP on a desktop's CPU
 VERIFIED = 5  # exact predictions, each some seconds, before a choice is given up
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(G|M)(i?)B?)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -65,15 +62,6 @@ class Way:
 def checkpointing(count: int, blocks: int) -> bool | int:
     """The option's value for so many blocks; 1 would be read as all."""
     return count >= blocks or (max(2, count) if count else False)
-
-
-def read_size(text: str) -> int:
-    """ "12GB", "11.5 GiB", "12" (GB) in bytes."""
-    match = SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ConfigError(f"{text!r} is no size; write 12GB")
-    number, letter, binary = float(match[1]), (match[2] or "G").upper(), bool(match[3])
-    return int(number * (1024 if binary else 1000) ** {"M": 2, "G": 3}[letter])
 
 
 class Ladder:
