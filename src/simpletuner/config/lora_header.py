@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from operator import index
 from pathlib import Path
 
 LONGEST_HEADER = 8 << 20
@@ -23,7 +24,7 @@ def ranks(path: Path) -> tuple[int, int]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length)) if length <= LONGEST_HEADER else {}
-        found = {key: int(entry["shape"][0]) for key, entry in header.items() if key.endswith(DOWN)}
+        found = {key: index(entry["shape"][0]) for key, entry in header.items() if key.endswith(DOWN)}
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, struct.error):
         return 0, 0
     single = (rank for key, rank in found.items() if not key.split(".lora_")[0].endswith(FUSED))

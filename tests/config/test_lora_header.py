@@ -1,0 +1,36 @@
+"""What is no LoRA has no rank, whatever its header says: those who read it whole tell what is wrong."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from simpletuner.config.lora_header import ranks
+
+
+def file(path: Path, header: bytes) -> Path:
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    return path
+
+
+def test_the_largest_rank_and_the_largest_of_one_module(tmp_path: Path) -> None:
+    shapes = {"a.lora_A.weight": [4, 64], "b.lora_down.weight": [8, 64], "c.qkv.lora_A.weight": [24, 64]}
+    header = {key: {"dtype": "F32", "shape": shape} for key, shape in shapes.items()}
+    assert ranks(file(tmp_path / "a.safetensors", json.dumps(header).encode())) == (24, 8)
+
+
+@pytest.mark.parametrize(
+    "shape", ["[Infinity]", "[1e999]", "[NaN]", "[]", "null", '"x"', "[[1]]", "9" * 5000]
+)
+def test_a_shape_that_is_none(tmp_path: Path, shape: str) -> None:
+    header = f'{{"a.lora_A.weight": {{"shape": {shape}}}}}'
+    assert ranks(file(tmp_path / "a.safetensors", header.encode())) == (0, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\xff" * 64, struct.pack("<Q", 2) + b"[]"])
+def test_what_has_no_header(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    assert ranks(tmp_path / "a.safetensors") == (0, 0)
