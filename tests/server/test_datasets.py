@@ -142,6 +142,18 @@ def test_changes_are_seen(tmp_path: Path) -> None:
     ]
 
 
+def test_a_caption_does_not_hide_what_was_uploaded_meanwhile(tmp_path: Path) -> None:
+    where = place(tmp_path / "w")
+    folder = filled(where.datasets / "photos")
+    datasets = Datasets(where)
+    settled(datasets, "photos", lambda info: not info.unread)
+    read = datasets._catalogue("photos")
+    (folder / "more.png").write_bytes(PNG)
+    datasets.uploaded("photos")
+    read.touched(folder / "0.txt")
+    assert datasets.info("photos").pictures == 10
+
+
 def test_in_place_changes_are_counted_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "FRESH_S", 0.05)
     where = place(tmp_path / "w")

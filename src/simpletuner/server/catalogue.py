@@ -102,7 +102,8 @@ class Catalogue:
         with self._lock:
             names = [name for name in self.found if name.rpartition(".")[0] == stem]
             self.found = {**self.found, **{name: replace(self.found[name], text=there) for name in names}}
-            self._folders[str(text.parent)] = _mtime(text.parent)
+            if self._folders:  # else the next look reads them all
+                self._folders[str(text.parent)] = _mtime(text.parent)
             for name in names:
                 self.row(self.found[name])
 
