@@ -97,6 +97,18 @@ def test_paths_stay_inside(place: Place, name: str, written: str) -> None:
     assert "outside" in message or message == "that is no path"
 
 
+@pytest.mark.parametrize("name", ["output_dir", "init_lora", "cache_dir", "resume_from_checkpoint"])
+@pytest.mark.parametrize("number", [5, 5.0])
+def test_a_number_is_no_path(place: Place, name: str, number: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader of files takes it for a name, and would look where the server was started."""
+    outside = place.workspace.parent / "outside"
+    (outside / str(number)).mkdir()
+    monkeypatch.chdir(outside)
+    assert said(judge(place, {name: number}, SETS)) == {name: "must be text"}
+    sets = [{**SETS[0], "id": "a", "instance_data_dir": number}]
+    assert said(judge(place, {}, sets)) == {"a.instance_data_dir": "must be text"}
+
+
 def test_what_lies_outside_is_not_told(place: Place) -> None:
     there, gone = (
         judge(place, {"init_lora": f"../{name}"}, [{"id": "a", "instance_data_dir": f"../{name}"}])

@@ -82,6 +82,8 @@ def _refused(place: Place, config: Mapping[str, Any]) -> Iterator[Complaint]:
             yield Complaint(loc=name, message=f"cannot be set here: it {NOT_SETTABLE[name]}")
         elif has_placeholder({written: value}):
             yield Complaint(loc=name, message="{env:NAME} is not read here; write the value itself")
+        elif option is not None and option.path and isinstance(value, (int, float)):
+            yield Complaint(loc=name, message="must be text")  # the reader would make it a path
         elif option is not None and option.path and isinstance(value, str) and value.strip():
             try:
                 place.inside(value)
@@ -107,6 +109,9 @@ def _datasets(
                 copy.pop(key)
                 if key == "instance_data_dir":
                     copy[key] = str(place.workspace)
+            elif key in FOLDERS and isinstance(value, (int, float)):
+                found.append(Complaint(loc=f"{name}.{key}", message="must be text"))
+                copy[key] = str(place.workspace)
             elif key in FOLDERS and isinstance(value, str) and value.strip():
                 try:
                     copy[key] = str(place.inside(value))
