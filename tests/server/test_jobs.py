@@ -379,6 +379,15 @@ def test_a_run_folder_from_elsewhere_is_read_as_a_draft_is(
     assert queued(bench) == []
 
 
+def test_a_pipe_in_the_place_of_the_datasets_is_not_waited_for(bench: Bench) -> None:
+    folder = run_folder(bench, "copied")
+    file = bench.place.workspace / "config" / "multidatabackend.json"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(Refused, match="there is no such file"):
+        bench.jobs.resume(run_id(folder), ResumeAsk())
+
+
 @pytest.mark.parametrize("state", ["stopped", "failed", "lost", "done"])
 def test_a_run_whose_folder_was_removed_is_gone(bench: Bench, state: str) -> None:
     folder = run_folder(bench, "hand")

@@ -133,6 +133,8 @@ def datasets_of(config: Mapping[str, Any], place: Place) -> list[Any]:
     if not isinstance(file, str):
         return []
     path = _inside(place, file, "data_backend_config")
+    if not path.is_file():  # a pipe would be waited for
+        refuse(422, f"data_backend_config = {file}: there is no such file", "data_backend_config")
     value = read_document(path, path.name).value
     sets = value if isinstance(value, list) else [value]
     for one in sets:
