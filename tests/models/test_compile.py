@@ -129,6 +129,14 @@ def test_the_compilers_own_autograd(backend: str, precision: str) -> None:
         assert programs() == 3
 
 
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_drawing_on_a_quantised_base(precision: str) -> None:
+    """Without gradients dynamo counts what an autograd node is given, and schemes have two parts or three."""
+    plain, model = network(0, precision).eval(), compiled("eager", 0, precision).eval()
+    with torch.no_grad():
+        assert torch.equal(run(model, SHAPES[0], None), run(plain, SHAPES[0], None))
+
+
 def test_names_and_files_do_not_change() -> None:
     assert list(compiled("eager").state_dict()) == list(network().state_dict())
 

@@ -130,6 +130,12 @@ def test_under_our_lora(scheme: str) -> None:
     identical(gradients(again, with_ours(again), torch.bfloat16, False, True), wanted)
 
 
+def test_no_tokens_at_all() -> None:
+    x = torch.randn(2, 0, 8, requires_grad=True)
+    QuantizedLinear.of(nn.Linear(8, 4), "int8")(x).sum().backward()
+    assert x.grad is not None
+
+
 def test_our_lora_against_float64_arithmetic() -> None:
     """In float32 both paths come to the same numbers."""
     plain, quantized = pair("int8", torch.float32)

@@ -35,14 +35,13 @@ def _itself(dtype: torch.dtype, weight: Tensor) -> Tensor:
 class _FrozenLinearWithDelta(torch.autograd.Function):
     """A frozen linear and its delta as one node: keeps x and A x, adds the delta in place both ways.
 
+    given: scale, restore, parts; of two values alone dynamo would make a call without ctx.
     restore(dtype, *parts): the weight (out, in), anew each time: a copy would live until the backward.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, restore: Restore,
-        *parts: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *given: Any) -> Tensor:
+        scale, restore, *parts = given
         dtype, flat = x.dtype, x.reshape(-1, x.shape[-1])
         hidden = F.linear(flat, a.to(dtype))
         y = F.linear(flat, restore(dtype, *parts), None if bias is None else bias.to(dtype))

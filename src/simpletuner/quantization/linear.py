@@ -16,10 +16,14 @@ Restore = Callable[..., Tensor]
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + bias. Neither x nor the restored weight is kept: the backward restores it again."""
+    """x W^T + bias. Neither x nor the restored weight is kept: the backward restores it again.
+
+    given: bias, restore, parts; of two values alone dynamo would make a call without ctx.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, restore: Restore, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
+        bias, restore, *parts = given
         ctx.save_for_backward(*parts)
         ctx.restore, ctx.dtype = restore, x.dtype
         return F.linear(x, restore(x.dtype, *parts), bias)
@@ -30,7 +34,8 @@ class _Product(torch.autograd.Function):
         parts = ctx.saved_tensors  # once: under checkpointing a second look is refused
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, ctx.restore(ctx.dtype, *parts)).view(*grads[0].shape[:-1], -1)
+            flat = torch.mm(grad, ctx.restore(ctx.dtype, *parts))
+            grad_x = flat.view(*grads[0].shape[:-1], flat.shape[-1])
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(0)
         return grad_x, grad_bias, *([None] * (1 + len(parts)))
