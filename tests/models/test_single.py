@@ -53,8 +53,12 @@ def test_plain_files_are_read_to_the_bit(
 
 @pytest.mark.parametrize(
     ("dtype", "scaled"),
-    [(torch.float8_e4m3fn, False), (torch.float8_e5m2, False), (torch.float8_e4m3fn, True),
-     (torch.float8_e4m3fn, "rows")],
+    [
+        (torch.float8_e4m3fn, False),
+        (torch.float8_e5m2, False),
+        (torch.float8_e4m3fn, True),
+        (torch.float8_e4m3fn, "rows"),
+    ],
 )
 def test_fp8_is_multiplied_out(
     state: State, told: dict[str, str], tmp_path: Path, dtype: torch.dtype, scaled: bool | str
