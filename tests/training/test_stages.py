@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from simpletuner.training.stages import Pictures, Scoring
+from simpletuner.training.stages import Evaluation, Pictures, Scoring
 
 LAST = 6
 
@@ -77,3 +78,19 @@ def test_what_is_scored_is_what_is_kept(ema: bool) -> None:
         base = (0, "base", 0.0 if net.lora else 1.0, False)
         assert witness.seen == [base, (3, "ema" if ema else "trained", 1.0, ema)]
         assert (net.strength, net.averaged) == (1.0, False)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_held_out_loss_starts_from_the_lora_that_is_gone_on_from(ema: bool) -> None:
+    net, seen = Net(ema=ema), []
+
+    class HeldOut:
+        last_step = None
+
+        def run(self, net: Net, step: int, emit: object) -> None:
+            seen.append((step, net.strength, net.averaged))
+
+    measured = Evaluation(cast(Any, HeldOut()), cast(Any, net), Path(), lambda event: None)
+    for step in (0, 3):
+        measured.run(step)
+    assert seen == [(0, 1.0, False), (3, 1.0, ema)]

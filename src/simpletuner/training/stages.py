@@ -91,7 +91,9 @@ class Evaluation:
     def run(self, step: int) -> None:
         if step == self.heldout.last_step:
             return
-        with kept(self.net, step):
+        average = None if step == BASE_STEP else self.net.average
+        # What this training changes is told: a LoRA that it goes on from belongs to the start.
+        with nullcontext() if average is None else average():
             self.heldout.run(self.net.transformer, step, self.emit)
 
     def best_step(self) -> int | None:
