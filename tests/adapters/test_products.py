@@ -220,6 +220,7 @@ def test_a_fused_matrix_is_cut_into_rows_and_not_written_in_parts(tmp_path):
 DAMAGED = {
     "half a pair": ({"lokr_w1": (4, 4), "lokr_w2_a": (8, 2)}, "lokr_w2 is neither one matrix nor a pair"),
     "both": ({"lokr_w1": (4, 4), "lokr_w2": (8, 8), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 8)}, "neither one"),
+    "of both kinds": ({"lokr_w1": (4, 4), "lokr_w2": (8, 8), "hada_w1_b": (2, 2)}, "not of its kind"),
     "ranks": ({"lokr_w1": (4, 4), "lokr_w2_a": (8, 2), "lokr_w2_b": (3, 8)}, "are no lokr_w2"),
     "four sides": ({"lokr_w1": (4, 4, 1, 1), "lokr_w2": (8, 8)}, "are no lokr_w1"),
     "nothing": ({"lokr_w1": (0, 4), "lokr_w2": (8, 8)}, "are no lokr_w1"),

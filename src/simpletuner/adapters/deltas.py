@@ -141,6 +141,8 @@ def half(parts: Mapping[str, Tensor], number: str) -> Tensor:
 def misfit(parts: Mapping[str, Tensor]) -> str:
     """Why these are no LoHa and no LoKr; nothing for those that are."""
     shapes = {name: tuple(part.shape) for name, part in parts.items()}
+    if odd := next((name for name in parts if not name.startswith(stem(parts))), ""):
+        return f"{odd} is not of its kind"
     for name in (f"{stem(parts)}{number}" for number in "12"):
         found = [end for end in ("", "_a", "_b") if f"{name}{end}" in parts]
         if found not in ([""], ["_a", "_b"]):
@@ -148,7 +150,7 @@ def misfit(parts: Mapping[str, Tensor]) -> str:
         mine = [shapes[f"{name}{end}"] for end in found]
         if any(len(shape) != 2 or 0 in shape for shape in mine) or mine[0][-1] != mine[-1][-len(found)]:
             return f"shapes {', '.join(map(str, mine))} are no {name}"
-    if is_loha(parts) and (len(parts) > 4 or _size(parts, "1") != _size(parts, "2")):
+    if is_loha(parts) and _size(parts, "1") != _size(parts, "2"):
         return "w1 and w2 differ in size"
     return ""
 
