@@ -133,6 +133,23 @@ def test_three_hundred_pictures_are_paged(house: House, visit: Callable[..., Pag
     expect(page.get_by_role("row").filter(has_text="%").first).to_be_visible()
 
 
+def test_the_list_reads_on_while_something_is_unread(house: House, visit: Callable[..., Page]) -> None:
+    house.pictures("slow", 4)
+
+    def half(route: Route) -> None:
+        answer = route.fetch()
+        (told,) = answer.json()
+        route.fulfill(response=answer, json=[{**told, "captioned": 1, "unread": 3}])
+
+    page = visit(house, "#/new")
+    page.route("**/api/v1/datasets", half, times=1)
+    page.get_by_role("link", name="Datasets").click()
+    card = page.get_by_role("listitem").filter(has_text="slow")
+    expect(card.get_by_role("status")).to_have_text("Looking into the folder… 3")
+    expect(card).to_contain_text("Captioned4")
+    expect(card.get_by_role("status")).to_have_count(0)
+
+
 @pytest.mark.slow
 def test_ten_thousand_pictures_stay_smooth(house: House, visit: Callable[..., Page]) -> None:
     """Says the times that it saw; they are bounded for a loaded machine."""
