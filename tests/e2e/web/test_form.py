@@ -114,6 +114,12 @@ def test_options_that_need_others_and_a_preset_with_its_way_back(
     until(lambda: house.tell("GET", f"drafts/{id}")["config"] == before, "it is as before")
 
 
+def test_a_preset_s_size_is_written_as_the_language_does(house: House, visit: Callable[..., Page]) -> None:
+    page = visit(house, "#/new", locale="es-ES")
+    expect(page.get_by_text(re.compile(r"; \d+,\d GB previstos")).first).to_be_visible()
+    expect(page.get_by_text(re.compile(r"\d\.\d GB"))).to_have_count(0)
+
+
 def test_export_and_import_are_each_other_s_way_back(
     house: House, visit: Callable[..., Page], tmp_path: Path
 ) -> None:
