@@ -10,7 +10,8 @@ from torch import nn
 
 from simpletuner.adapters.linear import adapted
 from simpletuner.adapters.lora import attach, set_strength
-from simpletuner.config.schema import AdapterOptions
+from simpletuner.config.rules import contradictions
+from simpletuner.config.schema import AdapterOptions, RunConfig
 from simpletuner.errors import ConfigError, ModelError
 from tests.adapters.networks import attention_names, perturb, run, tiny_chroma
 
@@ -175,12 +176,17 @@ def test_principal_starts_train_as_peft_trains_them(kind):
     assert torch.allclose(nn.functional.linear(x, merged, linear.bias), ours(x))
 
 
+@pytest.mark.parametrize(
+    ("other", "told"), [({"use_dora": True}, "lora_init_type"), ({"init_lora": "x"}, "init_lora")], ids=str
+)
+def test_what_a_principal_start_does_not_go_with_is_told_before_anything_is_read(other, told):
+    for kind in ("olora", "pissa", "default"):
+        run_config = RunConfig(adapter=AdapterOptions(lora_init_type=kind, **other))
+        assert (told in {name for name, _ in contradictions(run_config, {})}) == (kind != "default")
+
+
 def test_refusals():
     network = tiny_chroma()
-    with pytest.raises(ConfigError, match="use_dora"):
-        attach(network, AdapterOptions(lora_init_type="pissa", use_dora=True), ["proj_out"], 0)
-    with pytest.raises(ConfigError, match="init_lora"):
-        attach(network, AdapterOptions(lora_init_type="olora", init_lora="x"), ["proj_out"], 0)
     with pytest.raises(ConfigError, match="lora_rank <= "):
         attach(tiny_chroma(), AdapterOptions(lora_init_type="olora", lora_rank=64), ["proj_out"], 0)
     with pytest.raises(ModelError, match="no nowhere"):

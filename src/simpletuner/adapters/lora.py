@@ -15,12 +15,10 @@ from simpletuner.adapters.linear import AdaptedLinear, DoraLinear, LoraLinear, P
 from simpletuner.adapters.loaders import OUTSIDE_BLOCKS
 from simpletuner.adapters.products import continued, fresh
 from simpletuner.config import lycoris
+from simpletuner.config.rules import FROM_BASE
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError, ModelError
 from simpletuner.randomness import seed_at
-
-# These take the base's principal part into A and B, instead of a delta of zero.
-FROM_BASE = ("olora", "pissa")
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,8 @@ def attach(
     alpha defaults to the rank. A is drawn from (seed, module name), whatever the order of the names.
     olora and pissa leave the base as it is: the start is kept beside A and B and subtracted, so a file
     (of twice the rank) and strength 0 stay right for the untouched base.
-    dtype: of what is trained. Refuses unknown modules, a network that has an adapter, and combinations that
-    no file could express (ConfigError, ModelError).
+    dtype: of what is trained. Refuses unknown modules, a network that has an adapter, and modules that no
+    file of lora_format could hold (ConfigError, ModelError).
     """
     _refuse_combinations(options, target_names)
     bases = _bases(transformer, target_names)
@@ -104,16 +102,6 @@ def _refuse_combinations(options: AdapterOptions, target_names: Sequence[str]) -
     if options.lora_format == "kohya" and outer:
         what = f"reaches the blocks only, and lora_target_modules names {outer[0]}"
         raise ConfigError(f'lora_format "kohya" {what}; use "comfyui"')
-    if options.lora_init_type in FROM_BASE and options.use_dora:
-        raise ConfigError(
-            f"lora_init_type = {options.lora_init_type!r} cannot be combined with use_dora: no file layout "
-            "can express the result on the untouched base; use lora_init_type = 'default'"
-        )
-    if options.lora_init_type in FROM_BASE and options.init_lora is not None:
-        raise ConfigError(
-            f"lora_init_type = {options.lora_init_type!r} and init_lora both say how A and B start; "
-            "remove one of them"
-        )
 
 
 def _bases(

@@ -16,6 +16,7 @@ Given = Mapping[str, str]  # option -> where it was given; defaults are absent
 Finding = tuple[str, str]  # option it is reported at, what is wrong
 RESOLUTION = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
 SCORES = ("shapes", "zorbo")
+FROM_BASE = ("olora", "pissa")  # take the base's principal part into A and B, instead of a delta of zero
 LORA_ONLY = (
     "lora_rank", "lora_alpha", "lora_dropout", "flux_lora_target", "lora_target_modules", "use_dora",
     "use_rslora", "lora_init_type", "lora_format", "lora_type", "lycoris_config",
@@ -54,6 +55,11 @@ def contradictions(run: RunConfig, given: Given) -> Iterator[Finding]:
     if run.adapter.use_dora and run.adapter.lora_format != "diffusers":
         what = "cannot hold a DoRA: ComfyUI, Forge and kohya's tools scale magnitudes by rules of their own"
         yield "lora_format", f'{run.adapter.lora_format} {what}; use "diffusers", or leave use_dora off'
+    if run.adapter.lora_init_type in FROM_BASE and run.adapter.use_dora:
+        what = "cannot go with use_dora: no file can express the result on the untouched base"
+        yield "lora_init_type", f'{run.adapter.lora_init_type} {what}; use "default"'
+    if run.adapter.lora_init_type in FROM_BASE and run.adapter.init_lora is not None:
+        yield "init_lora", "and lora_init_type both say how A and B start; remove one of them"
     if isinstance(run.adapter.lora_target_modules, str):
         try:
             re.compile(run.adapter.lora_target_modules)
