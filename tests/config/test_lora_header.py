@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner.config.load import attempt_mapping
 from simpletuner.config.lora_header import ranks
 
 
@@ -34,3 +35,26 @@ def test_a_shape_that_is_none(tmp_path: Path, shape: str) -> None:
 def test_what_has_no_header(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.safetensors").write_bytes(content)
     assert ranks(tmp_path / "a.safetensors") == (0, 0)
+
+
+LOKR = {"lora_type": "lycoris", "lycoris_config": {"algo": "lokr"}}
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "told"),
+    [
+        ("x.lokr_w1", {}, 'is a lokr; set lora_type "lycoris" and algo "lokr" in lycoris_config'),
+        ("x.hada_w1_a", LOKR, "is a loha; set"),
+        ("x.lora_A.weight", LOKR, 'lora_type "standard"'),
+        ("x.lokr_w2_a", LOKR, ""),
+        ("x.lora_A.weight", {}, ""),
+    ],
+)  # fmt: skip
+def test_another_kind_is_told_before_anything_is_loaded(
+    key: str, options: dict[str, object], told: str, tmp_path: Path
+) -> None:
+    header = json.dumps({key: {"dtype": "F32", "shape": [8, 0], "data_offsets": [0, 0]}}).encode()
+    tried = attempt_mapping({"init_lora": str(file(tmp_path / "x.safetensors", header)), **options}, tmp_path)
+    mine = [str(problem) for problem in tried.problems if "lora" in str(problem)]
+    assert len(mine) == bool(told)
+    assert told in "".join(mine)

@@ -293,12 +293,18 @@ def _inline_lycoris(reading: _Reading) -> None:
 
 
 def _rank_of_init_lora(reading: _Reading) -> None:
-    """The file's rank, unless one is given; a smaller one is refused before a model is loaded."""
+    """The file's rank, unless one is given; a smaller one, or another kind, is refused early."""
     file, rank = reading.values.get("init_lora"), reading.values.get("lora_rank")
     if file is None or not reading.broken.isdisjoint({"init_lora", "lora_rank"}):
         return
     largest, surely = lora_header.ranks(Path(file))
-    if rank is None and largest:
+    algo, config = lora_header.algo(Path(file)), reading.values.get("lycoris_config")
+    makes_product = reading.values.get("lora_type") == "lycoris" and isinstance(config, dict)
+    if (algo or largest) and algo != (config.get("algo") if makes_product else None):
+        way = f'"lycoris" and algo "{algo}" in lycoris_config' if algo else '"standard"'
+        what = f"init_lora: {Path(file).name} is a {algo or 'LoRA'}; set lora_type {way}"
+        reading.problem(reading.origins["init_lora"], what, "init_lora")
+    elif rank is None and largest:
         reading.values["lora_rank"] = largest
         reading.notes.append(f"lora_rank is {largest}, as {Path(file).name} has it")
     elif rank is not None and rank < surely:

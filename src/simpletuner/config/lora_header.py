@@ -1,4 +1,4 @@
-"""The rank of a LoRA file, by its header: known before anything is loaded."""
+"""The kind and rank of a LoRA file, by its header: known before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import struct
 from operator import index
 from pathlib import Path
+from typing import Any
 
 LONGEST_HEADER = 8 << 20
 DOWN = (".lora_A.weight", ".lora_down.weight")
@@ -17,15 +18,28 @@ def ranks(path: Path) -> tuple[int, int]:
 
     What is no LoRA is told by those who read it whole.
     """
+    try:
+        found = {key: index(entry["shape"][0]) for key, entry in _header(path).items() if key.endswith(DOWN)}
+    except (TypeError, LookupError):
+        return 0, 0
+    single = (rank for key, rank in found.items() if not key.split(".lora_")[0].endswith(FUSED))
+    return max(found.values(), default=0), max(single, default=0)
+
+
+def algo(path: Path) -> str | None:
+    """LyCORIS' name of a LoKr or a LoHa; None for all else."""
+    marks = {"lokr": ".lokr_w", "loha": ".hada_w"}
+    return next((name for name, mark in marks.items() if any(mark in key for key in _header(path))), None)
+
+
+def _header(path: Path) -> dict[str, Any]:
     path = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
     if not path.is_file():  # a pipe would be waited for
-        return 0, 0
+        return {}
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length)) if length <= LONGEST_HEADER else {}
-        found = {key: index(entry["shape"][0]) for key, entry in header.items() if key.endswith(DOWN)}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, struct.error):
-        return 0, 0
-    single = (rank for key, rank in found.items() if not key.split(".lora_")[0].endswith(FUSED))
-    return max(found.values(), default=0), max(single, default=0)
+    except (OSError, ValueError, RecursionError, struct.error):
+        return {}
+    return header if isinstance(header, dict) else {}
