@@ -299,8 +299,8 @@ def _rank_of_init_lora(reading: _Reading) -> None:
         return
     largest, surely = lora_header.ranks(Path(file))
     algo, config = lora_header.algo(Path(file)), reading.values.get("lycoris_config")
-    makes_product = reading.values.get("lora_type") == "lycoris" and isinstance(config, dict)
-    if (algo or largest) and algo != (config.get("algo") if makes_product else None):
+    product = config if reading.values.get("lora_type") == "lycoris" and isinstance(config, dict) else {}
+    if (algo or largest) and algo != product.get("algo"):
         way = f'"lycoris" and algo "{algo}" in lycoris_config' if algo else '"standard"'
         what = f"init_lora: {Path(file).name} is a {algo or 'LoRA'}; set lora_type {way}"
         reading.problem(reading.origins["init_lora"], what, "init_lora")
