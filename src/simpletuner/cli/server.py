@@ -56,7 +56,7 @@ def command(
     from simpletuner.server.token import kept
 
     if token is not None and len(token) < SHORTEST_TOKEN:
-        raise ConfigError(f"--token needs at least {SHORTEST_TOKEN} characters; without it one is made")
+        raise ConfigError(f"the token needs at least {SHORTEST_TOKEN} characters; without one it is made")
     with bound(host, port) as listening:
         place = Place(workspace, roots)
         settings = Settings(place, host, listening.getsockname()[1], token, names)
@@ -115,9 +115,7 @@ def tell(settings: Settings, launch: str, opens: bool) -> None:
     url = f"http://{host}:{settings.port}/{launch}"
     click.echo(f"simpletuner: {url}")
     if launch:
-        click.echo(
-            "This link logs in once. For scripts, and later: the token given with --token, or else the"
-        )
+        click.echo("This link logs in once. For scripts, and later: the token that you gave, or else the")
         click.echo(
             f"one in {settings.place.own / 'token'}. Plain HTTP: across a network use a tunnel (ssh -L)."
         )

@@ -88,9 +88,7 @@ def prepare(
     listed = folder.path / "rejected.jsonl"
     scanned = scan([*backends.train, *backends.eval], run.data, run.training.seed, emit, rejected_path=listed)
     if scanned.rejected:
-        emit(
-            Warned(f"{len(scanned.rejected)} files are not trained on:\n{listing(scanned.rejected, listed)}")
-        )
+        emit(Warned(f"not trained on ({len(scanned.rejected)}):\n{listing(scanned.rejected, listed)}"))
     held_out = {one.id for one in backends.eval}
     source = family.locate(run.model, emit)
     facts = family.facts(source)
