@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "simpletuner"
-PACKAGE_LINES = 25_600
+PACKAGE_LINES = 25_400
 FILE_LINES = 400
 FILE_LINES_EXCEPT = {"models/chroma/transformer.py": 450}
 FUNCTION_LINES = 90
