@@ -135,11 +135,12 @@ def test_three_hundred_pictures_are_paged(house: House, visit: Callable[..., Pag
 
 def test_the_list_reads_on_while_something_is_unread(house: House, visit: Callable[..., Page]) -> None:
     house.pictures("slow", 4)
+    unread = {"captioned": 1, "unread": 3}
 
     def half(route: Route) -> None:
         answer = route.fetch()
-        (told,) = answer.json()
-        route.fulfill(response=answer, json=[{**told, "captioned": 1, "unread": 3}])
+        told = [{**one, **unread} if one["name"] == "slow" else one for one in answer.json()]
+        route.fulfill(response=answer, json=told)
 
     page = visit(house, "#/new")
     page.route("**/api/v1/datasets", half, times=1)
