@@ -41,7 +41,8 @@ def test_needs_name_values_that_their_option_can_have(table: dict) -> None:
             assert other in table
             for value in values:
                 if table is EVERY:
-                    tried = attempt_mapping({other: value}, Path())
+                    company = {"lycoris_config": {"algo": "lokr"}} if value == "lycoris" else {}
+                    tried = attempt_mapping({other: value, **company}, Path())
                     assert value == tried.loaded.run.model_dump()[catalog()[other].section][other]
                 else:
                     assert read(dict(PICTURES, **SHARED)[other], value) == value
@@ -99,3 +100,10 @@ def test_presets_take_the_finest_base_that_fits() -> None:
 def test_the_pages_have_a_name_for_every_section() -> None:
     words = (Path(__file__).parents[2] / "web/src/i18n/en/newRun.ts").read_text(encoding="utf-8")
     assert set(re.findall(r"^  group_(\w+):", words, re.MULTILINE)) == set(RunConfig.model_fields)
+
+
+def test_a_lycoris_run_is_asked_for_lycoris_own() -> None:
+    needs = {option.name: option.needs.get("lora_type") for option in options.schema().options}
+    assert needs["lycoris_config"] == ["lycoris"]
+    assert needs["lora_rank"] == needs["use_dora"] == ["standard"]
+    assert needs["flux_lora_target"] is None

@@ -9,6 +9,7 @@ from typing import Any
 
 from simpletuner.config.catalog import Option, catalog
 from simpletuner.config.proposals import NANO, for_memory
+from simpletuner.config.rules import PAIRS_ONLY
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.data.fields import PICTURES, SHARED
 from simpletuner.server.wire.configs import OptionInfo, Preset, Schema
@@ -20,11 +21,14 @@ NOT_SETTABLE: Mapping[str, str] = {
 }
 
 LORA, EMA, DRAWN = {"model_type": ["lora"]}, {"use_ema": [True]}, {"validation_disable": [False]}
+PAIRS = {**LORA, "lora_type": ["standard"]}
 QUANTISED = ["int8", "int4", "nf4", "fp8"]
 COURSES = ["linear", "cosine", "polynomial"]
 # Option -> where it is shown: every option named there has one of the values.
 NEEDS: Mapping[str, Mapping[str, list[Any]]] = {
     **dict.fromkeys(AdapterOptions.model_fields, LORA),
+    **dict.fromkeys(PAIRS_ONLY, PAIRS),
+    "lycoris_config": {**LORA, "lora_type": ["lycoris"]},
     **dict.fromkeys(("base_model_precision", "musubi_blocks_to_swap"), LORA),
     "quantize_via": {"base_model_precision": QUANTISED},
     "quantized_cache_dir": {"base_model_precision": QUANTISED},
