@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simpletuner.cache.store import Store
+from simpletuner.cache.tensor_store import TensorStore
 
 KINDS: dict[str, Callable[[], Tensor]] = {
     "latents": lambda: torch.randn(32, 64, 64),
@@ -43,17 +43,17 @@ def store_rates(
     folder: Path, keys: list[str], order: list[str], value: Tensor
 ) -> Iterator[tuple[str, float]]:
     def write() -> None:
-        with Store(folder, "benchmark") as store:
+        with TensorStore(folder, "benchmark") as store:
             for key in keys:
                 store.put(key, {"x": value})
 
     def look() -> None:
-        with Store(folder, "benchmark") as store:
-            assert not store.missing(keys)
+        with TensorStore(folder, "benchmark") as store:
+            assert not store.missing_keys(keys)
 
     yield "write", rate(len(keys), write)
     yield "look", rate(len(keys), look)
-    with Store(folder, "benchmark") as store:
+    with TensorStore(folder, "benchmark") as store:
         yield "read", rate(len(keys), lambda: [store.get(key) for key in order])
         with ThreadPoolExecutor(2) as pool:
             yield "read_2_threads", rate(len(keys), lambda: list(pool.map(store.get, order)))

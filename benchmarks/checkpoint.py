@@ -34,10 +34,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()
-        saved = checkpoint.save(folder, checkpoint.Snapshot(1, tensors, {}), None, keep=2)
+        saved = checkpoint.save_checkpoint(folder, checkpoint.CheckpointData(1, tensors, {}), None, keep=2)
         save_s = time.perf_counter() - started
         started = time.perf_counter()
-        checkpoint.verify(saved)
+        checkpoint.verify_checkpoint(saved)
         checkpoint.read_tensors(saved)
         load_s = time.perf_counter() - started
         size = sum(path.stat().st_size for path in saved.rglob("*"))

@@ -36,18 +36,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from simpletuner.config.load import from_resolved
+from simpletuner.config.load import config_from_resolved
 from simpletuner.config.schema import RunConfig
-from simpletuner.events.types import Event, Noted
-from simpletuner.models.chroma.precision import transformer_file
+from simpletuner.events.event_types import Event, NoticeIssued
+from simpletuner.models.chroma.quantized_cache import quantized_transformer_file
 from simpletuner.models.chroma.transformer import CLASS_NAME, TransformerConfig
-from simpletuner.models.chroma.weights import STEM, block_linears, empty_transformer
-from simpletuner.models.family import ModelFamily, Sketch, Source
-from simpletuner.quantization.schemes import named
+from simpletuner.models.chroma.weights import WEIGHTS_STEM, block_linears, empty_transformer
+from simpletuner.models.family import ModelFamily, ModelFiles, ModelSpec
+from simpletuner.quantization.schemes import get_scheme
 
 if TYPE_CHECKING:
-    from simpletuner.training.loop import Parts
-    from simpletuner.training.trainee import Trainee
+    from simpletuner.training.loop import TrainerContext
+    from simpletuner.training.train_state import TrainState
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMES = ("int8", "nf4")
@@ -141,14 +141,16 @@ def write(folder: Path, size: Size) -> Figures:
         shards = split(shapes, size.shard_bytes)
         weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
-            file = target / f"{STEM}-{number:05}-of-{len(shards):05}.safetensors"
+            file = target / f"{WEIGHTS_STEM}-{number:05}-of-{len(shards):05}.safetensors"
             if not file.exists():
                 write_shard(file, {name: shapes[name] for name in names}, block)
                 print(f"{file.name} is written", flush=True)
             weight_map |= dict.fromkeys(names, file.name)
         count = sum(map(math.prod, shapes.values()))
         index = {"metadata": {"total_size": count * BYTES}, "weight_map": weight_map}
-        (target / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+        (target / f"{WEIGHTS_STEM}.safetensors.index.json").write_text(
+            json.dumps(index, indent=1), encoding="utf-8"
+        )
         fields = {"_class_name": CLASS_NAME, **size.config.__dict__}
         (target / "config.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
     return {"parameters": count, "tensors": len(shapes), "gb": gb(count * BYTES), **found}
@@ -159,7 +161,7 @@ def needed_bytes(shapes: Shapes, quantized: set[str]) -> int:
     whole = sum(map(math.prod, shapes.values())) * BYTES
     linears = [(shapes[name][0], shapes[name][1]) for name in quantized]
     rest = whole - sum(map(math.prod, linears)) * BYTES
-    return whole + sum(rest + sum(named(one).size_bytes(*shape) for shape in linears) for one in SCHEMES)
+    return whole + sum(rest + sum(get_scheme(one).size_bytes(*shape) for shape in linears) for one in SCHEMES)
 
 
 def require_room(folder: Path, needed: int) -> None:
@@ -222,24 +224,26 @@ def converter(scheme: str) -> Callable[[Path, Size], Figures]:
         notes: list[str] = []
 
         def tell(event: Event) -> None:
-            if isinstance(event, Noted):  # that a killed conversion went on: the figures are of the rest
+            if isinstance(
+                event, NoticeIssued
+            ):  # that a killed conversion went on: the figures are of the rest
                 notes.append(f"{event.message}: the figures are of the rest.")
 
         with measured() as found:
-            file = transformer_file(source, run.model, torch.device("cpu"), tell)
+            file = quantized_transformer_file(source, run.model, torch.device("cpu"), tell)
         return {"gb": gb(file.stat().st_size), **found, "notes": notes}
 
     return convert
 
 
-def source_of(folder: Path) -> Source:
+def source_of(folder: Path) -> ModelFiles:
     """Only the transformer is there, and nothing else is read."""
     transformer = folder / "transformer"
-    return Source("a random checkpoint", "", transformer, transformer, transformer, transformer)
+    return ModelFiles("a random checkpoint", "", transformer, transformer, transformer, transformer)
 
 
 def run_of(folder: Path, scheme: str) -> RunConfig:
-    return from_resolved({
+    return config_from_resolved({
         "base_model_precision": scheme, "quantized_cache_dir": str(folder / "quantized"), "lora_rank": 16,
         "flux_lora_target": "all+ffs", "gradient_checkpointing": True, "mixed_precision": "bf16",
         "device": "cpu", "seed": 1, "max_train_steps": STEPS,
@@ -249,21 +253,23 @@ def run_of(folder: Path, scheme: str) -> RunConfig:
 def train(folder: Path, size: Size) -> Figures:
     """Mapped from a cold disk, then the loop's own steps."""
     # Here, so that the conversions' memory is not that of libraries which they do not use.
-    from simpletuner.events.sinks import silent
+    from simpletuner.events.sinks import null_emit
     from simpletuner.models import registry
-    from simpletuner.training import loop, trainee
-    from simpletuner.training.device import choose
+    from simpletuner.training import loop, train_state
+    from simpletuner.training.device import select_device
 
     for file in (folder / "quantized").iterdir():
         forget(file)
-    source, run, family = source_of(folder), run_of(folder, "nf4"), registry.family("chroma")
-    device, steps = choose(run.model), []
+    source, run, family = source_of(folder), run_of(folder, "nf4"), registry.get_family("chroma")
+    device, steps = select_device(run.model), []
     with measured() as whole:
         with measured() as loading:
-            transformer = family.load_transformer(source, device.device, device.weights, run.model, silent)
-        trained = trainee.attach(run, family, transformer, silent)
-        trainee.prepare_blocks(run, family, transformer, device.device)
-        net = trainee.equip(run, transformer, trained)
+            transformer = family.load_transformer(
+                source, device.device, device.weights_dtype, run.model, null_emit
+            )
+        trained = train_state.attach_trainable_parameters(run, family, transformer, null_emit)
+        train_state.configure_blocks(run, family, transformer, device.device)
+        net = train_state.assemble_train_state(run, transformer, trained)
         parts = parts_of(run, family, net, size.config)
         for step in range(STEPS):
             started = time.process_time()
@@ -282,27 +288,31 @@ def forget(file: Path) -> None:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def parts_of(run: RunConfig, family: ModelFamily, net: Trainee, config: TransformerConfig) -> Parts:
+def parts_of(
+    run: RunConfig, family: ModelFamily, net: TrainState, config: TransformerConfig
+) -> TrainerContext:
     """As the memory plan builds them, with random numbers where it has shapes alone."""
-    from simpletuner.cache.types import Batch
-    from simpletuner.models.chroma.sketch import FACTS
-    from simpletuner.training.loop import Plan
-    from simpletuner.training.plan import imitation
-    from simpletuner.training.plan.count import LiveBytes
+    from simpletuner.cache.batch_types import Batch
+    from simpletuner.models.chroma.model_spec import CHROMA_CONSTANTS
+    from simpletuner.training.loop import TrainSchedule
+    from simpletuner.training.memory_plan import fake_step
+    from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
 
-    facts = replace(FACTS, text_width=config.joint_attention_dim)
-    sketch = Sketch(net.transformer, (), config.width, facts, False, torch.bfloat16, 0, 0, 0, 0)
-    feed = imitation.Feed(samples=1, size_px=(SIZE_PX, SIZE_PX), text_rows=TEXT_ROWS)
-    parts = imitation.parts_of(run, family, sketch, feed, net, Plan(STEPS, 1, 1, 0), LiveBytes(1))
-    shaped = parts.batch
+    facts = replace(CHROMA_CONSTANTS, text_width=config.joint_attention_dim)
+    sketch = ModelSpec(net.transformer, (), config.width, facts, False, torch.bfloat16, 0, 0, 0, 0)
+    feed = fake_step.BatchShape(samples=1, size_px=(SIZE_PX, SIZE_PX), text_rows=TEXT_ROWS)
+    parts = fake_step.make_fake_context(
+        run, family, sketch, feed, net, TrainSchedule(STEPS, 1, 1, 0), MemoryTrackerMode(1)
+    )
+    shaped = parts.load_batch
 
     def batch(number: int) -> Batch:
         made, random = shaped(number), torch.Generator().manual_seed(number)
-        for tensor in (made.latents, made.text.rows):
+        for tensor in (made.latents, made.text.embeddings):
             tensor.normal_(generator=random)
         return made
 
-    return replace(parts, batch=batch)
+    return replace(parts, load_batch=batch)
 
 
 STAGES: Mapping[str, Callable[[Path, Size], Figures]] = {

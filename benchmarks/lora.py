@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from simpletuner.adapters.lora import attach
+from simpletuner.adapters.attachment import attach_adapter
 from simpletuner.config.schema import AdapterOptions
 
 NAMES = ["to_q", "to_k", "to_v", "to_out"]
@@ -37,7 +37,7 @@ def make(width: int, rank: int, ours: bool) -> Projections:
     torch.manual_seed(0)
     network = Projections(width).bfloat16()
     if ours:
-        attach(network, AdapterOptions(lora_rank=rank), NAMES, seed=0)
+        attach_adapter(network, AdapterOptions(lora_rank=rank), NAMES, seed=0)
         return network
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=NAMES), network)
     for name, parameter in network.named_parameters():

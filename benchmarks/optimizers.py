@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.config.schema import OptimizerOptions
-from simpletuner.training.optimizers import OPTIMIZERS, build
-from simpletuner.training.update import Update, update_of
+from simpletuner.training.optimizer_step import OptimizerStep, make_optimizer_step
+from simpletuner.training.optimizers import OPTIMIZERS, build_optimizer
 
 UNRELEASED = ("prodigy",)
 
@@ -55,11 +55,11 @@ def peak_bytes(act: Callable[[], object]) -> int:
     return peak
 
 
-def one_step(update: Update, layers: nn.ModuleList, width: int, dtype: torch.dtype) -> None:
+def one_step(update: OptimizerStep, layers: nn.ModuleList, width: int, dtype: torch.dtype) -> None:
     update.backward(loss_of(layers, width, dtype))
-    update.limit()
+    update.clip_gradients()
     update.apply()
-    update.clear()
+    update.zero_grad()
 
 
 def measure(name: str, width: int, dtype: torch.dtype, repeats: int) -> dict[str, object]:
@@ -67,8 +67,8 @@ def measure(name: str, width: int, dtype: torch.dtype, repeats: int) -> dict[str
     params = list(layers.parameters())
     weights = sum(param.numel() for param in params)
     options = OptimizerOptions(optimizer=name, max_grad_norm=0)
-    optimizer = build(options, list(layers.named_parameters()), seed=0)
-    update = update_of(params, optimizer, options)
+    optimizer = build_optimizer(options, list(layers.named_parameters()), seed=0)
+    update = make_optimizer_step(params, optimizer, options)
     one_step(update, layers, width, dtype)  # the states are there
     state = sum(
         value.nbytes
@@ -83,7 +83,7 @@ def measure(name: str, width: int, dtype: torch.dtype, repeats: int) -> dict[str
         started = time.process_time()
         update.apply()
         seconds.append(time.process_time() - started)
-    update.clear()
+    update.zero_grad()
     size = sum(param.nbytes for param in params)
     return {
         "optimizer": name, "dtype": str(dtype).removeprefix("torch."), "weights": weights,
@@ -99,12 +99,12 @@ def released(name: str, width: int, dtype: torch.dtype) -> dict[str, float]:
     layers = block(width, dtype)
     params = list(layers.parameters())
     options = OptimizerOptions(optimizer=name, max_grad_norm=0, optimizer_release_gradients=True)
-    optimizer = build(options, list(layers.named_parameters()), seed=0)
+    optimizer = build_optimizer(options, list(layers.named_parameters()), seed=0)
     live: list[int] = []
     optimizer.register_step_pre_hook(
         lambda *_: live.append(sum(param.grad.nbytes for param in params if param.grad is not None))
     )
-    one_step(update_of(params, optimizer, options), layers, width, dtype)
+    one_step(make_optimizer_step(params, optimizer, options), layers, width, dtype)
     return {"released": round(max(live) / sum(param.nbytes for param in params), 3)}
 
 

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from simpletuner.config.load import from_resolved
+from simpletuner.config.load import config_from_resolved
 from simpletuner.models import registry
-from simpletuner.training.plan.prediction import Prediction, predict
+from simpletuner.training.memory_plan.prediction import MemoryPrediction, predict_memory
 
 RESULTS = Path(__file__).parent / "results"
 LORA = {"flux_lora_target": "all+ffs", "lora_rank": 16}
@@ -63,8 +63,8 @@ ROWS: list[tuple[str, float | None, int, dict[str, Any]]] = [
 
 def row(name: str, stated: float | None, px: int, options: dict[str, Any]) -> dict[str, Any]:
     started = time.process_time()
-    run = from_resolved({**options, "resolution": float(px)})
-    plan = predict(run, registry.family("chroma"), kind="cuda")
+    run = config_from_resolved({**options, "resolution": float(px)})
+    plan = predict_memory(run, registry.get_family("chroma"), kind="cuda")
     cpu_s = round(time.process_time() - started, 1)
     meant = options.get("flux_lora_target") == "all+ffs" and plan.memory.approximator_on_host
     wanted = TENSORS.get((run.model.base_model_precision, px)) if meant else None
@@ -75,9 +75,9 @@ def row(name: str, stated: float | None, px: int, options: dict[str, Any]) -> di
     return {**told, "options": options, **split(plan)}
 
 
-def split(plan: Prediction) -> dict[str, Any]:
+def split(plan: MemoryPrediction) -> dict[str, Any]:
     parts = {name: gb(size) for name, size in {**plan.parts, **plan.allowances}.items()}
-    return {"tensors_gb": gb(plan.tensors), "parts_gb": parts, "tflop": round(plan.flops / 1e12, 1)}
+    return {"tensors_gb": gb(plan.tensor_bytes), "parts_gb": parts, "tflop": round(plan.flops / 1e12, 1)}
 
 
 def gb(size: float) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import simpletuner.models as models_package
 from simpletuner.models.chroma.weights import block_linears, load_transformer
-from simpletuner.quantization.linear import QuantizedLinear
+from simpletuner.quantization.quantized_linear import QuantizedLinear
 from simpletuner.quantization.schemes import SCHEMES
 
 ROUNDS = 5
@@ -62,7 +62,7 @@ def speed(scheme: str, weight: Tensor) -> tuple[float, float, float]:
     """Million weights per second quantised, restored; time of a forward and backward over bfloat16's."""
     plain = nn.Linear(weight.shape[1], weight.shape[0], dtype=torch.bfloat16).requires_grad_(False)
     plain.weight.copy_(weight)
-    quantized = QuantizedLinear.of(plain, scheme)
+    quantized = QuantizedLinear.from_linear(plain, scheme)
     x = torch.randn(TOKENS, weight.shape[1], dtype=torch.bfloat16, requires_grad=True)
     rounds = [
         (

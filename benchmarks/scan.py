@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.dataset import Dataset
-from simpletuner.data.geometry import Framing
-from simpletuner.data.scan import scan
+from simpletuner.data.dataset_config import DatasetConfig
+from simpletuner.data.geometry import ResizeCropConfig
+from simpletuner.data.scan import scan_datasets
 
 
 def draw(folder: Path, images: int, side_px: int) -> None:
@@ -50,11 +50,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw(folder, arguments.images, arguments.side_px)
-        dataset = Dataset("benchmark", "image", folder, Framing(resolution=256))
+        dataset = DatasetConfig("benchmark", "image", folder, ResizeCropConfig(resolution=256))
         seconds = []
         for _ in range(3):
             started = time.perf_counter()
-            found = scan([dataset], DataOptions(), 1, lambda event: None)
+            found = scan_datasets([dataset], DataOptions(), 1, lambda event: None)
             seconds.append(time.perf_counter() - started)
         decoded = decode_all(folder)
     best = min(seconds)
@@ -62,10 +62,10 @@ def main() -> None:
         json.dumps(
             {
                 "benchmark": "scan",
-                "images": len(found.placed),
+                "images": len(found.samples),
                 "side_px": arguments.side_px,
                 "seconds": round(best, 3),
-                "images_per_s": round(len(found.placed) / best),
+                "images_per_s": round(len(found.samples) / best),
                 "decode_all_seconds": round(decoded, 3),
                 "ratio_to_decoding": round(best / decoded, 3),
             }

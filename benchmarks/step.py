@@ -21,10 +21,10 @@ from diffusers import ChromaTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from simpletuner.adapters.lora import attach
-from simpletuner.cache.types import TextBatch
+from simpletuner.adapters.attachment import attach_adapter
+from simpletuner.cache.batch_types import TextBatch
 from simpletuner.config.schema import AdapterOptions
-from simpletuner.models.chroma.family import Chroma, pack
+from simpletuner.models.chroma.family import ChromaFamily, pack_latents
 from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig
 
 MAX_TOKENS = 512
@@ -37,7 +37,7 @@ def build() -> tuple[nn.Module, ChromaTransformer]:
     slice_of = {"num_layers": 1, "num_single_layers": 1}
     theirs = ChromaTransformer2DModel(**slice_of).bfloat16().requires_grad_(False)
     with torch.device("meta"):
-        ours = ChromaTransformer(TransformerConfig.read(slice_of, "slice"))
+        ours = ChromaTransformer(TransformerConfig.from_dict(slice_of, "slice"))
     ours.load_state_dict(theirs.state_dict(), assign=True)
     return theirs, ours.requires_grad_(False)
 
@@ -55,7 +55,7 @@ def their_step(
     mask = torch.ones(1, MAX_TOKENS + rows * columns, dtype=torch.bool)
     mask[:, real:MAX_TOKENS] = False
     optimizer = torch.optim.AdamW(adapters)
-    target = pack(latents)
+    target = pack_latents(latents)
 
     def step() -> Tensor:
         tokens = target.bfloat16()
@@ -69,12 +69,12 @@ def their_step(
 def our_step(
     model: ChromaTransformer, names: list[str], latents: Tensor, sigma: Tensor, text: Tensor
 ) -> Step:
-    attached = attach(model, AdapterOptions(), names, seed=0)
+    attached = attach_adapter(model, AdapterOptions(), names, seed=0)
     optimizer = torch.optim.AdamW([parameter for _, parameter in attached.trainable])
     batch = TextBatch(text, (text.shape[1],))
 
     def step() -> Tensor:
-        velocity = Chroma().predict(model, latents, sigma, batch)
+        velocity = ChromaFamily().predict_velocity(model, latents, sigma, batch)
         return learn((velocity - latents).square().mean(), optimizer)
 
     return step
@@ -105,7 +105,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     theirs, ours = build()
-    names = Chroma().lora_targets(ours, "all")
+    names = ChromaFamily().lora_targets(ours, "all")
     latents, sigma = torch.randn(1, 16, given.px // 8, given.px // 8), torch.tensor([0.6543])
     text = torch.randn(1, MAX_TOKENS, 4096, dtype=torch.bfloat16)
     real = given.tokens + 1

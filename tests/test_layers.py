@@ -13,19 +13,19 @@ SOURCE = Path(__file__).parents[1] / "src" / "simpletuner"
 ALLOWED = {
     "errors": set(),
     "randomness": set(),
-    "durable": set(),
-    "events": {"errors", "durable"},
+    "atomic_io": set(),
+    "events": {"errors", "atomic_io"},
     "config": {"errors", "events", "randomness"},
-    "data": {"errors", "durable", "events", "randomness", "config"},
+    "data": {"errors", "atomic_io", "events", "randomness", "config"},
     "flow": {"errors", "randomness", "config"},
-    "quantization": {"errors", "durable", "events", "config"},
-    "adapters": {"errors", "durable", "events", "randomness", "config"},
-    "cache": {"errors", "durable", "events", "randomness", "config", "data"},
+    "quantization": {"errors", "atomic_io", "events", "config"},
+    "adapters": {"errors", "atomic_io", "events", "randomness", "config"},
+    "cache": {"errors", "atomic_io", "events", "randomness", "config", "data"},
 }
 ALLOWED["models"] = ALLOWED["cache"] | {"flow", "quantization", "adapters", "cache"}
 ALLOWED["validation"] = ALLOWED["models"] | {"models"}
 ALLOWED["training"] = ALLOWED["validation"] | {"validation"}
-ALLOWED["server"] = {"errors", "durable", "events", "config", "data"}
+ALLOWED["server"] = {"errors", "atomic_io", "events", "config", "data"}
 ALLOWED["cli"] = set(ALLOWED) | {"cli"}
 
 FORBIDDEN_THIRD_PARTY = {
@@ -35,7 +35,7 @@ FORBIDDEN_THIRD_PARTY = {
     "data": {"torch", "transformers", "diffusers"},
     "server": {"torch", "transformers", "diffusers"},
 }
-ENVIRON = {"config", "training/distributed.py"}
+ENVIRON = {"config", "training/world.py"}
 ONE_FILE_ONLY = {"tensorboard", "wandb", "trackio", "bitsandbytes", "torchao", "optimum", "deepspeed", "gguf"}
 
 

@@ -11,16 +11,16 @@ from simpletuner.models.chroma.transformer import TransformerConfig
 
 PRECISIONS = ("no_change", "int8", "int4", "nf4")
 SIZES = (512, 1024, 768)
-NAMES = {"no_change": "bf16"}
-LORA = {"lora_rank": 16, "flux_lora_target": "all+ffs"}
-FULL = {"model_type": "full", "optimizer": "adamw_8bit", "optimizer_release_gradients": True,
+PRECISION_LABELS = {"no_change": "bf16"}
+LORA_OPTIONS = {"lora_rank": 16, "flux_lora_target": "all+ffs"}
+FULL_RANK_OPTIONS = {"model_type": "full", "optimizer": "adamw_8bit", "optimizer_release_gradients": True,
         "grad_clip_method": "value"}  # fmt: skip
-HOST = {"chroma_approximator_device": "cpu", "gradient_checkpointing_backend": "offload"}
+OFFLOAD_OPTIONS = {"chroma_approximator_device": "cpu", "gradient_checkpointing_backend": "offload"}
 ALL_BLOCKS = 57
 
 
 @dataclass(frozen=True)
-class World:
+class SuiteSize:
     """How large everything is. scale: pixels of a case to pixels that are fed. text_rows: of the caption.
 
     padded_rows: what the peer's text is padded to. backend: of torch.compile. weight: (rows, columns) that is
@@ -32,18 +32,18 @@ class World:
     text_rows: int
     padded_rows: int
     backend: str
-    weight: tuple[int, int]
+    weight_shape: tuple[int, int]
     warm_up: int
     steps: int
-    seconds: float
+    min_seconds: float
     device: str
 
-    def px(self, case: Case) -> int:
+    def scaled_px(self, case: Case) -> int:
         return int(case.px * self.scale)
 
 
-FULL_SIZE = World(TransformerConfig(), 1.0, 128, 512, "inductor", (12288, 3072), 2, 3, 1.5, "cuda")
-TOY = World(
+FULL_SIZE = SuiteSize(TransformerConfig(), 1.0, 128, 512, "inductor", (12288, 3072), 2, 3, 1.5, "cuda")
+TOY_SIZE = SuiteSize(
     TransformerConfig(
         num_layers=1, num_single_layers=2, attention_head_dim=32, num_attention_heads=2,
         joint_attention_dim=64, axes_dims_rope=(8, 12, 12), approximator_hidden_dim=32, approximator_layers=1,
@@ -67,62 +67,69 @@ class Case:
     compiled: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
-    def flat(self, world: World) -> dict[str, Any]:
+    def run_options(self, world: SuiteSize) -> dict[str, Any]:
         """The run's options, as a config file would have them."""
-        wide = {} if "model_type" in self.options else LORA
+        wide = {} if "model_type" in self.options else LORA_OPTIONS
         return {
             **wide, "base_model_precision": self.precision, "gradient_checkpointing": self.recomputed,
             "dynamo_backend": world.backend if self.compiled else "no", "device": world.device,
-            "resolution": float(world.px(self)), "tokenizer_max_length": world.text_rows, **self.options,
+            "resolution": float(world.scaled_px(self)), "tokenizer_max_length": world.text_rows, **self.options,
         }  # fmt: skip
 
 
-def step(
+def step_case(
     px: int, precision: str = "no_change", recomputed: bool = True, compiled: bool = False,
     kind: str = "ours", what: str = "", **options: Any,
 ) -> Case:  # fmt: skip
-    words = [kind, NAMES.get(precision, precision), str(px), "recomputed" if recomputed else "kept"]
+    words = [
+        kind,
+        PRECISION_LABELS.get(precision, precision),
+        str(px),
+        "recomputed" if recomputed else "kept",
+    ]
     words += ["compiled"] * compiled + [what] * bool(what)
     return Case(" ".join(words), kind, px, precision, recomputed, compiled, options)
 
 
-def restore(scheme: str) -> Case:
+def restore_case(scheme: str) -> Case:
     return Case(f"restore {scheme}", "restore", precision=scheme)
 
 
-def telling() -> Iterator[Case]:
+def key_cases() -> Iterator[Case]:
     """What the README and the plan's constants rest on."""
     for px in (512, 1024):
-        yield step(px, kind="theirs")
-        yield step(px)
-    yield step(1024, "nf4")
-    yield step(1024, "int8")
-    yield step(1024, "int4")
-    yield from map(restore, PRECISIONS[1:])
-    yield step(512, recomputed=False, kind="theirs")
-    yield step(512, recomputed=False)
-    yield step(512, "nf4")
-    yield step(512, "nf4", what="all swapped", musubi_blocks_to_swap=ALL_BLOCKS, **HOST)
-    yield step(1024, "nf4", what="all swapped", musubi_blocks_to_swap=ALL_BLOCKS, **HOST)
-    yield step(1024, what="half swapped", musubi_blocks_to_swap=0.5)
-    yield step(1024, "nf4", what="inputs on host", **HOST)
-    yield step(1024, what="full rank", **FULL)
-    yield step(1024, what="full rank, states on host", optimizer_cpu_offload_method="states", **FULL)
-    yield step(512, what="full rank", **FULL)
-    yield step(512, compiled=True)
-    yield step(1024, "nf4", compiled=True)
-    yield step(1024, compiled=True)
-    yield step(1024, kind="theirs", compiled=True)
-    yield step(1024, recomputed=False, kind="theirs")
-    yield step(768, kind="theirs")
+        yield step_case(px, kind="theirs")
+        yield step_case(px)
+    yield step_case(1024, "nf4")
+    yield step_case(1024, "int8")
+    yield step_case(1024, "int4")
+    yield from map(restore_case, PRECISIONS[1:])
+    yield step_case(512, recomputed=False, kind="theirs")
+    yield step_case(512, recomputed=False)
+    yield step_case(512, "nf4")
+    yield step_case(512, "nf4", what="all swapped", musubi_blocks_to_swap=ALL_BLOCKS, **OFFLOAD_OPTIONS)
+    yield step_case(1024, "nf4", what="all swapped", musubi_blocks_to_swap=ALL_BLOCKS, **OFFLOAD_OPTIONS)
+    yield step_case(1024, what="half swapped", musubi_blocks_to_swap=0.5)
+    yield step_case(1024, "nf4", what="inputs on host", **OFFLOAD_OPTIONS)
+    yield step_case(1024, what="full rank", **FULL_RANK_OPTIONS)
+    yield step_case(
+        1024, what="full rank, states on host", optimizer_cpu_offload_method="states", **FULL_RANK_OPTIONS
+    )
+    yield step_case(512, what="full rank", **FULL_RANK_OPTIONS)
+    yield step_case(512, compiled=True)
+    yield step_case(1024, "nf4", compiled=True)
+    yield step_case(1024, compiled=True)
+    yield step_case(1024, kind="theirs", compiled=True)
+    yield step_case(1024, recomputed=False, kind="theirs")
+    yield step_case(768, kind="theirs")
 
 
-def cases() -> list[Case]:
+def all_cases() -> list[Case]:
     """All of them: the telling ones, then the rest of precision x size x recomputed, compiled ones last."""
     grid = [
-        step(px, precision, recomputed, compiled)
+        step_case(px, precision, recomputed, compiled)
         for compiled, px, recomputed, precision in itertools.product(
             (False, True), SIZES, (True, False), PRECISIONS
         )
     ]
-    return list({case.name: case for case in (*telling(), *grid)}.values())
+    return list({case.name: case for case in (*key_cases(), *grid)}.values())

@@ -21,22 +21,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.nano import figure, markdown, story, tables
-from benchmarks.nano.plan import CORNER, SEEDS, TABLES, WHOLE, Cell, Size, cells, estimate_s
-from benchmarks.nano.work import Folders, Runner
-from benchmarks.nano.world import ROOT, base_fingerprint
+from benchmarks.nano import densities_figure, densities_page, markdown_tables, result_tables
+from benchmarks.nano.cell_runner import CellRunner, ExperimentFolders
+from benchmarks.nano.experiment_inputs import ROOT, base_fingerprint
+from benchmarks.nano.experiments import (
+    FULL_EXPERIMENT,
+    SEEDS,
+    SMOKE_TEST,
+    TABLES,
+    Cell,
+    ExperimentSize,
+    estimate_seconds,
+    list_cells,
+)
 
 RESULTS, DOCS = ROOT / "benchmarks" / "nano" / "results", ROOT / "docs"
-PAGE, PLOT = "densities.md", "densities.svg"
+PAGE_NAME, FIGURE_NAME = "densities.md", "densities.svg"
 COMMAND = "python -m benchmarks.nano"
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchmarkRequest:
     """What the command line says."""
 
-    folders: Folders
-    size: Size
+    folders: ExperimentFolders
+    size: ExperimentSize
     seeds: tuple[int, ...]
     only: tuple[str, ...]
     workers: int
@@ -45,7 +54,7 @@ class Asked:
     command: str
 
 
-def arguments(words: Sequence[str]) -> tuple[argparse.Namespace, Asked]:
+def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, BenchmarkRequest]:
     parser = argparse.ArgumentParser(
         prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,15 +69,15 @@ def arguments(words: Sequence[str]) -> tuple[argparse.Namespace, Asked]:
     out = args.out.absolute()
     shown = [word for word in words if word not in ("--report", "--list")]
     seeds = SEEDS[: 1 if args.corner else args.seeds]
-    asked = Asked(
-        Folders(out), CORNER if args.corner else WHOLE, seeds, tuple(args.only), args.workers,
+    asked = BenchmarkRequest(
+        ExperimentFolders(out), SMOKE_TEST if args.corner else FULL_EXPERIMENT, seeds, tuple(args.only), args.workers,
         out / "results" if args.corner else RESULTS, out / "results" if args.corner else DOCS,
-        COMMAND if args.corner or not shown else f"{COMMAND} {' '.join(without_folders(shown))}",
+        COMMAND if args.corner or not shown else f"{COMMAND} {' '.join(strip_output_option(shown))}",
     )  # fmt: skip
     return args, asked
 
 
-def without_folders(words: Sequence[str]) -> list[str]:
+def strip_output_option(words: Sequence[str]) -> list[str]:
     """The command as a table tells it: where the runs lay is no part of it."""
     kept, skip = [], False
     for word in words:
@@ -79,72 +88,72 @@ def without_folders(words: Sequence[str]) -> list[str]:
 
 
 def main(words: Sequence[str]) -> int:
-    args, asked = arguments(words)
-    chosen = corner(asked) if args.corner else cells(asked.size, asked.seeds, asked.only)
+    args, asked = parse_arguments(words)
+    chosen = smoke_test_cells(asked) if args.corner else list_cells(asked.size, asked.seeds, asked.only)
     if args.list:
-        listing(chosen, asked)
+        print_cells(chosen, asked)
         return 0
     if args.report:
-        report(asked, chosen)
+        write_reports(asked, chosen)
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed: dict[str, str] = {}
     try:
-        failed = Runner(asked.folders, asked.size, chosen, lambda line: print(line, flush=True)).run(
+        failed = CellRunner(asked.folders, asked.size, chosen, lambda line: print(line, flush=True)).run(
             asked.workers
         )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", flush=True)
         failed = {"interrupted": "by a signal"}
-    report(asked, chosen)
+    write_reports(asked, chosen)
     for name, why in failed.items():
         print(f"not finished: {name}: {why}", flush=True)
     return 1 if failed else 0
 
 
-def corner(asked: Asked) -> list[Cell]:
+def smoke_test_cells(asked: BenchmarkRequest) -> list[Cell]:
     """A cell of every program and of every kind of data, and one that waits for others."""
     wanted = {"base", "lesson", "lesson-uniform", "trial-0.0001", "full-bf16-stochastic", "padded",
               "padded-used-trimmed", "shapes", "scratch-quadratic", "still-stratified",
               "still-independent"}  # fmt: skip
-    return [cell for cell in cells(asked.size, asked.seeds, asked.only) if cell.variant.name in wanted]
+    return [cell for cell in list_cells(asked.size, asked.seeds, asked.only) if cell.variant.name in wanted]
 
 
-def listing(chosen: Sequence[Cell], asked: Asked) -> None:
+def print_cells(chosen: Sequence[Cell], asked: BenchmarkRequest) -> None:
     base = base_fingerprint()
     total = 0.0
     for cell in chosen:
-        done = asked.folders.finished(cell, asked.size, base) is not None
-        seconds = estimate_s(cell, asked.size)
+        done = asked.folders.load_finished(cell, asked.size, base) is not None
+        seconds = estimate_seconds(cell, asked.size)
         total += 0.0 if done else seconds
         print(f"{seconds:6.0f} s  {cell.name}{'  (finished)' if done else ''}")
     print(f"{total:6.0f} s of one core left; about {total / asked.workers / 60:.0f} minutes with "
           f"{asked.workers} side by side")  # fmt: skip
 
 
-def report(asked: Asked, chosen: Sequence[Cell]) -> None:
+def write_reports(asked: BenchmarkRequest, chosen: Sequence[Cell]) -> None:
     """results/*.json and README.md of every table, the plot and the page of the densities."""
     base = base_fingerprint()
-    every = cells(asked.size, asked.seeds)
-    found = {cell.name: asked.folders.finished(cell, asked.size, base) for cell in every}
+    every = list_cells(asked.size, asked.seeds)
+    found = {cell.name: asked.folders.load_finished(cell, asked.size, base) for cell in every}
     done = {name: one for name, one in found.items() if one is not None}
     asked.results.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in TABLES if not asked.only or name in asked.only]
     for name in wanted:
-        made = tables.table(name, done, asked.size, asked.seeds, asked.command, base)
-        write(asked.results / f"{name}.json", json.dumps(made, indent=1) + "\n")
+        made = result_tables.build_table(name, done, asked.size, asked.seeds, asked.command, base)
+        write_text(asked.results / f"{name}.json", json.dumps(made, indent=1) + "\n")
     files = [asked.results / f"{name}.json" for name in TABLES]
     known = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()}
-    write(asked.results / "README.md", markdown.page(list(known.values())))
+    write_text(asked.results / "README.md", markdown_tables.render_page(list(known.values())))
     if "density" in known:
-        write(asked.docs / PLOT, figure.draw(known["density"]))
-        page = (DOCS / PAGE).read_text(encoding="utf-8")
-        write(asked.docs / PAGE, story.told(page, known["density"]))
+        write_text(asked.docs / FIGURE_NAME, densities_figure.render_figure(known["density"]))
+        page = (DOCS / PAGE_NAME).read_text(encoding="utf-8")
+        write_text(asked.docs / PAGE_NAME, densities_page.update_page(page, known["density"]))
     finished = sum(cell.name in done for cell in chosen)
     print(f"{finished} of {len(chosen)} cells are in {asked.results / 'README.md'}", flush=True)
 
 
-def write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 

@@ -12,15 +12,15 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from benchmarks.nano.plan import PADDED_ROWS
+from benchmarks.nano.experiments import PADDED_ROWS
 from torch import Tensor
 
 from simpletuner.cli import main
-from simpletuner.models.chroma.text import ChromaText
+from simpletuner.models.chroma.text_encoder import ChromaTextEncoder
 
 
 @torch.no_grad()
-def encode_padded(self: ChromaText, captions: Sequence[str]) -> list[Tensor]:
+def encode_padded(self: ChromaTextEncoder, captions: Sequence[str]) -> list[Tensor]:
     """(512, D) for each caption: real tokens are masked from pads inside T5, and all its rows are kept."""
     ids = torch.full((len(captions), PADDED_ROWS), self._tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
@@ -31,6 +31,6 @@ def encode_padded(self: ChromaText, captions: Sequence[str]) -> list[Tensor]:
 
 
 if __name__ == "__main__":
-    ChromaText.encode = encode_padded  # type: ignore[method-assign]
+    ChromaTextEncoder.encode = encode_padded  # type: ignore[method-assign]
     sys.argv = ["simpletuner", "train", *sys.argv[1:]]
     main()

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from PIL import Image
 
-HERE = Path(__file__).parent
+RECIPE_DIR = Path(__file__).parent
 COLUMNS, SIDE_PX, GAP_PX = 6, 128, 2
 
 
-def draw(prompts: list[str], args: argparse.Namespace, folder: str) -> list[Image.Image]:
+def generate_images(prompts: list[str], args: argparse.Namespace, folder: str) -> list[Image.Image]:
     command = [
         sys.executable,
         "-m",
@@ -45,7 +45,7 @@ def draw(prompts: list[str], args: argparse.Namespace, folder: str) -> list[Imag
     return [Image.open(file).convert("RGB") for file in files[: len(prompts)]]
 
 
-def sheet(pictures: list[Image.Image]) -> Image.Image:
+def make_contact_sheet(pictures: list[Image.Image]) -> Image.Image:
     step = SIDE_PX + GAP_PX
     rows = -(-len(pictures) // COLUMNS)
     page = Image.new("RGB", (COLUMNS * step - GAP_PX, rows * step - GAP_PX), "white")
@@ -57,7 +57,7 @@ def sheet(pictures: list[Image.Image]) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a contact sheet with chroma-nano.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, default=HERE / "prompts.json")
+    parser.add_argument("--prompts", type=Path, default=RECIPE_DIR / "prompts.json")
     parser.add_argument("--model")
     parser.add_argument("--lora")
     parser.add_argument("--seed", type=int, default=7)
@@ -66,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     prompts = list(json.loads(args.prompts.read_text(encoding="utf-8")).values())
     with tempfile.TemporaryDirectory() as folder:
-        sheet(draw(prompts, args, folder)).save(args.out)
+        make_contact_sheet(generate_images(prompts, args, folder)).save(args.out)
     for number, prompt in enumerate(prompts):
         print(f"{number // COLUMNS + 1}.{number % COLUMNS + 1}  {prompt}")
 

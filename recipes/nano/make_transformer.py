@@ -21,44 +21,44 @@ from torch import Tensor, nn
 from simpletuner.randomness import seed_at
 
 SEED = 31
-DOUBLE, SINGLE = 1, 8
-SHAPE = {
-    "patch_size": 1, "in_channels": 64, "num_layers": DOUBLE, "num_single_layers": SINGLE,
+DOUBLE_BLOCKS, SINGLE_BLOCKS = 1, 8
+MODEL_CONFIG = {
+    "patch_size": 1, "in_channels": 64, "num_layers": DOUBLE_BLOCKS, "num_single_layers": SINGLE_BLOCKS,
     "attention_head_dim": 64, "num_attention_heads": 4, "joint_attention_dim": 256,
     "axes_dims_rope": (8, 28, 28),
     "approximator_num_channels": 64, "approximator_hidden_dim": 128, "approximator_layers": 3,
 }  # fmt: skip
 FREQUENCIES = 8
-SHIFT, SCALE, GATE, LAST_SCALE = 0.5, 0.25, 0.25, 0.6  # deviations over sigma and width
+SHIFT_STD, SCALE_STD, GATE_STD, LAST_SCALE_STD = 0.5, 0.25, 0.25, 0.6  # deviations over sigma and width
 
 
-def roles() -> list[str]:
+def modulation_roles() -> list[str]:
     """What each modulation vector is, in Chroma's order: shift, scale, gate triples; the output norm last."""
-    return ["shift", "scale", "gate"] * (SINGLE + 4 * DOUBLE) + ["last shift", "last scale"]
+    return ["shift", "scale", "gate"] * (SINGLE_BLOCKS + 4 * DOUBLE_BLOCKS) + ["last shift", "last scale"]
 
 
-def table(sigma: Tensor) -> Tensor:
+def target_modulations(sigma: Tensor) -> Tensor:
     """(S,) sigmas -> (S, modulations, width): the modulations to be fitted.
 
     A role's vectors are random mixtures of cos(pi m sigma), m = 1 .. 8, with weights falling as 1 / sqrt(m);
     blocks share the mixtures, since each block's own linears can read them as they like.
     """
     draw = torch.Generator().manual_seed(seed_at(SEED, "modulations"))
-    width = SHAPE["num_attention_heads"] * SHAPE["attention_head_dim"]
+    width = MODEL_CONFIG["num_attention_heads"] * MODEL_CONFIG["attention_head_dim"]
     order = torch.arange(1, FREQUENCIES + 1)
     waves = torch.cos(math.pi * sigma[:, None] * order) / order.sqrt()
     waves = waves * (2 / (1 / order).sum()).sqrt()
     rows = {
         role: offset + size * waves @ torch.randn(FREQUENCIES, width, generator=draw)
         for role, offset, size in (
-            ("shift", 0.0, SHIFT), ("scale", 0.0, SCALE), ("gate", 1.0, GATE),
-            ("last shift", 0.0, 0.0), ("last scale", 0.0, LAST_SCALE),
+            ("shift", 0.0, SHIFT_STD), ("scale", 0.0, SCALE_STD), ("gate", 1.0, GATE_STD),
+            ("last shift", 0.0, 0.0), ("last scale", 0.0, LAST_SCALE_STD),
         )
     }  # fmt: skip
-    return torch.stack([rows[role] for role in roles()], dim=1)
+    return torch.stack([rows[role] for role in modulation_roles()], dim=1)
 
 
-def fit(model: ChromaTransformer2DModel, steps: int) -> float:
+def fit_approximator(model: ChromaTransformer2DModel, steps: int) -> float:
     """Regress the approximator on the table. Returns the root mean square error left."""
     approximator, embed = model.distilled_guidance_layer, model.time_text_embed
     optimizer = torch.optim.AdamW(approximator.parameters(), lr=3e-3, weight_decay=0.0)
@@ -67,19 +67,19 @@ def fit(model: ChromaTransformer2DModel, steps: int) -> float:
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
         sigma = torch.rand(24, generator=draw)
-        error = (approximator(embed(sigma * 1000)) - table(sigma)).square().mean()
+        error = (approximator(embed(sigma * 1000)) - target_modulations(sigma)).square().mean()
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
     with torch.no_grad():
         sigma = torch.linspace(0, 1, 101)
-        return float((approximator(embed(sigma * 1000)) - table(sigma)).square().mean().sqrt())
+        return float((approximator(embed(sigma * 1000)) - target_modulations(sigma)).square().mean().sqrt())
 
 
-def initialise(model: ChromaTransformer2DModel) -> None:
+def initialise_weights(model: ChromaTransformer2DModel) -> None:
     """Xavier for the linears, residual branches damped with depth, a zero last layer: a quiet start."""
     torch.manual_seed(seed_at(SEED, "transformer"))
-    depth = math.sqrt(2 * (DOUBLE + SINGLE))
+    depth = math.sqrt(2 * (DOUBLE_BLOCKS + SINGLE_BLOCKS))
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or name.startswith("distilled_guidance_layer"):
             continue
@@ -96,9 +96,9 @@ def main() -> None:
     parser.add_argument("--fit-steps", type=int, default=2000)
     args = parser.parse_args()
     torch.manual_seed(seed_at(SEED, "approximator"))
-    model = ChromaTransformer2DModel(**SHAPE)
-    initialise(model)
-    left = fit(model, args.fit_steps)
+    model = ChromaTransformer2DModel(**MODEL_CONFIG)
+    initialise_weights(model)
+    left = fit_approximator(model, args.fit_steps)
     model.save_pretrained(args.out / "transformer")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; modulations fitted to {left:.4f} RMS")
 

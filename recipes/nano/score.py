@@ -24,45 +24,45 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from draw import render
+from draw import render_scene
 from PIL import Image, ImageDraw, ImageFont
 
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import SimpleTunerError
-from simpletuner.models.registry import family as family_named
-from simpletuner.validation.shapes.read import read
-from simpletuner.validation.shapes.verdicts import (
+from simpletuner.models.registry import get_family as family_named
+from simpletuner.validation.shapes.detection import detect_scene
+from simpletuner.validation.shapes.scene_scoring import (
     NOISE_SEED,
-    SEED,
-    Verdict,
-    judge,
-    judge_zorbo,
-    rates,
-    unseen,
-    unseen_zorbos,
+    SCORING_SEED,
+    SceneScores,
+    compute_rates,
+    score_scene,
+    score_zorbo_scene,
+    unseen_scenes,
+    unseen_zorbo_scenes,
 )
-from simpletuner.validation.shapes.world import SIDE_PX, Scene, generator
-from simpletuner.validation.shapes.zorbo import find
+from simpletuner.validation.shapes.scenes import SIDE_PX, Scene, random_generator
+from simpletuner.validation.shapes.zorbo import detect_zorbo
 
 VAE_BATCH = 8
 GREEN, RED = (0, 125, 40), (205, 0, 0)
 
 
-def shuffled(scenes: Sequence[Scene]) -> list[Scene]:
+def shuffle_scenes(scenes: Sequence[Scene]) -> list[Scene]:
     """In one random ring each scene takes the place of the next: none keeps its own."""
-    order = generator(SEED, "shuffled", len(scenes)).permutation(len(scenes))
+    order = random_generator(SCORING_SEED, "shuffled", len(scenes)).permutation(len(scenes))
     moved = list(scenes)
     for place, taken in zip(order, np.roll(order, 1)):
         moved[place] = scenes[taken]
     return moved
 
 
-def through_vae(pictures: Sequence[Image.Image], folder: Path) -> list[Image.Image]:
+def reconstruct_with_vae(pictures: Sequence[Image.Image], folder: Path) -> list[Image.Image]:
     """Encoded to the posterior's mean and decoded: the best that any transformer could draw."""
     import torch
     from diffusers import AutoencoderKL
 
-    from simpletuner.validation.images import to_image
+    from simpletuner.validation.validation_images import pixels_to_image
 
     vae = AutoencoderKL.from_pretrained(folder).float()
     decoded = []
@@ -71,7 +71,7 @@ def through_vae(pictures: Sequence[Image.Image], folder: Path) -> list[Image.Ima
             levels = np.stack([np.asarray(picture) for picture in pictures[start : start + VAE_BATCH]])
             pixels = torch.from_numpy(levels).permute(0, 3, 1, 2).float() / 127.5 - 1
             back = vae.decode(vae.encode(pixels).latent_dist.mean).sample
-            decoded += [to_image(one) for one in back.split(1)]
+            decoded += [pixels_to_image(one) for one in back.split(1)]
     return decoded
 
 
@@ -82,27 +82,29 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
     )  # fmt: skip
 
 
-def by_model(scenes: Sequence[Scene], args: argparse.Namespace) -> list[Image.Image]:
+def generate_images(scenes: Sequence[Scene], args: argparse.Namespace) -> list[Image.Image]:
     """What `simpletuner generate` draws for the captions."""
-    from simpletuner.cli.generate import Request, find_lora, generate
-    from simpletuner.events.terminal import Terminal
+    from simpletuner.cli.generate import GenerationRequest, find_lora_file, generate_images
+    from simpletuner.events.terminal_sink import TerminalSink
     from simpletuner.validation.prompts import Prompt
 
     prompts = tuple(
         Prompt(f"{number:03d}", scene.caption, seed=NOISE_SEED + number)
         for number, scene in enumerate(scenes)
     )
-    lora = None if args.lora is None else find_lora(args.lora)
+    lora = None if args.lora is None else find_lora_file(args.lora)
     with tempfile.TemporaryDirectory() as scratch:
-        request = Request(
+        request = GenerationRequest(
             prompts, model_options(args), lora, (args.strength,), args.steps, args.guidance, NOISE_SEED,
             str(SIDE_PX), 1, args.keep or Path(scratch),
         )  # fmt: skip
-        return [Image.open(path).convert("RGB") for path in generate(request, Terminal(sys.stderr))]
+        return [
+            Image.open(path).convert("RGB") for path in generate_images(request, TerminalSink(sys.stderr))
+        ]
 
 
-def sheet(
-    scenes: Sequence[Scene], pictures: Sequence[Image.Image], verdicts: Sequence[Verdict]
+def make_score_sheet(
+    scenes: Sequence[Scene], pictures: Sequence[Image.Image], verdicts: Sequence[SceneScores]
 ) -> Image.Image:
     """Pictures over their prompts; every word below is green where the picture has it, red where not."""
     columns, side, words, gap = 6, 192, 74, 6
@@ -113,7 +115,7 @@ def sheet(
         left = gap + number % columns * (side + gap)
         top = gap + number // columns * (side + words + gap)
         page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, top))
-        for row, line in enumerate(_marks(scene, verdict)):
+        for row, line in enumerate(_attribute_marks(scene, verdict)):
             x = float(left)
             for word, right in line:
                 pen.text(
@@ -126,12 +128,12 @@ def sheet(
     return page
 
 
-def _marks(scene: Scene, verdict: Verdict) -> Iterator[list[tuple[str, bool]]]:
+def _attribute_marks(scene: Scene, verdict: SceneScores) -> Iterator[list[tuple[str, bool]]]:
     """Lines of words with their verdicts: the whole picture's, then each object's."""
     first = "zorbo" if "zorbo" in verdict else "count"
-    name = "zorbo" if first == "zorbo" else f"{len(scene.things)} object{'s' * (len(scene.things) > 1)}"
+    name = "zorbo" if first == "zorbo" else f"{len(scene.objects)} object{'s' * (len(scene.objects) > 1)}"
     yield [(scene.background, verdict["background"] == [True]), (name, verdict[first][0])]
-    for number, thing in enumerate(scene.things):
+    for number, thing in enumerate(scene.objects):
         said = {"size": thing.size, "colour": thing.colour, "shape": thing.shape, "position": thing.position}
         line = [
             (word, verdict[what][number : number + 1] == [True])
@@ -141,7 +143,7 @@ def _marks(scene: Scene, verdict: Verdict) -> Iterator[list[tuple[str, bool]]]:
         yield [*line, (thing.pattern, True)] if thing.pattern != "plain" else line
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score chroma-nano's pictures against their prompts.")
     parser.add_argument("--model", help="another base: a diffusers folder")
     parser.add_argument("--transformer", help="another transformer: a tuned one's folder")
@@ -166,39 +168,44 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def score(args: argparse.Namespace) -> dict[str, object]:
+def score_images(args: argparse.Namespace) -> dict[str, object]:
     began = time.monotonic()
     if args.zorbo:
-        scenes = unseen_zorbos(args.count or 32)
+        scenes = unseen_zorbo_scenes(args.count or 32)
         new = [False] * len(scenes)
     else:
-        scenes, new = unseen(args.count or 200)
-    drawn = [render(s) for s in scenes] if args.truth else by_model(scenes, args)
-    pictures = through_vae(drawn, args.vae) if args.vae else drawn
+        scenes, new = unseen_scenes(args.count or 200)
+    drawn = [render_scene(s) for s in scenes] if args.truth else generate_images(scenes, args)
+    pictures = reconstruct_with_vae(drawn, args.vae) if args.vae else drawn
     if args.shuffled:
-        scenes, new = shuffled(scenes), [False] * len(scenes)
+        scenes, new = shuffle_scenes(scenes), [False] * len(scenes)
     if args.zorbo:
-        verdicts = [judge_zorbo(scene, find(picture)) for scene, picture in zip(scenes, pictures)]
+        verdicts = [
+            score_zorbo_scene(scene, detect_zorbo(picture)) for scene, picture in zip(scenes, pictures)
+        ]
     else:
         verdicts = [
-            judge(scene, read(picture), is_new) for scene, picture, is_new in zip(scenes, pictures, new)
+            score_scene(scene, detect_scene(picture), is_new)
+            for scene, picture, is_new in zip(scenes, pictures, new)
         ]
     if args.sheet:
-        sheet(scenes[:24], pictures[:24], verdicts[:24]).save(args.sheet)
+        make_score_sheet(scenes[:24], pictures[:24], verdicts[:24]).save(args.sheet)
     figures = {
-        name: {"rate": round(one.rate, 4), "se": round(one.se, 4), "of": one.of}
-        for name, one in rates(verdicts).items()
+        name: {"rate": round(one.rate, 4), "se": round(one.standard_error, 4), "of": one.total}
+        for name, one in compute_rates(verdicts).items()
     }
     told: dict[str, object] = {"scores": figures}
     if args.zorbo and args.truth and not args.shuffled:
-        others = [render(scene) for scene in unseen(200)[0]]
-        others = through_vae(others, args.vae) if args.vae else others
-        told["zorbos_in_base_pictures"] = sum(find(picture) is not None for picture in others) / len(others)
-    told |= {"prompts": len(scenes), "prompt_seed": SEED, "settings": settings(args)}
+        others = [render_scene(scene) for scene in unseen_scenes(200)[0]]
+        others = reconstruct_with_vae(others, args.vae) if args.vae else others
+        told["zorbos_in_base_pictures"] = sum(detect_zorbo(picture) is not None for picture in others) / len(
+            others
+        )
+    told |= {"prompts": len(scenes), "prompt_seed": SCORING_SEED, "settings": describe_settings(args)}
     return told | {"seconds": round(time.monotonic() - began, 1)}
 
 
-def settings(args: argparse.Namespace) -> dict[str, object]:
+def describe_settings(args: argparse.Namespace) -> dict[str, object]:
     """What decides the figures; weights by their fingerprint, so that a table knows what it compares."""
     told = {name: getattr(args, name) for name in ("zorbo", "shuffled") if getattr(args, name)}
     if args.truth:
@@ -207,12 +214,12 @@ def settings(args: argparse.Namespace) -> dict[str, object]:
     if args.lora:
         told |= {"lora": str(args.lora), "strength": args.strength}
     family, model = family_named("chroma"), model_options(args)
-    return {**told, "transformer": family.transformer_fingerprint(family.locate(model))[:12]}
+    return {**told, "transformer": family.transformer_fingerprint(family.locate_files(model))[:12]}
 
 
 def main() -> None:
     try:
-        print(json.dumps(score(arguments())))
+        print(json.dumps(score_images(parse_arguments())))
     except SimpleTunerError as error:
         sys.exit(str(error))
 

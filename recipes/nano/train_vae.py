@@ -19,19 +19,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from draw import render
+from draw import render_scene
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor, nn
 
 from simpletuner.randomness import seed_at
-from simpletuner.validation.shapes.world import SIDE_PX, compose, generator
+from simpletuner.validation.shapes.scenes import SIDE_PX, compose_scene, random_generator
 
 TRAIN_SEED, UNSEEN_SEED = 11, 12
 CROP_PX = 64
 KL_WEIGHT, EDGE_WEIGHT, COARSE_WEIGHT = 2e-4, 0.5, 0.25
 
 
-def build() -> AutoencoderKL:
+def build_vae() -> AutoencoderKL:
     """1.8 M parameters. One group per norm: with many small groups a flat colour is normalised away.
 
     The main path starts as an orthogonal map of each place's channels (an average where it halves), with
@@ -46,11 +46,11 @@ def build() -> AutoencoderKL:
     with torch.no_grad():
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Conv2d):
-                _initialise(name, layer)
+                _initialise_conv(name, layer)
     return model
 
 
-def _initialise(name: str, layer: nn.Conv2d) -> None:
+def _initialise_conv(name: str, layer: nn.Conv2d) -> None:
     if ".resnets." in name and not name.endswith("conv_shortcut"):
         if name.endswith("conv2"):
             layer.weight.mul_(0.2)
@@ -66,7 +66,7 @@ def _initialise(name: str, layer: nn.Conv2d) -> None:
         layer.weight[:, :, middle, middle] += through
 
 
-def texture(rng: np.random.Generator, side: int) -> Image.Image:
+def random_texture(rng: np.random.Generator, side: int) -> Image.Image:
     """A photograph's statistics, roughly: coloured noise of many scales, with flat objects on it."""
     picture = np.zeros((side, side, 3))
     for scale in (2, 4, 8, 16, 32, 64):
@@ -98,36 +98,36 @@ def texture(rng: np.random.Generator, side: int) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 2)))) if rng.random() < 0.3 else image
 
 
-def picture(seed: int, number: int) -> Image.Image:
+def training_image(seed: int, number: int) -> Image.Image:
     """Two in three: a drawn scene, now and then with other colours; else a texture."""
-    rng = generator(seed, "vae picture", number)
+    rng = random_generator(seed, "vae picture", number)
     if rng.random() < 0.35:
-        return texture(rng, SIDE_PX)
-    image = render(compose(seed, number))
+        return random_texture(rng, SIDE_PX)
+    image = render_scene(compose_scene(seed, number))
     if rng.random() < 0.2:
         pixels = np.asarray(image)[..., rng.permutation(3)]
         image = Image.fromarray(np.ascontiguousarray(pixels if rng.random() < 0.5 else 255 - pixels))
     return image
 
 
-def batch(step: int, size: int, side: int) -> Tensor:
+def make_batch(step: int, size: int, side: int) -> Tensor:
     """(size, 3, side, side) in [-1, 1]: a pure function of the step. Two crops are taken of every picture."""
-    rng = generator(TRAIN_SEED, "vae crops", step)
+    rng = random_generator(TRAIN_SEED, "vae crops", step)
     crops = []
     each = 1 if side == SIDE_PX else 2
     for i in range(size // each):
-        pixels = np.asarray(picture(TRAIN_SEED, step * size + i))
+        pixels = np.asarray(training_image(TRAIN_SEED, step * size + i))
         for _ in range(each):
             top, left = rng.integers(0, SIDE_PX - side + 1, size=2)
             crops.append(pixels[top : top + side, left : left + side])
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+def pixel_differences(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
-def loss(model: AutoencoderKL, pixels: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+def vae_loss(model: AutoencoderKL, pixels: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
     """L1 + L2 + L1 of the differences + KL per latent; and halved latents must decode to the halved picture.
 
     The last term keeps fine detail out of the latents' high frequencies, which a small transformer then
@@ -139,7 +139,10 @@ def loss(model: AutoencoderKL, pixels: Tensor, step: int) -> tuple[Tensor, dict[
         latents = posterior.sample()
         decoded = model.decode(latents).sample.float()
     flat = (decoded - pixels).abs().mean() + (decoded - pixels).square().mean()
-    sharp = sum(((a - b).abs().mean() for a, b in zip(edges(decoded), edges(pixels))), torch.zeros(()))
+    sharp = sum(
+        ((a - b).abs().mean() for a, b in zip(pixel_differences(decoded), pixel_differences(pixels))),
+        torch.zeros(()),
+    )
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     total = flat + EDGE_WEIGHT * sharp + KL_WEIGHT * divergence
@@ -158,36 +161,38 @@ def psnr(model: AutoencoderKL, pixels: Tensor) -> float:
     return float((-10 * error.log10()).mean())
 
 
-def unseen(count: int, drawn: bool) -> Tensor:
+def unseen_pixels(count: int, drawn: bool) -> Tensor:
     images = [
-        render(compose(UNSEEN_SEED, n)) if drawn else texture(generator(UNSEEN_SEED, "texture", n), SIDE_PX)
+        render_scene(compose_scene(UNSEEN_SEED, n))
+        if drawn
+        else random_texture(random_generator(UNSEEN_SEED, "texture", n), SIDE_PX)
         for n in range(count)
     ]
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def measure(model: AutoencoderKL) -> dict[str, float]:
+def measure_vae(model: AutoencoderKL) -> dict[str, float]:
     """PSNR, and the shift and scale that give the latents of drawn pictures mean 0 and deviation 1."""
-    drawn = unseen(48, drawn=True)
+    drawn = unseen_pixels(48, drawn=True)
     with torch.no_grad():
         fixed = torch.Generator().manual_seed(seed_at(UNSEEN_SEED, "vae posterior"))
         latents = torch.cat([model.encode(p).latent_dist.sample(fixed) for p in drawn.split(8)])
     model.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
     spread = latents.std(dim=(0, 2, 3))
     return {
-        "psnr_drawn": psnr(model, drawn), "psnr_textures": psnr(model, unseen(16, drawn=False)),
+        "psnr_drawn": psnr(model, drawn), "psnr_textures": psnr(model, unseen_pixels(16, drawn=False)),
         "shift": float(latents.mean()), "scale": float(1 / latents.std()),
         "channel_std_min": float(spread.min()), "channel_std_max": float(spread.max()),
     }  # fmt: skip
 
 
-def steps_from(first: int, last: int, batch_size: int) -> Iterator[tuple[int, Tensor]]:
+def training_batches(first: int, last: int, batch_size: int) -> Iterator[tuple[int, Tensor]]:
     for step in range(first, last):
         whole = (
             step >= last * 0.85
         )  # whole pictures at the end: crops never show the network a picture's border
-        yield step, batch(step, batch_size // 4 if whole else batch_size, SIDE_PX if whole else CROP_PX)
+        yield step, make_batch(step, batch_size // 4 if whole else batch_size, SIDE_PX if whole else CROP_PX)
 
 
 def main() -> None:
@@ -201,7 +206,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed_at(TRAIN_SEED, "vae weights"))
-    model = build().to(memory_format=torch.channels_last)
+    model = build_vae().to(memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
     )
@@ -221,12 +226,12 @@ def main() -> None:
         model.encoder.requires_grad_(False)
     began = time.monotonic()
     with (args.out / "log.jsonl").open("a") as log:
-        for step, pixels in steps_from(first, args.steps, args.batch_size):
+        for step, pixels in training_batches(first, args.steps, args.batch_size):
             falling = 0.51 + 0.49 * math.cos(math.pi * step / args.steps)
             rate = args.learning_rate * min(1, (step + 1) / 100) * falling
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            total, parts = loss(model, pixels.to(memory_format=torch.channels_last), step)
+            total, parts = vae_loss(model, pixels.to(memory_format=torch.channels_last), step)
             optimizer.zero_grad()
             total.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -234,7 +239,7 @@ def main() -> None:
             average.update_parameters(model)
             row: dict[str, float] = {"step": step, **parts, "seconds": time.monotonic() - began}
             if (step + 1) % args.save == 0 or step + 1 == args.steps:
-                row |= measure(average.module)
+                row |= measure_vae(average.module)
                 average.module.save_pretrained(args.out / "vae")
                 partial = state_file.with_suffix(".partial")
                 torch.save({"model": model.state_dict(), "average": average.state_dict(),

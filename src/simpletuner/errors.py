@@ -28,11 +28,11 @@ class Problem:
     what: one sentence: what was read, what is allowed, how to mend it.
     """
 
-    where: str
-    what: str
+    location: str
+    message: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" if self.where else self.what
+        return f"{self.location}: {self.message}" if self.location else self.message
 
 
 class SimpleTunerError(Exception):
@@ -88,5 +88,5 @@ class MissingExtra(SimpleTunerError, code=11):
     """An optional package is not installed; the text says what to type."""
 
 
-class Stopped(SimpleTunerError, code=75):
+class TrainingStopped(SimpleTunerError, code=75):
     """Stopped on request, with a checkpoint; the same command goes on."""

@@ -7,16 +7,16 @@ import torch
 from diffusers import ChromaTransformer2DModel
 from torch import Tensor
 
-from simpletuner.adapters import files
-from simpletuner.adapters.container import WEIGHTS_NAME
-from simpletuner.adapters.lora import attach, set_strength
+from simpletuner.adapters import lora_io
+from simpletuner.adapters.attachment import attach_adapter, set_strength
+from simpletuner.adapters.safetensors_reader import LORA_WEIGHTS_NAME
 from simpletuner.config.schema import AdapterOptions
-from simpletuner.models.chroma.family import Chroma
-from simpletuner.models.chroma.targets import lora_targets
+from simpletuner.models.chroma.family import ChromaFamily
+from simpletuner.models.chroma.lora_targets import preset_targets
 from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig
-from simpletuner.models.family import BlockMemory
-from tests.adapters.networks import perturb, pipeline
-from tests.models.small import TEXT_WIDTH, transformer_fields
+from simpletuner.models.family import BlockMemoryPolicy
+from tests.adapters.tiny_network import make_pipeline, perturb
+from tests.models.tiny_checkpoint import TEXT_WIDTH, transformer_fields
 
 ROWS, COLUMNS, TEXT = 3, 4, 6
 
@@ -24,7 +24,9 @@ ROWS, COLUMNS, TEXT = 3, 4, 6
 def both() -> tuple[ChromaTransformer2DModel, ChromaTransformer]:
     torch.manual_seed(0)
     theirs = ChromaTransformer2DModel(**transformer_fields()).requires_grad_(False)
-    ours = ChromaTransformer(TransformerConfig.read(transformer_fields(), "fields")).requires_grad_(False)
+    ours = ChromaTransformer(TransformerConfig.from_dict(transformer_fields(), "fields")).requires_grad_(
+        False
+    )
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -54,10 +56,10 @@ def test_a_file_trained_here_is_the_same_delta_in_the_diffusers_pipeline(preset,
     theirs, ours = both()
     base, base_theirs = run_ours(ours), run_theirs(theirs)
     options = AdapterOptions(lora_rank=4, lora_alpha=3.0, use_dora=dora)
-    result = attach(ours, options, lora_targets(ours, preset), seed=1)
+    result = attach_adapter(ours, options, preset_targets(ours, preset), seed=1)
     perturb(result.trainable)
-    files.save(ours, tmp_path / WEIGHTS_NAME)
-    loaded = pipeline(theirs)
+    lora_io.save_adapter(ours, tmp_path / LORA_WEIGHTS_NAME)
+    loaded = make_pipeline(theirs)
     loaded.load_lora_weights(tmp_path)
     delta, delta_theirs = run_ours(ours) - base, run_theirs(theirs) - base_theirs
     assert delta.abs().max() > 0.05
@@ -73,8 +75,10 @@ def test_recomputing_blocks_changes_no_bit(options):
     gradients = []
     for every in (0, 1, 2):
         _, ours = both()
-        Chroma().arrange(ours, BlockMemory(5 if every else 0, every or 1))
-        result = attach(ours, AdapterOptions(lora_rank=4, **options), lora_targets(ours, "all+ffs"), seed=1)
+        ChromaFamily().place_blocks(ours, BlockMemoryPolicy(5 if every else 0, every or 1))
+        result = attach_adapter(
+            ours, AdapterOptions(lora_rank=4, **options), preset_targets(ours, "all+ffs"), seed=1
+        )
         perturb(result.trainable)
         ours.train()
         torch.manual_seed(9)
@@ -91,7 +95,7 @@ def test_bf16_base_trains_towards_the_float32_gradient():
     for dtype in (torch.float32, torch.bfloat16):
         _, ours = both()
         ours.to(dtype)
-        result = attach(ours, AdapterOptions(lora_rank=4), lora_targets(ours, "all+ffs"), seed=1)
+        result = attach_adapter(ours, AdapterOptions(lora_rank=4), preset_targets(ours, "all+ffs"), seed=1)
         perturb(result.trainable)
         tokens, sigma, text = inputs()
         output = ours(tokens.to(dtype), sigma, text.to(dtype), (ROWS, COLUMNS))

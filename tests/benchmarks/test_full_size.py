@@ -14,8 +14,8 @@ from torch import Tensor
 
 import simpletuner.models.chroma.weights as weights
 from benchmarks import full_size
-from simpletuner.models.blocks import block_memory
-from simpletuner.quantization.schemes import named
+from simpletuner.models.block_executor import block_memory_policy
+from simpletuner.quantization.schemes import get_scheme
 
 LINEAR = "single_transformer_blocks.1.proj_out"
 GB = 10**9
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def checkpoint(folder: Path) -> dict[str, Tensor]:
     """By the index alone, as other programs read it."""
-    index = folder / "transformer" / f"{weights.STEM}.safetensors.index.json"
+    index = folder / "transformer" / f"{weights.WEIGHTS_STEM}.safetensors.index.json"
     found = {}
     for name, file in json.loads(index.read_text())["weight_map"].items():
         with safe_open(index.with_name(file), framework="pt") as tensors:
@@ -42,7 +42,7 @@ def checkpoint(folder: Path) -> dict[str, Tensor]:
 
 def test_the_checkpoint_is_a_whole_random_chroma_in_shards(folder: Path) -> None:
     found = checkpoint(folder)
-    assert set(found) == set(weights.stored_transformer(folder / "transformer"))
+    assert set(found) == set(weights.transformer_tensors(folder / "transformer"))
     assert len(list((folder / "transformer").glob("*.safetensors"))) == 2
     matrices = {name: tensor.float() for name, tensor in found.items() if tensor.ndim == 2}
     for name, matrix in matrices.items():
@@ -57,8 +57,11 @@ def test_the_conversions_hold_what_the_checkpoint_holds(folder: Path) -> None:
     for scheme, error in {"int8": 0.02, "nf4": 0.12}.items():
         (file,) = (folder / "quantized").glob(f"*-{scheme}-*")
         with safe_open(file, framework="pt") as tensors:
-            parts = {part: tensors.get_tensor(f"{LINEAR}.{part}") for part in named(scheme).part_shapes(1, 1)}
-        restored = named(scheme).dequantize(parts, weight.shape[1], torch.float32)
+            parts = {
+                part: tensors.get_tensor(f"{LINEAR}.{part}")
+                for part in get_scheme(scheme).buffer_shapes(1, 1)
+            }
+        restored = get_scheme(scheme).dequantize(parts, weight.shape[1], torch.float32)
         assert (restored - weight).norm() < error * weight.float().norm()
 
 
@@ -67,8 +70,8 @@ def test_the_steps_train(folder: Path) -> None:
     assert [one["step"] for one in trained["steps"]] == [1, 2, 3]
     assert all(0.1 < one["loss"] < 100 and one["grad_norm"] > 0 for one in trained["steps"])
     assert all(math.isfinite(one["grad_norm"]) for one in trained["steps"])
-    memory = block_memory(full_size.run_of(folder, "nf4").model, 3)
-    assert len(memory.recomputed(3)) == 3
+    memory = block_memory_policy(full_size.run_of(folder, "nf4").model, 3)
+    assert len(memory.checkpointed_block_numbers(3)) == 3
     assert trained["cpu_s"] >= sum(one["cpu_s"] for one in trained["steps"])
 
 

@@ -10,25 +10,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.nano import figure, markdown, plan, story, tables, world
-from benchmarks.nano.__main__ import DOCS, PAGE, PLOT, RESULTS, main
+from benchmarks.nano import (
+    densities_figure,
+    densities_page,
+    experiment_inputs,
+    experiments,
+    markdown_tables,
+    result_tables,
+)
+from benchmarks.nano.__main__ import DOCS, FIGURE_NAME, PAGE_NAME, RESULTS, main
+from benchmarks.nano.cell_result import RESULT_FILE, CellResult
+from benchmarks.nano.cell_runner import CellQueue
+from benchmarks.nano.experiments import FULL_EXPERIMENT, SEEDS, SMOKE_TEST, TABLES, Cell
 from benchmarks.nano.padded import encode_padded
-from benchmarks.nano.plan import CORNER, SEEDS, TABLES, WHOLE, Cell
-from benchmarks.nano.result import NAME, Result
-from benchmarks.nano.work import Queue
 from safetensors import safe_open
 from transformers import T5EncoderModel
 
-from simpletuner.config.load import load
-from simpletuner.models.chroma.text import ChromaText, load_tokenizer
+from simpletuner.config.load import load_config
+from simpletuner.models.chroma.text_encoder import ChromaTextEncoder, load_tokenizer
 
 COMMAND = "python -m benchmarks.nano"
 # one name of a measured figure -> what it is worth here, by (row, seed)
 ROUGH = {"quadratic": (0.100, 0.110, 0.130), "uniform": (0.090, 0.105, 0.120)}
 
 
-def one_result(held_out: float, **changes: object) -> Result:
-    made = Result(
+def one_result(held_out: float, **changes: object) -> CellResult:
+    made = CellResult(
         cell="", options={"learning_rate": 2e-3}, base="b", date="2026-01-02", seconds=9.0, step_seconds=0.2,
         loss_mean=0.2, loss_variance=4e-4, grad_mean=0.3, grad_variance=1e-3, held_out=held_out,
         held_out_start=0.5, by_sigma=[(0.25, held_out + 0.1), (0.75, held_out - 0.05)],
@@ -40,24 +47,24 @@ def one_result(held_out: float, **changes: object) -> Result:
 
 
 @pytest.fixture
-def done() -> dict[str, Result]:
+def done() -> dict[str, CellResult]:
     variants = {row.label: row.variant for row in TABLES["density"][0].rows}
     found = {
-        plan.cell_name(variants[label], seed): one_result(value)
+        experiments.cell_name(variants[label], seed): one_result(value)
         for label, values in ROUGH.items()
         for seed, value in zip(SEEDS, values)
     }
-    del found[plan.cell_name(variants["uniform"], 3)]
+    del found[experiments.cell_name(variants["uniform"], 3)]
     touched = {"shapes": {"all": (0.75, 0.1, 64), "shape": (0.8, 0.1, 90)}}
-    found[plan.cell_name("base", 1)] = one_result(0.5, scores=touched)
+    found[experiments.cell_name("base", 1)] = one_result(0.5, scores=touched)
     return found
 
 
-def made(done: dict[str, Result], name: str = "density") -> tables.Table:
-    return tables.table(name, done, WHOLE, SEEDS, COMMAND, "b")
+def made(done: dict[str, CellResult], name: str = "density") -> result_tables.TableData:
+    return result_tables.build_table(name, done, FULL_EXPERIMENT, SEEDS, COMMAND, "b")
 
 
-def test_means_errors_and_paired_differences(done: dict[str, Result]) -> None:
+def test_means_errors_and_paired_differences(done: dict[str, CellResult]) -> None:
     quadratic, *_, uniform, _ = made(done)["parts"][0]["rows"]
     measured = quadratic["measures"]["held_out"]
     assert measured["mean"] == pytest.approx(0.34 / 3, rel=1e-5)
@@ -70,17 +77,19 @@ def test_means_errors_and_paired_differences(done: dict[str, Result]) -> None:
     assert quadratic["measures"]["lost_all"]["mean"] == pytest.approx(0.25)
 
 
-def test_what_is_not_finished_is_said(done: dict[str, Result]) -> None:
-    page = markdown.page([made(done, name) for name in TABLES])
+def test_what_is_not_finished_is_said(done: dict[str, CellResult]) -> None:
+    page = markdown_tables.render_page([made(done, name) for name in TABLES])
     lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
-    assert "3 of 3" in markdown.part_table(made(done)["parts"][0])
+    assert "3 of 3" in markdown_tables.render_part_table(made(done)["parts"][0])
     assert "| uniform | 2 of 3 | 0.0975 ± 0.0075 | -0.0075 ± 0.0025 |" in page
     assert "| parabola | 0 of 3 | - | - |" in page
     assert lines["full rank, fp32 master"].count("0 of 3") == 1
 
 
-def test_the_page_of_the_densities_tells_the_table(done: dict[str, Result]) -> None:
-    page = story.told(f"before\n{story.BEGIN}\nold\n{story.END}\nafter", made(done))
+def test_the_page_of_the_densities_tells_the_table(done: dict[str, CellResult]) -> None:
+    page = densities_page.update_page(
+        f"before\n{densities_page.BEGIN_MARK}\nold\n{densities_page.END_MARK}\nafter", made(done)
+    )
     assert page.startswith("before\n")
     assert page.endswith("\nafter")
     assert "old" not in page
@@ -88,41 +97,41 @@ def test_the_page_of_the_densities_tells_the_table(done: dict[str, Result]) -> N
     assert "not measured yet." in page.split("From scratch")[1]
 
 
-def test_the_plot_shows_what_is_measured(done: dict[str, Result]) -> None:
-    curves = figure.change_curves(made(done)["parts"][0])
+def test_the_plot_shows_what_is_measured(done: dict[str, CellResult]) -> None:
+    curves = densities_figure.change_curves(made(done)["parts"][0])
     assert [curve.name for curve in curves] == ["quadratic", "uniform"]
     changes = [100 * (u + 0.1) / (q + 0.1) - 100 for u, q in zip(ROUGH["uniform"][:2], ROUGH["quadratic"])]
     assert curves[1].points[0][1] == pytest.approx(statistics.fmean(changes), rel=1e-4)
-    assert figure.change_curves(made({})["parts"][0]) == []
-    drawn = figure.draw(made(done))
-    assert drawn.count("<polyline") == len(plan.DENSITIES) + 2
+    assert densities_figure.change_curves(made({})["parts"][0]) == []
+    drawn = densities_figure.render_figure(made(done))
+    assert drawn.count("<polyline") == len(experiments.DENSITIES) + 2
 
 
-@pytest.mark.parametrize("name", plan.DENSITIES)
+@pytest.mark.parametrize("name", experiments.DENSITIES)
 def test_a_drawn_density_has_the_mass_of_a_density(name: str) -> None:
-    points = figure.density_curve(name).points
+    points = densities_figure.density_curve(name).points
     assert sum(share for _, share, _ in points) / len(points) == pytest.approx(1, abs=1e-6)
     hole = [share for sigma, share, _ in points if 0.27 < sigma < 0.73]
     assert (max(hole) == 0) == (name == "quadratic-literal")
 
 
 def test_work_waits_for_what_it_needs_and_goes_on_without_what_failed() -> None:
-    variant = plan.Variant("v", "lesson")
+    variant = experiments.Variant("v", "lesson")
     first, second, third = Cell(variant, 1), Cell(variant, 2, ("v/seed-1",)), Cell(variant, 3)
-    queue = Queue([second, first, third], set())
+    queue = CellQueue([second, first, third], set())
     assert [queue.claim(), queue.claim()] == [first, third]
-    queue.settle(third, None)
-    queue.settle(first, "broken")
+    queue.mark_ended(third, None)
+    queue.mark_ended(first, "broken")
     assert queue.claim() is None
     assert queue.failed == {"v/seed-1": "broken", "v/seed-2": "needs v/seed-1"}
     assert queue.done == {"v/seed-3"}
-    assert Queue([first, second], {"v/seed-1"}).claim() == second
+    assert CellQueue([first, second], {"v/seed-1"}).claim() == second
 
 
 def test_every_row_has_its_cells_and_every_need_comes_first() -> None:
-    known = plan.variants(WHOLE)
+    known = experiments.build_variants(FULL_EXPERIMENT)
     assert {row.variant for parts in TABLES.values() for part in parts for row in part.rows} <= set(known)
-    listed = plan.cells(WHOLE, SEEDS)
+    listed = experiments.list_cells(FULL_EXPERIMENT, SEEDS)
     names = [cell.name for cell in listed]
     assert len(set(names)) == len(names)
     assert {cell.variant.name for cell in listed} == set(known)
@@ -130,23 +139,31 @@ def test_every_row_has_its_cells_and_every_need_comes_first() -> None:
         assert set(cell.needs) <= set(names[:place]), cell.name
 
 
-@pytest.mark.parametrize("size", [WHOLE, CORNER], ids=["whole", "corner"])
-def test_the_product_takes_every_cell_as_it_is_meant(size: plan.Size, tmp_path: Path) -> None:
-    place = world.World(tmp_path)
-    place.data("lesson").write_text("[]")
-    place.data("shapes").write_text("[]")
-    place.untrained.mkdir(parents=True)
-    for cell in plan.cells(size, SEEDS):
+@pytest.mark.parametrize("size", [FULL_EXPERIMENT, SMOKE_TEST], ids=["whole", "corner"])
+def test_the_product_takes_every_cell_as_it_is_meant(
+    size: experiments.ExperimentSize, tmp_path: Path
+) -> None:
+    place = experiment_inputs.ExperimentInputs(tmp_path)
+    place.dataset_file("lesson").write_text("[]")
+    place.dataset_file("shapes").write_text("[]")
+    place.untrained_transformer.mkdir(parents=True)
+    for cell in experiments.list_cells(size, SEEDS):
         config = tmp_path / "config.json"
-        options = {**world.settings(cell, size), **place.paths(cell, tmp_path / "run", None)}
+        options = {
+            **experiment_inputs.cell_options(cell, size),
+            **place.path_options(cell, tmp_path / "run", None),
+        }
         config.write_text(json.dumps(options))
-        loaded = load(config_path=config, environ={}, cwd=tmp_path)
-        assert [note for note in loaded.notes if "no effect" in note] == [], cell.name
+        loaded = load_config(config_path=config, environ={}, cwd=tmp_path)
+        assert [note for note in loaded.notices if "no effect" in note] == [], cell.name
 
 
 def test_the_lesson_is_the_example_and_rows_differ_from_it_by_what_they_say() -> None:
-    cells = {cell.name: world.settings(cell, WHOLE) for cell in plan.cells(WHOLE, SEEDS)}
-    lesson, example = cells["lesson/seed-2"], world.example_options()
+    cells = {
+        cell.name: experiment_inputs.cell_options(cell, FULL_EXPERIMENT)
+        for cell in experiments.list_cells(FULL_EXPERIMENT, SEEDS)
+    }
+    lesson, example = cells["lesson/seed-2"], experiment_inputs.example_options()
     changed = {name for name in example if name in lesson and lesson[name] != example[name]}
     assert changed <= {"max_train_steps", "checkpoint_step_interval"}
     for name, options in (("lesson-uniform", {"chroma_sigma_density"}), ("rank-64", {"lora_rank"})):
@@ -155,22 +172,22 @@ def test_the_lesson_is_the_example_and_rows_differ_from_it_by_what_they_say() ->
 
 
 def test_tiny_stands_for_modules_that_the_base_has() -> None:
-    weights = world.BASE / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = experiment_inputs.BUNDLED_BASE_DIR / "transformer" / "diffusion_pytorch_model.safetensors"
     with safe_open(weights, "pt") as file:
-        assert {f"{name}.weight" for name in plan.TINY} <= set(file.keys())
+        assert {f"{name}.weight" for name in experiments.TINY_TARGETS} <= set(file.keys())
 
 
 def test_the_committed_pages_are_those_of_the_committed_results() -> None:
     found = [RESULTS / f"{name}.json" for name in TABLES if (RESULTS / f"{name}.json").exists()]
-    page = (DOCS / PAGE).read_text(encoding="utf-8")
+    page = (DOCS / PAGE_NAME).read_text(encoding="utf-8")
     if not found:
         assert "not measured yet." in page
         return
     known = [json.loads(path.read_text(encoding="utf-8")) for path in found]
-    assert (RESULTS / "README.md").read_text(encoding="utf-8") == markdown.page(known)
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == markdown_tables.render_page(known)
     density = next(one for one in known if one["table"] == "density")
-    assert story.told(page, density) == page
-    assert (DOCS / PLOT).read_text(encoding="utf-8") == figure.draw(density)
+    assert densities_page.update_page(page, density) == page
+    assert (DOCS / FIGURE_NAME).read_text(encoding="utf-8") == densities_figure.render_figure(density)
 
 
 def corner(folder: Path, *only: str) -> int:
@@ -191,12 +208,12 @@ def test_the_smallest_corner_goes_through_everything(
     assert "| stratified | 1 of 1 |" in (tmp_path / "results" / "README.md").read_text()
     assert str(tmp_path) not in json.dumps(table)
 
-    results = {path: path.stat().st_mtime_ns for path in tmp_path.rglob(NAME)}
+    results = {path: path.stat().st_mtime_ns for path in tmp_path.rglob(RESULT_FILE)}
     assert len(results) == 3
     capsys.readouterr()
     assert corner(tmp_path, "--only", "stratified") == 0
     assert "3 of 3 cells are finished" in capsys.readouterr().out
-    assert results == {path: path.stat().st_mtime_ns for path in tmp_path.rglob(NAME)}
+    assert results == {path: path.stat().st_mtime_ns for path in tmp_path.rglob(RESULT_FILE)}
 
 
 @pytest.mark.slow
@@ -204,7 +221,7 @@ def test_the_whole_corner(tmp_path: Path) -> None:
     assert corner(tmp_path) == 0
     density = json.loads((tmp_path / "results" / "density.json").read_text())
     assert density["parts"][1]["rows"][0]["finished"] == 1
-    assert "<svg" in (tmp_path / "results" / PLOT).read_text()
+    assert "<svg" in (tmp_path / "results" / FIGURE_NAME).read_text()
     (part,) = json.loads((tmp_path / "results" / "text.json").read_text())["parts"]
     trimmed, used_trimmed, padded = (row["measures"] for row in part["rows"])
     assert padded["held_out_start"]["mean"] != trimmed["held_out_start"]["mean"]
@@ -215,11 +232,13 @@ def test_the_whole_corner(tmp_path: Path) -> None:
 
 
 def test_padded_rows_are_the_trimmed_ones_and_the_encoder_s_own_for_pads() -> None:
-    t5 = T5EncoderModel.from_pretrained(world.BASE / "text_encoder", dtype=torch.float32)
-    encoder = ChromaText(t5, load_tokenizer(world.BASE / "tokenizer"))
+    t5 = T5EncoderModel.from_pretrained(
+        experiment_inputs.BUNDLED_BASE_DIR / "text_encoder", dtype=torch.float32
+    )
+    encoder = ChromaTextEncoder(t5, load_tokenizer(experiment_inputs.BUNDLED_BASE_DIR / "tokenizer"))
     captions = ["a big red zorbo in the centre, navy background", "a star"]
     padded = encode_padded(encoder, captions)
     for rows, trimmed in zip(padded, encoder.encode(captions)):
-        assert rows.shape == (plan.PADDED_ROWS, trimmed.shape[1])
+        assert rows.shape == (experiments.PADDED_ROWS, trimmed.shape[1])
         torch.testing.assert_close(rows[: len(trimmed)], trimmed, rtol=0, atol=1e-5)
         assert rows[-1].abs().max() > 0

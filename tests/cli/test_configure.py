@@ -20,13 +20,13 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from simpletuner.cli.configure import command
-from simpletuner.config.proposals import NANO, PLANNED
-from simpletuner.server.wire.base import Complaint
-from simpletuner.server.wire.system import Device
+from simpletuner.config.presets import MEMORY_PRESETS, NANO_PRESET
+from simpletuner.server.schemas.base import ErrorDetail
+from simpletuner.server.schemas.system import DeviceInfo
 
 ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith("SIMPLETUNER_")}
 START = [sys.executable, "-m", "simpletuner"]
-CPU = Device(name="CPU", kind="cpu", memory_total_bytes=8 << 30, memory_free_bytes=None)
+CPU = DeviceInfo(name="CPU", kind="cpu", memory_total_bytes=8 << 30, memory_free_bytes=None)
 
 
 class NoPlan:
@@ -39,14 +39,14 @@ class NoPlan:
         self.made.append((config, words))
         self.ended = False
 
-    def done(self, patience_s: float = 0.0) -> bool:
+    def has_ended(self, patience_s: float = 0.0) -> bool:
         assert patience_s <= 3
         return self.gb is not None
 
-    def result(self) -> tuple[dict[str, Any] | None, list[Complaint]]:
+    def result(self) -> tuple[dict[str, Any] | None, list[ErrorDetail]]:
         return {"peak": (self.gb or 0) * 1e9}, []
 
-    def end(self) -> None:
+    def terminate(self) -> None:
         self.ended = True
 
 
@@ -67,10 +67,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @contextmanager
 def machine(monkeypatch: pytest.MonkeyPatch, gb: int | None, planned: float | None = None) -> Iterator[type]:
     """A machine with one card, or none."""
-    card = Device(name="Card", kind="cuda", memory_total_bytes=(gb or 0) << 30, memory_free_bytes=None)
-    monkeypatch.setattr("simpletuner.server.hardware.devices", lambda: [card if gb else CPU])
+    card = DeviceInfo(name="Card", kind="cuda", memory_total_bytes=(gb or 0) << 30, memory_free_bytes=None)
+    monkeypatch.setattr("simpletuner.server.hardware.list_devices", lambda: [card if gb else CPU])
     fake = type("Fake", (NoPlan,), {"made": [], "gb": planned})
-    monkeypatch.setattr("simpletuner.server.planning.Planning", fake)
+    monkeypatch.setattr("simpletuner.server.plan_service.PlanProcess", fake)
     yield fake
 
 
@@ -98,7 +98,7 @@ def test_defaults_train_the_bundled_model_where_no_card_is(
     assert done.exit_code == 0, done.output
     assert planner.made == []  # nobody waits, nothing is planned
     config, sets = written(folder)
-    assert config == {**NANO, "output_dir": "output/pictures", "validation_prompt": "picture 0"}
+    assert config == {**NANO_PRESET, "output_dir": "output/pictures", "validation_prompt": "picture 0"}
     assert '"resolution": 128,' in (folder / "config.json").read_text()
     assert sets == [{"id": "pictures", "type": "local", "instance_data_dir": "pictures"}]
     assert "3 pictures, 3 with captions, from 128x128 to 256x256 px" in done.output
@@ -159,7 +159,7 @@ def test_what_is_proposed_for_a_card(
     with machine(monkeypatch, gb):
         assert talk("--defaults").exit_code == 0
     config, _ = written(folder)
-    expected = {name: value for name, value in PLANNED[row][0].items() if value != "no_change"}
+    expected = {name: value for name, value in MEMORY_PRESETS[row][0].items() if value != "no_change"}
     how = ("precision", "backend", "device", "gradient_checkpointing")
     got = {name: value for name, value in config.items() if name.endswith(how)}
     assert got == expected

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from simpletuner.cli.quantize import command
 from simpletuner.errors import ConfigError
-from simpletuner.models.chroma.weights import read_header
+from simpletuner.models.chroma.weights import read_stored_tensors
 
 
 def test_files_are_printed_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +21,7 @@ def test_files_are_printed_and_made_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert "quantise to nf4" in first.stderr
     files = [Path(line) for line in first.stdout.splitlines()]
     assert [file.name.split("-")[:2] for file in files] == [["chroma", "nf4"], ["t5", "int8"]]
-    assert "transformer_blocks.0.attn.to_q.absmax" in read_header(files[0])
+    assert "transformer_blocks.0.attn.to_q.absmax" in read_stored_tensors(files[0])
     again = CliRunner().invoke(command, words, catch_exceptions=False)
     assert again.stdout == first.stdout
     assert "quantise to" not in again.stderr

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simpletuner.config.jsonc import parse
+from simpletuner.config.jsonc import parse_jsonc
 from simpletuner.errors import ConfigError
 
 VALUES = st.recursive(
@@ -51,7 +51,7 @@ FRAGMENTS = st.lists(
 @given(VALUES, st.sampled_from([None, 0, 3]), st.booleans())
 def test_reads_what_json_reads(value: Any, indent: int | None, ascii_only: bool) -> None:
     text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
-    assert parse(text, "x").value == json.loads(text)
+    assert parse_jsonc(text, "x").value == json.loads(text)
 
 
 def decorated(value: Any, draw: Any) -> str:
@@ -73,7 +73,7 @@ def decorated(value: Any, draw: Any) -> str:
 @given(VALUES, st.data())
 def test_comments_and_trailing_commas_change_nothing(value: Any, data: st.DataObject) -> None:
     text = data.draw(DECORATION) + decorated(value, data.draw) + data.draw(DECORATION)
-    document = parse(text, "x")
+    document = parse_jsonc(text, "x")
     assert document.value == value
     lines = text.split("\n")
     for path, (line, column) in document.positions.items():
@@ -88,7 +88,7 @@ def test_comments_and_trailing_commas_change_nothing(value: Any, data: st.DataOb
 @given(FRAGMENTS | st.text(alphabet=string.printable, max_size=20))
 def test_never_crashes_and_agrees_with_json(text: str) -> None:
     try:
-        ours: Any = ("value", parse(text, "x").value)
+        ours: Any = ("value", parse_jsonc(text, "x").value)
     except ConfigError:
         ours = None
 
@@ -115,7 +115,7 @@ def test_never_crashes_and_agrees_with_json(text: str) -> None:
 
 def test_positions() -> None:
     text = '// top\n[\n  {"id": "a", # here\n   "sizes": [1,\n\t2]},\n  {},\n]'
-    document = parse(text, "m.json")
+    document = parse_jsonc(text, "m.json")
     assert document.value == [{"id": "a", "sizes": [1, 2]}, {}]
     assert document.positions == {
         (): (2, 1),
@@ -126,8 +126,8 @@ def test_positions() -> None:
         (0, "sizes", 1): (5, 2),
         (1,): (6, 3),
     }
-    assert document.where((0, "sizes", 1)) == "m.json:5:2"
-    assert document.where((1, "absent")) == "m.json:6:3"
+    assert document.location_of((0, "sizes", 1)) == "m.json:5:2"
+    assert document.location_of((1, "absent")) == "m.json:6:3"
 
 
 @pytest.mark.parametrize(
@@ -160,13 +160,13 @@ def test_positions() -> None:
 )
 def test_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse(text, "x")
+        parse_jsonc(text, "x")
     assert message in str(caught.value)
 
 
 def test_all_duplicates_are_told_and_the_byte_order_mark_is_not_text() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse('\ufeff{"a": 1, "b": 1, "a": 1, "b": 1}', "x")
+        parse_jsonc('\ufeff{"a": 1, "b": 1, "a": 1, "b": 1}', "x")
     assert [str(problem) for problem in caught.value.problems] == [
         "x:1:18: 'a' appears twice",
         "x:1:26: 'b' appears twice",
@@ -178,7 +178,7 @@ def test_three_thousand_keys_take_no_time() -> None:
 
     text = json.dumps({f"key_{number}": [number, "x"] for number in range(3000)}, indent=1)
     start = time.process_time()
-    assert len(parse(text, "x").value) == 3000
+    assert len(parse_jsonc(text, "x").value) == 3000
     assert time.process_time() - start < 0.5
 
 
@@ -188,5 +188,5 @@ def test_a_text_that_is_never_closed_is_read_once(end: str) -> None:
 
     start = time.process_time()
     with pytest.raises(ConfigError, match="Unterminated string"):
-        parse('"' + '\\"' * 20_000 + end, "x")
+        parse_jsonc('"' + '\\"' * 20_000 + end, "x")
     assert time.process_time() - start < 1

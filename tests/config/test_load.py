@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 
-from simpletuner.config.catalog import aliases, catalog
-from simpletuner.config.compare import training_difference
-from simpletuner.config.flags import pairs
-from simpletuner.config.load import Loaded, attempt, from_resolved, load, resolved
+from simpletuner.config.compare_configs import training_differences
+from simpletuner.config.flags import parse_flags
+from simpletuner.config.load import (
+    LoadedConfig,
+    config_from_resolved,
+    load_config,
+    resolved_options,
+    try_load_config,
+)
+from simpletuner.config.option_catalog import all_options, option_aliases
 from simpletuner.config.schema import RunConfig
 from simpletuner.errors import ConfigError
 
@@ -34,11 +40,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(folder: Path, config: Any = None, flags: str = "", environ: dict[str, str] | None = None) -> Loaded:
+def read(
+    folder: Path, config: Any = None, flags: str = "", environ: dict[str, str] | None = None
+) -> LoadedConfig:
     if config is not None:
         text = config if isinstance(config, str) else json.dumps(config)
         (folder / "config.json").write_text(text, encoding="utf-8")
-    return load(pairs(flags.split()), environ=environ or {}, cwd=folder)
+    return load_config(parse_flags(flags.split()), environ=environ or {}, cwd=folder)
 
 
 def problems(
@@ -51,14 +59,14 @@ def problems(
 
 def test_the_quickstart_loads_letter_by_letter(folder: Path) -> None:
     loaded = read(folder, QUICKSTART)
-    assert loaded.run.adapter.lora_rank == 16
-    assert loaded.run.optimizer.learning_rate == 2e-4
-    assert loaded.run.model.pretrained_model_name_or_path is None
-    assert loaded.run.training.output_dir == "/workspace/chroma-output"
-    assert loaded.run.data.data_backend_config == str(folder / "multidatabackend.json")
-    assert loaded.run.training.max_train_steps == 1000
+    assert loaded.config.adapter.lora_rank == 16
+    assert loaded.config.optimizer.learning_rate == 2e-4
+    assert loaded.config.model.pretrained_model_name_or_path is None
+    assert loaded.config.training.output_dir == "/workspace/chroma-output"
+    assert loaded.config.data.data_backend_config == str(folder / "multidatabackend.json")
+    assert loaded.config.training.max_train_steps == 1000
     assert loaded.origins["lora_rank"] == "config.json:6:3"
-    assert loaded.notes[0] == "config.json:6:3: network_rank is read as lora_rank"
+    assert loaded.notices[0] == "config.json:6:3: network_rank is read as lora_rank"
 
 
 @pytest.mark.parametrize("layers", list(itertools.product([False, True], repeat=3)))
@@ -72,18 +80,18 @@ def test_precedence(folder: Path, layers: tuple[bool, bool, bool]) -> None:
     )
     expected = (3, "--seed") if in_flags else (2, "SIMPLETUNER_SEED") if in_environment else None
     expected = expected or ((1, "config.json:1:2") if in_file else (42, "default"))
-    assert (loaded.run.training.seed, loaded.origins["seed"]) == expected
+    assert (loaded.config.training.seed, loaded.origins["seed"]) == expected
 
 
 def test_null_is_the_default_even_over_another_layer(folder: Path) -> None:
     loaded = read(folder, {"lora_alpha": 4, "seed": None}, "--lora_alpha null")
-    assert loaded.run.adapter.lora_alpha is None
-    assert loaded.run.training.seed == 42
+    assert loaded.config.adapter.lora_alpha is None
+    assert loaded.config.training.seed == 42
 
 
 @pytest.mark.parametrize("spelled", ["--learning-rate 1e-5", "--learning_rate=1e-5", "learning_rate=1e-5"])
 def test_flag_spellings(folder: Path, spelled: str) -> None:
-    assert read(folder, {}, spelled).run.optimizer.learning_rate == 1e-5
+    assert read(folder, {}, spelled).config.optimizer.learning_rate == 1e-5
 
 
 def test_bare_flags_and_negative_numbers() -> None:
@@ -97,23 +105,23 @@ def test_bare_flags_and_negative_numbers() -> None:
         "--validation_prompt=--x y",
         "--env",
     ]
-    assert pairs([*words, "--rehearse", "--seed", "4"], ["rehearse"]) == [
+    assert parse_flags([*words, "--rehearse", "--seed", "4"], ["rehearse"]) == [
         ("use_ema", None), ("seed", "3"), ("use_dora", "false"), ("lr_end", "-1"),
         ("validation_prompt", "--x y"), ("env", None), ("rehearse", None), ("seed", "4"),
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="network_rank: needs a value"):
-        load(pairs(["--network-rank"]), environ={}, needs_data=False)
+        load_config(parse_flags(["--network-rank"]), environ={}, needs_data=False)
     with pytest.raises(ConfigError, match="'stray' belongs to no option"):
-        pairs(["stray"])
+        parse_flags(["stray"])
 
 
-@pytest.mark.parametrize("alias", list(aliases()))
+@pytest.mark.parametrize("alias", list(option_aliases()))
 def test_aliases(folder: Path, alias: str) -> None:
-    option = catalog()[aliases()[alias]]
+    option = all_options()[option_aliases()[alias]]
     value = {"integer": 7, "number": 7.0, "choice": "".join(option.choices[-1:]), "text": "x"}
     loaded = read(folder, {alias: value[option.kind]})
-    assert resolved(loaded.run)[option.name] == value[option.kind]
-    assert f"{alias} is read as {option.name}" in loaded.notes[0]
+    assert resolved_options(loaded.config)[option.name] == value[option.kind]
+    assert f"{alias} is read as {option.name}" in loaded.notices[0]
 
 
 def test_an_option_under_two_names_is_refused(folder: Path) -> None:
@@ -130,11 +138,11 @@ def test_two_spellings_of_an_option_are_refused(folder: Path, names: tuple[str, 
 
 def test_blank_is_not_given_where_null_may_stand(folder: Path) -> None:
     """Left empty as the quickstart says, or saved by a form."""
-    nullable = {name: " " for name, option in catalog().items() if option.nullable}
+    nullable = {name: " " for name, option in all_options().items() if option.nullable}
     assert len(nullable) > 20
     loaded = read(folder, {**nullable, "max_train_steps": 3}, "", {"SIMPLETUNER_SEED": " "})
-    assert loaded.run.model.pretrained_model_name_or_path is None
-    assert loaded.run.data.data_backend_config == str(folder / "multidatabackend.json")
+    assert loaded.config.model.pretrained_model_name_or_path is None
+    assert loaded.config.data.data_backend_config == str(folder / "multidatabackend.json")
     assert problems(folder, {"learning_rate": ""}) == [
         'config.json:1:2: learning_rate = "": must be a number'
     ]
@@ -150,33 +158,35 @@ def test_written_as_text(folder: Path) -> None:
             "num_train_epochs": 0, "flow_schedule_shift": 0,
         },
     )  # fmt: skip
-    run = loaded.run
+    run = loaded.config
     assert run.model.gradient_checkpointing is False
     assert (run.optimizer.learning_rate, run.training.max_train_steps, run.training.seed) == (1e-5, 1000, 7)
     assert (run.validation.validation_resolution, run.model.mixed_precision) == ("512", "bf16")
     assert (run.optimizer.optimizer, run.flow.flow_schedule_shift) == ("lion", None)
-    assert any("optimizer optimi-lion is read as lion" in note for note in loaded.notes)
+    assert any("optimizer optimi-lion is read as lion" in note for note in loaded.notices)
 
 
 def test_a_length_given_later_takes_the_place_of_the_other(folder: Path) -> None:
     loaded = read(folder, {"num_train_epochs": 3}, "max_train_steps=7")
-    assert (loaded.run.training.max_train_steps, loaded.run.training.num_train_epochs) == (7, None)
-    assert any("takes the place of num_train_epochs" in note for note in loaded.notes)
+    assert (loaded.config.training.max_train_steps, loaded.config.training.num_train_epochs) == (7, None)
+    assert any("takes the place of num_train_epochs" in note for note in loaded.notices)
     with pytest.raises(ConfigError, match="num_train_epochs is given too"):
         read(folder, {"num_train_epochs": 3, "max_train_steps": 7})
 
 
 def test_what_always_holds_may_be_asked_for(folder: Path) -> None:
     loaded = read(folder, {"offload_during_startup": True})
-    assert any("offload_during_startup is always so" in note for note in loaded.notes)
+    assert any("offload_during_startup is always so" in note for note in loaded.notices)
 
 
 def test_lists_and_regular_expressions(folder: Path) -> None:
-    assert read(folder, {}, 'lora_target_modules=["to_q","to_k"]').run.adapter.lora_target_modules == [
+    assert read(folder, {}, 'lora_target_modules=["to_q","to_k"]').config.adapter.lora_target_modules == [
         "to_q",
         "to_k",
     ]
-    assert read(folder, {}, "lora_target_modules=[tq].*to_q").run.adapter.lora_target_modules == "[tq].*to_q"
+    assert (
+        read(folder, {}, "lora_target_modules=[tq].*to_q").config.adapter.lora_target_modules == "[tq].*to_q"
+    )
     assert problems(folder, {"lora_target_modules": "(to_q"})[0].startswith(
         "config.json:1:2: lora_target_modules: is not"
     )
@@ -185,7 +195,7 @@ def test_lists_and_regular_expressions(folder: Path) -> None:
 def test_environment_in_texts(folder: Path) -> None:
     config = {"tracker_run_name": "on {env:NODE}", "seed": "{env:LUCK}"}
     loaded = read(folder, config, "", {"NODE": "n1", "LUCK": "9"})
-    assert (loaded.run.logging.tracker_run_name, loaded.run.training.seed) == ("on n1", 9)
+    assert (loaded.config.logging.tracker_run_name, loaded.config.training.seed) == ("on n1", 9)
     assert problems(folder, config, "", {"NODE": "n1"}) == [
         "config.json:1:39: seed: {env:LUCK}: the environment variable LUCK is not set"
     ]
@@ -193,9 +203,9 @@ def test_environment_in_texts(folder: Path) -> None:
 
 def test_wrapper_and_schema_key(folder: Path) -> None:
     loaded = read(folder, '{"$schema": "x", "seed": 5}')
-    assert loaded.run.training.seed == 5
+    assert loaded.config.training.seed == 5
     loaded = read(folder, '{"_metadata": {"v": 1},\n "config": {"--seed": 6}}')
-    assert (loaded.run.training.seed, loaded.origins["seed"]) == (6, "config.json:2:13")
+    assert (loaded.config.training.seed, loaded.origins["seed"]) == (6, "config.json:2:13")
 
 
 def test_toml(folder: Path) -> None:
@@ -205,7 +215,7 @@ def test_toml(folder: Path) -> None:
     ]
     (folder / "config.toml").write_text("seed = 8\nnetwork_rank = 2\n")
     loaded = read(folder)
-    assert (loaded.run.training.seed, loaded.run.adapter.lora_rank) == (8, 2)
+    assert (loaded.config.training.seed, loaded.config.adapter.lora_rank) == (8, 2)
     assert loaded.origins["seed"] == "config.toml:1:1"
     (folder / "config.toml").write_text("seed = = 8\n")
     assert problems(folder)[0].startswith("config.toml:1:8: ")
@@ -254,9 +264,9 @@ def test_everything_wrong_at_once(folder: Path) -> None:
 
 def test_foreign_variables_are_told_and_let_be(folder: Path) -> None:
     loaded = read(folder, {}, "", {"SIMPLETUNER_STATE_DIR": "/x", "SIMPLETUNER_SEED": "", "PATH": "/bin"})
-    assert loaded.notes[0] == "SIMPLETUNER_STATE_DIR is no option's variable and is not read"
-    assert loaded.run.training.seed == 42
-    assert read(folder, {}, "", {"SIMPLETUNER_WEB_UI_CONFIG": "/x"}).notes
+    assert loaded.notices[0] == "SIMPLETUNER_STATE_DIR is no option's variable and is not read"
+    assert loaded.config.training.seed == 42
+    assert read(folder, {}, "", {"SIMPLETUNER_WEB_UI_CONFIG": "/x"}).notices
 
 
 @pytest.mark.parametrize("text", ["[1]", "3", '"x"'])
@@ -272,32 +282,32 @@ def test_sections_are_flat(folder: Path) -> None:
 
 def test_lookup(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(environ={}, cwd=tmp_path)
+        load_config(environ={}, cwd=tmp_path)
     assert str(caught.value).startswith(
         "no configuration: none of config.json, config.jsonc, config.toml, config/config.json"
     )
     assert "\n" not in str(caught.value)
-    assert load(environ={}, cwd=tmp_path, needs_data=False).source is None
+    assert load_config(environ={}, cwd=tmp_path, needs_data=False).config_path is None
     for place in ("config/few/config.jsonc", "config/config.toml", "config.jsonc", "other/mine.json"):
         path = tmp_path / place
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("" if path.suffix == ".toml" else "{}")
         (path.parent / "multidatabackend.json").write_text("[]")
-    assert load(environ={}, cwd=tmp_path).source == tmp_path / "config.jsonc"
+    assert load_config(environ={}, cwd=tmp_path).config_path == tmp_path / "config.jsonc"
     (tmp_path / "config.jsonc").unlink()
-    assert load(environ={}, cwd=tmp_path).source == tmp_path / "config/config.toml"
-    loaded = load(environ={}, cwd=tmp_path, env_name="few")
-    assert loaded.source == tmp_path / "config/few/config.jsonc"
-    assert loaded.run.data.data_backend_config == str(tmp_path / "config/few/multidatabackend.json")
+    assert load_config(environ={}, cwd=tmp_path).config_path == tmp_path / "config/config.toml"
+    loaded = load_config(environ={}, cwd=tmp_path, env_name="few")
+    assert loaded.config_path == tmp_path / "config/few/config.jsonc"
+    assert loaded.config.data.data_backend_config == str(tmp_path / "config/few/multidatabackend.json")
     assert (
-        load((), tmp_path / "other/mine.json", environ={}, cwd=tmp_path).source
+        load_config((), tmp_path / "other/mine.json", environ={}, cwd=tmp_path).config_path
         == tmp_path / "other/mine.json"
     )
     for arguments in ({"env_name": "many"}, {"config_path": "no.json"}, {"example": "no"}):
         with pytest.raises(ConfigError):
-            load(environ={}, cwd=tmp_path, **arguments)  # type: ignore[arg-type]
+            load_config(environ={}, cwd=tmp_path, **arguments)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="--config and --env each name"):
-        load((), "other/mine.json", "few", environ={}, cwd=tmp_path)
+        load_config((), "other/mine.json", "few", environ={}, cwd=tmp_path)
 
 
 def test_paths_beside_the_file_come_first(tmp_path: Path) -> None:
@@ -312,23 +322,23 @@ def test_paths_beside_the_file_come_first(tmp_path: Path) -> None:
         "pretrained_model_name_or_path": "model", "pretrained_t5_model_name_or_path": "who/what",
     }  # fmt: skip
     (config / "config.json").write_text(json.dumps(text))
-    run = load(environ={}, cwd=tmp_path, env_name="a").run
+    run = load_config(environ={}, cwd=tmp_path, env_name="a").config
     assert run.validation.user_prompt_library == str(config / "prompts.json")
     assert run.data.data_backend_config == str(tmp_path / "sets.json")
     assert run.model.pretrained_model_name_or_path == str(tmp_path / "model")
     assert run.model.pretrained_t5_model_name_or_path == "who/what"
     (config / "config.json").write_text('{"pretrained_model_name_or_path": "./gone"}')
     with pytest.raises(ConfigError, match="does not exist"):
-        load(environ={}, cwd=tmp_path, env_name="a")
+        load_config(environ={}, cwd=tmp_path, env_name="a")
 
 
 def test_home_is_read_in_every_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
     (folder / "x.safetensors").write_bytes(b"")
     names = ("output_dir", "cache_dir", "resume_from_checkpoint", "init_lora")
-    flat = resolved(read(folder, dict.fromkeys(names, "~/x.safetensors")).run)
+    flat = resolved_options(read(folder, dict.fromkeys(names, "~/x.safetensors")).config)
     assert [flat[name] for name in names] == [str(folder / "x.safetensors")] * 4
-    assert read(folder, {"output_dir": "out"}).run.training.output_dir == "out"
+    assert read(folder, {"output_dir": "out"}).config.training.output_dir == "out"
 
 
 @pytest.mark.parametrize("text", ["~nobody/x.json", "x" * 5000, "a\0b", "C:\\loras\\x.json", "folder"])
@@ -337,14 +347,14 @@ def test_paths_that_lead_nowhere_are_told(folder: Path, text: str) -> None:
     (problem,) = problems(folder, {"init_lora": text})
     assert "does not exist" in problem or "is a folder" in problem
     with pytest.raises(ConfigError, match="--config"):
-        load((), text, environ={}, cwd=folder)
+        load_config((), text, environ={}, cwd=folder)
 
 
 def test_a_windows_path_with_single_backslashes_is_told(folder: Path) -> None:
     assert problems(folder, r'{"output_dir": "C:\new"}') == [
         r'config.json:1:2: output_dir = "C:\new": has control characters; write \\ or / between folders'
     ]
-    assert read(folder, r'{"output_dir": "C:\\new"}').run.training.output_dir == r"C:\new"
+    assert read(folder, r'{"output_dir": "C:\\new"}').config.training.output_dir == r"C:\new"
 
 
 @pytest.mark.parametrize(
@@ -369,26 +379,26 @@ def test_weights_named_as_the_configuration_are_not_read(folder: Path) -> None:
     with (folder / "model.safetensors").open("wb") as file:
         file.truncate(10 * 2**30)
     with pytest.raises(ConfigError, match="10240 MiB are too many"):
-        load((), "model.safetensors", environ={}, cwd=folder)
+        load_config((), "model.safetensors", environ={}, cwd=folder)
 
 
 def test_data_section_is_handed_back_though_others_are_wrong(folder: Path) -> None:
     (folder / "config.json").write_text('{"seed": -1}')
-    tried = attempt(environ={}, cwd=folder)
+    tried = try_load_config(environ={}, cwd=folder)
     assert tried.loaded is None
-    assert tried.data is not None
+    assert tried.data_options is not None
     (folder / "config.json").write_text('{"resolution": "big"}')
-    assert attempt(environ={}, cwd=folder).data is None
+    assert try_load_config(environ={}, cwd=folder).data_options is None
 
 
 def test_round_trip_through_a_run_folder(folder: Path) -> None:
-    run = read(folder, {"lora_rank": 4, "lora_target_modules": ["to_q"], "max_train_steps": 3}).run
-    flat = json.loads(json.dumps(resolved(run)))
-    assert list(flat) == list(catalog())
-    assert from_resolved(flat) == run
-    assert from_resolved({"seed": 3, "of_another_version": 1}).training.seed == 3
+    run = read(folder, {"lora_rank": 4, "lora_target_modules": ["to_q"], "max_train_steps": 3}).config
+    flat = json.loads(json.dumps(resolved_options(run)))
+    assert list(flat) == list(all_options())
+    assert config_from_resolved(flat) == run
+    assert config_from_resolved({"seed": 3, "of_another_version": 1}).training.seed == 3
     with pytest.raises(ConfigError, match="lora_rank = 0"):
-        from_resolved({"lora_rank": 0})
+        config_from_resolved({"lora_rank": 0})
 
 
 def test_secrets_stay_out_of_the_run_folder(folder: Path) -> None:
@@ -402,13 +412,13 @@ def test_secrets_stay_out_of_the_run_folder(folder: Path) -> None:
     ]
     environ = {"HOOK": "https://h/sesame", "TOKEN": "sesame"}
     loaded = read(folder, {"webhook_config": hooks}, "", environ)
-    assert loaded.run.logging.webhook_config[0]["auth_token"] == "sesame"  # type: ignore[index]
-    assert "sesame" not in json.dumps(resolved(loaded.run))
-    assert resolved(loaded.run)["webhook_config"][0]["webhook_type"] == "raw"
+    assert loaded.config.logging.webhook_config[0]["auth_token"] == "sesame"  # type: ignore[index]
+    assert "sesame" not in json.dumps(resolved_options(loaded.config))
+    assert resolved_options(loaded.config)["webhook_config"][0]["webhook_type"] == "raw"
 
 
 def test_what_may_change_on_resume() -> None:
-    old = resolved(RunConfig())
+    old = resolved_options(RunConfig())
     new = {
         **old,
         "learning_rate": 2e-4,
@@ -417,10 +427,10 @@ def test_what_may_change_on_resume() -> None:
         "device": "cuda",
         "lora_rank": 8,
     }
-    assert training_difference(old, new) == ["lora_rank was 16, is 8", "learning_rate was 0.0001, is 0.0002"]
-    assert training_difference({}, old) == []
+    assert training_differences(old, new) == ["lora_rank was 16, is 8", "learning_rate was 0.0001, is 0.0002"]
+    assert training_differences({}, old) == []
     for name in ("max_train_steps", "checkpoint_step_interval", "vae_batch_size", "report_to", "output_dir"):
-        assert catalog()[name].resume == "free", name
+        assert all_options()[name].resume_policy == "free", name
     for name in (
         "seed",
         "train_batch_size",
@@ -429,10 +439,10 @@ def test_what_may_change_on_resume() -> None:
         "vae_cache_sample",
         "use_ema",
     ):
-        assert catalog()[name].resume == "fixed", name
+        assert all_options()[name].resume_policy == "fixed", name
 
 
 def test_one_mistake_is_told_once(tmp_path: Path, folder: Path) -> None:
     """A default standing in for a bad value, or a configuration not found, brings no further complaints."""
     assert len(problems(folder, {"resolution": "big", "resolution_type": "area"})) == 1
-    assert len(attempt(environ={}, cwd=tmp_path / "empty", env_name="many").problems) == 1
+    assert len(try_load_config(environ={}, cwd=tmp_path / "empty", env_name="many").problems) == 1

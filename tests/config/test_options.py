@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 
 from simpletuner.config import docs
-from simpletuner.config.catalog import aliases, catalog
-from simpletuner.config.load import attempt
-from simpletuner.config.refused import is_harmless, names_refused, reason_refused
+from simpletuner.config.load import try_load_config
+from simpletuner.config.option_catalog import all_options, option_aliases
+from simpletuner.config.unsupported_options import (
+    is_harmless_value,
+    unsupported_names_by_reason,
+    unsupported_reason,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,30 +66,30 @@ crop
 
 @pytest.mark.parametrize("name", FOREIGN.split())
 def test_foreign_options_are_refused_by_name(name: str) -> None:
-    assert reason_refused(name)
-    assert name not in catalog()
-    assert name not in aliases()
+    assert unsupported_reason(name)
+    assert name not in all_options()
+    assert name not in option_aliases()
 
 
 def test_refused_names_are_no_options() -> None:
-    for name in [*catalog(), *aliases()]:
-        assert reason_refused(name) is None, name
-    names = [name for _, names in names_refused() for name in names]
+    for name in [*all_options(), *option_aliases()]:
+        assert unsupported_reason(name) is None, name
+    names = [name for _, names in unsupported_names_by_reason() for name in names]
     assert len(set(names)) == len(names)
 
 
 def test_declarations() -> None:
-    assert len(catalog()) >= 120
-    for option in catalog().values():
+    assert len(all_options()) >= 120
+    for option in all_options().values():
         assert option.text.endswith("."), option.name
         assert option.level in ("basic", "common", "advanced")
         assert not option.nullable or option.default is None, option.name
-        assert set(option.spellings.values()) <= set(option.choices), option.name
-        assert not set(option.hints) & set(option.choices) or option.kind == "flag", option.name
-        assert not set(option.aliases) & set(catalog()), option.name
+        assert set(option.value_aliases.values()) <= set(option.choices), option.name
+        assert not set(option.refused_values) & set(option.choices) or option.kind == "flag", option.name
+        assert not set(option.aliases) & set(all_options()), option.name
         if option.kind in ("integer", "number"):
             assert option.bounds, option.name
-    assert 15 <= sum(option.level == "basic" for option in catalog().values()) <= 30
+    assert 15 <= sum(option.level == "basic" for option in all_options().values()) <= 30
 
 
 def test_beginners_defaults() -> None:
@@ -95,7 +99,7 @@ def test_beginners_defaults() -> None:
         "validation_guidance_real": 1.0,
         "resume_from_checkpoint": "latest", "chroma_sigma_density": "quadratic",
     }  # fmt: skip
-    assert {name: catalog()[name].default for name in expected} == expected
+    assert {name: all_options()[name].default for name in expected} == expected
 
 
 @pytest.fixture
@@ -104,8 +108,10 @@ def judge(tmp_path: Path) -> Any:
 
     def judged(**config: Any) -> tuple[list[str], list[str]]:
         (tmp_path / "config.json").write_text(json.dumps({"max_train_steps": 9, **config}))
-        tried = attempt(environ={}, cwd=tmp_path)
-        return [problem.what for problem in tried.problems], list(tried.loaded.notes) if tried.loaded else []
+        tried = try_load_config(environ={}, cwd=tmp_path)
+        return [problem.message for problem in tried.problems], list(
+            tried.loaded.notices
+        ) if tried.loaded else []
 
     return judged
 
@@ -274,7 +280,7 @@ def test_every_precision_of_others_is_read_or_refused_with_the_alternative(judge
         "none",
         "bf16",
     ]
-    own = catalog()["base_model_precision"].choices
+    own = all_options()["base_model_precision"].choices
     for name in names:
         for option in ("base_model_precision", "text_encoder_1_precision"):
             problems, notes = judge(**{option: name})
@@ -292,11 +298,11 @@ def test_every_precision_of_others_is_read_or_refused_with_the_alternative(judge
 
 
 def test_harmless_values_are_few(judge: Any) -> None:
-    assert is_harmless("num_processes", 1)
-    assert is_harmless("fsdp_version", 2)
-    assert is_harmless("snr_weight", 1.0)
+    assert is_harmless_value("num_processes", 1)
+    assert is_harmless_value("fsdp_version", 2)
+    assert is_harmless_value("snr_weight", 1.0)
     for name, value in {"num_processes": 2, "fsdp_enable": True, "deepspeed_config": {"a": 1}}.items():
-        assert not is_harmless(name, value)
+        assert not is_harmless_value(name, value)
     _, notes = judge(disable_bucket_pruning=True, ltx_i2v_prob=0.3, validation_disable_unconditional="true")
     assert notes == [
         "skipped, as they are off or change nothing: "
@@ -305,11 +311,11 @@ def test_harmless_values_are_few(judge: Any) -> None:
 
 
 def test_documents_are_in_step_with_the_schema(tmp_path: Path) -> None:
-    docs.write(tmp_path)
+    docs.write_option_docs(tmp_path)
     for name in ("options.md", "options.schema.json"):
         assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), (
             f"docs/{name} is stale: run `python -m simpletuner.config.docs`"
         )
-    for name in catalog():
-        assert f"`{name}`" in docs.options_page()
-        assert name in docs.json_schema()["properties"]
+    for name in all_options():
+        assert f"`{name}`" in docs.render_options_page()
+        assert name in docs.build_json_schema()["properties"]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.dataset import Dataset
-from simpletuner.data.geometry import Framing
+from simpletuner.data.dataset_config import DatasetConfig
+from simpletuner.data.geometry import ResizeCropConfig
 
 
 @pytest.fixture
@@ -16,13 +16,17 @@ def options() -> DataOptions:
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> Callable[..., Dataset]:
+def dataset(tmp_path: Path) -> Callable[..., DatasetConfig]:
     """A dataset over tmp_path/photos; keywords as in Dataset."""
 
-    def make(name: str = "photos", **fields: object) -> Dataset:
+    def make(name: str = "photos", **fields: object) -> DatasetConfig:
         folder = tmp_path / "photos"
         folder.mkdir(exist_ok=True)
-        settings = {"dataset_type": "image", "instance_data_dir": folder, "framing": Framing(resolution=128)}
-        return Dataset(id=name, **(settings | fields))
+        settings = {
+            "dataset_type": "image",
+            "instance_data_dir": folder,
+            "resize_crop": ResizeCropConfig(resolution=128),
+        }
+        return DatasetConfig(id=name, **(settings | fields))
 
     return make

@@ -8,20 +8,20 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.pixels import load_pixels, read_header
-from simpletuner.data.report import BadFile
-from simpletuner.data.types import Placed, Sample
-from tests.data.bad_files import picture, png_header
+from simpletuner.data.pixels import load_pixels, read_image_header
+from simpletuner.data.rejections import UnusableFile
+from simpletuner.data.sample_types import BucketedSample, Sample
+from tests.data.unusable_files import noise_image, png_header
 
 
-def placed(path: Path, size: tuple[int, int]) -> Placed:
+def placed(path: Path, size: tuple[int, int]) -> BucketedSample:
     """At its own size: what comes back are the decoded pixels."""
-    return Placed(Sample("d/x", "d", path, *size, ("c",)), size, (0, 0), size)
+    return BucketedSample(Sample("d/x", "d", path, *size, ("c",)), size, (0, 0), size)
 
 
 def pixels(image: Image.Image, path: Path, background: str = "white", **settings: object) -> np.ndarray:
     image.save(path, **settings)
-    size = read_header(path, 100).size
+    size = read_image_header(path, 100).size_px
     return load_pixels(placed(path, size), DataOptions(alpha_background=background))
 
 
@@ -32,7 +32,7 @@ def flat(colour: object, mode: str) -> Image.Image:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_exif_orientation_comes_first(orientation: int, suffix: str, tmp_path: Path) -> None:
-    image = picture((24, 16))
+    image = noise_image((24, 16))
     exif = Image.Exif()
     exif[0x0112] = orientation
     settings = {"quality": 100, "lossless": True} if suffix in ("webp", "jpg") else {}
@@ -68,7 +68,7 @@ def test_transparency_shows_the_background_and_not_the_hidden_colour(tmp_path: P
 def test_embedded_profile_becomes_srgb(tmp_path: Path) -> None:
     srgb = ImageCms.createProfile("sRGB")
     lab = ImageCms.createProfile("LAB")
-    image = picture((32, 32))
+    image = noise_image((32, 32))
     same = pixels(image, tmp_path / "s.png", icc_profile=ImageCms.ImageCmsProfile(srgb).tobytes())
     assert np.abs(same.astype(int) - np.asarray(image)).max() <= 1
     assert np.array_equal(pixels(image, tmp_path / "p.png"), np.asarray(image))
@@ -101,15 +101,15 @@ def test_first_frame_of_an_animation(tmp_path: Path) -> None:
     for suffix, settings in (("gif", {}), ("webp", {"lossless": True}), ("png", {})):
         path = tmp_path / f"x.{suffix}"
         found = pixels(frames[0], path, save_all=True, append_images=frames[1:], **settings)
-        assert read_header(path, 100).animated
+        assert read_image_header(path, 100).is_animated
         assert (found == (255, 0, 0)).all()
 
 
 def test_resize_then_crop(tmp_path: Path) -> None:
-    image = picture((100, 60))
+    image = noise_image((100, 60))
     image.save(tmp_path / "x.png")
     sample = Sample("d/x", "d", tmp_path / "x.png", 100, 60, ("c",))
-    found = load_pixels(Placed(sample, (107, 64), (9, 0), (64, 64)), DataOptions())
+    found = load_pixels(BucketedSample(sample, (107, 64), (9, 0), (64, 64)), DataOptions())
     oracle = image.resize((107, 64), Image.Resampling.LANCZOS).crop((9, 0, 73, 64))
     assert found.dtype == np.uint8
     assert found.flags.writeable
@@ -118,35 +118,35 @@ def test_resize_then_crop(tmp_path: Path) -> None:
 
 def test_truncation_is_never_filled_in(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
-    picture().save(path)
+    noise_image().save(path)
     path.write_bytes(path.read_bytes()[:-600])
-    with pytest.raises(BadFile, match="truncated") as error:
+    with pytest.raises(UnusableFile, match="truncated") as error:
         load_pixels(placed(path, (96, 64)), DataOptions())
     assert error.value.reason == "damaged"
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_a_picture_that_changed_since_the_scan_is_refused(tmp_path: Path) -> None:
-    picture((64, 64)).save(tmp_path / "x.png")
-    with pytest.raises(BadFile, match=r"64x64.*96x64"):
+    noise_image((64, 64)).save(tmp_path / "x.png")
+    with pytest.raises(UnusableFile, match=r"64x64.*96x64"):
         load_pixels(placed(tmp_path / "x.png", (96, 64)), DataOptions())
-    with pytest.raises(BadFile, match="No such file"):
+    with pytest.raises(UnusableFile, match="No such file"):
         load_pixels(placed(tmp_path / "gone.png", (96, 64)), DataOptions())
 
 
 def test_the_limit_of_pixels_is_ours_alone(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(png_header(20000, 20000))  # over Pillow's own limit of 179 megapixels
-    assert read_header(tmp_path / "x.png", 400).size == (20000, 20000)
-    with pytest.raises(BadFile, match="400 megapixels"):
-        read_header(tmp_path / "x.png", 399)
-    with pytest.raises(BadFile, match="is 20000x20000, but its header said 8x8") as error:
+    assert read_image_header(tmp_path / "x.png", 400).size_px == (20000, 20000)
+    with pytest.raises(UnusableFile, match="400 megapixels"):
+        read_image_header(tmp_path / "x.png", 399)
+    with pytest.raises(UnusableFile, match="is 20000x20000, but its header said 8x8") as error:
         load_pixels(placed(tmp_path / "x.png", (8, 8)), DataOptions())  # without decoding 400 megapixels
     assert error.value.reason == "changed"
 
 
 def test_headers_are_read_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for suffix in ("png", "jpg", "webp", "gif", "bmp", "tif"):
-        picture().save(tmp_path / f"x.{suffix}")
+        noise_image().save(tmp_path / f"x.{suffix}")
 
     def refuse(image: Image.Image) -> None:
         raise AssertionError("decoded")
@@ -154,4 +154,4 @@ def test_headers_are_read_without_decoding(tmp_path: Path, monkeypatch: pytest.M
     for kind in (Image.Image, ImageFile.ImageFile):
         monkeypatch.setattr(kind, "load", refuse)
     for path in tmp_path.iterdir():
-        assert read_header(path, 100).size == (96, 64)
+        assert read_image_header(path, 100).size_px == (96, 64)

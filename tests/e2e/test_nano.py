@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from simpletuner.events.types import Scored
-from tests.e2e.runs import events
+from simpletuner.events.event_types import ScoresComputed
+from tests.e2e.training_project import read_events
 
 EXAMPLE = ("train", "--example", "chroma-nano.peft-lora")
 FEW = (
@@ -62,7 +62,7 @@ def test_the_card_promises_no_other_program(trained: tuple[Path, Path]) -> None:
 
 def test_the_run_has_scored_itself(trained: tuple[Path, Path]) -> None:
     _, run_dir = trained
-    scored = [event for event in events(run_dir) if isinstance(event, Scored)]
+    scored = [event for event in read_events(run_dir) if isinstance(event, ScoresComputed)]
     assert [(event.metric, event.step, event.weights) for event in scored] == [
         ("shapes", 0, "base"), ("zorbo", 0, "base"), ("shapes", 2, "trained"), ("zorbo", 2, "trained"),
     ]  # fmt: skip
@@ -86,11 +86,11 @@ def test_the_same_command_again_has_nothing_left_to_do(trained: tuple[Path, Path
     folder, run_dir = trained
     before = (run_dir / "pytorch_lora_weights.safetensors").stat().st_size
     drawn = {path: path.stat().st_mtime_ns for path in run_dir.glob("images/step-*/*.png")}
-    scored = sum(isinstance(event, Scored) for event in events(run_dir))
+    scored = sum(isinstance(event, ScoresComputed) for event in read_events(run_dir))
     simpletuner(folder, *EXAMPLE, *FEW)
     assert (run_dir / "pytorch_lora_weights.safetensors").stat().st_size == before
     assert {path: path.stat().st_mtime_ns for path in run_dir.glob("images/step-*/*.png")} == drawn
-    assert sum(isinstance(event, Scored) for event in events(run_dir)) == scored
+    assert sum(isinstance(event, ScoresComputed) for event in read_events(run_dir)) == scored
 
 
 def test_generate_with_and_without_the_lora(trained: tuple[Path, Path]) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from simpletuner.models.chroma.family import Chroma
+from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.training import loop
-from tests.e2e.runs import Workspace
+from tests.e2e.training_project import TrainingProject
 
 PARTS = ("load_text_encoder", "load_vae", "load_transformer")
 
@@ -27,18 +27,18 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
         return [name for name, part in alive if part() is not None]
 
     for name in PARTS:
-        original = getattr(Chroma, name)
+        original = getattr(ChromaFamily, name)
 
-        def load(self: Chroma, *given: Any, _name: str = name, _original: Any = original) -> Any:
+        def load(self: ChromaFamily, *given: Any, _name: str = name, _original: Any = original) -> Any:
             log.append((_name, living()))
             part = _original(self, *given)
             alive.append((_name, weakref.ref(part)))
             return part
 
-        monkeypatch.setattr(Chroma, name, load)
+        monkeypatch.setattr(ChromaFamily, name, load)
     train_step = loop.train_step
 
-    def first_step(parts: loop.Parts, step: int) -> Any:
+    def first_step(parts: loop.TrainerContext, step: int) -> Any:
         if log:  # the memory plan steps as well, on tensors without contents, before anything is loaded
             log.append(("training", living()))
         return train_step(parts, step)
@@ -48,7 +48,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
 
 
 def test_one_after_the_other(watched: list[tuple[str, list[str]]], tmp_path: Path) -> None:
-    Workspace(tmp_path).train(max_train_steps=1)
+    TrainingProject(tmp_path).train(max_train_steps=1)
     assert watched == [
         ("load_text_encoder", []),
         ("load_vae", []),
@@ -60,7 +60,7 @@ def test_one_after_the_other(watched: list[tuple[str, list[str]]], tmp_path: Pat
 def test_pictures_hold_a_vae_only_while_they_are_drawn(
     watched: list[tuple[str, list[str]]], tmp_path: Path
 ) -> None:
-    Workspace(tmp_path).train(
+    TrainingProject(tmp_path).train(
         max_train_steps=1, validation_disable=False, validation_prompt="a red square",
         validation_resolution="64", validation_num_inference_steps=1,
     )  # fmt: skip

@@ -8,55 +8,55 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from simpletuner.cli.generate import model_options
+from simpletuner.cli.generate import resolve_model_options
 from simpletuner.errors import CheckpointError, ConfigError
-from simpletuner.events.types import CheckpointSetAside, StageStarted
+from simpletuner.events.event_types import CheckpointSetAside, StageStarted
 from simpletuner.quantization.schemes import SCHEMES
-from tests.e2e.runs import Workspace, contents, events, losses
 from tests.e2e.test_resume import interrupted
+from tests.e2e.training_project import TrainingProject, read_checkpoint_files, read_events, read_losses
 
 LORA = "pytorch_lora_weights.safetensors"
 SHORT = {"max_train_steps": 3, "checkpoint_step_interval": 1, "lora_dropout": 0.0, "lr_warmup_steps": 0}
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> TrainingProject:
     root = tmp_path_factory.mktemp("quantised")
-    return Workspace(root, quantized_cache_dir=str(root / "quantized"), **SHORT)
+    return TrainingProject(root, quantized_cache_dir=str(root / "quantized"), **SHORT)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_run_on_each(workspace: Workspace, scheme: str) -> None:
+def test_a_run_on_each(workspace: TrainingProject, scheme: str) -> None:
     same = {"base_model_precision": scheme, "text_encoder_1_precision": "int8"}
     run_dir = workspace.train(output_dir=str(workspace.root / scheme), **same)
-    converted = [event.stage for event in events(run_dir) if isinstance(event, StageStarted)]
+    converted = [event.stage for event in read_events(run_dir) if isinstance(event, StageStarted)]
     assert f"quantise to {scheme}" in converted
-    assert len(losses(run_dir)) == 3
-    assert len({loss for loss, _, _ in losses(run_dir).values()}) == 3
+    assert len(read_losses(run_dir)) == 3
+    assert len({loss for loss, _, _ in read_losses(run_dir).values()}) == 3
     assert any(
         tensor.abs().max() > 0 for name, tensor in load_file(run_dir / LORA).items() if "lora_B" in name
     )
-    assert model_options(None, [run_dir], {}).base_model_precision == scheme
+    assert resolve_model_options(None, [run_dir], {}).base_model_precision == scheme
 
     resumed = interrupted(workspace, 2, f"{scheme}-stopped", **same)
-    assert losses(resumed) == losses(run_dir)
-    assert contents(resumed / "checkpoint-3") == contents(run_dir / "checkpoint-3")
+    assert read_losses(resumed) == read_losses(run_dir)
+    assert read_checkpoint_files(resumed / "checkpoint-3") == read_checkpoint_files(run_dir / "checkpoint-3")
     assert f"quantise to {scheme}" not in [
-        event.stage for event in events(resumed) if isinstance(event, StageStarted)
+        event.stage for event in read_events(resumed) if isinstance(event, StageStarted)
     ]
 
     kept = workspace.train(
         output_dir=str(workspace.root / f"{scheme}-kept"), gradient_checkpointing=False, **same
     )
-    assert losses(kept) == losses(run_dir)
-    assert contents(kept / "checkpoint-3") == contents(run_dir / "checkpoint-3")
+    assert read_losses(kept) == read_losses(run_dir)
+    assert read_checkpoint_files(kept / "checkpoint-3") == read_checkpoint_files(run_dir / "checkpoint-3")
 
 
 PRODUCTS = ({"algo": "lokr", "linear_dim": 2, "factor": 4}, {"algo": "loha"})
 
 
 @pytest.mark.parametrize("config", PRODUCTS, ids=str)
-def test_a_product_on_a_quantised_base(workspace: Workspace, config: dict[str, object]) -> None:
+def test_a_product_on_a_quantised_base(workspace: TrainingProject, config: dict[str, object]) -> None:
     """LoKr and LoHa: an average beside them, resumed bit for bit, recomputed or not, and generated from."""
     algo = str(config["algo"])
     same = {"base_model_precision": "int8", "lora_type": "lycoris", "lycoris_config": config}
@@ -66,35 +66,37 @@ def test_a_product_on_a_quantised_base(workspace: Workspace, config: dict[str, o
     assert all(name.startswith("lycoris_") for name in names)
     assert load_file(run_dir / "ema" / LORA).keys() == names.keys()
     resumed = interrupted(workspace, 2, f"{algo}-stopped", **same)
-    assert losses(resumed) == losses(run_dir)
-    assert contents(resumed / "checkpoint-3") == contents(run_dir / "checkpoint-3")
+    assert read_losses(resumed) == read_losses(run_dir)
+    assert read_checkpoint_files(resumed / "checkpoint-3") == read_checkpoint_files(run_dir / "checkpoint-3")
     kept = workspace.train(
         output_dir=str(workspace.root / f"{algo}-kept"), gradient_checkpointing=False, **same
     )
-    assert contents(kept / "checkpoint-3") == contents(run_dir / "checkpoint-3")
+    assert read_checkpoint_files(kept / "checkpoint-3") == read_checkpoint_files(run_dir / "checkpoint-3")
     card = (run_dir / "README.md").read_text()
     assert {"lokr": "LoKr", "loha": "LoHa"}[algo] in card
     assert "--format diffusers --rank 64" in card
 
 
-def test_the_precision_is_part_of_what_a_run_is(workspace: Workspace) -> None:
+def test_the_precision_is_part_of_what_a_run_is(workspace: TrainingProject) -> None:
     """Each base gives other losses; a checkpoint does not go on with another one unasked."""
-    first = {scheme: losses(workspace.root / scheme)[1][0] for scheme in SCHEMES}
+    first = {scheme: read_losses(workspace.root / scheme)[1][0] for scheme in SCHEMES}
     assert len(set(first.values())) == len(SCHEMES)
-    error = workspace.fails(output_dir=str(workspace.root / "nf4"), base_model_precision="int8")
+    error = workspace.train_and_expect_error(
+        output_dir=str(workspace.root / "nf4"), base_model_precision="int8"
+    )
     assert isinstance(error, CheckpointError)
     assert 'base_model_precision was "nf4", is "int8"' in str(error)
 
 
-def test_full_rank_needs_the_weights_themselves(workspace: Workspace) -> None:
+def test_full_rank_needs_the_weights_themselves(workspace: TrainingProject) -> None:
     with pytest.raises(ConfigError, match='use "no_change"'):
-        workspace.loaded(model_type="full", base_model_precision="nf4")
+        workspace.load_config(model_type="full", base_model_precision="nf4")
 
 
-def test_an_unreadable_cache_place_is_told_before_the_weights_are_read(workspace: Workspace) -> None:
+def test_an_unreadable_cache_place_is_told_before_the_weights_are_read(workspace: TrainingProject) -> None:
     blocked = workspace.root / "blocked"
     blocked.write_text("")
-    error = workspace.fails(
+    error = workspace.train_and_expect_error(
         output_dir=str(workspace.root / "nowhere"),
         base_model_precision="int8",
         quantized_cache_dir=str(Path(blocked) / "inside"),
@@ -102,7 +104,9 @@ def test_an_unreadable_cache_place_is_told_before_the_weights_are_read(workspace
     assert "quantized_cache_dir" in str(error)
 
 
-def test_what_was_fitted_is_recorded_and_kept(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_fitted_is_recorded_and_kept(
+    workspace: TrainingProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """There is room for the plain base, and a checkpoint says what the run began with; a bad one is told."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace.root / "plans"))
     folder = workspace.root / "fitted"
@@ -110,10 +114,10 @@ def test_what_was_fitted_is_recorded_and_kept(workspace: Workspace, monkeypatch:
     workspace.train(base_model_precision="nf4", text_encoder_1_precision="int8", **same)
     (folder / "checkpoint-2" / "weights.safetensors").write_bytes(b"")
     workspace.train("", **{**same, "max_train_steps": 3})
-    assert any(isinstance(event, CheckpointSetAside) for event in events(folder))
+    assert any(isinstance(event, CheckpointSetAside) for event in read_events(folder))
     now = json.loads((folder / "config.json").read_text())
     assert (now["base_model_precision"], now["text_encoder_1_precision"]) == ("nf4", "int8")
     assert now["gradient_checkpointing"] is False
-    assert len(losses(folder)) == 3
+    assert len(read_losses(folder)) == 3
     fresh = json.loads((workspace.train("", output_dir=f"{folder}-anew") / "config.json").read_text())
     assert (fresh["base_model_precision"], fresh["gradient_checkpointing"]) == ("no_change", False)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.config.catalog import aliases, catalog
-from simpletuner.config.load import attempt_mapping
-from tests.e2e.runs import make_pictures
+from simpletuner.config.load import try_load_mapping
+from simpletuner.config.option_catalog import all_options, option_aliases
+from tests.e2e.training_project import make_images
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"en": "README.md", "es": "es.md", "hi": "hi.md"}
@@ -48,8 +48,8 @@ def test_every_language_holds_the_same_commands(language: str, kind: str) -> Non
 def test_every_option_is_there(language: str) -> None:
     named = set(re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+)+)`", text(language)))
     assert len(named) > 10
-    assert {name for name in named if name not in catalog() and name not in aliases()} == set()
-    assert set(re.findall(r"--set (\w+)=", text(language))) <= set(catalog())
+    assert {name for name in named if name not in all_options() and name not in option_aliases()} == set()
+    assert set(re.findall(r"--set (\w+)=", text(language))) <= set(all_options())
 
 
 @pytest.mark.parametrize("language", PAGES)
@@ -64,13 +64,13 @@ def test_every_button_has_that_name_on_the_pages(language: str) -> None:
 
 def test_the_configuration_on_the_page_holds() -> None:
     (block,) = blocks("en", "jsonc")
-    tried = attempt_mapping(json.loads(block), Path("/"))
+    tried = try_load_mapping(json.loads(block), Path("/"))
     assert tried.loaded is not None, tried.problems
 
 
 def test_every_command_runs(tmp_path: Path) -> None:
     """In order, in one folder with a few pictures; the server is asked for its page and ended."""
-    make_pictures(tmp_path / "pictures", 3)
+    make_images(tmp_path / "pictures", 3)
     environ = {**os.environ, **{f"SIMPLETUNER_{name.upper()}": value for name, value in SMALL.items()}}
     environ |= {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home" / "cache")}
     environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"

@@ -16,45 +16,45 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from simpletuner.errors import CheckpointError, RunLocked, Stopped, TrainingDiverged
-from simpletuner.events.types import CheckpointSetAside, Stepped
+from simpletuner.errors import CheckpointError, RunLocked, TrainingDiverged, TrainingStopped
+from simpletuner.events.event_types import CheckpointSetAside, StepCompleted
 from simpletuner.training import checkpoint
-from simpletuner.training.rundir import RunFolder
-from tests.e2e.runs import Workspace, contents, events, losses
+from simpletuner.training.run_folder import RunFolder
+from tests.e2e.training_project import TrainingProject, read_checkpoint_files, read_events, read_losses
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path]:
-    workspace = Workspace(tmp_path_factory.mktemp("straight"))
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingProject, Path]:
+    workspace = TrainingProject(tmp_path_factory.mktemp("straight"))
     return workspace, workspace.train()
 
 
-def interrupted(workspace: Workspace, at: int, name: str, **options: object) -> Path:
+def interrupted(workspace: TrainingProject, at: int, name: str, **options: object) -> Path:
     """Run with a stop after `at` steps, then the same command again."""
     out = workspace.root / name
     shutil.rmtree(out, ignore_errors=True)
 
     def ask(event: object) -> None:
-        if isinstance(event, Stepped) and event.step == at:
+        if isinstance(event, StepCompleted) and event.step == at:
             (out / "control" / "stop").write_text("")
 
     with pytest.MonkeyPatch.context() as patch:
         from simpletuner.training import run as engine
 
-        real = engine.sinks
-        patch.setattr(engine, "sinks", lambda *arguments: [*real(*arguments), ask])
-        assert isinstance(workspace.fails(output_dir=str(out), **options), Stopped)
+        real = engine.build_sinks
+        patch.setattr(engine, "build_sinks", lambda *arguments: [*real(*arguments), ask])
+        assert isinstance(workspace.train_and_expect_error(output_dir=str(out), **options), TrainingStopped)
     assert json.loads((out / "exit.json").read_text())["exit_code"] == 75
     workspace.train(output_dir=str(out), **options)
     return out
 
 
 @pytest.mark.parametrize("at", [1, 2, 5])
-def test_resumed_equals_uninterrupted(straight: tuple[Workspace, Path], at: int) -> None:
+def test_resumed_equals_uninterrupted(straight: tuple[TrainingProject, Path], at: int) -> None:
     workspace, run_dir = straight
     resumed = interrupted(workspace, at, f"stopped-at-{at}")
-    assert losses(resumed) == losses(run_dir)
-    assert contents(resumed / "checkpoint-6") == contents(run_dir / "checkpoint-6")
+    assert read_losses(resumed) == read_losses(run_dir)
+    assert read_checkpoint_files(resumed / "checkpoint-6") == read_checkpoint_files(run_dir / "checkpoint-6")
     final = "pytorch_lora_weights.safetensors"
     for name in (final, f"ema/{final}"):
         ours, theirs = load_file(resumed / name), load_file(run_dir / name)
@@ -62,26 +62,29 @@ def test_resumed_equals_uninterrupted(straight: tuple[Workspace, Path], at: int)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_cold_optimizer_is_not_the_same_run(straight: tuple[Workspace, Path]) -> None:
+def test_cold_optimizer_is_not_the_same_run(straight: tuple[TrainingProject, Path]) -> None:
     """The test above can fail: without the optimizer's state the run is another one."""
     workspace, run_dir = straight
     cold = workspace.root / "cold"
     shutil.copytree(run_dir, cold)
-    for folder in checkpoint.existing(cold):
-        if checkpoint.step_of(folder) > 2:
+    for folder in checkpoint.list_checkpoints(cold):
+        if checkpoint.checkpoint_step(folder) > 2:
             shutil.rmtree(folder)
     folder = cold / "checkpoint-2"
     tensors = load_file(folder / "optimizer.safetensors")
     save_file({name: tensor * 0 for name, tensor in tensors.items()}, folder / "optimizer.safetensors")
     manifest = json.loads((folder / "manifest.json").read_text())
     path = folder / "optimizer.safetensors"
-    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": checkpoint._hash(path)}
+    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": checkpoint._sha256(path)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     workspace.train(output_dir=str(cold))
-    assert contents(cold / "checkpoint-6")["weights"] != contents(run_dir / "checkpoint-6")["weights"]
+    assert (
+        read_checkpoint_files(cold / "checkpoint-6")["weights"]
+        != read_checkpoint_files(run_dir / "checkpoint-6")["weights"]
+    )
 
 
-def test_a_damaged_newest_checkpoint_costs_only_its_steps(straight: tuple[Workspace, Path]) -> None:
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(straight: tuple[TrainingProject, Path]) -> None:
     workspace, run_dir = straight
     out = workspace.root / "damaged"
     shutil.copytree(run_dir, out)
@@ -90,14 +93,14 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(straight: tuple[Worksp
     content[-5] ^= 4
     victim.write_bytes(content)
     workspace.train(output_dir=str(out))
-    assert any(isinstance(event, CheckpointSetAside) for event in events(out))
+    assert any(isinstance(event, CheckpointSetAside) for event in read_events(out))
     assert (out / "damaged-checkpoint-6").is_dir()
-    assert contents(out / "checkpoint-6") == contents(run_dir / "checkpoint-6")
+    assert read_checkpoint_files(out / "checkpoint-6") == read_checkpoint_files(run_dir / "checkpoint-6")
 
 
-def test_another_training_is_not_continued_silently(straight: tuple[Workspace, Path]) -> None:
+def test_another_training_is_not_continued_silently(straight: tuple[TrainingProject, Path]) -> None:
     workspace, run_dir = straight
-    error = workspace.fails(output_dir=str(run_dir), learning_rate=3e-3)
+    error = workspace.train_and_expect_error(output_dir=str(run_dir), learning_rate=3e-3)
     assert isinstance(error, CheckpointError)
     assert "learning_rate" in str(error)
     assert "--resume_from_checkpoint=never" in str(error)
@@ -107,19 +110,19 @@ def test_another_training_is_not_continued_silently(straight: tuple[Workspace, P
 
 @pytest.mark.parametrize("fields", [{"max_num_samples": 4}, {"repeats": 1}])
 def test_changed_data_is_not_continued_silently(
-    straight: tuple[Workspace, Path], fields: dict[str, int]
+    straight: tuple[TrainingProject, Path], fields: dict[str, int]
 ) -> None:
     workspace, run_dir = straight
     try:
-        workspace.write_data(**fields)
-        error = workspace.fails(output_dir=str(run_dir))
+        workspace.write_datasets(**fields)
+        error = workspace.train_and_expect_error(output_dir=str(run_dir))
     finally:
-        workspace.write_data()
+        workspace.write_datasets()
     assert isinstance(error, CheckpointError)
     assert "pictures and captions" in str(error)
 
 
-def test_never_moves_earlier_results_aside(straight: tuple[Workspace, Path]) -> None:
+def test_never_moves_earlier_results_aside(straight: tuple[TrainingProject, Path]) -> None:
     workspace, run_dir = straight
     out = workspace.root / "anew"
     shutil.copytree(run_dir, out)
@@ -130,50 +133,53 @@ def test_never_moves_earlier_results_aside(straight: tuple[Workspace, Path]) -> 
     assert (out / "checkpoint-2").is_dir()
 
 
-def test_must_resume_refuses_an_empty_folder(tmp_path: Path, straight: tuple[Workspace, Path]) -> None:
+def test_must_resume_refuses_an_empty_folder(tmp_path: Path, straight: tuple[TrainingProject, Path]) -> None:
     workspace, _ = straight
     assert isinstance(
-        workspace.fails(output_dir=str(tmp_path / "empty"), resume_from_checkpoint="must"), CheckpointError
+        workspace.train_and_expect_error(output_dir=str(tmp_path / "empty"), resume_from_checkpoint="must"),
+        CheckpointError,
     )
 
 
-def test_two_runs_never_share_a_folder(straight: tuple[Workspace, Path]) -> None:
+def test_two_runs_never_share_a_folder(straight: tuple[TrainingProject, Path]) -> None:
     workspace, run_dir = straight
     with RunFolder(run_dir):
-        assert isinstance(workspace.fails(output_dir=str(run_dir)), RunLocked)
+        assert isinstance(workspace.train_and_expect_error(output_dir=str(run_dir)), RunLocked)
 
 
-def test_divergence_names_the_samples_and_keeps_the_checkpoint(straight: tuple[Workspace, Path]) -> None:
+def test_divergence_names_the_samples_and_keeps_the_checkpoint(
+    straight: tuple[TrainingProject, Path],
+) -> None:
     workspace, _ = straight
     out = workspace.root / "diverged"
     options = {"learning_rate": 0.9, "lr_scheduler": "constant", "max_grad_norm": 0, "optimizer": "adamw"}
     with pytest.MonkeyPatch.context() as patch:
         from simpletuner.training import loop
 
-        real = loop.losses
+        real = loop.compute_losses
         calls = []
 
         def poisoned(*arguments: object) -> object:
             calls.append(1)
             return real(*arguments) * (float("nan") if len(calls) > 6 else 1)
 
-        patch.setattr(loop, "losses", poisoned)
-        error = workspace.fails(output_dir=str(out), **options)
+        patch.setattr(loop, "compute_losses", poisoned)
+        error = workspace.train_and_expect_error(output_dir=str(out), **options)
     assert isinstance(error, TrainingDiverged)
     assert "photos/picture-" in str(error)
-    assert checkpoint.damage(out / "checkpoint-2") is None
+    assert checkpoint.find_damage(out / "checkpoint-2") is None
     assert json.loads((out / "exit.json").read_text())["exit_code"] == 4
 
 
-def command(workspace: Workspace, out: Path) -> list[str]:
-    workspace.loaded()
+def command(workspace: TrainingProject, out: Path) -> list[str]:
+    workspace.load_config()
     return [
         sys.executable, "-m", "simpletuner", "train", "--config", str(workspace.root / "config.json"),
         f"--output_dir={out}", "--max_train_steps=30", "--checkpoint_step_interval=3",
     ]  # fmt: skip
 
 
-def storm(workspace: Workspace, kills: int, seed: int) -> None:
+def storm(workspace: TrainingProject, kills: int, seed: int) -> None:
     """SIGKILL at random moments, start again, until done: the result is that of one calm run."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     calm, torn = workspace.root / "calm", workspace.root / "torn"
@@ -188,26 +194,26 @@ def storm(workspace: Workspace, kills: int, seed: int) -> None:
             cwd=workspace.root,
         )
         goal = chance.randint(1, 25)
-        while process.poll() is None and max(losses(torn), default=0) < goal:
+        while process.poll() is None and max(read_losses(torn), default=0) < goal:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
     subprocess.run(command(workspace, torn), env=env, check=True, capture_output=True, cwd=workspace.root)
-    assert losses(torn) == losses(calm)
-    assert contents(torn / "checkpoint-30") == contents(calm / "checkpoint-30")
+    assert read_losses(torn) == read_losses(calm)
+    assert read_checkpoint_files(torn / "checkpoint-30") == read_checkpoint_files(calm / "checkpoint-30")
     assert not list(torn.glob("damaged-*"))
 
 
-def test_kill_storm_small(straight: tuple[Workspace, Path]) -> None:
+def test_kill_storm_small(straight: tuple[TrainingProject, Path]) -> None:
     storm(straight[0], kills=2, seed=1)
 
 
 @pytest.mark.slow
 def test_kill_storm(tmp_path: Path) -> None:
-    storm(Workspace(tmp_path), kills=20, seed=2)
+    storm(TrainingProject(tmp_path), kills=20, seed=2)
 
 
-def test_sigterm_saves_and_leaves_with_its_own_code(straight: tuple[Workspace, Path]) -> None:
+def test_sigterm_saves_and_leaves_with_its_own_code(straight: tuple[TrainingProject, Path]) -> None:
     workspace, _ = straight
     out = workspace.root / "terminated"
     process = subprocess.Popen(
@@ -215,9 +221,9 @@ def test_sigterm_saves_and_leaves_with_its_own_code(straight: tuple[Workspace, P
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         cwd=workspace.root,
     )  # fmt: skip
-    while process.poll() is None and max(losses(out), default=0) < 2:
+    while process.poll() is None and max(read_losses(out), default=0) < 2:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output.decode()
-    assert checkpoint.newest_sound(out, lambda event: None) is not None
+    assert checkpoint.find_latest_valid(out, lambda event: None) is not None

@@ -15,10 +15,17 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from simpletuner.errors import ConfigError
-from simpletuner.events.types import Evaluated, ImageSaved, Saved, StageDone, Stepped, Warned
-from simpletuner.models.chroma.family import Chroma
-from tests.e2e.runs import Workspace, events, losses
-from tests.models.small import make_checkpoint
+from simpletuner.events.event_types import (
+    ImageSaved,
+    LossEvaluated,
+    StageCompleted,
+    StepCompleted,
+    WarningIssued,
+    WeightsSaved,
+)
+from simpletuner.models.chroma.family import ChromaFamily
+from tests.e2e.training_project import TrainingProject, read_events, read_losses
+from tests.models.tiny_checkpoint import make_checkpoint
 
 QUICKSTART = """{
   "model_type": "lora",
@@ -35,20 +42,20 @@ QUICKSTART = """{
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path]:
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingProject, Path]:
     options = {
         "validation_disable": False, "validation_prompt": "a red square", "validation_resolution": "64",
         "validation_num_inference_steps": 2, "validation_step_interval": 4, "validation_guidance_real": 2.0,
         "validation_negative_prompt": "blurry", "eval_steps_interval": 3, "ema_validation": "comparison",
     }  # fmt: skip
-    workspace = Workspace(tmp_path_factory.mktemp("drawn"), **options)
+    workspace = TrainingProject(tmp_path_factory.mktemp("drawn"), **options)
     return workspace, workspace.train()
 
 
-def test_everything_a_run_promises_is_there(drawn: tuple[Workspace, Path]) -> None:
+def test_everything_a_run_promises_is_there(drawn: tuple[TrainingProject, Path]) -> None:
     _, run_dir = drawn
-    happened = events(run_dir)
-    assert [event.step for event in happened if isinstance(event, Stepped)] == [1, 2, 3, 4, 5, 6]
+    happened = read_events(run_dir)
+    assert [event.step for event in happened if isinstance(event, StepCompleted)] == [1, 2, 3, 4, 5, 6]
     pictures = [event for event in happened if isinstance(event, ImageSaved)]
     assert {(event.step, event.weights) for event in pictures} == {
         (0, "base"), (4, "trained"), (4, "ema"), (6, "trained"), (6, "ema"), (6, "strength 0.5"),
@@ -57,10 +64,12 @@ def test_everything_a_run_promises_is_there(drawn: tuple[Workspace, Path]) -> No
         with Image.open(run_dir / event.path) as image:
             assert image.size == (64, 64)
             assert image.info["prompt"] == "a red square"
-    measured = [(event.step, event.split) for event in happened if isinstance(event, Evaluated)]
+    measured = [(event.step, event.split) for event in happened if isinstance(event, LossEvaluated)]
     assert measured == [(step, split) for step in (0, 3, 6) for split in ("eval", "train")]
-    assert all(event.change == 0 for event in happened if isinstance(event, Evaluated) and event.step == 0)
-    assert {event.path for event in happened if isinstance(event, Saved)} >= {
+    assert all(
+        event.change == 0 for event in happened if isinstance(event, LossEvaluated) and event.step == 0
+    )
+    assert {event.path for event in happened if isinstance(event, WeightsSaved)} >= {
         "checkpoint-2", "checkpoint-4", "checkpoint-6", "pytorch_lora_weights.safetensors",
         "ema/pytorch_lora_weights.safetensors",
     }  # fmt: skip
@@ -72,14 +81,14 @@ def test_everything_a_run_promises_is_there(drawn: tuple[Workspace, Path]) -> No
     assert (run_dir / "images" / "before_after.png").is_file()
 
 
-def test_nothing_is_written_into_the_dataset(drawn: tuple[Workspace, Path]) -> None:
+def test_nothing_is_written_into_the_dataset(drawn: tuple[TrainingProject, Path]) -> None:
     workspace, _ = drawn
     names = {path.suffix for path in (workspace.root / "pictures").rglob("*")}
     assert names == {".png", ".txt"}
 
 
 def test_second_start_loads_no_encoder_and_draws_nothing_again(
-    drawn: tuple[Workspace, Path], monkeypatch: pytest.MonkeyPatch
+    drawn: tuple[TrainingProject, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace, run_dir = drawn
     before = {path: path.stat().st_mtime_ns for path in (run_dir / "images").rglob("*-64x64*.png")}
@@ -87,13 +96,13 @@ def test_second_start_loads_no_encoder_and_draws_nothing_again(
     def forbidden(*arguments: object) -> object:
         raise AssertionError("an encoder was loaded")
 
-    monkeypatch.setattr(Chroma, "load_text_encoder", forbidden)
-    monkeypatch.setattr(Chroma, "load_vae", forbidden)
+    monkeypatch.setattr(ChromaFamily, "load_text_encoder", forbidden)
+    monkeypatch.setattr(ChromaFamily, "load_vae", forbidden)
     workspace.train()
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_the_trained_lora_is_the_file_others_load(drawn: tuple[Workspace, Path]) -> None:
+def test_the_trained_lora_is_the_file_others_load(drawn: tuple[TrainingProject, Path]) -> None:
     _, run_dir = drawn
     tensors = load_file(run_dir / "pytorch_lora_weights.safetensors")
     assert all(name.startswith("transformer.") for name in tensors)
@@ -132,16 +141,16 @@ def test_the_trained_lora_is_the_file_others_load(drawn: tuple[Workspace, Path])
     ],
     ids=lambda options: "-".join(str(value) for value in options.values())[:50],
 )
-def test_other_ways_to_train(drawn: tuple[Workspace, Path], options: dict[str, object]) -> None:
+def test_other_ways_to_train(drawn: tuple[TrainingProject, Path], options: dict[str, object]) -> None:
     workspace, _ = drawn
     name = "-".join(str(value) for value in options.values()).replace(".", "_")
     shared = {"validation_disable": True, "eval_steps_interval": None, "max_train_steps": 3}
     out = workspace.train(output_dir=str(workspace.root / name), **shared, **options)
-    values = losses(out)
+    values = read_losses(out)
     assert sorted(values) == [1, 2, 3]
     assert all(torch.isfinite(torch.tensor(loss)) for loss, _, _ in values.values())
     if options.get("model_type") == "full":
-        frozen = load_file(workspace.base / "transformer" / "diffusion_pytorch_model.safetensors")
+        frozen = load_file(workspace.base_model_dir / "transformer" / "diffusion_pytorch_model.safetensors")
         trained = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
         changed = {
             name for name, tensor in trained.items() if not torch.equal(tensor.float(), frozen[name].float())
@@ -150,7 +159,7 @@ def test_other_ways_to_train(drawn: tuple[Workspace, Path], options: dict[str, o
         assert not any(name.startswith("distilled_guidance_layer") for name in changed)
 
 
-def test_gradient_checkpointing_changes_nothing(drawn: tuple[Workspace, Path]) -> None:
+def test_gradient_checkpointing_changes_nothing(drawn: tuple[TrainingProject, Path]) -> None:
     workspace, _ = drawn
     shared = {"validation_disable": True, "max_train_steps": 2}
     runs = [
@@ -159,10 +168,10 @@ def test_gradient_checkpointing_changes_nothing(drawn: tuple[Workspace, Path]) -
         )
         for on in (True, False)
     ]
-    assert losses(runs[0]) == losses(runs[1])
+    assert read_losses(runs[0]) == read_losses(runs[1])
 
 
-def test_a_bucket_smaller_than_the_batch_trains_and_says_so(drawn: tuple[Workspace, Path]) -> None:
+def test_a_bucket_smaller_than_the_batch_trains_and_says_so(drawn: tuple[TrainingProject, Path]) -> None:
     workspace, _ = drawn
     out = workspace.train(
         output_dir=str(workspace.root / "large-batch"),
@@ -170,7 +179,7 @@ def test_a_bucket_smaller_than_the_batch_trains_and_says_so(drawn: tuple[Workspa
         validation_disable=True,
         max_train_steps=2,
     )
-    assert any(isinstance(event, Warned) and "batch" in event.message for event in events(out))
+    assert any(isinstance(event, WarningIssued) and "batch" in event.message for event in read_events(out))
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -186,7 +195,7 @@ def test_the_quickstart_example_starts_as_written(tmp_path: Path) -> None:
     make_checkpoint(repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    workspace = Workspace(tmp_path / "data")
+    workspace = TrainingProject(tmp_path / "data")
     folder = tmp_path / "work"
     folder.mkdir()
     (folder / "config.json").write_text(QUICKSTART)
@@ -206,8 +215,8 @@ def test_the_quickstart_example_starts_as_written(tmp_path: Path) -> None:
 
 
 def test_no_network_is_one_line(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path / "data")
-    workspace.loaded(
+    workspace = TrainingProject(tmp_path / "data")
+    workspace.load_config(
         pretrained_model_name_or_path=None, mixed_precision="bf16", base_model_precision="nf4",
         gradient_checkpointing=True,
     )  # fmt: skip
@@ -222,15 +231,18 @@ def test_no_network_is_one_line(tmp_path: Path) -> None:
 
 
 def test_rehearsal_finds_nothing_in_a_sound_config_and_leaves_nothing(
-    drawn: tuple[Workspace, Path], capsys: pytest.CaptureFixture[str]
+    drawn: tuple[TrainingProject, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from simpletuner.data.backends import read_backends
+    from simpletuner.data.dataset_file import read_dataset_file
     from simpletuner.training.rehearse import rehearse
 
     workspace, _ = drawn
-    loaded = workspace.loaded(output_dir=str(workspace.root / "not-made"))
-    assert loaded.run.data.data_backend_config is not None
-    assert rehearse(loaded, read_backends(Path(loaded.run.data.data_backend_config), loaded.run.data)) == 0
+    loaded = workspace.load_config(output_dir=str(workspace.root / "not-made"))
+    assert loaded.config.data.data_backend_config is not None
+    assert (
+        rehearse(loaded, read_dataset_file(Path(loaded.config.data.data_backend_config), loaded.config.data))
+        == 0
+    )
     said = capsys.readouterr().out
     assert "nothing stands in the way" in said
     assert "resume" in said
@@ -238,9 +250,9 @@ def test_rehearsal_finds_nothing_in_a_sound_config_and_leaves_nothing(
 
 
 def test_rehearsal_tells_what_would_go_wrong(
-    drawn: tuple[Workspace, Path], capsys: pytest.CaptureFixture[str]
+    drawn: tuple[TrainingProject, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from simpletuner.data.backends import read_backends
+    from simpletuner.data.dataset_file import read_dataset_file
     from simpletuner.training.rehearse import rehearse
 
     workspace, _ = drawn
@@ -249,34 +261,34 @@ def test_rehearsal_tells_what_would_go_wrong(
     shutil.copytree(workspace.root / "held-out", broken / "held-out")
     shutil.copy(workspace.root / "multidatabackend.json", broken)
     (broken / "pictures" / "picture-1.txt").unlink()
-    loaded = workspace.loaded(data_backend_config=str(broken / "multidatabackend.json"))
-    backends = read_backends(broken / "multidatabackend.json", loaded.run.data)
+    loaded = workspace.load_config(data_backend_config=str(broken / "multidatabackend.json"))
+    backends = read_dataset_file(broken / "multidatabackend.json", loaded.config.data)
     assert rehearse(loaded, backends) == 3
     assert "picture-1" in capsys.readouterr().out
 
 
-def test_stages_are_told(drawn: tuple[Workspace, Path]) -> None:
+def test_stages_are_told(drawn: tuple[TrainingProject, Path]) -> None:
     _, run_dir = drawn
-    stages = {event.stage for event in events(run_dir) if isinstance(event, StageDone)}
+    stages = {event.stage for event in read_events(run_dir) if isinstance(event, StageCompleted)}
     assert {"encode text", "encode images"} <= stages
 
 
-def test_a_bad_dataset_file_is_told_with_its_place(drawn: tuple[Workspace, Path]) -> None:
-    from simpletuner.data.backends import read_backends
+def test_a_bad_dataset_file_is_told_with_its_place(drawn: tuple[TrainingProject, Path]) -> None:
+    from simpletuner.data.dataset_file import read_dataset_file
 
     workspace, _ = drawn
-    loaded = workspace.loaded()
+    loaded = workspace.load_config()
     path = workspace.root / "bad.json"
     path.write_text('[\n  {"id": "x", "type": "local", "instance_data_dri": "pictures"}\n]')
     with pytest.raises(ConfigError, match=r"bad.json:2:\d+.*instance_data_dir"):
-        read_backends(path, loaded.run.data)
+        read_dataset_file(path, loaded.config.data)
 
 
-def test_automatic_shift_knows_the_picture_size(drawn: tuple[Workspace, Path]) -> None:
+def test_automatic_shift_knows_the_picture_size(drawn: tuple[TrainingProject, Path]) -> None:
     workspace, _ = drawn
     shared = {"validation_disable": True, "max_train_steps": 2}
     plain, shifted = (
         workspace.train(output_dir=str(workspace.root / name), **shared, **options)
         for name, options in (("plain", {}), ("auto-shift", {"flow_schedule_auto_shift": True}))
     )
-    assert losses(plain) != losses(shifted)
+    assert read_losses(plain) != read_losses(shifted)

@@ -13,28 +13,28 @@ import pytest
 from rich.console import Console
 
 from simpletuner.errors import ConfigError
-from simpletuner.events import terminal, webhook
-from simpletuner.events.progress import Stage
-from simpletuner.events.sinks import close_all, fan_out
-from simpletuner.events.terminal import Terminal
-from simpletuner.events.types import (
+from simpletuner.events import terminal_sink, webhook_sink
+from simpletuner.events.event_types import (
     DatasetScanned,
-    Evaluated,
     Event,
-    Failed,
-    Finished,
-    Noted,
-    StageDone,
+    LossEvaluated,
+    NoticeIssued,
+    RunFailed,
+    RunFinished,
+    StageCompleted,
     StageProgress,
     StageStarted,
-    Stepped,
-    Warned,
+    StepCompleted,
+    WarningIssued,
 )
-from simpletuner.events.wording import Smooth, duration, size, speed
+from simpletuner.events.formatting import SmoothedMean, format_bytes, format_duration, format_rate
+from simpletuner.events.sinks import close_all_sinks, fan_out
+from simpletuner.events.stage_reporter import StageReporter
+from simpletuner.events.terminal_sink import TerminalSink
 
 
-def step(number: int, loss: float = 0.5) -> Stepped:
-    return Stepped(number, 20, 0, loss, 1e-4, 1.0, 0.5, 1, 3.25)
+def step(number: int, loss: float = 0.5) -> StepCompleted:
+    return StepCompleted(number, 20, 0, loss, 1e-4, 1.0, 0.5, 1, 3.25)
 
 
 class Broken:
@@ -50,10 +50,10 @@ def test_a_failing_sink_is_reported_once_and_dropped() -> None:
     before, after, broken = [], [], Broken()
     emit = fan_out([before.append, broken, after.append])
     for number in range(3):
-        emit(Noted(str(number)))
-    warning = Warned("Broken is switched off: OSError: disk full")
+        emit(NoticeIssued(str(number)))
+    warning = WarningIssued("Broken is switched off: OSError: disk full")
     assert broken.calls == 1
-    assert before == [Noted("0"), warning, Noted("1"), Noted("2")]
+    assert before == [NoticeIssued("0"), warning, NoticeIssued("1"), NoticeIssued("2")]
     assert after == before
 
 
@@ -68,15 +68,15 @@ def test_a_sink_that_cannot_close_does_not_keep_others_open() -> None:
         def close(self) -> None:
             closed.append(self)
 
-    assert close_all([Good(), Stuck(), Good()]) == ["Stuck did not close: OSError: no answer"]
+    assert close_all_sinks([Good(), Stuck(), Good()]) == ["Stuck did not close: OSError: no answer"]
     assert len(closed) == 2
 
 
 def test_when_every_sink_fails_the_run_goes_on() -> None:
     broken = [Broken(), Broken()]
     emit = fan_out(broken)
-    emit(Noted("0"))
-    emit(Noted("1"))
+    emit(NoticeIssued("0"))
+    emit(NoticeIssued("1"))
     assert [one.calls for one in broken] == [1, 1]
 
 
@@ -84,23 +84,23 @@ def test_a_stage_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> No
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     seen: list[Event] = []
-    with Stage(seen.append, "encode", 10, "images") as stage:
+    with StageReporter(seen.append, "encode", 10, "images") as stage:
         for _ in range(10):
             now[0] += 0.25
             stage.advance()
-        stage.note = "warm"
+        stage.summary = "warm"
     assert seen[0] == StageStarted("encode", 10, "images")
     assert seen[1] == StageProgress("encode", 2, 10, 4.0, 2.0)
     assert [event.done for event in seen[1:-1]] == [2, 4, 6, 8, 10]
-    assert seen[-1] == StageDone("encode", 10, 2.5, "warm")
+    assert seen[-1] == StageCompleted("encode", 10, 2.5, "warm")
     seen.clear()
-    with pytest.raises(KeyError), Stage(seen.append, "encode", None, "images"):
+    with pytest.raises(KeyError), StageReporter(seen.append, "encode", None, "images"):
         raise KeyError
     assert seen == [StageStarted("encode", None, "images")]
 
 
 def test_smoothing_starts_at_the_first_value_and_settles() -> None:
-    smooth = Smooth(0.1)
+    smooth = SmoothedMean(0.1)
     assert smooth(5.0) == pytest.approx(5.0)
     assert smooth(7.0) == pytest.approx((0.9 * 5 + 7) / 1.9)
     assert smooth(float("nan")) == pytest.approx((0.9 * 5 + 7) / 1.9)
@@ -110,31 +110,36 @@ def test_smoothing_starts_at_the_first_value_and_settles() -> None:
 
 
 def test_wording_of_figures() -> None:
-    assert [duration(s) for s in (3.14, 59.4, 187, 7500, None)] == [
+    assert [format_duration(s) for s in (3.14, 59.4, 187, 7500, None)] == [
         "3.1 s",
         "59 s",
         "3:07 min",
         "2:05 h",
         "?",
     ]
-    assert [size(n) for n in (10, 2048, 5 << 20, 3 << 30)] == ["10 B", "2.0 KiB", "5.0 MiB", "3.0 GiB"]
-    assert [speed(x, "it") for x in (2.0, 0.25, 0.0)] == ["2.00 it/s", "4.0 s/it", "? it/s"]
+    assert [format_bytes(n) for n in (10, 2048, 5 << 20, 3 << 30)] == [
+        "10 B",
+        "2.0 KiB",
+        "5.0 MiB",
+        "3.0 GiB",
+    ]
+    assert [format_rate(x, "it") for x in (2.0, 0.25, 0.0)] == ["2.00 it/s", "4.0 s/it", "? it/s"]
 
 
-def lines(level: str = "info", every_s: float = 1000.0) -> tuple[Terminal, io.StringIO]:
+def lines(level: str = "info", every_s: float = 1000.0) -> tuple[TerminalSink, io.StringIO]:
     stream = io.StringIO()
-    return Terminal(stream, level, every_s), stream
+    return TerminalSink(stream, level, every_s), stream
 
 
 EVENTS = (
     StageStarted("encode", 10, "images"),
     StageProgress("encode", 5, 10, 2.0, 2.5),
-    StageDone("encode", 10, 5.0),
+    StageCompleted("encode", 10, 5.0),
     DatasetScanned("[bold]cats", 7, ((512, 512, 5), (448, 576, 2)), {"damaged": 3}),
     *(step(number, 0.5 + 0.1 * (number % 2)) for number in range(1, 21)),
-    Evaluated(20, "d", "eval", 0.4, -0.1, 0.02, (), True),
-    Warned("careful [red]now"),
-    Finished(20, 10.0, "done"),
+    LossEvaluated(20, "d", "eval", 0.4, -0.1, 0.02, (), True),
+    WarningIssued("careful [red]now"),
+    RunFinished(20, 10.0, "done"),
 )
 
 
@@ -165,8 +170,8 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
 def test_any_text_can_be_shown_in_any_encoding() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
-    show = Terminal(stream, every_s=0.0)
-    for event in (*EVENTS, Noted("a \x1b[31mred\x07 \udcff 🐈\nname")):
+    show = TerminalSink(stream, every_s=0.0)
+    for event in (*EVENTS, NoticeIssued("a \x1b[31mred\x07 \udcff 🐈\nname")):
         show(event)
     assert raw.getvalue().endswith(b"a ?[31mred? ? ?\nname\n")
     assert b"\x1b" not in raw.getvalue()
@@ -174,7 +179,7 @@ def test_any_text_can_be_shown_in_any_encoding() -> None:
 
 def test_level_warning_shows_warnings_only() -> None:
     show, stream = lines("warning", 0.0)
-    for event in (*EVENTS, Failed(3, "boom", 4)):
+    for event in (*EVENTS, RunFailed(3, "boom", 4)):
         show(event)
     assert stream.getvalue() == "warning: careful [red]now\nfailed at step 3: boom\n"
 
@@ -182,16 +187,16 @@ def test_level_warning_shows_warnings_only() -> None:
 def test_on_a_terminal_one_live_line_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(
-        terminal, "Console", lambda **more: Console(**more, force_terminal=True, width=120, _environ={})
+        terminal_sink, "Console", lambda **more: Console(**more, force_terminal=True, width=120, _environ={})
     )
-    show = Terminal(stream)
+    show = TerminalSink(stream)
     for event in EVENTS[:-2]:
         show(event)
     assert show._live is not None
     assert [task.description for task in show._live.tasks] == ["train"]
     assert show._live.tasks[0].completed == 20
     show(EVENTS[-2])
-    show(Finished(20, 10.0, "done"))
+    show(RunFinished(20, 10.0, "done"))
     assert show._live.tasks == []
     assert not show._live.live.is_started
     text = stream.getvalue()
@@ -228,14 +233,14 @@ def server() -> Iterator[Server]:
     made.server_close()
 
 
-def hook(server: Server, **more: object) -> webhook.Hook:
+def hook(server: Server, **more: object) -> webhook_sink.WebhookConfig:
     url = f"http://127.0.0.1:{server.server_port}/secret"
-    return webhook.parse({"webhook_type": "raw", "callback_url": url, **more})[0]
+    return webhook_sink.parse_webhook_config({"webhook_type": "raw", "callback_url": url, **more})[0]
 
 
 def test_raw_hooks_get_the_record_with_the_token(server: Server) -> None:
-    send = webhook.Webhook(hook(server, auth_token="t0ken", message_prefix="p"))
-    send(Warned("é"))
+    send = webhook_sink.WebhookSink(hook(server, auth_token="t0ken", message_prefix="p"))
+    send(WarningIssued("é"))
     send(step(1))  # below "info"
     send.close()
     headers, body = server.seen[0]
@@ -247,8 +252,10 @@ def test_raw_hooks_get_the_record_with_the_token(server: Server) -> None:
 
 
 def test_discord_gets_a_message_that_pings_nobody(server: Server) -> None:
-    send = webhook.Webhook(hook(server, webhook_type="discord", message_prefix="run 1:", log_level="debug"))
-    send(Warned("@everyone " + "x" * 3000))
+    send = webhook_sink.WebhookSink(
+        hook(server, webhook_type="discord", message_prefix="run 1:", log_level="debug")
+    )
+    send(WarningIssued("@everyone " + "x" * 3000))
     send(step(1))
     send.close()
     (_, first), (_, second) = server.seen
@@ -261,26 +268,28 @@ def test_discord_gets_a_message_that_pings_nobody(server: Server) -> None:
 def test_a_dead_hook_is_dropped_without_showing_its_address(server: Server) -> None:
     server.status = 404
     others: list[Event] = []
-    send = webhook.Webhook(hook(server))
+    send = webhook_sink.WebhookSink(hook(server))
     emit = fan_out([send, others.append])
     deadline = time.monotonic() + 20
-    while len(others) < 200 and not any(isinstance(event, Warned) for event in others):
+    while len(others) < 200 and not any(isinstance(event, WarningIssued) for event in others):
         assert time.monotonic() < deadline
-        emit(Noted("x"))
+        emit(NoticeIssued("x"))
         time.sleep(0.02)
-    warnings = [event.message for event in others if isinstance(event, Warned)]
+    warnings = [event.message for event in others if isinstance(event, WarningIssued)]
     assert warnings == ["Webhook is switched off: ConnectionError: 127.0.0.1: HTTP 404, 5 times in a row"]
-    assert len(server.seen) == webhook.GIVE_UP_AFTER
+    assert len(server.seen) == webhook_sink.MAX_FAILURES
     send.close()
 
 
 def test_a_slow_hook_neither_blocks_nor_grows() -> None:
-    stuck = webhook.Hook("raw", "http://192.0.2.1/", "", None, True, 0)  # an address that never answers
-    send = webhook.Webhook(stuck, limit=8, timeout_s=60)
+    stuck = webhook_sink.WebhookConfig(
+        "raw", "http://192.0.2.1/", "", None, True, 0
+    )  # an address that never answers
+    send = webhook_sink.WebhookSink(stuck, limit=8, timeout_s=60)
     started = time.monotonic()
     for number in range(2000):
-        send(Noted(str(number)))
-    assert send._waiting.qsize() <= 8
+        send(NoticeIssued(str(number)))
+    assert send._queue.qsize() <= 8
     send.close(wait_s=0.1)
     assert time.monotonic() - started < 5
 
@@ -292,12 +301,14 @@ def test_webhook_config_names_every_problem(tmp_path: Path) -> None:
         {"webhook_type": "raw", "callback_url": "https://x", "ssl_no_verify": "yes", "auth_token": 3},
     ]
     with pytest.raises(ConfigError) as caught:
-        webhook.parse(bad)
-    assert [problem.where for problem in caught.value.problems] == (
+        webhook_sink.parse_webhook_config(bad)
+    assert [problem.location for problem in caught.value.problems] == (
         ["webhook_config[0]"] * 4 + ["webhook_config[1]"] + ["webhook_config[2]"] * 2
     )
     path = tmp_path / "hook.json"
     path.write_text('{"webhook_type": "discord", "webhook_url": "https://a.b/c", "log_level": "warning"}')
-    assert webhook.parse(str(path)) == (webhook.Hook("discord", "https://a.b/c", "", None, True, 30),)
+    assert webhook_sink.parse_webhook_config(str(path)) == (
+        webhook_sink.WebhookConfig("discord", "https://a.b/c", "", None, True, 30),
+    )
     with pytest.raises(ConfigError, match="none"):
-        webhook.parse(str(tmp_path / "none"))
+        webhook_sink.parse_webhook_config(str(tmp_path / "none"))

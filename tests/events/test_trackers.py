@@ -10,11 +10,18 @@ from PIL import Image
 
 from simpletuner.errors import MissingExtra
 from simpletuner.events import trackers
-from simpletuner.events.types import Evaluated, ImageSaved, Noted, Resumed, Scored, Stepped
+from simpletuner.events.event_types import (
+    ImageSaved,
+    LossEvaluated,
+    NoticeIssued,
+    RunResumed,
+    ScoresComputed,
+    StepCompleted,
+)
 
-STEP = Stepped(3, 20, 0, 0.5, 1e-4, 1.25, 0.5, 1, 3.25)
-EVALUATION = Evaluated(3, "d", "eval", 0.4, -0.1, 0.02, ((0.125, 0.6),), True)
-SCORE = Scored(3, "shapes", "trained", 64, {"colour": (0.75, 0.05, 80)})
+STEP = StepCompleted(3, 20, 0, 0.5, 1e-4, 1.25, 0.5, 1, 3.25)
+EVALUATION = LossEvaluated(3, "d", "eval", 0.4, -0.1, 0.02, ((0.125, 0.6),), True)
+SCORE = ScoresComputed(3, "shapes", "trained", 64, {"colour": (0.75, 0.05, 80)})
 IMAGE = ImageSaved(3, "cat", "a cat", "cat.png", 42, 8, 8, "trained")
 
 
@@ -25,8 +32,8 @@ def picture(folder: Path) -> None:
 def test_tensorboard_reads_back_what_was_tracked(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     picture(tmp_path)
-    (sink,) = trackers.make("tensorboard", tmp_path, "p", None, {"seed": 42})
-    for event in (Noted("x"), STEP, EVALUATION, SCORE, IMAGE):
+    (sink,) = trackers.make_trackers("tensorboard", tmp_path, "p", None, {"seed": 42})
+    for event in (NoticeIssued("x"), STEP, EVALUATION, SCORE, IMAGE):
         sink(event)
     sink.close()  # type: ignore[attr-defined]
     found = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
@@ -42,11 +49,11 @@ def test_tensorboard_reads_back_what_was_tracked(tmp_path: Path) -> None:
 
 def test_tensorboard_forgets_an_abandoned_tail(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    (sink,) = trackers.make("tensorboard", tmp_path, "p", None, {})
+    (sink,) = trackers.make_trackers("tensorboard", tmp_path, "p", None, {})
     for number in (1, 2, 3):
-        sink(Stepped(number, 20, 0, 0.5, 1e-4, 1.0, 0.5, 1))
-    sink(Resumed(1, "checkpoint-1"))
-    sink(Stepped(2, 20, 0, 0.25, 1e-4, 1.0, 0.5, 1))
+        sink(StepCompleted(number, 20, 0, 0.5, 1e-4, 1.0, 0.5, 1))
+    sink(RunResumed(1, "checkpoint-1"))
+    sink(StepCompleted(2, 20, 0, 0.25, 1e-4, 1.0, 0.5, 1))
     sink.close()  # type: ignore[attr-defined]
     found = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
@@ -80,7 +87,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str, methods: tuple[str, ...]) -
 
 def test_wandb_is_told_with_our_own_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorder = fake(monkeypatch, "wandb", ("init", "log", "define_metric", "Image", "finish"))
-    (sink,) = trackers.make("wandb", tmp_path, "project", None, {"seed": 42})
+    (sink,) = trackers.make_trackers("wandb", tmp_path, "project", None, {"seed": 42})
     for event in (STEP, EVALUATION, IMAGE):
         sink(event)
     sink.close()  # type: ignore[attr-defined]
@@ -97,7 +104,7 @@ def test_wandb_is_told_with_our_own_step(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_trackio_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorder = fake(monkeypatch, "trackio", ("init", "log", "Image", "finish"))
-    (sink,) = trackers.make("trackio", tmp_path, "project", "name", {})
+    (sink,) = trackers.make_trackers("trackio", tmp_path, "project", "name", {})
     for event in (STEP, IMAGE):
         sink(event)
     sink.close()  # type: ignore[attr-defined]
@@ -105,7 +112,7 @@ def test_trackio_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert recorder.told[1][2] == {"step": 3}
 
 
-@pytest.mark.parametrize("name", trackers.TRACKERS)
+@pytest.mark.parametrize("name", trackers.TRACKER_NAMES)
 def test_a_missing_package_says_what_to_type(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -114,17 +121,17 @@ def test_a_missing_package_says_what_to_type(
     monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
     monkeypatch.delitem(sys.modules, f"simpletuner.events.trackers.{name}", raising=False)
     with pytest.raises(MissingExtra, match=rf"pip install 'simpletuner\[{name}\]'"):
-        trackers.make(f"none,{name}", tmp_path, "p", None, {})
+        trackers.make_trackers(f"none,{name}", tmp_path, "p", None, {})
 
 
 def test_none_is_none(tmp_path: Path) -> None:
-    assert trackers.make("none", tmp_path, "p", None, {}) == []
+    assert trackers.make_trackers("none", tmp_path, "p", None, {}) == []
 
 
 def test_listening_to_events_imports_neither_torch_nor_a_tracker() -> None:
     program = (
-        "import sys, simpletuner.events.log, simpletuner.events.sinks, simpletuner.events.terminal,"
-        "simpletuner.events.webhook, simpletuner.events.trackers, simpletuner.events.report;"
+        "import sys, simpletuner.events.event_log, simpletuner.events.sinks, simpletuner.events.terminal_sink,"
+        "simpletuner.events.webhook_sink, simpletuner.events.trackers, simpletuner.events.html_report;"
         "print([one for one in ('torch', 'tensorboard', 'wandb', 'trackio', 'tqdm') if one in sys.modules])"
     )
     command = [sys.executable, "-c", program]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from simpletuner.config.schema import FlowOptions
-from simpletuner.flow.densities import DENSITIES, draw_sigmas, quantile
-from simpletuner.flow.shift import auto_shift, shifted
+from simpletuner.flow.densities import DENSITIES, quantile_function, sample_sigmas
+from simpletuner.flow.shift import auto_shift, shift_sigma
 
 EDGES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SHARES = {
@@ -43,13 +43,13 @@ def normal_cdf(x: float) -> float:
 
 @pytest.mark.parametrize("name", sorted(DENSITIES))
 def test_shares_of_each_density_are_pinned(name: str) -> None:
-    found = shares(quantile(options(chroma_sigma_density=name))(grid()))
+    found = shares(quantile_function(options(chroma_sigma_density=name))(grid()))
     assert found == pytest.approx(SHARES[name], abs=8e-4)
 
 
 @pytest.mark.parametrize("name", sorted(DENSITIES))
 def test_no_density_but_the_literal_has_a_hole(name: str) -> None:
-    found = quantile(options(chroma_sigma_density=name))(grid(1_000_000))
+    found = quantile_function(options(chroma_sigma_density=name))(grid(1_000_000))
     counts = torch.histc(found.float(), bins=100, min=0, max=1)
     assert (counts.min() == 0) == (name == "quadratic-literal")
     assert bool((found[1:] >= found[:-1]).all())
@@ -62,13 +62,13 @@ def test_quadratic_has_its_closed_form(scale: float, sigma: float) -> None:
     """P(sigma <= x) = Phi(logit(s) / scale) with s the remap undone."""
     undone = math.sqrt(sigma / 2) if sigma < 0.5 else 1 - math.sqrt((1 - sigma) / 2)
     u = normal_cdf(math.log(undone / (1 - undone)) / scale)
-    draw = quantile(options(chroma_sigma_density="quadratic", flow_sigmoid_scale=scale))
+    draw = quantile_function(options(chroma_sigma_density="quadratic", flow_sigmoid_scale=scale))
     assert float(draw(torch.tensor([u], dtype=torch.float64))) == pytest.approx(sigma, abs=1e-9)
 
 
 def test_parabola_has_the_probabilities_of_its_grid() -> None:
     weights = [2 - 7.7 * (i / 999 - 0.5) ** 2 for i in range(1000)]
-    drawn = quantile(options(chroma_sigma_density="parabola"))(grid(4_000_000))
+    drawn = quantile_function(options(chroma_sigma_density="parabola"))(grid(4_000_000))
     counts = torch.bincount((drawn * 999).round().long(), minlength=1000) / len(drawn)
     expected = torch.tensor(weights) / sum(weights)
     assert float((counts - expected).abs().max()) < 1e-6
@@ -78,7 +78,7 @@ def test_parabola_has_the_probabilities_of_its_grid() -> None:
     ("a", "b"), [(2.0, 2.0), (1.0, 1.0), (0.3, 0.7), (5.0, 1.0), (60.0, 100.0), (0.05, 3.0)]
 )
 def test_beta_has_its_moments(a: float, b: float) -> None:
-    draw = quantile(
+    draw = quantile_function(
         options(flow_use_beta_schedule=True, flow_beta_schedule_alpha=a, flow_beta_schedule_beta=b)
     )
     sigma = draw(grid())
@@ -87,7 +87,7 @@ def test_beta_has_its_moments(a: float, b: float) -> None:
 
 
 def test_beta_2_2_is_the_cubic() -> None:
-    u = quantile(options(chroma_sigma_density="beta"))(grid())
+    u = quantile_function(options(chroma_sigma_density="beta"))(grid())
     torch.testing.assert_close(3 * u**2 - 2 * u**3, grid(), atol=6e-6, rtol=0)
 
 
@@ -97,45 +97,49 @@ def test_shift_comes_before_the_remap(shift: float) -> None:
     base = torch.sigmoid(torch.special.ndtri(u))
     moved = shift * base / (1 + (shift - 1) * base)
     expected = torch.where(moved < 0.5, 2 * moved**2, 1 - 2 * (1 - moved) ** 2)
-    torch.testing.assert_close(quantile(options(flow_schedule_shift=shift))(u), expected)
+    torch.testing.assert_close(quantile_function(options(flow_schedule_shift=shift))(u), expected)
 
 
 def test_shift_is_off_unless_asked_for() -> None:
-    torch.testing.assert_close(quantile(options(flow_use_uniform_schedule=True))(grid(100)), grid(100))
-    assert float(shifted(torch.tensor(0.5), 3.0)) == pytest.approx(0.75)
+    torch.testing.assert_close(
+        quantile_function(options(flow_use_uniform_schedule=True))(grid(100)), grid(100)
+    )
+    assert float(shift_sigma(torch.tensor(0.5), 3.0)) == pytest.approx(0.75)
 
 
 def test_the_automatic_shift_follows_the_image_tokens() -> None:
     assert auto_shift(256) == pytest.approx(math.exp(0.5))
     assert auto_shift(4096) == pytest.approx(math.exp(1.15))
     auto = options(flow_schedule_auto_shift=True, flow_use_uniform_schedule=True, stratified_sigmas=False)
-    small, large = (float(draw_sigmas(auto, 1, 1, 4000, tokens).mean()) for tokens in (256, 4096))
+    small, large = (float(sample_sigmas(auto, 1, 1, 4000, tokens).mean()) for tokens in (256, 4096))
     assert small < large
     with pytest.raises(ValueError, match="image tokens"):
-        draw_sigmas(auto, 1, 1, 4)
+        sample_sigmas(auto, 1, 1, 4)
 
 
 def test_literal_shift_3_is_what_others_train() -> None:
     literal = options(chroma_sigma_density="quadratic-literal", flow_schedule_shift=3.0)
-    assert shares(quantile(literal)(grid())) == pytest.approx((0.010, 0.126, 0, 0, 0.422, 0.442), abs=1e-3)
+    assert shares(quantile_function(literal)(grid())) == pytest.approx(
+        (0.010, 0.126, 0, 0, 0.422, 0.442), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize(("given", "sigmas"), [("250, 500,750", {0.25, 0.5, 0.75}), ("0.1,1", {0.1, 1.0})])
 def test_custom_noise_levels_are_taken_as_they_are(given: str, sigmas: set[float]) -> None:
     custom = options(flow_custom_timesteps=given, flow_schedule_shift=3.0)
-    drawn = quantile(custom)(grid(1200))
+    drawn = quantile_function(custom)(grid(1200))
     assert {round(value, 9) for value in drawn.tolist()} == sigmas
     assert len(set(torch.unique(drawn, return_counts=True)[1].tolist())) == 1
 
 
 def test_round_robin_goes_through_the_list_across_steps() -> None:
     custom = options(flow_custom_timesteps="0.1,0.2,0.3", flow_timesteps_mode="round-robin")
-    drawn = torch.cat([draw_sigmas(custom, 7, step, 2) for step in range(3)])
+    drawn = torch.cat([sample_sigmas(custom, 7, step, 2) for step in range(3)])
     torch.testing.assert_close(drawn, torch.tensor([0.1, 0.2, 0.3, 0.1, 0.2, 0.3]))
 
 
 def test_the_fast_schedule_is_seven_ones_in_ten() -> None:
-    drawn = quantile(options(flux_fast_schedule=True, flow_schedule_shift=3.0))(grid(1000))
+    drawn = quantile_function(options(flux_fast_schedule=True, flow_schedule_shift=3.0))(grid(1000))
     values, counts = torch.unique(drawn, return_counts=True)
     assert values.tolist() == [0.25, 0.5, 0.75, 1.0]
     assert counts.tolist() == [100, 100, 100, 700]
@@ -144,12 +148,12 @@ def test_the_fast_schedule_is_seven_ones_in_ten() -> None:
 def test_strata_lower_the_variance_of_a_steps_mean() -> None:
     def spread(stratified: bool) -> float:
         chosen = options(stratified_sigmas=stratified)
-        return float(torch.stack([draw_sigmas(chosen, 5, step, 8).mean() for step in range(500)]).var())
+        return float(torch.stack([sample_sigmas(chosen, 5, step, 8).mean() for step in range(500)]).var())
 
     assert spread(True) < spread(False) / 10
 
 
 def test_steps_and_seeds_are_independent() -> None:
     plain = options()
-    assert not torch.equal(draw_sigmas(plain, 1, 1, 8), draw_sigmas(plain, 1, 2, 8))
-    assert not torch.equal(draw_sigmas(plain, 1, 1, 8), draw_sigmas(plain, 2, 1, 8))
+    assert not torch.equal(sample_sigmas(plain, 1, 1, 8), sample_sigmas(plain, 1, 2, 8))
+    assert not torch.equal(sample_sigmas(plain, 1, 1, 8), sample_sigmas(plain, 2, 1, 8))

@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from simpletuner.config.schema import FlowOptions
 from simpletuner.flow.loss import loss_per_sample
 from simpletuner.flow.path import add_noise, velocity_target
-from simpletuner.flow.solvers import euler, sigma_grid
+from simpletuner.flow.solvers import sigma_grid, solve_euler
 
 
 def pair(count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +67,7 @@ def test_the_grid_and_the_steps_are_those_of_diffusers() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
     x = pair()[0]
-    mine = euler(lambda at, sigma: at * sigma - 1, x, sigma_grid(steps))
+    mine = solve_euler(lambda at, sigma: at * sigma - 1, x, sigma_grid(steps))
     for sigma, timestep in zip(scheduler.sigmas[:-1], scheduler.timesteps, strict=True):
         x = scheduler.step(x * sigma - 1, timestep, x, return_dict=False)[0]
     torch.testing.assert_close(mine, x, atol=1e-5, rtol=1e-5)
@@ -75,8 +75,10 @@ def test_the_grid_and_the_steps_are_those_of_diffusers() -> None:
 
 def test_euler_is_exact_on_a_straight_path_and_first_order_on_a_curved_one() -> None:
     latents, noise = pair()
-    straight = euler(lambda at, sigma: velocity_target(latents, noise), noise, sigma_grid(3))
+    straight = solve_euler(lambda at, sigma: velocity_target(latents, noise), noise, sigma_grid(3))
     torch.testing.assert_close(straight, latents, atol=1e-5, rtol=1e-5)
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    errors = [abs(float(euler(lambda at, sigma: at, one, sigma_grid(n))) - math.exp(-1)) for n in (50, 100)]
+    errors = [
+        abs(float(solve_euler(lambda at, sigma: at, one, sigma_grid(n))) - math.exp(-1)) for n in (50, 100)
+    ]
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from simpletuner.config.schema import ModelOptions
-from simpletuner.models.chroma.family import Chroma
-from simpletuner.models.family import Source
-from tests.models.small import make_checkpoint
+from simpletuner.models.chroma.family import ChromaFamily
+from simpletuner.models.family import ModelFiles
+from tests.models.tiny_checkpoint import make_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -22,5 +22,5 @@ def options(checkpoint: Path) -> ModelOptions:
 
 
 @pytest.fixture
-def source(options: ModelOptions) -> Source:
-    return Chroma().locate(options)
+def source(options: ModelOptions) -> ModelFiles:
+    return ChromaFamily().locate_files(options)

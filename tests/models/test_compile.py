@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from simpletuner.adapters.lora import attach
+from simpletuner.adapters.attachment import attach_adapter
 from simpletuner.config.schema import AdapterOptions, ModelOptions
-from simpletuner.models.chroma.family import Chroma
-from simpletuner.models.chroma.targets import lora_targets
+from simpletuner.models.chroma.family import ChromaFamily
+from simpletuner.models.chroma.lora_targets import preset_targets
 from simpletuner.models.chroma.transformer import (
     ChromaTransformer,
     TransformerConfig,
+    apply_rotary,
+    multiply_complex_pairs,
     rotary_table,
-    rotate,
-    rotate_pairs,
 )
 from simpletuner.models.chroma.weights import block_linears
-from simpletuner.models.family import BlockMemory
-from simpletuner.quantization.linear import quantize_modules
-from tests.adapters.networks import perturb
-from tests.models.small import TEXT_WIDTH, transformer_fields
+from simpletuner.models.family import BlockMemoryPolicy
+from simpletuner.quantization.quantized_linear import quantize_modules
+from tests.adapters.tiny_network import perturb
+from tests.models.tiny_checkpoint import TEXT_WIDTH, transformer_fields
 
 # rows, columns, text rows. No size of the first is a constant of the network's: sizes that are equal at first
 # are taken for one and the same, which costs one more program later.
@@ -42,12 +42,12 @@ def fresh() -> Iterator[None]:
 def network(recomputed: int = 3, precision: str = "no_change") -> ChromaTransformer:
     torch.manual_seed(0)
     fields = transformer_fields(doubles=1, singles=2)
-    made = ChromaTransformer(TransformerConfig.read(fields, "fields")).requires_grad_(False)
+    made = ChromaTransformer(TransformerConfig.from_dict(fields, "fields")).requires_grad_(False)
     if precision != "no_change":
         quantize_modules(made, block_linears(made), precision)
-    attached = attach(made, AdapterOptions(lora_rank=4), lora_targets(made, "all+ffs"), seed=1)
+    attached = attach_adapter(made, AdapterOptions(lora_rank=4), preset_targets(made, "all+ffs"), seed=1)
     perturb(attached.trainable)
-    Chroma().arrange(made, BlockMemory(recomputed))
+    ChromaFamily().place_blocks(made, BlockMemoryPolicy(recomputed))
     return made.train()
 
 
@@ -70,7 +70,7 @@ def step(model: ChromaTransformer, shape: tuple[int, int, int], lengths: tuple[i
 
 def compiled(backend: str, recomputed: int = 3, precision: str = "no_change") -> ChromaTransformer:
     model = network(recomputed, precision)
-    Chroma().compile_blocks(model, ModelOptions(dynamo_backend=backend))
+    ChromaFamily().compile_blocks(model, ModelOptions(dynamo_backend=backend))
     return model
 
 
@@ -143,7 +143,7 @@ def test_names_and_files_do_not_change() -> None:
 
 def test_nothing_is_compiled_unless_asked_for() -> None:
     model = network()
-    Chroma().compile_blocks(model, ModelOptions())
+    ChromaFamily().compile_blocks(model, ModelOptions())
     step(model, SHAPES[0], None)
     assert programs() == 0
 
@@ -152,6 +152,6 @@ def test_nothing_is_compiled_unless_asked_for() -> None:
 def test_turning_pairs_of_reals_is_turning_complex_numbers(dtype: torch.dtype) -> None:
     table = rotary_table((8, 12, 12), 5, 6, 7)
     x = torch.randn(2, 47, 3, 32).to(dtype)
-    real = rotate_pairs(x.float().unflatten(-1, (-1, 2)), table).flatten(-2).to(dtype)
+    real = multiply_complex_pairs(x.float().unflatten(-1, (-1, 2)), table).flatten(-2).to(dtype)
     limit = torch.finfo(dtype).eps * x.float().abs().max()
-    assert (rotate(x, table).float() - real.float()).abs().max() <= limit
+    assert (apply_rotary(x, table).float() - real.float()).abs().max() <= limit

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from simpletuner.cache.types import TextBatch
+from simpletuner.cache.batch_types import TextBatch
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ModelError
-from simpletuner.models.chroma.family import Chroma, pack, unpack
+from simpletuner.models.chroma.family import ChromaFamily, pack_latents, unpack_latents
 from simpletuner.models.chroma.transformer import ChromaTransformer
-from simpletuner.models.family import BlockMemory, Source
-from tests.models.small import TEXT_WIDTH
+from simpletuner.models.family import BlockMemoryPolicy, ModelFiles
+from tests.models.tiny_checkpoint import TEXT_WIDTH
 
 CPU = torch.device("cpu")
 
@@ -21,12 +21,12 @@ CPU = torch.device("cpu")
 def test_packing_is_channel_major_inside_a_patch() -> None:
     latents = torch.randn(2, 16, 6, 10)
     tokens = latents.view(2, 16, 3, 2, 5, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 15, 64)
-    assert torch.equal(pack(latents), tokens)
-    assert torch.equal(unpack(tokens, (3, 5)), latents)
+    assert torch.equal(pack_latents(latents), tokens)
+    assert torch.equal(unpack_latents(tokens, (3, 5)), latents)
 
 
-def test_facts_of_a_checkpoint(source: Source) -> None:
-    facts = Chroma().facts(source)
+def test_facts_of_a_checkpoint(source: ModelFiles) -> None:
+    facts = ChromaFamily().read_constants(source)
     assert (facts.latent_channels, facts.stride_px, facts.alignment_px) == (16, 8, 64)
     assert (facts.max_tokens, facts.text_width) == (512, TEXT_WIDTH)
 
@@ -47,58 +47,62 @@ def test_parts_that_do_not_fit_are_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     options = ModelOptions(pretrained_model_name_or_path=str(folder))
     with pytest.raises(ModelError, match=said):
-        Chroma().facts(Chroma().locate(options))
+        ChromaFamily().read_constants(ChromaFamily().locate_files(options))
 
 
-def test_a_vae_that_names_no_shift_has_none(source: Source, tmp_path: Path) -> None:
+def test_a_vae_that_names_no_shift_has_none(source: ModelFiles, tmp_path: Path) -> None:
     config = json.loads((source.vae / "config.json").read_text())
     del config["shift_factor"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert Chroma().facts(Source(**{**vars(source), "vae": tmp_path})).latent_shift == 0.0
+    assert ChromaFamily().read_constants(ModelFiles(**{**vars(source), "vae": tmp_path})).latent_shift == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_predict_takes_and_gives_float32(source: Source, dtype: torch.dtype) -> None:
-    transformer = Chroma().load_transformer(source, CPU, dtype)
+def test_predict_takes_and_gives_float32(source: ModelFiles, dtype: torch.dtype) -> None:
+    transformer = ChromaFamily().load_transformer(source, CPU, dtype)
     x, sigma = torch.randn(2, 16, 8, 6), torch.tensor([0.2, 0.8])
     text = TextBatch.stack([torch.randn(4, TEXT_WIDTH), torch.randn(9, TEXT_WIDTH)])
-    velocity = Chroma().predict(transformer, x, sigma, text)
+    velocity = ChromaFamily().predict_velocity(transformer, x, sigma, text)
     assert velocity.shape == x.shape
     assert velocity.dtype == torch.float32
     for number in range(2):
         one = slice(number, number + 1)
-        rows = text.rows[one, : text.lengths[number]]
-        alone = Chroma().predict(transformer, x[one], sigma[one], TextBatch(rows, (rows.shape[1],)))
+        rows = text.embeddings[one, : text.lengths[number]]
+        alone = ChromaFamily().predict_velocity(
+            transformer, x[one], sigma[one], TextBatch(rows, (rows.shape[1],))
+        )
         torch.testing.assert_close(
             velocity[one], alone, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0
         )
 
 
-def test_float32_masters_run_under_autocast(source: Source) -> None:
-    transformer = Chroma().load_transformer(source, CPU, torch.float32)
+def test_float32_masters_run_under_autocast(source: ModelFiles) -> None:
+    transformer = ChromaFamily().load_transformer(source, CPU, torch.float32)
     x, sigma = torch.randn(1, 16, 8, 8), torch.tensor([0.4])
     text = TextBatch.stack([torch.randn(4, TEXT_WIDTH)])
-    exact = Chroma().predict(transformer, x, sigma, text)
-    for _, parameter in Chroma().trainable_at_full_rank(transformer):
+    exact = ChromaFamily().predict_velocity(transformer, x, sigma, text)
+    for _, parameter in ChromaFamily().full_finetune_parameters(transformer):
         parameter.requires_grad_(True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        velocity = Chroma().predict(transformer, x, sigma, text)
+        velocity = ChromaFamily().predict_velocity(transformer, x, sigma, text)
     velocity.square().mean().backward()
     torch.testing.assert_close(velocity.detach(), exact, atol=0.05, rtol=0.05)
-    assert all(parameter.grad is not None for _, parameter in Chroma().trainable_at_full_rank(transformer))
+    assert all(
+        parameter.grad is not None for _, parameter in ChromaFamily().full_finetune_parameters(transformer)
+    )
 
 
-def test_checkpointing_is_set_by_the_family(source: Source) -> None:
-    transformer = Chroma().load_transformer(source, CPU, torch.float32)
+def test_checkpointing_is_set_by_the_family(source: ModelFiles) -> None:
+    transformer = ChromaFamily().load_transformer(source, CPU, torch.float32)
     assert isinstance(transformer, ChromaTransformer)
-    assert Chroma().block_count(transformer) == 5
-    Chroma().arrange(transformer, BlockMemory(4, interval=3))
-    assert transformer.run_block.recomputed == {0, 3}
+    assert ChromaFamily().block_count(transformer) == 5
+    ChromaFamily().place_blocks(transformer, BlockMemoryPolicy(4, interval=3))
+    assert transformer.run_block.checkpointed == {0, 3}
 
 
 def test_flash_comes_with_a_warning() -> None:
-    assert Chroma().notes(ModelOptions()) == []
-    assert "flash" in Chroma().notes(ModelOptions(model_flavour="flash"))[0]
+    assert ChromaFamily().notices(ModelOptions()) == []
+    assert "flash" in ChromaFamily().notices(ModelOptions(model_flavour="flash"))[0]
 
 
 @pytest.mark.parametrize(
@@ -113,4 +117,7 @@ def test_flash_comes_with_a_warning() -> None:
 )
 def test_only_a_repository_that_was_never_read_is_guessed(options: dict[str, str], guessed: bool) -> None:
     """Nothing is refused for the size of what is not known."""
-    assert Chroma().sketch(ModelOptions(**options), torch.bfloat16).guessed is guessed
+    assert (
+        ChromaFamily().build_spec(ModelOptions(**options), torch.bfloat16).may_differ_from_published
+        is guessed
+    )

@@ -8,23 +8,23 @@ import pytest
 import torch
 
 from simpletuner.config.schema import ModelOptions
-from simpletuner.models.chroma.family import Chroma
+from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.fingerprints import fingerprint_file
-from simpletuner.models.family import Source
+from simpletuner.models.family import ModelFiles
 
 CPU = torch.device("cpu")
 
 
-def names(source: Source, options: ModelOptions, **changes: object) -> tuple[str, str]:
+def names(source: ModelFiles, options: ModelOptions, **changes: object) -> tuple[str, str]:
     changed = options.model_copy(update=changes)
-    return Chroma().text_fingerprint(source, changed), Chroma().vae_fingerprint(source, changed)
+    return ChromaFamily().text_fingerprint(source, changed), ChromaFamily().vae_fingerprint(source, changed)
 
 
 @pytest.mark.parametrize(
     "change", [{"flux_t5_padding": "zero"}, {"tokenizer_max_length": 100}, {"mixed_precision": "bf16"}]
 )
 def test_text_follows_what_changes_rows(
-    source: Source, options: ModelOptions, change: dict[str, object]
+    source: ModelFiles, options: ModelOptions, change: dict[str, object]
 ) -> None:
     (text, vae), (other_text, other_vae) = names(source, options), names(source, options, **change)
     assert text != other_text
@@ -33,14 +33,14 @@ def test_text_follows_what_changes_rows(
 
 @pytest.mark.parametrize("change", [{"vae_dtype": "bf16"}, {"vae_enable_tiling": True}])
 def test_vae_follows_what_changes_moments(
-    source: Source, options: ModelOptions, change: dict[str, object]
+    source: ModelFiles, options: ModelOptions, change: dict[str, object]
 ) -> None:
     (text, vae), (other_text, other_vae) = names(source, options), names(source, options, **change)
     assert vae != other_vae
     assert text == other_text
 
 
-def test_what_changes_nothing_is_left_out(source: Source, options: ModelOptions) -> None:
+def test_what_changes_nothing_is_left_out(source: ModelFiles, options: ModelOptions) -> None:
     same = names(source, options, caption_overlong="error", vae_enable_slicing=True, tokenizer_max_length=512)
     assert same == names(source, options)
 
@@ -48,8 +48,8 @@ def test_what_changes_nothing_is_left_out(source: Source, options: ModelOptions)
 def test_contents_count_and_places_do_not(options: ModelOptions, checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "elsewhere"))
     moved = options.model_copy(update={"pretrained_model_name_or_path": str(folder)})
-    before = names(Chroma().locate(options), options)
-    assert names(Chroma().locate(moved), moved) == before
+    before = names(ChromaFamily().locate_files(options), options)
+    assert names(ChromaFamily().locate_files(moved), moved) == before
     for path in (
         folder / "vae" / "diffusion_pytorch_model.safetensors",
         folder / "tokenizer" / "tokenizer.json",
@@ -57,7 +57,7 @@ def test_contents_count_and_places_do_not(options: ModelOptions, checkpoint: Pat
         with path.open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"!")
-    text, vae = names(Chroma().locate(moved), moved)
+    text, vae = names(ChromaFamily().locate_files(moved), moved)
     assert text != before[0]
     assert vae != before[1]
 

@@ -20,25 +20,25 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from simpletuner.adapters import files, layouts
-from simpletuner.adapters.container import WEIGHTS_NAME
-from simpletuner.adapters.lora import attach
-from simpletuner.cli.generate import Request, generate
+from simpletuner.adapters import layouts, lora_io
+from simpletuner.adapters.attachment import attach_adapter
+from simpletuner.adapters.safetensors_reader import LORA_WEIGHTS_NAME
+from simpletuner.cli.generate import GenerationRequest, generate_images
 from simpletuner.config.schema import AdapterOptions, ModelOptions
 from simpletuner.flow.solvers import sigma_grid
 from simpletuner.models.chroma import weights
-from simpletuner.models.chroma.family import pack
-from simpletuner.models.chroma.merge import Target, merge
-from simpletuner.models.registry import family as family_named
+from simpletuner.models.chroma.family import pack_latents
+from simpletuner.models.chroma.merge_loras import MergeOutput, merge_loras
+from simpletuner.models.registry import get_family as family_named
 from simpletuner.validation.prompts import Prompt
 from simpletuner.validation.sampler import initial_noise
-from tests.adapters.networks import perturb
+from tests.adapters.tiny_network import perturb
 
 PROMPT, STEPS, SEED, SIDE_PX = "a red star on a blue ground", 4, 7, 128
 CPU = torch.device("cpu")
 NANO = ModelOptions(model_flavour="nano", mixed_precision="no", device="cpu", torch_num_threads=1)
 FAMILY = family_named("chroma")
-SOURCE = FAMILY.locate(NANO)
+SOURCE = FAMILY.locate_files(NANO)
 # Levels of 255: what rounding to eight bits may do to two pictures that differ by float32's rounding.
 LARGEST = 1
 
@@ -48,15 +48,17 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     network = FAMILY.load_transformer(SOURCE, CPU, torch.float32)
     names = FAMILY.lora_targets(network, "all+ffs")
-    perturb(attach(network, AdapterOptions(lora_rank=4, lora_alpha=2.0), names, seed=1).trainable, 0.3)
-    files.save(network, folder / WEIGHTS_NAME)
-    return folder / WEIGHTS_NAME
+    perturb(
+        attach_adapter(network, AdapterOptions(lora_rank=4, lora_alpha=2.0), names, seed=1).trainable, 0.3
+    )
+    lora_io.save_adapter(network, folder / LORA_WEIGHTS_NAME)
+    return folder / LORA_WEIGHTS_NAME
 
 
 def ours(out: Path, lora: Path | None, model: ModelOptions = NANO) -> np.ndarray:
     prompts = (Prompt("star", PROMPT),)
-    request = Request(prompts, model, lora, (1.0,), STEPS, 1.0, SEED, str(SIDE_PX), 1, out)
-    (path,) = generate(request, lambda event: None)
+    request = GenerationRequest(prompts, model, lora, (1.0,), STEPS, 1.0, SEED, str(SIDE_PX), 1, out)
+    (path,) = generate_images(request, lambda event: None)
     return np.asarray(Image.open(path)).astype(int)
 
 
@@ -71,9 +73,9 @@ def theirs(lora: Path) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(lora.parent, weight_name=lora.name)
     rows = FAMILY.load_text_encoder(SOURCE, NANO, CPU).encode([PROMPT])[0][None].float()
-    noise: Tensor = initial_noise(FAMILY.facts(SOURCE), SEED, (SIDE_PX, SIDE_PX))[None]
+    noise: Tensor = initial_noise(FAMILY.read_constants(SOURCE), SEED, (SIDE_PX, SIDE_PX))[None]
     drawn = pipe(
-        prompt_embeds=rows, prompt_attention_mask=torch.ones(rows.shape[:2]), latents=pack(noise),
+        prompt_embeds=rows, prompt_attention_mask=torch.ones(rows.shape[:2]), latents=pack_latents(noise),
         sigmas=np.asarray(sigma_grid(STEPS)[:-1]), num_inference_steps=STEPS, guidance_scale=1.0,
         height=SIDE_PX, width=SIDE_PX, output_type="pil",
     ).images[0]  # fmt: skip
@@ -90,12 +92,14 @@ def test_diffusers_draws_the_same_picture_with_our_file(lora: Path, tmp_path: Pa
 
 
 def test_merged_weights_draw_the_same_picture_as_base_and_lora(lora: Path, tmp_path: Path) -> None:
-    factors = layouts.read(lora).deltas()
+    factors = layouts.read_lora_file(lora).to_deltas()
     mine = ours(tmp_path, lora)
     for native, name in ((False, "folder"), (True, "file.safetensors")):
-        target = Target(tmp_path / name, native=native, dtype=torch.float32)
-        merge(SOURCE.transformer, [(factors, 1.0)], target, {})
+        target = MergeOutput(tmp_path / name, native_format=native, dtype=torch.float32)
+        merge_loras(SOURCE.transformer, [(factors, 1.0)], target, {})
         model = NANO.model_copy(update={"pretrained_transformer_model_name_or_path": str(target.path)})
         difference = np.abs(ours(tmp_path, None, model) - mine)
         assert difference.max() <= LARGEST
-    assert weights.read_config(tmp_path / "file.safetensors") == weights.read_config(SOURCE.transformer)
+    assert weights.read_transformer_config(tmp_path / "file.safetensors") == weights.read_transformer_config(
+        SOURCE.transformer
+    )

@@ -15,10 +15,10 @@ from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from simpletuner.models.chroma.family import Chroma
+from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig, modulate
-from simpletuner.models.family import BlockMemory
-from tests.models.small import TEXT_WIDTH, transformer_fields
+from simpletuner.models.family import BlockMemoryPolicy
+from tests.models.tiny_checkpoint import TEXT_WIDTH, transformer_fields
 
 ROWS, COLUMNS, TEXT = 6, 5, 512
 SIGMA = torch.tensor([0.6543, 0.1237, 0.9])
@@ -49,7 +49,7 @@ def pair() -> tuple[ChromaTransformer2DModel, ChromaTransformer]:
     for name, parameter in theirs.named_parameters():
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)  # ones would hide a missing or swapped norm
-    ours = ChromaTransformer(TransformerConfig.read(fields, "fields")).double()
+    ours = ChromaTransformer(TransformerConfig.from_dict(fields, "fields")).double()
     ours.load_state_dict(theirs.state_dict())
     return theirs.requires_grad_(False), ours.requires_grad_(False)
 
@@ -164,7 +164,7 @@ def test_gradients_of_lora_are_diffusers_gradients(pair, lengths: tuple[int, ...
 
 
 def recompute(model: ChromaTransformer, count: int, interval: int = 1) -> None:
-    Chroma().arrange(model, BlockMemory(count, interval))
+    ChromaFamily().place_blocks(model, BlockMemoryPolicy(count, interval))
 
 
 @pytest.mark.parametrize(("count", "interval"), [(5, 1), (5, 2), (5, 4), (1, 1), (3, 1)])
@@ -251,7 +251,7 @@ def test_time_is_not_rounded_to_the_dtype_of_the_weights(pair) -> None:
 
 
 def test_a_model_built_on_meta_has_its_index_code() -> None:
-    fields = TransformerConfig.read(transformer_fields(), "fields")
+    fields = TransformerConfig.from_dict(transformer_fields(), "fields")
     with torch.device("meta"):
         on_meta = ChromaTransformer(fields)
     assert on_meta.mod_proj.device.type == "cpu"

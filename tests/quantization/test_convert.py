@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simpletuner.errors import CacheError, DiskFull
-from simpletuner.events.types import Event, Noted, StageDone, StageProgress
-from simpletuner.models.chroma.weights import read_header
+from simpletuner.events.event_types import Event, NoticeIssued, StageCompleted, StageProgress
+from simpletuner.models.chroma.weights import read_stored_tensors
 from simpletuner.quantization import convert as module
-from simpletuner.quantization.convert import convert, scheme_file
+from simpletuner.quantization.convert import quantize_to_file, quantized_file_path
 from simpletuner.quantization.schemes import SCHEMES
 from tests.quantization.test_schemes import gaussian
 
@@ -49,15 +49,19 @@ def write_checkpoint(folder: Path) -> tuple[Path, set[str]]:
 def converted(
     folder: Path, names: set[str], scheme: str, target: Path, emit: Callable[[Event], None] = print
 ) -> None:
-    source = {name: stored for file in sorted(folder.iterdir()) for name, stored in read_header(file).items()}
-    convert(source, names, SCHEMES[scheme], target, CPU, emit)
+    source = {
+        name: stored
+        for file in sorted(folder.iterdir())
+        for name, stored in read_stored_tensors(file).items()
+    }
+    quantize_to_file(source, names, SCHEMES[scheme], target, CPU, emit)
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows at a time, and every tensor made safe, so that small files take all turns."""
-    monkeypatch.setattr(module, "CHUNK_WEIGHTS", 320 * 7)
-    monkeypatch.setattr(module, "SYNC_BYTES", 1000)
+    monkeypatch.setattr(module, "WEIGHTS_PER_CHUNK", 320 * 7)
+    monkeypatch.setattr(module, "SYNC_INTERVAL_BYTES", 1000)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -83,7 +87,9 @@ def test_every_number_lies_at_a_multiple_of_its_width(tmp_path: Path) -> None:
     folder, names = write_checkpoint(tmp_path / "in")
     for scheme in SCHEMES:
         converted(folder, names, scheme, tmp_path / scheme)
-        assert all(not one.offset % one.dtype.itemsize for one in read_header(tmp_path / scheme).values())
+        assert all(
+            not one.offset % one.dtype.itemsize for one in read_stored_tensors(tmp_path / scheme).values()
+        )
 
 
 KILLED = """
@@ -92,8 +98,8 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from simpletuner.quantization import convert as module
 from tests.quantization.test_convert import converted
-module.CHUNK_WEIGHTS, module.SYNC_BYTES = 320 * 7, 1000
-real, calls = module._write, []
+module.WEIGHTS_PER_CHUNK, module.SYNC_INTERVAL_BYTES = 320 * 7, 1000
+real, calls = module._write_at, []
 def dying(file, position, content):
     calls.append(position)
     if len(calls) == {at}:
@@ -101,7 +107,7 @@ def dying(file, position, content):
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     real(file, position, content)
-module._write = dying
+module._write_at = dying
 converted(Path({folder!r}), {names!r}, "nf4", Path({target!r}))
 """
 
@@ -119,7 +125,7 @@ def test_killed_in_the_middle_of_a_write_it_goes_on(tmp_path: Path, at: int) -> 
     heard: list[Event] = []
     converted(folder, names, "nf4", target, heard.append)
     assert target.read_bytes() == straight.read_bytes()
-    said = [event.message for event in heard if isinstance(event, Noted)]
+    said = [event.message for event in heard if isinstance(event, NoticeIssued)]
     if at > 100:
         assert len(said) == 1
         assert int(said[0].split()[-4]) >= 1, said
@@ -229,14 +235,14 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     folder, names = write_checkpoint(tmp_path / "in")
     heard: list[Event] = []
     converted(folder, names, "int8", tmp_path / "out", heard.append)
-    (done,) = [event for event in heard if isinstance(event, StageDone)]
-    total = sum(one.size_bytes for file in folder.iterdir() for one in read_header(file).values())
+    (done,) = [event for event in heard if isinstance(event, StageCompleted)]
+    total = sum(one.size_bytes for file in folder.iterdir() for one in read_stored_tensors(file).values())
     assert done.done == total // 1024
     assert all(event.total == done.done for event in heard if isinstance(event, StageProgress))
 
 
 def test_names_of_files_tell_scheme_and_content(tmp_path: Path) -> None:
-    assert scheme_file(tmp_path, "chroma", "nf4", "0123456789abcdef0123").name == (
+    assert quantized_file_path(tmp_path, "chroma", "nf4", "0123456789abcdef0123").name == (
         f"chroma-nf4-{SCHEMES['nf4'].version}-0123456789abcdef.safetensors"
     )
 

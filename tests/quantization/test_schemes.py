@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simpletuner.errors import ConfigError
 from simpletuner.quantization import schemes
-from simpletuner.quantization.schemes import SCHEMES, named
+from simpletuner.quantization.schemes import SCHEMES, get_scheme
 
 # Root of the mean square error over that of the weights, Gaussian rows with a few outliers.
 ERRORS = {"int8": 0.0095, "fp8": 0.027, "int4": 0.093, "nf4": 0.094}
@@ -47,9 +47,9 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 def test_parts_are_what_the_plan_was_told(name: str, columns: int) -> None:
     parts = SCHEMES[name].quantize(gaussian(24, columns))
     assert {key: (tuple(part.shape), part.dtype) for key, part in parts.items()} == dict(
-        SCHEMES[name].part_shapes(24, columns)
+        SCHEMES[name].buffer_shapes(24, columns)
     )
-    assert list(parts) == list(SCHEMES[name].part_shapes(24, columns))
+    assert list(parts) == list(SCHEMES[name].buffer_shapes(24, columns))
     assert SCHEMES[name].size_bytes(24, columns) == sum(part.nbytes for part in parts.values())
 
 
@@ -81,7 +81,7 @@ def test_rounded_once_whatever_the_dtype(name: str) -> None:
 def test_rows_are_independent(name: str) -> None:
     weight = gaussian(40, 192)
     whole, some = SCHEMES[name].quantize(weight), SCHEMES[name].quantize(weight[8:24])
-    for key, (shape, _) in SCHEMES[name].part_shapes(40, 192).items():
+    for key, (shape, _) in SCHEMES[name].buffer_shapes(40, 192).items():
         expected = whole[key][8:24] if shape[0] == 40 else whole[key]
         assert torch.equal(expected.view(torch.uint8), some[key].view(torch.uint8)), key
 
@@ -138,12 +138,12 @@ def test_nf4_against_bitsandbytes_itself() -> None:
 
 def test_an_unknown_scheme_is_told_the_names() -> None:
     with pytest.raises(ConfigError, match="int8, fp8, int4, nf4"):
-        named("int3")
+        get_scheme("int3")
 
 
 @pytest.mark.parametrize("columns", [200, 256])
 def test_nf4_in_pieces_is_the_same_weight(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = gaussian(23, columns)
     whole = restored("nf4", weight, torch.bfloat16)
-    monkeypatch.setattr(schemes, "AT_ONCE", 5 * 128)
+    monkeypatch.setattr(schemes, "NF4_CHUNK_CODES", 5 * 128)
     assert torch.equal(restored("nf4", weight, torch.bfloat16), whole)

@@ -10,38 +10,40 @@ import pytest
 import score
 from PIL import Image, ImageFilter
 
-from simpletuner.config import rules
-from simpletuner.validation.scores import METRICS
-from simpletuner.validation.shapes import verdicts, world
-from simpletuner.validation.shapes.read import Reading, Seen, read
-from simpletuner.validation.shapes.zorbo import compose_lesson, find
+from simpletuner.config import constraints
+from simpletuner.validation.image_scoring import METRICS
+from simpletuner.validation.shapes import scene_scoring, scenes
+from simpletuner.validation.shapes.detection import DetectedObject, DetectedScene, detect_scene
+from simpletuner.validation.shapes.zorbo import compose_zorbo_scene, detect_zorbo
 
-SCENES = [world.compose(verdicts.SEED, number) for number in range(200)]
-READINGS = [read(draw.render(scene)) for scene in SCENES]
-ZORBOS = [compose_lesson(verdicts.TAUGHT + number) for number in range(32)]
-SINGLE = next(s for s in SCENES if len(s.things) == 1 and s.things[0].size == "big")
-PAIR = next(s for s in SCENES if len(s.things) == 2 and s.things[0].colour != s.things[1].colour)
+SCENES = [scenes.compose_scene(scene_scoring.SCORING_SEED, number) for number in range(200)]
+READINGS = [detect_scene(draw.render(scene)) for scene in SCENES]
+ZORBOS = [compose_zorbo_scene(scene_scoring.TRAINED_ZORBO_COUNT + number) for number in range(32)]
+SINGLE = next(s for s in SCENES if len(s.objects) == 1 and s.objects[0].size == "big")
+PAIR = next(s for s in SCENES if len(s.objects) == 2 and s.objects[0].colour != s.objects[1].colour)
 
 
-def failed(scene: world.Scene, picture: Image.Image) -> set[str]:
-    verdict = verdicts.judge(scene, read(picture))
+def failed(scene: scenes.Scene, picture: Image.Image) -> set[str]:
+    verdict = scene_scoring.score_scene(scene, detect_scene(picture))
     return {name for name, right in verdict.items() if not all(right)} - {"all", "pair"}
 
 
 def test_the_truth_is_right() -> None:
-    told = verdicts.rates([verdicts.judge(scene, reading) for scene, reading in zip(SCENES, READINGS)])
+    told = scene_scoring.compute_rates(
+        [scene_scoring.score_scene(scene, reading) for scene, reading in zip(SCENES, READINGS)]
+    )
     assert {"background", "count", "colour", "position", "size", "shape", "pair", "all"} == set(told)
     assert min(figures.rate for figures in told.values()) >= 0.99
 
 
 @pytest.mark.parametrize("pattern", ["striped", "dotted"])
-@pytest.mark.parametrize("colour", list(world.COLOURS))
+@pytest.mark.parametrize("colour", list(scenes.COLOURS))
 def test_textures_hide_neither_shape_nor_colour(pattern: str, colour: str) -> None:
     ground = "olive" if colour in ("white", "yellow", "pink") else "cream"
-    for shape in (list(world.COLOURS).index(colour), 4 + list(world.COLOURS).index(colour)):
-        thing = replace(SINGLE.things[0], pattern=pattern, colour=colour, rgb=world.COLOURS[colour])
-        things = (replace(thing, shape=list(world.SHAPES)[shape % len(world.SHAPES)]),)
-        scene = replace(SINGLE, things=things, background=ground, background_rgb=world.BACKGROUNDS[ground])
+    for shape in (list(scenes.COLOURS).index(colour), 4 + list(scenes.COLOURS).index(colour)):
+        thing = replace(SINGLE.objects[0], pattern=pattern, colour=colour, rgb=scenes.COLOURS[colour])
+        things = (replace(thing, shape=list(scenes.SHAPES)[shape % len(scenes.SHAPES)]),)
+        scene = replace(SINGLE, objects=things, background=ground, background_rgb=scenes.BACKGROUNDS[ground])
         assert failed(scene, draw.render(scene)) == set(), things
 
 
@@ -79,9 +81,9 @@ def wavering(picture: Image.Image, number: int) -> Image.Image:
 
 def test_another_prompt_is_right_by_chance_only() -> None:
     """Every prompt against every other picture: 9,900 pairs, against the shares of the drawing program."""
-    told = verdicts.rates(
+    told = scene_scoring.compute_rates(
         [
-            verdicts.judge(scene, reading)
+            scene_scoring.score_scene(scene, reading)
             for i, scene in enumerate(SCENES[:100])
             for j, reading in enumerate(READINGS[:100])
             if i != j
@@ -105,65 +107,66 @@ def test_shuffling_leaves_no_prompt_with_its_picture() -> None:
     assert not any(ours is theirs for ours, theirs in zip(SCENES, moved))
 
 
-def other(things: tuple[world.Thing, ...], **changed: object) -> tuple[world.Thing, ...]:
+def other(things: tuple[scenes.SceneObject, ...], **changed: object) -> tuple[scenes.SceneObject, ...]:
     return (replace(things[0], **changed), *things[1:])  # type: ignore[arg-type]
 
 
-def visible(names: dict[str, world.Rgb], not_this: str, beside: list[world.Rgb]) -> world.Rgb:
+def visible(names: dict[str, scenes.Rgb], not_this: str, beside: list[scenes.Rgb]) -> scenes.Rgb:
     """Another named colour that stands out from all beside it."""
     return next(
         rgb
         for name, rgb in names.items()
-        if name != not_this and all(np.linalg.norm(np.subtract(rgb, b)) >= world.CONTRAST for b in beside)
+        if name != not_this
+        and all(np.linalg.norm(np.subtract(rgb, b)) >= scenes.MIN_CONTRAST for b in beside)
     )
 
 
 @pytest.mark.parametrize("scene", [SINGLE, PAIR], ids=["single", "pair"])
-def test_only_what_is_wrong_fails(scene: world.Scene) -> None:
-    thing = scene.things[0]
-    ground = visible(world.BACKGROUNDS, scene.background, [thing.rgb for thing in scene.things])
-    colour = visible(world.COLOURS, thing.colour, [scene.background_rgb])
+def test_only_what_is_wrong_fails(scene: scenes.Scene) -> None:
+    thing = scene.objects[0]
+    ground = visible(scenes.BACKGROUNDS, scene.background, [thing.rgb for thing in scene.objects])
+    colour = visible(scenes.COLOURS, thing.colour, [scene.background_rgb])
     shape = "ring" if thing.shape == "circle" else "circle"
     assert failed(scene, draw.render(scene)) == set()
     assert failed(scene, draw.render(replace(scene, background_rgb=ground))) == {"background"}
-    assert failed(scene, draw.render(replace(scene, things=other(scene.things, rgb=colour)))) == {"colour"}
-    assert failed(scene, draw.render(replace(scene, things=other(scene.things, shape=shape)))) == {"shape"}
+    assert failed(scene, draw.render(replace(scene, objects=other(scene.objects, rgb=colour)))) == {"colour"}
+    assert failed(scene, draw.render(replace(scene, objects=other(scene.objects, shape=shape)))) == {"shape"}
 
 
 def test_size_place_and_number_are_seen() -> None:
-    (thing,) = SINGLE.things
-    small = replace(SINGLE, things=other(SINGLE.things, radius=world.SIZES["small"], pattern="plain"))
+    (thing,) = SINGLE.objects
+    small = replace(SINGLE, objects=other(SINGLE.objects, radius=scenes.SIZES["small"], pattern="plain"))
     assert failed(SINGLE, draw.render(small)) == {"size"}
-    place = world.POSITIONS["top" if thing.position != "top" else "left"]
-    assert failed(SINGLE, draw.render(replace(SINGLE, things=other(SINGLE.things, centre=place)))) == {
+    place = scenes.POSITIONS["top" if thing.position != "top" else "left"]
+    assert failed(SINGLE, draw.render(replace(SINGLE, objects=other(SINGLE.objects, centre=place)))) == {
         "position"
     }
-    assert failed(PAIR, draw.render(replace(PAIR, things=PAIR.things[:1]))) >= {"count", "colour", "shape"}
-    twice = replace(SINGLE, things=(replace(thing, radius=0.15, centre=(0.2, 0.2)),
+    assert failed(PAIR, draw.render(replace(PAIR, objects=PAIR.objects[:1]))) >= {"count", "colour", "shape"}
+    twice = replace(SINGLE, objects=(replace(thing, radius=0.15, centre=(0.2, 0.2)),
                                     replace(thing, radius=0.15, centre=(0.8, 0.8))))  # fmt: skip
     assert {"count", "position"} <= failed(SINGLE, draw.render(twice))
 
 
 def test_swapped_colours_of_a_pair_are_wrong() -> None:
-    first, second = PAIR.things
-    swapped = replace(PAIR, things=(replace(first, rgb=second.rgb), replace(second, rgb=first.rgb)))
-    verdict = verdicts.judge(PAIR, read(draw.render(swapped)))
+    first, second = PAIR.objects
+    swapped = replace(PAIR, objects=(replace(first, rgb=second.rgb), replace(second, rgb=first.rgb)))
+    verdict = scene_scoring.score_scene(PAIR, detect_scene(draw.render(swapped)))
     assert verdict["colour"] == [False, False]
     assert verdict["pair"] == [False]
     assert verdict["shape"] == verdict["position"] == [True, True]
 
 
 def test_an_empty_picture_and_noise_are_no_answer() -> None:
-    nothing = read(Image.new("RGB", (128, 128), SINGLE.background_rgb))
-    assert nothing == Reading(SINGLE.background, ())
+    nothing = detect_scene(Image.new("RGB", (128, 128), SINGLE.background_rgb))
+    assert nothing == DetectedScene(SINGLE.background, ())
     assert failed(SINGLE, Image.new("RGB", (128, 128), SINGLE.background_rgb)) == {
         "count", "colour", "position", "size", "shape",
     }  # fmt: skip
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
-    reading = read(Image.fromarray(noise))
-    assert not any(verdicts.judge(scene, reading)["all"][0] for scene in SCENES)
+    reading = detect_scene(Image.fromarray(noise))
+    assert not any(scene_scoring.score_scene(scene, reading)["all"][0] for scene in SCENES)
     with pytest.raises(ValueError, match="128"):
-        read(Image.new("RGB", (64, 64)))
+        detect_scene(Image.new("RGB", (64, 64)))
 
 
 def test_a_blob_has_no_shape() -> None:
@@ -176,57 +179,62 @@ def test_a_blob_has_no_shape() -> None:
         (36, 88, 30, 12),
     ):
         pixels[y : y + h, x : x + w] = (215, 35, 40)
-    (thing,) = read(Image.fromarray(pixels)).things
+    (thing,) = detect_scene(Image.fromarray(pixels)).objects
     assert (thing.shape, thing.colour) == ("none", "red")
 
 
 def test_standard_errors() -> None:
-    told = verdicts.rates([{"a": [True]}] * 3 + [{"a": [False]}, {"b": []}])
+    told = scene_scoring.compute_rates([{"a": [True]}] * 3 + [{"a": [False]}, {"b": []}])
     assert told == {"a": (0.75, pytest.approx((0.75 * 0.25 / 4) ** 0.5), 4)}
-    pairs = verdicts.rates([{"a": [True, True]}, {"a": [False, False]}])
+    pairs = scene_scoring.compute_rates([{"a": [True, True]}, {"a": [False, False]}])
     assert pairs["a"] == (0.5, pytest.approx((0.25 / 2) ** 0.5), 4)  # as two, not as four
 
 
 def test_prompts_are_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "TRAINED_SEED", verdicts.SEED)
-    monkeypatch.setattr(verdicts, "TRAINED_COUNT", 5)
-    scenes, new = verdicts.unseen(10)
-    trained = [world.compose(verdicts.SEED, number) for number in range(5)]
+    monkeypatch.setattr(scene_scoring, "TRAINED_SEED", scene_scoring.SCORING_SEED)
+    monkeypatch.setattr(scene_scoring, "TRAINED_COUNT", 5)
+    scenes, new = scene_scoring.unseen_scenes(10)
+    trained = [scenes.compose_scene(scene_scoring.SCORING_SEED, number) for number in range(5)]
     assert not {scene.caption for scene in scenes} & {scene.caption for scene in trained}
-    assert scenes[0] == world.compose(verdicts.SEED, 5)
-    monkeypatch.setattr(verdicts, "TRAINED_COUNT", 0)
-    assert verdicts.unseen(3) == ([world.compose(verdicts.SEED, number) for number in range(3)], [True] * 3)
+    assert scenes[0] == scenes.compose_scene(scene_scoring.SCORING_SEED, 5)
+    monkeypatch.setattr(scene_scoring, "TRAINED_COUNT", 0)
+    assert scene_scoring.unseen_scenes(3) == (
+        [scenes.compose_scene(scene_scoring.SCORING_SEED, number) for number in range(3)],
+        [True] * 3,
+    )
     assert all(new)
 
 
 def test_zorbos_are_found_with_colour_place_and_ground() -> None:
-    told = verdicts.rates([verdicts.judge_zorbo(scene, find(draw.render(scene))) for scene in ZORBOS])
+    told = scene_scoring.compute_rates(
+        [scene_scoring.score_zorbo_scene(scene, detect_zorbo(draw.render(scene))) for scene in ZORBOS]
+    )
     assert min(figures.rate for figures in told.values()) >= 0.99
-    taught = {compose_lesson(number).caption for number in range(verdicts.TAUGHT)}
+    taught = {compose_zorbo_scene(number).caption for number in range(scene_scoring.TRAINED_ZORBO_COUNT)}
     assert not taught & {scene.caption for scene in ZORBOS}
 
 
 def test_there_is_no_zorbo_in_a_picture_without_one() -> None:
-    assert sum(find(draw.render(scene)) is not None for scene in SCENES[:100]) == 0
-    assert verdicts.judge_zorbo(ZORBOS[0], None)["all"] == [False]
+    assert sum(detect_zorbo(draw.render(scene)) is not None for scene in SCENES[:100]) == 0
+    assert scene_scoring.score_zorbo_scene(ZORBOS[0], None)["all"] == [False]
 
 
 def test_an_hourglass_among_the_shapes_is_read_as_none_of_them() -> None:
-    told = [verdicts.judge(scene, read(draw.render(scene))) for scene in ZORBOS[:8]]
+    told = [scene_scoring.score_scene(scene, detect_scene(draw.render(scene))) for scene in ZORBOS[:8]]
     assert not any(verdict["shape"][0] for verdict in told)
 
 
 def test_an_object_is_assigned_to_the_nearest_place() -> None:
-    left, right = (Seen("star", "red", "small", place, centre)
+    left, right = (DetectedObject("star", "red", "small", place, centre)
                    for place, centre in (("left", (0.26, 0.5)), ("right", (0.74, 0.5))))  # fmt: skip
-    things = tuple(replace(PAIR.things[0], position=place) for place in ("left", "right"))
-    assert verdicts.assigned(things, (right, left)) == [left, right]
-    assert verdicts.assigned(things, (right,)) == [None, right]
-    assert verdicts.assigned(things[:1], ()) == [None]
+    things = tuple(replace(PAIR.objects[0], position=place) for place in ("left", "right"))
+    assert scene_scoring.match_objects(things, (right, left)) == [left, right]
+    assert scene_scoring.match_objects(things, (right,)) == [None, right]
+    assert scene_scoring.match_objects(things[:1], ()) == [None]
 
 
 def test_the_sheet_has_a_place_for_each() -> None:
-    judged = [verdicts.judge(scene, reading) for scene, reading in zip(SCENES[:7], READINGS)]
+    judged = [scene_scoring.score_scene(scene, reading) for scene, reading in zip(SCENES[:7], READINGS)]
     page = score.sheet(SCENES[:7], [draw.render(scene) for scene in SCENES[:7]], judged)
     green, red = (np.all(np.asarray(page) == colour, axis=2).sum() for colour in (score.GREEN, score.RED))
     assert green > 50
@@ -240,19 +248,19 @@ def test_a_metric_reads_what_it_asked_for() -> None:
     shapes = METRICS["shapes"](24)
     truth = [draw.render(scene) for scene in SCENES]
     drawn = {scene.caption: picture for scene, picture in zip(SCENES, truth)}
-    wanted = [drawn[picture.prompt.text] for picture in shapes.pictures]
-    assert {one.rate for one in shapes.judge(wanted).values()} == {1.0}
-    assert shapes.judge(wanted[1:] + wanted[:1])["all"].rate == 0
+    wanted = [drawn[picture.prompt.text] for picture in shapes.image_specs]
+    assert {one.rate for one in shapes.score(wanted).values()} == {1.0}
+    assert shapes.score(wanted[1:] + wanted[:1])["all"].rate == 0
     zorbos = METRICS["zorbo"](None)
-    assert len(zorbos.pictures) == 32
-    found = zorbos.judge([draw.render(scene) for scene in ZORBOS])
+    assert len(zorbos.image_specs) == 32
+    found = zorbos.score([draw.render(scene) for scene in ZORBOS])
     assert found["all"].rate >= 0.99
-    assert zorbos.judge(truth[:32]) == {"zorbo": (0, 0, 32), "all": (0, 0, 32)}
+    assert zorbos.score(truth[:32]) == {"zorbo": (0, 0, 32), "all": (0, 0, 32)}
 
 
 def test_prompts_of_a_metric_are_always_the_same() -> None:
-    few, many = METRICS["zorbo"](4).pictures, METRICS["zorbo"](9).pictures
+    few, many = METRICS["zorbo"](4).image_specs, METRICS["zorbo"](9).image_specs
     assert many[:4] == few
     assert {picture.size_px for picture in many} == {(128, 128)}
     assert len({picture.seed for picture in many}) == 9
-    assert tuple(METRICS) == rules.SCORES
+    assert tuple(METRICS) == constraints.SCORE_NAMES

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.server.judge import judge
-from simpletuner.server.place import Place
-from simpletuner.server.refusal import Refused
-from simpletuner.server.wire.configs import DraftWrite
-from simpletuner.server.wire.jobs import JobAsk
-from tests.server.bench import Bench, until
+from simpletuner.server.api_errors import ApiError
+from simpletuner.server.config_validation import validate_config
+from simpletuner.server.schemas.configs import DraftWrite
+from simpletuner.server.schemas.jobs import JobRequest
+from simpletuner.server.workspace import Workspace
+from tests.server.queue_harness import QueueHarness, wait_until
 
 TESTS = Path(__file__).parents[1]
 CANARY = "hf_canary0123456789"
@@ -27,27 +27,27 @@ CANARY = "hf_canary0123456789"
 AGAINST: Mapping[str, tuple[str, ...]] = {
     "1 reached from the network": (
         "server/test_server_command.py::test_only_this_machine_reaches_it",
-        "server/test_guard.py::test_no_server_for_others_without_a_token",
+        "server/test_security_middleware.py::test_no_server_for_others_without_a_token",
     ),
-    "2 no token": ("server/test_guard.py::test_every_route_wants_the_token",),
+    "2 no token": ("server/test_security_middleware.py::test_every_route_wants_the_token",),
     "3 DNS rebinding": (
-        "server/test_guard.py::test_foreign_names_are_not",
-        "server/test_guard.py::test_foreign_names_get_no_web_socket",
+        "server/test_security_middleware.py::test_foreign_names_are_not",
+        "server/test_security_middleware.py::test_foreign_names_get_no_web_socket",
     ),
     "4 forged requests": (
-        "server/test_guard.py::test_foreign_pages_get_nothing",
-        "server/test_guard.py::test_only_json_is_taken",
-        "server/test_reading.py::test_reading_changes_nothing_and_tells_no_secret",
+        "server/test_security_middleware.py::test_foreign_pages_get_nothing",
+        "server/test_security_middleware.py::test_only_json_is_taken",
+        "server/test_read_only_routes.py::test_reading_changes_nothing_and_tells_no_secret",
     ),
-    "5 shared with other origins": ("server/test_guard.py::test_headers_of_every_answer",),
+    "5 shared with other origins": ("server/test_security_middleware.py::test_headers_of_every_answer",),
     "6 a foreign page's WebSocket": (
-        "server/test_guard.py::test_foreign_pages_get_no_web_socket",
+        "server/test_security_middleware.py::test_foreign_pages_get_no_web_socket",
         "server/test_server_command.py::test_a_foreign_page_gets_no_web_socket",
     ),
     "7 reading outside": (
-        "server/test_reading.py::test_no_path_leads_outside",
-        "server/test_run_files.py::test_no_spelling_leads_out",
-        "server/test_pages.py::test_nothing_beside_the_pages_is_sent",
+        "server/test_read_only_routes.py::test_no_path_leads_outside",
+        "server/test_run_artifacts.py::test_no_spelling_leads_out",
+        "server/test_static_pages.py::test_nothing_beside_the_pages_is_sent",
     ),
     "8 writing outside": (
         "server/test_uploads.py::test_names_that_lead_away",
@@ -70,32 +70,32 @@ AGAINST: Mapping[str, tuple[str, ...]] = {
     ),
     "12 requests made by the server": ("server/test_attacks.py::test_no_address_is_fetched_for_a_dataset",),
     "13 stored scripts": (
-        "server/test_run_files.py::test_what_a_browser_might_run_is_a_download",
-        "server/test_guard.py::test_the_policy_allows_no_inline_no_eval_no_frame_no_other_host",
-        "e2e/web/test_looks.py::test_the_headers_of_the_page",
-        "e2e/web/test_datasets.py::test_uploads_that_are_refused_say_why_and_the_rest_comes_in",
+        "server/test_run_artifacts.py::test_what_a_browser_might_run_is_a_download",
+        "server/test_security_middleware.py::test_the_policy_allows_no_inline_no_eval_no_frame_no_other_host",
+        "e2e/web/test_accessibility.py::test_the_headers_of_the_page",
+        "e2e/web/test_dataset_pages.py::test_uploads_that_are_refused_say_why_and_the_rest_comes_in",
     ),
     "14 secrets": (
         "server/test_attacks.py::test_no_secret_lies_in_the_workspace_of_a_job",
-        "server/test_reading.py::test_reading_changes_nothing_and_tells_no_secret",
+        "server/test_read_only_routes.py::test_reading_changes_nothing_and_tells_no_secret",
         "config/test_load.py::test_secrets_stay_out_of_the_run_folder",
     ),
     "15 too much": (
-        "server/test_guard.py::test_bodies_have_an_end",
-        "server/test_guard.py::test_a_body_that_never_ends_is_not_waited_for",
-        "server/test_run_files.py::test_the_log_is_bounded",
+        "server/test_security_middleware.py::test_bodies_have_an_end",
+        "server/test_security_middleware.py::test_a_body_that_never_ends_is_not_waited_for",
+        "server/test_run_artifacts.py::test_the_log_is_bounded",
         "server/test_uploads.py::test_bombs",
     ),
     "16 guessing the token": (
-        "server/test_guard.py::test_guessing_is_made_to_wait",
-        "server/test_guard.py::test_tokens_are_compared_in_constant_time",
-        "server/test_guard.py::test_the_launch_word_opens_once",
+        "server/test_security_middleware.py::test_guessing_is_made_to_wait",
+        "server/test_security_middleware.py::test_tokens_are_compared_in_constant_time",
+        "server/test_security_middleware.py::test_the_launch_word_opens_once",
     ),
-    "17 frames": ("server/test_guard.py::test_headers_of_every_answer",),
+    "17 frames": ("server/test_security_middleware.py::test_headers_of_every_answer",),
     "18 code from the hub": ("test_layers.py::test_no_pickle_and_no_shell",),
-    "19 hooks": ("server/test_judge.py::test_what_reaches_outside_is_not_settable",),
+    "19 hooks": ("server/test_config_validation.py::test_what_reaches_outside_is_not_settable",),
     "20 permissions": (
-        "server/test_guard.py::test_secrets_are_256_bit_and_for_their_owner_alone",
+        "server/test_security_middleware.py::test_secrets_are_256_bit_and_for_their_owner_alone",
         "server/test_attacks.py::test_folders_are_as_the_umask_says",
     ),
 }
@@ -110,10 +110,10 @@ def test_every_attack_has_its_tests() -> None:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> QueueHarness:
     monkeypatch.setenv("FAKE_STEPS", "1")
     (tmp_path / "workspace").mkdir()
-    return Bench(tmp_path / "workspace")
+    return QueueHarness(tmp_path / "workspace")
 
 
 NAMES = [
@@ -123,32 +123,32 @@ NAMES = [
 ]  # fmt: skip
 
 
-def test_names_are_never_commands_or_flags(bench: Bench, tmp_path: Path) -> None:
+def test_names_are_never_commands_or_flags(harness: QueueHarness, tmp_path: Path) -> None:
     """The command line of a job is a list without any word of a person's, and the run stays inside."""
     jobs = []
     for name in NAMES:
-        with suppress(Refused):
-            jobs.append(bench.enqueue(name))
+        with suppress(ApiError):
+            jobs.append(harness.enqueue(name))
     assert len(jobs) > 5
     for job in jobs:
-        work = bench.file(job, "job.json")
-        config = str(bench.jobs.folder / job.id / "config" / "config.json")
+        work = harness.read_job_file(job, "job.json")
+        config = str(harness.jobs.jobs_dir / job.id / "config" / "config.json")
         assert work["argv"][-2:] == ["--config", config]
         assert not any(name in word for name in NAMES for word in work["argv"] if len(name) > 3)
         run_dir = Path(work["run_dir"])
-        assert run_dir.parent == bench.place.outputs
+        assert run_dir.parent == harness.workspace.output_dir
         assert not run_dir.name.startswith(("-", "."))
-    bench.reach(jobs[0], "done")
+    harness.wait_for_state(jobs[0], "done")
     for path in tmp_path.rglob("*pwned*"):
-        assert path.parent == bench.place.outputs, path
+        assert path.parent == harness.workspace.output_dir, path
 
 
 @pytest.mark.parametrize("option", ["output_dir", "cache_dir", "pretrained_model_name_or_path"])
-def test_values_are_never_flags(bench: Bench, option: str) -> None:
+def test_values_are_never_flags(harness: QueueHarness, option: str) -> None:
     """What is written into a file is read there: nothing of it reaches a command line."""
-    with suppress(Refused):
-        job = bench.jobs.enqueue(JobAsk(draft=bench.draft("v", **{option: "--serve"})))
-        assert "--serve" not in bench.file(job, "job.json")["argv"]
+    with suppress(ApiError):
+        job = harness.jobs.enqueue(JobRequest(draft=harness.create_draft("v", **{option: "--serve"})))
+        assert "--serve" not in harness.read_job_file(job, "job.json")["argv"]
 
 
 class Trap:
@@ -161,26 +161,26 @@ class Trap:
         return os.mkdir, (str(self.folder),)
 
 
-def test_a_pickle_among_the_files_is_never_opened(bench: Bench, tmp_path: Path) -> None:
+def test_a_pickle_among_the_files_is_never_opened(harness: QueueHarness, tmp_path: Path) -> None:
     sprung = tmp_path / "sprung"
     data = pickle.dumps(Trap(sprung))
-    job = bench.enqueue("pickled")
-    run_dir = Path(bench.file(job, "job.json")["run_dir"])
-    bench.reach(job, "done")
+    job = harness.enqueue("pickled")
+    run_dir = Path(harness.read_job_file(job, "job.json")["run_dir"])
+    harness.wait_for_state(job, "done")
     checkpoint = next(run_dir.glob("checkpoint-*"))
     for path in (
         run_dir / "pytorch_lora_weights.bin", checkpoint / "optimizer.pt", checkpoint / "state.json",
-        run_dir / "events.jsonl", run_dir / "images" / "a.png", bench.place.datasets / "photos" / "b.png",
-        bench.jobs.folder / job.id / "end.json", bench.place.own / "queue.json",
+        run_dir / "events.jsonl", run_dir / "images" / "a.png", harness.workspace.datasets_dir / "photos" / "b.png",
+        harness.jobs.jobs_dir / job.id / "end.json", harness.workspace.server_dir / "queue.json",
     ):  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    again = bench.restarted()
+    again = harness.restart()
     for id in (job.run, *(one.id for one in again.runs.summaries())):
         again.runs.detail(id)
-        again.runs.pictures(id)
-    again.jobs.queue()
-    again.supervisor.look()
+        again.runs.list_images(id)
+    again.jobs.get_queue()
+    again.supervisor.run_once()
     assert not sprung.exists()
     pickle.loads(data)
     assert sprung.exists(), "the trap itself works"
@@ -208,24 +208,28 @@ def test_no_address_is_fetched_for_a_dataset(
 
     monkeypatch.setattr("socket.socket.connect", connect)
     monkeypatch.setattr("socket.getaddrinfo", connect)
-    verdict = judge(Place(tmp_path), {"model_flavour": "nano"}, [{"id": "a", "type": "local", **dataset}])
+    verdict = validate_config(
+        Workspace(tmp_path), {"model_flavour": "nano"}, [{"id": "a", "type": "local", **dataset}]
+    )
     assert verdict.problems
 
 
-def test_no_secret_lies_in_the_workspace_of_a_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_secret_lies_in_the_workspace_of_a_job(
+    harness: QueueHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A training may need the token; it gets it as the server has it, and no file does."""
     for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, CANARY)
-    job = bench.enqueue("quiet")
-    bench.reach(job, "done")
-    until(lambda: (bench.jobs.folder / job.id / "exit.json").exists(), "the runner has ended")
-    held = [path for path in bench.place.workspace.rglob("*") if path.is_file()]
+    job = harness.enqueue("quiet")
+    harness.wait_for_state(job, "done")
+    wait_until(lambda: (harness.jobs.jobs_dir / job.id / "exit.json").exists(), "the runner has ended")
+    held = [path for path in harness.workspace.root.rglob("*") if path.is_file()]
     assert len(held) > 10
     assert [path for path in held if CANARY.encode() in path.read_bytes()] == []
-    assert CANARY not in bench.jobs.queue().model_dump_json()
-    asked = bench.draft("loud", validation_prompt="{env:HF_TOKEN}")
-    with pytest.raises(Refused):
-        bench.jobs.enqueue(JobAsk(draft=asked))
+    assert CANARY not in harness.jobs.get_queue().model_dump_json()
+    asked = harness.create_draft("loud", validation_prompt="{env:HF_TOKEN}")
+    with pytest.raises(ApiError):
+        harness.jobs.enqueue(JobRequest(draft=asked))
 
 
 def test_folders_are_as_the_umask_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,21 +238,21 @@ def test_folders_are_as_the_umask_says(tmp_path: Path, monkeypatch: pytest.Monke
     before = os.umask(0o077)
     try:
         (tmp_path / "private").mkdir()
-        bench = Bench(tmp_path / "private")
+        bench = QueueHarness(tmp_path / "private")
         job = bench.enqueue("mine")
-        bench.reach(job, "done")
+        bench.wait_for_state(job, "done")
     finally:
         os.umask(before)
-    for path in bench.place.workspace.rglob("*"):
+    for path in bench.workspace.root.rglob("*"):
         assert stat.S_IMODE(path.lstat().st_mode) & 0o077 == 0, path
 
 
-def test_a_job_s_folder_is_not_a_draft_s(bench: Bench) -> None:
+def test_a_job_s_folder_is_not_a_draft_s(harness: QueueHarness) -> None:
     """Ids are the server's own: what a client names as one is looked up, never joined to a path."""
     for id in ("../jobs", "..%2f", "/etc/passwd", "$(id)", "a" * 12, "\0", ""):
-        with pytest.raises(Refused):
-            bench.jobs.enqueue(JobAsk(draft=id))
-        with pytest.raises(Refused):
-            bench.jobs.job(id)
-        with pytest.raises(Refused):
-            bench.drafts.write(id, DraftWrite(name="a", config={}, datasets=[]))
+        with pytest.raises(ApiError):
+            harness.jobs.enqueue(JobRequest(draft=id))
+        with pytest.raises(ApiError):
+            harness.jobs.get_job(id)
+        with pytest.raises(ApiError):
+            harness.drafts.update(id, DraftWrite(name="a", config={}, datasets=[]))

@@ -11,29 +11,29 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from simpletuner.server.api import configs
-from simpletuner.server.drafts import Drafts
-from simpletuner.server.place import Place, run_id
-from simpletuner.server.planning import Plans
-from simpletuner.server.refusal import answer_refusals
+from simpletuner.server.api_errors import register_error_handlers
+from simpletuner.server.draft_service import DraftService
+from simpletuner.server.plan_service import PlanService
+from simpletuner.server.workspace import Workspace, run_id
 
 V1 = "/api/v1"
 
 
 @pytest.fixture
 def client(tmp_path: Path) -> TestClient:
-    place = Place(tmp_path.resolve())
-    run = place.outputs / "fox"
+    place = Workspace(tmp_path.resolve())
+    run = place.output_dir / "fox"
     run.mkdir(parents=True)
     (run / "config.json").write_text('{"lora_rank": 4, "output_dir": "x"}')
     (tmp_path / "pics").mkdir()
     fake = tmp_path / "fake.py"
     fake.write_text("print('{\"peak\": 1}')")
-    runs = SimpleNamespace(find=lambda id: run if id == run_id(run) else None)
-    plans = Plans(place, (sys.executable, str(fake)))
+    runs = SimpleNamespace(find_folder=lambda id: run if id == run_id(run) else None)
+    plans = PlanService(place, (sys.executable, str(fake)))
     app = FastAPI()
-    app.state.home = SimpleNamespace(place=place, drafts=Drafts(place), plans=plans, runs=runs)
+    app.state.services = SimpleNamespace(workspace=place, drafts=DraftService(place), plans=plans, runs=runs)
     app.include_router(configs.router)
-    answer_refusals(app)
+    register_error_handlers(app)
     return TestClient(app)
 
 

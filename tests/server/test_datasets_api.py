@@ -14,8 +14,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from simpletuner.server.api import datasets as routes
-from simpletuner.server.uploads import INCOMING
-from tests.server.dataset_home import OTHER_PNG, PNG, client, place
+from simpletuner.server.uploads import INCOMING_FOLDER
+from tests.server.dataset_app import OTHER_PNG, PNG, make_client, make_workspace
 
 P = "/api/v1"
 OCTETS = {"content-type": "application/octet-stream"}
@@ -23,7 +23,7 @@ OCTETS = {"content-type": "application/octet-stream"}
 
 @pytest.fixture
 def web(tmp_path: Path) -> TestClient:
-    web = client(place(tmp_path / "w"))
+    web = make_client(make_workspace(tmp_path / "w"))
     assert web.post(f"{P}/datasets", json={"name": "photos"}).status_code == 201
     return web
 
@@ -122,14 +122,14 @@ def test_an_archive_says_what_it_held(web: TestClient) -> None:
 
 
 def test_a_body_above_the_limit(tmp_path: Path) -> None:
-    where = place(tmp_path / "w")
-    web = client(where, max_upload_bytes=len(PNG) - 1)
+    where = make_workspace(tmp_path / "w")
+    web = make_client(where, max_upload_bytes=len(PNG) - 1)
     web.post(f"{P}/datasets", json={"name": "photos"})
     assert put(web, "a.png", PNG)[0] == 413
 
     answer = web.put(f"{P}/datasets/photos/files/a.png", content=(PNG for _ in range(2)), headers=OCTETS)
     assert answer.status_code == 413
-    assert list((where.datasets / "photos" / INCOMING).iterdir()) == []
+    assert list((where.datasets_dir / "photos" / INCOMING_FOLDER).iterdir()) == []
 
 
 def test_the_other_spelling_of_a_name_is_the_same_file(web: TestClient, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_the_other_spelling_of_a_name_is_the_same_file(web: TestClient, tmp_path
 
 def test_only_into_the_workspace(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    web = client(place(tmp_path / "w", tmp_path / "mine"))
+    web = make_client(make_workspace(tmp_path / "w", tmp_path / "mine"))
     answer = web.post(f"{P}/datasets", json={"name": "mine", "path": str(tmp_path / "mine")})
     assert (answer.status_code, answer.json()["owned"]) == (201, False)
     assert put(web, "a.png", PNG, "mine")[0] == 409
@@ -181,7 +181,7 @@ def test_an_upload_that_is_cut_off_leaves_nothing(web: TestClient, tmp_path: Pat
 def test_many_pieces_are_gathered_before_they_are_written(
     web: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routes, "BLOCK", 64)
+    monkeypatch.setattr(routes, "BLOCK_BYTES", 64)
     pieces = [PNG[at : at + 7] for at in range(0, len(PNG), 7)]
     answer = web.put(f"{P}/datasets/photos/files/a.png", content=iter(pieces), headers=OCTETS)
     assert answer.status_code == 200
@@ -192,20 +192,20 @@ def test_many_pieces_are_gathered_before_they_are_written(
 def test_a_disk_that_takes_nothing_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    where = place(tmp_path)
-    (where.datasets / "photos").mkdir(parents=True)
-    (where.datasets / "photos" / "a.png").write_bytes(PNG)
+    where = make_workspace(tmp_path)
+    (where.datasets_dir / "photos").mkdir(parents=True)
+    (where.datasets_dir / "photos" / "a.png").write_bytes(PNG)
 
     def full(path: Path, text: str) -> None:
         raise OSError(code, os.strerror(code), str(path))
 
-    monkeypatch.setattr("simpletuner.server.datasets.write_atomically", full)
-    asked = client(where)
+    monkeypatch.setattr("simpletuner.server.dataset_service.write_atomically", full)
+    asked = make_client(where)
     answer = asked.put("/api/v1/datasets/photos/captions/a.png", json={"text": "x", "before": None})
     assert answer.status_code == 507
     (told,) = answer.json()["detail"]
     assert os.strerror(code) in told["message"]
     assert "a.txt" in told["message"]
     assert str(tmp_path) not in told["message"]
-    monkeypatch.setattr("simpletuner.server.thumbs.write_atomically", full)
+    monkeypatch.setattr("simpletuner.server.thumbnails.write_atomically", full)
     assert asked.get("/api/v1/datasets/photos/files/a.png?width=96").status_code == 200

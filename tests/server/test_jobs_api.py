@@ -11,30 +11,30 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from simpletuner.server.api import jobs
-from simpletuner.server.place import run_id
-from simpletuner.server.refusal import answer_refusals
-from simpletuner.training.rundir import RunFolder
-from tests.server.bench import Bench
+from simpletuner.server.api_errors import register_error_handlers
+from simpletuner.server.workspace import run_id
+from simpletuner.training.run_folder import RunFolder
+from tests.server.queue_harness import QueueHarness
 
 API = "/api/v1"
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(Path(os.path.realpath(tmp_path)))
+def harness(tmp_path: Path) -> QueueHarness:
+    return QueueHarness(Path(os.path.realpath(tmp_path)))
 
 
 @pytest.fixture
-def client(bench: Bench) -> TestClient:
+def client(harness: QueueHarness) -> TestClient:
     app = FastAPI()
-    app.state.home = SimpleNamespace(jobs=bench.jobs, runs=bench.runs)
-    answer_refusals(app)
+    app.state.services = SimpleNamespace(jobs=harness.jobs, runs=harness.runs)
+    register_error_handlers(app)
     app.include_router(jobs.router)
     return TestClient(app)
 
 
-def test_enqueue_look_arrange_withdraw(bench: Bench, client: TestClient) -> None:
-    made = [client.post(f"{API}/jobs", json={"draft": bench.draft(name)}) for name in ("one", "two")]
+def test_enqueue_look_arrange_withdraw(harness: QueueHarness, client: TestClient) -> None:
+    made = [client.post(f"{API}/jobs", json={"draft": harness.create_draft(name)}) for name in ("one", "two")]
     assert [answer.status_code for answer in made] == [201, 201]
     first, second = (answer.json()["id"] for answer in made)
     queue = client.get(f"{API}/queue").json()
@@ -69,47 +69,49 @@ def test_refusals(client: TestClient, path: str, body: dict[str, object], status
     assert "detail" in answer.json()
 
 
-def test_a_draft_that_does_not_hold_names_its_options(bench: Bench, client: TestClient) -> None:
-    answer = client.post(f"{API}/jobs", json={"draft": bench.draft(lora_rank="much", output_dir="/etc/x")})
+def test_a_draft_that_does_not_hold_names_its_options(harness: QueueHarness, client: TestClient) -> None:
+    answer = client.post(
+        f"{API}/jobs", json={"draft": harness.create_draft(lora_rank="much", output_dir="/etc/x")}
+    )
     assert answer.status_code == 422
     assert {one["loc"] for one in answer.json()["detail"]} == {"lora_rank", "output_dir"}
 
 
 @pytest.mark.parametrize(("route", "file"), [("stop", "stop"), ("save", "save"), ("sample", "validate")])
-def test_what_a_run_is_asked_for(bench: Bench, client: TestClient, route: str, file: str) -> None:
-    folder = RunFolder(bench.place.outputs / "by-hand")
+def test_what_a_run_is_asked_for(harness: QueueHarness, client: TestClient, route: str, file: str) -> None:
+    folder = RunFolder(harness.workspace.output_dir / "by-hand")
     with folder:
         folder.write_config({})
         answer = client.post(f"{API}/runs/{run_id(folder.path)}/{route}", json={})
         assert answer.status_code == 200
         assert answer.json()["id"] == run_id(folder.path)
-        assert folder.take_control(file)
+        assert folder.consume_control_request(file)
     answer = client.post(f"{API}/runs/{run_id(folder.path)}/{route}", json={})
     assert answer.status_code == 409
-    assert not folder.take_control(file), "nothing is left for the next training"
+    assert not folder.consume_control_request(file), "nothing is left for the next training"
 
 
 @pytest.mark.parametrize(
     "config", [{"validation_disable": True}, {"validation_prompt": None, "user_prompt_library": None}]
 )
 def test_a_run_without_pictures_is_not_asked_for_them(
-    bench: Bench, client: TestClient, config: dict[str, object]
+    harness: QueueHarness, client: TestClient, config: dict[str, object]
 ) -> None:
-    with RunFolder(bench.place.outputs / "by-hand") as folder:
+    with RunFolder(harness.workspace.output_dir / "by-hand") as folder:
         folder.write_config(config)
         answer = client.post(f"{API}/runs/{run_id(folder.path)}/sample", json={})
         assert answer.status_code == 409
         assert "draws no pictures" in answer.json()["detail"][0]["message"]
-        assert not folder.take_control("validate")
+        assert not folder.consume_control_request("validate")
         assert client.post(f"{API}/runs/{run_id(folder.path)}/save", json={}).status_code == 200
 
 
 def test_a_link_in_the_place_of_control_is_not_followed(
-    bench: Bench, client: TestClient, tmp_path: Path
+    harness: QueueHarness, client: TestClient, tmp_path: Path
 ) -> None:
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
     outside.mkdir()
-    with RunFolder(bench.place.outputs / "by-hand") as folder:
+    with RunFolder(harness.workspace.output_dir / "by-hand") as folder:
         folder.write_config({})
         (folder.path / "control").rmdir()
         (folder.path / "control").symlink_to(outside)
@@ -118,16 +120,16 @@ def test_a_link_in_the_place_of_control_is_not_followed(
     assert list(outside.iterdir()) == []
 
 
-def test_a_run_that_waits_is_withdrawn_not_stopped(bench: Bench, client: TestClient) -> None:
-    job = bench.enqueue()
+def test_a_run_that_waits_is_withdrawn_not_stopped(harness: QueueHarness, client: TestClient) -> None:
+    job = harness.enqueue()
     answer = client.post(f"{API}/runs/{job.run}/stop", json={})
     assert answer.status_code == 409
     assert "withdraw" in answer.json()["detail"][0]["message"]
 
 
-def test_resume(bench: Bench, client: TestClient) -> None:
-    with RunFolder(bench.place.outputs / "by-hand") as folder:
-        folder.write_config({"max_train_steps": 5, "data_backend_config": bench.by_hand()})
+def test_resume(harness: QueueHarness, client: TestClient) -> None:
+    with RunFolder(harness.workspace.output_dir / "by-hand") as folder:
+        folder.write_config({"max_train_steps": 5, "data_backend_config": harness.write_dataset_file()})
         id = run_id(folder.path)
         answer = client.post(f"{API}/runs/{id}/resume", json={"max_train_steps": 9})
         assert answer.status_code == 409, "it is running"

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from simpletuner.server import runner
-from simpletuner.server.jobfolder import JobFolder
-from simpletuner.server.runs import held
-from simpletuner.server.states import State
+from simpletuner.server.job_folder import JobFolder
+from simpletuner.server.job_states import JobState
+from simpletuner.server.run_service import is_locked
 
 PATIENCE_S = 60.0
 NAP = "import signal, sys, time\nprint('here', flush=True)\n"
@@ -70,8 +70,8 @@ def output(folder: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def state(folder: Path) -> State:
-    return JobFolder(folder).state()
+def state(folder: Path) -> JobState:
+    return JobFolder(folder).read_state()
 
 
 def exited(folder: Path) -> dict[str, object]:
@@ -93,13 +93,13 @@ def test_a_normal_end_and_its_code(tmp_path: Path, start: Start) -> None:
     record = exited(tmp_path)
     assert (record["code"], record["signal"]) == (3, None)
     assert output(tmp_path) == "here\nto stderr\n"
-    assert not held(tmp_path / "runner.lock")
+    assert not is_locked(tmp_path / "runner.lock")
     assert state(tmp_path) == "failed"
 
 
 def test_one_group_of_its_own_and_the_lock_while_it_lives(tmp_path: Path, start: Start) -> None:
     process = start("time.sleep(60)")
-    assert held(tmp_path / "runner.lock")
+    assert is_locked(tmp_path / "runner.lock")
     assert (
         os.getpgid(trainer_of(tmp_path)) == os.getpgid(process.pid) == process.pid == os.getsid(process.pid)
     )
@@ -112,7 +112,7 @@ def test_a_killed_trainer_is_told_by_its_signal(tmp_path: Path, start: Start) ->
     os.kill(trainer_of(tmp_path), signal.SIGKILL)
     process.wait(PATIENCE_S)
     assert (exited(tmp_path)["code"], exited(tmp_path)["signal"]) == (None, "SIGKILL")
-    view = JobFolder(tmp_path).view()
+    view = JobFolder(tmp_path).build_job()
     assert view is not None
     assert view.state == "failed"
     assert "out of memory" in view.message
@@ -122,7 +122,7 @@ def test_a_killed_group_is_lost(tmp_path: Path, start: Start) -> None:
     process = start("time.sleep(60)")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(PATIENCE_S)
-    until(lambda: not held(tmp_path / "runner.lock"), "the lock is free")
+    until(lambda: not is_locked(tmp_path / "runner.lock"), "the lock is free")
     assert not (tmp_path / "exit.json").exists()
     assert state(tmp_path) == "lost"
 
@@ -131,9 +131,9 @@ def test_a_training_whose_runner_was_killed_still_counts(tmp_path: Path, start: 
     process = start("time.sleep(60)")
     process.kill()
     process.wait(PATIENCE_S)
-    assert held(tmp_path / "runner.lock"), "its device is not free"
-    assert JobFolder(tmp_path).signal(signal.SIGTERM), "it is reached by its group"
-    until(lambda: not held(tmp_path / "runner.lock"), "it has ended")
+    assert is_locked(tmp_path / "runner.lock"), "its device is not free"
+    assert JobFolder(tmp_path).send_signal(signal.SIGTERM), "it is reached by its group"
+    until(lambda: not is_locked(tmp_path / "runner.lock"), "it has ended")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -150,7 +150,7 @@ def test_signals_are_passed_on_once(tmp_path: Path, start: Start, name: str) -> 
 
 
 def test_what_comes_before_the_training_is_kept_for_it() -> None:
-    relay, heard = runner.Relay(), []
+    relay, heard = runner.SignalRelay(), []
 
     class Child:
         def send_signal(self, number: int) -> None:
@@ -158,7 +158,7 @@ def test_what_comes_before_the_training_is_kept_for_it() -> None:
 
     relay(15, None)
     assert heard == []
-    relay.to(Child())  # type: ignore[arg-type]
+    relay.attach(Child())  # type: ignore[arg-type]
     relay(2, None)
     assert heard == [15, 2]
 
@@ -166,23 +166,23 @@ def test_what_comes_before_the_training_is_kept_for_it() -> None:
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     lock = JobFolder(tmp_path).take_lock()
     (tmp_path / "job.json").write_text(json.dumps({"argv": ["/no/such/program"], "cwd": str(tmp_path)}))
-    runner.run(tmp_path, lock)
+    runner.run_job(tmp_path, lock)
     os.close(lock)
-    assert exited(tmp_path)["code"] == runner.NOT_STARTED
+    assert exited(tmp_path)["code"] == runner.NOT_STARTED_CODE
     assert "/no/such/program cannot be started" in output(tmp_path)
 
 
 def test_output_begins_anew_when_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "FULL_BYTES", 100)
+    monkeypatch.setattr(runner, "MAX_OUTPUT_BYTES", 100)
     path = tmp_path / "output.log"
     with path.open("ab") as log:
         log.write(b"x" * 90)
         log.flush()
-        runner.shorten(path)
+        runner.rotate_output(path)
         assert path.stat().st_size == 90
         log.write(b"y" * 20)
         log.flush()
-        runner.shorten(path)
+        runner.rotate_output(path)
         log.write(b"after")
     assert path.read_bytes() == b"after", "whoever appends goes on at the new end"
     assert (tmp_path / "output.1.log").stat().st_size == 110
@@ -190,13 +190,13 @@ def test_output_begins_anew_when_it_is_full(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_lock_has_its_name_only_when_it_is_held(tmp_path: Path) -> None:
     descriptor = JobFolder(tmp_path).take_lock()
-    assert held(tmp_path / "runner.lock")
+    assert is_locked(tmp_path / "runner.lock")
     other = os.open(tmp_path / "runner.lock", os.O_RDWR)
     with pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(other)
     os.close(descriptor)
-    assert not held(tmp_path / "runner.lock")
+    assert not is_locked(tmp_path / "runner.lock")
 
 
 def test_it_imports_nothing_heavy() -> None:

@@ -87,10 +87,10 @@ from pathlib import Path
 from starlette.testclient import TestClient
 from simpletuner.cli.server import command
 from simpletuner.server.app import create_app
-from simpletuner.server.place import Place
-from simpletuner.server.settings import Settings
+from simpletuner.server.workspace import Workspace
+from simpletuner.server.settings import ServerSettings
 with tempfile.TemporaryDirectory() as folder:
-    with TestClient(create_app(Settings(Place(Path(folder)))), base_url="http://localhost") as client:
+    with TestClient(create_app(ServerSettings(Workspace(Path(folder)))), base_url="http://localhost") as client:
         for path in ("system", "schema", "drafts", "runs", "queue", "datasets", "folders"):
             assert client.get(f"/api/v1/{path}").status_code == 200, path
         wanted = {"config": {"train_batch_size": 0}, "datasets": []}

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from simpletuner.server import uploads
-from simpletuner.server.place import Place
-from simpletuner.server.refusal import Refused
-from simpletuner.server.uploads import Incoming, safe_name
-from simpletuner.server.wire.datasets import RefusedFile
-from tests.data.bad_files import encoded, picture, png_header
-from tests.server.dataset_home import OTHER_PNG, PNG, place
+from simpletuner.server.api_errors import ApiError
+from simpletuner.server.schemas.datasets import RefusedFile
+from simpletuner.server.uploads import IncomingUpload, safe_name
+from simpletuner.server.workspace import Workspace
+from tests.data.unusable_files import encode_image, noise_image, png_header
+from tests.server.dataset_app import OTHER_PNG, PNG, make_workspace
 
 LIMIT = 1 << 30
 AWAY = [
@@ -34,19 +34,19 @@ AWAY = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    made = place(tmp_path / "w").datasets / "photos"
+    made = make_workspace(tmp_path / "w").datasets_dir / "photos"
     made.mkdir(parents=True)
     return made
 
 
-def here(folder: Path) -> Place:
-    return Place(folder.parents[1])
+def here(folder: Path) -> Workspace:
+    return Workspace(folder.parents[1])
 
 
 def send(
     folder: Path, name: str, data: bytes, length: int = 0, limit: int = LIMIT
 ) -> tuple[list[str], list[RefusedFile]]:
-    incoming = Incoming(here(folder), folder, name, length, limit)
+    incoming = IncomingUpload(here(folder), folder, name, length, limit)
     try:
         for start in range(0, len(data), 1000):
             incoming.write(data[start : start + 1000])
@@ -57,7 +57,7 @@ def send(
 
 def refused(folder: Path, name: str, data: bytes, **settings: int) -> tuple[int, str]:
     before = tree(folder.parents[2])
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(ApiError) as caught:
         send(folder, name, data, **settings)
     assert tree(folder.parents[2]) == before, "a refused upload leaves nothing"
     return caught.value.status, str(caught.value)
@@ -67,7 +67,7 @@ def tree(root: Path) -> dict[str, bytes | None]:
     return {
         str(path.relative_to(root)): path.read_bytes() if path.is_file() else None
         for path in sorted(root.rglob("*"))
-        if path.name != uploads.INCOMING
+        if path.name != uploads.INCOMING_FOLDER
     }
 
 
@@ -81,12 +81,12 @@ def packed(members: Mapping[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
 def test_pictures_are_saved_whole(folder: Path, kind: str) -> None:
-    data = encoded(picture(), kind)
+    data = encode_image(noise_image(), kind)
     assert send(folder, f"in/ner/a.{kind.lower()}", data, len(data)) == ([f"in/ner/a.{kind.lower()}"], [])
     saved = folder / "in" / "ner" / f"a.{kind.lower()}"
     assert saved.read_bytes() == data
     assert stat.S_IMODE(saved.stat().st_mode) & 0o111 == 0
-    assert list((folder / uploads.INCOMING).iterdir()) == []
+    assert list((folder / uploads.INCOMING_FOLDER).iterdir()) == []
 
 
 def test_captions_are_utf8(folder: Path) -> None:
@@ -95,7 +95,7 @@ def test_captions_are_utf8(folder: Path) -> None:
     assert refused(folder, "c.txt", "caf\xe9".encode("latin-1"))[0] == 415
     assert refused(folder, "c.txt", "wide".encode("utf-16"))[0] == 415
     assert refused(folder, "c.txt", b"a\0b")[0] == 415
-    assert refused(folder, "c.txt", b"x" * (uploads.LARGEST_CAPTION + 1))[0] == 413
+    assert refused(folder, "c.txt", b"x" * (uploads.MAX_CAPTION_BYTES + 1))[0] == 413
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_what_is_not_taken(folder: Path, name: str, data: bytes) -> None:
 
 @pytest.mark.parametrize("name", AWAY)
 def test_names_that_lead_away(folder: Path, name: str) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(ApiError):
         safe_name(name)
     assert refused(folder, name, PNG)[0] == 422
 
@@ -141,7 +141,7 @@ def test_names_that_lead_away(folder: Path, name: str) -> None:
 def test_a_safe_name_stays_inside_and_stays_itself(tmp_path: Path, name: str) -> None:
     try:
         safe = safe_name(name)
-    except Refused:
+    except ApiError:
         return
     assert safe == safe_name(safe) == unicodedata.normalize("NFC", name)
     assert not any(part.startswith(".") for part in PurePosixPath(safe).parts)
@@ -186,26 +186,26 @@ def test_sizes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(folder, "a.png", PNG, length=11, limit=10)[0] == 413
     assert refused(folder, "a.png", PNG, limit=len(PNG) - 1)[0] == 413
     assert refused(folder, "a.png", PNG, length=1 << 60, limit=1 << 61)[0] == 507
-    monkeypatch.setattr(uploads, "SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr(uploads, "MIN_FREE_BYTES", 1 << 60)
     assert refused(folder, "a.png", PNG, length=len(PNG))[0] == 507
     assert refused(folder, "a.zip", packed({"a.png": PNG}))[0] == 507
 
 
 def test_what_a_dead_server_left_is_swept(folder: Path) -> None:
-    (folder / uploads.INCOMING).mkdir()
-    for name, age_s in (("old", uploads.ABANDONED_S + 60), ("new", 60)):
-        path = folder / uploads.INCOMING / name
+    (folder / uploads.INCOMING_FOLDER).mkdir()
+    for name, age_s in (("old", uploads.ABANDONED_AFTER_S + 60), ("new", 60)):
+        path = folder / uploads.INCOMING_FOLDER / name
         path.write_bytes(b"half")
         now = path.stat().st_mtime
         os.utime(path, (now - age_s, now - age_s))
     send(folder, "a.png", PNG)
-    assert [path.name for path in (folder / uploads.INCOMING).iterdir()] == ["new"]
+    assert [path.name for path in (folder / uploads.INCOMING_FOLDER).iterdir()] == ["new"]
 
 
 def test_an_archive(folder: Path) -> None:
     members = {
         "cats/": b"", "cats/a.png": PNG, "cats/a.txt": b"a cat", "c.png": PNG, "dogs\\f.png": PNG,
-        "cats/deep/b.jpg": encoded(picture(), "JPEG"), "inner.zip": packed({"d.png": PNG}),
+        "cats/deep/b.jpg": encode_image(noise_image(), "JPEG"), "inner.zip": packed({"d.png": PNG}),
         "__MACOSX/cats/._a.png": b"junk", "cats/.DS_Store": b"junk", ".git/x.png": PNG, "Thumbs.db": b"junk",
         "readme.md": b"words", "cats/e.png": b"<html>",
     }  # fmt: skip
@@ -262,9 +262,9 @@ def test_bombs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved, not_saved = send(folder, "few.zip", packed({"a.bmp": zeros, "a.txt": b"said"}))
     assert (saved, [one.file for one in not_saved]) == (["a.txt"], ["a.bmp"])
     assert "shrinks" in not_saved[0].reason  # told before it is unpacked
-    monkeypatch.setattr(uploads, "MEMBERS", 10)
+    monkeypatch.setattr(uploads, "MAX_ARCHIVE_MEMBERS", 10)
     assert refused(folder, "many.zip", packed({f"{n}.txt": b"x" for n in range(11)}))[0] == 413
-    monkeypatch.setattr(uploads, "LARGEST_PICTURE", 50)
+    monkeypatch.setattr(uploads, "MAX_IMAGE_BYTES", 50)
     assert send(folder, "large.zip", packed({"a.png": PNG}))[1][0].reason.startswith("it is larger")
 
 
@@ -278,7 +278,7 @@ def test_a_member_that_lies_about_its_size(folder: Path) -> None:
 
 
 def test_a_directory_that_would_fill_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "DIRECTORY_BYTES", 100_000)
+    monkeypatch.setattr(uploads, "MAX_ARCHIVE_LISTING_BYTES", 100_000)
     data = packed({f"{n:04}.txt": b"" for n in range(3000)}, zipfile.ZIP_STORED)
     status, why = refused(folder, "wide.zip", data)
     assert status == 415
@@ -286,7 +286,7 @@ def test_a_directory_that_would_fill_the_memory(folder: Path, monkeypatch: pytes
 
 
 def test_many_refusals_are_not_all_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "REFUSED_NAMED", 5)
+    monkeypatch.setattr(uploads, "MAX_REFUSED_LISTED", 5)
     not_saved = send(folder, "a.zip", packed({f"{n}.md": b"" for n in range(30)}))[1]
     assert len(not_saved) == 6
     assert not_saved[-1].file == "25 more"
@@ -304,7 +304,7 @@ def test_names_that_macos_writes_without_the_flag(folder: Path) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_archive_is_refused_and_never_a_crash(tmp_path: Path, data: st.DataObject) -> None:
-    folder = place(tmp_path / "w").datasets / "photos"
+    folder = make_workspace(tmp_path / "w").datasets_dir / "photos"
     folder.mkdir(parents=True, exist_ok=True)
     archive = bytearray(packed({"a/b.png": PNG, "a/b.txt": b"words " * 50, "c.txt": b"x"}))
     for _ in range(data.draw(st.integers(1, 6))):
@@ -312,7 +312,7 @@ def test_a_damaged_archive_is_refused_and_never_a_crash(tmp_path: Path, data: st
     cut = data.draw(st.one_of(st.just(len(archive)), st.integers(0, len(archive))))
     try:
         saved, _ = send(folder, "a.zip", bytes(archive[:cut]))
-    except Refused:
+    except ApiError:
         return
     for name in saved:
         assert folder in (folder / name).resolve().parents
@@ -323,7 +323,7 @@ def test_names_beyond_ascii_cost_no_look_at_the_whole_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def listed(path: object) -> list[str]:
-        assert Path(str(path)).name == uploads.INCOMING, "10,000 pictures would be listed 10,000 times"
+        assert Path(str(path)).name == uploads.INCOMING_FOLDER, "10,000 pictures would be listed 10,000 times"
         return []
 
     monkeypatch.setattr(os, "listdir", listed)

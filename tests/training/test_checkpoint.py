@@ -12,32 +12,32 @@ import pytest
 import torch
 
 from simpletuner.errors import CheckpointError, DiskFull
-from simpletuner.events.types import CheckpointSetAside, Event
+from simpletuner.events.event_types import CheckpointSetAside, Event
 from simpletuner.training import checkpoint
-from simpletuner.training.checkpoint import Snapshot
+from simpletuner.training.checkpoint import CheckpointData
 
 
-def load(folder: Path) -> Snapshot:
+def load(folder: Path) -> CheckpointData:
     """As a run goes on: verified, then read."""
-    checkpoint.verify(folder)
+    checkpoint.verify_checkpoint(folder)
     state = checkpoint.read_state(folder)
-    return Snapshot(state["step"], checkpoint.read_tensors(folder), state)
+    return CheckpointData(state["step"], checkpoint.read_tensors(folder), state)
 
 
-def snapshot(step: int) -> Snapshot:
+def snapshot(step: int) -> CheckpointData:
     generator = torch.Generator().manual_seed(step)
     weights = {
         "a.weight": torch.randn(4, 3, generator=generator),
         "b": torch.randn(5, generator=generator).bfloat16(),
     }
-    return Snapshot(
+    return CheckpointData(
         step, {"weights": weights, "optimizer": {"0.exp_avg": weights["a.weight"] * 2}}, {"note": "é"}
     )
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
     written = snapshot(7)
-    folder = checkpoint.save(tmp_path, written, None, keep=3)
+    folder = checkpoint.save_checkpoint(tmp_path, written, None, keep=3)
     assert folder.name == "checkpoint-7"
     read = load(folder)
     assert read.step == 7
@@ -49,12 +49,12 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
 
 
 def test_extra_files_are_covered_by_the_manifest(tmp_path: Path) -> None:
-    folder = checkpoint.save(
+    folder = checkpoint.save_checkpoint(
         tmp_path, snapshot(1), lambda path: (path / "lora").write_bytes(b"x") and None, keep=1
     )
-    assert checkpoint.damage(folder) is None
+    assert checkpoint.find_damage(folder) is None
     (folder / "lora").write_bytes(b"y")
-    assert "lora" in (checkpoint.damage(folder) or "")
+    assert "lora" in (checkpoint.find_damage(folder) or "")
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_extra_files_are_covered_by_the_manifest(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
 def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, how: str) -> None:
-    checkpoint.save(tmp_path, snapshot(1), None, keep=5)
-    newest = checkpoint.save(tmp_path, snapshot(2), None, keep=5)
+    checkpoint.save_checkpoint(tmp_path, snapshot(1), None, keep=5)
+    newest = checkpoint.save_checkpoint(tmp_path, snapshot(2), None, keep=5)
     victim = newest / name
     content = bytearray(victim.read_bytes())
     if how == "flip":
@@ -75,7 +75,7 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, h
     else:
         victim.unlink()
     told: list[Event] = []
-    found = checkpoint.newest_sound(tmp_path, told.append)
+    found = checkpoint.find_latest_valid(tmp_path, told.append)
     assert found is not None
     assert found.name == "checkpoint-1"
     assert isinstance(told[0], CheckpointSetAside)
@@ -86,8 +86,8 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, h
 
 def test_oldest_goes_first_and_the_best_stays(tmp_path: Path) -> None:
     for step in range(1, 6):
-        checkpoint.save(tmp_path, snapshot(step), None, keep=2, best=1)
-    assert [folder.name for folder in checkpoint.existing(tmp_path)] == [
+        checkpoint.save_checkpoint(tmp_path, snapshot(step), None, keep=2, best=1)
+    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path)] == [
         "checkpoint-5",
         "checkpoint-4",
         "checkpoint-1",
@@ -95,32 +95,36 @@ def test_oldest_goes_first_and_the_best_stays(tmp_path: Path) -> None:
 
 
 def test_half_written_folders_are_never_seen(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, snapshot(1), None, keep=2)
+    checkpoint.save_checkpoint(tmp_path, snapshot(1), None, keep=2)
     (tmp_path / ".writing-checkpoint-2-999").mkdir()
-    assert [folder.name for folder in checkpoint.existing(tmp_path)] == ["checkpoint-1"]
-    checkpoint.save(tmp_path, snapshot(3), None, keep=2)
+    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    checkpoint.save_checkpoint(tmp_path, snapshot(3), None, keep=2)
     assert not list(tmp_path.glob(".writing*"))
 
 
 def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, snapshot(1), None, keep=1)
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda folder: 10)
+    checkpoint.save_checkpoint(tmp_path, snapshot(1), None, keep=1)
+    monkeypatch.setattr(checkpoint, "free_disk_bytes", lambda folder: 10)
     with pytest.raises(DiskFull, match="earlier checkpoints are untouched"):
-        checkpoint.save(tmp_path, snapshot(2), None, keep=1)
-    assert checkpoint.damage(tmp_path / "checkpoint-1") is None
+        checkpoint.save_checkpoint(tmp_path, snapshot(2), None, keep=1)
+    assert checkpoint.find_damage(tmp_path / "checkpoint-1") is None
 
 
 def test_a_marked_one_is_never_removed(tmp_path: Path) -> None:
     """The mark is a file that the manifest does not know; taking it away gives the folder up again."""
-    mark = checkpoint.save(tmp_path, snapshot(1), None, keep=2) / "keep"
+    mark = checkpoint.save_checkpoint(tmp_path, snapshot(1), None, keep=2) / "keep"
     mark.touch()
     for step in (2, 3, 4):
-        checkpoint.save(tmp_path, snapshot(step), None, keep=2)
-    assert [checkpoint.step_of(folder) for folder in checkpoint.existing(tmp_path)] == [4, 3, 1]
+        checkpoint.save_checkpoint(tmp_path, snapshot(step), None, keep=2)
+    assert [checkpoint.checkpoint_step(folder) for folder in checkpoint.list_checkpoints(tmp_path)] == [
+        4,
+        3,
+        1,
+    ]
     assert load(mark.parent).step == 1
     mark.unlink()
-    checkpoint.save(tmp_path, snapshot(5), None, keep=2)
-    assert [checkpoint.step_of(folder) for folder in checkpoint.existing(tmp_path)] == [5, 4]
+    checkpoint.save_checkpoint(tmp_path, snapshot(5), None, keep=2)
+    assert [checkpoint.checkpoint_step(folder) for folder in checkpoint.list_checkpoints(tmp_path)] == [5, 4]
 
 
 CRASH = """
@@ -144,14 +148,14 @@ class Dying:
 for limit in range(1, 30):
     run_dir = Path(sys.argv[1]) / str(limit)
     run_dir.mkdir()
-    checkpoint.save(run_dir, snapshot(1), None, keep=1)
+    checkpoint.save_checkpoint(run_dir, snapshot(1), None, keep=1)
     child = os.fork()
     if child == 0:
         dying = Dying(limit)
         for name in ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir"):
             setattr(os, name, dying.wrap(getattr(os, name)))
         checkpoint.save_file = dying.wrap(checkpoint.save_file)
-        checkpoint.save(run_dir, snapshot(2), None, keep=1)
+        checkpoint.save_checkpoint(run_dir, snapshot(2), None, keep=1)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(limit, code, flush=True)
@@ -172,7 +176,9 @@ def test_a_crash_at_any_write_loses_nothing(tmp_path: Path) -> None:
     assert codes.count(9) >= 8, "every write was a place to die at"
     steps = []
     for limit in range(1, len(codes) + 1):
-        found = checkpoint.newest_sound(tmp_path / str(limit), lambda event: pytest.fail(f"damaged: {event}"))
+        found = checkpoint.find_latest_valid(
+            tmp_path / str(limit), lambda event: pytest.fail(f"damaged: {event}")
+        )
         assert found is not None
         steps.append(load(found).step)
     assert steps == sorted(steps), "before the rename the old one counts, after it the new one"
@@ -181,14 +187,14 @@ def test_a_crash_at_any_write_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_unknown_format_is_refused(tmp_path: Path) -> None:
-    folder = checkpoint.save(tmp_path, snapshot(1), None, keep=1)
+    folder = checkpoint.save_checkpoint(tmp_path, snapshot(1), None, keep=1)
     state = json.loads((folder / "state.json").read_text())
     state["format"] = 99
     (folder / "state.json").write_text(json.dumps(state))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["state.json"] = {
         "bytes": (folder / "state.json").stat().st_size,
-        "sha256": checkpoint._hash(folder / "state.json"),
+        "sha256": checkpoint._sha256(folder / "state.json"),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="format 99"):

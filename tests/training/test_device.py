@@ -10,8 +10,14 @@ import torch
 from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.errors import ConfigError, SimpleTunerError
 from simpletuner.training import device as devices
-from simpletuner.training.device import Device, Hardware, choose, lacks, shortage
-from simpletuner.training.run import explained
+from simpletuner.training.device import (
+    ComputeDevice,
+    Hardware,
+    describe_out_of_memory,
+    select_device,
+    unsupported_by_hardware,
+)
+from simpletuner.training.run import to_user_error
 
 
 class Fake(Hardware):
@@ -62,7 +68,7 @@ TURING, AMPERE, ROCM, MPS, CPU = (
     ],
 )
 def test_what_a_device_lacks(hardware: Hardware, options: dict[str, Any], said: str | None) -> None:
-    found = list(lacks(hardware, ModelOptions(**options)))
+    found = list(unsupported_by_hardware(hardware, ModelOptions(**options)))
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
 
@@ -75,20 +81,20 @@ def test_everything_that_is_missing_at_once() -> None:
         mixed_precision="fp16",
     )
     with pytest.raises(ConfigError) as refusal:
-        choose(options)
+        select_device(options)
     assert str(refusal.value).count("\n") == 2
 
 
 def test_a_device_by_its_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(devices.HARDWARE, "cuda", lambda device: AMPERE)
-    chosen = Device(torch.device("cuda"), torch.bfloat16, None)
+    monkeypatch.setitem(devices.HARDWARE_BY_TYPE, "cuda", lambda device: AMPERE)
+    chosen = ComputeDevice(torch.device("cuda"), torch.bfloat16, None)
     assert str(chosen) == "a made-up cuda, bfloat16 weights"
     assert chosen.peak_memory_gib() == 5.0
 
 
 def test_the_cpu_says_nothing_of_memory() -> None:
-    hardware = choose(ModelOptions(device="cpu")).hardware
-    assert choose(ModelOptions(device="cpu")).peak_memory_gib() is None
+    hardware = select_device(ModelOptions(device="cpu")).hardware
+    assert select_device(ModelOptions(device="cpu")).peak_memory_gib() is None
     assert (hardware.kind, hardware.free_bytes(), hardware.capability()) == ("cpu", None, None)
 
 
@@ -114,19 +120,19 @@ MPS_TEXT = (
     ],
 )
 def test_where_memory_ran_out(error: BaseException, said: str | None) -> None:
-    assert shortage(error) == said
+    assert describe_out_of_memory(error) == said
 
 
 def test_what_this_torch_says_of_host_memory() -> None:
     with pytest.raises(RuntimeError) as failure:
         torch.empty(2**60, dtype=torch.uint8)
-    assert shortage(failure.value) == f"out of memory: {2**60} bytes was asked for"
+    assert describe_out_of_memory(failure.value) == f"out of memory: {2**60} bytes was asked for"
 
 
 def test_the_next_setting_down_is_told() -> None:
     run = RunConfig(model=ModelOptions(gradient_checkpointing=False))
-    known = explained(torch.OutOfMemoryError(CUDA_TEXT), run)
+    known = to_user_error(torch.OutOfMemoryError(CUDA_TEXT), run)
     assert isinstance(known, SimpleTunerError)
     assert "23.19 MiB was free. The last checkpoint is kept" in str(known)
     assert "gradient_checkpointing = true" in str(known)
-    assert explained(RuntimeError("a mistake of ours"), run) is None
+    assert to_user_error(RuntimeError("a mistake of ours"), run) is None

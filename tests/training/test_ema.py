@@ -57,12 +57,12 @@ def test_swapped_gives_everything_back_even_after_an_error():
         move(params, step)
         ema.update(step)
     trained = [param.detach().clone() for _, param in params]
-    with ema.swapped():
+    with ema.swapped_weights():
         for name, param in params:
             assert torch.equal(param, ema.shadow[name])
             assert not torch.equal(param, trained[[n for n, _ in params].index(name)])
     assert all(torch.equal(param, kept) for (_, param), kept in zip(params, trained))
-    with pytest.raises(ZeroDivisionError), ema.swapped():
+    with pytest.raises(ZeroDivisionError), ema.swapped_weights():
         raise ZeroDivisionError
     assert all(torch.equal(param, kept) for (_, param), kept in zip(params, trained))
 

@@ -10,61 +10,64 @@ import torch
 
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import TrainingDiverged
-from simpletuner.events.types import Event
+from simpletuner.events.event_types import Event
 from simpletuner.training import loop, optimizers
-from simpletuner.training.loop import Every, Parts, Plan
-from simpletuner.training.update import Whole
+from simpletuner.training.loop import ScheduledCallback, TrainerContext, TrainSchedule
+from simpletuner.training.optimizer_step import StandardOptimizerStep
 
 
-def parts(plan: Plan, *, optimizer: object = None, told: list[Event] | None = None) -> Parts:
+def parts(
+    plan: TrainSchedule, *, optimizer: object = None, told: list[Event] | None = None
+) -> TrainerContext:
     """Only what these tests look at; the rest of the fields is never asked."""
-    fields = dict.fromkeys(Parts.__dataclass_fields__, None)
+    fields = dict.fromkeys(TrainerContext.__dataclass_fields__, None)
     emit = (told if told is not None else []).append
-    update = Whole((), optimizer, OptimizerOptions())  # type: ignore[arg-type]
-    given = {"plan": plan, "optimizer": optimizer, "update": update, "emit": emit, "every": (), "skipped": 0}
-    return Parts(**{**fields, **given})  # type: ignore[arg-type]
+    update = StandardOptimizerStep((), optimizer, OptimizerOptions())  # type: ignore[arg-type]
+    given = {"schedule": plan, "optimizer": optimizer, "optimizer_step": update, "emit": emit}
+    given |= {"callbacks": (), "consecutive_skipped_steps": 0}
+    return TrainerContext(**{**fields, **given})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("batches", "accumulation"), [(5, 2), (2, 4), (6, 3), (7, 1)])
 def test_epochs_end_where_their_last_batch_is_behind(batches: int, accumulation: int) -> None:
-    plan = Plan(40, accumulation, batches, 0)
-    every = Every(plan.epoch, lambda step: None)
-    due = [step for step in range(1, 40) if every.due(step, 40)]
+    plan = TrainSchedule(40, accumulation, batches, 0)
+    every = ScheduledCallback(plan.epoch_at, lambda step: None)
+    due = [step for step in range(1, 40) if every.is_due(step, 40)]
     ends = {math.ceil(epoch * batches / accumulation) for epoch in range(1, 200)}
     assert due == sorted(step for step in ends if step < 40)
 
 
 def test_steps_at_the_start_and_at_the_end() -> None:
-    every = Every(lambda step: step // 3, lambda step: None, at_start=True)
-    assert [step for step in range(9) if every.due(step, 8)] == [0, 3, 6, 8]
-    assert every.due(9, 8), "a run resumed beyond its end"
-    assert not Every(lambda step: step // 3, lambda step: None).due(0, 8)
+    every = ScheduledCallback(lambda step: step // 3, lambda step: None, at_start=True)
+    assert [step for step in range(9) if every.is_due(step, 8)] == [0, 3, 6, 8]
+    assert every.is_due(9, 8), "a run resumed beyond its end"
+    assert not ScheduledCallback(lambda step: step // 3, lambda step: None).is_due(0, 8)
 
 
 @pytest.mark.parametrize("patience", [0, 1, 2, 5])
 def test_patience_counts_bad_steps_in_a_row(patience: int) -> None:
-    run = parts(Plan(100, 1, 10, patience))
+    run = parts(TrainSchedule(100, 1, 10, patience))
     for step in range(patience):
-        loop.refuse(run, step, math.nan, 1.0, [("a", 0.5)])
+        loop.handle_nonfinite_step(run, step, math.nan, 1.0, [("a", 0.5)])
     with pytest.raises(TrainingDiverged, match=r"a \(sigma 0.5000\)"):
-        loop.refuse(run, patience, math.nan, 1.0, [("a", 0.5)])
+        loop.handle_nonfinite_step(run, patience, math.nan, 1.0, [("a", 0.5)])
 
 
 def test_what_is_asked_for_sees_the_weights_that_are_kept() -> None:
     """Schedule-free: the average while something looks, the training point afterwards, also after a stop."""
     named = [("a", torch.nn.Parameter(torch.ones(2)))]
-    optimizer = optimizers.build(OptimizerOptions(optimizer="adamw_schedulefree"), named, seed=1)
+    optimizer = optimizers.build_optimizer(OptimizerOptions(optimizer="adamw_schedulefree"), named, seed=1)
     named[0][1].grad = torch.ones(2)
     optimizer.step()
-    run = parts(Plan(10, 1, 10, 0), optimizer=optimizer)
+    run = parts(TrainSchedule(10, 1, 10, 0), optimizer=optimizer)
     modes: list[bool] = []
 
     def look(step: int) -> None:
         modes.append(cast(bool, optimizer.param_groups[0]["train_mode"]))
         raise InterruptedError
 
-    run.asked = lambda: [look]
+    run.requested_callbacks = lambda: [look]
     with pytest.raises(InterruptedError):
-        loop.tell(run, 3)
+        loop.run_due_callbacks(run, 3)
     assert modes == [False]
     assert optimizer.param_groups[0]["train_mode"]

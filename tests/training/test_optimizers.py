@@ -12,11 +12,17 @@ from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import ConfigError
 from simpletuner.training import optimizers
 from simpletuner.training.checkpoint import flatten_optimizer, unflatten_optimizer
-from simpletuner.training.eight_bit import EightBit, decode, encode, mean_codes, square_codes
+from simpletuner.training.eight_bit_moments import (
+    EightBitMoments,
+    dequantize_moments,
+    mean_codes,
+    quantize_moments,
+    square_codes,
+)
 from simpletuner.training.muon import Muon
-from simpletuner.training.one_by_one import round_stochastically
-from simpletuner.training.optimizers import OPTIMIZERS, build, clip_gradients, optimizer_mode
-from simpletuner.training.stochastic_adamw import CHUNK, LikeWeights, StochasticAdamW
+from simpletuner.training.optimizers import OPTIMIZERS, build_optimizer, clip_gradients, set_optimizer_mode
+from simpletuner.training.per_parameter_optimizer import round_stochastically
+from simpletuner.training.stochastic_adamw import CHUNK_SIZE, SameDtypeMoments, StochasticAdamW
 
 SHAPES = {"down": (4, 9), "up": (7, 4), "bias": (7,)}
 RATES = {"prodigy": 1.0}
@@ -29,7 +35,7 @@ def fresh(name: str, dtype: torch.dtype, config: str | None = None):
         for key, shape in SHAPES.items()
     ]
     options = OptimizerOptions(optimizer=name, learning_rate=RATES.get(name, 0.01), optimizer_config=config)
-    return params, build(options, params, seed=3)
+    return params, build_optimizer(options, params, seed=3)
 
 
 def step(params, optimizer, number: int) -> None:
@@ -64,7 +70,7 @@ def test_saved_and_resumed_is_uninterrupted_bit_for_bit(name, looks_before_savin
     for number in range(5):
         step(through, first, number)
     if looks_before_saving:
-        optimizer_mode(first, training=False)
+        set_optimizer_mode(first, training=False)
     tensors, rest = flatten_optimizer(first.state_dict())
     saved = {key: param.detach().clone() for key, param in through}
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
@@ -103,7 +109,7 @@ def test_descends(name):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
-    optimizer_mode(optimizer, training=False)
+    set_optimizer_mode(optimizer, training=False)
     assert loss().item() < 0.2 * before
 
 
@@ -115,11 +121,11 @@ def test_looking_changes_nothing(name):
         step(params, optimizer, number)
         step(watched, other, number)
         before = [param.detach().clone() for _, param in watched]
-        optimizer_mode(other, training=False)
-        optimizer_mode(other, training=False)
+        set_optimizer_mode(other, training=False)
+        set_optimizer_mode(other, training=False)
         shown = [param.detach().clone() for _, param in watched]
-        optimizer_mode(other, training=True)
-        optimizer_mode(other, training=True)
+        set_optimizer_mode(other, training=True)
+        set_optimizer_mode(other, training=True)
         if number:
             assert all(map(torch.equal, before, shown)) == (name != "adamw_schedulefree")
     assert all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in zip(params, watched))
@@ -135,7 +141,7 @@ def test_schedule_free_shows_the_average_of_its_own_points():
             param.grad = torch.sin(param.detach() * (number + 1))
         optimizer.step()
         points.append([optimizer.state[param]["z"].clone() for _, param in params])
-    optimizer_mode(optimizer, training=False)
+    set_optimizer_mode(optimizer, training=False)
     for (_, param), *zs in zip(params, *points):
         assert torch.allclose(param, torch.stack(zs).mean(0), atol=1e-5)
 
@@ -195,7 +201,9 @@ def test_rounding_is_unbiased_and_to_a_neighbour():
 def test_updates_below_the_last_bit_accumulate():
     """200 updates of 1/2560 each: nearest rounding would leave the weight at 1."""
     param = nn.Parameter(torch.ones(512, 8, dtype=torch.bfloat16))
-    optimizer = StochasticAdamW([param], 1 / 2560, (0.9, 0.999), 1e-8, 0.0, seed=1, moments=LikeWeights())
+    optimizer = StochasticAdamW(
+        [param], 1 / 2560, (0.9, 0.999), 1e-8, 0.0, seed=1, moments=SameDtypeMoments()
+    )
     for _ in range(200):
         param.grad = torch.ones_like(param)
         optimizer.step()
@@ -209,7 +217,7 @@ def test_updates_below_the_last_bit_accumulate():
 def test_noise_is_addressed_by_seed_step_and_parameter():
     def run(seed: int, index: int) -> Tensor:
         params = [nn.Parameter(torch.ones(64, dtype=torch.bfloat16)) for _ in range(2)]
-        optimizer = StochasticAdamW(params, 1e-3, (0.9, 0.999), 1e-8, 0.0, seed, LikeWeights())
+        optimizer = StochasticAdamW(params, 1e-3, (0.9, 0.999), 1e-8, 0.0, seed, SameDtypeMoments())
         params[index].grad = torch.ones_like(params[index])
         torch.manual_seed(seed * 7)
         optimizer.step()
@@ -239,13 +247,13 @@ def test_muon_in_bf16_accumulates_updates_below_the_last_bit():
 def test_large_weights_are_stepped_in_chunks():
     """Beyond one chunk each draws its own noise; float32 needs none, and is AdamW's in every chunk."""
     torch.manual_seed(0)
-    start = torch.randn(CHUNK + 300)
+    start = torch.randn(CHUNK_SIZE + 300)
     mine, other, small = (
         nn.Parameter(start.clone()),
         nn.Parameter(start.clone()),
         nn.Parameter(start.bfloat16()),
     )
-    arguments = (0.1, (0.9, 0.999), 1e-8, 0.01, 1, LikeWeights())
+    arguments = (0.1, (0.9, 0.999), 1e-8, 0.01, 1, SameDtypeMoments())
     optimizers_ = StochasticAdamW([mine], *arguments), torch.optim.AdamW([other], 0.1, weight_decay=0.01)
     rounding = StochasticAdamW([small], *arguments)
     gradient = torch.randn_like(start)
@@ -264,7 +272,9 @@ def test_eight_bits_keep_a_neighbour_and_the_average(table):
     exact = exact if table[0] < 0 else exact.square()
     assert (table.diff() > 0).all()
     assert len(table) <= 256
-    reads = torch.stack([decode(*encode(exact, table, generator), table) for _ in range(400)]).double()
+    reads = torch.stack(
+        [dequantize_moments(*quantize_moments(exact, table, generator), table) for _ in range(400)]
+    ).double()
     scale = exact.abs().amax(1, keepdim=True)
     share = (exact / scale).clamp(min=float(table[0])).contiguous()
     above = torch.searchsorted(table, share).clamp(1, len(table) - 1)
@@ -277,7 +287,13 @@ def test_eight_bits_keep_a_neighbour_and_the_average(table):
 
 def test_eight_bits_keep_what_never_had_a_gradient_and_never_lose_the_square():
     optimizer = StochasticAdamW(
-        [param := nn.Parameter(torch.ones(300))], 0.1, (0.9, 0.999), 1e-8, 0.0, seed=0, moments=EightBit()
+        [param := nn.Parameter(torch.ones(300))],
+        0.1,
+        (0.9, 0.999),
+        1e-8,
+        0.0,
+        seed=0,
+        moments=EightBitMoments(),
     )
     for number in range(30):
         param.grad = torch.zeros(300)
@@ -288,7 +304,7 @@ def test_eight_bits_keep_what_never_had_a_gradient_and_never_lose_the_square():
     assert ((param[100:200] - 1).abs() < 0.1 * 3).all()
     assert (param[:100] < -1).all()
     state = optimizer.state[param]
-    mean, square = EightBit().read(state, slice(0, 300))
+    mean, square = EightBitMoments().read(state, slice(0, 300))
     assert (mean[200:] == 0).all()
     assert float(square[:100].mean()) == pytest.approx(14 / 3 * (1 - 0.999**30), rel=0.05)
     assert sum(tensor.nbytes for tensor in state.values()) == 2 * (512 + 2 * 4)
@@ -304,7 +320,7 @@ def test_eight_bits_learn_as_adamw_does(dtype):
     def loss_of(name: str) -> float:
         param = nn.Parameter(torch.zeros(40, 30, dtype=dtype))
         options = OptimizerOptions(optimizer=name, learning_rate=0.02)
-        optimizer = build(options, [("weight", param)], seed=5)
+        optimizer = build_optimizer(options, [("weight", param)], seed=5)
         draws = torch.Generator().manual_seed(2)
         for _ in range(300):
             rows = torch.randint(0, 512, (32,), generator=draws)
@@ -324,7 +340,7 @@ def test_eight_bits_learn_as_adamw_does(dtype):
 def test_a_step_makes_no_copy_of_all_weights(name):
     """16 matrices of 256 KiB; what a step needs beside states and gradients is a few of one of them."""
     params = [(str(number), nn.Parameter(torch.randn(256, 256))) for number in range(16)]
-    optimizer = build(OptimizerOptions(optimizer=name), params, seed=0)
+    optimizer = build_optimizer(OptimizerOptions(optimizer=name), params, seed=0)
     for _ in range(2):
         for _, param in params:
             param.grad = torch.ones_like(param)
@@ -392,7 +408,7 @@ def test_options_reach_the_adam_family():
         "adam_epsilon": 1e-6,
     }
     for name in ("adamw", "adamw_bf16", "adamw_8bit", "prodigy", "adamw_schedulefree", "muon"):
-        group = build(
+        group = build_optimizer(
             OptimizerOptions(optimizer=name, **options), fresh(name, torch.float32)[0], 0
         ).param_groups[0]
         assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (

@@ -12,16 +12,16 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from simpletuner.adapters import files, lora
-from simpletuner.cli.generate import LORA_FILE, command, find_lora
+from simpletuner.adapters import attachment, lora_io
+from simpletuner.cli.generate import LORA_FILE, command, find_lora_file
 from simpletuner.config.schema import AdapterOptions, ModelOptions
 from simpletuner.errors import ConfigError, SimpleTunerError
-from simpletuner.models.registry import family as family_named
-from simpletuner.validation.images import read_description
+from simpletuner.models.registry import get_family as family_named
 from simpletuner.validation.inference import Inference
-from simpletuner.validation.prompts import Prompt, pictures
-from simpletuner.validation.sampler import latents_of
-from tests.models.small import make_checkpoint
+from simpletuner.validation.prompts import Prompt, make_image_specs
+from simpletuner.validation.sampler import generate_latents
+from simpletuner.validation.validation_images import read_image_metadata
+from tests.models.tiny_checkpoint import make_checkpoint
 
 CHROMA = family_named("chroma")
 
@@ -33,15 +33,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = CHROMA.locate(ModelOptions(pretrained_model_name_or_path=str(base)))
+    source = CHROMA.locate_files(ModelOptions(pretrained_model_name_or_path=str(base)))
     transformer = CHROMA.load_transformer(source, torch.device("cpu"), torch.float32)
     options = AdapterOptions(lora_rank=4)
-    attached = lora.attach(transformer, options, CHROMA.lora_targets(transformer, "all"), seed=1)
+    attached = attachment.attach_adapter(
+        transformer, options, CHROMA.lora_targets(transformer, "all"), seed=1
+    )
     with torch.no_grad():
         for _, parameter in attached.trainable:
             parameter.normal_(std=0.3)
     path = tmp_path_factory.mktemp("adapter") / LORA_FILE
-    files.save(transformer, path)
+    lora_io.save_adapter(transformer, path)
     return path
 
 
@@ -67,7 +69,7 @@ def test_nothing_is_overwritten_and_the_seed_draws_the_same_again(base: Path, tm
     assert max(abs(a - b) for a, b in zip(pixels([again])[0], second, strict=True)) <= 2, (
         "rounding in bfloat16"
     )
-    said = read_description(again)
+    said = read_image_metadata(again)
     assert (said["prompt"], said["seed"], said["steps"]) == ("a red/cat", "8", "2")
 
 
@@ -77,7 +79,7 @@ def test_strength_0_is_the_base_and_others_are_not(base: Path, adapter: Path, tm
     zero, half, one = pixels(drawn)
     assert zero == plain
     assert len({zero, half, one}) == 3
-    assert read_description(drawn[1])["strength"] == "0.5"
+    assert read_image_metadata(drawn[1])["strength"] == "0.5"
 
 
 def test_a_run_folder_says_its_model(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -108,26 +110,26 @@ def test_a_run_at_full_rank_draws_with_its_transformer(base: Path, tmp_path: Pat
     expected = generate(None, tmp_path / "b", "--prompt", "a cat", *tuned, *config)
     assert pixels([drawn]) == pixels(expected)
     assert pixels([drawn]) != pixels(generate(None, tmp_path / "c", "--prompt", "a cat", *config))
-    assert read_description(drawn)["transformer"] == "run/transformer"
+    assert read_image_metadata(drawn)["transformer"] == "run/transformer"
 
 
 def test_where_a_lora_is_found(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a file nor a folder"):
-        find_lora(tmp_path / "nowhere")
+        find_lora_file(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="holds no pytorch_lora_weights"):
-        find_lora(tmp_path)
+        find_lora_file(tmp_path)
     for name in ("checkpoint-9", "checkpoint-100", "checkpoint-200", "checkpoint-300-damaged"):
         (tmp_path / name).mkdir()
     for name in ("checkpoint-9", "checkpoint-100", "checkpoint-300-damaged"):
         (tmp_path / name / LORA_FILE).touch()
-    assert find_lora(tmp_path) == tmp_path / "checkpoint-100" / LORA_FILE
+    assert find_lora_file(tmp_path) == tmp_path / "checkpoint-100" / LORA_FILE
     (tmp_path / LORA_FILE).touch()
-    assert find_lora(tmp_path) == tmp_path / LORA_FILE
+    assert find_lora_file(tmp_path) == tmp_path / LORA_FILE
     (tmp_path / "checkpoint-200" / "mine.safetensors").touch()
-    assert find_lora(tmp_path / "checkpoint-200") == tmp_path / "checkpoint-200" / "mine.safetensors"
+    assert find_lora_file(tmp_path / "checkpoint-200") == tmp_path / "checkpoint-200" / "mine.safetensors"
     (tmp_path / "checkpoint-200" / "other.safetensors").touch()
     with pytest.raises(ConfigError, match="holds 2"):
-        find_lora(tmp_path / "checkpoint-200")
+        find_lora_file(tmp_path / "checkpoint-200")
 
 
 BAD = {
@@ -151,8 +153,8 @@ def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path) -> None:
     script = (
-        "import sys; from simpletuner.cli import root; from simpletuner.errors import ConfigError\n"
-        "try: root(['generate', '--prompt', 'x', '--size', 'big'])\n"
+        "import sys; from simpletuner.cli import command_group; from simpletuner.errors import ConfigError\n"
+        "try: command_group(['generate', '--prompt', 'x', '--size', 'big'])\n"
         "except ConfigError as error: print(error, 'torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
@@ -161,8 +163,8 @@ def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path) -> None:
 
 
 def test_chroma_draws_the_same_in_a_batch_as_alone(base: Path) -> None:
-    source = CHROMA.locate(ModelOptions(pretrained_model_name_or_path=str(base)))
-    facts = CHROMA.facts(source)
+    source = CHROMA.locate_files(ModelOptions(pretrained_model_name_or_path=str(base)))
+    facts = CHROMA.read_constants(source)
     transformer = CHROMA.load_transformer(source, torch.device("cpu"), torch.float32)
     inference = Inference(CHROMA, facts, torch.device("cpu"), torch.float32)
 
@@ -171,10 +173,10 @@ def test_chroma_draws_the_same_in_a_batch_as_alone(base: Path) -> None:
         return torch.randn(len(text) + 1, facts.text_width, generator=generator)
 
     prompts = [Prompt("a", "cat", "x"), Prompt("b", "a longer text", "none"), Prompt("c", "", "y")]
-    listed = pictures(prompts, [(64, 128)], 1, 42)
-    together = list(latents_of(inference, transformer, listed, rows, steps=3, guidance=2.0))
+    listed = make_image_specs(prompts, [(64, 128)], 1, 42)
+    together = list(generate_latents(inference, transformer, listed, rows, steps=3, guidance=2.0))
     for picture, latents in together:
-        ((_, alone),) = latents_of(inference, transformer, [picture], rows, steps=3, guidance=2.0)
+        ((_, alone),) = generate_latents(inference, transformer, [picture], rows, steps=3, guidance=2.0)
         torch.testing.assert_close(latents, alone, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together[0][1], together[1][1], atol=1e-2)
 
@@ -182,7 +184,7 @@ def test_chroma_draws_the_same_in_a_batch_as_alone(base: Path) -> None:
 def test_what_is_no_lora_is_told_before_anything_is_loaded(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(CHROMA), "locate", None)
+    monkeypatch.setattr(type(CHROMA), "locate_files", None)
     model = base / "transformer" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(SimpleTunerError, match="whole weights"):
         generate(base, tmp_path, "--prompt", "a cat", "--lora", str(model))

@@ -6,7 +6,14 @@ import pytest
 
 from simpletuner.config.schema import DataOptions, ValidationOptions
 from simpletuner.errors import ConfigError
-from simpletuner.validation.prompts import Prompt, captions, file_safe, pictures, read_prompts, read_sizes
+from simpletuner.validation.prompts import (
+    Prompt,
+    make_image_specs,
+    parse_sizes,
+    prompt_texts,
+    read_prompts,
+    safe_file_name,
+)
 
 
 def read(tmp_path: Path, text: str, **options: object) -> tuple[Prompt, ...]:
@@ -28,8 +35,8 @@ def test_the_library_follows_the_prompt_and_its_fields_win(tmp_path: Path) -> No
         Prompt("dog", "a dog", "cats", 7),
         Prompt("unconditional", "", "blur"),
     )
-    assert captions(found, 1.0) == ("first", "a cat", "a dog", "")
-    assert captions(found, 2.0) == ("first", "a cat", "a dog", "", "blur", "cats")
+    assert prompt_texts(found, 1.0) == ("first", "a cat", "a dog", "")
+    assert prompt_texts(found, 2.0) == ("first", "a cat", "a dog", "", "blur", "cats")
 
 
 def test_no_prompt_is_no_picture(tmp_path: Path) -> None:
@@ -81,7 +88,7 @@ def test_missing_library_is_named(tmp_path: Path) -> None:
     "name", ["a" * 500, "猫と犬" * 100, "con\x00trol\n", ".hidden", "..", "/etc/passwd", "C:\\x"]
 )
 def test_ids_stay_in_their_folder(name: str) -> None:
-    cleaned = file_safe(name)
+    cleaned = safe_file_name(name)
     assert len(f"{cleaned}-10-4096x4096-ema.png".encode()) < 255
     assert not set(cleaned) & set("/\\\0\n:")
     assert not cleaned.startswith(".")
@@ -89,20 +96,20 @@ def test_ids_stay_in_their_folder(name: str) -> None:
 
 def test_sizes() -> None:
     data = DataOptions(resolution=512)
-    assert read_sizes("512, 512x768,512", data, 64) == (((512, 512), (512, 768)), ())
-    sizes, notes = read_sizes("500x100", data, 64)
+    assert parse_sizes("512, 512x768,512", data, 64) == (((512, 512), (512, 768)), ())
+    sizes, notes = parse_sizes("500x100", data, 64)
     assert sizes == ((512, 128),)
     assert "500x100" in notes[0]
     assert "512x128" in notes[0]
-    assert read_sizes(None, data, 64)[0] == ((512, 512),)
-    assert read_sizes(None, DataOptions(resolution=1.0, resolution_type="area"), 64)[0] == ((1024, 1024),)
+    assert parse_sizes(None, data, 64)[0] == ((512, 512),)
+    assert parse_sizes(None, DataOptions(resolution=1.0, resolution_type="area"), 64)[0] == ((1024, 1024),)
     for bad in ("", ",", "0", "32", "9999", "512x", "-512", "0.5", "512 512", "x", "512x512x512", "²"):
         with pytest.raises(ConfigError, match=r"validation_resolution: .* is not a size"):
-            read_sizes(bad or " ", data, 64)
+            parse_sizes(bad or " ", data, 64)
 
 
 def test_pictures_count_seeds_up() -> None:
-    listed = pictures([Prompt("a", "a"), Prompt("b", "b", seed=7)], [(64, 64), (64, 128)], 2, 42)
+    listed = make_image_specs([Prompt("a", "a"), Prompt("b", "b", seed=7)], [(64, 64), (64, 128)], 2, 42)
     assert [(one.stem, one.seed) for one in listed] == [
         ("a-0-64x64", 42), ("a-1-64x64", 43), ("b-0-64x64", 7), ("b-1-64x64", 8),
         ("a-0-64x128", 42), ("a-1-64x128", 43), ("b-0-64x128", 7), ("b-1-64x128", 8),

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 # LyCORIS' names of what a product is made of: w1 and w2, each whole or as the pair a @ b.
-PRODUCT_PARTS = (
+LYCORIS_FACTOR_NAMES = (
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Factors:
+class LowRankDelta:
     """delta W = up @ down, alpha already in `up`.
 
     down: (r, in). up: (out, r). magnitude: (out,), only with DoRA. All float32 on the CPU.
@@ -42,10 +42,10 @@ class Factors:
     def shape(self) -> tuple[int, int]:
         return self.up.shape[0], self.down.shape[1]
 
-    def scaled(self, by: float) -> Factors:
-        return self if by == 1.0 else Factors(self.down, self.up * by, self.magnitude)
+    def scaled(self, by: float) -> LowRankDelta:
+        return self if by == 1.0 else LowRankDelta(self.down, self.up * by, self.magnitude)
 
-    def terms(self, columns: Tensor) -> list[Tensor]:
+    def output_terms(self, columns: Tensor) -> list[Tensor]:
         """delta W @ columns as the sum of these; columns: (in, n) float64."""
         return [self.up.double() @ (self.down.double() @ columns)]
 
@@ -54,109 +54,109 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Product:
+class LycorisDelta:
     """delta W = scale * w1 ∘ w2 (LoHa, arXiv 2108.06098) or scale * w1 ⊗ w2 (LoKr, arXiv 2309.14859).
 
     parts: name of LyCORIS' -> matrix; LoHa's w1 and w2 are (out, in), LoKr's (a, b) and (out / a, in / b).
     rows: those of a fused native matrix that are this linear's; None: all. Float32 on the CPU.
     """
 
-    parts: Mapping[str, Tensor]
+    factors: Mapping[str, Tensor]
     scale: float = 1.0
     rows: slice | None = None
     magnitude: None = None
 
     @property
     def kind(self) -> str:
-        return "LoHa" if is_loha(self.parts) else "LoKr"
+        return "LoHa" if is_loha(self.factors) else "LoKr"
 
     @property
     def rank(self) -> int:
         """Of w2's pair, else of w1's; 0 where both are whole, and alpha means nothing."""
-        pairs = (self.parts.get(f"{stem(self.parts)}{number}_b") for number in "21")
+        pairs = (self.factors.get(f"{key_stem(self.factors)}{number}_b") for number in "21")
         return next((pair.shape[0] for pair in pairs if pair is not None), 0)
 
     @property
     def shape(self) -> tuple[int, int]:
-        (_, b), (_, d) = (_size(self.parts, number) for number in "12")
-        height = self.height if self.rows is None else self.rows.stop - self.rows.start
-        return height, b if is_loha(self.parts) else b * d
+        (_, b), (_, d) = (_factor_shape(self.factors, number) for number in "12")
+        height = self.total_rows if self.rows is None else self.rows.stop - self.rows.start
+        return height, b if is_loha(self.factors) else b * d
 
     @property
-    def height(self) -> int:
+    def total_rows(self) -> int:
         """Of all rows."""
-        (a, _), (c, _) = (_size(self.parts, number) for number in "12")
-        return a if is_loha(self.parts) else a * c
+        (a, _), (c, _) = (_factor_shape(self.factors, number) for number in "12")
+        return a if is_loha(self.factors) else a * c
 
-    def scaled(self, by: float) -> Product:
+    def scaled(self, by: float) -> LycorisDelta:
         """In w1 where alpha means nothing."""
         if self.rank:
-            return Product(self.parts, self.scale * by, self.rows)
-        return Product({**self.parts, "lokr_w1": self.parts["lokr_w1"] * by}, self.scale, self.rows)
+            return LycorisDelta(self.factors, self.scale * by, self.rows)
+        return LycorisDelta({**self.factors, "lokr_w1": self.factors["lokr_w1"] * by}, self.scale, self.rows)
 
-    def delta(self) -> Tensor:
-        whole = product(self.parts) * self.scale
+    def to_dense(self) -> Tensor:
+        whole = multiply_factors(self.factors) * self.scale
         return whole if self.rows is None else whole[self.rows]
 
-    def terms(self, columns: Tensor) -> list[Tensor]:
+    def output_terms(self, columns: Tensor) -> list[Tensor]:
         """Without the product itself, which at full size takes minutes for all modules."""
-        parts = {name: part.double() for name, part in self.parts.items()}
+        parts = {name: part.double() for name, part in self.factors.items()}
         if is_loha(parts):
             cores = torch.einsum("rj,sj,jn->nrs", parts["hada_w1_b"], parts["hada_w2_b"], columns)
             whole = torch.einsum("ir,nrs,is->in", parts["hada_w1_a"], cores, parts["hada_w2_a"])
         else:
-            w1, w2 = half(parts, "1"), half(parts, "2")
+            w1, w2 = factor_matrix(parts, "1"), factor_matrix(parts, "2")
             pieces = torch.einsum("cd,bdn->bcn", w2, columns.view(w1.shape[1], w2.shape[1], -1))
             whole = torch.einsum("ab,bcn->acn", w1, pieces).flatten(0, 1)
         return [self.scale * (whole if self.rows is None else whole[self.rows])]
 
     def add_to(self, weight: Tensor, strength: float) -> None:
-        weight.add_(self.delta().to(weight), alpha=strength)
+        weight.add_(self.to_dense().to(weight), alpha=strength)
 
 
-Delta: TypeAlias = Factors | Product
-DeltaT = TypeVar("DeltaT", Factors, Product)
+Delta: TypeAlias = LowRankDelta | LycorisDelta
+DeltaT = TypeVar("DeltaT", LowRankDelta, LycorisDelta)
 
 
 def is_loha(parts: Mapping[str, Tensor]) -> bool:
     return "hada_w1_a" in parts
 
 
-def stem(parts: Mapping[str, Tensor]) -> str:
+def key_stem(parts: Mapping[str, Tensor]) -> str:
     return "hada_w" if is_loha(parts) else "lokr_w"
 
 
-def product(parts: Mapping[str, Tensor]) -> Tensor:
+def multiply_factors(parts: Mapping[str, Tensor]) -> Tensor:
     """(out, in), without scale."""
-    w1, w2 = (half(parts, number) for number in "12")
+    w1, w2 = (factor_matrix(parts, number) for number in "12")
     return w1 * w2 if is_loha(parts) else torch.kron(w1, w2)
 
 
-def half(parts: Mapping[str, Tensor], number: str) -> Tensor:
+def factor_matrix(parts: Mapping[str, Tensor], number: str) -> Tensor:
     """w1 or w2."""
-    name = f"{stem(parts)}{number}"
+    name = f"{key_stem(parts)}{number}"
     return parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
 
 
-def misfit(parts: Mapping[str, Tensor]) -> str:
+def invalid_factors_reason(parts: Mapping[str, Tensor]) -> str:
     """Why these are no LoHa and no LoKr; nothing for those that are."""
     shapes = {name: tuple(part.shape) for name, part in parts.items()}
-    if odd := next((name for name in parts if not name.startswith(stem(parts))), ""):
+    if odd := next((name for name in parts if not name.startswith(key_stem(parts))), ""):
         return f"{odd} is not of its kind"
-    for name in (f"{stem(parts)}{number}" for number in "12"):
+    for name in (f"{key_stem(parts)}{number}" for number in "12"):
         found = [end for end in ("", "_a", "_b") if f"{name}{end}" in parts]
         if found not in ([""], ["_a", "_b"]):
             return f"{name} is neither one matrix nor a pair"
         mine = [shapes[f"{name}{end}"] for end in found]
         if any(len(shape) != 2 or 0 in shape for shape in mine) or mine[0][-1] != mine[-1][-len(found)]:
             return f"shapes {', '.join(map(str, mine))} are no {name}"
-    if is_loha(parts) and _size(parts, "1") != _size(parts, "2"):
+    if is_loha(parts) and _factor_shape(parts, "1") != _factor_shape(parts, "2"):
         return "w1 and w2 differ in size"
     return ""
 
 
-def _size(parts: Mapping[str, Tensor], number: str) -> tuple[int, int]:
-    name = f"{stem(parts)}{number}"
+def _factor_shape(parts: Mapping[str, Tensor], number: str) -> tuple[int, int]:
+    name = f"{key_stem(parts)}{number}"
     if name in parts:
         return parts[name].shape[0], parts[name].shape[1]
     return parts[f"{name}_a"].shape[0], parts[f"{name}_b"].shape[1]

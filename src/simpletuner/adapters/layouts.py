@@ -14,18 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpletuner.adapters import container, names
-from simpletuner.adapters.deltas import PRODUCT_PARTS, Delta, Factors, Product, misfit
+from simpletuner.adapters import module_names, safetensors_reader
+from simpletuner.adapters.deltas import (
+    LYCORIS_FACTOR_NAMES,
+    Delta,
+    LowRankDelta,
+    LycorisDelta,
+    invalid_factors_reason,
+)
 from simpletuner.errors import ModelError
 
 # PEFT's configuration in a file's header: diffusers takes strengths from it, ComfyUI does not see it.
-HEADER_CONFIG = "lora_adapter_metadata"
-DOWN, UP, MAGNITUDE, ALPHA = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".alpha"
-DORA_SCALE = ".dora_scale"  # LyCORIS' name of the magnitude, (out, 1)
+PEFT_CONFIG_KEY = "lora_adapter_metadata"
+DOWN_SUFFIX, UP_SUFFIX, MAGNITUDE_SUFFIX, ALPHA_SUFFIX = (
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora_magnitude_vector",
+    ".alpha",
+)
+DORA_SCALE_SUFFIX = ".dora_scale"  # LyCORIS' name of the magnitude, (out, 1)
 
 
 @dataclass(frozen=True)
-class FileSummary:
+class LoraFileSummary:
     """What a LoRA file holds, in diffusers' modules. ranks, alphas: each that occurs, ascending.
 
     layout: what people call it. kind: LoRA, DoRA, LoHa or LoKr; LoKr's rank 0 is a whole second matrix.
@@ -57,45 +68,49 @@ class Layout:
 
     title: str
     prefix: str
-    native: bool
-    flat: bool = False
-    ends: tuple[str, str] = (DOWN, UP)
+    uses_native_names: bool
+    underscored: bool = False
+    suffixes: tuple[str, str] = (DOWN_SUFFIX, UP_SUFFIX)
 
     @property
-    def down(self) -> str:
-        return self.ends[0]
+    def down_suffix(self) -> str:
+        return self.suffixes[0]
 
     @property
-    def up(self) -> str:
-        return self.ends[1]
+    def up_suffix(self) -> str:
+        return self.suffixes[1]
 
-    def key(self, module: str) -> str:
-        return self.prefix + (names.flattened(module) if self.flat else module)
+    def key_for(self, module: str) -> str:
+        return self.prefix + (module_names.dots_to_underscores(module) if self.underscored else module)
 
-    def module(self, written: str) -> str | None:
+    def parse_module(self, written: str) -> str | None:
         """The middle of a key as a dotted name, native or diffusers'; None for what Chroma has not."""
-        if self.flat:
-            return names.unflattened(written, self.native)
-        known = names.diffusers_names(written) if self.native else names.native_name(written)
+        if self.underscored:
+            return module_names.underscores_to_dots(written, self.uses_native_names)
+        known = (
+            module_names.diffusers_names(written)
+            if self.uses_native_names
+            else module_names.locate_in_native(written)
+        )
         return written if known or self.prefix == "transformer." else None
 
 
 # The twelve layouts that are met are these nine, the first with and without alpha tensors and header.
-_KOHYA = (".lora_down.weight", ".lora_up.weight")
+_KOHYA_SUFFIXES = (".lora_down.weight", ".lora_up.weight")
 LAYOUTS: Mapping[str, Layout] = MappingProxyType({
-    "diffusers": Layout("diffusers", "transformer.", native=False),
-    "transformer-kohya": Layout("transformer. with lora_down/up", "transformer.", native=False, ends=_KOHYA),
-    "kohya": Layout("kohya", "lora_unet_", native=True, flat=True, ends=_KOHYA),
-    "comfyui": Layout("ComfyUI", "diffusion_model.", native=True, ends=_KOHYA),
-    "comfyui-peft": Layout("ComfyUI with lora_A/B (AI Toolkit)", "diffusion_model.", native=True),
-    "comfyui-diffusers": Layout("diffusers' names under diffusion_model.", "diffusion_model.", native=False),
-    "onetrainer": Layout("OneTrainer", "lora_transformer_", native=False, flat=True, ends=_KOHYA),
-    "lycoris": Layout("LyCORIS", "lycoris_", native=False, flat=True, ends=_KOHYA),
-    "bare": Layout("diffusers' names without a prefix", "", native=False),
+    "diffusers": Layout("diffusers", "transformer.", uses_native_names=False),
+    "transformer-kohya": Layout("transformer. with lora_down/up", "transformer.", uses_native_names=False, suffixes=_KOHYA_SUFFIXES),
+    "kohya": Layout("kohya", "lora_unet_", uses_native_names=True, underscored=True, suffixes=_KOHYA_SUFFIXES),
+    "comfyui": Layout("ComfyUI", "diffusion_model.", uses_native_names=True, suffixes=_KOHYA_SUFFIXES),
+    "comfyui-peft": Layout("ComfyUI with lora_A/B (AI Toolkit)", "diffusion_model.", uses_native_names=True),
+    "comfyui-diffusers": Layout("diffusers' names under diffusion_model.", "diffusion_model.", uses_native_names=False),
+    "onetrainer": Layout("OneTrainer", "lora_transformer_", uses_native_names=False, underscored=True, suffixes=_KOHYA_SUFFIXES),
+    "lycoris": Layout("LyCORIS", "lycoris_", uses_native_names=False, underscored=True, suffixes=_KOHYA_SUFFIXES),
+    "bare": Layout("diffusers' names without a prefix", "", uses_native_names=False),
 })  # fmt: skip
 
 # Part of a key that no layout has -> what such a file is.
-FOREIGN = {
+UNSUPPORTED_KEYS = {
     "lora_te": "has text encoder weights (lora_te*), which Chroma's T5 does not take",
     "text_encoder": "has text encoder weights, which Chroma's T5 does not take",
     ".lokr_t": "is a LoKr of convolutions, which Chroma has not",
@@ -110,7 +125,7 @@ FOREIGN = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredModule:
     """One module as the file has it, before any rule. magnitude: PEFT's; dora_scale: LyCORIS'."""
 
     delta: Delta
@@ -136,16 +151,16 @@ class LoraFile:
 
     path: Path
     layout: str
-    modules: dict[str, Stored]
-    header: dict[str, Any]
+    modules: dict[str, StoredModule]
+    peft_config: dict[str, Any]
     metadata: dict[str, str]
     parameters: int
 
     @property
-    def is_product(self) -> bool:
-        return any(isinstance(one.delta, Product) for one in self.modules.values())
+    def is_lycoris(self) -> bool:
+        return any(isinstance(one.delta, LycorisDelta) for one in self.modules.values())
 
-    def deltas(self) -> dict[str, Delta]:
+    def to_deltas(self) -> dict[str, Delta]:
         """What the file was made to do: diffusers module -> delta."""
         found: dict[str, Delta] = {}
         for name, one in self.modules.items():
@@ -157,17 +172,17 @@ class LoraFile:
                         f"{self.path}: the dora_scale of {name} is per input, which is not read here"
                     )
                 magnitude = one.dora_scale.flatten()
-            found |= self.split(name, self.scale(name), magnitude)
+            found |= self.split_module(name, self.module_scale(name), magnitude)
         kinds = sorted({one.kind for one in found.values()})
         if len(kinds) != 1:
             what = f"mixes {' and '.join(kinds)} modules" if found else "holds no LoRA weights"
             raise ModelError(f"{self.path} {what}")
         return dict(sorted(found.items()))
 
-    def opened(self) -> tuple[dict[str, Delta], FileSummary]:
-        deltas = self.deltas()
-        alphas = {round(self.scale(name) * one.rank, 6) for name, one in self.modules.items()}
-        summary = FileSummary(
+    def to_deltas_and_summary(self) -> tuple[dict[str, Delta], LoraFileSummary]:
+        deltas = self.to_deltas()
+        alphas = {round(self.module_scale(name) * one.rank, 6) for name, one in self.modules.items()}
+        summary = LoraFileSummary(
             layout=LAYOUTS[self.layout].title,
             kind=next(iter(deltas.values())).kind,
             modules=tuple(deltas),
@@ -178,17 +193,17 @@ class LoraFile:
         )
         return deltas, summary
 
-    def scale(self, name: str) -> float:
+    def module_scale(self, name: str) -> float:
         """alpha / rank by the alpha tensor, else by the header, else 1. ModelError where the two differ."""
-        own, told = self.modules[name].scale, self.header_scale(name)
+        own, told = self.modules[name].scale, self.peft_config_scale(name)
         if own is not None and told is not None and not math.isclose(own, told, rel_tol=1e-6):
             raise ModelError(f"{self.path}: {name} has an alpha of its own and another in the header")
         return own if own is not None else 1.0 if told is None else told
 
-    def header_scale(self, name: str) -> float | None:
+    def peft_config_scale(self, name: str) -> float | None:
         """As PEFT reads its own configuration; None where it says nothing."""
-        rank, config = self.modules[name].rank, self.header
-        if "lora_alpha" not in config or self.is_product:
+        rank, config = self.modules[name].rank, self.peft_config
+        if "lora_alpha" not in config or self.is_lycoris:
             return None
         patterns = config.get("alpha_pattern") or {}
         # Regular expressions by PEFT's rule, but a stranger's are never run: names alone are understood.
@@ -199,73 +214,73 @@ class LoraFile:
             raise ModelError(f"{self.path}: lora_alpha in the header is no number")
         return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
-    def split(self, name: str, scale: float, magnitude: Tensor | None = None) -> dict[str, Delta]:
+    def split_module(self, name: str, scale: float, magnitude: Tensor | None = None) -> dict[str, Delta]:
         """One stored module as diffusers' modules: the same A, rows of B, or rows of a product.
 
         Of a block-diagonal pair each part gets its own columns back. Exact; ModelError where sizes cannot be.
         """
         whole = self.modules[name].delta.scaled(scale)
-        parts = names.diffusers_names(name) if LAYOUTS[self.layout].native else (name,)
+        parts = module_names.diffusers_names(name) if LAYOUTS[self.layout].uses_native_names else (name,)
         try:
-            rows = names.split_rows(len(parts), *whole.shape)
+            rows = module_names.fused_row_slices(len(parts), *whole.shape)
         except ValueError as error:
             raise ModelError(f"{self.path}: {name}: {error}; it was made for another model") from None
         found: dict[str, Delta] = {}
         for part, where in zip(parts, rows):
-            if isinstance(whole, Product):
-                found[part] = Product(whole.parts, whole.scale, where)
+            if isinstance(whole, LycorisDelta):
+                found[part] = LycorisDelta(whole.factors, whole.scale, where)
                 continue
             mine = whole.up[where].any(dim=0)
             if len(parts) > 1 and not mine.any() and whole.up.any():
                 continue  # a module that the file does not adapt
             own = slice(None) if len(parts) == 1 or mine.all() or not mine.any() else mine
             length = None if magnitude is None else magnitude[where]
-            found[part] = Factors(whole.down[own], whole.up[where][:, own], length)
+            found[part] = LowRankDelta(whole.down[own], whole.up[where][:, own], length)
         return found
 
 
-def read(path: Path) -> LoraFile:
+def read_lora_file(path: Path) -> LoraFile:
     """A file, or a folder that holds one, of any layout. ModelError says what else it is."""
-    path = container.find(path)
-    keys, metadata = container.keys_and_metadata(path)
-    layout = _layout_of(path, keys)
-    header = _header_config(path, metadata)
+    path = safetensors_reader.find_weights_file(path)
+    keys, metadata = safetensors_reader.read_keys_and_metadata(path)
+    layout = _detect_layout(path, keys)
+    header = _parse_peft_config(path, metadata)
     parts: dict[str, dict[str, Tensor]] = {}
-    tensors = container.tensors_of(path)
+    tensors = safetensors_reader.read_tensors(path)
     for key, tensor in tensors.items():
-        name, ending = _parse(LAYOUTS[layout], key) or ("", "")
+        name, ending = _parse_key(LAYOUTS[layout], key) or ("", "")
         parts.setdefault(name, {})[ending] = tensor
-    modules = {name: _stored(path, layout, name, found) for name, found in sorted(parts.items())}
+    modules = {name: _build_stored_module(path, layout, name, found) for name, found in sorted(parts.items())}
     count = sum(tensor.numel() for tensor in tensors.values())
     return LoraFile(path, layout, modules, header, metadata, count)
 
 
-def fused(factors: Mapping[str, Delta]) -> dict[str, Factors]:
+def fuse_qkv(factors: Mapping[str, Delta]) -> dict[str, LowRankDelta]:
     """Native module -> factors: one A for all parts where they share it, else block-diagonal; exact.
 
     A part that is not adapted gets rows of zeros. ModelError for all but LoRA, and for modules without native
     name.
     """
-    groups: dict[str, dict[int, Factors]] = {}
+    groups: dict[str, dict[int, LowRankDelta]] = {}
     for name, one in factors.items():
-        place = names.native_name(name)
+        place = module_names.locate_in_native(name)
         if place is None:
             raise ModelError(f"{name} has no native name; only the diffusers layout can hold it")
-        if isinstance(one, Product) or one.magnitude is not None:
+        if isinstance(one, LycorisDelta) or one.magnitude is not None:
             raise ModelError(
                 f"the native layouts cannot hold a {one.kind}: no program applies one in them as trained"
             )
         groups.setdefault(place[0], {})[place[1]] = one
-    return {native: _fuse(native, parts) for native, parts in groups.items()}
+    return {native: _fuse_module(native, parts) for native, parts in groups.items()}
 
 
-def _fuse(native: str, parts: Mapping[int, Factors]) -> Factors:
-    count = len(names.diffusers_names(native))
+def _fuse_module(native: str, parts: Mapping[int, LowRankDelta]) -> LowRankDelta:
+    count = len(module_names.diffusers_names(native))
     if count == 1:
         return parts[0]
     first = next(iter(parts.values()))
     width = first.down.shape[1]
-    heights = [width, width, width, names.MLP_RATIO * width][:count]
+    heights = [width, width, width, module_names.MLP_RATIO * width][:count]
     shared = all(
         one.down.shape == first.down.shape and torch.equal(one.down, first.down) for one in parts.values()
     )
@@ -279,34 +294,45 @@ def _fuse(native: str, parts: Mapping[int, Factors]) -> Factors:
             up[row : row + height, column : column + part.shape[1]] = part
             column += 0 if shared else part.shape[1]
         row += height
-    return Factors(first.down if shared else torch.cat([parts[place].down for place in sorted(parts)]), up)
+    return LowRankDelta(
+        first.down if shared else torch.cat([parts[place].down for place in sorted(parts)]), up
+    )
 
 
-def _parse(layout: Layout, key: str) -> tuple[str, str] | None:
+def _parse_key(layout: Layout, key: str) -> tuple[str, str] | None:
     """(module, ending) of a key of this layout."""
-    endings = (layout.down, layout.up, ALPHA, MAGNITUDE, DORA_SCALE, *(f".{part}" for part in PRODUCT_PARTS))
+    endings = (
+        layout.down_suffix,
+        layout.up_suffix,
+        ALPHA_SUFFIX,
+        MAGNITUDE_SUFFIX,
+        DORA_SCALE_SUFFIX,
+        *(f".{part}" for part in LYCORIS_FACTOR_NAMES),
+    )
     ending = next((one for one in endings if key.endswith(one)), None)
     if ending is None or not key.startswith(layout.prefix):
         return None
-    module = layout.module(key[len(layout.prefix) : -len(ending)])
+    module = layout.parse_module(key[len(layout.prefix) : -len(ending)])
     return None if module is None else (module, ending)
 
 
-def _layout_of(path: Path, keys: Iterable[str]) -> str:
+def _detect_layout(path: Path, keys: Iterable[str]) -> str:
     """The one layout that every key is of."""
     keys = list(keys)
     if not keys:
         raise ModelError(f"{path} holds no LoRA weights")
-    fitting = {name: sum(_parse(layout, key) is not None for key in keys) for name, layout in LAYOUTS.items()}
+    fitting = {
+        name: sum(_parse_key(layout, key) is not None for key in keys) for name, layout in LAYOUTS.items()
+    }
     best = max(fitting, key=lambda name: fitting[name])
     if fitting[best] == len(keys):
         return best
     if not any(re.search(r"lora|hada|lokr|oft_|alpha", key) for key in keys):
         raise ModelError(f"{path} holds whole weights, such as {min(keys)!r}: a model, no LoRA of Chroma")
-    for mark, what in FOREIGN.items():
+    for mark, what in UNSUPPORTED_KEYS.items():
         if any(mark in key for key in keys):
             raise ModelError(f"{path} {what}")
-    odd = next(key for key in keys if _parse(LAYOUTS[best], key) is None)
+    odd = next(key for key in keys if _parse_key(LAYOUTS[best], key) is None)
     if fitting[best]:
         title = LAYOUTS[best].title
         raise ModelError(
@@ -315,41 +341,45 @@ def _layout_of(path: Path, keys: Iterable[str]) -> str:
     raise ModelError(f"{path} is no LoRA of Chroma: key {odd!r} is not of any known layout")
 
 
-def _header_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _parse_peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        fields = json.loads(metadata.get(HEADER_CONFIG, "{}"))
+        fields = json.loads(metadata.get(PEFT_CONFIG_KEY, "{}"))
         config = {key.removeprefix("transformer."): value for key, value in fields.items()}
         dict(config.get("alpha_pattern") or {})
         return config
     except (TypeError, ValueError, AttributeError, RecursionError):
-        raise ModelError(f"{path}: {HEADER_CONFIG} in its header is no JSON object") from None
+        raise ModelError(f"{path}: {PEFT_CONFIG_KEY} in its header is no JSON object") from None
 
 
-def _stored(path: Path, layout: str, name: str, parts: Mapping[str, Tensor]) -> Stored:
+def _build_stored_module(path: Path, layout: str, name: str, parts: Mapping[str, Tensor]) -> StoredModule:
     ends = LAYOUTS[layout]
-    alpha, magnitude = parts.get(ALPHA), parts.get(MAGNITUDE)
+    alpha, magnitude = parts.get(ALPHA_SUFFIX), parts.get(MAGNITUDE_SUFFIX)
     delta: Delta
-    if product := {part: parts[f".{part}"] for part in PRODUCT_PARTS if f".{part}" in parts}:
-        odd = next((end for end in parts if end != ALPHA and end[1:] not in product), "")
-        if why := f"{odd[1:]} belongs to no LoHa or LoKr that is read here" if odd else misfit(product):
-            raise ModelError(f"{path}: {ends.key(name)}: {why}")
-        delta = Product(product)
+    if product := {part: parts[f".{part}"] for part in LYCORIS_FACTOR_NAMES if f".{part}" in parts}:
+        odd = next((end for end in parts if end != ALPHA_SUFFIX and end[1:] not in product), "")
+        if (
+            why := f"{odd[1:]} belongs to no LoHa or LoKr that is read here"
+            if odd
+            else invalid_factors_reason(product)
+        ):
+            raise ModelError(f"{path}: {ends.key_for(name)}: {why}")
+        delta = LycorisDelta(product)
     else:
-        for needed in (ends.down, ends.up):
+        for needed in (ends.down_suffix, ends.up_suffix):
             if needed not in parts:
-                raise ModelError(f"{path}: {ends.key(name)} has no {needed[1:]}")
-        down, up = parts[ends.down], parts[ends.up]
+                raise ModelError(f"{path}: {ends.key_for(name)} has no {needed[1:]}")
+        down, up = parts[ends.down_suffix], parts[ends.up_suffix]
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
             shapes = f"shapes {tuple(down.shape)} and {tuple(up.shape)}"
             raise ModelError(f"{path}: {name}: {shapes} are no LoRA pair")
-        delta = Factors(down, up)
+        delta = LowRankDelta(down, up)
     if alpha is not None and (alpha.numel() != 1 or not bool(alpha.isfinite().all())):
         raise ModelError(f"{path}: the alpha of {name} is no number")
-    for ending in (MAGNITUDE, DORA_SCALE):
+    for ending in (MAGNITUDE_SUFFIX, DORA_SCALE_SUFFIX):
         if ending in parts and (parts[ending].ndim == 0 or not parts[ending].numel()):
             raise ModelError(f"{path}: the magnitude of {name} has no rows")
     if magnitude is not None and magnitude.numel() != delta.shape[0]:
         what = f"the magnitude of {name} has {magnitude.numel()} rows, not {delta.shape[0]}"
         raise ModelError(f"{path}: {what}")
     lengths = None if magnitude is None else magnitude.flatten()
-    return Stored(delta, None if alpha is None else float(alpha), lengths, parts.get(DORA_SCALE))
+    return StoredModule(delta, None if alpha is None else float(alpha), lengths, parts.get(DORA_SCALE_SUFFIX))

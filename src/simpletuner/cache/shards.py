@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simpletuner.durable import sync
+from simpletuner.atomic_io import fsync_path
 from simpletuner.errors import CacheError
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
 }  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -34,7 +34,7 @@ class DamagedShard(CacheError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class ShardEntry:
     """Where one tensor lies. name: "<key>/<tensor>". offset, length: bytes from the start of the file."""
 
     name: str
@@ -63,7 +63,7 @@ def write_shard(final: Path, tensors: Mapping[str, Tensor], fingerprint: str) ->
     end = 0
     for name, t in ordered:
         start, end = end, end + raw[name].nbytes
-        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     unfinished = final.with_name(f"{final.name}.tmp")
@@ -77,10 +77,10 @@ def write_shard(final: Path, tensors: Mapping[str, Tensor], fingerprint: str) ->
         unfinished.rename(final)
     finally:
         unfinished.unlink(missing_ok=True)
-    sync(final.parent)
+    fsync_path(final.parent)
 
 
-def read_entries(path: Path) -> list[Entry]:
+def read_shard_entries(path: Path) -> list[ShardEntry]:
     """Everything an index needs, from the header alone; DamagedShard when header and length disagree."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -95,7 +95,7 @@ def read_entries(path: Path) -> list[Entry]:
         metadata = header.pop("__metadata__")
         crc32 = json.loads(metadata["crc32"])
         entries = [
-            Entry(name, base + at["data_offsets"][0], at["data_offsets"][1] - at["data_offsets"][0],
+            ShardEntry(name, base + at["data_offsets"][0], at["data_offsets"][1] - at["data_offsets"][0],
                   crc32[name], at["dtype"], tuple(at["shape"]))
             for name, at in header.items()
         ]  # fmt: skip
@@ -107,7 +107,7 @@ def read_entries(path: Path) -> list[Entry]:
     return entries
 
 
-def read_tensor(handle: int, entry: Entry) -> Tensor:
+def read_shard_tensor(handle: int, entry: ShardEntry) -> Tensor:
     """One positioned read, checked. Thread-safe: the handle's own position is never used."""
     data = torch.empty(entry.length, dtype=torch.uint8)
     view = data.numpy().data
@@ -116,4 +116,4 @@ def read_tensor(handle: int, entry: Entry) -> Tensor:
         raise DamagedShard(f"'{entry.name}' ends after {got} of {entry.length} bytes")
     if zlib.crc32(view) != entry.crc32:
         raise DamagedShard(f"'{entry.name}' does not have the checksum it was written with")
-    return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
+    return data.view(SAFETENSORS_DTYPES[entry.dtype]).reshape(entry.shape)

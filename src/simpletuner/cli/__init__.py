@@ -58,7 +58,7 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-v", "--version", prog_name="simpletuner")
-def root(**_: Any) -> None:
+def command_group(**_: Any) -> None:
     """Fine-tune Chroma 1.
 
     Start with: simpletuner train --example chroma-nano.peft-lora
@@ -68,7 +68,7 @@ def root(**_: Any) -> None:
 def main() -> None:
     """The console script. What a person can mend is told in sentences with an exit code, no traceback."""
     try:
-        root(prog_name="simpletuner")
+        command_group(prog_name="simpletuner")
     except SimpleTunerError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

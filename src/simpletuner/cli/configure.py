@@ -11,12 +11,20 @@ from typing import Any
 
 import click
 
-from simpletuner.cli.questions import BACK, HELP, QUESTIONS, Lines, Screen, Silent, shown
-from simpletuner.cli.wizard import Wizard
-from simpletuner.config.catalog import aliases, catalog
-from simpletuner.config.lookup import find_config, places
-from simpletuner.config.paths import shown as short
-from simpletuner.config.values import did_you_mean
+from simpletuner.cli.wizard import ConfigWizard
+from simpletuner.cli.wizard_questions import (
+    BACK_ANSWER,
+    HELP_ANSWER,
+    QUESTIONS,
+    DefaultsPrompter,
+    PipePrompter,
+    TerminalPrompter,
+    format_answer,
+)
+from simpletuner.config.discovery import candidate_paths, find_config
+from simpletuner.config.option_catalog import all_options, option_aliases
+from simpletuner.config.option_values import did_you_mean
+from simpletuner.config.paths import display_path as short
 from simpletuner.errors import ConfigError, Problem, SimpleTunerError
 
 
@@ -35,68 +43,70 @@ def command(
     what is not asked stays as it is.
     """
     cwd = Path.cwd()
-    target = _target(output, env, cwd)
+    target = _resolve_target_file(output, env, cwd)
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and not defaults
-    speaker = Silent() if defaults else Screen() if terminal else Lines()
-    wizard = Wizard(speaker, target, cwd, _settled(pairs))
-    present = " and ".join(short(path, cwd) for path in (target, wizard.sets_path) if path.exists())
+    speaker = DefaultsPrompter() if defaults else TerminalPrompter() if terminal else PipePrompter()
+    wizard = ConfigWizard(speaker, target, cwd, _parse_set_options(pairs))
+    present = " and ".join(short(path, cwd) for path in (target, wizard.dataset_file) if path.exists())
     if present and not terminal and not force:
         raise ConfigError(f"already there: {present}; add --force to edit it, or name another --output")
     try:
         if present:
-            speaker.say(f"Already there: {present}. This edits it; comments in it are not kept.")
-        converse(speaker, wizard, wizard.settled)
-        config, sets = wizard.result()
-        if speaker.patient:
-            speaker.say(wizard.need())
+            speaker.show_text(f"Already there: {present}. This edits it; comments in it are not kept.")
+        ask_questions(speaker, wizard, wizard.settled_names)
+        config, sets = wizard.build_files()
+        if speaker.interactive:
+            speaker.show_text(wizard.describe_planned_memory())
         if present and not force and not click.confirm(f"Write over {present}?", default=False):
-            speaker.say("Nothing was written.")
+            speaker.show_text("Nothing was written.")
             return
     finally:
         wizard.close()
-    from simpletuner.durable import write_atomically
+    from simpletuner.atomic_io import write_atomically
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    for path, content in ((wizard.sets_path, sets), (target, config)):
+    for path, content in ((wizard.dataset_file, sets), (target, config)):
         write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        speaker.say(f"Wrote {short(path, cwd)}")
-    usual = target in (*places(cwd), *places(cwd / "config"))
+        speaker.show_text(f"Wrote {short(path, cwd)}")
+    usual = target in (*candidate_paths(cwd), *candidate_paths(cwd / "config"))
     where = f" --env {env}" if env else "" if usual else f" --config {short(target, cwd)}"
-    speaker.say(f"Try it out:  simpletuner train{where} --rehearse\nTrain:       simpletuner train{where}")
+    speaker.show_text(
+        f"Try it out:  simpletuner train{where} --rehearse\nTrain:       simpletuner train{where}"
+    )
 
 
-def converse(speaker: Lines, wizard: Wizard, settled: Sequence[str]) -> None:
+def ask_questions(speaker: PipePrompter, wizard: ConfigWizard, settled: Sequence[str]) -> None:
     """Ask every question that applies and is not settled. `?` explains, `<` goes back, a blank is a yes to
     what is proposed; what the validator refuses is told and asked again."""
     trail: list[int] = []
     at, told = 0, -1
     while at < len(QUESTIONS):
         question = QUESTIONS[at]
-        if question.name in settled or not question.applies(wizard.known):
+        if question.name in settled or not question.applies(wizard.current_value):
             at += 1
             continue
-        if at != told and (worth_knowing := wizard.before(question.name)):
-            speaker.say(worth_knowing)
+        if at != told and (worth_knowing := wizard.question_context(question.name)):
+            speaker.show_text(worth_knowing)
         told = at
-        proposed = wizard.proposed(question.name)
-        reply = speaker.ask(question.text, question.choices, shown(proposed)).strip()
-        if reply == HELP:
-            speaker.say(question.help)
-        elif reply == BACK:
+        proposed = wizard.proposed_value(question.name)
+        reply = speaker.ask(question.text, question.choices, format_answer(proposed)).strip()
+        if reply == HELP_ANSWER:
+            speaker.show_text(question.help)
+        elif reply == BACK_ANSWER:
             at = trail.pop() if trail else at
         else:
             try:
-                wizard.answer(question.name, reply or proposed)
+                wizard.set_answer(question.name, reply or proposed)
             except SimpleTunerError as error:
-                if not speaker.patient:
+                if not speaker.interactive:
                     raise
-                speaker.say(str(error))
+                speaker.show_text(str(error))
                 continue
             trail.append(at)
             at += 1
 
 
-def _target(output: Path | None, env: str | None, cwd: Path) -> Path:
+def _resolve_target_file(output: Path | None, env: str | None, cwd: Path) -> Path:
     """The file to write: the one that is there, else config.json."""
     if output and env:
         raise ConfigError("--output and --env each name a folder; give one of them")
@@ -105,21 +115,21 @@ def _target(output: Path | None, env: str | None, cwd: Path) -> Path:
     folder = cwd / output if output else cwd / "config" / env if env else None
     there = find_config(None, None, None, cwd) if folder is None else None
     if folder is not None:
-        there = next((path for path in places(folder) if path.is_file()), None)
+        there = next((path for path in candidate_paths(folder) if path.is_file()), None)
     if there is not None and there.suffix == ".toml":
         raise ConfigError(f"{short(there, cwd)} is TOML, which is not written here; name another --output")
     return there or (folder or cwd) / "config.json"
 
 
-def _settled(pairs: Sequence[str]) -> dict[str, Any]:
+def _parse_set_options(pairs: Sequence[str]) -> dict[str, Any]:
     """--set: option -> its text; instance_data_dir, the folder of the pictures, counts as one."""
     found: dict[str, Any] = {}
     problems = []
-    known = (*catalog(), "instance_data_dir")
+    known = (*all_options(), "instance_data_dir")
     for pair in pairs:
         written, equals, value = pair.partition("=")
         name = written.lstrip("-").replace("-", "_")
-        name = aliases().get(name, name)
+        name = option_aliases().get(name, name)
         if not equals:
             problems.append(Problem("--set", f"{pair!r} is not option=value"))
         elif name not in known:

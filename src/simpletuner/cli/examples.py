@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from simpletuner.config.lookup import example_folder, example_names
+from simpletuner.config.discovery import example_folder, example_names
 from simpletuner.errors import ConfigError
 
 

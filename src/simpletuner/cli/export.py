@@ -11,24 +11,32 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from simpletuner import __version__
-from simpletuner.cli.generate import find_lora
-from simpletuner.cli.merge import weighted
+from simpletuner.cli.generate import find_lora_file
+from simpletuner.cli.merge import parse_weighted_lora
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from simpletuner.adapters.check import Verdict
+    from simpletuner.adapters.compatibility_check import ProgramCompatibility
     from simpletuner.adapters.layouts import LoraFile
 
-FILE = click.Path(path_type=Path)
+PATH_TYPE = click.Path(path_type=Path)
 FORMATS = (*get_args(AdapterOptions.model_fields["lora_format"].annotation), "lycoris")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # What a file says of its own numbers is not true of the one made from it.
-STALE = ("format", "lora_adapter_metadata", "rank", "alpha", "ss_network_", "sshs_", "modelspec.hash")
+STALE_METADATA_PREFIXES = (
+    "format",
+    "lora_adapter_metadata",
+    "rank",
+    "alpha",
+    "ss_network_",
+    "sshs_",
+    "modelspec.hash",
+)
 
 
 @click.command("export", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")})
-@click.argument("source", type=FILE)
+@click.argument("source", type=PATH_TYPE)
 @click.option("--check", "checking", is_flag=True, help="Write nothing; say what each program does with it.")
 @click.option("--json", "as_json", is_flag=True, help="With --check: for other programs to read.")
 @click.option("--format", "layout", type=click.Choice(FORMATS), help="Whose layout to write.")
@@ -39,7 +47,7 @@ STALE = ("format", "lora_adapter_metadata", "rank", "alpha", "ss_network_", "ssh
     "--with", "others", multiple=True, metavar="FILE[=WEIGHT]", help="Add another LoRA; may be repeated."
 )
 @click.option(
-    "--output", type=FILE, help="The new file.  [default: beside the source, with the format's name]"
+    "--output", type=PATH_TYPE, help="The new file.  [default: beside the source, with the format's name]"
 )
 def command(
     source: Path, checking: bool, as_json: bool, layout: str | None, rank: int | None, dtype: str,
@@ -49,14 +57,14 @@ def command(
 
     Nothing is overwritten, and what the programs would not apply as it was trained is not written.
     """
-    source = find_lora(source)
+    source = find_lora_file(source)
     if checking == (layout is not None) or (as_json and not checking):
         what = "either --format (to write a file) or --check, which --json belongs to"
         raise ConfigError([Problem("export", f"needs {what}")])
     if checking or layout is None:
-        show(source, as_json)
+        print_compatibility(source, as_json)
         return
-    added = [(source, strength), *(weighted(text, "--with") for text in others)]
+    added = [(source, strength), *(parse_weighted_lora(text, "--with") for text in others)]
     if not all(math.isfinite(weight) and weight for _, weight in added):
         raise ConfigError([Problem("--strength", "strengths and weights are finite numbers other than 0")])
     output = output or source.with_name(f"{source.stem}.{layout}.safetensors")
@@ -64,46 +72,52 @@ def command(
         raise ConfigError([Problem("--output", f"{output} exists and is not overwritten; name another")])
     if output.suffix != ".safetensors" or not output.parent.is_dir():
         raise ConfigError([Problem("--output", f"{output} is not a .safetensors file in an existing folder")])
-    export(added, layout, rank, dtype, output)
+    export_lora(added, layout, rank, dtype, output)
     click.echo(output)
 
 
-def export(added: list[tuple[Path, float]], layout: str, rank: int | None, dtype: str, output: Path) -> None:
+def export_lora(
+    added: list[tuple[Path, float]], layout: str, rank: int | None, dtype: str, output: Path
+) -> None:
     import torch
 
-    from simpletuner.adapters import files, layouts, sums
+    from simpletuner.adapters import layouts, lora_io, merge_deltas
     from simpletuner.adapters.layouts import LAYOUTS
 
-    read = [(layouts.read(path), weight) for path, weight in added]
+    read = [(layouts.read_lora_file(path), weight) for path, weight in added]
     for file, weight in read:
-        click.echo(f"{file.path.name}: {file.opened()[1]}; strength {weight:g}", err=True)
-    deltas = sums.weighted_sum([(file.deltas(), weight) for file, weight in read])
+        click.echo(f"{file.path.name}: {file.to_deltas_and_summary()[1]}; strength {weight:g}", err=True)
+    deltas = merge_deltas.weighted_sum([(file.to_deltas(), weight) for file, weight in read])
     if rank is not None:
-        deltas, error = sums.reduced(deltas, rank, LAYOUTS[layout].native)
+        deltas, error = merge_deltas.truncate_rank(deltas, rank, LAYOUTS[layout].uses_native_names)
         click.echo(f"rank {rank}: the delta differs by {error:.2%}", err=True)
-    told = {key: text for key, text in read[0][0].metadata.items() if not key.startswith(STALE)}
+    told = {
+        key: text for key, text in read[0][0].metadata.items() if not key.startswith(STALE_METADATA_PREFIXES)
+    }
     told["software"] = f"simpletuner {__version__}"
-    files.write(deltas, output, layout, getattr(torch, DTYPES[dtype]), told)
-    show(output, as_json=False, err=True)
+    lora_io.save_deltas(deltas, output, layout, getattr(torch, DTYPES[dtype]), told)
+    print_compatibility(output, as_json=False, err=True)
 
 
-def show(path: Path, as_json: bool, err: bool = False) -> None:
+def print_compatibility(path: Path, as_json: bool, err: bool = False) -> None:
     """The verdicts of all programs."""
-    from simpletuner.adapters.check import check
+    from simpletuner.adapters.compatibility_check import check_compatibility
 
-    file, verdicts = check(path)
-    click.echo(_as_json(file, verdicts) if as_json else _as_text(file, verdicts), err=err)
+    file, verdicts = check_compatibility(path)
+    click.echo(
+        _compatibility_json(file, verdicts) if as_json else _compatibility_text(file, verdicts), err=err
+    )
 
 
-def _as_json(file: LoraFile, verdicts: tuple[Verdict, ...]) -> str:
-    summary = asdict(file.opened()[1])
+def _compatibility_json(file: LoraFile, verdicts: tuple[ProgramCompatibility, ...]) -> str:
+    summary = asdict(file.to_deltas_and_summary()[1])
     fields = {name: summary[name] for name in ("layout", "kind", "ranks", "alphas", "parameters")}
     told = {"file": str(file.path), **fields, "modules": len(summary["modules"])}
     return json.dumps({**told, "programs": [asdict(one) for one in verdicts]}, indent=2)
 
 
-def _as_text(file: LoraFile, verdicts: tuple[Verdict, ...]) -> str:
-    lines = [f"{file.path.name}: {file.opened()[1]}"]
+def _compatibility_text(file: LoraFile, verdicts: tuple[ProgramCompatibility, ...]) -> str:
+    lines = [f"{file.path.name}: {file.to_deltas_and_summary()[1]}"]
     for one in verdicts:
         strength = f"strength {one.strength:g}: " if one.outcome == "wrong strength" and one.strength else ""
         line = f"  {one.program:<16}  {one.outcome:<14}  {one.modules} of {one.of}  {strength}{one.why}"

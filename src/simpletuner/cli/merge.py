@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 
 from simpletuner import __version__
-from simpletuner.cli.generate import FLAVOURS, find_lora, model_options
+from simpletuner.cli.generate import FLAVOURS, find_lora_file, resolve_model_options
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.events.terminal import Terminal
+from simpletuner.events.terminal_sink import TerminalSink
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn"}
-SUFFIX = ".safetensors"
+SAFETENSORS_SUFFIX = ".safetensors"
 
 
 @click.command("merge", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")})
@@ -30,11 +30,13 @@ def command(loras: tuple[str, ...], base: str | None, output: Path, layout: str 
     Any layout of LoRA, DoRA too; each is counted from the untouched base. fp8 is scaled, for ComfyUI.
     Nothing is overwritten.
     """
-    added = [weighted(text) for text in loras]
-    layout = layout or ("native" if output.suffix == SUFFIX else "diffusers")
+    added = [parse_weighted_lora(text) for text in loras]
+    layout = layout or ("native" if output.suffix == SAFETENSORS_SUFFIX else "diffusers")
     problems = []
-    if (layout == "native") != (output.suffix == SUFFIX):
-        problems.append(Problem("--output", f"{output}: native is one {SUFFIX} file, diffusers a folder"))
+    if (layout == "native") != (output.suffix == SAFETENSORS_SUFFIX):
+        problems.append(
+            Problem("--output", f"{output}: native is one {SAFETENSORS_SUFFIX} file, diffusers a folder")
+        )
     if layout == "diffusers" and dtype == "fp8":
         problems.append(Problem("--dtype", "diffusers reads no scaled fp8; use --format native or bf16"))
     if not output.parent.is_dir():
@@ -43,52 +45,54 @@ def command(loras: tuple[str, ...], base: str | None, output: Path, layout: str 
         problems.append(Problem("--lora", "give a LoRA to merge, or a --base to convert"))
     if problems:
         raise ConfigError(problems)
-    merge(added, _options(base, added), layout == "native", dtype, output)
+    merge_loras(added, _resolve_base_options(base, added), layout == "native", dtype, output)
     click.echo(output)
 
 
-def weighted(text: str, option: str = "--lora") -> tuple[Path, float]:
+def parse_weighted_lora(text: str, option: str = "--lora") -> tuple[Path, float]:
     """FILE=WEIGHT or FILE, also a checkpoint or a run."""
     name, mark, number = text.rpartition("=")
     if not mark or Path(text).exists():
-        return find_lora(Path(text)), 1.0
+        return find_lora_file(Path(text)), 1.0
     try:
         weight = float(number)
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise ConfigError([Problem(option, f"{text!r} is not FILE=WEIGHT, such as style{SUFFIX}=0.5")])
-    return find_lora(Path(name)), weight
+        raise ConfigError(
+            [Problem(option, f"{text!r} is not FILE=WEIGHT, such as style{SAFETENSORS_SUFFIX}=0.5")]
+        )
+    return find_lora_file(Path(name)), weight
 
 
-def _options(base: str | None, added: list[tuple[Path, float]]) -> ModelOptions:
+def _resolve_base_options(base: str | None, added: list[tuple[Path, float]]) -> ModelOptions:
     """Of a base that is named only the transformer is needed: the other parts are then the bundled ones."""
-    from simpletuner.models.chroma.sources import FLAVOURS as HUB_IDS
+    from simpletuner.models.chroma.model_files import FLAVOURS as HUB_IDS
 
     if base is None:
-        return model_options(None, [*added[0][0].resolve().parents[:3]], {})
+        return resolve_model_options(None, [*added[0][0].resolve().parents[:3]], {})
     if base == "nano":
         return ModelOptions(model_flavour="nano")
     name = HUB_IDS[base] if base in FLAVOURS else base
     return ModelOptions(model_flavour="nano", pretrained_transformer_model_name_or_path=name)
 
 
-def merge(
+def merge_loras(
     added: list[tuple[Path, float]], options: ModelOptions, native: bool, dtype: str, output: Path
 ) -> None:
     import torch
 
     from simpletuner.adapters import layouts
-    from simpletuner.models.chroma.merge import Target
-    from simpletuner.models.chroma.merge import merge as write
-    from simpletuner.models.registry import family as family_named
-    from simpletuner.training.metadata import public_name
+    from simpletuner.models.chroma.merge_loras import MergeOutput
+    from simpletuner.models.chroma.merge_loras import merge_loras as write
+    from simpletuner.models.registry import get_family as family_named
+    from simpletuner.training.model_metadata import public_name
 
-    shown = Terminal(sys.stderr)
-    read = [(layouts.read(path), weight) for path, weight in added]
+    shown = TerminalSink(sys.stderr)
+    read = [(layouts.read_lora_file(path), weight) for path, weight in added]
     for file, weight in read:
-        click.echo(f"{file.path.name}: {file.opened()[1]}; weight {weight:g}", err=True)
-    source = family_named(options.model_family).locate(options, shown)
+        click.echo(f"{file.path.name}: {file.to_deltas_and_summary()[1]}; weight {weight:g}", err=True)
+    source = family_named(options.model_family).locate_files(options, shown)
     base = public_name(options.pretrained_transformer_model_name_or_path or source.name)
     parts = [f"{public_name(str(path.absolute()))} x {weight:g}" for path, weight in added]
     told = {
@@ -98,8 +102,8 @@ def merge(
         "modelspec.merged_from": ", ".join([base, *parts]),
     }  # fmt: skip
     try:
-        target = Target(output, native, getattr(torch, DTYPES[dtype]))
-        loras = [(file.deltas(), weight) for file, weight in read]
+        target = MergeOutput(output, native, getattr(torch, DTYPES[dtype]))
+        loras = [(file.to_deltas(), weight) for file, weight in read]
         write(source.transformer, loras, target, told, shown, source.variant)
     finally:
         shown.close()

@@ -6,9 +6,9 @@ import json
 
 import click
 
-from simpletuner.config.catalog import Option, catalog
-from simpletuner.config.refused import reason_refused
-from simpletuner.config.values import did_you_mean
+from simpletuner.config.option_catalog import Option, all_options
+from simpletuner.config.option_values import did_you_mean
+from simpletuner.config.unsupported_options import unsupported_reason
 from simpletuner.errors import ConfigError
 
 
@@ -17,8 +17,12 @@ from simpletuner.errors import ConfigError
 def command(word: str | None) -> None:
     """Every option whose name or help has WORD in it; without WORD, the names by group."""
     sought = (word or "").lower().lstrip("-").replace("-", "_")
-    found = [option for option in catalog().values() if sought in " ".join((option.name, *option.aliases))]
-    found = found or [option for option in catalog().values() if (word or "").lower() in option.text.lower()]
+    found = [
+        option for option in all_options().values() if sought in " ".join((option.name, *option.aliases))
+    ]
+    found = found or [
+        option for option in all_options().values() if (word or "").lower() in option.text.lower()
+    ]
     if not word:
         names: dict[str, list[str]] = {}
         for option in found:
@@ -27,15 +31,15 @@ def command(word: str | None) -> None:
             click.echo(f"{group}\n  {chr(10).join(members).replace(chr(10), chr(10) + '  ')}\n")
         return
     for option in found:
-        click.echo(description(option))
-    reason = reason_refused(sought)
+        click.echo(format_option(option))
+    reason = unsupported_reason(sought)
     if reason:
         click.echo(f"{sought} is not an option here: {reason}")
     elif not found:
-        raise ConfigError(f"no option has to do with {word!r}{did_you_mean(sought, catalog())}")
+        raise ConfigError(f"no option has to do with {word!r}{did_you_mean(sought, all_options())}")
 
 
-def description(option: Option) -> str:
+def format_option(option: Option) -> str:
     """A few lines about one option."""
     unit = f" ({option.unit})" if option.unit else ""
     lines = [
@@ -45,5 +49,7 @@ def description(option: Option) -> str:
     ]
     if option.aliases:
         lines.append(f"  also written {', '.join(option.aliases)}")
-    lines.append("  may change on resume" if option.resume == "free" else "  must stay the same on resume")
+    lines.append(
+        "  may change on resume" if option.resume_policy == "free" else "  must stay the same on resume"
+    )
     return "\n".join(lines)

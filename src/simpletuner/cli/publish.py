@@ -15,24 +15,34 @@ from simpletuner.errors import ConfigError, Problem, SimpleTunerError
 @click.option("--public", is_flag=True, help="Make a new repository public, or put it into a public one.")
 def command(run: Path, repo: str | None, public: bool) -> None:
     """Upload the weights, the card and its pictures of RUN; its configuration and log stay here."""
-    from simpletuner.config.jsonc import parse
-    from simpletuner.config.load import from_resolved
+    from simpletuner.config.jsonc import parse_jsonc
+    from simpletuner.config.load import config_from_resolved
     from simpletuner.config.schema import PublishingOptions
-    from simpletuner.events.wording import describe
-    from simpletuner.training.publish import Publisher, limit_s, repository, results
+    from simpletuner.events.formatting import describe_event
+    from simpletuner.training.hub_publisher import (
+        HubPublisher,
+        list_result_files,
+        repository_name,
+        upload_timeout_s,
+    )
 
     run, options = run.resolve(), PublishingOptions()
     if (run / "config.json").is_file():
         file = run / "config.json"
-        options = from_resolved(parse(file.read_text(encoding="utf-8"), str(file)).value).publishing
-    files = results(run)
+        options = config_from_resolved(
+            parse_jsonc(file.read_text(encoding="utf-8"), str(file)).value
+        ).publishing
+    files = list_result_files(run)
     if not any(path.suffix == ".safetensors" for path in files):
         raise ConfigError([Problem("publish", f"{run} holds no finished weights; the training writes them")])
     private = options.model_card_private and not public
-    publisher = Publisher(
-        run, repo or repository(options, run), private, lambda event: click.echo(describe(event), err=True)
+    publisher = HubPublisher(
+        run,
+        repo or repository_name(options, run),
+        private,
+        lambda event: click.echo(describe_event(event), err=True),
     )
-    publisher.offer(files, "weights")
-    if not publisher.wait(6 * limit_s(files)):
-        raise SimpleTunerError(f"{run.name} is not published: {publisher.failed}")
+    publisher.enqueue(files, "weights")
+    if not publisher.wait(6 * upload_timeout_s(files)):
+        raise SimpleTunerError(f"{run.name} is not published: {publisher.failure}")
     click.echo(publisher.repo)

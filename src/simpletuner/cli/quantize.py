@@ -8,12 +8,12 @@ from pathlib import Path
 import click
 
 from simpletuner.config import flags
-from simpletuner.config.load import load
+from simpletuner.config.load import load_config
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError
-from simpletuner.events.terminal import Terminal
+from simpletuner.events.terminal_sink import TerminalSink
 
-PLACES = ("config", "env", "example")
+CONFIG_SOURCE_FLAGS = ("config", "env", "example")
 
 
 @click.command(
@@ -26,30 +26,34 @@ def command(words: tuple[str, ...]) -> None:
     Takes what `train` takes: --config PATH, --env NAME, --example NAME, and any option, such as
     --base_model_precision nf4. A conversion that was stopped goes on; a finished one is found again.
     """
-    given = flags.pairs(list(words))
-    places = {name: value for name, value in given if name in PLACES}
-    options = [pair for pair in given if pair[0] not in PLACES]
-    loaded = load(options, places.get("config"), places.get("env"), places.get("example"), needs_data=False)
-    for note in loaded.notes:
+    given = flags.parse_flags(list(words))
+    places = {name: value for name, value in given if name in CONFIG_SOURCE_FLAGS}
+    options = [pair for pair in given if pair[0] not in CONFIG_SOURCE_FLAGS]
+    loaded = load_config(
+        options, places.get("config"), places.get("env"), places.get("example"), needs_data=False
+    )
+    for note in loaded.notices:
         if "is read as" in note:  # the others are about a training
             click.echo(f"note: {note}", err=True)
-    for file in quantize(loaded.run.model):
+    for file in quantize_base(loaded.config.model):
         click.echo(file)
 
 
-def quantize(options: ModelOptions) -> list[Path]:
+def quantize_base(options: ModelOptions) -> list[Path]:
     """The converted files, one for each part. ConfigError when the options want nothing quantised."""
     if {options.base_model_precision, options.text_encoder_1_precision} == {"no_change"}:
         raise ConfigError(
             "nothing is to be quantised: set base_model_precision or text_encoder_1_precision,"
             " for example --base_model_precision=nf4"
         )
-    from simpletuner.models.registry import family as family_named
-    from simpletuner.training.device import choose
+    from simpletuner.models.registry import get_family as family_named
+    from simpletuner.training.device import select_device
 
     family = family_named(options.model_family)
-    shown = Terminal(sys.stderr)
+    shown = TerminalSink(sys.stderr)
     try:
-        return family.quantize(family.locate(options, shown), options, choose(options).device, shown)
+        return family.write_quantized_files(
+            family.locate_files(options, shown), options, select_device(options).device, shown
+        )
     finally:
         shown.close()

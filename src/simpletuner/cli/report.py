@@ -13,10 +13,10 @@ from simpletuner.errors import ConfigError
 @click.argument("run_dir", type=click.Path(path_type=Path))
 def command(run_dir: Path) -> None:
     """Write report.html into RUN_DIR from its events.jsonl, and print where it is."""
-    from simpletuner.config.load import resolved
+    from simpletuner.config.load import resolved_options
     from simpletuner.config.schema import RunConfig
-    from simpletuner.events.report import write_report
+    from simpletuner.events.html_report import write_report
 
     if not (run_dir / "events.jsonl").is_file():
         raise ConfigError(f"{run_dir} is no run folder: it has no events.jsonl")
-    click.echo(write_report(run_dir, resolved(RunConfig())))
+    click.echo(write_report(run_dir, resolved_options(RunConfig())))

@@ -11,29 +11,29 @@ from typing import TYPE_CHECKING
 
 import click
 
-from simpletuner.config.environment import SERVER_TOKEN
+from simpletuner.config.environment import SERVER_TOKEN_VARIABLE
 from simpletuner.errors import ConfigError
 
 if TYPE_CHECKING:
-    from simpletuner.server.settings import Settings
+    from simpletuner.server.settings import ServerSettings
 
-SHORTEST_TOKEN = 16
-CONNECTIONS = 512  # HTTP and WebSocket together; more are answered 503
-MESSAGE_BYTES = 1 << 16  # of a client over the WebSocket, which only says what it looks at
-GRACE_S = 3
-FOLDER = click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=True)
+MIN_TOKEN_CHARS = 16
+MAX_CONNECTIONS = 512  # HTTP and WebSocket together; more are answered 503
+MAX_MESSAGE_BYTES = 1 << 16  # of a client over the WebSocket, which only says what it looks at
+SHUTDOWN_GRACE_S = 3
+FOLDER_TYPE = click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=True)
 
 
 @click.command("server")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0: everywhere.")
 @click.option("--port", default=8001, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
-@click.option("--workspace", type=FOLDER, default=".", help="Folder to work in (default: here).")
-@click.option("--root", "roots", multiple=True, type=FOLDER, help="Another folder that may be used.")
+@click.option("--workspace", type=FOLDER_TYPE, default=".", help="Folder to work in (default: here).")
+@click.option("--root", "roots", multiple=True, type=FOLDER_TYPE, help="Another folder that may be used.")
 @click.option(
     "--token",
-    envvar=SERVER_TOKEN,
+    envvar=SERVER_TOKEN_VARIABLE,
     help="What others must show; made where one is needed and none is given. Every user of this machine sees "
-    f"a command line (ps): rather put it into the variable {SERVER_TOKEN} or the file .simpletuner/token.",
+    f"a command line (ps): rather put it into the variable {SERVER_TOKEN_VARIABLE} or the file .simpletuner/token.",
 )
 @click.option("--allow-host", "names", multiple=True, help="Name by which a proxy reaches this server.")
 @click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
@@ -51,21 +51,21 @@ def command(
     Only programs of this machine reach it; with another --host or with --allow-host others do, and need a
     token. Trainings are processes of their own: ending the server leaves them alone.
     """
-    from simpletuner.server.place import Place
-    from simpletuner.server.settings import Settings
-    from simpletuner.server.token import kept
+    from simpletuner.server.settings import ServerSettings
+    from simpletuner.server.token_auth import read_or_create_secret
+    from simpletuner.server.workspace import Workspace
 
-    if token is not None and len(token) < SHORTEST_TOKEN:
-        raise ConfigError(f"the token needs at least {SHORTEST_TOKEN} characters; without one it is made")
-    with bound(host, port) as listening:
-        place = Place(workspace, roots)
-        settings = Settings(place, host, listening.getsockname()[1], token, names)
-        if settings.open and token is None:
-            settings = replace(settings, token=kept(place.own / "token"))
-        serve(settings, listening, opens)
+    if token is not None and len(token) < MIN_TOKEN_CHARS:
+        raise ConfigError(f"the token needs at least {MIN_TOKEN_CHARS} characters; without one it is made")
+    with bind_socket(host, port) as listening:
+        place = Workspace(workspace, roots)
+        settings = ServerSettings(place, host, listening.getsockname()[1], token, names)
+        if settings.is_public and token is None:
+            settings = replace(settings, token=read_or_create_secret(place.server_dir / "token"))
+        run_server(settings, listening, opens)
 
 
-def bound(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """A socket on that address. Raises ConfigError where it is taken or not this machine's."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -78,20 +78,20 @@ def bound(host: str, port: int) -> socket.socket:
     return listening
 
 
-def serve(settings: Settings, listening: socket.socket, opens: bool) -> None:
+def run_server(settings: ServerSettings, listening: socket.socket, opens: bool) -> None:
     """Until Ctrl-C or SIGTERM. The access log stays off: it would keep what people look at."""
     import uvicorn
 
     from simpletuner.server.app import create_app
 
     app = create_app(settings)
-    launch = "" if app.state.gate is None else f"#/login/{app.state.gate.launch}"
+    launch = "" if app.state.token_auth is None else f"#/login/{app.state.token_auth.login_code}"
 
     class Announced(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
-                tell(settings, launch, opens)
+                print_address(settings, launch, opens)
 
     config = uvicorn.Config(
         app,
@@ -99,16 +99,16 @@ def serve(settings: Settings, listening: socket.socket, opens: bool) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        ws_max_size=MESSAGE_BYTES,
-        limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=GRACE_S,
+        ws_max_size=MAX_MESSAGE_BYTES,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
     )
     with contextlib.suppress(KeyboardInterrupt):
         Announced(config).run([listening])
     click.echo("\nThe server has ended. Trainings that run go on; start it again to see them.")
 
 
-def tell(settings: Settings, launch: str, opens: bool) -> None:
+def print_address(settings: ServerSettings, launch: str, opens: bool) -> None:
     """The address, as soon as it answers."""
     name = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname(), "127.0.0.1": "localhost"}
     host = name.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)
@@ -117,7 +117,7 @@ def tell(settings: Settings, launch: str, opens: bool) -> None:
     if launch:
         click.echo("This link logs in once. For scripts, and later: the token that you gave, or else the")
         click.echo(
-            f"one in {settings.place.own / 'token'}. Plain HTTP: across a network use a tunnel (ssh -L)."
+            f"one in {settings.workspace.server_dir / 'token'}. Plain HTTP: across a network use a tunnel (ssh -L)."
         )
     if opens:
         webbrowser.open(url)

@@ -11,22 +11,22 @@ from pathlib import Path
 import click
 
 from simpletuner.config import flags
-from simpletuner.config.catalog import catalog
-from simpletuner.config.load import Attempt, Loaded, attempt, resolved
-from simpletuner.config.rules import FP16
-from simpletuner.config.values import read_size
-from simpletuner.data.backends import read_backends
-from simpletuner.data.dataset import Backends
+from simpletuner.config.constraints import FP16_REFUSAL
+from simpletuner.config.load import ConfigLoadResult, LoadedConfig, resolved_options, try_load_config
+from simpletuner.config.option_catalog import all_options
+from simpletuner.config.option_values import parse_memory_size
+from simpletuner.data.dataset_config import DatasetFile
+from simpletuner.data.dataset_file import read_dataset_file
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.events import webhook
+from simpletuner.events import webhook_sink
 from simpletuner.validation.prompts import read_prompts
 
-PLACES = {
+CONFIG_SOURCE_FLAGS = {
     "config": "PATH  a configuration file, or its folder",
     "env": "NAME  the environment config/NAME",
     "example": "NAME  a packaged example (simpletuner examples list)",
 }
-FIT = {"fit [12GB]": "take the fastest settings that fit it, or what is free; say it again to go on"}
+FIT_FLAG = {"fit [12GB]": "take the fastest settings that fit it, or what is free; say it again to go on"}
 SWITCHES = {
     "show_config": "print every value and where it came from, and stop",
     "rehearse": "a few steps of your dataset and options on the tiny bundled model, on the CPU",
@@ -45,24 +45,28 @@ SWITCHES = {
 @click.pass_context
 def command(ctx: click.Context, words: tuple[str, ...]) -> None:
     """Train with the configuration in config.json, and with what the flags change of it."""
-    pairs = flags.pairs(["--help" if word == "-h" else word for word in words], tuple(SWITCHES))
+    pairs = flags.parse_flags(["--help" if word == "-h" else word for word in words], tuple(SWITCHES))
     given = dict(pairs)
     if "help" in given or "help_all" in given:
-        click.echo(help_text(everything="help_all" in given))
+        click.echo(format_help(everything="help_all" in given))
         return
-    empty = [Problem(f"--{name}", "needs a value") for name in PLACES if name in given and not given[name]]
+    empty = [
+        Problem(f"--{name}", "needs a value")
+        for name in CONFIG_SOURCE_FLAGS
+        if name in given and not given[name]
+    ]
     if empty:
         raise ConfigError(empty)
     if "fit" in given and not given.keys().isdisjoint(("rehearse", "show_config")):
         raise ConfigError("--fit is for the training itself; simpletuner plan --fit shows what it would take")
     within = (given["fit"] or "") if "fit" in given else None
     if within:
-        read_size(within)
-    options = [pair for pair in pairs if pair[0] not in (*PLACES, *SWITCHES, "fit")]
-    tried = attempt(options, given.get("config"), given.get("env"), given.get("example"))
-    loaded, backends = checked(tried)
+        parse_memory_size(within)
+    options = [pair for pair in pairs if pair[0] not in (*CONFIG_SOURCE_FLAGS, *SWITCHES, "fit")]
+    tried = try_load_config(options, given.get("config"), given.get("env"), given.get("example"))
+    loaded, backends = check_config_and_datasets(tried)
     if "show_config" in given:
-        show(loaded, click.echo)
+        print_config(loaded, click.echo)
         return
     if "rehearse" in given:
         from simpletuner.training.rehearse import rehearse
@@ -70,31 +74,31 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
         ctx.exit(rehearse(loaded, backends))
     with ExitStack() as beside:
         if "serve" in given:
-            from simpletuner.cli.beside import served
+            from simpletuner.cli.serve_while_training import serve_while_training
 
-            beside.enter_context(served(Path(loaded.run.training.output_dir).expanduser()))
+            beside.enter_context(serve_while_training(Path(loaded.config.training.output_dir).expanduser()))
         from simpletuner.training import run
 
-        ctx.exit(run.train(loaded, backends, within))
+        ctx.exit(run.run_training(loaded, backends, within))
 
 
-def checked(tried: Attempt) -> tuple[Loaded, Backends]:
+def check_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, DatasetFile]:
     """The configuration and its datasets, or a ConfigError with the problems of all files together."""
     problems = list(tried.problems)
     backends = None
-    if tried.data is not None and tried.data.data_backend_config is not None:
+    if tried.data_options is not None and tried.data_options.data_backend_config is not None:
         try:
-            backends = read_backends(Path(tried.data.data_backend_config), tried.data)
+            backends = read_dataset_file(Path(tried.data_options.data_backend_config), tried.data_options)
         except ConfigError as error:
             problems.extend(error.problems)
     if tried.loaded is not None:
-        run, source = tried.loaded.run, tried.loaded.source
+        run, source = tried.loaded.config, tried.loaded.config_path
         if run.model.mixed_precision == "fp16":
-            problems.append(Problem(tried.loaded.origins["mixed_precision"], FP16))
+            problems.append(Problem(tried.loaded.origins["mixed_precision"], FP16_REFUSAL))
         try:
             read_prompts(run.validation, source.parent if source else Path.cwd())
             if run.logging.webhook_config is not None:
-                webhook.parse(run.logging.webhook_config)
+                webhook_sink.parse_webhook_config(run.logging.webhook_config)
         except ConfigError as error:
             problems.extend(error.problems)
     if problems or tried.loaded is None or backends is None:
@@ -102,20 +106,20 @@ def checked(tried: Attempt) -> tuple[Loaded, Backends]:
     return tried.loaded, backends
 
 
-def show(loaded: Loaded, echo: Callable[[str], None]) -> None:
+def print_config(loaded: LoadedConfig, echo: Callable[[str], None]) -> None:
     """Every value with its origin, by section; then the notes."""
-    values = resolved(loaded.run)
-    for group, options in groupby(catalog().values(), key=lambda option: option.group):
+    values = resolved_options(loaded.config)
+    for group, options in groupby(all_options().values(), key=lambda option: option.group):
         echo(f"\n{group}")
         for option in options:
             value = json.dumps(values[option.name], ensure_ascii=False)
             echo(f"  {option.name:<42} {value:<32} {loaded.origins[option.name]}")
     echo("")
-    for note in loaded.notes:
+    for note in loaded.notices:
         echo(f"note: {note}")
 
 
-def help_text(everything: bool) -> str:
+def format_help(everything: bool) -> str:
     """The basic options by group, or all of them."""
     formatter = click.HelpFormatter(width=110)
     formatter.write_usage(
@@ -123,12 +127,15 @@ def help_text(everything: bool) -> str:
     )
     with formatter.section("Where the configuration comes from"):
         formatter.write_dl(
-            [(f"--{name} {text.split('  ')[0]}", text.split("  ")[1]) for name, text in PLACES.items()]
+            [
+                (f"--{name} {text.split('  ')[0]}", text.split("  ")[1])
+                for name, text in CONFIG_SOURCE_FLAGS.items()
+            ]
         )
     with formatter.section("Instead of training, or beside it"):
-        switches = {**SWITCHES, **FIT}.items()
+        switches = {**SWITCHES, **FIT_FLAG}.items()
         formatter.write_dl([(f"--{name.replace('_', '-')}", text) for name, text in switches])
-    for group, options in groupby(catalog().values(), key=lambda option: option.group):
+    for group, options in groupby(all_options().values(), key=lambda option: option.group):
         rows = [
             (f"--{option.name}", f"{option.text}  [{option.takes}; default {json.dumps(option.default)}]")
             for option in options

@@ -8,11 +8,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from simpletuner.config.catalog import Option, catalog
-from simpletuner.config.refused import names_refused
+from simpletuner.config.option_catalog import Option, all_options
 from simpletuner.config.schema import RunConfig
+from simpletuner.config.unsupported_options import unsupported_names_by_reason
 
-HEAD = """# Options
+PAGE_HEADER = """# Options
 
 Written by `python -m simpletuner.config.docs`; do not edit. One option is one key of `config.json`, one flag
 (`--seed 7`, `--seed=7` or `seed=7`) and one variable (`SIMPLETUNER_SEED=7`). Later wins: default, file,
@@ -20,7 +20,7 @@ environment, flag. Look at the **basic** options first, then at the *common* one
 change between a checkpoint and its resumption.
 """
 
-REFUSED_HEAD = """
+UNSUPPORTED_HEADER = """
 ## Options of SimpleTuner's that are not here
 
 Refused by name. One that is off, at its default there, or idle without another is skipped with a note.
@@ -29,25 +29,28 @@ Refused by name. One that is off, at its default there, or idle without another 
 |---|---|"""
 
 
-def options_page() -> str:
+def render_options_page() -> str:
     """docs/options.md."""
-    parts = [HEAD]
-    for group, options in groupby(catalog().values(), key=lambda option: option.group):
+    parts = [PAGE_HEADER]
+    for group, options in groupby(all_options().values(), key=lambda option: option.group):
         parts.append(f"\n## {group}\n\n| option | takes | default | |\n|---|---|---|---|")
-        parts.extend(_row(option) for option in options)
-    parts.append(REFUSED_HEAD)
-    parts.extend(f"| {', '.join(f'`{one}`' for one in names)} | {why} |" for why, names in names_refused())
+        parts.extend(_render_row(option) for option in options)
+    parts.append(UNSUPPORTED_HEADER)
+    parts.extend(
+        f"| {', '.join(f'`{one}`' for one in names)} | {why} |"
+        for why, names in unsupported_names_by_reason()
+    )
     return "\n".join(parts) + "\n"
 
 
-def _row(option: Option) -> str:
+def _render_row(option: Option) -> str:
     mark = {"basic": f"**`{option.name}`**", "common": f"*`{option.name}`*"}.get(
         option.level, f"`{option.name}`"
     )
     also = f" Also written {', '.join(f'`{alias}`' for alias in option.aliases)}." if option.aliases else ""
     unit = f" ({option.unit})" if option.unit else ""
     cells = [
-        mark + (" R" if option.resume == "free" else ""),
+        mark + (" R" if option.resume_policy == "free" else ""),
         option.takes + unit,
         f"`{json.dumps(option.default)}`",
         option.text + also,
@@ -55,13 +58,13 @@ def _row(option: Option) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def json_schema() -> dict[str, Any]:
+def build_json_schema() -> dict[str, Any]:
     """docs/options.schema.json: point an editor at it by a "$schema" key in config.json."""
     properties: dict[str, Any] = {"$schema": {"type": "string"}}
     for section in RunConfig.model_json_schema()["$defs"].values():
         for name, shape in section["properties"].items():
-            option = catalog()[name]
-            kept = {key: shape[key] for key in shape if key != "title" and key not in FIELDS}
+            option = all_options()[name]
+            kept = {key: shape[key] for key in shape if key != "title" and key not in OMITTED_SCHEMA_KEYS}
             if not option.nullable:
                 kept = {"description": kept.pop("description"), "anyOf": [kept, {"type": "null"}]}
             properties.update(dict.fromkeys((name, *option.aliases), kept))
@@ -74,16 +77,18 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-FIELDS = [field.name for field in dataclasses.fields(Option) if field.name not in ("default", "unit")]
+OMITTED_SCHEMA_KEYS = [
+    field.name for field in dataclasses.fields(Option) if field.name not in ("default", "unit")
+]
 
 
-def write(folder: Path) -> None:
+def write_option_docs(folder: Path) -> None:
     """Both files."""
     folder.mkdir(exist_ok=True)
-    (folder / "options.md").write_text(options_page(), encoding="utf-8")
-    schema = json.dumps(json_schema(), indent=1, ensure_ascii=False)
+    (folder / "options.md").write_text(render_options_page(), encoding="utf-8")
+    schema = json.dumps(build_json_schema(), indent=1, ensure_ascii=False)
     (folder / "options.schema.json").write_text(schema + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write(Path("docs"))
+    write_option_docs(Path("docs"))

@@ -10,27 +10,29 @@ from typing import Any
 
 from simpletuner.errors import ConfigError
 
-PLACEHOLDER = re.compile(r"\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
-PREFIX = "SIMPLETUNER_"
-SERVER_TOKEN = f"{PREFIX}SERVER_TOKEN"  # what `simpletuner server` demands of others; no option's
+PLACEHOLDER_PATTERN = re.compile(r"\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+VARIABLE_PREFIX = "SIMPLETUNER_"
+SERVER_TOKEN_VARIABLE = (
+    f"{VARIABLE_PREFIX}SERVER_TOKEN"  # what `simpletuner server` demands of others; no option's
+)
 
 
-def process_environment() -> Mapping[str, str]:
+def copy_process_environment() -> Mapping[str, str]:
     """A copy of the environment as it is now."""
     return dict(os.environ)
 
 
-def user_cache() -> Path:
+def user_cache_dir() -> Path:
     """Where this program keeps what all runs share: simpletuner in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simpletuner"
 
 
-def expand(value: Any, environ: Mapping[str, str] | None = None) -> Any:
+def expand_placeholders(value: Any, environ: Mapping[str, str] | None = None) -> Any:
     """Replace every {env:NAME} in a text, or in the texts of a list or object.
 
     Raises ConfigError naming the first variable that is not set.
     """
-    known = process_environment() if environ is None else environ
+    known = copy_process_environment() if environ is None else environ
 
     def replacement(match: re.Match[str]) -> str:
         if match[1] not in known:
@@ -38,7 +40,11 @@ def expand(value: Any, environ: Mapping[str, str] | None = None) -> Any:
         return known[match[1]]
 
     if isinstance(value, str):
-        return PLACEHOLDER.sub(replacement, value)
+        return PLACEHOLDER_PATTERN.sub(replacement, value)
     if isinstance(value, list):
-        return [expand(item, known) for item in value]
-    return {key: expand(item, known) for key, item in value.items()} if isinstance(value, dict) else value
+        return [expand_placeholders(item, known) for item in value]
+    return (
+        {key: expand_placeholders(item, known) for key, item in value.items()}
+        if isinstance(value, dict)
+        else value
+    )

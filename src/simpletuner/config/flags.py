@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from simpletuner.config.catalog import catalog
-from simpletuner.config.values import FALSE, TRUE
+from simpletuner.config.option_catalog import all_options
+from simpletuner.config.option_values import FALSE_WORDS, TRUE_WORDS
 from simpletuner.errors import ConfigError, Problem
 
-ASSIGNED = re.compile(r"(?:--)?([A-Za-z][\w-]*)=(.*)", re.DOTALL)
-ALONE = ("flag", "amount")
-DASHED = re.compile(r"--([A-Za-z][\w-]*)")
+ASSIGNMENT_PATTERN = re.compile(r"(?:--)?([A-Za-z][\w-]*)=(.*)", re.DOTALL)
+KINDS_WITH_OPTIONAL_VALUE = ("flag", "amount")
+FLAG_PATTERN = re.compile(r"--([A-Za-z][\w-]*)")
 
 
-def pairs(argv: Sequence[str], switches: Sequence[str] = ()) -> list[tuple[str, str | None]]:
+def parse_flags(argv: Sequence[str], switches: Sequence[str] = ()) -> list[tuple[str, str | None]]:
     """(name, value) in the order typed, names with `_`; value None for a flag that stands alone.
 
     switches: names that never take the next word. A word that is none of the forms raises ConfigError.
@@ -24,12 +24,14 @@ def pairs(argv: Sequence[str], switches: Sequence[str] = ()) -> list[tuple[str, 
     words = list(argv)
     while words:
         word = words.pop(0)
-        assigned, dashed = ASSIGNED.fullmatch(word), DASHED.fullmatch(word)
+        assigned, dashed = ASSIGNMENT_PATTERN.fullmatch(word), FLAG_PATTERN.fullmatch(word)
         if assigned:
             found.append((assigned[1].replace("-", "_"), assigned[2]))
         elif dashed:
             name = dashed[1].replace("-", "_")
-            found.append((name, words.pop(0) if words and _is_value(name, words[0], switches) else None))
+            found.append(
+                (name, words.pop(0) if words and _takes_next_word(name, words[0], switches) else None)
+            )
         else:
             problems.append(
                 Problem("", f"{word!r} belongs to no option; write --option value or option=value")
@@ -39,13 +41,17 @@ def pairs(argv: Sequence[str], switches: Sequence[str] = ()) -> list[tuple[str, 
     return found
 
 
-def _is_value(name: str, word: str, switches: Sequence[str]) -> bool:
+def _takes_next_word(name: str, word: str, switches: Sequence[str]) -> bool:
     """A boolean takes the next word only if it says yes, no or how much; nothing takes one like `--seed`."""
-    if name in switches or DASHED.fullmatch(word) or (word.startswith("--") and ASSIGNED.fullmatch(word)):
+    if (
+        name in switches
+        or FLAG_PATTERN.fullmatch(word)
+        or (word.startswith("--") and ASSIGNMENT_PATTERN.fullmatch(word))
+    ):
         return False
-    option = catalog().get(name)
-    if option is None or option.kind not in ALONE:
+    option = all_options().get(name)
+    if option is None or option.kind not in KINDS_WITH_OPTIONAL_VALUE:
         return True
-    return word.lower() in TRUE + FALSE or (
+    return word.lower() in TRUE_WORDS + FALSE_WORDS or (
         option.kind == "amount" and (word.isdigit() or word in option.choices)
     )

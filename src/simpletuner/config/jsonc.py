@@ -17,16 +17,18 @@ from typing import Any
 
 from simpletuner.errors import ConfigError, Problem
 
-Path = tuple[str | int, ...]
+JsonPath = tuple[str | int, ...]
 
 # None of them, nor a text, can end earlier or later, whatever comes behind: a file is read once.
-COMMENT = r"//[^\n]*(?=\n|\Z)|#[^\n]*(?=\n|\Z)|/\*(?:(?!\*/).)*(?:\*/|\Z)"
-TOKEN = re.compile(rf'"(?:[^"\\]|\\(?:.|\Z))*(?:"|\Z)|{COMMENT}|[\[\]{{}},:]|[^\[\]{{}},:"/#\s]+', re.DOTALL)
-CLOSING = re.compile(rf"(?:\s|{COMMENT})*[\]}}]", re.DOTALL)
-BEFORE_VALUES = ("", "[", "{", ",", ":")  # a comma behind one of these ends no value
-WORD = re.compile(r"[\w$.+-]+")
-NO_NUMBERS = ("NaN", "Infinity", "-Infinity")
-DEEPEST = 100
+COMMENT_PATTERN = r"//[^\n]*(?=\n|\Z)|#[^\n]*(?=\n|\Z)|/\*(?:(?!\*/).)*(?:\*/|\Z)"
+TOKEN_PATTERN = re.compile(
+    rf'"(?:[^"\\]|\\(?:.|\Z))*(?:"|\Z)|{COMMENT_PATTERN}|[\[\]{{}},:]|[^\[\]{{}},:"/#\s]+', re.DOTALL
+)
+CLOSING_BRACKET_PATTERN = re.compile(rf"(?:\s|{COMMENT_PATTERN})*[\]}}]", re.DOTALL)
+TOKENS_BEFORE_VALUE = ("", "[", "{", ",", ":")  # a comma behind one of these ends no value
+WORD_PATTERN = re.compile(r"[\w$.+-]+")
+NONFINITE_LITERALS = ("NaN", "Infinity", "-Infinity")
+MAX_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ class Document:
     """
 
     value: Any
-    positions: Mapping[Path, tuple[int, int]]
+    positions: Mapping[JsonPath, tuple[int, int]]
     name: str = ""
 
-    def where(self, path: Path = ()) -> str:
+    def location_of(self, path: JsonPath = ()) -> str:
         """Of the nearest enclosing path that has a position: "config.json:7:3"."""
         while path and path not in self.positions:
             path = path[:-1]
@@ -48,109 +50,113 @@ class Document:
         return f"{self.name}:{position[0]}:{position[1]}" if position else self.name
 
 
-def parse(text: str, name: str) -> Document:
+def parse_jsonc(text: str, name: str) -> Document:
     """Read a whole text; `name` is how the file is called in messages. ConfigError with every problem."""
-    walk, value = _Walk(text.removeprefix("\ufeff")), None
+    walk, value = _TokenScanner(text.removeprefix("\ufeff")), None
     try:
-        value = json.loads(walk.plain())
+        value = json.loads(walk.to_plain_json())
     except json.JSONDecodeError as error:
-        walk.problem(_told(error), error.pos)
+        walk.add_problem(_describe_decode_error(error), error.pos)
     except ValueError:  # so many digits that Python makes no number of them
         if not walk.problems:  # nor did float, of what follows them at once
-            walk.problem("a number with thousands of digits, and more behind it, is none", 0)
+            walk.add_problem("a number with thousands of digits, and more behind it, is none", 0)
     if walk.problems:
-        places = [(*walk.place(at), what) for at, what in sorted(walk.problems)]
+        places = [(*walk.line_and_column(at), what) for at, what in sorted(walk.problems)]
         raise ConfigError([Problem(f"{name}:{line}:{column}", what) for line, column, what in places])
     return Document(value, walk.positions, name)
 
 
-class _Walk:
+class _TokenScanner:
     """Once over the tokens of a text that may be anything. problems: (offset, sentence)."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.positions: dict[Path, tuple[int, int]] = {}
+        self.positions: dict[JsonPath, tuple[int, int]] = {}
         self.problems: list[tuple[int, str]] = []
         self.line_starts = [0, *(match.end() for match in re.finditer("\n", text))]
         self.path: list[str | int] = []  # of every open bracket the key or the index that is read
-        self.keys: list[set[str]] = []  # of every open bracket those that were read
-        self.key_is_due = False
+        self.keys_read: list[set[str]] = []  # of every open bracket those that were read
+        self.expects_key = False
 
-    def place(self, at: int) -> tuple[int, int]:
+    def line_and_column(self, at: int) -> tuple[int, int]:
         """Line and column, from 1."""
         line = bisect.bisect_right(self.line_starts, at)
         return line, at - self.line_starts[line - 1] + 1
 
-    def problem(self, what: str, at: int) -> None:
+    def add_problem(self, what: str, at: int) -> None:
         self.problems.append((at, what))
 
-    def plain(self) -> str:
+    def to_plain_json(self) -> str:
         """The text with blanks for comments and trailing commas."""
         pieces, begin, last = [], 0, ""
-        for match in TOKEN.finditer(self.text):
+        for match in TOKEN_PATTERN.finditer(self.text):
             word, at = match[0], match.start()
-            trailing = word == "," and last not in BEFORE_VALUES and CLOSING.match(self.text, match.end())
+            trailing = (
+                word == ","
+                and last not in TOKENS_BEFORE_VALUE
+                and CLOSING_BRACKET_PATTERN.match(self.text, match.end())
+            )
             if trailing or word.startswith(("//", "#", "/*")):
                 pieces += [self.text[begin:at], re.sub(r"[^\n]", " ", word)]
                 begin = match.end()
                 if word.startswith("/*") and (len(word) < 4 or not word.endswith("*/")):
-                    self.problem("this comment is never closed: '*/' is missing", at)
+                    self.add_problem("this comment is never closed: '*/' is missing", at)
                 continue
-            self.token(word, at)
+            self.scan_token(word, at)
             last = word
-            if len(self.path) > DEEPEST:  # no farther: the library's reader calls itself for each
-                self.problem(f"more than {DEEPEST} levels", at)
+            if len(self.path) > MAX_DEPTH:  # no farther: the library's reader calls itself for each
+                self.add_problem(f"more than {MAX_DEPTH} levels", at)
                 return "null"
         return "".join([*pieces, self.text[begin:]])
 
-    def token(self, word: str, at: int) -> None:
+    def scan_token(self, word: str, at: int) -> None:
         if word in "]}":
-            self.path[-1:], self.keys[-1:], self.key_is_due = [], [], False
+            self.path[-1:], self.keys_read[-1:], self.expects_key = [], [], False
         elif word == "," and self.path:
             index = self.path[-1]
-            self.key_is_due = isinstance(index, str)
+            self.expects_key = isinstance(index, str)
             self.path[-1] = index + 1 if isinstance(index, int) else index
-        elif self.key_is_due and word[0] == '"':
-            key = self.path[-1] = self.string(word, at)
-            self.key_is_due = False
-            if key in self.keys[-1]:
-                self.problem(f"{key!r} appears twice", at)
-            self.keys[-1].add(key)
-            self.positions[tuple(self.path)] = self.place(at)
+        elif self.expects_key and word[0] == '"':
+            key = self.path[-1] = self.parse_string(word, at)
+            self.expects_key = False
+            if key in self.keys_read[-1]:
+                self.add_problem(f"{key!r} appears twice", at)
+            self.keys_read[-1].add(key)
+            self.positions[tuple(self.path)] = self.line_and_column(at)
         elif word not in ",:":
-            self.value(word, at)
+            self.scan_value(word, at)
 
-    def value(self, word: str, at: int) -> None:
+    def scan_value(self, word: str, at: int) -> None:
         if not self.path or isinstance(self.path[-1], int):
-            self.positions.setdefault(tuple(self.path), self.place(at))
+            self.positions.setdefault(tuple(self.path), self.line_and_column(at))
         if word in "[{":
             self.path.append(0 if word == "[" else "")
-            self.keys.append(set())
-            self.key_is_due = word == "{"
+            self.keys_read.append(set())
+            self.expects_key = word == "{"
         elif word[0] == '"':
-            self.string(word, at)
-        elif word in NO_NUMBERS:
-            self.problem(f"a value is expected here, not {word}", at)
+            self.parse_string(word, at)
+        elif word in NONFINITE_LITERALS:
+            self.add_problem(f"a value is expected here, not {word}", at)
         else:
             with suppress(ValueError):  # a word, or what the library's reader calls no number
                 if math.isinf(float(word)):
-                    self.problem(f"{word[:40]} is too large", at)
+                    self.add_problem(f"{word[:40]} is too large", at)
 
-    def string(self, word: str, at: int) -> str:
+    def parse_string(self, word: str, at: int) -> str:
         with suppress(json.JSONDecodeError):  # told with its place when the whole text is read
             text: str = json.loads(word)
             if any("\ud800" <= character <= "\udfff" for character in text):
-                self.problem("half of a surrogate pair is not a character", at)
+                self.add_problem("half of a surrogate pair is not a character", at)
             return text
         return word
 
 
-def _told(error: json.JSONDecodeError) -> str:
+def _describe_decode_error(error: json.JSONDecodeError) -> str:
     if not error.doc.strip():
         return "the file is empty"
     if error.msg != "Expecting value":
         return error.msg
-    match = WORD.match(error.doc, error.pos)
+    match = WORD_PATTERN.match(error.doc, error.pos)
     word = match[0] if match else error.doc[error.pos : error.pos + 1] or "the end of the file"
     hint = "; write it in lower case" if word.lower() in ("true", "false", "null") else ""
     return f"a value is expected here, not {word}{hint}; text needs double quotes"

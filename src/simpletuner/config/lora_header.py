@@ -8,38 +8,46 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
-LONGEST_HEADER = 8 << 20
-DOWN = (".lora_A.weight", ".lora_down.weight")
-FUSED = ("qkv", "linear1")  # block-diagonal ones have the ranks of their parts added up
+MAX_HEADER_BYTES = 8 << 20
+DOWN_WEIGHT_SUFFIXES = (".lora_A.weight", ".lora_down.weight")
+FUSED_MODULE_SUFFIXES = ("qkv", "linear1")  # block-diagonal ones have the ranks of their parts added up
 
 
-def ranks(path: Path) -> tuple[int, int]:
+def read_ranks(path: Path) -> tuple[int, int]:
     """The largest rank, and the largest that surely is one module's; zeros for what holds no pairs.
 
     What is no LoRA is told by those who read it whole.
     """
     try:
-        found = {key: index(entry["shape"][0]) for key, entry in _header(path).items() if key.endswith(DOWN)}
+        found = {
+            key: index(entry["shape"][0])
+            for key, entry in _read_header(path).items()
+            if key.endswith(DOWN_WEIGHT_SUFFIXES)
+        }
     except (TypeError, LookupError):
         return 0, 0
-    single = (rank for key, rank in found.items() if not key.split(".lora_")[0].endswith(FUSED))
+    single = (
+        rank for key, rank in found.items() if not key.split(".lora_")[0].endswith(FUSED_MODULE_SUFFIXES)
+    )
     return max(found.values(), default=0), max(single, default=0)
 
 
-def algo(path: Path) -> str | None:
+def detect_lycoris_algo(path: Path) -> str | None:
     """LyCORIS' name of a LoKr or a LoHa; None for all else."""
     marks = {"lokr": ".lokr_w", "loha": ".hada_w"}
-    return next((name for name, mark in marks.items() if any(mark in key for key in _header(path))), None)
+    return next(
+        (name for name, mark in marks.items() if any(mark in key for key in _read_header(path))), None
+    )
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _read_header(path: Path) -> dict[str, Any]:
     path = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
     if not path.is_file():  # a pipe would be waited for
         return {}
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= LONGEST_HEADER else {}
+            header = json.loads(file.read(length)) if length <= MAX_HEADER_BYTES else {}
     except (OSError, ValueError, RecursionError, struct.error):
         return {}
     return header if isinstance(header, dict) else {}

@@ -9,28 +9,28 @@ from simpletuner.config.sections_training import OptimizerOptions
 from simpletuner.errors import ConfigError
 
 
-def _flag(text: str) -> bool:
+def _parse_bool(text: str) -> bool:
     return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
 
 
-KNOWN: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
-    "adamw": {"amsgrad": _flag},
+ARGUMENT_PARSERS: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
+    "adamw": {"amsgrad": _parse_bool},
     "adamw_bf16": {},
     "adamw_8bit": {},
     "adafactor": {"beta2_decay": float, "d": float, "eps1": float, "eps2": float},
-    "lion": {"beta1": float, "beta2": float, "decouple_lr": _flag, "kahan_sum": _flag},
+    "lion": {"beta1": float, "beta2": float, "decouple_lr": _parse_bool, "kahan_sum": _parse_bool},
     "prodigy": {
-        "beta3": float, "d0": float, "d_coef": float, "decouple": _flag, "growth_rate": float,
-        "safeguard_warmup": _flag, "slice_p": int, "use_bias_correction": _flag,
+        "beta3": float, "d0": float, "d_coef": float, "decouple": _parse_bool, "growth_rate": float,
+        "safeguard_warmup": _parse_bool, "slice_p": int, "use_bias_correction": _parse_bool,
     },
     "adamw_schedulefree": {"r": float, "weight_lr_power": float},
     "muon": {"momentum": float, "iterations": int},
 }  # fmt: skip
 
 
-def read_arguments(options: OptimizerOptions) -> dict[str, Any]:
+def parse_optimizer_arguments(options: OptimizerOptions) -> dict[str, Any]:
     """optimizer_config as typed arguments; ConfigError names the keys this optimizer knows."""
-    known, found = KNOWN[options.optimizer], {}
+    known, found = ARGUMENT_PARSERS[options.optimizer], {}
     for item in filter(None, (part.strip() for part in (options.optimizer_config or "").split(","))):
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or key not in known:
@@ -41,6 +41,6 @@ def read_arguments(options: OptimizerOptions) -> dict[str, Any]:
         try:
             found[key] = known[key](text)
         except (ValueError, KeyError) as error:
-            kind = "true or false" if known[key] is _flag else "a number"
+            kind = "true or false" if known[key] is _parse_bool else "a number"
             raise ConfigError(f"{key} = {text!r} is not {kind}") from error
     return found

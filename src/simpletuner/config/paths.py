@@ -6,18 +6,18 @@ import os
 import re
 from pathlib import Path
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-FILE_ENDINGS = (".safetensors", ".sft", ".gguf", ".json", ".bin")
+HUB_ID_PATTERN = re.compile(r"[\w.-]+/[\w.-]+")
+LOCAL_FILE_SUFFIXES = (".safetensors", ".sft", ".gguf", ".json", ".bin")
 
 
-def find(text: str, folder: Path | None, cwd: Path) -> tuple[str | None, tuple[str, ...]]:
+def find_path(text: str, folder: Path | None, cwd: Path) -> tuple[str | None, tuple[str, ...]]:
     """The absolute path of what exists, or None; and the places looked at. Never raises."""
     path = os.path.expanduser(text)
     tried = dict.fromkeys(os.path.abspath(base / path) for base in (folder, cwd) if base is not None)
     return next((place for place in tried if os.path.exists(place)), None), tuple(tried)
 
 
-def resolve(text: str, kind: str, folder: Path | None, cwd: Path) -> tuple[str, str]:
+def resolve_path(text: str, kind: str, folder: Path | None, cwd: Path) -> tuple[str, str]:
     """The absolute path if it exists, else the text as it is; and what is wrong, "" for nothing.
 
     kind: "file" must be one, "hub" may be a repository, "new" need not exist and stays relative.
@@ -25,16 +25,19 @@ def resolve(text: str, kind: str, folder: Path | None, cwd: Path) -> tuple[str, 
     if kind == "new":
         broken = any(character < " " for character in text)  # "C:\new" in JSON is a line break and "ew"
         return os.path.expanduser(text), r"has control characters; write \\ or / between folders" * broken
-    found, tried = find(text, folder, cwd)
+    found, tried = find_path(text, folder, cwd)
     if found is not None:
         return found, "is a folder, not a file" if kind == "file" and os.path.isdir(found) else ""
-    looks_local = text.startswith((".", "/", "~")) or text.endswith(FILE_ENDINGS)
-    if kind == "hub" and not looks_local and HUB_ID.fullmatch(text):
+    looks_local = text.startswith((".", "/", "~")) or text.endswith(LOCAL_FILE_SUFFIXES)
+    if kind == "hub" and not looks_local and HUB_ID_PATTERN.fullmatch(text):
         return text, ""
-    return text, f"does not exist (looked for {' or '.join(shown(Path(place), cwd) for place in tried)})"
+    return (
+        text,
+        f"does not exist (looked for {' or '.join(display_path(Path(place), cwd) for place in tried)})",
+    )
 
 
-def shown(path: Path, cwd: Path) -> str:
+def display_path(path: Path, cwd: Path) -> str:
     """Short in messages: relative to the working directory when inside it."""
     absolute = os.path.abspath(cwd / path)
     inside = absolute.startswith(os.path.abspath(cwd) + os.sep)

@@ -12,7 +12,7 @@ from typing import Literal
 
 Precision = Literal["no_change", "int8", "int4", "nf4", "fp8"]
 
-SPELLINGS: Mapping[str, Precision] = {
+PRECISION_ALIASES: Mapping[str, Precision] = {
     "none": "no_change",
     "bf16": "no_change",
     "int8-quanto": "int8",
@@ -29,18 +29,18 @@ SPELLINGS: Mapping[str, Precision] = {
     "fp8-native": "fp8",
 }
 
-_SDNQ = "sdnq's layers cut the gradients behind them off without an error"
-_DYNAMIC = "rounding activations as well makes the gradients wrong"
-HINTS: Mapping[str, str] = {
+_SDNQ_REASON = "sdnq's layers cut the gradients behind them off without an error"
+_DYNAMIC_REASON = "rounding activations as well makes the gradients wrong"
+REFUSED_PRECISIONS: Mapping[str, str] = {
     "int2-quanto": "two bits lose too much of Chroma; nf4 is the smallest",
     "fp4-bnb": "fp4 errs a third more than nf4 at the same size; use nf4",
-    "int8dq-torchao": f"{_DYNAMIC}; use int8",
-    "int8dq-int4-torchao": f"{_DYNAMIC}; use int4",
-    "fp8-int4-torchao": f"{_DYNAMIC}; use int4",
+    "int8dq-torchao": f"{_DYNAMIC_REASON}; use int8",
+    "int8dq-int4-torchao": f"{_DYNAMIC_REASON}; use int4",
+    "fp8-int4-torchao": f"{_DYNAMIC_REASON}; use int4",
     "fp8-transformerengine": "fp8 matrix products are not offered; fp8 stores weights only",
-    **dict.fromkeys(("int8-sdnq", "uint8-sdnq", "int6-sdnq"), f"{_SDNQ}; use int8"),
-    **dict.fromkeys(("int5-sdnq", "uint5-sdnq", "uint4-sdnq"), f"{_SDNQ}; use nf4"),
-    **dict.fromkeys(("uint3-sdnq", "uint2-sdnq"), f"{_SDNQ}; nf4 is the smallest"),
-    **dict.fromkeys(("int16-sdnq", "uint16-sdnq", "fp16-sdnq"), f"{_SDNQ}; use no_change"),
-    "fp8-sdnq": f"{_SDNQ}; use fp8",
+    **dict.fromkeys(("int8-sdnq", "uint8-sdnq", "int6-sdnq"), f"{_SDNQ_REASON}; use int8"),
+    **dict.fromkeys(("int5-sdnq", "uint5-sdnq", "uint4-sdnq"), f"{_SDNQ_REASON}; use nf4"),
+    **dict.fromkeys(("uint3-sdnq", "uint2-sdnq"), f"{_SDNQ_REASON}; nf4 is the smallest"),
+    **dict.fromkeys(("int16-sdnq", "uint16-sdnq", "fp16-sdnq"), f"{_SDNQ_REASON}; use no_change"),
+    "fp8-sdnq": f"{_SDNQ_REASON}; use fp8",
 }

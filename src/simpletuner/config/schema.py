@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from simpletuner.config.option import Section
+from simpletuner.config.option import OptionSection
 from simpletuner.config.sections_model import AdapterOptions, CacheOptions, DataOptions, ModelOptions
 from simpletuner.config.sections_training import (
     CheckpointOptions,
@@ -17,7 +17,7 @@ from simpletuner.config.sections_training import (
 )
 
 
-class RunConfig(Section):
+class RunConfig(OptionSection):
     """Everything the user asked for. `config.load` fills it and sees to the rules between sections:
     exactly one of max_train_steps and num_train_epochs is set, and existing input paths are absolute.
     """

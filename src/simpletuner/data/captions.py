@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.dataset import Dataset
-from simpletuner.data.report import BadFile
+from simpletuner.data.dataset_config import DatasetConfig
+from simpletuner.data.rejections import UnusableFile
 
 
-def captions(dataset: Dataset, image: Path, text: Path | None, options: DataOptions) -> tuple[str, ...]:
+def read_captions(
+    dataset: DatasetConfig, image: Path, text: Path | None, options: DataOptions
+) -> tuple[str, ...]:
     """The alternatives of one picture; each visit uses one.
 
     text: the file of the same stem with .txt, None when there is none. textfile: every line that is not blank
@@ -21,40 +23,42 @@ def captions(dataset: Dataset, image: Path, text: Path | None, options: DataOpti
     if dataset.only_instance_prompt or dataset.caption_strategy == "instanceprompt":
         return dataset.instance_prompts
     if dataset.caption_strategy == "filename":
-        said = _from_name(image)
+        said = _caption_from_filename(image)
     else:
-        said = _from_text(text, dataset.disable_multiline_split) if text is not None else ()
+        said = _captions_from_text_file(text, dataset.disable_multiline_split) if text is not None else ()
     if not said:
-        said = _instead(dataset, image, text, options.missing_caption)
+        said = _missing_caption_fallback(dataset, image, text, options.missing_caption)
     if dataset.prepend_instance_prompt:
         return tuple(f"{prompt} {caption}".strip() for prompt in dataset.instance_prompts for caption in said)
     return said
 
 
-def _from_name(image: Path) -> tuple[str, ...]:
+def _caption_from_filename(image: Path) -> tuple[str, ...]:
     caption = " ".join(image.stem.replace("_", " ").split())
     return (caption,) if caption else ()
 
 
-def _from_text(path: Path, whole: bool) -> tuple[str, ...]:
+def _captions_from_text_file(path: Path, whole: bool) -> tuple[str, ...]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         where = f"{path.name} is not UTF-8 (byte {error.start + 1}); save it as UTF-8"
-        raise BadFile("caption_encoding", where) from error
+        raise UnusableFile("caption_encoding", where) from error
     except OSError as error:
-        raise BadFile("caption_unreadable", f"{path.name}: {error.strerror}") from error
+        raise UnusableFile("caption_unreadable", f"{path.name}: {error.strerror}") from error
     if "\x00" in text:
-        raise BadFile("caption_encoding", f"{path.name} has zero bytes (UTF-16?); save it as UTF-8")
+        raise UnusableFile("caption_encoding", f"{path.name} has zero bytes (UTF-16?); save it as UTF-8")
     text = re.sub(r"\r\n|\r", "\n", text)
     alternatives = [text] if whole else text.split("\n")
     return tuple(said for said in (line.strip() for line in alternatives) if said)
 
 
-def _instead(dataset: Dataset, image: Path, text: Path | None, policy: str) -> tuple[str, ...]:
+def _missing_caption_fallback(
+    dataset: DatasetConfig, image: Path, text: Path | None, policy: str
+) -> tuple[str, ...]:
     if policy == "empty":
         return ("",)
-    if policy == "filename" and (said := _from_name(image)):
+    if policy == "filename" and (said := _caption_from_filename(image)):
         return said
     if text is not None:
         missing = f"{text.name} is empty"
@@ -62,4 +66,4 @@ def _instead(dataset: Dataset, image: Path, text: Path | None, policy: str) -> t
         missing = f"no {image.stem}.txt beside it"
     else:
         missing = "its name gives no caption"
-    raise BadFile("caption_dropped" if policy == "drop" else "caption_missing", missing)
+    raise UnusableFile("caption_dropped" if policy == "drop" else "caption_missing", missing)

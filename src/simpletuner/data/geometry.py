@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import isqrt
 
-Size = tuple[int, int]
+ImageSize = tuple[int, int]
 
 # Used by crop_aspect "closest" when crop_aspect_buckets is not given; width / height.
 COMMON_RATIOS = (0.5, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2.0)
 
 
 @dataclass(frozen=True)
-class Framing:
+class ResizeCropConfig:
     """How the pictures of a dataset are cut. Names and units are those of the dataset file.
 
     resolution and the three *_size fields share the unit of resolution_type: "pixel" is the shorter edge,
@@ -47,59 +47,64 @@ class Framing:
     target_downsample_size: float | None = None
 
 
-def amount(value: float, resolution_type: str) -> int:
+def limit_in_pixels(value: float, resolution_type: str) -> int:
     """A size in pixels of edge ("pixel") or pixels of area (the two others)."""
     factor = {"pixel": 1.0, "pixel_area": value, "area": 1e6}[resolution_type]
     return round(value * factor)
 
 
-def extent(size: Size, resolution_type: str) -> int:
+def image_extent(size: ImageSize, resolution_type: str) -> int:
     """What of a picture is compared with `amount`: its shorter edge or its area."""
     return min(size) if resolution_type == "pixel" else size[0] * size[1]
 
 
-def bucket(framing: Framing, size: Size, alignment_px: int) -> Size:
+def bucket_size(framing: ResizeCropConfig, size: ImageSize, alignment_px: int) -> ImageSize:
     """The size a picture is trained at: sides are multiples of alignment_px, at least one each.
 
     Each side is the ideal one (aspect kept, area or shorter edge as asked for) rounded to the nearest
     multiple, so it is off by at most half of alignment_px.
     """
     kind = framing.resolution_type
-    return _scaled(_aspect(framing, size), amount(framing.resolution, kind), kind, alignment_px)
+    return _scale_to_target(
+        _target_aspect(framing, size), limit_in_pixels(framing.resolution, kind), kind, alignment_px
+    )
 
 
-def _scaled(aspect: Size, target: int, kind: str, step: int) -> Size:
+def _scale_to_target(aspect: ImageSize, target: int, kind: str, step: int) -> ImageSize:
     """Sides of this aspect with the target as shorter edge or as area, to the nearest multiples of step."""
     wide, high = aspect
     if kind == "pixel":
         shorter = min(aspect) * step
-        sides = _rounded(target * wide, shorter), _rounded(target * high, shorter)
+        sides = _round_division(target * wide, shorter), _round_division(target * high, shorter)
     else:
-        sides = _rounded_root(target * wide, high * step**2), _rounded_root(target * high, wide * step**2)
+        sides = (
+            _round_square_root(target * wide, high * step**2),
+            _round_square_root(target * high, wide * step**2),
+        )
     return max(1, sides[0]) * step, max(1, sides[1]) * step
 
 
-def cover(size: Size, window: Size) -> Size:
+def covering_size(size: ImageSize, window: ImageSize) -> ImageSize:
     """The smallest size with the picture's own aspect that covers the window."""
     width, height = size
     if window[0] * height >= window[1] * width:
-        return window[0], _rounded(height * window[0], width)
-    return _rounded(width * window[1], height), window[1]
+        return window[0], _round_division(height * window[0], width)
+    return _round_division(width * window[1], height), window[1]
 
 
-def resized(framing: Framing, size: Size, window: Size) -> Size:
+def resized_size(framing: ResizeCropConfig, size: ImageSize, window: ImageSize) -> ImageSize:
     """What the picture is resized to before the window is cut out of it."""
     kind = framing.resolution_type
-    covering = cover(size, window)
+    covering = covering_size(size, window)
     if framing.maximum_image_size is None or framing.target_downsample_size is None:
         return covering
-    if extent(size, kind) <= amount(framing.maximum_image_size, kind):
+    if image_extent(size, kind) <= limit_in_pixels(framing.maximum_image_size, kind):
         return covering
-    shrunk = _scaled(size, amount(framing.target_downsample_size, kind), kind, 1)
+    shrunk = _scale_to_target(size, limit_in_pixels(framing.target_downsample_size, kind), kind, 1)
     return shrunk if shrunk[0] >= covering[0] and shrunk[1] >= covering[1] else covering
 
 
-def crop(style: str, size: Size, window: Size, draw: int) -> tuple[int, int]:
+def crop_position(style: str, size: ImageSize, window: ImageSize, draw: int) -> tuple[int, int]:
     """(left, top) of the window inside a picture that covers it. draw: 63 random bits, for "random"."""
     loose = size[0] - window[0], size[1] - window[1]
     if style == "corner":
@@ -109,7 +114,7 @@ def crop(style: str, size: Size, window: Size, draw: int) -> tuple[int, int]:
     return loose[0] // 2, loose[1] // 2
 
 
-def _aspect(framing: Framing, size: Size) -> Size:
+def _target_aspect(framing: ResizeCropConfig, size: ImageSize) -> ImageSize:
     if not framing.crop or framing.crop_aspect == "preserve":
         return size
     if framing.crop_aspect == "square":
@@ -122,10 +127,10 @@ def _aspect(framing: Framing, size: Size) -> Size:
     return nearest.numerator, nearest.denominator
 
 
-def _rounded(numerator: int, denominator: int) -> int:
+def _round_division(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
 
 
-def _rounded_root(numerator: int, denominator: int) -> int:
+def _round_square_root(numerator: int, denominator: int) -> int:
     """The square root of a fraction to the nearest integer, halves up."""
     return (isqrt(4 * numerator // denominator) + 1) // 2

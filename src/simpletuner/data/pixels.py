@@ -17,25 +17,34 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.report import BadFile
-from simpletuner.data.types import Placed
+from simpletuner.data.rejections import UnusableFile
+from simpletuner.data.sample_types import BucketedSample
 
 if TYPE_CHECKING:
     import numpy as np  # else where pixels are needed: who only reads headers (the server) does without
 
 # What may be decoded, by content and not by name. Formats that run programs (EPS) are not among them.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
-MODES = frozenset(
+IMAGE_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    *(("AVIF",) if features.check("avif") else ()),
+)
+PIXEL_MODES = frozenset(
     {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B", "I"}
 )
-WIDE_GREY = frozenset({"I;16", "I;16L", "I;16B", "I"})
+SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I"})
 Image.MAX_IMAGE_PIXELS = None  # max_image_megapixels is the limit, also where it is above Pillow's own
 # What Pillow's decoders raise on damaged files, besides OSError.
 DECODER_ERRORS = (
     OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, ZeroDivisionError,
     struct.error, zlib.error,
 )  # fmt: skip
-UPRIGHT = {
+EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
@@ -43,36 +52,36 @@ UPRIGHT = {
 
 
 @dataclass(frozen=True)
-class Header:
+class ImageHeader:
     """What a file says before its pixels. size: (width, height) after EXIF orientation."""
 
-    size: tuple[int, int]
+    size_px: tuple[int, int]
     mode: str
-    animated: bool
-    alpha: bool
+    is_animated: bool
+    has_alpha: bool
 
 
-def read_header(path: Path, max_megapixels: float) -> Header:
+def read_image_header(path: Path, max_megapixels: float) -> ImageHeader:
     """Size and kind without decoding. Raises BadFile: unreadable, unsupported or larger than the limit."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
-            raise BadFile("unreadable", "is not a regular file")
-        with Image.open(path, formats=FORMATS) as image:
+            raise UnusableFile("unreadable", "is not a regular file")
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             width, height = image.size
             if width * height > max_megapixels * 1e6:
                 what = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
-                raise BadFile("too_many_pixels", f"{what}; max_image_megapixels is {max_megapixels:g}")
+                raise UnusableFile("too_many_pixels", f"{what}; max_image_megapixels is {max_megapixels:g}")
             _check_mode(image)
             # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode the picture.
-            turned = image.format != "TIFF" and _orientation(image) >= 5
+            turned = image.format != "TIFF" and _read_orientation(image) >= 5
             animated = isinstance(image, (GifImageFile, PngImageFile, WebPImageFile)) and image.is_animated
             size = (height, width) if turned else (width, height)
-            return Header(size, image.mode, animated, image.has_transparency_data)
+            return ImageHeader(size, image.mode, animated, image.has_transparency_data)
     except DECODER_ERRORS as error:
-        raise _explained(path, error) from error
+        raise _to_unusable_file(path, error) from error
 
 
-def load_pixels(placed: Placed, options: DataOptions) -> np.ndarray:
+def load_pixels(placed: BucketedSample, options: DataOptions) -> np.ndarray:
     """The picture as it is trained on: (H, W, 3) uint8 sRGB of the placed bucket.
 
     Upright by EXIF; embedded ICC profile converted to sRGB (an unreadable one counts as sRGB); 16-bit grey
@@ -84,27 +93,27 @@ def load_pixels(placed: Placed, options: DataOptions) -> np.ndarray:
     sample = placed.sample
     before = f"but its header said {sample.width_px}x{sample.height_px} when the folder was scanned"
     try:
-        with Image.open(sample.path, formats=FORMATS) as image:
+        with Image.open(sample.path, formats=IMAGE_FORMATS) as image:
             _check_mode(image)
             if image.width * image.height != sample.width_px * sample.height_px:  # told before it is decoded
-                raise BadFile("changed", f"is {image.width}x{image.height}, {before}")
+                raise UnusableFile("changed", f"is {image.width}x{image.height}, {before}")
             image.load()
-            upright = UPRIGHT.get(_orientation(image))
+            upright = EXIF_TRANSPOSES.get(_read_orientation(image))
             picture = image.transpose(upright) if upright is not None else image
             if picture.size != (sample.width_px, sample.height_px):
-                raise BadFile("changed", f"is {picture.width}x{picture.height}, {before}")
-            picture = _srgb(picture, ImageColor.getrgb(options.alpha_background)[:3])
+                raise UnusableFile("changed", f"is {picture.width}x{picture.height}, {before}")
+            picture = _to_srgb(picture, ImageColor.getrgb(options.alpha_background)[:3])
     except DECODER_ERRORS as error:
-        raise _explained(sample.path, error) from error
+        raise _to_unusable_file(sample.path, error) from error
     left, top = placed.crop_px
     width, height = placed.bucket_px
     picture = picture.resize(placed.resize_px, Image.Resampling.LANCZOS)
     return np.array(picture.crop((left, top, left + width, top + height)))
 
 
-def _srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
+def _to_srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
     profile = image.info.get("icc_profile")
-    if image.mode in WIDE_GREY:
+    if image.mode in SIXTEEN_BIT_MODES:
         import numpy as np
 
         # convert("RGB") would clip everything above 255 to white.
@@ -113,14 +122,14 @@ def _srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         opaque = Image.new("RGB", image.size, tuple(background))
-        opaque.paste(_converted(image.convert("RGB"), profile), mask=image.getchannel("A"))
+        opaque.paste(_convert_profile(image.convert("RGB"), profile), mask=image.getchannel("A"))
         return opaque
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
-    return _converted(image, profile)
+    return _convert_profile(image, profile)
 
 
-def _converted(image: Image.Image, profile: bytes | None) -> Image.Image:
+def _convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
     if profile:
         with contextlib.suppress(ImageCms.PyCMSError, OSError):
             source = ImageCms.ImageCmsProfile(BytesIO(profile))
@@ -132,7 +141,7 @@ def _converted(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _orientation(image: Image.Image) -> int:
+def _read_orientation(image: Image.Image) -> int:
     try:
         return int(Image.Image.getexif(image).get(0x0112, 1))
     except DECODER_ERRORS:
@@ -141,21 +150,25 @@ def _orientation(image: Image.Image) -> int:
 
 def _check_mode(image: Image.Image) -> None:
     if image.mode == "F":
-        raise BadFile("unsupported_pixels", "floating-point pixels have no agreed white; export 8 or 16 bit")
-    if image.mode not in MODES or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise BadFile("unsupported_pixels", f"pixels of kind {image.mode} are not read; export 8-bit RGB")
+        raise UnusableFile(
+            "unsupported_pixels", "floating-point pixels have no agreed white; export 8 or 16 bit"
+        )
+    if image.mode not in PIXEL_MODES or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise UnusableFile(
+            "unsupported_pixels", f"pixels of kind {image.mode} are not read; export 8-bit RGB"
+        )
 
 
-def _explained(path: Path, error: Exception) -> BadFile:
+def _to_unusable_file(path: Path, error: Exception) -> UnusableFile:
     if isinstance(error, UnidentifiedImageError):
         with path.open("rb") as file:
             start = file.read(16)
         if not start:
-            return BadFile("empty_file", "the file is empty")
-        return BadFile(
+            return UnusableFile("empty_file", "the file is empty")
+        return UnusableFile(
             "not_an_image",
             f"not a picture that can be read (starts with {ascii(start)[1:]}); save it as PNG or JPEG",
         )
     if isinstance(error, OSError) and error.errno is not None:
-        return BadFile("unreadable", f"cannot be read: {error.strerror}")
-    return BadFile("damaged", f"cannot be decoded: {error}")
+        return UnusableFile("unreadable", f"cannot be read: {error.strerror}")
+    return UnusableFile("damaged", f"cannot be decoded: {error}")

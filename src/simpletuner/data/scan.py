@@ -11,54 +11,60 @@ from pathlib import Path
 
 from simpletuner.config.schema import DataOptions
 from simpletuner.data import geometry
-from simpletuner.data.captions import captions
-from simpletuner.data.dataset import Dataset
-from simpletuner.data.duplicates import identical, refuse_leaks
-from simpletuner.data.files import Found, find
-from simpletuner.data.pixels import Header, read_header
-from simpletuner.data.report import BadFile, listing, printable, refuse_too_many, write_rejected
-from simpletuner.data.types import Placed, Rejected, Sample
+from simpletuner.data.captions import read_captions
+from simpletuner.data.dataset_config import DatasetConfig
+from simpletuner.data.duplicates import check_no_leaks, find_identical_files
+from simpletuner.data.image_files import ImageFile, find_image_files
+from simpletuner.data.pixels import ImageHeader, read_image_header
+from simpletuner.data.rejections import (
+    UnusableFile,
+    check_rejected_fraction,
+    format_rejected,
+    make_printable,
+    write_rejected,
+)
+from simpletuner.data.sample_types import BucketedSample, RejectedFile, Sample
 from simpletuner.errors import DataError
-from simpletuner.events.progress import Stage
-from simpletuner.events.types import DatasetScanned, Emit, Noted, Warned
+from simpletuner.events.event_types import DatasetScanned, Emit, NoticeIssued, WarningIssued
+from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.randomness import seed_at
 
-READERS = 8
-CHUNK = 64
-LISTED = 8
-ENLARGED = 1.25  # times the side, worth a word
-Read = tuple[Placed, Header] | Rejected
+READER_THREADS = 8
+FILES_PER_CHUNK = 64
+MAX_SUFFIXES_LISTED = 8
+ENLARGEMENT_THRESHOLD = 1.25  # times the side, worth a word
+ReadResult = tuple[BucketedSample, ImageHeader] | RejectedFile
 
 
 @dataclass(frozen=True)
-class Scan:
+class ScanResult:
     """placed: sorted by sample id. rejected: sorted by dataset and path."""
 
-    placed: tuple[Placed, ...]
-    rejected: tuple[Rejected, ...]
+    samples: tuple[BucketedSample, ...]
+    rejected: tuple[RejectedFile, ...]
 
 
-def scan(
-    datasets: Sequence[Dataset],
+def scan_datasets(
+    datasets: Sequence[DatasetConfig],
     options: DataOptions,
     seed: int,
     emit: Emit,
     *,
     alignment_px: int = 64,
     rejected_path: Path | None = None,
-) -> Scan:
+) -> ScanResult:
     """Read every header and caption and place every picture in a bucket.
 
     seed: of the run, for crop_style random. rejected_path: where the list of rejected files is written, also
     when the scan ends in an error. DataError: captions missing under missing_caption error, more bad files
     than max_bad_sample_fraction, an empty folder, nothing left, a picture both trained on and held out.
     """
-    found: list[Found] = []
-    rejected: list[Rejected] = []
+    found: list[ImageFile] = []
+    rejected: list[RejectedFile] = []
     notes: list[str] = []
     for dataset in datasets:
-        named, misnamed, unread = find(dataset)
-        kinds = ", ".join(f"{count} {kind}" for kind, count in unread.most_common(LISTED))
+        named, misnamed, unread = find_image_files(dataset)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in unread.most_common(MAX_SUFFIXES_LISTED))
         if not named and not misnamed:
             only = f", only {kinds}" if unread else ""
             raise DataError(f"{dataset.id}: no pictures in {dataset.instance_data_dir}{only}")
@@ -67,35 +73,37 @@ def scan(
         found += named
         rejected += misnamed
     remarks: Counter[tuple[str, str]] = Counter()
-    placed: list[Placed] = []
-    with Stage(emit, "scan", len(found), "pictures") as stage:
-        for read in _read_all(found, partial(_read, options, seed, alignment_px), stage):
-            if isinstance(read, Rejected):
+    placed: list[BucketedSample] = []
+    with StageReporter(emit, "scan", len(found), "pictures") as stage:
+        for read in _read_files(found, partial(_read_file, options, seed, alignment_px), stage):
+            if isinstance(read, RejectedFile):
                 rejected.append(read)
                 continue
             item, header = read
             placed.append(item)
-            remarks.update((item.sample.dataset, remark) for remark in _remarks(header))
-        placed = _subsets(datasets, sorted(placed, key=lambda item: item.sample.id))
+            remarks.update((item.sample.dataset, remark) for remark in _header_notices(header))
+        placed = _limit_samples(datasets, sorted(placed, key=lambda item: item.sample.id))
         rejected.sort(key=lambda item: (item.dataset, item.path))
-        stage.note = f"{len(placed)} kept, {len(rejected)} rejected"
+        stage.summary = f"{len(placed)} kept, {len(rejected)} rejected"
     notes += [f"{name}: {count} pictures {remark}" for (name, remark), count in sorted(remarks.items())]
-    copies = identical(item.sample.path for item in placed)
-    _tell(datasets, placed, rejected, (*notes, *_shared(placed)), copies, emit)
+    copies = find_identical_files(item.sample.path for item in placed)
+    _emit_results(datasets, placed, rejected, (*notes, *_shared_file_notices(placed)), copies, emit)
     if rejected_path is not None:
         write_rejected(rejected_path, rejected)
     held = {dataset.id for dataset in datasets if dataset.dataset_type == "eval"}
     trained = [item for item in placed if item.sample.dataset not in held]
     idle = not trained and len(held) < len(datasets)
-    _refuse(len(placed), idle or not placed, rejected, options, rejected_path)
-    refuse_leaks(trained, [item for item in placed if item.sample.dataset in held], copies)
-    return Scan(tuple(placed), tuple(rejected))
+    _check_results(len(placed), idle or not placed, rejected, options, rejected_path)
+    check_no_leaks(trained, [item for item in placed if item.sample.dataset in held], copies)
+    return ScanResult(tuple(placed), tuple(rejected))
 
 
-def _read_all(found: Sequence[Found], read: Callable[[Found], Read], stage: Stage) -> Iterator[Read]:
+def _read_files(
+    found: Sequence[ImageFile], read: Callable[[ImageFile], ReadResult], stage: StageReporter
+) -> Iterator[ReadResult]:
     # Threads overlap the waits for the disk. Chunks, because a future per file costs more than its header.
-    chunks = [found[start : start + CHUNK] for start in range(0, len(found), CHUNK)]
-    pool = ThreadPoolExecutor(READERS, "scan")
+    chunks = [found[start : start + FILES_PER_CHUNK] for start in range(0, len(found), FILES_PER_CHUNK)]
+    pool = ThreadPoolExecutor(READER_THREADS, "scan")
     try:
         for results in pool.map(lambda chunk: [read(item) for item in chunk], chunks):
             yield from results
@@ -104,60 +112,62 @@ def _read_all(found: Sequence[Found], read: Callable[[Found], Read], stage: Stag
         pool.shutdown(cancel_futures=True)
 
 
-def _read(options: DataOptions, seed: int, alignment_px: int, found: Found) -> Read:
+def _read_file(options: DataOptions, seed: int, alignment_px: int, found: ImageFile) -> ReadResult:
     dataset = found.dataset
-    sample_id = f"{dataset.id}/{found.name}"
+    sample_id = f"{dataset.id}/{found.relative_path}"
     try:
-        header = read_header(found.path, options.max_image_megapixels)
-        resize, corner, bucket = frame(dataset.framing, header.size, sample_id, seed, alignment_px)
-        said = captions(dataset, found.path, found.text, options)
-    except BadFile as error:
-        return Rejected(found.name, dataset.id, error.reason, str(error))
+        header = read_image_header(found.path, options.max_image_megapixels)
+        resize, corner, bucket = assign_bucket(
+            dataset.resize_crop, header.size_px, sample_id, seed, alignment_px
+        )
+        said = read_captions(dataset, found.path, found.caption_path, options)
+    except UnusableFile as error:
+        return RejectedFile(found.relative_path, dataset.id, error.reason, str(error))
     sample = Sample(
         id=sample_id,
         dataset=dataset.id,
         path=found.path,
-        width_px=header.size[0],
-        height_px=header.size[1],
+        width_px=header.size_px[0],
+        height_px=header.size_px[1],
         captions=said[:1] if dataset.dataset_type == "eval" else said,
     )
-    return Placed(sample, resize, corner, bucket), header
+    return BucketedSample(sample, resize, corner, bucket), header
 
 
-def frame(
-    framing: geometry.Framing, size: geometry.Size, sample_id: str, seed: int, alignment_px: int
-) -> tuple[geometry.Size, tuple[int, int], geometry.Size]:
+def assign_bucket(
+    framing: geometry.ResizeCropConfig, size: geometry.ImageSize, sample_id: str, seed: int, alignment_px: int
+) -> tuple[geometry.ImageSize, tuple[int, int], geometry.ImageSize]:
     """resize_px, crop_px and bucket_px (see Placed) of one picture. Raises BadFile: outside the limits."""
     _check_limits(framing, size)
-    bucket = geometry.bucket(framing, size, alignment_px)
-    resize = geometry.resized(framing, size, bucket)
+    bucket = geometry.bucket_size(framing, size, alignment_px)
+    resize = geometry.resized_size(framing, size, bucket)
     draw = seed_at(seed, "crop", sample_id)
-    return resize, geometry.crop(framing.crop_style, resize, bucket, draw), bucket
+    return resize, geometry.crop_position(framing.crop_style, resize, bucket, draw), bucket
 
 
-def _check_limits(framing: geometry.Framing, size: tuple[int, int]) -> None:
+def _check_limits(framing: geometry.ResizeCropConfig, size: tuple[int, int]) -> None:
     ratio = size[0] / size[1]
     if not framing.minimum_aspect_ratio <= ratio <= framing.maximum_aspect_ratio:
-        raise BadFile(
+        raise UnusableFile(
             "aspect_ratio",
             f"{size[0]}x{size[1]} has aspect {ratio:.3g}; the limits are {framing.minimum_aspect_ratio:g} "
             f"and {framing.maximum_aspect_ratio:g}",
         )
     kind, least = framing.resolution_type, framing.minimum_image_size
-    if least is not None and geometry.extent(size, kind) < geometry.amount(least, kind):
-        raise BadFile("too_small", f"{size[0]}x{size[1]} is below minimum_image_size {least:g} ({kind})")
+    if least is not None and geometry.image_extent(size, kind) < geometry.limit_in_pixels(least, kind):
+        raise UnusableFile("too_small", f"{size[0]}x{size[1]} is below minimum_image_size {least:g} ({kind})")
 
 
-def _remarks(header: Header) -> list[str]:
+def _header_notices(header: ImageHeader) -> list[str]:
     holds = {
-        "are animated; the first frame is used": header.animated,
-        "have transparency, which is laid over alpha_background": header.alpha,
+        "are animated; the first frame is used": header.is_animated,
+        "have transparency, which is laid over alpha_background": header.has_alpha,
         "are CMYK and are converted to sRGB": header.mode == "CMYK",
     }
     return [remark for remark, applies in holds.items() if applies]
 
 
-def _subsets(datasets: Sequence[Dataset], placed: list[Placed]) -> list[Placed]:
+def _limit_samples(datasets: Sequence[DatasetConfig], placed: list[BucketedSample]) -> list[BucketedSample]:
     """max_num_samples: the smallest draws, so that one file more changes the subset by one at most."""
     chosen: set[str] = set()
     for dataset in datasets:
@@ -168,10 +178,10 @@ def _subsets(datasets: Sequence[Dataset], placed: list[Placed]) -> list[Placed]:
     return [item for item in placed if item.sample.id in chosen]
 
 
-def _tell(
-    datasets: Sequence[Dataset],
-    placed: Sequence[Placed],
-    rejected: Sequence[Rejected],
+def _emit_results(
+    datasets: Sequence[DatasetConfig],
+    placed: Sequence[BucketedSample],
+    rejected: Sequence[RejectedFile],
     notes: Sequence[str],
     copies: Sequence[Sequence[Path]],
     emit: Emit,
@@ -183,36 +193,36 @@ def _tell(
         table = tuple((width, height, count) for (width, height), count in sorted(buckets.items()))
         emit(DatasetScanned(dataset.id, buckets.total(), table, dict(reasons)))
         if not buckets:
-            emit(Warned(f"{dataset.id}: none of its pictures can be used"))
+            emit(WarningIssued(f"{dataset.id}: none of its pictures can be used"))
         grown = [(one.resize_px[0] / one.sample.width_px, one.sample.path.name) for one in mine]
-        grown = sorted(pair for pair in grown if pair[0] >= ENLARGED)
+        grown = sorted(pair for pair in grown if pair[0] >= ENLARGEMENT_THRESHOLD)
         if grown:
             most = f"{grown[-1][1]} {grown[-1][0]:.1f} times"
             what = f"{dataset.id}: {len(grown)} pictures are enlarged, {most}; see minimum_image_size"
-            emit(Noted(printable(what)))
+            emit(NoticeIssued(make_printable(what)))
     for note in notes:
-        emit(Noted(printable(note)))
+        emit(NoticeIssued(make_printable(note)))
     if copies:
         first, second = copies[0][:2]
         extra = sum(len(group) - 1 for group in copies)
         what = f"{extra} pictures are copies of others, such as {second.name} of {first.name}"
-        emit(Warned(printable(what)))
+        emit(WarningIssued(make_printable(what)))
 
 
-def _shared(placed: Sequence[Placed]) -> list[str]:
+def _shared_file_notices(placed: Sequence[BucketedSample]) -> list[str]:
     uses = Counter(item.sample.path for item in placed)
     shared = [path for path, count in uses.items() if count > 1]
     return [f"{len(shared)} pictures are in more than one dataset, such as {shared[0]}"] if shared else []
 
 
-def _refuse(
-    kept: int, idle: bool, rejected: Sequence[Rejected], options: DataOptions, listed: Path | None
+def _check_results(
+    kept: int, idle: bool, rejected: Sequence[RejectedFile], options: DataOptions, listed: Path | None
 ) -> None:
     speechless = [item for item in rejected if item.reason == "caption_missing"]
     if speechless:
         how = "Write them, or set missing_caption to empty, filename or drop."
-        files = listing(speechless, listed)
+        files = format_rejected(speechless, listed)
         raise DataError(f"{len(speechless)} pictures have no caption. {how}\n{files}")
-    refuse_too_many(rejected, kept, options.max_bad_sample_fraction, listed)
+    check_rejected_fraction(rejected, kept, options.max_bad_sample_fraction, listed)
     if idle:
-        raise DataError(f"no picture is left to train on.\n{listing(rejected, listed)}")
+        raise DataError(f"no picture is left to train on.\n{format_rejected(rejected, listed)}")

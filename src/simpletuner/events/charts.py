@@ -14,7 +14,7 @@ Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     """points: (x, y). style: a class of the style sheet. error: half the height of each point's bar.
 
     marks: a dot with a tooltip at each point. mark_best: index of a point with a ring around it.
@@ -23,18 +23,20 @@ class Line:
     points: Sequence[Point]
     name: str = ""
     style: str = "line"
-    error: Sequence[float] = ()
-    marks: bool = False
-    mark_best: int | None = None
+    errors: Sequence[float] = ()
+    markers: bool = False
+    highlighted_index: int | None = None
 
 
-def chart(title: str, lines: Sequence[Line], x_name: str = "step", zero: bool = False) -> str:
+def render_line_chart(
+    title: str, lines: Sequence[ChartLine], x_name: str = "step", zero: bool = False
+) -> str:
     """An SVG figure; a line has gaps where y is not finite. zero: the axis shows y = 0 and a line there."""
     lines = [line for line in lines if any(math.isfinite(y) for _, y in line.points)]
     if not lines:
         return ""
-    x0, x1 = _range([x for line in lines for x, _ in line.points], pad=0.0)
-    y0, y1 = _range([y for line in lines for y in _extent(line)] + ([0.0] if zero else []), pad=0.06)
+    x0, x1 = _axis_range([x for line in lines for x, _ in line.points], pad=0.0)
+    y0, y1 = _axis_range([y for line in lines for y in _y_values(line)] + ([0.0] if zero else []), pad=0.06)
 
     def px(x: float) -> float:
         return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
@@ -43,19 +45,19 @@ def chart(title: str, lines: Sequence[Line], x_name: str = "step", zero: bool = 
         return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
 
     parts = []
-    for tick in ticks(y0, y1, 5):
+    for tick in axis_ticks(y0, y1, 5):
         style = "zero" if zero and tick == 0 else "grid"
         y = f"{py(tick):.1f}"
         parts.append(f'<line class="{style}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         place = f'x="{LEFT - 8}" y="{py(tick) + 4:.1f}"'
         parts.append(f'<text class="tick" {place} text-anchor="end">{tick:.6g}</text>')
-    for tick in ticks(x0, x1, 7):
+    for tick in axis_ticks(x0, x1, 7):
         place = f'x="{px(tick):.1f}" y="{HEIGHT - BOTTOM + 17}"'
         parts.append(f'<text class="tick" {place} text-anchor="middle">{tick:.6g}</text>')
     place = f'x="{WIDTH - RIGHT}" y="{HEIGHT - 3}"'
     parts.append(f'<text class="tick" {place} text-anchor="end">{escape(x_name)}</text>')
     for line in lines:
-        parts += _draw(line, px, py)
+        parts += _render_line(line, px, py)
     keys = "".join(f'<span class="{line.style}">{escape(line.name)}</span>' for line in lines if line.name)
     legend = f'<span class="legend">{keys}</span>' if keys else ""
     svg = (
@@ -64,7 +66,7 @@ def chart(title: str, lines: Sequence[Line], x_name: str = "step", zero: bool = 
     return f"<figure><figcaption>{escape(title)}{legend}</figcaption>{svg}</figure>"
 
 
-def ticks(low: float, high: float, about: int) -> list[float]:
+def axis_ticks(low: float, high: float, about: int) -> list[float]:
     """Round values inside [low, high], 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
@@ -73,7 +75,7 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [round(n * apart, 12) for n in range(first, math.floor(high / apart + 1e-9) + 1)]
 
 
-def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
+def downsample_points(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     """Lowest and highest of each of limit / 2 pieces, so that no spike is lost."""
     if len(points) <= limit:
         return list(points)
@@ -86,38 +88,38 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     return kept
 
 
-def _draw(line: Line, px: Callable[[float], float], py: Callable[[float], float]) -> list[str]:
+def _render_line(line: ChartLine, px: Callable[[float], float], py: Callable[[float], float]) -> list[str]:
     parts, path, pen = [], [], "M"
-    for x, y in line.points if line.marks else thin(line.points):
+    for x, y in line.points if line.markers else downsample_points(line.points):
         if not math.isfinite(y):
             pen = "M"
             continue
         path.append(f"{pen}{px(x):.1f} {py(y):.1f}")
         pen = "L"
     parts.append(f'<path class="{line.style}" d="{"".join(path)}"/>')
-    for (x, y), error in zip(line.points, line.error, strict=False):
+    for (x, y), error in zip(line.points, line.errors, strict=False):
         if math.isfinite(error) and math.isfinite(y):
             bar = f'x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{py(y - error):.1f}" y2="{py(y + error):.1f}"'
             parts.append(f'<line class="{line.style}" {bar}/>')
-    for number, (x, y) in enumerate(line.points if line.marks else ()):
+    for number, (x, y) in enumerate(line.points if line.markers else ()):
         if not math.isfinite(y):
             continue
         at = f'cx="{px(x):.1f}" cy="{py(y):.1f}"'
-        if number == line.mark_best:
+        if number == line.highlighted_index:
             parts.append(f'<circle class="best" {at} r="7"/>')
-        spread = f" ± {line.error[number]:.4g}" if number < len(line.error) else ""
+        spread = f" ± {line.errors[number]:.4g}" if number < len(line.errors) else ""
         tip = escape(f"{line.name} {x:.6g}: {y:.5g}{spread}".strip())
         parts.append(f'<circle class="{line.style}" {at} r="3"><title>{tip}</title></circle>')
     return parts
 
 
-def _extent(line: Line) -> list[float]:
-    if not line.error:
+def _y_values(line: ChartLine) -> list[float]:
+    if not line.errors:
         return [y for _, y in line.points]
-    return [y + sign * e for (_, y), e in zip(line.points, line.error, strict=False) for sign in (-1, 1)]
+    return [y + sign * e for (_, y), e in zip(line.points, line.errors, strict=False) for sign in (-1, 1)]
 
 
-def _range(values: Sequence[float], pad: float) -> Point:
+def _axis_range(values: Sequence[float], pad: float) -> Point:
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite), max(finite)
     if high == low:

@@ -7,12 +7,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from simpletuner.events.types import CheckpointSetAside, Emit, Event, Failed, StageProgress, Stepped, Warned
+from simpletuner.events.event_types import (
+    CheckpointSetAside,
+    Emit,
+    Event,
+    RunFailed,
+    StageProgress,
+    StepCompleted,
+    WarningIssued,
+)
 
 Sink = Callable[[Event], None]
 
 
-class ClosingSink(Protocol):
+class CloseableSink(Protocol):
     """A sink that holds something open: a file, a thread, a connection."""
 
     def __call__(self, event: Event, /) -> None: ...
@@ -20,17 +28,17 @@ class ClosingSink(Protocol):
     def close(self) -> None: ...
 
 
-LEVELS = {"debug": 10, "info": 20, "warning": 30}
+LOG_LEVELS = {"debug": 10, "info": 20, "warning": 30}
 
 
-def level_of(event: Event) -> int:
+def event_level(event: Event) -> int:
     """How much an event matters to a person; the keys of LEVELS are what log_level offers."""
-    if isinstance(event, (Warned, Failed, CheckpointSetAside)):
-        return LEVELS["warning"]
-    return LEVELS["debug"] if isinstance(event, (StageProgress, Stepped)) else LEVELS["info"]
+    if isinstance(event, (WarningIssued, RunFailed, CheckpointSetAside)):
+        return LOG_LEVELS["warning"]
+    return LOG_LEVELS["debug"] if isinstance(event, (StageProgress, StepCompleted)) else LOG_LEVELS["info"]
 
 
-def silent(event: Event) -> None:
+def null_emit(event: Event) -> None:
     """The Emit of code that nobody listens to."""
 
 
@@ -44,22 +52,22 @@ def fan_out(sinks: Sequence[Sink]) -> Emit:
 
     def emit(event: Event) -> None:
         with lock:
-            failed = [(sink, why) for sink in listening if (why := failure_of(partial(sink, event)))]
+            failed = [(sink, why) for sink in listening if (why := call_and_catch(partial(sink, event)))]
             for sink, _ in failed:
                 listening.remove(sink)
             for sink, why in failed:
-                emit(Warned(f"{_name(sink)} is switched off: {why}"))
+                emit(WarningIssued(f"{_sink_name(sink)} is switched off: {why}"))
 
     return emit
 
 
-def close_all(sinks: Sequence[ClosingSink]) -> list[str]:
+def close_all_sinks(sinks: Sequence[CloseableSink]) -> list[str]:
     """Close every one; what went wrong is returned, one line each."""
-    failures = [(sink, failure_of(sink.close)) for sink in sinks]
-    return [f"{_name(sink)} did not close: {why}" for sink, why in failures if why]
+    failures = [(sink, call_and_catch(sink.close)) for sink in sinks]
+    return [f"{_sink_name(sink)} did not close: {why}" for sink, why in failures if why]
 
 
-def failure_of(action: Callable[[], object]) -> str:
+def call_and_catch(action: Callable[[], object]) -> str:
     """Act; what went wrong in one line, empty when nothing did. For what may never end a run."""
     try:
         action()
@@ -68,5 +76,5 @@ def failure_of(action: Callable[[], object]) -> str:
     return ""
 
 
-def _name(sink: Sink) -> str:
-    return type(sink).__name__
+def _sink_name(sink: Sink) -> str:
+    return type(sink).__name__.removesuffix("Sink")

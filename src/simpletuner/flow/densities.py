@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from simpletuner.config.schema import FlowOptions
-from simpletuner.flow.shift import shift_for, shifted
+from simpletuner.flow.shift import resolve_shift, shift_sigma
 from simpletuner.randomness import seed_at
 
-Quantile = Callable[[Tensor], Tensor]
-FAST = (1.0,) * 7 + (0.75, 0.5, 0.25)
-TABLE_POINTS = 8192
+QuantileFunction = Callable[[Tensor], Tensor]
+FAST_SCHEDULE_SIGMAS = (1.0,) * 7 + (0.75, 0.5, 0.25)
+BETA_TABLE_POINTS = 8192
 
 
-def draw_sigmas(
+def sample_sigmas(
     options: FlowOptions, seed: int, step: int, count: int, image_tokens: int | None = None
 ) -> Tensor:
     """(count,) float32: the noise levels of all samples of one optimizer step, a function of (seed, step).
@@ -34,19 +34,19 @@ def draw_sigmas(
     u = torch.rand(count, generator=generator, dtype=torch.float64)
     if options.stratified_sigmas:
         u = (torch.randperm(count, generator=generator) + u) / count
-    return quantile(options, image_tokens)(u).float()
+    return quantile_function(options, image_tokens)(u).float()
 
 
-def quantile(options: FlowOptions, image_tokens: int | None = None) -> Quantile:
+def quantile_function(options: FlowOptions, image_tokens: int | None = None) -> QuantileFunction:
     """The density that the options describe: u in (0, 1) to sigma in [0, 1], float64, never decreasing
     (the literal remap jumps over one half). A shift is applied before any remap."""
-    values = custom_sigmas(options) or (FAST if options.flux_fast_schedule else ())
+    values = custom_sigmas(options) or (FAST_SCHEDULE_SIGMAS if options.flux_fast_schedule else ())
     if values:
-        return steps(values)
-    shift = shift_for(options, image_tokens)
+        return discrete_quantile(values)
+    shift = resolve_shift(options, image_tokens)
     base, remap = DENSITIES[density_name(options)]
     draw = base(options)
-    return lambda u: remap(shifted(draw(u.double().clamp(1e-12, 1 - 1e-12)), shift))
+    return lambda u: remap(shift_sigma(draw(u.double().clamp(1e-12, 1 - 1e-12)), shift))
 
 
 def density_name(options: FlowOptions) -> str:
@@ -63,18 +63,18 @@ def custom_sigmas(options: FlowOptions) -> tuple[float, ...]:
     return tuple(value / 1000 if max(values) > 1 else value for value in values)
 
 
-def steps(values: tuple[float, ...]) -> Quantile:
+def discrete_quantile(values: tuple[float, ...]) -> QuantileFunction:
     """Each value equally often; repeat one to draw it more."""
     table = torch.tensor(sorted(values), dtype=torch.float64)
     return lambda u: table[(u.double() * len(table)).long().clamp(0, len(table) - 1)]
 
 
-def logit_normal(options: FlowOptions) -> Quantile:
+def logit_normal(options: FlowOptions) -> QuantileFunction:
     """sigmoid(scale * N(0, 1)), eq. 19 of Esser et al. 2024 with location 0."""
     return lambda u: torch.sigmoid(options.flow_sigmoid_scale * torch.special.ndtri(u))
 
 
-def parabola(options: FlowOptions) -> Quantile:
+def parabola(options: FlowOptions) -> QuantileFunction:
     """p(x) proportional to 2 - 7.7 (x - 1/2)^2 on 1,000 points i / 999: how Chroma itself was trained."""
     grid = torch.arange(1000, dtype=torch.float64) / 999
     weights = 2 - 7.7 * (grid - 0.5) ** 2
@@ -82,18 +82,18 @@ def parabola(options: FlowOptions) -> Quantile:
     return lambda u: grid[torch.searchsorted(edges, u).clamp(max=999)]
 
 
-def beta(options: FlowOptions) -> Quantile:
+def beta(options: FlowOptions) -> QuantileFunction:
     """Beta(a, b) by a table of its distribution over z = logit(x), where the density x^a (1 - x)^b is
     smooth and bounded for every a, b > 0."""
     a, b = options.flow_beta_schedule_alpha, options.flow_beta_schedule_beta
-    z = torch.linspace(-40 / min(a, 1.0), 40 / min(b, 1.0), TABLE_POINTS, dtype=torch.float64)
+    z = torch.linspace(-40 / min(a, 1.0), 40 / min(b, 1.0), BETA_TABLE_POINTS, dtype=torch.float64)
     log_density = a * torch.nn.functional.logsigmoid(z) + b * torch.nn.functional.logsigmoid(-z)
     density = (log_density - log_density.max()).exp()
     total = torch.cat((z.new_zeros(1), torch.cumulative_trapezoid(density, z)))
     total /= total[-1].clone()
 
     def value(u: Tensor) -> Tensor:
-        right = torch.searchsorted(total, u).clamp(1, TABLE_POINTS - 1)
+        right = torch.searchsorted(total, u).clamp(1, BETA_TABLE_POINTS - 1)
         low, high = total[right - 1], total[right]
         part = ((u - low) / (high - low).clamp_min(1e-300)).clamp(0, 1)
         return torch.sigmoid(z[right - 1] + part * (z[right] - z[right - 1]))
@@ -101,7 +101,7 @@ def beta(options: FlowOptions) -> Quantile:
     return value
 
 
-def keep(sigma: Tensor) -> Tensor:
+def identity(sigma: Tensor) -> Tensor:
     return sigma
 
 
@@ -115,11 +115,11 @@ def raise_tails_literally(sigma: Tensor) -> Tensor:
     return torch.where(sigma < 0.5, sigma**2, 1 - (1 - sigma) ** 2)
 
 
-DENSITIES: dict[str, tuple[Callable[[FlowOptions], Quantile], Quantile]] = {
+DENSITIES: dict[str, tuple[Callable[[FlowOptions], QuantileFunction], QuantileFunction]] = {
     "quadratic": (logit_normal, raise_tails),
-    "parabola": (parabola, keep),
+    "parabola": (parabola, identity),
     "quadratic-literal": (logit_normal, raise_tails_literally),
-    "uniform": (lambda options: keep, keep),
-    "logit-normal": (logit_normal, keep),
-    "beta": (beta, keep),
+    "uniform": (lambda options: identity, identity),
+    "logit-normal": (logit_normal, identity),
+    "beta": (beta, identity),
 }

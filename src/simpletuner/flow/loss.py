@@ -27,7 +27,7 @@ def pseudo_huber(difference: Tensor, c: Tensor) -> Tensor:
     return square / (torch.sqrt(square + c * c) + c)
 
 
-def snr(c: float, sigma: Tensor) -> Tensor:
+def snr_schedule(c: float, sigma: Tensor) -> Tensor:
     """(1 - c) / (1 + s)^2 + c with s the root of signal over noise: near c at the picture, 1 at noise."""
     ratio = torch.sqrt((1 - sigma) / (sigma + 1e-4))
     return (1 - c) / (1 + ratio) ** 2 + c
@@ -37,5 +37,5 @@ def snr(c: float, sigma: Tensor) -> Tensor:
 HUBER_SCHEDULES: dict[str, Callable[[float, Tensor], Tensor]] = {
     "constant": lambda c, sigma: torch.full_like(sigma, c),
     "exponential": lambda c, sigma: c**sigma,
-    "snr": snr,
+    "snr": snr_schedule,
 }

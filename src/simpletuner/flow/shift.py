@@ -9,7 +9,7 @@ from torch import Tensor
 from simpletuner.config.schema import FlowOptions
 
 
-def shifted(sigma: Tensor, shift: float) -> Tensor:
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     """s x / (1 + (s - 1) x), eq. 23 of Esser et al. 2024; s = 1 changes nothing."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
@@ -19,7 +19,7 @@ def auto_shift(image_tokens: int) -> float:
     return math.exp(0.5 + (image_tokens - 256) * (1.15 - 0.5) / (4096 - 256))
 
 
-def shift_for(options: FlowOptions, image_tokens: int | None) -> float:
+def resolve_shift(options: FlowOptions, image_tokens: int | None) -> float:
     """The shift that the options ask for; 1.0 is none. The automatic one wins over a fixed one."""
     if not options.flow_schedule_auto_shift:
         return options.flow_schedule_shift or 1.0

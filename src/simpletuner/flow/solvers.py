@@ -15,7 +15,7 @@ def sigma_grid(steps: int) -> list[float]:
 
 
 @torch.no_grad()
-def euler(velocity: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: Sequence[float]) -> Tensor:
+def solve_euler(velocity: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Straight steps: x += (sigma_next - sigma) * velocity(x, sigma).
 
     x: (B, C, H, W) float32, noise at sigmas[0].

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from simpletuner.cache.types import TextBatch
+from simpletuner.cache.batch_types import TextBatch
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError
-from simpletuner.events.sinks import silent
-from simpletuner.events.types import Emit
+from simpletuner.events.event_types import Emit
+from simpletuner.events.sinks import null_emit
 
 
 @dataclass(frozen=True)
-class Facts:
+class ArchitectureConstants:
     """Constants of an architecture as loaded. alignment_px: bucket sides are multiples of it.
     token_px: side of the square of pixels that is one image token."""
 
@@ -36,7 +36,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelFiles:
     """Where each part lies: a folder of diffusers' or a single file for each, all existing.
 
     name: what a person calls it ("lodestones/Chroma1-Base", "nano", "./my-chroma").
@@ -53,7 +53,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class BlockMemory:
+class BlockMemoryPolicy:
     """Where a network's blocks keep what the backward pass needs. Changes no bit of any result.
 
     checkpointed: the first so many of every `interval`-th block keep only their inputs, and are run again.
@@ -68,13 +68,13 @@ class BlockMemory:
     offload_activations: bool = False
     approximator_on_host: bool = False
 
-    def recomputed(self, blocks: int) -> tuple[int, ...]:
+    def checkpointed_block_numbers(self, blocks: int) -> tuple[int, ...]:
         """The first ones: what the others keep is gone by the time these are run again."""
         return tuple(range(0, blocks, self.interval)[: self.checkpointed])
 
-    def fetched(self, blocks: int) -> tuple[int, ...]:
+    def swapped_block_numbers(self, blocks: int) -> tuple[int, ...]:
         """Evenly spread, so that one is on its way while the blocks between compute."""
-        among = self.recomputed(blocks)
+        among = self.checkpointed_block_numbers(blocks)
         if self.swapped > len(among):
             raise ConfigError(
                 f"musubi_blocks_to_swap asks for {self.swapped} of {blocks} blocks, and"
@@ -84,7 +84,7 @@ class BlockMemory:
 
 
 @dataclass(frozen=True)
-class Sketch:
+class ModelSpec:
     """A model before its weights are there: what a memory plan asks for.
 
     transformer: on the meta device, frozen, in the dtypes that training holds it in. blocks: its repeated
@@ -97,14 +97,14 @@ class Sketch:
     transformer: nn.Module
     blocks: tuple[nn.Module, ...]
     width: int
-    facts: Facts
-    assumed: bool
+    constants: ArchitectureConstants
+    uses_published_shape: bool
     text_dtype: torch.dtype
     text_encoder_bytes: int
     vae_bytes: int
-    hosted_bytes: int
-    missing_bytes: int
-    guessed: bool = False
+    cpu_offloadable_bytes: int
+    download_bytes: int
+    may_differ_from_published: bool = False
 
 
 class TextEncoder(ABC):
@@ -138,36 +138,36 @@ class ModelFamily(ABC):
     name: str
 
     @abstractmethod
-    def locate(self, options: ModelOptions, emit: Emit = silent) -> Source:
+    def locate_files(self, options: ModelOptions, emit: Emit = null_emit) -> ModelFiles:
         """Find (or download) the parts. Refuses with ModelError or DownloadError, never loads a weight."""
 
-    def notes(self, options: ModelOptions) -> list[str]:
+    def notices(self, options: ModelOptions) -> list[str]:
         """What a person should hear about this choice before training; empty when there is nothing."""
         return []
 
     @abstractmethod
-    def sketch(self, options: ModelOptions, dtype: torch.dtype) -> Sketch:
+    def build_spec(self, options: ModelOptions, dtype: torch.dtype) -> ModelSpec:
         """Without weights, network or download; dtype: of what is not quantised. A fresh one at each call."""
 
     @abstractmethod
-    def facts(self, source: Source) -> Facts:
+    def read_constants(self, source: ModelFiles) -> ArchitectureConstants:
         """Read from the parts' config files; no weights."""
 
     @abstractmethod
-    def text_fingerprint(self, source: Source, options: ModelOptions) -> str:
+    def text_fingerprint(self, source: ModelFiles, options: ModelOptions) -> str:
         """Changes whenever the same caption would give other rows; nothing is loaded for it."""
 
     @abstractmethod
-    def vae_fingerprint(self, source: Source, options: ModelOptions) -> str:
+    def vae_fingerprint(self, source: ModelFiles, options: ModelOptions) -> str:
         """Changes whenever the same pixels would give other moments; nothing is loaded for it."""
 
     @abstractmethod
-    def transformer_fingerprint(self, source: Source) -> str:
+    def transformer_fingerprint(self, source: ModelFiles) -> str:
         """Recognises the base's weights, so that a run is resumed on the base it began with."""
 
     @abstractmethod
-    def quantize(
-        self, source: Source, options: ModelOptions, device: torch.device, emit: Emit = silent
+    def write_quantized_files(
+        self, source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit = null_emit
     ) -> list[Path]:
         """Convert ahead of time what the options want quantised: the files in the cache, if any.
 
@@ -176,21 +176,21 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def load_text_encoder(
-        self, source: Source, options: ModelOptions, device: torch.device, emit: Emit = silent
+        self, source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit = null_emit
     ) -> TextEncoder:
         """In text_encoder_1_precision, converted first where it never was; emit hears of that."""
 
     @abstractmethod
-    def load_vae(self, source: Source, options: ModelOptions, device: torch.device) -> Vae: ...
+    def load_vae(self, source: ModelFiles, options: ModelOptions, device: torch.device) -> Vae: ...
 
     @abstractmethod
     def load_transformer(
         self,
-        source: Source,
+        source: ModelFiles,
         device: torch.device,
         dtype: torch.dtype,
         options: ModelOptions | None = None,
-        emit: Emit = silent,
+        emit: Emit = null_emit,
     ) -> nn.Module:
         """The network in eval mode, every parameter frozen; dtype: of everything that is not quantised.
 
@@ -199,7 +199,9 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def predict(self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch) -> Tensor:
+    def predict_velocity(
+        self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch
+    ) -> Tensor:
         """Velocity (B, C, H, W) float32 at x_sigma (B, C, H, W) float32, sigma (B,) float32 in [0, 1]."""
 
     @abstractmethod
@@ -207,8 +209,8 @@ class ModelFamily(ABC):
         """How many blocks BlockMemory has to do with."""
 
     @abstractmethod
-    def arrange(
-        self, transformer: nn.Module, memory: BlockMemory, device: torch.device | None = None
+    def place_blocks(
+        self, transformer: nn.Module, memory: BlockMemoryPolicy, device: torch.device | None = None
     ) -> None:
         """Put everything on `device` but what `memory` keeps on the host, and run the blocks so from now on.
 
@@ -221,7 +223,7 @@ class ModelFamily(ABC):
         """Have the blocks compiled at their first call, as dynamo_backend says."""
 
     @abstractmethod
-    def trainable_at_full_rank(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    def full_finetune_parameters(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """Named parameters that model_type "full" trains."""
 
     @abstractmethod
@@ -238,7 +240,7 @@ class ModelFamily(ABC):
         """Write a diffusers `transformer` folder (config.json + safetensors) that load_transformer reads."""
 
     @abstractmethod
-    def save_native(self, folder: Path, file: Path, metadata: Mapping[str, str]) -> None:
+    def save_native_file(self, folder: Path, file: Path, metadata: Mapping[str, str]) -> None:
         """The same weights as one file with the author's own names, as ComfyUI and Forge read it.
 
         folder: what save_transformer wrote. Tensor by tensor; an older file is replaced at the end.

@@ -8,16 +8,16 @@ from simpletuner.errors import ConfigError
 from simpletuner.models.family import ModelFamily
 
 
-def _chroma() -> ModelFamily:
-    from simpletuner.models.chroma.family import Chroma
+def _load_chroma_family() -> ModelFamily:
+    from simpletuner.models.chroma.family import ChromaFamily
 
-    return Chroma()
-
-
-FAMILIES: dict[str, Callable[[], ModelFamily]] = {"chroma": _chroma}
+    return ChromaFamily()
 
 
-def family(name: str) -> ModelFamily:
+FAMILIES: dict[str, Callable[[], ModelFamily]] = {"chroma": _load_chroma_family}
+
+
+def get_family(name: str) -> ModelFamily:
     if name not in FAMILIES:
         raise ConfigError(f'model_family "{name}" is not known; there is {", ".join(FAMILIES)}.')
     return FAMILIES[name]()

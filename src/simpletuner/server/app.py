@@ -13,60 +13,64 @@ from starlette.types import ASGIApp
 from simpletuner.errors import ConfigError
 from simpletuner.server import hardware
 from simpletuner.server.api import configs, datasets, jobs, runs, system
-from simpletuner.server.guard import Guard
-from simpletuner.server.home import Home
-from simpletuner.server.pages import Pages, routes_page
-from simpletuner.server.refusal import answer_refusals
-from simpletuner.server.settings import Settings
+from simpletuner.server.api_errors import register_error_handlers
+from simpletuner.server.schemas.base import ErrorResponse
+from simpletuner.server.security_middleware import SecurityMiddleware
+from simpletuner.server.services import Services
+from simpletuner.server.settings import ServerSettings
+from simpletuner.server.static_pages import StaticPages, render_routes_page
 from simpletuner.server.supervisor import Supervisor
-from simpletuner.server.token import Gate, kept
-from simpletuner.server.wire.base import Refusal
+from simpletuner.server.token_auth import TokenAuth, read_or_create_secret
 
-ROUTES = (system, configs, runs, jobs, datasets)
+ROUTE_MODULES = (system, configs, runs, jobs, datasets)
 
 
-class Guarded(FastAPI):
+class SecuredApp(FastAPI):
     """The guard stands outside of everything, so that the answer to a failure passes it too."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        return Guard(super().build_middleware_stack(), self.state.home.settings, self.state.gate)
+        return SecurityMiddleware(
+            super().build_middleware_stack(), self.state.services.settings, self.state.token_auth
+        )
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: ServerSettings) -> FastAPI:
     """What works by itself starts and ends with the serving. Raises ConfigError where others could reach a
     server without a token.
     """
-    if settings.open and settings.token is None:
+    if settings.is_public and settings.token is None:
         raise ConfigError("a server that other machines reach needs a token")
     # Swagger's and ReDoc's pages come from another host: ours is routes_page.
-    app = Guarded(
+    app = SecuredApp(
         title="simpletuner",
         version="1",
         openapi_url="/api/v1/openapi.json",
         docs_url=None,
         redoc_url=None,
-        lifespan=working,
-        responses={422: {"model": Refusal}},
+        lifespan=lifespan,
+        responses={422: {"model": ErrorResponse}},
     )
-    app.state.home = Home.of(settings)
-    app.state.gate = settings.token and Gate(settings.token, kept(settings.place.own / "cookie.key"))
-    answer_refusals(app)
-    for module in ROUTES:
+    app.state.services = Services.from_settings(settings)
+    app.state.token_auth = settings.token and TokenAuth(
+        settings.token, read_or_create_secret(settings.workspace.server_dir / "cookie.key")
+    )
+    register_error_handlers(app)
+    for module in ROUTE_MODULES:
         app.include_router(module.router)
 
     @app.get("/api/v1/docs", include_in_schema=False)
     def docs() -> HTMLResponse:
-        return HTMLResponse(routes_page(app.openapi()))
+        return HTMLResponse(render_routes_page(app.openapi()))
 
-    app.mount("/", Pages(settings))
+    app.mount("/", StaticPages(settings))
     return app
 
 
 @asynccontextmanager
-async def working(app: FastAPI) -> AsyncIterator[None]:
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """The queue moves on while the server runs; what it started goes on without it."""
-    home: Home = app.state.home
-    supervisor = Supervisor(home.jobs, hardware.devices, home.settings.stop_grace_s)
+    home: Services = app.state.services
+    supervisor = Supervisor(home.jobs, hardware.list_devices, home.settings.stop_grace_s)
     supervisor.start()
     yield
     await run_in_threadpool(supervisor.close)

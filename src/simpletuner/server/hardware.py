@@ -9,45 +9,47 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simpletuner.server.wire.system import Device
+from simpletuner.server.schemas.system import DeviceInfo
 
 MIB = 1 << 20
-PATIENCE_S = 10.0
-NVIDIA = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")
-ROCM = ("rocm-smi", "--showproductname", "--showmeminfo", "vram", "--json")
-APPLE = ("sysctl", "-n", "machdep.cpu.brand_string", "hw.memsize")
+TOOL_TIMEOUT_S = 10.0
+NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")
+ROCM_SMI = ("rocm-smi", "--showproductname", "--showmeminfo", "vram", "--json")
+SYSCTL = ("sysctl", "-n", "machdep.cpu.brand_string", "hw.memsize")
 
 
-def devices() -> list[Device]:
+def list_devices() -> list[DeviceInfo]:
     """Every accelerator, or the processor where there is none."""
-    found = [*nvidia(said(NVIDIA)), *rocm(said(ROCM))]
+    found = [*parse_nvidia_smi(run_tool(NVIDIA_SMI)), *parse_rocm_smi(run_tool(ROCM_SMI))]
     if not found and platform.system() == "Darwin" and platform.machine() == "arm64":
-        found = apple(said(APPLE))
-    return found or [processor()]
+        found = parse_sysctl(run_tool(SYSCTL))
+    return found or [cpu_device()]
 
 
-def said(words: tuple[str, ...]) -> str:
+def run_tool(words: tuple[str, ...]) -> str:
     """What the program prints; "" where it is not installed or fails."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout
 
 
-def nvidia(text: str) -> list[Device]:
+def parse_nvidia_smi(text: str) -> list[DeviceInfo]:
     """One card a line: "NVIDIA H200, 143771, 143000", in MiB. An integrated one says [N/A] for memory."""
     rows = [
         [cell.strip() for cell in line.rsplit(",", 2)] for line in text.splitlines() if line.count(",") >= 2
     ]
-    return [_card(name, "cuda", _mib(total), _mib(free)) for name, total, free in rows]
+    return [
+        _device_info(name, "cuda", _mib_to_bytes(total), _mib_to_bytes(free)) for name, total, free in rows
+    ]
 
 
-def _mib(cell: str) -> int | None:
+def _mib_to_bytes(cell: str) -> int | None:
     return int(cell) * MIB if cell.isdigit() else None
 
 
-def rocm(text: str) -> list[Device]:
+def parse_rocm_smi(text: str) -> list[DeviceInfo]:
     """rocm-smi's object of cards: {"card0": {"Card Series": ..., "VRAM Total Memory (B)": "..."}}."""
     try:
         told = json.loads(text) if text else None
@@ -62,44 +64,46 @@ def rocm(text: str) -> list[Device]:
         total, used = (str(card.get(f"VRAM Total {word}", "")) for word in ("Memory (B)", "Used Memory (B)"))
         size = int(total) if total.isdigit() else None
         free = size - int(used) if size is not None and used.isdigit() else None
-        found.append(_card(name, "rocm", size, free))
+        found.append(_device_info(name, "rocm", size, free))
     return found
 
 
-def apple(text: str) -> list[Device]:
+def parse_sysctl(text: str) -> list[DeviceInfo]:
     """Memory is shared with the processor."""
     lines = text.split("\n")
     total = int(lines[1]) if len(lines) > 1 and lines[1].isdigit() else None
-    return [_card(lines[0] or "Apple", "mps", total, None)]
+    return [_device_info(lines[0] or "Apple", "mps", total, None)]
 
 
-def _card(name: str, kind: Any, total: int | None, free: int | None) -> Device:
-    return Device(name=name, kind=kind, memory_total_bytes=total, memory_free_bytes=free)
+def _device_info(name: str, kind: Any, total: int | None, free: int | None) -> DeviceInfo:
+    return DeviceInfo(name=name, kind=kind, memory_total_bytes=total, memory_free_bytes=free)
 
 
-def processor() -> Device:
-    total, free = memory()
+def cpu_device() -> DeviceInfo:
+    total, free = host_memory()
     names = (
-        line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")
+        line.partition(":")[2].strip()
+        for line in _read_lines("/proc/cpuinfo")
+        if line.startswith("model name")
     )
-    return _card(next(names, platform.processor() or platform.machine()), "cpu", total, free)
+    return _device_info(next(names, platform.processor() or platform.machine()), "cpu", total, free)
 
 
-def memory() -> tuple[int | None, int | None]:
+def host_memory() -> tuple[int | None, int | None]:
     """Bytes of host memory, total and free; in a container those that it may use."""
-    rows = dict(line.split(":", 1) for line in _lines("/proc/meminfo") if ":" in line)
+    rows = dict(line.split(":", 1) for line in _read_lines("/proc/meminfo") if ":" in line)
     sizes = [int(rows[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable") if key in rows]
     if len(sizes) < 2:
-        cards = apple(said(APPLE)) if platform.system() == "Darwin" else []
+        cards = parse_sysctl(run_tool(SYSCTL)) if platform.system() == "Darwin" else []
         return (cards[0].memory_total_bytes, None) if cards else (None, None)
     total, free = sizes
-    limit, used = (next(_lines(f"/sys/fs/cgroup/memory.{word}"), "") for word in ("max", "current"))
+    limit, used = (next(_read_lines(f"/sys/fs/cgroup/memory.{word}"), "") for word in ("max", "current"))
     if limit.isdigit() and used.isdigit() and int(limit) < total:
         total, free = int(limit), min(free, max(0, int(limit) - int(used)))
     return total, free
 
 
-def _lines(path: str) -> Iterator[str]:
+def _read_lines(path: str) -> Iterator[str]:
     try:
         yield from Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

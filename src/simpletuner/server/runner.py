@@ -20,48 +20,48 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from simpletuner.durable import write_atomically
+from simpletuner.atomic_io import write_atomically
 
-FULL_BYTES = 20 * 2**20
-LOOK_S = 2.0
-NOT_STARTED = 127
+MAX_OUTPUT_BYTES = 20 * 2**20
+POLL_INTERVAL_S = 2.0
+NOT_STARTED_CODE = 127
 
 
-class Relay:
+class SignalRelay:
     """Passes signals on to the training; what comes before there is one is kept for it."""
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
-        self._kept: list[int] = []
+        self._pending: list[int] = []
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self._child is None:
-            self._kept.append(number)
+            self._pending.append(number)
         else:
             self._child.send_signal(number)
 
-    def to(self, child: subprocess.Popen[bytes]) -> None:
+    def attach(self, child: subprocess.Popen[bytes]) -> None:
         self._child = child
-        for number in self._kept:
+        for number in self._pending:
             child.send_signal(number)
 
 
-def shorten(output: Path) -> None:
+def rotate_output(output: Path) -> None:
     """Begin anew when it is full; the part before stays beside it. The training appends, so it may go on."""
-    if output.stat().st_size > FULL_BYTES:
+    if output.stat().st_size > MAX_OUTPUT_BYTES:
         shutil.copyfile(output, output.with_name("output.1.log"))
         os.truncate(output, 0)
 
 
-def record(path: Path, **what: object) -> None:
+def write_record(path: Path, **what: object) -> None:
     """On a full disk the training goes on without; the lock still says that it lives."""
     with contextlib.suppress(OSError):
         write_atomically(path, json.dumps(what) + "\n")
 
 
-def run(folder: Path, lock: int) -> None:
+def run_job(folder: Path, lock: int) -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    output, relay = folder / "output.log", Relay()
+    output, relay = folder / "output.log", SignalRelay()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, relay)
     with output.open("ab") as log:
@@ -76,19 +76,19 @@ def run(folder: Path, lock: int) -> None:
             )
         except OSError as error:
             log.write(f"{job['argv'][0]} cannot be started: {error}\n".encode())
-            record(folder / "exit.json", code=NOT_STARTED, signal=None, t=time.time())
+            write_record(folder / "exit.json", code=NOT_STARTED_CODE, signal=None, t=time.time())
             return
-    relay.to(child)
-    record(folder / "state.json", pid=os.getpid(), trainer=child.pid, started_t=time.time())
+    relay.attach(child)
+    write_record(folder / "state.json", pid=os.getpid(), trainer=child.pid, started_t=time.time())
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            code = child.wait(LOOK_S)
+            code = child.wait(POLL_INTERVAL_S)
             break
         with contextlib.suppress(OSError):
-            shorten(output)
+            rotate_output(output)
     name = signal.Signals(-code).name if code < 0 else None
-    record(folder / "exit.json", code=None if name else code, signal=name, t=time.time())
+    write_record(folder / "exit.json", code=None if name else code, signal=name, t=time.time())
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), int(sys.argv[2]))
+    run_job(Path(sys.argv[1]), int(sys.argv[2]))

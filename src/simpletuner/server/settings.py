@@ -6,15 +6,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpletuner.server.place import Place
+from simpletuner.server.workspace import Workspace
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-STATIC = Path(__file__).with_name("static")
-TRAINER = (sys.executable, "-m", "simpletuner", "train")
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+STATIC_DIR = Path(__file__).with_name("static")
+TRAIN_COMMAND = (sys.executable, "-m", "simpletuner", "train")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """token: what a client has to show; None lets everybody in who reaches the port, so only on loopback.
 
     names: by which a proxy reaches this server. max_json_bytes, max_upload_bytes: of one request.
@@ -23,19 +23,19 @@ class Settings:
     stop may take to save. static: the built pages.
     """
 
-    place: Place
+    workspace: Workspace
     host: str = "127.0.0.1"
     port: int = 8001
     token: str | None = None
-    names: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     max_json_bytes: int = 1 << 20
     max_upload_bytes: int = 2 << 30
     max_sockets: int = 64
-    trainer: tuple[str, ...] = TRAINER
+    train_command: tuple[str, ...] = TRAIN_COMMAND
     stop_grace_s: float = 120.0
-    static: Path = STATIC
+    static_dir: Path = STATIC_DIR
 
     @property
-    def open(self) -> bool:
+    def is_public(self) -> bool:
         """Whether others than programs of this machine reach the port."""
-        return self.host not in LOOPBACK or bool(self.names)
+        return self.host not in LOOPBACK_HOSTS or bool(self.allowed_hosts)

@@ -25,16 +25,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simpletuner.durable import sync
+from simpletuner.atomic_io import fsync_path
 from simpletuner.errors import CheckpointError, DiskFull
-from simpletuner.events.types import CheckpointSetAside, Emit
+from simpletuner.events.event_types import CheckpointSetAside, Emit
 
-NAME = re.compile(r"checkpoint-(\d+)$")
-FORMAT = 1
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)$")
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class CheckpointData:
     """Everything a run needs to go on. tensors: file stem -> name -> tensor. state: JSON-able."""
 
     step: int
@@ -42,20 +42,22 @@ class Snapshot:
     state: Mapping[str, object]
 
 
-def step_of(folder: Path) -> int:
-    match = NAME.search(folder.name)
+def checkpoint_step(folder: Path) -> int:
+    match = CHECKPOINT_NAME.search(folder.name)
     return int(match.group(1)) if match else -1
 
 
-def existing(run_dir: Path) -> list[Path]:
+def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, newest first. Folders still being written have another name."""
     if not run_dir.is_dir():
         return []
-    found = [folder for folder in run_dir.iterdir() if NAME.fullmatch(folder.name) and folder.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
+    found = [
+        folder for folder in run_dir.iterdir() if CHECKPOINT_NAME.fullmatch(folder.name) and folder.is_dir()
+    ]
+    return sorted(found, key=checkpoint_step, reverse=True)
 
 
-def _hash(path: Path) -> str:
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -65,17 +67,17 @@ def _hash(path: Path) -> str:
 
 def _sync(path: Path) -> None:
     try:
-        sync(path)
+        fsync_path(path)
     except OSError as error:
         if path.is_file():  # some file systems cannot sync a folder; a file must be
             raise DiskFull(f"{path} could not be written to the disk: {error.strerror}") from error
 
 
-def free_bytes(folder: Path) -> int:
+def free_disk_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def damage(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None when every file is what the manifest says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -88,14 +90,14 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _hash(path) != expected["sha256"]:
+        if _sha256(path) != expected["sha256"]:
             return f"{name} does not have the content that was written"
     return None
 
 
-def save(
+def save_checkpoint(
     run_dir: Path,
-    snapshot: Snapshot,
+    snapshot: CheckpointData,
     extra: Callable[[Path], None] | None,
     keep: int,
     best: int | None = None,
@@ -107,39 +109,41 @@ def save(
     DiskFull before anything is written when there is less room than 1.2 times what is needed.
     """
     target = run_dir / f"checkpoint-{snapshot.step}"
-    if target.exists() and damage(target) is None:
+    if target.exists() and find_damage(target) is None:
         return target
     needed = sum(t.numel() * t.element_size() for group in snapshot.tensors.values() for t in group.values())
-    if free_bytes(run_dir) < 1.2 * needed + (1 << 20):
+    if free_disk_bytes(run_dir) < 1.2 * needed + (1 << 20):
         raise DiskFull(
             f"checkpoint-{snapshot.step} needs {needed / 1e9:.2f} GB and {run_dir} has "
-            f"{free_bytes(run_dir) / 1e9:.2f} GB free; earlier checkpoints are untouched. "
+            f"{free_disk_bytes(run_dir) / 1e9:.2f} GB free; earlier checkpoints are untouched. "
             "Make room and run the same command again"
         )
-    sweep(run_dir)
+    remove_leftovers(run_dir)
     work = run_dir / f".writing-checkpoint-{snapshot.step}-{os.getpid()}"
     work.mkdir()
     try:
         _write(work, snapshot, extra)
         if target.exists():
-            set_aside(target)
+            set_aside_damaged(target)
         os.replace(work, target)
     except (OSError, SafetensorError) as error:  # a full disk is the latter inside save_file
         shutil.rmtree(work, ignore_errors=True)
         raise DiskFull(f"{target} could not be written ({error}); earlier ones are untouched") from error
     _sync(run_dir)
-    for old in existing(run_dir)[keep:]:
-        if old != target and step_of(old) != best and not (old / "keep").exists():
+    for old in list_checkpoints(run_dir)[keep:]:
+        if old != target and checkpoint_step(old) != best and not (old / "keep").exists():
             leaving = old.rename(run_dir / f".removing-{old.name}")  # half a folder is never seen as one
             shutil.rmtree(leaving)
     return target
 
 
-def _write(work: Path, snapshot: Snapshot, extra: Callable[[Path], None] | None) -> None:
+def _write(work: Path, snapshot: CheckpointData, extra: Callable[[Path], None] | None) -> None:
     for stem, tensors in snapshot.tensors.items():
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, work / f"{stem}.safetensors")
-    state = json.dumps({"format": FORMAT, "step": snapshot.step, **snapshot.state}, ensure_ascii=False)
+    state = json.dumps(
+        {"format": FORMAT_VERSION, "step": snapshot.step, **snapshot.state}, ensure_ascii=False
+    )
     (work / "state.json").write_text(state, encoding="utf-8")
     if extra is not None:
         extra(work)
@@ -147,20 +151,20 @@ def _write(work: Path, snapshot: Snapshot, extra: Callable[[Path], None] | None)
     for path in sorted(path for path in work.rglob("*") if path.is_file()):
         _sync(path)
         name = path.relative_to(work).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     (work / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
     _sync(work / "manifest.json")
     _sync(work)
 
 
-def sweep(run_dir: Path) -> None:
+def remove_leftovers(run_dir: Path) -> None:
     """Remove what killed processes had half written or half removed (the run lock is ours)."""
     for pattern in (".writing-checkpoint-*", ".removing-checkpoint-*"):
         for leftover in run_dir.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def set_aside(folder: Path) -> Path:
+def set_aside_damaged(folder: Path) -> Path:
     number = 0
     while (aside := folder.with_name(f"damaged-{folder.name}{f'-{number}' if number else ''}")).exists():
         number += 1
@@ -168,30 +172,30 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def newest_sound(run_dir: Path, emit: Emit) -> Path | None:
+def find_latest_valid(run_dir: Path, emit: Emit) -> Path | None:
     """The newest checkpoint that verifies; damaged ones before it are renamed, loudly, never deleted."""
-    for folder in existing(run_dir):
-        reason = damage(folder)
+    for folder in list_checkpoints(run_dir):
+        reason = find_damage(folder)
         if reason is None:
             return folder
-        emit(CheckpointSetAside(str(set_aside(folder)), reason))
+        emit(CheckpointSetAside(str(set_aside_damaged(folder)), reason))
     return None
 
 
-def verify(folder: Path) -> None:
+def verify_checkpoint(folder: Path) -> None:
     """CheckpointError when it is damaged, or no checkpoint at all."""
     if not (folder / "manifest.json").is_file():
         raise CheckpointError(f"{folder} is not a checkpoint: it holds no manifest.json")
-    if (reason := damage(folder)) is not None:
+    if (reason := find_damage(folder)) is not None:
         raise CheckpointError(f"{folder} is damaged: {reason}")
 
 
 def read_state(folder: Path) -> dict[str, object]:
     """What a verified checkpoint says of itself. CheckpointError when its format is unknown."""
     state: dict[str, object] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT:
+    if state.get("format") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has format {state.get('format')}; this version reads format {FORMAT}"
+            f"{folder} has format {state.get('format')}; this version reads format {FORMAT_VERSION}"
         )
     return state
 

@@ -13,11 +13,11 @@ from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "no": torch.float32}
-BF16_SINCE = (8, 0)  # compute capability of Ampere
+BF16_MIN_CAPABILITY = (8, 0)  # compute capability of Ampere
 # What allocators say when they have no more, besides raising torch.OutOfMemoryError.
-EXHAUSTED = ("out of memory", "can't allocate memory")
-ASKED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
-FREE = re.compile(r"of which ([\d.]+ \w+) is free|(max allowed: [\d.]+ \w+)")
+OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory")
+REQUESTED_SIZE_PATTERN = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
+FREE_SIZE_PATTERN = re.compile(r"of which ([\d.]+ \w+) is free|(max allowed: [\d.]+ \w+)")
 
 
 class Hardware:
@@ -45,7 +45,7 @@ class Hardware:
         """Give back what the allocator keeps for later; the CPU's keeps nothing."""
 
 
-class Cuda(Hardware):
+class CudaHardware(Hardware):
     """NVIDIA, and AMD by ROCm, which answers to the same names in torch."""
 
     def __init__(self, device: torch.device) -> None:
@@ -69,7 +69,7 @@ class Cuda(Hardware):
         torch.cuda.empty_cache()
 
 
-class Mps(Hardware):
+class MpsHardware(Hardware):
     """Apple's GPU, in the host's memory."""
 
     kind = "mps"
@@ -81,29 +81,29 @@ class Mps(Hardware):
         torch.mps.empty_cache()
 
 
-HARDWARE: dict[str, Callable[[torch.device], Hardware]] = {
-    "cuda": Cuda,
-    "mps": lambda device: Mps(),
+HARDWARE_BY_TYPE: dict[str, Callable[[torch.device], Hardware]] = {
+    "cuda": CudaHardware,
+    "mps": lambda device: MpsHardware(),
     "cpu": lambda device: Hardware(),
 }
 
 
 @dataclass(frozen=True)
-class Device:
+class ComputeDevice:
     """weights: dtype the network is held in. compute: autocast dtype, None where weights already have it."""
 
     device: torch.device
-    weights: torch.dtype
-    compute: torch.dtype | None
+    weights_dtype: torch.dtype
+    autocast_dtype: torch.dtype | None
 
     @property
     def hardware(self) -> Hardware:
-        return HARDWARE[self.device.type](self.device)
+        return HARDWARE_BY_TYPE[self.device.type](self.device)
 
     def autocast(self) -> AbstractContextManager[object]:
-        if self.compute is None:
+        if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self.device.type, self.compute)
+        return torch.autocast(self.device.type, self.autocast_dtype)
 
     def peak_memory_gib(self) -> float | None:
         """Peak of the allocator since the start; None where the device keeps no count."""
@@ -111,10 +111,10 @@ class Device:
         return None if peak is None else peak / 2**30
 
     def __str__(self) -> str:
-        return f"{self.hardware.name}, {str(self.weights).removeprefix('torch.')} weights"
+        return f"{self.hardware.name}, {str(self.weights_dtype).removeprefix('torch.')} weights"
 
 
-def choose(options: ModelOptions) -> Device:
+def select_device(options: ModelOptions) -> ComputeDevice:
     """The device asked for, or the best there is. ConfigError when it lacks what the options need."""
     if options.torch_num_threads is not None:
         torch.set_num_threads(options.torch_num_threads)
@@ -126,20 +126,20 @@ def choose(options: ModelOptions) -> Device:
         found = ", ".join(kind for kind, here in present.items() if here)
         raise ConfigError(f'device = "{kind}" is not available to this torch; found: {found}')
     device = torch.device(kind)
-    if missing := list(lacks(HARDWARE[kind](device), options)):
+    if missing := list(unsupported_by_hardware(HARDWARE_BY_TYPE[kind](device), options)):
         raise ConfigError("\n".join(missing))
     if kind == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = not options.disable_tf32
         torch.backends.cudnn.allow_tf32 = not options.disable_tf32
     compute = DTYPES[options.mixed_precision]
     weights = DTYPES[options.base_model_default_dtype] if options.base_model_default_dtype else compute
-    return Device(device, weights, compute if compute != weights else None)
+    return ComputeDevice(device, weights, compute if compute != weights else None)
 
 
-def lacks(hardware: Hardware, options: ModelOptions) -> Iterator[str]:
+def unsupported_by_hardware(hardware: Hardware, options: ModelOptions) -> Iterator[str]:
     """What the options ask for and the hardware does not have, each with the alternative."""
     since, has = hardware.capability(), f"this is {hardware.name}"
-    if options.mixed_precision == "bf16" and since is not None and since < BF16_SINCE:
+    if options.mixed_precision == "bf16" and since is not None and since < BF16_MIN_CAPABILITY:
         capability = ".".join(map(str, since))
         yield (
             f'mixed_precision = "bf16" needs compute capability 8.0 or newer; {has}, {capability}.'
@@ -157,14 +157,14 @@ def lacks(hardware: Hardware, options: ModelOptions) -> Iterator[str]:
         yield f'gradient_checkpointing_backend = "offload" needs memory of the GPU\'s own; {has}. Use "torch"'
 
 
-def shortage(error: BaseException) -> str | None:
+def describe_out_of_memory(error: BaseException) -> str | None:
     """What was asked for and what was free, where memory ran out; None for any other failure."""
     text = str(error)
     if isinstance(error, MemoryError):
         return f"out of host memory{': ' if text else ''}{text}"
-    if not (isinstance(error, RuntimeError) and any(mark in text.lower() for mark in EXHAUSTED)):
+    if not (isinstance(error, RuntimeError) and any(mark in text.lower() for mark in OUT_OF_MEMORY_PHRASES)):
         return None
-    asked, free = ASKED.search(text), FREE.search(text)
+    asked, free = REQUESTED_SIZE_PATTERN.search(text), FREE_SIZE_PATTERN.search(text)
     what = [f"{asked[1]} was asked for" if asked else text.splitlines()[0].rstrip(".")]
     if free:
         what.append(f"{free[1]} was free" if free[1] else free[2])

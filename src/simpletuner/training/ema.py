@@ -42,7 +42,7 @@ class Ema:
             shadow.lerp_(param.detach().to(shadow.device, torch.float32), 1 - decay)
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped_weights(self) -> Iterator[None]:
         """The averaged weights in place of the trained ones; these come back bit for bit.
 
         They wait where the average is kept: at full rank a GPU has no room for both.

@@ -15,56 +15,56 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from simpletuner.cache.types import Batch
+from simpletuner.cache.batch_types import Batch
 from simpletuner.config.schema import FlowOptions
-from simpletuner.errors import Stopped, TrainingDiverged
-from simpletuner.events.types import Emit, Stepped, Warned
-from simpletuner.flow.densities import draw_sigmas
+from simpletuner.errors import TrainingDiverged, TrainingStopped
+from simpletuner.events.event_types import Emit, StepCompleted, WarningIssued
+from simpletuner.flow.densities import sample_sigmas
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import seed_at
-from simpletuner.training.device import Device
+from simpletuner.training.device import ComputeDevice
 from simpletuner.training.ema import Ema
-from simpletuner.training.objective import losses
-from simpletuner.training.optimizers import optimizer_mode
-from simpletuner.training.update import Update
+from simpletuner.training.objective import compute_losses
+from simpletuner.training.optimizer_step import OptimizerStep
+from simpletuner.training.optimizers import set_optimizer_mode
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainSchedule:
     """Counts of a run. Everything is counted in optimizer steps."""
 
     total_steps: int
-    accumulation: int
+    accumulation_steps: int
     batches_per_epoch: int
-    patience: int
+    nonfinite_patience: int
 
-    def epoch(self, step: int) -> int:
+    def epoch_at(self, step: int) -> int:
         """Whole epochs behind after `step` steps."""
-        return step * self.accumulation // self.batches_per_epoch
+        return step * self.accumulation_steps // self.batches_per_epoch
 
 
-Action = Callable[[int], None]
+StepCallback = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Every:
+class ScheduledCallback:
     """Something done at step 0, whenever `count` of the step goes up, and at the end.
 
     An action that is done already for a step does nothing: a resumed run asks for what was due once more.
     """
 
-    count: Callable[[int], int]
-    action: Action
+    interval_index: Callable[[int], int]
+    callback: StepCallback
     at_start: bool = False
 
-    def due(self, step: int, total: int) -> bool:
+    def is_due(self, step: int, total: int) -> bool:
         if step == 0:
             return self.at_start
-        return step >= total or self.count(step) > self.count(step - 1)
+        return step >= total or self.interval_index(step) > self.interval_index(step - 1)
 
 
 @dataclass
-class Parts:
+class TrainerContext:
     """What the loop works with; made by build.py.
 
     sizes: of a micro-batch, its samples and the image tokens of each. resumed_step: steps that are behind.
@@ -73,117 +73,126 @@ class Parts:
 
     family: ModelFamily
     transformer: nn.Module
-    device: Device
+    device: ComputeDevice
     optimizer: Optimizer
-    update: Update
+    optimizer_step: OptimizerStep
     ema: Ema | None
-    plan: Plan
+    schedule: TrainSchedule
     seed: int
-    flow: FlowOptions
+    flow_options: FlowOptions
     uses_dropout: bool
     learning_rate: Callable[[int], float]
-    batch: Callable[[int], Batch]
-    sizes: Callable[[int], tuple[int, int]]
+    load_batch: Callable[[int], Batch]
+    micro_batch_shape: Callable[[int], tuple[int, int]]
     resumed_step: int
-    save: Action
-    every: tuple[Every, ...]
-    asked: Callable[[], list[Action]]
+    save_checkpoint: StepCallback
+    callbacks: tuple[ScheduledCallback, ...]
+    requested_callbacks: Callable[[], list[StepCallback]]
     stop_requested: Callable[[], bool]
     emit: Emit
-    skipped: int = 0
+    consecutive_skipped_steps: int = 0
 
 
-def train(parts: Parts) -> int:
+def train(parts: TrainerContext) -> int:
     """Run to the last step and return it. Stopped when asked to leave: saved, and resumable.
 
     Whatever is drawn or measured between steps may raise Stopped too; the resumed run does it again.
     """
-    step, total = parts.resumed_step, parts.plan.total_steps
+    step, total = parts.resumed_step, parts.schedule.total_steps
     try:
-        tell(parts, step)
+        run_due_callbacks(parts, step)
         while step < total:
             done = train_step(parts, step)
             step += 1
             parts.emit(done)
-            tell(parts, step)
+            run_due_callbacks(parts, step)
             if parts.stop_requested() and step < total:
-                raise Stopped
-    except Stopped:
+                raise TrainingStopped
+    except TrainingStopped:
         if step:
-            parts.save(step)
-        raise Stopped(f"stopped after step {step} of {total}; the same command goes on") from None
+            parts.save_checkpoint(step)
+        raise TrainingStopped(f"stopped after step {step} of {total}; the same command goes on") from None
     return step
 
 
-def tell(parts: Parts, step: int) -> None:
+def run_due_callbacks(parts: TrainerContext, step: int) -> None:
     """Save, validate, evaluate: whatever is due or asked for after `step` steps, with evaluation weights."""
-    due = [every.action for every in parts.every if every.due(step, parts.plan.total_steps)]
+    due = [every.callback for every in parts.callbacks if every.is_due(step, parts.schedule.total_steps)]
     try:
-        for action in (*due, *parts.asked()):
-            optimizer_mode(parts.optimizer, training=False)
+        for action in (*due, *parts.requested_callbacks()):
+            set_optimizer_mode(parts.optimizer, training=False)
             action(step)
     finally:
-        optimizer_mode(parts.optimizer, training=True)
+        set_optimizer_mode(parts.optimizer, training=True)
 
 
-def train_step(parts: Parts, step: int) -> Stepped:
+def train_step(parts: TrainerContext, step: int) -> StepCompleted:
     """One optimizer step over `accumulation` micro-batches, each sample weighing the same."""
     started = time.perf_counter()
-    plan = parts.plan
-    numbers = range(step * plan.accumulation, (step + 1) * plan.accumulation)
-    sizes = [parts.sizes(number) for number in numbers]
+    plan = parts.schedule
+    numbers = range(step * plan.accumulation_steps, (step + 1) * plan.accumulation_steps)
+    sizes = [parts.micro_batch_shape(number) for number in numbers]
     count = sum(samples for samples, _ in sizes)
     tokens = sum(samples * each for samples, each in sizes) // count
-    sigmas = draw_sigmas(parts.flow, parts.seed, step, count, tokens)
+    sigmas = sample_sigmas(parts.flow_options, parts.seed, step, count, tokens)
     rate = parts.learning_rate(step)
     for group in parts.optimizer.param_groups:
         group["lr"] = rate
     shares: list[Tensor] = []
     seen, used = 0, []
     for number in numbers:
-        batch = parts.batch(number)
+        batch = parts.load_batch(number)
         sigma = sigmas[seen : seen + len(batch.visit_keys)]
         seen += len(batch.visit_keys)
         used += list(zip(batch.sample_ids, sigma.tolist(), strict=True))
-        shares.append(backward(parts, batch, sigma, count, number))
+        shares.append(backward_micro_batch(parts, batch, sigma, count, number))
     total = sum(torch.stack(shares).tolist())  # the device is waited for once a step, not once a micro-batch
-    norm = parts.update.limit()
+    norm = parts.optimizer_step.clip_gradients()
     if math.isfinite(total) and math.isfinite(norm):
-        parts.skipped = 0
-        parts.update.apply()
+        parts.consecutive_skipped_steps = 0
+        parts.optimizer_step.apply()
         if parts.ema is not None:
             parts.ema.update(step)
     else:
-        refuse(parts, step, total, norm, used)
-    parts.update.clear()
+        handle_nonfinite_step(parts, step, total, norm, used)
+    parts.optimizer_step.zero_grad()
     seconds = time.perf_counter() - started
     memory = parts.device.peak_memory_gib()
-    return Stepped(step + 1, plan.total_steps, plan.epoch(step), total, rate, norm, seconds, count, memory)
+    return StepCompleted(
+        step + 1, plan.total_steps, plan.epoch_at(step), total, rate, norm, seconds, count, memory
+    )
 
 
-def backward(parts: Parts, batch: Batch, sigma: Tensor, count: int, number: int) -> Tensor:
+def backward_micro_batch(
+    parts: TrainerContext, batch: Batch, sigma: Tensor, count: int, number: int
+) -> Tensor:
     """Add one micro-batch's share of the gradient; returns its share of the loss."""
     if parts.uses_dropout:
         torch.manual_seed(seed_at(parts.seed, "dropout", number))
     parts.transformer.train()
     with parts.device.autocast():
-        each = losses(
-            parts.family, parts.transformer, batch, sigma, parts.flow, parts.seed, parts.device.device
+        each = compute_losses(
+            parts.family, parts.transformer, batch, sigma, parts.flow_options, parts.seed, parts.device.device
         )
     loss = each.sum() / count
-    parts.update.backward(loss)
+    parts.optimizer_step.backward(loss)
     return loss.detach()
 
 
-def refuse(parts: Parts, step: int, loss: float, norm: float, used: list[tuple[str, float]]) -> None:
+def handle_nonfinite_step(
+    parts: TrainerContext, step: int, loss: float, norm: float, used: list[tuple[str, float]]
+) -> None:
     """Skip the update and name the samples. Stop beyond `nonfinite_loss_patience` such steps in a row, and
     where part of the update is in the weights already.
     """
-    parts.skipped += 1
+    parts.consecutive_skipped_steps += 1
     samples = ", ".join(f"{name} (sigma {sigma:.4f})" for name, sigma in used)
     what = f"step {step + 1}: loss {loss}, gradient norm {norm}; samples: {samples}"
-    if parts.skipped > parts.plan.patience or parts.update.touched:
+    if (
+        parts.consecutive_skipped_steps > parts.schedule.nonfinite_patience
+        or parts.optimizer_step.weights_modified
+    ):
         raise TrainingDiverged(
             f"{what}. The last checkpoint is untouched. Lower learning_rate, or look at these pictures"
         )
-    parts.emit(Warned(f"{what}; this step's update was skipped"))
+    parts.emit(WarningIssued(f"{what}; this step's update was skipped"))

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpletuner.training.one_by_one import OneByOne, store
+from simpletuner.training.per_parameter_optimizer import PerParameterOptimizer, copy_stochastically
 
 # Of the odd quintic polynomial that drives singular values to about 1; Jordan's, chosen for speed.
-A, B, C = 3.4445, -4.7750, 2.0315
-RMS_OF_ADAM = 0.2
+QUINTIC_A, QUINTIC_B, QUINTIC_C = 3.4445, -4.7750, 2.0315
+ADAM_UPDATE_RMS = 0.2
 
 
-def orthogonalised(matrix: Tensor, iterations: int) -> Tensor:
+def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
     """The same shape, bfloat16; singular values that were not tiny lie between about 0.7 and 1.2."""
     x = matrix.to(torch.bfloat16)
     tall = x.shape[0] > x.shape[1]
@@ -29,11 +29,11 @@ def orthogonalised(matrix: Tensor, iterations: int) -> Tensor:
     x = x / x.float().norm().clamp_min(1e-7).to(x.dtype)
     for _ in range(iterations):
         gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=QUINTIC_B, alpha=QUINTIC_C), x, beta=QUINTIC_A)
     return x.mT if tall else x
 
 
-class Muon(OneByOne):
+class Muon(PerParameterOptimizer):
     """Nesterov momentum, orthogonalised, on matrices (one number of state per weight); AdamW on the rest.
 
     Decay is decoupled and the same for both. momentum: of matrices. betas, eps: of the others. The state has
@@ -49,27 +49,35 @@ class Muon(OneByOne):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, seed, {**defaults, "momentum": momentum, "iterations": iterations})
 
-    def update(self, param: Tensor, grad: Tensor, group: dict[str, Any], noise: torch.Generator) -> None:
+    def update_parameter(
+        self, param: Tensor, grad: Tensor, group: dict[str, Any], noise: torch.Generator
+    ) -> None:
         exact = param.float()  # the parameter itself where it is float32
         exact.mul_(1 - group["lr"] * group["weight_decay"])
         rule, keys = (
-            (self._muon, ("momentum",)) if param.ndim == 2 else (self._adam, ("exp_avg", "exp_avg_sq"))
+            (self._update_matrix, ("momentum",))
+            if param.ndim == 2
+            else (self._update_with_adam, ("exp_avg", "exp_avg_sq"))
         )
         state = self.state[param]
         if not state:
             state.update({key: torch.zeros_like(param) for key in keys})
         means = {key: state[key].float() for key in keys}
         rule(exact, grad.float(), means, group)
-        store(param, exact, noise)
+        copy_stochastically(param, exact, noise)
         for key in keys:
-            store(state[key], means[key], noise)
+            copy_stochastically(state[key], means[key], noise)
 
-    def _muon(self, exact: Tensor, grad: Tensor, means: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def _update_matrix(
+        self, exact: Tensor, grad: Tensor, means: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
         mean = means["momentum"].lerp_(grad, 1 - group["momentum"])
-        step = orthogonalised(grad.lerp(mean, group["momentum"]), group["iterations"])
-        exact.add_(step.float(), alpha=-group["lr"] * RMS_OF_ADAM * math.sqrt(max(exact.shape)))
+        step = orthogonalise(grad.lerp(mean, group["momentum"]), group["iterations"])
+        exact.add_(step.float(), alpha=-group["lr"] * ADAM_UPDATE_RMS * math.sqrt(max(exact.shape)))
 
-    def _adam(self, exact: Tensor, grad: Tensor, means: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def _update_with_adam(
+        self, exact: Tensor, grad: Tensor, means: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
         beta1, beta2 = group["betas"]
         mean = means["exp_avg"].lerp_(grad, 1 - beta1)
         square = means["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from simpletuner.cache.types import Batch
+from simpletuner.cache.batch_types import Batch
 
-DEPTH = 4
+PREFETCH_DEPTH = 4
 
 
-class Prefetch:
+class BatchPrefetcher:
     """Calls load(number) for the next DEPTH micro-batches on one thread."""
 
     def __init__(self, load: Callable[[int], Batch], last: int) -> None:
@@ -19,7 +19,7 @@ class Prefetch:
         self._pending: dict[int, Future[Batch]] = {}
 
     def __call__(self, number: int) -> Batch:
-        for ahead in range(number, min(number + DEPTH, self._last + 1)):
+        for ahead in range(number, min(number + PREFETCH_DEPTH, self._last + 1)):
             if ahead not in self._pending:
                 self._pending[ahead] = self._pool.submit(self._load, ahead)
         return self._pending.pop(number).result()

@@ -14,26 +14,26 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simpletuner.config.load import Loaded, from_resolved, resolved
+from simpletuner.config.load import LoadedConfig, config_from_resolved, resolved_options
 from simpletuner.config.schema import RunConfig
-from simpletuner.data.dataset import Backends, Dataset
-from simpletuner.data.scan import scan
-from simpletuner.errors import SimpleTunerError, Stopped
-from simpletuner.events.report import write_report
-from simpletuner.events.trackers import kinds
-from simpletuner.events.types import Event, StageDone, Stepped, Warned
+from simpletuner.data.dataset_config import DatasetConfig, DatasetFile
+from simpletuner.data.scan import scan_datasets
+from simpletuner.errors import SimpleTunerError, TrainingStopped
+from simpletuner.events.event_types import Event, StageCompleted, StepCompleted, WarningIssued
+from simpletuner.events.html_report import write_report
+from simpletuner.events.trackers import tracker_classes
 from simpletuner.training import loop
-from simpletuner.training.build import build
-from simpletuner.training.rundir import RunFolder
+from simpletuner.training.build import build_trainer_context
+from simpletuner.training.run_folder import RunFolder
 
 STEPS = 4
 STOP_AFTER = 2
-SAMPLES = 8
+MAX_SAMPLES_PER_SET = 8
 SIDE_PX = 128
 
 
 @dataclass
-class Findings:
+class RehearsalFindings:
     """What the rehearsal saw. problems would end a real run; warnings would be in its log."""
 
     problems: list[str] = field(default_factory=list)
@@ -42,10 +42,10 @@ class Findings:
     exit_code: int = 0
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Warned):
+        if isinstance(event, WarningIssued):
             self.warnings.append(event.message)
 
-    def attempt(self, what: str, act: Callable[[], str]) -> bool:
+    def check(self, what: str, act: Callable[[], str]) -> bool:
         try:
             said = act()
         except SimpleTunerError as error:
@@ -56,41 +56,41 @@ class Findings:
         return True
 
 
-def rehearse(loaded: Loaded, backends: Backends) -> int:
+def rehearse(loaded: LoadedConfig, backends: DatasetFile) -> int:
     """Print what worked and what would have gone wrong; returns the exit code of the first problem, or 0."""
-    findings = Findings()
-    findings.attempt("pictures and captions, all of them", lambda: full_scan(loaded.run, backends, findings))
-    report_to = loaded.run.logging.report_to
-    findings.attempt(f"report_to {report_to}", lambda: "installed" if kinds(report_to) else "")
+    findings = RehearsalFindings()
+    findings.check("pictures and captions, all of them", lambda: scan_all(loaded.config, backends, findings))
+    report_to = loaded.config.logging.report_to
+    findings.check(f"report_to {report_to}", lambda: "installed" if tracker_classes(report_to) else "")
     with tempfile.TemporaryDirectory(prefix="simpletuner-rehearsal-") as folder:
-        base_dir = loaded.source.parent if loaded.source else Path.cwd()
-        run = reduced(loaded.run, Path(folder) / "run", findings)
-        small = shrunk(backends)
-        if findings.attempt(
+        base_dir = loaded.config_path.parent if loaded.config_path else Path.cwd()
+        run = reduce_config(loaded.config, Path(folder) / "run", findings)
+        small = shrink_datasets(backends)
+        if findings.check(
             f"caches, pictures before, {STOP_AFTER} steps, checkpoint, stop",
-            lambda: part(run, small, base_dir, STOP_AFTER, findings),
+            lambda: train_until(run, small, base_dir, STOP_AFTER, findings),
         ):
-            findings.attempt(
+            findings.check(
                 f"resume, steps to {STEPS}, pictures after, export read back",
-                lambda: part(run, small, base_dir, None, findings),
+                lambda: train_until(run, small, base_dir, None, findings),
             )
-            findings.attempt("report", lambda: f"{write_report(Path(folder) / 'run').stat().st_size} bytes")
-    tell(findings)
+            findings.check("report", lambda: f"{write_report(Path(folder) / 'run').stat().st_size} bytes")
+    print_findings(findings)
     return findings.exit_code
 
 
-def full_scan(run: RunConfig, backends: Backends, findings: Findings) -> str:
+def scan_all(run: RunConfig, backends: DatasetFile, findings: RehearsalFindings) -> str:
     """The whole dataset at its real sizes, headers only."""
-    scanned = scan([*backends.train, *backends.eval], run.data, run.training.seed, findings)
+    scanned = scan_datasets([*backends.train, *backends.eval], run.data, run.training.seed, findings)
     for item in scanned.rejected:
         findings.warnings.append(f"{item.path} would not be used: {item.detail}")
     held_out = {one.id for one in backends.eval}
-    train = [item for item in scanned.placed if item.sample.dataset not in held_out]
+    train = [item for item in scanned.samples if item.sample.dataset not in held_out]
     buckets = len({item.bucket_px for item in train})
-    return f"{len(train)} to train on in {buckets} buckets, {len(scanned.placed) - len(train)} held out"
+    return f"{len(train)} to train on in {buckets} buckets, {len(scanned.samples) - len(train)} held out"
 
 
-def reduced(run: RunConfig, output_dir: Path, findings: Findings) -> RunConfig:
+def reduce_config(run: RunConfig, output_dir: Path, findings: RehearsalFindings) -> RunConfig:
     """The same options on the bundled model, with everything that is long made short."""
     target = run.adapter.flux_lora_target
     if target in ("tiny", "nano"):
@@ -104,9 +104,9 @@ def reduced(run: RunConfig, output_dir: Path, findings: Findings) -> RunConfig:
             "lora_target_modules is rehearsed as given; the small model has fewer blocks"
         )
     training = run.training
-    return from_resolved(
+    return config_from_resolved(
         {
-            **resolved(run),
+            **resolved_options(run),
             "model_flavour": "nano", "pretrained_model_name_or_path": None, "device": "cpu",
             "pretrained_transformer_model_name_or_path": None, "pretrained_vae_model_name_or_path": None,
             "pretrained_t5_model_name_or_path": None, "revision": None, "variant": None,
@@ -125,16 +125,16 @@ def reduced(run: RunConfig, output_dir: Path, findings: Findings) -> RunConfig:
     )  # fmt: skip
 
 
-def shrunk(backends: Backends) -> Backends:
+def shrink_datasets(backends: DatasetFile) -> DatasetFile:
     """A handful of samples of every set, at a size the CPU can carry."""
 
-    def small(one: Dataset) -> Dataset:
+    def small(one: DatasetConfig) -> DatasetConfig:
         framing = dataclasses.replace(
-            one.framing, resolution=float(SIDE_PX), resolution_type="pixel_area",
+            one.resize_crop, resolution=float(SIDE_PX), resolution_type="pixel_area",
             minimum_image_size=None, maximum_image_size=None, target_downsample_size=None,
         )  # fmt: skip
-        limit = min(one.max_num_samples or SAMPLES, SAMPLES)
-        return dataclasses.replace(one, framing=framing, max_num_samples=limit)
+        limit = min(one.max_num_samples or MAX_SAMPLES_PER_SET, MAX_SAMPLES_PER_SET)
+        return dataclasses.replace(one, resize_crop=framing, max_num_samples=limit)
 
     return dataclasses.replace(
         backends,
@@ -144,18 +144,18 @@ def shrunk(backends: Backends) -> Backends:
     )
 
 
-def part(
-    run: RunConfig, backends: Backends, base_dir: Path, stop_after: int | None, findings: Findings
+def train_until(
+    run: RunConfig, backends: DatasetFile, base_dir: Path, stop_after: int | None, findings: RehearsalFindings
 ) -> str:
     """Train until `stop_after` steps (as Ctrl-C would), or to the end."""
-    last: list[Stepped] = []
+    last: list[StepCompleted] = []
     stages: list[str] = []
 
     def emit(event: Event) -> None:
         findings(event)
-        if isinstance(event, Stepped):
+        if isinstance(event, StepCompleted):
             last.append(event)
-        if isinstance(event, StageDone):
+        if isinstance(event, StageCompleted):
             stages.append(f"{event.stage} {event.done}")
 
     with RunFolder(Path(run.training.output_dir)) as folder, ExitStack() as closing:
@@ -164,13 +164,13 @@ def part(
             return bool(last) and last[-1].step == stop_after
 
         try:
-            loop.train(build(run, backends, base_dir, folder, stop, emit, closing))
-        except Stopped:
+            loop.train(build_trainer_context(run, backends, base_dir, folder, stop, emit, closing))
+        except TrainingStopped:
             return f"{', '.join(stages)}; loss {last[-1].loss:.3f}"
     return f"loss {last[-1].loss:.3f}"
 
 
-def tell(findings: Findings) -> None:
+def print_findings(findings: RehearsalFindings) -> None:
     for line in findings.passed:
         print(f"  ok       {line}")
     for line in dict.fromkeys(findings.warnings):

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpletuner.training.eight_bit import EightBit
-from simpletuner.training.one_by_one import OneByOne, store
+from simpletuner.training.eight_bit_moments import EightBitMoments
+from simpletuner.training.per_parameter_optimizer import PerParameterOptimizer, copy_stochastically
 
-CHUNK = 1 << 22  # numbers in float32 at a time: half a dozen temporaries of 16 MB, however large the weight
+CHUNK_SIZE = (
+    1 << 22
+)  # numbers in float32 at a time: half a dozen temporaries of 16 MB, however large the weight
 
 
-class LikeWeights:
+class SameDtypeMoments:
     """Mean of the gradient and of its square in the dtype of the weights: 4 bytes per bf16 parameter, rounded
     stochastically. read: (numbers,) float32 of a part of the flat parameter; write: the same, changed."""
 
-    def fresh(self, param: Tensor) -> dict[str, Tensor]:
+    def init_state(self, param: Tensor) -> dict[str, Tensor]:
         flat = torch.contiguous_format
         return {key: torch.zeros_like(param, memory_format=flat) for key in ("exp_avg", "exp_avg_sq")}
 
@@ -29,32 +31,34 @@ class LikeWeights:
     def write(
         self, state: dict[str, Tensor], part: slice, mean: Tensor, square: Tensor, noise: torch.Generator
     ) -> None:
-        store(state["exp_avg"].view(-1)[part], mean, noise)
-        store(state["exp_avg_sq"].view(-1)[part], square, noise)
+        copy_stochastically(state["exp_avg"].view(-1)[part], mean, noise)
+        copy_stochastically(state["exp_avg_sq"].view(-1)[part], square, noise)
 
 
-class StochasticAdamW(OneByOne):
+class StochasticAdamW(PerParameterOptimizer):
     """AdamW with decoupled decay. Weights in bf16 are rounded stochastically, others updated like AdamW's."""
 
     def __init__(
         self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float,
-        weight_decay: float, seed: int, moments: LikeWeights | EightBit,
+        weight_decay: float, seed: int, moments: SameDtypeMoments | EightBitMoments,
     ) -> None:  # fmt: skip
         super().__init__(params, seed, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.moments = moments
 
-    def update(self, param: Tensor, grad: Tensor, group: dict[str, Any], noise: torch.Generator) -> None:
+    def update_parameter(
+        self, param: Tensor, grad: Tensor, group: dict[str, Any], noise: torch.Generator
+    ) -> None:
         state = self.state[param]
         if not state:
-            state.update(self.moments.fresh(param))
+            state.update(self.moments.init_state(param))
         weights, gradient = param.contiguous().view(-1), grad.reshape(-1)
-        for start in range(0, param.numel(), CHUNK):
-            part = slice(start, min(start + CHUNK, param.numel()))
-            self._part(weights[part], gradient[part].float(), state, part, group, noise)
+        for start in range(0, param.numel(), CHUNK_SIZE):
+            part = slice(start, min(start + CHUNK_SIZE, param.numel()))
+            self._update_chunk(weights[part], gradient[part].float(), state, part, group, noise)
         if not param.is_contiguous():
             param.copy_(weights.view_as(param))
 
-    def _part(
+    def _update_chunk(
         self, weights: Tensor, grad: Tensor, state: dict[str, Tensor], part: slice, group: dict[str, Any],
         noise: torch.Generator,
     ) -> None:  # fmt: skip
@@ -65,5 +69,5 @@ class StochasticAdamW(OneByOne):
         denominator = square.sqrt().div_(math.sqrt(1 - beta2 ** group["step"])).add_(group["eps"])
         new = weights.float().mul_(1 - group["lr"] * group["weight_decay"])
         new.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1 ** group["step"]))
-        store(weights, new, noise)
+        copy_stochastically(weights, new, noise)
         self.moments.write(state, part, mean, square, noise)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from simpletuner.cache.types import TextBatch
-from simpletuner.models.family import Facts, ModelFamily
+from simpletuner.cache.batch_types import TextBatch
+from simpletuner.models.family import ArchitectureConstants, ModelFamily
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,21 @@ class Inference:
     """dtype: of the text rows as the transformer takes them. precision: the autocast of training, if any."""
 
     family: ModelFamily
-    facts: Facts
+    constants: ArchitectureConstants
     device: torch.device
-    dtype: torch.dtype
-    precision: Callable[[], AbstractContextManager[object]] = nullcontext
+    text_dtype: torch.dtype
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
-    def velocity(self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch) -> Tensor:
+    def predict_velocity(
+        self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch
+    ) -> Tensor:
         """Velocity (B, C, H, W) float32; text is already on the device."""
-        with self.precision():
-            return self.family.predict(transformer, x_sigma, sigma, text).float()
+        with self.autocast():
+            return self.family.predict_velocity(transformer, x_sigma, sigma, text).float()
 
 
 @contextmanager
-def evaluating(transformer: nn.Module) -> Iterator[None]:
+def eval_mode(transformer: nn.Module) -> Iterator[None]:
     """No gradient and eval mode inside; each module gets its own mode back afterwards."""
     training = [module for module in transformer.modules() if module.training]
     transformer.eval()

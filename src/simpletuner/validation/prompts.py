@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpletuner.config.files import read_document
+from simpletuner.config.documents import read_document
+from simpletuner.config.option_values import did_you_mean
 from simpletuner.config.schema import DataOptions, ValidationOptions
-from simpletuner.config.values import did_you_mean
 from simpletuner.errors import ConfigError, Problem
 
-FIELDS = ("prompt", "caption", "negative_prompt", "seed")
-LONGEST_ID = 48  # characters; with the rest of the file name under 255 bytes even in four-byte letters
-LARGEST_SIDE_PX = 4096
+PROMPT_FIELDS = ("prompt", "caption", "negative_prompt", "seed")
+MAX_ID_LENGTH = 48  # characters; with the rest of the file name under 255 bytes even in four-byte letters
+MAX_SIDE_PX = 4096
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageSpec:
     """One picture to draw. seed alone addresses its noise, so `generate --seed` can draw it again.
 
     number: counts pictures of the same prompt and size from 0. size_px: (width, height).
@@ -62,7 +62,7 @@ def read_prompts(options: ValidationOptions, base_dir: Path) -> tuple[Prompt, ..
     return tuple(prompts)
 
 
-def captions(prompts: Sequence[Prompt], guidance: float) -> tuple[str, ...]:
+def prompt_texts(prompts: Sequence[Prompt], guidance: float) -> tuple[str, ...]:
     """Every text that must be encoded to draw the prompts, each once; negatives only where used."""
     texts = [prompt.text for prompt in prompts]
     if guidance > 1:
@@ -70,19 +70,19 @@ def captions(prompts: Sequence[Prompt], guidance: float) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
-def pictures(
+def make_image_specs(
     prompts: Sequence[Prompt], sizes: Sequence[tuple[int, int]], count: int, seed: int
-) -> tuple[Picture, ...]:
+) -> tuple[ImageSpec, ...]:
     """Every prompt at every size, `count` times with consecutive seeds; equal sizes are neighbours."""
     return tuple(
-        Picture(prompt, number, size, (seed if prompt.seed is None else prompt.seed) + number)
+        ImageSpec(prompt, number, size, (seed if prompt.seed is None else prompt.seed) + number)
         for size in sizes
         for prompt in prompts
         for number in range(count)
     )
 
 
-def read_sizes(
+def parse_sizes(
     text: str | None, data: DataOptions, alignment_px: int, option: str = "validation_resolution"
 ) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
     """Sizes (width, height) from "512", "512x768" or a comma list; None = the square that is trained on.
@@ -92,11 +92,11 @@ def read_sizes(
     """
     sizes: dict[tuple[int, int], None] = {}
     notes, problems = [], []
-    for part in (text or _training_size(data)).split(","):
+    for part in (text or _default_size(data)).split(","):
         found = re.fullmatch(r"\s*(\d{1,6})\s*(?:[xX×]\s*(\d{1,6})\s*)?", part)
         sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-        if not all(alignment_px <= side <= LARGEST_SIDE_PX for side in sides):
-            allowed = f"pixels from {alignment_px} to {LARGEST_SIDE_PX}, one side or WIDTHxHEIGHT"
+        if not all(alignment_px <= side <= MAX_SIDE_PX for side in sides):
+            allowed = f"pixels from {alignment_px} to {MAX_SIDE_PX}, one side or WIDTHxHEIGHT"
             problems.append(Problem(option, f"{part.strip()!r} is not a size: {allowed}"))
             continue
         width, height = (round(side / alignment_px) * alignment_px for side in sides)
@@ -109,7 +109,7 @@ def read_sizes(
     return tuple(sizes), tuple(notes)
 
 
-def _training_size(data: DataOptions) -> str:
+def _default_size(data: DataOptions) -> str:
     """resolution counts megapixels when resolution_type is area, else it is the side in pixels."""
     if data.resolution_type == "area":
         return str(round(math.sqrt(data.resolution * 1e6)))
@@ -124,14 +124,16 @@ def _read_library(name: str, base_dir: Path, negative: str) -> list[Prompt]:
         raise ConfigError([Problem("user_prompt_library", what)])
     document = read_document(path, str(path))
     if not isinstance(document.value, dict):
-        raise ConfigError([Problem(document.where(), 'must be an object: {"shortname": "a prompt", ...}')])
+        raise ConfigError(
+            [Problem(document.location_of(), 'must be an object: {"shortname": "a prompt", ...}')]
+        )
     problems: list[Problem] = []
     prompts: list[Prompt] = []
     taken = {"validation": "validation_prompt"}
     for shortname, value in document.value.items():
-        file_id = file_safe(shortname)
+        file_id = safe_file_name(shortname)
         fields: Any = {"prompt": value} if isinstance(value, str) else value
-        found = list(_problems_of(fields))
+        found = list(_prompt_problems(fields))
         if not file_id:
             found.append(((), "the name has no letter or digit to call a file by"))
         elif file_id.casefold() in taken:
@@ -139,7 +141,8 @@ def _read_library(name: str, base_dir: Path, negative: str) -> list[Prompt]:
             found.append(((), f"its file name would be that of {other!r}; choose another name"))
         taken[file_id.casefold()] = shortname
         problems += [
-            Problem(document.where((shortname, *place)), f"{shortname!r}: {what}") for place, what in found
+            Problem(document.location_of((shortname, *place)), f"{shortname!r}: {what}")
+            for place, what in found
         ]
         if not found:
             text = fields.get("prompt", fields.get("caption"))
@@ -149,13 +152,13 @@ def _read_library(name: str, base_dir: Path, negative: str) -> list[Prompt]:
     return prompts
 
 
-def _problems_of(fields: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+def _prompt_problems(fields: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     """What is wrong with one entry of the library: (place inside it, sentence)."""
     if not isinstance(fields, dict):
         yield (), 'must be a prompt, or {"prompt": ..., "negative_prompt": ..., "seed": ...}'
         return
-    for field in sorted(fields.keys() - set(FIELDS)):
-        hint = did_you_mean(field, FIELDS) or f"; known are {', '.join(FIELDS)}"
+    for field in sorted(fields.keys() - set(PROMPT_FIELDS)):
+        hint = did_you_mean(field, PROMPT_FIELDS) or f"; known are {', '.join(PROMPT_FIELDS)}"
         yield (field,), f"unknown field {field!r}{hint}"
     if ("prompt" in fields) == ("caption" in fields):
         yield (), "needs the field 'prompt' (or 'caption', not both)"
@@ -167,8 +170,8 @@ def _problems_of(fields: Any) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("seed",), f"seed must be a whole number from 0, not {seed!r}"
 
 
-def file_safe(shortname: str) -> str:
+def safe_file_name(shortname: str) -> str:
     """Letters, digits, "_", "." and "-" of the name; never a path, a hidden file or empty space."""
     name = unicodedata.normalize("NFC", shortname)
     cleaned = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
-    return re.sub(r"-{2,}", "-", cleaned).strip(".-")[:LONGEST_ID].rstrip(".-")
+    return re.sub(r"-{2,}", "-", cleaned).strip(".-")[:MAX_ID_LENGTH].rstrip(".-")

@@ -11,20 +11,20 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from simpletuner.cache.types import TextBatch
-from simpletuner.flow.solvers import euler, sigma_grid
-from simpletuner.models.family import Facts
+from simpletuner.cache.batch_types import TextBatch
+from simpletuner.flow.solvers import sigma_grid, solve_euler
+from simpletuner.models.family import ArchitectureConstants
 from simpletuner.randomness import seed_at
-from simpletuner.validation.inference import Inference, evaluating
-from simpletuner.validation.prompts import Picture
+from simpletuner.validation.inference import Inference, eval_mode
+from simpletuner.validation.prompts import ImageSpec
 
 # Small pictures share a forward pass as long as it holds no more pixels than one of 1024 x 1024:
 # the memory of a batch is then never above that of the picture people plan for.
-BATCH_PIXELS = 1024 * 1024
-BATCH_PICTURES = 16
+MAX_BATCH_PIXELS = 1024 * 1024
+MAX_BATCH_IMAGES = 16
 
 
-def initial_noise(facts: Facts, seed: int, size_px: tuple[int, int]) -> Tensor:
+def initial_noise(facts: ArchitectureConstants, seed: int, size_px: tuple[int, int]) -> Tensor:
     """(C, H, W) standard normal, a pure function of seed and size; drawn on the CPU on every device."""
     width, height = size_px
     shape = (facts.latent_channels, height // facts.stride_px, width // facts.stride_px)
@@ -32,7 +32,7 @@ def initial_noise(facts: Facts, seed: int, size_px: tuple[int, int]) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def sample(
+def denoise(
     inference: Inference, transformer: nn.Module, text_rows: Sequence[Tensor], noise: Tensor, *, steps: int,
     guidance: float = 1.0, negative_rows: Sequence[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
@@ -46,25 +46,25 @@ def sample(
     if guided and negative_rows is None:
         raise ValueError("guidance above 1 needs the rows of a negative prompt")
     rows = [*text_rows, *(negative_rows or ())] if guided else list(text_rows)
-    text = TextBatch.stack(rows).to(inference.device, inference.dtype)
+    text = TextBatch.stack(rows).to(inference.device, inference.text_dtype)
 
     def velocity(x_sigma: Tensor, sigma: float) -> Tensor:
         doubled = torch.cat([x_sigma, x_sigma]) if guided else x_sigma
         sigmas = torch.full((len(doubled),), float(sigma), device=doubled.device)
-        predicted = inference.velocity(transformer, doubled, sigmas, text)
+        predicted = inference.predict_velocity(transformer, doubled, sigmas, text)
         if not guided:
             return predicted
         wanted, unwanted = predicted.chunk(2)
         return unwanted + guidance * (wanted - unwanted)
 
-    with evaluating(transformer):
-        return euler(velocity, noise.to(inference.device, torch.float32), sigma_grid(steps)).cpu()
+    with eval_mode(transformer):
+        return solve_euler(velocity, noise.to(inference.device, torch.float32), sigma_grid(steps)).cpu()
 
 
-def latents_of(
-    inference: Inference, transformer: nn.Module, pictures: Sequence[Picture], rows: Callable[[str], Tensor],
+def generate_latents(
+    inference: Inference, transformer: nn.Module, pictures: Sequence[ImageSpec], rows: Callable[[str], Tensor],
     *, steps: int, guidance: float,
-) -> Iterator[tuple[Picture, Tensor]]:  # fmt: skip
+) -> Iterator[tuple[ImageSpec, Tensor]]:  # fmt: skip
     """Each picture with its latents (1, C, H, W), neighbours of equal size drawn in one batch.
 
     rows: a text to its (L, D) rows. A picture in a batch equals the picture drawn alone up to rounding.
@@ -72,14 +72,14 @@ def latents_of(
     for size, group in groupby(pictures, key=lambda picture: picture.size_px):
         same = list(group)
         pixels = size[0] * size[1] * (2 if guidance > 1 else 1)
-        per_pass = max(1, min(BATCH_PICTURES, BATCH_PIXELS // pixels))
+        per_pass = max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // pixels))
         for start in range(0, len(same), per_pass):
             batch = same[start : start + per_pass]
-            drawn = sample(
+            drawn = denoise(
                 inference,
                 transformer,
                 [rows(picture.prompt.text) for picture in batch],
-                torch.stack([initial_noise(inference.facts, picture.seed, size) for picture in batch]),
+                torch.stack([initial_noise(inference.constants, picture.seed, size) for picture in batch]),
                 steps=steps,
                 guidance=guidance,
                 negative_rows=[rows(picture.prompt.negative) for picture in batch] if guidance > 1 else None,

@@ -11,18 +11,25 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.e2e.web.house import FAKE, PATIENCE_S, REAL, ROOT, STATIC, House
+from tests.e2e.web.server_process import (
+    FAKE_COMMAND,
+    REAL_COMMAND,
+    ROOT,
+    STATIC_DIR,
+    TIMEOUT_S,
+    ServerProcess,
+)
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-AXE = ROOT / "web" / "node_modules" / "axe-core" / "axe.min.js"
+BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome")
+AXE_PATH = ROOT / "web" / "node_modules" / "axe-core" / "axe.min.js"
 
 
 @pytest.fixture(scope="session")
 def axe() -> Path:
     """axe-core's one file, among what the pages are built with."""
-    if not AXE.exists():
+    if not AXE_PATH.exists():
         pytest.skip("NOT TESTED, accessibility: axe-core is not there, npm --prefix web ci fetches it")
-    return AXE
+    return AXE_PATH
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,53 +45,55 @@ def browser() -> Iterator[Browser]:
 
     No test fails for want of a browser, which is fetched over the network; the pages come with the package.
     """
-    found = next(filter(None, map(shutil.which, NAMES)), None)
+    found = next(filter(None, map(shutil.which, BROWSER_NAMES)), None)
     if found is None:
-        pytest.skip(f"NOT TESTED, the pages: no browser, none of {', '.join(NAMES)} is installed")
-    assert (STATIC / "index.html").exists(), "the pages are not built: pip install --editable ."
-    expect.set_options(timeout=1000 * PATIENCE_S)
+        pytest.skip(f"NOT TESTED, the pages: no browser, none of {', '.join(BROWSER_NAMES)} is installed")
+    assert (STATIC_DIR / "index.html").exists(), "the pages are not built: pip install --editable ."
+    expect.set_options(timeout=1000 * TIMEOUT_S)
     with sync_playwright() as player:
         started = player.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield started
         started.close()
 
 
-class Watch:
+class PageMonitor:
     """What a page should never do. `allowed`: what a test does on purpose."""
 
     def __init__(self, page: Page, origin: str) -> None:
-        self.origin, self.seen = origin, list[str]()
+        self.origin, self.recorded = origin, list[str]()
         self.allowed: list[str] = []
-        page.on("console", lambda told: told.type == "error" and self.seen.append(f"console: {told.text}"))
-        page.on("pageerror", lambda error: self.seen.append(f"error: {error}"))
+        page.on(
+            "console", lambda told: told.type == "error" and self.recorded.append(f"console: {told.text}")
+        )
+        page.on("pageerror", lambda error: self.recorded.append(f"error: {error}"))
         page.on("request", lambda request: self._request(request.url))
         page.on("websocket", lambda socket: self._request(socket.url.replace("ws:", "http:", 1)))
 
     def _request(self, url: str) -> None:
         if not url.startswith((self.origin + "/", "data:", "blob:")):
-            self.seen.append(f"request: {url}")
+            self.recorded.append(f"request: {url}")
 
     @property
-    def faults(self) -> list[str]:
-        return [one for one in self.seen if not any(re.search(word, one) for word in self.allowed)]
+    def unexpected(self) -> list[str]:
+        return [one for one in self.recorded if not any(re.search(word, one) for word in self.allowed)]
 
 
 @pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
+def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     """visit(house, "#/runs", **context): a page of its own context; visit(house, hash, beside=page): a second
     tab of that one's. page.watch.allowed takes what is expected to go wrong."""
     contexts, watches = [], []
 
-    def opened(house: House, hash: str = "#/", beside: Page | None = None, **wishes: Any) -> Page:
+    def opened(house: ServerProcess, hash: str = "#/", beside: Page | None = None, **wishes: Any) -> Page:
         if beside is None:
             usual = {"viewport": {"width": 1280, "height": 800}, "locale": "en-US", "accept_downloads": True}
             context = browser.new_context(base_url=house.origin, **{**usual, **wishes})
-            context.set_default_timeout(1000 * PATIENCE_S)
+            context.set_default_timeout(1000 * TIMEOUT_S)
             contexts.append(context)
         else:
             context = beside.context
         page = context.new_page()
-        page.watch = Watch(page, house.origin)
+        page.watch = PageMonitor(page, house.origin)
         watches.append(page.watch)
         page.goto(f"/{hash}")
         return page
@@ -95,8 +104,8 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
     assert [watch.faults for watch in watches if watch.faults] == []
 
 
-def housed(folder: Path, command: tuple[str, ...]) -> Iterator[House]:
-    house = House(folder, command)
+def run_server(folder: Path, command: tuple[str, ...]) -> Iterator[ServerProcess]:
+    house = ServerProcess(folder, command)
     try:
         house.start()
         yield house
@@ -105,12 +114,12 @@ def housed(folder: Path, command: tuple[str, ...]) -> Iterator[House]:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The real application; its trainings only pretend."""
-    yield from housed(tmp_path_factory.mktemp("house"), FAKE)
+    yield from run_server(tmp_path_factory.mktemp("house"), FAKE_COMMAND)
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """`simpletuner server`, which really trains."""
-    yield from housed(tmp_path_factory.mktemp("real"), REAL)
+    yield from run_server(tmp_path_factory.mktemp("real"), REAL_COMMAND)

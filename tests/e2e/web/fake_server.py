@@ -14,20 +14,22 @@ from pathlib import Path
 
 import click
 
-from simpletuner.cli.server import bound, serve
-from simpletuner.server.place import Place
-from simpletuner.server.settings import Settings
+from simpletuner.cli.server import bind_socket, run_server
+from simpletuner.server.settings import ServerSettings
+from simpletuner.server.workspace import Workspace
 
-TRAINER = Path(__file__).parents[2] / "server" / "fake_trainer.py"
+FAKE_TRAINER_PATH = Path(__file__).parents[2] / "server" / "fake_trainer.py"
 
 
 @click.command()
 @click.option("--workspace", type=click.Path(path_type=Path), required=True)
 @click.option("--port", type=int, required=True)
 def main(workspace: Path, port: int) -> None:
-    with bound("127.0.0.1", port) as listening:
+    with bind_socket("127.0.0.1", port) as listening:
         trainer = (sys.executable, "-m", "tests.e2e.web.fake_server")
-        serve(Settings(Place(workspace), port=port, trainer=trainer), listening, opens=False)
+        run_server(
+            ServerSettings(Workspace(workspace), port=port, train_command=trainer), listening, opens=False
+        )
 
 
 if __name__ == "__main__":
@@ -35,6 +37,6 @@ if __name__ == "__main__":
         settings = Path("fake.json")
         if settings.exists():
             os.environ.update(json.loads(settings.read_text()))
-        runpy.run_path(str(TRAINER), run_name="__main__")
+        runpy.run_path(str(FAKE_TRAINER_PATH), run_name="__main__")
     else:
         main()

@@ -2,7 +2,7 @@
 import { SvelteMap } from "svelte/reactivity";
 import { api, Refused, url } from "../lib/api";
 import { explain, toasts } from "../lib/toast.svelte";
-import type { Item, Items } from "../lib/types";
+import type { DatasetItem, DatasetItemPage } from "../lib/types";
 import { fill } from "../lib/fill";
 import { i18n } from "../lib/i18n.svelte";
 
@@ -42,7 +42,7 @@ export class Gallery {
   readonly failed = new SvelteMap<string, string>();
   readonly conflicts = new SvelteMap<string, string | null>();
   edits = $state.raw<Edit[]>([]);
-  readonly #pages = new SvelteMap<number, Item[]>();
+  readonly #pages = new SvelteMap<number, DatasetItem[]>();
   readonly #fresh = new Set<number>();
   /** Pictures that no longer match the filter but stay where they are: file -> index. */
   readonly #left = new Map<string, number>();
@@ -53,7 +53,7 @@ export class Gallery {
 
   constructor(readonly name: string) {}
 
-  item(at: number): Item | undefined {
+  item(at: number): DatasetItem | undefined {
     return this.#pages.get(Math.floor(at / PAGE))?.[at % PAGE];
   }
 
@@ -96,7 +96,7 @@ export class Gallery {
     const gone = [...this.#left.values()].filter((at) => at < page * PAGE).length;
     const query = { offset: page * PAGE - gone, limit: PAGE, only: this.only, ...this.cut };
     try {
-      const found: Items & { unread?: number } = await api.get("/api/v1/datasets/{name}/items", { path: { name: this.name }, query });
+      const found: DatasetItemPage & { unread?: number } = await api.get("/api/v1/datasets/{name}/items", { path: { name: this.name }, query });
       if (generation !== this.#generation) return;
       this.#pages.set(page, found.items);
       this.total = found.total + this.#left.size;
@@ -172,7 +172,7 @@ export class Gallery {
     }
   }
 
-  #put(at: number, item: Item): void {
+  #put(at: number, item: DatasetItem): void {
     const page = this.#pages.get(Math.floor(at / PAGE));
     if (page?.[at % PAGE]?.file !== item.file) return this.refresh();
     this.#pages.set(Math.floor(at / PAGE), page.with(at % PAGE, item));

@@ -1,6 +1,6 @@
 /** Files on their way: three at once, those that meet a bad line sent again, what is refused told one by one. */
 import { url } from "../lib/api";
-import type { Uploaded } from "../lib/types";
+import type { UploadResult } from "../lib/types";
 import { isTaken, type Found } from "./drop";
 
 interface Sending {
@@ -86,7 +86,7 @@ export class Uploader {
       const answer = await this.#send(found, shown);
       if (this.stopped && answer.status === 0) return;
       if (answer.status >= 200 && answer.status < 300) {
-        const told = JSON.parse(answer.text) as Uploaded;
+        const told = JSON.parse(answer.text) as UploadResult;
         this.saved += told.saved.length;
         this.refused = [...this.refused, ...told.refused];
         return;

@@ -1,5 +1,5 @@
 /** The server's routes with their types: `api.get("/api/v1/runs/{id}", { path: { id } })`. */
-import type { Complaint, paths } from "./types";
+import type { ErrorDetail, paths } from "./types";
 
 type Method = "get" | "post" | "put" | "delete";
 type Operation = { responses: Record<number, unknown> };
@@ -33,7 +33,7 @@ type Answer<O> = O extends { responses: infer R }
 export class Refused extends Error {
   constructor(
     readonly status: number,
-    readonly detail: Complaint[],
+    readonly detail: ErrorDetail[],
   ) {
     super(detail.map((one) => (one.loc ? `${one.loc}: ${one.message}` : one.message)).join("\n"));
   }
@@ -65,11 +65,11 @@ export function url(route: keyof paths, path: object = {}, query: object = {}): 
 }
 
 export async function refusal(response: Response): Promise<Refused> {
-  let detail: Complaint[] = [];
+  let detail: ErrorDetail[] = [];
   try {
     const body: unknown = await response.json();
     if (typeof body === "object" && body !== null && "detail" in body && Array.isArray(body.detail)) {
-      detail = body.detail as Complaint[];
+      detail = body.detail as ErrorDetail[];
     }
   } catch (error) {
     if (!(error instanceof SyntaxError)) throw error; // a proxy's page is no JSON

@@ -1,12 +1,12 @@
 /** The one WebSocket: runs, queue, and the events of the run that is being looked at. */
-import type { Follow, Live, Queue, RunSummary } from "./types";
+import type { FollowRequest, LiveUpdate, Queue, RunSummary } from "./types";
 
 export type Connection = "connecting" | "open" | "lost";
 const SLOWEST_MS = 10_000;
 
 interface Followed {
-  ask: Required<Follow>;
-  hear: (message: Live) => void;
+  ask: Required<FollowRequest>;
+  hear: (message: LiveUpdate) => void;
 }
 
 class LiveFeed {
@@ -36,7 +36,7 @@ class LiveFeed {
       this.connection = "open";
       this.#say();
     };
-    socket.onmessage = (event: MessageEvent<string>) => this.#hear(JSON.parse(event.data) as Live);
+    socket.onmessage = (event: MessageEvent<string>) => this.#hear(JSON.parse(event.data) as LiveUpdate);
     socket.onclose = () => {
       this.#socket = null;
       this.connection = "lost";
@@ -47,7 +47,7 @@ class LiveFeed {
 
   /** Hear a run's events from byte `since` and its log from `logSince`; after a break from where it was.
    * The answer ends it. */
-  follow(run: string, since: number, logSince: number, hear: (message: Live) => void): () => void {
+  follow(run: string, since: number, logSince: number, hear: (message: LiveUpdate) => void): () => void {
     const followed: Followed = { ask: { run, since, log_since: logSince }, hear };
     this.#followed = followed;
     this.open();
@@ -65,11 +65,11 @@ class LiveFeed {
 
   #say(): void {
     if (this.#socket?.readyState !== WebSocket.OPEN) return;
-    const ask: Follow = this.#followed?.ask ?? { run: null, since: 0, log_since: 0 };
+    const ask: FollowRequest = this.#followed?.ask ?? { run: null, since: 0, log_since: 0 };
     this.#socket.send(JSON.stringify(ask));
   }
 
-  #hear(message: Live): void {
+  #hear(message: LiveUpdate): void {
     if (message.runs !== null) this.runs = message.runs;
     if (message.queue !== null) this.queue = message.queue;
     const followed = this.#followed;

@@ -1,7 +1,7 @@
 /** One draft as it is edited: saved, checked and priced with every change. */
 import { api, Refused, url } from "../lib/api";
 import { explain } from "../lib/toast.svelte";
-import type { Complaint, Draft, OptionInfo, Schema, Verdict } from "../lib/types";
+import type { ErrorDetail, Draft, OptionInfo, FormSchema, ConfigValidationResult } from "../lib/types";
 import { PlanWatch } from "./plan.svelte";
 import { changed, same, type Values } from "./values";
 
@@ -18,11 +18,11 @@ export class DraftForm {
   datasets = $state.raw<Values[]>([]);
   saving = $state<Saving>("saved");
   why = $state("");
-  verdict = $state.raw<Verdict | null>(null);
+  verdict = $state.raw<ConfigValidationResult | null>(null);
   checking = $state(false);
   /** Why it was not started; true until something is changed. */
-  refused = $state.raw<Complaint[]>([]);
-  unchecked = $state.raw<Complaint[]>([]);
+  refused = $state.raw<ErrorDetail[]>([]);
+  unchecked = $state.raw<ErrorDetail[]>([]);
   theirs = $state.raw<Draft | null>(null);
   #draft: Draft;
   #dirty = false;
@@ -32,7 +32,7 @@ export class DraftForm {
   #asked = 0;
 
   constructor(
-    readonly schema: Schema,
+    readonly schema: FormSchema,
     draft: Draft,
   ) {
     this.options = new Map(schema.options.map((option) => [option.name, option]));

@@ -1,7 +1,7 @@
 /** The memory plan of what is being edited: asked for again until it is ready. */
 import { api } from "../lib/api";
 import { explain } from "../lib/toast.svelte";
-import type { Complaint, PlanState } from "../lib/types";
+import type { ErrorDetail, PlanResponse } from "../lib/types";
 import type { Values } from "./values";
 
 /** What `simpletuner plan --json` prints. Sizes are bytes, `peak` those of the device in its worst moment. */
@@ -29,7 +29,7 @@ const SLOWEST_MS = 1500;
 const wait = (ms: number) => new Promise((done) => setTimeout(done, ms));
 
 /** Ask until it is known. `current` false: nobody wants it any more. */
-export async function ready(body: { config: Values; datasets: Values[]; fit?: string }, current: () => boolean): Promise<PlanState | null> {
+export async function ready(body: { config: Values; datasets: Values[]; fit?: string }, current: () => boolean): Promise<PlanResponse | null> {
   for (let pause = 500; current(); pause = Math.min(SLOWEST_MS, pause * 1.5)) {
     const state = await api.post("/api/v1/plan", { body });
     if (state.state !== "pending") return current() ? state : null;
@@ -38,13 +38,13 @@ export async function ready(body: { config: Values; datasets: Values[]; fit?: st
   return null;
 }
 
-export function planOf(state: PlanState): Plan | null {
+export function planOf(state: PlanResponse): Plan | null {
   return state.state === "ready" ? (state.plan as Plan | null | undefined) ?? null : null;
 }
 
 export class PlanWatch {
   plan = $state.raw<Plan | null>(null);
-  problems = $state.raw<Complaint[]>([]);
+  problems = $state.raw<ErrorDetail[]>([]);
   pending = $state(false);
   waiting = $state(false);
   #asked = 0;

@@ -1,5 +1,5 @@
 /** The events of a run that the page understands, as they stand in events.jsonl. */
-import type { Picture } from "../lib/types";
+import type { RunImage } from "../lib/types";
 
 interface Stepped {
   kind: "step";
@@ -23,7 +23,7 @@ interface Scored {
   metric: string;
   rates: Record<string, [number, number, number]>;
 }
-type ImageSaved = { kind: "image" } & Picture;
+type ImageSaved = { kind: "image" } & RunImage;
 interface StageStarted {
   kind: "stage_started";
   stage: string;

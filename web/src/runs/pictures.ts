@@ -1,12 +1,12 @@
 /** Validation pictures as a grid: a row per prompt, size, seed and kind of weights, a column per step. Pure. */
-import type { Picture } from "../lib/types";
+import type { RunImage } from "../lib/types";
 
 export interface Row {
   key: string;
   prompt: string;
   weights: string;
-  about: Picture;
-  at: Map<number, Picture>;
+  about: RunImage;
+  at: Map<number, RunImage>;
 }
 
 export interface Grid {
@@ -17,12 +17,12 @@ export interface Grid {
 const BASE = "base";
 const ORDER: Record<string, number> = { trained: 0, ema: 1 };
 
-function subject(picture: Picture): string {
+function subject(picture: RunImage): string {
   return [picture.prompt_id, picture.prompt, picture.width_px, picture.height_px, picture.seed].join("\n");
 }
 
 /** The picture of the untouched base stands first in every row of its prompt. */
-export function grid(pictures: Picture[]): Grid {
+export function grid(pictures: RunImage[]): Grid {
   const kinds = new Set(pictures.map((one) => one.weights).filter((kind) => kind !== BASE));
   const all = kinds.size === 0 ? [BASE] : [...kinds];
   const rows = new Map<string, Row>();
@@ -51,12 +51,12 @@ export function drawnBy(weights: string, words: Words): string {
 }
 
 /** The pictures of a row in the order of their steps. */
-export function ordered(row: Row): Picture[] {
+export function ordered(row: Row): RunImage[] {
   return [...row.at.values()].sort((a, b) => a.step - b.step);
 }
 
 /** A picture drawn again at the same place replaces the older. */
-export function add(pictures: Picture[], arrived: Picture[]): Picture[] {
+export function add(pictures: RunImage[], arrived: RunImage[]): RunImage[] {
   if (arrived.length === 0) return pictures;
   const paths = new Set(arrived.map((one) => one.path));
   return [...pictures.filter((one) => !paths.has(one.path)), ...arrived];

@@ -1,12 +1,12 @@
 /** Columns of a run over its steps: appending, smoothing, the two axes. Pure. */
-import type { Metrics } from "../lib/types";
+import type { RunMetrics } from "../lib/types";
 import type { RunEvent } from "./events";
 
 export type Axis = "step" | "minute";
 type Column = (number | null)[];
 
 /** The columns with the events behind them; the same object where they say nothing new. */
-export function append(metrics: Metrics, events: RunEvent[]): Metrics {
+export function append(metrics: RunMetrics, events: RunEvent[]): RunMetrics {
   const last = metrics.step.at(-1) ?? -1;
   const steps = events.filter((event) => event.kind === "step").filter((event) => event.step > last);
   const evaluated = events.filter((event) => event.kind === "evaluated").filter((event) => event.loss !== null);
@@ -58,7 +58,7 @@ export function smooth(values: Column, weight: number): Column {
 }
 
 /** Minutes of training at each step. The pause before a resumed step counts as that step's own time. */
-export function minutes(metrics: Metrics): number[] {
+export function minutes(metrics: RunMetrics): number[] {
   let spent = 0;
   return metrics.step.map((step, at) => {
     const before = metrics.step[at - 1] ?? 0;

@@ -2,7 +2,7 @@
 import { api, isUnreached, Refused } from "../lib/api";
 import { live } from "../lib/live.svelte";
 import { explain } from "../lib/toast.svelte";
-import type { Live, LogPart, Metrics, Picture, RunDetail, Stage } from "../lib/types";
+import type { LiveUpdate, LogPart, RunMetrics, RunImage, RunDetail, RunStage } from "../lib/types";
 import type { RunEvent } from "./events";
 import { add } from "./pictures";
 import { append } from "./series";
@@ -15,10 +15,10 @@ const CHANGES_DETAIL = new Set(["saved", "noted", "warned", "checkpoint_set_asid
 
 export class RunView {
   detail = $state.raw<RunDetail | null>(null);
-  metrics = $state.raw<Metrics | null>(null);
-  pictures = $state.raw<Picture[]>([]);
+  metrics = $state.raw<RunMetrics | null>(null);
+  pictures = $state.raw<RunImage[]>([]);
   log = $state.raw<LogPart | null>(null);
-  stages = $state.raw<Stage[]>([]);
+  stages = $state.raw<RunStage[]>([]);
   stagesDone = $state.raw<string[]>([]);
   problem = $state("");
   #unfollow: () => void = () => undefined;
@@ -94,7 +94,7 @@ export class RunView {
     this.stagesDone = detail.stages_done;
   }
 
-  #hear(message: Live): void {
+  #hear(message: LiveUpdate): void {
     const events = message.events as unknown as RunEvent[];
     if (events.some((event) => event.kind === "run_started" || event.kind === "resumed")) {
       void this.load(); // the server cuts the abandoned tail
@@ -112,7 +112,7 @@ export class RunView {
     if (event.kind === "step") {
       if (this.stages.length > 0) this.stages = [];
     } else if (event.kind === "stage_started") {
-      const stage: Stage = { stage: event.stage, done: 0, total: event.total, unit: event.unit, left_s: null };
+      const stage: RunStage = { stage: event.stage, done: 0, total: event.total, unit: event.unit, left_s: null };
       this.stages = [...this.stages.filter((one) => one.stage !== event.stage), stage];
     } else if (event.kind === "stage_progress") {
       const { done, total, left_s } = event;

@@ -6,8 +6,8 @@ import json
 import time
 
 from simpletuner.errors import MissingExtra
-from simpletuner.events.trackers import MEASURED, Tracked, scalars
-from simpletuner.events.types import Event, ImageSaved, Resumed
+from simpletuner.events.event_types import Event, ImageSaved, RunResumed
+from simpletuner.events.trackers import METRIC_EVENTS, TrackerSettings, event_scalars
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event as Written
@@ -20,17 +20,19 @@ except ImportError as error:
 
 
 class Tracker:
-    def __init__(self, tracked: Tracked) -> None:
+    def __init__(self, tracked: TrackerSettings) -> None:
         self._run_dir = tracked.run_dir
         self._writer = EventFileWriter(str(tracked.run_dir / "tensorboard"), flush_secs=10)
         config = json.dumps(dict(tracked.config), indent=2, default=str)
         self._write(0, summary=text_pb("config", "\n".join(f"    {line}" for line in config.splitlines())))
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Resumed):  # hides what an abandoned tail had written beyond this step
+        if isinstance(event, RunResumed):  # hides what an abandoned tail had written beyond this step
             self._write(event.step + 1, session_log=SessionLog(status=SessionLog.START))
-        elif isinstance(event, MEASURED):
-            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(event).items()]
+        elif isinstance(event, METRIC_EVENTS):
+            values = [
+                Summary.Value(tag=tag, simple_value=value) for tag, value in event_scalars(event).items()
+            ]
             self._write(event.step, summary=Summary(value=values))
         elif isinstance(event, ImageSaved):
             picture = Summary.Image(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from simpletuner.errors import MissingExtra
-from simpletuner.events.trackers import MEASURED, Tracked, scalars
-from simpletuner.events.types import Event, ImageSaved
+from simpletuner.events.event_types import Event, ImageSaved
+from simpletuner.events.trackers import METRIC_EVENTS, TrackerSettings, event_scalars
 
 try:
     import trackio
@@ -13,15 +13,15 @@ except ImportError as error:
 
 
 class Tracker:
-    def __init__(self, tracked: Tracked) -> None:
+    def __init__(self, tracked: TrackerSettings) -> None:
         self._run_dir = tracked.run_dir
         self._run = trackio.init(
             project=tracked.project, name=tracked.run_name, config=dict(tracked.config), resume="allow"
         )
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, MEASURED):
-            trackio.log(scalars(event), step=event.step)
+        if isinstance(event, METRIC_EVENTS):
+            trackio.log(event_scalars(event), step=event.step)
         elif isinstance(event, ImageSaved):
             picture = trackio.Image(str(self._run_dir / event.path), caption=event.prompt)
             trackio.log({f"images/{event.prompt_id}/{event.weights}": picture}, step=event.step)

@@ -6,8 +6,8 @@ import hashlib
 import os
 
 from simpletuner.errors import MissingExtra
-from simpletuner.events.trackers import MEASURED, Tracked, scalars
-from simpletuner.events.types import Event, ImageSaved
+from simpletuner.events.event_types import Event, ImageSaved
+from simpletuner.events.trackers import METRIC_EVENTS, TrackerSettings, event_scalars
 
 try:
     import wandb
@@ -18,7 +18,7 @@ except ImportError as error:
 class Tracker:
     """The id comes from the run folder, so that a resumed run goes on in the same page."""
 
-    def __init__(self, tracked: Tracked) -> None:
+    def __init__(self, tracked: TrackerSettings) -> None:
         self._run_dir = tracked.run_dir
         self._run = wandb.init(
             project=tracked.project,
@@ -32,8 +32,8 @@ class Tracker:
         self._run.define_metric("*", step_metric="step")
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, MEASURED):
-            self._run.log({"step": event.step, **scalars(event)})
+        if isinstance(event, METRIC_EVENTS):
+            self._run.log({"step": event.step, **event_scalars(event)})
         elif isinstance(event, ImageSaved):
             picture = wandb.Image(str(self._run_dir / event.path), caption=event.prompt)
             self._run.log({"step": event.step, f"images/{event.prompt_id}/{event.weights}": picture})

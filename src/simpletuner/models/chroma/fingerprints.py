@@ -9,62 +9,64 @@ from pathlib import Path
 import torch
 
 from simpletuner.config.schema import ModelOptions
-from simpletuner.models.chroma.weights import part_files
-from simpletuner.models.family import Source
-from simpletuner.quantization.schemes import named
+from simpletuner.models.chroma.weights import component_files
+from simpletuner.models.family import ModelFiles
+from simpletuner.quantization.schemes import get_scheme
 
 MAX_TOKENS = 512
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
-SAMPLED_BYTES = 64 * 1024
-SAMPLES = 32
+SAMPLE_BYTES = 64 * 1024
+SAMPLE_COUNT = 32
 
 
-def text_dtype(options: ModelOptions) -> torch.dtype:
+def text_encoder_dtype(options: ModelOptions) -> torch.dtype:
     """T5 overflows in float16, so bfloat16 serves both half precisions."""
     return torch.float32 if options.mixed_precision == "no" else torch.bfloat16
 
 
-def max_tokens(options: ModelOptions) -> int:
+def token_limit(options: ModelOptions) -> int:
     return min(MAX_TOKENS, options.tokenizer_max_length or MAX_TOKENS)
 
 
-def text_fingerprint(source: Source, options: ModelOptions) -> str:
+def text_fingerprint(source: ModelFiles, options: ModelOptions) -> str:
     """Weights, their precision, tokenizer, dtype, padding, limit and the library's major version."""
     precision = options.text_encoder_1_precision
-    quantized = [] if precision == "no_change" else [f"{precision} {named(precision).version}"]
+    quantized = [] if precision == "no_change" else [f"{precision} {get_scheme(precision).version}"]
     vocabulary = sorted(path for path in source.tokenizer.iterdir() if path.suffix in TOKENIZER_SUFFIXES)
-    return fingerprint(
+    return combined_fingerprint(
         "chroma text 1",
-        _major("transformers"),
-        str(text_dtype(options)),
+        _major_version("transformers"),
+        str(text_encoder_dtype(options)),
         options.flux_t5_padding,
-        str(max_tokens(options)),
+        str(token_limit(options)),
         *quantized,
-        *part_files(source.text_encoder, "text_encoder", source.variant),
+        *component_files(source.text_encoder, "text_encoder", source.variant),
         *vocabulary,
     )
 
 
-def vae_fingerprint(source: Source, options: ModelOptions) -> str:
+def vae_fingerprint(source: ModelFiles, options: ModelOptions) -> str:
     """Weights, config, dtype as asked for, tiling, and the library's major version.
 
     "default" is one dtype here: latents encoded on a GPU serve a CPU as well.
     """
-    return fingerprint(
+    return combined_fingerprint(
         "chroma vae 1",
-        _major("diffusers"),
+        _major_version("diffusers"),
         options.vae_dtype,
         f"tiling {options.vae_enable_tiling}",
-        *part_files(source.vae, "vae", source.variant),
+        *component_files(source.vae, "vae", source.variant),
     )
 
 
-def transformer_fingerprint(source: Source) -> str:
+def transformer_fingerprint(source: ModelFiles) -> str:
     """Weights and config, whatever dtype they are computed in."""
-    return fingerprint("chroma transformer 1", *part_files(source.transformer, "transformer", source.variant))
+    return combined_fingerprint(
+        "chroma transformer 1", *component_files(source.transformer, "transformer", source.variant)
+    )
 
 
-def _major(package: str) -> str:
+def _major_version(package: str) -> str:
     return f"{package} {version(package).split('.')[0]}"
 
 
@@ -77,16 +79,16 @@ def fingerprint_file(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256(f"{path.name}:{size}".encode())
     with path.open("rb") as file:
-        if size <= SAMPLED_BYTES * (SAMPLES + 1):
+        if size <= SAMPLE_BYTES * (SAMPLE_COUNT + 1):
             digest.update(file.read())
         else:
-            for block in range(SAMPLES + 1):
-                file.seek(block * (size - SAMPLED_BYTES) // SAMPLES)
-                digest.update(file.read(SAMPLED_BYTES))
+            for block in range(SAMPLE_COUNT + 1):
+                file.seek(block * (size - SAMPLE_BYTES) // SAMPLE_COUNT)
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
-def fingerprint(*parts: str | Path) -> str:
+def combined_fingerprint(*parts: str | Path) -> str:
     """One short name for everything that changes a result; paths stand for their contents, not place."""
     spelled = [fingerprint_file(part) if isinstance(part, Path) else part for part in parts]
     return hashlib.sha256("\x1f".join(spelled).encode()).hexdigest()[:32]

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simpletuner.errors import ModelError
-from simpletuner.models.blocks import Runner
+from simpletuner.models.block_executor import BlockExecutor
 
 CLASS_NAME = "ChromaTransformer2DModel"
 FP16_MAX = 65504.0
-MOST_LAYERS = 1000  # a config that asks for a billion is refused, not built
+MAX_LAYERS = 1000  # a config that asks for a billion is refused, not built
 # In the config.json of every published Chroma; diffusers passes over them too.
-FLUX_LEFTOVERS = {"guidance_embeds": False, "pooled_projection_dim": 768}
+IGNORED_FLUX_FIELDS = {"guidance_embeds": False, "pooled_projection_dim": 768}
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class TransformerConfig:
         return 3 * self.num_single_layers + 12 * self.num_layers + 2
 
     @classmethod
-    def read(cls, raw: Mapping[str, object], where: str) -> TransformerConfig:
+    def from_dict(cls, raw: Mapping[str, object], where: str) -> TransformerConfig:
         """Check a parsed config.json; ModelError names what is not Chroma's."""
         if raw.get("_class_name", CLASS_NAME) != CLASS_NAME:
             raise ModelError(f"{where}: _class_name is {raw['_class_name']!r}; only {CLASS_NAME} is Chroma.")
         names = {field.name for field in fields(cls)}
         strange = {key for key in raw.keys() - names if not key.startswith("_")}
-        unknown = sorted(key for key in strange if (key, raw[key]) not in FLUX_LEFTOVERS.items())
+        unknown = sorted(key for key in strange if (key, raw[key]) not in IGNORED_FLUX_FIELDS.items())
         if unknown:
             raise ModelError(f"{where}: {', '.join(unknown)} is not a field of Chroma's transformer.")
         values = {
@@ -70,7 +70,7 @@ class TransformerConfig:
         }
         for key, value in values.items():
             axes = isinstance(value, tuple) and all(isinstance(axis, int) for axis in value)
-            most = MOST_LAYERS if "layers" in key else 2**20
+            most = MAX_LAYERS if "layers" in key else 2**20
             number = isinstance(value, int) and 0 < value <= most
             number = number or (key == "out_channels" and value is None)
             if not (axes if key == "axes_dims_rope" else number):
@@ -85,7 +85,7 @@ class TransformerConfig:
         return config
 
 
-def sinusoid(positions: Tensor, width: int) -> Tensor:
+def sinusoidal_embedding(positions: Tensor, width: int) -> Tensor:
     """(K,) float32 -> (K, width) float32, cosines first. float32 because bf16 turns 654.3 into 656."""
     half = width // 2
     frequencies = torch.exp(
@@ -116,20 +116,20 @@ def rotary_table(axes: Sequence[int], text: int, rows: int, columns: int) -> Ten
     return torch.view_as_real(table[:, None].to(torch.complex64))
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     """x: (B, S, heads, D). Pairs of channels turn as complex numbers in float32, 4x cheaper than as reals.
 
     The compiler fuses reals and has no code for complex numbers; one unit in the last place lies between.
     """
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
-        turned = rotate_pairs(pairs, table)
+        turned = multiply_complex_pairs(pairs, table)
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return turned.flatten(-2).to(x.dtype)
 
 
-def rotate_pairs(pairs: Tensor, table: Tensor) -> Tensor:
+def multiply_complex_pairs(pairs: Tensor, table: Tensor) -> Tensor:
     """(..., 2) times (..., 2) as complex numbers are multiplied."""
     (real, imaginary), (cosine, sine) = pairs.unbind(-1), table.unbind(-1)
     turned = real * cosine - imaginary * sine, real * sine + imaginary * cosine
@@ -146,7 +146,7 @@ def padding_mask(rows: Sequence[int], length: int, device: torch.device) -> Tens
     return real[:, None, None].to(device)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
+def attend_to_real_tokens(q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
     """(B, heads, rows, D). q: the last rows of k and v. Padded rows come out as zero, or as anything.
 
     A mask rules out the flash kernel, so by numbers of rows each sample attends alone.
@@ -222,22 +222,22 @@ class Attention(nn.Module):
             self.add_v_proj = nn.Linear(width, width)
             self.to_add_out = nn.Linear(width, width)
 
-    def project(self, x: Tensor, silent: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, x: Tensor, silent: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values (B, S, heads, D). The first `silent` rows are heard but ask nothing."""
         projected = self.to_q(x[:, silent:]), self.to_k(x), self.to_v(x)
         q, k, v = (each.unflatten(-1, (-1, self.head_dim)) for each in projected)
         return self.norm_q(q), self.norm_k(k), v
 
-    def project_text(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_text_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in layers)
         return self.norm_added_q(q), self.norm_added_k(k), v
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, padding: Padding) -> Tensor:
         """(B, rows of q, W). q: the last rows of k and v."""
-        turned = rotate(q, table[-q.shape[1] :]), rotate(k, table), v
+        turned = apply_rotary(q, table[-q.shape[1] :]), apply_rotary(k, table), v
         q, k, v = (each.transpose(1, 2) for each in turned)
-        return attend(q, k, v, padding).transpose(1, 2).flatten(2)
+        return attend_to_real_tokens(q, k, v, padding).transpose(1, 2).flatten(2)
 
 
 class DoubleBlock(nn.Module):
@@ -262,8 +262,8 @@ class DoubleBlock(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = image_mod.split(1, dim=1)
         t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = text_mod.split(1, dim=1)
 
-        image_qkv = self.attn.project(modulate(image, shift, scale))
-        text_qkv = self.attn.project_text(modulate(text, t_shift, t_scale))
+        image_qkv = self.attn.project_qkv(modulate(image, shift, scale))
+        text_qkv = self.attn.project_text_qkv(modulate(text, t_shift, t_scale))
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))
         attended = self.attn(q, k, v, table, padding)
         text_attended, image_attended = attended.split((text.shape[1], image.shape[1]), dim=1)
@@ -290,7 +290,7 @@ class SingleBlock(nn.Module):
         """(B, S - unread, W). The first `unread` rows are keys and values only; nobody reads their result."""
         shift, scale, gate = modulation.split(1, dim=1)
         inner = modulate(x, shift, scale)
-        attended = self.attn(*self.attn.project(inner, unread), table, padding)
+        attended = self.attn(*self.attn.project_qkv(inner, unread), table, padding)
         # Nameless, so that the parts are gone before the largest product of the step.
         both = torch.cat((attended, F.gelu(self.proj_mlp(inner[:, unread:]), approximate="tanh")), dim=-1)
         return add_gated(x[:, unread:], gate, self.proj_out(both))
@@ -337,12 +337,12 @@ class ChromaTransformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.run_block = Runner()
-        self.masked = False
+        self.run_block = BlockExecutor()
+        self.use_padding_mask = False
         # Explicitly on the CPU, so that a model built under torch.device("meta") has real numbers here;
         # it is in no file.
         indices = torch.arange(config.modulation_count, dtype=torch.float32, device="cpu") * 1000
-        self.register_buffer("mod_proj", self._index_code(indices), persistent=False)
+        self.register_buffer("mod_proj", self._index_embedding(indices), persistent=False)
         self.distilled_guidance_layer = Approximator(config)
         self.context_embedder = nn.Linear(config.joint_attention_dim, config.width)
         self.x_embedder = nn.Linear(config.in_channels, config.width)
@@ -352,9 +352,9 @@ class ChromaTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(config.width, config.in_channels)
 
-    def _index_code(self, indices: Tensor) -> Tensor:
+    def _index_embedding(self, indices: Tensor) -> Tensor:
         with torch.device("cpu"):
-            return sinusoid(indices, self.config.approximator_num_channels // 2)
+            return sinusoidal_embedding(indices, self.config.approximator_num_channels // 2)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -371,7 +371,11 @@ class ChromaTransformer(nn.Module):
         """(B,) float32 in [0, 1] -> (B, M, W), from sigma alone. The guidance input is constant 0."""
         channels = self.config.approximator_num_channels // 4
         time = torch.cat(
-            (sinusoid(sigma.float() * 1000, channels), sinusoid(torch.zeros_like(sigma), channels)), -1
+            (
+                sinusoidal_embedding(sigma.float() * 1000, channels),
+                sinusoidal_embedding(torch.zeros_like(sigma), channels),
+            ),
+            -1,
         )
         index = self.mod_proj.to(sigma.device, torch.float32)
         code = torch.cat(
@@ -402,7 +406,7 @@ class ChromaTransformer(nn.Module):
             padding = tuple(text.shape[1] - length for length in lengths)
             # Text has no order of its own: every row sits at position (0, 0, 0).
             text = torch.stack([row.roll(pad, 0) for row, pad in zip(text, padding, strict=True)])
-            if self.masked:
+            if self.use_padding_mask:
                 padding = padding_mask(padding, text.shape[1] + tokens.shape[1], tokens.device)
         image, text = self.x_embedder(tokens), self.context_embedder(text)
 

@@ -10,17 +10,17 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
 from simpletuner.config.schema import ModelOptions
-from simpletuner.models.chroma.weights import check, part_tensors, vae_config
-from simpletuner.models.family import Source, Vae
+from simpletuner.models.chroma.weights import check_tensors, component_tensors, read_vae_config
+from simpletuner.models.family import ModelFiles, Vae
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def vae_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
     """default: bfloat16 on accelerators, float32 on the CPU."""
     if options.vae_dtype == "default":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return DTYPES[options.vae_dtype]
+    return VAE_DTYPES[options.vae_dtype]
 
 
 class ChromaVae(Vae):
@@ -39,17 +39,17 @@ class ChromaVae(Vae):
         return self._vae.decode(raw.to(self._vae.device, self._vae.dtype)).sample.float().cpu()
 
 
-def load_vae(source: Source, options: ModelOptions, device: torch.device) -> ChromaVae:
+def load_vae(source: ModelFiles, options: ModelOptions, device: torch.device) -> ChromaVae:
     """Tiling and slicing save memory on large pictures; tiles leave seams of a few grey levels."""
-    config = vae_config(source.vae)
+    config = read_vae_config(source.vae)
     with torch.device("meta"):
         vae: Any = AutoencoderKL.from_config(config)
     dtype = vae_dtype(options, device)
-    found = part_tensors(source.vae, "vae", source.variant)
-    state = {name: one.whole().to(dtype) for name, one in found.items()}
+    found = component_tensors(source.vae, "vae", source.variant)
+    state = {name: one.load().to(dtype) for name, one in found.items()}
     if any(name.startswith("encoder.down.") for name in state):
         state = convert_ldm_vae_checkpoint(state, config)
-    check(vae.state_dict(), state, source.vae)
+    check_tensors(vae.state_dict(), state, source.vae)
     vae.load_state_dict(state, assign=True)
     if options.vae_enable_tiling:
         vae.enable_tiling()

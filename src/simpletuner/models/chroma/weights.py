@@ -12,15 +12,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from simpletuner.errors import ModelError
-from simpletuner.models.chroma import header, native, single
+from simpletuner.models.chroma import native_names, single_file, weight_header
 from simpletuner.models.chroma.transformer import CLASS_NAME, ChromaTransformer, TransformerConfig
-from simpletuner.quantization.convert import Stored
-from simpletuner.quantization.linear import quantize_modules
+from simpletuner.quantization.convert import StoredTensor
+from simpletuner.quantization.quantized_linear import quantize_modules
 
-STEM = "diffusion_pytorch_model"
-STEMS = {"transformer": STEM, "vae": STEM, "text_encoder": "model"}
-BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
-SHOWN = 8  # problems spelled out before "and N more"
+WEIGHTS_STEM = "diffusion_pytorch_model"
+WEIGHTS_STEMS = {"transformer": WEIGHTS_STEM, "vae": WEIGHTS_STEM, "text_encoder": "model"}
+BLOCK_PREFIXES = ("transformer_blocks.", "single_transformer_blocks.")
+MAX_LISTED_PROBLEMS = 8  # problems spelled out before "and N more"
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -36,23 +36,23 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def read_config(place: Path) -> TransformerConfig:
+def read_transformer_config(place: Path) -> TransformerConfig:
     """Of a transformer's folder or single file."""
     if not place.is_file():
-        return TransformerConfig.read(read_json(place / "config.json"), str(place / "config.json"))
-    shapes = {name: stored.shape for name, stored in single.transformer(place).items()}
-    return native.config_of(shapes, header.read(place).metadata, str(place))
+        return TransformerConfig.from_dict(read_json(place / "config.json"), str(place / "config.json"))
+    shapes = {name: stored.shape for name, stored in single_file.read_transformer(place).items()}
+    return native_names.infer_config(shapes, weight_header.read_weight_header(place).metadata, str(place))
 
 
-def t5_config(place: Path) -> dict[str, object]:
-    return single.t5_config(place) if place.is_file() else read_json(place / "config.json")
+def read_t5_config(place: Path) -> dict[str, object]:
+    return single_file.infer_t5_config(place) if place.is_file() else read_json(place / "config.json")
 
 
-def vae_config(place: Path) -> dict[str, object]:
-    return single.vae_config(place) if place.is_file() else read_json(place / "config.json")
+def read_vae_config(place: Path) -> dict[str, object]:
+    return single_file.infer_vae_config(place) if place.is_file() else read_json(place / "config.json")
 
 
-def weight_files(folder: Path, stem: str = STEM, variant: str = "") -> list[Path]:
+def weight_files(folder: Path, stem: str = WEIGHTS_STEM, variant: str = "") -> list[Path]:
     """The safetensors files of one part, sharded or single, all existing. variant: "fp16" in stem.fp16.*"""
     name = f"{stem}.{variant}" if variant else stem
     index = folder / f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"
@@ -71,27 +71,38 @@ def weight_files(folder: Path, stem: str = STEM, variant: str = "") -> list[Path
     return files
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of a weight file. ModelError when it is cut short, damaged or something else."""
-    return dict(header.read(path).tensors)
+    return dict(weight_header.read_weight_header(path).tensors)
 
 
-def part_tensors(
-    place: Path, part: str, variant: str = "", file_of: Callable[[Path], dict[str, Stored]] | None = None
-) -> dict[str, Stored]:
+def component_tensors(
+    place: Path,
+    part: str,
+    variant: str = "",
+    file_of: Callable[[Path], dict[str, StoredTensor]] | None = None,
+) -> dict[str, StoredTensor]:
     """Of a part's folder or file. file_of: reads a file, where its names are to be changed."""
     if place.is_file():
-        return file_of(place) if file_of else single.tensors(place, part)[0]
-    files = weight_files(place, STEMS[part], variant)
-    return header.unscaled({name: one for file in files for name, one in read_header(file).items()}, place)
+        return file_of(place) if file_of else single_file.read_component(place, part)[0]
+    files = weight_files(place, WEIGHTS_STEMS[part], variant)
+    return weight_header.decode_fp8_tensors(
+        {name: one for file in files for name, one in read_stored_tensors(file).items()}, place
+    )
 
 
-def part_files(place: Path, part: str, variant: str = "") -> list[Path]:
+def component_files(place: Path, part: str, variant: str = "") -> list[Path]:
     """Everything that says what a part is: its config and its weights, or the one file."""
-    return [place] if place.is_file() else [place / "config.json", *weight_files(place, STEMS[part], variant)]
+    return (
+        [place]
+        if place.is_file()
+        else [place / "config.json", *weight_files(place, WEIGHTS_STEMS[part], variant)]
+    )
 
 
-def check(expected: Mapping[str, Tensor], found: Mapping[str, Stored | Tensor], where: Path) -> None:
+def check_tensors(
+    expected: Mapping[str, Tensor], found: Mapping[str, StoredTensor | Tensor], where: Path
+) -> None:
     """Every tensor there, none too many, all of the right shape; otherwise one ModelError with the list."""
     problems = [f"missing {name} {tuple(one.shape)}" for name, one in expected.items() if name not in found]
     problems += [f"surplus {name} {tuple(one.shape)}" for name, one in found.items() if name not in expected]
@@ -103,10 +114,14 @@ def check(expected: Mapping[str, Tensor], found: Mapping[str, Stored | Tensor], 
         elif found[name].dtype.is_floating_point != one.dtype.is_floating_point:
             problems.append(f"{name} is {found[name].dtype}; only floating point and fp8 are read")
     if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        more = (
+            f"; and {len(problems) - MAX_LISTED_PROBLEMS} more" if len(problems) > MAX_LISTED_PROBLEMS else ""
+        )
         told = "belong to its model" if where.is_file() else "its config.json describes"
         raise ModelError(
-            f"{where} does not hold the weights that {told}: " + "; ".join(problems[:SHOWN]) + more
+            f"{where} does not hold the weights that {told}: "
+            + "; ".join(problems[:MAX_LISTED_PROBLEMS])
+            + more
         )
 
 
@@ -130,13 +145,13 @@ def empty_transformer(
 def block_linears(transformer: nn.Module) -> list[str]:
     """What is quantised: every linear inside a block."""
     modules = transformer.named_modules()
-    return [name for name, one in modules if isinstance(one, nn.Linear) and name.startswith(BLOCKS)]
+    return [name for name, one in modules if isinstance(one, nn.Linear) and name.startswith(BLOCK_PREFIXES)]
 
 
-def stored_transformer(place: Path, variant: str = "") -> dict[str, Stored]:
+def transformer_tensors(place: Path, variant: str = "") -> dict[str, StoredTensor]:
     """The tensors of a `transformer` folder or single file, all of them there and of the right shape."""
-    found = part_tensors(place, "transformer", variant, single.transformer)
-    check(empty_transformer(read_config(place)).state_dict(), found, place)
+    found = component_tensors(place, "transformer", variant, single_file.read_transformer)
+    check_tensors(empty_transformer(read_transformer_config(place)).state_dict(), found, place)
     return found
 
 
@@ -148,35 +163,35 @@ def load_transformer(
     Nothing is read before all headers fit. Peak memory is the model plus its largest tensor: each is cast
     and moved on its own.
     """
-    found = stored_transformer(place, variant)
-    transformer = empty_transformer(read_config(place), dtype=dtype)
-    pour(transformer, found, device)
+    found = transformer_tensors(place, variant)
+    transformer = empty_transformer(read_transformer_config(place), dtype=dtype)
+    load_stored_tensors(transformer, found, device)
     transformer.mod_proj = transformer.mod_proj.to(device)
     return transformer
 
 
-def pour(network: nn.Module, found: Mapping[str, Stored], device: torch.device) -> None:
+def load_stored_tensors(network: nn.Module, found: Mapping[str, StoredTensor], device: torch.device) -> None:
     """Copy tensors one by one into a network on the meta device, in the dtypes that it was built with.
 
     Never views: they would change under us when somebody rewrites a file.
     """
     dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
-    state = {name: stored.whole().to(device, dtypes[name]) for name, stored in found.items()}
+    state = {name: stored.load().to(device, dtypes[name]) for name, stored in found.items()}
     network.load_state_dict(state, strict=False, assign=True)
 
 
-def load_quantized(
+def load_quantized_transformer(
     file: Path, config: TransformerConfig, precision: str, device: torch.device, dtype: torch.dtype
 ) -> ChromaTransformer:
     """What `convert` made of a transformer. On the CPU its parts are views of the file: read when used."""
     transformer = empty_transformer(config, precision, dtype)
-    check(transformer.state_dict(), read_header(file), file)
-    fill(transformer, file, device)
+    check_tensors(transformer.state_dict(), read_stored_tensors(file), file)
+    load_from_file(transformer, file, device)
     transformer.mod_proj = transformer.mod_proj.to(device)
     return transformer
 
 
-def fill(network: nn.Module, file: Path, device: torch.device) -> None:
+def load_from_file(network: nn.Module, file: Path, device: torch.device) -> None:
     """Put a file's tensors into a network on the meta device, in the dtypes that it was built with.
 
     Views of the file where neither device nor dtype change: for files that only ever are replaced as a whole.
@@ -194,7 +209,7 @@ def save_transformer(transformer: nn.Module, folder: Path) -> None:
     """Write config.json and safetensors (shards of at most 10 GB) that diffusers reads as well."""
     if not isinstance(transformer, ChromaTransformer):
         raise TypeError(f"not Chroma's transformer: {type(transformer).__name__}")
-    expected = set(_meta_names(transformer.config))
+    expected = set(_expected_names(transformer.config))
     state = {name: tensor for name, tensor in transformer.state_dict().items() if name in expected}
     if len(state) != len(expected):
         raise ModelError(
@@ -206,11 +221,11 @@ def save_transformer(transformer: nn.Module, folder: Path) -> None:
     save_torch_state_dict(
         state,
         folder,
-        filename_pattern=f"{STEM}{{suffix}}.safetensors",
+        filename_pattern=f"{WEIGHTS_STEM}{{suffix}}.safetensors",
         max_shard_size="10GB",
         safe_serialization=True,
     )
 
 
-def _meta_names(config: TransformerConfig) -> list[str]:
+def _expected_names(config: TransformerConfig) -> list[str]:
     return list(empty_transformer(config).state_dict())

@@ -7,76 +7,76 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-from simpletuner.server import drafts, options
-from simpletuner.server.home import Here
-from simpletuner.server.judge import judge
-from simpletuner.server.refusal import refuse
-from simpletuner.server.wire import configs as wire
-from simpletuner.server.wire.base import Refusal
+from simpletuner.server import draft_service, form_schema
+from simpletuner.server.api_errors import abort
+from simpletuner.server.config_validation import validate_config
+from simpletuner.server.schemas import configs as wire
+from simpletuner.server.schemas.base import ErrorResponse
+from simpletuner.server.services import ServicesDep
 
-router = APIRouter(prefix="/api/v1", tags=["configs"], responses={422: {"model": Refusal}})
+router = APIRouter(prefix="/api/v1", tags=["configs"], responses={422: {"model": ErrorResponse}})
 
 
 @router.get("/schema")
-def schema() -> wire.Schema:
-    return options.schema()
+def get_schema() -> wire.FormSchema:
+    return form_schema.build_form_schema()
 
 
 @router.post("/validate")
-def validate(body: wire.Wanted, home: Here) -> wire.Verdict:
-    return judge(home.place, body.config, body.datasets)
+def validate_draft_config(body: wire.ValidateRequest, home: ServicesDep) -> wire.ConfigValidationResult:
+    return validate_config(home.workspace, body.config, body.datasets)
 
 
 @router.get("/drafts")
-def all_drafts(home: Here) -> list[wire.Draft]:
-    return home.drafts.all()
+def list_drafts(home: ServicesDep) -> list[wire.Draft]:
+    return home.drafts.list_drafts()
 
 
 @router.post("/drafts", status_code=201)
-def new_draft(body: wire.DraftWrite, home: Here) -> wire.Draft:
+def create_draft(body: wire.DraftWrite, home: ServicesDep) -> wire.Draft:
     return home.drafts.create(body)
 
 
 @router.get("/drafts/{id}")
-def draft(id: str, home: Here) -> wire.Draft:
+def get_draft(id: str, home: ServicesDep) -> wire.Draft:
     return home.drafts.get(id)
 
 
 @router.put("/drafts/{id}")
-def write_draft(id: str, body: wire.DraftWrite, home: Here) -> wire.Draft:
-    return home.drafts.write(id, body)
+def update_draft(id: str, body: wire.DraftWrite, home: ServicesDep) -> wire.Draft:
+    return home.drafts.update(id, body)
 
 
 @router.delete("/drafts/{id}", status_code=204)
-def drop_draft(id: str, home: Here) -> None:
+def delete_draft(id: str, home: ServicesDep) -> None:
     home.drafts.remove(id)
 
 
 @router.get("/drafts/{id}/config.json", response_model=dict[str, Any])
-def export_config(id: str, home: Here) -> JSONResponse:
-    return _file("config.json", home.drafts.get(id).config)
+def export_config(id: str, home: ServicesDep) -> JSONResponse:
+    return _json_download("config.json", home.drafts.get(id).config)
 
 
 @router.get("/drafts/{id}/multidatabackend.json", response_model=list[dict[str, Any]])
-def export_datasets(id: str, home: Here) -> JSONResponse:
-    return _file("multidatabackend.json", home.drafts.get(id).datasets)
+def export_datasets(id: str, home: ServicesDep) -> JSONResponse:
+    return _json_download("multidatabackend.json", home.drafts.get(id).datasets)
 
 
 @router.post("/import")
-def import_text(body: wire.Import) -> wire.Imported:
-    return drafts.imported(body)
+def import_text(body: wire.ImportRequest) -> wire.ImportResult:
+    return draft_service.parse_import(body)
 
 
 @router.post("/plan")
-def plan(body: wire.PlanAsk, home: Here) -> wire.PlanState:
-    return home.plans.ask(body)
+def get_plan(body: wire.PlanRequest, home: ServicesDep) -> wire.PlanResponse:
+    return home.plans.get_or_start(body)
 
 
 @router.post("/runs/{id}/draft", status_code=201)
-def duplicate(id: str, body: dict[str, Any], home: Here) -> wire.Draft:
-    folder = home.runs.find(id) or refuse(404, "there is no such run")
-    return home.drafts.of_run(folder)
+def create_draft_from_run(id: str, body: dict[str, Any], home: ServicesDep) -> wire.Draft:
+    folder = home.runs.find_folder(id) or abort(404, "there is no such run")
+    return home.drafts.create_from_run(folder)
 
 
-def _file(name: str, content: Any) -> JSONResponse:
+def _json_download(name: str, content: Any) -> JSONResponse:
     return JSONResponse(content, headers={"Content-Disposition": f'attachment; filename="{name}"'})

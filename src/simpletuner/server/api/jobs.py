@@ -6,57 +6,57 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from simpletuner.server.home import Here
-from simpletuner.server.wire.jobs import Job, JobAsk, Queue, QueueWrite
-from simpletuner.server.wire.runs import ResumeAsk, RunSummary, StopAsk
+from simpletuner.server.schemas.jobs import Job, JobRequest, Queue, QueueWrite
+from simpletuner.server.schemas.runs import ResumeRequest, RunSummary, StopRequest
+from simpletuner.server.services import ServicesDep
 
 router = APIRouter(prefix="/api/v1")
 
 
 @router.get("/queue", tags=["jobs"])
-def queue(home: Here) -> Queue:
-    return home.jobs.queue()
+def get_queue(home: ServicesDep) -> Queue:
+    return home.jobs.get_queue()
 
 
 @router.put("/queue", tags=["jobs"])
-def write_queue(body: QueueWrite, home: Here) -> Queue:
-    return home.jobs.arrange(body)
+def update_queue(body: QueueWrite, home: ServicesDep) -> Queue:
+    return home.jobs.update_queue(body)
 
 
 @router.post("/jobs", tags=["jobs"], status_code=201)
-def enqueue(body: JobAsk, home: Here) -> Job:
+def enqueue_job(body: JobRequest, home: ServicesDep) -> Job:
     return home.jobs.enqueue(body)
 
 
 @router.get("/jobs/{id}", tags=["jobs"])
-def job(id: str, home: Here) -> Job:
-    return home.jobs.job(id)
+def get_job(id: str, home: ServicesDep) -> Job:
+    return home.jobs.get_job(id)
 
 
 @router.delete("/jobs/{id}", tags=["jobs"], status_code=204)
-def withdraw(id: str, home: Here) -> None:
-    home.jobs.withdraw(id)
+def cancel_job(id: str, home: ServicesDep) -> None:
+    home.jobs.cancel(id)
 
 
 @router.post("/runs/{id}/resume", tags=["jobs"], status_code=201)
-def resume(id: str, body: ResumeAsk, home: Here) -> Job:
+def resume_run(id: str, body: ResumeRequest, home: ServicesDep) -> Job:
     return home.jobs.resume(id, body)
 
 
 @router.post("/runs/{id}/stop", tags=["runs"])
-def stop(id: str, body: StopAsk, home: Here) -> RunSummary:
+def stop_run(id: str, body: StopRequest, home: ServicesDep) -> RunSummary:
     home.jobs.stop(id, body.insist)
     return home.runs.summary(id)
 
 
 @router.post("/runs/{id}/save", tags=["runs"])
-def save(id: str, body: dict[str, Any], home: Here) -> RunSummary:
-    home.jobs.request(id, "save")
+def request_checkpoint(id: str, body: dict[str, Any], home: ServicesDep) -> RunSummary:
+    home.jobs.request_control(id, "save")
     return home.runs.summary(id)
 
 
 @router.post("/runs/{id}/sample", tags=["runs"])
-def sample(id: str, body: dict[str, Any], home: Here) -> RunSummary:
+def request_validation_images(id: str, body: dict[str, Any], home: ServicesDep) -> RunSummary:
     """Draw the validation pictures now."""
-    home.jobs.request(id, "validate")
+    home.jobs.request_control(id, "validate")
     return home.runs.summary(id)

@@ -1,0 +1,302 @@
+"""What is measured: trainings up to their seed (variants), their cells, and the tables that compare them.
+
+A variant may stand in several tables: the example's lesson is the reference of three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+PRECISIONS = ("int8", "int4", "nf4", "fp8")
+DENSITIES = ("quadratic", "parabola", "quadratic-literal", "uniform", "logit-normal")
+SEEDS = (1, 2, 3)
+TRIAL_SEED = 10  # full rank's learning rate is chosen with it and compared with the others
+FROZEN_LEARNING_RATE = 1e-12  # a learning rate at which no weight moves by as much as its last digit
+REFERENCE_VARIANT = "lesson"
+# The preset's blocks 7 and 20 of 38, at the same depth of chroma-nano's 8.
+TINY_TARGETS = ["single_transformer_blocks.1.proj_out", "single_transformer_blocks.4.proj_out"]
+PADDED_ROWS = 512
+
+# Seconds of one core while the other is as busy: to start, per sample of a training step, of a held-out
+# loss, per step of a picture and to decode it; how much dearer padded rows are; muon's part of a step.
+START_S, SAMPLE_STEP_S, HELD_OUT_S, IMAGE_STEP_S, IMAGE_DECODE_S = 11.0, 0.026, 0.009, 0.0135, 0.055
+PADDED_STEP_FACTOR, PADDED_FORWARD_FACTOR, MUON_STEP_S, SHAPES_DATASET_S = 8.0, 5.6, 0.15, 150.0
+
+
+@dataclass(frozen=True)
+class ExperimentSize:
+    """How much of everything. pictures: drawn to train from scratch; unseen: held-out pictures, drawn
+    likewise; prompts: per score; sigmas: noise levels at which each unseen picture is measured; fit_steps:
+    of make_transformer.py."""
+
+    lesson_steps: int
+    scratch_steps: int
+    still_steps: int
+    lesson_batch: int
+    scratch_batch: int
+    pictures: int
+    unseen: int
+    prompts: int
+    sampling_steps: int
+    sigmas: int
+    fit_steps: int
+    rates: tuple[float, ...]
+
+
+FULL_EXPERIMENT = ExperimentSize(250, 180, 160, 8, 24, 2000, 32, 32, 20, 10, 2000, (1e-4, 3e-4, 1e-3))
+SMOKE_TEST = ExperimentSize(2, 2, 2, 2, 2, 4, 2, 2, 2, 2, 2, (1e-4,))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training up to its seed.
+
+    options: what differs from the data's own ("lesson": the example's, "shapes": from scratch). program:
+    a key of work.PROGRAMS. cache: name of the shared cache. rate_from: variants, of which the one with the
+    lowest held-out loss lends its learning rate. lora_from: the variant whose LoRA this one starts from,
+    same seed. seeds: those it has; empty means all that are asked for.
+    """
+
+    name: str
+    data: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    program: str = "simpletuner"
+    cache: str = "trimmed"
+    learning_rate_trials: tuple[str, ...] = ()
+    init_lora_variant: str | None = None
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training. needs: names of cells that must be finished before it can begin."""
+
+    variant: Variant
+    seed: int
+    needs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return cell_name(self.variant.name, self.seed)
+
+
+@dataclass(frozen=True)
+class TableRow:
+    label: str
+    variant: str
+
+
+@dataclass(frozen=True)
+class TablePart:
+    """Rows that are compared with each other; the first is what the others are told against."""
+
+    name: str
+    title: str
+    rows: tuple[TableRow, ...]
+
+
+def cell_name(variant: str, seed: int) -> str:
+    return f"{variant}/seed-{seed}"
+
+
+def build_variants(size: ExperimentSize) -> dict[str, Variant]:
+    """Every training, the most decisive tables' first."""
+    made = [
+        Variant(
+            "base",
+            "lesson",
+            {**_frozen_weights_options(1), "evaluation_type": "shapes,zorbo"},
+            seeds=(SEEDS[0],),
+        ),
+        Variant(REFERENCE_VARIANT, "lesson"),
+        *(
+            Variant(f"lesson-{name}", "lesson", {"chroma_sigma_density": name})
+            for name in DENSITIES
+            if name != "quadratic"
+        ),
+        *(Variant(f"on-{name}", "lesson", {"base_model_precision": name}) for name in PRECISIONS),
+        Variant("still-stratified", "lesson", _sigma_variance_options(size, stratified_sigmas=True)),
+        Variant("still-independent", "lesson", _sigma_variance_options(size, stratified_sigmas=False)),
+        *_learning_rate_trials(size),
+        Variant("rank-4", "lesson", {"lora_rank": 4}),
+        Variant("rank-64", "lesson", {"lora_rank": 64}),
+        Variant("all+ffs", "lesson", {"flux_lora_target": "all+ffs"}),
+        Variant("context", "lesson", {"flux_lora_target": "context"}),
+        Variant("tiny", "lesson", {"lora_target_modules": TINY_TARGETS}),
+        *_full_rank_variants(size),
+        Variant(
+            "shapes",
+            "shapes",
+            {**_frozen_weights_options(1), "evaluation_type": "none"},
+            "world",
+            seeds=(SEEDS[0],),
+        ),
+        *(Variant(f"scratch-{name}", "shapes", {"chroma_sigma_density": name}) for name in DENSITIES),
+        Variant("padded", "lesson", {"evaluation_type": "zorbo"}, "padded", "padded"),
+        Variant("padded-used-trimmed", "lesson", _frozen_weights_options(1), init_lora_variant="padded"),
+    ]
+    return {one.name: one for one in made}
+
+
+def _frozen_weights_options(steps: int) -> dict[str, object]:
+    return {
+        "max_train_steps": steps,
+        "learning_rate": FROZEN_LEARNING_RATE,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+    }
+
+
+def _sigma_variance_options(size: ExperimentSize, stratified_sigmas: bool) -> dict[str, object]:
+    """Fixed weights: what varies from step to step is what was drawn."""
+    return {
+        **_frozen_weights_options(size.still_steps),
+        "stratified_sigmas": stratified_sigmas,
+        "evaluation_type": "none",
+        "num_eval_images": 1,
+    }
+
+
+FULL_RANK_OPTIONS = {"model_type": "full", "optimizer": "adamw"}
+
+
+def _learning_rate_trials(size: ExperimentSize) -> Iterator[Variant]:
+    for rate in size.rates:
+        options = {**FULL_RANK_OPTIONS, "base_model_default_dtype": "fp32", "learning_rate": rate}
+        yield Variant(
+            f"trial-{rate:g}", "lesson", {**options, "evaluation_type": "none"}, seeds=(TRIAL_SEED,)
+        )
+
+
+def _full_rank_variants(size: ExperimentSize) -> Iterator[Variant]:
+    """fp32 master weights; bf16 weights rounded to nearest; bf16 weights rounded stochastically."""
+    kinds: dict[str, dict[str, object]] = {
+        "full-fp32": {"base_model_default_dtype": "fp32"},
+        "full-bf16": {"base_model_default_dtype": "bf16"},
+        "full-bf16-stochastic": {"base_model_default_dtype": "bf16", "optimizer": "adamw_bf16"},
+    }
+    for name, options in kinds.items():
+        trials = tuple(f"trial-{rate:g}" for rate in size.rates)
+        yield Variant(name, "lesson", {**FULL_RANK_OPTIONS, **options}, learning_rate_trials=trials)
+
+
+TABLES: dict[str, tuple[TablePart, ...]] = {
+    "density": (
+        TablePart(
+            "lesson",
+            "the example's lesson (LoRA, rank 16)",
+            tuple(
+                TableRow(name, REFERENCE_VARIANT if name == "quadratic" else f"lesson-{name}")
+                for name in DENSITIES
+            ),
+        ),
+        TablePart(
+            "scratch",
+            "from scratch, short (full rank)",
+            tuple(TableRow(name, f"scratch-{name}") for name in DENSITIES),
+        ),
+    ),
+    "stratified": (
+        TablePart(
+            "still",
+            "the example's first step again and again, at fixed weights",
+            (TableRow("independent", "still-independent"), TableRow("stratified", "still-stratified")),
+        ),
+    ),
+    "lora": (
+        TablePart(
+            "kinds",
+            "what of the network is trained, and how",
+            (
+                TableRow("LoRA all, rank 16", REFERENCE_VARIANT),
+                TableRow("LoRA all, rank 4", "rank-4"),
+                TableRow("LoRA all, rank 64", "rank-64"),
+                TableRow("LoRA all+ffs, rank 16", "all+ffs"),
+                TableRow("LoRA context, rank 16", "context"),
+                TableRow("LoRA tiny, rank 16", "tiny"),
+                TableRow("full rank, fp32 master", "full-fp32"),
+                TableRow("full rank, bf16 to nearest", "full-bf16"),
+                TableRow("full rank, bf16 stochastic", "full-bf16-stochastic"),
+            ),
+        ),
+    ),
+    "precision": (
+        TablePart(
+            "bases",
+            "the example's lesson on a quantised base",
+            (TableRow("bf16", REFERENCE_VARIANT), *(TableRow(name, f"on-{name}") for name in PRECISIONS)),
+        ),
+    ),
+    "text": (
+        TablePart(
+            "rows",
+            "text rows in training, and in use",
+            (
+                TableRow("trimmed, used trimmed", REFERENCE_VARIANT),
+                TableRow("512 padded, used trimmed", "padded-used-trimmed"),
+                TableRow("512 padded, used padded", "padded"),
+            ),
+        ),
+    ),
+}  # fmt: skip
+
+
+def list_cells(size: ExperimentSize, seeds: Sequence[int], only: Sequence[str] = ()) -> list[Cell]:
+    """In the order of work: variant groups as they are listed, within a group one seed after the other."""
+    known = build_variants(size)
+    wanted = _required_variants(known, only or tuple(TABLES))
+    listed = []
+    for group in VARIANT_GROUPS:
+        members = [one for one in known.values() if one.name in wanted and one.name.startswith(group)]
+        for seed in (*seeds, TRIAL_SEED):
+            for one in members:
+                own = one.seeds or tuple(seeds)
+                if seed in own:
+                    listed.append(Cell(one, seed, tuple(_required_cells(one, seed))))
+    return listed
+
+
+def estimate_seconds(cell: Cell, size: ExperimentSize) -> float:
+    """What the cell should take, to tell when all is done."""
+    one = cell.variant
+    if one.program == "world":
+        return START_S + SHAPES_DATASET_S * size.pictures / FULL_EXPERIMENT.pictures
+    scratch, padded = one.data == "shapes", one.program == "padded"
+    steps = int(str(one.options.get("max_train_steps", size.scratch_steps if scratch else size.lesson_steps)))
+    batch = size.scratch_batch if scratch else size.lesson_batch
+    metrics = {"none": 0, "zorbo": 1}.get(str(one.options.get("evaluation_type")), 1 if scratch else 2)
+    unseen = int(str(one.options.get("num_eval_images", size.unseen)))
+    forward = PADDED_FORWARD_FACTOR if padded else 1.0
+    training = steps * (
+        batch * SAMPLE_STEP_S * (PADDED_STEP_FACTOR if padded else 1) + (MUON_STEP_S if scratch else 0)
+    )
+    measuring = 2 * 2 * unseen * size.sigmas * HELD_OUT_S * forward
+    one_picture = size.sampling_steps * IMAGE_STEP_S * forward + IMAGE_DECODE_S
+    drawing = metrics * size.prompts * one_picture
+    return START_S + training + measuring + drawing
+
+
+# What is told together is trained together, seed by seed, so that an early end leaves whole comparisons.
+VARIANT_GROUPS = (
+    ("base",), ("lesson",), ("on-",), ("still",), ("trial",), ("rank", "all", "context", "tiny"), ("full",),
+    ("shapes",), ("scratch", "padded"),
+)  # fmt: skip
+
+
+def _required_variants(known: Mapping[str, Variant], tables: Sequence[str]) -> set[str]:
+    """The tables' variants and what these need, the untouched base included."""
+    wanted = {"base"} | {row.variant for name in tables for part in TABLES[name] for row in part.rows}
+    for name in tuple(wanted):
+        one = known[name]
+        wanted |= {*one.learning_rate_trials, *([one.init_lora_variant] if one.init_lora_variant else [])}
+        wanted |= {"shapes"} if one.data == "shapes" else set()
+    return wanted
+
+
+def _required_cells(one: Variant, seed: int) -> Iterator[str]:
+    yield from (cell_name(name, TRIAL_SEED) for name in one.learning_rate_trials)
+    if one.init_lora_variant is not None:
+        yield cell_name(one.init_lora_variant, seed)
+    if one.data == "shapes" and one.program != "world":
+        yield cell_name("shapes", SEEDS[0])

@@ -1,0 +1,70 @@
+"""Where the configuration of a run lies. One search, used by every command."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpletuner.config.paths import display_path
+from simpletuner.errors import ConfigError
+
+CONFIG_FILE_NAMES = ("config.json", "config.jsonc", "config.toml")
+EXAMPLES_DIR = Path(__file__).resolve().parent.parent / "examples"
+
+
+def find_config(config: str | Path | None, env: str | None, example: str | None, cwd: Path) -> Path | None:
+    """The file that --config, --env or --example names, else the first of NAMES here or in config/.
+
+    None when nothing was named and nothing is there. Raises ConfigError for a name that leads nowhere.
+    """
+    named = [text for text, value in (("--config", config), ("--env", env), ("--example", example)) if value]
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} each name a configuration; give one of them")
+    if config:
+        path = cwd / os.path.expanduser(config)
+        return _first_existing(
+            f"--config {config}", candidate_paths(path) if os.path.isdir(path) else [path], cwd
+        )
+    if env:
+        return _first_existing(f"--env {env}", candidate_paths(cwd / "config" / env), cwd)
+    if example:
+        return _first_existing(f"--example {example}", candidate_paths(example_folder(example)), cwd)
+    return next(
+        (path for path in (*candidate_paths(cwd), *candidate_paths(cwd / "config")) if os.path.isfile(path)),
+        None,
+    )
+
+
+def no_config_message(cwd: Path) -> str:
+    """The one line for a run without any configuration."""
+    looked = ", ".join([*CONFIG_FILE_NAMES, *(f"config/{name}" for name in CONFIG_FILE_NAMES)])
+    return (
+        f"no configuration: none of {looked} is in {cwd}. Write one with `simpletuner configure`, "
+        "name one with --config or --env, or try `simpletuner train --example chroma-nano.peft-lora`"
+    )
+
+
+def example_names() -> list[str]:
+    """The packaged examples."""
+    return sorted(path.parent.name for path in EXAMPLES_DIR.glob("*/config.json"))
+
+
+def example_folder(name: str) -> Path:
+    """The folder of a packaged example. Raises ConfigError with the list for any other name."""
+    if name not in example_names():
+        raise ConfigError(f"there is no example {name!r}; there are: {', '.join(example_names()) or 'none'}")
+    return EXAMPLES_DIR / name
+
+
+def candidate_paths(folder: Path) -> list[Path]:
+    """Every file name that is tried in a folder."""
+    return [folder / name for name in CONFIG_FILE_NAMES]
+
+
+def _first_existing(what: str, candidates: Sequence[Path], cwd: Path) -> Path:
+    for path in candidates:
+        if os.path.isfile(path):
+            return path
+    looked = ", ".join(display_path(path, cwd) for path in candidates)
+    raise ConfigError(f"{what}: not found; looked for {looked}")

@@ -1,0 +1,47 @@
+"""What is proposed to a person who has not chosen: for the bundled model, at full rank, for a card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# The bundled model learns sixteen pictures in minutes on a CPU: the settings of the packaged example.
+NANO_PRESET: Mapping[str, Any] = {
+    "model_flavour": "nano",
+    "resolution": 128,
+    "resolution_type": "pixel",
+    "caption_dropout_probability": 0.0,
+    "gradient_checkpointing": False,
+    "learning_rate": 3e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 20,
+    "train_batch_size": 8,
+    "max_train_steps": 500,
+    "checkpoint_step_interval": 250,
+    "validation_step_interval": 250,
+}
+FULL_RANK_PRESET: Mapping[str, Any] = {"optimizer": "adamw_bf16", "learning_rate": 1e-5}
+
+# Rank 16, 1024 px, batch 1, every block recomputed except in the first row: options and planned GB, finest
+# first. README, "Memory"; `python benchmarks/plan.py`. Captions are encoded before training: T5 takes 9.5 GB
+# unless it is quantised.
+OFFLOAD_OPTIONS: Mapping[str, Any] = {
+    "gradient_checkpointing_backend": "offload",
+    "chroma_approximator_device": "cpu",
+}
+NF4_OPTIONS: Mapping[str, Any] = {"base_model_precision": "nf4", "text_encoder_1_precision": "int8"}
+MEMORY_PRESETS: tuple[tuple[Mapping[str, Any], float], ...] = (
+    ({"base_model_precision": "no_change", "gradient_checkpointing": False}, 52.2),
+    ({"base_model_precision": "no_change"}, 21.6),
+    ({"base_model_precision": "no_change", **OFFLOAD_OPTIONS}, 19.4),
+    ({"base_model_precision": "int8"}, 13.0),
+    ({"base_model_precision": "int8", **OFFLOAD_OPTIONS}, 10.8),
+    (NF4_OPTIONS, 8.9),
+    ({**NF4_OPTIONS, **OFFLOAD_OPTIONS}, 6.7),
+)
+
+
+def preset_for_memory(total_bytes: int | None) -> tuple[Mapping[str, Any], float]:
+    """The finest row of PLANNED that a device of this size holds; the last where none does, or unknown."""
+    gb = (total_bytes or 0) / 1e9
+    return next((row for row in MEMORY_PRESETS if row[1] <= gb), MEMORY_PRESETS[-1])

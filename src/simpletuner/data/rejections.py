@@ -1,0 +1,67 @@
+"""Files that are not trained on: how they are told, and the list of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from simpletuner.atomic_io import write_atomically
+from simpletuner.data.sample_types import RejectedFile
+from simpletuner.errors import DataError
+
+MAX_LISTED_FILES = 20
+# Rejected because the person asked for it; every other reason counts as a bad sample.
+FILTER_REASONS = frozenset({"aspect_ratio", "too_small", "caption_dropped"})
+
+
+class UnusableFile(DataError):
+    """One file cannot be used. reason: the short code of Rejected; the text is its detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason = reason
+        super().__init__(detail)
+
+
+def make_printable(text: str) -> str:
+    """On one line and without control characters: file names may hold both."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+def format_rejected(rejected: Sequence[RejectedFile], path: Path | None) -> str:
+    """The first SHOWN files, one a line, and where the others are."""
+    lines = [
+        make_printable(f"  {item.dataset}/{item.path}: {item.detail}") for item in rejected[:MAX_LISTED_FILES]
+    ]
+    if len(rejected) > MAX_LISTED_FILES:
+        lines.append(f"  and {len(rejected) - MAX_LISTED_FILES} more")
+    if path is not None:
+        lines.append(f"All of them: {path}")
+    return "\n".join(lines)
+
+
+def check_rejected_fraction(
+    rejected: Sequence[RejectedFile], kept: int, max_bad_sample_fraction: float, path: Path | None = None
+) -> None:
+    """Raises DataError when bad files are more than the allowed fraction of kept + bad.
+
+    Pictures outside the limits that the person set (FILTERS) are not bad. path: of the list, for the message.
+    """
+    bad = [item for item in rejected if item.reason not in FILTER_REASONS]
+    if len(bad) <= max_bad_sample_fraction * (kept + len(bad)):
+        return
+    reasons = ", ".join(
+        f"{count} {reason}" for reason, count in Counter(item.reason for item in bad).most_common()
+    )
+    raise DataError(
+        f"{len(bad)} of {kept + len(bad)} pictures cannot be used ({reasons}); "
+        f"max_bad_sample_fraction allows {max_bad_sample_fraction:g}.\n{format_rejected(bad, path)}"
+    )
+
+
+def write_rejected(path: Path, rejected: Sequence[RejectedFile]) -> None:
+    """One JSON object a line: path (inside the dataset), dataset, reason, detail. Replaces the file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(asdict(item)) + "\n" for item in rejected))

@@ -1,0 +1,106 @@
+"""`events.jsonl`: one line per event, append-only, the record that everything else can be rebuilt from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpletuner.events.event_types import EVENT_CLASSES, Event
+
+
+@dataclass(frozen=True)
+class EventRecord:
+    """t: unix seconds. end: byte offset behind the line, what read(since=...) takes to go on from here."""
+
+    unix_time: float
+    event: Event
+    end_offset: int
+
+
+def event_to_dict(event: Event, t: float) -> dict[str, Any]:
+    """What one line of the file holds. Numbers that are not finite become null: JSON has no word for them."""
+    return {"t": round(t, 3), "kind": event.kind, **_replace_nonfinite(dataclasses.asdict(event))}
+
+
+def event_from_dict(record: dict[str, Any]) -> Event | None:
+    """The event of a line; None when its kind or fields are of another version of this program."""
+    kind = EVENT_CLASSES.get(record.get("kind", ""))
+    if kind is None:
+        return None
+    values = {}
+    for field in dataclasses.fields(kind):
+        if field.name in record:
+            value = record[field.name]
+            values[field.name] = (
+                math.nan if value is None and field.type == "float" else _lists_to_tuples(value)
+            )
+        elif field.default is dataclasses.MISSING:
+            return None
+    return kind(**values)
+
+
+class EventLog:
+    """Sink that appends to the file; each line is handed to the system whole and at once."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(self._handle).st_size
+        if size and os.pread(self._handle, 1, size - 1) != b"\n":
+            os.write(self._handle, b"\n")  # the last process was killed in the middle of a line
+
+    def append(self, event: Event) -> None:
+        line = json.dumps(event_to_dict(event, time.time()), ensure_ascii=False, allow_nan=False)
+        with self._lock:
+            os.write(self._handle, line.encode("utf-8", "backslashreplace") + b"\n")
+
+    __call__ = append
+
+    def close(self) -> None:
+        with self._lock:
+            os.close(self._handle)
+
+
+def read_events(path: Path, since: int = 0) -> Iterator[EventRecord]:
+    """Events from byte offset `since` on. A line still being written, torn, or unknown is passed over."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(since)
+        end = since
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            try:
+                record = json.loads(line)
+                event, t = event_from_dict(record), float(record["t"])
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+            if event is not None:
+                yield EventRecord(t, event, end)
+
+
+def _replace_nonfinite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _replace_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replace_nonfinite(item) for item in value]
+    return value
+
+
+def _lists_to_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists_to_tuples(item) for key, item in value.items()}
+    return tuple(_lists_to_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,79 @@
+"""What a run came to: its events with the abandoned ends of resumed processes taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simpletuner.events import event_types
+from simpletuner.events.event_log import EventRecord, read_events
+
+ImageKey = tuple[str, int, int, int, str]
+
+
+@dataclass
+class RunHistory:
+    """steps, evaluations, scores and pictures are those that the present weights descend from.
+
+    pictures: ((prompt id, width, height, seed, weights), step) -> event. problems: (unix seconds, event).
+    resumes: steps at which a later process went on. end: how the last process ended, None while it runs.
+    """
+
+    start_event: event_types.RunStarted | None = None
+    steps: dict[int, event_types.StepCompleted] = field(default_factory=dict)
+    evaluations: dict[tuple[str, str, int], event_types.LossEvaluated] = field(default_factory=dict)
+    scores: dict[tuple[str, int], event_types.ScoresComputed] = field(default_factory=dict)
+    images: dict[tuple[ImageKey, int], event_types.ImageSaved] = field(default_factory=dict)
+    saved_weights: dict[str, event_types.WeightsSaved] = field(default_factory=dict)
+    warnings: list[
+        tuple[float, event_types.WarningIssued | event_types.RunFailed | event_types.CheckpointSetAside]
+    ] = field(default_factory=list)
+    resume_steps: list[int] = field(default_factory=list)
+    end_event: event_types.RunFinished | event_types.RunFailed | None = None
+    last_event_time: float = 0.0
+
+    def add_record(self, record: EventRecord) -> None:
+        event = record.event
+        self.last_event_time = record.unix_time
+        match event:
+            case event_types.RunStarted():
+                self.start_event, self.end_event = event, None
+                self._drop_after(event.resumed_step or -1)  # a fresh start has nothing before it
+            case event_types.RunResumed():
+                self.resume_steps.append(event.step)
+                self._drop_after(event.step)
+            case event_types.StepCompleted():
+                self.steps[event.step] = event
+            case event_types.LossEvaluated():
+                self.evaluations[event.dataset, event.split, event.step] = event
+            case event_types.ScoresComputed():
+                self.scores[event.metric, event.step] = event
+            case event_types.ImageSaved():
+                key = (event.prompt_id, event.width_px, event.height_px, event.seed, event.weights)
+                self.images[key, event.step] = event
+            case event_types.WeightsSaved():
+                self.saved_weights[event.path] = event
+            case event_types.RunFinished():
+                self.end_event = event
+            case event_types.WarningIssued() | event_types.RunFailed() | event_types.CheckpointSetAside():
+                self.warnings.append((record.unix_time, event))
+                if isinstance(event, event_types.RunFailed):
+                    self.end_event = event
+
+    def _drop_after(self, step: int) -> None:
+        self.steps = {at: event for at, event in self.steps.items() if at <= step}
+        self.evaluations = {key: event for key, event in self.evaluations.items() if event.step <= step}
+        self.scores = {key: event for key, event in self.scores.items() if event.step <= step}
+        self.images = {key: event for key, event in self.images.items() if event.step <= step}
+
+
+def history_from_records(records: Iterable[EventRecord]) -> RunHistory:
+    history = RunHistory()
+    for record in records:
+        history.add_record(record)
+    return history
+
+
+def read_run_history(run_dir: Path) -> RunHistory:
+    return history_from_records(read_events(run_dir / "events.jsonl"))

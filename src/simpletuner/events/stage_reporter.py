@@ -1,0 +1,48 @@
+"""Progress of one stage: counts units, tells rate and time left, not more often than a person reads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+
+from simpletuner.events.event_types import Emit, StageCompleted, StageProgress, StageStarted
+
+MIN_INTERVAL_S = 0.5
+
+
+class StageReporter:
+    """`with Stage(emit, "encode images", total=160, unit="images") as stage: stage.advance()`.
+
+    Emits StageStarted, StageProgress at most every EVERY_S seconds, and StageDone unless the body raised.
+    `note` may be set on the way; it ends up in StageDone. advance() may be called from several threads.
+    """
+
+    def __init__(self, emit: Emit, name: str, total: int | None, unit: str) -> None:
+        self._emit, self._name, self._total, self._unit = emit, name, total, unit
+        self._lock = threading.Lock()
+        self.done = 0
+        self.summary = ""
+
+    def __enter__(self) -> StageReporter:
+        self._started = self._last_emitted = time.monotonic()
+        self._emit(StageStarted(self._name, self._total, self._unit))
+        return self
+
+    def advance(self, count: int = 1) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self.done += count
+            due = now - self._last_emitted >= MIN_INTERVAL_S
+            if due:
+                self._last_emitted = now
+        if due:
+            rate = self.done / max(now - self._started, 1e-9)
+            left_s = (self._total - self.done) / rate if self._total is not None and rate > 0 else None
+            self._emit(StageProgress(self._name, self.done, self._total, rate, left_s))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._emit(StageCompleted(self._name, self.done, time.monotonic() - self._started, self.summary))

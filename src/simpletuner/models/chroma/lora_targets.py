@@ -1,0 +1,67 @@
+"""Which modules a preset adapts: never the approximator, the embedders or the final proj_out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from simpletuner.config.option_values import did_you_mean
+from simpletuner.errors import ConfigError
+
+TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", *TEXT_ATTENTION)
+TEXT_FEED_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", *TEXT_FEED_FORWARD, "proj_mlp", "proj_out")
+PRESET_SUFFIXES = {
+    "all": ATTENTION,
+    "context": TEXT_ATTENTION,
+    "context+ffs": (*TEXT_ATTENTION, *TEXT_FEED_FORWARD),
+    "all+ffs": (*ATTENTION, *FEED_FORWARD),
+}
+PRESET_MODULES = {
+    "tiny": ("single_transformer_blocks.7.proj_out", "single_transformer_blocks.20.proj_out"),
+    "nano": ("single_transformer_blocks.7.proj_out",),
+}
+BLOCK_PREFIXES = ("transformer_blocks.", "single_transformer_blocks.")
+
+
+def preset_targets(transformer: nn.Module, preset: str) -> list[str]:
+    """Full module names in the network's order; ConfigError when the preset means nothing here."""
+    names = [name for name, _ in transformer.named_modules() if name.startswith(BLOCK_PREFIXES)]
+    if preset in PRESET_SUFFIXES:
+        endings = tuple(f".{suffix}" for suffix in PRESET_SUFFIXES[preset])
+        return [name for name in names if name.endswith(endings)]
+    absent = [name for name in PRESET_MODULES[preset] if name not in names]
+    if absent:
+        raise ConfigError(
+            f'flux_lora_target "{preset}" adapts {", ".join(PRESET_MODULES[preset])}; this transformer has no'
+            f' {", ".join(absent)}. Use "all".'
+        )
+    return list(PRESET_MODULES[preset])
+
+
+def matching_targets(transformer: nn.Module, chosen: str | Sequence[str]) -> list[str]:
+    """Linears whose whole name matches a regular expression, or is (or ends with) one of a list.
+
+    ConfigError when an entry matches nothing, or only what may not be adapted.
+    """
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    if isinstance(chosen, str):
+        matched = {chosen: [name for name in names if re.fullmatch(chosen, name)]}
+    else:
+        matched = {one: [n for n in names if n == one or n.endswith(f".{one}")] for one in chosen}
+    for wanted, found in matched.items():
+        if not found:
+            ends = sorted(
+                {re.sub(r"^.*?\.\d+\.", "", name) for name in names if name.startswith(BLOCK_PREFIXES)}
+            )
+            hint = did_you_mean(wanted, ends, 0.6) or f"; linears of a block end with {', '.join(ends)}"
+            raise ConfigError(f"lora_target_modules: {wanted!r} matches no linear of the transformer{hint}")
+    found_names = {name for found in matched.values() for name in found}
+    if frozen := sorted(name for name in found_names if name.startswith("distilled_guidance_layer.")):
+        raise ConfigError(
+            f"lora_target_modules matches {frozen[0]}: the approximator is never adapted, it breaks the model"
+        )
+    return [name for name in names if name in found_names]

@@ -1,0 +1,90 @@
+"""Captions to T5 rows: the real tokens, `</s>` included, plus exactly one pad row.
+
+The same numbers as running T5 on 512 padded tokens with the tokenizer's mask and keeping the first
+tokens + 1 rows, at a fraction of the cost: masked keys take no part and T5's positions are relative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+
+from simpletuner.config.schema import ModelOptions
+from simpletuner.errors import DataError, ModelError
+from simpletuner.events.event_types import Emit
+from simpletuner.models.chroma.fingerprints import MAX_TOKENS, token_limit
+from simpletuner.models.chroma.t5 import load_t5
+from simpletuner.models.family import ModelFiles, TextEncoder
+
+
+@dataclass(frozen=True)
+class ChromaTextEncoder(TextEncoder):
+    """T5 v1.1's encoder half with its tokenizer. overlong: "truncate" cuts before `</s>`, "error" refuses."""
+
+    _t5: T5EncoderModel
+    _tokenizer: PreTrainedTokenizerBase
+    _max_tokens: int = MAX_TOKENS
+    _zero_pad: bool = False
+    _overlong: str = "truncate"
+
+    def token_count(self, caption: str) -> int:
+        return len(self._tokenizer(caption, verbose=False)["input_ids"])
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        tokens = [self._tokenize(caption) for caption in captions]
+        if not tokens:
+            return []
+        kept = [min(len(ids) + 1, self._max_tokens) for ids in tokens]
+        ids = torch.full((len(tokens), max(kept)), self._tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, sample in enumerate(tokens):
+            ids[row, : len(sample)] = torch.tensor(sample)
+            mask[row, : len(sample)] = 1
+        device = self._t5.device
+        hidden = self._t5(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.cpu()
+        rows = [hidden[row, :length].clone() for row, length in enumerate(kept)]
+        if self._zero_pad:
+            for row, sample in zip(rows, tokens, strict=True):
+                row[len(sample) :] = 0
+        return rows
+
+    def _tokenize(self, caption: str) -> list[int]:
+        if self._overlong == "error" and (count := self.token_count(caption)) > self._max_tokens:
+            raise DataError(
+                f"A caption has {count} tokens, the limit is {self._max_tokens}: {caption[:60]!r}..."
+                ' Shorten it, or set caption_overlong to "truncate".'
+            )
+        return self._tokenizer(caption, truncation=True, max_length=self._max_tokens, verbose=False)[
+            "input_ids"
+        ]
+
+
+def load_text_encoder(
+    source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit
+) -> ChromaTextEncoder:
+    return ChromaTextEncoder(
+        load_t5(source, options, device, emit),
+        load_tokenizer(source.tokenizer),
+        token_limit(options),
+        options.flux_t5_padding == "zero",
+        options.caption_overlong,
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise ModelError(f"{folder} holds no tokenizer that can be read: {reason}") from None
+    if tokenizer.pad_token_id is None or tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        raise ModelError(
+            f"{folder} is not T5's tokenizer: captions must end with </s> and a pad token must exist."
+        )
+    return tokenizer

@@ -1,0 +1,92 @@
+"""The weights people take away: a LoRA that other programs load, or a transformer folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from simpletuner.adapters import lora_io
+from simpletuner.config.schema import RunConfig
+from simpletuner.events.event_types import Emit, WeightsSaved
+from simpletuner.models.family import ModelFamily
+from simpletuner.training.run_folder import RunFolder, replace_folder
+from simpletuner.training.train_state import TrainState
+
+LORA_FILENAME = "pytorch_lora_weights.safetensors"
+
+
+@dataclass
+class Exporter:
+    """Writes finished weights; with an EMA, the average beside them (ema/, transformer_ema/).
+
+    describe: step and weights ("trained", "average") -> what a file's header tells.
+    """
+
+    family: ModelFamily
+    train_state: TrainState
+    run: RunConfig
+    folder: RunFolder
+    emit: Emit
+    file_metadata: Callable[[int, str], dict[str, str]]
+
+    def export_to_checkpoint(self, folder: Path, step: int) -> None:
+        """A LoRA is small enough to stand in every checkpoint, ready to be tried elsewhere."""
+        if self.train_state.uses_lora:
+            self._export_lora(folder, step)
+
+    def export_final(self, step: int) -> None:
+        """The weights at the top of the run folder."""
+        started = time.perf_counter()
+        written = (
+            self._export_lora(self.folder.path, step)
+            if self.train_state.uses_lora
+            else self._export_transformers(step)
+        )
+        for path in written:
+            size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+            name = path.relative_to(self.folder.path).as_posix()
+            self.emit(WeightsSaved(step, name, time.perf_counter() - started, size))
+
+    def _export_lora(self, folder: Path, step: int) -> list[Path]:
+        written = self._save_lora_layouts(folder / LORA_FILENAME, self.file_metadata(step, "trained"))
+        if self.train_state.averaged_weights is not None:
+            (folder / "ema").mkdir(exist_ok=True)
+            with self.train_state.averaged_weights():
+                written += self._save_lora_layouts(
+                    folder / "ema" / LORA_FILENAME, self.file_metadata(step, "average")
+                )
+        return written
+
+    def _save_lora_layouts(self, path: Path, metadata: dict[str, str]) -> list[Path]:
+        """The file that is always written, and the one of another layout beside it."""
+        layout = self.run.adapter.lora_format
+        lora_io.save_adapter(self.train_state.transformer, path, metadata)
+        if layout == "diffusers":
+            return [path]
+        lora_io.save_adapter(
+            self.train_state.transformer, lora_io.path_with_layout(path, layout), metadata, layout
+        )
+        return [path, lora_io.path_with_layout(path, layout)]
+
+    def _export_transformers(self, step: int) -> list[Path]:
+        written = []
+        for name, weights in (
+            ("transformer", nullcontext),
+            ("transformer_ema", self.train_state.averaged_weights),
+        ):
+            if weights is not None:
+                folder = self.folder.path / name
+                with weights():
+                    replace_folder(
+                        folder, partial(self.family.save_transformer, self.train_state.transformer)
+                    )
+                written.append(folder)
+                if self.run.publishing.save_native_file:
+                    written.append(folder.with_name(f"{name}_native.safetensors"))
+                    described = self.file_metadata(step, "trained" if name == "transformer" else "average")
+                    self.family.save_native_file(folder, written[-1], described)
+        return written

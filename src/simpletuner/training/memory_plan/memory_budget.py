@@ -1,0 +1,112 @@
+"""What there is: free memory of the device and of the host, free space on the disks that a run writes to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from simpletuner.config.environment import user_cache_dir
+from simpletuner.config.schema import RunConfig
+from simpletuner.training.device import ComputeDevice
+from simpletuner.training.memory_plan import step_time
+from simpletuner.training.memory_plan.prediction import HOST_RUNTIME_BYTES
+
+MEMINFO_PATH = Path("/proc/meminfo")
+CGROUP_PATH = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Where a run is planned. kind: "cuda", "mps" or "cpu". peak: FLOP/s.
+
+    Free bytes, None where nobody can say: device, the accelerator's, or the host's again on a CPU; host.
+    """
+
+    name: str
+    kind: str
+    peak_flops: float
+    device_free_bytes: int | None = None
+    host_free_bytes: int | None = None
+
+    @property
+    def available_for_tensors(self) -> int | None:
+        """What a training may take of the free memory."""
+        program = HOST_RUNTIME_BYTES["cpu"] if self.kind == "cpu" else 0
+        return None if self.device_free_bytes is None else self.device_free_bytes - program
+
+
+def detect_budget(device: ComputeDevice) -> MemoryBudget:
+    """peak: by the device's name, measured on a CPU, and a good card's where nothing is known."""
+    hardware, kind = device.hardware, device.device.type
+    peak = (
+        step_time.measure_cpu_flops(device.weights_dtype)
+        if kind == "cpu"
+        else step_time.peak_flops(hardware.name)
+    )
+    host, free = free_host_bytes(), hardware.free_bytes()
+    return MemoryBudget(
+        hardware.name, kind, peak or reference_budget(kind).peak_flops, host if free is None else free, host
+    )
+
+
+def reference_budget(kind: str) -> MemoryBudget:
+    """A good card that is not here."""
+    return MemoryBudget(step_time.REFERENCE_GPU, kind, step_time.PEAK_TFLOPS[step_time.REFERENCE_GPU] * 1e12)
+
+
+def free_host_bytes() -> int | None:
+    """What can be had without swapping, inside a container's limit."""
+    sizes = []
+    if MEMINFO_PATH.exists():
+        rows = dict(line.split(":", 1) for line in MEMINFO_PATH.read_text().splitlines() if ":" in line)
+        sizes.append(int(rows["MemAvailable"].split()[0]) * 1024)
+    names = ("memory.max", "memory.current", "memory.stat")
+    limit, used, told = (
+        path.read_text() if path.exists() else "" for path in map(CGROUP_PATH.joinpath, names)
+    )
+    if limit.strip().isdigit() and used:
+        rows = dict(line.split() for line in told.splitlines())
+        # Pages of files that were read or written are counted as used, and given up when memory is wanted.
+        cached = sum(int(rows.get(name, 0)) for name in ("active_file", "inactive_file"))
+        sizes.append(int(limit) - int(used) + cached)
+    if not sizes and "SC_PHYS_PAGES" in os.sysconf_names:
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(sizes, default=None)
+
+
+def find_disk_shortages(run: RunConfig, needed: Mapping[str, int]) -> list[tuple[Path, int, int]]:
+    """(folder, needed, free) of each disk with too little space; needed: as in Prediction.disk.
+
+    What is there already counts as written: a resumed run replaces its checkpoints, and a base that was
+    converted before is read again.
+    """
+    output = Path(run.training.output_dir).expanduser()
+    there = sum(file.stat().st_size for file in output.glob("checkpoint-*/**/*") if file.is_file())
+    chosen = run.model.quantized_cache_dir
+    quantised = Path(chosen).expanduser() if chosen else user_cache_dir() / "quantized"
+    converted = quantised.glob(f"*-{run.model.base_model_precision}-*")  # whole, or as far as it was come
+    written = {"checkpoints": there, "quantised base": sum(file.stat().st_size for file in converted)}
+    places = {
+        "download": Path(constants.HF_HUB_CACHE),
+        "quantised base": quantised,
+        "checkpoints": output,
+        "result": output,
+    }
+    disks: dict[int, tuple[Path, int]] = defaultdict(lambda: (Path(), 0))
+    for what, size in needed.items():
+        disk = _existing_parent(places[what]).stat().st_dev
+        disks[disk] = (places[what], disks[disk][1] + max(0, size - written.get(what, 0)))
+    rows = [
+        (folder, size, shutil.disk_usage(_existing_parent(folder)).free) for folder, size in disks.values()
+    ]
+    return [row for row in rows if row[1] > row[2]]
+
+
+def _existing_parent(folder: Path) -> Path:
+    return next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())

@@ -1,0 +1,103 @@
+"""Live bytes and products, counted while a step runs on tensors that hold nothing (or on real ones)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+# What a storage was made for. The first two are said by whoever makes them; a step's own are told apart
+# by whether autograd is running when they are made.
+MEMORY_PARTS = ("weights", "adapters", "optimizer", "activations", "temporaries")
+CUDA_ALLOCATION_BYTES = (
+    512  # bytes: its caching allocator rounds each tensor up to this; a CPU's rounds nothing
+)
+
+aten = torch.ops.aten
+# The CPU's flash attention takes the same leading arguments as the GPU's.
+FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class MemoryTrackerMode(TorchDispatchMode):
+    """Each storage counts from the operation that made it until Python's last reference to it is gone.
+
+    part: what new storages belong to outside of `step`. peak: bytes by part at the highest moment since
+    `restart`. Numbers that code reads off a tensor are 1: empty tensors have none, and no branch of a step
+    depends on more than their being finite.
+    """
+
+    def __init__(self, granule: int) -> None:
+        super().__init__()
+        self.current_part = "weights"
+        self.live_bytes = dict.fromkeys(MEMORY_PARTS, 0)
+        self._granule = granule
+        self._tracked: set[int] = set()
+        self._stepping = self._past_backward = False
+        self.reset_peak()
+
+    def reset_peak(self) -> None:
+        self.total_bytes = sum(self.live_bytes.values())
+        self.flops, self.peak_total_bytes, self.peak_bytes = 0, self.total_bytes, dict(self.live_bytes)
+
+    @contextmanager
+    def track_step(self) -> Iterator[None]:
+        """Inside, parts are told apart by the moment: forward, backward, optimizer."""
+        self._stepping = True
+        yield
+        self._stepping = False
+
+    def mark_forward_start(self) -> None:
+        """With every micro-batch: what follows is a forward pass until autograd runs."""
+        self._past_backward = False
+
+    def _part_now(self) -> str:
+        if not self._stepping:
+            return self.current_part
+        if torch._C._current_graph_task_id() != -1:
+            self._past_backward = True
+            return "temporaries"
+        return "optimizer" if self._past_backward else "activations"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._local_scalar_dense.default:
+            kind = cast(Tensor, args[0]).dtype
+            return 1.0 if kind.is_floating_point else kind is torch.bool or 1
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(each, Tensor):
+                self._track(each)
+        formula = FLOP_FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def _track(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._tracked:
+            return
+        size = -(-storage.nbytes() // self._granule) * self._granule
+        part = self._part_now()
+        self._tracked.add(key)
+        self.live_bytes[part] += size
+        self.total_bytes += size
+        if self.total_bytes > self.peak_total_bytes:
+            self.peak_total_bytes, self.peak_bytes = self.total_bytes, dict(self.live_bytes)
+        weakref.finalize(storage, self._untrack, key, part, size).atexit = False
+
+    def _untrack(self, key: int, part: str, size: int) -> None:
+        self._tracked.discard(key)
+        self.live_bytes[part] -= size
+        self.total_bytes -= size

@@ -1,0 +1,139 @@
+"""The run folder: the only truth about a run, and the only channel to it.
+
+config.json     every option of the run, resolved
+events.jsonl    everything that happened (append-only)
+train.log       the same for people
+checkpoint-500/ images/ report.html and, at the end, the weights
+run.lock        held by the process that works here; its content is for people
+exit.json       how the last process ended
+control/        a file named stop, save or validate asks the running process for it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from simpletuner.atomic_io import write_atomically
+from simpletuner.errors import ConfigError, DiskFull, RunLocked
+
+CONTROL_REQUESTS = ("stop", "save", "validate")
+NEVER_SET_ASIDE = ("cache", "run.lock", "control")
+LOCK_RETRY_S = 0.5
+
+
+def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
+    """The old folder is gone only when the new one is whole in its place. The run lock must be ours."""
+    work, old = (target.with_name(f".{what}-{target.name}") for what in ("writing", "replaced"))
+    if old.exists() and not target.exists():
+        old.rename(target)  # a process was killed between the two renames below
+    for leftover in (work, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write(work)
+    if target.exists():
+        target.rename(old)
+    work.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _lock_file(descriptor: int) -> None:
+    """Raises OSError when another process holds it. Whoever only looks holds it for an instant."""
+    deadline = time.monotonic() + LOCK_RETRY_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+class RunFolder:
+    """Opened for one process; `with RunFolder(path) as folder` takes and releases the lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.events_path = path / "events.jsonl"
+        self.log_path = path / "train.log"
+        self._lock: int | None = None
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "control").mkdir(exist_ok=True)
+            probe = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise DiskFull(f"output_dir = {self.path}: no space left on the disk") from error
+            reason = f"output_dir = {self.path} cannot be written to: {error.strerror}; choose another folder"
+            raise ConfigError(reason) from error
+        try:
+            _lock_file(probe)
+        except OSError as error:
+            holder = os.read(probe, 200).decode("utf-8", "replace").strip()
+            os.close(probe)
+            raise RunLocked(
+                f"{self.path} is in use by another run ({holder or 'unknown process'}); "
+                "wait for it, stop it, or choose another output_dir"
+            ) from error
+        self._lock = probe
+        with contextlib.suppress(OSError):  # for people only; a full disk is told where it matters
+            os.ftruncate(probe, 0)
+            os.write(probe, f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+        for name in CONTROL_REQUESTS:
+            (self.path / "control" / name).unlink(missing_ok=True)
+        (self.path / "exit.json").unlink(missing_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def write_config(self, resolved: dict[str, object]) -> None:
+        write_atomically(self.path / "config.json", json.dumps(resolved, indent=2, ensure_ascii=False) + "\n")
+
+    def write_exit_status(self, exit_code: int, status: str, step: int, message: str = "") -> None:
+        record = {"exit_code": exit_code, "status": status, "step": step, "message": message}
+        write_atomically(self.path / "exit.json", json.dumps({**record, "t": time.time()}) + "\n")
+
+    def consume_control_request(self, name: str) -> bool:
+        """True once for every time that somebody asked."""
+        request = self.path / "control" / name
+        if not request.exists():
+            return False
+        request.unlink(missing_ok=True)
+        return True
+
+    def set_aside_earlier_results(self) -> Path | None:
+        """Move what an earlier run left here into earlier-N/; the caches stay. None: there was nothing."""
+        earlier = [
+            entry
+            for entry in self.path.iterdir()
+            if entry.name not in NEVER_SET_ASIDE and not entry.name.startswith("earlier-")
+        ]
+        names = [entry.name for entry in earlier]
+        if not any(name.startswith("checkpoint-") or name.endswith(".safetensors") for name in names):
+            return None
+        return self.set_aside(earlier)
+
+    def set_aside(self, entries: Sequence[Path]) -> Path:
+        """Move entries of this folder into a new earlier-N/."""
+        number = 1
+        while (self.path / f"earlier-{number}").exists():
+            number += 1
+        target = self.path / f"earlier-{number}"
+        target.mkdir()
+        for entry in entries:
+            entry.rename(target / entry.name)
+        return target

@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from simpletuner.cache import tensor_store as store_module
+from simpletuner.cache.shards import read_shard_entries
+from simpletuner.cache.tensor_store import TensorStore
+from simpletuner.errors import CacheError, DiskFull
+from simpletuner.events.event_types import Event, WarningIssued
+
+
+def tensor(number: int, size: int = 500) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(number))
+
+
+def filled(folder: Path, count: int = 20, shard_mib: float = 0.01) -> Path:
+    with TensorStore(folder, "f", shard_mib=shard_mib) as store:
+        for number in range(count):
+            store.put(f"k{number}", {"x": tensor(number)})
+    return store.folder
+
+
+def keys(count: int = 20) -> list[str]:
+    return [f"k{number}" for number in range(count)]
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard-*.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8])
+@pytest.mark.parametrize("shape", [(3, 5), (), (0,), (2, 1, 7)])
+def test_what_goes_in_comes_out(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    value = (torch.randn(shape) * 50).to(dtype)
+    other = torch.randn(3, 8)[:, ::2]  # not contiguous
+    with TensorStore(tmp_path, "f") as store:
+        store.put("k", {"a": value, "b": other})
+        assert torch.equal(store.get("k")["a"], value)  # before it is on disk
+    with TensorStore(tmp_path, "f") as store:
+        back = store.get("k")
+    assert back["a"].dtype == dtype
+    assert torch.equal(back["a"], value)
+    assert torch.equal(back["b"], other)
+
+
+def test_shards_are_plain_safetensors_files(tmp_path: Path) -> None:
+    folder = filled(tmp_path)
+    found = {}
+    for path in shards(folder):
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["fingerprint"] == "f"
+            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    assert len(shards(folder)) > 3
+    assert found.keys() == {f"k{number}/x" for number in range(20)}
+    assert all(torch.equal(found[f"k{number}/x"], tensor(number)) for number in range(20))
+
+
+def test_missing_is_in_order_and_once(tmp_path: Path) -> None:
+    filled(tmp_path, 3)
+    with TensorStore(tmp_path, "f") as store:
+        assert store.missing_keys(["z", "k1", "a", "z", "k0"]) == ["z", "a"]
+        assert store.missing_keys(str(number) for number in range(1200)) == [
+            str(number) for number in range(1200)
+        ]
+        with pytest.raises(KeyError):
+            store.get("z")
+    with TensorStore(tmp_path, "another fingerprint") as store:
+        assert store.missing_keys(["k0"]) == ["k0"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut_header", "longer", "gone"])
+def test_shard_with_a_wrong_length_is_named_and_its_keys_are_missing(tmp_path: Path, damage: str) -> None:
+    folder = filled(tmp_path)
+    bad = shards(folder)[1]
+    with safe_open(bad, "pt") as file:
+        lost = sorted(name.split("/")[0] for name in file.keys())  # noqa: SIM118
+    data = bad.read_bytes()
+    if damage == "gone":
+        bad.unlink()
+    else:
+        bad.write_bytes({"cut": data[:-1], "cut_header": data[:5], "longer": data + b"x"}[damage])
+    seen: list[Event] = []
+    with TensorStore(tmp_path, "f", seen.append) as store:
+        assert sorted(store.missing_keys(keys())) == lost
+        for key in keys():
+            if key not in lost:
+                assert torch.equal(store.get(key)["x"], tensor(int(key[1:])))
+        for key in lost:
+            store.put(key, {"x": tensor(int(key[1:]))})
+    assert [type(event) for event in seen] == [WarningIssued]
+    assert bad.name in seen[0].message
+    assert bad.with_name(bad.name + ".damaged").exists() == (damage != "gone")
+    seen.clear()
+    with TensorStore(tmp_path, "f", seen.append) as store:
+        assert all(torch.equal(store.get(key)["x"], tensor(int(key[1:]))) for key in keys())
+    assert seen == []
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-3, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def read_offset(path: Path, name: str) -> int:
+    return next(entry.offset for entry in read_shard_entries(path) if entry.name == name)
+
+
+def test_a_flipped_byte_is_found_at_reading(tmp_path: Path) -> None:
+    bad = shards(filled(tmp_path))[0]
+    flip(bad)
+    seen: list[Event] = []
+    with TensorStore(tmp_path, "f", seen.append) as store:
+        assert store.missing_keys(keys()) == []
+        with safe_open(bad, "pt") as file:
+            victim = max(file.keys(), key=lambda name: read_offset(bad, name)).split("/")[0]
+        with pytest.raises(CacheError, match=bad.name):
+            store.get(victim)
+        lost = store.missing_keys(keys())
+        assert victim in lost
+        assert len(lost) < 20
+        for key in set(keys()) - set(lost):
+            assert torch.equal(store.get(key)["x"], tensor(int(key[1:])))
+    assert [type(event) for event in seen] == [WarningIssued]
+
+
+@pytest.mark.parametrize("how", ["deleted", "deleted_with_wal_left", "garbage"])
+def test_a_lost_index_is_rebuilt_from_the_headers(tmp_path: Path, how: str) -> None:
+    folder = filled(tmp_path)
+    index = folder / "index.sqlite"
+    if how == "deleted_with_wal_left":
+        (folder / "index.sqlite-wal").write_bytes(os.urandom(4096))
+    if how == "garbage":
+        index.write_bytes(os.urandom(5000))
+    else:
+        index.unlink()
+    seen: list[Event] = []
+    with TensorStore(tmp_path, "f", seen.append) as store:
+        assert store.missing_keys(keys()) == []
+        assert all(torch.equal(store.get(f"k{number}")["x"], tensor(number)) for number in range(20))
+    assert len(seen) == (how == "garbage")
+
+
+def test_reads_from_many_threads_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "MAX_OPEN_SHARDS", 2)
+    filled(tmp_path, 60, 0.004)
+    with TensorStore(tmp_path, "f") as store, ThreadPoolExecutor(8) as pool:
+        assert len(shards(store.folder)) > 10
+        numbers = [number * 7 % 60 for number in range(600)]
+        found = pool.map(lambda number: store.get(f"k{number}")["x"], numbers)
+        assert all(torch.equal(one, tensor(number)) for one, number in zip(found, numbers, strict=True))
+        assert len(store._files) <= 2
+
+
+def test_writing_while_others_read(tmp_path: Path) -> None:
+    with TensorStore(tmp_path, "f", shard_mib=0.01) as store, ThreadPoolExecutor(4) as pool:
+        arrived = [threading.Event() for _ in range(100)]
+
+        def check(number: int) -> bool:
+            arrived[number].wait(20)
+            return torch.equal(store.get(f"k{number}")["x"], tensor(number))
+
+        results = [pool.submit(check, number) for number in range(100)]
+        for number in range(100):
+            store.put(f"k{number}", {"x": tensor(number)})
+            arrived[number].set()
+        assert all(result.result(20) for result in results)
+
+
+def test_two_stores_fill_one_folder(tmp_path: Path) -> None:
+    with (
+        TensorStore(tmp_path, "f", shard_mib=0.01) as one,
+        TensorStore(tmp_path, "f", shard_mib=0.01) as other,
+    ):
+        for number in range(20):
+            (one if number % 2 else other).put(f"k{number}", {"x": tensor(number)})
+    with TensorStore(tmp_path, "f") as store:
+        assert all(torch.equal(store.get(key)["x"], tensor(int(key[1:]))) for key in keys())
+
+
+def test_unfinished_files_go_unless_their_writer_lives(tmp_path: Path) -> None:
+    with TensorStore(tmp_path, "f") as store:
+        unfinished = store.folder / "shard-00000-abc.safetensors.tmp"
+        unfinished.write_bytes(b"x")
+        with TensorStore(tmp_path, "f"):
+            assert unfinished.exists()
+    with TensorStore(tmp_path, "f"):
+        assert not unfinished.exists()
+
+
+def test_an_index_damaged_inside_is_set_aside_and_rebuilt_at_the_next_start(tmp_path: Path) -> None:
+    folder = filled(tmp_path, 200, 0.05)
+    index = folder / "index.sqlite"
+    size = index.stat().st_size
+    with index.open("r+b") as file:
+        file.seek(4096)
+        file.write(os.urandom(size - 4096))  # the first page alone still looks like a database
+    with (
+        pytest.raises(CacheError, match=r"index\.sqlite is damaged.*same command again"),
+        TensorStore(tmp_path, "f"),
+    ):
+        pass
+    with TensorStore(tmp_path, "f") as store:
+        assert store.missing_keys(keys(200)) == []
+
+
+def test_a_change_that_fails_half_way_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail(store: TensorStore) -> None:
+        with store._index.transaction() as index:
+            index.execute("INSERT INTO shards VALUES ('a', 1)")
+            raise OSError("gone")
+
+    with TensorStore(tmp_path, "f") as store:
+        with pytest.raises(OSError, match="gone"):
+            fail(store)
+        assert store._index.query("SELECT * FROM shards") == []
+        store.put("a", {"x": tensor(1)})
+    with TensorStore(tmp_path, "f") as store:
+        assert store.missing_keys(["a"]) == []
+
+
+def test_a_full_disk_while_the_index_grows_says_so(tmp_path: Path) -> None:
+    with TensorStore(tmp_path, "f") as store:
+        store._index.query("PRAGMA max_page_count = 1")
+        store.put("x" * 100_000, {"x": tensor(1)})
+        with pytest.raises(DiskFull, match=r"index\.sqlite"):
+            store.flush()
+        store._index.query("PRAGMA max_page_count = 1000000")
+    with TensorStore(tmp_path, "f") as store:
+        assert store.missing_keys(["x" * 100_000]) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match=r"cache folder .*file.* cannot be written to .*cache_dir"):
+        TensorStore(tmp_path / "file", "f")
+
+
+def test_a_file_system_without_locks_still_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(store_module.fcntl, "flock", refuse)
+    unfinished = filled(tmp_path) / "shard-00000-abc.safetensors.tmp"
+    unfinished.touch()
+    with TensorStore(tmp_path, "f") as store:
+        assert store.missing_keys(keys()) == []
+    assert unfinished.exists()  # it may be another's
+
+
+def test_a_disk_that_cannot_be_read_is_no_damaged_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path)
+
+    def fail(handle: int, buffers: object, offset: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with TensorStore(tmp_path, "f") as store:
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(CacheError, match=r"cannot read .*shard-00000.*Input/output error"):
+            store.get("k0")
+        monkeypatch.undo()
+        assert torch.equal(store.get("k0")["x"], tensor(0))
+
+
+def test_a_full_disk_says_so_and_leaves_the_rest_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path)
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    store = TensorStore(tmp_path, "f")
+    store.put("new", {"x": tensor(99)})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull, match="no room"):
+        store.flush()
+    monkeypatch.undo()
+    assert not list(store.folder.glob("*.tmp"))
+    store.close()  # there is room again
+    with TensorStore(tmp_path, "f") as store:
+        assert store.missing_keys([*keys(), "new"]) == []
+
+
+FILLER = """
+import sys, torch
+from pathlib import Path
+from simpletuner.cache.shards import read_shard_entries
+from simpletuner.cache.tensor_store import TensorStore
+store = TensorStore(Path(sys.argv[1]), "f", shard_mib=0.02)
+print("open", flush=True)
+for key in store.missing_keys(f"k{n}" for n in range(3000)):
+    store.put(key, {"x": torch.randn(500, generator=torch.Generator().manual_seed(int(key[1:])))})
+"""
+
+
+def test_killed_at_any_moment_it_loses_the_open_shard_only(tmp_path: Path) -> None:
+    had = 0
+    for delay_s in (0.02, 0.05, 0.09):
+        process = subprocess.Popen([sys.executable, "-c", FILLER, str(tmp_path)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        with TensorStore(tmp_path, "f") as store:
+            present = 3000 - len(store.missing_keys(f"k{n}" for n in range(3000)))
+            on_disk = sum(1 for path in shards(store.folder) for _ in safe_open(path, "pt").keys())  # noqa: SIM118
+            assert present == on_disk
+            assert present >= had
+            assert all(torch.equal(store.get(f"k{n}")["x"], tensor(n)) for n in range(0, present, 37))
+        had = present
+    assert had > 0

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import threading
+from pathlib import Path
+
+import pytest
+
+from simpletuner.events import event_types
+from simpletuner.events.event_log import EventLog, read_events
+
+EXAMPLES = [
+    event_types.RunStarted("0.1", "/r", "nano", "cpu", 10, 0),
+    event_types.NoticeIssued("é 🐈\nsecond line \udcff"),
+    event_types.WarningIssued("w"),
+    event_types.StageStarted("scan", None, "files"),
+    event_types.StageProgress("scan", 3, None, 1.5, None),
+    event_types.StageCompleted("scan", 3, 1.0, "note"),
+    event_types.DatasetScanned("d", 3, ((512, 512, 2), (448, 576, 1)), {"damaged": 1}),
+    event_types.StepCompleted(1, 10, 0, 0.5, 1e-4, 0.1, 0.2, 1, 16.5),
+    event_types.StepCompleted(2, 10, 0, 0.5, 1e-4, 0.1, 0.2, 1),
+    event_types.WeightsSaved(2, "checkpoint-2", 0.1, 12345),
+    event_types.RunResumed(2, "checkpoint-2"),
+    event_types.CheckpointSetAside("checkpoint-4", "cut off"),
+    event_types.ImageSaved(2, "cat", "a <cat>", "images/cat.png", 1, 64, 128, "trained"),
+    event_types.ContactSheetSaved(2, "images/sheet.png"),
+    event_types.LossEvaluated(2, "d", "eval", 0.4, -0.1, 0.01, ((0.1, 0.5), (0.9, 0.25)), True),
+    event_types.ScoresComputed(2, "shapes", "ema", 64, {"colour": (0.5, 0.06, 80), "pair": (0.0, 0.0, 9)}),
+    event_types.RunFinished(10, 2.5, "done"),
+    event_types.RunFailed(3, "boom", 4),
+]
+
+
+def test_every_kind_of_event_has_an_example() -> None:
+    assert {type(event) for event in EXAMPLES} == set(event_types.EVENT_CLASSES.values())
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "run" / "events.jsonl")
+    for event in EXAMPLES:
+        log.append(event)
+    log.close()
+    path = tmp_path / "run" / "events.jsonl"
+    records = list(read_events(path))
+    assert [record.event for record in records] == EXAMPLES
+    assert path.read_bytes().count(b"\n") == len(EXAMPLES)
+    assert records[-1].end_offset == path.stat().st_size
+    for record in records:  # any place is a place to go on from
+        assert len(list(read_events(path, record.end_offset))) == len(EXAMPLES) - records.index(record) - 1
+
+
+def test_numbers_that_are_not_finite_survive_as_valid_json(tmp_path: Path) -> None:
+    path = tmp_path / "e"
+    log = EventLog(path)
+    log.append(dataclasses.replace(EXAMPLES[7], loss=math.nan, grad_norm=math.inf))
+    line = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert line["loss"] is None
+    event = next(read_events(path)).event
+    assert isinstance(event, event_types.StepCompleted)
+    assert math.isnan(event.loss)
+    assert event.memory_gib == 16.5
+
+
+def test_torn_foreign_and_unknown_lines_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "e"
+    EventLog(path).append(event_types.NoticeIssued("one"))
+    other = b'{"t": 1, "kind": "from_the_future"}\nnot json\n[1]\n{"t": 1, "kind": "noted"}\n\xff\n'
+    newer = b'{"t": 1, "kind": "noted", "message": "two", "more": 3}\n'
+    with path.open("ab") as file:
+        file.write(other + newer + b'{"t": 1, "kind": "no')
+    assert [record.event for record in read_events(path)] == [
+        event_types.NoticeIssued("one"),
+        event_types.NoticeIssued("two"),
+    ]
+    EventLog(path).append(
+        event_types.NoticeIssued("three")
+    )  # after a process that was killed in the middle of a line
+    assert [record.event for record in read_events(path)][-1] == event_types.NoticeIssued("three")
+    assert list(read_events(tmp_path / "none")) == []
+
+
+def test_lines_of_many_threads_do_not_mix(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "e")
+    threads = [
+        threading.Thread(
+            target=lambda n=n: [log.append(event_types.NoticeIssued(str(n) * 3000)) for _ in range(20)]
+        )
+        for n in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list(read_events(tmp_path / "e"))) == 120

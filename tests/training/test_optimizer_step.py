@@ -1,0 +1,240 @@
+"""Steps inside the backward pass and states on the host: the ordinary loop's numbers, with less at a time."""
+
+from __future__ import annotations
+
+import copy
+import math
+import mmap
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from simpletuner.config.constraints import find_errors
+from simpletuner.config.schema import OptimizerOptions, RunConfig, TrainingOptions
+from simpletuner.errors import ConfigError, TrainingDiverged
+from simpletuner.training import loop
+from simpletuner.training.optimizer_offload import OffloadedOptimizerState, copy_to_pinned_host
+from simpletuner.training.optimizer_step import (
+    OptimizerStep,
+    OptimizerStepInBackward,
+    SingleParameterStepper,
+    StandardOptimizerStep,
+    make_optimizer_step,
+)
+from simpletuner.training.optimizers import OPTIMIZERS, build_optimizer
+from tests.training.test_loop import TrainSchedule, parts
+from tests.training.test_optimizers import same
+
+ALONE = [name for name in OPTIMIZERS if name != "prodigy"]
+HOSTED = [name for name in ALONE if name != "adamw_schedulefree"]
+
+
+class Net(nn.Module):
+    """Matrices and vectors, one of them used twice, half of it recomputed in the backward pass."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.down, self.up, self.norm = nn.Linear(24, 12), nn.Linear(12, 24), nn.LayerNorm(24)
+        self.unused = nn.Linear(2, 2)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.up(torch.tanh(self.down(self.norm(x))))
+        return x + checkpoint(lambda x: self.up(torch.tanh(self.down(x))), x, use_reentrant=False)
+
+
+def train(
+    net: Net, update: OptimizerStep, optimizer: torch.optim.Optimizer, steps: int, first: int = 0
+) -> list[float]:
+    """As the loop does; returns the norms."""
+    norms = []
+    for number in range(first, first + steps):
+        x = torch.randn(8, 24, generator=torch.Generator().manual_seed(number)).to(net.up.weight.dtype)
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 + number % 3)
+        update.backward((net(x).float() - 1).square().mean() * 10)
+        norms.append(update.clip_gradients())
+        update.apply()
+        update.zero_grad()
+    return norms
+
+
+def options(name: str, limit: float = 0.0, **more: object) -> OptimizerOptions:
+    return OptimizerOptions(optimizer=name, max_grad_norm=limit, grad_clip_method="value", **more)
+
+
+def ready(options: OptimizerOptions, dtype: torch.dtype) -> tuple[Net, OptimizerStep, torch.optim.Optimizer]:
+    net = Net(dtype)
+    optimizer = build_optimizer(options, list(net.named_parameters()), seed=3)
+    return net, make_optimizer_step(list(net.parameters()), optimizer, options), optimizer
+
+
+def equal(net: Net, other: Net) -> bool:
+    return all(map(torch.equal, net.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [0.0, 0.02])
+@pytest.mark.parametrize("name", ALONE)
+def test_released_gradients_are_the_same_training(name: str, limit: float, dtype: torch.dtype) -> None:
+    net, update, optimizer = ready(options(name, limit), dtype)
+    other, released, its = ready(options(name, limit, optimizer_release_gradients=True), dtype)
+    assert isinstance(update, StandardOptimizerStep)
+    assert isinstance(released, OptimizerStepInBackward)
+    alive: list[int] = []
+    its.register_step_pre_hook(
+        lambda *_: alive.append(sum(each.grad is not None for each in other.parameters()))
+    )
+    assert train(net, update, optimizer, 5) == train(other, released, its, 5)
+    assert equal(net, other)
+    assert same(optimizer.state_dict(), its.state_dict())
+    assert alive == [1] * 5 * 6, "one gradient at a time, each parameter once a step"
+    # and either goes on from the other's checkpoint
+    resumed, ordinary, third = ready(options(name, limit), dtype)
+    resumed.load_state_dict(other.state_dict())
+    third.load_state_dict(copy.deepcopy(its.state_dict()))
+    train(net, update, optimizer, 2, first=5)
+    train(resumed, ordinary, third, 2, first=5)
+    assert equal(net, resumed)
+
+
+def test_a_bad_loss_changes_nothing_and_a_bad_gradient_stops_the_run() -> None:
+    net, update, _ = ready(options("adamw", optimizer_release_gradients=True), torch.float32)
+    before = copy.deepcopy(net.state_dict())
+    total = net(torch.randn(8, 24)).mean()
+    update.backward(total * math.nan)
+    assert math.isnan(update.clip_gradients())
+    run = parts(TrainSchedule(100, 1, 10, 5), told=[])
+    run.optimizer_step = update
+    loop.handle_nonfinite_step(run, 0, math.nan, math.nan, [("a", 0.5)])
+    update.zero_grad()
+    assert same(dict(net.state_dict()), dict(before))
+
+    update.backward((net.down.weight.sum() * 0).sqrt())  # 0, and its slope is 0 times infinity
+    assert update.weights_modified
+    assert not math.isfinite(update.clip_gradients())
+    with pytest.raises(TrainingDiverged, match="last checkpoint is untouched"):
+        loop.handle_nonfinite_step(run, 1, 1.0, math.inf, [("a", 0.5)])
+
+
+class Bus:
+    """A device that is not there: what has been fetched and is still alive, and what lies on the host."""
+
+    def __init__(self) -> None:
+        self.visiting = self.highest = self.kept = 0
+
+    def fetch(self, tensor: Tensor, device: torch.device) -> Tensor:
+        visitor = tensor.clone()
+        self.visiting += visitor.nbytes
+        self.highest = max(self.highest, self.visiting)
+        weakref.finalize(visitor, self._left, visitor.nbytes)
+        return visitor
+
+    def _left(self, size: int) -> None:
+        self.visiting -= size
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        self.kept += tensor.nbytes
+        return tensor.clone()
+
+
+@pytest.mark.parametrize("releases", [False, True])
+@pytest.mark.parametrize("name", HOSTED)
+def test_states_on_the_host_are_the_same_training(name: str, releases: bool) -> None:
+    net, update, optimizer = ready(options(name), torch.bfloat16)
+    other = Net(torch.bfloat16)
+    params = list(other.parameters())
+    its = build_optimizer(options(name), list(other.named_parameters()), seed=3)
+    bus = Bus()
+    states = OffloadedOptimizerState(its, bus.fetch, bus.keep)
+    hosted = (
+        OptimizerStepInBackward(params, SingleParameterStepper(its, states), options(name))
+        if releases
+        else StandardOptimizerStep(params, its, options(name), states)
+    )
+    assert train(net, update, optimizer, 1) == train(other, hosted, its, 1)
+    homes = {id(tensor): tensor.data_ptr() for state in its.state.values() for tensor in tensors(state)}
+    assert train(net, update, optimizer, 4, first=1) == train(other, hosted, its, 4, first=1)
+    assert equal(net, other)
+    assert same(optimizer.state_dict(), its.state_dict())
+    sizes = [sum(tensor.nbytes for tensor in tensors(state)) for state in its.state.values()]
+    assert bus.visiting == 0, "between steps nothing is on the device"
+    assert 0 < bus.highest <= max(sizes)
+    assert bus.kept == sum(sizes), "each came to the host once; then its place is written again"
+    assert homes == {
+        id(tensor): tensor.data_ptr() for state in its.state.values() for tensor in tensors(state)
+    }
+
+
+def tensors(state: dict[str, object]) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor) and value.ndim]
+
+
+def test_states_stay_where_the_device_has_the_hosts_memory() -> None:
+    _, update, _ = ready(options("adamw", optimizer_cpu_offload_method="states"), torch.float32)
+    assert isinstance(update, StandardOptimizerStep)
+    assert update.stepper is None
+
+
+class Driver:
+    """Page-locks what it is asked to, until it has had enough."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.locked: list[tuple[int, int]] = []
+
+    def cudaHostRegister(self, at: int, size: int, flags: int) -> int:
+        self.locked.append((at, size))
+        return 0 if sum(size for _, size in self.locked) <= self.room else 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_the_hosts_memory_is_locked_to_the_byte(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = (torch.randn(37, 41) * 50).to(dtype)
+    driver = Driver(2 * tensor.nbytes)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    first, second = copy_to_pinned_host(tensor), copy_to_pinned_host(tensor + 1)
+    assert torch.equal(first, tensor)
+    assert torch.equal(second, tensor + 1)
+    assert driver.locked == [(each.data_ptr(), tensor.nbytes) for each in (first, second)]
+    assert all(at % mmap.PAGESIZE == 0 for at, _ in driver.locked), "a page is nobody else's"
+    assert len(copy_to_pinned_host(tensor[:0])) == 0
+    with pytest.raises(ConfigError, match="adamw_8bit"):
+        copy_to_pinned_host(tensor)
+
+
+@pytest.mark.parametrize(
+    ("given", "accumulation", "option", "word"),
+    [
+        ({"optimizer_release_gradients": True}, 1, "optimizer_release_gradients", 'grad_clip_method "value"'),
+        (
+            {"optimizer_release_gradients": True, "max_grad_norm": 0}, 2,
+            "optimizer_release_gradients", "use 1",
+        ),
+        (
+            {"optimizer_release_gradients": True, "max_grad_norm": 0, "optimizer": "prodigy"}, 1,
+            "optimizer_release_gradients", "another optimizer",
+        ),
+        (
+            {"optimizer_cpu_offload_method": "states", "optimizer": "prodigy"}, 1,
+            "optimizer_cpu_offload_method", "another optimizer",
+        ),
+        (
+            {"optimizer_cpu_offload_method": "states", "optimizer": "adamw_schedulefree"}, 1,
+            "optimizer_cpu_offload_method", "adamw_8bit",
+        ),
+        ({"optimizer_cpu_offload_method": "states"}, 4, None, ""),
+        ({"optimizer_release_gradients": True, "grad_clip_method": "value"}, 1, None, ""),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(
+    given: dict[str, object], accumulation: int, option: str | None, word: str
+) -> None:
+    training = TrainingOptions(gradient_accumulation_steps=accumulation)
+    run = RunConfig(optimizer=OptimizerOptions(**given), training=training)
+    found = [(name, what) for name, what in find_errors(run, {}) if name.startswith("optimizer")]
+    assert [name for name, _ in found] == ([option] if option else [])
+    assert all(word in what for _, what in found)
