@@ -14,6 +14,8 @@ def seed_at(seed: int, purpose: str, *where: int | str) -> int:
 
     Distinct addresses give independent seeds (BLAKE2b of their unambiguous spelling).
     """
-    address = "\x1f".join([str(seed), purpose, *(f"{type(part).__name__}:{part}" for part in where)])
+    address = "\x1f".join(
+        [str(seed), purpose, *(f"{type(part).__name__}:{part}" for part in where)]
+    )
     digest = hashlib.blake2b(address.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -35,7 +35,7 @@ class Net:
 class Witness:
     """Stands for Validator and Scorer: writes down what it is given."""
 
-    strengths = (0.5, 0.25)
+    extra_strengths = (0.5, 0.25)
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, str, float, bool]] = []

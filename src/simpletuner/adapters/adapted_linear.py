@@ -32,7 +32,7 @@ class DequantizableLinear(Protocol):
     """A frozen linear that keeps its weight in another form."""
 
     def dequantizer(self) -> tuple[Dequantize, Sequence[Tensor]]:
-        """restore and parts: restore(dtype, *parts) is the weight."""
+        """Restore and parts: restore(dtype, *parts) is the weight."""
 
 
 def _cast_weight(dtype: torch.dtype, weight: Tensor) -> Tensor:
@@ -47,7 +47,9 @@ class _FrozenLinearWithDelta(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *given: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *given: Any
+    ) -> Tensor:
         scale, restore, *parts = given
         dtype, flat = x.dtype, x.reshape(-1, x.shape[-1])
         hidden = F.linear(flat, a.to(dtype))
@@ -65,7 +67,11 @@ class _FrozenLinearWithDelta(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             del x  # a recomputed one is gone before the largest products: 142 MB at 1024 px
-            grad_x = torch.mm(grad, ctx.restore(dtype, *parts)).addmm_(grad_hidden, a.to(dtype)).view(shape)
+            grad_x = (
+                torch.mm(grad, ctx.restore(dtype, *parts))
+                .addmm_(grad_hidden, a.to(dtype))
+                .view(shape)
+            )
         return grad_x, None, grad_a, grad_b, *([None] * (2 + len(parts)))
 
 
@@ -86,7 +92,9 @@ class _AddDelta(torch.autograd.Function):
         x, hidden, a, b = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         grad_hidden, grad_a, grad_b = _factor_gradients(ctx, grad, x, hidden, a, b, first=2)
-        grad_x = torch.mm(grad_hidden, a.to(x.dtype)).view(x.shape) if ctx.needs_input_grad[1] else None
+        grad_x = (
+            torch.mm(grad_hidden, a.to(x.dtype)).view(x.shape) if ctx.needs_input_grad[1] else None
+        )
         return grads[0], grad_x, grad_a, grad_b, None
 
 
@@ -141,7 +149,12 @@ class LowRankLinear(AdaptedLinear, ABC):
     """down: A (r, in). up: B (out, r)."""
 
     def __init__(
-        self, base_layer: nn.Module, down: Tensor, up: Tensor, scale: float = 1.0, dropout: float = 0.0
+        self,
+        base_layer: nn.Module,
+        down: Tensor,
+        up: Tensor,
+        scale: float = 1.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__(base_layer, scale, dropout)
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
@@ -151,7 +164,9 @@ class LowRankLinear(AdaptedLinear, ABC):
 
     def to_delta(self) -> LowRankDelta:
         magnitude = None if self.magnitude is None else _to_cpu_float32(self.magnitude)
-        return LowRankDelta(_to_cpu_float32(self.down), _to_cpu_float32(self.up) * self.scale, magnitude)
+        return LowRankDelta(
+            _to_cpu_float32(self.down), _to_cpu_float32(self.up) * self.scale, magnitude
+        )
 
     def output_terms(self, columns: Tensor) -> list[Tensor]:
         return [_to_cpu_float64(self.up) @ (_to_cpu_float64(self.down) @ columns) * self.scale]
@@ -168,9 +183,14 @@ class LoraLinear(LowRankLinear):
     initial_up: Tensor | None
 
     def __init__(
-        self, base_layer: nn.Module, down: Tensor, up: Tensor, scale: float = 1.0, dropout: float = 0.0,
+        self,
+        base_layer: nn.Module,
+        down: Tensor,
+        up: Tensor,
+        scale: float = 1.0,
+        dropout: float = 0.0,
         principal: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(base_layer, down, up, scale, dropout)
         self.base_is_quantized = isinstance(base_layer, DequantizableLinear)
         self.register_buffer("initial_down", down.clone() if principal else None, persistent=False)
@@ -181,8 +201,12 @@ class LoraLinear(LowRankLinear):
         if self.strength == 0.0:
             return cast(Tensor, base(x))
         if self.initial_down is not None and self.initial_up is not None:
-            return self._forward_from_initial(base(x), self.dropout(x), self.initial_down, self.initial_up)
-        recipe = None if self.training and isinstance(self.dropout, nn.Dropout) else self._dequantizer()
+            return self._forward_from_initial(
+                base(x), self.dropout(x), self.initial_down, self.initial_up
+            )
+        recipe = (
+            None if self.training and isinstance(self.dropout, nn.Dropout) else self._dequantizer()
+        )
         if recipe is not None:
             restore, parts = recipe
             return _FrozenLinearWithDelta.apply(
@@ -204,7 +228,9 @@ class LoraLinear(LowRankLinear):
         """The difference of two large products is taken in the masters' dtype: bf16 would drown it."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.down.dtype)
-            delta = F.linear(F.linear(x, self.down), self.up) - F.linear(F.linear(x, start_down), start_up)
+            delta = F.linear(F.linear(x, self.down), self.up) - F.linear(
+                F.linear(x, start_down), start_up
+            )
         return base_y + (delta * (self.scale * self.strength)).to(base_y.dtype)
 
     def to_delta(self) -> LowRankDelta:
@@ -221,7 +247,9 @@ class LoraLinear(LowRankLinear):
             return now
         return [
             *now,
-            _to_cpu_float64(self.initial_up) @ (_to_cpu_float64(self.initial_down) @ columns) * -self.scale,
+            _to_cpu_float64(self.initial_up)
+            @ (_to_cpu_float64(self.initial_down) @ columns)
+            * -self.scale,
         ]
 
 
@@ -233,9 +261,14 @@ class DoraLinear(LowRankLinear):
     """
 
     def __init__(
-        self, base_layer: nn.Module, down: Tensor, up: Tensor, scale: float = 1.0, dropout: float = 0.0,
+        self,
+        base_layer: nn.Module,
+        down: Tensor,
+        up: Tensor,
+        scale: float = 1.0,
+        dropout: float = 0.0,
         lengths: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(base_layer, down, up, scale, dropout)
         if lengths is None:
             lengths = torch.linalg.vector_norm(cast(Tensor, base_layer.weight).to(up.dtype), dim=1)
@@ -254,7 +287,10 @@ class DoraLinear(LowRankLinear):
         if self.strength == 0.0:
             return cast(Tensor, base_y)
         weight, x = base.weight.to(self.down.dtype), x.to(self.down.dtype)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # bf16 has no such lengths
+        with (
+            torch.no_grad(),
+            torch.autocast(x.device.type, enabled=False),
+        ):  # bf16 has no such lengths
             changed = torch.addmm(weight, self.up, self.down, alpha=self.scale)
             length = torch.linalg.vector_norm(changed, dim=1)
         stretch = self.row_norms / length
@@ -263,7 +299,9 @@ class DoraLinear(LowRankLinear):
             plain = F.linear(x, weight)
         else:
             plain = base_y if base.bias is None else base_y - base.bias
-        change = (stretch - 1) * plain + stretch * F.linear(F.linear(x, self.down), self.up) * self.scale
+        change = (stretch - 1) * plain + stretch * F.linear(
+            F.linear(x, self.down), self.up
+        ) * self.scale
         return cast(Tensor, base_y + (change * self.strength).to(base_y.dtype))
 
 
@@ -272,7 +310,9 @@ class LycorisLinear(AdaptedLinear):
 
     def __init__(self, base_layer: nn.Module, start: LycorisDelta, dropout: float = 0.0) -> None:
         super().__init__(base_layer, start.scale, dropout)
-        self.factors = nn.ParameterDict({name: nn.Parameter(part) for name, part in start.factors.items()})
+        self.factors = nn.ParameterDict(
+            {name: nn.Parameter(part) for name, part in start.factors.items()}
+        )
         self.rows = start.rows
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -280,7 +320,9 @@ class LycorisLinear(AdaptedLinear):
 
     def to_delta(self) -> LycorisDelta:
         return LycorisDelta(
-            {name: _to_cpu_float32(part) for name, part in self.factors.items()}, self.scale, self.rows
+            {name: _to_cpu_float32(part) for name, part in self.factors.items()},
+            self.scale,
+            self.rows,
         )
 
     def output_terms(self, columns: Tensor) -> list[Tensor]:
@@ -295,7 +337,9 @@ class LycorisLinear(AdaptedLinear):
         with torch.autocast(x.device.type, enabled=False):
             if is_loha(parts):
                 # Kept for the backward pass are the parts, and one matrix in x's dtype.
-                weight = checkpoint(multiply_factors, parts, use_reentrant=False, preserve_rng_state=False)
+                weight = checkpoint(
+                    multiply_factors, parts, use_reentrant=False, preserve_rng_state=False
+                )
                 y = F.linear(x, weight.to(x.dtype))
             else:
                 y = _apply_kronecker(x, {name: part.to(x.dtype) for name, part in parts.items()})
@@ -314,7 +358,9 @@ def _apply_kronecker(x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
 
 def adapted_modules(transformer: nn.Module) -> dict[str, AdaptedLinear]:
     """Every adapted module by its name in the network, in module order."""
-    return {name: part for name, part in transformer.named_modules() if isinstance(part, AdaptedLinear)}
+    return {
+        name: part for name, part in transformer.named_modules() if isinstance(part, AdaptedLinear)
+    }
 
 
 def _cast_for_autocast(x: Tensor) -> Tensor:

@@ -64,15 +64,20 @@ def attach_adapter(
     if options.init_lora is not None:
         told, goes_on = _load_init_lora(Path(options.init_lora), bases, options)
     made = {
-        name: _build_adapter(name, base, options, told.get(name), seed, dtype) for name, base in bases.items()
+        name: _build_adapter(name, base, options, told.get(name), seed, dtype)
+        for name, base in bases.items()
     }
     _install_adapters(transformer, made)
     trainable = trainable_parameters(transformer)
     parameters = sum(parameter.numel() for _, parameter in trainable)
-    return AttachedAdapter(len(made), parameters, next(iter(made.values())).scale, trainable, goes_on)
+    return AttachedAdapter(
+        len(made), parameters, next(iter(made.values())).scale, trainable, goes_on
+    )
 
 
-def attach_adapter_from_file(transformer: nn.Module, path: Path, strength: float) -> layouts.LoraFileSummary:
+def attach_adapter_from_file(
+    transformer: nn.Module, path: Path, strength: float
+) -> layouts.LoraFileSummary:
     """Adapt the modules a file names, each with the file's rank, and freeze the result."""
     deltas, summary = layouts.read_lora_file(path).to_deltas_and_summary()
     made: dict[str, AdaptedLinear] = {}
@@ -104,7 +109,9 @@ def trainable_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter
     """The adapter's parameters by their names in a state dict, in module order."""
     modules = adapted_modules(transformer).items()
     return [
-        (f"{name}{end}", one) for name, module in modules for end, one in module.adapter_parameters().items()
+        (f"{name}{end}", one)
+        for name, module in modules
+        for end, one in module.adapter_parameters().items()
     ]
 
 
@@ -146,15 +153,24 @@ def _install_adapters(transformer: nn.Module, made: Mapping[str, AdaptedLinear])
 
 @torch.no_grad()
 def _build_adapter(
-    name: str, base: nn.Linear, options: AdapterOptions, told: Delta | None, seed: int, dtype: torch.dtype
+    name: str,
+    base: nn.Linear,
+    options: AdapterOptions,
+    told: Delta | None,
+    seed: int,
+    dtype: torch.dtype,
 ) -> AdaptedLinear:
     """told: the delta to go on from."""
     generator = torch.Generator().manual_seed(seed_at(seed, "lora_init", name))
     if options.lora_type == "lycoris":
         product = init_lycoris(
-            lycoris_config.require_lycoris_config(options), (base.out_features, base.in_features), generator
+            lycoris_config.require_lycoris_config(options),
+            (base.out_features, base.in_features),
+            generator,
         )
-        product = warm_start_lycoris(told, product, name) if isinstance(told, LycorisDelta) else product
+        product = (
+            warm_start_lycoris(told, product, name) if isinstance(told, LycorisDelta) else product
+        )
         return LycorisLinear(base, _to_base_device(product, base, dtype), options.lora_dropout)
     rank = options.lora_rank
     alpha = rank if options.lora_alpha is None else options.lora_alpha
@@ -175,7 +191,9 @@ def _build_adapter(
     return LoraLinear(base, start.down, start.up, scale, options.lora_dropout, principal)
 
 
-def _init_low_rank(base: nn.Linear, options: AdapterOptions, generator: torch.Generator) -> LowRankDelta:
+def _init_low_rank(
+    base: nn.Linear, options: AdapterOptions, generator: torch.Generator
+) -> LowRankDelta:
     shape = (options.lora_rank, base.in_features)
     if options.lora_init_type == "gaussian":
         down = torch.randn(shape, generator=generator) / options.lora_rank

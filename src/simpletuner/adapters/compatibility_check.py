@@ -78,4 +78,10 @@ def _strength_ratio(found: float, meant: float, lost: bool) -> float | None:
     """Of the strength in the program to the one meant; None where there is none."""
     if lost:
         return None
-    return 1.0 if math.isclose(found, meant, rel_tol=1e-6) else round(found / meant, 6) if meant else None
+    return (
+        1.0
+        if math.isclose(found, meant, rel_tol=1e-6)
+        else round(found / meant, 6)
+        if meant
+        else None
+    )

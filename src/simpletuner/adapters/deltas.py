@@ -14,9 +14,17 @@ from torch import Tensor
 
 # LyCORIS' names of what a product is made of: w1 and w2, each whole or as the pair a @ b.
 LYCORIS_FACTOR_NAMES = (
-    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b",
-    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
-)  # fmt: skip
+    "hada_w1_a",
+    "hada_w1_b",
+    "hada_w2_a",
+    "hada_w2_b",
+    "lokr_w1",
+    "lokr_w1_a",
+    "lokr_w1_b",
+    "lokr_w2",
+    "lokr_w2_a",
+    "lokr_w2_b",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class LowRankDelta:
         return self if by == 1.0 else LowRankDelta(self.down, self.up * by, self.magnitude)
 
     def output_terms(self, columns: Tensor) -> list[Tensor]:
-        """delta W @ columns as the sum of these; columns: (in, n) float64."""
+        """Delta W @ columns as the sum of these; columns: (in, n) float64."""
         return [self.up.double() @ (self.down.double() @ columns)]
 
     def add_to(self, weight: Tensor, strength: float) -> None:
@@ -92,7 +100,9 @@ class LycorisDelta:
         """In w1 where alpha means nothing."""
         if self.rank:
             return LycorisDelta(self.factors, self.scale * by, self.rows)
-        return LycorisDelta({**self.factors, "lokr_w1": self.factors["lokr_w1"] * by}, self.scale, self.rows)
+        return LycorisDelta(
+            {**self.factors, "lokr_w1": self.factors["lokr_w1"] * by}, self.scale, self.rows
+        )
 
     def to_dense(self) -> Tensor:
         whole = multiply_factors(self.factors) * self.scale
@@ -148,7 +158,10 @@ def invalid_factors_reason(parts: Mapping[str, Tensor]) -> str:
         if found not in ([""], ["_a", "_b"]):
             return f"{name} is neither one matrix nor a pair"
         mine = [shapes[f"{name}{end}"] for end in found]
-        if any(len(shape) != 2 or 0 in shape for shape in mine) or mine[0][-1] != mine[-1][-len(found)]:
+        if (
+            any(len(shape) != 2 or 0 in shape for shape in mine)
+            or mine[0][-1] != mine[-1][-len(found)]
+        ):
             return f"shapes {', '.join(map(str, mine))} are no {name}"
     if is_loha(parts) and _factor_shape(parts, "1") != _factor_shape(parts, "2"):
         return "w1 and w2 differ in size"

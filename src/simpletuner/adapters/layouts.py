@@ -52,7 +52,7 @@ class LoraFileSummary:
     metadata: dict[str, str]
 
     def __str__(self) -> str:
-        """kohya layout, rank 16, alpha 8, 190 modules: attn.to_k, attn.to_q"""
+        """Kohya layout, rank 16, alpha 8, 190 modules: attn.to_k, attn.to_q"""
         ends = sorted({re.sub(r"^.*blocks\.\d+\.", "", name) for name in self.modules})
         ranks, alphas = ("/".join(f"{one:g}" for one in many) for many in (self.ranks, self.alphas))
         kind = "rank" if self.kind == "LoRA" else self.kind
@@ -81,7 +81,9 @@ class Layout:
         return self.suffixes[1]
 
     def key_for(self, module: str) -> str:
-        return self.prefix + (module_names.dots_to_underscores(module) if self.underscored else module)
+        return self.prefix + (
+            module_names.dots_to_underscores(module) if self.underscored else module
+        )
 
     def parse_module(self, written: str) -> str | None:
         """The middle of a key as a dotted name, native or diffusers'; None for what Chroma has not."""
@@ -97,17 +99,48 @@ class Layout:
 
 # The twelve layouts that are met are these nine, the first with and without alpha tensors and header.
 _KOHYA_SUFFIXES = (".lora_down.weight", ".lora_up.weight")
-LAYOUTS: Mapping[str, Layout] = MappingProxyType({
-    "diffusers": Layout("diffusers", "transformer.", uses_native_names=False),
-    "transformer-kohya": Layout("transformer. with lora_down/up", "transformer.", uses_native_names=False, suffixes=_KOHYA_SUFFIXES),
-    "kohya": Layout("kohya", "lora_unet_", uses_native_names=True, underscored=True, suffixes=_KOHYA_SUFFIXES),
-    "comfyui": Layout("ComfyUI", "diffusion_model.", uses_native_names=True, suffixes=_KOHYA_SUFFIXES),
-    "comfyui-peft": Layout("ComfyUI with lora_A/B (AI Toolkit)", "diffusion_model.", uses_native_names=True),
-    "comfyui-diffusers": Layout("diffusers' names under diffusion_model.", "diffusion_model.", uses_native_names=False),
-    "onetrainer": Layout("OneTrainer", "lora_transformer_", uses_native_names=False, underscored=True, suffixes=_KOHYA_SUFFIXES),
-    "lycoris": Layout("LyCORIS", "lycoris_", uses_native_names=False, underscored=True, suffixes=_KOHYA_SUFFIXES),
-    "bare": Layout("diffusers' names without a prefix", "", uses_native_names=False),
-})  # fmt: skip
+LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+    {
+        "diffusers": Layout("diffusers", "transformer.", uses_native_names=False),
+        "transformer-kohya": Layout(
+            "transformer. with lora_down/up",
+            "transformer.",
+            uses_native_names=False,
+            suffixes=_KOHYA_SUFFIXES,
+        ),
+        "kohya": Layout(
+            "kohya",
+            "lora_unet_",
+            uses_native_names=True,
+            underscored=True,
+            suffixes=_KOHYA_SUFFIXES,
+        ),
+        "comfyui": Layout(
+            "ComfyUI", "diffusion_model.", uses_native_names=True, suffixes=_KOHYA_SUFFIXES
+        ),
+        "comfyui-peft": Layout(
+            "ComfyUI with lora_A/B (AI Toolkit)", "diffusion_model.", uses_native_names=True
+        ),
+        "comfyui-diffusers": Layout(
+            "diffusers' names under diffusion_model.", "diffusion_model.", uses_native_names=False
+        ),
+        "onetrainer": Layout(
+            "OneTrainer",
+            "lora_transformer_",
+            uses_native_names=False,
+            underscored=True,
+            suffixes=_KOHYA_SUFFIXES,
+        ),
+        "lycoris": Layout(
+            "LyCORIS",
+            "lycoris_",
+            uses_native_names=False,
+            underscored=True,
+            suffixes=_KOHYA_SUFFIXES,
+        ),
+        "bare": Layout("diffusers' names without a prefix", "", uses_native_names=False),
+    }
+)
 
 # Part of a key that no layout has -> what such a file is.
 UNSUPPORTED_KEYS = {
@@ -139,7 +172,7 @@ class StoredModule:
 
     @property
     def scale(self) -> float | None:
-        """alpha / rank; None where it is not said. Two whole matrices of a LoKr are never scaled."""
+        """Alpha / rank; None where it is not said. Two whole matrices of a LoKr are never scaled."""
         if self.rank == 0:
             return 1.0
         return None if self.alpha is None else self.alpha / self.rank
@@ -181,7 +214,9 @@ class LoraFile:
 
     def to_deltas_and_summary(self) -> tuple[dict[str, Delta], LoraFileSummary]:
         deltas = self.to_deltas()
-        alphas = {round(self.module_scale(name) * one.rank, 6) for name, one in self.modules.items()}
+        alphas = {
+            round(self.module_scale(name) * one.rank, 6) for name, one in self.modules.items()
+        }
         summary = LoraFileSummary(
             layout=LAYOUTS[self.layout].title,
             kind=next(iter(deltas.values())).kind,
@@ -194,10 +229,12 @@ class LoraFile:
         return deltas, summary
 
     def module_scale(self, name: str) -> float:
-        """alpha / rank by the alpha tensor, else by the header, else 1. ModelError where the two differ."""
+        """Alpha / rank by the alpha tensor, else by the header, else 1. ModelError where the two differ."""
         own, told = self.modules[name].scale, self.peft_config_scale(name)
         if own is not None and told is not None and not math.isclose(own, told, rel_tol=1e-6):
-            raise ModelError(f"{self.path}: {name} has an alpha of its own and another in the header")
+            raise ModelError(
+                f"{self.path}: {name} has an alpha of its own and another in the header"
+            )
         return own if own is not None else 1.0 if told is None else told
 
     def peft_config_scale(self, name: str) -> float | None:
@@ -207,24 +244,38 @@ class LoraFile:
             return None
         patterns = config.get("alpha_pattern") or {}
         # Regular expressions by PEFT's rule, but a stranger's are never run: names alone are understood.
-        literal = {re.sub(r"[\^$\\]", "", str(pattern)): alpha for pattern, alpha in dict(patterns).items()}
-        own = (alpha for pattern, alpha in literal.items() if name == pattern or name.endswith(f".{pattern}"))
+        literal = {
+            re.sub(r"[\^$\\]", "", str(pattern)): alpha for pattern, alpha in dict(patterns).items()
+        }
+        own = (
+            alpha
+            for pattern, alpha in literal.items()
+            if name == pattern or name.endswith(f".{pattern}")
+        )
         alpha = next(own, config["lora_alpha"])
         if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise ModelError(f"{self.path}: lora_alpha in the header is no number")
         return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
-    def split_module(self, name: str, scale: float, magnitude: Tensor | None = None) -> dict[str, Delta]:
+    def split_module(
+        self, name: str, scale: float, magnitude: Tensor | None = None
+    ) -> dict[str, Delta]:
         """One stored module as diffusers' modules: the same A, rows of B, or rows of a product.
 
         Of a block-diagonal pair each part gets its own columns back. Exact; ModelError where sizes cannot be.
         """
         whole = self.modules[name].delta.scaled(scale)
-        parts = module_names.diffusers_names(name) if LAYOUTS[self.layout].uses_native_names else (name,)
+        parts = (
+            module_names.diffusers_names(name)
+            if LAYOUTS[self.layout].uses_native_names
+            else (name,)
+        )
         try:
             rows = module_names.fused_row_slices(len(parts), *whole.shape)
         except ValueError as error:
-            raise ModelError(f"{self.path}: {name}: {error}; it was made for another model") from None
+            raise ModelError(
+                f"{self.path}: {name}: {error}; it was made for another model"
+            ) from None
         found: dict[str, Delta] = {}
         for part, where in zip(parts, rows):
             if isinstance(whole, LycorisDelta):
@@ -250,7 +301,10 @@ def read_lora_file(path: Path) -> LoraFile:
     for key, tensor in tensors.items():
         name, ending = _parse_key(LAYOUTS[layout], key) or ("", "")
         parts.setdefault(name, {})[ending] = tensor
-    modules = {name: _build_stored_module(path, layout, name, found) for name, found in sorted(parts.items())}
+    modules = {
+        name: _build_stored_module(path, layout, name, found)
+        for name, found in sorted(parts.items())
+    }
     count = sum(tensor.numel() for tensor in tensors.values())
     return LoraFile(path, layout, modules, header, metadata, count)
 
@@ -282,7 +336,8 @@ def _fuse_module(native: str, parts: Mapping[int, LowRankDelta]) -> LowRankDelta
     width = first.down.shape[1]
     heights = [width, width, width, module_names.MLP_RATIO * width][:count]
     shared = all(
-        one.down.shape == first.down.shape and torch.equal(one.down, first.down) for one in parts.values()
+        one.down.shape == first.down.shape and torch.equal(one.down, first.down)
+        for one in parts.values()
     )
     rank = first.rank if shared else sum(one.rank for one in parts.values())
     up, row, column = torch.zeros(sum(heights), rank), 0, 0
@@ -322,13 +377,16 @@ def _detect_layout(path: Path, keys: Iterable[str]) -> str:
     if not keys:
         raise ModelError(f"{path} holds no LoRA weights")
     fitting = {
-        name: sum(_parse_key(layout, key) is not None for key in keys) for name, layout in LAYOUTS.items()
+        name: sum(_parse_key(layout, key) is not None for key in keys)
+        for name, layout in LAYOUTS.items()
     }
     best = max(fitting, key=lambda name: fitting[name])
     if fitting[best] == len(keys):
         return best
     if not any(re.search(r"lora|hada|lokr|oft_|alpha", key) for key in keys):
-        raise ModelError(f"{path} holds whole weights, such as {min(keys)!r}: a model, no LoRA of Chroma")
+        raise ModelError(
+            f"{path} holds whole weights, such as {min(keys)!r}: a model, no LoRA of Chroma"
+        )
     for mark, what in UNSUPPORTED_KEYS.items():
         if any(mark in key for key in keys):
             raise ModelError(f"{path} {what}")
@@ -351,7 +409,9 @@ def _parse_peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any
         raise ModelError(f"{path}: {PEFT_CONFIG_KEY} in its header is no JSON object") from None
 
 
-def _build_stored_module(path: Path, layout: str, name: str, parts: Mapping[str, Tensor]) -> StoredModule:
+def _build_stored_module(
+    path: Path, layout: str, name: str, parts: Mapping[str, Tensor]
+) -> StoredModule:
     ends = LAYOUTS[layout]
     alpha, magnitude = parts.get(ALPHA_SUFFIX), parts.get(MAGNITUDE_SUFFIX)
     delta: Delta
@@ -369,7 +429,12 @@ def _build_stored_module(path: Path, layout: str, name: str, parts: Mapping[str,
             if needed not in parts:
                 raise ModelError(f"{path}: {ends.key_for(name)} has no {needed[1:]}")
         down, up = parts[ends.down_suffix], parts[ends.up_suffix]
-        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
+        if (
+            down.ndim != 2
+            or up.ndim != 2
+            or down.shape[0] != up.shape[1]
+            or 0 in (*down.shape, *up.shape)
+        ):
             shapes = f"shapes {tuple(down.shape)} and {tuple(up.shape)}"
             raise ModelError(f"{path}: {name}: {shapes} are no LoRA pair")
         delta = LowRankDelta(down, up)
@@ -382,4 +447,6 @@ def _build_stored_module(path: Path, layout: str, name: str, parts: Mapping[str,
         what = f"the magnitude of {name} has {magnitude.numel()} rows, not {delta.shape[0]}"
         raise ModelError(f"{path}: {what}")
     lengths = None if magnitude is None else magnitude.flatten()
-    return StoredModule(delta, None if alpha is None else float(alpha), lengths, parts.get(DORA_SCALE_SUFFIX))
+    return StoredModule(
+        delta, None if alpha is None else float(alpha), lengths, parts.get(DORA_SCALE_SUFFIX)
+    )

@@ -25,17 +25,22 @@ PROBE_VECTORS = 8
 # What rounding to a number type may change, as a share of a delta's larger terms.
 TOLERANCES = MappingProxyType({torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2})
 # Layouts that are written -> the programs that must apply them as trained.
-TARGET_PROGRAMS: Mapping[str, tuple[str, ...]] = MappingProxyType({
-    "diffusers": ("diffusers", "comfyui"),
-    "kohya": ("kohya", "forge", "comfyui"),
-    "comfyui": ("comfyui", "forge"),
-    "lycoris": ("comfyui", "forge"),
-})  # fmt: skip
+TARGET_PROGRAMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "diffusers": ("diffusers", "comfyui"),
+        "kohya": ("kohya", "forge", "comfyui"),
+        "comfyui": ("comfyui", "forge"),
+        "lycoris": ("comfyui", "forge"),
+    }
+)
 ExpectedDeltas = Mapping[str, Delta | AdaptedLinear]  # what a file is compared with
 
 
 def save_adapter(
-    transformer: nn.Module, path: Path, metadata: Mapping[str, str] | None = None, layout: str | None = None
+    transformer: nn.Module,
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    layout: str | None = None,
 ) -> LoraFileSummary:
     """Write the adapter to `path` (its folder exists): temporary name, fsync, read back, rename.
 
@@ -55,7 +60,11 @@ def save_adapter(
 
 
 def save_deltas(
-    deltas: Mapping[str, Delta], path: Path, layout: str, dtype: torch.dtype, metadata: Mapping[str, str]
+    deltas: Mapping[str, Delta],
+    path: Path,
+    layout: str,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
 ) -> LoraFileSummary:
     """The same for what belongs to no network."""
     return _save_verified(path, deltas, deltas, layout, dtype, metadata)
@@ -80,12 +89,18 @@ def read_summary(path: Path) -> LoraFileSummary:
 
 
 def _save_verified(
-    path: Path, deltas: Mapping[str, Delta], meant: ExpectedDeltas, layout: str, dtype: torch.dtype,
+    path: Path,
+    deltas: Mapping[str, Delta],
+    meant: ExpectedDeltas,
+    layout: str,
+    dtype: torch.dtype,
     metadata: Mapping[str, str],
-) -> LoraFileSummary:  # fmt: skip
+) -> LoraFileSummary:
     header = {"format": "pt", **{key: _strip_local_path(value) for key, value in metadata.items()}}
     if layouts.PEFT_CONFIG_KEY in header:
-        raise ModelError(f"{layouts.PEFT_CONFIG_KEY} must not be in the header: loaders disagree about it")
+        raise ModelError(
+            f"{layouts.PEFT_CONFIG_KEY} must not be in the header: loaders disagree about it"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(_delta_tensors(deltas, layout, dtype), temporary, metadata=header)
@@ -100,8 +115,10 @@ def _save_verified(
     return written.to_deltas_and_summary()[1]
 
 
-def _delta_tensors(deltas: Mapping[str, Delta], layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """alpha is folded into B; programs that ask for an alpha get the rank, which changes nothing."""
+def _delta_tensors(
+    deltas: Mapping[str, Delta], layout: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Alpha is folded into B; programs that ask for an alpha get the rank, which changes nothing."""
     to = LAYOUTS[layout]
     tensors: dict[str, Tensor] = {}
     for name, one in (layouts.fuse_qkv(deltas) if to.uses_native_names else deltas).items():
@@ -118,14 +135,26 @@ def _delta_tensors(deltas: Mapping[str, Delta], layout: str, dtype: torch.dtype)
     return tensors
 
 
-def _lycoris_tensors(key: str, one: LycorisDelta, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def _lycoris_tensors(
+    key: str, one: LycorisDelta, layout: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """As LyCORIS writes it; its alpha is the rank where the rank says nothing."""
     if layout != "lycoris" or one.shape[0] < one.total_rows:
-        where = f"the layout {LAYOUTS[layout].title}" if layout != "lycoris" else "rows of a fused matrix"
+        where = (
+            f"the layout {LAYOUTS[layout].title}"
+            if layout != "lycoris"
+            else "rows of a fused matrix"
+        )
         near = "with --rank N simpletuner export writes a LoRA near it"
         raise ModelError(f"a {one.kind} has no exact form in {where}; {near}")
-    parts = {f"{key}.{name}": part.to(dtype, copy=True).contiguous() for name, part in one.factors.items()}
-    return {**parts, key + layouts.ALPHA_SUFFIX: torch.tensor(one.scale * one.rank if one.rank else 1.0)}
+    parts = {
+        f"{key}.{name}": part.to(dtype, copy=True).contiguous()
+        for name, part in one.factors.items()
+    }
+    return {
+        **parts,
+        key + layouts.ALPHA_SUFFIX: torch.tensor(one.scale * one.rank if one.rank else 1.0),
+    }
 
 
 def _verify_file(temporary: Path, meant: ExpectedDeltas, layout: str, tolerance: float) -> LoraFile:
@@ -156,7 +185,9 @@ def _compare_deltas(
     unmatched = sorted(set(found) ^ set(meant))
     if native:
         either = {**meant, **found}
-        unmatched = [name for name in unmatched if any(term.any() for term in _probe_outputs(either[name]))]
+        unmatched = [
+            name for name in unmatched if any(term.any() for term in _probe_outputs(either[name]))
+        ]
     if unmatched:
         more = f"{unmatched[0]} ({len(unmatched)} in all)"
         raise ModelError(f"the saved LoRA would not be applied to {more} by {program}")

@@ -18,7 +18,9 @@ def init_lycoris(asked: LycorisConfig, size: tuple[int, int], generator: Generat
 
 def warm_start_lycoris(told: LycorisDelta, start: LycorisDelta, name: str) -> LycorisDelta:
     """`told` in the sizes and at the strength of `start`. ConfigError where those cannot hold it."""
-    theirs, ours = ({part: tuple(one.shape) for part, one in each.factors.items()} for each in (told, start))
+    theirs, ours = (
+        {part: tuple(one.shape) for part, one in each.factors.items()} for each in (told, start)
+    )
     if theirs != ours:
         whole = "is a part of a fused matrix" if told.shape != start.shape else f"has {theirs}"
         raise ConfigError(f"init_lora: {name} {whole}, and lycoris_config makes {ours}")
@@ -38,7 +40,9 @@ def factorization(number: int, factor: int) -> tuple[int, int]:
     return min(small, number // small), max(small, number // small)
 
 
-def _init_loha(asked: LycorisConfig, size: tuple[int, int], generator: Generator) -> dict[str, Tensor]:
+def _init_loha(
+    asked: LycorisConfig, size: tuple[int, int], generator: Generator
+) -> dict[str, Tensor]:
     (out, columns), rank = size, asked.dim
     return {
         "hada_w1_a": torch.randn(out, rank, generator=generator) * 0.1,
@@ -48,7 +52,9 @@ def _init_loha(asked: LycorisConfig, size: tuple[int, int], generator: Generator
     }
 
 
-def _init_lokr(asked: LycorisConfig, size: tuple[int, int], generator: Generator) -> dict[str, Tensor]:
+def _init_lokr(
+    asked: LycorisConfig, size: tuple[int, int], generator: Generator
+) -> dict[str, Tensor]:
     (a, c), (b, d) = (factorization(side, asked.factor) for side in size)
     parts = {}
     if asked.decompose_both and not asked.full_matrix and asked.dim < max(a, b) / 2:

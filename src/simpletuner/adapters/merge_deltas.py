@@ -30,13 +30,20 @@ def weighted_sum(parts: Sequence[tuple[DeltasByModule, float]]) -> dict[str, Del
                 f"{name} has different sizes in these files: they were made for different models"
             )
         if len(pairs) != len(mine):
-            raise ModelError("a LoHa or LoKr cannot be added to another file; reduce it to a LoRA first")
-        down, up = torch.cat([one.down for one in pairs]), torch.cat([one.up for one in pairs], dim=1)
+            raise ModelError(
+                "a LoHa or LoKr cannot be added to another file; reduce it to a LoRA first"
+            )
+        down, up = (
+            torch.cat([one.down for one in pairs]),
+            torch.cat([one.up for one in pairs], dim=1),
+        )
         found[name] = LowRankDelta(down, up)
     return found
 
 
-def truncate_rank(factors: DeltasByModule, rank: int, native: bool) -> tuple[dict[str, Delta], float]:
+def truncate_rank(
+    factors: DeltasByModule, rank: int, native: bool
+) -> tuple[dict[str, Delta], float]:
     """No module above `rank`, by singular values: the best there is. And the error as a share of the delta.
 
     native: of the fused matrices, whose rank it then is. error: in the Frobenius norm over all modules. LoHa
@@ -59,7 +66,9 @@ def truncate_rank(factors: DeltasByModule, rank: int, native: bool) -> tuple[dic
         parts = module_names.diffusers_names(name) if native else (name,)
         rows = module_names.fused_row_slices(len(parts), small.up.shape[0], small.down.shape[1])
         found |= {
-            part: LowRankDelta(small.down, small.up[at]) for part, at in zip(parts, rows) if part in factors
+            part: LowRankDelta(small.down, small.up[at])
+            for part, at in zip(parts, rows)
+            if part in factors
         }
     return found, (lost / total) ** 0.5 if total else 0.0
 

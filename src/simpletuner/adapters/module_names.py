@@ -11,30 +11,36 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 # native -> diffusers', in the order of the native rows. {} is the number of the block.
-NATIVE_TO_DIFFUSERS: Mapping[str, tuple[str, ...]] = MappingProxyType({
-    "double_blocks.{}.img_attn.qkv": (
-        "transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k",
-        "transformer_blocks.{}.attn.to_v",
-    ),
-    "double_blocks.{}.img_attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
-    "double_blocks.{}.img_mlp.0": ("transformer_blocks.{}.ff.net.0.proj",),
-    "double_blocks.{}.img_mlp.2": ("transformer_blocks.{}.ff.net.2",),
-    "double_blocks.{}.txt_attn.qkv": (
-        "transformer_blocks.{}.attn.add_q_proj", "transformer_blocks.{}.attn.add_k_proj",
-        "transformer_blocks.{}.attn.add_v_proj",
-    ),
-    "double_blocks.{}.txt_attn.proj": ("transformer_blocks.{}.attn.to_add_out",),
-    "double_blocks.{}.txt_mlp.0": ("transformer_blocks.{}.ff_context.net.0.proj",),
-    "double_blocks.{}.txt_mlp.2": ("transformer_blocks.{}.ff_context.net.2",),
-    "single_blocks.{}.linear1": (
-        "single_transformer_blocks.{}.attn.to_q", "single_transformer_blocks.{}.attn.to_k",
-        "single_transformer_blocks.{}.attn.to_v", "single_transformer_blocks.{}.proj_mlp",
-    ),
-    "single_blocks.{}.linear2": ("single_transformer_blocks.{}.proj_out",),
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "final_layer.linear": ("proj_out",),
-})  # fmt: skip
+NATIVE_TO_DIFFUSERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "double_blocks.{}.img_attn.qkv": (
+            "transformer_blocks.{}.attn.to_q",
+            "transformer_blocks.{}.attn.to_k",
+            "transformer_blocks.{}.attn.to_v",
+        ),
+        "double_blocks.{}.img_attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
+        "double_blocks.{}.img_mlp.0": ("transformer_blocks.{}.ff.net.0.proj",),
+        "double_blocks.{}.img_mlp.2": ("transformer_blocks.{}.ff.net.2",),
+        "double_blocks.{}.txt_attn.qkv": (
+            "transformer_blocks.{}.attn.add_q_proj",
+            "transformer_blocks.{}.attn.add_k_proj",
+            "transformer_blocks.{}.attn.add_v_proj",
+        ),
+        "double_blocks.{}.txt_attn.proj": ("transformer_blocks.{}.attn.to_add_out",),
+        "double_blocks.{}.txt_mlp.0": ("transformer_blocks.{}.ff_context.net.0.proj",),
+        "double_blocks.{}.txt_mlp.2": ("transformer_blocks.{}.ff_context.net.2",),
+        "single_blocks.{}.linear1": (
+            "single_transformer_blocks.{}.attn.to_q",
+            "single_transformer_blocks.{}.attn.to_k",
+            "single_transformer_blocks.{}.attn.to_v",
+            "single_transformer_blocks.{}.proj_mlp",
+        ),
+        "single_blocks.{}.linear2": ("single_transformer_blocks.{}.proj_out",),
+        "img_in": ("x_embedder",),
+        "txt_in": ("context_embedder",),
+        "final_layer.linear": ("proj_out",),
+    }
+)
 MLP_RATIO = 4  # of Chroma at any width; for files that adapt q, k and v of linear1 and not mlp
 _BLOCK_NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")
 
@@ -72,7 +78,9 @@ def fused_row_slices(parts: int, total: int, width: int) -> list[slice]:
     if parts == 1:
         return [slice(0, total)]
     if total <= 3 * width if parts == 4 else total != 3 * width:
-        raise ValueError(f"{total} rows cannot hold q, k, v{' and mlp' * (parts == 4)} of width {width}")
+        raise ValueError(
+            f"{total} rows cannot hold q, k, v{' and mlp' * (parts == 4)} of width {width}"
+        )
     ends = [width, 2 * width, 3 * width, total][:parts]
     return [slice(start, end) for start, end in zip([0, *ends], ends)]
 
@@ -80,11 +88,17 @@ def fused_row_slices(parts: int, total: int, width: int) -> list[slice]:
 def split_block_number(name: str) -> tuple[str, str]:
     """("double_blocks.{}.img_attn.qkv", "3"): the first number that is a part of its own."""
     found = _BLOCK_NUMBER.search(name)
-    return (name, "") if found is None else (f"{name[: found.start()]}{{}}{name[found.end() :]}", found[0])
+    return (
+        (name, "")
+        if found is None
+        else (f"{name[: found.start()]}{{}}{name[found.end() :]}", found[0])
+    )
 
 
 _DIFFUSERS_TO_NATIVE = {
-    part: (native, place) for native, parts in NATIVE_TO_DIFFUSERS.items() for place, part in enumerate(parts)
+    part: (native, place)
+    for native, parts in NATIVE_TO_DIFFUSERS.items()
+    for place, part in enumerate(parts)
 }
 _BY_UNDERSCORED_NAME = {
     True: {dots_to_underscores(name): name for name in NATIVE_TO_DIFFUSERS},

@@ -72,7 +72,12 @@ def _check_is_safetensors(path: Path) -> None:
     # The length of a header may begin with any of these bytes; what follows it does not.
     honest = start[8:9] == b"{"
     kind = next(
-        (name for magic, name in FILE_KIND_BY_MAGIC.items() if start.startswith(magic) and not honest), None
+        (
+            name
+            for magic, name in FILE_KIND_BY_MAGIC.items()
+            if start.startswith(magic) and not honest
+        ),
+        None,
     )
     if kind is not None:
         unsafe = "; opening one can run code, so it is never opened" if "pickle" in kind else ""

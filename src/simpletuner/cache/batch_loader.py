@@ -36,13 +36,21 @@ class BatchLoader:
     def load(self, micro: MicroBatch) -> Batch:
         """CacheError when a stored tensor is damaged; KeyError when a caption was never encoded."""
         visit_keys = tuple(self.visit_key(visit) for visit in micro.visits)
-        latents = [self._load_latent(visit, key) for visit, key in zip(micro.visits, visit_keys, strict=True)]
+        latents = [
+            self._load_latent(visit, key)
+            for visit, key in zip(micro.visits, visit_keys, strict=True)
+        ]
         return Batch(
             latents=torch.stack(latents),
             text=TextBatch.stack(
-                [load_text_embeddings(self.text_store, self._caption(visit)) for visit in micro.visits]
+                [
+                    load_text_embeddings(self.text_store, self._caption(visit))
+                    for visit in micro.visits
+                ]
             ),
-            sample_ids=tuple(self.placed_samples[visit.sample_index].sample.id for visit in micro.visits),
+            sample_ids=tuple(
+                self.placed_samples[visit.sample_index].sample.id for visit in micro.visits
+            ),
             visit_keys=visit_keys,
         )
 

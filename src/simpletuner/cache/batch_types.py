@@ -43,7 +43,8 @@ class TextBatch:
 @dataclass(frozen=True)
 class Batch:
     """latents: (B, C, H, W) float32, scaled for the transformer. sample_ids, visit_keys: one per sample;
-    a visit key is unique per appearance ("<sample id>@<epoch>.<pass>") and addresses the visit's noise."""
+    a visit key is unique per appearance ("<sample id>@<epoch>.<pass>") and addresses the visit's noise.
+    """
 
     latents: Tensor
     text: TextBatch

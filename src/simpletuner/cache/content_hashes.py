@@ -28,15 +28,21 @@ class ContentHashes:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CacheError(f"cannot make the cache folder {folder}: {error.strerror}") from error
-        self._index = SqliteIndex(folder / "content.sqlite", SCHEMA, emit, "every picture is read once more")
+        self._index = SqliteIndex(
+            folder / "content.sqlite", SCHEMA, emit, "every picture is read once more"
+        )
         self.hashed_files = 0
 
     def hash_file(self, path: Path) -> str:
         """Hex digest. OSError when the file cannot be read."""
-        name = str(path.absolute()).encode("utf-8", "surrogateescape").hex()  # any bytes may be a POSIX name
+        name = (
+            str(path.absolute()).encode("utf-8", "surrogateescape").hex()
+        )  # any bytes may be a POSIX name
         before = path.stat()
         stamp = (before.st_size, before.st_mtime_ns, before.st_ino)
-        rows = self._index.query("SELECT size, mtime_ns, inode, sha256 FROM files WHERE path = ?", (name,))
+        rows = self._index.query(
+            "SELECT size, mtime_ns, inode, sha256 FROM files WHERE path = ?", (name,)
+        )
         if rows and rows[0][:3] == stamp:
             return str(rows[0][3])
         digest = hashlib.sha256()
@@ -46,7 +52,11 @@ class ContentHashes:
         after = path.stat()
         with self._index.transaction() as index:
             self.hashed_files += 1
-            if (after.st_size, after.st_mtime_ns, after.st_ino) == stamp:  # else it changed while being read
+            if (
+                after.st_size,
+                after.st_mtime_ns,
+                after.st_ino,
+            ) == stamp:  # else it changed while being read
                 row = (name, *stamp, digest.hexdigest())
                 index.execute("INSERT OR REPLACE INTO files VALUES (?,?,?,?,?)", row)
         return digest.hexdigest()

@@ -114,7 +114,9 @@ def _compute_latent_keys(
             for one, found in zip(part, pool.map(content, part), strict=True):
                 if isinstance(found, OSError):
                     bad.append(
-                        _make_rejected(one, "unreadable", f"cannot be read: {found.strerror or found}")
+                        _make_rejected(
+                            one, "unreadable", f"cannot be read: {found.strerror or found}"
+                        )
                     )
                     keys.append("")
                 else:
@@ -132,7 +134,7 @@ def _encode_images(
     emit: Emit,
     batch_size: int,
 ) -> dict[str, tuple[str, str]]:
-    """key -> (reason, detail) of what could not be encoded."""
+    """Key -> (reason, detail) of what could not be encoded."""
     failed: dict[str, tuple[str, str]] = {}
     encode: EncodeImages | None = None
     with StageReporter(emit, "encode images", len(jobs), "images") as stage, store.flush_on_exit():
@@ -151,7 +153,10 @@ def _encode_images(
                     if bool(torch.isfinite(one).all()):
                         store.put(key, {"moments": one})
                     else:
-                        failed[key] = ("nonfinite_latent", "its latent is not finite; try vae_dtype = fp32")
+                        failed[key] = (
+                            "nonfinite_latent",
+                            "its latent is not finite; try vae_dtype = fp32",
+                        )
             stage.advance(len(batch))
         stage.summary = f"{len(failed)} could not be encoded" if failed else ""
     return failed

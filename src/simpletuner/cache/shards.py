@@ -22,9 +22,14 @@ from simpletuner.atomic_io import fsync_path
 from simpletuner.errors import CacheError
 
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
@@ -52,7 +57,10 @@ def write_shard(final: Path, tensors: Mapping[str, Tensor], fingerprint: str) ->
     """
     # Wide elements first keeps every tensor aligned to its own element size, as the library does.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    raw = {name: t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data for name, t in ordered}
+    raw = {
+        name: t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for name, t in ordered
+    }
     header: dict[str, object] = {
         "__metadata__": {
             "format": "pt",
@@ -63,7 +71,11 @@ def write_shard(final: Path, tensors: Mapping[str, Tensor], fingerprint: str) ->
     end = 0
     for name, t in ordered:
         start, end = end, end + raw[name].nbytes
-        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": DTYPE_NAMES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     unfinished = final.with_name(f"{final.name}.tmp")
@@ -95,10 +107,16 @@ def read_shard_entries(path: Path) -> list[ShardEntry]:
         metadata = header.pop("__metadata__")
         crc32 = json.loads(metadata["crc32"])
         entries = [
-            ShardEntry(name, base + at["data_offsets"][0], at["data_offsets"][1] - at["data_offsets"][0],
-                  crc32[name], at["dtype"], tuple(at["shape"]))
+            ShardEntry(
+                name,
+                base + at["data_offsets"][0],
+                at["data_offsets"][1] - at["data_offsets"][0],
+                crc32[name],
+                at["dtype"],
+                tuple(at["shape"]),
+            )
             for name, at in header.items()
-        ]  # fmt: skip
+        ]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DamagedShard(f"its header cannot be read ({type(error).__name__})") from error
     end = max((entry.offset + entry.length for entry in entries), default=base)

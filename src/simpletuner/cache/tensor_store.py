@@ -38,7 +38,11 @@ from simpletuner.events.event_types import Emit, WarningIssued
 from simpletuner.events.sinks import null_emit
 
 MAX_OPEN_SHARDS = 32
-LOCK_UNSUPPORTED_ERRNOS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of some network file systems
+LOCK_UNSUPPORTED_ERRNOS = (
+    errno.ENOLCK,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+)  # of some network file systems
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS shards (name TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS entries (
@@ -89,7 +93,9 @@ class TensorStore:
             for start in range(0, len(wanted), 500):  # SQLite's default limit of variables is 999
                 part = wanted[start : start + 500]
                 marks = ",".join("?" * len(part))
-                rows = self._index.query(f"SELECT DISTINCT key FROM entries WHERE key IN ({marks})", part)
+                rows = self._index.query(
+                    f"SELECT DISTINCT key FROM entries WHERE key IN ({marks})", part
+                )
                 present.update(row[0] for row in rows)
         return [key for key in wanted if key not in present]
 
@@ -112,7 +118,8 @@ class TensorStore:
             if key in self._pending:
                 return dict(self._pending[key])
             rows = self._index.query(
-                "SELECT shard, tensor, offset, length, crc32, dtype, shape FROM entries WHERE key = ?", (key,)
+                "SELECT shard, tensor, offset, length, crc32, dtype, shape FROM entries WHERE key = ?",
+                (key,),
             )
         if not rows:
             raise KeyError(key)
@@ -133,8 +140,13 @@ class TensorStore:
         with self._lock:
             if not self._pending:
                 return
-            tensors = {f"{key}/{name}": t for key, of in self._pending.items() for name, t in of.items()}
-            path = self.folder / f"shard-{self._next_shard_number():05d}-{os.urandom(3).hex()}.safetensors"
+            tensors = {
+                f"{key}/{name}": t for key, of in self._pending.items() for name, t in of.items()
+            }
+            path = (
+                self.folder
+                / f"shard-{self._next_shard_number():05d}-{os.urandom(3).hex()}.safetensors"
+            )
             try:
                 write_shard(path, tensors, self.fingerprint)
             except OSError as error:
@@ -196,10 +208,17 @@ class TensorStore:
     def _reconcile_index(self) -> None:
         """Make index and folder agree: by length only, so that a million samples cost one stat per shard."""
         known: dict[str, int] = dict(self._index.query("SELECT name, bytes FROM shards"))
-        found = {path.name: path.stat().st_size for path in sorted(self.folder.glob("shard-*.safetensors"))}
+        found = {
+            path.name: path.stat().st_size
+            for path in sorted(self.folder.glob("shard-*.safetensors"))
+        }
         for name, size in known.items():
             if found.get(name) != size:
-                what = f"it is {found[name]} bytes long instead of {size}" if name in found else "it is gone"
+                what = (
+                    f"it is {found[name]} bytes long instead of {size}"
+                    if name in found
+                    else "it is gone"
+                )
                 self._set_aside(name, what)
         for name in found.keys() - known.keys():
             try:
@@ -212,7 +231,18 @@ class TensorStore:
         for entry in read_shard_entries(path):
             key, _, tensor = entry.name.partition("/")
             shape = ",".join(map(str, entry.shape))
-            rows.append((key, tensor, path.name, entry.offset, entry.length, entry.crc32, entry.dtype, shape))
+            rows.append(
+                (
+                    key,
+                    tensor,
+                    path.name,
+                    entry.offset,
+                    entry.length,
+                    entry.crc32,
+                    entry.dtype,
+                    shape,
+                )
+            )
         with self._index.transaction() as index:
             index.executemany("INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?)", rows)
             shard = (path.name, path.stat().st_size)
@@ -224,13 +254,17 @@ class TensorStore:
             self._files.pop(shard, None)
             if exists := path.exists():
                 path.replace(path.with_name(f"{shard}.damaged"))
-            lost = index.execute("SELECT COUNT(DISTINCT key) FROM entries WHERE shard = ?", (shard,))
+            lost = index.execute(
+                "SELECT COUNT(DISTINCT key) FROM entries WHERE shard = ?", (shard,)
+            )
             count = lost.fetchone()[0]
             index.execute("DELETE FROM entries WHERE shard = ?", (shard,))
             known = index.execute("DELETE FROM shards WHERE name = ?", (shard,)).rowcount
         if known or exists:  # otherwise another thread was here first
             self._emit(
-                WarningIssued(f"cache shard {path} is damaged: {reason}; {count} entries are encoded again")
+                WarningIssued(
+                    f"cache shard {path} is damaged: {reason}; {count} entries are encoded again"
+                )
             )
 
     def _next_shard_number(self) -> int:

@@ -17,7 +17,9 @@ EncodeText = Callable[[Sequence[str]], list[Tensor]]
 
 
 def text_key(caption: str, fingerprint: str) -> str:
-    return hashlib.sha256(f"{fingerprint}\0{caption}".encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(
+        f"{fingerprint}\0{caption}".encode("utf-8", "surrogateescape")
+    ).hexdigest()
 
 
 def load_text_embeddings(store: TensorStore, caption: str) -> Tensor:
@@ -43,12 +45,17 @@ def encode_missing_captions(
     if not missing:
         return
     encode = encoder()
-    with StageReporter(emit, "encode text", len(missing), "captions") as stage, store.flush_on_exit():
+    with (
+        StageReporter(emit, "encode text", len(missing), "captions") as stage,
+        store.flush_on_exit(),
+    ):
         stage.summary = f"{len(by_key) - len(missing)} were in the cache"
         for start in range(0, len(missing), batch_size):
             keys = missing[start : start + batch_size]
             for key, rows in zip(keys, encode([by_key[key] for key in keys]), strict=True):
                 if not bool(torch.isfinite(rows).all()):
-                    raise CacheError(f"the text encoder gives NaN or infinity for {by_key[key][:80]!r}")
+                    raise CacheError(
+                        f"the text encoder gives NaN or infinity for {by_key[key][:80]!r}"
+                    )
                 store.put(key, {"rows": rows})
             stage.advance(len(keys))

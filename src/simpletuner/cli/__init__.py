@@ -17,7 +17,10 @@ from simpletuner.errors import SimpleTunerError
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "configure": ("simpletuner.cli.configure", "Ask a dozen questions and write a configuration."),
     "train": ("simpletuner.cli.train", "Train; the same command goes on with a run."),
-    "plan": ("simpletuner.cli.plan", "What a training will need, and what to change so that it fits."),
+    "plan": (
+        "simpletuner.cli.plan",
+        "What a training will need, and what to change so that it fits.",
+    ),
     "generate": ("simpletuner.cli.generate", "Draw pictures with the base and any LoRA."),
     "quantize": ("simpletuner.cli.quantize", "Convert a quantised base ahead of time."),
     "export": ("simpletuner.cli.export", "A LoRA for another program, or what each does with it."),

@@ -32,7 +32,9 @@ from simpletuner.errors import ConfigError, Problem, SimpleTunerError
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the two files.")
 @click.option("--env", metavar="NAME", help="The folder config/NAME.")
 @click.option("--defaults", is_flag=True, help="Ask nothing, take what is proposed.")
-@click.option("--set", "pairs", multiple=True, metavar="OPTION=VALUE", help="Settle an option; repeatable.")
+@click.option(
+    "--set", "pairs", multiple=True, metavar="OPTION=VALUE", help="Settle an option; repeatable."
+)
 @click.option("--force", is_flag=True, help="Write over existing files without asking.")
 def command(
     output: Path | None, env: str | None, defaults: bool, pairs: tuple[str, ...], force: bool
@@ -47,12 +49,18 @@ def command(
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and not defaults
     speaker = DefaultsPrompter() if defaults else TerminalPrompter() if terminal else PipePrompter()
     wizard = ConfigWizard(speaker, target, cwd, _parse_set_options(pairs))
-    present = " and ".join(short(path, cwd) for path in (target, wizard.dataset_file) if path.exists())
+    present = " and ".join(
+        short(path, cwd) for path in (target, wizard.dataset_file) if path.exists()
+    )
     if present and not terminal and not force:
-        raise ConfigError(f"already there: {present}; add --force to edit it, or name another --output")
+        raise ConfigError(
+            f"already there: {present}; add --force to edit it, or name another --output"
+        )
     try:
         if present:
-            speaker.show_text(f"Already there: {present}. This edits it; comments in it are not kept.")
+            speaker.show_text(
+                f"Already there: {present}. This edits it; comments in it are not kept."
+            )
         ask_questions(speaker, wizard, wizard.settled_names)
         config, sets = wizard.build_files()
         if speaker.interactive:
@@ -77,7 +85,8 @@ def command(
 
 def ask_questions(speaker: PipePrompter, wizard: ConfigWizard, settled: Sequence[str]) -> None:
     """Ask every question that applies and is not settled. `?` explains, `<` goes back, a blank is a yes to
-    what is proposed; what the validator refuses is told and asked again."""
+    what is proposed; what the validator refuses is told and asked again.
+    """
     trail: list[int] = []
     at, told = 0, -1
     while at < len(QUESTIONS):
@@ -117,7 +126,9 @@ def _resolve_target_file(output: Path | None, env: str | None, cwd: Path) -> Pat
     if folder is not None:
         there = next((path for path in candidate_paths(folder) if path.is_file()), None)
     if there is not None and there.suffix == ".toml":
-        raise ConfigError(f"{short(there, cwd)} is TOML, which is not written here; name another --output")
+        raise ConfigError(
+            f"{short(there, cwd)} is TOML, which is not written here; name another --output"
+        )
     return there or (folder or cwd) / "config.json"
 
 

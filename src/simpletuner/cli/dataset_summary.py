@@ -44,7 +44,9 @@ class DatasetSummary:
 
     @property
     def text(self) -> str:
-        small, large = (pick(self.sizes_px, key=lambda size: size[0] * size[1]) for pick in (min, max))
+        small, large = (
+            pick(self.sizes_px, key=lambda size: size[0] * size[1]) for pick in (min, max)
+        )
         bad = f" {self.unusable_count} files cannot be used." if self.unusable_count else ""
         return (
             f"{len(self.sizes_px)} pictures, {self.captioned_count} with captions, from {small[0]}x{small[1]} to "
@@ -57,7 +59,11 @@ class DatasetSummary:
         most = ", ".join(
             f"{size[0]}x{size[1]}: {count}" for size, count in found.most_common(MAX_BUCKETS_LISTED)
         )
-        more = f" and {len(found) - MAX_BUCKETS_LISTED} more" if len(found) > MAX_BUCKETS_LISTED else ""
+        more = (
+            f" and {len(found) - MAX_BUCKETS_LISTED} more"
+            if len(found) > MAX_BUCKETS_LISTED
+            else ""
+        )
         return f"Trained in {len(found)} buckets: {most}{more}."
 
 
@@ -67,7 +73,9 @@ def summarize_dataset(folder: Path) -> DatasetSummary:
         raise DataError(f"{folder} is not a folder")
     folder = folder.resolve()
     options = DataOptions(missing_caption="empty", max_bad_sample_fraction=1.0)
-    found = scan_datasets([DatasetConfig("pictures", "image", folder)], options, 0, lambda event: None)
+    found = scan_datasets(
+        [DatasetConfig("pictures", "image", folder)], options, 0, lambda event: None
+    )
     said = [caption for one in found.samples for caption in one.sample.captions[:1] if caption]
     sizes = tuple((one.sample.width_px, one.sample.height_px) for one in found.samples)
     return DatasetSummary(folder, sizes, len(said), said[0] if said else "", len(found.rejected))

@@ -25,15 +25,21 @@ def list_examples() -> None:
 
 @command.command("copy")
 @click.argument("name")
-@click.option("--dest", "-d", type=click.Path(path_type=Path), default=Path(), help="Folder to copy into.")
+@click.option(
+    "--dest", "-d", type=click.Path(path_type=Path), default=Path(), help="Folder to copy into."
+)
 def copy_example(name: str, dest: Path) -> None:
     """Copy an example's files into a folder. Refuses to overwrite any file."""
     source = example_folder(name)
-    files = sorted(path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    files = sorted(
+        path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    )
     targets = [dest / path.relative_to(source) for path in files]
     present = [str(target) for target in targets if target.exists()]
     if present:
-        raise ConfigError(f"nothing copied, {', '.join(present)} exists already; choose another --dest")
+        raise ConfigError(
+            f"nothing copied, {', '.join(present)} exists already; choose another --dest"
+        )
     for path, target in zip(files, targets, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)

@@ -35,24 +35,45 @@ STALE_METADATA_PREFIXES = (
 )
 
 
-@click.command("export", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")})
+@click.command(
+    "export", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")}
+)
 @click.argument("source", type=PATH_TYPE)
-@click.option("--check", "checking", is_flag=True, help="Write nothing; say what each program does with it.")
+@click.option(
+    "--check", "checking", is_flag=True, help="Write nothing; say what each program does with it."
+)
 @click.option("--json", "as_json", is_flag=True, help="With --check: for other programs to read.")
 @click.option("--format", "layout", type=click.Choice(FORMATS), help="Whose layout to write.")
 @click.option("--rank", type=click.IntRange(1, 8192), help="At most this rank; the error is told.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Numbers.")
-@click.option("--strength", type=float, default=1.0, show_default=True, help="Baked into the weights.")
 @click.option(
-    "--with", "others", multiple=True, metavar="FILE[=WEIGHT]", help="Add another LoRA; may be repeated."
+    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Numbers."
 )
 @click.option(
-    "--output", type=PATH_TYPE, help="The new file.  [default: beside the source, with the format's name]"
+    "--strength", type=float, default=1.0, show_default=True, help="Baked into the weights."
+)
+@click.option(
+    "--with",
+    "others",
+    multiple=True,
+    metavar="FILE[=WEIGHT]",
+    help="Add another LoRA; may be repeated.",
+)
+@click.option(
+    "--output",
+    type=PATH_TYPE,
+    help="The new file.  [default: beside the source, with the format's name]",
 )
 def command(
-    source: Path, checking: bool, as_json: bool, layout: str | None, rank: int | None, dtype: str,
-    strength: float, others: tuple[str, ...], output: Path | None,
-) -> None:  # fmt: skip
+    source: Path,
+    checking: bool,
+    as_json: bool,
+    layout: str | None,
+    rank: int | None,
+    dtype: str,
+    strength: float,
+    others: tuple[str, ...],
+    output: Path | None,
+) -> None:
     """Write SOURCE, a LoRA file of any layout or a run, for diffusers, kohya's tools or ComfyUI.
 
     Nothing is overwritten, and what the programs would not apply as it was trained is not written.
@@ -66,12 +87,18 @@ def command(
         return
     added = [(source, strength), *(parse_weighted_lora(text, "--with") for text in others)]
     if not all(math.isfinite(weight) and weight for _, weight in added):
-        raise ConfigError([Problem("--strength", "strengths and weights are finite numbers other than 0")])
+        raise ConfigError(
+            [Problem("--strength", "strengths and weights are finite numbers other than 0")]
+        )
     output = output or source.with_name(f"{source.stem}.{layout}.safetensors")
     if output.exists():
-        raise ConfigError([Problem("--output", f"{output} exists and is not overwritten; name another")])
+        raise ConfigError(
+            [Problem("--output", f"{output} exists and is not overwritten; name another")]
+        )
     if output.suffix != ".safetensors" or not output.parent.is_dir():
-        raise ConfigError([Problem("--output", f"{output} is not a .safetensors file in an existing folder")])
+        raise ConfigError(
+            [Problem("--output", f"{output} is not a .safetensors file in an existing folder")]
+        )
     export_lora(added, layout, rank, dtype, output)
     click.echo(output)
 
@@ -86,13 +113,17 @@ def export_lora(
 
     read = [(layouts.read_lora_file(path), weight) for path, weight in added]
     for file, weight in read:
-        click.echo(f"{file.path.name}: {file.to_deltas_and_summary()[1]}; strength {weight:g}", err=True)
+        click.echo(
+            f"{file.path.name}: {file.to_deltas_and_summary()[1]}; strength {weight:g}", err=True
+        )
     deltas = merge_deltas.weighted_sum([(file.to_deltas(), weight) for file, weight in read])
     if rank is not None:
         deltas, error = merge_deltas.truncate_rank(deltas, rank, LAYOUTS[layout].uses_native_names)
         click.echo(f"rank {rank}: the delta differs by {error:.2%}", err=True)
     told = {
-        key: text for key, text in read[0][0].metadata.items() if not key.startswith(STALE_METADATA_PREFIXES)
+        key: text
+        for key, text in read[0][0].metadata.items()
+        if not key.startswith(STALE_METADATA_PREFIXES)
     }
     told["software"] = f"simpletuner {__version__}"
     lora_io.save_deltas(deltas, output, layout, getattr(torch, DTYPES[dtype]), told)
@@ -105,7 +136,8 @@ def print_compatibility(path: Path, as_json: bool, err: bool = False) -> None:
 
     file, verdicts = check_compatibility(path)
     click.echo(
-        _compatibility_json(file, verdicts) if as_json else _compatibility_text(file, verdicts), err=err
+        _compatibility_json(file, verdicts) if as_json else _compatibility_text(file, verdicts),
+        err=err,
     )
 
 
@@ -119,7 +151,11 @@ def _compatibility_json(file: LoraFile, verdicts: tuple[ProgramCompatibility, ..
 def _compatibility_text(file: LoraFile, verdicts: tuple[ProgramCompatibility, ...]) -> str:
     lines = [f"{file.path.name}: {file.to_deltas_and_summary()[1]}"]
     for one in verdicts:
-        strength = f"strength {one.strength:g}: " if one.outcome == "wrong strength" and one.strength else ""
+        strength = (
+            f"strength {one.strength:g}: "
+            if one.outcome == "wrong strength" and one.strength
+            else ""
+        )
         line = f"  {one.program:<16}  {one.outcome:<14}  {one.modules} of {one.of}  {strength}{one.why}"
         lines.append(line.rstrip())
     return "\n".join(lines)

@@ -56,30 +56,66 @@ class GenerationRequest:
     output_dir: Path
 
 
-@click.command("generate", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")})
-@click.option("--prompt", "texts", multiple=True, required=True, help="What to draw; may be repeated.")
+@click.command(
+    "generate", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")}
+)
+@click.option(
+    "--prompt", "texts", multiple=True, required=True, help="What to draw; may be repeated."
+)
 @click.option("--negative_prompt", default="", help="What guidance above 1 steers away from.")
-@click.option("--lora", type=PATH_TYPE, help="A LoRA file, a checkpoint or a run folder (of any training).")
-@click.option("--strength", default="1.0", show_default=True, help="Of the LoRA; a comma list draws each.")
-@click.option("--model_flavour", type=click.Choice(FLAVOURS), help="Default: the LoRA's run's, else base.")
-@click.option("--pretrained_model_name_or_path", help="Another base: a folder, hub id or single file.")
-@click.option("--pretrained_transformer_model_name_or_path", help="Another transformer: a tuned one.")
-@click.option("--pretrained_t5_model_name_or_path", help="Another T5: a folder, a hub id or a single file.")
+@click.option(
+    "--lora", type=PATH_TYPE, help="A LoRA file, a checkpoint or a run folder (of any training)."
+)
+@click.option(
+    "--strength", default="1.0", show_default=True, help="Of the LoRA; a comma list draws each."
+)
+@click.option(
+    "--model_flavour", type=click.Choice(FLAVOURS), help="Default: the LoRA's run's, else base."
+)
+@click.option(
+    "--pretrained_model_name_or_path", help="Another base: a folder, hub id or single file."
+)
+@click.option(
+    "--pretrained_transformer_model_name_or_path", help="Another transformer: a tuned one."
+)
+@click.option(
+    "--pretrained_t5_model_name_or_path", help="Another T5: a folder, a hub id or a single file."
+)
 @click.option("--pretrained_vae_model_name_or_path", help="Another VAE, alike.")
-@click.option("--base_model_precision", type=click.Choice(PRECISIONS), help="Default: the LoRA's run's.")
+@click.option(
+    "--base_model_precision", type=click.Choice(PRECISIONS), help="Default: the LoRA's run's."
+)
 @click.option("--config", type=PATH_TYPE, help="Take the model options from this file.")
-@click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="Sampling steps.")
-@click.option("--guidance", type=click.FloatRange(0, 30), default=1.0, show_default=True, help="1: one pass.")
-@click.option("--seed", type=click.IntRange(0, 2**62), default=42, show_default=True, help="Of the first.")
+@click.option(
+    "--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="Sampling steps."
+)
+@click.option(
+    "--guidance", type=click.FloatRange(0, 30), default=1.0, show_default=True, help="1: one pass."
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**62), default=42, show_default=True, help="Of the first."
+)
 @click.option("--size", help="512, 512x768 or a comma list, pixels.  [default: 1024; nano 128]")
-@click.option("--count", type=click.IntRange(1, 1000), default=1, help="Pictures per prompt, seeds count up.")
+@click.option(
+    "--count", type=click.IntRange(1, 1000), default=1, help="Pictures per prompt, seeds count up."
+)
 @click.option(
     "--out", type=PATH_TYPE, default="generated", show_default=True, help="Folder for the pictures."
 )
 def command(
-    texts: tuple[str, ...], negative_prompt: str, lora: Path | None, strength: str, config: Path | None,
-    steps: int, guidance: float, seed: int, size: str | None, count: int, out: Path, **model: str | None,
-) -> None:  # fmt: skip
+    texts: tuple[str, ...],
+    negative_prompt: str,
+    lora: Path | None,
+    strength: str,
+    config: Path | None,
+    steps: int,
+    guidance: float,
+    seed: int,
+    size: str | None,
+    count: int,
+    out: Path,
+    **model: str | None,
+) -> None:
     """Draw pictures with the base model or a LoRA. Prints the path of each; nothing is overwritten."""
     flags = {name: value for name, value in model.items() if value}
     found, runs = None, []
@@ -92,9 +128,20 @@ def command(
     options = resolve_model_options(config, runs, flags)
     size = size or DEFAULT_SIZE.get(options.model_flavour, "1024")
     parse_sizes(size, DataOptions(), 1, "--size")
-    prompts = tuple(Prompt(safe_file_name(text) or "picture", text, negative_prompt) for text in texts)
+    prompts = tuple(
+        Prompt(safe_file_name(text) or "picture", text, negative_prompt) for text in texts
+    )
     request = GenerationRequest(
-        prompts, options, found, _parse_strengths(strength, found), steps, guidance, seed, size, count, out
+        prompts,
+        options,
+        found,
+        _parse_strengths(strength, found),
+        steps,
+        guidance,
+        seed,
+        size,
+        count,
+        out,
     )
     with closing(TerminalSink(sys.stderr)) as shown:
         paths = generate_images(request, shown)
@@ -105,7 +152,9 @@ def command(
 def find_finished_transformer(given: Path) -> Path | None:
     """What a run at full rank leaves in its folder."""
     folder = given.resolve() / "transformer"
-    return folder if (folder / "config.json").is_file() and not (given / LORA_FILE).exists() else None
+    return (
+        folder if (folder / "config.json").is_file() and not (given / LORA_FILE).exists() else None
+    )
 
 
 def find_lora_file(given: Path) -> Path:
@@ -146,7 +195,9 @@ def _parse_strengths(text: str, lora: Path | None) -> tuple[float, ...]:
     return strengths
 
 
-def resolve_model_options(config: Path | None, runs: list[Path], flags: dict[str, str]) -> ModelOptions:
+def resolve_model_options(
+    config: Path | None, runs: list[Path], flags: dict[str, str]
+) -> ModelOptions:
     """Flags over --config, else over the run that made the weights, else over the one found here."""
     from simpletuner.config.documents import read_document
     from simpletuner.config.load import config_from_resolved, load_config
@@ -155,7 +206,11 @@ def resolve_model_options(config: Path | None, runs: list[Path], flags: dict[str
         if (run / "events.jsonl").is_file() and (run / "config.json").is_file():
             known = read_document(run / "config.json", str(run / "config.json")).value
             if "model_flavour" in flags:  # the run's own base would hide the flavour asked for
-                known = {name: value for name, value in known.items() if not name.startswith("pretrained_")}
+                known = {
+                    name: value
+                    for name, value in known.items()
+                    if not name.startswith("pretrained_")
+                }
             return config_from_resolved({**known, **flags}).model
     return load_config(tuple(flags.items()), config, needs_data=False).config.model
 
@@ -207,15 +262,22 @@ def generate_images(request: GenerationRequest, emit: Emit) -> list[Path]:
             request.steps, request.guidance, " x ".join([source.name, *added.values()])
         )
         path = _unused_path(request.output_dir, picture)
-        save_png(pixels_to_image(vae.decode(latents)), path, image_metadata(picture, settings, **added))
+        save_png(
+            pixels_to_image(vae.decode(latents)), path, image_metadata(picture, settings, **added)
+        )
         paths.append(path)
     return paths
 
 
 def _generate_latents(
-    request: GenerationRequest, family: ModelFamily, source: ModelFiles, device: ComputeDevice, rows: dict[str, Tensor],
-    wanted: tuple[ImageSpec, ...], emit: Emit,
-) -> list[tuple[float, ImageSpec, Tensor]]:  # fmt: skip
+    request: GenerationRequest,
+    family: ModelFamily,
+    source: ModelFiles,
+    device: ComputeDevice,
+    rows: dict[str, Tensor],
+    wanted: tuple[ImageSpec, ...],
+    emit: Emit,
+) -> list[tuple[float, ImageSpec, Tensor]]:
     """Latents of every picture at every strength."""
     import torch
 
@@ -229,7 +291,9 @@ def _generate_latents(
     at = torch.device("cpu") if request.model.musubi_blocks_to_swap else device.device
     transformer = family.load_transformer(source, at, device.weights_dtype, request.model, emit)
     dtype = device.autocast_dtype or device.weights_dtype
-    inference = Inference(family, family.read_constants(source), device.device, dtype, device.autocast)
+    inference = Inference(
+        family, family.read_constants(source), device.device, dtype, device.autocast
+    )
     if request.lora_path is not None:
         load_adapter(transformer, request.lora_path, request.strengths[0])
     memory = block_memory_policy(request.model, family.block_count(transformer))

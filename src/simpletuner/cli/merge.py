@@ -18,13 +18,27 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "floa
 SAFETENSORS_SUFFIX = ".safetensors"
 
 
-@click.command("merge", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")})
-@click.option("--lora", "loras", multiple=True, metavar="FILE[=WEIGHT]", help="May be repeated, or left out.")
-@click.option("--base", help="A flavour, hub id, folder, file or run.  [default: the first LoRA's run's]")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder or file.")
-@click.option("--format", "layout", type=click.Choice(["diffusers", "native"]), help="[default: by --output]")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True, help="Numbers.")
-def command(loras: tuple[str, ...], base: str | None, output: Path, layout: str | None, dtype: str) -> None:
+@click.command(
+    "merge", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")}
+)
+@click.option(
+    "--lora", "loras", multiple=True, metavar="FILE[=WEIGHT]", help="May be repeated, or left out."
+)
+@click.option(
+    "--base", help="A flavour, hub id, folder, file or run.  [default: the first LoRA's run's]"
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="A new folder or file."
+)
+@click.option(
+    "--format", "layout", type=click.Choice(["diffusers", "native"]), help="[default: by --output]"
+)
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True, help="Numbers."
+)
+def command(
+    loras: tuple[str, ...], base: str | None, output: Path, layout: str | None, dtype: str
+) -> None:
     """Write the base with LoRAs in it: a diffusers folder, or one native .safetensors file for ComfyUI.
 
     Any layout of LoRA, DoRA too; each is counted from the untouched base. fp8 is scaled, for ComfyUI.
@@ -35,10 +49,14 @@ def command(loras: tuple[str, ...], base: str | None, output: Path, layout: str 
     problems = []
     if (layout == "native") != (output.suffix == SAFETENSORS_SUFFIX):
         problems.append(
-            Problem("--output", f"{output}: native is one {SAFETENSORS_SUFFIX} file, diffusers a folder")
+            Problem(
+                "--output", f"{output}: native is one {SAFETENSORS_SUFFIX} file, diffusers a folder"
+            )
         )
     if layout == "diffusers" and dtype == "fp8":
-        problems.append(Problem("--dtype", "diffusers reads no scaled fp8; use --format native or bf16"))
+        problems.append(
+            Problem("--dtype", "diffusers reads no scaled fp8; use --format native or bf16")
+        )
     if not output.parent.is_dir():
         problems.append(Problem("--output", f"{output.parent} does not exist"))
     if not added and base is None:
@@ -91,16 +109,21 @@ def merge_loras(
     shown = TerminalSink(sys.stderr)
     read = [(layouts.read_lora_file(path), weight) for path, weight in added]
     for file, weight in read:
-        click.echo(f"{file.path.name}: {file.to_deltas_and_summary()[1]}; weight {weight:g}", err=True)
+        click.echo(
+            f"{file.path.name}: {file.to_deltas_and_summary()[1]}; weight {weight:g}", err=True
+        )
     source = family_named(options.model_family).locate_files(options, shown)
     base = public_name(options.pretrained_transformer_model_name_or_path or source.name)
     parts = [f"{public_name(str(path.absolute()))} x {weight:g}" for path, weight in added]
     told = {
-        "software": f"simpletuner {__version__}", "base_model": base,
-        "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": options.model_family,
-        "modelspec.implementation": "diffusers", "modelspec.title": output.stem,
+        "software": f"simpletuner {__version__}",
+        "base_model": base,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": options.model_family,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": output.stem,
         "modelspec.merged_from": ", ".join([base, *parts]),
-    }  # fmt: skip
+    }
     try:
         target = MergeOutput(output, native, getattr(torch, DTYPES[dtype]))
         loras = [(file.to_deltas(), weight) for file, weight in read]

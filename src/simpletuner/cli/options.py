@@ -18,7 +18,9 @@ def command(word: str | None) -> None:
     """Every option whose name or help has WORD in it; without WORD, the names by group."""
     sought = (word or "").lower().lstrip("-").replace("-", "_")
     found = [
-        option for option in all_options().values() if sought in " ".join((option.name, *option.aliases))
+        option
+        for option in all_options().values()
+        if sought in " ".join((option.name, *option.aliases))
     ]
     found = found or [
         option for option in all_options().values() if (word or "").lower() in option.text.lower()
@@ -50,6 +52,8 @@ def format_option(option: Option) -> str:
     if option.aliases:
         lines.append(f"  also written {', '.join(option.aliases)}")
     lines.append(
-        "  may change on resume" if option.resume_policy == "free" else "  must stay the same on resume"
+        "  may change on resume"
+        if option.resume_policy == "free"
+        else "  must stay the same on resume"
     )
     return "\n".join(lines)

@@ -18,7 +18,9 @@ CONFIG_SOURCE_FLAGS = ("config", "env", "example")
 COMMAND_FLAGS = ("json", "fit")
 
 
-@click.command("plan", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(
+    "plan", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def command(words: tuple[str, ...]) -> None:
     """Predict memory, disk and time of a training; with --fit, what to change so that it fits.
@@ -37,7 +39,9 @@ def command(words: tuple[str, ...]) -> None:
     click.echo(json.dumps(told, indent=2) if "json" in given else "\n".join(lines))
 
 
-def build_plan_report(run: RunConfig, fits: bool, limit: str | None) -> tuple[dict[str, Any], list[str]]:
+def build_plan_report(
+    run: RunConfig, fits: bool, limit: str | None
+) -> tuple[dict[str, Any], list[str]]:
     """As one object, and as lines."""
     from simpletuner.models import registry
     from simpletuner.training.device import select_device
@@ -49,18 +53,27 @@ def build_plan_report(run: RunConfig, fits: bool, limit: str | None) -> tuple[di
     family = registry.get_family(run.model.model_family)
     asked = parse_memory_size(limit) if limit else None
     # Of this machine only what it is: what needs a GPU is planned for one that is elsewhere.
-    anywhere = {"device": "auto", "musubi_blocks_to_swap": 0.0, "gradient_checkpointing_backend": "torch"}
+    anywhere = {
+        "device": "auto",
+        "musubi_blocks_to_swap": 0.0,
+        "gradient_checkpointing_backend": "torch",
+    }
     device = select_device(run.model.model_copy(update=anywhere))
     here, wanted = device.device.type, run.model.device
     waits = run.model.musubi_blocks_to_swap or run.model.gradient_checkpointing_backend == "offload"
     away = wanted not in ("auto", here) or (here == "cpu" and (limit or waits))
-    room = reference_budget("cuda" if wanted == "auto" else wanted) if away else detect_budget(device)
+    room = (
+        reference_budget("cuda" if wanted == "auto" else wanted) if away else detect_budget(device)
+    )
     plan = predict_memory(run, family, kind=room.kind)
     lines = plan_formatting.format_plan(plan, room)
     told: dict[str, Any] = {
-        **dataclasses.asdict(plan), "training": plan.training, "peak": plan.peak,
-        "seconds": step_time.estimate_seconds(plan.flops, room.peak_flops, plan.moved), "seconds_on": room.name,
-    }  # fmt: skip
+        **dataclasses.asdict(plan),
+        "training": plan.training,
+        "peak": plan.peak,
+        "seconds": step_time.estimate_seconds(plan.flops, room.peak_flops, plan.moved),
+        "seconds_on": room.name,
+    }
     if fits:
         size = room.available_for_tensors if asked is None else asked
         if size is None:

@@ -11,8 +11,12 @@ from simpletuner.errors import ConfigError, Problem, SimpleTunerError
 
 @click.command("publish")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--repo", help="owner/name, or a name of your own.  [default: the run's hub_model_id or name]")
-@click.option("--public", is_flag=True, help="Make a new repository public, or put it into a public one.")
+@click.option(
+    "--repo", help="owner/name, or a name of your own.  [default: the run's hub_model_id or name]"
+)
+@click.option(
+    "--public", is_flag=True, help="Make a new repository public, or put it into a public one."
+)
 def command(run: Path, repo: str | None, public: bool) -> None:
     """Upload the weights, the card and its pictures of RUN; its configuration and log stay here."""
     from simpletuner.config.jsonc import parse_jsonc
@@ -34,7 +38,9 @@ def command(run: Path, repo: str | None, public: bool) -> None:
         ).publishing
     files = list_result_files(run)
     if not any(path.suffix == ".safetensors" for path in files):
-        raise ConfigError([Problem("publish", f"{run} holds no finished weights; the training writes them")])
+        raise ConfigError(
+            [Problem("publish", f"{run} holds no finished weights; the training writes them")]
+        )
     private = options.model_card_private and not public
     publisher = HubPublisher(
         run,

@@ -45,9 +45,11 @@ def serve_while_training(run_dir: Path, port: int = PORT) -> Iterator[str]:
     words = ["server", "--port", str(port), "--workspace", os.getcwd(), "--root", str(folder)]
     server = subprocess.Popen(
         [sys.executable, "-m", "simpletuner", *words],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
         env={**copy_process_environment(), "PYTHONSAFEPATH": "1"},
-    )  # fmt: skip
+    )
     click.echo(f"simpletuner: {url}")
     threading.Thread(target=open_browser_when_ready, args=(server, port, url), daemon=True).start()
     try:

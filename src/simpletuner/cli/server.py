@@ -25,17 +25,27 @@ FOLDER_TYPE = click.Path(path_type=Path, file_okay=False, exists=True, resolve_p
 
 
 @click.command("server")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0: everywhere.")
-@click.option("--port", default=8001, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
-@click.option("--workspace", type=FOLDER_TYPE, default=".", help="Folder to work in (default: here).")
-@click.option("--root", "roots", multiple=True, type=FOLDER_TYPE, help="Another folder that may be used.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0: everywhere."
+)
+@click.option(
+    "--port", default=8001, show_default=True, type=click.IntRange(0, 65535), help="0: a free one."
+)
+@click.option(
+    "--workspace", type=FOLDER_TYPE, default=".", help="Folder to work in (default: here)."
+)
+@click.option(
+    "--root", "roots", multiple=True, type=FOLDER_TYPE, help="Another folder that may be used."
+)
 @click.option(
     "--token",
     envvar=SERVER_TOKEN_VARIABLE,
     help="What others must show; made where one is needed and none is given. Every user of this machine sees "
     f"a command line (ps): rather put it into the variable {SERVER_TOKEN_VARIABLE} or the file .simpletuner/token.",
 )
-@click.option("--allow-host", "names", multiple=True, help="Name by which a proxy reaches this server.")
+@click.option(
+    "--allow-host", "names", multiple=True, help="Name by which a proxy reaches this server."
+)
 @click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
 def command(
     host: str,
@@ -56,7 +66,9 @@ def command(
     from simpletuner.server.workspace import Workspace
 
     if token is not None and len(token) < MIN_TOKEN_CHARS:
-        raise ConfigError(f"the token needs at least {MIN_TOKEN_CHARS} characters; without one it is made")
+        raise ConfigError(
+            f"the token needs at least {MIN_TOKEN_CHARS} characters; without one it is made"
+        )
     with bind_socket(host, port) as listening:
         place = Workspace(workspace, roots)
         settings = ServerSettings(place, host, listening.getsockname()[1], token, names)
@@ -115,7 +127,9 @@ def print_address(settings: ServerSettings, launch: str, opens: bool) -> None:
     url = f"http://{host}:{settings.port}/{launch}"
     click.echo(f"simpletuner: {url}")
     if launch:
-        click.echo("This link logs in once. For scripts, and later: the token that you gave, or else the")
+        click.echo(
+            "This link logs in once. For scripts, and later: the token that you gave, or else the"
+        )
         click.echo(
             f"one in {settings.workspace.server_dir / 'token'}. Plain HTTP: across a network use a tunnel (ssh -L)."
         )

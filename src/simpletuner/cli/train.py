@@ -12,7 +12,12 @@ import click
 
 from simpletuner.config import flags
 from simpletuner.config.constraints import FP16_REFUSAL
-from simpletuner.config.load import ConfigLoadResult, LoadedConfig, resolved_options, try_load_config
+from simpletuner.config.load import (
+    ConfigLoadResult,
+    LoadedConfig,
+    resolved_options,
+    try_load_config,
+)
 from simpletuner.config.option_catalog import all_options
 from simpletuner.config.option_values import parse_memory_size
 from simpletuner.data.dataset_config import DatasetFile
@@ -26,7 +31,9 @@ CONFIG_SOURCE_FLAGS = {
     "env": "NAME  the environment config/NAME",
     "example": "NAME  a packaged example (simpletuner examples list)",
 }
-FIT_FLAG = {"fit [12GB]": "take the fastest settings that fit it, or what is free; say it again to go on"}
+FIT_FLAG = {
+    "fit [12GB]": "take the fastest settings that fit it, or what is free; say it again to go on"
+}
 SWITCHES = {
     "show_config": "print every value and where it came from, and stop",
     "rehearse": "a few steps of your dataset and options on the tiny bundled model, on the CPU",
@@ -45,7 +52,9 @@ SWITCHES = {
 @click.pass_context
 def command(ctx: click.Context, words: tuple[str, ...]) -> None:
     """Train with the configuration in config.json, and with what the flags change of it."""
-    pairs = flags.parse_flags(["--help" if word == "-h" else word for word in words], tuple(SWITCHES))
+    pairs = flags.parse_flags(
+        ["--help" if word == "-h" else word for word in words], tuple(SWITCHES)
+    )
     given = dict(pairs)
     if "help" in given or "help_all" in given:
         click.echo(format_help(everything="help_all" in given))
@@ -58,7 +67,9 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
     if empty:
         raise ConfigError(empty)
     if "fit" in given and not given.keys().isdisjoint(("rehearse", "show_config")):
-        raise ConfigError("--fit is for the training itself; simpletuner plan --fit shows what it would take")
+        raise ConfigError(
+            "--fit is for the training itself; simpletuner plan --fit shows what it would take"
+        )
     within = (given["fit"] or "") if "fit" in given else None
     if within:
         parse_memory_size(within)
@@ -76,7 +87,9 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
         if "serve" in given:
             from simpletuner.cli.serve_while_training import serve_while_training
 
-            beside.enter_context(serve_while_training(Path(loaded.config.training.output_dir).expanduser()))
+            beside.enter_context(
+                serve_while_training(Path(loaded.config.training.output_dir).expanduser())
+            )
         from simpletuner.training import run
 
         ctx.exit(run.run_training(loaded, backends, within))
@@ -88,7 +101,9 @@ def check_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, Da
     backends = None
     if tried.data_options is not None and tried.data_options.data_backend_config is not None:
         try:
-            backends = read_dataset_file(Path(tried.data_options.data_backend_config), tried.data_options)
+            backends = read_dataset_file(
+                Path(tried.data_options.data_backend_config), tried.data_options
+            )
         except ConfigError as error:
             problems.extend(error.problems)
     if tried.loaded is not None:
@@ -137,7 +152,10 @@ def format_help(everything: bool) -> str:
         formatter.write_dl([(f"--{name.replace('_', '-')}", text) for name, text in switches])
     for group, options in groupby(all_options().values(), key=lambda option: option.group):
         rows = [
-            (f"--{option.name}", f"{option.text}  [{option.takes}; default {json.dumps(option.default)}]")
+            (
+                f"--{option.name}",
+                f"{option.text}  [{option.takes}; default {json.dumps(option.default)}]",
+            )
             for option in options
             if everything or option.level == "basic"
         ]

@@ -16,7 +16,12 @@ from simpletuner.config.load import ConfigLoadResult, resolved_options, try_load
 from simpletuner.config.option_catalog import all_options, option_aliases
 from simpletuner.config.option_values import NULL_WORDS
 from simpletuner.config.paths import display_path as short
-from simpletuner.config.presets import FULL_RANK_PRESET, MEMORY_PRESETS, NANO_PRESET, preset_for_memory
+from simpletuner.config.presets import (
+    FULL_RANK_PRESET,
+    MEMORY_PRESETS,
+    NANO_PRESET,
+    preset_for_memory,
+)
 from simpletuner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,12 +47,16 @@ NO_CHANGE = "no_change"
 class ConfigWizard:
     """What is known and proposed, and what an answer comes to. Later wins: proposal, file, answer, --set."""
 
-    def __init__(self, speaker: PipePrompter, target: Path, cwd: Path, given: dict[str, Any]) -> None:
+    def __init__(
+        self, speaker: PipePrompter, target: Path, cwd: Path, given: dict[str, Any]
+    ) -> None:
         self.prompter, self.target_file, self.cwd, self.chosen_options = speaker, target, cwd, given
         self.existing_options = self._read_config()
         self.is_editing = bool(self.existing_options)
         self.dataset_file, self.dataset_entries = self._read_dataset_entries()
-        own = [entry for entry in self.dataset_entries if entry.get("dataset_type", "image") == "image"]
+        own = [
+            entry for entry in self.dataset_entries if entry.get("dataset_type", "image") == "image"
+        ]
         self.image_entry: dict[str, Any] = own[0] if own else {}
         if len(own) == 1 and not isinstance(self.image_entry.get("instance_prompt"), list):
             self.existing_options |= {
@@ -66,7 +75,9 @@ class ConfigWizard:
         self._pool = ThreadPoolExecutor(1)  # nvidia-smi may take seconds
         self._device_detection = self._pool.submit(_detect_devices)
         named = {name: value for name, value in given.items() if name in all_options()}
-        tried = try_load_mapping(expand_placeholders({**self.existing_options, **named}), target.parent, cwd)
+        tried = try_load_mapping(
+            expand_placeholders({**self.existing_options, **named}), target.parent, cwd
+        )
         if tried.loaded is None:
             raise ConfigError(tried.problems)
         now = resolved_options(tried.loaded.config)
@@ -103,7 +114,9 @@ class ConfigWizard:
 
     def proposed_value(self, name: str) -> Any:
         if name == IMAGE_FOLDER_FIELD:
-            usual = next((text for text in COMMON_IMAGE_FOLDERS if (self.cwd / text).is_dir()), None)
+            usual = next(
+                (text for text in COMMON_IMAGE_FOLDERS if (self.cwd / text).is_dir()), None
+            )
             there = self._image_folder()
             return self.answers.get(name) or (short(there, self.cwd) if there else usual)
         return self.current_value(name)
@@ -118,13 +131,20 @@ class ConfigWizard:
         if name == "max_train_steps" and survey is not None:
             steps, count = self.proposed_value(name), len(survey.sizes_px)
             visits = float(steps or 0) * float(self.current_value("train_batch_size")) / count
-            return f"{steps} steps show each of {count} pictures {visits:.0f} times." if steps else ""
+            return (
+                f"{steps} steps show each of {count} pictures {visits:.0f} times." if steps else ""
+            )
         if name == "base_model_precision":
             return self._describe_hardware()
         quantisable = (
-            self.current_value("model_type") == "lora" and self.current_value("model_flavour") != "nano"
+            self.current_value("model_type") == "lora"
+            and self.current_value("model_flavour") != "nano"
         )
-        return self._describe_hardware() if name == "gradient_checkpointing" and not quantisable else ""
+        return (
+            self._describe_hardware()
+            if name == "gradient_checkpointing" and not quantisable
+            else ""
+        )
 
     def set_answer(self, name: str, raw: Any) -> None:
         """Take it, or raise what is wrong with it."""
@@ -132,7 +152,9 @@ class ConfigWizard:
             from simpletuner.cli.dataset_summary import summarize_dataset
 
             if not raw:
-                raise ConfigError("the folder of the pictures is needed: --set instance_data_dir=FOLDER")
+                raise ConfigError(
+                    "the folder of the pictures is needed: --set instance_data_dir=FOLDER"
+                )
             self.dataset_summary = summarize_dataset(self.cwd / os.path.expanduser(str(raw)))
             self.prompter.show_text(self.dataset_summary.text)
             self.answers[name] = raw
@@ -141,7 +163,9 @@ class ConfigWizard:
             if tried.loaded is None:
                 raise ConfigError(tried.problems)
             value = raw if all_options()[name].path else resolved_options(tried.loaded.config)[name]
-            blank = raw is None or (all_options()[name].nullable and str(raw).strip().lower() in NULL_WORDS)
+            blank = raw is None or (
+                all_options()[name].nullable and str(raw).strip().lower() in NULL_WORDS
+            )
             if blank and name == "instance_prompt":
                 raise ConfigError("one caption is needed, as there are no others")
             self.answers[name] = None if blank else value
@@ -168,7 +192,9 @@ class ConfigWizard:
         )
         if folder is not None and folder != self._image_folder():
             inside = home in folder.parents
-            self.image_entry[IMAGE_FOLDER_FIELD] = (folder.relative_to(home) if inside else folder).as_posix()
+            self.image_entry[IMAGE_FOLDER_FIELD] = (
+                folder.relative_to(home) if inside else folder
+            ).as_posix()
         if not self.image_entry.get("id") and folder is not None:
             name = re.sub(r"[^\w.-]", "-", folder.name) or "pictures"
             self.image_entry = {"id": name, "type": "local", **self.image_entry}
@@ -177,7 +203,9 @@ class ConfigWizard:
         problems = list(tried.problems)
         if tried.data_options is not None:
             problems += try_read_datasets(
-                expand_placeholders(self.dataset_entries), self.dataset_file.parent, tried.data_options
+                expand_placeholders(self.dataset_entries),
+                self.dataset_file.parent,
+                tried.data_options,
             )[1]
         if problems:
             raise ConfigError(problems)
@@ -207,9 +235,17 @@ class ConfigWizard:
 
     def _merged_options(self, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Every option that is not its default, less those that the others leave no room for."""
-        given = {name: value for name, value in self.chosen_options.items() if name in all_options()}
+        given = {
+            name: value for name, value in self.chosen_options.items() if name in all_options()
+        }
         answered = {name: value for name, value in self.answers.items() if name in all_options()}
-        found = {**self._propose_options(), **self.existing_options, **answered, **(more or {}), **given}
+        found = {
+            **self._propose_options(),
+            **self.existing_options,
+            **answered,
+            **(more or {}),
+            **given,
+        }
         captions = self.dataset_summary.caption_coverage if self.dataset_summary else "all"
 
         def known(name: str) -> Any:
@@ -219,7 +255,12 @@ class ConfigWizard:
             ours = question.name not in self.existing_options or question.required_values.get(
                 "model_type"
             ) == ("lora",)
-            if question.name in found and question.name not in given and ours and not question.applies(known):
+            if (
+                question.name in found
+                and question.name not in given
+                and ours
+                and not question.applies(known)
+            ):
                 del found[question.name]
         return found
 
@@ -241,7 +282,11 @@ class ConfigWizard:
                 del found["learning_rate"]  # a LoRA's
         elif not self.is_editing:
             found |= self._propose_for_images(int(said.get("train_batch_size", 1)))
-            found |= FULL_RANK_PRESET if said.get("model_type") == "full" else self._propose_for_device(said)
+            found |= (
+                FULL_RANK_PRESET
+                if said.get("model_type") == "full"
+                else self._propose_for_device(said)
+            )
         if self.is_editing:
             return found
         usual = self.target_file.parent in (self.cwd, self.cwd / "config")
@@ -253,7 +298,9 @@ class ConfigWizard:
             )
             found["missing_caption"] = "drop"
             found["instance_prompt"] = pictures
-        found["validation_prompt"] = self.dataset_summary.example_caption if self.dataset_summary else None
+        found["validation_prompt"] = (
+            self.dataset_summary.example_caption if self.dataset_summary else None
+        )
         return found
 
     def _propose_for_images(self, batch: int) -> dict[str, Any]:
@@ -321,7 +368,9 @@ class ConfigWizard:
         if self._running_plan is not None and self._running_plan[0] != config:
             self._running_plan[1].terminate()
             self._running_plan = None
-        if self._running_plan is None and (self._finished_plan is None or self._finished_plan[0] != config):
+        if self._running_plan is None and (
+            self._finished_plan is None or self._finished_plan[0] != config
+        ):
             device = self._largest_accelerator()
             kind = "cpu" if device is None else "cuda" if device.kind == "rocm" else device.kind
             self._running_plan = config, PlanProcess(config, ["--device", kind], self.cwd)
@@ -333,10 +382,14 @@ class ConfigWizard:
         self._start_plan()
         if self._running_plan is not None and self._running_plan[1].has_ended(PLAN_TIMEOUT_S):
             plan = self._running_plan[1].result()[0]
-            self._finished_plan = None if plan is None else (self._running_plan[0], plan["peak"] / GB)
+            self._finished_plan = (
+                None if plan is None else (self._running_plan[0], plan["peak"] / GB)
+            )
             self._running_plan = None
         return (
-            self._finished_plan[1] if self._finished_plan is not None and self._running_plan is None else None
+            self._finished_plan[1]
+            if self._finished_plan is not None and self._running_plan is None
+            else None
         )
 
 

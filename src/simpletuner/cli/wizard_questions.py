@@ -19,7 +19,8 @@ FULL_SIZE_FLAVOURS = ("base", "hd", "flash")
 @dataclass(frozen=True)
 class Question:
     """name: an option, or a field of the dataset file. needs: asked only where these have such values;
-    "captions" is what was found beside the pictures: all, some, none."""
+    "captions" is what was found beside the pictures: all, some, none.
+    """
 
     name: str
     text: str
@@ -44,17 +45,18 @@ class Question:
                 "caption. It is only ever read."
             )
         unit = f" ({option.unit})" if option.unit else ""
-        return (
-            f"{option.name}: {option.text} Takes {option.takes}{unit}; default {json.dumps(option.default)}."
-        )
+        return f"{option.name}: {option.text} Takes {option.takes}{unit}; default {json.dumps(option.default)}."
 
 
 LORA_ONLY, FULL_RANK_ONLY = {"model_type": ("lora",)}, {"model_type": ("full",)}
 QUESTIONS = (
     Question("instance_data_dir", "Which folder holds the pictures?"),
-    Question("caption_strategy", "Where do their captions come from?", {"captions": ("some", "none")}),
     Question(
-        "missing_caption", "And pictures without one?",
+        "caption_strategy", "Where do their captions come from?", {"captions": ("some", "none")}
+    ),
+    Question(
+        "missing_caption",
+        "And pictures without one?",
         {"captions": ("some",), "caption_strategy": ("textfile",)},
     ),
     Question("instance_prompt", "One caption for all?", {"caption_strategy": ("instanceprompt",)}),
@@ -63,18 +65,23 @@ QUESTIONS = (
     Question("optimizer", "Which optimizer?", FULL_RANK_ONLY),
     Question("model_flavour", "Which Chroma to start from?"),
     Question(
-        "pretrained_model_name_or_path", "Another folder or repository of it? Blank for none.",
+        "pretrained_model_name_or_path",
+        "Another folder or repository of it? Blank for none.",
         {"model_flavour": FULL_SIZE_FLAVOURS},
     ),
     Question("resolution", "Which resolution to train at?"),
     Question("train_batch_size", "How many pictures at once?"),
-    Question("base_model_precision", "How to store the frozen base?", {**LORA_ONLY, "model_flavour": FULL_SIZE_FLAVOURS}),
+    Question(
+        "base_model_precision",
+        "How to store the frozen base?",
+        {**LORA_ONLY, "model_flavour": FULL_SIZE_FLAVOURS},
+    ),
     Question("gradient_checkpointing", "Recompute blocks to save memory?"),
     Question("max_train_steps", "How many steps?"),
     Question("learning_rate", "At which learning rate?"),
     Question("validation_prompt", "What to draw as a preview? Blank for nothing."),
     Question("output_dir", "Where to write the results?"),
-)  # fmt: skip
+)
 
 
 class PipePrompter:
@@ -87,7 +94,9 @@ class PipePrompter:
         click.echo(f"{text}{among} [{proposed}]")
         line = sys.stdin.readline()
         if not line:
-            raise click.UsageError(f"the input ended at {text!r}; --defaults takes what is proposed")
+            raise click.UsageError(
+                f"the input ended at {text!r}; --defaults takes what is proposed"
+            )
         return line
 
     def show_text(self, text: str) -> None:
@@ -111,7 +120,10 @@ class TerminalPrompter(PipePrompter):
 
         if not choices or proposed not in choices:
             return str(questionary.text(f"{text} [{proposed}]").unsafe_ask())
-        extra = [questionary.Choice("? help", HELP_ANSWER), questionary.Choice("< back", BACK_ANSWER)]
+        extra = [
+            questionary.Choice("? help", HELP_ANSWER),
+            questionary.Choice("< back", BACK_ANSWER),
+        ]
         listed = [*(questionary.Choice(word, word) for word in choices), *extra]
         return str(questionary.select(text, listed, default=proposed).unsafe_ask())
 

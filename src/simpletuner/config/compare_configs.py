@@ -30,5 +30,7 @@ def training_config_hash(resolved: Mapping[str, Any]) -> str:
 
 def _options_fixed_on_resume(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        o.name: resolved.get(o.name, o.default) for o in all_options().values() if o.resume_policy == "fixed"
+        o.name: resolved.get(o.name, o.default)
+        for o in all_options().values()
+        if o.resume_policy == "fixed"
     }

@@ -21,15 +21,27 @@ BASE_DERIVED_INITS = (
     "pissa",
 )  # take the base's principal part into A and B, instead of a delta of zero
 LORA_ONLY_OPTIONS = (
-    "lora_rank", "lora_alpha", "lora_dropout", "flux_lora_target", "lora_target_modules", "use_dora",
-    "use_rslora", "lora_init_type", "lora_format", "lora_type", "lycoris_config",
-)  # fmt: skip
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "flux_lora_target",
+    "lora_target_modules",
+    "use_dora",
+    "use_rslora",
+    "lora_init_type",
+    "lora_format",
+    "lora_type",
+    "lycoris_config",
+)
 # What lycoris_config says by its own names, or LyCORIS' kinds cannot be.
 STANDARD_LORA_OPTIONS = {
-    "lora_rank": "use lycoris_config's linear_dim", "lora_alpha": "use lycoris_config's linear_alpha",
-    "use_dora": "is of a LoRA", "use_rslora": "is of a LoRA", "lora_init_type": "is of a LoRA",
+    "lora_rank": "use lycoris_config's linear_dim",
+    "lora_alpha": "use lycoris_config's linear_alpha",
+    "use_dora": "is of a LoRA",
+    "use_rslora": "is of a LoRA",
+    "lora_init_type": "is of a LoRA",
     "lora_format": "no other layout holds a LoHa or LoKr; simpletuner export --rank N writes a LoRA near it",
-}  # fmt: skip
+}
 SCORING_OPTIONS = ("evaluation_prompts", "evaluation_step_interval")
 BETA_DENSITY_OPTIONS = ("flow_beta_schedule_alpha", "flow_beta_schedule_beta")
 # A gradient of the velocity error is about 1e-6 per element; below 6e-5 fp16 loses its digits.
@@ -45,19 +57,28 @@ def find_errors(run: RunConfig, given: GivenOrigins) -> Iterator[ConstraintFindi
     if training.max_train_steps and training.num_train_epochs:
         yield "max_train_steps", "num_train_epochs is given too; the length of a run is one of them"
     if model.base_model_default_dtype == "bf16" and model.mixed_precision != "bf16":
-        yield "base_model_default_dtype", f"bf16 weights do not fit mixed_precision {model.mixed_precision}"
+        yield (
+            "base_model_default_dtype",
+            f"bf16 weights do not fit mixed_precision {model.mixed_precision}",
+        )
     if model.model_type == "full" and model.base_model_precision != "no_change":
         what = 'cannot be trained themselves, as model_type "full" does; use "no_change" or model_type "lora"'
         yield "base_model_precision", f"{model.base_model_precision} weights {what}"
     yield from _check_block_memory(run)
     if "sdxl" in (model.pretrained_vae_model_name_or_path or "").lower():
-        yield "pretrained_vae_model_name_or_path", "is another model's VAE; leave it out for Chroma's own"
+        yield (
+            "pretrained_vae_model_name_or_path",
+            "is another model's VAE; leave it out for Chroma's own",
+        )
     if model.model_type == "full" and run.adapter.init_lora:
         yield "init_lora", 'a LoRA to start from needs model_type "lora"'
     yield from _check_lycoris(run, given)
     if run.adapter.use_dora and run.adapter.lora_format != "diffusers":
         what = "cannot hold a DoRA: ComfyUI, Forge and kohya's tools scale magnitudes by rules of their own"
-        yield "lora_format", f'{run.adapter.lora_format} {what}; use "diffusers", or leave use_dora off'
+        yield (
+            "lora_format",
+            f'{run.adapter.lora_format} {what}; use "diffusers", or leave use_dora off',
+        )
     if run.adapter.lora_init_type in BASE_DERIVED_INITS and run.adapter.use_dora:
         what = "cannot go with use_dora: no file can express the result on the untouched base"
         yield "lora_init_type", f'{run.adapter.lora_init_type} {what}; use "default"'
@@ -104,7 +125,10 @@ def _check_block_memory(run: RunConfig) -> Iterator[ConstraintFinding]:
     model = run.model
     swapped, recomputed = model.musubi_blocks_to_swap, model.gradient_checkpointing
     if swapped > 1 and swapped != int(swapped):
-        yield "musubi_blocks_to_swap", f"{swapped:g} is neither a number of blocks nor a fraction below 1"
+        yield (
+            "musubi_blocks_to_swap",
+            f"{swapped:g} is neither a number of blocks nor a fraction below 1",
+        )
     if swapped and model.model_type == "full":
         yield "musubi_blocks_to_swap", 'needs a frozen base; model_type "full" trains it. Use 0'
     if swapped and recomputed is False:
@@ -117,8 +141,13 @@ def _check_block_memory(run: RunConfig) -> Iterator[ConstraintFinding]:
         "musubi_blocks_to_swap": swapped > 0,
         "gradient_checkpointing_backend": model.gradient_checkpointing_backend == "offload",
     }
-    for name in (name for name, wanted in waiting.items() if wanted and model.device in ("cpu", "mps")):
-        yield name, f'has no use on device "{model.device}", whose memory is the host\'s; leave it out'
+    for name in (
+        name for name, wanted in waiting.items() if wanted and model.device in ("cpu", "mps")
+    ):
+        yield (
+            name,
+            f'has no use on device "{model.device}", whose memory is the host\'s; leave it out',
+        )
 
 
 def _check_optimizer_memory(run: RunConfig) -> Iterator[ConstraintFinding]:
@@ -129,11 +158,18 @@ def _check_optimizer_memory(run: RunConfig) -> Iterator[ConstraintFinding]:
     alone = {"optimizer_release_gradients": released, "optimizer_cpu_offload_method": hosted}
     if released and accumulation > 1:
         what = f"a gradient is used at once, gradient_accumulation_steps {accumulation} would add them up"
-        yield "optimizer_release_gradients", f"{what}; use 1, and a larger train_batch_size if it fits"
+        yield (
+            "optimizer_release_gradients",
+            f"{what}; use 1, and a larger train_batch_size if it fits",
+        )
     if released and optimizer.max_grad_norm > 0 and optimizer.grad_clip_method == "norm":
-        what = f"max_grad_norm {optimizer.max_grad_norm:g} limits a norm that is known only at the end"
+        what = (
+            f"max_grad_norm {optimizer.max_grad_norm:g} limits a norm that is known only at the end"
+        )
         yield "optimizer_release_gradients", f'{what}; use 0, or grad_clip_method "value"'
-    for name in (name for name, wanted in alone.items() if wanted and optimizer.optimizer == "prodigy"):
+    for name in (
+        name for name, wanted in alone.items() if wanted and optimizer.optimizer == "prodigy"
+    ):
         yield name, "prodigy finds its rate from all weights together; use another optimizer"
     if hosted and optimizer.optimizer == "adamw_schedulefree":
         what = "adamw_schedulefree shows its average between steps, from its state"
@@ -142,7 +178,11 @@ def _check_optimizer_memory(run: RunConfig) -> Iterator[ConstraintFinding]:
 
 def check_sizes_and_captions(data: DataOptions) -> Iterator[ConstraintFinding]:
     """Of the section, or of a dataset with its own fields laid over it."""
-    kind, maximum, target = data.resolution_type, data.maximum_image_size, data.target_downsample_size
+    kind, maximum, target = (
+        data.resolution_type,
+        data.maximum_image_size,
+        data.target_downsample_size,
+    )
     means = f'{data.resolution:g} means {{}} with resolution_type "{kind}"; for {{}} write "{{}}"'
     if kind == "area" and data.resolution > 64:
         yield "resolution", means.format("megapixels", "the edge in pixels", "pixel_area")
@@ -173,7 +213,10 @@ def _check_flow(flow: FlowOptions, given: GivenOrigins) -> Iterator[ConstraintFi
     same = {"uniform": "flow_use_uniform_schedule", "beta": "flow_use_beta_schedule"}
     agree = same.get(flow.chroma_sigma_density) == chosen[0] if len(chosen) == 2 else False
     if len(chosen) > 1 and not agree:
-        yield chosen[0], f"{' and '.join(chosen[1:])} is given too; the noise levels follow one of them"
+        yield (
+            chosen[0],
+            f"{' and '.join(chosen[1:])} is given too; the noise levels follow one of them",
+        )
     if flow.flow_schedule_shift is not None and flow.flow_schedule_auto_shift:
         yield "flow_schedule_auto_shift", "flow_schedule_shift is given too; use one of them"
     if flow.flow_custom_timesteps is not None:
@@ -182,14 +225,20 @@ def _check_flow(flow: FlowOptions, given: GivenOrigins) -> Iterator[ConstraintFi
         except ValueError:
             levels = [-1.0]
         if not all(0 <= level <= 1000 for level in levels):
-            yield "flow_custom_timesteps", "must be a comma list of sigmas (0 to 1) or timesteps (0 to 1000)"
+            yield (
+                "flow_custom_timesteps",
+                "must be a comma list of sigmas (0 to 1) or timesteps (0 to 1000)",
+            )
 
 
 def _check_validation_and_logging(run: RunConfig) -> Iterator[ConstraintFinding]:
     for size in (run.validation.validation_resolution or "").replace(" ", "").split(","):
         match = RESOLUTION_PATTERN.fullmatch(size)
         if size and (match is None or any(int(side) < 64 for side in match.groups() if side)):
-            yield "validation_resolution", f'{size!r} is not "512" or "512x768" (pixels, at least 64)'
+            yield (
+                "validation_resolution",
+                f'{size!r} is not "512" or "512x768" (pixels, at least 64)',
+            )
     yield from _check_scoring(run)
     names = [name.strip() for name in run.logging.report_to.split(",")]
     for name in names:
@@ -213,7 +262,10 @@ def _check_scoring(run: RunConfig) -> Iterator[ConstraintFinding]:
     names = [name.strip() for name in run.validation.evaluation_type.split(",")]
     for name in names:
         if name == "clip":
-            yield "evaluation_type", "clip needs a second model; held-out loss (an eval dataset) does not"
+            yield (
+                "evaluation_type",
+                "clip needs a second model; held-out loss (an eval dataset) does not",
+            )
         elif name not in SCORE_NAMES and names != ["none"]:
             yield (
                 "evaluation_type",
@@ -251,26 +303,42 @@ def find_warnings(run: RunConfig, given: GivenOrigins) -> Iterator[str]:
 def _options_without_effect(run: RunConfig, given: GivenOrigins) -> Iterator[str]:
     densities = ("quadratic", "quadratic-literal", "logit-normal")
     idle = {
-        "with model_type full": (run.model.model_type == "full", (*LORA_ONLY_OPTIONS, "validation_strengths")),
+        "with model_type full": (
+            run.model.model_type == "full",
+            (*LORA_ONLY_OPTIONS, "validation_strengths"),
+        ),
         "with model_type lora": (run.model.model_type == "lora", ("save_native_file",)),
         "without evaluation_type": (run.validation.evaluation_type == "none", SCORING_OPTIONS),
-        "beside lora_target_modules": (run.adapter.lora_target_modules is not None, ("flux_lora_target",)),
-        "without a beta density": (
-            not run.flow.flow_use_beta_schedule and run.flow.chroma_sigma_density != "beta", BETA_DENSITY_OPTIONS
+        "beside lora_target_modules": (
+            run.adapter.lora_target_modules is not None,
+            ("flux_lora_target",),
         ),
-        "with this density": (run.flow.chroma_sigma_density not in densities, ("flow_sigmoid_scale",)),
+        "without a beta density": (
+            not run.flow.flow_use_beta_schedule and run.flow.chroma_sigma_density != "beta",
+            BETA_DENSITY_OPTIONS,
+        ),
+        "with this density": (
+            run.flow.chroma_sigma_density not in densities,
+            ("flow_sigmoid_scale",),
+        ),
         "without a quantised model": (
             {run.model.base_model_precision, run.model.text_encoder_1_precision} == {"no_change"},
             ("quantize_via", "quantized_cache_dir"),
         ),
         "with loss_type l2": (run.flow.loss_type == "l2", ("huber_schedule", "huber_c")),
-        "with lr_scheduler constant": (run.optimizer.lr_scheduler == "constant", ("lr_end", "lr_power")),
+        "with lr_scheduler constant": (
+            run.optimizer.lr_scheduler == "constant",
+            ("lr_end", "lr_power"),
+        ),
         "without gradient_checkpointing": (
             not run.model.gradient_checkpointing,
             ("gradient_checkpointing_interval", "gradient_checkpointing_backend"),
         ),
-        "without dynamo_backend inductor": (run.model.dynamo_backend != "inductor", ("dynamo_mode",)),
-    }  # fmt: skip
+        "without dynamo_backend inductor": (
+            run.model.dynamo_backend != "inductor",
+            ("dynamo_mode",),
+        ),
+    }
     for reason, (holds, names) in idle.items():
         silent = [name for name in names if holds and name in given]
         if silent:

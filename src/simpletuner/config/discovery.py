@@ -13,12 +13,18 @@ CONFIG_FILE_NAMES = ("config.json", "config.jsonc", "config.toml")
 EXAMPLES_DIR = Path(__file__).resolve().parent.parent / "examples"
 
 
-def find_config(config: str | Path | None, env: str | None, example: str | None, cwd: Path) -> Path | None:
+def find_config(
+    config: str | Path | None, env: str | None, example: str | None, cwd: Path
+) -> Path | None:
     """The file that --config, --env or --example names, else the first of NAMES here or in config/.
 
     None when nothing was named and nothing is there. Raises ConfigError for a name that leads nowhere.
     """
-    named = [text for text, value in (("--config", config), ("--env", env), ("--example", example)) if value]
+    named = [
+        text
+        for text, value in (("--config", config), ("--env", env), ("--example", example))
+        if value
+    ]
     if len(named) > 1:
         raise ConfigError(f"{' and '.join(named)} each name a configuration; give one of them")
     if config:
@@ -29,9 +35,15 @@ def find_config(config: str | Path | None, env: str | None, example: str | None,
     if env:
         return _first_existing(f"--env {env}", candidate_paths(cwd / "config" / env), cwd)
     if example:
-        return _first_existing(f"--example {example}", candidate_paths(example_folder(example)), cwd)
+        return _first_existing(
+            f"--example {example}", candidate_paths(example_folder(example)), cwd
+        )
     return next(
-        (path for path in (*candidate_paths(cwd), *candidate_paths(cwd / "config")) if os.path.isfile(path)),
+        (
+            path
+            for path in (*candidate_paths(cwd), *candidate_paths(cwd / "config"))
+            if os.path.isfile(path)
+        ),
         None,
     )
 
@@ -53,7 +65,9 @@ def example_names() -> list[str]:
 def example_folder(name: str) -> Path:
     """The folder of a packaged example. Raises ConfigError with the list for any other name."""
     if name not in example_names():
-        raise ConfigError(f"there is no example {name!r}; there are: {', '.join(example_names()) or 'none'}")
+        raise ConfigError(
+            f"there is no example {name!r}; there are: {', '.join(example_names()) or 'none'}"
+        )
     return EXAMPLES_DIR / name
 
 

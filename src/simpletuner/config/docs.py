@@ -47,7 +47,11 @@ def _render_row(option: Option) -> str:
     mark = {"basic": f"**`{option.name}`**", "common": f"*`{option.name}`*"}.get(
         option.level, f"`{option.name}`"
     )
-    also = f" Also written {', '.join(f'`{alias}`' for alias in option.aliases)}." if option.aliases else ""
+    also = (
+        f" Also written {', '.join(f'`{alias}`' for alias in option.aliases)}."
+        if option.aliases
+        else ""
+    )
     unit = f" ({option.unit})" if option.unit else ""
     cells = [
         mark + (" R" if option.resume_policy == "free" else ""),
@@ -64,7 +68,11 @@ def build_json_schema() -> dict[str, Any]:
     for section in RunConfig.model_json_schema()["$defs"].values():
         for name, shape in section["properties"].items():
             option = all_options()[name]
-            kept = {key: shape[key] for key in shape if key != "title" and key not in OMITTED_SCHEMA_KEYS}
+            kept = {
+                key: shape[key]
+                for key in shape
+                if key != "title" and key not in OMITTED_SCHEMA_KEYS
+            }
             if not option.nullable:
                 kept = {"description": kept.pop("description"), "anyOf": [kept, {"type": "null"}]}
             properties.update(dict.fromkeys((name, *option.aliases), kept))

@@ -25,7 +25,9 @@ def read_document(path: Path, name: str) -> Document:
     try:
         size_mib = path.stat().st_size / 2**20
         if size_mib > MAX_FILE_MIB:  # weights named by mistake would fill the memory first
-            raise ConfigError([Problem(name, f"{size_mib:.0f} MiB are too many for a file of options")])
+            raise ConfigError(
+                [Problem(name, f"{size_mib:.0f} MiB are too many for a file of options")]
+            )
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError([Problem(name, f"cannot be read: {error.strerror}")]) from None

@@ -30,7 +30,10 @@ def parse_flags(argv: Sequence[str], switches: Sequence[str] = ()) -> list[tuple
         elif dashed:
             name = dashed[1].replace("-", "_")
             found.append(
-                (name, words.pop(0) if words and _takes_next_word(name, words[0], switches) else None)
+                (
+                    name,
+                    words.pop(0) if words and _takes_next_word(name, words[0], switches) else None,
+                )
             )
         else:
             problems.append(

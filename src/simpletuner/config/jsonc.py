@@ -22,7 +22,8 @@ JsonPath = tuple[str | int, ...]
 # None of them, nor a text, can end earlier or later, whatever comes behind: a file is read once.
 COMMENT_PATTERN = r"//[^\n]*(?=\n|\Z)|#[^\n]*(?=\n|\Z)|/\*(?:(?!\*/).)*(?:\*/|\Z)"
 TOKEN_PATTERN = re.compile(
-    rf'"(?:[^"\\]|\\(?:.|\Z))*(?:"|\Z)|{COMMENT_PATTERN}|[\[\]{{}},:]|[^\[\]{{}},:"/#\s]+', re.DOTALL
+    rf'"(?:[^"\\]|\\(?:.|\Z))*(?:"|\Z)|{COMMENT_PATTERN}|[\[\]{{}},:]|[^\[\]{{}},:"/#\s]+',
+    re.DOTALL,
 )
 CLOSING_BRACKET_PATTERN = re.compile(rf"(?:\s|{COMMENT_PATTERN})*[\]}}]", re.DOTALL)
 TOKENS_BEFORE_VALUE = ("", "[", "{", ",", ":")  # a comma behind one of these ends no value
@@ -62,7 +63,9 @@ def parse_jsonc(text: str, name: str) -> Document:
             walk.add_problem("a number with thousands of digits, and more behind it, is none", 0)
     if walk.problems:
         places = [(*walk.line_and_column(at), what) for at, what in sorted(walk.problems)]
-        raise ConfigError([Problem(f"{name}:{line}:{column}", what) for line, column, what in places])
+        raise ConfigError(
+            [Problem(f"{name}:{line}:{column}", what) for line, column, what in places]
+        )
     return Document(value, walk.positions, name)
 
 

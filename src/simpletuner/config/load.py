@@ -124,13 +124,17 @@ def try_load_config(
         reading.problems.extend(error.problems)
     _apply_layer(reading, _options_from_environment(environ, reading))
     _apply_layer(reading, _options_from_flags(argv_pairs, reading))
-    nothing = source is None and not reading.problems and "data_backend_config" not in reading.values
+    nothing = (
+        source is None and not reading.problems and "data_backend_config" not in reading.values
+    )
     if nothing and needs_data:
         return ConfigLoadResult((Problem("", discovery.no_config_message(cwd)),), None, None)
     return _validate_and_build(reading, source, cwd, needs_data)
 
 
-def try_load_mapping(options: Mapping[str, Any], folder: Path, cwd: Path | None = None) -> ConfigLoadResult:
+def try_load_mapping(
+    options: Mapping[str, Any], folder: Path, cwd: Path | None = None
+) -> ConfigLoadResult:
     """As `attempt`, of options that are in no file yet: `where` is the name they were given by.
 
     folder: where relative paths are looked for, before cwd. Neither the environment nor a placeholder is
@@ -145,10 +149,16 @@ def _options_from_file(
     document: Document, folder: Path, environ: Mapping[str, str], reading: _LayeredOptions
 ) -> Iterable[WrittenOption]:
     content, prefix = document.value, cast(tuple[str, ...], ())
-    if isinstance(content, dict) and "_metadata" in content and isinstance(content.get("config"), dict):
+    if (
+        isinstance(content, dict)
+        and "_metadata" in content
+        and isinstance(content.get("config"), dict)
+    ):
         content, prefix = content["config"], ("config",)
     if not isinstance(content, dict):
-        reading.add_problem(document.location_of(), "the file should hold one object, {...}, of options")
+        reading.add_problem(
+            document.location_of(), "the file should hold one object, {...}, of options"
+        )
         return
     for key, raw in content.items():
         where = document.location_of((*prefix, key))
@@ -165,12 +175,16 @@ def _options_from_environment(
 ) -> Iterable[WrittenOption]:
     """Variables that come close to an option are meant as one; others may belong to another program."""
     set_ones = (
-        name for name in environ if name.startswith(environment.VARIABLE_PREFIX) and environ[name].strip()
+        name
+        for name in environ
+        if name.startswith(environment.VARIABLE_PREFIX) and environ[name].strip()
     )
     for variable in sorted(set_ones):
         name = variable.removeprefix(environment.VARIABLE_PREFIX).lower()
         known = (
-            name in all_options() or name in option_aliases() or unsupported_options.unsupported_reason(name)
+            name in all_options()
+            or name in option_aliases()
+            or unsupported_options.unsupported_reason(name)
         )
         if known or option_values.did_you_mean(name, all_options(), 0.85):
             yield WrittenOption(name, environ[variable], variable)
@@ -207,17 +221,27 @@ def _apply_layer(reading: _LayeredOptions, layer: Iterable[WrittenOption]) -> No
             value = option_values.parse_value(option, entry.raw_value)
         except option_values.InvalidOptionValue as error:
             reading.add_problem(
-                entry.location, f"{option_values.format_assignment(option, entry.raw_value)}: {error}", name
+                entry.location,
+                f"{option_values.format_assignment(option, entry.raw_value)}: {error}",
+                name,
             )
             value = None
         if value is None:
             reading.values.pop(name, None)
             continue
         reading.values[name] = value
-        if isinstance(entry.raw_value, str) and entry.raw_value.strip().lower() in option.value_aliases:
+        if (
+            isinstance(entry.raw_value, str)
+            and entry.raw_value.strip().lower() in option.value_aliases
+        ):
             reading.notices.append(f"{entry.location}: {name} {entry.raw_value} is read as {value}")
     for name, other in (RUN_LENGTH_OPTIONS, RUN_LENGTH_OPTIONS[::-1]):
-        if name in written and name in reading.values and other not in written and other in reading.values:
+        if (
+            name in written
+            and name in reading.values
+            and other not in written
+            and other in reading.values
+        ):
             reading.notices.append(f"{reading.origins[name]}: {name} takes the place of {other}")
             del reading.values[other], reading.origins[other]
 
@@ -230,7 +254,9 @@ def _resolve_option_name(entry: WrittenOption, reading: _LayeredOptions) -> str 
         reading.notices.append(f"{entry.location}: {name} is read as {option_aliases()[name]}")
         return option_aliases()[name]
     if name in unsupported_options.ALWAYS_ON_OPTIONS:
-        reading.notices.append(f"{entry.location}: {name} is {unsupported_options.ALWAYS_ON_OPTIONS[name]}")
+        reading.notices.append(
+            f"{entry.location}: {name} is {unsupported_options.ALWAYS_ON_OPTIONS[name]}"
+        )
         return None
     reason = unsupported_options.unsupported_reason(name)
     if reason and unsupported_options.is_harmless_value(name, entry.raw_value):
@@ -256,7 +282,9 @@ def _validate_and_build(
     for name, option in all_options().items():
         text = reading.values.get(name)
         if option.path and isinstance(text, str) and not (option.structured and "://" in text):
-            found, complaint = paths.resolve_path(text, option.path, reading.base_folders[name], cwd)
+            found, complaint = paths.resolve_path(
+                text, option.path, reading.base_folders[name], cwd
+            )
             reading.values[name] = found
             if complaint:
                 reading.add_problem(
@@ -273,7 +301,9 @@ def _validate_and_build(
     data_sound = reading.invalid_names.isdisjoint(DataOptions.model_fields)
     given = {name: reading.origins[name] for name in reading.values if name in reading.origins}
     for name, what in constraints.find_errors(run, given):
-        if name in reading.invalid_names:  # its default stands in, and may contradict what the person meant
+        if (
+            name in reading.invalid_names
+        ):  # its default stands in, and may contradict what the person meant
             continue
         reading.add_problem(given.get(name, ""), f"{name}: {what}")
     data = run.data if data_sound else None
@@ -282,12 +312,18 @@ def _validate_and_build(
     notes = [*reading.notices, *constraints.find_warnings(run, given)]
     skipped = sorted(set(reading.skipped_names))
     if skipped:
-        more = f" and {len(skipped) - MAX_LISTED_OPTIONS} more" if len(skipped) > MAX_LISTED_OPTIONS else ""
+        more = (
+            f" and {len(skipped) - MAX_LISTED_OPTIONS} more"
+            if len(skipped) > MAX_LISTED_OPTIONS
+            else ""
+        )
         notes.append(
             f"skipped, as they are off or change nothing: {', '.join(skipped[:MAX_LISTED_OPTIONS])}{more}"
         )
     if not run.training.max_train_steps and not run.training.num_train_epochs:
-        notes.append(f"neither max_train_steps nor num_train_epochs is given: {DEFAULT_STEPS} steps")
+        notes.append(
+            f"neither max_train_steps nor num_train_epochs is given: {DEFAULT_STEPS} steps"
+        )
         training = run.training.model_copy(update={"max_train_steps": DEFAULT_STEPS})
         run = run.model_copy(update={"training": training})
     origins = {name: reading.origins.get(name, "default") for name in all_options()}
@@ -330,7 +366,9 @@ def _infer_rank_from_init_lora(reading: _LayeredOptions) -> None:
         return
     largest, surely = lora_header.read_ranks(Path(file))
     algo, config = lora_header.detect_lycoris_algo(Path(file)), reading.values.get("lycoris_config")
-    product = config if reading.values.get("lora_type") == "lycoris" and isinstance(config, dict) else {}
+    product = (
+        config if reading.values.get("lora_type") == "lycoris" and isinstance(config, dict) else {}
+    )
     if (algo or largest) and algo != product.get("algo"):
         way = f'"lycoris" and algo "{algo}" in lycoris_config' if algo else '"standard"'
         what = f"init_lora: {Path(file).name} is a {algo or 'LoRA'}; set lora_type {way}"
@@ -340,7 +378,9 @@ def _infer_rank_from_init_lora(reading: _LayeredOptions) -> None:
         reading.notices.append(f"lora_rank is {largest}, as {Path(file).name} has it")
     elif rank is not None and rank < surely:
         way = "or make the file smaller: simpletuner export --format diffusers --rank N"
-        what = f"lora_rank: init_lora has rank {surely} and lora_rank is {rank}; leave it out, {way}"
+        what = (
+            f"lora_rank: init_lora has rank {surely} and lora_rank is {rank}; leave it out, {way}"
+        )
         reading.add_problem(reading.origins["lora_rank"], what, "lora_rank")
 
 
@@ -351,7 +391,9 @@ def _build_config(reading: _LayeredOptions) -> RunConfig:
         model = cast(Any, holder.annotation)
         mine = {name: reading.values[name] for name in model.model_fields if name in reading.values}
         sections[section] = option_values.validate_section(
-            model, mine, lambda name, what: reading.add_problem(reading.origins.get(name, ""), what, name)
+            model,
+            mine,
+            lambda name, what: reading.add_problem(reading.origins.get(name, ""), what, name),
         )
     return RunConfig(**sections)
 
@@ -377,7 +419,9 @@ def _mask_webhook_secrets(webhooks: Any) -> Any:
 
 def config_from_resolved(flat: Mapping[str, Any]) -> RunConfig:
     """Back from `resolved`. Names that this version does not know are left out. Raises ConfigError."""
-    reading = _LayeredOptions({name: flat[name] for name in all_options() if flat.get(name) is not None})
+    reading = _LayeredOptions(
+        {name: flat[name] for name in all_options() if flat.get(name) is not None}
+    )
     run = _build_config(reading)
     if reading.problems:
         raise ConfigError(reading.problems)

@@ -10,7 +10,10 @@ from typing import Any
 
 MAX_HEADER_BYTES = 8 << 20
 DOWN_WEIGHT_SUFFIXES = (".lora_A.weight", ".lora_down.weight")
-FUSED_MODULE_SUFFIXES = ("qkv", "linear1")  # block-diagonal ones have the ranks of their parts added up
+FUSED_MODULE_SUFFIXES = (
+    "qkv",
+    "linear1",
+)  # block-diagonal ones have the ranks of their parts added up
 
 
 def read_ranks(path: Path) -> tuple[int, int]:
@@ -27,7 +30,9 @@ def read_ranks(path: Path) -> tuple[int, int]:
     except (TypeError, LookupError):
         return 0, 0
     single = (
-        rank for key, rank in found.items() if not key.split(".lora_")[0].endswith(FUSED_MODULE_SUFFIXES)
+        rank
+        for key, rank in found.items()
+        if not key.split(".lora_")[0].endswith(FUSED_MODULE_SUFFIXES)
     )
     return max(found.values(), default=0), max(single, default=0)
 
@@ -36,7 +41,8 @@ def detect_lycoris_algo(path: Path) -> str | None:
     """LyCORIS' name of a LoKr or a LoHa; None for all else."""
     marks = {"lokr": ".lokr_w", "loha": ".hada_w"}
     return next(
-        (name for name, mark in marks.items() if any(mark in key for key in _read_header(path))), None
+        (name for name, mark in marks.items() if any(mark in key for key in _read_header(path))),
+        None,
     )
 
 

@@ -30,7 +30,7 @@ FIXED_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "conv_dim": ((), ""),
     "conv_alpha": ((), ""),
     "bypass_mode": ((False, True, None), ""),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def require_lycoris_config(options: AdapterOptions) -> LycorisConfig:
 
 
 def describe_adapter(options: AdapterOptions) -> str:
-    """rank 16 LoRA; LoKr (linear_dim 16)"""
+    """Rank 16 LoRA; LoKr (linear_dim 16)"""
     if options.lora_type == "standard":
         return f"rank {options.lora_rank} {'DoRA' if options.use_dora else 'LoRA'}"
     return f"{'LoKr' if require_lycoris_config(options).algo == 'lokr' else 'LoHa'} (linear_dim {require_lycoris_config(options).dim})"
@@ -73,7 +73,9 @@ def parse_lycoris_config(config: Mapping[str, Any]) -> LycorisConfig:
             raise ConfigError(f"{key}: unknown; it takes {', '.join(sorted(own))}")
     algo, dim, factor = config.get("algo"), config.get("linear_dim", 16), config.get("factor", -1)
     if algo in ("lora", "locon"):
-        raise ConfigError('algo "lora" is a LoRA: use lora_type "standard" with lora_rank and lora_alpha')
+        raise ConfigError(
+            'algo "lora" is a LoRA: use lora_type "standard" with lora_rank and lora_alpha'
+        )
     if algo not in ALGOS:
         raise ConfigError(f"algo = {json.dumps(algo)} is not offered; allowed: {', '.join(ALGOS)}")
     alpha = config.get("linear_alpha") or dim
@@ -86,7 +88,9 @@ def parse_lycoris_config(config: Mapping[str, Any]) -> LycorisConfig:
     if not all(isinstance(flag, bool) for flag in flags):
         raise ConfigError("full_matrix and decompose_both are true or false")
     if algo == "loha" and ("factor" in config or any(flags) or dim > 8192):
-        raise ConfigError("loha takes linear_dim up to 8192 and linear_alpha alone; the rest is lokr's")
+        raise ConfigError(
+            "loha takes linear_dim up to 8192 and linear_alpha alone; the rest is lokr's"
+        )
     return LycorisConfig(algo, dim, float(alpha), factor, *flags)
 
 

@@ -20,18 +20,26 @@ ARGUMENT_PARSERS: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
     "adafactor": {"beta2_decay": float, "d": float, "eps1": float, "eps2": float},
     "lion": {"beta1": float, "beta2": float, "decouple_lr": _parse_bool, "kahan_sum": _parse_bool},
     "prodigy": {
-        "beta3": float, "d0": float, "d_coef": float, "decouple": _parse_bool, "growth_rate": float,
-        "safeguard_warmup": _parse_bool, "slice_p": int, "use_bias_correction": _parse_bool,
+        "beta3": float,
+        "d0": float,
+        "d_coef": float,
+        "decouple": _parse_bool,
+        "growth_rate": float,
+        "safeguard_warmup": _parse_bool,
+        "slice_p": int,
+        "use_bias_correction": _parse_bool,
     },
     "adamw_schedulefree": {"r": float, "weight_lr_power": float},
     "muon": {"momentum": float, "iterations": int},
-}  # fmt: skip
+}
 
 
 def parse_optimizer_arguments(options: OptimizerOptions) -> dict[str, Any]:
     """optimizer_config as typed arguments; ConfigError names the keys this optimizer knows."""
     known, found = ARGUMENT_PARSERS[options.optimizer], {}
-    for item in filter(None, (part.strip() for part in (options.optimizer_config or "").split(","))):
+    for item in filter(
+        None, (part.strip() for part in (options.optimizer_config or "").split(","))
+    ):
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or key not in known:
             raise ConfigError(

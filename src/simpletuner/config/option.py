@@ -48,7 +48,13 @@ def option(
     bounds: gt, ge, lt, le, pattern.
     """
     extra: dict[str, Any] = {
-        "level": level, "unit": unit, "resume_policy": resume_policy, "path": path, "zero_is_null": zero_is_null,
-        "aliases": list(aliases), "value_aliases": dict(value_aliases or {}), "refused_values": dict(refused_values or {}),
-    }  # fmt: skip
+        "level": level,
+        "unit": unit,
+        "resume_policy": resume_policy,
+        "path": path,
+        "zero_is_null": zero_is_null,
+        "aliases": list(aliases),
+        "value_aliases": dict(value_aliases or {}),
+        "refused_values": dict(refused_values or {}),
+    }
     return Field(default, description=text, json_schema_extra=extra, **bounds)

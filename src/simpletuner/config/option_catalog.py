@@ -67,7 +67,10 @@ def all_options() -> Mapping[str, Option]:
 def section_options(section: str, model: type[OptionSection]) -> dict[str, Option]:
     """The declarations of one section by name, in their order."""
     group = model.__doc__ or section
-    return {name: _make_option(name, section, group, field) for name, field in model.model_fields.items()}
+    return {
+        name: _make_option(name, section, group, field)
+        for name, field in model.model_fields.items()
+    }
 
 
 @functools.cache
@@ -85,7 +88,10 @@ def _make_option(name: str, section: str, group: str, field: FieldInfo) -> Optio
     members = typing.get_args(field.annotation) if union else (field.annotation,)
     kinds = [member for member in members if member is not type(None)]
     literals = [
-        value for kind in kinds if typing.get_origin(kind) is Literal for value in typing.get_args(kind)
+        value
+        for kind in kinds
+        if typing.get_origin(kind) is Literal
+        for value in typing.get_args(kind)
     ]
     return Option(
         name=name,
@@ -115,6 +121,11 @@ def _option_kind(kinds: list[Any], literals: list[Any]) -> OptionKind:
 def _format_bounds(field: FieldInfo) -> str:
     """ "at least 0, less than 1"."""
     rules = [
-        item for rule in field.metadata if is_dataclass(rule) for item in asdict(cast(Any, rule)).items()
+        item
+        for rule in field.metadata
+        if is_dataclass(rule)
+        for item in asdict(cast(Any, rule)).items()
     ]
-    return ", ".join(f"{BOUND_PHRASES[word]} {limit:.7g}" for word, limit in rules if word in BOUND_PHRASES)
+    return ", ".join(
+        f"{BOUND_PHRASES[word]} {limit:.7g}" for word, limit in rules if word in BOUND_PHRASES
+    )

@@ -33,7 +33,9 @@ def parse_value(option: Option, raw: Any) -> Any:
 
     Bounds are left to the schema. Raises BadValue.
     """
-    if raw is None or (option.nullable and isinstance(raw, str) and raw.strip().lower() in NULL_WORDS):
+    if raw is None or (
+        option.nullable and isinstance(raw, str) and raw.strip().lower() in NULL_WORDS
+    ):
         return None
     value = PARSERS[option.kind](option, raw)
     return None if option.zero_is_null and value == 0 else value
@@ -102,7 +104,9 @@ def _parse_text(option: Option, raw: Any) -> Any:
         return str(raw)
     if option.structured and isinstance(raw, (list, dict)):
         return raw
-    raise InvalidOptionValue("must be text" + (", a list or an object" if option.structured else ""))
+    raise InvalidOptionValue(
+        "must be text" + (", a list or an object" if option.structured else "")
+    )
 
 
 def _parse_structure(raw: str) -> Any:

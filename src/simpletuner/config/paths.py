@@ -13,7 +13,9 @@ LOCAL_FILE_SUFFIXES = (".safetensors", ".sft", ".gguf", ".json", ".bin")
 def find_path(text: str, folder: Path | None, cwd: Path) -> tuple[str | None, tuple[str, ...]]:
     """The absolute path of what exists, or None; and the places looked at. Never raises."""
     path = os.path.expanduser(text)
-    tried = dict.fromkeys(os.path.abspath(base / path) for base in (folder, cwd) if base is not None)
+    tried = dict.fromkeys(
+        os.path.abspath(base / path) for base in (folder, cwd) if base is not None
+    )
     return next((place for place in tried if os.path.exists(place)), None), tuple(tried)
 
 
@@ -23,8 +25,12 @@ def resolve_path(text: str, kind: str, folder: Path | None, cwd: Path) -> tuple[
     kind: "file" must be one, "hub" may be a repository, "new" need not exist and stays relative.
     """
     if kind == "new":
-        broken = any(character < " " for character in text)  # "C:\new" in JSON is a line break and "ew"
-        return os.path.expanduser(text), r"has control characters; write \\ or / between folders" * broken
+        broken = any(
+            character < " " for character in text
+        )  # "C:\new" in JSON is a line break and "ew"
+        return os.path.expanduser(
+            text
+        ), r"has control characters; write \\ or / between folders" * broken
     found, tried = find_path(text, folder, cwd)
     if found is not None:
         return found, "is a folder, not a file" if kind == "file" and os.path.isdir(found) else ""

@@ -5,7 +5,12 @@ from __future__ import annotations
 from pydantic import Field
 
 from simpletuner.config.option import OptionSection
-from simpletuner.config.sections_model import AdapterOptions, CacheOptions, DataOptions, ModelOptions
+from simpletuner.config.sections_model import (
+    AdapterOptions,
+    CacheOptions,
+    DataOptions,
+    ModelOptions,
+)
 from simpletuner.config.sections_training import (
     CheckpointOptions,
     FlowOptions,
@@ -15,6 +20,21 @@ from simpletuner.config.sections_training import (
     TrainingOptions,
     ValidationOptions,
 )
+
+__all__ = [
+    "AdapterOptions",
+    "CacheOptions",
+    "CheckpointOptions",
+    "DataOptions",
+    "FlowOptions",
+    "LoggingOptions",
+    "ModelOptions",
+    "OptimizerOptions",
+    "PublishingOptions",
+    "RunConfig",
+    "TrainingOptions",
+    "ValidationOptions",
+]
 
 
 class RunConfig(OptionSection):

@@ -25,11 +25,17 @@ def read_captions(
     if dataset.caption_strategy == "filename":
         said = _caption_from_filename(image)
     else:
-        said = _captions_from_text_file(text, dataset.disable_multiline_split) if text is not None else ()
+        said = (
+            _captions_from_text_file(text, dataset.disable_multiline_split)
+            if text is not None
+            else ()
+        )
     if not said:
         said = _missing_caption_fallback(dataset, image, text, options.missing_caption)
     if dataset.prepend_instance_prompt:
-        return tuple(f"{prompt} {caption}".strip() for prompt in dataset.instance_prompts for caption in said)
+        return tuple(
+            f"{prompt} {caption}".strip() for prompt in dataset.instance_prompts for caption in said
+        )
     return said
 
 
@@ -47,7 +53,9 @@ def _captions_from_text_file(path: Path, whole: bool) -> tuple[str, ...]:
     except OSError as error:
         raise UnusableFile("caption_unreadable", f"{path.name}: {error.strerror}") from error
     if "\x00" in text:
-        raise UnusableFile("caption_encoding", f"{path.name} has zero bytes (UTF-16?); save it as UTF-8")
+        raise UnusableFile(
+            "caption_encoding", f"{path.name} has zero bytes (UTF-16?); save it as UTF-8"
+        )
     text = re.sub(r"\r\n|\r", "\n", text)
     alternatives = [text] if whole else text.split("\n")
     return tuple(said for said in (line.strip() for line in alternatives) if said)

@@ -49,10 +49,16 @@ def read_dataset_file(
     """
     if not os.path.lexists(path):
         raise ConfigError(
-            [Problem(str(path), f"no such dataset file; the smallest one is {EXAMPLE_DATASET_FILE}")]
+            [
+                Problem(
+                    str(path), f"no such dataset file; the smallest one is {EXAMPLE_DATASET_FILE}"
+                )
+            ]
         )
     document = read_document(path, path.name)
-    reader = _DatasetFileReader(path.resolve().parent, document.value, document.location_of, options, environ)
+    reader = _DatasetFileReader(
+        path.resolve().parent, document.value, document.location_of, options, environ
+    )
     backends = reader.read_entries()
     if reader.problems:
         raise ConfigError(reader.problems)
@@ -71,7 +77,9 @@ def try_read_datasets(
         at, *inside = (str(part) for part in path) if path else ("",)
         entry = sets[int(at)] if at else None
         name = entry.get("id") if isinstance(entry, dict) else None
-        return ".".join((name if isinstance(name, str) and name else f"[{at}]", *inside)) if at else ""
+        return (
+            ".".join((name if isinstance(name, str) and name else f"[{at}]", *inside)) if at else ""
+        )
 
     reader = _DatasetFileReader(folder, list(sets), where, options, {})
     return reader.read_entries(), tuple(reader.problems)
@@ -110,7 +118,9 @@ class _DatasetFileReader:
                 continue
             kind = shared.get("dataset_type", "image")
             if kind in ("image", "eval"):
-                dataset = self.build_dataset(at, name, kind, self.read_fields(at, name, entry, IMAGE_FIELDS))
+                dataset = self.build_dataset(
+                    at, name, kind, self.read_fields(at, name, entry, IMAGE_FIELDS)
+                )
                 found += [dataset] if dataset is not None else []
             else:
                 cache = self.validate_fields(
@@ -120,10 +130,14 @@ class _DatasetFileReader:
                 if kind == "text_embeds":
                     text_caches.append((cache.default, folder))
                 elif folder is not None:
-                    self.notices.append(f"{name}.cache_dir is not used: {UNNEEDED_FIELDS['image_embeds']}")
+                    self.notices.append(
+                        f"{name}.cache_dir is not used: {UNNEEDED_FIELDS['image_embeds']}"
+                    )
         train = tuple(dataset for dataset in found if dataset.dataset_type == "image")
         if not train and not self.problems:
-            self.add_problem("no set of dataset_type image is enabled, so there is nothing to train on")
+            self.add_problem(
+                "no set of dataset_type image is enabled, so there is nothing to train on"
+            )
         return DatasetFile(
             train,
             tuple(dataset for dataset in found if dataset.dataset_type == "eval"),
@@ -162,40 +176,59 @@ class _DatasetFileReader:
                 continue
             if key in table:
                 try:
-                    found[key] = option_values.parse_value(table[key], expand_placeholders(raw, self.environ))
+                    found[key] = option_values.parse_value(
+                        table[key], expand_placeholders(raw, self.environ)
+                    )
                 except option_values.InvalidOptionValue as error:
                     self.add_problem(
-                        f"{name}.{option_values.format_assignment(table[key], raw)}: {error}", at, key
+                        f"{name}.{option_values.format_assignment(table[key], raw)}: {error}",
+                        at,
+                        key,
                     )
                 except ConfigError as error:
                     self.add_problem(f"{name}.{key}: {error}", at, key)
             elif key in REFUSED_FIELDS:
                 if not any(
-                    raw == item and isinstance(raw, type(item)) for item in HARMLESS_VALUES.get(key, ())
+                    raw == item and isinstance(raw, type(item))
+                    for item in HARMLESS_VALUES.get(key, ())
                 ):
                     self.add_problem(f"{name}.{key} is not offered: {REFUSED_FIELDS[key]}", at, key)
             elif key in UNNEEDED_FIELDS:
                 self.notices.append(f"{name}.{key} is not needed: {UNNEEDED_FIELDS[key]}")
             elif key in ALL_FIELD_NAMES:
-                self.add_problem(f"{name}.{key} does not belong into a set of this dataset_type", at, key)
+                self.add_problem(
+                    f"{name}.{key} does not belong into a set of this dataset_type", at, key
+                )
             else:
-                self.add_problem(f"{name}.{key}: unknown field{did_you_mean(key, ALL_FIELD_NAMES)}", at, key)
+                self.add_problem(
+                    f"{name}.{key}: unknown field{did_you_mean(key, ALL_FIELD_NAMES)}", at, key
+                )
         return found
 
-    def validate_fields(self, at: int, name: str, model: type[SectionT], given: dict[str, Any]) -> SectionT:
-        return validate_section(model, given, lambda key, what: self.add_problem(f"{name}.{what}", at, key))
+    def validate_fields(
+        self, at: int, name: str, model: type[SectionT], given: dict[str, Any]
+    ) -> SectionT:
+        return validate_section(
+            model, given, lambda key, what: self.add_problem(f"{name}.{what}", at, key)
+        )
 
-    def build_dataset(self, at: int, name: str, kind: str, given: dict[str, Any]) -> DatasetConfig | None:
+    def build_dataset(
+        self, at: int, name: str, kind: str, given: dict[str, Any]
+    ) -> DatasetConfig | None:
         before = len(self.problems)
         folder = self.resolve_data_dir(at, name, given)
         if isinstance(given.get("instance_prompt"), str):
             given["instance_prompt"] = [given["instance_prompt"]]
         laid_over = {key: given.pop(key) for key in RUN_OPTION_FIELDS if key in given}
         fields = self.validate_fields(at, name, ImageDatasetFields, given)
-        own = self.validate_fields(at, name, DataOptions, {**self.run_options.model_dump(), **laid_over})
+        own = self.validate_fields(
+            at, name, DataOptions, {**self.run_options.model_dump(), **laid_over}
+        )
         for key, what in check_sizes_and_captions(own) if laid_over else ():
             self.add_problem(f"{name}.{key}: {what}", at, key)
-        prompts = fields.instance_prompt or filter(None, [(self.run_options.instance_prompt or "").strip()])
+        prompts = fields.instance_prompt or filter(
+            None, [(self.run_options.instance_prompt or "").strip()]
+        )
         dataset = DatasetConfig(
             id=name,
             dataset_type=kind,
@@ -220,11 +253,15 @@ class _DatasetFileReader:
     ) -> ResizeCropConfig:
         crop, aspect, given = fields.crop, fields.crop_aspect, fields.model_fields_set
         if not crop and "crop_aspect" in given and aspect != "preserve":
-            self.notices.append(f"{name}.crop_aspect is not used: crop is false, pictures keep their aspect")
+            self.notices.append(
+                f"{name}.crop_aspect is not used: crop is false, pictures keep their aspect"
+            )
         if fields.crop_aspect_buckets and not (crop and aspect == "closest"):
             what = f'{name}.crop_aspect_buckets needs "crop": true and "crop_aspect": "closest"'
             self.add_problem(what, at, "crop_aspect_buckets")
-        style = fields.crop_style if kind != "eval" and (crop or "crop_style" in given) else "center"
+        style = (
+            fields.crop_style if kind != "eval" and (crop or "crop_style" in given) else "center"
+        )
         shared = own.model_dump(include={one.name for one in dataclasses.fields(ResizeCropConfig)})
         ratios = tuple(fields.crop_aspect_buckets or ())
         return ResizeCropConfig(
@@ -234,7 +271,9 @@ class _DatasetFileReader:
     def resolve_data_dir(self, at: int, name: str, given: dict[str, Any]) -> Path | None:
         if "instance_data_dir" not in given:
             if not self.entries[at].get("instance_data_dir"):
-                self.add_problem(f"{name}.instance_data_dir is missing: the folder of the pictures", at)
+                self.add_problem(
+                    f"{name}.instance_data_dir is missing: the folder of the pictures", at
+                )
             return None
         written = given["instance_data_dir"]
         folder = self.resolve_folder(written)

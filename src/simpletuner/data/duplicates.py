@@ -38,7 +38,9 @@ def _content_hash(path: Path) -> bytes:
 
 
 def check_no_leaks(
-    train: Sequence[BucketedSample], held_out: Sequence[BucketedSample], copies: Sequence[Sequence[Path]]
+    train: Sequence[BucketedSample],
+    held_out: Sequence[BucketedSample],
+    copies: Sequence[Sequence[Path]],
 ) -> None:
     """Raises DataError when a held-out picture is also trained on: its loss would measure memory.
 
@@ -46,7 +48,11 @@ def check_no_leaks(
     """
     trained = {placed.sample.path: placed.sample.id for placed in train}
     twins = {
-        path: trained[one] for group in copies for path in group for one in reversed(group) if one in trained
+        path: trained[one]
+        for group in copies
+        for path in group
+        for one in reversed(group)
+        if one in trained
     }
     learned = twins | trained
     leaks = [

@@ -121,7 +121,8 @@ def _target_aspect(framing: ResizeCropConfig, size: ImageSize) -> ImageSize:
         return 1, 1
     own = Fraction(*size)
     ratios = [
-        Fraction(ratio).limit_denominator(1000) for ratio in framing.crop_aspect_buckets or COMMON_RATIOS
+        Fraction(ratio).limit_denominator(1000)
+        for ratio in framing.crop_aspect_buckets or COMMON_RATIOS
     ]
     nearest = min(ratios, key=lambda ratio: (max(ratio / own, own / ratio), ratio))
     return nearest.numerator, nearest.denominator

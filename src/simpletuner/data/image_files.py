@@ -14,10 +14,29 @@ from simpletuner.data.sample_types import RejectedFile
 from simpletuner.errors import DataError
 
 # Suffixes that mean a picture; those that cannot be decoded are listed as rejected, not passed over.
-IMAGE_SUFFIXES = frozenset({
-    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm",
-    ".pgm", ".pnm", ".heic", ".heif", ".jxl", ".jp2", ".psd",
-})  # fmt: skip
+IMAGE_SUFFIXES = frozenset(
+    {
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".ppm",
+        ".pgm",
+        ".pnm",
+        ".heic",
+        ".heif",
+        ".jxl",
+        ".jp2",
+        ".psd",
+    }
+)
 IGNORED_FILES = ("Thumbs.db", "desktop.ini")
 
 
@@ -31,7 +50,9 @@ class ImageFile:
     caption_path: Path | None
 
 
-def find_image_files(dataset: DatasetConfig) -> tuple[list[ImageFile], list[RejectedFile], Counter[str]]:
+def find_image_files(
+    dataset: DatasetConfig,
+) -> tuple[list[ImageFile], list[RejectedFile], Counter[str]]:
     """Pictures of a folder by name, those whose names cannot be used, and how many other files of each kind.
 
     Recursive, links followed once, hidden files and folders skipped. A caption file belongs to every picture
@@ -42,7 +63,9 @@ def find_image_files(dataset: DatasetConfig) -> tuple[list[ImageFile], list[Reje
     unread: Counter[str] = Counter()
     for folder, inside, files in _walk_visible(dataset.instance_data_dir):
         parts = [(file, *os.path.splitext(file)) for file in sorted(files)]
-        texts = {_normalize_nfc(stem): file for file, stem, suffix in parts if suffix.lower() == ".txt"}
+        texts = {
+            _normalize_nfc(stem): file for file, stem, suffix in parts if suffix.lower() == ".txt"
+        }
         alone = set(texts)
         for file, stem, suffix in parts:
             if suffix.lower() not in IMAGE_SUFFIXES:
@@ -62,9 +85,7 @@ def find_image_files(dataset: DatasetConfig) -> tuple[list[ImageFile], list[Reje
         unread[".txt without a picture"] += len(alone)
     for name, twins in by_name.items():
         if len(twins) > 1:
-            detail = (
-                f"{len(twins)} files have this name in different Unicode spellings (NFC, NFD); rename one"
-            )
+            detail = f"{len(twins)} files have this name in different Unicode spellings (NFC, NFD); rename one"
             rejected += [RejectedFile(name, dataset.id, "name_twins", detail)] * len(twins)
     named = [twins[0] for _, twins in sorted(by_name.items()) if len(twins) == 1]
     return named, rejected, +unread
@@ -89,5 +110,7 @@ def _walk_visible(root: Path) -> Iterator[tuple[str, str, frozenset[str]]]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = os.path.relpath(folder, root).replace(os.sep, "/")
-        shown = frozenset(file for file in files if not file.startswith(".") and file not in IGNORED_FILES)
+        shown = frozenset(
+            file for file in files if not file.startswith(".") and file not in IGNORED_FILES
+        )
         yield folder, "" if inside == "." else inside, shown

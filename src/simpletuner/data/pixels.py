@@ -35,20 +35,49 @@ IMAGE_FORMATS = (
     *(("AVIF",) if features.check("avif") else ()),
 )
 PIXEL_MODES = frozenset(
-    {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B", "I"}
+    {
+        "1",
+        "L",
+        "LA",
+        "P",
+        "PA",
+        "RGB",
+        "RGBA",
+        "RGBX",
+        "CMYK",
+        "YCbCr",
+        "I;16",
+        "I;16L",
+        "I;16B",
+        "I",
+    }
 )
 SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I"})
-Image.MAX_IMAGE_PIXELS = None  # max_image_megapixels is the limit, also where it is above Pillow's own
+Image.MAX_IMAGE_PIXELS = (
+    None  # max_image_megapixels is the limit, also where it is above Pillow's own
+)
 # What Pillow's decoders raise on damaged files, besides OSError.
 DECODER_ERRORS = (
-    OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, ZeroDivisionError,
-    struct.error, zlib.error,
-)  # fmt: skip
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    ZeroDivisionError,
+    struct.error,
+    zlib.error,
+)
 EXIF_TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -70,11 +99,15 @@ def read_image_header(path: Path, max_megapixels: float) -> ImageHeader:
             width, height = image.size
             if width * height > max_megapixels * 1e6:
                 what = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
-                raise UnusableFile("too_many_pixels", f"{what}; max_image_megapixels is {max_megapixels:g}")
+                raise UnusableFile(
+                    "too_many_pixels", f"{what}; max_image_megapixels is {max_megapixels:g}"
+                )
             _check_mode(image)
             # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode the picture.
             turned = image.format != "TIFF" and _read_orientation(image) >= 5
-            animated = isinstance(image, (GifImageFile, PngImageFile, WebPImageFile)) and image.is_animated
+            animated = (
+                isinstance(image, (GifImageFile, PngImageFile, WebPImageFile)) and image.is_animated
+            )
             size = (height, width) if turned else (width, height)
             return ImageHeader(size, image.mode, animated, image.has_transparency_data)
     except DECODER_ERRORS as error:
@@ -95,7 +128,9 @@ def load_pixels(placed: BucketedSample, options: DataOptions) -> np.ndarray:
     try:
         with Image.open(sample.path, formats=IMAGE_FORMATS) as image:
             _check_mode(image)
-            if image.width * image.height != sample.width_px * sample.height_px:  # told before it is decoded
+            if (
+                image.width * image.height != sample.width_px * sample.height_px
+            ):  # told before it is decoded
                 raise UnusableFile("changed", f"is {image.width}x{image.height}, {before}")
             image.load()
             upright = EXIF_TRANSPOSES.get(_read_orientation(image))

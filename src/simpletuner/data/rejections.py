@@ -33,7 +33,8 @@ def make_printable(text: str) -> str:
 def format_rejected(rejected: Sequence[RejectedFile], path: Path | None) -> str:
     """The first SHOWN files, one a line, and where the others are."""
     lines = [
-        make_printable(f"  {item.dataset}/{item.path}: {item.detail}") for item in rejected[:MAX_LISTED_FILES]
+        make_printable(f"  {item.dataset}/{item.path}: {item.detail}")
+        for item in rejected[:MAX_LISTED_FILES]
     ]
     if len(rejected) > MAX_LISTED_FILES:
         lines.append(f"  and {len(rejected) - MAX_LISTED_FILES} more")
@@ -43,7 +44,10 @@ def format_rejected(rejected: Sequence[RejectedFile], path: Path | None) -> str:
 
 
 def check_rejected_fraction(
-    rejected: Sequence[RejectedFile], kept: int, max_bad_sample_fraction: float, path: Path | None = None
+    rejected: Sequence[RejectedFile],
+    kept: int,
+    max_bad_sample_fraction: float,
+    path: Path | None = None,
 ) -> None:
     """Raises DataError when bad files are more than the allowed fraction of kept + bad.
 

@@ -70,7 +70,9 @@ class SampleOrder:
         self._options = options
         self._sources = _make_sources(placed, datasets, batch_size)
         self.batches_per_epoch = sum(source.batches_per_epoch for source in self._sources)
-        self.notices = tuple(note for source in self._sources for note in _batch_notices(source, batch_size))
+        self.notices = tuple(
+            note for source in self._sources for note in _batch_notices(source, batch_size)
+        )
         self._rounds: dict[tuple[int, int], ShuffledRound] = {}
         self._mixed_epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -79,10 +81,14 @@ class SampleOrder:
         epoch, slot = divmod(number, self.batches_per_epoch)
         which, nth = self._mix_datasets(epoch)
         source = self._sources[which[slot]]
-        turn, at = divmod(epoch * source.batches_per_epoch + int(nth[slot]), source.batches_per_round)
+        turn, at = divmod(
+            epoch * source.batches_per_epoch + int(nth[slot]), source.batches_per_round
+        )
         current = self._get_round(int(which[slot]), turn)
         members = slice(*current.batch_spans[at])
-        pairs = zip(current.sample_indices[members].tolist(), current.repeat_indices[members].tolist())
+        pairs = zip(
+            current.sample_indices[members].tolist(), current.repeat_indices[members].tolist()
+        )
         visits = tuple(self._make_visit(index, turn, pass_) for index, pass_ in pairs)
         return MicroBatch(number, epoch, visits)
 
@@ -97,7 +103,9 @@ class SampleOrder:
     def _mix_datasets(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """For every slot of an epoch: the source, and the how-manieth batch it gives to this epoch."""
         if self._mixed_epoch is None or self._mixed_epoch[0] != epoch:
-            rng = np.random.Generator(np.random.Philox(seed_at(self._seed, "order of datasets", epoch)))
+            rng = np.random.Generator(
+                np.random.Philox(seed_at(self._seed, "order of datasets", epoch))
+            )
             # Exponential waiting times: whichever source comes next is equally likely to be any that is left.
             uniform = self._options.data_backend_sampling == "uniform"
             times = [
@@ -120,7 +128,9 @@ class SampleOrder:
             for key in [key for key in self._rounds if key[0] == which and abs(key[1] - turn) > 1]:
                 del self._rounds[key]
             source = self._sources[which]
-            found = self._rounds[which, turn] = _shuffle_round(source, self._batch_size, self._seed, turn)
+            found = self._rounds[which, turn] = _shuffle_round(
+                source, self._batch_size, self._seed, turn
+            )
         return found
 
 
@@ -138,7 +148,9 @@ def _make_sources(
     for dataset in used:
         sizes = sorted(members[dataset.id].items())
         buckets = {size: np.array(indices, np.int32) for size, indices in sizes}
-        batches = sum(-(-len(bucket) * (dataset.repeats + 1) // batch_size) for bucket in buckets.values())
+        batches = sum(
+            -(-len(bucket) * (dataset.repeats + 1) // batch_size) for bucket in buckets.values()
+        )
         share = dataset.probability / largest
         sources.append(BatchSource(dataset, buckets, batches, max(1, round(batches * share))))
     return sources
@@ -158,7 +170,9 @@ def _shuffle_round(source: BatchSource, batch_size: int, seed: int, turn: int) -
         spans.append(np.stack([first, np.minimum(first + batch_size, end)], axis=1))
         begin = end
     order = rng.permutation(source.batches_per_round)
-    return ShuffledRound(np.concatenate(visits), np.concatenate(which_pass), np.concatenate(spans)[order])
+    return ShuffledRound(
+        np.concatenate(visits), np.concatenate(which_pass), np.concatenate(spans)[order]
+    )
 
 
 def _batch_notices(source: BatchSource, batch_size: int) -> list[str]:

@@ -64,12 +64,16 @@ def scan_datasets(
     notes: list[str] = []
     for dataset in datasets:
         named, misnamed, unread = find_image_files(dataset)
-        kinds = ", ".join(f"{count} {kind}" for kind, count in unread.most_common(MAX_SUFFIXES_LISTED))
+        kinds = ", ".join(
+            f"{count} {kind}" for kind, count in unread.most_common(MAX_SUFFIXES_LISTED)
+        )
         if not named and not misnamed:
             only = f", only {kinds}" if unread else ""
             raise DataError(f"{dataset.id}: no pictures in {dataset.instance_data_dir}{only}")
         if unread:
-            notes.append(f"{dataset.id}: {unread.total()} files are no pictures and are not read: {kinds}")
+            notes.append(
+                f"{dataset.id}: {unread.total()} files are no pictures and are not read: {kinds}"
+            )
         found += named
         rejected += misnamed
     remarks: Counter[tuple[str, str]] = Counter()
@@ -85,7 +89,9 @@ def scan_datasets(
         placed = _limit_samples(datasets, sorted(placed, key=lambda item: item.sample.id))
         rejected.sort(key=lambda item: (item.dataset, item.path))
         stage.summary = f"{len(placed)} kept, {len(rejected)} rejected"
-    notes += [f"{name}: {count} pictures {remark}" for (name, remark), count in sorted(remarks.items())]
+    notes += [
+        f"{name}: {count} pictures {remark}" for (name, remark), count in sorted(remarks.items())
+    ]
     copies = find_identical_files(item.sample.path for item in placed)
     _emit_results(datasets, placed, rejected, (*notes, *_shared_file_notices(placed)), copies, emit)
     if rejected_path is not None:
@@ -102,7 +108,9 @@ def _read_files(
     found: Sequence[ImageFile], read: Callable[[ImageFile], ReadResult], stage: StageReporter
 ) -> Iterator[ReadResult]:
     # Threads overlap the waits for the disk. Chunks, because a future per file costs more than its header.
-    chunks = [found[start : start + FILES_PER_CHUNK] for start in range(0, len(found), FILES_PER_CHUNK)]
+    chunks = [
+        found[start : start + FILES_PER_CHUNK] for start in range(0, len(found), FILES_PER_CHUNK)
+    ]
     pool = ThreadPoolExecutor(READER_THREADS, "scan")
     try:
         for results in pool.map(lambda chunk: [read(item) for item in chunk], chunks):
@@ -135,7 +143,11 @@ def _read_file(options: DataOptions, seed: int, alignment_px: int, found: ImageF
 
 
 def assign_bucket(
-    framing: geometry.ResizeCropConfig, size: geometry.ImageSize, sample_id: str, seed: int, alignment_px: int
+    framing: geometry.ResizeCropConfig,
+    size: geometry.ImageSize,
+    sample_id: str,
+    seed: int,
+    alignment_px: int,
 ) -> tuple[geometry.ImageSize, tuple[int, int], geometry.ImageSize]:
     """resize_px, crop_px and bucket_px (see Placed) of one picture. Raises BadFile: outside the limits."""
     _check_limits(framing, size)
@@ -154,8 +166,12 @@ def _check_limits(framing: geometry.ResizeCropConfig, size: tuple[int, int]) -> 
             f"and {framing.maximum_aspect_ratio:g}",
         )
     kind, least = framing.resolution_type, framing.minimum_image_size
-    if least is not None and geometry.image_extent(size, kind) < geometry.limit_in_pixels(least, kind):
-        raise UnusableFile("too_small", f"{size[0]}x{size[1]} is below minimum_image_size {least:g} ({kind})")
+    if least is not None and geometry.image_extent(size, kind) < geometry.limit_in_pixels(
+        least, kind
+    ):
+        raise UnusableFile(
+            "too_small", f"{size[0]}x{size[1]} is below minimum_image_size {least:g} ({kind})"
+        )
 
 
 def _header_notices(header: ImageHeader) -> list[str]:
@@ -167,13 +183,17 @@ def _header_notices(header: ImageHeader) -> list[str]:
     return [remark for remark, applies in holds.items() if applies]
 
 
-def _limit_samples(datasets: Sequence[DatasetConfig], placed: list[BucketedSample]) -> list[BucketedSample]:
+def _limit_samples(
+    datasets: Sequence[DatasetConfig], placed: list[BucketedSample]
+) -> list[BucketedSample]:
     """max_num_samples: the smallest draws, so that one file more changes the subset by one at most."""
     chosen: set[str] = set()
     for dataset in datasets:
         ids = [item.sample.id for item in placed if item.sample.dataset == dataset.id]
         if dataset.max_num_samples is not None:
-            ids = sorted(ids, key=lambda name: seed_at(0, "max_num_samples", name))[: dataset.max_num_samples]
+            ids = sorted(ids, key=lambda name: seed_at(0, "max_num_samples", name))[
+                : dataset.max_num_samples
+            ]
         chosen.update(ids)
     return [item for item in placed if item.sample.id in chosen]
 
@@ -198,7 +218,9 @@ def _emit_results(
         grown = sorted(pair for pair in grown if pair[0] >= ENLARGEMENT_THRESHOLD)
         if grown:
             most = f"{grown[-1][1]} {grown[-1][0]:.1f} times"
-            what = f"{dataset.id}: {len(grown)} pictures are enlarged, {most}; see minimum_image_size"
+            what = (
+                f"{dataset.id}: {len(grown)} pictures are enlarged, {most}; see minimum_image_size"
+            )
             emit(NoticeIssued(make_printable(what)))
     for note in notes:
         emit(NoticeIssued(make_printable(note)))
@@ -212,11 +234,19 @@ def _emit_results(
 def _shared_file_notices(placed: Sequence[BucketedSample]) -> list[str]:
     uses = Counter(item.sample.path for item in placed)
     shared = [path for path, count in uses.items() if count > 1]
-    return [f"{len(shared)} pictures are in more than one dataset, such as {shared[0]}"] if shared else []
+    return (
+        [f"{len(shared)} pictures are in more than one dataset, such as {shared[0]}"]
+        if shared
+        else []
+    )
 
 
 def _check_results(
-    kept: int, idle: bool, rejected: Sequence[RejectedFile], options: DataOptions, listed: Path | None
+    kept: int,
+    idle: bool,
+    rejected: Sequence[RejectedFile],
+    options: DataOptions,
+    listed: Path | None,
 ) -> None:
     speechless = [item for item in rejected if item.reason == "caption_missing"]
     if speechless:

@@ -36,7 +36,9 @@ def render_line_chart(
     if not lines:
         return ""
     x0, x1 = _axis_range([x for line in lines for x, _ in line.points], pad=0.0)
-    y0, y1 = _axis_range([y for line in lines for y in _y_values(line)] + ([0.0] if zero else []), pad=0.06)
+    y0, y1 = _axis_range(
+        [y for line in lines for y in _y_values(line)] + ([0.0] if zero else []), pad=0.06
+    )
 
     def px(x: float) -> float:
         return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
@@ -58,11 +60,11 @@ def render_line_chart(
     parts.append(f'<text class="tick" {place} text-anchor="end">{escape(x_name)}</text>')
     for line in lines:
         parts += _render_line(line, px, py)
-    keys = "".join(f'<span class="{line.style}">{escape(line.name)}</span>' for line in lines if line.name)
-    legend = f'<span class="legend">{keys}</span>' if keys else ""
-    svg = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    keys = "".join(
+        f'<span class="{line.style}">{escape(line.name)}</span>' for line in lines if line.name
     )
+    legend = f'<span class="legend">{keys}</span>' if keys else ""
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
     return f"<figure><figcaption>{escape(title)}{legend}</figcaption>{svg}</figure>"
 
 
@@ -70,7 +72,9 @@ def axis_ticks(low: float, high: float, about: int) -> list[float]:
     """Round values inside [low, high], 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
-    apart = next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= rough * 0.999)
+    apart = next(
+        factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= rough * 0.999
+    )
     first = math.ceil(low / apart - 1e-9)
     return [round(n * apart, 12) for n in range(first, math.floor(high / apart + 1e-9) + 1)]
 
@@ -88,7 +92,9 @@ def downsample_points(points: Sequence[Point], limit: int = MAX_POINTS) -> list[
     return kept
 
 
-def _render_line(line: ChartLine, px: Callable[[float], float], py: Callable[[float], float]) -> list[str]:
+def _render_line(
+    line: ChartLine, px: Callable[[float], float], py: Callable[[float], float]
+) -> list[str]:
     parts, path, pen = [], [], "M"
     for x, y in line.points if line.markers else downsample_points(line.points):
         if not math.isfinite(y):
@@ -116,7 +122,11 @@ def _render_line(line: ChartLine, px: Callable[[float], float], py: Callable[[fl
 def _y_values(line: ChartLine) -> list[float]:
     if not line.errors:
         return [y for _, y in line.points]
-    return [y + sign * e for (_, y), e in zip(line.points, line.errors, strict=False) for sign in (-1, 1)]
+    return [
+        y + sign * e
+        for (_, y), e in zip(line.points, line.errors, strict=False)
+        for sign in (-1, 1)
+    ]
 
 
 def _axis_range(values: Sequence[float], pad: float) -> Point:

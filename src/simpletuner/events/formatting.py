@@ -75,21 +75,21 @@ def describe_event(event: event_types.Event) -> str:
             return f"{event.stage}: {'' if event.total is None else f'{event.total} '}{event.unit}"
         case event_types.StageProgress():
             of = "" if event.total is None else f" of {event.total}"
-            return (
-                f"{event.stage}: {event.done}{of}, {event.rate:.1f}/s, {format_duration(event.left_s)} left"
-            )
+            return f"{event.stage}: {event.done}{of}, {event.rate:.1f}/s, {format_duration(event.left_s)} left"
         case event_types.StageCompleted():
             note = f" ({event.note})" if event.note else ""
             return f"{event.stage}: {event.done} in {format_duration(event.seconds)}{note}"
         case event_types.DatasetScanned():
-            dropped = "".join(f", {count} {reason}" for reason, count in sorted(event.rejected.items()))
-            return f"dataset {event.dataset}: {event.samples} in {len(event.buckets)} buckets{dropped}"
+            dropped = "".join(
+                f", {count} {reason}" for reason, count in sorted(event.rejected.items())
+            )
+            return (
+                f"dataset {event.dataset}: {event.samples} in {len(event.buckets)} buckets{dropped}"
+            )
         case event_types.StepCompleted():
             return f"step {event.step} of {event.total}: loss {event.loss:.4f}"
         case event_types.WeightsSaved():
-            return (
-                f"saved {event.path} ({format_bytes(event.size_bytes)} in {format_duration(event.seconds)})"
-            )
+            return f"saved {event.path} ({format_bytes(event.size_bytes)} in {format_duration(event.seconds)})"
         case event_types.RunResumed():
             return f"going on from {event.path} at step {event.step}"
         case event_types.CheckpointSetAside():

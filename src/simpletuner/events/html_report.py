@@ -43,9 +43,16 @@ def write_report(run_dir: Path, defaults: Mapping[str, Any] | None = None) -> Pa
     title = f"{run_dir.resolve().name} · simpletuner"
     style = Path(__file__).with_name("report.css").read_text("utf-8")
     body = "".join(
-        [_render_header(run_dir, history), _render_training(history), _render_held_out(history), _render_scores(history),
-         _render_images(run_dir, history), _render_warnings(history), _render_settings(run_dir, defaults)]
-    )  # fmt: skip
+        [
+            _render_header(run_dir, history),
+            _render_training(history),
+            _render_held_out(history),
+            _render_scores(history),
+            _render_images(run_dir, history),
+            _render_warnings(history),
+            _render_settings(run_dir, defaults),
+        ]
+    )
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_escape_text(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">'
@@ -67,18 +74,25 @@ def _render_header(run_dir: Path, history: RunHistory) -> str:
         smooth = SmoothedMean()
         loss = [smooth(step.loss) for step in steps][-1]
         pace = sum(step.seconds for step in steps) / len(steps)
-        facts = [("step", f"{steps[-1].step} of {steps[-1].total}"), ("smoothed loss", f"{loss:.4f}"),
-                 ("per step", format_duration(pace)), ("time in steps", format_duration(pace * len(steps)))]  # fmt: skip
+        facts = [
+            ("step", f"{steps[-1].step} of {steps[-1].total}"),
+            ("smoothed loss", f"{loss:.4f}"),
+            ("per step", format_duration(pace)),
+            ("time in steps", format_duration(pace * len(steps))),
+        ]
         memory = [step.memory_gib for step in steps if step.memory_gib is not None]
         facts += [("peak memory", f"{max(memory):.1f} GiB")] if memory else []
     held_out = [event for event in history.evaluations.values() if event.best and event.step > 0]
     if held_out:
         best = max(held_out, key=lambda event: event.step)
         facts.append(("best held-out", f"{best.change:+.4f} ± {best.change_se:.4f} at {best.step}"))
-    status = "no end recorded yet" if history.end_event is None else describe_event(history.end_event)
+    status = (
+        "no end recorded yet" if history.end_event is None else describe_event(history.end_event)
+    )
     style = "failed" if isinstance(history.end_event, RunFailed) else "soft"
     items = "".join(
-        f'<li><span class="soft">{name}</span><b>{_escape_text(text)}</b></li>' for name, text in facts
+        f'<li><span class="soft">{name}</span><b>{_escape_text(text)}</b></li>'
+        for name, text in facts
     )
     return (
         f"<header><h1>{_escape_text(run_dir.resolve().name)}</h1><p>{_escape_text(line)}</p>"
@@ -94,16 +108,22 @@ def _render_training(history: RunHistory) -> str:
     charts = [
         render_line_chart(
             "Loss",
-            [ChartLine(raw, "each step", "raw"), ChartLine([(x, smooth(y)) for x, y in raw], "smoothed")],
+            [
+                ChartLine(raw, "each step", "raw"),
+                ChartLine([(x, smooth(y)) for x, y in raw], "smoothed"),
+            ],
         ),
         render_line_chart(
             "Learning rate", [ChartLine([(float(step.step), step.learning_rate) for step in steps])]
         ),
         render_line_chart(
-            "Gradient norm", [ChartLine([(float(step.step), step.grad_norm) for step in steps], "", "second")]
+            "Gradient norm",
+            [ChartLine([(float(step.step), step.grad_norm) for step in steps], "", "second")],
         ),
     ]
-    return _render_section("Training", f'<div class="charts three">{"".join(charts)}</div>' if steps else "")
+    return _render_section(
+        "Training", f'<div class="charts three">{"".join(charts)}</div>' if steps else ""
+    )
 
 
 def _render_held_out(history: RunHistory) -> str:
@@ -117,7 +137,11 @@ def _render_held_out(history: RunHistory) -> str:
         at = [float(event.step) for event in events]
         losses.append(
             ChartLine(
-                list(zip(at, [e.loss for e in events])), name, style, markers=True, highlighted_index=best
+                list(zip(at, [e.loss for e in events])),
+                name,
+                style,
+                markers=True,
+                highlighted_index=best,
             )
         )
         points = list(zip(at, [event.change for event in events]))
@@ -126,12 +150,17 @@ def _render_held_out(history: RunHistory) -> str:
         shown = sorted({0, len(events) - 1 if best is None else best, len(events) - 1})
         curves = [
             ChartLine(
-                events[index].by_sigma, f"step {events[index].step}", SERIES_STYLES[place], markers=True
+                events[index].by_sigma,
+                f"step {events[index].step}",
+                SERIES_STYLES[place],
+                markers=True,
             )
             for place, index in enumerate(shown)
         ]
         by_sigma.append(
-            render_line_chart(f"Loss by noise level: {name}", curves, x_name="sigma (1 is pure noise)")
+            render_line_chart(
+                f"Loss by noise level: {name}", curves, x_name="sigma (1 is pure noise)"
+            )
         )
     charts = [
         render_line_chart("Held-out loss", losses),
@@ -168,7 +197,9 @@ def _render_images(run_dir: Path, history: RunHistory) -> str:
             rows.setdefault((prompt, width, height, seed, kind), {})[step] = event
     steps = sorted({step for row in rows.values() for step in row})
     shown = pick_evenly(steps, MAX_COLUMNS)
-    bases = {step for row in rows.values() for step, event in row.items() if event.weights == "base"}
+    bases = {
+        step for row in rows.values() for step, event in row.items() if event.weights == "base"
+    }
     heads = "".join(f'<th scope="col">{_step_heading(step, step in bases)}</th>' for step in shown)
     lines = []
     order = {"trained": 0, "ema": 1}  # then the weaker LoRAs
@@ -179,14 +210,17 @@ def _render_images(run_dir: Path, history: RunHistory) -> str:
         which = {"trained": "", "ema": " · EMA"}.get(kind, f" · {kind}")
         about = f'<span class="soft">{width} x {height} · seed {seed}{_escape_text(which)}</span>'
         cells = "".join(
-            f"<td>{_render_thumbnail(run_dir, row[step]) if step in row else ''}</td>" for step in shown
+            f"<td>{_render_thumbnail(run_dir, row[step]) if step in row else ''}</td>"
+            for step in shown
         )
         lines.append(
             f'<tr><th scope="row">{_escape_text(event.prompt) or "(empty prompt)"}<br>{about}</th>{cells}</tr>'
         )
     start = f'<div class="scroll"><table class="pictures" style="--columns: {len(shown)}">'
     table = f"{start}<tr><th></th>{heads}</tr>{''.join(lines)}</table></div>"
-    note = f'<p class="soft">{len(shown)} of {len(steps)} steps</p>' if len(shown) < len(steps) else ""
+    note = (
+        f'<p class="soft">{len(shown)} of {len(steps)} steps</p>' if len(shown) < len(steps) else ""
+    )
     return _render_section("Pictures", note + table if rows else "")
 
 
@@ -212,7 +246,9 @@ def _render_thumbnail(run_dir: Path, event: ImageSaved) -> str:
 def _render_warnings(history: RunHistory) -> str:
     rows = [(_format_time(t), describe_event(event)) for t, event in history.warnings]
     if history.resume_steps:
-        rows.append(("", f"went on from a checkpoint at step {', '.join(map(str, history.resume_steps))}"))
+        rows.append(
+            ("", f"went on from a checkpoint at step {', '.join(map(str, history.resume_steps))}")
+        )
     return _render_section("Warnings and restarts", _render_table(("when", "what"), rows))
 
 

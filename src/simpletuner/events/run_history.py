@@ -27,7 +27,10 @@ class RunHistory:
     images: dict[tuple[ImageKey, int], event_types.ImageSaved] = field(default_factory=dict)
     saved_weights: dict[str, event_types.WeightsSaved] = field(default_factory=dict)
     warnings: list[
-        tuple[float, event_types.WarningIssued | event_types.RunFailed | event_types.CheckpointSetAside]
+        tuple[
+            float,
+            event_types.WarningIssued | event_types.RunFailed | event_types.CheckpointSetAside,
+        ]
     ] = field(default_factory=list)
     resume_steps: list[int] = field(default_factory=list)
     end_event: event_types.RunFinished | event_types.RunFailed | None = None
@@ -56,14 +59,20 @@ class RunHistory:
                 self.saved_weights[event.path] = event
             case event_types.RunFinished():
                 self.end_event = event
-            case event_types.WarningIssued() | event_types.RunFailed() | event_types.CheckpointSetAside():
+            case (
+                event_types.WarningIssued()
+                | event_types.RunFailed()
+                | event_types.CheckpointSetAside()
+            ):
                 self.warnings.append((record.unix_time, event))
                 if isinstance(event, event_types.RunFailed):
                     self.end_event = event
 
     def _drop_after(self, step: int) -> None:
         self.steps = {at: event for at, event in self.steps.items() if at <= step}
-        self.evaluations = {key: event for key, event in self.evaluations.items() if event.step <= step}
+        self.evaluations = {
+            key: event for key, event in self.evaluations.items() if event.step <= step
+        }
         self.scores = {key: event for key, event in self.scores.items() if event.step <= step}
         self.images = {key: event for key, event in self.images.items() if event.step <= step}
 

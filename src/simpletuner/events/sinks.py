@@ -35,7 +35,11 @@ def event_level(event: Event) -> int:
     """How much an event matters to a person; the keys of LEVELS are what log_level offers."""
     if isinstance(event, (WarningIssued, RunFailed, CheckpointSetAside)):
         return LOG_LEVELS["warning"]
-    return LOG_LEVELS["debug"] if isinstance(event, (StageProgress, StepCompleted)) else LOG_LEVELS["info"]
+    return (
+        LOG_LEVELS["debug"]
+        if isinstance(event, (StageProgress, StepCompleted))
+        else LOG_LEVELS["info"]
+    )
 
 
 def null_emit(event: Event) -> None:
@@ -52,7 +56,9 @@ def fan_out(sinks: Sequence[Sink]) -> Emit:
 
     def emit(event: Event) -> None:
         with lock:
-            failed = [(sink, why) for sink in listening if (why := call_and_catch(partial(sink, event)))]
+            failed = [
+                (sink, why) for sink in listening if (why := call_and_catch(partial(sink, event)))
+            ]
             for sink, _ in failed:
                 listening.remove(sink)
             for sink, why in failed:

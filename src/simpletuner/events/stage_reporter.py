@@ -38,11 +38,20 @@ class StageReporter:
                 self._last_emitted = now
         if due:
             rate = self.done / max(now - self._started, 1e-9)
-            left_s = (self._total - self.done) / rate if self._total is not None and rate > 0 else None
+            left_s = (
+                (self._total - self.done) / rate if self._total is not None and rate > 0 else None
+            )
             self._emit(StageProgress(self._name, self.done, self._total, rate, left_s))
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
-            self._emit(StageCompleted(self._name, self.done, time.monotonic() - self._started, self.summary))
+            self._emit(
+                StageCompleted(
+                    self._name, self.done, time.monotonic() - self._started, self.summary
+                )
+            )

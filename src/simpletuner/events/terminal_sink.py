@@ -37,9 +37,14 @@ class TerminalSink:
         self._loss, self._seconds = SmoothedMean(), SmoothedMean()
         self._live: Progress | None = None
         if self._console.is_terminal and self._level <= LOG_LEVELS["info"]:
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
-                       TextColumn("{task.fields[text]}", markup=False))  # fmt: skip
-            self._live = Progress(*columns, console=self._console, transient=True, refresh_per_second=4)
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[text]}", markup=False),
+            )
+            self._live = Progress(
+                *columns, console=self._console, transient=True, refresh_per_second=4
+            )
 
     def __call__(self, event: event_types.Event) -> None:
         match event:
@@ -62,7 +67,9 @@ class TerminalSink:
             case event_types.ImageSaved() if self._level > LOG_LEVELS["debug"]:
                 pass  # the contact sheet is told instead
             case _:
-                if isinstance(event, event_types.RunStarted):  # another run in the same process: a fresh mean
+                if isinstance(
+                    event, event_types.RunStarted
+                ):  # another run in the same process: a fresh mean
                     self._loss, self._seconds = SmoothedMean(), SmoothedMean()
                 if isinstance(event, (event_types.RunFinished, event_types.RunFailed)):
                     self.close()
@@ -75,8 +82,12 @@ class TerminalSink:
 
     def _print_event(self, event: event_types.Event) -> None:
         level = event_level(event)
-        if level >= self._level and (self._failures or not isinstance(event, event_types.RunFailed)):
-            style = "red" if isinstance(event, event_types.RunFailed) else LEVEL_STYLES.get(level, "")
+        if level >= self._level and (
+            self._failures or not isinstance(event, event_types.RunFailed)
+        ):
+            style = (
+                "red" if isinstance(event, event_types.RunFailed) else LEVEL_STYLES.get(level, "")
+            )
             prefix = (
                 "warning: "
                 if level == LOG_LEVELS["warning"] and not isinstance(event, event_types.RunFailed)
@@ -116,9 +127,13 @@ class TerminalSink:
 
     def _step_text(self, event: event_types.StepCompleted) -> str:
         loss, seconds = self._loss(event.loss), self._seconds(event.seconds)
-        parts = [f"{event.step}/{event.total}", f"loss {loss:.4f}", f"lr {event.learning_rate:.3g}",
-                 format_rate(1 / seconds if seconds > 0 else 0.0, "it"),
-                 f"{format_duration(seconds * (event.total - event.step))} left"]  # fmt: skip
+        parts = [
+            f"{event.step}/{event.total}",
+            f"loss {loss:.4f}",
+            f"lr {event.learning_rate:.3g}",
+            format_rate(1 / seconds if seconds > 0 else 0.0, "it"),
+            f"{format_duration(seconds * (event.total - event.step))} left",
+        ]
         if event.memory_gib is not None:
             parts.append(f"{event.memory_gib:.1f} GiB")
         return " · ".join(parts)

@@ -23,7 +23,14 @@ from simpletuner.events.sinks import LOG_LEVELS, event_level
 MAX_FAILURES = 5  # failures in a row
 DISCORD_MAX_CHARS = 2000  # characters of a message
 TEXT_FIELDS = ("message_prefix", "auth_token")
-WEBHOOK_FIELDS = {"webhook_type", "webhook_url", "callback_url", *TEXT_FIELDS, "ssl_no_verify", "log_level"}
+WEBHOOK_FIELDS = {
+    "webhook_type",
+    "webhook_url",
+    "callback_url",
+    *TEXT_FIELDS,
+    "ssl_no_verify",
+    "log_level",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,9 @@ class WebhookConfig:
         return urllib.parse.urlsplit(self.url).hostname or ""
 
 
-def parse_webhook_config(config: object, where: str = "webhook_config") -> tuple[WebhookConfig, ...]:
+def parse_webhook_config(
+    config: object, where: str = "webhook_config"
+) -> tuple[WebhookConfig, ...]:
     """An object, a list of them, or the path of a JSON file with either. ConfigError with every problem."""
     if isinstance(config, (str, Path)):
         where = str(config)
@@ -68,7 +77,9 @@ def _find_problems(item: object) -> list[str]:
     if not isinstance(item, dict):
         return ["must be an object with webhook_type and webhook_url"]
     unknown = sorted(item.keys() - WEBHOOK_FIELDS)
-    found = [f"{name}: unknown; allowed are {', '.join(sorted(WEBHOOK_FIELDS))}" for name in unknown]
+    found = [
+        f"{name}: unknown; allowed are {', '.join(sorted(WEBHOOK_FIELDS))}" for name in unknown
+    ]
     if item.get("webhook_type") not in ("raw", "discord"):
         found.append(f"webhook_type = {item.get('webhook_type')!r}; allowed are raw, discord")
     url = item.get("callback_url") or item.get("webhook_url")
@@ -104,12 +115,16 @@ class WebhookSink:
         self._config, self._timeout_s = hook, timeout_s
         self._queue: queue.Queue[bytes | None] = queue.Queue(limit)
         self._failures, self._reason = 0, ""
-        self._thread = threading.Thread(target=self._send_queued, name=f"webhook {hook.host}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._send_queued, name=f"webhook {hook.host}", daemon=True
+        )
         self._thread.start()
 
     def __call__(self, event: Event) -> None:
         if self._failures >= MAX_FAILURES:
-            raise ConnectionError(f"{self._config.host}: {self._reason}, {MAX_FAILURES} times in a row")
+            raise ConnectionError(
+                f"{self._config.host}: {self._reason}, {MAX_FAILURES} times in a row"
+            )
         if event_level(event) < self._config.level:
             return
         self._enqueue(json.dumps(build_payload(self._config, event, time.time())).encode())

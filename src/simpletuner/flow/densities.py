@@ -29,7 +29,9 @@ def sample_sigmas(
     """
     values = custom_sigmas(options)
     if values and options.flow_timesteps_mode == "round-robin":
-        return torch.tensor([values[(step * count + index) % len(values)] for index in range(count)])
+        return torch.tensor(
+            [values[(step * count + index) % len(values)] for index in range(count)]
+        )
     generator = torch.Generator().manual_seed(seed_at(seed, "sigma", step))
     u = torch.rand(count, generator=generator, dtype=torch.float64)
     if options.stratified_sigmas:
@@ -39,7 +41,8 @@ def sample_sigmas(
 
 def quantile_function(options: FlowOptions, image_tokens: int | None = None) -> QuantileFunction:
     """The density that the options describe: u in (0, 1) to sigma in [0, 1], float64, never decreasing
-    (the literal remap jumps over one half). A shift is applied before any remap."""
+    (the literal remap jumps over one half). A shift is applied before any remap.
+    """
     values = custom_sigmas(options) or (FAST_SCHEDULE_SIGMAS if options.flux_fast_schedule else ())
     if values:
         return discrete_quantile(values)
@@ -84,7 +87,8 @@ def parabola(options: FlowOptions) -> QuantileFunction:
 
 def beta(options: FlowOptions) -> QuantileFunction:
     """Beta(a, b) by a table of its distribution over z = logit(x), where the density x^a (1 - x)^b is
-    smooth and bounded for every a, b > 0."""
+    smooth and bounded for every a, b > 0.
+    """
     a, b = options.flow_beta_schedule_alpha, options.flow_beta_schedule_beta
     z = torch.linspace(-40 / min(a, 1.0), 40 / min(b, 1.0), BETA_TABLE_POINTS, dtype=torch.float64)
     log_density = a * torch.nn.functional.logsigmoid(z) + b * torch.nn.functional.logsigmoid(-z)

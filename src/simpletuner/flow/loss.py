@@ -10,7 +10,9 @@ from torch import Tensor
 from simpletuner.config.schema import FlowOptions
 
 
-def loss_per_sample(prediction: Tensor, target: Tensor, sigma: Tensor, options: FlowOptions) -> Tensor:
+def loss_per_sample(
+    prediction: Tensor, target: Tensor, sigma: Tensor, options: FlowOptions
+) -> Tensor:
     """(B,) float32: the mean over everything but the batch. prediction, target: (B, ...). sigma: (B,)."""
     difference = prediction.float() - target.float()
     if options.loss_type == "l2":

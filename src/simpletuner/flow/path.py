@@ -18,5 +18,5 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """d x_sigma / d sigma, the same everywhere on the path: noise - latents."""
+    """D x_sigma / d sigma, the same everywhere on the path: noise - latents."""
     return noise - latents

@@ -10,7 +10,7 @@ from simpletuner.config.schema import FlowOptions
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """s x / (1 + (s - 1) x), eq. 23 of Esser et al. 2024; s = 1 changes nothing."""
+    """S x / (1 + (s - 1) x), eq. 23 of Esser et al. 2024; s = 1 changes nothing."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 

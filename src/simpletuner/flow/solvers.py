@@ -10,12 +10,14 @@ from torch import Tensor
 
 
 def sigma_grid(steps: int) -> list[float]:
-    """steps + 1 noise levels from 1 to 0, evenly spaced."""
+    """Steps + 1 noise levels from 1 to 0, evenly spaced."""
     return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
 
 
 @torch.no_grad()
-def solve_euler(velocity: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: Sequence[float]) -> Tensor:
+def solve_euler(
+    velocity: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: Sequence[float]
+) -> Tensor:
     """Straight steps: x += (sigma_next - sigma) * velocity(x, sigma).
 
     x: (B, C, H, W) float32, noise at sigmas[0].

@@ -78,9 +78,13 @@ def compile_blocks(blocks: Sequence[nn.Module], options: ModelOptions) -> None:
 
 
 def place_blocks(
-    network: nn.Module, blocks: Sequence[nn.Module], memory: BlockMemoryPolicy, device: torch.device | None,
-    former: BlockExecutor, stay: Iterable[nn.Module] = (),
-) -> BlockExecutor:  # fmt: skip
+    network: nn.Module,
+    blocks: Sequence[nn.Module],
+    memory: BlockMemoryPolicy,
+    device: torch.device | None,
+    former: BlockExecutor,
+    stay: Iterable[nn.Module] = (),
+) -> BlockExecutor:
     """The runner of a BlockMemory, and every tensor where it wants it; parameters keep their identity.
 
     stay: modules for the CPU. device: of all else, None to move nothing. ConfigError where its memory is the
@@ -93,9 +97,15 @@ def place_blocks(
         memory.swapped_block_numbers(len(blocks)),
     )
     lane = create_transfer_engine(device) if fetched or memory.offload_activations else None
-    swap = BlockSwap({number: blocks[number] for number in fetched}, lane) if fetched and lane else None
+    swap = (
+        BlockSwap({number: blocks[number] for number in fetched}, lane)
+        if fetched and lane
+        else None
+    )
     if device is not None:
-        _move_tensors(network, device, {id(part) for module in stay for part in module.modules()}, swap)
+        _move_tensors(
+            network, device, {id(part) for module in stay for part in module.modules()}, swap
+        )
     if lane and memory.offload_activations:
         return BlockExecutor(frozenset(recomputed), swap, lane.offload_saved_tensors)
     return BlockExecutor(frozenset(recomputed), swap)

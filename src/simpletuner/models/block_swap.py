@@ -59,7 +59,11 @@ class _CudaBuffer(DeviceBuffer):
 
     def __init__(self, size: int, device: torch.device, stream: torch.cuda.Stream) -> None:
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self._stream, self._copy_done, self._compute_done = stream, torch.cuda.Event(), torch.cuda.Event()
+        self._stream, self._copy_done, self._compute_done = (
+            stream,
+            torch.cuda.Event(),
+            torch.cuda.Event(),
+        )
         self.record_last_use()  # the allocator may hand out memory that earlier kernels still use
 
     def start_copy(self, parcel: Tensor) -> None:
@@ -80,12 +84,17 @@ class CudaTransferEngine(TransferEngine):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._to_device_stream, self._to_host_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._to_device_stream, self._to_host_stream = (
+            torch.cuda.Stream(device),
+            torch.cuda.Stream(device),
+        )
 
     def pin_memory(self, parcel: Tensor) -> Tensor:
         try:
             return parcel.pin_memory()
-        except RuntimeError:  # the system has a limit for such memory; copies from any other are only slower
+        except (
+            RuntimeError
+        ):  # the system has a limit for such memory; copies from any other are only slower
             return parcel
 
     def allocate_buffer(self, size: int) -> DeviceBuffer:
@@ -95,7 +104,9 @@ class CudaTransferEngine(TransferEngine):
         return torch.autograd.graph.saved_tensors_hooks(self._pack_to_host, self._unpack_to_device)
 
     def _pack_to_host(self, tensor: Tensor) -> Tensor:
-        if tensor.device.type == "cpu":  # older checkpoints keep an empty tensor there beside the inputs
+        if (
+            tensor.device.type == "cpu"
+        ):  # older checkpoints keep an empty tensor there beside the inputs
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._to_host_stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -145,7 +156,9 @@ class _PinnedBlock:
 
     @classmethod
     def pack(cls, block: nn.Module, lane: TransferEngine) -> _PinnedBlock:
-        frozen = [tensor for tensor in (*block.parameters(), *block.buffers()) if not tensor.requires_grad]
+        frozen = [
+            tensor for tensor in (*block.parameters(), *block.buffers()) if not tensor.requires_grad
+        ]
         for tensor in frozen:
             if type(tensor) not in (Tensor, nn.Parameter) or type(tensor.data) is not Tensor:
                 raise ConfigError(
@@ -195,7 +208,8 @@ class BlockSwap:
         size = max(len(parcel.host_bytes) for parcel in self._pinned_blocks.values())
         # The one used last is the last of the list.
         self._leases = [
-            _BufferLease(lane.allocate_buffer(size)) for _ in range(min(DEVICE_BUFFERS, len(blocks)))
+            _BufferLease(lane.allocate_buffer(size))
+            for _ in range(min(DEVICE_BUFFERS, len(blocks)))
         ]
 
     def __contains__(self, number: int) -> bool:

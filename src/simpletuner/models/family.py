@@ -23,7 +23,8 @@ from simpletuner.events.sinks import null_emit
 @dataclass(frozen=True)
 class ArchitectureConstants:
     """Constants of an architecture as loaded. alignment_px: bucket sides are multiples of it.
-    token_px: side of the square of pixels that is one image token."""
+    token_px: side of the square of pixels that is one image token.
+    """
 
     latent_channels: int
     stride_px: int
@@ -80,7 +81,9 @@ class BlockMemoryPolicy:
                 f"musubi_blocks_to_swap asks for {self.swapped} of {blocks} blocks, and"
                 f" {len(among)} are recomputed; blocks that are swapped must be (gradient_checkpointing)"
             )
-        return tuple(among[(2 * n + 1) * len(among) // (2 * self.swapped)] for n in range(self.swapped))
+        return tuple(
+            among[(2 * n + 1) * len(among) // (2 * self.swapped)] for n in range(self.swapped)
+        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,8 @@ class Vae(ABC):
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H * stride, W * stride) in [-1, 1] -> raw (B, 2C, H, W) in the VAE's dtype on the CPU:
-        mean, then log variance."""
+        mean, then log variance.
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -167,7 +171,11 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def write_quantized_files(
-        self, source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit = null_emit
+        self,
+        source: ModelFiles,
+        options: ModelOptions,
+        device: torch.device,
+        emit: Emit = null_emit,
     ) -> list[Path]:
         """Convert ahead of time what the options want quantised: the files in the cache, if any.
 
@@ -176,7 +184,11 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def load_text_encoder(
-        self, source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit = null_emit
+        self,
+        source: ModelFiles,
+        options: ModelOptions,
+        device: torch.device,
+        emit: Emit = null_emit,
     ) -> TextEncoder:
         """In text_encoder_1_precision, converted first where it never was; emit hears of that."""
 

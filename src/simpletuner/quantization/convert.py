@@ -32,10 +32,19 @@ MIB = 2**20
 WEIGHTS_PER_CHUNK = 2 * MIB  # the arithmetic takes about 20 bytes for each
 SYNC_INTERVAL_BYTES = 32 * MIB  # a kill costs at most so much work again
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -177,12 +186,18 @@ def _assign_offsets(
     for name in order:
         shape, dtype = shapes[name]
         starts[name], size = at, torch.Size(shape).numel() * dtype.itemsize
-        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [at, at + size]}
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": shape,
+            "data_offsets": [at, at + size],
+        }
         at += size
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
-    placed = {name: StoredTensor(target, *shapes[name], len(header) + starts[name]) for name in order}
+    placed = {
+        name: StoredTensor(target, *shapes[name], len(header) + starts[name]) for name in order
+    }
     return placed, header, len(header) + at
 
 
@@ -207,11 +222,16 @@ def _iter_writes(
             count = min(at_once, rows - first)
             weight = stored.read_rows(file, first, count)
             if scheme is None:
-                yield placed[name].offset + first * columns * stored.dtype.itemsize, _as_bytes(weight)
+                yield (
+                    placed[name].offset + first * columns * stored.dtype.itemsize,
+                    _as_bytes(weight),
+                )
                 continue
             one, two = scheme.buffer_shapes(1, columns), scheme.buffer_shapes(2, columns)
             for part, tensor in scheme.quantize(weight.to(device)).items():
-                each = tensor.nbytes // count if one[part] != two[part] else 0  # 0: the same for all rows
+                each = (
+                    tensor.nbytes // count if one[part] != two[part] else 0
+                )  # 0: the same for all rows
                 yield placed[buffer_name(name, part)].offset + first * each, _as_bytes(tensor)
 
 
@@ -288,5 +308,7 @@ def _fsync(file: BinaryIO) -> None:
 
 def _to_disk_full(error: OSError, file: BinaryIO) -> DiskFull | OSError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull(f"the disk is full at {file.name}; free some, and the same command goes on there")
+        return DiskFull(
+            f"the disk is full at {file.name}; free some, and the same command goes on there"
+        )
     return error

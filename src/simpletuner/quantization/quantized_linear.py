@@ -43,7 +43,9 @@ class _QuantizedLinearFunction(torch.autograd.Function):
 
 def _dequantize(scheme: str, columns: int, dtype: torch.dtype, *parts: Tensor) -> Tensor:
     table = SCHEMES[scheme]
-    return table.dequantize(dict(zip(table.buffer_shapes(1, columns), parts, strict=True)), columns, dtype)
+    return table.dequantize(
+        dict(zip(table.buffer_shapes(1, columns), parts, strict=True)), columns, dtype
+    )
 
 
 class QuantizedLinear(nn.Linear):
@@ -70,16 +72,22 @@ class QuantizedLinear(nn.Linear):
         for name, (shape, kind) in self.buffer_shapes().items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
         value = torch.empty(out_features, dtype=dtype, device=device) if bias else None
-        self.register_parameter("bias", None if value is None else nn.Parameter(value, requires_grad=False))
+        self.register_parameter(
+            "bias", None if value is None else nn.Parameter(value, requires_grad=False)
+        )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, scheme: str) -> QuantizedLinear:
         """The same linear quantised, where it lies; on the meta device only its shapes."""
         weight, bias = linear.weight.detach(), linear.bias
         made = cls(
-            linear.in_features, linear.out_features, scheme,
-            bias=bias is not None, dtype=weight.dtype, device=weight.device,
-        )  # fmt: skip
+            linear.in_features,
+            linear.out_features,
+            scheme,
+            bias=bias is not None,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
         if not weight.is_meta:
             for name, part in get_scheme(scheme).quantize(weight).items():
                 made._buffers[name] = part
@@ -132,7 +140,10 @@ class QuantizedLinear(nn.Linear):
 
 
 def quantize_modules(
-    network: nn.Module, names: Iterable[str], scheme: str, kind: type[QuantizedLinear] = QuantizedLinear
+    network: nn.Module,
+    names: Iterable[str],
+    scheme: str,
+    kind: type[QuantizedLinear] = QuantizedLinear,
 ) -> None:
     """Replace these linears of a network in place, one after the other."""
     for name in names:

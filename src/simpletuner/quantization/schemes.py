@@ -20,14 +20,28 @@ from simpletuner.errors import ConfigError
 
 GROUP_SIZE = 64
 FP8_MAX = 448.0
-NF4_CHUNK_CODES = 5 * 2**20  # NF4 codes (a 3072 x 3072 matrix) that are int32 at a time, for the table
+NF4_CHUNK_CODES = (
+    5 * 2**20
+)  # NF4 codes (a 3072 x 3072 matrix) that are int32 at a time, for the table
 # QLoRA, appendix E (arXiv 2305.14314): quantiles of the normal distribution, 0 among them.
 NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
     1.0,
-)  # fmt: skip
+)
 
 QuantizedBuffers = Mapping[str, Tensor]
 BufferShapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -117,18 +131,27 @@ def _pack_nibbles(codes: Tensor) -> Tensor:
 
 
 def _quantize_int4(weight: Tensor) -> dict[str, Tensor]:
-    """weight = (code + offset) * scale. offset in steps of 1/16, so that code + offset is exact."""
+    """Weight = (code + offset) * scale. offset in steps of 1/16, so that code + offset is exact."""
     groups = _to_groups(weight)
-    low, high = groups.amin(2, keepdim=True).clamp_(max=0), groups.amax(2, keepdim=True).clamp_(min=0)
+    low, high = (
+        groups.amin(2, keepdim=True).clamp_(max=0),
+        groups.amax(2, keepdim=True).clamp_(min=0),
+    )
     scale = _round_up_scale(high - low, 15)
     offset = _divide_by_scale(low, scale).mul_(16).round_().div_(16)
     codes = _divide_by_scale(groups, scale).sub_(offset).round_().clamp_(0, 15)
-    return {"codes": _pack_nibbles(codes), "scale": scale.squeeze(2), "offset": offset.bfloat16().squeeze(2)}
+    return {
+        "codes": _pack_nibbles(codes),
+        "scale": scale.squeeze(2),
+        "offset": offset.bfloat16().squeeze(2),
+    }
 
 
 def _dequantize_int4(parts: QuantizedBuffers, columns: int, dtype: torch.dtype) -> Tensor:
     codes, work = parts["codes"], _compute_dtype(dtype)
-    both = torch.stack((codes >> 4, codes & 15), -1).view(*parts["scale"].shape, GROUP_SIZE).to(work)
+    both = (
+        torch.stack((codes >> 4, codes & 15), -1).view(*parts["scale"].shape, GROUP_SIZE).to(work)
+    )
     both.add_(parts["offset"].to(work)[..., None]).mul_(parts["scale"].to(work)[..., None])
     return both.flatten(1)[:, :columns].to(dtype)
 
@@ -144,13 +167,14 @@ def _int4_shapes(rows: int, columns: int) -> BufferShapes:
 
 def _nf4_level_pairs() -> Tensor:
     """(256, 2): the two levels that a byte stands for. A part of its own, since a table made at each use
-    would be copied to the device each time."""
+    would be copied to the device each time.
+    """
     levels = torch.tensor(NF4_LEVELS, device="cpu")
     return torch.cartesian_prod(levels, levels).bfloat16()
 
 
 def _quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
-    """absmax is exact for bfloat16 weights, which Chroma's are; of float32 ones it is rounded after use."""
+    """Absmax is exact for bfloat16 weights, which Chroma's are; of float32 ones it is rounded after use."""
     groups = _to_groups(weight)
     absmax = groups.abs().amax(2, keepdim=True)
     levels = torch.tensor(NF4_LEVELS, device=groups.device)

@@ -44,7 +44,9 @@ def error_body(complaints: Sequence[ErrorDetail]) -> dict[str, Any]:
 def to_error_response(_: Request, error: Exception) -> JSONResponse:
     """What is told of each kind of failure; of an unexpected one only where its traceback is."""
     status, headers = 500, None
-    complaints: Sequence[ErrorDetail] = [_general_error("the server failed at this; its terminal says why")]
+    complaints: Sequence[ErrorDetail] = [
+        _general_error("the server failed at this; its terminal says why")
+    ]
     match error:
         case ApiError():
             status, complaints = error.status, error.details
@@ -53,7 +55,8 @@ def to_error_response(_: Request, error: Exception) -> JSONResponse:
         case ConfigError():
             status = 422
             complaints = [
-                ErrorDetail(loc="", message=one.message, where=one.location) for one in error.problems
+                ErrorDetail(loc="", message=one.message, where=one.location)
+                for one in error.problems
             ]
         case SimpleTunerError():
             status, complaints = 409, [_general_error(str(error))]
@@ -63,7 +66,8 @@ def to_error_response(_: Request, error: Exception) -> JSONResponse:
         case RequestValidationError():  # without "body", "path" or "query", and without the value itself
             status, found = 422, error.errors()
             complaints = [
-                ErrorDetail(loc=".".join(map(str, one["loc"][1:])), message=one["msg"]) for one in found
+                ErrorDetail(loc=".".join(map(str, one["loc"][1:])), message=one["msg"])
+                for one in found
             ]
         case HTTPException():
             status, headers, complaints = (

@@ -11,7 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from simpletuner.config import constraints
-from simpletuner.config.load import ConfigLoadResult, LoadedConfig, resolved_options, try_load_mapping
+from simpletuner.config.load import (
+    ConfigLoadResult,
+    LoadedConfig,
+    resolved_options,
+    try_load_mapping,
+)
 from simpletuner.config.option_catalog import all_options, option_aliases
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset_file import try_read_datasets
@@ -35,7 +40,9 @@ def validate_config(
     if loaded is None:
         return ConfigValidationResult(problems=[*complaints, *found], notes=notes, changed={})
     return ConfigValidationResult(
-        problems=[*complaints, *found], notes=[*loaded.notices, *notes], changed=changed_options(loaded)
+        problems=[*complaints, *found],
+        notes=[*loaded.notices, *notes],
+        changed=changed_options(loaded),
     )
 
 
@@ -92,7 +99,9 @@ def _forbidden_options(place: Workspace, config: Mapping[str, Any]) -> Iterator[
         if name in NOT_SETTABLE and value not in (None, ""):
             yield ErrorDetail(loc=name, message=f"cannot be set here: it {NOT_SETTABLE[name]}")
         elif has_env_placeholder({written: value}):
-            yield ErrorDetail(loc=name, message="{env:NAME} is not read here; write the value itself")
+            yield ErrorDetail(
+                loc=name, message="{env:NAME} is not read here; write the value itself"
+            )
         elif option is not None and option.path and isinstance(value, (int, float)):
             yield ErrorDetail(loc=name, message="must be text")  # the reader would make it a path
         elif option is not None and option.path and isinstance(value, str) and value.strip():
@@ -116,7 +125,9 @@ def _validate_datasets(
         copy = dict(entry)
         for key, value in entry.items():
             if has_env_placeholder({key: value}):
-                found.append(ErrorDetail(loc=f"{name}.{key}", message="{env:NAME} is not read here"))
+                found.append(
+                    ErrorDetail(loc=f"{name}.{key}", message="{env:NAME} is not read here")
+                )
                 copy.pop(key)
                 if key == "instance_data_dir":
                     copy[key] = str(place.root)
@@ -131,10 +142,16 @@ def _validate_datasets(
                     copy[key] = str(place.root)
         sets.append(copy)
     if not sets:
-        return [ErrorDetail(loc="datasets", message="there is no dataset yet; name a folder of pictures")], []
+        return [
+            ErrorDetail(
+                loc="datasets", message="there is no dataset yet; name a folder of pictures"
+            )
+        ], []
     backends, problems = try_read_datasets(sets, place.root, options)
     found += [
-        ErrorDetail(loc=problem.location, message=problem.message.removeprefix(f"{problem.location}: "))
+        ErrorDetail(
+            loc=problem.location, message=problem.message.removeprefix(f"{problem.location}: ")
+        )
         for problem in problems
     ]
     return found, list(backends.notices)

@@ -63,18 +63,28 @@ class DatasetService:
         """By name; folders that are gone, or outside of what is allowed by now, are passed over."""
         names = set(self._added_folders())
         if self.workspace.datasets_dir.is_dir():
-            names |= {entry.name for entry in os.scandir(self.workspace.datasets_dir) if entry.is_dir()}
+            names |= {
+                entry.name for entry in os.scandir(self.workspace.datasets_dir) if entry.is_dir()
+            }
         end = time.monotonic() + READ_WAIT_S
         return [
-            self._info_or_problem(name, end) for name in sorted(names) if self._find_folder(name) is not None
+            self._info_or_problem(name, end)
+            for name in sorted(names)
+            if self._find_folder(name) is not None
         ]
 
     def create(self, name: str, path: str | None) -> DatasetInfo:
         """A new folder in the workspace, or the name for an existing folder. Raises Refused, Outside."""
         if not DATASET_NAME.fullmatch(name):
-            abort(422, "a name has up to 64 letters, digits, - _ . and does not begin with a dot", "name")
+            abort(
+                422,
+                "a name has up to 64 letters, digits, - _ . and does not begin with a dot",
+                "name",
+            )
         with self._lock:
-            if self._find_folder(name) is not None or os.path.lexists(self.workspace.datasets_dir / name):
+            if self._find_folder(name) is not None or os.path.lexists(
+                self.workspace.datasets_dir / name
+            ):
                 abort(409, f"there is a dataset {name} already", "name")
             if path is None:
                 (self.workspace.datasets_dir / name).mkdir(parents=True)
@@ -86,7 +96,9 @@ class DatasetService:
                     abort(422, "name a folder of pictures, not the server's own", "path")
                 self.workspace.server_dir.mkdir(exist_ok=True)
                 listed = {**self._added_folders(), name: str(folder)}
-                write_atomically(self.workspace.server_dir / "datasets.json", json.dumps(listed, indent=1))
+                write_atomically(
+                    self.workspace.server_dir / "datasets.json", json.dumps(listed, indent=1)
+                )
         return self.get_info(name)
 
     def get_info(self, name: str, wait_s: float = READ_WAIT_S) -> DatasetInfo:
@@ -94,19 +106,30 @@ class DatasetService:
         rows = catalogue.rows()
         kinds = Counter(row.status for _, row in rows)
         return DatasetInfo(
-            name=name, path=str(catalogue.folder), owned=self.is_owned(name),
-            pictures=len(catalogue.images) + len(catalogue.rejected_names), captioned=kinds["captioned"],
+            name=name,
+            path=str(catalogue.folder),
+            owned=self.is_owned(name),
+            pictures=len(catalogue.images) + len(catalogue.rejected_names),
+            captioned=kinds["captioned"],
             refused=kinds["refused"] + len(catalogue.rejected_names),
             size_bytes=sum(row.stamps[0][1] for _, row in rows),
             unread=max(0, len(catalogue.images) - len(rows)),
-        )  # fmt: skip
+        )
 
     def _info_or_problem(self, name: str, end: float) -> DatasetInfo:
         try:
             return self.get_info(name, max(READ_WAIT_S / 10, end - time.monotonic()))
         except DataError as error:  # one folder that cannot be read does not hide the others
-            return DatasetInfo(name=name, path=str(self._require_folder(name)), owned=self.is_owned(name), pictures=0,
-                               captioned=0, refused=0, size_bytes=0, problem=str(error))  # fmt: skip
+            return DatasetInfo(
+                name=name,
+                path=str(self._require_folder(name)),
+                owned=self.is_owned(name),
+                pictures=0,
+                captioned=0,
+                refused=0,
+                size_bytes=0,
+                problem=str(error),
+            )
 
     def list_items(
         self, name: str, offset: int, limit: int, only: str, view: CropSettings
@@ -114,7 +137,11 @@ class DatasetService:
         """A page in the order of names. only: all, captioned, uncaptioned, refused."""
         catalogue = self._refreshed_index(name)
         rows = catalogue.rows()
-        shown = list(catalogue.images) if only == "all" else [key for key, row in rows if row.status == only]
+        shown = (
+            list(catalogue.images)
+            if only == "all"
+            else [key for key, row in rows if row.status == only]
+        )
         shown += sorted(catalogue.rejected_names) if only in ("all", "refused") else []
         page = [self._build_item(catalogue, key, view) for key in shown[offset : offset + limit]]
         unread = max(0, len(catalogue.images) - len(rows))
@@ -122,21 +149,27 @@ class DatasetService:
 
     def count_buckets(self, name: str, view: CropSettings) -> list[BucketCount]:
         """Of the pictures that are read and can be trained on, by width and height."""
-        sizes = Counter(row.size_px for _, row in self._refreshed_index(name).rows() if row.problem is None)
+        sizes = Counter(
+            row.size_px for _, row in self._refreshed_index(name).rows() if row.problem is None
+        )
         totals: Counter[ImageSize] = Counter()
         for size, count in sizes.items():
             totals[bucket_size(view.framing, size, ALIGNMENT_PX)] += count
         return [
-            BucketCount(width_px=w, height_px=h, pictures=count) for (w, h), count in sorted(totals.items())
+            BucketCount(width_px=w, height_px=h, pictures=count)
+            for (w, h), count in sorted(totals.items())
         ]
 
     def image_path(self, name: str, file: str) -> Path:
         """The file of an item. Raises Refused 404 for every other name, Outside for a link that leads out."""
         return self.workspace.resolve(self._require_image(self._refreshed_index(name), file).path)
 
-    def write_caption(self, name: str, file: str, ask: CaptionWrite, view: CropSettings) -> DatasetItemPage:
+    def write_caption(
+        self, name: str, file: str, ask: CaptionWrite, view: CropSettings
+    ) -> DatasetItemPage:
         """Write a caption; the item as it is then. Raises Refused: 409 when another text
-        is there than ask.before, 422 for what cannot be a caption. Undoing is writing the old text."""
+        is there than ask.before, 422 for what cannot be a caption. Undoing is writing the old text.
+        """
         catalogue = self._refreshed_index(name)
         with self._write_lock:
             found = self._require_image(catalogue, file)
@@ -157,7 +190,10 @@ class DatasetService:
 
         folder = self._require_folder(name)
         if not self.is_owned(name):
-            abort(409, f"files are added here to datasets of the workspace only; copy them into {folder}")
+            abort(
+                409,
+                f"files are added here to datasets of the workspace only; copy them into {folder}",
+            )
         return IncomingUpload(self.workspace, folder, file, length, limit)
 
     def invalidate(self, name: str) -> None:
@@ -222,8 +258,16 @@ class DatasetService:
         row = catalogue.refresh_row(found) if found is not None else None
         if found is None or row is None:
             wrong = catalogue.rejected_names.get(file, "is gone")
-            return DatasetItem(file=file, width_px=0, height_px=0, captions=[], caption_text=None, refused=wrong,
-                        bucket_px=None, crop_px=None)  # fmt: skip
+            return DatasetItem(
+                file=file,
+                width_px=0,
+                height_px=0,
+                captions=[],
+                caption_text=None,
+                refused=wrong,
+                bucket_px=None,
+                crop_px=None,
+            )
         window, cut = None, None
         if row.problem is None:
             sample_id = f"{catalogue.dataset.id}/{file}"
@@ -232,10 +276,15 @@ class DatasetService:
             )
             cut = _crop_in_image(row.size_px, resize, corner, window)
         return DatasetItem(
-            file=file, width_px=row.size_px[0], height_px=row.size_px[1], captions=list(row.captions),
-            caption_text=read_caption(found.caption_path) if row.stamps[0] != (0, 0) else None, refused=row.problem,
-            bucket_px=window, crop_px=cut,
-        )  # fmt: skip
+            file=file,
+            width_px=row.size_px[0],
+            height_px=row.size_px[1],
+            captions=list(row.captions),
+            caption_text=read_caption(found.caption_path) if row.stamps[0] != (0, 0) else None,
+            refused=row.problem,
+            bucket_px=window,
+            crop_px=cut,
+        )
 
 
 def read_caption(path: Path | None) -> str | None:

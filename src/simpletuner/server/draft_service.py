@@ -30,7 +30,12 @@ from simpletuner.server.workspace import Workspace
 DRAFT_ID = re.compile(r"[0-9a-f]{12}")
 DRAFT_NAME = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,79}")
 # A copy of a run is another run: it gets a folder of its own and starts anew.
-RUN_SPECIFIC_OPTIONS = ("output_dir", "resume_from_checkpoint", "data_backend_config", "webhook_config")
+RUN_SPECIFIC_OPTIONS = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "data_backend_config",
+    "webhook_config",
+)
 
 
 class DraftService:
@@ -83,7 +88,9 @@ class DraftService:
             and value != all_options()[name].default
         }
         try:
-            sets = [one for one in load_run_datasets(config, self._workspace) if isinstance(one, dict)]
+            sets = [
+                one for one in load_run_datasets(config, self._workspace) if isinstance(one, dict)
+            ]
         except (ApiError, ConfigError):
             sets = []
         name = folder.name if DRAFT_NAME.fullmatch(folder.name) else "copy"
@@ -120,14 +127,22 @@ class DraftService:
 def parse_import(given: ImportRequest) -> ImportResult:
     """A file of options or of datasets, as a draft holds it: own names, what differs, nothing unsettable."""
     try:
-        value = parse_document(given.text, Path(given.name).suffix, Path(given.name).name or "file").value
+        value = parse_document(
+            given.text, Path(given.name).suffix, Path(given.name).name or "file"
+        ).value
     except ConfigError as error:
-        problems = [ErrorDetail(loc="", message=one.message, where=one.location) for one in error.problems]
+        problems = [
+            ErrorDetail(loc="", message=one.message, where=one.location) for one in error.problems
+        ]
         return ImportResult(config=None, datasets=None, problems=problems, notes=[])
     if isinstance(value, list):
         sets = [entry for entry in value if isinstance(entry, dict)]
         wrong = len(value) - len(sets)
-        told = [ErrorDetail(loc="datasets", message=f"{wrong} entries are no datasets")] if wrong else []
+        told = (
+            [ErrorDetail(loc="datasets", message=f"{wrong} entries are no datasets")]
+            if wrong
+            else []
+        )
         return ImportResult(config=None, datasets=sets, problems=told, notes=[])
     if not isinstance(value, dict):
         what = "neither an object of options nor a list of datasets"
@@ -140,7 +155,9 @@ def parse_import(given: ImportRequest) -> ImportResult:
     return ImportResult(config=config, datasets=None, problems=problems, notes=notes)
 
 
-def _normalize_options(written: Mapping[str, Any]) -> tuple[dict[str, Any], list[ErrorDetail], list[str]]:
+def _normalize_options(
+    written: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[ErrorDetail], list[str]]:
     """What cannot be read stays as it is, for the person to mend: the verdict names it."""
     config: dict[str, Any] = {}
     problems: list[ErrorDetail] = []
@@ -170,7 +187,9 @@ def _normalize_options(written: Mapping[str, Any]) -> tuple[dict[str, Any], list
             )
             problems.append(ErrorDetail(loc=name, message=f"{why}; it is left out"))
         elif has_env_placeholder(raw):
-            problems.append(ErrorDetail(loc=name, message="{env:NAME} is not read here; it is left out"))
+            problems.append(
+                ErrorDetail(loc=name, message="{env:NAME} is not read here; it is left out")
+            )
         else:
             try:
                 value = option_values.parse_value(option, raw)

@@ -48,11 +48,16 @@ class LossCurve:
         self._sums[place] = (before + total, seen + count)
 
     def drop_after(self, step: int) -> None:
-        self._sums = {place: kept for place, kept in self._sums.items() if place * self._width < step}
+        self._sums = {
+            place: kept for place, kept in self._sums.items() if place * self._width < step
+        }
 
     def points(self) -> list[float]:
         smooth = SmoothedMean(SMOOTHING)
-        return [float(f"{smooth(total / count):.4g}") for _, (total, count) in sorted(self._sums.items())]
+        return [
+            float(f"{smooth(total / count):.4g}")
+            for _, (total, count) in sorted(self._sums.items())
+        ]
 
 
 class EventSummary:
@@ -79,13 +84,23 @@ class EventSummary:
     @property
     def step(self) -> int:
         started = self.history.start_event
-        return self.last_step_event.step if self.last_step_event else started.resumed_step if started else 0
+        return (
+            self.last_step_event.step
+            if self.last_step_event
+            else started.resumed_step
+            if started
+            else 0
+        )
 
     @property
     def total_steps(self) -> int | None:
         started = self.history.start_event
         return (
-            self.last_step_event.total if self.last_step_event else started.total_steps if started else None
+            self.last_step_event.total
+            if self.last_step_event
+            else started.total_steps
+            if started
+            else None
         )
 
     @property

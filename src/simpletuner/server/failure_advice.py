@@ -27,7 +27,10 @@ OUTPUT_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
         ),
         HOST_MEMORY_ADVICE,
     ),
-    (re.compile(r"(?i)\bout of memory\b|OutOfMemoryError|CUDNN_STATUS_ALLOC_FAILED"), GPU_MEMORY_ADVICE),
+    (
+        re.compile(r"(?i)\bout of memory\b|OutOfMemoryError|CUDNN_STATUS_ALLOC_FAILED"),
+        GPU_MEMORY_ADVICE,
+    ),
     (
         re.compile(r"No space left on device|Disk quota exceeded"),
         "Make room on the disk, or lower checkpoints_total_limit",
@@ -50,9 +53,7 @@ EXIT_CODE_ADVICE: Mapping[int, str] = {
 SIGNAL_ADVICE: Mapping[str, str] = {"SIGKILL": HOST_MEMORY_ADVICE} | dict.fromkeys(
     ("SIGSEGV", "SIGBUS", "SIGABRT"), CRASH_ADVICE
 )
-KILLED_MESSAGE = (
-    "out of memory, most likely: the system ended the training (SIGKILL, and nobody here asked for it)"
-)
+KILLED_MESSAGE = "out of memory, most likely: the system ended the training (SIGKILL, and nobody here asked for it)"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def explain_failure(
 ) -> FailureExplanation:
     """Of a failure that nobody asked for. told: what the training itself said of its end."""
     for pattern, what in OUTPUT_PATTERNS:
-        found = next((line for line in reversed([*lines, *told.splitlines()]) if pattern.search(line)), None)
+        found = next(
+            (line for line in reversed([*lines, *told.splitlines()]) if pattern.search(line)), None
+        )
         if found is not None:
             return FailureExplanation(told or found.strip(), what)
     if signal is not None:

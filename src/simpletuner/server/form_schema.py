@@ -45,12 +45,20 @@ OPTION_NEEDS: Mapping[str, Mapping[str, list[Any]]] = {
     "huber_c": {"loss_type": ["huber", "smooth_l1"]},
     "flow_beta_schedule_alpha": {"chroma_sigma_density": ["beta"]},
     "flow_beta_schedule_beta": {"chroma_sigma_density": ["beta"]},
-    "flow_sigmoid_scale": {"chroma_sigma_density": ["quadratic", "quadratic-literal", "logit-normal"]},
+    "flow_sigmoid_scale": {
+        "chroma_sigma_density": ["quadratic", "quadratic-literal", "logit-normal"]
+    },
     **dict.fromkeys(
         (
-            "validation_prompt", "user_prompt_library", "validation_negative_prompt", "validation_resolution",
-            "validation_guidance_real", "validation_num_inference_steps", "num_validation_images",
-            "validation_seed", "disable_benchmark",
+            "validation_prompt",
+            "user_prompt_library",
+            "validation_negative_prompt",
+            "validation_resolution",
+            "validation_guidance_real",
+            "validation_num_inference_steps",
+            "num_validation_images",
+            "validation_seed",
+            "disable_benchmark",
         ),
         ONLY_VALIDATION,
     ),
@@ -58,7 +66,7 @@ OPTION_NEEDS: Mapping[str, Mapping[str, list[Any]]] = {
     "evaluation_type": {"model_flavour": ["nano"]},
     "evaluation_prompts": {"model_flavour": ["nano"]},
     "evaluation_step_interval": {"model_flavour": ["nano"]},
-}  # fmt: skip
+}
 
 DATASET_FIELD_NEEDS: Mapping[str, Mapping[str, list[Any]]] = {
     "crop_style": {"crop": [True]},
@@ -91,22 +99,32 @@ def list_presets() -> list[Preset]:
     made = []
     for size in PRESET_MEMORY_GB:
         row, planned = preset_for_memory(size * 10**9)
-        config = {name: value for name, value in row.items() if value != all_options()[name].default}
+        config = {
+            name: value for name, value in row.items() if value != all_options()[name].default
+        }
         made.append(Preset(id=f"{size}gb", title=f"{size} GB", planned_gb=planned, config=config))
-    return [*made, Preset(id="nano", title="chroma-nano", planned_gb=None, config=dict(NANO_PRESET))]
+    return [
+        *made,
+        Preset(id="nano", title="chroma-nano", planned_gb=None, config=dict(NANO_PRESET)),
+    ]
 
 
 def _option_info(option: Option) -> OptionInfo:
     told = {key: value for key, value in asdict(option).items() if key in OptionInfo.model_fields}
     settable = option.name not in NOT_SETTABLE
-    needs = dict((DATASET_FIELD_NEEDS if option.section == "dataset" else OPTION_NEEDS).get(option.name, {}))
+    needs = dict(
+        (DATASET_FIELD_NEEDS if option.section == "dataset" else OPTION_NEEDS).get(option.name, {})
+    )
     told["choices"] = list(option.choices)
     return OptionInfo(**told, takes=option.takes, settable=settable, needs=needs)
 
 
 def _dataset_field_info(option: Option) -> OptionInfo:
     """Where the run has an option of the same name, null takes that one's value."""
-    of_run, level = option.name in all_options(), "basic" if option.name in BASIC_DATASET_FIELDS else "common"
+    of_run, level = (
+        option.name in all_options(),
+        "basic" if option.name in BASIC_DATASET_FIELDS else "common",
+    )
     default = None if of_run or option.default == "" else option.default
     nullable = of_run or option.nullable
     dataset = replace(option, section="dataset", group="Dataset", level=level, nullable=nullable)

@@ -13,7 +13,11 @@ from simpletuner.server.schemas.system import DeviceInfo
 
 MIB = 1 << 20
 TOOL_TIMEOUT_S = 10.0
-NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")
+NVIDIA_SMI = (
+    "nvidia-smi",
+    "--query-gpu=name,memory.total,memory.free",
+    "--format=csv,noheader,nounits",
+)
 ROCM_SMI = ("rocm-smi", "--showproductname", "--showmeminfo", "vram", "--json")
 SYSCTL = ("sysctl", "-n", "machdep.cpu.brand_string", "hw.memsize")
 
@@ -29,7 +33,9 @@ def list_devices() -> list[DeviceInfo]:
 def run_tool(words: tuple[str, ...]) -> str:
     """What the program prints; "" where it is not installed or fails."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout
@@ -38,10 +44,13 @@ def run_tool(words: tuple[str, ...]) -> str:
 def parse_nvidia_smi(text: str) -> list[DeviceInfo]:
     """One card a line: "NVIDIA H200, 143771, 143000", in MiB. An integrated one says [N/A] for memory."""
     rows = [
-        [cell.strip() for cell in line.rsplit(",", 2)] for line in text.splitlines() if line.count(",") >= 2
+        [cell.strip() for cell in line.rsplit(",", 2)]
+        for line in text.splitlines()
+        if line.count(",") >= 2
     ]
     return [
-        _device_info(name, "cuda", _mib_to_bytes(total), _mib_to_bytes(free)) for name, total, free in rows
+        _device_info(name, "cuda", _mib_to_bytes(total), _mib_to_bytes(free))
+        for name, total, free in rows
     ]
 
 
@@ -61,7 +70,9 @@ def parse_rocm_smi(text: str) -> list[DeviceInfo]:
         if not key.startswith("card"):
             continue
         name = str(card.get("Card Series") or card.get("Card series") or key)
-        total, used = (str(card.get(f"VRAM Total {word}", "")) for word in ("Memory (B)", "Used Memory (B)"))
+        total, used = (
+            str(card.get(f"VRAM Total {word}", "")) for word in ("Memory (B)", "Used Memory (B)")
+        )
         size = int(total) if total.isdigit() else None
         free = size - int(used) if size is not None and used.isdigit() else None
         found.append(_device_info(name, "rocm", size, free))
@@ -92,12 +103,16 @@ def cpu_device() -> DeviceInfo:
 def host_memory() -> tuple[int | None, int | None]:
     """Bytes of host memory, total and free; in a container those that it may use."""
     rows = dict(line.split(":", 1) for line in _read_lines("/proc/meminfo") if ":" in line)
-    sizes = [int(rows[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable") if key in rows]
+    sizes = [
+        int(rows[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable") if key in rows
+    ]
     if len(sizes) < 2:
         cards = parse_sysctl(run_tool(SYSCTL)) if platform.system() == "Darwin" else []
         return (cards[0].memory_total_bytes, None) if cards else (None, None)
     total, free = sizes
-    limit, used = (next(_read_lines(f"/sys/fs/cgroup/memory.{word}"), "") for word in ("max", "current"))
+    limit, used = (
+        next(_read_lines(f"/sys/fs/cgroup/memory.{word}"), "") for word in ("max", "current")
+    )
     if limit.isdigit() and used.isdigit() and int(limit) < total:
         total, free = int(limit), min(free, max(0, int(limit) - int(used)))
     return total, free

@@ -46,7 +46,13 @@ class ImageRow:
     @property
     def status(self) -> str:
         """Of the three that every picture is one of."""
-        return "refused" if self.problem is not None else "captioned" if self.captions else "uncaptioned"
+        return (
+            "refused"
+            if self.problem is not None
+            else "captioned"
+            if self.captions
+            else "uncaptioned"
+        )
 
 
 class ImageIndex:
@@ -63,7 +69,9 @@ class ImageIndex:
         self._rows: dict[str, ImageRow] = {}
         self._pending: list[str] = []
         self._headers: dict[str, list[int]] | None = None
-        self._folders: dict[str, int] = {}  # with the times of their last change; none: not named yet
+        self._folders: dict[
+            str, int
+        ] = {}  # with the times of their last change; none: not named yet
         self._allowed_folders: set[str] = set()
         self._due_t = NOT_SCHEDULED
         self._lock = threading.Lock()
@@ -97,7 +105,9 @@ class ImageIndex:
 
     def caption_changed(self, text: Path) -> None:
         """That caption file was written or removed: seen without reading the folder again."""
-        stem = unicodedata.normalize("NFC", text.relative_to(self.folder).with_suffix("").as_posix())
+        stem = unicodedata.normalize(
+            "NFC", text.relative_to(self.folder).with_suffix("").as_posix()
+        )
         there = text if text.is_file() else None
         with self._lock:
             names = [name for name in self.images if name.rpartition(".")[0] == stem]
@@ -123,15 +133,21 @@ class ImageIndex:
     def _scan_names(self) -> None:
         self._folders = {}
         before = {str(self.folder), *(os.path.dirname(one.path) for one in self.images.values())}
-        times = {path: _mtime_ns(path) for path in before}  # taken first, so that no change is missed
+        times = {
+            path: _mtime_ns(path) for path in before
+        }  # taken first, so that no change is missed
         found, misnamed, _ = find_image_files(self.dataset)
-        times |= {path: _mtime_ns(path) for path in {os.path.dirname(one.path) for one in found} - before}
+        times |= {
+            path: _mtime_ns(path) for path in {os.path.dirname(one.path) for one in found} - before
+        }
         self.images = {one.relative_path: one for one in found}
         self.rejected_names = {one.path: one.detail for one in misnamed}
         self._allowed_folders = {str(self.folder)}
         for gone in self._rows.keys() - self.images.keys():
             del self._rows[gone]
-        self._pending = sorted(self.images, key=lambda name: name not in self._rows)  # new ones come first
+        self._pending = sorted(
+            self.images, key=lambda name: name not in self._rows
+        )  # new ones come first
         self._folders, self._due_t = times, NOT_SCHEDULED
 
     def _read_row(self, found: ImageFile) -> ImageRow:
@@ -179,7 +195,9 @@ class ImageIndex:
 
     def _cached_headers(self) -> dict[str, list[int]]:
         if self._headers is None:
-            self._headers = (read_json_object(self.header_cache_path) or {}).get(HEADER_CACHE_KEY, {})
+            self._headers = (read_json_object(self.header_cache_path) or {}).get(
+                HEADER_CACHE_KEY, {}
+            )
         return self._headers
 
     def _save_headers(self) -> None:

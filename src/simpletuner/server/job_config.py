@@ -14,7 +14,11 @@ from simpletuner.config import paths
 from simpletuner.config.documents import read_document
 from simpletuner.config.option_catalog import all_options
 from simpletuner.server.api_errors import ApiError, abort
-from simpletuner.server.config_validation import DATASET_FOLDER_FIELDS, canonical_name, validate_config
+from simpletuner.server.config_validation import (
+    DATASET_FOLDER_FIELDS,
+    canonical_name,
+    validate_config,
+)
 from simpletuner.server.form_schema import NOT_SETTABLE
 from simpletuner.server.log_reader import read_json_object
 from simpletuner.server.run_artifacts import checkpoint_step, list_outputs
@@ -49,7 +53,9 @@ class JobConfig:
         folder.mkdir(parents=True)
         sets = folder / "multidatabackend.json"
         write_atomically(sets, _to_json(self.datasets))
-        write_atomically(folder / "config.json", _to_json({**self.config, "data_backend_config": str(sets)}))
+        write_atomically(
+            folder / "config.json", _to_json({**self.config, "data_backend_config": str(sets)})
+        )
         return folder / "config.json"
 
 
@@ -71,7 +77,9 @@ def job_config_from_draft(draft: Draft, place: Workspace, trains: bool = True) -
         abort(422, f"output_dir = {given}: its config.json is no run's; name another", "output_dir")
     if trains and config.get("resume_from_checkpoint", "latest") == "latest":
         _require_no_results(run_dir, loc)
-    return JobConfig({**config, "output_dir": str(run_dir)}, _with_absolute_paths(draft.datasets, place))
+    return JobConfig(
+        {**config, "output_dir": str(run_dir)}, _with_absolute_paths(draft.datasets, place)
+    )
 
 
 def _require_no_results(run_dir: Path, loc: str) -> None:
@@ -96,16 +104,25 @@ def _resolve_or_abort(place: Workspace, path: str | Path, loc: str) -> Path:
         abort(422, f"{loc} = {path}: {error}", loc)
 
 
-def _with_absolute_paths(datasets: Sequence[Mapping[str, Any]], place: Workspace) -> list[dict[str, Any]]:
+def _with_absolute_paths(
+    datasets: Sequence[Mapping[str, Any]], place: Workspace
+) -> list[dict[str, Any]]:
     """Of sets that were judged, and may be where they are."""
     return [
-        {**one, **{key: str(place.resolve(one[key])) for key in DATASET_FOLDER_FIELDS if one.get(key)}}
+        {
+            **one,
+            **{key: str(place.resolve(one[key])) for key in DATASET_FOLDER_FIELDS if one.get(key)},
+        }
         for one in datasets
     ]
 
 
 def job_config_from_run(
-    run_dir: Path, source: Path, place: Workspace, max_train_steps: int | None, checkpoint: str | None
+    run_dir: Path,
+    source: Path,
+    place: Workspace,
+    max_train_steps: int | None,
+    checkpoint: str | None,
 ) -> JobConfig:
     """What a run goes on with. source: its last frozen config.json, or the one in its folder, which may come
     from anywhere: it is refused (422) what a draft is refused; what no page can set is left out.
@@ -114,7 +131,9 @@ def job_config_from_run(
     options = all_options()
     config = {n: v for n, v in written.items() if n not in options or v != options[n].default}
     datasets = load_run_datasets(config, place)
-    unset = [name for name in NOT_SETTABLE if config.pop(name, None) and name != "data_backend_config"]
+    unset = [
+        name for name in NOT_SETTABLE if config.pop(name, None) and name != "data_backend_config"
+    ]
     if max_train_steps is not None:
         config = {key: value for key, value in config.items() if key not in LENGTH_OPTIONS}
         config["max_train_steps"] = max_train_steps

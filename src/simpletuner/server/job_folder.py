@@ -113,7 +113,9 @@ class JobFolder:
         alive = self.is_alive  # before exit.json, which is written while the lock is held
         end = None if alive else self._outcome(work)
         return derive_state(
-            ObservedJob(True, alive, stop_requested=self.read_stop_request() is not None, outcome=end)
+            ObservedJob(
+                True, alive, stop_requested=self.read_stop_request() is not None, outcome=end
+            )
         )
 
     def _started_t(self) -> float | None:
@@ -123,10 +125,17 @@ class JobFolder:
         """What the training itself wrote of this end into its run folder."""
         told = (read_json_object(Path(work.run_dir) / "exit.json") if work.run_dir else None) or {}
         t = told.get("t")
-        return told if isinstance(t, (int, float)) and t >= (self._started_t() or work.queued_t) else {}
+        return (
+            told
+            if isinstance(t, (int, float)) and t >= (self._started_t() or work.queued_t)
+            else {}
+        )
 
     def _outcome(self, work: JobSpec) -> Outcome | None:
-        exited, status = read_json_object(self.path / "exit.json"), self._training_exit(work).get("status")
+        exited, status = (
+            read_json_object(self.path / "exit.json"),
+            self._training_exit(work).get("status"),
+        )
         if exited is None:  # the runner was killed; the training may have come to its own end
             return status if status in ("done", "stopped", "failed") else None
         if exited.get("code") in (0, TrainingStopped.exit_code):
@@ -136,8 +145,14 @@ class JobFolder:
 
     def last_output_lines(self) -> list[str]:
         """The last of its output."""
-        said = read_log_part(self.path / "output.log", -MAX_OUTPUT_BYTES, MAX_OUTPUT_BYTES).text.rstrip()
-        return [line.rpartition("\r")[2] for line in said.split("\n")][-MAX_OUTPUT_LINES:] if said else []
+        said = read_log_part(
+            self.path / "output.log", -MAX_OUTPUT_BYTES, MAX_OUTPUT_BYTES
+        ).text.rstrip()
+        return (
+            [line.rpartition("\r")[2] for line in said.split("\n")][-MAX_OUTPUT_LINES:]
+            if said
+            else []
+        )
 
     def read_final_job(self) -> Job | None:
         """What was written down of its end; None while it was not, or by a version with other fields."""
@@ -154,7 +169,11 @@ class JobFolder:
         state = self.read_state()
         ended = state in ENDED_STATES
         exited = read_json_object(self.path / "exit.json") or {}
-        lines = self.last_output_lines() if ended or (work.kind == "rehearse" and state != "queued") else []
+        lines = (
+            self.last_output_lines()
+            if ended or (work.kind == "rehearse" and state != "queued")
+            else []
+        )
         told = str(self._training_exit(work).get("message", "")) if ended else ""
         why = FailureExplanation(told, "")
         if state == "failed":
@@ -163,9 +182,19 @@ class JobFolder:
             lost = "the training vanished without a word: the computer went down, or everything was killed"
             why = FailureExplanation(lost, "Resume it: it goes on from its last checkpoint")
         return Job(
-            id=self.id, run_dir=work.run_dir, run=work.run, name=work.name, kind=work.kind, state=state,
-            devices=work.devices, queued_t=work.queued_t, started_t=self._started_t(),
-            ended_t=exited.get("t", time.time()) if ended else None, exit_code=exited.get("code"),
-            message=why.message, advice=why.advice, last_lines=lines,
+            id=self.id,
+            run_dir=work.run_dir,
+            run=work.run,
+            name=work.name,
+            kind=work.kind,
+            state=state,
+            devices=work.devices,
+            queued_t=work.queued_t,
+            started_t=self._started_t(),
+            ended_t=exited.get("t", time.time()) if ended else None,
+            exit_code=exited.get("code"),
+            message=why.message,
+            advice=why.advice,
+            last_lines=lines,
             begun=bool(work.run_dir) and Path(work.run_dir, "run.lock").exists(),
-        )  # fmt: skip
+        )

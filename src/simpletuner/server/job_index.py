@@ -24,7 +24,9 @@ BUSY_TIMEOUT_S = 5.0
 ORDER_KEY = "order"  # beside the jobs, whose ids are hexadecimal
 UPSERT_SQL = "INSERT OR REPLACE INTO kept VALUES (?, ?)"
 # Write-ahead logging needs memory that all processes share: wrong on network disks, and on unknown ones.
-LOCAL_FILE_SYSTEMS = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"))
+LOCAL_FILE_SYSTEMS = frozenset(
+    ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
+)
 
 
 def journal_mode(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
@@ -115,7 +117,9 @@ class JobIndex:
             self._open_connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             kept = read_json_object(self.queue_path)
             if kept is not None:
-                self._open_connection.execute(UPSERT_SQL, (ORDER_KEY, QueueOrder.from_dict(kept).to_json()))
+                self._open_connection.execute(
+                    UPSERT_SQL, (ORDER_KEY, QueueOrder.from_dict(kept).to_json())
+                )
         return self._open_connection
 
     def _rebuild(self, error: sqlite3.DatabaseError) -> None:

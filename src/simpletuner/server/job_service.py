@@ -29,7 +29,9 @@ from simpletuner.server.schemas.runs import ResumeRequest
 from simpletuner.server.settings import TRAIN_COMMAND
 from simpletuner.server.workspace import Workspace, run_id
 
-ControlFile = Literal["stop", "save", "validate"]  # files in control/ by which a run is asked for something
+ControlFile = Literal[
+    "stop", "save", "validate"
+]  # files in control/ by which a run is asked for something
 ID_PATTERN = re.compile(r"[0-9a-f]{12}")
 MAX_ENDED_SHOWN = 200
 
@@ -59,13 +61,19 @@ class JobService:
 
     def get_queue(self) -> Queue:
         order, jobs = self.index.read_order(), self._all_jobs()
-        active = sorted((job for job in jobs if job.state in ACTIVE_STATES), key=lambda job: job.queued_t)
+        active = sorted(
+            (job for job in jobs if job.state in ACTIVE_STATES), key=lambda job: job.queued_t
+        )
         ended = (job for job in jobs if job.state in ENDED_STATES)
         newest = sorted(ended, key=lambda job: job.ended_t or 0.0, reverse=True)
         return Queue(
             paused=order.paused,
             continue_on_error=order.continue_on_error,
-            jobs=[*queued_in_order(jobs, order), *map(self._with_phase, active), *newest[:MAX_ENDED_SHOWN]],
+            jobs=[
+                *queued_in_order(jobs, order),
+                *map(self._with_phase, active),
+                *newest[:MAX_ENDED_SHOWN],
+            ],
         )
 
     def get_job(self, id: str) -> Job:
@@ -76,13 +84,17 @@ class JobService:
 
     def newest_by_run(self) -> dict[str, Job]:
         """The newest job of every run that has one; one that has not ended, whatever the clock said."""
-        found = sorted(self._all_jobs(), key=lambda job: (job.state not in ENDED_STATES, job.queued_t))
+        found = sorted(
+            self._all_jobs(), key=lambda job: (job.state not in ENDED_STATES, job.queued_t)
+        )
         return {job.run: job for job in found if job.run}
 
     def count_external_runs(self) -> int:
         """How many runs work in this workspace that no job here started."""
         mine = {run for run, job in self.newest_by_run().items() if job.state in ACTIVE_STATES}
-        return sum(run.state in ACTIVE_STATES and run.id not in mine for run in self._runs.summaries())
+        return sum(
+            run.state in ACTIVE_STATES and run.id not in mine for run in self._runs.summaries()
+        )
 
     def enqueue(self, ask: JobRequest) -> Job:
         """Freeze a draft as it is now."""
@@ -105,13 +117,21 @@ class JobService:
         begun = [run_dir / ask.checkpoint] if ask.checkpoint else run_dir.glob("checkpoint-*")
         begins = max((0, *map(checkpoint_step, begun)))
         if ask.max_train_steps is not None and ask.max_train_steps < max(1, begins):
-            abort(422, f"the checkpoint is at step {begins}; max_train_steps is no less", "max_train_steps")
+            abort(
+                422,
+                f"the checkpoint is at step {begins}; max_train_steps is no less",
+                "max_train_steps",
+            )
         longer = ask.max_train_steps is not None and ask.max_train_steps > summary.step
         if summary.state == "done" and ask.checkpoint is None and not longer:
             what = f"the run is done at step {summary.step}: max_train_steps above that"
             abort(422, what, "max_train_steps")
-        source = self.jobs_dir / last.id / "config" / "config.json" if last else run_dir / "config.json"
-        frozen = job_config_from_run(run_dir, source, self.workspace, ask.max_train_steps, ask.checkpoint)
+        source = (
+            self.jobs_dir / last.id / "config" / "config.json" if last else run_dir / "config.json"
+        )
+        frozen = job_config_from_run(
+            run_dir, source, self.workspace, ask.max_train_steps, ask.checkpoint
+        )
         added = self._create_job(summary.name, "train", frozen)
         return added.model_copy(update={"message": "; ".join(frozen.omitted_options)})
 
@@ -169,7 +189,9 @@ class JobService:
         if not is_locked(run_dir / "run.lock"):
             abort(409, "the run is not running")
         options = read_json_object(run_dir / "config.json") or {}
-        prompts = any(options.get(name, "unknown") for name in ("validation_prompt", "user_prompt_library"))
+        prompts = any(
+            options.get(name, "unknown") for name in ("validation_prompt", "user_prompt_library")
+        )
         if control == "validate" and (options.get("validation_disable") or not prompts):
             abort(409, "this run draws no pictures: it has no prompts, or validation_disable is on")
         self.workspace.resolve_below(run_dir, f"control/{control}").touch()
@@ -177,7 +199,8 @@ class JobService:
     def queued_folders(self) -> list[JobFolder]:
         """Those that could be started, in their order."""
         return [
-            self._job_folder(job.id) for job in queued_in_order(self._open_jobs(), self.index.read_order())
+            self._job_folder(job.id)
+            for job in queued_in_order(self._open_jobs(), self.index.read_order())
         ]
 
     def unfinalized_folders(self) -> list[JobFolder]:
@@ -207,7 +230,12 @@ class JobService:
             work = JobSpec(
                 name=name,
                 kind=kind,
-                argv=(*self._train_command, "--config", str(config), *(["--rehearse"] if rehearsal else [])),
+                argv=(
+                    *self._train_command,
+                    "--config",
+                    str(config),
+                    *(["--rehearse"] if rehearsal else []),
+                ),
                 cwd=str(self.workspace.root),
                 run_dir="" if rehearsal else str(frozen.run_dir),
                 run="" if rehearsal else run,
@@ -225,7 +253,9 @@ class JobService:
         if last is not None and last.state not in ENDED_STATES:
             leaving = last.started_t is not None and self._runs.summary(run).state in ENDED_STATES
             if not leaving:
-                what = f"already has a job that is {last.state}; stop it, or choose another output_dir"
+                what = (
+                    f"already has a job that is {last.state}; stop it, or choose another output_dir"
+                )
                 abort(409, f"{run_dir} {what}", "output_dir")
         if is_locked(run_dir / "run.lock"):
             abort(409, f"a training that was started elsewhere works in {run_dir}", "output_dir")

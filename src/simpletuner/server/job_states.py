@@ -15,7 +15,16 @@ from simpletuner.errors import SimpleTunerError
 from simpletuner.server.schemas.base import JobState
 
 Transition = Literal[
-    "queue", "withdraw", "launch", "prepare", "step", "ask to stop", "stop", "finish", "fail", "vanish"
+    "queue",
+    "withdraw",
+    "launch",
+    "prepare",
+    "step",
+    "ask to stop",
+    "stop",
+    "finish",
+    "fail",
+    "vanish",
 ]
 Phase = Literal["starting", "caching", "running"]
 Outcome = Literal["done", "stopped", "failed"]
@@ -41,7 +50,11 @@ PHASE_TRANSITIONS: Mapping[Phase, tuple[Transition, ...]] = {
     "caching": ("prepare",),
     "running": ("step",),
 }
-OUTCOME_TRANSITIONS: Mapping[Outcome, Transition] = {"done": "finish", "stopped": "stop", "failed": "fail"}
+OUTCOME_TRANSITIONS: Mapping[Outcome, Transition] = {
+    "done": "finish",
+    "stopped": "stop",
+    "failed": "fail",
+}
 
 
 class IllegalTransition(SimpleTunerError):
@@ -52,7 +65,9 @@ def apply_transition(state: JobState, move: Transition) -> JobState:
     """The state after a move. Raises IllegalMove where the state does not allow it."""
     sources, target = TRANSITIONS[move]
     if state not in sources:
-        raise IllegalTransition(f"{move}: the job is {state}; this needs one that is {' or '.join(sources)}")
+        raise IllegalTransition(
+            f"{move}: the job is {state}; this needs one that is {' or '.join(sources)}"
+        )
     return target
 
 

@@ -53,9 +53,18 @@ class LiveBroadcaster:
     """queue: Jobs.queue. most: how many may listen at once. The lists are made once for all of them."""
 
     def __init__(
-        self, runs: RunService, queue: Callable[[], Queue], most: int = 64, send_s: float = SEND_TIMEOUT_S
+        self,
+        runs: RunService,
+        queue: Callable[[], Queue],
+        most: int = 64,
+        send_s: float = SEND_TIMEOUT_S,
     ) -> None:
-        self._runs, self._queue, self._max_subscribers, self._send_timeout_s = runs, queue, most, send_s
+        self._runs, self._queue, self._max_subscribers, self._send_timeout_s = (
+            runs,
+            queue,
+            most,
+            send_s,
+        )
         self._subscribers: set[Subscriber] = set()
         self._snapshot: ListSnapshot | None = None
         self._list_due = 0.0
@@ -128,9 +137,15 @@ class LiveBroadcaster:
         log = log_reader.read_log_part(folder / "train.log", follow.log_since, MAX_LOG_BYTES)
         if events.end == follow.since and log.end == follow.log_since:
             return {}, follow
-        records = [found for line in events.lines if (found := log_reader.parse_record(line)) is not None]
+        records = [
+            found for line in events.lines if (found := log_reader.parse_record(line)) is not None
+        ]
         new_log = log if log.end != follow.log_since else None
         part = {
-            "run": follow.run, "events": records, "start": events.start, "end": events.end, "log": new_log
-        }  # fmt: skip
+            "run": follow.run,
+            "events": records,
+            "start": events.start,
+            "end": events.end,
+            "log": new_log,
+        }
         return part, follow.model_copy(update={"since": events.end, "log_since": log.end})

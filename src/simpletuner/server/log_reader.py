@@ -22,9 +22,13 @@ MAX_READ_BYTES = 1 << 20  # read at once
 MAX_JSON_BYTES = 1 << 24  # of a document, which is read whole
 OPTIONAL_NUMBER = (int, float, type(None))
 FIELD_TYPES: Mapping[str, Any] = MappingProxyType(
-    dict.fromkeys(("t", "total", "done", "loss", "seconds", "learning_rate", "left_s"), OPTIONAL_NUMBER)
+    dict.fromkeys(
+        ("t", "total", "done", "loss", "seconds", "learning_rate", "left_s"), OPTIONAL_NUMBER
+    )
     | dict.fromkeys(("step", "total_steps", "resumed_step", "seed", "width_px", "height_px"), int)
-    | dict.fromkeys(("kind", "message", "stage", "unit", "path", "prompt", "prompt_id", "weights"), str)
+    | dict.fromkeys(
+        ("kind", "message", "stage", "unit", "path", "prompt", "prompt_id", "weights"), str
+    )
     | dict.fromkeys(("model", "device", "split", "metric", "dataset"), str)
 )  # of fields that are shown as they are
 JSON_DECODER = json.JSONDecoder(parse_constant=lambda word: None)
@@ -74,7 +78,9 @@ def read_lines(path: Path, since: int, most: int | None = None) -> LineChunk:
     if most is not None and len(found) > most:
         found = found[:most]
         return LineChunk(start, start + sum(map(len, found)) + most, found, has_more=True)
-    return LineChunk(start, start + len(whole), found, has_more=len(data) == MAX_READ_BYTES and bool(whole))
+    return LineChunk(
+        start, start + len(whole), found, has_more=len(data) == MAX_READ_BYTES and bool(whole)
+    )
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
@@ -87,7 +93,9 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict) or "kind" not in found or found.get("t") is None:
         return None
-    sound = all(isinstance(value, FIELD_TYPES[name]) for name, value in found.items() if name in FIELD_TYPES)
+    sound = all(
+        isinstance(value, FIELD_TYPES[name]) for name, value in found.items() if name in FIELD_TYPES
+    )
     return found if sound else None
 
 
@@ -101,7 +109,9 @@ def read_log_part(path: Path, since: int, limit: int) -> LogPart:
         file.seek(start)
         data = file.read(limit)
     skipped = 0
-    while start and skipped < min(3, len(data)) and data[skipped] & 0xC0 == 0x80:  # inside a character
+    while (
+        start and skipped < min(3, len(data)) and data[skipped] & 0xC0 == 0x80
+    ):  # inside a character
         skipped += 1
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     found = decoder.decode(data[skipped:])

@@ -30,16 +30,32 @@ MAX_USER_ERROR_EXIT_CODE = 11  # of errors.py: what a person can mend, told in s
 SIZE_PATTERN = re.compile(r"\d{1,5}(\.\d{1,3})?\s*[GM]i?B?", re.IGNORECASE)
 PLAN_SECTIONS = ("model", "adapter", "data", "cache", "optimizer", "training", "checkpoint")
 # Without effect on memory, disk and time of a step: a change of these is no other plan.
-PLAN_IRRELEVANT_OPTIONS = frozenset({
-    "output_dir", "seed", "learning_rate", "lr_scheduler", "lr_end", "lr_power", "lr_warmup_steps",
-    "instance_prompt", "caption_strategy", "prepend_instance_prompt", "only_instance_prompt",
-    "missing_caption", "caption_dropout_probability", "max_train_steps", "num_train_epochs",
-})  # fmt: skip
+PLAN_IRRELEVANT_OPTIONS = frozenset(
+    {
+        "output_dir",
+        "seed",
+        "learning_rate",
+        "lr_scheduler",
+        "lr_end",
+        "lr_power",
+        "lr_warmup_steps",
+        "instance_prompt",
+        "caption_strategy",
+        "prepend_instance_prompt",
+        "only_instance_prompt",
+        "missing_caption",
+        "caption_dropout_probability",
+        "max_train_steps",
+        "num_train_epochs",
+    }
+)
 
 
 def plan_relevant_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a plan depends on."""
-    known = (name for name in config if name in all_options() and name not in PLAN_IRRELEVANT_OPTIONS)
+    known = (
+        name for name in config if name in all_options() and name not in PLAN_IRRELEVANT_OPTIONS
+    )
     return {name: config[name] for name in known if all_options()[name].section in PLAN_SECTIONS}
 
 
@@ -54,13 +70,17 @@ class PlanProcess:
         planner: Sequence[str] = PLAN_COMMAND,
     ) -> None:
         """config: options, written to a file of its own, so that none of a person's is read. words: flags."""
-        self._folder = tempfile.TemporaryDirectory(prefix="simpletuner-plan-", ignore_cleanup_errors=True)
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="simpletuner-plan-", ignore_cleanup_errors=True
+        )
         self._out, self._err = (Path(self._folder.name, name) for name in ("out", "err"))
         path = Path(self._folder.name, "config.json")
         path.write_text(json.dumps(dict(config)), encoding="utf-8")
         inherited = environment.copy_process_environment().items()
         environ = {
-            name: value for name, value in inherited if not name.startswith(environment.VARIABLE_PREFIX)
+            name: value
+            for name, value in inherited
+            if not name.startswith(environment.VARIABLE_PREFIX)
         }
         environ["PYTHONSAFEPATH"] = "1"  # modules that lie in the workspace are none of ours
         argv = [*planner, "--config", str(path), "--json", *words]
@@ -83,7 +103,10 @@ class PlanProcess:
     def result(self) -> tuple[dict[str, Any] | None, list[ErrorDetail]]:
         """Of an ended one: the plan, or what it said instead."""
         code = self._process.returncode
-        said = self._out.read_bytes(), self._err.read_text("utf-8", errors="replace").strip().splitlines()
+        said = (
+            self._out.read_bytes(),
+            self._err.read_text("utf-8", errors="replace").strip().splitlines(),
+        )
         self.terminate()
         if code == 0:
             try:
@@ -99,7 +122,9 @@ class PlanProcess:
             return None, [ErrorDetail(loc="", message=line) for line in said[1][-12:]]
         ended = "took too long" if code is not None and code < 0 else "failed"
         return None, [
-            ErrorDetail(loc="", message=f"the plan {ended}; `simpletuner plan` in a terminal says more")
+            ErrorDetail(
+                loc="", message=f"the plan {ended}; `simpletuner plan` in a terminal says more"
+            )
         ]
 
     def terminate(self) -> None:
@@ -127,7 +152,9 @@ class PlanService:
         if asked.fit is not None and not SIZE_PATTERN.fullmatch(asked.fit.strip()):
             abort(422, "write a size such as 12GB", "fit")
         problems, tried = validate_options(self._workspace, asked.config)
-        config = plan_relevant_options(changed_options(tried.loaded)) if tried.loaded is not None else {}
+        config = (
+            plan_relevant_options(changed_options(tried.loaded)) if tried.loaded is not None else {}
+        )
         words = [] if asked.fit is None else ["--fit", asked.fit.strip()]
         key = hashlib.sha256(json.dumps([config, words], sort_keys=True).encode()).hexdigest()[:16]
         if problems or tried.loaded is None:

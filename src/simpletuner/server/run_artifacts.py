@@ -24,7 +24,9 @@ def list_images(history: RunHistory) -> list[RunImage]:
 
 def resolve_artifact(place: Workspace, folder: Path, name: str) -> Path:
     """A file below a run folder; of a checkpoint its LoRA file. Raises Outside, also where there is none."""
-    path = place.resolve_below(folder, f"{name}/{LORA_FILE}" if CHECKPOINT_NAME.fullmatch(name) else name)
+    path = place.resolve_below(
+        folder, f"{name}/{LORA_FILE}" if CHECKPOINT_NAME.fullmatch(name) else name
+    )
     if not os.path.isfile(path):
         raise PathOutsideWorkspace("there is no such file")
     return path
@@ -37,14 +39,23 @@ def list_checkpoints(folder: Path, best: int | None) -> list[CheckpointInfo]:
         if checkpoint_step(entry) < 0 or entry.is_symlink() or not entry.is_dir():
             continue
         try:
-            sizes = {replace_surrogates(file.name): file.lstat().st_size for file in entry.iterdir()}
+            sizes = {
+                replace_surrogates(file.name): file.lstat().st_size for file in entry.iterdir()
+            }
             saved_t = (entry / "manifest.json").stat().st_mtime
         except OSError:
             continue  # being removed in this moment
-        found.append(CheckpointInfo(
-            name=entry.name, step=checkpoint_step(entry), size_bytes=sum(sizes.values()), saved_t=saved_t,
-            marked=KEEP_MARKER in sizes, best=checkpoint_step(entry) == best, files=sorted(sizes.keys() - {KEEP_MARKER}),
-        ))  # fmt: skip
+        found.append(
+            CheckpointInfo(
+                name=entry.name,
+                step=checkpoint_step(entry),
+                size_bytes=sum(sizes.values()),
+                saved_t=saved_t,
+                marked=KEEP_MARKER in sizes,
+                best=checkpoint_step(entry) == best,
+                files=sorted(sizes.keys() - {KEEP_MARKER}),
+            )
+        )
     return found
 
 
@@ -58,7 +69,8 @@ def list_outputs(folder: Path) -> list[OutputFile]:
     files = [*folder.glob("*.safetensors"), *folder.glob("transformer/*.safetensors")]
     return [
         OutputFile(
-            path=replace_surrogates(file.relative_to(folder).as_posix()), size_bytes=file.stat().st_size
+            path=replace_surrogates(file.relative_to(folder).as_posix()),
+            size_bytes=file.stat().st_size,
         )
         for file in sorted(files)
         if file.is_file()

@@ -17,7 +17,9 @@ CLOCK_MARGIN_NS = 2_000_000_000  # clocks of file systems are coarse: what is yo
 SKIPPED_FOLDERS = frozenset({"datasets", "node_modules", "images", "cache", "control"})
 SKIPPED_PREFIXES = (".", "checkpoint-", "earlier-", "damaged-")
 
-FolderScan = tuple[int, list[str], bool]  # time of the folder's last change, folders in it, is it a run
+FolderScan = tuple[
+    int, list[str], bool
+]  # time of the folder's last change, folders in it, is it a run
 
 
 @dataclass
@@ -39,7 +41,9 @@ class RunFinder:
             )
             places = [*first, *((root, SEARCH_DEPTH) for root in self.workspace.allowed_roots)]
             self._run_folders = [
-                Path(path) for root, depth in places for path in self._walk(str(root), depth, before)
+                Path(path)
+                for root, depth in places
+                for path in self._walk(str(root), depth, before)
             ]
             self._due = time.monotonic() + RESCAN_INTERVAL_S
         return self._run_folders
@@ -51,7 +55,11 @@ class RunFinder:
             changed = os.stat(folder, follow_symlinks=False).st_mtime_ns
             kept = before.get(folder)
             settled = changed < time.time_ns() - CLOCK_MARGIN_NS
-            entry = kept if kept and kept[0] == changed and settled else (changed, *self._list_folder(folder))
+            entry = (
+                kept
+                if kept and kept[0] == changed and settled
+                else (changed, *self._list_folder(folder))
+            )
         except OSError:
             return
         self._scans[folder] = entry

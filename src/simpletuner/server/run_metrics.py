@@ -14,7 +14,9 @@ from simpletuner.server.schemas.runs import RunMetrics
 
 OPTIONAL_COLUMNS = ("loss", "grad_norm", "memory_gib")
 REQUIRED_COLUMNS = ("t", "learning_rate", "seconds")
-MetricsRow = tuple[float | None, ...]  # of COLUMNS and ALWAYS: a hundred thousand whole records take 135 MB
+MetricsRow = tuple[
+    float | None, ...
+]  # of COLUMNS and ALWAYS: a hundred thousand whole records take 135 MB
 
 
 def read_metrics(path: Path, max_points: int) -> RunMetrics:
@@ -32,7 +34,11 @@ def read_metrics(path: Path, max_points: int) -> RunMetrics:
             elif (event := event_from_dict(found)) is not None:
                 history.add_record(EventRecord(found["t"], event, part.end))
                 if isinstance(event, (event_types.RunStarted, event_types.RunResumed)):
-                    last = event.step if isinstance(event, event_types.RunResumed) else event.resumed_step
+                    last = (
+                        event.step
+                        if isinstance(event, event_types.RunResumed)
+                        else event.resumed_step
+                    )
                     rows = {step: row for step, row in rows.items() if step <= last}
     steps = sorted(rows)
     steps = [steps[place] for place in downsample([rows[step][0] for step in steps], max_points)]
@@ -45,7 +51,12 @@ def read_metrics(path: Path, max_points: int) -> RunMetrics:
     ]
     held_out = [(e.step, e.split, e.loss) for e in history.evaluations.values() if e.loss == e.loss]
     return RunMetrics(
-        step=steps, **columns, held_out=held_out, scores=scores, resumes=history.resume_steps, end=part.end
+        step=steps,
+        **columns,
+        held_out=held_out,
+        scores=scores,
+        resumes=history.resume_steps,
+        end=part.end,
     )
 
 

@@ -80,11 +80,17 @@ class RunService:
         jobs, deadline = self._jobs_by_run(), time.monotonic() + READ_BUDGET_S
         with self._lock:
             self._rescan()
-            newest = sorted(self._runs.items(), key=lambda one: _last_changed_ns(one[1].path), reverse=True)
+            newest = sorted(
+                self._runs.items(), key=lambda one: _last_changed_ns(one[1].path), reverse=True
+            )
             found = [self._summarize(id, seen, jobs.get(id), deadline) for id, seen in newest]
             absent = (id for id in jobs if id not in self._runs)
-            found += [_summary_without_folder(id, jobs[id]) for id in absent if not _was_deleted(jobs[id])]
-        return sorted(found, key=lambda run: (run.state == "queued", run.started_t or 0.0), reverse=True)
+            found += [
+                _summary_without_folder(id, jobs[id]) for id in absent if not _was_deleted(jobs[id])
+            ]
+        return sorted(
+            found, key=lambda run: (run.state == "queued", run.started_t or 0.0), reverse=True
+        )
 
     def summary(self, id: str) -> RunSummary:
         """Raises Refused: 404 when there is no such run."""
@@ -94,7 +100,11 @@ class RunService:
             if seen is not None:
                 return self._summarize(id, seen, job, float("inf"))
         known = job is not None and not _was_deleted(job)
-        return _summary_without_folder(id, job) if known and job else abort(404, "there is no such run")
+        return (
+            _summary_without_folder(id, job)
+            if known and job
+            else abort(404, "there is no such run")
+        )
 
     def find_folder(self, id: str) -> Path | None:
         """The folder of a run that has one."""
@@ -107,25 +117,41 @@ class RunService:
     def list_images(self, id: str) -> list[RunImage]:
         self.summary(id)
         with self._lock:
-            return run_artifacts.list_images(self._runs[id].event_summary.history) if id in self._runs else []
+            return (
+                run_artifacts.list_images(self._runs[id].event_summary.history)
+                if id in self._runs
+                else []
+            )
 
     def detail(self, id: str) -> RunDetail:
         summary = self.summary(id)
         with self._lock:
             seen = self._runs.get(id) or CachedRun.for_folder(Path(summary.path))
             digest, started = seen.event_summary, seen.event_summary.history.start_event
-            config, options = log_reader.read_json_object(seen.path / "config.json") or {}, all_options()
+            config, options = (
+                log_reader.read_json_object(seen.path / "config.json") or {},
+                all_options(),
+            )
             return RunDetail(
-                summary=summary, model=started.model if started else "",
-                device=started.device if started else "", config=config,
-                changed={n: v for n, v in config.items() if n in options and v != options[n].default},
+                summary=summary,
+                model=started.model if started else "",
+                device=started.device if started else "",
+                config=config,
+                changed={
+                    n: v for n, v in config.items() if n in options and v != options[n].default
+                },
                 stages=list(digest.stages.values()) if summary.stage else [],
                 stages_done=list(digest.stages_done),
                 checkpoints=run_artifacts.list_checkpoints(seen.path, digest.best_step),
-                outputs=run_artifacts.list_outputs(seen.path), resumes=list(digest.history.resume_steps),
-                problems=[describe_event(event) for _, event in digest.history.warnings[-MAX_NOTES:]],
-                notes=list(digest.notes), exit=seen.exit_record, events_end=digest.end_offset,
-            )  # fmt: skip
+                outputs=run_artifacts.list_outputs(seen.path),
+                resumes=list(digest.history.resume_steps),
+                problems=[
+                    describe_event(event) for _, event in digest.history.warnings[-MAX_NOTES:]
+                ],
+                notes=list(digest.notes),
+                exit=seen.exit_record,
+                events_end=digest.end_offset,
+            )
 
     def _jobs_by_run(self) -> Mapping[str, Job]:
         """Never asked while the lock is held: jobs have one of their own."""
@@ -148,7 +174,9 @@ class RunService:
                 and path.is_dir()
             ):
                 paths[id] = path
-        self._runs = {id: self._runs.get(id) or CachedRun.for_folder(path) for id, path in paths.items()}
+        self._runs = {
+            id: self._runs.get(id) or CachedRun.for_folder(path) for id, path in paths.items()
+        }
 
     def _summarize(self, id: str, seen: CachedRun, job: Job | None, deadline: float) -> RunSummary:
         _refresh(seen, deadline)
@@ -156,15 +184,22 @@ class RunService:
         state, message = run_state(seen, job)
         last = digest.last_step_event
         return RunSummary(
-            id=id, name=log_reader.replace_surrogates(seen.path.name), path=log_reader.replace_surrogates(str(seen.path)), state=state,
-            step=digest.step, total_steps=digest.total_steps,
+            id=id,
+            name=log_reader.replace_surrogates(seen.path.name),
+            path=log_reader.replace_surrogates(str(seen.path)),
+            state=state,
+            step=digest.step,
+            total_steps=digest.total_steps,
             loss=last.loss if last and last.loss == last.loss else None,
             left_s=digest.left_s if state == "running" else None,
             started_t=digest.process_started_t or (job.started_t if job else None),
-            changed_t=max(history.last_event_time, seen.exit_t or 0.0) or None, sparkline=digest.loss_curve.points(),
+            changed_t=max(history.last_event_time, seen.exit_t or 0.0) or None,
+            sparkline=digest.loss_curve.points(),
             stage=next(reversed(digest.stages.values()), None) if state in ACTIVE_STATES else None,
-            job=job.id if job else None, message=message, picture=digest.latest_image_path,
-        )  # fmt: skip
+            job=job.id if job else None,
+            message=message,
+            picture=digest.latest_image_path,
+        )
 
 
 def run_state(seen: CachedRun, job: Job | None) -> tuple[JobState, str]:
@@ -177,10 +212,15 @@ def run_state(seen: CachedRun, job: Job | None) -> tuple[JobState, str]:
     if job is not None:
         begun_t = float("inf") if job.started_t is None else job.started_t
         later = seen.exit_t is None or seen.exit_t < begun_t
-        by_hand = job.ended_t is not None and job.ended_t < (seen.event_summary.process_started_t or 0.0)
+        by_hand = job.ended_t is not None and job.ended_t < (
+            seen.event_summary.process_started_t or 0.0
+        )
         if later and not by_hand:
             return job.state, job.message
-    status, message = (seen.exit_record or {}).get("status"), (seen.exit_record or {}).get("message")
+    status, message = (
+        (seen.exit_record or {}).get("status"),
+        (seen.exit_record or {}).get("message"),
+    )
     state = STATE_OF_STATUS.get(status, "lost") if isinstance(status, str) else "lost"
     return state, message if isinstance(message, str) else ""
 
@@ -232,10 +272,22 @@ def _was_deleted(job: Job) -> bool:
 def _summary_without_folder(id: str, job: Job) -> RunSummary:
     """A job that has no folder, or not yet, or that failed before it made one."""
     return RunSummary(
-        id=id, name=Path(job.run_dir).name or job.name, path=job.run_dir, state=job.state, step=0,
-        total_steps=None, loss=None, left_s=None, started_t=job.started_t, changed_t=job.queued_t,
-        sparkline=[], stage=None, job=job.id, message=job.message, begun=False,
-    )  # fmt: skip
+        id=id,
+        name=Path(job.run_dir).name or job.name,
+        path=job.run_dir,
+        state=job.state,
+        step=0,
+        total_steps=None,
+        loss=None,
+        left_s=None,
+        started_t=job.started_t,
+        changed_t=job.queued_t,
+        sparkline=[],
+        stage=None,
+        job=job.id,
+        message=job.message,
+        begun=False,
+    )
 
 
 def _file_stamp(path: Path) -> FileStamp:

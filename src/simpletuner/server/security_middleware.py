@@ -63,7 +63,9 @@ class SecurityMiddleware:
             if web_socket:
                 await send({"type": "websocket.close", "code": 1008, "reason": str(refused)})
             else:
-                await JSONResponse(error_body(refused.details), refused.status)(scope, receive, send)
+                await JSONResponse(error_body(refused.details), refused.status)(
+                    scope, receive, send
+                )
             return
         if not web_socket:
             receive = _limit_body(receive, self.max_body_bytes(scope))
@@ -108,7 +110,11 @@ def _check_host(connection: HTTPConnection, settings: ServerSettings) -> str:
 
 
 def _allowed_hosts(settings: ServerSettings) -> Iterable[str]:
-    own = (socket.gethostname().lower(),) if settings.host in WILDCARD_HOSTS else (settings.host.lower(),)
+    own = (
+        (socket.gethostname().lower(),)
+        if settings.host in WILDCARD_HOSTS
+        else (settings.host.lower(),)
+    )
     return {*LOOPBACK_HOSTS, *own, *(name.lower() for name in settings.allowed_hosts)}
 
 
@@ -130,7 +136,9 @@ def _check_origin(connection: HTTPConnection, host: str) -> None:
 def _check_fetch_site(connection: HTTPConnection, method: str) -> None:
     """Following a link to the front page is all that another site may do."""
     site = _single_header(connection, "sec-fetch-site")
-    link = method == "GET" and connection.scope["path"] == "/" and connection.scope["type"] == "http"
+    link = (
+        method == "GET" and connection.scope["path"] == "/" and connection.scope["type"] == "http"
+    )
     link = link and _single_header(connection, "sec-fetch-mode") == "navigate"
     link = link and _single_header(connection, "sec-fetch-dest") == "document"
     if site not in ("", "same-origin", "none") and not link:

@@ -37,7 +37,9 @@ class Services:
         runs, drafts = RunService(place), DraftService(place)
         jobs = JobService(place, runs, drafts, settings.train_command)
         live = LiveBroadcaster(runs, jobs.get_queue, settings.max_sockets)
-        return cls(place, settings, runs, jobs, drafts, PlanService(place), DatasetService(place), live)
+        return cls(
+            place, settings, runs, jobs, drafts, PlanService(place), DatasetService(place), live
+        )
 
 
 def get_services(request: HTTPConnection) -> Services:

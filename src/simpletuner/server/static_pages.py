@@ -37,7 +37,11 @@ class StaticPages:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send(
-                {"type": "websocket.close", "code": 1008, "reason": "the live channel is /api/v1/live"}
+                {
+                    "type": "websocket.close",
+                    "code": 1008,
+                    "reason": "the live channel is /api/v1/live",
+                }
             )
             return
         if scope["path"].startswith("/api/"):
@@ -56,10 +60,16 @@ def render_routes_page(document: dict[str, Any]) -> str:
         for method, route in methods.items():
             text = html.escape(route.get("description") or route.get("summary", ""))
             parts.append(f"<h2><code>{method.upper()} {html.escape(path)}</code></h2><p>{text}</p>")
-            told = {key: route[key] for key in ("parameters", "requestBody", "responses") if key in route}
+            told = {
+                key: route[key]
+                for key in ("parameters", "requestBody", "responses")
+                if key in route
+            }
             parts.append(_render_details("Takes and answers", told))
     parts.append("<h2>Shapes</h2>")
-    parts += [_render_details(name, shape) for name, shape in document["components"]["schemas"].items()]
+    parts += [
+        _render_details(name, shape) for name, shape in document["components"]["schemas"].items()
+    ]
     return PAGE_TEMPLATE.format(title="simpletuner: routes", body="\n".join(parts))
 
 

@@ -19,7 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from simpletuner.config.environment import SERVER_TOKEN_VARIABLE, VARIABLE_PREFIX, copy_process_environment
+from simpletuner.config.environment import (
+    SERVER_TOKEN_VARIABLE,
+    VARIABLE_PREFIX,
+    copy_process_environment,
+)
 from simpletuner.config.option_catalog import all_options
 from simpletuner.errors import SimpleTunerError
 from simpletuner.server.job_folder import JobFolder
@@ -53,7 +57,9 @@ def job_environment(devices: str, environ: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in environ.items() if name not in ours}
     kept |= {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     return (
-        kept | {VISIBLE_DEVICES_VARIABLE: devices.partition(":")[2]} if devices.startswith("cuda:") else kept
+        kept | {VISIBLE_DEVICES_VARIABLE: devices.partition(":")[2]}
+        if devices.startswith("cuda:")
+        else kept
     )
 
 
@@ -69,7 +75,9 @@ class Supervisor:
         self._jobs, self._devices, self._grace_s = jobs, devices, grace_s
         self._device_sets: tuple[str, ...] | None = None
         self._runners: list[subprocess.Popen[bytes]] = []
-        self._stop_progress: dict[str, tuple[list[str], float]] = {}  # job -> what was sent, the last when
+        self._stop_progress: dict[
+            str, tuple[list[str], float]
+        ] = {}  # job -> what was sent, the last when
         self._lock: int | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run_loop, name="supervisor", daemon=True)
@@ -131,7 +139,9 @@ class Supervisor:
     def _acquire_leadership(self) -> bool:
         if self._lock is None:
             self._jobs.jobs_dir.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._jobs.jobs_dir / "supervisor.lock", os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = os.open(
+                self._jobs.jobs_dir / "supervisor.lock", os.O_RDWR | os.O_CREAT, 0o600
+            )
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -140,7 +150,9 @@ class Supervisor:
             self._lock = descriptor
         return True
 
-    def _escalate_stop(self, folder: JobFolder, asked: dict[str, Any], run_dir: Path | None) -> None:
+    def _escalate_stop(
+        self, folder: JobFolder, asked: dict[str, Any], run_dir: Path | None
+    ) -> None:
         """Ask, then SIGTERM, then SIGKILL; each once, whichever server: a second signal means "at once".
 
         It has its time to save after each by this process' own clock, which a laptop's sleep does not move.
@@ -162,7 +174,9 @@ class Supervisor:
         elif not sent:
             self._send_signal(folder, asked, signal.SIGINT)
 
-    def _send_signal(self, folder: JobFolder, asked: dict[str, Any], number: signal.Signals) -> None:
+    def _send_signal(
+        self, folder: JobFolder, asked: dict[str, Any], number: signal.Signals
+    ) -> None:
         if folder.send_signal(number):
             self._record_sent(folder, asked, number.name)
 
@@ -182,7 +196,9 @@ class Supervisor:
             work = folder.read_spec()
             if work is None:
                 continue
-            wanted = ("cpu",) if work.devices == "cpu" or not self._device_sets else self._device_sets
+            wanted = (
+                ("cpu",) if work.devices == "cpu" or not self._device_sets else self._device_sets
+            )
             free = next((one for one in wanted if one not in busy), None)
             if free is None or (work.run_dir and is_locked(Path(work.run_dir) / "run.lock")):
                 continue
@@ -199,11 +215,21 @@ class Supervisor:
         try:
             with (folder.path / "output.log").open("ab") as log, suppress(OSError):
                 runner = subprocess.Popen(
-                    [sys.executable, "-m", "simpletuner.server.runner", str(folder.path), str(lock)],
-                    cwd=work.cwd, env=job_environment(devices, copy_process_environment()),
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock,),
+                    [
+                        sys.executable,
+                        "-m",
+                        "simpletuner.server.runner",
+                        str(folder.path),
+                        str(lock),
+                    ],
+                    cwd=work.cwd,
+                    env=job_environment(devices, copy_process_environment()),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(lock,),
                     start_new_session=True,
-                )  # fmt: skip
+                )
                 self._runners.append(runner)
         finally:
             os.close(lock)

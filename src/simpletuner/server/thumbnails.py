@@ -13,10 +13,17 @@ from pathlib import Path
 from simpletuner.atomic_io import write_atomically
 from simpletuner.server.api_errors import abort
 
-THUMBNAIL_WIDTHS_PX = (96, 192, 384, 768)  # a cache cannot be filled by asking for every width there is
+THUMBNAIL_WIDTHS_PX = (
+    96,
+    192,
+    384,
+    768,
+)  # a cache cannot be filled by asking for every width there is
 MAX_PIXELS = 200_000_000
 MAX_CACHE_BYTES = 512 * 2**20
-PRUNE_EVERY = 16  # of as many new thumbnails one looks whether the cache is full; a power of two up to 256
+PRUNE_EVERY = (
+    16  # of as many new thumbnails one looks whether the cache is full; a power of two up to 256
+)
 MAX_CONCURRENT_DECODES = 2  # decoded together: a picture of 200 million pixels takes 0.8 GB
 JPEG_QUALITY = 82
 BACKGROUND_GREY = (128, 128, 128)
@@ -74,23 +81,35 @@ def prune_cache(cache: Path, room_bytes: int) -> None:
 def _render_thumbnail(source: Path, side: int) -> bytes:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    from simpletuner.data.pixels import DECODER_ERRORS, IMAGE_FORMATS, PIXEL_MODES, SIXTEEN_BIT_MODES
+    from simpletuner.data.pixels import (
+        DECODER_ERRORS,
+        IMAGE_FORMATS,
+        PIXEL_MODES,
+        SIXTEEN_BIT_MODES,
+    )
 
     try:
         with Image.open(source, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                abort(413, f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels")
+                abort(
+                    413,
+                    f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels",
+                )
             if image.mode not in PIXEL_MODES:
                 abort(415, f"pixels of kind {image.mode} are not shown; export 8-bit RGB")
             image.draft("RGB", (2 * side, 4 * side))  # JPEG only: decodes an eighth of a large one
             picture = image
-            if image.mode in SIXTEEN_BIT_MODES:  # convert("L") would clip everything above 255 to white
+            if (
+                image.mode in SIXTEEN_BIT_MODES
+            ):  # convert("L") would clip everything above 255 to white
                 picture = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
             alpha = picture.has_transparency_data
             if alpha or picture.mode not in ("L", "RGB"):
                 picture = picture.convert("RGBA" if alpha else "RGB")
             profile = image.info.get("icc_profile") if picture.mode == image.mode == "RGB" else None
-            picture.thumbnail((side * 2, side * 4), Image.Resampling.BOX)  # bounds what turning copies
+            picture.thumbnail(
+                (side * 2, side * 4), Image.Resampling.BOX
+            )  # bounds what turning copies
             picture = ImageOps.exif_transpose(picture)
     except UnidentifiedImageError:
         abort(415, "that is not a picture that can be read")

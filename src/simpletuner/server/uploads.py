@@ -27,7 +27,9 @@ from simpletuner.server.workspace import PathOutsideWorkspace, Workspace
 ACCEPTED_IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
 )
-ACCEPTED_TYPES_TEXT = "pictures are PNG, JPEG, WebP, AVIF, BMP or TIFF, captions .txt, archives .zip"
+ACCEPTED_TYPES_TEXT = (
+    "pictures are PNG, JPEG, WebP, AVIF, BMP or TIFF, captions .txt, archives .zip"
+)
 IMAGE_MAGIC = re.compile(
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|....ftypavi[fs]|....ftypmif1|BM|II[*+]\0|MM\0[*+]",
     re.DOTALL,
@@ -39,7 +41,9 @@ ABANDONED_AFTER_S = 86_400
 MIN_FREE_BYTES = 512 << 20  # always left free on the disk
 MAX_CAPTION_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 30
-MAX_ARCHIVE_LISTING_BYTES = 8 << 20  # of an archive, held in memory; 20,000 pictures with captions take 3 MB
+MAX_ARCHIVE_LISTING_BYTES = (
+    8 << 20
+)  # of an archive, held in memory; 20,000 pictures with captions take 3 MB
 MAX_ARCHIVE_MEMBERS = 50_000
 ENCRYPTED_FLAGS = 0x1 | 0x20 | 0x40  # also patches, which zipfile does not read
 MAX_COMPRESSION_RATIO = 200  # pictures hardly shrink; a bomb does
@@ -57,7 +61,10 @@ def safe_name(name: str) -> str:
     for part in name.split("/"):
         if part in ("", ".", "..") or part.startswith("."):
             abort(422, "its name is empty, hidden, absolute or leads out of the folder")
-        if any(one in '\\:*?"<>|' or unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") for one in part):
+        if any(
+            one in '\\:*?"<>|' or unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp")
+            for one in part
+        ):
             abort(422, 'its name has a control character or one of \\ : * ? " < > |')
         if part != part.strip() or part.endswith(".") or RESERVED_NAMES.fullmatch(part):
             abort(422, "its name ends in a space or dot, or means a device on Windows")
@@ -77,7 +84,9 @@ class IncomingUpload:
         self.name = safe_name(name)
         self.suffix = Path(self.name).suffix.lower()
         if self.suffix not in ACCEPTED_IMAGE_SUFFIXES | {".txt", ".zip"}:
-            abort(415, f"{self.suffix or 'a file without suffix'} is not taken; {ACCEPTED_TYPES_TEXT}")
+            abort(
+                415, f"{self.suffix or 'a file without suffix'} is not taken; {ACCEPTED_TYPES_TEXT}"
+            )
         self.written_bytes = 0
         self._check_limits(length)
         _remove_abandoned(folder / INCOMING_FOLDER)
@@ -106,7 +115,10 @@ class IncomingUpload:
 
     def _check_limits(self, more: int) -> None:
         if max(self.written_bytes, more) > self.max_bytes:
-            abort(413, f"more than {self.max_bytes} bytes are not taken at once; send an archive in parts")
+            abort(
+                413,
+                f"more than {self.max_bytes} bytes are not taken at once; send an archive in parts",
+            )
         if (
             self.written_bytes % (64 * BLOCK_BYTES) < more
             and shutil.disk_usage(self.folder).free < more + MIN_FREE_BYTES
@@ -129,7 +141,9 @@ def store_file(place: Workspace, part: Path, folder: Path, name: str) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         twin = _existing_file(target)
         if twin is None:
-            target.open("xb").close()  # whoever makes the name has it; then the content arrives whole
+            target.open(
+                "xb"
+            ).close()  # whoever makes the name has it; then the content arrives whole
             os.replace(part, target)
             return name
     except FileExistsError:
@@ -193,7 +207,9 @@ class _BoundedArchive:
         return data
 
 
-def unpack_archive(place: Workspace, part: Path, folder: Path) -> tuple[list[str], list[RefusedFile]]:
+def unpack_archive(
+    place: Workspace, part: Path, folder: Path
+) -> tuple[list[str], list[RefusedFile]]:
     """Every picture and caption of an archive, folders kept. Raises Refused: no archive, a bomb."""
     saved: list[str] = []
     refused: list[RefusedFile] = []
@@ -201,7 +217,9 @@ def unpack_archive(place: Workspace, part: Path, folder: Path) -> tuple[list[str
     try:
         with part.open("rb") as raw, zipfile.ZipFile(_BoundedArchive(raw)) as archive:
             members = [one for one in archive.infolist() if not one.is_dir()]
-            _check_archive(members, part.stat().st_size, shutil.disk_usage(folder).free - MIN_FREE_BYTES)
+            _check_archive(
+                members, part.stat().st_size, shutil.disk_usage(folder).free - MIN_FREE_BYTES
+            )
             for member in members:
                 name = _member_name(member)
                 if _is_ignored(name.split("/")):
@@ -211,7 +229,9 @@ def unpack_archive(place: Workspace, part: Path, folder: Path) -> tuple[list[str
                 except ApiError as error:
                     hidden += len(refused) >= MAX_REFUSED_LISTED
                     if len(refused) < MAX_REFUSED_LISTED:
-                        refused.append(RefusedFile(file=make_printable(name)[:300], reason=str(error)))
+                        refused.append(
+                            RefusedFile(file=make_printable(name)[:300], reason=str(error))
+                        )
     except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error, OSError) as error:
         if isinstance(error, OSError) and error.errno in DISK_ERROR_ADVICE:
             raise
@@ -224,7 +244,9 @@ def unpack_archive(place: Workspace, part: Path, folder: Path) -> tuple[list[str
 def _check_archive(members: list[zipfile.ZipInfo], size: int, room: int) -> None:
     total = sum(one.file_size for one in members)
     if len(members) > MAX_ARCHIVE_MEMBERS:
-        abort(413, f"an archive has at most {MAX_ARCHIVE_MEMBERS} files; this one has {len(members)}")
+        abort(
+            413, f"an archive has at most {MAX_ARCHIVE_MEMBERS} files; this one has {len(members)}"
+        )
     if total > max(RATIO_EXEMPT_BYTES * 64, MAX_COMPRESSION_RATIO * size):
         abort(413, f"{size} bytes that unpack to {total}: this is no archive of pictures")
     if total > room:
@@ -270,7 +292,14 @@ def _unpack_member(
         with archive.open(member) as source, part.open("xb") as file:
             shutil.copyfileobj(source, file, BLOCK_BYTES)
         return store_file(place, part, folder, name)
-    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, zlib.error, struct.error) as error:
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        ValueError,
+        RuntimeError,
+        zlib.error,
+        struct.error,
+    ) as error:
         abort(415, f"it is damaged: {error}")
     finally:
         part.unlink(missing_ok=True)

@@ -51,7 +51,9 @@ class Workspace:
 
     def make_trash_folder(self) -> Path:
         """A new folder for what is taken away; nothing of a person's is deleted."""
-        made = self.server_dir / "trash" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        made = (
+            self.server_dir / "trash" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        )
         made.mkdir(parents=True)
         return made
 
@@ -68,7 +70,9 @@ class Workspace:
             raise PathOutsideWorkspace("that is no path") from error
         if any(real == root or root in real.parents for root in self.allowed_roots):
             return real
-        raise PathOutsideWorkspace("that path is outside the workspace and the folders added with --root")
+        raise PathOutsideWorkspace(
+            "that path is outside the workspace and the folders added with --root"
+        )
 
     def resolve_or_none(self, path: Path | str) -> Path | None:
         """As `inside`; None for what is outside."""

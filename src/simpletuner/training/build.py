@@ -45,9 +45,14 @@ from simpletuner.validation.validation_images import GenerationSettings
 
 
 def build_trainer_context(
-    run: RunConfig, backends: DatasetFile, base_dir: Path, folder: RunFolder, stop_requested: Callable[[], bool],
-    emit: Emit, closing: ExitStack,
-) -> TrainerContext:  # fmt: skip
+    run: RunConfig,
+    backends: DatasetFile,
+    base_dir: Path,
+    folder: RunFolder,
+    stop_requested: Callable[[], bool],
+    emit: Emit,
+    closing: ExitStack,
+) -> TrainerContext:
     """base_dir: folder of the config file, where relative paths are looked up first.
 
     Another training's run folder is refused before anything is encoded or loaded, and left as it was.
@@ -78,7 +83,9 @@ def build_trainer_context(
     plan = make_train_schedule(run, order.batches_per_epoch)
     net = train_state.build_train_state(run, prepared, device, emit)
 
-    inference = Inference(family, prepared.constants, device.device, device.weights_dtype, device.autocast)
+    inference = Inference(
+        family, prepared.constants, device.device, device.weights_dtype, device.autocast
+    )
     heldout = build_held_out_evaluator(run, prepared, inference)
     evaluation = None if heldout is None else HeldOutLossCallback(heldout, net, folder.path, emit)
     pictures = build_image_validation(run, prepared, inference, net, prompts, plan, folder, emit)
@@ -89,15 +96,27 @@ def build_trainer_context(
     if scoring is not None:
         remembering["scores"] = scoring.scorer
     described = RunMetadata(
-        run, family.name, prepared.model_files.name, prepared.train.placed_samples,
-        [prompt for one in backends.train for prompt in one.instance_prompts], plan.epoch_at, folder.path,
-    )  # fmt: skip
+        run,
+        family.name,
+        prepared.model_files.name,
+        prepared.train.placed_samples,
+        [prompt for one in backends.train for prompt in one.instance_prompts],
+        plan.epoch_at,
+        folder.path,
+    )
     exporter = Exporter(family, net, run, folder, emit, described.file_metadata)
     publishing = build_publishing(run, described, stop_requested, emit, closing)
     keeper = Checkpointer(
-        folder, run.checkpoint, net, config, prepared.identity(), remembering, exporter.export_to_checkpoint,
-        evaluation.best_step if evaluation else lambda: None, emit,
-    )  # fmt: skip
+        folder,
+        run.checkpoint,
+        net,
+        config,
+        prepared.identity(),
+        remembering,
+        exporter.export_to_checkpoint,
+        evaluation.best_step if evaluation else lambda: None,
+        emit,
+    )
     if origin is not None:
         keeper.restore(origin)
         folder.write_config(config)
@@ -106,17 +125,35 @@ def build_trainer_context(
     batch, sizes = build_batch_loader(run, prepared, order, plan, closing)
 
     def asked() -> list[StepCallback]:
-        offered = {"save": keeper.save, **({"validate": pictures.generate_images} if pictures else {})}
+        offered = {
+            "save": keeper.save,
+            **({"validate": pictures.generate_images} if pictures else {}),
+        }
         return [action for name, action in offered.items() if folder.consume_control_request(name)]
 
     return TrainerContext(
-        family, net.transformer, device, net.optimizer, net.optimizer_step, net.ema, plan,
-        run.training.seed, run.flow, run.adapter.lora_dropout > 0 and net.uses_lora,
+        family,
+        net.transformer,
+        device,
+        net.optimizer,
+        net.optimizer_step,
+        net.ema,
+        plan,
+        run.training.seed,
+        run.flow,
+        run.adapter.lora_dropout > 0 and net.uses_lora,
         lambda step: lr_schedule.learning_rate(net.optimizer_options, step, plan.total_steps),
-        batch, sizes, first, keeper.save,
-        build_callbacks(run, plan, keeper, pictures, evaluation, scoring, exporter, publishing, emit), asked,
-        stop_requested, emit,
-    )  # fmt: skip
+        batch,
+        sizes,
+        first,
+        keeper.save,
+        build_callbacks(
+            run, plan, keeper, pictures, evaluation, scoring, exporter, publishing, emit
+        ),
+        asked,
+        stop_requested,
+        emit,
+    )
 
 
 def emit_run_start(
@@ -133,7 +170,11 @@ def emit_run_start(
     if origin is not None:
         emit(RunResumed(first, origin.folder.name))
         if first >= plan.total_steps:
-            emit(NoticeIssued(f"all {plan.total_steps} steps are done; a larger max_train_steps would go on"))
+            emit(
+                NoticeIssued(
+                    f"all {plan.total_steps} steps are done; a larger max_train_steps would go on"
+                )
+            )
     return first
 
 
@@ -147,7 +188,11 @@ def make_train_schedule(run: RunConfig, batches_per_epoch: int) -> TrainSchedule
 
 
 def build_batch_loader(
-    run: RunConfig, prepared: PreparedInputs, order: SampleOrder, plan: TrainSchedule, closing: ExitStack
+    run: RunConfig,
+    prepared: PreparedInputs,
+    order: SampleOrder,
+    plan: TrainSchedule,
+    closing: ExitStack,
 ) -> tuple[BatchPrefetcher, Callable[[int], tuple[int, int]]]:
     """Micro-batches by number, loaded ahead, and their sizes as Parts wants them."""
     alone = Lock()  # the loop and the loading thread ask for different numbers at the same time
@@ -170,9 +215,15 @@ def build_batch_loader(
 
 
 def build_image_validation(
-    run: RunConfig, prepared: PreparedInputs, inference: Inference, net: TrainState,
-    prompts: tuple[validation_prompts.Prompt, ...], plan: TrainSchedule, folder: RunFolder, emit: Emit,
-) -> ImageValidationCallback | None:  # fmt: skip
+    run: RunConfig,
+    prepared: PreparedInputs,
+    inference: Inference,
+    net: TrainState,
+    prompts: tuple[validation_prompts.Prompt, ...],
+    plan: TrainSchedule,
+    folder: RunFolder,
+    emit: Emit,
+) -> ImageValidationCallback | None:
     """The stage that draws; None when there is nothing to draw."""
     if not prompts:
         return None
@@ -200,36 +251,58 @@ def build_image_validation(
 
 
 def build_scoring(
-    run: RunConfig, prepared: PreparedInputs, inference: Inference, net: TrainState,
-    metrics: tuple[image_scoring.Metric, ...], emit: Emit,
-) -> ScoringCallback | None:  # fmt: skip
+    run: RunConfig,
+    prepared: PreparedInputs,
+    inference: Inference,
+    net: TrainState,
+    metrics: tuple[image_scoring.Metric, ...],
+    emit: Emit,
+) -> ScoringCallback | None:
     """The stage that scores; None where no score is asked for."""
     if not metrics:
         return None
     options = run.validation
     scorer = image_scoring.Scorer(
-        inference, metrics, options.validation_num_inference_steps, options.validation_guidance_real,
-        prepared.text_embedding, prepared.decoder_loader(run.model, inference.device), emit,
-    )  # fmt: skip
+        inference,
+        metrics,
+        options.validation_num_inference_steps,
+        options.validation_guidance_real,
+        prepared.text_embedding,
+        prepared.decoder_loader(run.model, inference.device),
+        emit,
+    )
     return ScoringCallback(scorer, net)
 
 
 def build_publishing(
-    run: RunConfig, described: RunMetadata, stop_requested: Callable[[], bool], emit: Emit, closing: ExitStack
+    run: RunConfig,
+    described: RunMetadata,
+    stop_requested: Callable[[], bool],
+    emit: Emit,
+    closing: ExitStack,
 ) -> PublishCallback:
     """The stage that writes the card, and uploads where that is asked for."""
     options, folder = run.publishing, described.run_dir
     if not options.push_to_hub:
         return PublishCallback(described, None, stop_requested)
-    publisher = HubPublisher(folder, repository_name(options, folder), options.model_card_private, emit)
+    publisher = HubPublisher(
+        folder, repository_name(options, folder), options.model_card_private, emit
+    )
     closing.callback(publisher.close)
     return PublishCallback(described, publisher, stop_requested)
 
 
 def build_callbacks(
-    run: RunConfig, plan: TrainSchedule, keeper: Checkpointer, pictures: ImageValidationCallback | None, evaluation: HeldOutLossCallback | None,
-    scoring: ScoringCallback | None, exporter: Exporter, publishing: PublishCallback, emit: Emit,
-) -> tuple[ScheduledCallback, ...]:  # fmt: skip
+    run: RunConfig,
+    plan: TrainSchedule,
+    keeper: Checkpointer,
+    pictures: ImageValidationCallback | None,
+    evaluation: HeldOutLossCallback | None,
+    scoring: ScoringCallback | None,
+    exporter: Exporter,
+    publishing: PublishCallback,
+    emit: Emit,
+) -> tuple[ScheduledCallback, ...]:
     """Between steps, in order: evaluate (it names the best), score, save, draw, and at the end export."""
 
     def steps(interval: int) -> Callable[[int], int]:
@@ -240,8 +313,14 @@ def build_callbacks(
     if evaluation is not None:
         measuring = run.validation.eval_steps_interval or saving
         if measuring % saving:
-            what = f"checkpoint_step_interval {saving} does not divide eval_steps_interval {measuring}"
-            emit(WarningIssued(f"{what}: the step with the lowest held-out loss may have no checkpoint"))
+            what = (
+                f"checkpoint_step_interval {saving} does not divide eval_steps_interval {measuring}"
+            )
+            emit(
+                WarningIssued(
+                    f"{what}: the step with the lowest held-out loss may have no checkpoint"
+                )
+            )
         rows.append(ScheduledCallback(steps(measuring), evaluation.evaluate, at_start=True))
     benchmark = not run.validation.disable_benchmark
     if scoring is not None:

@@ -12,7 +12,12 @@ from simpletuner.config.schema import RunConfig
 from simpletuner.events.event_types import Emit, NoticeIssued
 from simpletuner.training.prepare import PreparedInputs, select_samples
 from simpletuner.training.train_state import TrainState
-from simpletuner.validation.held_out_loss import HeldOutEvaluator, HeldOutSet, choose_samples, fixed_batches
+from simpletuner.validation.held_out_loss import (
+    HeldOutEvaluator,
+    HeldOutSet,
+    choose_samples,
+    fixed_batches,
+)
 from simpletuner.validation.image_scoring import Scorer
 from simpletuner.validation.image_validator import BASE_STEP, ImageValidator, strength_label
 from simpletuner.validation.inference import Inference
@@ -61,7 +66,11 @@ class ImageValidationCallback:
             with evaluation_weights(self.train_state, step) as weights:
                 self.validator.generate_images(step, transformer, weights)
         if step == self.last_step:
-            with average() if average is not None and self.ema_validation == "ema_only" else nullcontext():
+            with (
+                average()
+                if average is not None and self.ema_validation == "ema_only"
+                else nullcontext()
+            ):
                 for strength in self.validator.extra_strengths:
                     with at_lora_strength(self.train_state, strength):
                         self.validator.generate_images(step, transformer, strength_label(strength))
@@ -105,7 +114,11 @@ class HeldOutLossCallback:
         if best is not None:
             kept = self.run_dir / f"checkpoint-{best}"
             found = (
-                f": {kept}" if kept.is_dir() else "; training did not lower it" if best == BASE_STEP else ""
+                f": {kept}"
+                if kept.is_dir()
+                else "; training did not lower it"
+                if best == BASE_STEP
+                else ""
             )
             self.emit(NoticeIssued(f"lowest held-out loss {loss:.4f} at step {best}{found}"))
 
@@ -132,7 +145,9 @@ def make_held_out_set(
     run: RunConfig, prepared: PreparedInputs, filled: LatentCacheResult, split: str, count: int
 ) -> HeldOutSet:
     seed, placed = run.training.seed, filled.placed_samples
-    micro = fixed_batches(placed, choose_samples(placed, count, seed), max(run.training.train_batch_size, 4))
+    micro = fixed_batches(
+        placed, choose_samples(placed, count, seed), max(run.training.train_batch_size, 4)
+    )
     batches = prepared.make_batches(filled, "mean", seed)
     name = ", ".join(sorted({item.sample.dataset for item in placed}))
     return HeldOutSet(split, name, count, lambda: (batches.load(one) for one in micro))

@@ -52,7 +52,9 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     if not run_dir.is_dir():
         return []
     found = [
-        folder for folder in run_dir.iterdir() if CHECKPOINT_NAME.fullmatch(folder.name) and folder.is_dir()
+        folder
+        for folder in run_dir.iterdir()
+        if CHECKPOINT_NAME.fullmatch(folder.name) and folder.is_dir()
     ]
     return sorted(found, key=checkpoint_step, reverse=True)
 
@@ -111,7 +113,9 @@ def save_checkpoint(
     target = run_dir / f"checkpoint-{snapshot.step}"
     if target.exists() and find_damage(target) is None:
         return target
-    needed = sum(t.numel() * t.element_size() for group in snapshot.tensors.values() for t in group.values())
+    needed = sum(
+        t.numel() * t.element_size() for group in snapshot.tensors.values() for t in group.values()
+    )
     if free_disk_bytes(run_dir) < 1.2 * needed + (1 << 20):
         raise DiskFull(
             f"checkpoint-{snapshot.step} needs {needed / 1e9:.2f} GB and {run_dir} has "
@@ -128,11 +132,15 @@ def save_checkpoint(
         os.replace(work, target)
     except (OSError, SafetensorError) as error:  # a full disk is the latter inside save_file
         shutil.rmtree(work, ignore_errors=True)
-        raise DiskFull(f"{target} could not be written ({error}); earlier ones are untouched") from error
+        raise DiskFull(
+            f"{target} could not be written ({error}); earlier ones are untouched"
+        ) from error
     _sync(run_dir)
     for old in list_checkpoints(run_dir)[keep:]:
         if old != target and checkpoint_step(old) != best and not (old / "keep").exists():
-            leaving = old.rename(run_dir / f".removing-{old.name}")  # half a folder is never seen as one
+            leaving = old.rename(
+                run_dir / f".removing-{old.name}"
+            )  # half a folder is never seen as one
             shutil.rmtree(leaving)
     return target
 
@@ -166,7 +174,9 @@ def remove_leftovers(run_dir: Path) -> None:
 
 def set_aside_damaged(folder: Path) -> Path:
     number = 0
-    while (aside := folder.with_name(f"damaged-{folder.name}{f'-{number}' if number else ''}")).exists():
+    while (
+        aside := folder.with_name(f"damaged-{folder.name}{f'-{number}' if number else ''}")
+    ).exists():
         number += 1
     folder.rename(aside)
     return aside
@@ -212,7 +222,9 @@ def read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def flatten_optimizer(state_dict: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, object]]:
+def flatten_optimizer(
+    state_dict: Mapping[str, object],
+) -> tuple[dict[str, Tensor], dict[str, object]]:
     """An optimizer's state_dict as (tensors by "index.key", everything else as JSON)."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, object]] = {}

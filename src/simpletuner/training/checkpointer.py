@@ -53,13 +53,21 @@ class Checkpointer:
         tensors: dict[str, dict[str, Tensor]] = {
             "weights": {n: p.data for n, p in self.train_state.trainable_parameters.items()}
         }
-        tensors["optimizer"], rest = checkpoint.flatten_optimizer(self.train_state.optimizer.state_dict())
-        state: dict[str, object] = {"optimizer": rest, "config": self.config, "identity": dict(self.identity)}
+        tensors["optimizer"], rest = checkpoint.flatten_optimizer(
+            self.train_state.optimizer.state_dict()
+        )
+        state: dict[str, object] = {
+            "optimizer": rest,
+            "config": self.config,
+            "identity": dict(self.identity),
+        }
         if self.train_state.ema is not None:
             shadow = self.train_state.ema.state_dict()
             tensors["ema"] = shadow["shadow"]
             state["ema"] = {key: value for key, value in shadow.items() if key != "shadow"}
-        state["companions"] = {name: one.state_dict() for name, one in self.stateful_evaluators.items()}
+        state["companions"] = {
+            name: one.state_dict() for name, one in self.stateful_evaluators.items()
+        }
         snapshot = checkpoint.CheckpointData(step, tensors, state)
         best = self.best_step()
         keep = self.options.checkpoints_total_limit
@@ -89,7 +97,9 @@ class Checkpointer:
         if later:
             names = ", ".join(folder.name for folder in later)
             self.emit(
-                WarningIssued(f"{names} will be made anew; until now's are in {self.folder.set_aside(later)}")
+                WarningIssued(
+                    f"{names} will be made anew; until now's are in {self.folder.set_aside(later)}"
+                )
             )
 
     def _load_state(
@@ -114,14 +124,22 @@ class Checkpointer:
         try:
             self.train_state.optimizer.load_state_dict(
                 checkpoint.unflatten_optimizer(
-                    tensors.get("optimizer", {}), state["optimizer"], self.train_state.optimizer.state_dict()
+                    tensors.get("optimizer", {}),
+                    state["optimizer"],
+                    self.train_state.optimizer.state_dict(),
                 )
             )
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{found} holds the state of another optimizer ({error})") from error
-        if self.train_state.ema is not None:  # begun late, the average begins at the weights of that moment
+            raise CheckpointError(
+                f"{found} holds the state of another optimizer ({error})"
+            ) from error
+        if (
+            self.train_state.ema is not None
+        ):  # begun late, the average begins at the weights of that moment
             shadow = tensors.get("ema", {name: weight.float() for name, weight in weights.items()})
-            self.train_state.ema.load_state_dict({**state.get("ema", {"updates": 0}), "shadow": shadow})
+            self.train_state.ema.load_state_dict(
+                {**state.get("ema", {"updates": 0}), "shadow": shadow}
+            )
         for name, one in self.stateful_evaluators.items():
             if name in state["companions"]:
                 one.load_state_dict(state["companions"][name])

@@ -118,9 +118,15 @@ def select_device(options: ModelOptions) -> ComputeDevice:
     """The device asked for, or the best there is. ConfigError when it lacks what the options need."""
     if options.torch_num_threads is not None:
         torch.set_num_threads(options.torch_num_threads)
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     kind = (
-        next(kind for kind, here in present.items() if here) if options.device == "auto" else options.device
+        next(kind for kind, here in present.items() if here)
+        if options.device == "auto"
+        else options.device
     )
     if not present[kind]:
         found = ", ".join(kind for kind, here in present.items() if here)
@@ -132,7 +138,9 @@ def select_device(options: ModelOptions) -> ComputeDevice:
         torch.backends.cuda.matmul.allow_tf32 = not options.disable_tf32
         torch.backends.cudnn.allow_tf32 = not options.disable_tf32
     compute = DTYPES[options.mixed_precision]
-    weights = DTYPES[options.base_model_default_dtype] if options.base_model_default_dtype else compute
+    weights = (
+        DTYPES[options.base_model_default_dtype] if options.base_model_default_dtype else compute
+    )
     return ComputeDevice(device, weights, compute if compute != weights else None)
 
 
@@ -162,7 +170,10 @@ def describe_out_of_memory(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError):
         return f"out of host memory{': ' if text else ''}{text}"
-    if not (isinstance(error, RuntimeError) and any(mark in text.lower() for mark in OUT_OF_MEMORY_PHRASES)):
+    if not (
+        isinstance(error, RuntimeError)
+        and any(mark in text.lower() for mark in OUT_OF_MEMORY_PHRASES)
+    ):
         return None
     asked, free = REQUESTED_SIZE_PATTERN.search(text), FREE_SIZE_PATTERN.search(text)
     what = [f"{asked[1]} was asked for" if asked else text.splitlines()[0].rstrip(".")]

@@ -62,8 +62,13 @@ class EightBitMoments:
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         rows, device = -(-param.numel() // BLOCK_SIZE), param.device
         codes = {f"{which}_codes": (rows, BLOCK_SIZE) for which in ("mean", "square")}
-        zero = {key: torch.zeros(shape, dtype=torch.uint8, device=device) for key, shape in codes.items()}
-        return zero | {f"{which}_scales": torch.zeros(rows, device=device) for which in ("mean", "square")}
+        zero = {
+            key: torch.zeros(shape, dtype=torch.uint8, device=device)
+            for key, shape in codes.items()
+        }
+        return zero | {
+            f"{which}_scales": torch.zeros(rows, device=device) for which in ("mean", "square")
+        }
 
     def read(self, state: dict[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:
         rows = slice(part.start // BLOCK_SIZE, -(-part.stop // BLOCK_SIZE))
@@ -75,7 +80,12 @@ class EightBitMoments:
         return mean.view(-1)[:count], square.view(-1)[:count]
 
     def write(
-        self, state: dict[str, Tensor], part: slice, mean: Tensor, square: Tensor, noise: torch.Generator
+        self,
+        state: dict[str, Tensor],
+        part: slice,
+        mean: Tensor,
+        square: Tensor,
+        noise: torch.Generator,
     ) -> None:
         rows = slice(part.start // BLOCK_SIZE, -(-part.stop // BLOCK_SIZE))
         exact = {"mean": mean, "square": square}
@@ -86,5 +96,8 @@ class EightBitMoments:
 
     def _code_tables(self, device: torch.device) -> dict[str, Tensor]:
         if device not in self.code_tables:
-            self.code_tables[device] = {"mean": mean_codes().to(device), "square": square_codes().to(device)}
+            self.code_tables[device] = {
+                "mean": mean_codes().to(device),
+                "square": square_codes().to(device),
+            }
         return self.code_tables[device]

@@ -20,7 +20,9 @@ class Ema:
     start. shadow: name -> float32, on the CPU or beside the weights.
     """
 
-    def __init__(self, params: Sequence[tuple[str, nn.Parameter]], options: OptimizerOptions) -> None:
+    def __init__(
+        self, params: Sequence[tuple[str, nn.Parameter]], options: OptimizerOptions
+    ) -> None:
         self.params = list(params)
         self.decay, self.interval = options.ema_decay, options.ema_update_interval
         self.updates = 0
@@ -47,7 +49,9 @@ class Ema:
 
         They wait where the average is kept: at full rank a GPU has no room for both.
         """
-        trained = [param.detach().to(self.shadow[name].device, copy=True) for name, param in self.params]
+        trained = [
+            param.detach().to(self.shadow[name].device, copy=True) for name, param in self.params
+        ]
         with torch.no_grad():
             for name, param in self.params:
                 param.copy_(self.shadow[name])

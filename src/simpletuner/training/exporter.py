@@ -52,7 +52,9 @@ class Exporter:
             self.emit(WeightsSaved(step, name, time.perf_counter() - started, size))
 
     def _export_lora(self, folder: Path, step: int) -> list[Path]:
-        written = self._save_lora_layouts(folder / LORA_FILENAME, self.file_metadata(step, "trained"))
+        written = self._save_lora_layouts(
+            folder / LORA_FILENAME, self.file_metadata(step, "trained")
+        )
         if self.train_state.averaged_weights is not None:
             (folder / "ema").mkdir(exist_ok=True)
             with self.train_state.averaged_weights():
@@ -87,6 +89,8 @@ class Exporter:
                 written.append(folder)
                 if self.run.publishing.save_native_file:
                     written.append(folder.with_name(f"{name}_native.safetensors"))
-                    described = self.file_metadata(step, "trained" if name == "transformer" else "average")
+                    described = self.file_metadata(
+                        step, "trained" if name == "transformer" else "average"
+                    )
                     self.family.save_native_file(folder, written[-1], described)
         return written

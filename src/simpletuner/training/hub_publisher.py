@@ -42,7 +42,11 @@ def list_result_files(run_dir: Path) -> list[Path]:
 
 def repository_name(options: PublishingOptions, run_dir: Path) -> str:
     """hub_model_id, or the run folder's name as the hub takes it."""
-    return options.hub_model_id or re.sub(r"[^\w.-]+|--+|\.\.+", "-", run_dir.name).strip("-.") or "chroma"
+    return (
+        options.hub_model_id
+        or re.sub(r"[^\w.-]+|--+|\.\.+", "-", run_dir.name).strip("-.")
+        or "chroma"
+    )
 
 
 class HubPublisher:
@@ -54,9 +58,14 @@ class HubPublisher:
     """
 
     def __init__(
-        self, run_dir: Path, repo: str, private: bool, emit: Emit, api: HfApi | None = None,
+        self,
+        run_dir: Path,
+        repo: str,
+        private: bool,
+        emit: Emit,
+        api: HfApi | None = None,
         pauses_s: Sequence[float] = RETRY_DELAYS_S,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.run_dir, self.repo, self.failure = run_dir, repo, ""
         self._private, self._emit, self._retry_delays_s = private, emit, pauses_s
         self._api, self._repository_ready, self._non_retryable = api or HfApi(), False, False
@@ -74,7 +83,9 @@ class HubPublisher:
         deadline = time.monotonic() + limit_s
         while self._queue.unfinished_tasks and self._thread.is_alive():
             if time.monotonic() > deadline or stop_requested():
-                self._give_up(f"not within {limit_s:.0f} s" if time.monotonic() > deadline else "stopped")
+                self._give_up(
+                    f"not within {limit_s:.0f} s" if time.monotonic() > deadline else "stopped"
+                )
                 self._closed.set()
                 return False
             time.sleep(0.05)
@@ -102,7 +113,9 @@ class HubPublisher:
             elif pause_s is None or self._non_retryable:
                 self._give_up(why)
             else:
-                self._emit_if_open(WarningIssued(f"not published yet ({why}); once more in {pause_s:g} s"))
+                self._emit_if_open(
+                    WarningIssued(f"not published yet ({why}); once more in {pause_s:g} s")
+                )
                 if not self._closed.wait(pause_s):
                     continue
             return
@@ -111,7 +124,9 @@ class HubPublisher:
         """Why it failed. A hub that hangs is left to it: what is offered next must not wait for it."""
         done: queue.Queue[str] = queue.Queue()
         commit, limit = partial(self._commit, files, message), upload_timeout_s(files)
-        threading.Thread(target=lambda: done.put(call_and_catch(commit)), name="upload", daemon=True).start()
+        threading.Thread(
+            target=lambda: done.put(call_and_catch(commit)), name="upload", daemon=True
+        ).start()
         try:
             return done.get(timeout=limit).removeprefix("SimpleTunerError: ")
         except queue.Empty:
@@ -119,9 +134,13 @@ class HubPublisher:
             return f"no answer to {message} in {limit:.0f} s"
 
     def _commit(self, files: Sequence[Path], message: str) -> None:
-        here = [path for path in files if path.is_file()]  # a checkpoint may have made room for a newer one
+        here = [
+            path for path in files if path.is_file()
+        ]  # a checkpoint may have made room for a newer one
         names = [path.relative_to(self.run_dir).as_posix() for path in here]
-        added = [CommitOperationAdd(name, str(path)) for name, path in zip(names, here, strict=True)]
+        added = [
+            CommitOperationAdd(name, str(path)) for name, path in zip(names, here, strict=True)
+        ]
         try:
             self._ensure_repository()
             if not here:
@@ -132,7 +151,9 @@ class HubPublisher:
             raise SimpleTunerError(_hub_error_message(error)) from error
         size = sum(one.upload_info.size for one in added)
         self._emit_if_open(
-            NoticeIssued(f"published: {message}, {len(here)} files, {size / 1e6:.1f} MB, to {self.repo}")
+            NoticeIssued(
+                f"published: {message}, {len(here)} files, {size / 1e6:.1f} MB, to {self.repo}"
+            )
         )
 
     def _ensure_repository(self) -> None:
@@ -142,7 +163,9 @@ class HubPublisher:
         self.repo = self._api.create_repo(self.repo, private=self._private, exist_ok=True).repo_id
         if self._private and not self._api.model_info(self.repo).private:
             self._non_retryable = True
-            raise SimpleTunerError(f"{self.repo} is public and model_card_private is on; choose another")
+            raise SimpleTunerError(
+                f"{self.repo} is public and model_card_private is on; choose another"
+            )
         self._repository_ready = True
         self._emit_if_open(
             NoticeIssued(f"publishes to {self.repo}, {'private' if self._private else 'public'}")
@@ -171,7 +194,9 @@ class PublishCallback:
     def publish_checkpoint(self, step: int) -> None:
         folder = self.run_metadata.run_dir / f"checkpoint-{step}"
         if self.publisher is not None:
-            self.publisher.enqueue(sorted(folder.rglob("pytorch_lora_weights*.safetensors")), folder.name)
+            self.publisher.enqueue(
+                sorted(folder.rglob("pytorch_lora_weights*.safetensors")), folder.name
+            )
 
     def publish_final(self, step: int) -> None:
         run_dir = self.run_metadata.run_dir

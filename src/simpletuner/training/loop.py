@@ -111,13 +111,19 @@ def train(parts: TrainerContext) -> int:
     except TrainingStopped:
         if step:
             parts.save_checkpoint(step)
-        raise TrainingStopped(f"stopped after step {step} of {total}; the same command goes on") from None
+        raise TrainingStopped(
+            f"stopped after step {step} of {total}; the same command goes on"
+        ) from None
     return step
 
 
 def run_due_callbacks(parts: TrainerContext, step: int) -> None:
     """Save, validate, evaluate: whatever is due or asked for after `step` steps, with evaluation weights."""
-    due = [every.callback for every in parts.callbacks if every.is_due(step, parts.schedule.total_steps)]
+    due = [
+        every.callback
+        for every in parts.callbacks
+        if every.is_due(step, parts.schedule.total_steps)
+    ]
     try:
         for action in (*due, *parts.requested_callbacks()):
             set_optimizer_mode(parts.optimizer, training=False)
@@ -146,7 +152,9 @@ def train_step(parts: TrainerContext, step: int) -> StepCompleted:
         seen += len(batch.visit_keys)
         used += list(zip(batch.sample_ids, sigma.tolist(), strict=True))
         shares.append(backward_micro_batch(parts, batch, sigma, count, number))
-    total = sum(torch.stack(shares).tolist())  # the device is waited for once a step, not once a micro-batch
+    total = sum(
+        torch.stack(shares).tolist()
+    )  # the device is waited for once a step, not once a micro-batch
     norm = parts.optimizer_step.clip_gradients()
     if math.isfinite(total) and math.isfinite(norm):
         parts.consecutive_skipped_steps = 0
@@ -172,7 +180,13 @@ def backward_micro_batch(
     parts.transformer.train()
     with parts.device.autocast():
         each = compute_losses(
-            parts.family, parts.transformer, batch, sigma, parts.flow_options, parts.seed, parts.device.device
+            parts.family,
+            parts.transformer,
+            batch,
+            sigma,
+            parts.flow_options,
+            parts.seed,
+            parts.device.device,
         )
     loss = each.sum() / count
     parts.optimizer_step.backward(loss)

@@ -81,31 +81,59 @@ def write_model_card(run_dir: Path, told: RunMetadata, step: int) -> Path:
     target, run = run_dir / "README.md", told.run
     pictures = _validation_images(run_dir, step)
     base = (
-        told.base_model_name if HUB_ID_PATTERN.fullmatch(told.base_model_name) else "lodestones/Chroma1-Base"
+        told.base_model_name
+        if HUB_ID_PATTERN.fullmatch(told.base_model_name)
+        else "lodestones/Chroma1-Base"
     )
     prompt = next((text for _, text in pictures), told.trigger or "a photo")
     repo = run.publishing.hub_model_id or ""
-    words = {"base": base, "place": repo if HUB_ID_PATTERN.fullmatch(repo) else ".", "prompt": prompt}
+    words = {
+        "base": base,
+        "place": repo if HUB_ID_PATTERN.fullmatch(repo) else ".",
+        "prompt": prompt,
+    }
     words = {name: json.dumps(word, ensure_ascii=False) for name, word in words.items()}
     kohya = run.adapter.lora_format == "kohya"
-    words["forge"] = "`pytorch_lora_weights.kohya.safetensors`" if kohya else (
-        "what `simpletuner export pytorch_lora_weights.safetensors --format kohya` writes"
-    )  # fmt: skip
-    words["native"] = "`transformer_native.safetensors`" if run.publishing.save_native_file else (
-        "what `simpletuner merge --base transformer --format native --output chroma.safetensors` writes"
-    )  # fmt: skip
+    words["forge"] = (
+        "`pytorch_lora_weights.kohya.safetensors`"
+        if kohya
+        else ("what `simpletuner export pytorch_lora_weights.safetensors --format kohya` writes")
+    )
+    words["native"] = (
+        "`transformer_native.safetensors`"
+        if run.publishing.save_native_file
+        else (
+            "what `simpletuner merge --base transformer --format native --output chroma.safetensors` writes"
+        )
+    )
     uses_lora = run.model.model_type == "lora"
     kind = f"A {describe_adapter(run.adapter)}" if uses_lora else "A full-rank fine-tune"
     lines = [
-        *_front_matter(told, pictures), f"# {_escape_markdown(told.title)}", "",
-        f"{kind} of {_escape_markdown(told.base_model_name)}, {step} steps on {len(told.samples)} pictures.", "",
-        *([_escape_markdown(run.publishing.model_card_note), ""] if run.publishing.model_card_note else []),
+        *_front_matter(told, pictures),
+        f"# {_escape_markdown(told.title)}",
+        "",
+        f"{kind} of {_escape_markdown(told.base_model_name)}, {step} steps on {len(told.samples)} pictures.",
+        "",
+        *(
+            [_escape_markdown(run.publishing.model_card_note), ""]
+            if run.publishing.model_card_note
+            else []
+        ),
         *([f"Trigger words: {_inline_code(told.trigger)}", ""] if told.trigger else []),
-        *(f"![{_escape_markdown(text)}]({place})" for place, text in pictures), "",
-        "## Use", _usage_section(run).format(**words),
-        "## Settings that differ from the defaults", "", "| option | value |", "|---|---|",
-        *(f"| `{name}` | {_inline_code(json.dumps(value))} |" for name, value in _non_default_options(run).items()), "",
-    ]  # fmt: skip
+        *(f"![{_escape_markdown(text)}]({place})" for place, text in pictures),
+        "",
+        "## Use",
+        _usage_section(run).format(**words),
+        "## Settings that differ from the defaults",
+        "",
+        "| option | value |",
+        "|---|---|",
+        *(
+            f"| `{name}` | {_inline_code(json.dumps(value))} |"
+            for name, value in _non_default_options(run).items()
+        ),
+        "",
+    ]
     write_atomically(target, "\n".join(lines))
     return target
 
@@ -114,18 +142,32 @@ def _usage_section(run: RunConfig) -> str:
     if run.model.model_type != "lora":
         return FULL_RANK_USAGE
     bundled = run.model.model_flavour == "nano" and run.model.pretrained_model_name_or_path is None
-    return NANO_USAGE if bundled else LYCORIS_USAGE if run.adapter.lora_type == "lycoris" else LORA_USAGE
+    return (
+        NANO_USAGE
+        if bundled
+        else LYCORIS_USAGE
+        if run.adapter.lora_type == "lycoris"
+        else LORA_USAGE
+    )
 
 
 def list_card_images(card: Path) -> list[str]:
     """What a card shows, relative to its folder."""
-    return re.findall(r"^!\[.*\]\((images/[^)]+)\)$", card.read_text(encoding="utf-8"), re.MULTILINE)
+    return re.findall(
+        r"^!\[.*\]\((images/[^)]+)\)$", card.read_text(encoding="utf-8"), re.MULTILINE
+    )
 
 
 def _front_matter(told: RunMetadata, pictures: list[tuple[str, str]]) -> list[str]:
     """YAML, written as JSON where text is anybody's: each JSON string is one in YAML."""
     uses_lora, said = told.run.model.model_type == "lora", told.run.publishing
-    tags = ["text-to-image", "chroma", "diffusers", "simpletuner", *(["lora"] if uses_lora else ["full"])]
+    tags = [
+        "text-to-image",
+        "chroma",
+        "diffusers",
+        "simpletuner",
+        *(["lora"] if uses_lora else ["full"]),
+    ]
     fields: dict[str, Any] = {
         "license": "apache-2.0",
         "pipeline_tag": "text-to-image",
@@ -148,7 +190,8 @@ def _validation_images(run_dir: Path, step: int) -> list[tuple[str, str]]:
     folder = run_dir / "images" / f"step-{step:06d}"
     paths = [path for path in sorted(folder.glob("*.png")) if "-strength-" not in path.name]
     described = [
-        (path.relative_to(run_dir).as_posix(), read_image_metadata(path)) for path in paths[:MAX_CARD_IMAGES]
+        (path.relative_to(run_dir).as_posix(), read_image_metadata(path))
+        for path in paths[:MAX_CARD_IMAGES]
     ]
     return [(place, found["prompt"]) for place, found in described if found.get("prompt")]
 
@@ -157,14 +200,21 @@ def _non_default_options(run: RunConfig) -> Mapping[str, Any]:
     """Numbers, choices and single words: no free text, no place."""
     values = resolved_options(run)
     chosen = {
-        name: (option, values[name]) for name, option in all_options().items() if values[name] is not None
+        name: (option, values[name])
+        for name, option in all_options().items()
+        if values[name] is not None
     }
     return {
         name: value
         for name, (option, value) in chosen.items()
-        if value != option.default and not option.path and option.section not in OMITTED_SECTIONS
-        and (isinstance(value, (bool, int, float)) or (option.choices and SINGLE_WORD.fullmatch(str(value))))
-    }  # fmt: skip
+        if value != option.default
+        and not option.path
+        and option.section not in OMITTED_SECTIONS
+        and (
+            isinstance(value, (bool, int, float))
+            or (option.choices and SINGLE_WORD.fullmatch(str(value)))
+        )
+    }
 
 
 def _escape_markdown(text: str) -> str:

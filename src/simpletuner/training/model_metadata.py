@@ -106,14 +106,20 @@ class RunMetadata:
             told |= {"ss_network_dim": rank, "ss_network_alpha": rank, "rank": rank, "alpha": alpha}
             if run.adapter.lora_type == "lycoris":
                 asked = lycoris_config.require_lycoris_config(run.adapter)
-                told |= {"ss_network_dim": asked.dim, "ss_network_alpha": asked.alpha, "rank": asked.dim}
+                told |= {
+                    "ss_network_dim": asked.dim,
+                    "ss_network_alpha": asked.alpha,
+                    "rank": asked.dim,
+                }
                 told |= {"ss_network_args": json.dumps({"algo": asked.algo}), "alpha": asked.alpha}
         return {key: str(value) for key, value in told.items()}
 
 
 def public_name(name: str) -> str:
     return (
-        name if HUB_ID_PATTERN.fullmatch(name) and not Path(name).exists() else re.split(r"[/\\]", name)[-1]
+        name
+        if HUB_ID_PATTERN.fullmatch(name) and not Path(name).exists()
+        else re.split(r"[/\\]", name)[-1]
     )
 
 
@@ -124,12 +130,16 @@ def tag_frequency(samples: Sequence[BucketedSample]) -> dict[str, dict[str, int]
         tags = {tag.strip() for caption in one.sample.captions for tag in caption.split(",")}
         short = (tag for tag in tags if 0 < len(tag) <= MAX_TAG_LENGTH)
         found.setdefault(public_name(one.sample.dataset), Counter()).update(short)
-    return {dataset: dict(counted.most_common(MAX_TAGS)) for dataset, counted in sorted(found.items())}
+    return {
+        dataset: dict(counted.most_common(MAX_TAGS)) for dataset, counted in sorted(found.items())
+    }
 
 
 def latest_validation_image(run_dir: Path, step: int) -> Path | None:
     """The first of the last validation up to a step, of the weights at full strength; None: not drawn yet."""
-    drawn = sorted(run_dir.glob("images/step-*/*.png"), key=lambda path: (path.parent.name, path.name))
+    drawn = sorted(
+        run_dir.glob("images/step-*/*.png"), key=lambda path: (path.parent.name, path.name)
+    )
     named = [path for path in drawn if 0 < _step_of(path) <= step and "-strength-" not in path.name]
     return next((path for path in named if path.parent == named[-1].parent), None)
 

@@ -29,7 +29,9 @@ def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
     x = x / x.float().norm().clamp_min(1e-7).to(x.dtype)
     for _ in range(iterations):
         gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=QUINTIC_B, alpha=QUINTIC_C), x, beta=QUINTIC_A)
+        x = torch.addmm(
+            x, torch.addmm(gram, gram, gram, beta=QUINTIC_B, alpha=QUINTIC_C), x, beta=QUINTIC_A
+        )
     return x.mT if tall else x
 
 
@@ -41,9 +43,16 @@ class Muon(PerParameterOptimizer):
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float,
-        weight_decay: float, seed: int, momentum: float = 0.95, iterations: int = 5,
-    ) -> None:  # fmt: skip
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        seed: int,
+        momentum: float = 0.95,
+        iterations: int = 5,
+    ) -> None:
         if not 0 <= momentum < 1 or not 1 <= iterations <= 20:
             raise ValueError("momentum lies in [0, 1), iterations in 1 to 20")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}

@@ -13,20 +13,29 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import seed_at
 
 
-def sample_noise(visit_keys: tuple[str, ...], shape: torch.Size, seed: int, purpose: str = "noise") -> Tensor:
+def sample_noise(
+    visit_keys: tuple[str, ...], shape: torch.Size, seed: int, purpose: str = "noise"
+) -> Tensor:
     """Standard normal (B, C, H, W) on the CPU; each sample's noise is addressed by its visit alone."""
     return torch.stack(
         [
-            torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed_at(seed, purpose, key)))
+            torch.randn(
+                shape[1:], generator=torch.Generator().manual_seed(seed_at(seed, purpose, key))
+            )
             for key in visit_keys
         ]
     )
 
 
 def compute_losses(
-    family: ModelFamily, transformer: nn.Module, batch: Batch, sigma: Tensor, options: FlowOptions, seed: int,
+    family: ModelFamily,
+    transformer: nn.Module,
+    batch: Batch,
+    sigma: Tensor,
+    options: FlowOptions,
+    seed: int,
     device: torch.device,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Loss of every sample, (B,) float32 on the device. sigma: (B,) float32.
 
     With input_perturbation p the network's input is built from noise + p * other noise, while the target

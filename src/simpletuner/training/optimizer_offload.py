@@ -41,16 +41,20 @@ class OffloadedOptimizerState:
     """
 
     def __init__(
-        self, optimizer: Optimizer, fetch: Callable[[Tensor, torch.device], Tensor] = copy_to_device,
+        self,
+        optimizer: Optimizer,
+        fetch: Callable[[Tensor, torch.device], Tensor] = copy_to_device,
         keep: Callable[[Tensor], Tensor] = copy_to_pinned_host,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.optimizer, self.to_device, self.to_host = optimizer, fetch, keep
 
     @contextmanager
     def on_device(self, param: Tensor) -> Iterator[None]:
         """The states of `param` are beside it inside, and on the host again after."""
         state = self.optimizer.state[param]
-        home = {key: tensor for key, tensor in state.items() if torch.is_tensor(tensor) and tensor.ndim}
+        home = {
+            key: tensor for key, tensor in state.items() if torch.is_tensor(tensor) and tensor.ndim
+        }
         for key, tensor in home.items():
             state[key] = self.to_device(tensor, param.device)
         yield

@@ -11,13 +11,20 @@ from torch.optim import Optimizer
 
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.training.optimizer_offload import OffloadedOptimizerState
-from simpletuner.training.optimizers import clip_gradients, gradient_norm, is_state_offloaded, total_norm
+from simpletuner.training.optimizers import (
+    clip_gradients,
+    gradient_norm,
+    is_state_offloaded,
+    total_norm,
+)
 
 
 class OptimizerStep(ABC):
     """One optimizer step: backward for every micro-batch, limit, apply unless the step is bad, clear."""
 
-    weights_modified = False  # whether weights have changed before `apply`: then a bad step cannot be skipped
+    weights_modified = (
+        False  # whether weights have changed before `apply`: then a bad step cannot be skipped
+    )
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -66,9 +73,12 @@ class StandardOptimizerStep(OptimizerStep):
     """All gradients first, then all steps; one after the other where their states are in host memory."""
 
     def __init__(
-        self, params: Sequence[nn.Parameter], optimizer: Optimizer, options: OptimizerOptions,
+        self,
+        params: Sequence[nn.Parameter],
+        optimizer: Optimizer,
+        options: OptimizerOptions,
         states: OffloadedOptimizerState | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.params, self.optimizer, self.options = params, optimizer, options
         self.stepper = None if states is None else SingleParameterStepper(optimizer, states)
 
@@ -99,7 +109,10 @@ class OptimizerStepInBackward(OptimizerStep):
     """
 
     def __init__(
-        self, params: Sequence[nn.Parameter], alone: SingleParameterStepper, options: OptimizerOptions
+        self,
+        params: Sequence[nn.Parameter],
+        alone: SingleParameterStepper,
+        options: OptimizerOptions,
     ) -> None:
         self.params, self.stepper, self.max_gradient_value = params, alone, options.max_grad_norm
         self.gradient_norms: dict[nn.Parameter, Tensor] = {}
@@ -121,7 +134,9 @@ class OptimizerStepInBackward(OptimizerStep):
             loss.backward()
 
     def clip_gradients(self) -> float:
-        norms = [self.gradient_norms[param] for param in self.params if param in self.gradient_norms]
+        norms = [
+            self.gradient_norms[param] for param in self.params if param in self.gradient_norms
+        ]
         self.gradient_norms.clear()
         return float(total_norm(norms)) if self.weights_modified else math.nan
 
@@ -136,7 +151,11 @@ def make_optimizer_step(
     params: Sequence[nn.Parameter], optimizer: Optimizer, options: OptimizerOptions
 ) -> OptimizerStep:
     """What the options ask for; the config has refused what cannot go together."""
-    states = OffloadedOptimizerState(optimizer) if is_state_offloaded(options, params[0].device) else None
+    states = (
+        OffloadedOptimizerState(optimizer)
+        if is_state_offloaded(options, params[0].device)
+        else None
+    )
     if options.optimizer_release_gradients:
         return OptimizerStepInBackward(params, SingleParameterStepper(optimizer, states), options)
     return StandardOptimizerStep(params, optimizer, options, states)

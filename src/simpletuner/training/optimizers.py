@@ -76,9 +76,12 @@ class OptimizerSpec:
     def adam_arguments(self) -> dict[str, Any]:
         options = self.options
         return {
-            "lr": options.learning_rate, "betas": (options.adam_beta1, options.adam_beta2),
-            "eps": options.adam_epsilon, "weight_decay": options.adam_weight_decay, **self.extra_arguments,
-        }  # fmt: skip
+            "lr": options.learning_rate,
+            "betas": (options.adam_beta1, options.adam_beta2),
+            "eps": options.adam_epsilon,
+            "weight_decay": options.adam_weight_decay,
+            **self.extra_arguments,
+        }
 
 
 def _adamw(recipe: OptimizerSpec) -> Optimizer:
@@ -105,7 +108,12 @@ def _lion(recipe: OptimizerSpec) -> Optimizer:
     options, extras = recipe.options, dict(recipe.extra_arguments)
     betas = (extras.pop("beta1", 0.9), extras.pop("beta2", 0.99))
     # One implementation on every device: which one runs is part of the state, and must not change it.
-    arguments = {"triton": False, "foreach": False, "weight_decay": options.adam_weight_decay, **extras}
+    arguments = {
+        "triton": False,
+        "foreach": False,
+        "weight_decay": options.adam_weight_decay,
+        **extras,
+    }
     return Lion(recipe.params, options.learning_rate, betas=betas, **arguments)
 
 
@@ -140,14 +148,17 @@ def build_optimizer(options: OptimizerOptions, params: NamedParameters, seed: in
     the rate itself: learning_rate is a factor on it, usually 1. muon shares learning_rate between matrices
     and the rest.
     """
-    recipe = OptimizerSpec([param for _, param in params], options, parse_optimizer_arguments(options), seed)
+    recipe = OptimizerSpec(
+        [param for _, param in params], options, parse_optimizer_arguments(options), seed
+    )
     try:
         optimizer = OPTIMIZERS[options.optimizer](recipe)
     except ValueError as error:  # bounds that the libraries check
         raise ConfigError(f"optimizer {options.optimizer}: {error}") from error
     hosted = is_state_offloaded(options, recipe.params[0].device)
     preserve_state_dtypes_on_load(
-        optimizer, lambda tensor, param: copy_to_pinned_host(tensor) if hosted else tensor.to(param.device)
+        optimizer,
+        lambda tensor, param: copy_to_pinned_host(tensor) if hosted else tensor.to(param.device),
     )
     return optimizer
 
@@ -157,7 +168,9 @@ def is_state_offloaded(options: OptimizerOptions, device: torch.device) -> bool:
     return options.optimizer_cpu_offload_method == "states" and device.type == "cuda"
 
 
-StatePlacement = Callable[[Tensor, Tensor], Tensor]  # a state tensor and its parameter -> where it is kept
+StatePlacement = Callable[
+    [Tensor, Tensor], Tensor
+]  # a state tensor and its parameter -> where it is kept
 
 
 def preserve_state_dtypes_on_load(optimizer: Optimizer, place: StatePlacement) -> None:
@@ -207,7 +220,9 @@ def total_norm(norms: Sequence[Tensor]) -> Tensor:
 def clip_gradients(params: Sequence[nn.Parameter], options: OptimizerOptions) -> float:
     """Limit the gradients as the options say. Returns their whole norm before that, finite or not."""
     with_gradient = [param for param in params if param.grad is not None]
-    norm = total_norm([gradient_norm(param.grad) for param in with_gradient if param.grad is not None])
+    norm = total_norm(
+        [gradient_norm(param.grad) for param in with_gradient if param.grad is not None]
+    )
     if options.max_grad_norm > 0 and options.grad_clip_method == "norm":
         nn.utils.clip_grads_with_norm_(with_gradient, options.max_grad_norm, norm, foreach=False)
     elif options.max_grad_norm > 0:

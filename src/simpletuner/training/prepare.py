@@ -59,7 +59,9 @@ class PreparedInputs:
             (self.latent_cache, self.text_cache),
             (self.constants.latent_shift, self.constants.latent_scale),
         )
-        return BatchLoader(filled.placed_samples, filled.latent_keys, *stored, *scaling, sample, seed)
+        return BatchLoader(
+            filled.placed_samples, filled.latent_keys, *stored, *scaling, sample, seed
+        )
 
     def decoder_loader(
         self, options: ModelOptions, at: torch.device
@@ -75,7 +77,9 @@ class PreparedInputs:
         """What must be the same for a resumed run to be the same run."""
         digest = hashlib.sha256()
         for one in self.train_sets:
-            digest.update(f"{one.id}|{one.repeats}|{one.probability}\n".encode("utf-8", "surrogateescape"))
+            digest.update(
+                f"{one.id}|{one.repeats}|{one.probability}\n".encode("utf-8", "surrogateescape")
+            )
         for item in self.train.placed_samples:
             line = f"{item.sample.id}|{item.bucket_px}|{item.crop_px}|{item.sample.captions}"
             digest.update(line.encode("utf-8", "surrogateescape"))
@@ -90,9 +94,15 @@ class PreparedInputs:
 
 
 def prepare_inputs(
-    run: RunConfig, backends: DatasetFile, family: ModelFamily, texts: Sequence[str], folder: RunFolder,
-    device: ComputeDevice, emit: Emit, closing: ExitStack,
-) -> PreparedInputs:  # fmt: skip
+    run: RunConfig,
+    backends: DatasetFile,
+    family: ModelFamily,
+    texts: Sequence[str],
+    folder: RunFolder,
+    device: ComputeDevice,
+    emit: Emit,
+    closing: ExitStack,
+) -> PreparedInputs:
     """texts: what else must be encoded besides the captions. closing: gets the caches."""
     listed = folder.path / "rejected.jsonl"
     scanned = scan_datasets(
@@ -125,7 +135,9 @@ def prepare_inputs(
         report_overlong_captions(encoder, captions, facts.max_tokens, run.model, emit)
         return encoder.encode
 
-    text_cache.encode_missing_captions(text, captions, text_encoder, emit, run.cache.text_encoder_batch_size)
+    text_cache.encode_missing_captions(
+        text, captions, text_encoder, emit, run.cache.text_encoder_batch_size
+    )
     free_memory(device)
 
     @cache
@@ -152,9 +164,15 @@ def prepare_inputs(
     return PreparedInputs(family, source, facts, backends.train, train, evaluated, latents, text)
 
 
-def select_samples(filled: LatentCacheResult, wanted: Callable[[BucketedSample], bool]) -> LatentCacheResult:
+def select_samples(
+    filled: LatentCacheResult, wanted: Callable[[BucketedSample], bool]
+) -> LatentCacheResult:
     """The samples of a kind, with their keys."""
-    pairs = [pair for pair in zip(filled.placed_samples, filled.latent_keys, strict=True) if wanted(pair[0])]
+    pairs = [
+        pair
+        for pair in zip(filled.placed_samples, filled.latent_keys, strict=True)
+        if wanted(pair[0])
+    ]
     return LatentCacheResult(tuple(one for one, _ in pairs), tuple(key for _, key in pairs), ())
 
 
@@ -169,14 +187,21 @@ def report_overlong_captions(
 ) -> None:
     """Captions above the token limit are counted and listed, never cut in silence."""
     counts = [(encoder.token_count(caption), caption) for caption in captions]
-    overlong = sorted(((count, caption) for count, caption in counts if count > limit), reverse=True)
+    overlong = sorted(
+        ((count, caption) for count, caption in counts if count > limit), reverse=True
+    )
     if not overlong:
         emit(NoticeIssued(f"longest caption: {max(counts)[0]} of {limit} tokens"))
         return
     worst = "".join(
-        f"\n  {count} tokens: {caption[:80]!r}..." for count, caption in overlong[:MAX_LISTED_CAPTIONS]
+        f"\n  {count} tokens: {caption[:80]!r}..."
+        for count, caption in overlong[:MAX_LISTED_CAPTIONS]
     )
     message = f"{len(overlong)} captions are longer than {limit} tokens:{worst}"
     if options.caption_overlong == "error":
         raise DataError(f"{message}\nShorten them, or set caption_overlong = truncate")
-    emit(WarningIssued(f"{message}\nTheir ends are not seen by the model (caption_overlong = truncate)"))
+    emit(
+        WarningIssued(
+            f"{message}\nTheir ends are not seen by the model (caption_overlong = truncate)"
+        )
+    )

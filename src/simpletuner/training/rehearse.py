@@ -59,9 +59,13 @@ class RehearsalFindings:
 def rehearse(loaded: LoadedConfig, backends: DatasetFile) -> int:
     """Print what worked and what would have gone wrong; returns the exit code of the first problem, or 0."""
     findings = RehearsalFindings()
-    findings.check("pictures and captions, all of them", lambda: scan_all(loaded.config, backends, findings))
+    findings.check(
+        "pictures and captions, all of them", lambda: scan_all(loaded.config, backends, findings)
+    )
     report_to = loaded.config.logging.report_to
-    findings.check(f"report_to {report_to}", lambda: "installed" if tracker_classes(report_to) else "")
+    findings.check(
+        f"report_to {report_to}", lambda: "installed" if tracker_classes(report_to) else ""
+    )
     with tempfile.TemporaryDirectory(prefix="simpletuner-rehearsal-") as folder:
         base_dir = loaded.config_path.parent if loaded.config_path else Path.cwd()
         run = reduce_config(loaded.config, Path(folder) / "run", findings)
@@ -74,14 +78,18 @@ def rehearse(loaded: LoadedConfig, backends: DatasetFile) -> int:
                 f"resume, steps to {STEPS}, pictures after, export read back",
                 lambda: train_until(run, small, base_dir, None, findings),
             )
-            findings.check("report", lambda: f"{write_report(Path(folder) / 'run').stat().st_size} bytes")
+            findings.check(
+                "report", lambda: f"{write_report(Path(folder) / 'run').stat().st_size} bytes"
+            )
     print_findings(findings)
     return findings.exit_code
 
 
 def scan_all(run: RunConfig, backends: DatasetFile, findings: RehearsalFindings) -> str:
     """The whole dataset at its real sizes, headers only."""
-    scanned = scan_datasets([*backends.train, *backends.eval], run.data, run.training.seed, findings)
+    scanned = scan_datasets(
+        [*backends.train, *backends.eval], run.data, run.training.seed, findings
+    )
     for item in scanned.rejected:
         findings.warnings.append(f"{item.path} would not be used: {item.detail}")
     held_out = {one.id for one in backends.eval}
@@ -107,22 +115,37 @@ def reduce_config(run: RunConfig, output_dir: Path, findings: RehearsalFindings)
     return config_from_resolved(
         {
             **resolved_options(run),
-            "model_flavour": "nano", "pretrained_model_name_or_path": None, "device": "cpu",
-            "pretrained_transformer_model_name_or_path": None, "pretrained_vae_model_name_or_path": None,
-            "pretrained_t5_model_name_or_path": None, "revision": None, "variant": None,
-            "flux_lora_target": target, "init_lora": None, "cache_dir": None,
-            "output_dir": str(output_dir), "max_train_steps": STEPS, "num_train_epochs": None,
+            "model_flavour": "nano",
+            "pretrained_model_name_or_path": None,
+            "device": "cpu",
+            "pretrained_transformer_model_name_or_path": None,
+            "pretrained_vae_model_name_or_path": None,
+            "pretrained_t5_model_name_or_path": None,
+            "revision": None,
+            "variant": None,
+            "flux_lora_target": target,
+            "init_lora": None,
+            "cache_dir": None,
+            "output_dir": str(output_dir),
+            "max_train_steps": STEPS,
+            "num_train_epochs": None,
             "train_batch_size": min(training.train_batch_size, 2),
             "gradient_accumulation_steps": min(training.gradient_accumulation_steps, 2),
             "lr_warmup_steps": min(run.optimizer.lr_warmup_steps, 1),
-            "resume_from_checkpoint": "latest", "checkpoint_step_interval": STOP_AFTER,
-            "checkpoint_epoch_interval": None, "validation_step_interval": STEPS,
+            "resume_from_checkpoint": "latest",
+            "checkpoint_step_interval": STOP_AFTER,
+            "checkpoint_epoch_interval": None,
+            "validation_step_interval": STEPS,
             "eval_steps_interval": STEPS,
-            "validation_num_inference_steps": 2, "validation_resolution": str(SIDE_PX),
+            "validation_num_inference_steps": 2,
+            "validation_resolution": str(SIDE_PX),
             "evaluation_prompts": 2,
-            "num_validation_images": 1, "num_eval_images": 4, "report_to": "none", "webhook_config": None,
+            "num_validation_images": 1,
+            "num_eval_images": 4,
+            "report_to": "none",
+            "webhook_config": None,
         }
-    )  # fmt: skip
+    )
 
 
 def shrink_datasets(backends: DatasetFile) -> DatasetFile:
@@ -130,9 +153,13 @@ def shrink_datasets(backends: DatasetFile) -> DatasetFile:
 
     def small(one: DatasetConfig) -> DatasetConfig:
         framing = dataclasses.replace(
-            one.resize_crop, resolution=float(SIDE_PX), resolution_type="pixel_area",
-            minimum_image_size=None, maximum_image_size=None, target_downsample_size=None,
-        )  # fmt: skip
+            one.resize_crop,
+            resolution=float(SIDE_PX),
+            resolution_type="pixel_area",
+            minimum_image_size=None,
+            maximum_image_size=None,
+            target_downsample_size=None,
+        )
         limit = min(one.max_num_samples or MAX_SAMPLES_PER_SET, MAX_SAMPLES_PER_SET)
         return dataclasses.replace(one, resize_crop=framing, max_num_samples=limit)
 
@@ -145,7 +172,11 @@ def shrink_datasets(backends: DatasetFile) -> DatasetFile:
 
 
 def train_until(
-    run: RunConfig, backends: DatasetFile, base_dir: Path, stop_after: int | None, findings: RehearsalFindings
+    run: RunConfig,
+    backends: DatasetFile,
+    base_dir: Path,
+    stop_after: int | None,
+    findings: RehearsalFindings,
 ) -> str:
     """Train until `stop_after` steps (as Ctrl-C would), or to the end."""
     last: list[StepCompleted] = []
@@ -177,6 +208,8 @@ def print_findings(findings: RehearsalFindings) -> None:
         print(f"  warning  {line}")
     for line in findings.problems:
         print(f"  PROBLEM  {line}")
-    verdict = "would not have trained" if findings.problems else "nothing stands in the way of training"
+    verdict = (
+        "would not have trained" if findings.problems else "nothing stands in the way of training"
+    )
     counts = f"problems: {len(findings.problems)}, warnings: {len(set(findings.warnings))}"
     print(f"rehearsal: {verdict} ({counts})")

@@ -63,7 +63,11 @@ class ResumePoint:
                 f"(earlier results are moved aside); to go on in spite of it say "
                 f"--resume_from_checkpoint={self.folder.name}"
             )
-        emit(WarningIssued(f"going on from {self.folder} although it was made by another training:{listed}"))
+        emit(
+            WarningIssued(
+                f"going on from {self.folder} although it was made by another training:{listed}"
+            )
+        )
 
 
 def find_resume_point(run_dir: Path, wanted: str, emit: Emit) -> ResumePoint | None:

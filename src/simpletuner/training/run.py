@@ -23,7 +23,14 @@ from simpletuner.errors import DiskFull, SimpleTunerError, TrainingStopped
 from simpletuner.events import event_types, trackers, webhook_sink
 from simpletuner.events.event_log import EventLog
 from simpletuner.events.html_report import write_report
-from simpletuner.events.sinks import CloseableSink, Sink, call_and_catch, close_all_sinks, fan_out, null_emit
+from simpletuner.events.sinks import (
+    CloseableSink,
+    Sink,
+    call_and_catch,
+    close_all_sinks,
+    fan_out,
+    null_emit,
+)
 from simpletuner.events.terminal_sink import TerminalSink
 from simpletuner.training import loop, resume
 from simpletuner.training.build import build_trainer_context
@@ -54,11 +61,15 @@ class StopFlag:
             raise KeyboardInterrupt
         self.requested = True
         name = signal.Signals(number).name
-        print(f"\n{name}: saving and leaving; once more to leave at once", file=sys.stderr, flush=True)
+        print(
+            f"\n{name}: saving and leaving; once more to leave at once", file=sys.stderr, flush=True
+        )
 
     @contextmanager
     def signal_handlers_installed(self) -> Iterator[None]:
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__]
+        names = [
+            name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__
+        ]
         before = {name: signal.signal(signal.Signals[name], self.handle_signal) for name in names}
         try:
             yield
@@ -101,13 +112,20 @@ def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None
                         f"resume_from_checkpoint = never: earlier results are now in {earlier}"
                     )
                 )
-            tell, framings = emit_with_stop_check(stop, emit), [one.resize_crop for one in backends.train]
+            tell, framings = (
+                emit_with_stop_check(stop, emit),
+                [one.resize_crop for one in backends.train],
+            )
             before = None if within is None else resumed_config(run, folder, emit)
             run = preflight_check(run, framings, tell, within, before)
             base_dir = loaded.config_path.parent if loaded.config_path else Path.cwd()
             with ExitStack() as opened:
-                loop.train(build_trainer_context(run, backends, base_dir, folder, stop, tell, opened))
-        except BaseException as error:  # the outermost edge: nothing may end without exit.json saying how
+                loop.train(
+                    build_trainer_context(run, backends, base_dir, folder, stop, tell, opened)
+                )
+        except (
+            BaseException
+        ) as error:  # the outermost edge: nothing may end without exit.json saying how
             known = to_user_error(error, run)
             if known is None:
                 with folder.log_path.open("a", encoding="utf-8") as log:
@@ -126,7 +144,9 @@ def build_sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[S
     record = EventLog(folder.events_path)
     shown = TerminalSink(sys.stdout, options.log_level, failures=False)
     logged = TerminalSink(
-        closing.enter_context(folder.log_path.open("a", encoding="utf-8")), options.log_level, every_s=30
+        closing.enter_context(folder.log_path.open("a", encoding="utf-8")),
+        options.log_level,
+        every_s=30,
     )
     told = trackers.make_trackers(
         options.report_to,
@@ -136,7 +156,10 @@ def build_sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[S
         resolved_options(run),
     )
     hooks = (
-        [webhook_sink.WebhookSink(hook) for hook in webhook_sink.parse_webhook_config(options.webhook_config)]
+        [
+            webhook_sink.WebhookSink(hook)
+            for hook in webhook_sink.parse_webhook_config(options.webhook_config)
+        ]
         if options.webhook_config
         else []
     )
@@ -156,19 +179,27 @@ def emit_with_stop_check(stop: StopFlag, emit: event_types.Emit) -> event_types.
     return tell
 
 
-def resumed_config(run: RunConfig, folder: RunFolder, emit: event_types.Emit) -> Mapping[str, Any] | None:
+def resumed_config(
+    run: RunConfig, folder: RunFolder, emit: event_types.Emit
+) -> Mapping[str, Any] | None:
     """Options of the checkpoint that the run goes on from."""
     origin = resume.find_resume_point(folder.path, run.checkpoint.resume_from_checkpoint, emit)
     return None if origin is None else cast(Mapping[str, Any], origin.state["config"])
 
 
 def finalize_run(
-    folder: RunFolder, step: int, seconds: float, error: BaseException | None, emit: event_types.Emit
+    folder: RunFolder,
+    step: int,
+    seconds: float,
+    error: BaseException | None,
+    emit: event_types.Emit,
 ) -> None:
     """Tell how it ended: events, report, exit.json. What cannot be written does not hide the reason."""
     code = error.exit_code if isinstance(error, SimpleTunerError) else int(error is not None)
     message = "" if error is None else str(error) or type(error).__name__
-    status = "done" if error is None else "stopped" if isinstance(error, TrainingStopped) else "failed"
+    status = (
+        "done" if error is None else "stopped" if isinstance(error, TrainingStopped) else "failed"
+    )
     emit(
         event_types.RunFailed(step, message, code)
         if status == "failed"
@@ -194,7 +225,9 @@ def to_user_error(error: BaseException, run: RunConfig) -> SimpleTunerError | No
     if isinstance(error, KeyboardInterrupt):
         return TrainingStopped("left at once; the same command goes on from the last checkpoint")
     if short := describe_out_of_memory(error):
-        return SimpleTunerError(f"{short}. The last checkpoint is kept. {suggest_next_setting(run)}")
+        return SimpleTunerError(
+            f"{short}. The last checkpoint is kept. {suggest_next_setting(run)}"
+        )
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or (isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)):
         return DiskFull(f"the disk is full ({error}); checkpoints are kept. Make room and go on")

@@ -87,21 +87,29 @@ class RunFolder:
         self._lock = probe
         with contextlib.suppress(OSError):  # for people only; a full disk is told where it matters
             os.ftruncate(probe, 0)
-            os.write(probe, f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+            os.write(
+                probe,
+                f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode(),
+            )
         for name in CONTROL_REQUESTS:
             (self.path / "control" / name).unlink(missing_ok=True)
         (self.path / "exit.json").unlink(missing_ok=True)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def write_config(self, resolved: dict[str, object]) -> None:
-        write_atomically(self.path / "config.json", json.dumps(resolved, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(
+            self.path / "config.json", json.dumps(resolved, indent=2, ensure_ascii=False) + "\n"
+        )
 
     def write_exit_status(self, exit_code: int, status: str, step: int, message: str = "") -> None:
         record = {"exit_code": exit_code, "status": status, "step": step, "message": message}
@@ -123,7 +131,9 @@ class RunFolder:
             if entry.name not in NEVER_SET_ASIDE and not entry.name.startswith("earlier-")
         ]
         names = [entry.name for entry in earlier]
-        if not any(name.startswith("checkpoint-") or name.endswith(".safetensors") for name in names):
+        if not any(
+            name.startswith("checkpoint-") or name.endswith(".safetensors") for name in names
+        ):
             return None
         return self.set_aside(earlier)
 

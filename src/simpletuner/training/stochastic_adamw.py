@@ -19,17 +19,25 @@ CHUNK_SIZE = (
 
 class SameDtypeMoments:
     """Mean of the gradient and of its square in the dtype of the weights: 4 bytes per bf16 parameter, rounded
-    stochastically. read: (numbers,) float32 of a part of the flat parameter; write: the same, changed."""
+    stochastically. read: (numbers,) float32 of a part of the flat parameter; write: the same, changed.
+    """
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         flat = torch.contiguous_format
-        return {key: torch.zeros_like(param, memory_format=flat) for key in ("exp_avg", "exp_avg_sq")}
+        return {
+            key: torch.zeros_like(param, memory_format=flat) for key in ("exp_avg", "exp_avg_sq")
+        }
 
     def read(self, state: dict[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:
         return state["exp_avg"].view(-1)[part].float(), state["exp_avg_sq"].view(-1)[part].float()
 
     def write(
-        self, state: dict[str, Tensor], part: slice, mean: Tensor, square: Tensor, noise: torch.Generator
+        self,
+        state: dict[str, Tensor],
+        part: slice,
+        mean: Tensor,
+        square: Tensor,
+        noise: torch.Generator,
     ) -> None:
         copy_stochastically(state["exp_avg"].view(-1)[part], mean, noise)
         copy_stochastically(state["exp_avg_sq"].view(-1)[part], square, noise)
@@ -39,10 +47,18 @@ class StochasticAdamW(PerParameterOptimizer):
     """AdamW with decoupled decay. Weights in bf16 are rounded stochastically, others updated like AdamW's."""
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float,
-        weight_decay: float, seed: int, moments: SameDtypeMoments | EightBitMoments,
-    ) -> None:  # fmt: skip
-        super().__init__(params, seed, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        seed: int,
+        moments: SameDtypeMoments | EightBitMoments,
+    ) -> None:
+        super().__init__(
+            params, seed, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
         self.moments = moments
 
     def update_parameter(
@@ -59,9 +75,14 @@ class StochasticAdamW(PerParameterOptimizer):
             param.copy_(weights.view_as(param))
 
     def _update_chunk(
-        self, weights: Tensor, grad: Tensor, state: dict[str, Tensor], part: slice, group: dict[str, Any],
+        self,
+        weights: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        part: slice,
+        group: dict[str, Any],
         noise: torch.Generator,
-    ) -> None:  # fmt: skip
+    ) -> None:
         beta1, beta2 = group["betas"]
         mean, square = self.moments.read(state, part)
         mean.lerp_(grad, 1 - beta1)

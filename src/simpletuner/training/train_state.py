@@ -66,7 +66,9 @@ def build_train_state(
     prepared.family.compile_blocks(transformer, run.model)
     if run.optimizer.optimizer_cpu_offload_method != "none" and device.device.type != "cuda":
         emit(
-            NoticeIssued(f"optimizer states stay where they are: {device.device.type} has the host's memory")
+            NoticeIssued(
+                f"optimizer states stay where they are: {device.device.type} has the host's memory"
+            )
         )
     return assemble_train_state(run, transformer, trained)
 
@@ -75,7 +77,9 @@ def configure_blocks(
     run: RunConfig, family: ModelFamily, transformer: nn.Module, device: torch.device | None = None
 ) -> None:
     """How the blocks are run; the memory plan does the same to a network without weights or device."""
-    family.place_blocks(transformer, block_memory_policy(run.model, family.block_count(transformer)), device)
+    family.place_blocks(
+        transformer, block_memory_policy(run.model, family.block_count(transformer)), device
+    )
 
 
 def attach_trainable_parameters(
@@ -103,7 +107,9 @@ def assemble_train_state(
     optimizer = optimizers.build_optimizer(schedule, named, run.training.seed)
     update = make_optimizer_step(list(trained.values()), optimizer, schedule)
     ema = Ema(named, run.optimizer) if run.optimizer.use_ema else None
-    return TrainState(transformer, trained, run.model.model_type == "lora", schedule, optimizer, update, ema)
+    return TrainState(
+        transformer, trained, run.model.model_type == "lora", schedule, optimizer, update, ema
+    )
 
 
 def _attach_lora(
@@ -119,5 +125,9 @@ def _attach_lora(
         )
     )
     if options.init_lora and attached.initialized_from:
-        emit(NoticeIssued(f"goes on from {Path(options.init_lora).name}: {attached.initialized_from}"))
+        emit(
+            NoticeIssued(
+                f"goes on from {Path(options.init_lora).name}: {attached.initialized_from}"
+            )
+        )
     return dict(attached.trainable)

@@ -12,7 +12,12 @@ from PIL import Image, ImageDraw, ImageOps
 from simpletuner.validation.fonts import Font, renderable_text
 from simpletuner.validation.validation_images import save_png
 
-PAPER_COLOUR, TEXT_COLOUR, DETAIL_COLOUR, MISSING_COLOUR = "#ffffff", "#1c1c1c", "#6b6b6b", "#ececec"
+PAPER_COLOUR, TEXT_COLOUR, DETAIL_COLOUR, MISSING_COLOUR = (
+    "#ffffff",
+    "#1c1c1c",
+    "#6b6b6b",
+    "#ececec",
+)
 GAP_PX, FONT_PX = 8, 14
 MAX_COLUMNS, MAX_ROWS = 8, 64
 
@@ -32,8 +37,10 @@ def write_contact_sheet(rows: Sequence[SheetRow], columns: Mapping[Any, str], pa
     cell = 256 if len(rows) <= 16 else 128
     side, head = 176, FONT_PX + 2 * GAP_PX
     width = side + len(columns) * (cell + GAP_PX) + GAP_PX
-    drawn = [{column: _thumbnail(row.cells[column], cell) for column in columns if column in row.cells}
-             for row in rows]  # fmt: skip
+    drawn = [
+        {column: _thumbnail(row.cells[column], cell) for column in columns if column in row.cells}
+        for row in rows
+    ]
     heights = [max((image.height for image in cells.values()), default=cell) for cells in drawn]
     sheet = Image.new("RGB", (width, head + sum(heights) + GAP_PX * (len(rows) + 1)), PAPER_COLOUR)
     pen = ImageDraw.Draw(sheet)

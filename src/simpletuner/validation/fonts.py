@@ -11,11 +11,25 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Pillow's own font holds English alone. These are looked up by name where the system keeps its fonts.
 SYSTEM_FONTS = (
-    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "segoeui.ttf", "arial.ttf",
-    "Arial Unicode.ttf", "NotoSansDevanagari-Regular.ttf", "Lohit-Devanagari.ttf", "Nirmala.ttc",
-    "Nirmala.ttf", "Kohinoor.ttc", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "msyh.ttc", "PingFang.ttc",
-    "NotoNaskhArabic-Regular.ttf", "NotoSansBengali-Regular.ttf", "NotoSansThai-Regular.ttf",
-)  # fmt: skip
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "LiberationSans-Regular.ttf",
+    "segoeui.ttf",
+    "arial.ttf",
+    "Arial Unicode.ttf",
+    "NotoSansDevanagari-Regular.ttf",
+    "Lohit-Devanagari.ttf",
+    "Nirmala.ttc",
+    "Nirmala.ttf",
+    "Kohinoor.ttc",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-microhei.ttc",
+    "msyh.ttc",
+    "PingFang.ttc",
+    "NotoNaskhArabic-Regular.ttf",
+    "NotoSansBengali-Regular.ttf",
+    "NotoSansThai-Regular.ttf",
+)
 
 
 def renderable_text(text: str, size_px: int) -> tuple[str, Font]:
@@ -25,7 +39,11 @@ def renderable_text(text: str, size_px: int) -> tuple[str, Font]:
         if all(_has_glyph(font, letter) for letter in set(text)):
             return text, font
     font = _load_fonts(size_px)[0]
-    plain = [letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter)]
+    plain = [
+        letter
+        for letter in unicodedata.normalize("NFKD", text)
+        if not unicodedata.combining(letter)
+    ]
     return "".join(letter if _has_glyph(font, letter) else "?" for letter in plain), font
 
 

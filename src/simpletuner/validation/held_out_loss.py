@@ -41,7 +41,9 @@ class HeldOutSet:
 
 def choose_samples(placed: Sequence[BucketedSample], count: int, seed: int) -> list[int]:
     """Indices of `count` samples picked by a hash of their id: adding data moves few of them."""
-    ranked = sorted(range(len(placed)), key=lambda index: seed_at(seed, "heldout", placed[index].sample.id))
+    ranked = sorted(
+        range(len(placed)), key=lambda index: seed_at(seed, "heldout", placed[index].sample.id)
+    )
     return sorted(ranked[:count])
 
 
@@ -72,7 +74,9 @@ def fixed_noise(seed: int, sample_id: str, index: int, shape: torch.Size) -> Ten
     return torch.randn(shape, generator=generator)
 
 
-def paired_change(losses: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[float, float]:
+def paired_change(
+    losses: Mapping[str, float], baseline: Mapping[str, float]
+) -> tuple[float, float]:
     """(mean, standard error) of loss - baseline over the samples in both.
 
     The spread between easy and hard pictures cancels in the pairs. A single pair has no standard error;
@@ -81,7 +85,9 @@ def paired_change(losses: Mapping[str, float], baseline: Mapping[str, float]) ->
     differences = [loss - baseline[sample] for sample, loss in losses.items() if sample in baseline]
     if not differences:
         return 0.0, 0.0
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    error = (
+        statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    )
     return statistics.fmean(differences), error
 
 
@@ -91,7 +97,9 @@ class HeldOutEvaluator:
     The loss is the plain mean squared error of the velocity, whatever loss trains, so that runs compare.
     """
 
-    def __init__(self, inference: Inference, sets: Sequence[HeldOutSet], sigma_count: int, seed: int) -> None:
+    def __init__(
+        self, inference: Inference, sets: Sequence[HeldOutSet], sigma_count: int, seed: int
+    ) -> None:
         self.inference = inference
         self.sets = tuple(sets)
         self.sigmas = sigma_midpoints(sigma_count)
@@ -105,8 +113,12 @@ class HeldOutEvaluator:
     def evaluate(self, transformer: nn.Module, step: int, emit: Emit) -> bool:
         """Measure every set and tell; True when the eval loss is the lowest so far."""
         measured = [(one, self._measure(transformer, one, emit)) for one in self.sets]
-        held_out = {sample: statistics.fmean(samples[sample]) for one, samples in measured
-                    if one.split == "eval" for sample in sorted(samples)}  # fmt: skip
+        held_out = {
+            sample: statistics.fmean(samples[sample])
+            for one, samples in measured
+            if one.split == "eval"
+            for sample in sorted(samples)
+        }
         loss, among = statistics.fmean(held_out.values()) if held_out else math.inf, list(held_out)
         if self._best_step_samples not in ([], among):
             self.best_step, self.best_loss = None, math.inf  # it was chosen on other pictures
@@ -123,9 +135,12 @@ class HeldOutEvaluator:
         """JSON-able: what a resumed run needs to go on comparing with step 0."""
         loss = self.best_loss if math.isfinite(self.best_loss) else None
         return {
-            "baseline": self._baseline, "best_step": self.best_step, "best_loss": loss,
-            "last_step": self.last_step, "among": self._best_step_samples,
-        }  # fmt: skip
+            "baseline": self._baseline,
+            "best_step": self.best_step,
+            "best_loss": loss,
+            "last_step": self.last_step,
+            "among": self._best_step_samples,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._baseline, self.best_step = state["baseline"], state["best_step"]
@@ -137,13 +152,23 @@ class HeldOutEvaluator:
     ) -> LossEvaluated:
         means = {sample: statistics.fmean(losses) for sample, losses in samples.items()}
         baseline = self._baseline.setdefault(f"{one.split}/{one.dataset}", means)
-        by_sigma = zip(self.sigmas, map(statistics.fmean, zip(*samples.values(), strict=True)), strict=True)
+        by_sigma = zip(
+            self.sigmas, map(statistics.fmean, zip(*samples.values(), strict=True)), strict=True
+        )
         loss = statistics.fmean(means.values())
         return LossEvaluated(
-            step, one.dataset, one.split, loss, *paired_change(means, baseline), tuple(by_sigma), best
+            step,
+            one.dataset,
+            one.split,
+            loss,
+            *paired_change(means, baseline),
+            tuple(by_sigma),
+            best,
         )
 
-    def _measure(self, transformer: nn.Module, one: HeldOutSet, emit: Emit) -> dict[str, list[float]]:
+    def _measure(
+        self, transformer: nn.Module, one: HeldOutSet, emit: Emit
+    ) -> dict[str, list[float]]:
         """Loss by sample id, one number per sigma; a sample's numbers don't depend on its batch."""
         losses: dict[str, list[float]] = {}
         with (
@@ -151,8 +176,12 @@ class HeldOutEvaluator:
             StageReporter(emit, f"evaluate {one.split}", one.sample_count, "samples") as stage,
         ):
             for batch in one.load_batches():
-                columns = [self._losses(transformer, batch, index) for index in range(len(self.sigmas))]
-                for sample, row in zip(batch.sample_ids, torch.stack(columns, dim=1).tolist(), strict=True):
+                columns = [
+                    self._losses(transformer, batch, index) for index in range(len(self.sigmas))
+                ]
+                for sample, row in zip(
+                    batch.sample_ids, torch.stack(columns, dim=1).tolist(), strict=True
+                ):
                     losses[sample] = row
                 stage.advance(len(batch.sample_ids))
         return losses
@@ -162,7 +191,10 @@ class HeldOutEvaluator:
         device = self.inference.device
         latents = batch.latents.to(device)
         noise = torch.stack(
-            [fixed_noise(self.seed, sample, index, latents.shape[1:]) for sample in batch.sample_ids]
+            [
+                fixed_noise(self.seed, sample, index, latents.shape[1:])
+                for sample in batch.sample_ids
+            ]
         ).to(device)
         sigma = torch.full((len(latents),), self.sigmas[index], device=device)
         text = batch.text.to(device, self.inference.text_dtype)

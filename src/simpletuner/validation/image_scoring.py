@@ -44,7 +44,10 @@ def _scene_image_specs(scenes: Sequence[Scene]) -> tuple[ImageSpec, ...]:
     """A scene's number is its noise's, so the first prompts of many are those of few."""
     return tuple(
         ImageSpec(
-            Prompt(f"{number:03d}", scene.caption), 0, (SIDE_PX, SIDE_PX), scene_scoring.NOISE_SEED + number
+            Prompt(f"{number:03d}", scene.caption),
+            0,
+            (SIDE_PX, SIDE_PX),
+            scene_scoring.NOISE_SEED + number,
         )
         for number, scene in enumerate(scenes)
     )
@@ -73,13 +76,19 @@ def zorbo_metric(count: int | None) -> Metric:
     def judge(drawn: Sequence[Image.Image]) -> Mapping[str, Rate]:
         asked = zip(scenes, drawn, strict=True)
         return scene_scoring.compute_rates(
-            [scene_scoring.score_zorbo_scene(scene, detect_zorbo(picture)) for scene, picture in asked]
+            [
+                scene_scoring.score_zorbo_scene(scene, detect_zorbo(picture))
+                for scene, picture in asked
+            ]
         )
 
     return Metric("zorbo", _scene_image_specs(scenes), judge)
 
 
-METRICS: dict[str, Callable[[int | None], Metric]] = {"shapes": shapes_metric, "zorbo": zorbo_metric}
+METRICS: dict[str, Callable[[int | None], Metric]] = {
+    "shapes": shapes_metric,
+    "zorbo": zorbo_metric,
+}
 
 
 def choose_metrics(options: ValidationOptions) -> tuple[Metric, ...]:
@@ -90,7 +99,9 @@ def choose_metrics(options: ValidationOptions) -> tuple[Metric, ...]:
 
 def metric_texts(metrics: Sequence[Metric], guidance: float) -> tuple[str, ...]:
     """Every text that must be encoded before the metrics can be drawn."""
-    return prompt_texts([picture.prompt for metric in metrics for picture in metric.image_specs], guidance)
+    return prompt_texts(
+        [picture.prompt for metric in metrics for picture in metric.image_specs], guidance
+    )
 
 
 @dataclass
@@ -122,7 +133,9 @@ class Scorer:
     def _generate_images(self, metric: Metric, transformer: nn.Module) -> list[Image.Image]:
         """Latents of all first, which weigh little; then they are decoded in batches."""
         latents, how = [], (self.inference, transformer, metric.image_specs, self.text_embedding)
-        with StageReporter(self.emit, f"score {metric.name}", len(metric.image_specs), "pictures") as stage:
+        with StageReporter(
+            self.emit, f"score {metric.name}", len(metric.image_specs), "pictures"
+        ) as stage:
             for _, one in generate_latents(*how, steps=self.steps, guidance=self.guidance):
                 latents.append(torch.nan_to_num(one))
                 stage.advance()

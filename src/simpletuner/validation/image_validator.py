@@ -72,33 +72,50 @@ class ImageValidator:
         """Decoded one by one, which bounds the memory of the VAE."""
         steps, guidance = self.settings.steps, self.settings.guidance
         drawn = generate_latents(
-            self.inference, transformer, missing, self.text_embedding, steps=steps, guidance=guidance
+            self.inference,
+            transformer,
+            missing,
+            self.text_embedding,
+            steps=steps,
+            guidance=guidance,
         )
         with StageReporter(self.emit, "draw", len(missing), "pictures") as stage:
             decode = self.load_decoder()
             for picture, latents in drawn:
                 path = image_path(self.run_dir, picture, step, weights)
                 if not torch.isfinite(latents).all():
-                    what = f"step {step}: {path.name} is not finite: broken weights or number format"
+                    what = (
+                        f"step {step}: {path.name} is not finite: broken weights or number format"
+                    )
                     self.emit(WarningIssued(what))
                 image = pixels_to_image(decode(torch.nan_to_num(latents)))
-                save_png(image, path, image_metadata(picture, self.settings, step=str(step), weights=weights))
+                save_png(
+                    image,
+                    path,
+                    image_metadata(picture, self.settings, step=str(step), weights=weights),
+                )
                 self._emit_image(picture, step, weights)
                 stage.advance()
 
     def _emit_image(self, picture: ImageSpec, step: int, weights: str) -> None:
         name = image_path(self.run_dir, picture, step, weights).relative_to(self.run_dir).as_posix()
         prompt = picture.prompt
-        self.emit(ImageSaved(step, prompt.id, prompt.text, name, picture.seed, *picture.size_px, weights))
+        self.emit(
+            ImageSaved(step, prompt.id, prompt.text, name, picture.seed, *picture.size_px, weights)
+        )
 
     def _update_sheets(self, step: int) -> None:
         """One row per picture, one more where there is an average; before_after is base above newest."""
         images = self.run_dir / "images"
         found = [folder.name[5:] for folder in images.glob("step-*")]
-        numbers = [number for number in sorted(map(int, filter(str.isdigit, found))) if number <= step]
+        numbers = [
+            number for number in sorted(map(int, filter(str.isdigit, found))) if number <= step
+        ]
         rows = {
             (picture.stem, weights): {
-                number: path for number in numbers if (path := self._existing_image(picture, number, weights))
+                number: path
+                for number in numbers
+                if (path := self._existing_image(picture, number, weights))
             }
             for picture in self.image_specs
             for weights in ("trained", "ema")
@@ -115,14 +132,19 @@ class ImageValidator:
         if len(steps) < 2 or steps[0] != BASE_STEP:
             return
         columns = {
-            picture.stem: picture.prompt.text or picture.stem for picture in self.image_specs[:MAX_COLUMNS]
+            picture.stem: picture.prompt.text or picture.stem
+            for picture in self.image_specs[:MAX_COLUMNS]
         }
         last, model = steps[-1], self.settings.model
         compared = [
             SheetRow(
                 label,
                 f"{model}, {_step_title(number)}",
-                {stem: cells[number] for (stem, _), cells in reversed(rows.items()) if number in cells},
+                {
+                    stem: cells[number]
+                    for (stem, _), cells in reversed(rows.items())
+                    if number in cells
+                },
             )
             for label, number in (("before", BASE_STEP), ("after", last))
         ]
@@ -134,7 +156,9 @@ class ImageValidator:
             cells = {stem: path for stem, path in shown.items() if path}
             if cells:
                 compared.append(
-                    SheetRow(f"after, {strength_label(strength)}", f"{model}, {_step_title(last)}", cells)
+                    SheetRow(
+                        f"after, {strength_label(strength)}", f"{model}, {_step_title(last)}", cells
+                    )
                 )
         self._emit_sheet(step, write_contact_sheet(compared, columns, images / "before_after.png"))
 
@@ -142,7 +166,9 @@ class ImageValidator:
         """The file of the picture if this run drew it; every weights' first column is the base."""
         kind = "base" if step == BASE_STEP else weights
         path = image_path(self.run_dir, picture, step, kind)
-        if path not in self._verified and is_generated(self.run_dir, picture, self.settings, step, kind):
+        if path not in self._verified and is_generated(
+            self.run_dir, picture, self.settings, step, kind
+        ):
             self._verified.add(path)
         return path if path in self._verified else None
 

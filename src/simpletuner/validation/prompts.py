@@ -16,7 +16,9 @@ from simpletuner.config.schema import DataOptions, ValidationOptions
 from simpletuner.errors import ConfigError, Problem
 
 PROMPT_FIELDS = ("prompt", "caption", "negative_prompt", "seed")
-MAX_ID_LENGTH = 48  # characters; with the rest of the file name under 255 bytes even in four-byte letters
+MAX_ID_LENGTH = (
+    48  # characters; with the rest of the file name under 255 bytes even in four-byte letters
+)
 MAX_SIDE_PX = 4096
 
 
@@ -55,7 +57,9 @@ def read_prompts(options: ValidationOptions, base_dir: Path) -> tuple[Prompt, ..
     """
     prompts = []
     if options.validation_prompt:
-        prompts.append(Prompt("validation", options.validation_prompt, options.validation_negative_prompt))
+        prompts.append(
+            Prompt("validation", options.validation_prompt, options.validation_negative_prompt)
+        )
     if options.user_prompt_library:
         negative = options.validation_negative_prompt
         prompts.extend(_read_library(options.user_prompt_library, base_dir, negative))
@@ -102,7 +106,9 @@ def parse_sizes(
         width, height = (round(side / alignment_px) * alignment_px for side in sides)
         if (width, height) != sides:
             asked = f"{sides[0]}x{sides[1]}"
-            notes.append(f"pictures of {asked} px are drawn at {width}x{height}, multiples of {alignment_px}")
+            notes.append(
+                f"pictures of {asked} px are drawn at {width}x{height}, multiples of {alignment_px}"
+            )
         sizes[width, height] = None
     if problems:
         raise ConfigError(problems)
@@ -110,7 +116,7 @@ def parse_sizes(
 
 
 def _default_size(data: DataOptions) -> str:
-    """resolution counts megapixels when resolution_type is area, else it is the side in pixels."""
+    """Resolution counts megapixels when resolution_type is area, else it is the side in pixels."""
     if data.resolution_type == "area":
         return str(round(math.sqrt(data.resolution * 1e6)))
     return str(round(data.resolution))
@@ -146,7 +152,9 @@ def _read_library(name: str, base_dir: Path, negative: str) -> list[Prompt]:
         ]
         if not found:
             text = fields.get("prompt", fields.get("caption"))
-            prompts.append(Prompt(file_id, text, fields.get("negative_prompt", negative), fields.get("seed")))
+            prompts.append(
+                Prompt(file_id, text, fields.get("negative_prompt", negative), fields.get("seed"))
+            )
     if problems:
         raise ConfigError(problems)
     return prompts

@@ -33,9 +33,15 @@ def initial_noise(facts: ArchitectureConstants, seed: int, size_px: tuple[int, i
 
 
 def denoise(
-    inference: Inference, transformer: nn.Module, text_rows: Sequence[Tensor], noise: Tensor, *, steps: int,
-    guidance: float = 1.0, negative_rows: Sequence[Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+    inference: Inference,
+    transformer: nn.Module,
+    text_rows: Sequence[Tensor],
+    noise: Tensor,
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    negative_rows: Sequence[Tensor] | None = None,
+) -> Tensor:
     """Latents (B, C, H, W) float32 on the CPU from noise (B, C, H, W), by Euler over sigma 1 -> 0.
 
     text_rows, negative_rows: one (L_i, D) each. Guidance above 1 takes
@@ -58,13 +64,20 @@ def denoise(
         return unwanted + guidance * (wanted - unwanted)
 
     with eval_mode(transformer):
-        return solve_euler(velocity, noise.to(inference.device, torch.float32), sigma_grid(steps)).cpu()
+        return solve_euler(
+            velocity, noise.to(inference.device, torch.float32), sigma_grid(steps)
+        ).cpu()
 
 
 def generate_latents(
-    inference: Inference, transformer: nn.Module, pictures: Sequence[ImageSpec], rows: Callable[[str], Tensor],
-    *, steps: int, guidance: float,
-) -> Iterator[tuple[ImageSpec, Tensor]]:  # fmt: skip
+    inference: Inference,
+    transformer: nn.Module,
+    pictures: Sequence[ImageSpec],
+    rows: Callable[[str], Tensor],
+    *,
+    steps: int,
+    guidance: float,
+) -> Iterator[tuple[ImageSpec, Tensor]]:
     """Each picture with its latents (1, C, H, W), neighbours of equal size drawn in one batch.
 
     rows: a text to its (L, D) rows. A picture in a batch equals the picture drawn alone up to rounding.
@@ -79,9 +92,13 @@ def generate_latents(
                 inference,
                 transformer,
                 [rows(picture.prompt.text) for picture in batch],
-                torch.stack([initial_noise(inference.constants, picture.seed, size) for picture in batch]),
+                torch.stack(
+                    [initial_noise(inference.constants, picture.seed, size) for picture in batch]
+                ),
                 steps=steps,
                 guidance=guidance,
-                negative_rows=[rows(picture.prompt.negative) for picture in batch] if guidance > 1 else None,
+                negative_rows=[rows(picture.prompt.negative) for picture in batch]
+                if guidance > 1
+                else None,
             )
             yield from zip(batch, drawn.split(1), strict=True)

@@ -50,10 +50,17 @@ def image_metadata(picture: ImageSpec, settings: GenerationSettings, **more: str
         f"Size: {width}x{height}, Model: {settings.model}, Version: simpletuner {__version__}"
     )
     said = {
-        "parameters": parameters, "prompt": prompt.text, "negative_prompt": negative,
-        "seed": str(picture.seed), "steps": str(settings.steps), "guidance": f"{settings.guidance:g}",
-        "size": f"{width}x{height}", "model": settings.model, "identity": settings.identity, **more,
-    }  # fmt: skip
+        "parameters": parameters,
+        "prompt": prompt.text,
+        "negative_prompt": negative,
+        "seed": str(picture.seed),
+        "steps": str(settings.steps),
+        "guidance": f"{settings.guidance:g}",
+        "size": f"{width}x{height}",
+        "model": settings.model,
+        "identity": settings.identity,
+        **more,
+    }
     return {key: value for key, value in said.items() if value}
 
 
@@ -62,7 +69,9 @@ def read_image_metadata(path: Path) -> dict[str, str]:
     try:
         with Image.open(path) as image:
             image.load()
-            return {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
+            return {
+                str(key): str(value) for key, value in image.info.items() if isinstance(value, str)
+            }
     except (OSError, SyntaxError, ValueError):  # Pillow's three ways to say that a PNG is damaged
         return {}
 
@@ -86,7 +95,8 @@ def save_png(image: Image.Image, path: Path, description: Mapping[str, str] | No
 
 def image_path(run_dir: Path, picture: ImageSpec, step: int, weights: str) -> Path:
     """images/step-000500/<prompt id>-<number>-<W>x<H>.png; the average's end in -ema.png, those of a LoRA
-    at another strength in -strength-0.5.png."""
+    at another strength in -strength-0.5.png.
+    """
     ending = "" if weights in ("base", "trained") else f"-{weights.replace(' ', '-')}"
     return run_dir / "images" / f"step-{step:06d}" / f"{picture.stem}{ending}.png"
 
@@ -96,4 +106,6 @@ def is_generated(
 ) -> bool:
     """Is exactly this picture there, whole?"""
     path = image_path(run_dir, picture, step, weights)
-    return read_image_metadata(path) == image_metadata(picture, settings, step=str(step), weights=weights)
+    return read_image_metadata(path) == image_metadata(
+        picture, settings, step=str(step), weights=weights
+    )

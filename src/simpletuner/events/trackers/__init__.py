@@ -54,11 +54,18 @@ def event_scalars(event: Event) -> dict[str, float]:
         return found
     if isinstance(event, LossEvaluated):
         at = f"eval/{event.dataset}/{event.split}"
-        found = {f"{at}/loss": event.loss, f"{at}/change": event.change, f"{at}/change_se": event.change_se}
+        found = {
+            f"{at}/loss": event.loss,
+            f"{at}/change": event.change,
+            f"{at}/change_se": event.change_se,
+        }
         found.update({f"{at}/sigma_{sigma:.3f}": loss for sigma, loss in event.by_sigma})
         return found
     if isinstance(event, ScoresComputed):
         at = f"score/{event.metric}"
-        return {f"{at}/{name}{end}": figure for name, (rate, error, _) in event.rates.items()
-                for end, figure in (("", rate), ("_se", error))}  # fmt: skip
+        return {
+            f"{at}/{name}{end}": figure
+            for name, (rate, error, _) in event.rates.items()
+            for end, figure in (("", rate), ("_se", error))
+        }
     return {}

@@ -16,7 +16,9 @@ try:
     from tensorboard.plugins.text.summary import text_pb
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 except ImportError as error:
-    raise MissingExtra("report_to = tensorboard needs: pip install 'simpletuner[tensorboard]'") from error
+    raise MissingExtra(
+        "report_to = tensorboard needs: pip install 'simpletuner[tensorboard]'"
+    ) from error
 
 
 class Tracker:
@@ -24,22 +26,31 @@ class Tracker:
         self._run_dir = tracked.run_dir
         self._writer = EventFileWriter(str(tracked.run_dir / "tensorboard"), flush_secs=10)
         config = json.dumps(dict(tracked.config), indent=2, default=str)
-        self._write(0, summary=text_pb("config", "\n".join(f"    {line}" for line in config.splitlines())))
+        self._write(
+            0, summary=text_pb("config", "\n".join(f"    {line}" for line in config.splitlines()))
+        )
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, RunResumed):  # hides what an abandoned tail had written beyond this step
+        if isinstance(
+            event, RunResumed
+        ):  # hides what an abandoned tail had written beyond this step
             self._write(event.step + 1, session_log=SessionLog(status=SessionLog.START))
         elif isinstance(event, METRIC_EVENTS):
             values = [
-                Summary.Value(tag=tag, simple_value=value) for tag, value in event_scalars(event).items()
+                Summary.Value(tag=tag, simple_value=value)
+                for tag, value in event_scalars(event).items()
             ]
             self._write(event.step, summary=Summary(value=values))
         elif isinstance(event, ImageSaved):
             picture = Summary.Image(
-                width=event.width_px, height=event.height_px, colorspace=3,
+                width=event.width_px,
+                height=event.height_px,
+                colorspace=3,
                 encoded_image_string=(self._run_dir / event.path).read_bytes(),
-            )  # fmt: skip
-            tag = f"{event.prompt_id}/{event.width_px}x{event.height_px}/{event.seed}/{event.weights}"
+            )
+            tag = (
+                f"{event.prompt_id}/{event.width_px}x{event.height_px}/{event.seed}/{event.weights}"
+            )
             self._write(event.step, summary=Summary(value=[Summary.Value(tag=tag, image=picture)]))
 
     def close(self) -> None:

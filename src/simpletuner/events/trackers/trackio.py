@@ -16,7 +16,10 @@ class Tracker:
     def __init__(self, tracked: TrackerSettings) -> None:
         self._run_dir = tracked.run_dir
         self._run = trackio.init(
-            project=tracked.project, name=tracked.run_name, config=dict(tracked.config), resume="allow"
+            project=tracked.project,
+            name=tracked.run_name,
+            config=dict(tracked.config),
+            resume="allow",
         )
 
     def __call__(self, event: Event) -> None:

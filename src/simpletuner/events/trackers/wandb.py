@@ -36,7 +36,9 @@ class Tracker:
             self._run.log({"step": event.step, **event_scalars(event)})
         elif isinstance(event, ImageSaved):
             picture = wandb.Image(str(self._run_dir / event.path), caption=event.prompt)
-            self._run.log({"step": event.step, f"images/{event.prompt_id}/{event.weights}": picture})
+            self._run.log(
+                {"step": event.step, f"images/{event.prompt_id}/{event.weights}": picture}
+            )
 
     def close(self) -> None:
         self._run.finish()

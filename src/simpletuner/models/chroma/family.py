@@ -78,7 +78,9 @@ class ChromaFamily(ModelFamily):
             scale, shift = float(vae["scaling_factor"]), float(vae.get("shift_factor") or 0.0)  # type: ignore[arg-type]
             width = int(t5["d_model"])  # type: ignore[call-overload]
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{source.name}: its VAE or T5 config lacks a field ({error!r}).") from None
+            raise ModelError(
+                f"{source.name}: its VAE or T5 config lacks a field ({error!r})."
+            ) from None
         if transformer.in_channels != channels * PATCH_SIZE * PATCH_SIZE:
             raise ModelError(
                 f"{source.name}: the VAE has {channels} channels, the transformer expects"
@@ -104,7 +106,11 @@ class ChromaFamily(ModelFamily):
         return model_spec.build_model_spec(options, dtype, self.read_constants)
 
     def write_quantized_files(
-        self, source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit = null_emit
+        self,
+        source: ModelFiles,
+        options: ModelOptions,
+        device: torch.device,
+        emit: Emit = null_emit,
     ) -> list[Path]:
         files = []
         if options.base_model_precision != "no_change":
@@ -116,7 +122,11 @@ class ChromaFamily(ModelFamily):
         return files
 
     def load_text_encoder(
-        self, source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit = null_emit
+        self,
+        source: ModelFiles,
+        options: ModelOptions,
+        device: torch.device,
+        emit: Emit = null_emit,
     ) -> TextEncoder:
         # transformers takes seconds to import; a warm start never needs it. The same holds for the VAE.
         from simpletuner.models.chroma.text_encoder import load_text_encoder
@@ -140,7 +150,9 @@ class ChromaFamily(ModelFamily):
             return weights.load_transformer(source.transformer, device, dtype, source.variant)
         file = quantized_cache.quantized_transformer_file(source, options, device, emit)
         config = weights.read_transformer_config(source.transformer)
-        return weights.load_quantized_transformer(file, config, options.base_model_precision, device, dtype)
+        return weights.load_quantized_transformer(
+            file, config, options.base_model_precision, device, dtype
+        )
 
     def predict_velocity(
         self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch
@@ -170,7 +182,9 @@ class ChromaFamily(ModelFamily):
         block_executor.compile_blocks(chroma.blocks, options)
 
     def full_finetune_parameters(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        return [item for item in transformer.named_parameters() if not item[0].startswith(FROZEN_PREFIX)]
+        return [
+            item for item in transformer.named_parameters() if not item[0].startswith(FROZEN_PREFIX)
+        ]
 
     def lora_targets(
         self, transformer: nn.Module, preset: str, chosen: str | Sequence[str] | None = None
@@ -182,4 +196,6 @@ class ChromaFamily(ModelFamily):
     def save_native_file(self, folder: Path, file: Path, metadata: Mapping[str, str]) -> None:
         from simpletuner.models.chroma.merge_loras import MergeOutput, merge_loras
 
-        merge_loras(folder, (), MergeOutput(file, native_format=True, dtype=None, overwrite=True), metadata)
+        merge_loras(
+            folder, (), MergeOutput(file, native_format=True, dtype=None, overwrite=True), metadata
+        )

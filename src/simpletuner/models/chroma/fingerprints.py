@@ -32,7 +32,9 @@ def text_fingerprint(source: ModelFiles, options: ModelOptions) -> str:
     """Weights, their precision, tokenizer, dtype, padding, limit and the library's major version."""
     precision = options.text_encoder_1_precision
     quantized = [] if precision == "no_change" else [f"{precision} {get_scheme(precision).version}"]
-    vocabulary = sorted(path for path in source.tokenizer.iterdir() if path.suffix in TOKENIZER_SUFFIXES)
+    vocabulary = sorted(
+        path for path in source.tokenizer.iterdir() if path.suffix in TOKENIZER_SUFFIXES
+    )
     return combined_fingerprint(
         "chroma text 1",
         _major_version("transformers"),

@@ -20,7 +20,19 @@ from simpletuner.quantization.convert import StoredTensor
 
 UNQUANTIZED_DTYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 # Types of metadata values: their struct code; 8 is a string, 9 an array.
-SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALAR_FORMATS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING_TYPE, ARRAY_TYPE = 8, 9
 ALIGNMENT_KEY = "general.alignment"
 
@@ -70,12 +82,18 @@ def parse_gguf_header(path: Path, content: bytes, size: int) -> dict[str, Stored
         return _parse(path, _Cursor(content), size)
     except (ValueError, KeyError, OverflowError) as error:
         reason = f"type {error}" if isinstance(error, KeyError) else error
-        raise ModelError(f"{path} has a damaged GGUF header ({reason}). Download it again.") from None
+        raise ModelError(
+            f"{path} has a damaged GGUF header ({reason}). Download it again."
+        ) from None
 
 
 def _parse(path: Path, cursor: _Cursor, size: int) -> dict[str, StoredTensor]:
     cursor.skip(4)
-    version, tensors, values = cursor.read_number("I"), cursor.read_number("Q"), cursor.read_number("Q")
+    version, tensors, values = (
+        cursor.read_number("I"),
+        cursor.read_number("Q"),
+        cursor.read_number("Q"),
+    )
     if version not in (2, 3):
         raise ValueError(f"version {version}; 2 and 3 are known")
     metadata = {}
@@ -94,7 +112,8 @@ def _parse(path: Path, cursor: _Cursor, size: int) -> dict[str, StoredTensor]:
         raise ValueError(f"alignment {alignment}")
     start = -(-cursor.position // alignment) * alignment
     found = {
-        name: _stored_tensor(path, name, shape, kind, start + offset) for name, shape, kind, offset in listed
+        name: _stored_tensor(path, name, shape, kind, start + offset)
+        for name, shape, kind, offset in listed
     }
     if len(found) != len(listed):
         raise ValueError("a name is there twice")
@@ -111,7 +130,9 @@ def _parse(path: Path, cursor: _Cursor, size: int) -> dict[str, StoredTensor]:
     return found
 
 
-def _stored_tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int) -> StoredTensor:
+def _stored_tensor(
+    path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int
+) -> StoredTensor:
     if kind in UNQUANTIZED_DTYPES:
         return StoredTensor(path, shape, UNQUANTIZED_DTYPES[kind], offset)
     package = _import_gguf(path)
@@ -142,5 +163,7 @@ def _import_gguf(path: Path) -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise MissingExtra(f"{path.name}, a GGUF file, needs: pip install 'simpletuner[gguf]'") from error
+        raise MissingExtra(
+            f"{path.name}, a GGUF file, needs: pip install 'simpletuner[gguf]'"
+        ) from error
     return gguf

@@ -25,7 +25,10 @@ from simpletuner.events.event_types import Emit
 from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.models.chroma.weights import WEIGHTS_STEMS, read_transformer_config
 
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")  # spiece.model alone does not say whose it is
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+)  # spiece.model alone does not say whose it is
 HUB_TIMEOUT_S = 4.0  # one question before the download, so that no network is noticed in seconds
 PROGRESS_INTERVAL_S = 0.5  # how often the growth of the cache is looked at
 MB = 1_000_000
@@ -50,7 +53,11 @@ def file_patterns(parts: list[str], variant: str) -> tuple[list[str], list[str]]
         small += ["config.json", "*.safetensors.index*.json"]
         small += [*TOKENIZER_FILES, "special_tokens_map.json", "spiece.model"]
     dot = f".{variant}" if variant else ""
-    ends = (f"{dot}.safetensors", f"{dot}-?????-of-?????.safetensors", f"-?????-of-?????{dot}.safetensors")
+    ends = (
+        f"{dot}.safetensors",
+        f"{dot}-?????-of-?????.safetensors",
+        f"-?????-of-?????{dot}.safetensors",
+    )
     return small, [stem + end for stem in stems for end in dict.fromkeys(ends)]
 
 
@@ -63,7 +70,9 @@ def download_components(
     """
     small, weights = file_patterns(parts, variant)
     try:
-        info = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S, files_metadata=True)
+        info = HfApi().model_info(
+            repo, revision=revision, timeout=HUB_TIMEOUT_S, files_metadata=True
+        )
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise _to_download_error(repo, revision, error) from None
     except (HTTPError, OSError) as error:
@@ -73,7 +82,9 @@ def download_components(
     try:
         # By its name, since the cache remembers a branch only when it was asked for as one.
         folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=small, etag_timeout=HUB_TIMEOUT_S)
+            snapshot_download(
+                repo, revision=revision, allow_patterns=small, etag_timeout=HUB_TIMEOUT_S
+            )
         )
         commit = folder.name
         if "transformer" in parts:
@@ -87,7 +98,9 @@ def download_components(
         }
         if absent:
             with _report_progress(repo, sum(absent.values()), emit):
-                snapshot_download(repo, revision=commit, allow_patterns=needed, etag_timeout=HUB_TIMEOUT_S)
+                snapshot_download(
+                    repo, revision=commit, allow_patterns=needed, etag_timeout=HUB_TIMEOUT_S
+                )
     except GatedRepoError as error:
         raise _to_download_error(repo, revision, error) from None
     except (HTTPError, OSError) as error:
@@ -98,7 +111,9 @@ def download_components(
         ) from None
     # The library hands back what the cache has when the hub stops answering.
     if lost := [name for name in needed if not (folder / name).is_file()]:
-        raise DownloadError(f"The download of {repo} broke off before {lost[0]}. The same command goes on.")
+        raise DownloadError(
+            f"The download of {repo} broke off before {lost[0]}. The same command goes on."
+        )
     return folder, commit
 
 
@@ -108,7 +123,9 @@ def _report_progress(repo: str, total: int, emit: Emit) -> Iterator[None]:
     blobs = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "blobs")
     free = shutil.disk_usage(next(place for place in blobs.parents if place.exists())).free
     if total > free:  # what a broken download has left, the library does not go on with
-        raise _disk_full(repo, f"{total / 1e9:.1f} GB are to come, there is room for {free / 1e9:.1f} GB")
+        raise _disk_full(
+            repo, f"{total / 1e9:.1f} GB are to come, there is room for {free / 1e9:.1f} GB"
+        )
     begun = _total_bytes(blobs.glob("*"))
     done = threading.Event()
     with StageReporter(emit, f"download {repo}", total // MB, "MB") as stage:
@@ -152,7 +169,9 @@ def _load_from_hub_cache(
     repo: str, patterns: list[str], revision: str | None, error: Exception
 ) -> tuple[Path, str]:
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True)
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, local_files_only=True
+        )
     except (HTTPError, OSError):
         raise DownloadError(
             f"{repo} is not wholly in the hub cache, and {_unreachable_reason(error)}"
@@ -181,7 +200,9 @@ def _to_download_error(repo: str, revision: str | None, error: HfHubHTTPError) -
         )
     if isinstance(error, RevisionNotFoundError):
         return DownloadError(f"{repo} has no revision {revision!r}.")
-    return DownloadError(f"{repo} does not exist on {constants.ENDPOINT}, or is private and needs HF_TOKEN.")
+    return DownloadError(
+        f"{repo} does not exist on {constants.ENDPOINT}, or is private and needs HF_TOKEN."
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -55,12 +55,23 @@ def matching_targets(transformer: nn.Module, chosen: str | Sequence[str]) -> lis
     for wanted, found in matched.items():
         if not found:
             ends = sorted(
-                {re.sub(r"^.*?\.\d+\.", "", name) for name in names if name.startswith(BLOCK_PREFIXES)}
+                {
+                    re.sub(r"^.*?\.\d+\.", "", name)
+                    for name in names
+                    if name.startswith(BLOCK_PREFIXES)
+                }
             )
-            hint = did_you_mean(wanted, ends, 0.6) or f"; linears of a block end with {', '.join(ends)}"
-            raise ConfigError(f"lora_target_modules: {wanted!r} matches no linear of the transformer{hint}")
+            hint = (
+                did_you_mean(wanted, ends, 0.6)
+                or f"; linears of a block end with {', '.join(ends)}"
+            )
+            raise ConfigError(
+                f"lora_target_modules: {wanted!r} matches no linear of the transformer{hint}"
+            )
     found_names = {name for found in matched.values() for name in found}
-    if frozen := sorted(name for name in found_names if name.startswith("distilled_guidance_layer.")):
+    if frozen := sorted(
+        name for name in found_names if name.startswith("distilled_guidance_layer.")
+    ):
         raise ConfigError(
             f"lora_target_modules matches {frozen[0]}: the approximator is never adapted, it breaks the model"
         )

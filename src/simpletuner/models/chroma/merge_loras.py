@@ -61,16 +61,23 @@ class OutputTensor:
 
 
 def merge_loras(
-    base: Path, loras: WeightedLoras, target: MergeOutput, metadata: Mapping[str, str], emit: Emit = null_emit,
+    base: Path,
+    loras: WeightedLoras,
+    target: MergeOutput,
+    metadata: Mapping[str, str],
+    emit: Emit = null_emit,
     variant: str = "",
-) -> None:  # fmt: skip
+) -> None:
     """Write `base` plus every LoRA's change of it, each counted from the untouched base.
 
     base: a transformer's folder or single file. The result has its name only when it is whole and read back;
     what a killed merge leaves is called .NAME.partial, and gone after the next. DiskFull or ModelError before
     anything is written.
     """
-    found, config = weights.transformer_tensors(base, variant), weights.read_transformer_config(base)
+    found, config = (
+        weights.transformer_tensors(base, variant),
+        weights.read_transformer_config(base),
+    )
     _check_shapes(found, loras)
     pieces = _plan_output_tensors(found, target)
     total = sum(piece.size_bytes for piece in pieces.values())
@@ -78,7 +85,9 @@ def merge_loras(
         raise ConfigError(f"{target.path} exists and is not overwritten; name another")
     if total + (64 << 20) > (free := shutil.disk_usage(target.path.parent).free):
         where = target.path.parent
-        raise DiskFull(f"{where} has room for {free / 1e9:.1f} GB; the result takes {total / 1e9:.1f} GB")
+        raise DiskFull(
+            f"{where} has room for {free / 1e9:.1f} GB; the result takes {total / 1e9:.1f} GB"
+        )
     work = target.path.with_name(f".{target.path.name}.partial")
     work.mkdir(exist_ok=True)
     lock = os.open(work, os.O_RDONLY)
@@ -109,7 +118,9 @@ def _check_shapes(found: Mapping[str, StoredTensor], loras: WeightedLoras) -> No
                 raise ModelError(f"a LoRA was made for another model: {what}")
 
 
-def _plan_output_tensors(found: Mapping[str, StoredTensor], target: MergeOutput) -> dict[str, OutputTensor]:
+def _plan_output_tensors(
+    found: Mapping[str, StoredTensor], target: MergeOutput
+) -> dict[str, OutputTensor]:
     together = (
         native_names.group_by_native_name(found)
         if target.native_format
@@ -119,18 +130,34 @@ def _plan_output_tensors(found: Mapping[str, StoredTensor], target: MergeOutput)
     for name, parts in together.items():
         first = found[parts[0]]
         shape = (sum(found[part].shape[0] for part in parts), *first.shape[1:])
-        scaled = target.dtype == FP8 and len(shape) == 2 and parts[0].startswith(weights.BLOCK_PREFIXES)
-        dtype = FP8 if scaled else torch.bfloat16 if target.dtype == FP8 else target.dtype or first.dtype
+        scaled = (
+            target.dtype == FP8 and len(shape) == 2 and parts[0].startswith(weights.BLOCK_PREFIXES)
+        )
+        dtype = (
+            FP8
+            if scaled
+            else torch.bfloat16
+            if target.dtype == FP8
+            else target.dtype or first.dtype
+        )
         pieces[name] = OutputTensor(parts, shape, dtype)
         if scaled:
-            pieces[f"{name.removesuffix('.weight')}.scale_weight"] = OutputTensor((), (), torch.float32)
+            pieces[f"{name.removesuffix('.weight')}.scale_weight"] = OutputTensor(
+                (), (), torch.float32
+            )
     return pieces
 
 
 def _write_output(
-    work: Path, pieces: Mapping[str, OutputTensor], found: Mapping[str, StoredTensor], config: TransformerConfig,
-    loras: WeightedLoras, target: MergeOutput, metadata: Mapping[str, str], stage: StageReporter,
-) -> None:  # fmt: skip
+    work: Path,
+    pieces: Mapping[str, OutputTensor],
+    found: Mapping[str, StoredTensor],
+    config: TransformerConfig,
+    loras: WeightedLoras,
+    target: MergeOutput,
+    metadata: Mapping[str, str],
+    stage: StageReporter,
+) -> None:
     told = {**metadata, "format": "pt"}
     if target.native_format:
         marked = {SCALED_FP8_KEY: OutputTensor((), (2,), FP8)} if target.dtype == FP8 else {}
@@ -146,7 +173,9 @@ def _write_output(
         index = {"metadata": {"total_size": total}, "weight_map": place}
         _write_json(work / f"{weights.WEIGHTS_STEM}.safetensors.index.json", index)
     for file, names in shards.items():
-        _write_safetensors(work / file, {name: pieces[name] for name in names}, found, loras, told, stage)
+        _write_safetensors(
+            work / file, {name: pieces[name] for name in names}, found, loras, told, stage
+        )
 
 
 def _split_into_shards(pieces: Mapping[str, OutputTensor]) -> dict[str, list[str]]:
@@ -162,14 +191,19 @@ def _split_into_shards(pieces: Mapping[str, OutputTensor]) -> dict[str, list[str
     of = [f"-{number:05d}-of-{len(groups):05d}" for number in range(1, len(groups) + 1)]
     names = of if len(groups) > 1 else [""]
     return {
-        f"{weights.WEIGHTS_STEM}{name}.safetensors": group for name, group in zip(names, groups, strict=True)
+        f"{weights.WEIGHTS_STEM}{name}.safetensors": group
+        for name, group in zip(names, groups, strict=True)
     }
 
 
 def _write_safetensors(
-    path: Path, pieces: Mapping[str, OutputTensor], found: Mapping[str, StoredTensor], loras: WeightedLoras,
-    metadata: Mapping[str, str], stage: StageReporter,
-) -> None:  # fmt: skip
+    path: Path,
+    pieces: Mapping[str, OutputTensor],
+    found: Mapping[str, StoredTensor],
+    loras: WeightedLoras,
+    metadata: Mapping[str, str],
+    stage: StageReporter,
+) -> None:
     """The header first, then each tensor at its place. Wide numbers first, so that all are aligned."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     at, starts = 0, {}
@@ -187,7 +221,9 @@ def _write_safetensors(
         for name, piece in pieces.items():
             if not piece.source_names:  # a scale comes with its matrix, the mark is zeros
                 continue
-            merged = torch.cat([_merge_tensor(part, found[part], loras) for part in piece.source_names])
+            merged = torch.cat(
+                [_merge_tensor(part, found[part], loras) for part in piece.source_names]
+            )
             if piece.dtype == FP8:
                 scale = (merged.abs().amax() / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
                 merged = merged.float().div_(scale)
@@ -195,7 +231,9 @@ def _write_safetensors(
                 _write_at(file, begin + starts[f"{stem}.scale_weight"], scale.float())
             merged = merged.to(piece.dtype)
             if not bool(merged.float().isfinite().all()):
-                raise ModelError(f"{name} holds a number that is not finite in {DTYPE_NAMES[piece.dtype]}")
+                raise ModelError(
+                    f"{name} holds a number that is not finite in {DTYPE_NAMES[piece.dtype]}"
+                )
             _write_at(file, begin + starts[name], merged)
             stage.advance(max(0, (file.tell() >> 20) - stage.done))
         file.flush()

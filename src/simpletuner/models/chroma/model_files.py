@@ -43,7 +43,9 @@ def locate_files(options: ModelOptions, emit: Emit = null_emit) -> ModelFiles:
         origins = main_model_names(options)
         for name in dict.fromkeys(origins[part] for part in needed):
             parts = [part for part in needed if origins[part] == name]
-            if name == NANO and not (options.pretrained_model_name_or_path == NANO and Path(NANO).is_dir()):
+            if name == NANO and not (
+                options.pretrained_model_name_or_path == NANO and Path(NANO).is_dir()
+            ):
                 root, commit = Path(models_package.__path__[0]) / NANO, ""
             else:
                 root, commit = resolve_root(name, parts, options.revision, variant, emit)
@@ -52,7 +54,11 @@ def locate_files(options: ModelOptions, emit: Emit = null_emit) -> ModelFiles:
     for part, place in places.items():
         _check_component(part, place)
     if places["text_encoder"].is_file():
-        emit(NoticeIssued(f"T5 from {places['text_encoder']}, its tokenizer from {places['tokenizer']}"))
+        emit(
+            NoticeIssued(
+                f"T5 from {places['text_encoder']}, its tokenizer from {places['tokenizer']}"
+            )
+        )
     name = options.pretrained_model_name_or_path or FLAVOURS[options.model_flavour]
     return ModelFiles(name, revision, **places, variant=variant)
 
@@ -114,9 +120,14 @@ def resolve_root(
     if path.is_dir():
         return path.resolve(), ""
     if path.is_file():
-        return path.absolute(), ""  # not resolved: links in the hub's cache lead to names without an ending
+        return (
+            path.absolute(),
+            "",
+        )  # not resolved: links in the hub's cache lead to names without an ending
     if path.suffix.lower() in SINGLE_FILE_SUFFIXES:
         raise ModelError(f"{name} does not exist; expected a single file of weights.")
     if not HUB_ID_PATTERN.fullmatch(name):
-        raise ModelError(f"{name} is neither a file or folder that exists nor a hub repository (owner/name).")
+        raise ModelError(
+            f"{name} is neither a file or folder that exists nor a hub repository (owner/name)."
+        )
     return download_components(name, parts, revision, variant, emit)

@@ -16,14 +16,24 @@ from simpletuner.errors import ModelError
 from simpletuner.events.sinks import null_emit
 from simpletuner.models.chroma import fingerprints, model_files
 from simpletuner.models.chroma.transformer import TransformerConfig
-from simpletuner.models.chroma.weights import component_tensors, empty_transformer, read_transformer_config
+from simpletuner.models.chroma.weights import (
+    component_tensors,
+    empty_transformer,
+    read_transformer_config,
+)
 from simpletuner.models.family import ArchitectureConstants, ModelFiles, ModelSpec
 from simpletuner.quantization import schemes
 
 CHROMA_CONSTANTS = ArchitectureConstants(
-    latent_channels=16, stride_px=8, alignment_px=64, token_px=16, max_tokens=fingerprints.MAX_TOKENS,
-    text_width=4096, latent_shift=0.1159, latent_scale=0.3611,
-)  # fmt: skip
+    latent_channels=16,
+    stride_px=8,
+    alignment_px=64,
+    token_px=16,
+    max_tokens=fingerprints.MAX_TOKENS,
+    text_width=4096,
+    latent_shift=0.1159,
+    latent_scale=0.3611,
+)
 # Parameters and bytes in the hub's files of Chroma 1: the transformer, T5 v1.1 XXL's encoder, Flux's VAE.
 PUBLISHED_SIZES = {
     "transformer": (8_899_983_424, 17_800_000_000),
@@ -33,7 +43,9 @@ PUBLISHED_SIZES = {
 
 
 def build_model_spec(
-    options: ModelOptions, dtype: torch.dtype, read_facts: Callable[[ModelFiles], ArchitectureConstants]
+    options: ModelOptions,
+    dtype: torch.dtype,
+    read_facts: Callable[[ModelFiles], ArchitectureConstants],
 ) -> ModelSpec:
     """Nothing is asked of the network. A part whose weights are not at hand has its published size."""
     folders = {part: _local_component_path(part, options) for part in PUBLISHED_SIZES}
@@ -71,7 +83,10 @@ def _t5_bytes_per_parameter(options: ModelOptions) -> float:
 def _local_component_path(part: str, options: ModelOptions) -> Path | None:
     """A part's folder or file, None when it is on the hub alone. ModelError for what is neither."""
     alone = model_files.separate_component_names(options).get(part)
-    name, revision = alone or model_files.main_model_names(options)[part], None if alone else options.revision
+    name, revision = (
+        alone or model_files.main_model_names(options)[part],
+        None if alone else options.revision,
+    )
     path = Path(name).expanduser()
     if name == model_files.NANO and not path.is_dir():
         return Path(models_package.__path__[0]) / model_files.NANO / part
@@ -84,7 +99,9 @@ def _local_component_path(part: str, options: ModelOptions) -> Path | None:
     return next((Path(file).parent for file in cached if isinstance(file, str)), None)
 
 
-def _parameters_and_bytes(part: str, folder: Path | None, options: ModelOptions) -> tuple[int, int] | None:
+def _parameters_and_bytes(
+    part: str, folder: Path | None, options: ModelOptions
+) -> tuple[int, int] | None:
     """(parameters, bytes) of the weights on this disk, by their headers; None unless all are there."""
     if folder is None:
         return None

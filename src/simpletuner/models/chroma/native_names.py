@@ -20,23 +20,27 @@ from simpletuner.errors import ModelError
 from simpletuner.models.chroma.transformer import MAX_LAYERS, TransformerConfig
 
 # native -> diffusers', whole tensors. {} is the number of the block or of the approximator's layer.
-NATIVE_TO_DIFFUSERS_TENSORS: Mapping[str, str] = MappingProxyType({
-    "double_blocks.{}.img_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_q.weight",
-    "double_blocks.{}.img_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_k.weight",
-    "double_blocks.{}.txt_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_added_q.weight",
-    "double_blocks.{}.txt_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_added_k.weight",
-    "single_blocks.{}.norm.query_norm.scale": "single_transformer_blocks.{}.attn.norm_q.weight",
-    "single_blocks.{}.norm.key_norm.scale": "single_transformer_blocks.{}.attn.norm_k.weight",
-    "distilled_guidance_layer.norms.{}.scale": "distilled_guidance_layer.norms.{}.weight",
-    **{
-        f"distilled_guidance_layer.{native}.{part}": f"distilled_guidance_layer.{diffusers}.{part}"
-        for part in ("weight", "bias")
-        for native, diffusers in (
-            ("in_proj", "in_proj"), ("out_proj", "out_proj"),
-            ("layers.{}.in_layer", "layers.{}.linear_1"), ("layers.{}.out_layer", "layers.{}.linear_2"),
-        )
-    },
-})  # fmt: skip
+NATIVE_TO_DIFFUSERS_TENSORS: Mapping[str, str] = MappingProxyType(
+    {
+        "double_blocks.{}.img_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_q.weight",
+        "double_blocks.{}.img_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_k.weight",
+        "double_blocks.{}.txt_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_added_q.weight",
+        "double_blocks.{}.txt_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_added_k.weight",
+        "single_blocks.{}.norm.query_norm.scale": "single_transformer_blocks.{}.attn.norm_q.weight",
+        "single_blocks.{}.norm.key_norm.scale": "single_transformer_blocks.{}.attn.norm_k.weight",
+        "distilled_guidance_layer.norms.{}.scale": "distilled_guidance_layer.norms.{}.weight",
+        **{
+            f"distilled_guidance_layer.{native}.{part}": f"distilled_guidance_layer.{diffusers}.{part}"
+            for part in ("weight", "bias")
+            for native, diffusers in (
+                ("in_proj", "in_proj"),
+                ("out_proj", "out_proj"),
+                ("layers.{}.in_layer", "layers.{}.linear_1"),
+                ("layers.{}.out_layer", "layers.{}.linear_2"),
+            )
+        },
+    }
+)
 _DIFFUSERS_TO_NATIVE_TENSORS = {
     diffusers: native for native, diffusers in NATIVE_TO_DIFFUSERS_TENSORS.items()
 }
@@ -45,7 +49,7 @@ CONFIG_METADATA_KEY = "transformer_config"
 
 
 def split_native_tensor(native: str, rows: int, width: int) -> list[tuple[str, slice]]:
-    """diffusers' tensors in a native one with their rows; nothing for a name that Chroma has not.
+    """Diffusers' tensors in a native one with their rows; nothing for a name that Chroma has not.
 
     width: of the model. ModelError where the rows cannot be those.
     """
@@ -77,7 +81,9 @@ def group_by_native_name(diffusers: Iterable[str]) -> dict[str, tuple[str, ...]]
         if template in _DIFFUSERS_TO_NATIVE_TENSORS:
             found[_DIFFUSERS_TO_NATIVE_TENSORS[template].format(number)] = (name,)
         elif place is not None:
-            found[f"{place[0]}.{part}"] = tuple(f"{one}.{part}" for one in diffusers_names(place[0]))
+            found[f"{place[0]}.{part}"] = tuple(
+                f"{one}.{part}" for one in diffusers_names(place[0])
+            )
         else:
             raise ModelError(f"{name} is no tensor of Chroma's transformer.")
     if alone := {part for together in found.values() for part in together} - set(names):
@@ -107,7 +113,11 @@ def infer_config(
         return TransformerConfig.from_dict(raw, where)
     layers = {
         kind: len({split_block_number(name)[1] for name in shapes if name.startswith(f"{kind}.")})
-        for kind in ("transformer_blocks", "single_transformer_blocks", "distilled_guidance_layer.layers")
+        for kind in (
+            "transformer_blocks",
+            "single_transformer_blocks",
+            "distilled_guidance_layer.layers",
+        )
     }
     try:
         width, channels = shapes["x_embedder.weight"]
@@ -115,7 +125,9 @@ def infer_config(
         _, text = shapes["context_embedder.weight"]
         hidden, code = shapes["distilled_guidance_layer.in_proj.weight"]
     except KeyError as error:
-        raise ModelError(f"{where} is no whole Chroma transformer: missing {error.args[0]}.") from None
+        raise ModelError(
+            f"{where} is no whole Chroma transformer: missing {error.args[0]}."
+        ) from None
     except ValueError:
         raise ModelError(
             f"{where}: an embedder or a query norm has the wrong number of dimensions."

@@ -33,17 +33,27 @@ def quantized_transformer_file(
 
 
 def ensure_quantized_file(
-    what: str, precision: str, stored: Mapping[str, StoredTensor], chosen: Collection[str], key: str,
-    options: ModelOptions, device: torch.device, emit: Emit,
-) -> Path:  # fmt: skip
+    what: str,
+    precision: str,
+    stored: Mapping[str, StoredTensor],
+    chosen: Collection[str],
+    key: str,
+    options: ModelOptions,
+    device: torch.device,
+    emit: Emit,
+) -> Path:
     """The file in the cache, made when it is not there or damaged.
 
     what: the first word of its name. chosen: names in `stored` that are quantised. key: recognises `stored`.
     """
     if precision == "fp8" and device.type == "mps":
-        raise ConfigError('fp8 weights: Apple GPUs have no float8. Use "int8": as small, and it errs less.')
+        raise ConfigError(
+            'fp8 weights: Apple GPUs have no float8. Use "int8": as small, and it errs less.'
+        )
     folder = (
-        Path(options.quantized_cache_dir) if options.quantized_cache_dir else user_cache_dir() / "quantized"
+        Path(options.quantized_cache_dir)
+        if options.quantized_cache_dir
+        else user_cache_dir() / "quantized"
     )
     file = quantized_file_path(folder, what, precision, key)
     if file.exists():

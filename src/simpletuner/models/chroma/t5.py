@@ -30,7 +30,9 @@ BLOCK_PREFIX = "encoder.block."
 DTYPE_QUERIED_SUFFIX = ".DenseReluDense.wo"
 
 
-def load_t5(source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit) -> T5EncoderModel:
+def load_t5(
+    source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit
+) -> T5EncoderModel:
     """Headers first, then the weights one after the other, in the cache dtype; frozen."""
     quantized = options.text_encoder_1_precision != "no_change"
     t5 = (
@@ -41,12 +43,16 @@ def load_t5(source: ModelFiles, options: ModelOptions, device: torch.device, emi
     return t5.to(device).requires_grad_(False).eval()
 
 
-def quantized_t5_file(source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit) -> Path:
+def quantized_t5_file(
+    source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit
+) -> Path:
     """The weights in text_encoder_1_precision; the first call converts them. A decoder is left behind."""
     t5 = _empty_t5(source)
     stored = _encoder_tensors(source, t5)
     chosen = {f"{name}.weight" for name in _block_linears(t5)}
-    key = combined_fingerprint("t5 1", *component_files(source.text_encoder, "text_encoder", source.variant))
+    key = combined_fingerprint(
+        "t5 1", *component_files(source.text_encoder, "text_encoder", source.variant)
+    )
     return ensure_quantized_file(
         "t5", options.text_encoder_1_precision, stored, chosen, key, options, device, emit
     )
@@ -57,7 +63,9 @@ def _encoder_tensors(source: ModelFiles, t5: nn.Module) -> dict[str, StoredTenso
     found = component_tensors(source.text_encoder, "text_encoder", source.variant)
     if T5_EMBEDDING not in found and T5_EMBEDDING_ALIAS in found:
         found[T5_EMBEDDING] = found[T5_EMBEDDING_ALIAS]
-    expected = {name: tensor for name, tensor in t5.state_dict().items() if name != T5_EMBEDDING_ALIAS}
+    expected = {
+        name: tensor for name, tensor in t5.state_dict().items() if name != T5_EMBEDDING_ALIAS
+    }
     stored = {name: found[name] for name in expected if name in found}
     check_tensors(expected, stored, source.text_encoder)
     return stored
@@ -77,10 +85,14 @@ class _DtypeQueriedLinear(QuantizedLinear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return torch.empty(self.out_features, self.in_features, dtype=self.weight_dtype, device="meta")
+        return torch.empty(
+            self.out_features, self.in_features, dtype=self.weight_dtype, device="meta"
+        )
 
 
-def _load_quantized(source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit) -> Any:
+def _load_quantized(
+    source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit
+) -> Any:
     file = quantized_t5_file(source, options, device, emit)
     t5 = _empty_t5(source).to(text_encoder_dtype(options))
     names = _block_linears(t5)
@@ -102,4 +114,8 @@ def _empty_t5(source: ModelFiles) -> Any:
 def _block_linears(t5: nn.Module) -> list[str]:
     """Every linear in a block: attention and feed-forward."""
     modules = t5.named_modules()
-    return [name for name, one in modules if isinstance(one, nn.Linear) and name.startswith(BLOCK_PREFIX)]
+    return [
+        name
+        for name, one in modules
+        if isinstance(one, nn.Linear) and name.startswith(BLOCK_PREFIX)
+    ]

@@ -47,7 +47,9 @@ class ChromaTextEncoder(TextEncoder):
             ids[row, : len(sample)] = torch.tensor(sample)
             mask[row, : len(sample)] = 1
         device = self._t5.device
-        hidden = self._t5(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.cpu()
+        hidden = self._t5(
+            input_ids=ids.to(device), attention_mask=mask.to(device)
+        ).last_hidden_state.cpu()
         rows = [hidden[row, :length].clone() for row, length in enumerate(kept)]
         if self._zero_pad:
             for row, sample in zip(rows, tokens, strict=True):
@@ -60,9 +62,9 @@ class ChromaTextEncoder(TextEncoder):
                 f"A caption has {count} tokens, the limit is {self._max_tokens}: {caption[:60]!r}..."
                 ' Shorten it, or set caption_overlong to "truncate".'
             )
-        return self._tokenizer(caption, truncation=True, max_length=self._max_tokens, verbose=False)[
-            "input_ids"
-        ]
+        return self._tokenizer(
+            caption, truncation=True, max_length=self._max_tokens, verbose=False
+        )["input_ids"]
 
 
 def load_text_encoder(
@@ -83,7 +85,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0]
         raise ModelError(f"{folder} holds no tokenizer that can be read: {reason}") from None
-    if tokenizer.pad_token_id is None or tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+    if tokenizer.pad_token_id is None or tokenizer("")["input_ids"][-1:] != [
+        tokenizer.eos_token_id
+    ]:
         raise ModelError(
             f"{folder} is not T5's tokenizer: captions must end with </s> and a pad token must exist."
         )

@@ -57,12 +57,18 @@ class TransformerConfig:
     def from_dict(cls, raw: Mapping[str, object], where: str) -> TransformerConfig:
         """Check a parsed config.json; ModelError names what is not Chroma's."""
         if raw.get("_class_name", CLASS_NAME) != CLASS_NAME:
-            raise ModelError(f"{where}: _class_name is {raw['_class_name']!r}; only {CLASS_NAME} is Chroma.")
+            raise ModelError(
+                f"{where}: _class_name is {raw['_class_name']!r}; only {CLASS_NAME} is Chroma."
+            )
         names = {field.name for field in fields(cls)}
         strange = {key for key in raw.keys() - names if not key.startswith("_")}
-        unknown = sorted(key for key in strange if (key, raw[key]) not in IGNORED_FLUX_FIELDS.items())
+        unknown = sorted(
+            key for key in strange if (key, raw[key]) not in IGNORED_FLUX_FIELDS.items()
+        )
         if unknown:
-            raise ModelError(f"{where}: {', '.join(unknown)} is not a field of Chroma's transformer.")
+            raise ModelError(
+                f"{where}: {', '.join(unknown)} is not a field of Chroma's transformer."
+            )
         values = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in raw.items()
@@ -74,14 +80,21 @@ class TransformerConfig:
             number = isinstance(value, int) and 0 < value <= most
             number = number or (key == "out_channels" and value is None)
             if not (axes if key == "axes_dims_rope" else number):
-                raise ModelError(f"{where}: {key} = {raw[key]!r} is not what Chroma's transformer takes.")
+                raise ModelError(
+                    f"{where}: {key} = {raw[key]!r} is not what Chroma's transformer takes."
+                )
         config = cls(**values)  # type: ignore[arg-type]
         if config.patch_size != 1 or config.out_channels not in (None, config.in_channels):
             raise ModelError(
                 f"{where}: Chroma has patch_size 1 and as many output channels as input channels."
             )
-        if sum(config.axes_dims_rope) != config.attention_head_dim or len(config.axes_dims_rope) != 3:
-            raise ModelError(f"{where}: the three axes_dims_rope must add up to attention_head_dim.")
+        if (
+            sum(config.axes_dims_rope) != config.attention_head_dim
+            or len(config.axes_dims_rope) != 3
+        ):
+            raise ModelError(
+                f"{where}: the three axes_dims_rope must add up to attention_head_dim."
+            )
         return config
 
 
@@ -164,13 +177,15 @@ def attend_to_real_tokens(q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without parameters, then (1 + scale) x + shift. shift, scale: (B, 1, W)."""
-    if len(x) == 1 and x.dtype == scale.dtype:  # as the norm's own parameters: one kernel instead of two
+    if (
+        len(x) == 1 and x.dtype == scale.dtype
+    ):  # as the norm's own parameters: one kernel instead of two
         return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps=1e-6)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def add_gated(x: Tensor, gate: Tensor, delta: Tensor) -> Tensor:
-    """x + gate * delta; float16 saturates instead of overflowing."""
+    """X + gate * delta; float16 saturates instead of overflowing."""
     total = torch.addcmul(x, gate, delta)
     return total.clamp(-FP16_MAX, FP16_MAX) if total.dtype == torch.float16 else total
 
@@ -196,7 +211,9 @@ class GeluProjection(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GeluProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(
+            GeluProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -292,7 +309,9 @@ class SingleBlock(nn.Module):
         inner = modulate(x, shift, scale)
         attended = self.attn(*self.attn.project_qkv(inner, unread), table, padding)
         # Nameless, so that the parts are gone before the largest product of the step.
-        both = torch.cat((attended, F.gelu(self.proj_mlp(inner[:, unread:]), approximate="tanh")), dim=-1)
+        both = torch.cat(
+            (attended, F.gelu(self.proj_mlp(inner[:, unread:]), approximate="tanh")), dim=-1
+        )
         return add_gated(x[:, unread:], gate, self.proj_out(both))
 
 
@@ -346,7 +365,9 @@ class ChromaTransformer(nn.Module):
         self.distilled_guidance_layer = Approximator(config)
         self.context_embedder = nn.Linear(config.joint_attention_dim, config.width)
         self.x_embedder = nn.Linear(config.in_channels, config.width)
-        self.transformer_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(
+            DoubleBlock(config) for _ in range(config.num_layers)
+        )
         self.single_transformer_blocks = nn.ModuleList(
             SingleBlock(config) for _ in range(config.num_single_layers)
         )
@@ -379,7 +400,8 @@ class ChromaTransformer(nn.Module):
         )
         index = self.mod_proj.to(sigma.device, torch.float32)
         code = torch.cat(
-            (time[:, None].expand(-1, len(index), -1), index[None].expand(len(sigma), -1, -1)), dim=-1
+            (time[:, None].expand(-1, len(index), -1), index[None].expand(len(sigma), -1, -1)),
+            dim=-1,
         )
         weight = self.distilled_guidance_layer.in_proj.weight
         return self.distilled_guidance_layer(code.to(weight.device, weight.dtype))
@@ -415,13 +437,19 @@ class ChromaTransformer(nn.Module):
             (3 * singles, 6 * doubles, 6 * doubles, 2), dim=1
         )
         for number, block in enumerate(self.transformer_blocks):
-            image_mod, text_mod = (mods[:, 6 * number : 6 * number + 6] for mods in (image_mods, text_mods))
-            streams = self.run_block(number, block, (image, text), image_mod, text_mod, table, padding)
+            image_mod, text_mod = (
+                mods[:, 6 * number : 6 * number + 6] for mods in (image_mods, text_mods)
+            )
+            streams = self.run_block(
+                number, block, (image, text), image_mod, text_mod, table, padding
+            )
             image, text = streams
         x = torch.cat((text, image), dim=1)
         for number, block in enumerate(self.single_transformer_blocks):
             single_mod = single_mods[:, 3 * number : 3 * number + 3]
-            unread = text.shape[1] if number == singles - 1 else 0  # only the image leaves the last block
+            unread = (
+                text.shape[1] if number == singles - 1 else 0
+            )  # only the image leaves the last block
             (x,) = self.run_block(doubles + number, block, (x,), single_mod, table, padding, unread)
         shift, scale = out_mod.split(1, dim=1)
         return self.proj_out(modulate(x[:, -tokens.shape[1] :], shift, scale))

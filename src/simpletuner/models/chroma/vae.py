@@ -30,8 +30,12 @@ class ChromaVae(Vae):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        moments = self._vae.encode(pixels.to(self._vae.device, self._vae.dtype)).latent_dist.parameters
-        return moments.cpu()  # in the VAE's dtype: half the cache in half precision, and not a bit is lost
+        moments = self._vae.encode(
+            pixels.to(self._vae.device, self._vae.dtype)
+        ).latent_dist.parameters
+        return (
+            moments.cpu()
+        )  # in the VAE's dtype: half the cache in half precision, and not a bit is lost
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -46,7 +46,9 @@ def read_weight_header(path: Path) -> WeightHeader:
             if start.startswith(b"GGUF"):
                 file.seek(0)
                 return WeightHeader(
-                    gguf_reader.parse_gguf_header(path, file.read(min(MAX_HEADER_BYTES, size)), size)
+                    gguf_reader.parse_gguf_header(
+                        path, file.read(min(MAX_HEADER_BYTES, size)), size
+                    )
                 )
             length = _json_length(path, start, size)
             text = (start[8:] + file.read(max(0, length - 16)))[:length]
@@ -56,7 +58,14 @@ def read_weight_header(path: Path) -> WeightHeader:
         return _parse_safetensors(
             path, json.loads(text, object_pairs_hook=_reject_duplicates), 8 + len(text), size
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         reason = str(error).split("\n")[0][:120]
         raise ModelError(f"{path} has a damaged header ({reason}). Download it again.") from None
 
@@ -65,7 +74,9 @@ def _json_length(path: Path, start: bytes, size: int) -> int:
     """Of the JSON, at most what is there. The first eight bytes may be any number, the ninth may not."""
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
     if start[8:9] != b"{":
-        kind = next((name for magic, name in FILE_KIND_BY_MAGIC.items() if start.startswith(magic)), None)
+        kind = next(
+            (name for magic, name in FILE_KIND_BY_MAGIC.items() if start.startswith(magic)), None
+        )
         if kind is not None:
             unsafe = ", which can run code when it is opened, so it never is" * ("pickle" in kind)
             raise ModelError(f"{path} is {kind}{unsafe}. Give a safetensors or GGUF file.")
@@ -74,7 +85,9 @@ def _json_length(path: Path, start: bytes, size: int) -> int:
             f"{path} is cut short or not a safetensors file ({size:,} bytes). Download it again."
         )
     if length > MAX_HEADER_BYTES:
-        raise ModelError(f"{path} has a damaged header: {length:,} bytes of names. Download it again.")
+        raise ModelError(
+            f"{path} has a damaged header: {length:,} bytes of names. Download it again."
+        )
     return int(length)
 
 
@@ -87,7 +100,9 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_safetensors(path: Path, header: dict[str, Any], start: int, size: int) -> WeightHeader:
     """Every tensor follows the one before without a gap, to the end of the file."""
-    metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
+    metadata = {
+        str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()
+    }
     if len(header) > MAX_TENSORS:
         raise ValueError(f"{len(header):,} tensors")
     found, spans = {}, []
@@ -133,7 +148,9 @@ def decode_fp8_tensors(found: Mapping[str, StoredTensor], where: Path) -> dict[s
             continue
         stem = name.removesuffix(".weight")
         scales = [found[f"{stem}{mark}"] for mark in SCALE_SUFFIXES if f"{stem}{mark}" in marks]
-        scale = _read_scale(scales[0], stored, f"{where}: {name}") if scales and name != stem else None
+        scale = (
+            _read_scale(scales[0], stored, f"{where}: {name}") if scales and name != stem else None
+        )
         result[name] = _as_bfloat16(stored, scale)
     return result
 
@@ -141,8 +158,13 @@ def decode_fp8_tensors(found: Mapping[str, StoredTensor], where: Path) -> dict[s
 def _read_scale(scale: StoredTensor, stored: StoredTensor, where: str) -> torch.Tensor:
     """One number, or one for each row."""
     rows = stored.shape[0] if len(stored.shape) == 2 else 1
-    if scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)) or not scale.dtype.is_floating_point:
-        raise ModelError(f"{where} has a scale of shape {scale.shape}; one number, or one a row, is read.")
+    if (
+        scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1))
+        or not scale.dtype.is_floating_point
+    ):
+        raise ModelError(
+            f"{where} has a scale of shape {scale.shape}; one number, or one a row, is read."
+        )
     value = scale.load().float().reshape(-1, 1)
     if not bool(value.isfinite().all()):
         raise ModelError(f"{where} has a scale that is no finite number.")
@@ -156,7 +178,9 @@ class _ScaledFp8Tensor(StoredTensor):
     scales: torch.Tensor | None = None
 
     def slice_dim0(self, kept: slice) -> StoredTensor:
-        return replace(cast(_ScaledFp8Tensor, super().slice_dim0(kept)), scales=self._scales_of_rows(kept))
+        return replace(
+            cast(_ScaledFp8Tensor, super().slice_dim0(kept)), scales=self._scales_of_rows(kept)
+        )
 
     def read_rows(self, file: BinaryIO, first: int, count: int) -> torch.Tensor:
         values, scales = (

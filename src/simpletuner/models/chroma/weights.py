@@ -39,17 +39,25 @@ def read_json(path: Path) -> dict[str, object]:
 def read_transformer_config(place: Path) -> TransformerConfig:
     """Of a transformer's folder or single file."""
     if not place.is_file():
-        return TransformerConfig.from_dict(read_json(place / "config.json"), str(place / "config.json"))
+        return TransformerConfig.from_dict(
+            read_json(place / "config.json"), str(place / "config.json")
+        )
     shapes = {name: stored.shape for name, stored in single_file.read_transformer(place).items()}
-    return native_names.infer_config(shapes, weight_header.read_weight_header(place).metadata, str(place))
+    return native_names.infer_config(
+        shapes, weight_header.read_weight_header(place).metadata, str(place)
+    )
 
 
 def read_t5_config(place: Path) -> dict[str, object]:
-    return single_file.infer_t5_config(place) if place.is_file() else read_json(place / "config.json")
+    return (
+        single_file.infer_t5_config(place) if place.is_file() else read_json(place / "config.json")
+    )
 
 
 def read_vae_config(place: Path) -> dict[str, object]:
-    return single_file.infer_vae_config(place) if place.is_file() else read_json(place / "config.json")
+    return (
+        single_file.infer_vae_config(place) if place.is_file() else read_json(place / "config.json")
+    )
 
 
 def weight_files(folder: Path, stem: str = WEIGHTS_STEM, variant: str = "") -> list[Path]:
@@ -60,7 +68,9 @@ def weight_files(folder: Path, stem: str = WEIGHTS_STEM, variant: str = "") -> l
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelError(f"{index} has no weight_map.")
-        files = [folder / Path(str(file)).name for file in sorted(set(map(str, weight_map.values())))]
+        files = [
+            folder / Path(str(file)).name for file in sorted(set(map(str, weight_map.values())))
+        ]
     else:
         files = [folder / f"{name}.safetensors"]
     missing = [str(file) for file in files if not file.is_file()]
@@ -104,8 +114,12 @@ def check_tensors(
     expected: Mapping[str, Tensor], found: Mapping[str, StoredTensor | Tensor], where: Path
 ) -> None:
     """Every tensor there, none too many, all of the right shape; otherwise one ModelError with the list."""
-    problems = [f"missing {name} {tuple(one.shape)}" for name, one in expected.items() if name not in found]
-    problems += [f"surplus {name} {tuple(one.shape)}" for name, one in found.items() if name not in expected]
+    problems = [
+        f"missing {name} {tuple(one.shape)}" for name, one in expected.items() if name not in found
+    ]
+    problems += [
+        f"surplus {name} {tuple(one.shape)}" for name, one in found.items() if name not in expected
+    ]
     for name, one in expected.items():
         if name not in found:
             continue
@@ -115,7 +129,9 @@ def check_tensors(
             problems.append(f"{name} is {found[name].dtype}; only floating point and fp8 are read")
     if problems:
         more = (
-            f"; and {len(problems) - MAX_LISTED_PROBLEMS} more" if len(problems) > MAX_LISTED_PROBLEMS else ""
+            f"; and {len(problems) - MAX_LISTED_PROBLEMS} more"
+            if len(problems) > MAX_LISTED_PROBLEMS
+            else ""
         )
         told = "belong to its model" if where.is_file() else "its config.json describes"
         raise ModelError(
@@ -145,7 +161,11 @@ def empty_transformer(
 def block_linears(transformer: nn.Module) -> list[str]:
     """What is quantised: every linear inside a block."""
     modules = transformer.named_modules()
-    return [name for name, one in modules if isinstance(one, nn.Linear) and name.startswith(BLOCK_PREFIXES)]
+    return [
+        name
+        for name, one in modules
+        if isinstance(one, nn.Linear) and name.startswith(BLOCK_PREFIXES)
+    ]
 
 
 def transformer_tensors(place: Path, variant: str = "") -> dict[str, StoredTensor]:
@@ -170,7 +190,9 @@ def load_transformer(
     return transformer
 
 
-def load_stored_tensors(network: nn.Module, found: Mapping[str, StoredTensor], device: torch.device) -> None:
+def load_stored_tensors(
+    network: nn.Module, found: Mapping[str, StoredTensor], device: torch.device
+) -> None:
     """Copy tensors one by one into a network on the meta device, in the dtypes that it was built with.
 
     Never views: they would change under us when somebody rewrites a file.
@@ -217,7 +239,9 @@ def save_transformer(transformer: nn.Module, folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     fields = {"_class_name": CLASS_NAME, **transformer.config.__dict__}
-    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     save_torch_state_dict(
         state,
         folder,

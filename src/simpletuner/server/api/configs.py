@@ -23,7 +23,9 @@ def get_schema() -> wire.FormSchema:
 
 
 @router.post("/validate")
-def validate_draft_config(body: wire.ValidateRequest, home: ServicesDep) -> wire.ConfigValidationResult:
+def validate_draft_config(
+    body: wire.ValidateRequest, home: ServicesDep
+) -> wire.ConfigValidationResult:
     return validate_config(home.workspace, body.config, body.datasets)
 
 

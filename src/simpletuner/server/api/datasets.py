@@ -91,7 +91,9 @@ def get_dataset_file(name: str, path: str, home: ServicesDep, width: int | None 
 
 
 @router.put("/datasets/{name}/files/{path:path}", openapi_extra=BINARY_BODY)
-async def upload_file(name: str, path: str, request: Request, home: ServicesDep) -> wire.UploadResult:
+async def upload_file(
+    name: str, path: str, request: Request, home: ServicesDep
+) -> wire.UploadResult:
     """A picture, a caption (.txt) or an archive (.zip) as the whole body. Nothing is ever overwritten."""
     length = int(request.headers.get("content-length") or 0)
     limit = home.settings.max_upload_bytes

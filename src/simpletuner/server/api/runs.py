@@ -18,7 +18,14 @@ from simpletuner.server.file_responses import make_file_response
 from simpletuner.server.live_broadcaster import SlowSubscriber, Subscriber
 from simpletuner.server.run_metrics import read_metrics as columns
 from simpletuner.server.schemas.live import FollowRequest
-from simpletuner.server.schemas.runs import LogPart, MarkRequest, RunDetail, RunImage, RunMetrics, RunSummary
+from simpletuner.server.schemas.runs import (
+    LogPart,
+    MarkRequest,
+    RunDetail,
+    RunImage,
+    RunMetrics,
+    RunSummary,
+)
 from simpletuner.server.services import Services, ServicesDep
 from simpletuner.server.thumbnails import get_thumbnail
 
@@ -64,12 +71,14 @@ def get_run_file(
     id: str, path: str, home: ServicesDep, width: Annotated[int | None, Query(ge=1, le=4096)] = None
 ) -> Response:
     """A file below the run folder, width: of a thumbnail. A checkpoint's name answers with its LoRA
-    file; a LoRA is saved under the run's name."""
+    file; a LoRA is saved under the run's name.
+    """
     folder = get_run_folder(home, id)
     file = stored.resolve_artifact(home.workspace, folder, path)
     if width is not None:
         return Response(
-            get_thumbnail(file, width, home.workspace.server_dir / "thumbs"), media_type="image/jpeg"
+            get_thumbnail(file, width, home.workspace.server_dir / "thumbs"),
+            media_type="image/jpeg",
         )
     if file.name == stored.LORA_FILE:
         where = path.removesuffix(stored.LORA_FILE).strip("/").replace("/", "-")
@@ -78,14 +87,19 @@ def get_run_file(
             + ".safetensors"
         )
         return make_file_response(file, name)
-    if path in GROWING_FILES:  # what is added while it is sent would exceed the length that was told
+    if (
+        path in GROWING_FILES
+    ):  # what is added while it is sent would exceed the length that was told
         return Response(file.read_bytes(), media_type="text/plain; charset=utf-8")
     return make_file_response(file)
 
 
 @router.get("/runs/{id}/log")
 def get_log(
-    id: str, home: ServicesDep, since: int = -65536, limit: Annotated[int, Query(ge=16, le=1 << 20)] = 65536
+    id: str,
+    home: ServicesDep,
+    since: int = -65536,
+    limit: Annotated[int, Query(ge=16, le=1 << 20)] = 65536,
 ) -> LogPart:
     """train.log from byte `since` on; negative: so many bytes before its end."""
     return log_reader.read_log_part(get_run_folder(home, id) / "train.log", since, limit)

@@ -17,17 +17,32 @@ from simpletuner.server.services import ServicesDep
 
 router = APIRouter(prefix="/api/v1", tags=["system"])
 YEAR_S = 365 * 86400
-LISTED_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "pillow", "fastapi", "uvicorn")
+LISTED_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "pillow",
+    "fastapi",
+    "uvicorn",
+)
 
 
 @router.get("/system")
 def get_system(home: ServicesDep) -> SystemInfo:
     place, (total, free) = home.workspace, hardware.host_memory()
     return SystemInfo(
-        version=__version__, python=platform.python_version(), platform=platform.platform(),
-        workspace=str(place.root), roots=[str(root) for root in place.extra_roots], devices=hardware.list_devices(),
-        memory_total_bytes=total, memory_free_bytes=free, disks=list_disks(place.allowed_roots), packages=installed_versions(),
-    )  # fmt: skip
+        version=__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        workspace=str(place.root),
+        roots=[str(root) for root in place.extra_roots],
+        devices=hardware.list_devices(),
+        memory_total_bytes=total,
+        memory_free_bytes=free,
+        disks=list_disks(place.allowed_roots),
+        packages=installed_versions(),
+    )
 
 
 def list_disks(folders: tuple[Path, ...]) -> list[DiskInfo]:
@@ -60,5 +75,10 @@ async def login(request: Request, response: Response, ask: LoginRequest, home: S
         return
     check_token(request, gate, ask.token)
     response.set_cookie(
-        cookie_name(home.settings), gate.cookie, max_age=YEAR_S, httponly=True, samesite="strict", path="/"
+        cookie_name(home.settings),
+        gate.cookie,
+        max_age=YEAR_S,
+        httponly=True,
+        samesite="strict",
+        path="/",
     )

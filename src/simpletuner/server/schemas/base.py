@@ -11,7 +11,16 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 JobState = Literal[
-    "draft", "queued", "starting", "caching", "running", "stopping", "stopped", "failed", "done", "lost"
+    "draft",
+    "queued",
+    "starting",
+    "caching",
+    "running",
+    "stopping",
+    "stopped",
+    "failed",
+    "done",
+    "lost",
 ]
 
 

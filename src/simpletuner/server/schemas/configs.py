@@ -34,7 +34,8 @@ DatasetEntries = Annotated[list[dict[str, Any]], AfterValidator(_check_writable)
 
 class OptionInfo(ApiModel):
     """One option of the schema. kind: flag, amount, integer, number, choice, text. level: basic, common,
-    advanced. needs: shown only where every named option has one of these values."""
+    advanced. needs: shown only where every named option has one of these values.
+    """
 
     name: str
     section: str

@@ -37,7 +37,8 @@ class RefusedFile(ApiModel):
 class UploadResult(ApiModel):
     """What one upload came to. An archive saves many and may have refused some (the first few hundred are
     named); a single file that is refused is an answer of its own. A file that was there already, with the
-    same content, counts as saved."""
+    same content, counts as saved.
+    """
 
     saved: list[str]
     refused: list[RefusedFile]
@@ -46,7 +47,8 @@ class UploadResult(ApiModel):
 class DatasetItem(ApiModel):
     """One picture. bucket_px (width, height) and crop_px (left, top, width, height in the picture's own
     pixels) say how it would be trained; None for a refused file. caption_text: of the .txt file, None where
-    there is none or it is not UTF-8; captions: its alternatives."""
+    there is none or it is not UTF-8; captions: its alternatives.
+    """
 
     file: str
     width_px: int
@@ -75,7 +77,8 @@ class BucketCount(ApiModel):
 
 class CaptionWrite(ApiModel):
     """text: "" removes the file. before: the caption_text that the writer saw; another text there now
-    answers 409."""
+    answers 409.
+    """
 
     text: str
     before: str | None
@@ -83,7 +86,8 @@ class CaptionWrite(ApiModel):
 
 class FolderListing(ApiModel):
     """folders: absolute paths of the folders in it. path "": those that may be looked into at all.
-    pictures: files in this very folder that are named as pictures."""
+    pictures: files in this very folder that are named as pictures.
+    """
 
     path: str
     folders: list[str]

@@ -16,7 +16,8 @@ class JobRequest(ApiModel):
 
 class Job(ApiModel):
     """One process to run, or that ran. advice: what to change after a failure, "" for none. run_dir: of its
-    run, "" for a rehearsal. begun: whether that folder was there when this was told."""
+    run, "" for a rehearsal. begun: whether that folder was there when this was told.
+    """
 
     id: str
     run: str

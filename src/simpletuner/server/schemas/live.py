@@ -13,7 +13,8 @@ from simpletuner.server.schemas.runs import LogPart, RunSummary
 
 class FollowRequest(ApiModel):
     """From client to server: which run to follow, from which byte of its events and of its log. run None:
-    only the list."""
+    only the list.
+    """
 
     run: str | None = None
     since: int = 0
@@ -23,7 +24,8 @@ class FollowRequest(ApiModel):
 class LiveUpdate(ApiModel):
     """From server to client. runs: the whole list, sent when it changed. queue likewise. events: records as
     in events.jsonl (t, kind, fields) of the followed run, start..end: their bytes; start 0 though the client
-    asked for more: the run was begun anew, what came before is void. log: its next part."""
+    asked for more: the run was begun anew, what came before is void. log: its next part.
+    """
 
     runs: list[RunSummary] | None = None
     queue: Queue | None = None

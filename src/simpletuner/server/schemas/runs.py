@@ -20,7 +20,8 @@ class RunStage(ApiModel):
 class RunSummary(ApiModel):
     """One line of the list. id is made of the run folder's path and never changes. sparkline: up to 60
     smoothed losses. job: its newest job, None for a run that was started by hand. begun: whether it has a run
-    folder."""
+    folder.
+    """
 
     id: str
     name: str
@@ -79,7 +80,8 @@ class RunDetail(ApiModel):
 class RunMetrics(ApiModel):
     """Columns of equal length, thinned to at most max_points (min and max of loss are kept). held_out:
     (step, split, loss). scores: (step, metric, name, rate). end: byte offset of the events that they are
-    made of, to go on from over the live connection."""
+    made of, to go on from over the live connection.
+    """
 
     step: list[int]
     t: list[float]

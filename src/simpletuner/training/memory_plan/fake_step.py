@@ -18,7 +18,9 @@ from simpletuner.training.loop import TrainerContext, TrainSchedule
 from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
 from simpletuner.training.train_state import TrainState
 
-MEASURED_MICRO_BATCHES = 2  # the second finds the gradients of the first; a third would find nothing new
+MEASURED_MICRO_BATCHES = (
+    2  # the second finds the gradients of the first; a third would find nothing new
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ def measure_fake_step(
     with torch.random.fork_rng(devices=[]):
         trained = {
             id(parameter)
-            for parameter in train_state.attach_trainable_parameters(run, family, network, null_emit).values()
+            for parameter in train_state.attach_trainable_parameters(
+                run, family, network, null_emit
+            ).values()
         }
         part = "adapters" if run.model.model_type == "lora" else "weights"
         family.place_blocks(network, BlockMemoryPolicy(memory.checkpointed, memory.interval), None)
@@ -78,7 +82,11 @@ def measure_fake_step(
 
 def cpu_planning_device(options: ModelOptions) -> ComputeDevice:
     """The CPU in the run's number formats, whatever else the options ask of a GPU."""
-    plain = {"device": "cpu", "musubi_blocks_to_swap": 0.0, "gradient_checkpointing_backend": "torch"}
+    plain = {
+        "device": "cpu",
+        "musubi_blocks_to_swap": 0.0,
+        "gradient_checkpointing_backend": "torch",
+    }
     return select_device(options.model_copy(update=plain))
 
 
@@ -140,13 +148,20 @@ def run_and_measure_step(
         loop.train_step(parts, 0)
     trained = sum(parameter.numel() for parameter in net.trainable_parameters.values())
     size = sum(parameter.nbytes for parameter in net.trainable_parameters.values())
-    return StepMeasurement(dict(count.peak_bytes), count.flops * made / micro, trained, size, states)
+    return StepMeasurement(
+        dict(count.peak_bytes), count.flops * made / micro, trained, size, states
+    )
 
 
 def make_fake_context(
-    run: RunConfig, family: ModelFamily, sketch: ModelSpec, feed: BatchShape, net: TrainState, plan: TrainSchedule,
+    run: RunConfig,
+    family: ModelFamily,
+    sketch: ModelSpec,
+    feed: BatchShape,
+    net: TrainState,
+    plan: TrainSchedule,
     count: MemoryTrackerMode,
-) -> TrainerContext:  # fmt: skip
+) -> TrainerContext:
     facts = sketch.constants
     width, height = (side // facts.stride_px for side in feed.size_px)
     names = tuple(str(number) for number in range(feed.samples))
@@ -159,10 +174,23 @@ def make_fake_context(
 
     tokens = feed.size_px[0] * feed.size_px[1] // facts.token_px**2
     return TrainerContext(
-        family=family, transformer=net.transformer, device=cpu_planning_device(run.model), optimizer=net.optimizer,
-        optimizer_step=net.optimizer_step, ema=net.ema, schedule=plan, seed=run.training.seed, flow_options=run.flow,
+        family=family,
+        transformer=net.transformer,
+        device=cpu_planning_device(run.model),
+        optimizer=net.optimizer,
+        optimizer_step=net.optimizer_step,
+        ema=net.ema,
+        schedule=plan,
+        seed=run.training.seed,
+        flow_options=run.flow,
         uses_dropout=run.adapter.lora_dropout > 0 and net.uses_lora,
-        learning_rate=lambda step: net.optimizer_options.learning_rate, load_batch=batch,
-        micro_batch_shape=lambda number: (feed.samples, tokens), resumed_step=0, save_checkpoint=lambda step: None, callbacks=(),
-        requested_callbacks=list, stop_requested=lambda: False, emit=null_emit,
-    )  # fmt: skip
+        learning_rate=lambda step: net.optimizer_options.learning_rate,
+        load_batch=batch,
+        micro_batch_shape=lambda number: (feed.samples, tokens),
+        resumed_step=0,
+        save_checkpoint=lambda step: None,
+        callbacks=(),
+        requested_callbacks=list,
+        stop_requested=lambda: False,
+        emit=null_emit,
+    )

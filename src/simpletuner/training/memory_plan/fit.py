@@ -34,7 +34,8 @@ MAX_VERIFICATIONS = 5  # exact predictions, each some seconds, before a choice i
 @dataclass(frozen=True)
 class MemoryConfig:
     """precision and memory of so many blocks. size: device bytes while training with allowances; about, or
-    exact once predicted. seconds: of a step, by the cost model."""
+    exact once predicted. seconds: of a step, by the cost model.
+    """
 
     precision: str
     memory: BlockMemoryPolicy
@@ -50,9 +51,13 @@ class MemoryConfig:
             "base_model_precision": self.precision,
             "gradient_checkpointing": checkpointing_option(self.memory.checkpointed, self.blocks),
             "gradient_checkpointing_interval": None,
-            "gradient_checkpointing_backend": "offload" if self.memory.offload_activations else "torch",
+            "gradient_checkpointing_backend": "offload"
+            if self.memory.offload_activations
+            else "torch",
             "musubi_blocks_to_swap": self.memory.swapped,
-            "chroma_approximator_device": "cpu" if self.memory.approximator_on_host else "accelerator",
+            "chroma_approximator_device": "cpu"
+            if self.memory.approximator_on_host
+            else "accelerator",
         }
         if self.text_encoder is not None:
             told["text_encoder_1_precision"] = self.text_encoder
@@ -72,9 +77,13 @@ class MemoryConfigSearch:
     """
 
     def __init__(
-        self, run: RunConfig, family: ModelFamily, framings: Sequence[ResizeCropConfig], room: MemoryBudget,
+        self,
+        run: RunConfig,
+        family: ModelFamily,
+        framings: Sequence[ResizeCropConfig],
+        room: MemoryBudget,
         settled: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.run, self.family, self.framings, self.budget, self.fixed_precisions = (
             run,
             family,
@@ -86,14 +95,18 @@ class MemoryConfigSearch:
         precisions = tuple(DEQUANTIZATION_SLOWDOWN) if frozen and not settled else ()
         self.own_precision = run.model.base_model_precision
         self.model_specs: dict[str, ModelSpec] = {
-            name: family.build_spec(run.model.model_copy(update={"base_model_precision": name}), dtype)
+            name: family.build_spec(
+                run.model.model_copy(update={"base_model_precision": name}), dtype
+            )
             for name in dict.fromkeys((*precisions, self.own_precision))
         }
         self.weight_bytes = {
             name: prediction.weight_bytes(sketch) for name, sketch in self.model_specs.items()
         }
         self.blocks = len(self.model_specs[self.own_precision].blocks)
-        self.uncheckpointed_prediction = predict_memory(run, family, framings, room.kind, BlockMemoryPolicy())
+        self.uncheckpointed_prediction = predict_memory(
+            run, family, framings, room.kind, BlockMemoryPolicy()
+        )
         self.checkpointed_prediction = predict_memory(
             run, family, framings, room.kind, BlockMemoryPolicy(self.blocks)
         )
@@ -115,7 +128,9 @@ class MemoryConfigSearch:
         sketch, count = self.model_specs[precision], memory.checkpointed
         size: float = self.uncheckpointed_prediction.training
         if count:
-            size = self.checkpointed_prediction.training + self.bytes_per_block * (self.blocks - count)
+            size = self.checkpointed_prediction.training + self.bytes_per_block * (
+                self.blocks - count
+            )
         size += self.weight_bytes[precision] - self.weight_bytes[self.own_precision]
         fetched = [
             prediction.aligned_block_bytes(sketch.blocks[number])
@@ -125,7 +140,9 @@ class MemoryConfigSearch:
         size -= sketch.cpu_offloadable_bytes if memory.approximator_on_host else 0
         moved = 2 * sum(fetched)
         if memory.offload_activations:
-            inputs = prediction.checkpointed_input_bytes(sketch, memory, self.uncheckpointed_prediction.feed)
+            inputs = prediction.checkpointed_input_bytes(
+                sketch, memory, self.uncheckpointed_prediction.feed
+            )
             size, moved = size - inputs, moved + 2 * inputs
         flops = (
             self.uncheckpointed_prediction.flops
@@ -150,12 +167,17 @@ class MemoryConfigSearch:
 
     def fewest_checkpointed_config(self, precision: str, limit: int) -> MemoryConfig | None:
         """With as few blocks recomputed as fit, and nothing on the host."""
-        ways = (self.estimate_config(precision, BlockMemoryPolicy(count)) for count in range(self.blocks + 1))
+        ways = (
+            self.estimate_config(precision, BlockMemoryPolicy(count))
+            for count in range(self.blocks + 1)
+        )
         return next((way for way in ways if way.size <= limit), None)
 
     def lowest_memory_config(self) -> MemoryConfig:
         """In as little memory as can be."""
-        ways = [self.estimate_config(name, BlockMemoryPolicy(self.blocks)) for name in self.model_specs]
+        ways = [
+            self.estimate_config(name, BlockMemoryPolicy(self.blocks)) for name in self.model_specs
+        ]
         everything = BlockMemoryPolicy(self.blocks, 1, self.blocks, True, True)
         ways += [self.estimate_config(name, everything) for name in self.offloadable_precisions]
         return min(ways, key=lambda way: way.size)
@@ -164,8 +186,13 @@ class MemoryConfigSearch:
         """The finest precision of T5 within the limit, None for the run's own. It comes before training."""
         for precision in (None, *list(DEQUANTIZATION_SLOWDOWN)[1:]):
             changed = {} if precision is None else {"text_encoder_1_precision": precision}
-            sketch = self.family.build_spec(self.run.model.model_copy(update=changed), torch.bfloat16)
-            if sketch.text_encoder_bytes + prediction.DEVICE_CONTEXT_BYTES[self.budget.kind] <= limit:
+            sketch = self.family.build_spec(
+                self.run.model.model_copy(update=changed), torch.bfloat16
+            )
+            if (
+                sketch.text_encoder_bytes + prediction.DEVICE_CONTEXT_BYTES[self.budget.kind]
+                <= limit
+            ):
                 return precision
         return list(DEQUANTIZATION_SLOWDOWN)[-1]
 
@@ -175,7 +202,9 @@ class MemoryConfigSearch:
             found = []
             for offload in (False, True):
                 counts = (round(share * self.blocks) for share in SWAP_FRACTIONS)
-                memories = (BlockMemoryPolicy(self.blocks, 1, count, offload, on_host) for count in counts)
+                memories = (
+                    BlockMemoryPolicy(self.blocks, 1, count, offload, on_host) for count in counts
+                )
                 ways = (self.estimate_config(precision, memory) for memory in memories)
                 found += list(islice((way for way in ways if way.size <= limit), 1))
             if found:
@@ -213,7 +242,9 @@ class FitResult:
 def find_fitting_config(ladder: MemoryConfigSearch, limit: int) -> FitResult:
     """The fastest way whose exact size is within the limit, and what else would fit."""
     text_encoder = None if ladder.fixed_precisions else ladder.text_encoder_precision(limit)
-    ways = [dataclasses.replace(way, text_encoder=text_encoder) for way in ladder.fitting_configs(limit)]
+    ways = [
+        dataclasses.replace(way, text_encoder=text_encoder) for way in ladder.fitting_configs(limit)
+    ]
     for position, way in enumerate(ways):
         proven = ladder.verify_config(way, limit)
         if proven is not None:

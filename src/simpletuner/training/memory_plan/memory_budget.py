@@ -51,20 +51,28 @@ def detect_budget(device: ComputeDevice) -> MemoryBudget:
     )
     host, free = free_host_bytes(), hardware.free_bytes()
     return MemoryBudget(
-        hardware.name, kind, peak or reference_budget(kind).peak_flops, host if free is None else free, host
+        hardware.name,
+        kind,
+        peak or reference_budget(kind).peak_flops,
+        host if free is None else free,
+        host,
     )
 
 
 def reference_budget(kind: str) -> MemoryBudget:
     """A good card that is not here."""
-    return MemoryBudget(step_time.REFERENCE_GPU, kind, step_time.PEAK_TFLOPS[step_time.REFERENCE_GPU] * 1e12)
+    return MemoryBudget(
+        step_time.REFERENCE_GPU, kind, step_time.PEAK_TFLOPS[step_time.REFERENCE_GPU] * 1e12
+    )
 
 
 def free_host_bytes() -> int | None:
     """What can be had without swapping, inside a container's limit."""
     sizes = []
     if MEMINFO_PATH.exists():
-        rows = dict(line.split(":", 1) for line in MEMINFO_PATH.read_text().splitlines() if ":" in line)
+        rows = dict(
+            line.split(":", 1) for line in MEMINFO_PATH.read_text().splitlines() if ":" in line
+        )
         sizes.append(int(rows["MemAvailable"].split()[0]) * 1024)
     names = ("memory.max", "memory.current", "memory.stat")
     limit, used, told = (
@@ -90,8 +98,13 @@ def find_disk_shortages(run: RunConfig, needed: Mapping[str, int]) -> list[tuple
     there = sum(file.stat().st_size for file in output.glob("checkpoint-*/**/*") if file.is_file())
     chosen = run.model.quantized_cache_dir
     quantised = Path(chosen).expanduser() if chosen else user_cache_dir() / "quantized"
-    converted = quantised.glob(f"*-{run.model.base_model_precision}-*")  # whole, or as far as it was come
-    written = {"checkpoints": there, "quantised base": sum(file.stat().st_size for file in converted)}
+    converted = quantised.glob(
+        f"*-{run.model.base_model_precision}-*"
+    )  # whole, or as far as it was come
+    written = {
+        "checkpoints": there,
+        "quantised base": sum(file.stat().st_size for file in converted),
+    }
     places = {
         "download": Path(constants.HF_HUB_CACHE),
         "quantised base": quantised,
@@ -103,7 +116,8 @@ def find_disk_shortages(run: RunConfig, needed: Mapping[str, int]) -> list[tuple
         disk = _existing_parent(places[what]).stat().st_dev
         disks[disk] = (places[what], disks[disk][1] + max(0, size - written.get(what, 0)))
     rows = [
-        (folder, size, shutil.disk_usage(_existing_parent(folder)).free) for folder, size in disks.values()
+        (folder, size, shutil.disk_usage(_existing_parent(folder)).free)
+        for folder, size in disks.values()
     ]
     return [row for row in rows if row[1] > row[2]]
 

@@ -20,7 +20,9 @@ def suggest_next_setting(run: RunConfig) -> str:
 
 
 def format_options(options: dict[str, Any]) -> str:
-    return " with ".join(f"{name} = {json.dumps(value).strip(chr(34))}" for name, value in options.items())
+    return " with ".join(
+        f"{name} = {json.dumps(value).strip(chr(34))}" for name, value in options.items()
+    )
 
 
 def memory_saving_options(run: RunConfig) -> Iterator[dict[str, Any]]:
@@ -39,9 +41,14 @@ def memory_saving_options(run: RunConfig) -> Iterator[dict[str, Any]]:
     if optimizer.optimizer == "adamw":
         yield {"optimizer": "adamw_8bit" if lora else "adamw_bf16"}
     if not lora:
-        yield {"optimizer_cpu_offload_method": "states", "optimizer_release_gradients": True,
-               "grad_clip_method": "value"}  # fmt: skip
+        yield {
+            "optimizer_cpu_offload_method": "states",
+            "optimizer_release_gradients": True,
+            "grad_clip_method": "value",
+        }
         yield {"model_type": "lora"}
     if lora and run.adapter.lora_rank > 4:
         yield {"lora_rank": run.adapter.lora_rank // 2}
-    yield {"resolution": round(run.data.resolution * RESOLUTION_FACTOR[run.data.resolution_type], 2)}
+    yield {
+        "resolution": round(run.data.resolution * RESOLUTION_FACTOR[run.data.resolution_type], 2)
+    }

@@ -23,7 +23,9 @@ aten = torch.ops.aten
 # The CPU's flash attention takes the same leading arguments as the GPU's.
 FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        aten._scaled_dot_product_flash_attention
+    ],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         aten._scaled_dot_product_flash_attention_backward
     ],
@@ -49,7 +51,11 @@ class MemoryTrackerMode(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         self.total_bytes = sum(self.live_bytes.values())
-        self.flops, self.peak_total_bytes, self.peak_bytes = 0, self.total_bytes, dict(self.live_bytes)
+        self.flops, self.peak_total_bytes, self.peak_bytes = (
+            0,
+            self.total_bytes,
+            dict(self.live_bytes),
+        )
 
     @contextmanager
     def track_step(self) -> Iterator[None]:

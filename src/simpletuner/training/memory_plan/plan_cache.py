@@ -39,13 +39,20 @@ def cache_key(
 ) -> str:
     """Options, shapes and dtypes of the network, what it is fed, this program and its torch."""
     options = {
-        **run.model.model_dump(mode="json"), **run.adapter.model_dump(mode="json"),
-        **run.optimizer.model_dump(mode="json"), "micro": run.training.gradient_accumulation_steps,
+        **run.model.model_dump(mode="json"),
+        **run.adapter.model_dump(mode="json"),
+        **run.optimizer.model_dump(mode="json"),
+        "micro": run.training.gradient_accumulation_steps,
         "perturbed": run.flow.input_perturbation > 0,
-    }  # fmt: skip
+    }
     idle = MEMORY_NEUTRAL_OPTIONS.split()
-    shapes = [(name, tuple(t.shape), str(t.dtype)) for name, t in sketch.transformer.state_dict().items()]
-    told: list[object] = [{name: value for name, value in options.items() if name not in idle}, shapes]
+    shapes = [
+        (name, tuple(t.shape), str(t.dtype)) for name, t in sketch.transformer.state_dict().items()
+    ]
+    told: list[object] = [
+        {name: value for name, value in options.items() if name not in idle},
+        shapes,
+    ]
     told += [memory.checkpointed, memory.interval, dataclasses.astuple(feed), granule]
     text = json.dumps([*told, torch.__version__, package_digest()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]

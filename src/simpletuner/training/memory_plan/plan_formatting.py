@@ -65,9 +65,13 @@ def format_step_time(plan: MemoryPrediction, room: MemoryBudget) -> str:
 def format_summary(plan: MemoryPrediction, room: MemoryBudget) -> str:
     """What a training says first."""
     parts = ", ".join(
-        f"{what} {format_bytes(size)}" for what, size in {**plan.parts, **plan.allowances}.items() if size
+        f"{what} {format_bytes(size)}"
+        for what, size in {**plan.parts, **plan.allowances}.items()
+        if size
     )
-    free = "" if room.device_free_bytes is None else f", free {format_bytes(room.device_free_bytes)}"
+    free = (
+        "" if room.device_free_bytes is None else f", free {format_bytes(room.device_free_bytes)}"
+    )
     device = f"{MEMORY_LABELS[plan.kind]} {format_bytes(plan.training)} ({parts}){free}"
     others = f"host {format_bytes(sum(plan.host.values()))}; disk {format_bytes(sum(plan.disk.values()))}"
     return f"plan: {device}; {others}; {format_step_time(plan, room)}"
@@ -83,7 +87,10 @@ def format_fit(run: RunConfig, fit: FitResult) -> list[str]:
         lines.append("also within it, by the cost model:")
     return [
         *lines,
-        *(f"  {_format_config(way)}: {format_flags(run, way)}" for way in fit.others[:MAX_ALTERNATIVES]),
+        *(
+            f"  {_format_config(way)}: {format_flags(run, way)}"
+            for way in fit.others[:MAX_ALTERNATIVES]
+        ),
     ]
 
 
@@ -91,7 +98,9 @@ def format_applied_fit(run: RunConfig, fit: FitResult) -> list[str]:
     """What a training says that goes on with the choice: what it changed, and the runners-up in a line."""
     if fit.chosen is None:
         return []
-    lines = [f"fit {format_bytes(fit.limit)}: {format_flags(run, fit.chosen)} ({_format_config(fit.chosen)})"]
+    lines = [
+        f"fit {format_bytes(fit.limit)}: {format_flags(run, fit.chosen)} ({_format_config(fit.chosen)})"
+    ]
     others = "; ".join(
         f"{format_flags(run, way)} ({_format_config(way)})" for way in fit.others[:MAX_ALTERNATIVES]
     )
@@ -99,7 +108,9 @@ def format_applied_fit(run: RunConfig, fit: FitResult) -> list[str]:
 
 
 def _format_config(way: MemoryConfig) -> str:
-    return f"{'' if way.exact else 'about '}{format_bytes(way.size)}, about {way.seconds:.2g} s a step"
+    return (
+        f"{'' if way.exact else 'about '}{format_bytes(way.size)}, about {way.seconds:.2g} s a step"
+    )
 
 
 def changed_options(run: RunConfig, way: MemoryConfig) -> dict[str, str]:

@@ -35,13 +35,13 @@ HOST_RUNTIME_BYTES = {
     "mps": 1_000_000_000,
     "cpu": 800_000_000,
 }  # Python, torch and its libraries
-FRAGMENTATION_FRACTION = 0.05  # of what a step makes and frees: a caching allocator cannot use every gap
+FRAGMENTATION_FRACTION = (
+    0.05  # of what a step makes and frees: a caching allocator cannot use every gap
+)
 ACTIVATION_ITEM_BYTES = (
     2  # bytes of a number that blocks hand on; only GPUs offload it, and they compute in bf16
 )
-LARGE_MODEL_BYTES = (
-    1_000_000_000  # bytes of weights; smaller bases train where a plan would take as long as some steps
-)
+LARGE_MODEL_BYTES = 1_000_000_000  # bytes of weights; smaller bases train where a plan would take as long as some steps
 ASSUMED_ASPECT = (3, 2)  # aspect for a size that names the shorter edge
 
 
@@ -78,13 +78,18 @@ class MemoryPrediction:
     @property
     def peak(self) -> int:
         """Device bytes of the whole run: the largest of its stages."""
-        return max(self.training, *(size + self.allowances["context"] for size in self.before.values()))
+        return max(
+            self.training, *(size + self.allowances["context"] for size in self.before.values())
+        )
 
 
 def predict_memory(
-    run: RunConfig, family: ModelFamily, framings: Sequence[ResizeCropConfig] = (), kind: str | None = None,
+    run: RunConfig,
+    family: ModelFamily,
+    framings: Sequence[ResizeCropConfig] = (),
+    kind: str | None = None,
     memory: BlockMemoryPolicy | None = None,
-) -> MemoryPrediction:  # fmt: skip
+) -> MemoryPrediction:
     """By running the step on empty tensors, or from what was measured so before.
 
     framings: of the datasets, none for the config's own size. kind: "cuda", "mps" or "cpu" to plan for
@@ -94,7 +99,10 @@ def predict_memory(
     sketch, memory, feed, granule = planning_inputs(run, family, framings, kind, memory)
     blocks = len(sketch.blocks)
     # Measuring uses the network up; what is asked of it comes first.
-    fetched = [aligned_block_bytes(sketch.blocks[number]) for number in memory.swapped_block_numbers(blocks)]
+    fetched = [
+        aligned_block_bytes(sketch.blocks[number])
+        for number in memory.swapped_block_numbers(blocks)
+    ]
     model_bytes = weight_bytes(sketch)
     name = plan_cache.cache_key(run, sketch, memory, feed, granule)
     measured = plan_cache.get_or_measure(
@@ -109,7 +117,9 @@ def predict_memory(
     if is_state_offloaded(run.optimizer, torch.device(kind)):
         on_host["optimizer"] = measured.optimizer
     parts = dict(measured.peak)
-    parts["weights"] -= sum(fetched) - DEVICE_BUFFERS * max(fetched, default=0) + on_host["approximator"]
+    parts["weights"] -= (
+        sum(fetched) - DEVICE_BUFFERS * max(fetched, default=0) + on_host["approximator"]
+    )
     parts["activations"] = max(0, parts["activations"] - on_host["inputs"])
     parts["optimizer"] -= on_host["optimizer"]
     average = 4 * measured.trained if run.optimizer.use_ema else 0
@@ -121,15 +131,24 @@ def predict_memory(
         on_host["swapped blocks"] = model_bytes  # loaded whole on the host, once
     before = {"text encoder": sketch.text_encoder_bytes, "VAE": sketch.vae_bytes}
     loose = (
-        0 if kind == "cpu" else int(FRAGMENTATION_FRACTION * (parts["activations"] + parts["temporaries"]))
+        0
+        if kind == "cpu"
+        else int(FRAGMENTATION_FRACTION * (parts["activations"] + parts["temporaries"]))
     )
     return MemoryPrediction(
-        kind, parts, {"context": DEVICE_CONTEXT_BYTES[kind], "fragmentation": loose}, before,
+        kind,
+        parts,
+        {"context": DEVICE_CONTEXT_BYTES[kind], "fragmentation": loose},
+        before,
         host_memory_by_use(kind, on_host, before, sum(parts.values())),
-        disk_space_by_use(run, sketch, measured, model_bytes, average), measured.flops,
-        2 * sum(fetched) * run.training.gradient_accumulation_steps, measured.trained, feed, memory,
+        disk_space_by_use(run, sketch, measured, model_bytes, average),
+        measured.flops,
+        2 * sum(fetched) * run.training.gradient_accumulation_steps,
+        measured.trained,
+        feed,
+        memory,
         sketch.uses_published_shape,
-    )  # fmt: skip
+    )
 
 
 def planning_inputs(
@@ -160,7 +179,9 @@ def is_worth_planning(
     sketch, memory, feed, granule = planning_inputs(run, family, framings, kind, None)
     if sketch.may_differ_from_published:
         return False
-    known = plan_cache.read_cached_measurement(plan_cache.cache_key(run, sketch, memory, feed, granule))
+    known = plan_cache.read_cached_measurement(
+        plan_cache.cache_key(run, sketch, memory, feed, granule)
+    )
     return weight_bytes(sketch) >= LARGE_MODEL_BYTES or known is not None
 
 
@@ -194,7 +215,9 @@ def checkpointed_input_bytes(sketch: ModelSpec, memory: BlockMemoryPolicy, feed:
     """Bytes that recomputed blocks were given, rows of text and image, two blocks' apart."""
     tokens = feed.size_px[0] * feed.size_px[1] // sketch.constants.token_px**2 + feed.text_rows
     each = feed.samples * tokens * sketch.width * ACTIVATION_ITEM_BYTES
-    return each * max(0, len(memory.checkpointed_block_numbers(len(sketch.blocks))) - DEVICE_BUFFERS)
+    return each * max(
+        0, len(memory.checkpointed_block_numbers(len(sketch.blocks))) - DEVICE_BUFFERS
+    )
 
 
 def host_memory_by_use(

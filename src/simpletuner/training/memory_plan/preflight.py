@@ -22,8 +22,16 @@ from simpletuner.training.memory_plan.fit import (
     find_fitting_config,
     with_options,
 )
-from simpletuner.training.memory_plan.memory_budget import MemoryBudget, detect_budget, find_disk_shortages
-from simpletuner.training.memory_plan.prediction import MemoryPrediction, is_worth_planning, predict_memory
+from simpletuner.training.memory_plan.memory_budget import (
+    MemoryBudget,
+    detect_budget,
+    find_disk_shortages,
+)
+from simpletuner.training.memory_plan.prediction import (
+    MemoryPrediction,
+    is_worth_planning,
+    predict_memory,
+)
 
 MAX_SUGGESTIONS = 3  # ways out that a refusal names
 FIXED_BY_CHECKPOINT = (
@@ -33,9 +41,12 @@ FIXED_BY_CHECKPOINT = (
 
 
 def preflight_check(
-    run: RunConfig, framings: Sequence[ResizeCropConfig], emit: Emit, within: str | None = None,
+    run: RunConfig,
+    framings: Sequence[ResizeCropConfig],
+    emit: Emit,
+    within: str | None = None,
     before: Mapping[str, Any] | None = None,
-) -> RunConfig:  # fmt: skip
+) -> RunConfig:
     """The same run, its "auto" settled. ConfigError when device, host or a disk has too little room.
 
     within: a size, or "" for what is free: the fastest way that fits takes the place of the run's own.
@@ -58,7 +69,9 @@ def preflight_check(
     plan = predict_memory(run, family, framings, room.kind)
     emit(NoticeIssued(plan_formatting.format_summary(plan, room)))
     if limit is not None and plan.tensor_bytes > limit:
-        raise ConfigError(too_large_message(plan, MemoryConfigSearch(run, family, framings, room), limit))
+        raise ConfigError(
+            too_large_message(plan, MemoryConfigSearch(run, family, framings, room), limit)
+        )
     check_host_and_disks(run, plan, room)
     for what, size in plan.before.items():
         if limit is not None and size > limit:
@@ -74,9 +87,14 @@ def preflight_check(
 
 
 def fit_run(
-    run: RunConfig, family: ModelFamily, framings: Sequence[ResizeCropConfig], room: MemoryBudget, within: str,
-    before: Mapping[str, Any] | None, emit: Emit,
-) -> RunConfig:  # fmt: skip
+    run: RunConfig,
+    family: ModelFamily,
+    framings: Sequence[ResizeCropConfig],
+    room: MemoryBudget,
+    within: str,
+    before: Mapping[str, Any] | None,
+    emit: Emit,
+) -> RunConfig:
     """The run in the fastest way that fits. ConfigError, with the cheapest changes, where none does."""
     known = [
         size
@@ -87,7 +105,10 @@ def fit_run(
         raise ConfigError("how much memory is free is not known here; write --fit 12GB")
     if before is not None:
         run = with_options(run, {name: before[name] for name in FIXED_BY_CHECKPOINT})
-    ladder, limit = MemoryConfigSearch(run, family, framings, room, settled=before is not None), min(known)
+    ladder, limit = (
+        MemoryConfigSearch(run, family, framings, room, settled=before is not None),
+        min(known),
+    )
     best = find_fitting_config(ladder, limit)
     if best.chosen is None:
         raise ConfigError(
@@ -129,12 +150,16 @@ def smaller_training_message(ladder: MemoryConfigSearch, limit: int) -> str:
         if "resolution" in options:
             framings = [
                 dataclasses.replace(
-                    one, resolution=one.resolution * memory_saving.RESOLUTION_FACTOR[one.resolution_type]
+                    one,
+                    resolution=one.resolution
+                    * memory_saving.RESOLUTION_FACTOR[one.resolution_type],
                 )
                 for one in framings
             ]
         size = predict_memory(run, ladder.family, framings, ladder.budget.kind).training
-        lines.append(f"  {memory_saving.format_options(options)}  ({plan_formatting.format_bytes(size)})")
+        lines.append(
+            f"  {memory_saving.format_options(options)}  ({plan_formatting.format_bytes(size)})"
+        )
         if size <= limit:
             break
     return "\n".join(lines)
@@ -144,7 +169,9 @@ def check_host_and_disks(run: RunConfig, plan: MemoryPrediction, room: MemoryBud
     needed = sum(plan.host.values())
     if plan.kind != "cpu" and room.host_free_bytes is not None and needed > room.host_free_bytes:
         rows = ", ".join(
-            f"{what} {plan_formatting.format_bytes(size)}" for what, size in plan.host.items() if size
+            f"{what} {plan_formatting.format_bytes(size)}"
+            for what, size in plan.host.items()
+            if size
         )
         raise ConfigError(
             f"this training needs {plan_formatting.format_bytes(needed)} of host memory ({rows}), and {plan_formatting.format_bytes(room.host_free_bytes)}"

@@ -8,11 +8,26 @@ import torch
 
 # Dense bf16 TFLOP/s with fp32 sums, from the makers' data sheets; the first that the device's name holds.
 PEAK_TFLOPS = {
-    "B200": 2250.0, "H200": 989.0, "H100": 989.0, "MI300X": 1307.0, "A100": 312.0, "L40S": 362.0,
-    "L4": 121.0, "6000 Ada": 364.0, "A6000": 155.0, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5,
-    "RTX 4070": 58.3, "RTX 3090": 71.2, "RTX 3080": 59.5, "RTX 3060": 25.5,
-}  # fmt: skip
-UTILISATION = 0.5  # products reach 0.7 to 0.8 of the peak, and passes over memory take a third on top
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100": 989.0,
+    "MI300X": 1307.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "6000 Ada": 364.0,
+    "A6000": 155.0,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 4080": 97.5,
+    "RTX 4070": 58.3,
+    "RTX 3090": 71.2,
+    "RTX 3080": 59.5,
+    "RTX 3060": 25.5,
+}
+UTILISATION = (
+    0.5  # products reach 0.7 to 0.8 of the peak, and passes over memory take a third on top
+)
 REFERENCE_GPU = "RTX 4090"
 PCIE_BYTES_PER_S = 20e9  # bytes/s from pinned memory over PCIe 4.0 x16
 EXPOSED_TRANSFER_FRACTION = (

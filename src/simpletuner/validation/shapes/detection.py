@@ -39,7 +39,9 @@ MIN_SHAPE_OVERLAP = (
     0.55  # with the best outline, else "none". Edges that waver by 2 px leave a thin ring 0.65
 )
 MAX_POSITION_DISTANCE = 0.14  # of the side; an object farther from every place has none
-BIG_MIN_HALF_SIDE = 0.202  # half of the longer side of the bounding box, in shares of the picture's side
+BIG_MIN_HALF_SIDE = (
+    0.202  # half of the longer side of the bounding box, in shares of the picture's side
+)
 TOUCHING_MIN_HALF_SIDE = 0.35  # the same; whatever is longer is two objects that touch
 ANGLES = (-0.05, 0.0, 0.05)
 
@@ -66,7 +68,9 @@ class DetectedScene:
 def detect_scene(picture: Image.Image, names: tuple[str, ...] = tuple(SHAPES)) -> DetectedScene:
     """picture: RGB, SIDE_PX square. names: the shapes it may hold."""
     if picture.size != (SIDE_PX, SIDE_PX):
-        raise ValueError(f"a picture of {SIDE_PX} x {SIDE_PX} px is read, not one of {picture.size}")
+        raise ValueError(
+            f"a picture of {SIDE_PX} x {SIDE_PX} px is read, not one of {picture.size}"
+        )
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
     ground = background_colour(pixels)
     apart = np.linalg.norm(pixels - ground, axis=2)
@@ -75,7 +79,9 @@ def detect_scene(picture: Image.Image, names: tuple[str, ...] = tuple(SHAPES)) -
         for mask in connected_regions(close_gaps(apart > MIN_BACKGROUND_DISTANCE))
         for part in split_touching(mask)
     ]
-    things = [_detect_object(pixels, apart, mask, names) for mask in found if _is_object(apart, mask)]
+    things = [
+        _detect_object(pixels, apart, mask, names) for mask in found if _is_object(apart, mask)
+    ]
     return DetectedScene(nearest_colour(ground, BACKGROUNDS), tuple(things))
 
 
@@ -96,12 +102,18 @@ def background_colour(pixels: np.ndarray) -> np.ndarray:
 def close_gaps(mask: np.ndarray, size: int = 3) -> np.ndarray:
     """Gaps narrower than `size` px are filled: where a stripe's edge crosses the ground's colour."""
     image = Image.fromarray(mask.astype(np.uint8) * 255)
-    return np.asarray(image.filter(ImageFilter.MaxFilter(size)).filter(ImageFilter.MinFilter(size))) > 0
+    return (
+        np.asarray(image.filter(ImageFilter.MaxFilter(size)).filter(ImageFilter.MinFilter(size)))
+        > 0
+    )
 
 
 def erode(mask: np.ndarray, size: int = 5) -> np.ndarray:
     """The inside of a mask, (size - 1) / 2 px from its edge; the mask itself where that leaves nothing."""
-    inside = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MinFilter(size))) > 0
+    inside = (
+        np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MinFilter(size)))
+        > 0
+    )
     return inside if inside.sum() >= 12 else mask
 
 
@@ -158,7 +170,9 @@ def split_touching(mask: np.ndarray) -> list[np.ndarray]:
 
 def _is_object(apart: np.ndarray, mask: np.ndarray) -> bool:
     """Large enough, and not a cloud in the ground."""
-    return bool(mask.mean() >= MIN_OBJECT_AREA and np.percentile(apart[mask], 75) >= MIN_OBJECT_CONTRAST)
+    return bool(
+        mask.mean() >= MIN_OBJECT_AREA and np.percentile(apart[mask], 75) >= MIN_OBJECT_CONTRAST
+    )
 
 
 def _detect_object(
@@ -171,10 +185,12 @@ def _detect_object(
     left, top, right, bottom = bounding_box(sharp)
     shape, overlap, centre = max(match_outlines(sharp, names), key=lambda fit: fit[1])
     return DetectedObject(
-        shape=shape if overlap >= MIN_SHAPE_OVERLAP else "none", colour=classify_colour(pixels, sharp),
+        shape=shape if overlap >= MIN_SHAPE_OVERLAP else "none",
+        colour=classify_colour(pixels, sharp),
         size="big" if max(right - left, bottom - top) / 2 >= BIG_MIN_HALF_SIDE else "small",
-        position=classify_position(centre), centre=centre,
-    )  # fmt: skip
+        position=classify_position(centre),
+        centre=centre,
+    )
 
 
 def classify_position(centre: Point) -> str:
@@ -182,7 +198,10 @@ def classify_position(centre: Point) -> str:
 
     def away(name: str) -> float:
         x, y = POSITIONS[name]
-        return min(math.dist(centre, (0.5 + f * (x - 0.5), 0.5 + f * (y - 0.5))) for f in (1.0, PAIR_SPREAD))
+        return min(
+            math.dist(centre, (0.5 + f * (x - 0.5), 0.5 + f * (y - 0.5)))
+            for f in (1.0, PAIR_SPREAD)
+        )
 
     best = min(POSITIONS, key=away)
     return best if away(best) <= MAX_POSITION_DISTANCE else "none"
@@ -234,5 +253,8 @@ def centroid(mask: np.ndarray) -> Point:
 def outline_mask(shape: str, radius: float, centre: Point, angle: float, side: int) -> np.ndarray:
     thing = SceneObject(shape, "", "", "", "plain", (0, 0, 0), radius, centre, angle)
     return (
-        np.asarray(object_mask(thing, side * SUPERSAMPLING).resize((side, side), Image.Resampling.BOX)) > 127
+        np.asarray(
+            object_mask(thing, side * SUPERSAMPLING).resize((side, side), Image.Resampling.BOX)
+        )
+        > 127
     )

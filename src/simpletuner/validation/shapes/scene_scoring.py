@@ -37,9 +37,14 @@ class Rate(NamedTuple):
 def unseen_scenes(count: int) -> tuple[list[Scene], list[bool]]:
     """Scenes whose captions no training picture has, and whether their meaning is new too."""
     trained = [compose_scene(TRAINED_SEED, number) for number in range(TRAINED_COUNT)]
-    captions, meanings = {scene.caption for scene in trained}, {scene_key(scene) for scene in trained}
+    captions, meanings = (
+        {scene.caption for scene in trained},
+        {scene_key(scene) for scene in trained},
+    )
     scenes = (compose_scene(SCORING_SEED, number) for number in itertools.count())
-    chosen = list(itertools.islice((scene for scene in scenes if scene.caption not in captions), count))
+    chosen = list(
+        itertools.islice((scene for scene in scenes if scene.caption not in captions), count)
+    )
     return chosen, [scene_key(scene) not in meanings for scene in chosen]
 
 
@@ -61,25 +66,34 @@ def score_scene(scene: Scene, reading: DetectedScene, new: bool = False) -> Scen
         "count": [len(reading.objects) == len(scene.objects)],
         "colour": [seen is not None and seen.colour == thing.colour for thing, seen in pairs],
         "position": [seen is not None and seen.position == thing.position for thing, seen in pairs],
-        "size": [seen is not None and seen.size == thing.size for thing, seen in pairs if thing.size],
+        "size": [
+            seen is not None and seen.size == thing.size for thing, seen in pairs if thing.size
+        ],
         "shape": [seen is not None and seen.shape == thing.shape for thing, seen in pairs],
     }
     whole = all(itertools.chain.from_iterable(verdict.values()))
     both = all(all(verdict[name]) for name in ("colour", "position", "shape"))
     return verdict | {
-        "pair": [both] * (len(pairs) == 2), "all": [whole], "all_new": [whole] if new else []
-    }  # fmt: skip
+        "pair": [both] * (len(pairs) == 2),
+        "all": [whole],
+        "all_new": [whole] if new else [],
+    }
 
 
 def match_objects(
     things: Sequence[SceneObject], seen: Sequence[DetectedObject]
 ) -> list[DetectedObject | None]:
     """For each thing of the prompt an object or None: of the largest ones, the nearest to its place."""
-    largest: list[DetectedObject | None] = [*seen[: len(things)], *[None] * (len(things) - len(seen))]
+    largest: list[DetectedObject | None] = [
+        *seen[: len(things)],
+        *[None] * (len(things) - len(seen)),
+    ]
 
     def away(order: Iterable[DetectedObject | None]) -> float:
         return sum(
-            math.dist(POSITIONS[thing.position], one.centre) for thing, one in zip(things, order) if one
+            math.dist(POSITIONS[thing.position], one.centre)
+            for thing, one in zip(things, order)
+            if one
         )
 
     return list(min(itertools.permutations(largest), key=away))
@@ -90,9 +104,11 @@ def score_zorbo_scene(scene: Scene, found: DetectedScene | None) -> SceneScores:
         return {"zorbo": [False], "background": [], "colour": [], "position": [], "all": [False]}
     thing, seen = scene.objects[0], found.objects[0]
     said = {
-        "zorbo": [True], "background": [found.background == scene.background],
-        "colour": [seen.colour == thing.colour], "position": [seen.position == thing.position],
-    }  # fmt: skip
+        "zorbo": [True],
+        "background": [found.background == scene.background],
+        "colour": [seen.colour == thing.colour],
+        "position": [seen.position == thing.position],
+    }
     return said | {"all": [all(itertools.chain.from_iterable(said.values()))]}
 
 

@@ -19,21 +19,38 @@ SIDE_PX = 128
 SUPERSAMPLING = 3
 
 COLOURS: dict[str, Rgb] = {
-    "red": (215, 35, 40), "orange": (245, 130, 25), "yellow": (250, 215, 45), "green": (45, 160, 65),
-    "blue": (40, 90, 215), "purple": (130, 55, 170), "pink": (245, 115, 175), "brown": (125, 75, 40),
-    "black": (20, 20, 22), "white": (252, 252, 252),
-}  # fmt: skip
+    "red": (215, 35, 40),
+    "orange": (245, 130, 25),
+    "yellow": (250, 215, 45),
+    "green": (45, 160, 65),
+    "blue": (40, 90, 215),
+    "purple": (130, 55, 170),
+    "pink": (245, 115, 175),
+    "brown": (125, 75, 40),
+    "black": (20, 20, 22),
+    "white": (252, 252, 252),
+}
 BACKGROUNDS: dict[str, Rgb] = {
-    "light grey": (200, 200, 202), "dark grey": (75, 76, 80), "cream": (250, 236, 200),
-    "sky blue": (150, 200, 240), "mint": (175, 235, 205), "lavender": (200, 185, 240),
-    "peach": (250, 200, 165), "navy": (22, 30, 85), "teal": (15, 105, 110), "olive": (112, 112, 45),
-}  # fmt: skip
+    "light grey": (200, 200, 202),
+    "dark grey": (75, 76, 80),
+    "cream": (250, 236, 200),
+    "sky blue": (150, 200, 240),
+    "mint": (175, 235, 205),
+    "lavender": (200, 185, 240),
+    "peach": (250, 200, 165),
+    "navy": (22, 30, 85),
+    "teal": (15, 105, 110),
+    "olive": (112, 112, 45),
+}
 SIZES = {"big": 0.285, "small": 0.155}  # radius as a share of the side
 PAIR_RADIUS = 0.19
 POSITIONS: dict[str, Point] = {
-    "centre": (0.5, 0.5), "left": (0.315, 0.5), "right": (0.685, 0.5),
-    "top": (0.5, 0.315), "bottom": (0.5, 0.685),
-}  # fmt: skip
+    "centre": (0.5, 0.5),
+    "left": (0.315, 0.5),
+    "right": (0.685, 0.5),
+    "top": (0.5, 0.315),
+    "bottom": (0.5, 0.685),
+}
 PAIRS = (("left", "right"), ("top", "bottom"))
 PAIR_SPREAD = 1.32  # how much farther from the middle the two of a pair stand
 POSITION_PHRASES = {
@@ -107,12 +124,27 @@ SHAPES: dict[str, tuple[list[Point], list[Point] | None]] = {
     "triangle": ([(0, -0.95), (1.0, 0.8), (-1.0, 0.8)], None),
     "star": (star_outline(), None),
     "heart": (heart_outline(), None),
-    "cross": ([(-CROSS_ARM, -1), (CROSS_ARM, -1), (CROSS_ARM, -CROSS_ARM), (1, -CROSS_ARM), (1, CROSS_ARM), (CROSS_ARM, CROSS_ARM), (CROSS_ARM, 1), (-CROSS_ARM, 1),
-               (-CROSS_ARM, CROSS_ARM), (-1, CROSS_ARM), (-1, -CROSS_ARM), (-CROSS_ARM, -CROSS_ARM)], None),
+    "cross": (
+        [
+            (-CROSS_ARM, -1),
+            (CROSS_ARM, -1),
+            (CROSS_ARM, -CROSS_ARM),
+            (1, -CROSS_ARM),
+            (1, CROSS_ARM),
+            (CROSS_ARM, CROSS_ARM),
+            (CROSS_ARM, 1),
+            (-CROSS_ARM, 1),
+            (-CROSS_ARM, CROSS_ARM),
+            (-1, CROSS_ARM),
+            (-1, -CROSS_ARM),
+            (-CROSS_ARM, -CROSS_ARM),
+        ],
+        None,
+    ),
     "ring": (circle_outline(), circle_outline(0.55)),
     "diamond": ([(0, -1.08), (0.72, 0), (0, 1.08), (-0.72, 0)], None),
     "crescent": (circle_outline(), circle_outline(0.85, (0.48, -0.1))),
-}  # fmt: skip
+}
 ZORBO = "zorbo"  # what the example teaches, an hourglass; in no picture of the base
 HOURGLASS = [(-0.85, -0.95), (0.85, -0.95), (0.2, 0), (0.85, 0.95), (-0.85, 0.95), (-0.2, 0)]
 OUTLINES: dict[str, tuple[list[Point], list[Point] | None]] = {**SHAPES, ZORBO: (HOURGLASS, None)}
@@ -148,17 +180,25 @@ def random_object(
     """One of a pair, or what stands alone; its colour is one that can be seen on the background."""
     colour = pick(rng, visible_colours(background))
     size = pick(rng, list(SIZES))
-    pattern = PATTERNS[int(rng.choice(3, p=(0.8, 0.1, 0.1)))] if not pair and size == "big" else "plain"
+    pattern = (
+        PATTERNS[int(rng.choice(3, p=(0.8, 0.1, 0.1)))] if not pair and size == "big" else "plain"
+    )
     radius = (PAIR_RADIUS if pair else SIZES[size]) * float(rng.uniform(0.95, 1.05))
     x, y = POSITIONS[position]
     if pair:
         x, y = 0.5 + PAIR_SPREAD * (x - 0.5), 0.5 + PAIR_SPREAD * (y - 0.5)
     centre = (x + float(rng.uniform(-0.02, 0.02)), y + float(rng.uniform(-0.02, 0.02)))
     return SceneObject(
-        shape=pick(rng, list(SHAPES)), colour=colour, size="" if pair else size, position=position,
-        pattern=pattern, rgb=_jitter(rng, COLOURS[colour], 6), radius=radius, centre=centre,
+        shape=pick(rng, list(SHAPES)),
+        colour=colour,
+        size="" if pair else size,
+        position=position,
+        pattern=pattern,
+        rgb=_jitter(rng, COLOURS[colour], 6),
+        radius=radius,
+        centre=centre,
         angle=float(rng.uniform(-0.08, 0.08)),
-    )  # fmt: skip
+    )
 
 
 def _jitter(rng: np.random.Generator, rgb: Rgb, amount: int) -> Rgb:
@@ -166,13 +206,21 @@ def _jitter(rng: np.random.Generator, rgb: Rgb, amount: int) -> Rgb:
     return r, g, b
 
 
-def compose_caption(rng: np.random.Generator, background: str, things: tuple[SceneObject, ...]) -> str:
+def compose_caption(
+    rng: np.random.Generator, background: str, things: tuple[SceneObject, ...]
+) -> str:
     """One of several wordings; all of them name shape, colour, position and background."""
     ground = pick(
-        rng, (f"on a {background} background", f"{background} background", f"the background is {background}")
+        rng,
+        (
+            f"on a {background} background",
+            f"{background} background",
+            f"the background is {background}",
+        ),
     )
     phrases = [
-        f"{_noun_phrase(rng, thing)} {pick(rng, POSITION_PHRASES[thing.position])}" for thing in things
+        f"{_noun_phrase(rng, thing)} {pick(rng, POSITION_PHRASES[thing.position])}"
+        for thing in things
     ]
     join = pick(rng, (" and ", ", ", " with "))
     words = (join if len(things) == 2 else "").join(phrases)
@@ -190,7 +238,9 @@ def _noun_phrase(rng: np.random.Generator, thing: SceneObject) -> str:
     elif size:
         size = pick(rng, ("small", "little"))
     words = " ".join(
-        word for word in (size, thing.pattern if thing.pattern != "plain" else "", thing.colour) if word
+        word
+        for word in (size, thing.pattern if thing.pattern != "plain" else "", thing.colour)
+        if word
     )
     article = "an" if words[0] in "aeiou" else "a"
     return f"{article} {words} {thing.shape}"
@@ -200,7 +250,9 @@ def transform_outline(points: list[Point], thing: SceneObject, side: int) -> lis
     """Unit outline -> picture coordinates at the given side."""
     cos, sin = math.cos(thing.angle), math.sin(thing.angle)
     radius, (cx, cy) = thing.radius * side, (thing.centre[0] * side, thing.centre[1] * side)
-    return [(cx + radius * (x * cos - y * sin), cy + radius * (x * sin + y * cos)) for x, y in points]
+    return [
+        (cx + radius * (x * cos - y * sin), cy + radius * (x * sin + y * cos)) for x, y in points
+    ]
 
 
 def object_mask(thing: SceneObject, side: int) -> Image.Image:

@@ -29,7 +29,9 @@ def compose_zorbo_scene(number: int) -> Scene:
     position = list(POSITIONS)[number % len(POSITIONS)]
     drawn = random_object(rng, background, position)
     zorbo = replace(drawn, shape=ZORBO, size="big", pattern="plain", radius=ZORBO_RADIUS)
-    return Scene(background, BACKGROUNDS[background], (zorbo,), compose_caption(rng, background, (zorbo,)))
+    return Scene(
+        background, BACKGROUNDS[background], (zorbo,), compose_caption(rng, background, (zorbo,))
+    )
 
 
 def detect_zorbo(picture: Image.Image) -> DetectedScene | None:
