@@ -5,4 +5,4 @@ config -> sources -scan-> Sample -assign-> Placed -fill-> caches -BatchOrder-> B
        -every-> checkpoint | validation images | held-out loss -emit-> events.jsonl
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,0 +1,74 @@
+"""The guides in docs/: every command in a `bash` block runs, in order, on the bundled small model."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_quickstart import PATIENCE_S, SMALL, serves
+from tests.e2e.training_project import make_images
+
+DOCS = Path(__file__).parents[2] / "docs"
+# In the order in which a reader needs them: the tutorial makes the run that the others use.
+GUIDES = (
+    "install", "tutorial", "web-tutorial", "datasets", "chroma", "memory", "lora-files", "validation",
+    "troubleshooting",
+)  # fmt: skip
+
+
+def commands(guide: str) -> list[str]:
+    """Return the lines of the guide's `bash` blocks without their comments."""
+    text = (DOCS / f"{guide}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [re.sub(r" *#.*", "", line) for block in blocks for line in block.splitlines() if line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("guides")
+    make_images(path / "pictures", 3)
+    yield path
+
+
+@pytest.fixture(scope="module")
+def environ(folder: Path) -> dict[str, str]:
+    names = {f"SIMPLETUNER_{name.upper()}": value for name, value in SMALL.items()}
+    home = {"HOME": str(folder / "home"), "XDG_CACHE_HOME": str(folder / "home" / "cache")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, **names, **home, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def test_every_guide_is_tested() -> None:
+    with_commands = {
+        path.stem for path in DOCS.glob("*.md") if "```bash" in path.read_text("utf-8")
+    }
+    assert with_commands <= set(GUIDES)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_commands_run(guide: str, folder: Path, environ: dict[str, str]) -> None:
+    assert commands(guide)
+    for line in commands(guide):
+        assert line.startswith("simpletuner "), line
+        if line == "simpletuner server":
+            serves(folder, environ)
+            continue
+        done = subprocess.run(
+            ["bash", "-c", line],
+            cwd=folder,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+    if guide == "tutorial":
+        assert (folder / "output" / "pictures" / "pytorch_lora_weights.safetensors").is_file()
