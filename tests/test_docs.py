@@ -1,4 +1,4 @@
-"""The documentation: every relative link resolves, README stays short, examples load, commands exist."""
+"""The documentation: relative links resolve, README stays short, examples load."""
 
 from __future__ import annotations
 

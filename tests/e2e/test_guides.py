@@ -1,4 +1,4 @@
-"""The guides in docs/: every command in a `bash` block runs, in order, on the bundled small model."""
+"""The guides in docs/: every command in a `bash` block runs, on the bundled small model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,16 @@ from tests.e2e.training_project import make_images
 DOCS = Path(__file__).parents[2] / "docs"
 # In the order in which a reader needs them: the tutorial makes the run that the others use.
 GUIDES = (
-    "install", "tutorial", "web-tutorial", "datasets", "chroma", "memory", "lora-files", "validation",
+    "install",
+    "tutorial",
+    "web-tutorial",
+    "datasets",
+    "chroma",
+    "memory",
+    "lora-files",
+    "validation",
     "troubleshooting",
-)  # fmt: skip
+)
 
 
 def commands(guide: str) -> list[str]:
@@ -30,10 +36,10 @@ def commands(guide: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("guides")
     make_images(path / "pictures", 3)
-    yield path
+    return path
 
 
 @pytest.fixture(scope="module")
