@@ -68,7 +68,7 @@ def measure(name: str, width: int, dtype: torch.dtype, repeats: int) -> dict[str
     weights = sum(param.numel() for param in params)
     options = OptimizerOptions(optimizer=name, max_grad_norm=0)
     optimizer = build_optimizer(options, list(layers.named_parameters()), seed=0)
-    update = make_optimizer_step(params, optimizer, options)
+    update = make_optimizer_step("standard", params, optimizer, options)
     one_step(update, layers, width, dtype)  # the states are there
     state = sum(
         value.nbytes
@@ -104,7 +104,7 @@ def released(name: str, width: int, dtype: torch.dtype) -> dict[str, float]:
     optimizer.register_step_pre_hook(
         lambda *_: live.append(sum(param.grad.nbytes for param in params if param.grad is not None))
     )
-    one_step(make_optimizer_step(params, optimizer, options), layers, width, dtype)
+    one_step(make_optimizer_step("in_backward", params, optimizer, options), layers, width, dtype)
     return {"released": round(max(live) / sum(param.nbytes for param in params), 3)}
 
 

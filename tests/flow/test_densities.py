@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from simpletuner.config.schema import FlowOptions
-from simpletuner.flow.densities import DENSITIES, quantile_function, sample_sigmas
-from simpletuner.flow.shift import auto_shift, shift_sigma
+from simpletuner.flow.densities import (
+    DENSITIES,
+    auto_shift,
+    quantile_function,
+    sample_sigmas,
+    shift_sigma,
+)
 
 EDGES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SHARES = {

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from simpletuner.config.schema import OptimizerOptions
-from simpletuner.training.lr_schedule import LR_SCHEDULERS, effective_learning_rate, learning_rate
+from simpletuner.training.optimizers import LR_SCHEDULERS, effective_learning_rate, learning_rate
 
 
 def rates(total: int = 100, **options) -> list[float]:

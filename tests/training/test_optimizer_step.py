@@ -18,11 +18,13 @@ from simpletuner.errors import ConfigError, TrainingDiverged
 from simpletuner.training import loop
 from simpletuner.training.optimizer_offload import OffloadedOptimizerState, copy_to_pinned_host
 from simpletuner.training.optimizer_step import (
+    OPTIMIZER_STEPS,
     OptimizerStep,
     OptimizerStepInBackward,
-    SingleParameterStepper,
     StandardOptimizerStep,
+    PerParameterOptimizerStep,
     make_optimizer_step,
+    optimizer_step_name,
 )
 from simpletuner.training.optimizers import OPTIMIZERS, build_optimizer
 from tests.training.test_loop import TrainSchedule, parts
@@ -69,7 +71,8 @@ def options(name: str, limit: float = 0.0, **more: object) -> OptimizerOptions:
 def ready(options: OptimizerOptions, dtype: torch.dtype) -> tuple[Net, OptimizerStep, torch.optim.Optimizer]:
     net = Net(dtype)
     optimizer = build_optimizer(options, list(net.named_parameters()), seed=3)
-    return net, make_optimizer_step(list(net.parameters()), optimizer, options), optimizer
+    name = optimizer_step_name(options, torch.device("cpu"))
+    return net, make_optimizer_step(name, list(net.parameters()), optimizer, options), optimizer
 
 
 def equal(net: Net, other: Net) -> bool:
@@ -116,7 +119,7 @@ def test_a_bad_loss_changes_nothing_and_a_bad_gradient_stops_the_run() -> None:
     update.backward((net.down.weight.sum() * 0).sqrt())  # 0, and its slope is 0 times infinity
     assert update.weights_modified
     assert not math.isfinite(update.clip_gradients())
-    with pytest.raises(TrainingDiverged, match="last checkpoint is untouched"):
+    with pytest.raises(TrainingDiverged, match="last checkpoint is not affected"):
         loop.handle_nonfinite_step(run, 1, 1.0, math.inf, [("a", 0.5)])
 
 
@@ -150,11 +153,8 @@ def test_states_on_the_host_are_the_same_training(name: str, releases: bool) -> 
     its = build_optimizer(options(name), list(other.named_parameters()), seed=3)
     bus = Bus()
     states = OffloadedOptimizerState(its, bus.fetch, bus.keep)
-    hosted = (
-        OptimizerStepInBackward(params, SingleParameterStepper(its, states), options(name))
-        if releases
-        else StandardOptimizerStep(params, its, options(name), states)
-    )
+    strategy = OptimizerStepInBackward if releases else PerParameterOptimizerStep
+    hosted = strategy(params, its, options(name), states)
     assert train(net, update, optimizer, 1) == train(other, hosted, its, 1)
     homes = {id(tensor): tensor.data_ptr() for state in its.state.values() for tensor in tensors(state)}
     assert train(net, update, optimizer, 4, first=1) == train(other, hosted, its, 4, first=1)
@@ -175,8 +175,45 @@ def tensors(state: dict[str, object]) -> list[Tensor]:
 
 def test_states_stay_where_the_device_has_the_hosts_memory() -> None:
     _, update, _ = ready(options("adamw", optimizer_cpu_offload_method="states"), torch.float32)
-    assert isinstance(update, StandardOptimizerStep)
-    assert update.stepper is None
+    assert type(update) is StandardOptimizerStep
+    assert update.offloaded_state is None
+
+
+def test_the_strategy_is_chosen_by_name() -> None:
+    chosen = {
+        optimizer_step_name(options("adamw", **more), torch.device(device))
+        for device in ("cpu", "cuda")
+        for more in (
+            {},
+            {"optimizer_cpu_offload_method": "states"},
+            {"optimizer_release_gradients": True},
+            {"optimizer_release_gradients": True, "optimizer_cpu_offload_method": "states"},
+        )
+    }
+    assert chosen == set(OPTIMIZER_STEPS)
+    on_gpu = optimizer_step_name(
+        options("adamw", optimizer_cpu_offload_method="states"), torch.device("cuda")
+    )
+    assert OPTIMIZER_STEPS[on_gpu] is PerParameterOptimizerStep
+
+
+def test_a_new_strategy_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Half(StandardOptimizerStep):
+        """Halves every loss."""
+
+        def backward(self, loss: Tensor) -> None:
+            super().backward(loss / 2)
+
+    monkeypatch.setitem(OPTIMIZER_STEPS, "half", Half)
+    net, ordinary, _ = ready(options("adamw"), torch.float32)
+    params = list(net.parameters())
+    half = make_optimizer_step("half", params, ordinary.optimizer, options("adamw"))
+    loss = net(torch.ones(2, 24)).mean()
+    ordinary.backward(loss)
+    whole_norm = ordinary.clip_gradients()
+    ordinary.zero_grad()
+    half.backward(net(torch.ones(2, 24)).mean())
+    assert half.clip_gradients() == pytest.approx(whole_norm / 2)
 
 
 class Driver:

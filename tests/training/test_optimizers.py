@@ -20,7 +20,8 @@ from simpletuner.training.eight_bit_moments import (
     square_codes,
 )
 from simpletuner.training.muon import Muon
-from simpletuner.training.optimizers import OPTIMIZERS, build_optimizer, clip_gradients, set_optimizer_mode
+from simpletuner.training.optimizer_step import clip_gradients
+from simpletuner.training.optimizers import OPTIMIZERS, build_optimizer, set_optimizer_mode
 from simpletuner.training.per_parameter_optimizer import round_stochastically
 from simpletuner.training.stochastic_adamw import CHUNK_SIZE, SameDtypeMoments, StochasticAdamW
 

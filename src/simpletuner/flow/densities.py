@@ -1,17 +1,19 @@
-"""Which noise levels are trained, each density as its inverse distribution function: uniform u to sigma.
+"""The densities of the noise levels (sigmas) that are trained.
 
-Given as quantiles, any of them can be stratified: one draw from each of n equal slices of probability.
+Each density is given by its quantile function, which maps a uniform u to sigma. In this form every
+density can be stratified: one u from each of n equal slices of probability. A schedule shift, which
+moves the noise levels of large images up, belongs to the density; it is off for Chroma by default.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from simpletuner.config.schema import FlowOptions
-from simpletuner.flow.shift import resolve_shift, shift_sigma
 from simpletuner.randomness import seed_at
 
 QuantileFunction = Callable[[Tensor], Tensor]
@@ -22,10 +24,11 @@ BETA_TABLE_POINTS = 8192
 def sample_sigmas(
     options: FlowOptions, seed: int, step: int, count: int, image_tokens: int | None = None
 ) -> Tensor:
-    """(count,) float32: the noise levels of all samples of one optimizer step, a function of (seed, step).
+    """Return the noise levels of all samples of one optimizer step, (count,) float32.
 
-    Stratified, each of `count` equal slices of probability gives one, in random order: the density is the
-    same and the loss of a step varies less. image_tokens: patches of one sample, for the automatic shift.
+    They are a pure function of (seed, step). With stratified_sigmas each of `count` equal slices of
+    probability gives one sigma, in random order: the density is the same, and the loss of a step
+    varies less. image_tokens: 2x2 patches of one sample; the automatic shift needs them.
     """
     values = custom_sigmas(options)
     if values and options.flow_timesteps_mode == "round-robin":
@@ -40,26 +43,53 @@ def sample_sigmas(
 
 
 def quantile_function(options: FlowOptions, image_tokens: int | None = None) -> QuantileFunction:
-    """The density that the options describe: u in (0, 1) to sigma in [0, 1], float64, never decreasing
-    (the literal remap jumps over one half). A shift is applied before any remap.
+    """Return the density that the options describe: a map of u in (0, 1) to sigma in [0, 1].
+
+    It is float64 and never decreasing. A shift is applied before the remap of the density.
     """
     values = custom_sigmas(options) or (FAST_SCHEDULE_SIGMAS if options.flux_fast_schedule else ())
     if values:
         return discrete_quantile(values)
     shift = resolve_shift(options, image_tokens)
     base, remap = DENSITIES[density_name(options)]
-    draw = base(options)
-    return lambda u: remap(shift_sigma(draw(u.double().clamp(1e-12, 1 - 1e-12)), shift))
+    quantile = base(options)
+    return lambda u: remap(shift_sigma(quantile(u.double().clamp(1e-12, 1 - 1e-12)), shift))
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """Return s x / (1 + (s - 1) x), eq. 23 of Esser et al. 2024; a shift of 1 changes nothing."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def auto_shift(image_tokens: int) -> float:
+    """Return exp(mu), with mu linear in the number of 2x2 patches, as Flux's schedule has it.
+
+    mu is 0.5 at 256 patches and 1.15 at 4096.
+    """
+    return math.exp(0.5 + (image_tokens - 256) * (1.15 - 0.5) / (4096 - 256))
+
+
+def resolve_shift(options: FlowOptions, image_tokens: int | None) -> float:
+    """Return the shift that the options ask for; 1.0 is no shift. The automatic shift wins."""
+    if not options.flow_schedule_auto_shift:
+        return options.flow_schedule_shift or 1.0
+    if image_tokens is None:
+        raise ValueError("flow_schedule_auto_shift needs the number of image tokens")
+    return auto_shift(image_tokens)
 
 
 def density_name(options: FlowOptions) -> str:
+    """Return the key of DENSITIES; two older options are aliases of chroma_sigma_density."""
     if options.flow_use_uniform_schedule:
         return "uniform"
     return "beta" if options.flow_use_beta_schedule else options.chroma_sigma_density
 
 
 def custom_sigmas(options: FlowOptions) -> tuple[float, ...]:
-    """flow_custom_timesteps as sigmas; empty when not given. A value above 1 makes them timesteps to 1000."""
+    """Return flow_custom_timesteps as sigmas, or an empty tuple when the option is not set.
+
+    Where any value is above 1, all of them are timesteps up to 1000.
+    """
     if not options.flow_custom_timesteps:
         return ()
     values = [float(word) for word in options.flow_custom_timesteps.split(",")]
@@ -67,18 +97,21 @@ def custom_sigmas(options: FlowOptions) -> tuple[float, ...]:
 
 
 def discrete_quantile(values: tuple[float, ...]) -> QuantileFunction:
-    """Each value equally often; repeat one to draw it more."""
+    """Give each value the same probability; a value that is listed twice has twice as much."""
     table = torch.tensor(sorted(values), dtype=torch.float64)
     return lambda u: table[(u.double() * len(table)).long().clamp(0, len(table) - 1)]
 
 
 def logit_normal(options: FlowOptions) -> QuantileFunction:
-    """sigmoid(scale * N(0, 1)), eq. 19 of Esser et al. 2024 with location 0."""
+    """Return the quantiles of sigmoid(scale * N(0, 1)), eq. 19 of Esser et al. 2024, location 0."""
     return lambda u: torch.sigmoid(options.flow_sigmoid_scale * torch.special.ndtri(u))
 
 
 def parabola(options: FlowOptions) -> QuantileFunction:
-    """p(x) proportional to 2 - 7.7 (x - 1/2)^2 on 1,000 points i / 999: how Chroma itself was trained."""
+    """Return p(x) proportional to 2 - 7.7 (x - 1/2)^2 on the 1,000 points i / 999.
+
+    Chroma itself was trained with this density.
+    """
     grid = torch.arange(1000, dtype=torch.float64) / 999
     weights = 2 - 7.7 * (grid - 0.5) ** 2
     edges = weights.cumsum(0) / weights.sum()
@@ -86,21 +119,22 @@ def parabola(options: FlowOptions) -> QuantileFunction:
 
 
 def beta(options: FlowOptions) -> QuantileFunction:
-    """Beta(a, b) by a table of its distribution over z = logit(x), where the density x^a (1 - x)^b is
-    smooth and bounded for every a, b > 0.
+    """Return the quantiles of Beta(a, b) from a table over z = logit(x).
+
+    Over z the density is x^a (1 - x)^b, which is smooth and bounded for every a, b > 0.
     """
     a, b = options.flow_beta_schedule_alpha, options.flow_beta_schedule_beta
     z = torch.linspace(-40 / min(a, 1.0), 40 / min(b, 1.0), BETA_TABLE_POINTS, dtype=torch.float64)
     log_density = a * torch.nn.functional.logsigmoid(z) + b * torch.nn.functional.logsigmoid(-z)
     density = (log_density - log_density.max()).exp()
-    total = torch.cat((z.new_zeros(1), torch.cumulative_trapezoid(density, z)))
-    total /= total[-1].clone()
+    distribution = torch.cat((z.new_zeros(1), torch.cumulative_trapezoid(density, z)))
+    distribution /= distribution[-1].clone()
 
     def value(u: Tensor) -> Tensor:
-        right = torch.searchsorted(total, u).clamp(1, BETA_TABLE_POINTS - 1)
-        low, high = total[right - 1], total[right]
-        part = ((u - low) / (high - low).clamp_min(1e-300)).clamp(0, 1)
-        return torch.sigmoid(z[right - 1] + part * (z[right] - z[right - 1]))
+        right = torch.searchsorted(distribution, u).clamp(1, BETA_TABLE_POINTS - 1)
+        low, high = distribution[right - 1], distribution[right]
+        fraction = ((u - low) / (high - low).clamp_min(1e-300)).clamp(0, 1)
+        return torch.sigmoid(z[right - 1] + fraction * (z[right] - z[right - 1]))
 
     return value
 
@@ -110,12 +144,15 @@ def identity(sigma: Tensor) -> Tensor:
 
 
 def raise_tails(sigma: Tensor) -> Tensor:
-    """2 s^2 below one half, 1 - 2 (1 - s)^2 above: continuous, both tails visited more often."""
+    """Return 2 s^2 below one half and 1 - 2 (1 - s)^2 above: continuous, with heavier tails."""
     return torch.where(sigma < 0.5, 2 * sigma**2, 1 - 2 * (1 - sigma) ** 2)
 
 
 def raise_tails_literally(sigma: Tensor) -> Tensor:
-    """s^2 below one half, 1 - (1 - s)^2 above: jumps from 1/4 to 3/4, nothing between is ever trained."""
+    """Return s^2 below one half and 1 - (1 - s)^2 above.
+
+    The result jumps from 1/4 to 3/4, so no sigma between the two is ever trained.
+    """
     return torch.where(sigma < 0.5, sigma**2, 1 - (1 - sigma) ** 2)
 
 

@@ -1,4 +1,8 @@
-"""From noise to a picture along the predicted velocity. Training, previews and `generate` share this time."""
+"""Solvers that turn noise into an image by following the predicted velocity.
+
+A module of its own, apart from training's objective: validation images and `simpletuner generate`
+share it, and a solver of a higher order is added here.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from torch import Tensor
 
 
 def sigma_grid(steps: int) -> list[float]:
-    """Steps + 1 noise levels from 1 to 0, evenly spaced."""
+    """Return steps + 1 noise levels from 1 to 0, evenly spaced."""
     return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
 
 
@@ -18,10 +22,10 @@ def sigma_grid(steps: int) -> list[float]:
 def solve_euler(
     velocity: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: Sequence[float]
 ) -> Tensor:
-    """Straight steps: x += (sigma_next - sigma) * velocity(x, sigma).
+    """Integrate with Euler's method: x += (next_sigma - sigma) * velocity(x, sigma).
 
-    x: (B, C, H, W) float32, noise at sigmas[0].
+    x: (B, C, H, W) float32, the noisy latents at sigmas[0].
     """
-    for sigma, following in pairwise(sigmas):
-        x = x + (following - sigma) * velocity(x, sigma)
+    for sigma, next_sigma in pairwise(sigmas):
+        x = x + (next_sigma - sigma) * velocity(x, sigma)
     return x

@@ -1,47 +1,39 @@
-"""From a configuration to the parts of the loop. The only place of the engine that sees the whole config."""
+"""Build the TrainerContext from a configuration: the one module that connects all parts of a run.
+
+Only this module and its parts (callbacks.py, batches.py, train_state.py, prepare.py) see the whole
+RunConfig; everything else gets the section of options that it needs.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 
 from simpletuner import __version__
-from simpletuner.config.compare_configs import training_config_hash
 from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig
-from simpletuner.data.dataset_file import DatasetFile
+from simpletuner.data.dataset_config import DatasetFile
 from simpletuner.data.sample_order import SampleOrder
-from simpletuner.data.sample_types import MicroBatch
 from simpletuner.events.event_types import Emit, NoticeIssued, RunResumed, RunStarted, WarningIssued
 from simpletuner.models import registry
-from simpletuner.training import lr_schedule, resume, train_state
-from simpletuner.training.callbacks import (
-    HeldOutLossCallback,
-    ImageValidationCallback,
-    ScoringCallback,
-    build_held_out_evaluator,
-)
+from simpletuner.models.family import ModelFamily
+from simpletuner.training import optimizers, resume
+from simpletuner.training.batches import build_batch_loader
+from simpletuner.training.callbacks import EvaluationCallbacks, build_evaluation_callbacks
 from simpletuner.training.checkpointer import Checkpointer
 from simpletuner.training.device import ComputeDevice, select_device
 from simpletuner.training.exporter import Exporter
 from simpletuner.training.hub_publisher import HubPublisher, PublishCallback, repository_name
 from simpletuner.training.loop import ScheduledCallback, StepCallback, TrainerContext, TrainSchedule
-from simpletuner.training.model_metadata import RunMetadata, public_name
-from simpletuner.training.prefetch import BatchPrefetcher
+from simpletuner.training.model_metadata import RunMetadata
 from simpletuner.training.prepare import PreparedInputs, prepare_inputs
 from simpletuner.training.resume import ResumePoint
 from simpletuner.training.run_folder import RunFolder
-from simpletuner.training.train_state import TrainState
+from simpletuner.training.train_state import TrainState, build_train_state
 from simpletuner.validation import image_scoring
 from simpletuner.validation import prompts as validation_prompts
-from simpletuner.validation.held_out_loss import HeldOutEvaluator
-from simpletuner.validation.image_validator import ImageValidator
-from simpletuner.validation.inference import Inference
-from simpletuner.validation.validation_images import GenerationSettings
 
 
 def build_trainer_context(
@@ -53,290 +45,267 @@ def build_trainer_context(
     emit: Emit,
     closing: ExitStack,
 ) -> TrainerContext:
-    """base_dir: folder of the config file, where relative paths are looked up first.
+    """Return everything that the loop needs.
 
-    Another training's run folder is refused before anything is encoded or loaded, and left as it was.
-    closing: gets whatever must be closed after the training.
+    base_dir: the folder of the configuration file, where relative paths are looked up first.
+    closing: receives whatever must be closed after the training. The run folder of a training with
+    other options is refused before anything is encoded or loaded, and is not changed.
+    """
+    resume_point = open_run(run, folder, emit)
+    device, family = select_device(run.model), registry.get_family(run.model.model_family)
+    for notice in family.notices(run.model):
+        emit(NoticeIssued(notice))
+    validates = not run.validation.validation_disable
+    prompts = validation_prompts.read_prompts(run.validation, base_dir) if validates else ()
+    metrics = image_scoring.choose_metrics(run.validation)
+    texts = evaluation_texts(run, prompts, metrics)
+    prepared = prepare_inputs(run, backends, family, texts, folder, device, emit, closing)
+    order = SampleOrder(
+        prepared.train.placed_samples,
+        prepared.train_sets,
+        run.training.seed,
+        run.training.train_batch_size,
+        run.data,
+    )
+    for warning in order.notices:
+        emit(WarningIssued(warning))
+    schedule = make_train_schedule(run, order.batches_per_epoch)
+    state = build_train_state(run, prepared, device, emit)
+
+    evaluations = build_evaluation_callbacks(
+        run, prepared, state, prompts, metrics, device, schedule.total_steps, folder.path, emit
+    )
+    metadata = describe_run(run, backends, family, prepared, schedule, folder)
+    exporter = Exporter(family, state, run, folder, emit, metadata.file_metadata)
+    publishing = build_publishing(run, metadata, stop_requested, emit, closing)
+    checkpointer = build_checkpointer(run, prepared, state, evaluations, exporter, folder, emit)
+    if resume_point is not None:
+        checkpointer.restore(resume_point)
+        folder.write_config(resolved_options(run))
+    model = f"{run.model.model_family} {prepared.model_files.name}"
+    resumed_step = emit_run_start(resume_point, folder, model, device, schedule, emit)
+    load_batch, micro_batch_shape = build_batch_loader(run, prepared, order, schedule, closing)
+    callbacks = build_callbacks(
+        run, schedule, checkpointer, evaluations, exporter, publishing, emit
+    )
+    return TrainerContext(
+        family=family,
+        transformer=state.transformer,
+        device=device,
+        optimizer=state.optimizer,
+        optimizer_step=state.optimizer_step,
+        ema=state.ema,
+        schedule=schedule,
+        seed=run.training.seed,
+        flow_options=run.flow,
+        uses_dropout=run.adapter.lora_dropout > 0 and state.uses_lora,
+        learning_rate=learning_rate_of(state, schedule),
+        load_batch=load_batch,
+        micro_batch_shape=micro_batch_shape,
+        resumed_step=resumed_step,
+        save_checkpoint=checkpointer.save,
+        callbacks=callbacks,
+        requested_callbacks=build_requested_callbacks(folder, checkpointer, evaluations),
+        stop_requested=stop_requested,
+        emit=emit,
+    )
+
+
+def open_run(run: RunConfig, folder: RunFolder, emit: Emit) -> ResumePoint | None:
+    """Return the checkpoint to resume from, if there is one, after its options were compared.
+
+    A new run writes config.json at once; a resumed one only after its state is restored.
     """
     config = resolved_options(run)
-    origin = resume.find_resume_point(folder.path, run.checkpoint.resume_from_checkpoint, emit)
-    if origin is None:
+    resume_point = resume.find_resume_point(
+        folder.path, run.checkpoint.resume_from_checkpoint, emit
+    )
+    if resume_point is None:
         folder.write_config(config)
     else:
-        origin.require_same_config(config, emit)
-    device, family = select_device(run.model), registry.get_family(run.model.model_family)
-    for note in family.notices(run.model):
-        emit(NoticeIssued(note))
-    validated = not run.validation.validation_disable
-    prompts = validation_prompts.read_prompts(run.validation, base_dir) if validated else ()
+        resume_point.require_same_config(config, emit)
+    return resume_point
+
+
+def evaluation_texts(
+    run: RunConfig,
+    prompts: tuple[validation_prompts.Prompt, ...],
+    metrics: tuple[image_scoring.Metric, ...],
+) -> tuple[str, ...]:
+    """Return the texts that validation images and metrics need, to be encoded with the captions."""
     guidance = run.validation.validation_guidance_real
-    metrics = image_scoring.choose_metrics(run.validation)
-    texts = (
+    return (
         *validation_prompts.prompt_texts(prompts, guidance),
         *image_scoring.metric_texts(metrics, guidance),
     )
-    prepared = prepare_inputs(run, backends, family, texts, folder, device, emit, closing)
-    seed, size = run.training.seed, run.training.train_batch_size
-    order = SampleOrder(prepared.train.placed_samples, prepared.train_sets, seed, size, run.data)
-    for note in order.notices:
-        emit(WarningIssued(note))
-    plan = make_train_schedule(run, order.batches_per_epoch)
-    net = train_state.build_train_state(run, prepared, device, emit)
 
-    inference = Inference(
-        family, prepared.constants, device.device, device.weights_dtype, device.autocast
+
+def make_train_schedule(run: RunConfig, batches_per_epoch: int) -> TrainSchedule:
+    """Return the length of the run, from max_train_steps or else num_train_epochs."""
+    training = run.training
+    accumulation = training.gradient_accumulation_steps
+    epochs = (training.num_train_epochs or 1) * batches_per_epoch / accumulation
+    steps = training.max_train_steps or math.ceil(epochs)
+    return TrainSchedule(steps, accumulation, batches_per_epoch, training.nonfinite_loss_patience)
+
+
+def learning_rate_of(state: TrainState, schedule: TrainSchedule) -> Callable[[int], float]:
+    return lambda step: optimizers.learning_rate(
+        state.optimizer_options, step, schedule.total_steps
     )
-    heldout = build_held_out_evaluator(run, prepared, inference)
-    evaluation = None if heldout is None else HeldOutLossCallback(heldout, net, folder.path, emit)
-    pictures = build_image_validation(run, prepared, inference, net, prompts, plan, folder, emit)
-    scoring = build_scoring(run, prepared, inference, net, metrics, emit)
-    remembering: dict[str, HeldOutEvaluator | image_scoring.Scorer] = (
-        {"heldout": evaluation.evaluator} if evaluation else {}
-    )
-    if scoring is not None:
-        remembering["scores"] = scoring.scorer
-    described = RunMetadata(
+
+
+def describe_run(
+    run: RunConfig,
+    backends: DatasetFile,
+    family: ModelFamily,
+    prepared: PreparedInputs,
+    schedule: TrainSchedule,
+    folder: RunFolder,
+) -> RunMetadata:
+    """Collect what the headers of exported files and the model card say about the run."""
+    instance_prompts = [prompt for dataset in backends.train for prompt in dataset.instance_prompts]
+    return RunMetadata(
         run,
         family.name,
         prepared.model_files.name,
         prepared.train.placed_samples,
-        [prompt for one in backends.train for prompt in one.instance_prompts],
-        plan.epoch_at,
+        instance_prompts,
+        schedule.epoch_at,
         folder.path,
     )
-    exporter = Exporter(family, net, run, folder, emit, described.file_metadata)
-    publishing = build_publishing(run, described, stop_requested, emit, closing)
-    keeper = Checkpointer(
+
+
+def build_checkpointer(
+    run: RunConfig,
+    prepared: PreparedInputs,
+    state: TrainState,
+    evaluations: EvaluationCallbacks,
+    exporter: Exporter,
+    folder: RunFolder,
+    emit: Emit,
+) -> Checkpointer:
+    return Checkpointer(
         folder,
         run.checkpoint,
-        net,
-        config,
+        state,
+        resolved_options(run),
         prepared.identity(),
-        remembering,
+        evaluations.stateful_evaluators(),
         exporter.export_to_checkpoint,
-        evaluation.best_step if evaluation else lambda: None,
+        evaluations.best_step,
         emit,
     )
-    if origin is not None:
-        keeper.restore(origin)
-        folder.write_config(config)
-    model = f"{run.model.model_family} {prepared.model_files.name}"
-    first = emit_run_start(origin, folder, model, device, plan, emit)
-    batch, sizes = build_batch_loader(run, prepared, order, plan, closing)
-
-    def asked() -> list[StepCallback]:
-        offered = {
-            "save": keeper.save,
-            **({"validate": pictures.generate_images} if pictures else {}),
-        }
-        return [action for name, action in offered.items() if folder.consume_control_request(name)]
-
-    return TrainerContext(
-        family,
-        net.transformer,
-        device,
-        net.optimizer,
-        net.optimizer_step,
-        net.ema,
-        plan,
-        run.training.seed,
-        run.flow,
-        run.adapter.lora_dropout > 0 and net.uses_lora,
-        lambda step: lr_schedule.learning_rate(net.optimizer_options, step, plan.total_steps),
-        batch,
-        sizes,
-        first,
-        keeper.save,
-        build_callbacks(
-            run, plan, keeper, pictures, evaluation, scoring, exporter, publishing, emit
-        ),
-        asked,
-        stop_requested,
-        emit,
-    )
-
-
-def emit_run_start(
-    origin: ResumePoint | None,
-    folder: RunFolder,
-    model: str,
-    device: ComputeDevice,
-    plan: TrainSchedule,
-    emit: Emit,
-) -> int:
-    """Tell where the run begins; returns the steps that are behind."""
-    first = 0 if origin is None else origin.step
-    emit(RunStarted(__version__, str(folder.path), model, str(device), plan.total_steps, first))
-    if origin is not None:
-        emit(RunResumed(first, origin.folder.name))
-        if first >= plan.total_steps:
-            emit(
-                NoticeIssued(
-                    f"all {plan.total_steps} steps are done; a larger max_train_steps would go on"
-                )
-            )
-    return first
-
-
-def make_train_schedule(run: RunConfig, batches_per_epoch: int) -> TrainSchedule:
-    """Steps or epochs, whichever is given; the config sees to it that one is."""
-    training = run.training
-    accumulation, patience = training.gradient_accumulation_steps, training.nonfinite_loss_patience
-    epochs = (training.num_train_epochs or 1) * batches_per_epoch / accumulation
-    steps = training.max_train_steps or math.ceil(epochs)
-    return TrainSchedule(steps, accumulation, batches_per_epoch, patience)
-
-
-def build_batch_loader(
-    run: RunConfig,
-    prepared: PreparedInputs,
-    order: SampleOrder,
-    plan: TrainSchedule,
-    closing: ExitStack,
-) -> tuple[BatchPrefetcher, Callable[[int], tuple[int, int]]]:
-    """Micro-batches by number, loaded ahead, and their sizes as Parts wants them."""
-    alone = Lock()  # the loop and the loading thread ask for different numbers at the same time
-
-    @lru_cache(64)
-    def micro(number: int) -> MicroBatch:
-        with alone:
-            return order.micro_batch(number)
-
-    def sizes(number: int) -> tuple[int, int]:
-        visits = micro(number).visits
-        width, height = prepared.train.placed_samples[visits[0].sample_index].bucket_px
-        return len(visits), width * height // prepared.constants.token_px**2
-
-    batches = prepared.make_batches(prepared.train, run.cache.vae_cache_sample, run.training.seed)
-    last = plan.total_steps * plan.accumulation_steps - 1
-    prefetch = BatchPrefetcher(lambda number: batches.load(micro(number)), last)
-    closing.callback(prefetch.close)
-    return prefetch, sizes
-
-
-def build_image_validation(
-    run: RunConfig,
-    prepared: PreparedInputs,
-    inference: Inference,
-    net: TrainState,
-    prompts: tuple[validation_prompts.Prompt, ...],
-    plan: TrainSchedule,
-    folder: RunFolder,
-    emit: Emit,
-) -> ImageValidationCallback | None:
-    """The stage that draws; None when there is nothing to draw."""
-    if not prompts:
-        return None
-    options = run.validation
-    sizes, notes = validation_prompts.parse_sizes(
-        options.validation_resolution, run.data, prepared.constants.alignment_px
-    )
-    for note in notes:
-        emit(NoticeIssued(note))
-    seed = run.training.seed if options.validation_seed is None else options.validation_seed
-    drawn = validation_prompts.make_image_specs(prompts, sizes, options.num_validation_images, seed)
-    settings = GenerationSettings(
-        options.validation_num_inference_steps,
-        options.validation_guidance_real,
-        public_name(prepared.model_files.name),  # pictures are published
-        prepared.identity_hash() + training_config_hash(resolved_options(run)),
-    )
-    decoder = prepared.decoder_loader(run.model, inference.device)
-    chosen = options.validation_strengths.split(",") if net.uses_lora else ["none"]
-    strengths = tuple(float(strength) for strength in chosen if strength != "none")
-    validator = ImageValidator(
-        inference, drawn, settings, prepared.text_embedding, decoder, folder.path, emit, strengths
-    )
-    return ImageValidationCallback(validator, net, run.optimizer.ema_validation, plan.total_steps)
-
-
-def build_scoring(
-    run: RunConfig,
-    prepared: PreparedInputs,
-    inference: Inference,
-    net: TrainState,
-    metrics: tuple[image_scoring.Metric, ...],
-    emit: Emit,
-) -> ScoringCallback | None:
-    """The stage that scores; None where no score is asked for."""
-    if not metrics:
-        return None
-    options = run.validation
-    scorer = image_scoring.Scorer(
-        inference,
-        metrics,
-        options.validation_num_inference_steps,
-        options.validation_guidance_real,
-        prepared.text_embedding,
-        prepared.decoder_loader(run.model, inference.device),
-        emit,
-    )
-    return ScoringCallback(scorer, net)
 
 
 def build_publishing(
     run: RunConfig,
-    described: RunMetadata,
+    metadata: RunMetadata,
     stop_requested: Callable[[], bool],
     emit: Emit,
     closing: ExitStack,
 ) -> PublishCallback:
-    """The stage that writes the card, and uploads where that is asked for."""
-    options, folder = run.publishing, described.run_dir
+    """Return the callback that writes the model card and, with push_to_hub, uploads the results."""
+    options = run.publishing
     if not options.push_to_hub:
-        return PublishCallback(described, None, stop_requested)
-    publisher = HubPublisher(
-        folder, repository_name(options, folder), options.model_card_private, emit
-    )
+        return PublishCallback(metadata, None, stop_requested)
+    repository = repository_name(options, metadata.run_dir)
+    publisher = HubPublisher(metadata.run_dir, repository, options.model_card_private, emit)
     closing.callback(publisher.close)
-    return PublishCallback(described, publisher, stop_requested)
+    return PublishCallback(metadata, publisher, stop_requested)
+
+
+def emit_run_start(
+    resume_point: ResumePoint | None,
+    folder: RunFolder,
+    model: str,
+    device: ComputeDevice,
+    schedule: TrainSchedule,
+    emit: Emit,
+) -> int:
+    """Emit where the run begins, and return the number of steps that are already complete."""
+    step = 0 if resume_point is None else resume_point.step
+    total = schedule.total_steps
+    emit(RunStarted(__version__, str(folder.path), model, str(device), total, step))
+    if resume_point is not None:
+        emit(RunResumed(step, resume_point.folder.name))
+        if step >= total:
+            steps = "the one step is" if total == 1 else f"all {total} steps are"
+            emit(NoticeIssued(f"{steps} complete; to train further, raise max_train_steps"))
+    return step
+
+
+def build_requested_callbacks(
+    folder: RunFolder, checkpointer: Checkpointer, evaluations: EvaluationCallbacks
+) -> Callable[[], list[StepCallback]]:
+    """Return a function that lists what a user asked for, by files in control/, since last time."""
+    offered: dict[str, StepCallback] = {"save": checkpointer.save}
+    if evaluations.images is not None:
+        offered["validate"] = evaluations.images.generate_images
+    return lambda: [
+        callback for name, callback in offered.items() if folder.consume_control_request(name)
+    ]
 
 
 def build_callbacks(
     run: RunConfig,
-    plan: TrainSchedule,
-    keeper: Checkpointer,
-    pictures: ImageValidationCallback | None,
-    evaluation: HeldOutLossCallback | None,
-    scoring: ScoringCallback | None,
+    schedule: TrainSchedule,
+    checkpointer: Checkpointer,
+    evaluations: EvaluationCallbacks,
     exporter: Exporter,
     publishing: PublishCallback,
     emit: Emit,
 ) -> tuple[ScheduledCallback, ...]:
-    """Between steps, in order: evaluate (it names the best), score, save, draw, and at the end export."""
+    """Return the callbacks in their order within a step.
 
-    def steps(interval: int) -> Callable[[int], int]:
+    The held-out loss comes first, because it decides which checkpoint is the best and must not be
+    deleted by the save that follows. Then come the scores, the checkpoint and its upload, and the
+    validation images. After the last step the weights are exported, and then published.
+    """
+
+    def every(interval: int) -> Callable[[int], int]:
         return lambda step: step // interval
 
-    rows = []
-    saving = run.checkpoint.checkpoint_step_interval
-    if evaluation is not None:
-        measuring = run.validation.eval_steps_interval or saving
-        if measuring % saving:
-            what = (
-                f"checkpoint_step_interval {saving} does not divide eval_steps_interval {measuring}"
-            )
-            emit(
-                WarningIssued(
-                    f"{what}: the step with the lowest held-out loss may have no checkpoint"
-                )
-            )
-        rows.append(ScheduledCallback(steps(measuring), evaluation.evaluate, at_start=True))
-    benchmark = not run.validation.disable_benchmark
-    if scoring is not None:
-        interval = run.validation.evaluation_step_interval or plan.total_steps
-        rows.append(ScheduledCallback(steps(interval), scoring.score, at_start=benchmark))
-    rows.append(ScheduledCallback(steps(saving), keeper.save))
+    def at_the_end(step: int) -> int:
+        return 0
+
+    callbacks = []
+    save_interval = run.checkpoint.checkpoint_step_interval
+    with_baseline = not run.validation.disable_benchmark
+    if evaluations.held_out is not None:
+        interval = run.validation.eval_steps_interval or save_interval
+        warn_if_best_step_is_not_saved(interval, save_interval, emit)
+        evaluate = evaluations.held_out.evaluate
+        callbacks.append(ScheduledCallback(every(interval), evaluate, at_start=True))
+    if evaluations.scoring is not None:
+        interval = run.validation.evaluation_step_interval or schedule.total_steps
+        score = evaluations.scoring.score
+        callbacks.append(ScheduledCallback(every(interval), score, at_start=with_baseline))
+    callbacks.append(ScheduledCallback(every(save_interval), checkpointer.save))
     epochs = run.checkpoint.checkpoint_epoch_interval
     if epochs is not None:
-        rows.append(ScheduledCallback(lambda step: plan.epoch_at(step) // epochs, keeper.save))
+        callbacks.append(
+            ScheduledCallback(lambda step: schedule.epoch_at(step) // epochs, checkpointer.save)
+        )
     if run.publishing.push_checkpoints_to_hub:
-        rows.append(ScheduledCallback(steps(saving), publishing.publish_checkpoint))
-    if pictures is not None:
-        drawn = steps(run.validation.validation_step_interval)
-        rows.append(ScheduledCallback(drawn, pictures.generate_images, at_start=benchmark))
-    rows.append(ScheduledCallback(lambda step: 0, exporter.export_final))
-    rows.append(ScheduledCallback(lambda step: 0, publishing.publish_final))
-    if evaluation is not None:
-        rows.append(ScheduledCallback(lambda step: 0, evaluation.report_best_step))
-    return tuple(rows)
+        callbacks.append(ScheduledCallback(every(save_interval), publishing.publish_checkpoint))
+    if evaluations.images is not None:
+        interval = run.validation.validation_step_interval
+        generate = evaluations.images.generate_images
+        callbacks.append(ScheduledCallback(every(interval), generate, at_start=with_baseline))
+    callbacks.append(ScheduledCallback(at_the_end, exporter.export_final))
+    callbacks.append(ScheduledCallback(at_the_end, publishing.publish_final))
+    if evaluations.held_out is not None:
+        callbacks.append(ScheduledCallback(at_the_end, evaluations.held_out.report_best_step))
+    return tuple(callbacks)
+
+
+def warn_if_best_step_is_not_saved(eval_interval: int, save_interval: int, emit: Emit) -> None:
+    if eval_interval % save_interval:
+        emit(
+            WarningIssued(
+                f"eval_steps_interval {eval_interval} is not a multiple of "
+                f"checkpoint_step_interval {save_interval}: the step with the lowest held-out loss "
+                "may have no checkpoint"
+            )
+        )

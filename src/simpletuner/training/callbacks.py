@@ -1,4 +1,4 @@
-"""What is done between steps with the weights of the moment: pictures, held-out loss, scores."""
+"""Callbacks that evaluate the current weights: validation images, held-out loss and scores."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.cache.latent_cache import LatentCacheResult
+from simpletuner.config.compare_configs import training_config_hash
+from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig
 from simpletuner.events.event_types import Emit, NoticeIssued
+from simpletuner.training.device import ComputeDevice
+from simpletuner.training.model_metadata import public_name
 from simpletuner.training.prepare import PreparedInputs, select_samples
 from simpletuner.training.train_state import TrainState
 from simpletuner.validation.held_out_loss import (
@@ -18,29 +22,34 @@ from simpletuner.validation.held_out_loss import (
     choose_samples,
     fixed_batches,
 )
-from simpletuner.validation.image_scoring import Scorer
+from simpletuner.validation.image_scoring import Metric, Scorer
 from simpletuner.validation.image_validator import BASE_STEP, ImageValidator, strength_label
 from simpletuner.validation.inference import Inference
+from simpletuner.validation.prompts import Prompt, make_image_specs, parse_sizes
+from simpletuner.validation.validation_images import GenerationSettings
 
 
 @contextmanager
-def at_lora_strength(net: TrainState, strength: float) -> Iterator[None]:
-    """The LoRA at that strength inside, at its own after."""
-    net.set_lora_strength(strength)
+def at_lora_strength(state: TrainState, strength: float) -> Iterator[None]:
+    """Apply the LoRA at that strength inside the context, and at 1 afterwards."""
+    state.set_lora_strength(strength)
     try:
         yield
     finally:
-        net.set_lora_strength(1.0)
+        state.set_lora_strength(1.0)
 
 
 @contextmanager
-def evaluation_weights(net: TrainState, step: int) -> Iterator[str]:
-    """What the weights inside are called: the untouched base at step 0, then the average if there is one."""
+def evaluation_weights(state: TrainState, step: int) -> Iterator[str]:
+    """Put the weights to evaluate into the network, and yield their name.
+
+    "base" is the untouched base at step 0, "ema" the average where there is one, else "trained".
+    """
     if step == BASE_STEP:
-        with at_lora_strength(net, 0.0):
+        with at_lora_strength(state, 0.0):
             yield "base"
-    elif net.averaged_weights is not None:
-        with net.averaged_weights():
+    elif state.averaged_weights is not None:
+        with state.averaged_weights():
             yield "ema"
     else:
         yield "trained"
@@ -48,9 +57,10 @@ def evaluation_weights(net: TrainState, step: int) -> Iterator[str]:
 
 @dataclass
 class ImageValidationCallback:
-    """Draws at a step: the untouched base at step 0, then the trained weights, their average, or both.
+    """Generates the validation images of a step.
 
-    last_step: where the LoRA is drawn at the validator's other strengths too.
+    At step 0 the untouched base is used; later the trained weights, their average, or both.
+    last_step: the step at which the LoRA is also tried at the validator's other strengths.
     """
 
     validator: ImageValidator
@@ -66,19 +76,22 @@ class ImageValidationCallback:
             with evaluation_weights(self.train_state, step) as weights:
                 self.validator.generate_images(step, transformer, weights)
         if step == self.last_step:
-            with (
-                average()
-                if average is not None and self.ema_validation == "ema_only"
-                else nullcontext()
-            ):
-                for strength in self.validator.extra_strengths:
-                    with at_lora_strength(self.train_state, strength):
-                        self.validator.generate_images(step, transformer, strength_label(strength))
+            self._generate_at_other_strengths(step)
+
+    def _generate_at_other_strengths(self, step: int) -> None:
+        average = self.train_state.averaged_weights
+        only_average = average is not None and self.ema_validation == "ema_only"
+        with average() if average is not None and only_average else nullcontext():
+            for strength in self.validator.extra_strengths:
+                with at_lora_strength(self.train_state, strength):
+                    self.validator.generate_images(
+                        step, self.train_state.transformer, strength_label(strength)
+                    )
 
 
 @dataclass
 class ScoringCallback:
-    """Scores the untouched base at step 0, then what is kept: the average where there is one."""
+    """Scores the untouched base at step 0, later the average where there is one."""
 
     scorer: Scorer
     train_state: TrainState
@@ -90,7 +103,10 @@ class ScoringCallback:
 
 @dataclass
 class HeldOutLossCallback:
-    """Measures held-out loss; with an EMA, of the averaged weights, since those are what is kept."""
+    """Measures the held-out loss, of the averaged weights where there are any.
+
+    The average is what is exported for use, so its loss decides which step is the best.
+    """
 
     evaluator: HeldOutEvaluator
     train_state: TrainState
@@ -101,7 +117,8 @@ class HeldOutLossCallback:
         if step == self.evaluator.last_step:
             return
         average = None if step == BASE_STEP else self.train_state.averaged_weights
-        # What this training changes is told: a LoRA that it goes on from belongs to the start.
+        # The change since the start is reported. A LoRA given as init_lora belongs to the start, so
+        # it is not switched off at step 0.
         with nullcontext() if average is None else average():
             self.evaluator.evaluate(self.train_state.transformer, step, self.emit)
 
@@ -109,45 +126,141 @@ class HeldOutLossCallback:
         return self.evaluator.best_step
 
     def report_best_step(self, step: int) -> None:
-        """Say where to stop."""
+        """Emit the step with the lowest loss, and where its checkpoint is."""
         best, loss = self.evaluator.best_step, self.evaluator.best_loss
-        if best is not None:
-            kept = self.run_dir / f"checkpoint-{best}"
-            found = (
-                f": {kept}"
-                if kept.is_dir()
-                else "; training did not lower it"
-                if best == BASE_STEP
-                else ""
-            )
-            self.emit(NoticeIssued(f"lowest held-out loss {loss:.4f} at step {best}{found}"))
+        if best is None:
+            return
+        checkpoint = self.run_dir / f"checkpoint-{best}"
+        if checkpoint.is_dir():
+            remark = f": {checkpoint}"
+        else:
+            remark = "; training did not lower it" if best == BASE_STEP else ""
+        self.emit(NoticeIssued(f"lowest held-out loss {loss:.4f} at step {best}{remark}"))
+
+
+@dataclass(frozen=True)
+class EvaluationCallbacks:
+    """The evaluations of a run; None for those that the options do not ask for."""
+
+    held_out: HeldOutLossCallback | None
+    images: ImageValidationCallback | None
+    scoring: ScoringCallback | None
+
+    def stateful_evaluators(self) -> dict[str, HeldOutEvaluator | Scorer]:
+        """Return the evaluators whose state is part of a checkpoint, by their key in state.json."""
+        evaluators: dict[str, HeldOutEvaluator | Scorer] = {}
+        if self.held_out is not None:
+            evaluators["heldout"] = self.held_out.evaluator
+        if self.scoring is not None:
+            evaluators["scores"] = self.scoring.scorer
+        return evaluators
+
+    def best_step(self) -> int | None:
+        """Return the step with the lowest held-out loss; None where it is not measured."""
+        return None if self.held_out is None else self.held_out.best_step()
+
+
+def build_evaluation_callbacks(
+    run: RunConfig,
+    prepared: PreparedInputs,
+    state: TrainState,
+    prompts: tuple[Prompt, ...],
+    metrics: tuple[Metric, ...],
+    device: ComputeDevice,
+    last_step: int,
+    run_dir: Path,
+    emit: Emit,
+) -> EvaluationCallbacks:
+    inference = Inference(
+        prepared.family, prepared.constants, device.device, device.weights_dtype, device.autocast
+    )
+    evaluator = build_held_out_evaluator(run, prepared, inference)
+    held_out = None if evaluator is None else HeldOutLossCallback(evaluator, state, run_dir, emit)
+    images = None
+    if prompts:
+        validator = build_image_validator(run, prepared, state, inference, prompts, run_dir, emit)
+        images = ImageValidationCallback(validator, state, run.optimizer.ema_validation, last_step)
+    scoring = None
+    if metrics:
+        scorer = Scorer(
+            inference,
+            metrics,
+            run.validation.validation_num_inference_steps,
+            run.validation.validation_guidance_real,
+            prepared.text_embedding,
+            prepared.decoder_loader(run.model, inference.device),
+            emit,
+        )
+        scoring = ScoringCallback(scorer, state)
+    return EvaluationCallbacks(held_out, images, scoring)
+
+
+def build_image_validator(
+    run: RunConfig,
+    prepared: PreparedInputs,
+    state: TrainState,
+    inference: Inference,
+    prompts: tuple[Prompt, ...],
+    run_dir: Path,
+    emit: Emit,
+) -> ImageValidator:
+    options = run.validation
+    sizes, notices = parse_sizes(
+        options.validation_resolution, run.data, prepared.constants.alignment_px
+    )
+    for notice in notices:
+        emit(NoticeIssued(notice))
+    seed = run.training.seed if options.validation_seed is None else options.validation_seed
+    settings = GenerationSettings(
+        options.validation_num_inference_steps,
+        options.validation_guidance_real,
+        public_name(prepared.model_files.name),  # images are published, so no path of this machine
+        prepared.identity_hash() + training_config_hash(resolved_options(run)),
+    )
+    strengths = options.validation_strengths.split(",") if state.uses_lora else ["none"]
+    return ImageValidator(
+        inference,
+        make_image_specs(prompts, sizes, options.num_validation_images, seed),
+        settings,
+        prepared.text_embedding,
+        prepared.decoder_loader(run.model, inference.device),
+        run_dir,
+        emit,
+        tuple(float(strength) for strength in strengths if strength != "none"),
+    )
 
 
 def build_held_out_evaluator(
     run: RunConfig, prepared: PreparedInputs, inference: Inference
 ) -> HeldOutEvaluator | None:
-    """The eval sets and an equally large frozen part of the training set; None without an eval set."""
-    wanted = run.validation.eval_dataset_id
-    chosen = select_samples(prepared.eval, lambda item: wanted in (None, item.sample.dataset))
+    """Measure the eval datasets and a fixed, equally large part of the training set.
+
+    None without an eval dataset.
+    """
+    dataset_id = run.validation.eval_dataset_id
+    chosen = select_samples(
+        prepared.eval, lambda placed: dataset_id in (None, placed.sample.dataset)
+    )
     if not chosen.placed_samples:
         return None
     count = min(run.validation.num_eval_images, len(chosen.placed_samples))
+    train_count = min(count, len(prepared.train.placed_samples))
     sets = [
         make_held_out_set(run, prepared, chosen, "eval", count),
-        make_held_out_set(
-            run, prepared, prepared.train, "train", min(count, len(prepared.train.placed_samples))
-        ),
+        make_held_out_set(run, prepared, prepared.train, "train", train_count),
     ]
     return HeldOutEvaluator(inference, sets, run.validation.eval_sigma_count, run.training.seed)
 
 
 def make_held_out_set(
-    run: RunConfig, prepared: PreparedInputs, filled: LatentCacheResult, split: str, count: int
+    run: RunConfig, prepared: PreparedInputs, cached: LatentCacheResult, split: str, count: int
 ) -> HeldOutSet:
-    seed, placed = run.training.seed, filled.placed_samples
-    micro = fixed_batches(
+    seed, placed = run.training.seed, cached.placed_samples
+    micro_batches = fixed_batches(
         placed, choose_samples(placed, count, seed), max(run.training.train_batch_size, 4)
     )
-    batches = prepared.make_batches(filled, "mean", seed)
+    loader = prepared.make_batches(cached, "mean", seed)
     name = ", ".join(sorted({item.sample.dataset for item in placed}))
-    return HeldOutSet(split, name, count, lambda: (batches.load(one) for one in micro))
+    return HeldOutSet(
+        split, name, count, lambda: (loader.load(micro_batch) for micro_batch in micro_batches)
+    )

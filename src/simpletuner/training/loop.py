@@ -1,7 +1,12 @@
-"""The training loop. Load, then for each step: train, save, validate, tell.
+"""The training loop, and the file to read first.
 
+A run loads its state; then, for each step, it trains, saves, validates and emits what happened.
 Nothing random is carried from one step to the next: order, captions, noise, sigmas and dropout are
-functions of (seed, step), so a resumed run is the run that was never interrupted.
+functions of (seed, step), so a resumed run equals a run that was never interrupted.
+
+Read next, for one training step: flow/densities.py (which sigmas), flow/objective.py (noise, path
+and loss), the family's `predict_velocity` with its transformer, and optimizer_step.py (gradients to
+weights). build.py makes the TrainerContext.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +26,23 @@ from simpletuner.config.schema import FlowOptions
 from simpletuner.errors import TrainingDiverged, TrainingStopped
 from simpletuner.events.event_types import Emit, StepCompleted, WarningIssued
 from simpletuner.flow.densities import sample_sigmas
+from simpletuner.flow.objective import add_noise, loss_per_sample, sample_noise, velocity_target
 from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import seed_at
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.ema import Ema
-from simpletuner.training.objective import compute_losses
 from simpletuner.training.optimizer_step import OptimizerStep
 from simpletuner.training.optimizers import set_optimizer_mode
+
+StepCallback = Callable[[int], None]  # takes the number of completed optimizer steps
 
 
 @dataclass(frozen=True)
 class TrainSchedule:
-    """Counts of a run. Everything is counted in optimizer steps."""
+    """Length of a run, in optimizer steps and micro-batches.
+
+    nonfinite_patience: how many steps in a row may be skipped for a loss that is not finite.
+    """
 
     total_steps: int
     accumulation_steps: int
@@ -39,18 +50,16 @@ class TrainSchedule:
     nonfinite_patience: int
 
     def epoch_at(self, step: int) -> int:
-        """Whole epochs behind after `step` steps."""
+        """Return how many epochs are complete after `step` steps."""
         return step * self.accumulation_steps // self.batches_per_epoch
-
-
-StepCallback = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class ScheduledCallback:
-    """Something done at step 0, whenever `count` of the step goes up, and at the end.
+    """A callback that runs whenever `interval_index` of the step goes up, and after the last step.
 
-    An action that is done already for a step does nothing: a resumed run asks for what was due once more.
+    at_start: whether it also runs before the first step. A resumed run repeats what was due at its
+    step, so a callback must do nothing for a step that it has already handled.
     """
 
     interval_index: Callable[[int], int]
@@ -63,12 +72,21 @@ class ScheduledCallback:
         return step >= total or self.interval_index(step) > self.interval_index(step - 1)
 
 
+class MicroBatchShape(NamedTuple):
+    """Size of a micro-batch. image_tokens: 2x2 patches of one sample."""
+
+    samples: int
+    image_tokens: int
+
+
 @dataclass
 class TrainerContext:
-    """What the loop works with; made by build.py.
+    """Everything that the loop works with; build.py makes it.
 
-    sizes: of a micro-batch, its samples and the image tokens of each. resumed_step: steps that are behind.
-    asked: what somebody asks to be done now. skipped: steps in a row without an update.
+    learning_rate: from a step, counted from 0. load_batch, micro_batch_shape: from the number of a
+    micro-batch, counted from 0 over the whole run. resumed_step: steps completed by earlier
+    processes. requested_callbacks: what a user asked for since the last call. consecutive_skipped_steps:
+    steps in a row without an update.
     """
 
     family: ModelFamily
@@ -83,7 +101,7 @@ class TrainerContext:
     uses_dropout: bool
     learning_rate: Callable[[int], float]
     load_batch: Callable[[int], Batch]
-    micro_batch_shape: Callable[[int], tuple[int, int]]
+    micro_batch_shape: Callable[[int], MicroBatchShape]
     resumed_step: int
     save_checkpoint: StepCallback
     callbacks: tuple[ScheduledCallback, ...]
@@ -93,120 +111,173 @@ class TrainerContext:
     consecutive_skipped_steps: int = 0
 
 
-def train(parts: TrainerContext) -> int:
-    """Run to the last step and return it. Stopped when asked to leave: saved, and resumable.
+def train(context: TrainerContext) -> int:
+    """Run to the last step and return its number.
 
-    Whatever is drawn or measured between steps may raise Stopped too; the resumed run does it again.
+    Raises TrainingStopped, after a checkpoint was saved, when a stop was requested. A callback may
+    raise it too; the resumed run repeats that callback.
     """
-    step, total = parts.resumed_step, parts.schedule.total_steps
+    step, total = context.resumed_step, context.schedule.total_steps
     try:
-        run_due_callbacks(parts, step)
+        run_due_callbacks(context, step)
         while step < total:
-            done = train_step(parts, step)
+            completed = train_step(context, step)
             step += 1
-            parts.emit(done)
-            run_due_callbacks(parts, step)
-            if parts.stop_requested() and step < total:
+            context.emit(completed)
+            run_due_callbacks(context, step)
+            if context.stop_requested() and step < total:
                 raise TrainingStopped
     except TrainingStopped:
         if step:
-            parts.save_checkpoint(step)
+            context.save_checkpoint(step)
         raise TrainingStopped(
-            f"stopped after step {step} of {total}; the same command goes on"
+            f"stopped after step {step} of {total}. Run the same command to resume"
         ) from None
     return step
 
 
-def run_due_callbacks(parts: TrainerContext, step: int) -> None:
-    """Save, validate, evaluate: whatever is due or asked for after `step` steps, with evaluation weights."""
+def run_due_callbacks(context: TrainerContext, step: int) -> None:
+    """Run the callbacks that are due or requested after `step` steps, on the evaluation weights."""
     due = [
-        every.callback
-        for every in parts.callbacks
-        if every.is_due(step, parts.schedule.total_steps)
+        scheduled.callback
+        for scheduled in context.callbacks
+        if scheduled.is_due(step, context.schedule.total_steps)
     ]
     try:
-        for action in (*due, *parts.requested_callbacks()):
-            set_optimizer_mode(parts.optimizer, training=False)
-            action(step)
+        for callback in (*due, *context.requested_callbacks()):
+            set_optimizer_mode(context.optimizer, training=False)
+            callback(step)
     finally:
-        set_optimizer_mode(parts.optimizer, training=True)
+        set_optimizer_mode(context.optimizer, training=True)
 
 
-def train_step(parts: TrainerContext, step: int) -> StepCompleted:
-    """One optimizer step over `accumulation` micro-batches, each sample weighing the same."""
+def train_step(context: TrainerContext, step: int) -> StepCompleted:
+    """Run one optimizer step over all of its micro-batches; every sample has the same weight."""
     started = time.perf_counter()
-    plan = parts.schedule
-    numbers = range(step * plan.accumulation_steps, (step + 1) * plan.accumulation_steps)
-    sizes = [parts.micro_batch_shape(number) for number in numbers]
-    count = sum(samples for samples, _ in sizes)
-    tokens = sum(samples * each for samples, each in sizes) // count
-    sigmas = sample_sigmas(parts.flow_options, parts.seed, step, count, tokens)
-    rate = parts.learning_rate(step)
-    for group in parts.optimizer.param_groups:
-        group["lr"] = rate
-    shares: list[Tensor] = []
-    seen, used = 0, []
-    for number in numbers:
-        batch = parts.load_batch(number)
-        sigma = sigmas[seen : seen + len(batch.visit_keys)]
-        seen += len(batch.visit_keys)
-        used += list(zip(batch.sample_ids, sigma.tolist(), strict=True))
-        shares.append(backward_micro_batch(parts, batch, sigma, count, number))
-    total = sum(
-        torch.stack(shares).tolist()
-    )  # the device is waited for once a step, not once a micro-batch
-    norm = parts.optimizer_step.clip_gradients()
-    if math.isfinite(total) and math.isfinite(norm):
-        parts.consecutive_skipped_steps = 0
-        parts.optimizer_step.apply()
-        if parts.ema is not None:
-            parts.ema.update(step)
+    learning_rate = set_learning_rate(context, step)
+    micro_batches = split_into_micro_batches(context, step)
+    sample_count = sum(len(sigma) for _, sigma in micro_batches)
+    losses: list[Tensor] = []
+    trained_samples: list[tuple[str, float]] = []
+    for number, sigma in micro_batches:
+        batch = context.load_batch(number)
+        losses.append(backward_micro_batch(context, batch, sigma, sample_count, number))
+        trained_samples += zip(batch.sample_ids, sigma.tolist(), strict=True)
+    # Reading the losses makes the host wait for the device: once a step, not once a micro-batch.
+    loss = sum(torch.stack(losses).tolist())
+    gradient_norm = context.optimizer_step.clip_gradients()
+    if math.isfinite(loss) and math.isfinite(gradient_norm):
+        update_weights(context, step)
     else:
-        handle_nonfinite_step(parts, step, total, norm, used)
-    parts.optimizer_step.zero_grad()
-    seconds = time.perf_counter() - started
-    memory = parts.device.peak_memory_gib()
+        handle_nonfinite_step(context, step, loss, gradient_norm, trained_samples)
+    context.optimizer_step.zero_grad()
     return StepCompleted(
-        step + 1, plan.total_steps, plan.epoch_at(step), total, rate, norm, seconds, count, memory
+        step + 1,
+        context.schedule.total_steps,
+        context.schedule.epoch_at(step),
+        loss,
+        learning_rate,
+        gradient_norm,
+        time.perf_counter() - started,
+        sample_count,
+        context.device.peak_memory_gib(),
     )
 
 
+def set_learning_rate(context: TrainerContext, step: int) -> float:
+    """Set the learning rate of the step in every parameter group, and return it."""
+    rate = context.learning_rate(step)
+    for group in context.optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def split_into_micro_batches(context: TrainerContext, step: int) -> list[tuple[int, Tensor]]:
+    """Return the micro-batches of a step: the number of each, and the sigmas of its samples.
+
+    The sigmas are sampled for the whole step at once, so that they can be stratified over it.
+    """
+    accumulation = context.schedule.accumulation_steps
+    numbers = range(step * accumulation, (step + 1) * accumulation)
+    shapes = [context.micro_batch_shape(number) for number in numbers]
+    count = sum(shape.samples for shape in shapes)
+    mean_tokens = sum(shape.samples * shape.image_tokens for shape in shapes) // count
+    sigmas = sample_sigmas(context.flow_options, context.seed, step, count, mean_tokens)
+    return list(zip(numbers, torch.split(sigmas, [shape.samples for shape in shapes]), strict=True))
+
+
 def backward_micro_batch(
-    parts: TrainerContext, batch: Batch, sigma: Tensor, count: int, number: int
+    context: TrainerContext, batch: Batch, sigma: Tensor, sample_count: int, number: int
 ) -> Tensor:
-    """Add one micro-batch's share of the gradient; returns its share of the loss."""
-    if parts.uses_dropout:
-        torch.manual_seed(seed_at(parts.seed, "dropout", number))
-    parts.transformer.train()
-    with parts.device.autocast():
-        each = compute_losses(
-            parts.family,
-            parts.transformer,
-            batch,
-            sigma,
-            parts.flow_options,
-            parts.seed,
-            parts.device.device,
-        )
-    loss = each.sum() / count
-    parts.optimizer_step.backward(loss)
+    """Add the gradient of one micro-batch, and return its part of the loss of the step.
+
+    The sum over its samples is divided by the samples of the whole step (sample_count). The mean of
+    the means would give the samples of a smaller micro-batch a larger weight.
+    """
+    if context.uses_dropout:
+        torch.manual_seed(seed_at(context.seed, "dropout", number))
+    context.transformer.train()
+    with context.device.autocast():
+        sample_losses = compute_losses(context, batch, sigma)
+    loss = sample_losses.sum() / sample_count
+    context.optimizer_step.backward(loss)
     return loss.detach()
 
 
-def handle_nonfinite_step(
-    parts: TrainerContext, step: int, loss: float, norm: float, used: list[tuple[str, float]]
-) -> None:
-    """Skip the update and name the samples. Stop beyond `nonfinite_loss_patience` such steps in a row, and
-    where part of the update is in the weights already.
+def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor) -> Tensor:
+    """Return the loss of every sample, (B,) float32 on the device: the flow matching objective.
+
+    batch: latents (B, C, H, W), text embeddings, and one visit key per sample, the address of its
+    noise. sigma: (B,) float32.
+
+    With input_perturbation p the network's input is built from noise + p * other noise, while the
+    target keeps the noise itself (Ning et al. 2023, Input Perturbation Reduces Exposure Bias).
     """
-    parts.consecutive_skipped_steps += 1
-    samples = ", ".join(f"{name} (sigma {sigma:.4f})" for name, sigma in used)
-    what = f"step {step + 1}: loss {loss}, gradient norm {norm}; samples: {samples}"
+    options, seed, device = context.flow_options, context.seed, context.device.device
+    noise = sample_noise(batch.visit_keys, batch.latents.shape, seed)
+    input_noise = noise
+    if options.input_perturbation > 0:
+        other = sample_noise(batch.visit_keys, batch.latents.shape, seed, "perturbation")
+        input_noise = noise + options.input_perturbation * other
+    latents, noise, input_noise, sigma = (
+        tensor.to(device, non_blocking=True)
+        for tensor in (batch.latents, noise, input_noise, sigma)
+    )
+    text = batch.text.to(device, batch.text.embeddings.dtype)
+    x_sigma = add_noise(latents, input_noise, sigma)
+    velocity = context.family.predict_velocity(context.transformer, x_sigma, sigma, text)
+    return loss_per_sample(velocity, velocity_target(latents, noise), sigma, options)
+
+
+def update_weights(context: TrainerContext, step: int) -> None:
+    """Apply the gradients; then move the average (EMA) towards the new weights."""
+    context.consecutive_skipped_steps = 0
+    context.optimizer_step.apply()
+    if context.ema is not None:
+        context.ema.update(step)
+
+
+def handle_nonfinite_step(
+    context: TrainerContext,
+    step: int,
+    loss: float,
+    gradient_norm: float,
+    trained_samples: list[tuple[str, float]],
+) -> None:
+    """Skip the update and name the samples of the step with their sigmas.
+
+    Raises TrainingDiverged after more than `nonfinite_loss_patience` such steps in a row, and where
+    part of the update is already in the weights.
+    """
+    context.consecutive_skipped_steps += 1
+    samples = ", ".join(f"{name} (sigma {sigma:.4f})" for name, sigma in trained_samples)
+    summary = f"step {step + 1}: loss {loss}, gradient norm {gradient_norm}; samples: {samples}"
     if (
-        parts.consecutive_skipped_steps > parts.schedule.nonfinite_patience
-        or parts.optimizer_step.weights_modified
+        context.consecutive_skipped_steps > context.schedule.nonfinite_patience
+        or context.optimizer_step.weights_modified
     ):
         raise TrainingDiverged(
-            f"{what}. The last checkpoint is untouched. Lower learning_rate, or look at these pictures"
+            f"{summary}. The last checkpoint is not affected. "
+            "Lower learning_rate, or look at these images"
         )
-    parts.emit(WarningIssued(f"{what}; this step's update was skipped"))
+    context.emit(WarningIssued(f"{summary}; the update of this step was skipped"))

@@ -1,4 +1,20 @@
-"""From losses to changed weights: how the gradients of a step are made, limited, applied and freed."""
+"""The optimizer step: how the gradients of a step are computed, clipped, applied and freed.
+
+The order of one step, and why (loop.py runs it):
+
+1. `backward` for every micro-batch. Gradients accumulate in `param.grad`; each loss is already
+   divided by the samples of the whole step, so the sum is the gradient of the step's mean loss.
+2. `clip_gradients` once, on the whole gradient: the norm of one micro-batch says nothing about the
+   step. It returns the norm before clipping, because that is what is logged and checked.
+3. If the loss and the norm are finite, `apply`. If not, the step is skipped: the optimizer's moments
+   do not see such gradients, which would spoil every later step.
+4. The average (EMA) is updated after `apply` and only then, so it averages weights that existed;
+   a skipped step is not counted in it.
+5. `zero_grad` in either case, so that a skipped gradient does not leak into the next step.
+
+A strategy implements steps 1, 2, 3 and 5. The loop knows only the abstract class; a new strategy is
+a class and a row in OPTIMIZER_STEPS.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +22,47 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.training.optimizer_offload import OffloadedOptimizerState
-from simpletuner.training.optimizers import (
-    clip_gradients,
-    gradient_norm,
-    is_state_offloaded,
-    total_norm,
-)
+from simpletuner.training.optimizers import is_state_offloaded
 
 
 class OptimizerStep(ABC):
-    """One optimizer step: backward for every micro-batch, limit, apply unless the step is bad, clear."""
+    """A strategy for one optimizer step.
 
-    weights_modified = (
-        False  # whether weights have changed before `apply`: then a bad step cannot be skipped
-    )
+    offloaded_state: moves optimizer state from host memory to the device and back, parameter by
+    parameter; None where the state stays with the optimizer. weights_modified: whether weights have
+    changed before `apply`; a step that is not finite can then not be skipped.
+    """
+
+    weights_modified = False
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        optimizer: Optimizer,
+        options: OptimizerOptions,
+        offloaded_state: OffloadedOptimizerState | None = None,
+    ) -> None:
+        self.params = params
+        self.optimizer = optimizer
+        self.options = options
+        self.offloaded_state = offloaded_state
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Make the gradients of a micro-batch's share of the loss."""
+        """Add the gradients of one micro-batch's part of the loss."""
 
     @abstractmethod
     def clip_gradients(self) -> float:
-        """Clip as the options say. Returns the norm of the whole gradient before that, finite or not."""
+        """Clip as the options say.
+
+        Returns the norm of the whole gradient before clipping, which may not be finite.
+        """
 
     @abstractmethod
     def apply(self) -> None:
@@ -43,44 +73,8 @@ class OptimizerStep(ABC):
         """Free the gradients."""
 
 
-class SingleParameterStepper:
-    """Steps the parameters of an optimizer one by one, its group's counters only once for all of them."""
-
-    def __init__(self, optimizer: Optimizer, states: OffloadedOptimizerState | None) -> None:
-        self.optimizer, self.offloaded_state = optimizer, states
-        self.group_counters: dict[str, object] = {}
-
-    def step(self, param: nn.Parameter) -> None:
-        (group,) = self.optimizer.param_groups
-        before = dict(group)
-        group["params"] = [param]
-        if self.offloaded_state is None:
-            self.optimizer.step()
-        else:
-            with self.offloaded_state.on_device(param):
-                self.optimizer.step()
-        self.group_counters = {key: value for key, value in group.items() if key != "params"}
-        group.update(before)
-
-    def finish_step(self) -> None:
-        """All are stepped."""
-        self.optimizer.param_groups[0].update(self.group_counters)
-        if self.offloaded_state is not None:
-            self.offloaded_state.synchronize()
-
-
 class StandardOptimizerStep(OptimizerStep):
-    """All gradients first, then all steps; one after the other where their states are in host memory."""
-
-    def __init__(
-        self,
-        params: Sequence[nn.Parameter],
-        optimizer: Optimizer,
-        options: OptimizerOptions,
-        states: OffloadedOptimizerState | None = None,
-    ) -> None:
-        self.params, self.optimizer, self.options = params, optimizer, options
-        self.stepper = None if states is None else SingleParameterStepper(optimizer, states)
+    """Compute all gradients, then step all parameters together."""
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -89,32 +83,44 @@ class StandardOptimizerStep(OptimizerStep):
         return clip_gradients(self.params, self.options)
 
     def apply(self) -> None:
-        if self.stepper is None:
-            self.optimizer.step()
-            return
-        for param in self.params:
-            if param.grad is not None:
-                self.stepper.step(param)
-        self.stepper.finish_step()
+        self.optimizer.step()
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class OptimizerStepInBackward(OptimizerStep):
-    """A parameter is stepped as soon as its gradient is there, inside the backward pass, which then frees it.
+class PerParameterOptimizerStep(StandardOptimizerStep):
+    """Compute all gradients, then step the parameters one by one.
 
-    Same numbers, without the gradients' memory. For one backward pass a step, and a limit that looks at each
-    number alone. Nothing is done for a loss that is not finite; a gradient that is not finite spoils weights.
+    Only the state of the parameter that is stepped has to be on the device.
+    """
+
+    def apply(self) -> None:
+        stepper = SingleParameterStepper(self.optimizer, self.offloaded_state)
+        for param in self.params:
+            if param.grad is not None:
+                stepper.step(param)
+        stepper.finish_step()
+
+
+class OptimizerStepInBackward(OptimizerStep):
+    """Step each parameter during the backward pass, as soon as its gradient exists, then free it.
+
+    The numbers are the same, without the memory of the gradients. It works for one backward pass
+    per step and for clipping each number by itself: a norm is known only at the end, after most
+    weights have changed. A loss that is not finite changes nothing; a gradient that is not finite
+    spoils the weights, which is why the run then stops (weights_modified).
     """
 
     def __init__(
         self,
         params: Sequence[nn.Parameter],
-        alone: SingleParameterStepper,
+        optimizer: Optimizer,
         options: OptimizerOptions,
+        offloaded_state: OffloadedOptimizerState | None = None,
     ) -> None:
-        self.params, self.stepper, self.max_gradient_value = params, alone, options.max_grad_norm
+        super().__init__(params, optimizer, options, offloaded_state)
+        self.stepper = SingleParameterStepper(optimizer, offloaded_state)
         self.gradient_norms: dict[nn.Parameter, Tensor] = {}
         for param in params:
             param.register_post_accumulate_grad_hook(self._step_parameter)
@@ -123,8 +129,9 @@ class OptimizerStepInBackward(OptimizerStep):
         assert isinstance(param, nn.Parameter)
         assert param.grad is not None
         self.gradient_norms[param] = gradient_norm(param.grad)
-        if self.max_gradient_value > 0:
-            param.grad.clamp_(-self.max_gradient_value, self.max_gradient_value)
+        limit = self.options.max_grad_norm
+        if limit > 0:
+            param.grad.clamp_(-limit, limit)
         self.stepper.step(param)
         param.grad = None
 
@@ -147,15 +154,90 @@ class OptimizerStepInBackward(OptimizerStep):
         self.weights_modified = False
 
 
-def make_optimizer_step(
-    params: Sequence[nn.Parameter], optimizer: Optimizer, options: OptimizerOptions
-) -> OptimizerStep:
-    """What the options ask for; the config has refused what cannot go together."""
-    states = (
-        OffloadedOptimizerState(optimizer)
-        if is_state_offloaded(options, params[0].device)
-        else None
-    )
+# Strategy by name. optimizer_step_name chooses; a new strategy is one row here.
+OPTIMIZER_STEPS: dict[str, type[OptimizerStep]] = {
+    "standard": StandardOptimizerStep,
+    "per_parameter": PerParameterOptimizerStep,
+    "in_backward": OptimizerStepInBackward,
+}
+
+
+def optimizer_step_name(options: OptimizerOptions, device: torch.device) -> str:
+    """Return the key of OPTIMIZER_STEPS for parameters on this device.
+
+    Combinations that a strategy cannot train are refused by config/constraints.py.
+    """
     if options.optimizer_release_gradients:
-        return OptimizerStepInBackward(params, SingleParameterStepper(optimizer, states), options)
-    return StandardOptimizerStep(params, optimizer, options, states)
+        return "in_backward"
+    return "per_parameter" if is_state_offloaded(options, device) else "standard"
+
+
+def make_optimizer_step(
+    name: str, params: Sequence[nn.Parameter], optimizer: Optimizer, options: OptimizerOptions
+) -> OptimizerStep:
+    """Build the strategy of that name; optimizer state is offloaded where the options ask for it."""
+    offloaded = is_state_offloaded(options, params[0].device)
+    state = OffloadedOptimizerState(optimizer) if offloaded else None
+    return OPTIMIZER_STEPS[name](params, optimizer, options, state)
+
+
+class SingleParameterStepper:
+    """Steps the parameters of an optimizer one by one.
+
+    torch's optimizers step a whole group and advance the group's counters (such as the number of
+    the step) in every call. Each call here therefore sees a group of one parameter with the counters
+    of the step's start; `finish_step` writes the advanced counters once, so the state is the same as
+    after one ordinary step.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, offloaded_state: OffloadedOptimizerState | None
+    ) -> None:
+        self.optimizer = optimizer
+        self.offloaded_state = offloaded_state
+        self.group_counters: dict[str, object] = {}
+
+    def step(self, param: nn.Parameter) -> None:
+        (group,) = self.optimizer.param_groups
+        before = dict(group)
+        group["params"] = [param]
+        if self.offloaded_state is None:
+            self.optimizer.step()
+        else:
+            with self.offloaded_state.on_device(param):
+                self.optimizer.step()
+        self.group_counters = {key: value for key, value in group.items() if key != "params"}
+        group.update(before)
+
+    def finish_step(self) -> None:
+        """Advance the group's counters; call it after the last parameter of a step."""
+        self.optimizer.param_groups[0].update(self.group_counters)
+        if self.offloaded_state is not None:
+            self.offloaded_state.synchronize()
+
+
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """Return the norm, computed in float32 also where the gradient is bf16."""
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return norm
+
+
+def total_norm(norms: Sequence[Tensor]) -> Tensor:
+    """Return the norm of the whole gradient from the norms of its parts."""
+    return torch.linalg.vector_norm(torch.stack(list(norms))) if norms else torch.zeros(())
+
+
+def clip_gradients(params: Sequence[nn.Parameter], options: OptimizerOptions) -> float:
+    """Clip the gradients in place, by their total norm or number by number.
+
+    Returns their total norm before clipping, which may not be finite.
+    """
+    with_gradient = [param for param in params if param.grad is not None]
+    norm = total_norm(
+        [gradient_norm(param.grad) for param in with_gradient if param.grad is not None]
+    )
+    if options.max_grad_norm > 0 and options.grad_clip_method == "norm":
+        nn.utils.clip_grads_with_norm_(with_gradient, options.max_grad_norm, norm, foreach=False)
+    elif options.max_grad_norm > 0:
+        nn.utils.clip_grad_value_(with_gradient, options.max_grad_norm, foreach=False)
+    return float(norm)

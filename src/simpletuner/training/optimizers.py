@@ -1,12 +1,14 @@
-"""The table of optimizers, gradient clipping, and the two modes of the schedule-free one.
+"""The table of optimizers, the learning-rate schedules, and the two modes of the schedule-free one.
 
-Every trainable parameter is decayed alike. The loop sets every group's "lr" before each step.
+Weight decay applies to every trainable parameter. The loop sets "lr" of every parameter group
+before each step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,16 +29,53 @@ from simpletuner.training.optimizer_offload import copy_to_pinned_host
 from simpletuner.training.stochastic_adamw import SameDtypeMoments, StochasticAdamW
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
+# A state tensor and its parameter -> the tensor that the optimizer holds.
+StatePlacement = Callable[[Tensor, Tensor], Tensor]
 
-# Where torch steps AdamW in one pass, without a temporary. Nowhere by foreach: it copies all there is.
+# Devices where torch has a fused AdamW, which needs no temporary tensors. The foreach
+# implementation is never used, because it copies every parameter.
 FUSED_ADAMW_DEVICES = ("cuda", "cpu", "mps")
 
+# Progress in [0, 1) after the warm-up, and lr_power -> the fraction of the way from lr_end to
+# learning_rate.
+LR_SCHEDULERS: dict[str, Callable[[float, float], float]] = {
+    "constant": lambda progress, power: 1.0,
+    "linear": lambda progress, power: 1.0 - progress,
+    "cosine": lambda progress, power: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "polynomial": lambda progress, power: (1.0 - progress) ** power,
+}
 
-class ScheduleFreeAdamW(AdamWScheduleFree):
-    """The library's, with exact changes of mode: showing the average and coming back changes no bit.
 
-    The library interpolates between its two points, which rounds; here the training point is kept, as
-    part of the state, while the average is shown. A state saved in either mode resumes training exactly.
+def learning_rate(options: OptimizerOptions, step: int, total_steps: int) -> float:
+    """Return the rate of optimizer step `step` (0 is the first) of a run of `total_steps`.
+
+    It is a pure function of the step, so there is nothing to save or resume. The warm-up rises
+    linearly and reaches learning_rate at its last step, so no step has rate 0. The schedule then
+    spans the remaining steps and would reach lr_end one step after the last.
+    """
+    warmup = options.lr_warmup_steps
+    if step < warmup:
+        return options.learning_rate * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    fraction = LR_SCHEDULERS[options.lr_scheduler](progress, options.lr_power)
+    return options.lr_end + (options.learning_rate - options.lr_end) * fraction
+
+
+def effective_learning_rate(options: OptimizerOptions, effective_batch: int) -> float:
+    """Return learning_rate times the samples of a step (lr_scale) or their root (lr_scale_sqrt).
+
+    effective_batch: samples of one optimizer step, over accumulation and devices.
+    """
+    factor = float(effective_batch) if options.lr_scale else 1.0
+    return options.learning_rate * (math.sqrt(effective_batch) if options.lr_scale_sqrt else factor)
+
+
+class ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]  # the library is untyped
+    """The library's optimizer with exact changes of mode: eval() and train() restore every bit.
+
+    The library interpolates between its two points, which rounds. Here the training point is stored
+    in the state while the averaged weights are in use. A state that is saved in either mode resumes
+    training exactly.
     """
 
     @torch.no_grad()
@@ -59,14 +98,17 @@ class ScheduleFreeAdamW(AdamWScheduleFree):
             group["train_mode"] = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The weights are loaded before this; they are set to the training point and the mode to training."""
+        """Load the state, and set weights and mode to the training point.
+
+        The weights must be loaded before this.
+        """
         super().load_state_dict(state_dict)
         self.train()
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What is to be made. extras: what optimizer_config says, in the library's words."""
+    """What to build. extra_arguments: optimizer_config, in the names of the library."""
 
     params: list[nn.Parameter]
     options: OptimizerOptions
@@ -84,46 +126,48 @@ class OptimizerSpec:
         }
 
 
-def _adamw(recipe: OptimizerSpec) -> Optimizer:
-    fused = all(param.device.type in FUSED_ADAMW_DEVICES for param in recipe.params)
-    return AdamW(recipe.params, **recipe.adam_arguments(), fused=fused, foreach=False)
+def _adamw(spec: OptimizerSpec) -> Optimizer:
+    fused = all(param.device.type in FUSED_ADAMW_DEVICES for param in spec.params)
+    return AdamW(spec.params, **spec.adam_arguments(), fused=fused, foreach=False)
 
 
 def _stochastic_adamw(
     moments: type[SameDtypeMoments | EightBitMoments],
 ) -> Callable[[OptimizerSpec], Optimizer]:
-    return lambda recipe: StochasticAdamW(
-        recipe.params, **recipe.adam_arguments(), seed=recipe.seed, moments=moments()
+    return lambda spec: StochasticAdamW(
+        spec.params, **spec.adam_arguments(), seed=spec.seed, moments=moments()
     )
 
 
-def _adafactor(recipe: OptimizerSpec) -> Optimizer:
-    options, extras = recipe.options, dict(recipe.extra_arguments)
-    eps = (extras.pop("eps1", None), extras.pop("eps2", 1e-3))
-    arguments = {"foreach": False, "weight_decay": options.adam_weight_decay, **extras}
-    return Adafactor(recipe.params, options.learning_rate, eps=eps, **arguments)
+def _adafactor(spec: OptimizerSpec) -> Optimizer:
+    extra = dict(spec.extra_arguments)
+    eps = (extra.pop("eps1", None), extra.pop("eps2", 1e-3))
+    arguments = {"foreach": False, "weight_decay": spec.options.adam_weight_decay, **extra}
+    return Adafactor(spec.params, spec.options.learning_rate, eps=eps, **arguments)
 
 
-def _lion(recipe: OptimizerSpec) -> Optimizer:
-    options, extras = recipe.options, dict(recipe.extra_arguments)
-    betas = (extras.pop("beta1", 0.9), extras.pop("beta2", 0.99))
-    # One implementation on every device: which one runs is part of the state, and must not change it.
+def _lion(spec: OptimizerSpec) -> Optimizer:
+    extra = dict(spec.extra_arguments)
+    betas = (extra.pop("beta1", 0.9), extra.pop("beta2", 0.99))
+    # The choice of implementation is part of the saved state, so it must not depend on the device.
     arguments = {
         "triton": False,
         "foreach": False,
-        "weight_decay": options.adam_weight_decay,
-        **extras,
+        "weight_decay": spec.options.adam_weight_decay,
+        **extra,
     }
-    return Lion(recipe.params, options.learning_rate, betas=betas, **arguments)
+    optimizer: Optimizer = Lion(spec.params, spec.options.learning_rate, betas=betas, **arguments)
+    return optimizer
 
 
-def _prodigy(recipe: OptimizerSpec) -> Optimizer:
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces its weight decay by print
-        return Prodigy(recipe.params, **recipe.adam_arguments())
+def _prodigy(spec: OptimizerSpec) -> Optimizer:
+    with contextlib.redirect_stdout(io.StringIO()):  # the library prints its kind of weight decay
+        optimizer: Optimizer = Prodigy(spec.params, **spec.adam_arguments())
+    return optimizer
 
 
-def _schedule_free(recipe: OptimizerSpec) -> Optimizer:
-    optimizer = ScheduleFreeAdamW(recipe.params, **recipe.adam_arguments(), foreach=False)
+def _schedule_free(spec: OptimizerSpec) -> Optimizer:
+    optimizer = ScheduleFreeAdamW(spec.params, **spec.adam_arguments(), foreach=False)
     optimizer.train()
     return optimizer
 
@@ -136,95 +180,76 @@ OPTIMIZERS: Mapping[str, Callable[[OptimizerSpec], Optimizer]] = {
     "lion": _lion,
     "prodigy": _prodigy,
     "adamw_schedulefree": _schedule_free,
-    "muon": lambda recipe: Muon(recipe.params, **recipe.adam_arguments(), seed=recipe.seed),
+    "muon": lambda spec: Muon(spec.params, **spec.adam_arguments(), seed=spec.seed),
 }
 
 
 def build_optimizer(options: OptimizerOptions, params: NamedParameters, seed: int) -> Optimizer:
-    """The optimizer over `params` in their order, in training mode. ConfigError for a bad optimizer_config.
+    """Return the optimizer over `params` in their order, in training mode.
 
-    adamw_bf16 keeps its moments in the weights' dtype, adamw_8bit in 2 bytes; both, and muon, round what is
-    bf16 stochastically. lion has betas of its own (0.9, 0.99), not adam_beta1 and adam_beta2. prodigy finds
-    the rate itself: learning_rate is a factor on it, usually 1. muon shares learning_rate between matrices
-    and the rest.
+    adamw_bf16 holds its moments in the dtype of the weights, adamw_8bit in 2 bytes per weight; both,
+    and muon, round bf16 weights stochastically. lion has betas of its own (0.9, 0.99), not adam_beta1
+    and adam_beta2. prodigy estimates the rate itself: learning_rate is a factor on it, usually 1.
+    muon uses learning_rate for matrices and for the other parameters.
+
+    Raises ConfigError when a value of optimizer_config is out of bounds.
     """
-    recipe = OptimizerSpec(
+    spec = OptimizerSpec(
         [param for _, param in params], options, parse_optimizer_arguments(options), seed
     )
     try:
-        optimizer = OPTIMIZERS[options.optimizer](recipe)
-    except ValueError as error:  # bounds that the libraries check
+        optimizer = OPTIMIZERS[options.optimizer](spec)
+    except ValueError as error:  # the libraries check the bounds of their arguments
         raise ConfigError(f"optimizer {options.optimizer}: {error}") from error
-    hosted = is_state_offloaded(options, recipe.params[0].device)
+    offloaded = is_state_offloaded(options, spec.params[0].device)
     preserve_state_dtypes_on_load(
         optimizer,
-        lambda tensor, param: copy_to_pinned_host(tensor) if hosted else tensor.to(param.device),
+        lambda tensor, param: copy_to_pinned_host(tensor) if offloaded else tensor.to(param.device),
     )
     return optimizer
 
 
 def is_state_offloaded(options: OptimizerOptions, device: torch.device) -> bool:
-    """Whether the states live in host memory, and that is another than the device's."""
+    """Return whether the state is in host memory, which only a discrete GPU has apart."""
     return options.optimizer_cpu_offload_method == "states" and device.type == "cuda"
 
 
-StatePlacement = Callable[
-    [Tensor, Tensor], Tensor
-]  # a state tensor and its parameter -> where it is kept
-
-
 def preserve_state_dtypes_on_load(optimizer: Optimizer, place: StatePlacement) -> None:
-    """From now on load_state_dict keeps every dtype; torch's own casts codes and scales to the weights'."""
-    waiting: dict[int, dict[str, Tensor]] = {}
+    """Make load_state_dict keep the dtype of every state tensor.
 
-    def take(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-        waiting.clear()
+    torch's own load_state_dict casts state to the dtype of the weights, which destroys 8-bit codes
+    and rounds scales. A hook takes the tensors out before torch loads the rest, and a second hook
+    puts them in afterwards, placed by `place`.
+    """
+    removed: dict[int, dict[str, Tensor]] = {}
+
+    def remove_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        removed.clear()
         rest: dict[int, dict[str, Any]] = {}
-        for index, values in given["state"].items():
-            waiting[index] = {
+        for index, values in state_dict["state"].items():
+            removed[index] = {
                 key: value for key, value in values.items() if torch.is_tensor(value) and value.ndim
             }
-            rest[index] = {key: value for key, value in values.items() if key not in waiting[index]}
-        return {**given, "state": rest}
+            rest[index] = {key: value for key, value in values.items() if key not in removed[index]}
+        return {**state_dict, "state": rest}
 
-    def put(optimizer: Optimizer) -> None:
+    def restore_tensors(optimizer: Optimizer) -> None:
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        for index, tensors in waiting.items():
+        for index, tensors in removed.items():
             optimizer.state[params[index]].update(
                 {key: place(tensor, params[index]) for key, tensor in tensors.items()}
             )
-        waiting.clear()
+        removed.clear()
 
-    optimizer.register_load_state_dict_pre_hook(take)
-    optimizer.register_load_state_dict_post_hook(put)
+    optimizer.register_load_state_dict_pre_hook(remove_tensors)
+    optimizer.register_load_state_dict_post_hook(restore_tensors)
 
 
 def set_optimizer_mode(optimizer: Optimizer, training: bool) -> None:
-    """Show the weights to train (True) or to look at and export (False). Only schedule-free has two kinds.
+    """Put the weights to train (True) or to evaluate and export (False) into the parameters.
 
-    The way there and back is exact; a checkpoint may be taken in either mode.
+    Only the schedule-free optimizer has two kinds of weights. Changing the mode and changing it
+    back is exact, and a checkpoint may be saved in either mode.
     """
     if isinstance(optimizer, ScheduleFreeAdamW):
         (optimizer.train if training else optimizer.eval)()
-
-
-def gradient_norm(gradient: Tensor) -> Tensor:
-    """float32, also where the gradient is bf16."""
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
-
-
-def total_norm(norms: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(list(norms))) if norms else torch.zeros(())
-
-
-def clip_gradients(params: Sequence[nn.Parameter], options: OptimizerOptions) -> float:
-    """Limit the gradients as the options say. Returns their whole norm before that, finite or not."""
-    with_gradient = [param for param in params if param.grad is not None]
-    norm = total_norm(
-        [gradient_norm(param.grad) for param in with_gradient if param.grad is not None]
-    )
-    if options.max_grad_norm > 0 and options.grad_clip_method == "norm":
-        nn.utils.clip_grads_with_norm_(with_gradient, options.max_grad_norm, norm, foreach=False)
-    elif options.max_grad_norm > 0:
-        nn.utils.clip_grad_value_(with_gradient, options.max_grad_norm, foreach=False)
-    return float(norm)

@@ -22,7 +22,7 @@ from simpletuner.cache.content_hashes import ContentHashes
 from simpletuner.cache.latent_cache import LatentCacheResult
 from simpletuner.cache.tensor_store import TensorStore
 from simpletuner.config.schema import ModelOptions, RunConfig
-from simpletuner.data.dataset_file import DatasetConfig, DatasetFile
+from simpletuner.data.dataset_config import DatasetConfig, DatasetFile
 from simpletuner.data.rejections import format_rejected, write_rejected
 from simpletuner.data.sample_types import BucketedSample
 from simpletuner.data.scan import scan_datasets

@@ -1,4 +1,4 @@
-"""What is trained: a network, its trainable part, the optimizer and the average."""
+"""The train state: a network, its trainable parameters, the optimizer and the moving average."""
 
 from __future__ import annotations
 
@@ -17,22 +17,26 @@ from simpletuner.config.schema import OptimizerOptions, RunConfig
 from simpletuner.events.event_types import Emit, NoticeIssued
 from simpletuner.models.block_executor import block_memory_policy
 from simpletuner.models.family import ModelFamily
-from simpletuner.training import lr_schedule, optimizers
+from simpletuner.training import optimizers
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.ema import Ema
-from simpletuner.training.optimizer_step import OptimizerStep, make_optimizer_step
+from simpletuner.training.optimizer_step import (
+    OptimizerStep,
+    make_optimizer_step,
+    optimizer_step_name,
+)
 from simpletuner.training.prepare import PreparedInputs
 
-AveragedWeights = Callable[
-    [], AbstractContextManager[None]
-]  # the averaged weights inside, the trained ones after
+# A context in which the network has the averaged weights; afterwards the trained ones are back.
+AveragedWeights = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """trained: name -> parameter, LoRA's or nearly all of the network's own.
+    """What training changes, and what changes it.
 
-    schedule: the optimizer's options with learning_rate as lr_scale makes it.
+    trainable_parameters: by name; those of the LoRA, or nearly all of the network.
+    optimizer_options: with learning_rate already multiplied as lr_scale asks.
     """
 
     transformer: nn.Module
@@ -48,7 +52,7 @@ class TrainState:
         return None if self.ema is None else self.ema.swapped_weights
 
     def set_lora_strength(self, strength: float) -> None:
-        """Of the LoRA; a network without one stays as it is."""
+        """Multiply the LoRA's delta by `strength`; a network without a LoRA does not change."""
         if self.uses_lora:
             attachment.set_strength(self.transformer, strength)
 
@@ -56,27 +60,32 @@ class TrainState:
 def build_train_state(
     run: RunConfig, prepared: PreparedInputs, device: ComputeDevice, emit: Emit
 ) -> TrainState:
-    # What is to be swapped need not fit the device even once.
-    at = torch.device("cpu") if run.model.musubi_blocks_to_swap else device.device
+    """Load the network, attach what is trained, place the blocks, and build the optimizer."""
+    # A model with swapped blocks need not fit on the device even once, so it is loaded on the host.
+    load_device = torch.device("cpu") if run.model.musubi_blocks_to_swap else device.device
     transformer = prepared.family.load_transformer(
-        prepared.model_files, at, device.weights_dtype, run.model, emit
+        prepared.model_files, load_device, device.weights_dtype, run.model, emit
     )
-    trained = attach_trainable_parameters(run, prepared.family, transformer, emit)
+    trainable = attach_trainable_parameters(run, prepared.family, transformer, emit)
     configure_blocks(run, prepared.family, transformer, device.device)
     prepared.family.compile_blocks(transformer, run.model)
     if run.optimizer.optimizer_cpu_offload_method != "none" and device.device.type != "cuda":
         emit(
             NoticeIssued(
-                f"optimizer states stay where they are: {device.device.type} has the host's memory"
+                "optimizer_cpu_offload_method has no effect: "
+                f"the memory of {device.device.type} is the host's memory"
             )
         )
-    return assemble_train_state(run, transformer, trained)
+    return assemble_train_state(run, transformer, trainable)
 
 
 def configure_blocks(
     run: RunConfig, family: ModelFamily, transformer: nn.Module, device: torch.device | None = None
 ) -> None:
-    """How the blocks are run; the memory plan does the same to a network without weights or device."""
+    """Set up checkpointing and swapping of the blocks.
+
+    The memory plan does the same to a network without weights and without a device.
+    """
     family.place_blocks(
         transformer, block_memory_policy(run.model, family.block_count(transformer)), device
     )
@@ -85,30 +94,35 @@ def configure_blocks(
 def attach_trainable_parameters(
     run: RunConfig, family: ModelFamily, transformer: nn.Module, emit: Emit
 ) -> dict[str, nn.Parameter]:
-    """What is trained, by name: a fresh LoRA's parameters, or the network's own."""
+    """Return what is trained, by name: the parameters of a new adapter, or the network's own."""
     if run.model.model_type == "lora":
         return _attach_lora(run, family, transformer, emit)
-    trained = dict(family.full_finetune_parameters(transformer))
-    for parameter in trained.values():
+    trainable = dict(family.full_finetune_parameters(transformer))
+    for parameter in trainable.values():
         parameter.requires_grad_(True)
-    count = sum(parameter.numel() for parameter in trained.values())
-    emit(NoticeIssued(f"full rank: {count / 1e6:.1f} M parameters are trained"))
-    return trained
+    count = sum(parameter.numel() for parameter in trainable.values())
+    emit(NoticeIssued(f"full fine-tuning: {count / 1e6:.1f} M parameters are trained"))
+    return trainable
 
 
 def assemble_train_state(
-    run: RunConfig, transformer: nn.Module, trained: dict[str, nn.Parameter]
+    run: RunConfig, transformer: nn.Module, trainable: dict[str, nn.Parameter]
 ) -> TrainState:
-    """Optimizer and average for what is trained."""
+    """Build the optimizer, its step strategy and the average for the trainable parameters."""
     samples = run.training.train_batch_size * run.training.gradient_accumulation_steps
-    rate = lr_schedule.effective_learning_rate(run.optimizer, samples)
-    schedule = run.optimizer.model_copy(update={"learning_rate": rate})
-    named = list(trained.items())
-    optimizer = optimizers.build_optimizer(schedule, named, run.training.seed)
-    update = make_optimizer_step(list(trained.values()), optimizer, schedule)
-    ema = Ema(named, run.optimizer) if run.optimizer.use_ema else None
+    rate = optimizers.effective_learning_rate(run.optimizer, samples)
+    options = run.optimizer.model_copy(update={"learning_rate": rate})
+    named, parameters = list(trainable.items()), list(trainable.values())
+    optimizer = optimizers.build_optimizer(options, named, run.training.seed)
+    step_name = optimizer_step_name(options, parameters[0].device)
     return TrainState(
-        transformer, trained, run.model.model_type == "lora", schedule, optimizer, update, ema
+        transformer,
+        trainable,
+        run.model.model_type == "lora",
+        options,
+        optimizer,
+        make_optimizer_step(step_name, parameters, optimizer, options),
+        Ema(named, run.optimizer) if run.optimizer.use_ema else None,
     )
 
 
@@ -118,16 +132,14 @@ def _attach_lora(
     options = run.adapter
     names = family.lora_targets(transformer, options.flux_lora_target, options.lora_target_modules)
     attached = attachment.attach_adapter(transformer, options, names, run.training.seed)
+    modules = "1 module" if attached.modules == 1 else f"{attached.modules} modules"
     emit(
         NoticeIssued(
-            f"{describe_adapter(options)} on {attached.modules} modules: "
-            f"{attached.parameters / 1e6:.2f} M parameters, effective scale {attached.scale:g} (alpha / rank)"
+            f"{describe_adapter(options)} on {modules}: {attached.parameters / 1e6:.2f} M "
+            f"parameters, effective scale {attached.scale:g} (alpha / rank)"
         )
     )
     if options.init_lora and attached.initialized_from:
-        emit(
-            NoticeIssued(
-                f"goes on from {Path(options.init_lora).name}: {attached.initialized_from}"
-            )
-        )
+        name = Path(options.init_lora).name
+        emit(NoticeIssued(f"initialised from {name}: {attached.initialized_from}"))
     return dict(attached.trainable)

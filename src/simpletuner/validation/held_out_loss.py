@@ -19,7 +19,7 @@ from simpletuner.cache.batch_types import Batch
 from simpletuner.data.sample_types import BucketedSample, MicroBatch, SampleVisit
 from simpletuner.events.event_types import Emit, LossEvaluated
 from simpletuner.events.stage_reporter import StageReporter
-from simpletuner.flow.path import add_noise, velocity_target
+from simpletuner.flow.objective import add_noise, velocity_target
 from simpletuner.randomness import seed_at
 from simpletuner.validation.inference import Inference, eval_mode
 

@@ -14,7 +14,7 @@ from simpletuner.events.sinks import null_emit
 from simpletuner.models.family import BlockMemoryPolicy, ModelFamily, ModelSpec
 from simpletuner.training import loop, train_state
 from simpletuner.training.device import ComputeDevice, select_device
-from simpletuner.training.loop import TrainerContext, TrainSchedule
+from simpletuner.training.loop import MicroBatchShape, TrainerContext, TrainSchedule
 from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
 from simpletuner.training.train_state import TrainState
 
@@ -186,7 +186,7 @@ def make_fake_context(
         uses_dropout=run.adapter.lora_dropout > 0 and net.uses_lora,
         learning_rate=lambda step: net.optimizer_options.learning_rate,
         load_batch=batch,
-        micro_batch_shape=lambda number: (feed.samples, tokens),
+        micro_batch_shape=lambda number: MicroBatchShape(feed.samples, tokens),
         resumed_step=0,
         save_checkpoint=lambda step: None,
         callbacks=(),

@@ -7,8 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from simpletuner.config.schema import FlowOptions
-from simpletuner.flow.loss import loss_per_sample
-from simpletuner.flow.path import add_noise, velocity_target
+from simpletuner.flow.objective import add_noise, loss_per_sample, velocity_target
 from simpletuner.flow.solvers import sigma_grid, solve_euler
 
 

@@ -1,0 +1,89 @@
+"""The training objective: noise, the straight path between image and noise, and the loss.
+
+B batch · C latent channels · H W latent side (image px / 8)
+sigma is the noise fraction: 0 is the image, 1 is pure noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from simpletuner.config.schema import FlowOptions
+from simpletuner.randomness import seed_at
+
+
+def sample_noise(
+    visit_keys: tuple[str, ...], shape: torch.Size, seed: int, purpose: str = "noise"
+) -> Tensor:
+    """Return standard normal noise (B, C, H, W) on the CPU.
+
+    The noise of a sample is addressed by its visit key alone, so it does not depend on the batch
+    that the sample is in, and it is the same on every device.
+    """
+    return torch.stack(
+        [
+            torch.randn(
+                shape[1:], generator=torch.Generator().manual_seed(seed_at(seed, purpose, key))
+            )
+            for key in visit_keys
+        ]
+    )
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Return the point on the straight path, (1 - sigma) * latents + sigma * noise.
+
+    latents, noise: (B, C, H, W) float32. sigma: (B,) in [0, 1].
+    """
+    sigma = sigma.view(-1, 1, 1, 1)
+    return (1 - sigma) * latents + sigma * noise
+
+
+def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """Return d x_sigma / d sigma = noise - latents, which is constant along the path."""
+    return noise - latents
+
+
+def loss_per_sample(
+    prediction: Tensor, target: Tensor, sigma: Tensor, options: FlowOptions
+) -> Tensor:
+    """Return the loss of each sample, (B,) float32: the mean over all dimensions but the batch.
+
+    prediction, target: (B, ...), compared in float32. sigma: (B,).
+    """
+    difference = prediction.float() - target.float()
+    if options.loss_type == "l2":
+        return difference.square().flatten(1).mean(1)
+    c = HUBER_SCHEDULES[options.huber_schedule](options.huber_c, sigma.float())
+    loss = 2 * pseudo_huber(difference, c.view(-1, *[1] * (difference.dim() - 1)))
+    mean = loss.flatten(1).mean(1)
+    return c * mean if options.loss_type == "huber" else mean
+
+
+def pseudo_huber(difference: Tensor, c: Tensor) -> Tensor:
+    """Return sqrt(d^2 + c^2) - c, computed as d^2 / (sqrt(d^2 + c^2) + c).
+
+    The second form does not lose the digits of a small d to cancellation.
+    """
+    square = difference.square()
+    return square / (torch.sqrt(square + c * c) + c)
+
+
+def snr_schedule(c: float, sigma: Tensor) -> Tensor:
+    """Return (1 - c) / (1 + r)^2 + c, where r is the root of the signal-to-noise ratio.
+
+    The result is near c at the image and 1 at pure noise.
+    """
+    ratio = torch.sqrt((1 - sigma) / (sigma + 1e-4))
+    return (1 - c) / (1 + ratio) ** 2 + c
+
+
+# huber_c and sigma (B,) -> c of each sample. exponential: from 1 at the image to c at pure noise.
+HUBER_SCHEDULES: dict[str, Callable[[float, Tensor], Tensor]] = {
+    "constant": lambda c, sigma: torch.full_like(sigma, c),
+    "exponential": lambda c, sigma: c**sigma,
+    "snr": snr_schedule,
+}
