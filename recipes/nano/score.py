@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from draw import render_scene
+from make_shapes_dataset import render_scene
 from PIL import Image, ImageDraw, ImageFont
 
 from simpletuner.config.schema import ModelOptions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import draw
+import make_shapes_dataset as draw
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,7 +24,7 @@ def test_a_scene_depends_on_its_number_alone() -> None:
     assert scenes.compose_scene(2, 7) != SCENES[7]
     assert len({scene.caption for scene in SCENES}) > 290
     assert np.array_equal(
-        np.asarray(draw.render(SCENES[7])), np.asarray(draw.render(scenes.compose_scene(1, 7)))
+        np.asarray(draw.render_scene(SCENES[7])), np.asarray(draw.render_scene(scenes.compose_scene(1, 7)))
     )
 
 
@@ -53,7 +53,7 @@ def test_every_word_of_the_language_occurs() -> None:
 @pytest.mark.parametrize("number", range(60))
 def test_the_caption_says_what_is_drawn(number: int) -> None:
     scene = SCENES[number]
-    pixels = np.asarray(draw.render(scene)).astype(int)
+    pixels = np.asarray(draw.render_scene(scene)).astype(int)
     corner = pixels[[1, 1, -2, -2], [1, -2, 1, -2]]
     assert np.abs(corner - scenes.BACKGROUNDS[scene.background]).max() <= 3
     assert scene.background in scene.caption
@@ -77,7 +77,7 @@ def test_sizes_differ() -> None:
     for scene in SCENES:
         for thing in scene.objects:
             if thing.shape == "circle" and thing.size:
-                pixels = np.asarray(draw.render(scene)).astype(int)
+                pixels = np.asarray(draw.render_scene(scene)).astype(int)
                 areas[thing.size].append(float((np.abs(pixels - pixels[1, 1]).sum(axis=2) > 60).mean()))
     assert min(areas["big"]) > 2 * max(areas["small"])
 
@@ -110,7 +110,7 @@ def test_the_example_is_what_the_lesson_draws() -> None:
     for number, path in enumerate(pictures):
         scene = compose_zorbo_scene(number)
         assert path.with_suffix(".txt").read_text(encoding="utf-8") == scene.caption + "\n"
-        drawn = np.asarray(draw.render(scene)).astype(int)
+        drawn = np.asarray(draw.render_scene(scene)).astype(int)
         assert np.abs(drawn - np.asarray(Image.open(path).convert("RGB"))).max() <= 1
     assert all(ZORBO not in scene.caption for scene in SCENES)
 
@@ -118,11 +118,11 @@ def test_the_example_is_what_the_lesson_draws() -> None:
 def test_what_the_example_keeps_is_drawn_by_the_same_program_and_asked_by_no_score() -> None:
     pictures = sorted((EXAMPLE.parent / "shapes").glob("*.png"))
     assert len(pictures) == 48
-    scenes = [scenes.compose_scene(71, number) for number in range(48)]
-    for scene, path in zip(scenes, pictures):
+    lessons = [scenes.compose_scene(71, number) for number in range(48)]
+    for scene, path in zip(lessons, pictures):
         assert path.with_suffix(".txt").read_text(encoding="utf-8") == scene.caption + "\n"
-    drawn = np.asarray(draw.render(scenes[0])).astype(int)
+    drawn = np.asarray(draw.render_scene(lessons[0])).astype(int)
     assert np.abs(drawn - np.asarray(Image.open(pictures[0]).convert("RGB"))).max() <= 1
-    assert not {scene.caption for scene in scenes} & {
+    assert not {scene.caption for scene in lessons} & {
         scene.caption for scene in scene_scoring.unseen_scenes(200)[0]
     }

@@ -42,13 +42,13 @@ def test_diffusers_and_transformers_read_it() -> None:
 
 
 def test_latents_of_a_drawn_picture_are_scaled_to_one() -> None:
-    import draw
+    import make_shapes_dataset as draw
     import numpy as np
 
     from simpletuner.validation.shapes.scenes import compose_scene
 
     vae = AutoencoderKL.from_pretrained(NANO / "vae").float()
-    pictures = np.stack([np.asarray(draw.render(compose_scene(12, number))) for number in range(24)])
+    pictures = np.stack([np.asarray(draw.render_scene(compose_scene(12, number))) for number in range(24)])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist

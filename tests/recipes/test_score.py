@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import draw
+import make_shapes_dataset as draw
 import numpy as np
 import pytest
 import score
+import torch
 from PIL import Image, ImageFilter
 
-from simpletuner.config import constraints
-from simpletuner.validation.image_scoring import METRICS
+from simpletuner.config.image_metrics import IMAGE_METRICS
+from simpletuner.config.schema import ValidationOptions
+from simpletuner.validation.image_scoring import METRICS, Metric, choose_metrics
 from simpletuner.validation.shapes import scene_scoring, scenes
 from simpletuner.validation.shapes.detection import DetectedObject, DetectedScene, detect_scene
 from simpletuner.validation.shapes.zorbo import compose_zorbo_scene, detect_zorbo
 
 SCENES = [scenes.compose_scene(scene_scoring.SCORING_SEED, number) for number in range(200)]
-READINGS = [detect_scene(draw.render(scene)) for scene in SCENES]
+READINGS = [detect_scene(draw.render_scene(scene)) for scene in SCENES]
 ZORBOS = [compose_zorbo_scene(scene_scoring.TRAINED_ZORBO_COUNT + number) for number in range(32)]
 SINGLE = next(s for s in SCENES if len(s.objects) == 1 and s.objects[0].size == "big")
 PAIR = next(s for s in SCENES if len(s.objects) == 2 and s.objects[0].colour != s.objects[1].colour)
+
+
+def metric(name: str, prompts: int | None) -> Metric:
+    options = ValidationOptions(evaluation_type=name, evaluation_prompts=prompts)
+    return choose_metrics(options, torch.device("cpu"))[0]
 
 
 def failed(scene: scenes.Scene, picture: Image.Image) -> set[str]:
@@ -44,12 +51,12 @@ def test_textures_hide_neither_shape_nor_colour(pattern: str, colour: str) -> No
         thing = replace(SINGLE.objects[0], pattern=pattern, colour=colour, rgb=scenes.COLOURS[colour])
         things = (replace(thing, shape=list(scenes.SHAPES)[shape % len(scenes.SHAPES)]),)
         scene = replace(SINGLE, objects=things, background=ground, background_rgb=scenes.BACKGROUNDS[ground])
-        assert failed(scene, draw.render(scene)) == set(), things
+        assert failed(scene, draw.render_scene(scene)) == set(), things
 
 
 def test_a_blurred_and_tinted_picture_is_still_read() -> None:
     right = [
-        not failed(scene, tinted(draw.render(scene).filter(ImageFilter.GaussianBlur(1.2)), number))
+        not failed(scene, tinted(draw.render_scene(scene).filter(ImageFilter.GaussianBlur(1.2)), number))
         for number, scene in enumerate(SCENES[:24])
     ]
     assert np.mean(right) >= 0.95
@@ -63,7 +70,7 @@ def tinted(picture: Image.Image, number: int) -> Image.Image:
 
 def test_a_wavering_hand_is_still_read() -> None:
     right = [
-        not failed(scene, wavering(draw.render(scene), number)) for number, scene in enumerate(SCENES[:24])
+        not failed(scene, wavering(draw.render_scene(scene), number)) for number, scene in enumerate(SCENES[:24])
     ]
     assert np.mean(right) >= 0.95
 
@@ -102,7 +109,7 @@ def test_another_prompt_is_right_by_chance_only() -> None:
 
 
 def test_shuffling_leaves_no_prompt_with_its_picture() -> None:
-    moved = score.shuffled(SCENES)
+    moved = score.shuffle_scenes(SCENES)
     assert sorted(scene.caption for scene in moved) == sorted(scene.caption for scene in SCENES)
     assert not any(ours is theirs for ours, theirs in zip(SCENES, moved))
 
@@ -127,30 +134,30 @@ def test_only_what_is_wrong_fails(scene: scenes.Scene) -> None:
     ground = visible(scenes.BACKGROUNDS, scene.background, [thing.rgb for thing in scene.objects])
     colour = visible(scenes.COLOURS, thing.colour, [scene.background_rgb])
     shape = "ring" if thing.shape == "circle" else "circle"
-    assert failed(scene, draw.render(scene)) == set()
-    assert failed(scene, draw.render(replace(scene, background_rgb=ground))) == {"background"}
-    assert failed(scene, draw.render(replace(scene, objects=other(scene.objects, rgb=colour)))) == {"colour"}
-    assert failed(scene, draw.render(replace(scene, objects=other(scene.objects, shape=shape)))) == {"shape"}
+    assert failed(scene, draw.render_scene(scene)) == set()
+    assert failed(scene, draw.render_scene(replace(scene, background_rgb=ground))) == {"background"}
+    assert failed(scene, draw.render_scene(replace(scene, objects=other(scene.objects, rgb=colour)))) == {"colour"}
+    assert failed(scene, draw.render_scene(replace(scene, objects=other(scene.objects, shape=shape)))) == {"shape"}
 
 
 def test_size_place_and_number_are_seen() -> None:
     (thing,) = SINGLE.objects
     small = replace(SINGLE, objects=other(SINGLE.objects, radius=scenes.SIZES["small"], pattern="plain"))
-    assert failed(SINGLE, draw.render(small)) == {"size"}
+    assert failed(SINGLE, draw.render_scene(small)) == {"size"}
     place = scenes.POSITIONS["top" if thing.position != "top" else "left"]
-    assert failed(SINGLE, draw.render(replace(SINGLE, objects=other(SINGLE.objects, centre=place)))) == {
+    assert failed(SINGLE, draw.render_scene(replace(SINGLE, objects=other(SINGLE.objects, centre=place)))) == {
         "position"
     }
-    assert failed(PAIR, draw.render(replace(PAIR, objects=PAIR.objects[:1]))) >= {"count", "colour", "shape"}
+    assert failed(PAIR, draw.render_scene(replace(PAIR, objects=PAIR.objects[:1]))) >= {"count", "colour", "shape"}
     twice = replace(SINGLE, objects=(replace(thing, radius=0.15, centre=(0.2, 0.2)),
                                     replace(thing, radius=0.15, centre=(0.8, 0.8))))  # fmt: skip
-    assert {"count", "position"} <= failed(SINGLE, draw.render(twice))
+    assert {"count", "position"} <= failed(SINGLE, draw.render_scene(twice))
 
 
 def test_swapped_colours_of_a_pair_are_wrong() -> None:
     first, second = PAIR.objects
     swapped = replace(PAIR, objects=(replace(first, rgb=second.rgb), replace(second, rgb=first.rgb)))
-    verdict = scene_scoring.score_scene(PAIR, detect_scene(draw.render(swapped)))
+    verdict = scene_scoring.score_scene(PAIR, detect_scene(draw.render_scene(swapped)))
     assert verdict["colour"] == [False, False]
     assert verdict["pair"] == [False]
     assert verdict["shape"] == verdict["position"] == [True, True]
@@ -193,10 +200,10 @@ def test_standard_errors() -> None:
 def test_prompts_are_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scene_scoring, "TRAINED_SEED", scene_scoring.SCORING_SEED)
     monkeypatch.setattr(scene_scoring, "TRAINED_COUNT", 5)
-    scenes, new = scene_scoring.unseen_scenes(10)
+    chosen, new = scene_scoring.unseen_scenes(10)
     trained = [scenes.compose_scene(scene_scoring.SCORING_SEED, number) for number in range(5)]
-    assert not {scene.caption for scene in scenes} & {scene.caption for scene in trained}
-    assert scenes[0] == scenes.compose_scene(scene_scoring.SCORING_SEED, 5)
+    assert not {scene.caption for scene in chosen} & {scene.caption for scene in trained}
+    assert chosen[0] == scenes.compose_scene(scene_scoring.SCORING_SEED, 5)
     monkeypatch.setattr(scene_scoring, "TRAINED_COUNT", 0)
     assert scene_scoring.unseen_scenes(3) == (
         [scenes.compose_scene(scene_scoring.SCORING_SEED, number) for number in range(3)],
@@ -207,7 +214,7 @@ def test_prompts_are_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_zorbos_are_found_with_colour_place_and_ground() -> None:
     told = scene_scoring.compute_rates(
-        [scene_scoring.score_zorbo_scene(scene, detect_zorbo(draw.render(scene))) for scene in ZORBOS]
+        [scene_scoring.score_zorbo_scene(scene, detect_zorbo(draw.render_scene(scene))) for scene in ZORBOS]
     )
     assert min(figures.rate for figures in told.values()) >= 0.99
     taught = {compose_zorbo_scene(number).caption for number in range(scene_scoring.TRAINED_ZORBO_COUNT)}
@@ -215,12 +222,12 @@ def test_zorbos_are_found_with_colour_place_and_ground() -> None:
 
 
 def test_there_is_no_zorbo_in_a_picture_without_one() -> None:
-    assert sum(detect_zorbo(draw.render(scene)) is not None for scene in SCENES[:100]) == 0
+    assert sum(detect_zorbo(draw.render_scene(scene)) is not None for scene in SCENES[:100]) == 0
     assert scene_scoring.score_zorbo_scene(ZORBOS[0], None)["all"] == [False]
 
 
 def test_an_hourglass_among_the_shapes_is_read_as_none_of_them() -> None:
-    told = [scene_scoring.score_scene(scene, detect_scene(draw.render(scene))) for scene in ZORBOS[:8]]
+    told = [scene_scoring.score_scene(scene, detect_scene(draw.render_scene(scene))) for scene in ZORBOS[:8]]
     assert not any(verdict["shape"][0] for verdict in told)
 
 
@@ -235,32 +242,32 @@ def test_an_object_is_assigned_to_the_nearest_place() -> None:
 
 def test_the_sheet_has_a_place_for_each() -> None:
     judged = [scene_scoring.score_scene(scene, reading) for scene, reading in zip(SCENES[:7], READINGS)]
-    page = score.sheet(SCENES[:7], [draw.render(scene) for scene in SCENES[:7]], judged)
+    page = score.make_score_sheet(SCENES[:7], [draw.render_scene(scene) for scene in SCENES[:7]], judged)
     green, red = (np.all(np.asarray(page) == colour, axis=2).sum() for colour in (score.GREEN, score.RED))
     assert green > 50
     assert red == 0
     judged[0]["shape"] = [False]
-    page = score.sheet(SCENES[:7], [draw.render(scene) for scene in SCENES[:7]], judged)
+    page = score.make_score_sheet(SCENES[:7], [draw.render_scene(scene) for scene in SCENES[:7]], judged)
     assert np.all(np.asarray(page) == score.RED, axis=2).any()
 
 
 def test_a_metric_reads_what_it_asked_for() -> None:
-    shapes = METRICS["shapes"](24)
-    truth = [draw.render(scene) for scene in SCENES]
+    shapes = metric("shapes", 24)
+    truth = [draw.render_scene(scene) for scene in SCENES]
     drawn = {scene.caption: picture for scene, picture in zip(SCENES, truth)}
     wanted = [drawn[picture.prompt.text] for picture in shapes.image_specs]
     assert {one.rate for one in shapes.score(wanted).values()} == {1.0}
     assert shapes.score(wanted[1:] + wanted[:1])["all"].rate == 0
-    zorbos = METRICS["zorbo"](None)
+    zorbos = metric("zorbo", None)
     assert len(zorbos.image_specs) == 32
-    found = zorbos.score([draw.render(scene) for scene in ZORBOS])
+    found = zorbos.score([draw.render_scene(scene) for scene in ZORBOS])
     assert found["all"].rate >= 0.99
     assert zorbos.score(truth[:32]) == {"zorbo": (0, 0, 32), "all": (0, 0, 32)}
 
 
 def test_prompts_of_a_metric_are_always_the_same() -> None:
-    few, many = METRICS["zorbo"](4).image_specs, METRICS["zorbo"](9).image_specs
+    few, many = metric("zorbo", 4).image_specs, metric("zorbo", 9).image_specs
     assert many[:4] == few
     assert {picture.size_px for picture in many} == {(128, 128)}
     assert len({picture.seed for picture in many}) == 9
-    assert tuple(METRICS) == constraints.SCORE_NAMES
+    assert METRICS.keys() == IMAGE_METRICS.keys()

@@ -7,8 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from simpletuner.config.schema import ValidationOptions
+from simpletuner.config.constraints import find_errors
+from simpletuner.config.image_metrics import (
+    IMAGE_METRICS,
+    ImageMetricSpec,
+    metric_device_bytes,
+)
+from simpletuner.config.option_catalog import all_options
+from simpletuner.config.schema import RunConfig, ValidationOptions
 from simpletuner.events.event_types import Event, ScoresComputed
+from simpletuner.events.formatting import describe_event
 from simpletuner.validation import image_scoring
 from simpletuner.validation.image_scoring import Scorer
 from simpletuner.validation.prompts import ImageSpec, Prompt
@@ -23,8 +31,9 @@ COUNT = 20  # more than one batch of the sampler
 class Bright:
     """How many pictures are bright; keeps what it was shown."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, unit: str = "share") -> None:
         self.name = name
+        self.unit = unit
         self.image_specs = tuple(
             ImageSpec(Prompt(str(number), f"prompt {number}"), 0, (16, 16), number) for number in range(COUNT)
         )
@@ -82,12 +91,57 @@ def test_no_step_is_scored_twice_across_a_restart() -> None:
 )
 def test_metrics_by_name(named: str, found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_scoring.scene_scoring, "TRAINED_COUNT", 5)
-    chosen = image_scoring.choose_metrics(ValidationOptions(evaluation_type=named, evaluation_prompts=3))
+    options = ValidationOptions(evaluation_type=named, evaluation_prompts=3)
+    chosen = image_scoring.choose_metrics(options, torch.device("cpu"))
     assert [metric.name for metric in chosen] == found
     assert all(len(metric.image_specs) == 3 for metric in chosen)
     texts = image_scoring.metric_texts(chosen, 1.0)
     assert set(texts) == {picture.prompt.text for metric in chosen for picture in metric.image_specs}
     assert ("" in image_scoring.metric_texts(chosen, 2.0)) == bool(found)
+
+
+def test_every_metric_is_declared_once_and_described() -> None:
+    assert image_scoring.METRICS.keys() == IMAGE_METRICS.keys()
+    options = all_options()
+    for name, spec in IMAGE_METRICS.items():
+        assert name in options["evaluation_type"].text
+        assert f"{spec.default_prompts} for {name}" in options["evaluation_prompts"].text
+        assert set(spec.options) <= ValidationOptions.model_fields.keys()
+
+
+def test_a_new_metric_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets its own options and the device, is allowed, counted by the plan, and has its unit."""
+    spec = ImageMetricSpec(
+        unit="similarity",
+        default_prompts=5,
+        needs_device=True,
+        device_bytes=1_700_000_000,
+        options=("evaluation_prompts", "eval_sigma_count"),
+    )
+    received: list[image_scoring.MetricInputs] = []
+
+    def build(inputs: image_scoring.MetricInputs) -> Bright:
+        received.append(inputs)
+        return Bright("agreement", inputs.spec.unit)
+
+    monkeypatch.setitem(IMAGE_METRICS, "agreement", spec)
+    monkeypatch.setitem(image_scoring.METRICS, "agreement", build)
+    options = ValidationOptions(evaluation_type="agreement", eval_sigma_count=3)
+    assert list(find_errors(RunConfig(validation=options), {})) == []
+    assert metric_device_bytes("agreement, zorbo") == 1_700_000_000
+    (metric,) = image_scoring.choose_metrics(options, torch.device("meta"))
+    assert received == [
+        image_scoring.MetricInputs(
+            spec, {"evaluation_prompts": None, "eval_sigma_count": 3}, torch.device("meta")
+        )
+    ]
+    assert received[0].prompt_count == 5
+    events: list[Event] = []
+    scorer(events, metric).score(1, ToyNetwork(), "trained")
+    (scored,) = [event for event in events if isinstance(event, ScoresComputed)]
+    assert scored.unit == "similarity"
+    value = scored.rates["bright"][0]
+    assert f"bright {value:.3f} ± 0.250 similarity" in describe_event(scored)
 
 
 def test_scoring_leaves_training_alone() -> None:

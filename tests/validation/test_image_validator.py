@@ -95,7 +95,7 @@ def test_weights_that_are_broken_are_named(tmp_path: Path) -> None:
     validator(tmp_path, events).generate_images(5, ToyNetwork(float("nan")))
     warned = [event.message for event in events if isinstance(event, WarningIssued)]
     assert len(warned) == 2
-    assert "step 5: cat-0-32x16.png is not finite" in warned[0]
+    assert "step 5: cat-0-32x16.png has values that are not finite" in warned[0]
 
 
 def test_a_full_disk_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

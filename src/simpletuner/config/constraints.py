@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from simpletuner.config import lycoris_config
+from simpletuner.config.image_metrics import IMAGE_METRICS
 from simpletuner.config.optimizer_arguments import parse_optimizer_arguments
 from simpletuner.config.schema import DataOptions, FlowOptions, RunConfig
 from simpletuner.errors import ConfigError
@@ -15,7 +16,6 @@ from simpletuner.events.trackers import TRACKER_NAMES
 GivenOrigins = Mapping[str, str]  # option -> where it was given; defaults are absent
 ConstraintFinding = tuple[str, str]  # option it is reported at, what is wrong
 RESOLUTION_PATTERN = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
-SCORE_NAMES = ("shapes", "zorbo")
 BASE_DERIVED_INITS = (
     "olora",
     "pissa",
@@ -266,14 +266,15 @@ def _check_scoring(run: RunConfig) -> Iterator[ConstraintFinding]:
                 "evaluation_type",
                 "clip needs a second model; held-out loss (an eval dataset) does not",
             )
-        elif name not in SCORE_NAMES and names != ["none"]:
+        elif name not in IMAGE_METRICS and names != ["none"]:
             yield (
                 "evaluation_type",
-                f"{name!r} is not offered; allowed: none, or some of {', '.join(SCORE_NAMES)}",
+                f"{name!r} is not offered; allowed: none, or some of {', '.join(IMAGE_METRICS)}",
             )
     base = run.model.pretrained_model_name_or_path
     own = run.model.model_flavour == "nano" or (base is not None and Path(base).is_dir())
-    if not own and not set(SCORE_NAMES).isdisjoint(names):
+    nano_only = any(name in names for name, spec in IMAGE_METRICS.items() if spec.nano_only)
+    if not own and nano_only:
         what = "is about chroma-nano's pictures; use model_flavour nano, or a folder with a base of its kind"
         yield "evaluation_type", f"{run.validation.evaluation_type} {what}"
 

@@ -166,8 +166,8 @@ class LossEvaluated(Event, kind="evaluated"):
 class ScoresComputed(Event, kind="scored"):
     """What a program reads from the pictures of `prompts` unseen prompts, drawn with the weights of the step.
 
-    metric: as in evaluation_type. weights: "base", "trained" or "ema". rates: name -> (share that is right,
-    its standard error, how many were counted).
+    metric: as in evaluation_type. weights: "base", "trained" or "ema". rates: name -> (value, its standard
+    error, how many were counted). unit: of the values; "share" is a part of 1.
     """
 
     step: int
@@ -175,6 +175,7 @@ class ScoresComputed(Event, kind="scored"):
     weights: str
     prompts: int
     rates: dict[str, tuple[float, float, int]]
+    unit: str = "share"
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,11 @@ def format_rate(per_s: float, unit: str) -> str:
     return f"{per_s:.2f} {unit}/s" if per_s >= 0.5 else f"{1 / per_s:.1f} s/{unit}"
 
 
-def format_percent(rate: float, error: float) -> str:
-    """A share and its standard error: 96 ± 1 %."""
-    return f"{100 * rate:.0f} ± {100 * error:.0f} %"
+def format_score(value: float, error: float, unit: str) -> str:
+    """Return a value and its standard error in its unit: "96 ± 1 %" for a share of 0.96."""
+    if unit == "share":
+        return f"{100 * value:.0f} ± {100 * error:.0f} %"
+    return f"{value:.3f} ± {error:.3f} {unit}"
 
 
 def pick_evenly(steps: Sequence[int], most: int) -> list[int]:
@@ -104,7 +106,8 @@ def describe_event(event: event_types.Event) -> str:
             return f"step {event.step}: {event.split} loss ({event.dataset}) {event.loss:.4f}, {change}{best}"
         case event_types.ScoresComputed():
             told = ", ".join(
-                f"{name} {format_percent(rate, se)}" for name, (rate, se, _) in event.rates.items()
+                f"{name} {format_score(value, error, event.unit)}"
+                for name, (value, error, _) in event.rates.items()
             )
             return f"step {event.step}: {event.metric} in {event.prompts} pictures [{event.weights}]: {told}"
         case event_types.RunFinished():

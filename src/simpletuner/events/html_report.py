@@ -21,7 +21,7 @@ from simpletuner.events.formatting import (
     SmoothedMean,
     describe_event,
     format_duration,
-    format_percent,
+    format_score,
     pick_evenly,
 )
 from simpletuner.events.run_history import ImageKey, RunHistory, read_run_history
@@ -181,12 +181,17 @@ def _render_scores(history: RunHistory) -> str:
         shown = [events[at] for at in pick_evenly(range(len(events)), MAX_COLUMNS)]
         when = [_step_heading(event.step, event.weights == "base") for event in shown]
         names = dict.fromkeys(name for event in shown for name in event.rates)
-        rows = [
-            (name, *(format_percent(*e.rates[name][:2]) if name in e.rates else "" for e in shown))
-            for name in names
-        ]
+        rows = [(name, *(_format_cell(event, name) for event in shown)) for name in names]
         tables.append(_render_table((f"{metric}, {shown[-1].prompts} prompts", *when), rows))
-    return _render_section("Scores: the share of unseen prompts that is right", "".join(tables))
+    return _render_section("Scores on unseen prompts", "".join(tables))
+
+
+def _format_cell(event: ScoresComputed, name: str) -> str:
+    """Return one value of the table of scores; empty where the step has none."""
+    if name not in event.rates:
+        return ""
+    value, error, _ = event.rates[name]
+    return format_score(value, error, event.unit)
 
 
 def _render_images(run_dir: Path, history: RunHistory) -> str:

@@ -140,6 +140,7 @@ def beta(options: FlowOptions) -> QuantileFunction:
 
 
 def identity(sigma: Tensor) -> Tensor:
+    """Return sigma unchanged: a density without a remap."""
     return sigma
 
 

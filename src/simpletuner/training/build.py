@@ -57,7 +57,7 @@ def build_trainer_context(
         emit(NoticeIssued(notice))
     validates = not run.validation.validation_disable
     prompts = validation_prompts.read_prompts(run.validation, base_dir) if validates else ()
-    metrics = image_scoring.choose_metrics(run.validation)
+    metrics = image_scoring.choose_metrics(run.validation, device.device)
     texts = evaluation_texts(run, prompts, metrics)
     prepared = prepare_inputs(run, backends, family, texts, folder, device, emit, closing)
     order = SampleOrder(
@@ -150,6 +150,7 @@ def make_train_schedule(run: RunConfig, batches_per_epoch: int) -> TrainSchedule
 
 
 def learning_rate_of(state: TrainState, schedule: TrainSchedule) -> Callable[[int], float]:
+    """Return the learning rate as a function of the step."""
     return lambda step: optimizers.learning_rate(
         state.optimizer_options, step, schedule.total_steps
     )
@@ -185,6 +186,7 @@ def build_checkpointer(
     folder: RunFolder,
     emit: Emit,
 ) -> Checkpointer:
+    """Connect the checkpointer with everything whose state is saved."""
     return Checkpointer(
         folder,
         run.checkpoint,
@@ -301,6 +303,7 @@ def build_callbacks(
 
 
 def warn_if_best_step_is_not_saved(eval_interval: int, save_interval: int, emit: Emit) -> None:
+    """Warn when a step can be evaluated without being saved."""
     if eval_interval % save_interval:
         emit(
             WarningIssued(

@@ -171,6 +171,7 @@ def build_evaluation_callbacks(
     run_dir: Path,
     emit: Emit,
 ) -> EvaluationCallbacks:
+    """Build the evaluations that the options, prompts and datasets ask for."""
     inference = Inference(
         prepared.family, prepared.constants, device.device, device.weights_dtype, device.autocast
     )
@@ -204,6 +205,7 @@ def build_image_validator(
     run_dir: Path,
     emit: Emit,
 ) -> ImageValidator:
+    """Build the generator of the validation images; odd sizes are rounded with a notice."""
     options = run.validation
     sizes, notices = parse_sizes(
         options.validation_resolution, run.data, prepared.constants.alignment_px
@@ -255,6 +257,7 @@ def build_held_out_evaluator(
 def make_held_out_set(
     run: RunConfig, prepared: PreparedInputs, cached: LatentCacheResult, split: str, count: int
 ) -> HeldOutSet:
+    """Choose `count` fixed samples of a split; their batches are loaded at every measurement."""
     seed, placed = run.training.seed, cached.placed_samples
     micro_batches = fixed_batches(
         placed, choose_samples(placed, count, seed), max(run.training.train_batch_size, 4)

@@ -30,8 +30,8 @@ ExportToCheckpoint = Callable[[Path, int], None]  # folder, step
 class Checkpointer:
     """Saves and restores one run.
 
-    identity: what must be the same for a resumed run to be the same run (base weights, data), besides the
-    config. companions: by name, others who remember (held-out loss).
+    identity: what must be the same for a resumed run to be the same run (base weights, data),
+    besides the config. companions: by name, others who remember (held-out loss).
     """
 
     folder: RunFolder

@@ -1,8 +1,9 @@
 """Moments of AdamW in 8 bits: a code for every number and a float32 scale for every 256 of them.
 
-The codes lie the denser the nearer to 0, over seven decades (dynamic quantisation, arXiv 2110.02861). Between
-two codes the choice is drawn, right on average: the square moves by a thousandth a step, less than half the
-way from code to code, and would stand still if it were rounded to the nearest.
+The codes lie the denser the nearer to 0, over seven decades (dynamic quantisation, arXiv
+2110.02861). Between two codes the choice is drawn, right on average: the square moves by a
+thousandth a step, less than half the way from code to code, and would stand still if it were
+rounded to the nearest.
 """
 
 from __future__ import annotations

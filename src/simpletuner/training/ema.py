@@ -16,8 +16,8 @@ from simpletuner.errors import CheckpointError
 class Ema:
     """shadow <- shadow + (1 - d) * (weights - shadow) after every ema_update_interval-th step.
 
-    d = min(ema_decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that a short run is not mostly its
-    start. shadow: name -> float32, on the CPU or beside the weights.
+    d = min(ema_decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that a short run is not
+    mostly its start. shadow: name -> float32, on the CPU or beside the weights.
     """
 
     def __init__(

@@ -52,9 +52,9 @@ def repository_name(options: PublishingOptions, run_dir: Path) -> str:
 class HubPublisher:
     """One thread that uploads what is offered, in order, each as one commit. failed: why the last was not.
 
-    private: of a repository that is made; into one that is public nothing is put unless private is False.
-    api: the hub's; its token is the one that is logged in, or HF_TOKEN. The repository is made at once, so
-    that a refusal is known at the start.
+    private: of a repository that is made; into one that is public nothing is put unless private is
+    False. api: the hub's; its token is the one that is logged in, or HF_TOKEN. The repository is
+    made at once, so that a refusal is known at the start.
     """
 
     def __init__(

@@ -85,8 +85,8 @@ class TrainerContext:
 
     learning_rate: from a step, counted from 0. load_batch, micro_batch_shape: from the number of a
     micro-batch, counted from 0 over the whole run. resumed_step: steps completed by earlier
-    processes. requested_callbacks: what a user asked for since the last call. consecutive_skipped_steps:
-    steps in a row without an update.
+    processes. requested_callbacks: what a user asked for since the last call.
+    consecutive_skipped_steps: steps in a row without an update.
     """
 
     family: ModelFamily

@@ -31,7 +31,8 @@ MAX_TAGS, MAX_TAG_LENGTH = 200, 60  # the most frequent ones; longer pieces are 
 class RunMetadata:
     """All that is known of a run. base: as Source.name has it. samples: that are trained on.
 
-    prompts: instance prompts of the datasets. epoch: of a step. run_dir: where validation pictures lie.
+    prompts: instance prompts of the datasets. epoch: of a step. run_dir: where validation pictures
+    lie.
     """
 
     run: RunConfig

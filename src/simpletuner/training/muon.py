@@ -1,8 +1,8 @@
 """Muon: momentum whose matrices are orthogonalised before each step (Jordan et al. 2024).
 
-Every singular direction of a matrix then moves alike, which on matrices learns in fewer steps than Adam. The
-update is scaled to the RMS of an Adam step (arXiv 2502.16982), so one learning rate serves both: parameters
-that are not matrices (biases, norms) are Adam's.
+Every singular direction of a matrix then moves alike, which on matrices learns in fewer steps than
+Adam. The update is scaled to the RMS of an Adam step (arXiv 2502.16982), so one learning rate
+serves both: parameters that are not matrices (biases, norms) are Adam's.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
 class Muon(PerParameterOptimizer):
     """Nesterov momentum, orthogonalised, on matrices (one number of state per weight); AdamW on the rest.
 
-    Decay is decoupled and the same for both. momentum: of matrices. betas, eps: of the others. The state has
-    the dtype of the weights; what is bf16 is computed in float32 and rounded stochastically.
+    Decay is decoupled and the same for both. momentum: of matrices. betas, eps: of the others. The
+    state has the dtype of the weights; what is bf16 is computed in float32 and rounded
+    stochastically.
     """
 
     def __init__(

@@ -6,10 +6,10 @@ The order of one step, and why (loop.py runs it):
    divided by the samples of the whole step, so the sum is the gradient of the step's mean loss.
 2. `clip_gradients` once, on the whole gradient: the norm of one micro-batch says nothing about the
    step. It returns the norm before clipping, because that is what is logged and checked.
-3. If the loss and the norm are finite, `apply`. If not, the step is skipped: the optimizer's moments
-   do not see such gradients, which would spoil every later step.
-4. The average (EMA) is updated after `apply` and only then, so it averages weights that existed;
-   a skipped step is not counted in it.
+3. If the loss and the norm are finite, `apply`. If not, the step is skipped: the optimizer's
+   moments do not see such gradients, which would spoil every later step.
+4. The average (EMA) is updated after `apply` and only then, so it averages weights that existed; a
+   skipped step is not counted in it.
 5. `zero_grad` in either case, so that a skipped gradient does not leak into the next step.
 
 A strategy implements steps 1, 2, 3 and 5. The loop knows only the abstract class; a new strategy is
@@ -175,7 +175,7 @@ def optimizer_step_name(options: OptimizerOptions, device: torch.device) -> str:
 def make_optimizer_step(
     name: str, params: Sequence[nn.Parameter], optimizer: Optimizer, options: OptimizerOptions
 ) -> OptimizerStep:
-    """Build the strategy of that name; optimizer state is offloaded where the options ask for it."""
+    """Build the strategy of that name, with offloaded state where the options ask for it."""
     offloaded = is_state_offloaded(options, params[0].device)
     state = OffloadedOptimizerState(optimizer) if offloaded else None
     return OPTIMIZER_STEPS[name](params, optimizer, options, state)
@@ -185,9 +185,9 @@ class SingleParameterStepper:
     """Steps the parameters of an optimizer one by one.
 
     torch's optimizers step a whole group and advance the group's counters (such as the number of
-    the step) in every call. Each call here therefore sees a group of one parameter with the counters
-    of the step's start; `finish_step` writes the advanced counters once, so the state is the same as
-    after one ordinary step.
+    the step) in every call. Each call here therefore sees a group of one parameter with the
+    counters of the step's start; `finish_step` writes the advanced counters once, so the state is
+    the same as after one ordinary step.
     """
 
     def __init__(

@@ -187,10 +187,10 @@ OPTIMIZERS: Mapping[str, Callable[[OptimizerSpec], Optimizer]] = {
 def build_optimizer(options: OptimizerOptions, params: NamedParameters, seed: int) -> Optimizer:
     """Return the optimizer over `params` in their order, in training mode.
 
-    adamw_bf16 holds its moments in the dtype of the weights, adamw_8bit in 2 bytes per weight; both,
-    and muon, round bf16 weights stochastically. lion has betas of its own (0.9, 0.99), not adam_beta1
-    and adam_beta2. prodigy estimates the rate itself: learning_rate is a factor on it, usually 1.
-    muon uses learning_rate for matrices and for the other parameters.
+    adamw_bf16 holds its moments in the dtype of the weights, adamw_8bit in 2 bytes per weight;
+    both, and muon, round bf16 weights stochastically. lion has betas of its own (0.9, 0.99), not
+    adam_beta1 and adam_beta2. prodigy estimates the rate itself: learning_rate is a factor on it,
+    usually 1. muon uses learning_rate for matrices and for the other parameters.
 
     Raises ConfigError when a value of optimizer_config is out of bounds.
     """

@@ -1,7 +1,7 @@
 """Optimizers whose parameters know nothing of each other, and how numbers are rounded to bf16.
 
-A bf16 number keeps 8 bits: an update below 1/256 of the weight would be rounded away every time. Rounding
-up with a chance equal to the lost fraction is right on average (arXiv 2010.06192).
+A bf16 number keeps 8 bits: an update below 1/256 of the weight would be rounded away every time.
+Rounding up with a chance equal to the lost fraction is right on average (arXiv 2010.06192).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def copy_stochastically(target: Tensor, exact: Tensor, noise: torch.Generator) -
 class PerParameterOptimizer(Optimizer, ABC):
     """Steps count in the group. Each parameter of a step has its own noise, drawn on its device.
 
-    Its address is (seed, step, index of the parameter), so a resumed run rounds as an uninterrupted one.
+    Its address is (seed, step, index of the parameter), so a resumed run rounds as an uninterrupted
+    one.
     """
 
     def __init__(self, params: Iterable[Tensor], seed: int, defaults: dict[str, Any]) -> None:

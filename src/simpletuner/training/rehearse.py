@@ -1,8 +1,8 @@
 """A rehearsal: the person's own dataset and options, a few steps, on the bundled model, on the CPU.
 
-It goes through everything a real run goes through (scan, captions, caches, training, pictures, checkpoint,
-stop, resume, export) and lists what would have gone wrong. It needs no weights, no network and no GPU, and
-leaves nothing behind.
+It goes through everything a real run goes through (scan, captions, caches, training, pictures,
+checkpoint, stop, resume, export) and lists what would have gone wrong. It needs no weights, no
+network and no GPU, and leaves nothing behind.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Labels in the letters of the prompt: a font of this computer that has them all, or the nearest spelling."""
+"""Fonts for labels in any script: one of this computer's fonts, or the nearest Latin spelling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import ImageFont
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-# Pillow's own font holds English alone. These are looked up by name where the system keeps its fonts.
+# Pillow's own font has only Latin letters. These are looked up in the system's font folders.
 SYSTEM_FONTS = (
     "DejaVuSans.ttf",
     "NotoSans-Regular.ttf",
@@ -33,7 +33,10 @@ SYSTEM_FONTS = (
 
 
 def renderable_text(text: str, size_px: int) -> tuple[str, Font]:
-    """The text and a font for it. Where no font has every letter: without accents, "?" for what is left."""
+    """Return the text and a font that has all of its letters.
+
+    Where no font has them all, accents are removed and each remaining letter becomes "?".
+    """
     text = unicodedata.normalize("NFC", text)
     for font in _load_fonts(size_px):
         if all(_has_glyph(font, letter) for letter in set(text)):
@@ -49,16 +52,20 @@ def renderable_text(text: str, size_px: int) -> tuple[str, Font]:
 
 @cache
 def _load_fonts(size_px: int) -> tuple[Font, ...]:
-    found = [ImageFont.load_default(size=size_px)]
+    fonts: list[Font] = [ImageFont.load_default(size=size_px)]
     for name in SYSTEM_FONTS:
         try:
-            found.append(ImageFont.truetype(name, size_px))
+            fonts.append(ImageFont.truetype(name, size_px))
         except OSError:
-            continue  # not on this computer
-    return tuple(found)
+            continue  # this computer does not have it
+    return tuple(fonts)
 
 
 @cache
 def _has_glyph(font: Font, letter: str) -> bool:
-    """Fonts draw one and the same box for every letter that they lack; the last code point has none."""
+    """Return whether the font has the letter.
+
+    A font draws the same box for every letter that it lacks. No font has U+10FFFE, so its image is
+    that box.
+    """
     return letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010fffe"))

@@ -1,4 +1,4 @@
-"""Held-out loss: the same samples, sigmas and noise at every step, so that only the weights differ.
+"""Held-out loss: the same samples, sigmas and noise at every step; only the weights differ.
 
 B batch · C latent channels · H W latent side (image px / stride)
 """
@@ -28,9 +28,9 @@ from simpletuner.validation.inference import Inference, eval_mode
 class HeldOutSet:
     """Samples that are measured together.
 
-    split: "eval" decides which step is best; "train" is a frozen part of what is trained on, and the
-    distance between the two is overfitting. dataset: what a person calls it. samples: how many.
-    load: the batches afresh, with posterior-mean latents and the first caption.
+    split: "eval" decides which step is the best; "train" is a fixed part of the training set, and
+    the distance between the two is overfitting. dataset: its name for users. load_batches: yields
+    the batches, with posterior-mean latents and the first caption of each sample.
     """
 
     split: str
@@ -40,7 +40,10 @@ class HeldOutSet:
 
 
 def choose_samples(placed: Sequence[BucketedSample], count: int, seed: int) -> list[int]:
-    """Indices of `count` samples picked by a hash of their id: adding data moves few of them."""
+    """Return the indices of `count` samples, chosen by a hash of their ids.
+
+    Adding data to the dataset changes few of them.
+    """
     ranked = sorted(
         range(len(placed)), key=lambda index: seed_at(seed, "heldout", placed[index].sample.id)
     )
@@ -50,7 +53,7 @@ def choose_samples(placed: Sequence[BucketedSample], count: int, seed: int) -> l
 def fixed_batches(
     placed: Sequence[BucketedSample], indices: Sequence[int], batch_size: int
 ) -> list[MicroBatch]:
-    """The samples by bucket, each with its first caption."""
+    """Return micro-batches of samples of one bucket, each sample with its first caption."""
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index in indices:
         buckets[placed[index].bucket_px].append(index)
@@ -64,12 +67,12 @@ def fixed_batches(
 
 
 def sigma_midpoints(count: int) -> list[float]:
-    """Equidistant sigmas (i + 1/2) / count."""
+    """Return the equidistant sigmas (i + 1/2) / count."""
     return [(index + 0.5) / count for index in range(count)]
 
 
 def fixed_noise(seed: int, sample_id: str, index: int, shape: torch.Size) -> Tensor:
-    """(C, H, W) noise of one sample at its index-th sigma, drawn on the CPU on every device."""
+    """Return the noise (C, H, W) of one sample at its index-th sigma, sampled on the CPU."""
     generator = torch.Generator().manual_seed(seed_at(seed, "heldout-noise", sample_id, index))
     return torch.randn(shape, generator=generator)
 
@@ -77,10 +80,10 @@ def fixed_noise(seed: int, sample_id: str, index: int, shape: torch.Size) -> Ten
 def paired_change(
     losses: Mapping[str, float], baseline: Mapping[str, float]
 ) -> tuple[float, float]:
-    """(mean, standard error) of loss - baseline over the samples in both.
+    """Return the mean of loss - baseline over the samples in both, and its standard error.
 
-    The spread between easy and hard pictures cancels in the pairs. A single pair has no standard error;
-    0 is given for it.
+    The spread between easy and hard images cancels in the pairs. The standard error of a single
+    pair is given as 0.
     """
     differences = [loss - baseline[sample] for sample, loss in losses.items() if sample in baseline]
     if not differences:
@@ -92,9 +95,10 @@ def paired_change(
 
 
 class HeldOutEvaluator:
-    """Measures sets of samples; remembers their losses at the first measurement and the best step.
+    """Measures sets of samples; stores the losses of the first measurement, and the best step.
 
-    The loss is the plain mean squared error of the velocity, whatever loss trains, so that runs compare.
+    The loss is the mean squared error of the velocity, whatever loss_type trains, so that runs can
+    be compared.
     """
 
     def __init__(
@@ -111,28 +115,35 @@ class HeldOutEvaluator:
         self._best_step_samples: list[str] = []
 
     def evaluate(self, transformer: nn.Module, step: int, emit: Emit) -> bool:
-        """Measure every set and tell; True when the eval loss is the lowest so far."""
-        measured = [(one, self._measure(transformer, one, emit)) for one in self.sets]
-        held_out = {
-            sample: statistics.fmean(samples[sample])
-            for one, samples in measured
-            if one.split == "eval"
-            for sample in sorted(samples)
+        """Measure every set and emit the losses; return whether the eval loss is the lowest yet."""
+        measured = [
+            (held_out_set, self._measure(transformer, held_out_set, emit))
+            for held_out_set in self.sets
+        ]
+        eval_losses = {
+            sample: statistics.fmean(losses[sample])
+            for held_out_set, losses in measured
+            if held_out_set.split == "eval"
+            for sample in sorted(losses)
         }
-        loss, among = statistics.fmean(held_out.values()) if held_out else math.inf, list(held_out)
-        if self._best_step_samples not in ([], among):
-            self.best_step, self.best_loss = None, math.inf  # it was chosen on other pictures
-        best = loss < self.best_loss
-        self._best_step_samples, self.last_step = among, step
-        if best:
+        loss = statistics.fmean(eval_losses.values()) if eval_losses else math.inf
+        samples = list(eval_losses)
+        if self._best_step_samples not in ([], samples):
+            # The eval dataset changed since then, so the losses cannot be compared.
+            self.best_step, self.best_loss = None, math.inf
+        is_best = loss < self.best_loss
+        self._best_step_samples = samples
+        self.last_step = step
+        if is_best:
             self.best_step, self.best_loss = step, loss
-        for one, samples in measured:
-            if samples:
-                emit(self._summary(one, samples, step, best and one.split == "eval"))
-        return best
+        for held_out_set, losses in measured:
+            if losses:
+                best = is_best and held_out_set.split == "eval"
+                emit(self._summary(held_out_set, losses, step, best))
+        return is_best
 
     def state_dict(self) -> dict[str, object]:
-        """JSON-able: what a resumed run needs to go on comparing with step 0."""
+        """Return, as JSON, what a resumed run needs to compare with step 0."""
         loss = self.best_loss if math.isfinite(self.best_loss) else None
         return {
             "baseline": self._baseline,
@@ -148,18 +159,19 @@ class HeldOutEvaluator:
         self.last_step, self._best_step_samples = state.get("last_step"), state.get("among", [])
 
     def _summary(
-        self, one: HeldOutSet, samples: Mapping[str, list[float]], step: int, best: bool
+        self, held_out_set: HeldOutSet, samples: Mapping[str, list[float]], step: int, best: bool
     ) -> LossEvaluated:
         means = {sample: statistics.fmean(losses) for sample, losses in samples.items()}
-        baseline = self._baseline.setdefault(f"{one.split}/{one.dataset}", means)
+        key = f"{held_out_set.split}/{held_out_set.dataset}"
+        baseline = self._baseline.setdefault(key, means)
         by_sigma = zip(
             self.sigmas, map(statistics.fmean, zip(*samples.values(), strict=True)), strict=True
         )
         loss = statistics.fmean(means.values())
         return LossEvaluated(
             step,
-            one.dataset,
-            one.split,
+            held_out_set.dataset,
+            held_out_set.split,
             loss,
             *paired_change(means, baseline),
             tuple(by_sigma),
@@ -167,15 +179,17 @@ class HeldOutEvaluator:
         )
 
     def _measure(
-        self, transformer: nn.Module, one: HeldOutSet, emit: Emit
+        self, transformer: nn.Module, held_out_set: HeldOutSet, emit: Emit
     ) -> dict[str, list[float]]:
-        """Loss by sample id, one number per sigma; a sample's numbers don't depend on its batch."""
+        """Return the losses of each sample id, one per sigma; they do not depend on the batch."""
         losses: dict[str, list[float]] = {}
         with (
             eval_mode(transformer),
-            StageReporter(emit, f"evaluate {one.split}", one.sample_count, "samples") as stage,
+            StageReporter(
+                emit, f"evaluate {held_out_set.split}", held_out_set.sample_count, "samples"
+            ) as stage,
         ):
-            for batch in one.load_batches():
+            for batch in held_out_set.load_batches():
                 columns = [
                     self._losses(transformer, batch, index) for index in range(len(self.sigmas))
                 ]
@@ -187,7 +201,7 @@ class HeldOutEvaluator:
         return losses
 
     def _losses(self, transformer: nn.Module, batch: Batch, index: int) -> Tensor:
-        """(B,) float64 at the index-th sigma."""
+        """Return the losses of a batch at the index-th sigma, (B,) float64."""
         device = self.inference.device
         latents = batch.latents.to(device)
         noise = torch.stack(

@@ -1,7 +1,7 @@
-"""What a program reads from a run's pictures of prompts that nobody trained on: rates of what is right.
+"""Image metrics: scores that a program computes from images of prompts that nobody trained on.
 
-A metric brings its own prompts and its own eyes. It is no judge of beauty and needs no second model: either
-a picture has what its prompt says, or it has not.
+A metric has its own prompts and its own way to read an image. The two metrics here need no second
+model: an image either shows what its prompt asks for, or it does not. They do not measure beauty.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from simpletuner.config.image_metrics import (
+    IMAGE_METRICS,
+    ImageMetricSpec,
+    parse_metric_names,
+)
 from simpletuner.config.schema import ValidationOptions
 from simpletuner.events.event_types import Emit, ScoresComputed
 from simpletuner.events.stage_reporter import StageReporter
@@ -29,19 +34,42 @@ from simpletuner.validation.validation_images import pixels_to_image
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One way to score. name: as evaluation_type says it. pictures: what it wants drawn, always the same.
+class MetricInputs:
+    """What a metric is built from.
 
-    judge: the rates of the pictures, given in that order.
+    options: the values of the options that its row of IMAGE_METRICS names. device: where its model
+    runs; None for a metric that needs no device.
+    """
+
+    spec: ImageMetricSpec
+    options: Mapping[str, Any]
+    device: torch.device | None
+
+    @property
+    def prompt_count(self) -> int:
+        return self.options["evaluation_prompts"] or self.spec.default_prompts
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One way to score images.
+
+    name: as in evaluation_type. unit: of the values. image_specs: the images to generate, the same
+    at every step. score: values by name from the images, given in the order of image_specs.
     """
 
     name: str
+    unit: str
     image_specs: tuple[ImageSpec, ...]
     score: Callable[[Sequence[Image.Image]], Mapping[str, Rate]]
 
 
 def _scene_image_specs(scenes: Sequence[Scene]) -> tuple[ImageSpec, ...]:
-    """A scene's number is its noise's, so the first prompts of many are those of few."""
+    """Return one image per scene.
+
+    The number of a scene gives the seed of its noise, so the images of a short list are the first
+    images of a long one.
+    """
     return tuple(
         ImageSpec(
             Prompt(f"{number:03d}", scene.caption),
@@ -53,62 +81,68 @@ def _scene_image_specs(scenes: Sequence[Scene]) -> tuple[ImageSpec, ...]:
     )
 
 
-def shapes_metric(count: int | None) -> Metric:
-    """Chroma-nano's own world, in captions that no picture of its training has. None: 64 prompts."""
-    scenes, new = scene_scoring.unseen_scenes(count or 64)
+def shapes_metric(inputs: MetricInputs) -> Metric:
+    """Score scenes of chroma-nano's own world, with captions that its training never had."""
+    scenes, are_new = scene_scoring.unseen_scenes(inputs.prompt_count)
 
-    def judge(drawn: Sequence[Image.Image]) -> Mapping[str, Rate]:
-        asked = zip(scenes, drawn, new, strict=True)
+    def score(images: Sequence[Image.Image]) -> Mapping[str, Rate]:
         return scene_scoring.compute_rates(
             [
-                scene_scoring.score_scene(scene, detect_scene(picture), fresh)
-                for scene, picture, fresh in asked
+                scene_scoring.score_scene(scene, detect_scene(image), is_new)
+                for scene, image, is_new in zip(scenes, images, are_new, strict=True)
             ]
         )
 
-    return Metric("shapes", _scene_image_specs(scenes), judge)
+    return Metric("shapes", inputs.spec.unit, _scene_image_specs(scenes), score)
 
 
-def zorbo_metric(count: int | None) -> Metric:
-    """The example's concept, in prompts that are not the example's. None: 32 prompts."""
-    scenes = scene_scoring.unseen_zorbo_scenes(count or 32)
+def zorbo_metric(inputs: MetricInputs) -> Metric:
+    """Score the concept of the packaged example, in prompts that the example does not train on."""
+    scenes = scene_scoring.unseen_zorbo_scenes(inputs.prompt_count)
 
-    def judge(drawn: Sequence[Image.Image]) -> Mapping[str, Rate]:
-        asked = zip(scenes, drawn, strict=True)
+    def score(images: Sequence[Image.Image]) -> Mapping[str, Rate]:
         return scene_scoring.compute_rates(
             [
-                scene_scoring.score_zorbo_scene(scene, detect_zorbo(picture))
-                for scene, picture in asked
+                scene_scoring.score_zorbo_scene(scene, detect_zorbo(image))
+                for scene, image in zip(scenes, images, strict=True)
             ]
         )
 
-    return Metric("zorbo", _scene_image_specs(scenes), judge)
+    return Metric("zorbo", inputs.spec.unit, _scene_image_specs(scenes), score)
 
 
-METRICS: dict[str, Callable[[int | None], Metric]] = {
+# The code of each metric; IMAGE_METRICS has its unit, memory and options under the same name.
+METRICS: dict[str, Callable[[MetricInputs], Metric]] = {
     "shapes": shapes_metric,
     "zorbo": zorbo_metric,
 }
 
 
-def choose_metrics(options: ValidationOptions) -> tuple[Metric, ...]:
-    """The metrics of evaluation_type, each once."""
-    names = dict.fromkeys(name.strip() for name in options.evaluation_type.split(","))
-    return tuple(METRICS[name](options.evaluation_prompts) for name in names if name != "none")
+def choose_metrics(options: ValidationOptions, device: torch.device) -> tuple[Metric, ...]:
+    """Build the metrics of evaluation_type, each once. device: for those that need one."""
+    values = options.model_dump()
+    metrics = []
+    for name in parse_metric_names(options.evaluation_type):
+        spec = IMAGE_METRICS[name]
+        own_options = {option: values[option] for option in spec.options}
+        own_device = device if spec.needs_device else None
+        metrics.append(METRICS[name](MetricInputs(spec, own_options, own_device)))
+    return tuple(metrics)
 
 
 def metric_texts(metrics: Sequence[Metric], guidance: float) -> tuple[str, ...]:
-    """Every text that must be encoded before the metrics can be drawn."""
+    """Return every text that must be encoded before the images of the metrics can be generated."""
     return prompt_texts(
-        [picture.prompt for metric in metrics for picture in metric.image_specs], guidance
+        [image_spec.prompt for metric in metrics for image_spec in metric.image_specs], guidance
     )
 
 
 @dataclass
 class Scorer:
-    """Draws what the metrics ask for, in memory, and tells what they read.
+    """Generates the images of the metrics in memory and emits their scores.
 
-    rows, decoder: as Validator has them; the VAE is held only while it decodes.
+    text_embedding: a text to its (L, D) rows. load_decoder: loads the VAE, which is in memory only
+    while it decodes.
     """
 
     inference: Inference
@@ -121,33 +155,48 @@ class Scorer:
     _last_scored_step: dict[str, int] = field(default_factory=dict, init=False)
 
     def score(self, step: int, transformer: nn.Module, weights: str) -> None:
-        """Score the weights that are in the transformer now, once a step. weights: what they are."""
+        """Score the weights that are in the transformer now; does nothing if the step was scored.
+
+        weights: the name of these weights, "base", "trained" or "ema".
+        """
         for metric in self.metrics:
             if self._last_scored_step.get(metric.name) == step:
                 continue
-            rates = metric.score(self._generate_images(metric, transformer))
-            told = {name: (one.rate, one.standard_error, one.total) for name, one in rates.items()}
-            self.emit(ScoresComputed(step, metric.name, weights, len(metric.image_specs), told))
+            rates = {
+                name: (rate.rate, rate.standard_error, rate.total)
+                for name, rate in metric.score(self._generate_images(metric, transformer)).items()
+            }
+            prompts = len(metric.image_specs)
+            self.emit(ScoresComputed(step, metric.name, weights, prompts, rates, metric.unit))
             self._last_scored_step[metric.name] = step
 
     def _generate_images(self, metric: Metric, transformer: nn.Module) -> list[Image.Image]:
-        """Latents of all first, which weigh little; then they are decoded in batches."""
-        latents, how = [], (self.inference, transformer, metric.image_specs, self.text_embedding)
+        """Generate all latents first, which are small; then decode them in batches."""
+        all_latents = []
         with StageReporter(
             self.emit, f"score {metric.name}", len(metric.image_specs), "pictures"
         ) as stage:
-            for _, one in generate_latents(*how, steps=self.steps, guidance=self.guidance):
-                latents.append(torch.nan_to_num(one))
+            for _, latents in generate_latents(
+                self.inference,
+                transformer,
+                metric.image_specs,
+                self.text_embedding,
+                steps=self.steps,
+                guidance=self.guidance,
+            ):
+                all_latents.append(torch.nan_to_num(latents))
                 stage.advance()
             decode = self.load_decoder()
             return [
                 pixels_to_image(pixels)
-                for start in range(0, len(latents), MAX_BATCH_IMAGES)
-                for pixels in decode(torch.cat(latents[start : start + MAX_BATCH_IMAGES])).split(1)
+                for start in range(0, len(all_latents), MAX_BATCH_IMAGES)
+                for pixels in decode(
+                    torch.cat(all_latents[start : start + MAX_BATCH_IMAGES])
+                ).split(1)
             ]
 
     def state_dict(self) -> dict[str, object]:
-        """JSON-able: the last step of each metric, so that a resumed run repeats none."""
+        """Return the last scored step of each metric, so that a resumed run repeats none (JSON)."""
         return {"done": self._last_scored_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

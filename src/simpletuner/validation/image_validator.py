@@ -1,4 +1,4 @@
-"""Validation as one object: the training loop says when, everything else is decided here."""
+"""Generate the validation images of a run, and update its contact sheets."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ BASE_STEP = 0
 
 @dataclass
 class ImageValidator:
-    """Draws a run's pictures and keeps its sheets up to date.
+    """Generates the images of a step, and updates the contact sheets.
 
-    pictures: as `prompts.pictures` lists them. rows: a text to its (L, D) rows, from the text cache.
-    decoder: makes the function from latents (1, C, H, W) to pixels (1, 3, H px, W px). The VAE behind it
-    is held only while pictures are drawn: between them its memory is training's.
-    strengths: others of the LoRA than its own, at which the last step's pictures are drawn too.
+    image_specs: from `prompts.make_image_specs`. text_embedding: a text to its (L, D) rows, from
+    the text cache. load_decoder: returns the function from latents (1, C, H, W) to pixels (1, 3, H
+    px, W px). Its VAE is loaded only while images are generated, so that training has the memory in
+    between. extra_strengths: strengths of the LoRA other than 1, at which the images of the last
+    step are generated too.
     """
 
     inference: Inference
@@ -49,19 +50,20 @@ class ImageValidator:
     _verified: set[Path] = field(default_factory=set, init=False, repr=False)
 
     def generate_images(self, step: int, transformer: nn.Module, weights: str = "trained") -> None:
-        """Draw every picture with the weights that are in the transformer now; then the sheets.
+        """Generate every image with the weights that are in the transformer now; then the sheets.
 
-        weights: "base" (step is 0), "trained", "ema" or `at(strength)`; the caller has seen to it.
-        Pictures that are there already, whole and made the same way, are not drawn again.
+        weights: the name of these weights: "base" (at step 0), "trained", "ema" or
+        `strength_label(strength)`. Images that are complete on disk, generated with the same
+        settings, are not generated again.
         """
         if not self.image_specs:
             return
         missing = []
-        for picture in self.image_specs:
-            if is_generated(self.run_dir, picture, self.settings, step, weights):
-                self._emit_image(picture, step, weights)
+        for image_spec in self.image_specs:
+            if is_generated(self.run_dir, image_spec, self.settings, step, weights):
+                self._emit_image(image_spec, step, weights)
             else:
-                missing.append(picture)
+                missing.append(image_spec)
         if missing:
             self._generate_missing(missing, transformer, step, weights)
         self._update_sheets(step)
@@ -69,9 +71,9 @@ class ImageValidator:
     def _generate_missing(
         self, missing: Sequence[ImageSpec], transformer: nn.Module, step: int, weights: str
     ) -> None:
-        """Decoded one by one, which bounds the memory of the VAE."""
+        """Generate the missing images; they are decoded one by one, to bound the VAE's memory."""
         steps, guidance = self.settings.steps, self.settings.guidance
-        drawn = generate_latents(
+        generated = generate_latents(
             self.inference,
             transformer,
             missing,
@@ -81,48 +83,57 @@ class ImageValidator:
         )
         with StageReporter(self.emit, "draw", len(missing), "pictures") as stage:
             decode = self.load_decoder()
-            for picture, latents in drawn:
-                path = image_path(self.run_dir, picture, step, weights)
+            for image_spec, latents in generated:
+                path = image_path(self.run_dir, image_spec, step, weights)
                 if not torch.isfinite(latents).all():
-                    what = (
-                        f"step {step}: {path.name} is not finite: broken weights or number format"
+                    self.emit(
+                        WarningIssued(
+                            f"step {step}: {path.name} has values that are not finite; the weights "
+                            "are damaged, or the dtype has too small a range"
+                        )
                     )
-                    self.emit(WarningIssued(what))
                 image = pixels_to_image(decode(torch.nan_to_num(latents)))
                 save_png(
                     image,
                     path,
-                    image_metadata(picture, self.settings, step=str(step), weights=weights),
+                    image_metadata(image_spec, self.settings, step=str(step), weights=weights),
                 )
-                self._emit_image(picture, step, weights)
+                self._emit_image(image_spec, step, weights)
                 stage.advance()
 
-    def _emit_image(self, picture: ImageSpec, step: int, weights: str) -> None:
-        name = image_path(self.run_dir, picture, step, weights).relative_to(self.run_dir).as_posix()
-        prompt = picture.prompt
+    def _emit_image(self, image_spec: ImageSpec, step: int, weights: str) -> None:
+        path = image_path(self.run_dir, image_spec, step, weights)
         self.emit(
-            ImageSaved(step, prompt.id, prompt.text, name, picture.seed, *picture.size_px, weights)
+            ImageSaved(
+                step,
+                image_spec.prompt.id,
+                image_spec.prompt.text,
+                path.relative_to(self.run_dir).as_posix(),
+                image_spec.seed,
+                *image_spec.size_px,
+                weights,
+            )
         )
 
     def _update_sheets(self, step: int) -> None:
-        """One row per picture, one more where there is an average; before_after is base above newest."""
+        """Write sheet.png, and before_after.png as soon as there is something to compare.
+
+        sheet.png has one row per image, and a second one where there is an average.
+        """
         images = self.run_dir / "images"
-        found = [folder.name[5:] for folder in images.glob("step-*")]
-        numbers = [
-            number for number in sorted(map(int, filter(str.isdigit, found))) if number <= step
-        ]
+        numbers = self._steps_on_disk(step)
         rows = {
-            (picture.stem, weights): {
+            (image_spec.stem, weights): {
                 number: path
                 for number in numbers
-                if (path := self._existing_image(picture, number, weights))
+                if (path := self._existing_image(image_spec, number, weights))
             }
-            for picture in self.image_specs
+            for image_spec in self.image_specs
             for weights in ("trained", "ema")
         }
         steps = sorted({number for cells in rows.values() for number in cells})
         titles = {number: _step_title(number) for number in pick_evenly(steps, MAX_COLUMNS)}
-        prompts = {picture.stem: picture.prompt.text for picture in self.image_specs}
+        prompts = {image_spec.stem: image_spec.prompt.text for image_spec in self.image_specs}
         table = [
             SheetRow(stem + " (average)" * (weights == "ema"), prompts[stem], cells)
             for (stem, weights), cells in rows.items()
@@ -132,10 +143,23 @@ class ImageValidator:
         if len(steps) < 2 or steps[0] != BASE_STEP:
             return
         columns = {
-            picture.stem: picture.prompt.text or picture.stem
-            for picture in self.image_specs[:MAX_COLUMNS]
+            image_spec.stem: image_spec.prompt.text or image_spec.stem
+            for image_spec in self.image_specs[:MAX_COLUMNS]
         }
-        last, model = steps[-1], self.settings.model
+        compared = self._comparison_rows(rows, steps[-1])
+        self._emit_sheet(step, write_contact_sheet(compared, columns, images / "before_after.png"))
+
+    def _steps_on_disk(self, last_step: int) -> list[int]:
+        """Return the steps up to `last_step` that have a folder of images, in order."""
+        names = [folder.name[5:] for folder in (self.run_dir / "images").glob("step-*")]
+        numbers = sorted(map(int, filter(str.isdigit, names)))
+        return [number for number in numbers if number <= last_step]
+
+    def _comparison_rows(
+        self, rows: dict[tuple[str, str], dict[int, Path]], last_step: int
+    ) -> list[SheetRow]:
+        """Return the rows of before_after.png: the base, the last step, and the other strengths."""
+        model = self.settings.model
         compared = [
             SheetRow(
                 label,
@@ -146,28 +170,29 @@ class ImageValidator:
                     if number in cells
                 },
             )
-            for label, number in (("before", BASE_STEP), ("after", last))
+            for label, number in (("before", BASE_STEP), ("after", last_step))
         ]
         for strength in self.extra_strengths:
-            shown = {
-                picture.stem: self._existing_image(picture, last, strength_label(strength))
-                for picture in self.image_specs
+            label = strength_label(strength)
+            paths = {
+                image_spec.stem: self._existing_image(image_spec, last_step, label)
+                for image_spec in self.image_specs
             }
-            cells = {stem: path for stem, path in shown.items() if path}
+            cells = {stem: path for stem, path in paths.items() if path}
             if cells:
-                compared.append(
-                    SheetRow(
-                        f"after, {strength_label(strength)}", f"{model}, {_step_title(last)}", cells
-                    )
-                )
-        self._emit_sheet(step, write_contact_sheet(compared, columns, images / "before_after.png"))
+                detail = f"{model}, {_step_title(last_step)}"
+                compared.append(SheetRow(f"after, {label}", detail, cells))
+        return compared
 
-    def _existing_image(self, picture: ImageSpec, step: int, weights: str) -> Path | None:
-        """The file of the picture if this run drew it; every weights' first column is the base."""
+    def _existing_image(self, image_spec: ImageSpec, step: int, weights: str) -> Path | None:
+        """Return the file of the image if this run generated it, else None.
+
+        At step 0 it is the image of the base, whatever the weights.
+        """
         kind = "base" if step == BASE_STEP else weights
-        path = image_path(self.run_dir, picture, step, kind)
+        path = image_path(self.run_dir, image_spec, step, kind)
         if path not in self._verified and is_generated(
-            self.run_dir, picture, self.settings, step, kind
+            self.run_dir, image_spec, self.settings, step, kind
         ):
             self._verified.add(path)
         return path if path in self._verified else None
@@ -177,7 +202,7 @@ class ImageValidator:
 
 
 def strength_label(strength: float) -> str:
-    """What the weights are called when the LoRA acts at another strength than its own."""
+    """Return the name of the weights when the LoRA acts at a strength other than 1."""
     return f"strength {strength:g}"
 
 

@@ -1,4 +1,4 @@
-"""How a transformer is run outside training: eval mode, no gradient, the device's dtype.
+"""The transformer outside training: eval mode, no gradients, the dtype of the device.
 
 B batch · C latent channels · H W latent side (image px / stride) · L text tokens · D text width
 """
@@ -18,7 +18,11 @@ from simpletuner.models.family import ArchitectureConstants, ModelFamily
 
 @dataclass(frozen=True)
 class Inference:
-    """dtype: of the text rows as the transformer takes them. precision: the autocast of training, if any."""
+    """What a prediction needs besides the weights.
+
+    text_dtype: of the text rows that the transformer gets. autocast: the context of training, if
+    any.
+    """
 
     family: ModelFamily
     constants: ArchitectureConstants
@@ -29,14 +33,14 @@ class Inference:
     def predict_velocity(
         self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch
     ) -> Tensor:
-        """Velocity (B, C, H, W) float32; text is already on the device."""
+        """Return the velocity (B, C, H, W) float32; text must be on the device already."""
         with self.autocast():
             return self.family.predict_velocity(transformer, x_sigma, sigma, text).float()
 
 
 @contextmanager
 def eval_mode(transformer: nn.Module) -> Iterator[None]:
-    """No gradient and eval mode inside; each module gets its own mode back afterwards."""
+    """Disable gradients and set eval mode; every module gets its own mode back afterwards."""
     training = [module for module in transformer.modules() if module.training]
     transformer.eval()
     try:

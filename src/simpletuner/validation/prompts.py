@@ -1,4 +1,4 @@
-"""What validation draws: prompts, sizes, and the list of pictures they make together."""
+"""Validation prompts, image sizes, and the list of images that they give together."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from simpletuner.config.schema import DataOptions, ValidationOptions
 from simpletuner.errors import ConfigError, Problem
 
 PROMPT_FIELDS = ("prompt", "caption", "negative_prompt", "seed")
-MAX_ID_LENGTH = (
-    48  # characters; with the rest of the file name under 255 bytes even in four-byte letters
-)
+# Characters. With the rest of the name, a file name has less than 255 bytes even when every letter
+# takes four bytes in UTF-8.
+MAX_ID_LENGTH = 48
 MAX_SIDE_PX = 4096
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to draw. id: unique, safe as the start of a file name. seed: None = the run's."""
+    """One prompt. id: unique, safe as the start of a file name. seed: None for the run's seed."""
 
     id: str
     text: str
@@ -34,9 +34,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """One picture to draw. seed alone addresses its noise, so `generate --seed` can draw it again.
+    """One image to generate.
 
-    number: counts pictures of the same prompt and size from 0. size_px: (width, height).
+    Its noise depends only on seed and size, so `generate --seed` can generate it again. number:
+    counts the images of the same prompt and size from 0. size_px: (width, height).
     """
 
     prompt: Prompt
@@ -50,10 +51,12 @@ class ImageSpec:
 
 
 def read_prompts(options: ValidationOptions, base_dir: Path) -> tuple[Prompt, ...]:
-    """validation_prompt first (id "validation"), then the library in its order; ids are unique.
+    """Return validation_prompt (id "validation"), then the prompts of the library in its order.
 
-    base_dir: the folder in which a relative user_prompt_library is looked up before the working directory.
-    Refuses with ConfigError, every problem of the library at once, each with line and column.
+    The ids are unique. base_dir: the folder in which a relative user_prompt_library is looked up,
+    before the working directory.
+
+    Raises ConfigError with all problems of the library at once, each with line and column.
     """
     prompts = []
     if options.validation_prompt:
@@ -67,7 +70,7 @@ def read_prompts(options: ValidationOptions, base_dir: Path) -> tuple[Prompt, ..
 
 
 def prompt_texts(prompts: Sequence[Prompt], guidance: float) -> tuple[str, ...]:
-    """Every text that must be encoded to draw the prompts, each once; negatives only where used."""
+    """Return every text that must be encoded, each once; negative prompts only if they are used."""
     texts = [prompt.text for prompt in prompts]
     if guidance > 1:
         texts += [prompt.negative for prompt in prompts]
@@ -77,7 +80,7 @@ def prompt_texts(prompts: Sequence[Prompt], guidance: float) -> tuple[str, ...]:
 def make_image_specs(
     prompts: Sequence[Prompt], sizes: Sequence[tuple[int, int]], count: int, seed: int
 ) -> tuple[ImageSpec, ...]:
-    """Every prompt at every size, `count` times with consecutive seeds; equal sizes are neighbours."""
+    """Return every prompt at every size, `count` times with consecutive seeds, ordered by size."""
     return tuple(
         ImageSpec(prompt, number, size, (seed if prompt.seed is None else prompt.seed) + number)
         for size in sizes
@@ -89,34 +92,37 @@ def make_image_specs(
 def parse_sizes(
     text: str | None, data: DataOptions, alignment_px: int, option: str = "validation_resolution"
 ) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
-    """Sizes (width, height) from "512", "512x768" or a comma list; None = the square that is trained on.
+    """Return sizes (width, height), and a notice for every size that was rounded.
 
-    Sides become the nearest multiples of alignment_px; every change is told in the notes handed back.
-    Refuses with ConfigError what is not whole pixels between alignment_px and LARGEST_SIDE_PX.
+    text: "512", "512x768" or a comma-separated list; None for the square that is trained on. Sides
+    are rounded to the nearest multiples of alignment_px.
+
+    Raises ConfigError for a size that is not in whole pixels from alignment_px to MAX_SIDE_PX.
     """
     sizes: dict[tuple[int, int], None] = {}
-    notes, problems = [], []
+    notices: list[str] = []
+    problems: list[Problem] = []
     for part in (text or _default_size(data)).split(","):
-        found = re.fullmatch(r"\s*(\d{1,6})\s*(?:[xX×]\s*(\d{1,6})\s*)?", part)
-        sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:[xX×]\s*(\d{1,6})\s*)?", part)
+        sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not all(alignment_px <= side <= MAX_SIDE_PX for side in sides):
             allowed = f"pixels from {alignment_px} to {MAX_SIDE_PX}, one side or WIDTHxHEIGHT"
             problems.append(Problem(option, f"{part.strip()!r} is not a size: {allowed}"))
             continue
         width, height = (round(side / alignment_px) * alignment_px for side in sides)
         if (width, height) != sides:
-            asked = f"{sides[0]}x{sides[1]}"
-            notes.append(
-                f"pictures of {asked} px are drawn at {width}x{height}, multiples of {alignment_px}"
+            notices.append(
+                f"validation images of {sides[0]}x{sides[1]} px are generated at {width}x{height}: "
+                f"sides are multiples of {alignment_px}"
             )
         sizes[width, height] = None
     if problems:
         raise ConfigError(problems)
-    return tuple(sizes), tuple(notes)
+    return tuple(sizes), tuple(notices)
 
 
 def _default_size(data: DataOptions) -> str:
-    """Resolution counts megapixels when resolution_type is area, else it is the side in pixels."""
+    """Return the side of the trained square; resolution_type area counts in megapixels."""
     if data.resolution_type == "area":
         return str(round(math.sqrt(data.resolution * 1e6)))
     return str(round(data.resolution))
@@ -124,10 +130,11 @@ def _default_size(data: DataOptions) -> str:
 
 def _read_library(name: str, base_dir: Path, negative: str) -> list[Prompt]:
     given = Path(name).expanduser()
-    path = next((place for place in (base_dir / given, given) if place.is_file()), None)
+    candidates = (base_dir / given, given)
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
-        what = f"{name!r} is not a file (looked in {base_dir} and in the working directory)"
-        raise ConfigError([Problem("user_prompt_library", what)])
+        message = f"{name!r} is not a file (looked in {base_dir} and in the working directory)"
+        raise ConfigError([Problem("user_prompt_library", message)])
     document = read_document(path, str(path))
     if not isinstance(document.value, dict):
         raise ConfigError(
@@ -139,18 +146,20 @@ def _read_library(name: str, base_dir: Path, negative: str) -> list[Prompt]:
     for shortname, value in document.value.items():
         file_id = safe_file_name(shortname)
         fields: Any = {"prompt": value} if isinstance(value, str) else value
-        found = list(_prompt_problems(fields))
+        field_problems = list(_prompt_problems(fields))
         if not file_id:
-            found.append(((), "the name has no letter or digit to call a file by"))
+            field_problems.append(((), "the name has no letter or digit, so it gives no file name"))
         elif file_id.casefold() in taken:
             other = taken[file_id.casefold()]
-            found.append(((), f"its file name would be that of {other!r}; choose another name"))
+            field_problems.append(
+                ((), f"the file name would be the same as for {other!r}; choose another name")
+            )
         taken[file_id.casefold()] = shortname
         problems += [
-            Problem(document.location_of((shortname, *place)), f"{shortname!r}: {what}")
-            for place, what in found
+            Problem(document.location_of((shortname, *field_path)), f"{shortname!r}: {message}")
+            for field_path, message in field_problems
         ]
-        if not found:
+        if not field_problems:
             text = fields.get("prompt", fields.get("caption"))
             prompts.append(
                 Prompt(file_id, text, fields.get("negative_prompt", negative), fields.get("seed"))
@@ -161,12 +170,12 @@ def _read_library(name: str, base_dir: Path, negative: str) -> list[Prompt]:
 
 
 def _prompt_problems(fields: Any) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What is wrong with one entry of the library: (place inside it, sentence)."""
+    """Yield the problems of one entry of the library: (path of the field inside it, message)."""
     if not isinstance(fields, dict):
         yield (), 'must be a prompt, or {"prompt": ..., "negative_prompt": ..., "seed": ...}'
         return
     for field in sorted(fields.keys() - set(PROMPT_FIELDS)):
-        hint = did_you_mean(field, PROMPT_FIELDS) or f"; known are {', '.join(PROMPT_FIELDS)}"
+        hint = did_you_mean(field, PROMPT_FIELDS) or f"; allowed are {', '.join(PROMPT_FIELDS)}"
         yield (field,), f"unknown field {field!r}{hint}"
     if ("prompt" in fields) == ("caption" in fields):
         yield (), "needs the field 'prompt' (or 'caption', not both)"
@@ -175,11 +184,14 @@ def _prompt_problems(fields: Any) -> Iterator[tuple[tuple[str, ...], str]]:
             yield (field,), f"{field} must be text, not {fields[field]!r}"
     seed = fields.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        yield ("seed",), f"seed must be a whole number from 0, not {seed!r}"
+        yield ("seed",), f"seed must be a whole number, 0 or larger, not {seed!r}"
 
 
 def safe_file_name(shortname: str) -> str:
-    """Letters, digits, "_", "." and "-" of the name; never a path, a hidden file or empty space."""
+    """Return the name with only letters, digits, "_", "." and "-".
+
+    The result is never a path or the name of a hidden file; it may be empty.
+    """
     name = unicodedata.normalize("NFC", shortname)
     cleaned = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
     return re.sub(r"-{2,}", "-", cleaned).strip(".-")[:MAX_ID_LENGTH].rstrip(".-")

@@ -1,4 +1,4 @@
-"""From noise to latents: the solver of training's own path, and classifier-free guidance.
+"""Generate latents from noise: Euler steps along the training path, classifier-free guidance.
 
 B batch · C latent channels · H W latent side (image px / stride) · L text tokens · D text width
 """
@@ -18,16 +18,23 @@ from simpletuner.randomness import seed_at
 from simpletuner.validation.inference import Inference, eval_mode
 from simpletuner.validation.prompts import ImageSpec
 
-# Small pictures share a forward pass as long as it holds no more pixels than one of 1024 x 1024:
-# the memory of a batch is then never above that of the picture people plan for.
+# Small images share a forward pass as long as it holds no more pixels than one image of
+# 1024 x 1024: a batch then never needs more memory than the largest common image.
 MAX_BATCH_PIXELS = 1024 * 1024
 MAX_BATCH_IMAGES = 16
 
 
-def initial_noise(facts: ArchitectureConstants, seed: int, size_px: tuple[int, int]) -> Tensor:
-    """(C, H, W) standard normal, a pure function of seed and size; drawn on the CPU on every device."""
+def initial_noise(constants: ArchitectureConstants, seed: int, size_px: tuple[int, int]) -> Tensor:
+    """Return standard normal noise (C, H, W), a pure function of seed and size.
+
+    It is sampled on the CPU, so it is the same on every device.
+    """
     width, height = size_px
-    shape = (facts.latent_channels, height // facts.stride_px, width // facts.stride_px)
+    shape = (
+        constants.latent_channels,
+        height // constants.stride_px,
+        width // constants.stride_px,
+    )
     generator = torch.Generator().manual_seed(seed_at(seed, "picture", width, height))
     return torch.randn(shape, generator=generator)
 
@@ -42,15 +49,19 @@ def denoise(
     guidance: float = 1.0,
     negative_rows: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Latents (B, C, H, W) float32 on the CPU from noise (B, C, H, W), by Euler over sigma 1 -> 0.
+    """Return latents (B, C, H, W) float32 on the CPU, by Euler steps from sigma 1 to 0.
 
-    text_rows, negative_rows: one (L_i, D) each. Guidance above 1 takes
-    v = v_negative + guidance (v_text - v_negative), both halves in one batch (Ho & Salimans 2022);
-    at 1 and below the negative rows are not looked at.
+    noise: (B, C, H, W). text_rows, negative_rows: one tensor (L_i, D) per image. Guidance above 1
+    uses v = v_negative + guidance (v_text - v_negative), both halves in one batch
+    (Ho & Salimans 2022). At 1 and below the negative rows are not used.
+
+    Raises ValueError when guidance is above 1 and negative_rows is None.
     """
     guided = guidance > 1
     if guided and negative_rows is None:
-        raise ValueError("guidance above 1 needs the rows of a negative prompt")
+        raise ValueError(
+            "guidance above 1 needs negative_rows, the embeddings of the negative prompts"
+        )
     rows = [*text_rows, *(negative_rows or ())] if guided else list(text_rows)
     text = TextBatch.stack(rows).to(inference.device, inference.text_dtype)
 
@@ -60,8 +71,8 @@ def denoise(
         predicted = inference.predict_velocity(transformer, doubled, sigmas, text)
         if not guided:
             return predicted
-        wanted, unwanted = predicted.chunk(2)
-        return unwanted + guidance * (wanted - unwanted)
+        positive, negative = predicted.chunk(2)
+        return negative + guidance * (positive - negative)
 
     with eval_mode(transformer):
         return solve_euler(
@@ -72,33 +83,37 @@ def denoise(
 def generate_latents(
     inference: Inference,
     transformer: nn.Module,
-    pictures: Sequence[ImageSpec],
-    rows: Callable[[str], Tensor],
+    image_specs: Sequence[ImageSpec],
+    text_embedding: Callable[[str], Tensor],
     *,
     steps: int,
     guidance: float,
 ) -> Iterator[tuple[ImageSpec, Tensor]]:
-    """Each picture with its latents (1, C, H, W), neighbours of equal size drawn in one batch.
+    """Yield each image with its latents (1, C, H, W); neighbours of equal size share a batch.
 
-    rows: a text to its (L, D) rows. A picture in a batch equals the picture drawn alone up to rounding.
+    text_embedding: a text to its (L, D) rows. An image from a batch equals the same image generated
+    alone, up to rounding.
     """
-    for size, group in groupby(pictures, key=lambda picture: picture.size_px):
-        same = list(group)
+    for size, group in groupby(image_specs, key=lambda image_spec: image_spec.size_px):
+        same_size = list(group)
         pixels = size[0] * size[1] * (2 if guidance > 1 else 1)
         per_pass = max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // pixels))
-        for start in range(0, len(same), per_pass):
-            batch = same[start : start + per_pass]
-            drawn = denoise(
+        for start in range(0, len(same_size), per_pass):
+            batch = same_size[start : start + per_pass]
+            latents = denoise(
                 inference,
                 transformer,
-                [rows(picture.prompt.text) for picture in batch],
+                [text_embedding(image_spec.prompt.text) for image_spec in batch],
                 torch.stack(
-                    [initial_noise(inference.constants, picture.seed, size) for picture in batch]
+                    [
+                        initial_noise(inference.constants, image_spec.seed, size)
+                        for image_spec in batch
+                    ]
                 ),
                 steps=steps,
                 guidance=guidance,
-                negative_rows=[rows(picture.prompt.negative) for picture in batch]
+                negative_rows=[text_embedding(image_spec.prompt.negative) for image_spec in batch]
                 if guidance > 1
                 else None,
             )
-            yield from zip(batch, drawn.split(1), strict=True)
+            yield from zip(batch, latents.split(1), strict=True)

@@ -1,4 +1,4 @@
-"""Pictures on disk: PNG files that say how they were made."""
+"""Validation images on disk: PNG files with the settings that generated them as metadata."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from simpletuner.validation.prompts import ImageSpec
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How every picture of a run is drawn. model: what a person calls it.
+    """Settings that all images of a run share.
 
-    identity: changes when the same step would be other weights (another base, another training), so that
-    pictures of an earlier run in the same folder are neither kept nor shown.
+    model: the name that users know. identity: differs when the same step would have other weights
+    (another base model, another training), so that images of an earlier run in the same folder are
+    neither reused nor shown.
     """
 
     steps: int
@@ -32,28 +33,35 @@ class GenerationSettings:
 
 
 def pixels_to_image(pixels: Tensor) -> Image.Image:
-    """(1, 3, H, W) in [-1, 1] -> an 8-bit picture; values outside are cut, not-a-number is grey."""
+    """Convert (1, 3, H, W) in [-1, 1] to an 8-bit image.
+
+    Values outside the range are clipped; NaN becomes grey.
+    """
     levels = (torch.nan_to_num(pixels[0].float(), nan=0.0).clamp(-1, 1) + 1) * 127.5
     return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
-def image_metadata(picture: ImageSpec, settings: GenerationSettings, **more: str) -> dict[str, str]:
-    """What the file says of itself. "parameters" is the line that other programs read back.
+def image_metadata(
+    image_spec: ImageSpec, settings: GenerationSettings, **more: str
+) -> dict[str, str]:
+    """Return the metadata of an image file. "parameters" is the line that other programs read.
 
-    more: what only this picture has, such as its step.
+    more: values of this image only, such as its step.
     """
-    prompt, (width, height) = picture.prompt, picture.size_px
+    prompt = image_spec.prompt
+    width, height = image_spec.size_px
     negative = prompt.negative if settings.guidance > 1 else ""
     parameters = prompt.text + (f"\nNegative prompt: {negative}" if negative else "")
     parameters += (
-        f"\nSteps: {settings.steps}, Sampler: Euler, CFG scale: {settings.guidance:g}, Seed: {picture.seed}, "
-        f"Size: {width}x{height}, Model: {settings.model}, Version: simpletuner {__version__}"
+        f"\nSteps: {settings.steps}, Sampler: Euler, CFG scale: {settings.guidance:g}, "
+        f"Seed: {image_spec.seed}, Size: {width}x{height}, Model: {settings.model}, "
+        f"Version: simpletuner {__version__}"
     )
-    said = {
+    metadata = {
         "parameters": parameters,
         "prompt": prompt.text,
         "negative_prompt": negative,
-        "seed": str(picture.seed),
+        "seed": str(image_spec.seed),
         "steps": str(settings.steps),
         "guidance": f"{settings.guidance:g}",
         "size": f"{width}x{height}",
@@ -61,23 +69,26 @@ def image_metadata(picture: ImageSpec, settings: GenerationSettings, **more: str
         "identity": settings.identity,
         **more,
     }
-    return {key: value for key, value in said.items() if value}
+    return {key: value for key, value in metadata.items() if value}
 
 
 def read_image_metadata(path: Path) -> dict[str, str]:
-    """The text inside a PNG; empty when there is no readable picture."""
+    """Return the text chunks of a PNG; empty when the file is not a readable image."""
     try:
         with Image.open(path) as image:
             image.load()
             return {
                 str(key): str(value) for key, value in image.info.items() if isinstance(value, str)
             }
-    except (OSError, SyntaxError, ValueError):  # Pillow's three ways to say that a PNG is damaged
+    except (OSError, SyntaxError, ValueError):  # Pillow raises one of three for a damaged PNG
         return {}
 
 
 def save_png(image: Image.Image, path: Path, description: Mapping[str, str] | None = None) -> None:
-    """The whole picture or nothing is found at path, whenever the process ends."""
+    """Write the image completely or not at all, whenever the process ends.
+
+    Raises DiskFull when there is no space left.
+    """
     chunks = PngImagePlugin.PngInfo()
     for key, value in (description or {}).items():
         chunks.add_text(key, value)
@@ -89,23 +100,25 @@ def save_png(image: Image.Image, path: Path, description: Mapping[str, str] | No
     except OSError as error:
         temporary.unlink(missing_ok=True)
         if error.errno == errno.ENOSPC:
-            raise DiskFull(f"no space left on the disk for the picture {path}") from error
+            raise DiskFull(f"no space left on the disk for the image {path}") from error
         raise
 
 
-def image_path(run_dir: Path, picture: ImageSpec, step: int, weights: str) -> Path:
-    """images/step-000500/<prompt id>-<number>-<W>x<H>.png; the average's end in -ema.png, those of a LoRA
-    at another strength in -strength-0.5.png.
+def image_path(run_dir: Path, image_spec: ImageSpec, step: int, weights: str) -> Path:
+    """Return images/step-000500/<prompt id>-<number>-<W>x<H>.png.
+
+    Images of the averaged weights end in -ema.png, those of a LoRA at another strength in, for
+    example, -strength-0.5.png.
     """
     ending = "" if weights in ("base", "trained") else f"-{weights.replace(' ', '-')}"
-    return run_dir / "images" / f"step-{step:06d}" / f"{picture.stem}{ending}.png"
+    return run_dir / "images" / f"step-{step:06d}" / f"{image_spec.stem}{ending}.png"
 
 
 def is_generated(
-    run_dir: Path, picture: ImageSpec, settings: GenerationSettings, step: int, weights: str
+    run_dir: Path, image_spec: ImageSpec, settings: GenerationSettings, step: int, weights: str
 ) -> bool:
-    """Is exactly this picture there, whole?"""
-    path = image_path(run_dir, picture, step, weights)
+    """Return whether exactly this image is on disk, and complete."""
+    path = image_path(run_dir, image_spec, step, weights)
     return read_image_metadata(path) == image_metadata(
-        picture, settings, step=str(step), weights=weights
+        image_spec, settings, step=str(step), weights=weights
     )

@@ -58,8 +58,9 @@ def measure_fake_step(
 
     Of `memory`, what is recomputed; nothing waits on the host. The moving average is left out.
 
-    The adapter is attached on the meta device, where the network is; the rest runs on fake tensors of the
-    CPU: those of CUDA abort where there is none, and on meta attention keeps all S x S scores.
+    The adapter is attached on the meta device, where the network is; the rest runs on fake tensors
+    of the CPU: those of CUDA abort where there is none, and on meta attention keeps all S x S
+    scores.
     """
     network = sketch.transformer
     with torch.random.fork_rng(devices=[]):

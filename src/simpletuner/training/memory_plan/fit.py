@@ -1,7 +1,8 @@
 """Ways to run the same training in less memory, by what they cost: the fastest that fits, and the runners-up.
 
-The cost model: operations over half the device's peak, the quantised bases' extra for unpacking weights, and
-weights that come over the bus beside the blocks' own time. It ranks; it does not promise seconds.
+The cost model: operations over half the device's peak, the quantised bases' extra for unpacking
+weights, and weights that come over the bus beside the blocks' own time. It ranks; it does not
+promise seconds.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def checkpointing_option(count: int, blocks: int) -> bool | int:
 class MemoryConfigSearch:
     """The ways of one run: predicted with every block kept and with every block recomputed, counted between.
 
-    settled: the precisions stay the run's own. About, not exact: a block's share is taken to be the same for
-    all.
+    settled: the precisions stay the run's own. About, not exact: a block's share is taken to be the
+    same for all.
     """
 
     def __init__(

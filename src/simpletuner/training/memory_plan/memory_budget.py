@@ -25,7 +25,8 @@ CGROUP_PATH = Path("/sys/fs/cgroup")
 class MemoryBudget:
     """Where a run is planned. kind: "cuda", "mps" or "cpu". peak: FLOP/s.
 
-    Free bytes, None where nobody can say: device, the accelerator's, or the host's again on a CPU; host.
+    Free bytes, None where nobody can say: device, the accelerator's, or the host's again on a CPU;
+    host.
     """
 
     name: str
@@ -91,8 +92,8 @@ def free_host_bytes() -> int | None:
 def find_disk_shortages(run: RunConfig, needed: Mapping[str, int]) -> list[tuple[Path, int, int]]:
     """(folder, needed, free) of each disk with too little space; needed: as in Prediction.disk.
 
-    What is there already counts as written: a resumed run replaces its checkpoints, and a base that was
-    converted before is read again.
+    What is there already counts as written: a resumed run replaces its checkpoints, and a base that
+    was converted before is read again.
     """
     output = Path(run.training.output_dir).expanduser()
     there = sum(file.stat().st_size for file in output.glob("checkpoint-*/**/*") if file.is_file())

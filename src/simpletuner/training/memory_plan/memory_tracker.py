@@ -35,9 +35,9 @@ FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
 class MemoryTrackerMode(TorchDispatchMode):
     """Each storage counts from the operation that made it until Python's last reference to it is gone.
 
-    part: what new storages belong to outside of `step`. peak: bytes by part at the highest moment since
-    `restart`. Numbers that code reads off a tensor are 1: empty tensors have none, and no branch of a step
-    depends on more than their being finite.
+    part: what new storages belong to outside of `step`. peak: bytes by part at the highest moment
+    since `restart`. Numbers that code reads off a tensor are 1: empty tensors have none, and no
+    branch of a step depends on more than their being finite.
     """
 
     def __init__(self, granule: int) -> None:

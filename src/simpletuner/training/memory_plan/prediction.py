@@ -49,9 +49,9 @@ ASSUMED_ASPECT = (3, 2)  # aspect for a size that names the shorter edge
 class MemoryPrediction:
     """Bytes by what they are for. Counted exactly: parts. By constants of this module: allowances.
 
-    before: device bytes of what is loaded, used and dropped before training. moved: bytes between host and
-    device in a step. flops: of a step. trained: parameters. feed: what was assumed of the data. assumed: the
-    published shape stands for a model whose config is not at hand.
+    before: device bytes of what is loaded, used and dropped before training. moved: bytes between
+    host and device in a step. flops: of a step. trained: parameters. feed: what was assumed of the
+    data. assumed: the published shape stands for a model whose config is not at hand.
     """
 
     kind: str
@@ -92,8 +92,8 @@ def predict_memory(
 ) -> MemoryPrediction:
     """By running the step on empty tensors, or from what was measured so before.
 
-    framings: of the datasets, none for the config's own size. kind: "cuda", "mps" or "cpu" to plan for
-    another device than the one here. memory: instead of what the options say.
+    framings: of the datasets, none for the config's own size. kind: "cuda", "mps" or "cpu" to plan
+    for another device than the one here. memory: instead of what the options say.
     """
     kind = kind or select_device(run.model).device.type
     sketch, memory, feed, granule = planning_inputs(run, family, framings, kind, memory)
@@ -174,7 +174,8 @@ def is_worth_planning(
 ) -> bool:
     """Whether a prediction is at hand, or the base so large that a few seconds for one are nothing.
 
-    Not of a repository that was never read: it may hold a smaller one, and must not be refused for that.
+    Not of a repository that was never read: it may hold a smaller one, and must not be refused for
+    that.
     """
     sketch, memory, feed, granule = planning_inputs(run, family, framings, kind, None)
     if sketch.may_differ_from_published:

@@ -49,9 +49,9 @@ def preflight_check(
 ) -> RunConfig:
     """The same run, its "auto" settled. ConfigError when device, host or a disk has too little room.
 
-    within: a size, or "" for what is free: the fastest way that fits takes the place of the run's own.
-    before: options of the checkpoint that it goes on from.
-    Of a small base whose plan is not known nothing is said: it would not be noticed in any memory.
+    within: a size, or "" for what is free: the fastest way that fits takes the place of the run's
+    own. before: options of the checkpoint that it goes on from. Of a small base whose plan is not
+    known nothing is said: it would not be noticed in any memory.
     """
     family = registry.get_family(run.model.model_family)
     room = detect_budget(select_device(run.model))

@@ -1,4 +1,5 @@
-"""The world of chroma-nano: plain shapes on plain grounds, their words, and eyes that read them back.
+"""The world of chroma-nano: plain shapes on plain backgrounds, their captions, and a detector.
 
-`recipes/nano` draws its pictures; here is what a run needs to score itself, without torch.
+`recipes/nano` renders its images. This package has what a run needs to score its own images; it
+does not use torch.
 """

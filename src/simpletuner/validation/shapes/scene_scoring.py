@@ -1,33 +1,34 @@
-"""What is asked for, and how much of it a picture has.
+"""Compare the scene that a prompt describes with the scene that was detected in the image.
 
-Colour, position and shape are counted per object, size per object whose size is said, the rest per prompt.
-pair: colour, position and shape of both objects right. all: everything said is right and nothing else is
-there. all_new: the same, over combinations that no training picture has. Of a zorbo, `zorbo` is there, `all`
-is there and as said; the others are over the pictures that have one.
+Colour, position and shape are counted per object, size per object whose caption gives a size, and
+the rest per prompt. pair: colour, position and shape of both objects are right. all: everything in
+the caption is right, and the image has nothing else. all_new: the same, over combinations that no
+training image has. For zorbos: `zorbo` means that the image has one, `all` that it is also as
+described; the other rates are over the images that have one.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from simpletuner.validation.shapes.detection import DetectedObject, DetectedScene
 from simpletuner.validation.shapes.scenes import POSITIONS, Scene, SceneObject, compose_scene
 from simpletuner.validation.shapes.zorbo import compose_zorbo_scene
 
-SCORING_SEED = 61  # no picture of it is trained on
+SCORING_SEED = 61  # no training image uses it
 TRAINED_SEED, TRAINED_COUNT = 1, 20_000
-NOISE_SEED = 61_000  # of the first prompt; counts up
-TRAINED_ZORBO_COUNT = 16  # the lesson's pictures before this one are the example's
+NOISE_SEED = 61_000  # of the first prompt; the others count up from it
+TRAINED_ZORBO_COUNT = 16  # the first zorbo scenes are the training images of the example
 
-# what was asked -> right or wrong, once per prompt or once per object in the order of the prompt
+# Attribute -> right or wrong, once per prompt, or once per object in the order of the prompt.
 SceneScores = dict[str, list[bool]]
 
 
 class Rate(NamedTuple):
-    """A share of what was counted, its standard error, and over how many."""
+    """The value of a metric (here a fraction), its standard error, and how many were counted."""
 
     rate: float
     standard_error: float
@@ -35,92 +36,107 @@ class Rate(NamedTuple):
 
 
 def unseen_scenes(count: int) -> tuple[list[Scene], list[bool]]:
-    """Scenes whose captions no training picture has, and whether their meaning is new too."""
+    """Return scenes whose captions no training image has, and whether their content is new too."""
     trained = [compose_scene(TRAINED_SEED, number) for number in range(TRAINED_COUNT)]
-    captions, meanings = (
-        {scene.caption for scene in trained},
-        {scene_key(scene) for scene in trained},
-    )
+    captions = {scene.caption for scene in trained}
+    contents = {scene_key(scene) for scene in trained}
     scenes = (compose_scene(SCORING_SEED, number) for number in itertools.count())
     chosen = list(
         itertools.islice((scene for scene in scenes if scene.caption not in captions), count)
     )
-    return chosen, [scene_key(scene) not in meanings for scene in chosen]
+    return chosen, [scene_key(scene) not in contents for scene in chosen]
 
 
 def unseen_zorbo_scenes(count: int) -> list[Scene]:
+    """Return zorbo scenes that are not among the training images of the example."""
     return [compose_zorbo_scene(TRAINED_ZORBO_COUNT + number) for number in range(count)]
 
 
 def scene_key(scene: Scene) -> tuple[object, ...]:
-    """A scene without its wording and its jitter."""
-    things = [(one.shape, one.colour, one.size, one.position, one.pattern) for one in scene.objects]
-    return (scene.background, *sorted(things))
+    """Return the content of a scene, without its wording and its jitter."""
+    objects = [
+        (item.shape, item.colour, item.size, item.position, item.pattern) for item in scene.objects
+    ]
+    return (scene.background, *sorted(objects))
 
 
-def score_scene(scene: Scene, reading: DetectedScene, new: bool = False) -> SceneScores:
-    """new: no training picture has this combination."""
-    pairs = list(zip(scene.objects, match_objects(scene.objects, reading.objects)))
-    verdict: SceneScores = {
-        "background": [reading.background == scene.background],
-        "count": [len(reading.objects) == len(scene.objects)],
-        "colour": [seen is not None and seen.colour == thing.colour for thing, seen in pairs],
-        "position": [seen is not None and seen.position == thing.position for thing, seen in pairs],
-        "size": [
-            seen is not None and seen.size == thing.size for thing, seen in pairs if thing.size
-        ],
-        "shape": [seen is not None and seen.shape == thing.shape for thing, seen in pairs],
+def score_scene(scene: Scene, detected: DetectedScene, is_new: bool = False) -> SceneScores:
+    """Score one image. is_new: whether no training image has this combination."""
+    pairs = list(zip(scene.objects, match_objects(scene.objects, detected.objects)))
+
+    def matches(attribute: Callable[[SceneObject | DetectedObject], str]) -> list[bool]:
+        return [
+            found is not None and attribute(found) == attribute(wanted)
+            for wanted, found in pairs
+            if attribute(wanted)
+        ]
+
+    scores: SceneScores = {
+        "background": [detected.background == scene.background],
+        "count": [len(detected.objects) == len(scene.objects)],
+        "colour": matches(lambda item: item.colour),
+        "position": matches(lambda item: item.position),
+        "size": matches(lambda item: item.size),  # the caption of a pair gives no sizes
+        "shape": matches(lambda item: item.shape),
     }
-    whole = all(itertools.chain.from_iterable(verdict.values()))
-    both = all(all(verdict[name]) for name in ("colour", "position", "shape"))
-    return verdict | {
-        "pair": [both] * (len(pairs) == 2),
-        "all": [whole],
-        "all_new": [whole] if new else [],
+    all_right = all(itertools.chain.from_iterable(scores.values()))
+    pair_right = all(all(scores[name]) for name in ("colour", "position", "shape"))
+    return scores | {
+        "pair": [pair_right] * (len(pairs) == 2),
+        "all": [all_right],
+        "all_new": [all_right] if is_new else [],
     }
 
 
 def match_objects(
-    things: Sequence[SceneObject], seen: Sequence[DetectedObject]
+    wanted: Sequence[SceneObject], detected: Sequence[DetectedObject]
 ) -> list[DetectedObject | None]:
-    """For each thing of the prompt an object or None: of the largest ones, the nearest to its place."""
+    """Return for each object of the prompt a detected one, or None.
+
+    Only the largest detected objects are used, in the order with the smallest sum of distances from
+    the positions that the prompt asks for.
+    """
     largest: list[DetectedObject | None] = [
-        *seen[: len(things)],
-        *[None] * (len(things) - len(seen)),
+        *detected[: len(wanted)],
+        *[None] * (len(wanted) - len(detected)),
     ]
 
-    def away(order: Iterable[DetectedObject | None]) -> float:
+    def total_distance(order: Iterable[DetectedObject | None]) -> float:
         return sum(
-            math.dist(POSITIONS[thing.position], one.centre)
-            for thing, one in zip(things, order)
-            if one
+            math.dist(POSITIONS[item.position], found.centre)
+            for item, found in zip(wanted, order)
+            if found
         )
 
-    return list(min(itertools.permutations(largest), key=away))
+    return list(min(itertools.permutations(largest), key=total_distance))
 
 
-def score_zorbo_scene(scene: Scene, found: DetectedScene | None) -> SceneScores:
-    if found is None:
+def score_zorbo_scene(scene: Scene, detected: DetectedScene | None) -> SceneScores:
+    """Score one image. detected: None where the image has no zorbo."""
+    if detected is None:
         return {"zorbo": [False], "background": [], "colour": [], "position": [], "all": [False]}
-    thing, seen = scene.objects[0], found.objects[0]
-    said = {
+    wanted, found = scene.objects[0], detected.objects[0]
+    scores = {
         "zorbo": [True],
-        "background": [found.background == scene.background],
-        "colour": [seen.colour == thing.colour],
-        "position": [seen.position == thing.position],
+        "background": [detected.background == scene.background],
+        "colour": [found.colour == wanted.colour],
+        "position": [found.position == wanted.position],
     }
-    return said | {"all": [all(itertools.chain.from_iterable(said.values()))]}
+    return scores | {"all": [all(itertools.chain.from_iterable(scores.values()))]}
 
 
-def compute_rates(verdicts: Sequence[SceneScores]) -> dict[str, Rate]:
-    """By name; what was never counted is absent. Objects of one prompt are not taken for independent."""
-    told = {}
-    for name in dict.fromkeys(itertools.chain.from_iterable(verdicts)):
-        counts = [(sum(verdict.get(name, ())), len(verdict.get(name, ()))) for verdict in verdicts]
-        of = sum(count for _, count in counts)
-        if of == 0:
+def compute_rates(scores: Sequence[SceneScores]) -> dict[str, Rate]:
+    """Return the rates by name; a name that was never counted is absent.
+
+    The standard error does not treat the objects of one prompt as independent.
+    """
+    rates = {}
+    for name in dict.fromkeys(itertools.chain.from_iterable(scores)):
+        counts = [(sum(image.get(name, ())), len(image.get(name, ()))) for image in scores]
+        total = sum(count for _, count in counts)
+        if total == 0:
             continue
-        rate = sum(right for right, _ in counts) / of
-        error = math.sqrt(sum((right - rate * count) ** 2 for right, count in counts)) / of
-        told[name] = Rate(rate, error, of)
-    return told
+        rate = sum(right for right, _ in counts) / total
+        error = math.sqrt(sum((right - rate * count) ** 2 for right, count in counts)) / total
+        rates[name] = Rate(rate, error, total)
+    return rates

@@ -1,4 +1,4 @@
-"""What chroma-nano's pictures show and how it is said. A scene is a pure function of (seed, number)."""
+"""The scenes and captions of chroma-nano; each is a pure function of (seed, number)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BACKGROUNDS: dict[str, Rgb] = {
     "teal": (15, 105, 110),
     "olive": (112, 112, 45),
 }
-SIZES = {"big": 0.285, "small": 0.155}  # radius as a share of the side
+SIZES = {"big": 0.285, "small": 0.155}  # radius as a fraction of the image side
 PAIR_RADIUS = 0.19
 POSITIONS: dict[str, Point] = {
     "centre": (0.5, 0.5),
@@ -52,7 +52,7 @@ POSITIONS: dict[str, Point] = {
     "bottom": (0.5, 0.685),
 }
 PAIRS = (("left", "right"), ("top", "bottom"))
-PAIR_SPREAD = 1.32  # how much farther from the middle the two of a pair stand
+PAIR_SPREAD = 1.32  # the objects of a pair are farther from the centre by this factor
 POSITION_PHRASES = {
     "centre": ("in the centre", "in the middle"),
     "left": ("on the left", "on the left side"),
@@ -61,12 +61,12 @@ POSITION_PHRASES = {
     "bottom": ("at the bottom", "near the bottom"),
 }
 PATTERNS = ("plain", "striped", "dotted")
-MIN_CONTRAST = 95.0  # least RGB distance between an object and what lies under it
+MIN_CONTRAST = 95.0  # smallest RGB distance between an object and the background
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object. radius and centre: shares of the picture's side. angle: radians from upright."""
+    """One object. radius, centre: fractions of the image side. angle: radians from upright."""
 
     shape: str
     colour: str
@@ -81,7 +81,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything in one picture and the words for it."""
+    """The content of one image, and its caption."""
 
     background: str
     background_rgb: Rgb
@@ -89,35 +89,38 @@ class Scene:
     caption: str
 
 
-def random_generator(seed: int, purpose: str, *where: int | str) -> np.random.Generator:
-    """A fresh generator for one address."""
-    return np.random.Generator(np.random.Philox(seed_at(seed, purpose, *where)))
+def random_generator(seed: int, purpose: str, *address: int | str) -> np.random.Generator:
+    """Return a new generator for one address; see randomness.seed_at."""
+    return np.random.Generator(np.random.Philox(seed_at(seed, purpose, *address)))
 
 
 def pick(rng: np.random.Generator, choices: Sequence[str]) -> str:
+    """Return one of the choices, each with the same probability."""
     return choices[int(rng.integers(len(choices)))]
 
 
 def circle_outline(radius: float = 1.0, centre: Point = (0.0, 0.0)) -> list[Point]:
+    """Return a polygon of 72 corners."""
     turns = np.linspace(0, 2 * math.pi, 72, endpoint=False)
     return [(centre[0] + radius * math.cos(t), centre[1] + radius * math.sin(t)) for t in turns]
 
 
 def star_outline() -> list[Point]:
-    """Every other of ten corners lies farther in."""
+    """Return ten corners, every second one nearer to the centre."""
     turns = [(0.42 if i % 2 else 1.0, -math.pi / 2 + 2 * math.pi * i / 10) for i in range(10)]
     return [(r * math.cos(a), r * math.sin(a)) for r, a in turns]
 
 
 def heart_outline() -> list[Point]:
+    """Return the heart curve as a polygon of 90 corners, scaled to radius 1."""
     turns = np.linspace(0, 2 * math.pi, 90, endpoint=False)
     x = 16 * np.sin(turns) ** 3
     y = -(13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns))
     return [(float(a) / 17, float(b + 2.5) / 17) for a, b in zip(x, y)]
 
 
-CROSS_ARM = 0.34  # half the width of a cross's arm
-# name -> (outline that is filled, outline that is cut out), in units of the radius, y downwards
+CROSS_ARM = 0.34  # half of the width of an arm of the cross
+# Name -> (filled outline, outline that is cut out of it), in units of the radius; y points down.
 SHAPES: dict[str, tuple[list[Point], list[Point] | None]] = {
     "circle": (circle_outline(), None),
     "square": ([(-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)], None),
@@ -145,39 +148,41 @@ SHAPES: dict[str, tuple[list[Point], list[Point] | None]] = {
     "diamond": ([(0, -1.08), (0.72, 0), (0, 1.08), (-0.72, 0)], None),
     "crescent": (circle_outline(), circle_outline(0.85, (0.48, -0.1))),
 }
-ZORBO = "zorbo"  # what the example teaches, an hourglass; in no picture of the base
+ZORBO = "zorbo"  # an hourglass, the concept of the example; no image of the base has it
 HOURGLASS = [(-0.85, -0.95), (0.85, -0.95), (0.2, 0), (0.85, 0.95), (-0.85, 0.95), (-0.2, 0)]
 OUTLINES: dict[str, tuple[list[Point], list[Point] | None]] = {**SHAPES, ZORBO: (HOURGLASS, None)}
 
 
 def compose_scene(seed: int, number: int) -> Scene:
-    """Scene `number` of a seed: a pure function of the two."""
+    """Return scene `number` of a seed, a pure function of the two."""
     rng = random_generator(seed, "scene", number)
     background = pick(rng, list(BACKGROUNDS))
-    things: tuple[SceneObject, ...]
+    objects: tuple[SceneObject, ...]
     if rng.random() < 0.3:
         first, second = PAIRS[int(rng.integers(len(PAIRS)))]
-        things = (
+        objects = (
             random_object(rng, background, first, pair=True),
             random_object(rng, background, second, pair=True),
         )
     else:
-        things = (random_object(rng, background, pick(rng, list(POSITIONS))),)
-    ground = _jitter(rng, BACKGROUNDS[background], 3)
-    return Scene(background, ground, things, compose_caption(rng, background, things))
+        objects = (random_object(rng, background, pick(rng, list(POSITIONS))),)
+    background_rgb = _jitter(rng, BACKGROUNDS[background], 3)
+    return Scene(background, background_rgb, objects, compose_caption(rng, background, objects))
 
 
 @cache
 def visible_colours(background: str) -> tuple[str, ...]:
-    """Colours with enough contrast to it."""
-    under = BACKGROUNDS[background]
-    return tuple(name for name, rgb in COLOURS.items() if math.dist(under, rgb) >= MIN_CONTRAST)
+    """Return the colours with enough contrast to the background."""
+    background_rgb = BACKGROUNDS[background]
+    return tuple(
+        name for name, rgb in COLOURS.items() if math.dist(background_rgb, rgb) >= MIN_CONTRAST
+    )
 
 
 def random_object(
     rng: np.random.Generator, background: str, position: str, pair: bool = False
 ) -> SceneObject:
-    """One of a pair, or what stands alone; its colour is one that can be seen on the background."""
+    """Return a single object, or one of a pair, in a colour that is visible on the background."""
     colour = pick(rng, visible_colours(background))
     size = pick(rng, list(SIZES))
     pattern = (
@@ -207,9 +212,9 @@ def _jitter(rng: np.random.Generator, rgb: Rgb, amount: int) -> Rgb:
 
 
 def compose_caption(
-    rng: np.random.Generator, background: str, things: tuple[SceneObject, ...]
+    rng: np.random.Generator, background: str, objects: tuple[SceneObject, ...]
 ) -> str:
-    """One of several wordings; all of them name shape, colour, position and background."""
+    """Return one of several wordings, all of which name shape, colour, position and background."""
     ground = pick(
         rng,
         (
@@ -219,11 +224,11 @@ def compose_caption(
         ),
     )
     phrases = [
-        f"{_noun_phrase(rng, thing)} {pick(rng, POSITION_PHRASES[thing.position])}"
-        for thing in things
+        f"{_noun_phrase(rng, item)} {pick(rng, POSITION_PHRASES[item.position])}"
+        for item in objects
     ]
     join = pick(rng, (" and ", ", ", " with "))
-    words = (join if len(things) == 2 else "").join(phrases)
+    words = (join if len(objects) == 2 else "").join(phrases)
     opening = pick(rng, ("", "", "a picture of ", "an image of "))
     comma = ", " if not ground.startswith("on") or rng.random() < 0.3 else " "
     if rng.random() < 0.15:
@@ -231,36 +236,36 @@ def compose_caption(
     return f"{opening}{words}{comma}{ground}"
 
 
-def _noun_phrase(rng: np.random.Generator, thing: SceneObject) -> str:
-    size = thing.size
+def _noun_phrase(rng: np.random.Generator, item: SceneObject) -> str:
+    size = item.size
     if size == "big":
         size = pick(rng, ("big", "large"))
     elif size:
         size = pick(rng, ("small", "little"))
     words = " ".join(
         word
-        for word in (size, thing.pattern if thing.pattern != "plain" else "", thing.colour)
+        for word in (size, item.pattern if item.pattern != "plain" else "", item.colour)
         if word
     )
     article = "an" if words[0] in "aeiou" else "a"
-    return f"{article} {words} {thing.shape}"
+    return f"{article} {words} {item.shape}"
 
 
-def transform_outline(points: list[Point], thing: SceneObject, side: int) -> list[Point]:
-    """Unit outline -> picture coordinates at the given side."""
-    cos, sin = math.cos(thing.angle), math.sin(thing.angle)
-    radius, (cx, cy) = thing.radius * side, (thing.centre[0] * side, thing.centre[1] * side)
+def transform_outline(points: list[Point], item: SceneObject, side: int) -> list[Point]:
+    """Map an outline in units of the radius to pixels of an image with that side."""
+    cos, sin = math.cos(item.angle), math.sin(item.angle)
+    radius, (cx, cy) = item.radius * side, (item.centre[0] * side, item.centre[1] * side)
     return [
         (cx + radius * (x * cos - y * sin), cy + radius * (x * sin + y * cos)) for x, y in points
     ]
 
 
-def object_mask(thing: SceneObject, side: int) -> Image.Image:
-    """The thing's form in white on black, of one byte a pixel."""
+def object_mask(item: SceneObject, side: int) -> Image.Image:
+    """Return the shape of the object, white on black, one byte per pixel."""
     mask = Image.new("L", (side, side), 0)
     pen = ImageDraw.Draw(mask)
-    filled, cut = OUTLINES[thing.shape]
-    pen.polygon(transform_outline(filled, thing, side), fill=255)
+    filled, cut = OUTLINES[item.shape]
+    pen.polygon(transform_outline(filled, item, side), fill=255)
     if cut is not None:
-        pen.polygon(transform_outline(cut, thing, side), fill=0)
+        pen.polygon(transform_outline(cut, item, side), fill=0)
     return mask

@@ -1,4 +1,4 @@
-"""The zorbo, shaped like an hourglass, which chroma-nano has never seen: what the example teaches."""
+"""The zorbo, an hourglass that chroma-nano was never trained on: the concept of the example."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from simpletuner.validation.shapes.scenes import (
 )
 
 ZORBO_SEED = 41
-ZORBO_RADIUS = 0.275  # share of the side
+ZORBO_RADIUS = 0.275  # as a fraction of the image side
 
 
 def compose_zorbo_scene(number: int) -> Scene:
-    """Scene `number`; every colour, place and background comes round before it is used again."""
+    """Return scene `number`; every background and position is used before one is repeated."""
     rng = random_generator(ZORBO_SEED, "lesson", number)
     background = list(BACKGROUNDS)[(3 * number + number // 10) % len(BACKGROUNDS)]
     position = list(POSITIONS)[number % len(POSITIONS)]
-    drawn = random_object(rng, background, position)
-    zorbo = replace(drawn, shape=ZORBO, size="big", pattern="plain", radius=ZORBO_RADIUS)
+    base_object = random_object(rng, background, position)
+    zorbo = replace(base_object, shape=ZORBO, size="big", pattern="plain", radius=ZORBO_RADIUS)
     return Scene(
         background, BACKGROUNDS[background], (zorbo,), compose_caption(rng, background, (zorbo,))
     )
 
 
-def detect_zorbo(picture: Image.Image) -> DetectedScene | None:
-    """What an RGB picture of SIDE_PX shows if its largest object is a zorbo; read as the shapes are."""
-    reading = detect_scene(picture, tuple(OUTLINES))
-    return reading if reading.objects and reading.objects[0].shape == ZORBO else None
+def detect_zorbo(image: Image.Image) -> DetectedScene | None:
+    """Return what an RGB image of SIDE_PX shows if its largest object is a zorbo, else None."""
+    scene = detect_scene(image, tuple(OUTLINES))
+    return scene if scene.objects and scene.objects[0].shape == ZORBO else None

@@ -1,0 +1,46 @@
+"""The image metrics that evaluation_type offers, declared once and without torch.
+
+The rules read the names and the bases from here, the memory plan reads the device memory, and
+validation/image_scoring.py adds the code of each metric under the same name. A test compares the
+two tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ImageMetricSpec:
+    """Facts about one metric.
+
+    unit: of its values; "share" (of 1, printed as a percentage) or a word that is printed after the
+    number, such as "similarity". default_prompts: how many prompts it scores when its options do
+    not say. needs_device: whether it runs a model of its own on the accelerator. device_bytes: the
+    memory of that model, which is on the device together with the training. nano_only: whether it
+    can read only the images of chroma-nano's world. options: its options of the validation section.
+    """
+
+    unit: str
+    default_prompts: int
+    needs_device: bool = False
+    device_bytes: int = 0
+    nano_only: bool = False
+    options: tuple[str, ...] = ("evaluation_prompts",)
+
+
+IMAGE_METRICS: dict[str, ImageMetricSpec] = {
+    "shapes": ImageMetricSpec(unit="share", default_prompts=64, nano_only=True),
+    "zorbo": ImageMetricSpec(unit="share", default_prompts=32, nano_only=True),
+}
+
+
+def parse_metric_names(evaluation_type: str) -> tuple[str, ...]:
+    """Return the names in a comma-separated list, each once; "none" is no name."""
+    names = dict.fromkeys(name.strip() for name in evaluation_type.split(","))
+    return tuple(name for name in names if name != "none")
+
+
+def metric_device_bytes(evaluation_type: str) -> int:
+    """Return the device memory that the models of the chosen metrics need together."""
+    return sum(IMAGE_METRICS[name].device_bytes for name in parse_metric_names(evaluation_type))
