@@ -133,7 +133,18 @@ def test_show_config(project: Path) -> None:
     assert rows["lora_rank"] == ["4", "--lora_rank"]
     assert rows["learning_rate"] == ["0.0002", "--learning_rate"]
     assert rows["lora_dropout"] == ["0.0", "default"]
-    assert "note: neither max_train_steps nor num_train_epochs is given: 1000 steps" in done.stdout
+    assert "note: neither max_train_steps nor num_train_epochs is given: training 1000 steps" in done.stdout
+
+
+def test_show_config_shows_the_notices_about_datasets(project: Path) -> None:
+    file = project / "multidatabackend.json"
+    entries = json.loads(file.read_text())
+    file.write_text(json.dumps([{**entries[0], "hash_filenames": True, "crop_aspect": "closest"}]))
+    done, _ = run(project, "train", "--show-config", blocked=("torch",))
+    assert done.returncode == 0, done.stderr
+    name = entries[0]["id"]
+    assert f"note: {name}.hash_filenames is not needed: " in done.stdout
+    assert f"note: {name}.crop_aspect has no effect with crop false: it needs crop true" in done.stdout
 
 
 def test_nothing_to_train(tmp_path: Path) -> None:

@@ -89,7 +89,9 @@ def test_null_is_the_default_even_over_another_layer(folder: Path) -> None:
     assert loaded.config.training.seed == 42
 
 
-@pytest.mark.parametrize("spelled", ["--learning-rate 1e-5", "--learning_rate=1e-5", "learning_rate=1e-5"])
+@pytest.mark.parametrize(
+    "spelled", ["--learning-rate 1e-5", "--learning_rate=1e-5", "learning_rate=1e-5"]
+)
 def test_flag_spellings(folder: Path, spelled: str) -> None:
     assert read(folder, {}, spelled).config.optimizer.learning_rate == 1e-5
 
@@ -160,7 +162,11 @@ def test_written_as_text(folder: Path) -> None:
     )  # fmt: skip
     run = loaded.config
     assert run.model.gradient_checkpointing is False
-    assert (run.optimizer.learning_rate, run.training.max_train_steps, run.training.seed) == (1e-5, 1000, 7)
+    assert (run.optimizer.learning_rate, run.training.max_train_steps, run.training.seed) == (
+        1e-5,
+        1000,
+        7,
+    )
     assert (run.validation.validation_resolution, run.model.mixed_precision) == ("512", "bf16")
     assert (run.optimizer.optimizer, run.flow.flow_schedule_shift) == ("lion", None)
     assert any("optimizer optimi-lion is read as lion" in note for note in loaded.notices)
@@ -168,24 +174,30 @@ def test_written_as_text(folder: Path) -> None:
 
 def test_a_length_given_later_takes_the_place_of_the_other(folder: Path) -> None:
     loaded = read(folder, {"num_train_epochs": 3}, "max_train_steps=7")
-    assert (loaded.config.training.max_train_steps, loaded.config.training.num_train_epochs) == (7, None)
-    assert any("takes the place of num_train_epochs" in note for note in loaded.notices)
+    assert (loaded.config.training.max_train_steps, loaded.config.training.num_train_epochs) == (
+        7,
+        None,
+    )
+    assert any("replaces num_train_epochs" in note for note in loaded.notices)
     with pytest.raises(ConfigError, match="num_train_epochs is given too"):
         read(folder, {"num_train_epochs": 3, "max_train_steps": 7})
 
 
 def test_what_always_holds_may_be_asked_for(folder: Path) -> None:
     loaded = read(folder, {"offload_during_startup": True})
-    assert any("offload_during_startup is always so" in note for note in loaded.notices)
+    assert any("offload_during_startup is always on" in note for note in loaded.notices)
 
 
 def test_lists_and_regular_expressions(folder: Path) -> None:
-    assert read(folder, {}, 'lora_target_modules=["to_q","to_k"]').config.adapter.lora_target_modules == [
+    assert read(
+        folder, {}, 'lora_target_modules=["to_q","to_k"]'
+    ).config.adapter.lora_target_modules == [
         "to_q",
         "to_k",
     ]
     assert (
-        read(folder, {}, "lora_target_modules=[tq].*to_q").config.adapter.lora_target_modules == "[tq].*to_q"
+        read(folder, {}, "lora_target_modules=[tq].*to_q").config.adapter.lora_target_modules
+        == "[tq].*to_q"
     )
     assert problems(folder, {"lora_target_modules": "(to_q"})[0].startswith(
         "config.json:1:2: lora_target_modules: is not"
@@ -209,7 +221,9 @@ def test_wrapper_and_schema_key(folder: Path) -> None:
 
 
 def test_toml(folder: Path) -> None:
-    (folder / "config.toml").write_text('# hello\nseed = 8\n\n"learning_rat" = 1\nnetwork_rank = 2\n')
+    (folder / "config.toml").write_text(
+        '# hello\nseed = 8\n\n"learning_rat" = 1\nnetwork_rank = 2\n'
+    )
     assert problems(folder) == [
         "config.toml:4:1: learning_rat: unknown option; did you mean 'learning_rate'?"
     ]
@@ -250,11 +264,11 @@ def test_everything_wrong_at_once(folder: Path) -> None:
         "config.json:5:3: seed = true: must be a whole number",
         "config.json:6:3: validation_guidance: use validation_guidance_real",
         'config.json:7:3: init_lora = "nope.safetensors": does not exist (looked for nope.safetensors)',
-        "config.json:8:3: max_train_steps: num_train_epochs is given too; the length of a run is one of them",
+        "config.json:8:3: max_train_steps: num_train_epochs is given too; set the length of the run with one of them",
         "config.json:10:3: base_model_precision = \"int8-sdnq\": sdnq's layers cut the gradients behind them "
         "off without an error; use int8; allowed: no_change, int8, int4, nf4, fp8",
-        "config.json:11:3: lora_init_type = \"loftq\": LoftQ changes the base's weights; pissa starts from "
-        "the base, quantised or not; allowed: default, gaussian, olora, pissa",
+        "config.json:11:3: lora_init_type = \"loftq\": LoftQ changes the base's weights; pissa initialises "
+        "from the base, quantized or not; allowed: default, gaussian, olora, pissa",
         "config.json:12:3: learning_rate = nan: must be a finite number",
         "SIMPLETUNER_LORA_RNK: lora_rnk: unknown option; did you mean 'lora_rank'?",
         "--sed: unknown option; did you mean 'seed'?",
@@ -263,20 +277,26 @@ def test_everything_wrong_at_once(folder: Path) -> None:
 
 
 def test_foreign_variables_are_told_and_let_be(folder: Path) -> None:
-    loaded = read(folder, {}, "", {"SIMPLETUNER_STATE_DIR": "/x", "SIMPLETUNER_SEED": "", "PATH": "/bin"})
-    assert loaded.notices[0] == "SIMPLETUNER_STATE_DIR is no option's variable and is not read"
+    loaded = read(
+        folder, {}, "", {"SIMPLETUNER_STATE_DIR": "/x", "SIMPLETUNER_SEED": "", "PATH": "/bin"}
+    )
+    assert (
+        loaded.notices[0] == "SIMPLETUNER_STATE_DIR is not the variable of an option and is ignored"
+    )
     assert loaded.config.training.seed == 42
     assert read(folder, {}, "", {"SIMPLETUNER_WEB_UI_CONFIG": "/x"}).notices
 
 
 @pytest.mark.parametrize("text", ["[1]", "3", '"x"'])
 def test_not_an_object(folder: Path, text: str) -> None:
-    assert problems(folder, text) == ["config.json:1:1: the file should hold one object, {...}, of options"]
+    assert problems(folder, text) == [
+        "config.json:1:1: the file must hold one object, {...}, of options"
+    ]
 
 
 def test_sections_are_flat(folder: Path) -> None:
     assert problems(folder, {"model": {}}) == [
-        "config.json:1:2: model: options are written flat, without sections"
+        "config.json:1:2: model: options are written at the top level, without sections"
     ]
 
 
@@ -288,7 +308,12 @@ def test_lookup(tmp_path: Path) -> None:
     )
     assert "\n" not in str(caught.value)
     assert load_config(environ={}, cwd=tmp_path, needs_data=False).config_path is None
-    for place in ("config/few/config.jsonc", "config/config.toml", "config.jsonc", "other/mine.json"):
+    for place in (
+        "config/few/config.jsonc",
+        "config/config.toml",
+        "config.jsonc",
+        "other/mine.json",
+    ):
         path = tmp_path / place
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("" if path.suffix == ".toml" else "{}")
@@ -298,7 +323,9 @@ def test_lookup(tmp_path: Path) -> None:
     assert load_config(environ={}, cwd=tmp_path).config_path == tmp_path / "config/config.toml"
     loaded = load_config(environ={}, cwd=tmp_path, env_name="few")
     assert loaded.config_path == tmp_path / "config/few/config.jsonc"
-    assert loaded.config.data.data_backend_config == str(tmp_path / "config/few/multidatabackend.json")
+    assert loaded.config.data.data_backend_config == str(
+        tmp_path / "config/few/multidatabackend.json"
+    )
     assert (
         load_config((), tmp_path / "other/mine.json", environ={}, cwd=tmp_path).config_path
         == tmp_path / "other/mine.json"
@@ -341,7 +368,9 @@ def test_home_is_read_in_every_path(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert read(folder, {"output_dir": "out"}).config.training.output_dir == "out"
 
 
-@pytest.mark.parametrize("text", ["~nobody/x.json", "x" * 5000, "a\0b", "C:\\loras\\x.json", "folder"])
+@pytest.mark.parametrize(
+    "text", ["~nobody/x.json", "x" * 5000, "a\0b", "C:\\loras\\x.json", "folder"]
+)
 def test_paths_that_lead_nowhere_are_told(folder: Path, text: str) -> None:
     (folder / "folder").mkdir()
     (problem,) = problems(folder, {"init_lora": text})
@@ -358,7 +387,8 @@ def test_a_windows_path_with_single_backslashes_is_told(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "is empty"), (b'{"a": "\xe9"}', "is not UTF-8"), (None, "cannot be read")]
+    ("content", "message"),
+    [(b"", "is empty"), (b'{"a": "\xe9"}', "is not UTF-8"), (None, "cannot be read")],
 )
 def test_files_that_cannot_be_read(
     folder: Path, content: bytes | None, message: str, monkeypatch: pytest.MonkeyPatch
@@ -392,7 +422,9 @@ def test_data_section_is_handed_back_though_others_are_wrong(folder: Path) -> No
 
 
 def test_round_trip_through_a_run_folder(folder: Path) -> None:
-    run = read(folder, {"lora_rank": 4, "lora_target_modules": ["to_q"], "max_train_steps": 3}).config
+    run = read(
+        folder, {"lora_rank": 4, "lora_target_modules": ["to_q"], "max_train_steps": 3}
+    ).config
     flat = json.loads(json.dumps(resolved_options(run)))
     assert list(flat) == list(all_options())
     assert config_from_resolved(flat) == run
@@ -427,9 +459,18 @@ def test_what_may_change_on_resume() -> None:
         "device": "cuda",
         "lora_rank": 8,
     }
-    assert training_differences(old, new) == ["lora_rank was 16, is 8", "learning_rate was 0.0001, is 0.0002"]
+    assert training_differences(old, new) == [
+        "lora_rank was 16, is 8",
+        "learning_rate was 0.0001, is 0.0002",
+    ]
     assert training_differences({}, old) == []
-    for name in ("max_train_steps", "checkpoint_step_interval", "vae_batch_size", "report_to", "output_dir"):
+    for name in (
+        "max_train_steps",
+        "checkpoint_step_interval",
+        "vae_batch_size",
+        "report_to",
+        "output_dir",
+    ):
         assert all_options()[name].resume_policy == "free", name
     for name in (
         "seed",

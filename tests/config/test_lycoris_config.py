@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from simpletuner.config.load import config_from_resolved, resolved_options, try_load_config
-from simpletuner.config.lycoris_config import LycorisConfig, parse_lycoris_config, require_lycoris_config
+from simpletuner.config.lycoris_config import (
+    LycorisConfig,
+    parse_lycoris_config,
+    require_lycoris_config,
+)
 from simpletuner.errors import ConfigError
 
 LOKR = {"algo": "lokr", "linear_dim": 8, "linear_alpha": 4, "factor": 16}
@@ -32,7 +36,9 @@ def test_a_run_keeps_what_the_file_says(tmp_path: Path) -> None:
         assert require_lycoris_config(again.adapter) == LycorisConfig("lokr", 8, 4.0, 16)
     os.mkfifo(tmp_path / "pipe")
     for name in ("lycoris_config", "init_lora"):
-        problems, _ = judged(tmp_path, lora_type="lycoris", **{"lycoris_config": LOKR, name: "pipe"})
+        problems, _ = judged(
+            tmp_path, lora_type="lycoris", **{"lycoris_config": LOKR, name: "pipe"}
+        )
         assert name == "init_lora" or "no file of a few lines" in problems[0]
     file.write_text("[1", encoding="utf-8")
     problems, _ = judged(tmp_path, lora_type="lycoris", lycoris_config="mine.json")
@@ -74,14 +80,25 @@ def test_what_cannot_be_is_refused_with_its_reason(config: dict[str, object], na
 
 def test_options_of_a_lora_are_refused_beside_it(tmp_path: Path) -> None:
     problems, _ = judged(
-        tmp_path, lora_type="lycoris", lycoris_config=LOKR, lora_rank=8, use_dora=True, lora_format="kohya"
+        tmp_path,
+        lora_type="lycoris",
+        lycoris_config=LOKR,
+        lora_rank=8,
+        use_dora=True,
+        lora_format="kohya",
     )
-    assert [problem.split(":")[0] for problem in problems[:3]] == ["lora_rank", "use_dora", "lora_format"]
+    assert [problem.split(":")[0] for problem in problems[:3]] == [
+        "lora_rank",
+        "use_dora",
+        "lora_format",
+    ]
     assert "linear_dim" in problems[0]
     problems, _ = judged(tmp_path, lycoris_config=LOKR)
-    assert 'lora_type "lycoris" alone' in problems[0]
+    assert 'lora_type "lycoris" only' in problems[0]
     problems, _ = judged(tmp_path, lora_type="lycoris")
     assert "needs a file or an object such as" in problems[0]
-    problems, loaded = judged(tmp_path, lora_type="standard", lycoris_config="config/lycoris_config.json")
+    problems, loaded = judged(
+        tmp_path, lora_type="standard", lycoris_config="config/lycoris_config.json"
+    )
     assert not problems
     assert loaded.config.adapter.lycoris_config is None

@@ -85,7 +85,9 @@ def test_declarations() -> None:
         assert option.level in ("basic", "common", "advanced")
         assert not option.nullable or option.default is None, option.name
         assert set(option.value_aliases.values()) <= set(option.choices), option.name
-        assert not set(option.refused_values) & set(option.choices) or option.kind == "flag", option.name
+        assert not set(option.refused_values) & set(option.choices) or option.kind == "flag", (
+            option.name
+        )
         assert not set(option.aliases) & set(all_options()), option.name
         if option.kind in ("integer", "number"):
             assert option.bounds, option.name
@@ -127,7 +129,10 @@ def judge(tmp_path: Path) -> Any:
         ({"musubi_blocks_to_swap": 0.5, "gradient_checkpointing": False}, "musubi_blocks_to_swap"),
         ({"musubi_blocks_to_swap": 21, "gradient_checkpointing": 20}, "musubi_blocks_to_swap"),
         ({"musubi_blocks_to_swap": 4, "device": "mps"}, "musubi_blocks_to_swap"),
-        ({"gradient_checkpointing_backend": "unsloth", "device": "cpu"}, "gradient_checkpointing_backend"),
+        (
+            {"gradient_checkpointing_backend": "unsloth", "device": "cpu"},
+            "gradient_checkpointing_backend",
+        ),
         ({"lr_scale": True, "lr_scale_sqrt": True}, "lr_scale_sqrt"),
         ({"lr_scheduler": "cosine", "lr_end": 1e-3}, "lr_end"),
         ({"optimizer": "adamw_schedulefree", "lr_scheduler": "linear"}, "lr_scheduler"),
@@ -136,13 +141,19 @@ def judge(tmp_path: Path) -> Any:
         ({"optimizer": "lion", "optimizer_config": "amsgrad=true"}, "optimizer_config"),
         ({"resolution": 1024, "resolution_type": "area"}, "resolution"),
         ({"resolution": 1}, "resolution"),
-        ({"pretrained_vae_model_name_or_path": "who/sdxl-vae"}, "pretrained_vae_model_name_or_path"),
+        (
+            {"pretrained_vae_model_name_or_path": "who/sdxl-vae"},
+            "pretrained_vae_model_name_or_path",
+        ),
         ({"minimum_aspect_ratio": 5}, "minimum_aspect_ratio"),
         ({"maximum_image_size": 2048}, "maximum_image_size"),
         ({"target_downsample_size": 2048}, "target_downsample_size"),
         ({"maximum_image_size": 512, "target_downsample_size": 600}, "target_downsample_size"),
         ({"prepend_instance_prompt": True, "only_instance_prompt": True}, "only_instance_prompt"),
-        ({"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True}, "flow_use_uniform_schedule"),
+        (
+            {"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True},
+            "flow_use_uniform_schedule",
+        ),
         (
             {"flow_use_uniform_schedule": True, "chroma_sigma_density": "parabola"},
             "flow_use_uniform_schedule",
@@ -160,7 +171,10 @@ def judge(tmp_path: Path) -> Any:
         ({"webhook_config": "https://x/y"}, "webhook_config"),
         ({"evaluation_type": "clip"}, "evaluation_type"),
         ({"evaluation_type": "shapes", "model_flavour": "hd"}, "evaluation_type"),
-        ({"evaluation_type": "zorbo", "pretrained_model_name_or_path": "who/what"}, "evaluation_type"),
+        (
+            {"evaluation_type": "zorbo", "pretrained_model_name_or_path": "who/what"},
+            "evaluation_type",
+        ),
         ({"evaluation_type": "shapes,none", "model_flavour": "nano"}, "evaluation_type"),
         ({"evaluation_prompts": 0}, "evaluation_prompts"),
         ({"validation_strengths": "0.5,x"}, "validation_strengths"),
@@ -187,7 +201,10 @@ def test_contradictions(judge: Any, config: dict[str, Any], option: str) -> None
     "config",
     [
         {"flow_use_uniform_schedule": True, "chroma_sigma_density": "uniform"},
-        {"flow_use_beta_schedule": True},
+        {"flow_use_beta_schedule": True, "flow_beta_schedule_alpha": 3},
+        {"text_encoder_1_precision": "int8", "quantize_via": "cpu"},
+        {"lr_power": 2, "lr_scheduler": "polynomial"},
+        {"lr_power": 1.0, "lr_scheduler": "cosine"},
         {"validation_resolution": "512, 768x1024"},
         {"report_to": "wandb,tensorboard"},
         {"optimizer": "lion", "optimizer_config": "beta1=0.8, kahan_sum=true"},
@@ -212,18 +229,36 @@ def test_what_agrees_is_let_through(judge: Any, config: dict[str, Any]) -> None:
         ({"chroma_sigma_density": "quadratic-literal"}, "[0.25, 0.75)"),
         ({"flow_schedule_shift": 3}, "Chroma needs none"),
         ({"optimizer": "prodigy"}, "1.0 is usual"),
-        ({"lr_warmup_steps": 9}, "never arrives"),
+        (
+            {"lr_warmup_steps": 9},
+            "lr_warmup_steps (9) >= max_train_steps (9): the learning rate never reaches its target",
+        ),
         (
             {"model_type": "full", "lora_rank": 4, "use_dora": True},
             "lora_rank, use_dora have no effect with model_type full",
         ),
-        ({"evaluation_prompts": 8}, "no effect without evaluation_type"),
-        ({"text_encoder_1_precision": "fp8"}, "as much as int8"),
-        ({"quantize_via": "cpu"}, "no effect without a quantised model"),
-        ({"huber_c": 0.2}, "huber_c has no effect with loss_type l2"),
+        ({"evaluation_prompts": 8}, "no effect with evaluation_type none"),
+        ({"text_encoder_1_precision": "fp8"}, "three times that of int8"),
+        (
+            {"quantize_via": "cpu"},
+            "it needs base_model_precision int8, int4, nf4 or fp8, or text_encoder_1_precision int8",
+        ),
+        (
+            {"huber_c": 0.2},
+            "huber_c has no effect with loss_type l2: it needs loss_type huber or smooth_l1",
+        ),
+        (
+            {"lr_power": 2, "lr_scheduler": "cosine"},
+            "lr_power has no effect with lr_scheduler cosine",
+        ),
+        (
+            {"lr_power": 2, "lr_scheduler": "linear"},
+            "lr_power has no effect with lr_scheduler linear",
+        ),
+        ({"optimizer": "lion", "adam_beta1": 0.8}, "adam_beta1 has no effect with optimizer lion"),
         (
             {"ramtorch": False, "post_upload_script": None},
-            "as they are off or change nothing: post_upload_script, ramtorch",
+            "because they are off or change nothing: post_upload_script, ramtorch",
         ),
     ],
 )
@@ -236,7 +271,9 @@ def test_remarks(judge: Any, config: dict[str, Any], words: str) -> None:
 
 def test_a_configuration_saved_by_a_form_needs_two_changes(judge: Any) -> None:
     """Hundreds of keys at the values that SimpleTuner's forms save, of this model and of others."""
-    problems, notes = judge(**json.loads((Path(__file__).parent / "saved_by_a_form.json").read_text()))
+    problems, notes = judge(
+        **json.loads((Path(__file__).parent / "saved_by_a_form.json").read_text())
+    )
     assert sorted(problem.split(" ")[0] for problem in problems) == [
         "pretrained_vae_model_name_or_path:", "validation_guidance:",
     ]  # fmt: skip
@@ -290,7 +327,11 @@ def test_every_precision_of_others_is_read_or_refused_with_the_alternative(judge
                 assert len(problems) == 1
                 assert name.endswith("-sdnq") == ("without an error" in problems[0])
                 assert problems[0].endswith(f"; allowed: {', '.join(own)}")
-                assert "; use " in problems[0] or "smallest" in problems[0] or "weights only" in problems[0]
+                assert (
+                    "; use " in problems[0]
+                    or "smallest" in problems[0]
+                    or "weights only" in problems[0]
+                )
             else:
                 meant = notes[0].rpartition(" ")[2]
                 assert f"{option} {name} is read as {meant}" in notes[0]
@@ -301,11 +342,17 @@ def test_harmless_values_are_few(judge: Any) -> None:
     assert is_harmless_value("num_processes", 1)
     assert is_harmless_value("fsdp_version", 2)
     assert is_harmless_value("snr_weight", 1.0)
-    for name, value in {"num_processes": 2, "fsdp_enable": True, "deepspeed_config": {"a": 1}}.items():
+    for name, value in {
+        "num_processes": 2,
+        "fsdp_enable": True,
+        "deepspeed_config": {"a": 1},
+    }.items():
         assert not is_harmless_value(name, value)
-    _, notes = judge(disable_bucket_pruning=True, ltx_i2v_prob=0.3, validation_disable_unconditional="true")
+    _, notes = judge(
+        disable_bucket_pruning=True, ltx_i2v_prob=0.3, validation_disable_unconditional="true"
+    )
     assert notes == [
-        "skipped, as they are off or change nothing: "
+        "skipped, because they are off or change nothing: "
         "disable_bucket_pruning, ltx_i2v_prob, validation_disable_unconditional"
     ]
 

@@ -127,8 +127,14 @@ def test_a_typical_file(folder: Path) -> None:
     assert [(dataset.id, dataset.resize_crop.crop_style) for dataset in found.eval] == [("held", "center")]
     assert found.text_cache_dir == Path.cwd() / "cache" / "text"
     assert [note.split(" ")[0] for note in found.notices] == [
-        "photos.cache_dir_vae", "photos.skip_file_discovery", "images.cache_dir",
+        "photos.cache_dir_vae", "photos.skip_file_discovery", "held.crop_style", "images.cache_dir",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [None, "", 1])
+def test_an_unknown_field_is_reported_whatever_its_value(folder: Path, value: object) -> None:
+    (problem,) = problems(folder, photos(repeat=value))
+    assert problem.endswith("photos.repeat: unknown field; did you mean 'repeats'?")
 
 
 def test_folders_beside_the_file_win(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +164,7 @@ def test_all_problems_at_once_with_line_and_column(folder: Path) -> None:
     assert found[1] == '4:4: a.resolution = "wide": must be a number'
     assert found[2].startswith('3:15: a.instance_data_dir = "pics" does not exist (resolved to /')
     assert found[3] == '5:4: id = "a" is already used at multidatabackend.json:3:4'
-    assert found[4].startswith('5:46: a.crop_style = "face": faces are not looked for; allowed: center')
+    assert found[4].startswith('5:46: a.crop_style = "face": face detection is not supported; allowed: center')
     assert found[5].startswith('6:3: "id" is missing')
     assert found[6].startswith("6:4: [2].instance_data_dir: {env:NOWHERE}: the environment variable")
     assert len(found) == 7
@@ -167,7 +173,7 @@ def test_all_problems_at_once_with_line_and_column(folder: Path) -> None:
 @pytest.mark.parametrize("name", REFUSED_FIELDS)
 def test_fields_of_other_trainers_are_refused_by_name(name: str, folder: Path) -> None:
     (problem,) = problems(folder, photos(**{name: "something"}))
-    assert f"photos.{name} is not offered: {REFUSED_FIELDS[name]}" in problem
+    assert f"photos.{name} is not supported: {REFUSED_FIELDS[name]}" in problem
     assert read(folder, photos(**{name: None})).train
     for value in HARMLESS_VALUES.get(name, ()):
         assert read(folder, photos(**{name: value})).train
@@ -193,9 +199,9 @@ def test_fields_of_other_trainers_are_refused_by_name(name: str, folder: Path) -
         ({"instance_prompt": ["{env:NOWHERE}"]}, "NOWHERE is not set"),
         ({"crop": "rather"}, 'photos.crop = "rather": must be true or false'),
         ({"type": "aws"}, "only local folders are read; allowed: local"),
-        ({"dataset_type": "conditioning"}, "paired pictures are not trained on yet"),
-        ({"crop_aspect": "random"}, "a random aspect per picture is not offered"),
-        ({"caption_strategy": "csv"}, "caption tables are not offered yet"),
+        ({"dataset_type": "conditioning"}, "paired images are not supported yet"),
+        ({"crop_aspect": "random"}, "a random aspect ratio per image is not supported"),
+        ({"caption_strategy": "csv"}, "caption tables are not supported yet"),
         ({"caption_strategy": "txt"}, "allowed: textfile, filename, instanceprompt"),
         ({"caption_strategy": "instanceprompt"}, "instance_prompt is missing"),
         ({"prepend_instance_prompt": True}, "instance_prompt is missing"),
@@ -204,12 +210,12 @@ def test_fields_of_other_trainers_are_refused_by_name(name: str, folder: Path) -
         ({"crop_aspect_buckets": [1.0]}, 'needs "crop": true'),
         ({"maximum_image_size": 2048}, "maximum_image_size: needs target_downsample_size"),
         ({"target_downsample_size": 2048}, "target_downsample_size: needs maximum_image_size"),
-        ({"maximum_image_size": 900, "target_downsample_size": 2048}, "should lie between resolution (1024)"),
+        ({"maximum_image_size": 900, "target_downsample_size": 2048}, "must be between resolution (1024)"),
         ({"minimum_aspect_ratio": 5}, "above maximum_aspect_ratio"),
         ({"resolution_type": "area"}, 'for the edge in pixels write "pixel_area"'),
         ({"resolution": 1.0}, 'for megapixels write "area"'),
         ({"id": "a/b"}, "slashes"),
-        ({"default": True}, "does not belong into a set of this dataset_type"),
+        ({"default": True}, "is not a field of datasets with this dataset_type"),
         ({"instance_data_dir": "multidatabackend.json"}, "is not a folder"),
         ({"instance_data_dir": None}, "instance_data_dir is missing"),
         ({"disabled": True}, "nothing to train on"),
@@ -224,11 +230,11 @@ def test_other_mistakes(folder: Path) -> None:
     text = {"id": "t", "dataset_type": "text_embeds", "cache_dir": "{model_family}/x", "repeats": 1}
     assert len(problems(folder, photos(), text)) == 2
     twice = [{"id": name, "dataset_type": "text_embeds", "cache_dir": name} for name in "ab"]
-    assert 'exactly one needs "default": true' in problems(folder, photos(), *twice)[0]
-    assert "a dataset is expected" in problems(folder, photos(), 3)[0]
+    assert 'exactly one of them needs "default": true' in problems(folder, photos(), *twice)[0]
+    assert "a dataset must be an object" in problems(folder, photos(), 3)[0]
     path = folder / "x.json"
     path.write_text("{}")
-    with pytest.raises(ConfigError, match="a list of datasets is expected"):
+    with pytest.raises(ConfigError, match="must hold a list of datasets"):
         read_dataset_file(path, DataOptions())
     with pytest.raises(ConfigError, match="no such dataset file"):
         read_dataset_file(folder / "none.json", DataOptions())

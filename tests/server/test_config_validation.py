@@ -47,7 +47,7 @@ def test_all_problems_at_once_with_their_option(workspace: Workspace) -> None:
     assert "does not exist" in found["more.instance_data_dir"]
     assert "at most 16384" in found["more.resolution"]
     assert found["more.croop"] == "unknown field; did you mean 'crop'?"
-    assert "a dataset is expected" in found["[2]"]
+    assert "a dataset must be an object" in found["[2]"]
     assert len(found) == 8
 
 
@@ -145,7 +145,7 @@ def test_the_environment_is_never_read(workspace: Workspace, monkeypatch: pytest
 
 def test_training_in_fp16_is_refused_at_its_option(workspace: Workspace) -> None:
     assert (
-        "training takes bf16"
+        "training needs bf16"
         in said(validate_config(workspace, {"mixed_precision": "fp16"}, SETS))["mixed_precision"]
     )
 

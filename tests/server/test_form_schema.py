@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.config import constraints
 from simpletuner.config.load import try_load_mapping
 from simpletuner.config.option_catalog import all_options
-from simpletuner.config.option_values import parse_value
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.dataset_fields import COMMON_FIELDS, IMAGE_FIELDS
 from simpletuner.data.dataset_file import try_read_datasets
@@ -33,37 +31,6 @@ def test_every_option_once_in_the_schemas_order() -> None:
 
 def test_what_cannot_be_set_is_marked() -> None:
     assert {name for name, option in EVERY.items() if not option.settable} == set(form_schema.NOT_SETTABLE)
-
-
-@pytest.mark.parametrize("table", [EVERY, FIELDS], ids=["options", "fields"])
-def test_needs_name_values_that_their_option_can_have(table: dict) -> None:
-    for name, option in table.items():
-        for other, values in option.needs.items():
-            assert other != name
-            assert other in table
-            for value in values:
-                if table is EVERY:
-                    company = {"lycoris_config": {"algo": "lokr"}} if value == "lycoris" else {}
-                    tried = try_load_mapping({other: value, **company}, Path())
-                    assert value == tried.loaded.config.model_dump()[all_options()[other].section][other]
-                else:
-                    assert parse_value(dict(IMAGE_FIELDS, **COMMON_FIELDS)[other], value) == value
-
-
-def test_what_the_reader_calls_without_effect_is_hidden_then() -> None:
-    """The rules' own list is the oracle: with a dependent option's needs broken, it says "no effect"."""
-    full = try_load_mapping({"model_type": "full", "lora_rank": 4, "use_dora": True}, Path()).loaded
-    assert any("lora_rank, use_dora have no effect" in note for note in full.notices)
-    for name in constraints.LORA_ONLY_OPTIONS:
-        assert EVERY[name].needs["model_type"] == ["lora"]
-    for name in ("huber_c", "lr_end", "quantize_via", "dynamo_mode", "flow_beta_schedule_beta"):
-        assert EVERY[name].needs
-        other = {"huber_c": 0.2, "lr_end": 1e-6, "quantize_via": "cpu", "dynamo_mode": "default"}
-        tried = try_load_mapping({name: other.get(name, 3.0)}, Path())
-        assert any(name in note and "no effect" in note for note in tried.loaded.notices), name
-        for option, values in EVERY[name].needs.items():
-            tried = try_load_mapping({name: other.get(name, 3.0), option: values[0]}, Path())
-            assert not any(name in note and "no effect" in note for note in tried.loaded.notices), name
 
 
 def test_fields_of_datasets_are_those_of_the_reader(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def command(
 ) -> None:
     """Ask for what matters and write config.json and multidatabackend.json.
 
-    `?` explains a question, `<` goes back, Enter takes what is proposed. An existing configuration is edited:
-    what is not asked stays as it is.
+    `?` explains a question, `<` goes back, Enter takes what is proposed. An existing configuration
+    is edited: what is not asked stays as it is.
     """
     cwd = Path.cwd()
     target = _resolve_target_file(output, env, cwd)

@@ -49,8 +49,8 @@ class DatasetSummary:
         )
         bad = f" {self.unusable_count} files cannot be used." if self.unusable_count else ""
         return (
-            f"{len(self.sizes_px)} pictures, {self.captioned_count} with captions, from {small[0]}x{small[1]} to "
-            f"{large[0]}x{large[1]} px.{bad}"
+            f"{len(self.sizes_px)} pictures, {self.captioned_count} with captions, from "
+            f"{small[0]}x{small[1]} to {large[0]}x{large[1]} px.{bad}"
         )
 
     def describe_buckets(self, resolution: float, resolution_type: str) -> str:

@@ -15,7 +15,7 @@ from simpletuner.errors import ConfigError
 @click.command("options")
 @click.argument("word", required=False)
 def command(word: str | None) -> None:
-    """Every option whose name or help has WORD in it; without WORD, the names by group."""
+    """Search the options by name and help text. Without WORD, list the names by group."""
     sought = (word or "").lower().lstrip("-").replace("-", "_")
     found = [
         option
@@ -38,11 +38,11 @@ def command(word: str | None) -> None:
     if reason:
         click.echo(f"{sought} is not an option here: {reason}")
     elif not found:
-        raise ConfigError(f"no option has to do with {word!r}{did_you_mean(sought, all_options())}")
+        raise ConfigError(f"no option matches {word!r}{did_you_mean(sought, all_options())}")
 
 
 def format_option(option: Option) -> str:
-    """A few lines about one option."""
+    """Return a few lines about one option."""
     unit = f" ({option.unit})" if option.unit else ""
     lines = [
         option.name,
@@ -50,7 +50,9 @@ def format_option(option: Option) -> str:
         f"  takes {option.takes}{unit}; default {json.dumps(option.default)}; {option.level}",
     ]
     if option.aliases:
-        lines.append(f"  also written {', '.join(option.aliases)}")
+        lines.append(f"  alias {', '.join(option.aliases)}")
+    if option.needs:
+        lines.append(f"  needs {option.needs_text}")
     lines.append(
         "  may change on resume"
         if option.resume_policy == "free"

@@ -25,9 +25,9 @@ COMMAND_FLAGS = ("json", "fit")
 def command(words: tuple[str, ...]) -> None:
     """Predict memory, disk and time of a training; with --fit, what to change so that it fits.
 
-    Takes what `train` takes: --config PATH, --env NAME, --example NAME and any option; --device cuda plans
-    for a GPU that is elsewhere. --json prints one object. --fit 12GB, or --fit for what is free here, finds
-    the fastest settings within it and changes nothing.
+    Takes what `train` takes: --config PATH, --env NAME, --example NAME and any option; --device
+    cuda plans for a GPU that is elsewhere. --json prints one object. --fit 12GB, or --fit for what
+    is free here, finds the fastest settings within it and changes nothing.
     """
     pairs = flags.parse_flags(list(words), ("json",))
     given = dict(pairs)

@@ -24,7 +24,8 @@ def command(words: tuple[str, ...]) -> None:
     """Convert the weights that a configuration wants quantised, and print the files.
 
     Takes what `train` takes: --config PATH, --env NAME, --example NAME, and any option, such as
-    --base_model_precision nf4. A conversion that was stopped goes on; a finished one is found again.
+    --base_model_precision nf4. A conversion that was stopped goes on; a finished one is found
+    again.
     """
     given = flags.parse_flags(list(words))
     places = {name: value for name, value in given if name in CONFIG_SOURCE_FLAGS}

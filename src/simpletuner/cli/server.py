@@ -41,7 +41,8 @@ FOLDER_TYPE = click.Path(path_type=Path, file_okay=False, exists=True, resolve_p
     "--token",
     envvar=SERVER_TOKEN_VARIABLE,
     help="What others must show; made where one is needed and none is given. Every user of this machine sees "
-    f"a command line (ps): rather put it into the variable {SERVER_TOKEN_VARIABLE} or the file .simpletuner/token.",
+    f"a command line (ps): rather put it into the variable {SERVER_TOKEN_VARIABLE} or the file "
+    ".simpletuner/token.",
 )
 @click.option(
     "--allow-host", "names", multiple=True, help="Name by which a proxy reaches this server."
@@ -58,8 +59,8 @@ def command(
 ) -> None:
     """Serve the pages: http://localhost:8001.
 
-    Only programs of this machine reach it; with another --host or with --allow-host others do, and need a
-    token. Trainings are processes of their own: ending the server leaves them alone.
+    Only programs of this machine reach it; with another --host or with --allow-host others do, and
+    need a token. Trainings are processes of their own: ending the server leaves them alone.
     """
     from simpletuner.server.settings import ServerSettings
     from simpletuner.server.token_auth import read_or_create_secret
@@ -131,7 +132,8 @@ def print_address(settings: ServerSettings, launch: str, opens: bool) -> None:
             "This link logs in once. For scripts, and later: the token that you gave, or else the"
         )
         click.echo(
-            f"one in {settings.workspace.server_dir / 'token'}. Plain HTTP: across a network use a tunnel (ssh -L)."
+            f"one in {settings.workspace.server_dir / 'token'}. Plain HTTP: across a network use "
+            "a tunnel (ssh -L)."
         )
     if opens:
         webbrowser.open(url)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
@@ -77,7 +77,7 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
     tried = try_load_config(options, given.get("config"), given.get("env"), given.get("example"))
     loaded, backends = check_config_and_datasets(tried)
     if "show_config" in given:
-        print_config(loaded, click.echo)
+        print_config(loaded, backends.notices, click.echo)
         return
     if "rehearse" in given:
         from simpletuner.training.rehearse import rehearse
@@ -121,8 +121,10 @@ def check_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, Da
     return tried.loaded, backends
 
 
-def print_config(loaded: LoadedConfig, echo: Callable[[str], None]) -> None:
-    """Every value with its origin, by section; then the notes."""
+def print_config(
+    loaded: LoadedConfig, dataset_notices: Sequence[str], echo: Callable[[str], None]
+) -> None:
+    """Print every value with its origin, by section; then the notices about options and datasets."""
     values = resolved_options(loaded.config)
     for group, options in groupby(all_options().values(), key=lambda option: option.group):
         echo(f"\n{group}")
@@ -130,8 +132,8 @@ def print_config(loaded: LoadedConfig, echo: Callable[[str], None]) -> None:
             value = json.dumps(values[option.name], ensure_ascii=False)
             echo(f"  {option.name:<42} {value:<32} {loaded.origins[option.name]}")
     echo("")
-    for note in loaded.notices:
-        echo(f"note: {note}")
+    for notice in (*loaded.notices, *dataset_notices):
+        echo(f"note: {notice}")
 
 
 def format_help(everything: bool) -> str:

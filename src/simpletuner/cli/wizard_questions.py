@@ -41,8 +41,8 @@ class Question:
         option = all_options().get(self.name)
         if option is None:
             return (
-                "The folder with your pictures, folders in it included; photo.txt beside photo.jpg is its "
-                "caption. It is only ever read."
+                "The folder with your pictures, folders in it included; photo.txt beside "
+                "photo.jpg is its caption. It is only ever read."
             )
         unit = f" ({option.unit})" if option.unit else ""
         return f"{option.name}: {option.text} Takes {option.takes}{unit}; default {json.dumps(option.default)}."

@@ -1,188 +1,195 @@
-"""What must hold between options, and what is worth a word though it may be meant."""
+"""Rules between options: errors for what cannot hold together, warnings for what is probably a mistake.
+
+An option that has an effect only with certain values of others declares that itself (`needs`, see
+config/option.py); here are the rules that compare values.
+"""
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from simpletuner.config import lycoris_config
 from simpletuner.config.image_metrics import IMAGE_METRICS
 from simpletuner.config.optimizer_arguments import parse_optimizer_arguments
+from simpletuner.config.option import (
+    NeedGroup,
+    ValueReader,
+    describe_needs,
+    find_unmet_need,
+    format_value,
+    join_words,
+)
+from simpletuner.config.option_catalog import Option, all_options
 from simpletuner.config.schema import DataOptions, FlowOptions, RunConfig
+from simpletuner.config.sections_output import SCORABLE_BASE_REASON
 from simpletuner.errors import ConfigError
 from simpletuner.events.trackers import TRACKER_NAMES
 
 GivenOrigins = Mapping[str, str]  # option -> where it was given; defaults are absent
-ConstraintFinding = tuple[str, str]  # option it is reported at, what is wrong
+ConstraintFinding = tuple[str, str]  # the option that is reported, and what is wrong
 RESOLUTION_PATTERN = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
-BASE_DERIVED_INITS = (
-    "olora",
-    "pissa",
-)  # take the base's principal part into A and B, instead of a delta of zero
-LORA_ONLY_OPTIONS = (
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "flux_lora_target",
-    "lora_target_modules",
-    "use_dora",
-    "use_rslora",
-    "lora_init_type",
-    "lora_format",
-    "lora_type",
-    "lycoris_config",
-)
-# What lycoris_config says by its own names, or LyCORIS' kinds cannot be.
-STANDARD_LORA_OPTIONS = {
-    "lora_rank": "use lycoris_config's linear_dim",
-    "lora_alpha": "use lycoris_config's linear_alpha",
-    "use_dora": "is of a LoRA",
-    "use_rslora": "is of a LoRA",
-    "lora_init_type": "is of a LoRA",
-    "lora_format": "no other layout holds a LoHa or LoKr; simpletuner export --rank N writes a LoRA near it",
-}
-SCORING_OPTIONS = ("evaluation_prompts", "evaluation_step_interval")
-BETA_DENSITY_OPTIONS = ("flow_beta_schedule_alpha", "flow_beta_schedule_beta")
-# A gradient of the velocity error is about 1e-6 per element; below 6e-5 fp16 loses its digits.
+# These initialise A and B from the base's principal components, so the delta is not zero at the
+# start.
+BASE_DERIVED_INITS = ("olora", "pissa")
+# A gradient of the velocity error is about 1e-6 per element; below 6e-5 fp16 loses precision.
 FP16_REFUSAL = (
-    'mixed_precision = "fp16": training takes bf16 or no; fp16 rounds small gradients to zero and overflows '
-    "in Chroma's activations. Cards without bf16 units compute it too, more slowly"
+    'mixed_precision = "fp16": training needs bf16 or no; fp16 rounds small gradients to zero and overflows '
+    "in Chroma's activations. GPUs without bf16 units can compute bf16 too, more slowly"
 )
 
 
 def find_errors(run: RunConfig, given: GivenOrigins) -> Iterator[ConstraintFinding]:
-    """Every reason why these options cannot hold together."""
-    model, optimizer, training = run.model, run.optimizer, run.training
+    """Yield every reason why these options cannot be used together."""
+    reported: set[str] = set()
+    for name, reason in _compare_values(run, given):
+        reported.add(name)
+        yield name, reason
+    for option, group in _find_ineffective(run):
+        refusal = unmet_error(option, group)
+        if refusal and option.name not in reported:
+            yield option.name, refusal
+
+
+def _compare_values(run: RunConfig, given: GivenOrigins) -> Iterator[ConstraintFinding]:
+    model, training = run.model, run.training
     if training.max_train_steps and training.num_train_epochs:
-        yield "max_train_steps", "num_train_epochs is given too; the length of a run is one of them"
+        yield (
+            "max_train_steps",
+            "num_train_epochs is given too; set the length of the run with one of them",
+        )
     if model.base_model_default_dtype == "bf16" and model.mixed_precision != "bf16":
         yield (
             "base_model_default_dtype",
-            f"bf16 weights do not fit mixed_precision {model.mixed_precision}",
+            f"bf16 weights cannot be used with mixed_precision {model.mixed_precision}",
         )
-    if model.model_type == "full" and model.base_model_precision != "no_change":
-        what = 'cannot be trained themselves, as model_type "full" does; use "no_change" or model_type "lora"'
-        yield "base_model_precision", f"{model.base_model_precision} weights {what}"
-    yield from _check_block_memory(run)
     if "sdxl" in (model.pretrained_vae_model_name_or_path or "").lower():
         yield (
             "pretrained_vae_model_name_or_path",
-            "is another model's VAE; leave it out for Chroma's own",
+            "is the VAE of another model; leave it out to use Chroma's own",
         )
-    if model.model_type == "full" and run.adapter.init_lora:
-        yield "init_lora", 'a LoRA to start from needs model_type "lora"'
-    yield from _check_lycoris(run, given)
-    if run.adapter.use_dora and run.adapter.lora_format != "diffusers":
-        what = "cannot hold a DoRA: ComfyUI, Forge and kohya's tools scale magnitudes by rules of their own"
-        yield (
-            "lora_format",
-            f'{run.adapter.lora_format} {what}; use "diffusers", or leave use_dora off',
-        )
-    if run.adapter.lora_init_type in BASE_DERIVED_INITS and run.adapter.use_dora:
-        what = "cannot go with use_dora: no file can express the result on the untouched base"
-        yield "lora_init_type", f'{run.adapter.lora_init_type} {what}; use "default"'
-    if run.adapter.lora_init_type in BASE_DERIVED_INITS and run.adapter.init_lora is not None:
-        yield "init_lora", "and lora_init_type both say how A and B start; remove one of them"
-    if isinstance(run.adapter.lora_target_modules, str):
-        try:
-            re.compile(run.adapter.lora_target_modules)
-        except (re.error, OverflowError, RecursionError) as error:
-            yield "lora_target_modules", f"is not a regular expression: {error}"
-    if optimizer.lr_scale and optimizer.lr_scale_sqrt:
-        yield "lr_scale_sqrt", "lr_scale is given too; scale by one of them"
-    if optimizer.lr_end > optimizer.learning_rate and optimizer.lr_scheduler != "constant":
-        yield "lr_end", f"{optimizer.lr_end:g} is above learning_rate {optimizer.learning_rate:g}"
-    if optimizer.optimizer == "adamw_schedulefree" and optimizer.lr_scheduler != "constant":
-        yield "lr_scheduler", 'the schedule-free optimizer makes its own course; use "constant"'
+    yield from _check_block_swap(run)
+    yield from _check_adapter(run)
+    yield from _check_learning_rate(run)
     yield from _check_optimizer_memory(run)
     try:
-        parse_optimizer_arguments(optimizer)
+        parse_optimizer_arguments(run.optimizer)
     except ConfigError as error:
         yield "optimizer_config", str(error)
     yield from check_sizes_and_captions(run.data)
     yield from _check_flow(run.flow, given)
-    yield from _check_validation_and_logging(run)
+    yield from _check_validation(run)
+    yield from _check_logging(run)
 
 
-def _check_lycoris(run: RunConfig, given: GivenOrigins) -> Iterator[ConstraintFinding]:
-    if run.adapter.lora_type == "standard":
-        if run.adapter.lycoris_config is not None:
-            yield "lycoris_config", 'is read with lora_type "lycoris" alone'
-        return
-    try:
-        lycoris_config.require_lycoris_config(run.adapter)
-    except ConfigError as error:
-        yield "lycoris_config", str(error)
-    defaults = type(run.adapter)()
-    for name, what in STANDARD_LORA_OPTIONS.items():
-        if run.adapter.model_dump()[name] != defaults.model_dump()[name]:
-            yield name, f'with lora_type "lycoris": {what}'
+def _check_adapter(run: RunConfig) -> Iterator[ConstraintFinding]:
+    adapter = run.adapter
+    if adapter.lora_type == "lycoris":
+        try:
+            lycoris_config.require_lycoris_config(adapter)
+        except ConfigError as error:
+            yield "lycoris_config", str(error)
+    if adapter.use_dora and adapter.lora_format != "diffusers" and adapter.lora_type == "standard":
+        yield (
+            "lora_format",
+            f"{adapter.lora_format} cannot hold a DoRA, because ComfyUI, Forge and kohya's tools "
+            "scale the "
+            'magnitudes differently; use "diffusers", or turn use_dora off',
+        )
+    derived = adapter.lora_init_type in BASE_DERIVED_INITS
+    if derived and adapter.use_dora:
+        yield (
+            "lora_init_type",
+            f"{adapter.lora_init_type} cannot be combined with use_dora, because no file can "
+            "express the "
+            'result on the unchanged base; use "default"',
+        )
+    if derived and adapter.init_lora is not None:
+        yield (
+            "init_lora",
+            "and lora_init_type both specify the initial values of A and B; remove one of them",
+        )
+    if isinstance(adapter.lora_target_modules, str):
+        try:
+            re.compile(adapter.lora_target_modules)
+        except (re.error, OverflowError, RecursionError) as error:
+            yield "lora_target_modules", f"is not a regular expression: {error}"
 
 
-def _check_block_memory(run: RunConfig) -> Iterator[ConstraintFinding]:
-    """What waits in host memory must be frozen, recomputed, and not be in host memory anyway."""
-    model = run.model
-    swapped, recomputed = model.musubi_blocks_to_swap, model.gradient_checkpointing
+def _check_learning_rate(run: RunConfig) -> Iterator[ConstraintFinding]:
+    optimizer = run.optimizer
+    if optimizer.lr_scale and optimizer.lr_scale_sqrt:
+        yield "lr_scale_sqrt", "lr_scale is given too; use one of them"
+    if optimizer.lr_end > optimizer.learning_rate and optimizer.lr_scheduler != "constant":
+        yield "lr_end", f"{optimizer.lr_end:g} is above learning_rate {optimizer.learning_rate:g}"
+    if optimizer.optimizer == "adamw_schedulefree" and optimizer.lr_scheduler != "constant":
+        yield (
+            "lr_scheduler",
+            'adamw_schedulefree replaces the learning-rate schedule; use "constant"',
+        )
+
+
+def _check_block_swap(run: RunConfig) -> Iterator[ConstraintFinding]:
+    swapped, checkpointed = run.model.musubi_blocks_to_swap, run.model.gradient_checkpointing
     if swapped > 1 and swapped != int(swapped):
         yield (
             "musubi_blocks_to_swap",
-            f"{swapped:g} is neither a number of blocks nor a fraction below 1",
+            f"{swapped:g} is neither a whole number of blocks nor a fraction below 1",
         )
-    if swapped and model.model_type == "full":
-        yield "musubi_blocks_to_swap", 'needs a frozen base; model_type "full" trains it. Use 0'
-    if swapped and recomputed is False:
-        what = "keeps fetched weights for the backward pass; use gradient_checkpointing true"
-        yield "musubi_blocks_to_swap", f"without recomputing, autograd {what}"
-    if not isinstance(recomputed, (bool, str)) and swapped > recomputed:
-        what = f"only {recomputed} are recomputed, and swapped blocks must be"
-        yield "musubi_blocks_to_swap", f"{swapped:g} blocks: {what}; raise gradient_checkpointing"
-    waiting = {
-        "musubi_blocks_to_swap": swapped > 0,
-        "gradient_checkpointing_backend": model.gradient_checkpointing_backend == "offload",
-    }
-    for name in (
-        name for name, wanted in waiting.items() if wanted and model.device in ("cpu", "mps")
-    ):
+    if not isinstance(checkpointed, (bool, str)) and swapped > checkpointed:
         yield (
-            name,
-            f'has no use on device "{model.device}", whose memory is the host\'s; leave it out',
+            "musubi_blocks_to_swap",
+            f"{swapped:g} blocks cannot be swapped when gradient_checkpointing is "
+            f"{checkpointed}, because swapped blocks must be checkpointed; raise "
+            "gradient_checkpointing",
         )
 
 
 def _check_optimizer_memory(run: RunConfig) -> Iterator[ConstraintFinding]:
-    """What cannot be where weights are stepped singly, or where states are away between steps."""
+    """Yield what cannot be combined with the optimizer step in backward or with offloaded states."""
     optimizer, accumulation = run.optimizer, run.training.gradient_accumulation_steps
-    released = optimizer.optimizer_release_gradients
-    hosted = optimizer.optimizer_cpu_offload_method != "none"
-    alone = {"optimizer_release_gradients": released, "optimizer_cpu_offload_method": hosted}
-    if released and accumulation > 1:
-        what = f"a gradient is used at once, gradient_accumulation_steps {accumulation} would add them up"
+    in_backward = optimizer.optimizer_release_gradients
+    offloaded = optimizer.optimizer_cpu_offload_method != "none"
+    if in_backward and accumulation > 1:
         yield (
             "optimizer_release_gradients",
-            f"{what}; use 1, and a larger train_batch_size if it fits",
+            f"gradients cannot be accumulated over {accumulation} batches "
+            "(gradient_accumulation_steps) when each is used and freed in the backward pass; "
+            "use 1, and a larger train_batch_size if it fits",
         )
-    if released and optimizer.max_grad_norm > 0 and optimizer.grad_clip_method == "norm":
-        what = (
-            f"max_grad_norm {optimizer.max_grad_norm:g} limits a norm that is known only at the end"
+    if in_backward and optimizer.max_grad_norm > 0 and optimizer.grad_clip_method == "norm":
+        yield (
+            "optimizer_release_gradients",
+            f"max_grad_norm {optimizer.max_grad_norm:g} clips a norm that is known only after "
+            "the whole "
+            'backward pass; use max_grad_norm 0, or grad_clip_method "value"',
         )
-        yield "optimizer_release_gradients", f'{what}; use 0, or grad_clip_method "value"'
-    for name in (
-        name for name, wanted in alone.items() if wanted and optimizer.optimizer == "prodigy"
-    ):
-        yield name, "prodigy finds its rate from all weights together; use another optimizer"
-    if hosted and optimizer.optimizer == "adamw_schedulefree":
-        what = "adamw_schedulefree shows its average between steps, from its state"
-        yield "optimizer_cpu_offload_method", f"{what}; use adamw_8bit or adamw_bf16"
+    single_weights = {
+        "optimizer_release_gradients": in_backward,
+        "optimizer_cpu_offload_method": offloaded,
+    }
+    for name, used in single_weights.items():
+        if used and optimizer.optimizer == "prodigy":
+            yield (
+                name,
+                "prodigy estimates its learning rate from all weights together; use another "
+                "optimizer",
+            )
+    if offloaded and optimizer.optimizer == "adamw_schedulefree":
+        yield (
+            "optimizer_cpu_offload_method",
+            "adamw_schedulefree computes its averaged weights from the states between steps; use "
+            "adamw_8bit or adamw_bf16",
+        )
 
 
 def check_sizes_and_captions(data: DataOptions) -> Iterator[ConstraintFinding]:
-    """Of the section, or of a dataset with its own fields laid over it."""
-    kind, maximum, target = (
-        data.resolution_type,
-        data.maximum_image_size,
-        data.target_downsample_size,
-    )
+    """Check the data section, or a dataset whose own fields replaced some of its values."""
+    kind = data.resolution_type
+    maximum, target = data.maximum_image_size, data.target_downsample_size
     means = f'{data.resolution:g} means {{}} with resolution_type "{kind}"; for {{}} write "{{}}"'
     if kind == "area" and data.resolution > 64:
         yield "resolution", means.format("megapixels", "the edge in pixels", "pixel_area")
@@ -191,12 +198,13 @@ def check_sizes_and_captions(data: DataOptions) -> Iterator[ConstraintFinding]:
     if data.minimum_aspect_ratio > data.maximum_aspect_ratio:
         yield "minimum_aspect_ratio", f"is above maximum_aspect_ratio {data.maximum_aspect_ratio:g}"
     if maximum is None or target is None:
-        if maximum != target:
-            given, other = ("maximum_image_size", "target_downsample_size")[:: 1 if maximum else -1]
-            yield given, f"needs {other} as well"
+        if maximum is not None:
+            yield "maximum_image_size", "needs target_downsample_size as well"
+        elif target is not None:
+            yield "target_downsample_size", "needs maximum_image_size as well"
     elif not data.resolution <= target <= maximum:
         limits = f"resolution ({data.resolution:g}) and maximum_image_size ({maximum:g})"
-        yield "target_downsample_size", f"{target:g} should lie between {limits}"
+        yield "target_downsample_size", f"{target:g} must be between {limits}"
     if data.prepend_instance_prompt and data.only_instance_prompt:
         yield "only_instance_prompt", "prepend_instance_prompt is given too; use one of them"
 
@@ -209,13 +217,15 @@ def _check_flow(flow: FlowOptions, given: GivenOrigins) -> Iterator[ConstraintFi
         "flux_fast_schedule": flow.flux_fast_schedule,
         "chroma_sigma_density": "chroma_sigma_density" in given,
     }
-    chosen = [name for name, on in choices.items() if on]
-    same = {"uniform": "flow_use_uniform_schedule", "beta": "flow_use_beta_schedule"}
-    agree = same.get(flow.chroma_sigma_density) == chosen[0] if len(chosen) == 2 else False
+    chosen = [name for name, is_given in choices.items() if is_given]
+    alias = {"uniform": "flow_use_uniform_schedule", "beta": "flow_use_beta_schedule"}
+    agree = len(chosen) == 2 and alias.get(flow.chroma_sigma_density) == chosen[0]
     if len(chosen) > 1 and not agree:
+        others = join_words(chosen[1:], "and")
         yield (
             chosen[0],
-            f"{' and '.join(chosen[1:])} is given too; the noise levels follow one of them",
+            f"{others} {'is' if len(chosen) == 2 else 'are'} given too; choose the noise levels "
+            "with one of them",
         )
     if flow.flow_schedule_shift is not None and flow.flow_schedule_auto_shift:
         yield "flow_schedule_auto_shift", "flow_schedule_shift is given too; use one of them"
@@ -227,120 +237,135 @@ def _check_flow(flow: FlowOptions, given: GivenOrigins) -> Iterator[ConstraintFi
         if not all(0 <= level <= 1000 for level in levels):
             yield (
                 "flow_custom_timesteps",
-                "must be a comma list of sigmas (0 to 1) or timesteps (0 to 1000)",
+                "must be a comma-separated list of sigmas (0 to 1) or timesteps (0 to 1000)",
             )
 
 
-def _check_validation_and_logging(run: RunConfig) -> Iterator[ConstraintFinding]:
+def _check_validation(run: RunConfig) -> Iterator[ConstraintFinding]:
     for size in (run.validation.validation_resolution or "").replace(" ", "").split(","):
         match = RESOLUTION_PATTERN.fullmatch(size)
         if size and (match is None or any(int(side) < 64 for side in match.groups() if side)):
             yield (
                 "validation_resolution",
-                f'{size!r} is not "512" or "512x768" (pixels, at least 64)',
+                f'{size!r} is not a size; write "512" or "512x768" (pixels, at least 64)',
             )
-    yield from _check_scoring(run)
-    names = [name.strip() for name in run.logging.report_to.split(",")]
-    for name in names:
-        if name not in TRACKER_NAMES and names != ["none"]:
-            yield (
-                "report_to",
-                f"{name!r} is not offered; allowed: none, or some of {', '.join(TRACKER_NAMES)}",
-            )
-    if isinstance(run.logging.webhook_config, str) and "://" in run.logging.webhook_config:
-        yield "webhook_config", 'an address alone is not enough; write {"webhook_type": ..., ...}'
-    publishing, full = run.publishing, run.model.model_type == "full"
-    if publishing.push_checkpoints_to_hub and not publishing.push_to_hub:
-        yield "push_checkpoints_to_hub", "needs push_to_hub as well"
-    if publishing.push_checkpoints_to_hub and full:
-        what = "holds its state alone, for going on; the weights are uploaded at the end"
-        yield "push_checkpoints_to_hub", f"a checkpoint at full rank {what}: use push_to_hub alone"
-
-
-def _check_scoring(run: RunConfig) -> Iterator[ConstraintFinding]:
-    """What can be scored, and of which base: of one that knows the words and draws at 128 px."""
     names = [name.strip() for name in run.validation.evaluation_type.split(",")]
     for name in names:
         if name == "clip":
             yield (
                 "evaluation_type",
-                "clip needs a second model; held-out loss (an eval dataset) does not",
+                "clip needs a second model and is not supported; use the held-out loss of an "
+                "eval dataset",
             )
         elif name not in IMAGE_METRICS and names != ["none"]:
             yield (
                 "evaluation_type",
-                f"{name!r} is not offered; allowed: none, or some of {', '.join(IMAGE_METRICS)}",
+                f"{name!r} is not supported; allowed: none, or a list of {', '.join(IMAGE_METRICS)}",
             )
     base = run.model.pretrained_model_name_or_path
-    own = run.model.model_flavour == "nano" or (base is not None and Path(base).is_dir())
-    nano_only = any(name in names for name, spec in IMAGE_METRICS.items() if spec.nano_only)
-    if not own and nano_only:
-        what = "is about chroma-nano's pictures; use model_flavour nano, or a folder with a base of its kind"
-        yield "evaluation_type", f"{run.validation.evaluation_type} {what}"
+    hosted_base = run.model.model_flavour != "nano" and base is not None and not Path(base).is_dir()
+    if hosted_base and any(IMAGE_METRICS[name].nano_only for name in names if name in IMAGE_METRICS):
+        yield "evaluation_type", f"{run.validation.evaluation_type} {SCORABLE_BASE_REASON}"
+
+
+def _check_logging(run: RunConfig) -> Iterator[ConstraintFinding]:
+    names = [name.strip() for name in run.logging.report_to.split(",")]
+    for name in names:
+        if name not in TRACKER_NAMES and names != ["none"]:
+            yield (
+                "report_to",
+                f"{name!r} is not supported; allowed: none, or a list of "
+                f"{', '.join(TRACKER_NAMES)}",
+            )
+    if isinstance(run.logging.webhook_config, str) and "://" in run.logging.webhook_config:
+        yield (
+            "webhook_config",
+            'an address is not enough; write an object such as {"webhook_type": "discord", '
+            '"webhook_url": "https://..."}',
+        )
 
 
 def find_warnings(run: RunConfig, given: GivenOrigins) -> Iterator[str]:
-    """What the person should know about a configuration that holds."""
+    """Yield warnings about a configuration without errors: probable mistakes and options without effect."""
     model, flow, optimizer, training = run.model, run.flow, run.optimizer, run.training
     if model.mixed_precision == "fp16":
-        yield "mixed_precision fp16 overflows easily in Chroma and may draw black pictures; bf16 does not"
+        yield "mixed_precision fp16 overflows easily in Chroma and can give black images; use bf16"
     if model.vae_dtype == "fp16":
-        yield "vae_dtype fp16 overflows easily in this VAE; bf16 does not"
+        yield "vae_dtype fp16 overflows easily in this VAE; use bf16"
     if "fp8" in (model.base_model_precision, model.text_encoder_1_precision):
-        yield "fp8 weights err three times as much as int8 ones, which take the same room"
+        yield "the rounding error of fp8 is three times that of int8, which needs as much memory"
     if flow.flux_fast_schedule:
-        yield "flux_fast_schedule trains sigma 1.0 seven times in ten and skips the remap; leave it off"
+        yield (
+            "flux_fast_schedule trains sigma 1.0 in seven of ten samples and skips the remap; "
+            "leave it off"
+        )
     if flow.chroma_sigma_density == "quadratic-literal":
-        yield "chroma_sigma_density quadratic-literal never trains sigma in [0.25, 0.75); quadratic does"
+        yield (
+            "chroma_sigma_density quadratic-literal never trains sigma in [0.25, 0.75); "
+            "quadratic does"
+        )
     if flow.flow_schedule_shift is not None or flow.flow_schedule_auto_shift:
         yield "a schedule shift is on; Chroma needs none"
     if optimizer.optimizer == "prodigy" and optimizer.learning_rate < 0.1:
-        yield f"prodigy multiplies its estimate by learning_rate {optimizer.learning_rate:g}; 1.0 is usual"
+        yield (
+            f"prodigy multiplies its estimate by learning_rate {optimizer.learning_rate:g}; 1.0 "
+            "is usual"
+        )
     if training.max_train_steps and optimizer.lr_warmup_steps >= training.max_train_steps:
-        yield "lr_warmup_steps is not below max_train_steps: the learning rate never arrives"
-    yield from _options_without_effect(run, given)
+        yield (
+            f"lr_warmup_steps ({optimizer.lr_warmup_steps}) >= max_train_steps "
+            f"({training.max_train_steps}): the learning rate never reaches its target"
+        )
+    yield from _warn_about_ineffective(run, given)
 
 
-def _options_without_effect(run: RunConfig, given: GivenOrigins) -> Iterator[str]:
-    densities = ("quadratic", "quadratic-literal", "logit-normal")
-    idle = {
-        "with model_type full": (
-            run.model.model_type == "full",
-            (*LORA_ONLY_OPTIONS, "validation_strengths"),
-        ),
-        "with model_type lora": (run.model.model_type == "lora", ("save_native_file",)),
-        "without evaluation_type": (run.validation.evaluation_type == "none", SCORING_OPTIONS),
-        "beside lora_target_modules": (
-            run.adapter.lora_target_modules is not None,
-            ("flux_lora_target",),
-        ),
-        "without a beta density": (
-            not run.flow.flow_use_beta_schedule and run.flow.chroma_sigma_density != "beta",
-            BETA_DENSITY_OPTIONS,
-        ),
-        "with this density": (
-            run.flow.chroma_sigma_density not in densities,
-            ("flow_sigmoid_scale",),
-        ),
-        "without a quantised model": (
-            {run.model.base_model_precision, run.model.text_encoder_1_precision} == {"no_change"},
-            ("quantize_via", "quantized_cache_dir"),
-        ),
-        "with loss_type l2": (run.flow.loss_type == "l2", ("huber_schedule", "huber_c")),
-        "with lr_scheduler constant": (
-            run.optimizer.lr_scheduler == "constant",
-            ("lr_end", "lr_power"),
-        ),
-        "without gradient_checkpointing": (
-            not run.model.gradient_checkpointing,
-            ("gradient_checkpointing_interval", "gradient_checkpointing_backend"),
-        ),
-        "without dynamo_backend inductor": (
-            run.model.dynamo_backend != "inductor",
-            ("dynamo_mode",),
-        ),
-    }
-    for reason, (holds, names) in idle.items():
-        silent = [name for name in names if holds and name in given]
-        if silent:
-            yield f"{', '.join(silent)} {'has' if len(silent) == 1 else 'have'} no effect {reason}"
+def _warn_about_ineffective(run: RunConfig, given: GivenOrigins) -> Iterator[str]:
+    """Yield one sentence for each condition that options were given without.
+
+    What DataOptions need is checked for each dataset instead (data/dataset_file.py), because a
+    dataset may have values of its own.
+    """
+    names_by_group: dict[NeedGroup, list[str]] = defaultdict(list)
+    for option, group in _find_ineffective(run):
+        if option.name in given and option.section != "data":
+            names_by_group[group].append(option.name)
+    read = value_reader(run)
+    for group, names in names_by_group.items():
+        yield format_no_effect(names, group, read)
+
+
+def format_no_effect(names: list[str], group: NeedGroup, read: ValueReader) -> str:
+    """Return "huber_c has no effect with loss_type l2: it needs loss_type huber or smooth_l1"."""
+    one = len(names) == 1
+    current = join_words(
+        [f"{need.option} {format_value(read(need.option))}" for need in group], "and"
+    )
+    return (
+        f"{', '.join(names)} {'has' if one else 'have'} no effect with {current}: "
+        f"{'it needs' if one else 'they need'} {describe_needs(group)}"
+    )
+
+
+def _find_ineffective(run: RunConfig) -> Iterator[tuple[Option, NeedGroup]]:
+    """Yield the options whose value differs from the default although something that they need is not met."""
+    read = value_reader(run)
+    for option in all_options().values():
+        group = find_unmet_need(option.needs, read)
+        if group is not None and read(option.name) != option.idle_value:
+            yield option, group
+
+
+def unmet_error(option: Option, group: NeedGroup) -> str | None:
+    """Return why the option is refused when this group of its needs is unmet; None if it is only ignored."""
+    return next(
+        (option.unmet_errors[need.option] for need in group if need.option in option.unmet_errors),
+        None,
+    )
+
+
+def value_reader(run: RunConfig) -> ValueReader:
+    """Return a function from the name of an option to its value in this configuration."""
+    values: dict[str, Any] = {}
+    for section in RunConfig.model_fields:
+        values |= dict(getattr(run, section))
+    return values.__getitem__

@@ -18,7 +18,8 @@ def find_config(
 ) -> Path | None:
     """The file that --config, --env or --example names, else the first of NAMES here or in config/.
 
-    None when nothing was named and nothing is there. Raises ConfigError for a name that leads nowhere.
+    None when nothing was named and nothing is there. Raises ConfigError for a name that leads
+    nowhere.
     """
     named = [
         text
@@ -52,8 +53,9 @@ def no_config_message(cwd: Path) -> str:
     """The one line for a run without any configuration."""
     looked = ", ".join([*CONFIG_FILE_NAMES, *(f"config/{name}" for name in CONFIG_FILE_NAMES)])
     return (
-        f"no configuration: none of {looked} is in {cwd}. Write one with `simpletuner configure`, "
-        "name one with --config or --env, or try `simpletuner train --example chroma-nano.peft-lora`"
+        f"no configuration: none of {looked} is in {cwd}. Write one with `simpletuner "
+        "configure`, name one with --config or --env, or try `simpletuner train --example "
+        "chroma-nano.peft-lora`"
     )
 
 

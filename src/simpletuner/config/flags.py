@@ -17,7 +17,8 @@ FLAG_PATTERN = re.compile(r"--([A-Za-z][\w-]*)")
 def parse_flags(argv: Sequence[str], switches: Sequence[str] = ()) -> list[tuple[str, str | None]]:
     """(name, value) in the order typed, names with `_`; value None for a flag that stands alone.
 
-    switches: names that never take the next word. A word that is none of the forms raises ConfigError.
+    switches: names that never take the next word. A word that is none of the forms raises
+    ConfigError.
     """
     found: list[tuple[str, str | None]] = []
     problems: list[Problem] = []

@@ -1,7 +1,8 @@
 """JSON with comments and trailing commas, and the line and column of every key and list element.
 
-`//`, `#` and `/* */` comments and trailing commas are blanked at equal offsets; the standard library reads
-the rest. Refused: duplicate keys, NaN and infinities, lone surrogates, more than 100 levels.
+`//`, `#` and `/* */` comments and trailing commas are blanked at equal offsets; the standard
+library reads the rest. Refused: duplicate keys, NaN and infinities, lone surrogates, more than 100
+levels.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ FIXED_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
 class LycorisConfig:
     """dim: LoHa's rank, and that of LoKr's pairs. alpha: strength is alpha / dim.
 
-    factor: rows and columns of LoKr's w1, as near as they divide; -1 is near the square root. full_matrix: w2
-    whole whatever dim is. decompose_both: w1 as a pair too where dim is small.
+    factor: rows and columns of LoKr's w1, as near as they divide; -1 is near the square root.
+    full_matrix: w2 whole whatever dim is. decompose_both: w1 as a pair too where dim is small.
     """
 
     algo: str

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 from pydantic.fields import FieldInfo
 
-from simpletuner.config.option import OptionSection
+from simpletuner.config.option import OptionNeeds, OptionSection, describe_needs, parse_needs
 from simpletuner.config.schema import RunConfig
 
 OptionKind = Literal["flag", "amount", "integer", "number", "choice", "text"]
@@ -40,6 +40,15 @@ class Option:
     value_aliases: Mapping[str, str]
     refused_values: Mapping[str, str]
     zero_is_null: bool
+    needs: OptionNeeds
+    unmet_errors: Mapping[str, str]
+    idle_value: Any
+    affects: frozenset[str]
+
+    @property
+    def needs_text(self) -> str:
+        """Return "model_type lora; lora_type standard", or "" where the option always has an effect."""
+        return "; ".join(describe_needs(group) for group in self.needs)
 
     @property
     def takes(self) -> str:
@@ -66,9 +75,9 @@ def all_options() -> Mapping[str, Option]:
 
 def section_options(section: str, model: type[OptionSection]) -> dict[str, Option]:
     """The declarations of one section by name, in their order."""
-    group = model.__doc__ or section
+    group = (model.__doc__ or section).rstrip(".")
     return {
-        name: _make_option(name, section, group, field)
+        name: _make_option(name, section, group, field, model)
         for name, field in model.model_fields.items()
     }
 
@@ -81,8 +90,13 @@ def option_aliases() -> Mapping[str, str]:
     )
 
 
-def _make_option(name: str, section: str, group: str, field: FieldInfo) -> Option:
-    extra = cast(dict[str, Any], field.json_schema_extra)
+def _make_option(
+    name: str, section: str, group: str, field: FieldInfo, model: type[OptionSection]
+) -> Option:
+    extra = dict(cast(dict[str, Any], field.json_schema_extra))
+    needs, needs_any, affects = (extra.pop(key) for key in ("needs", "needs_any", "affects"))
+    if needs is None and needs_any is None:
+        needs = model.shared_needs
     origin = typing.get_origin(field.annotation)
     union = origin in (typing.Union, types.UnionType)
     members = typing.get_args(field.annotation) if union else (field.annotation,)
@@ -104,6 +118,8 @@ def _make_option(name: str, section: str, group: str, field: FieldInfo) -> Optio
         bounds=_format_bounds(field),
         default=field.default,
         text=field.description or "",
+        needs=parse_needs(needs or {}, needs_any or {}),
+        affects=frozenset(model.shared_affects if affects is None else affects),
         **{**extra, "aliases": tuple(extra["aliases"])},
     )
 

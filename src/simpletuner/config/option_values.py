@@ -142,7 +142,8 @@ def validate_section(
             if (value := kept.pop(name, None)) is not None:
                 tell(
                     name,
-                    f"{format_assignment(table[name], value)}: {_validation_message(table[name], error)}",
+                    f"{format_assignment(table[name], value)}: "
+                    f"{_validation_message(table[name], error)}",
                 )
         return model(**kept)
 

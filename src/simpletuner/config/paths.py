@@ -39,7 +39,8 @@ def resolve_path(text: str, kind: str, folder: Path | None, cwd: Path) -> tuple[
         return text, ""
     return (
         text,
-        f"does not exist (looked for {' or '.join(display_path(Path(place), cwd) for place in tried)})",
+        "does not exist (looked for "
+        f"{' or '.join(display_path(Path(place), cwd) for place in tried)})",
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# The bundled model learns sixteen pictures in minutes on a CPU: the settings of the packaged example.
+# The bundled model learns sixteen pictures in minutes on a CPU: the settings of the packaged
+# example.
 NANO_PRESET: Mapping[str, Any] = {
     "model_flavour": "nano",
     "resolution": 128,
@@ -22,9 +23,9 @@ NANO_PRESET: Mapping[str, Any] = {
 }
 FULL_RANK_PRESET: Mapping[str, Any] = {"optimizer": "adamw_bf16", "learning_rate": 1e-5}
 
-# Rank 16, 1024 px, batch 1, every block recomputed except in the first row: options and planned GB, finest
-# first. README, "Memory"; `python benchmarks/plan.py`. Captions are encoded before training: T5 takes 9.5 GB
-# unless it is quantised.
+# Rank 16, 1024 px, batch 1, every block recomputed except in the first row: options and planned GB,
+# finest first. README, "Memory"; `python benchmarks/plan.py`. Captions are encoded before training:
+# T5 takes 9.5 GB unless it is quantised.
 OFFLOAD_OPTIONS: Mapping[str, Any] = {
     "gradient_checkpointing_backend": "offload",
     "chroma_approximator_device": "cpu",

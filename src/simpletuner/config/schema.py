@@ -1,24 +1,22 @@
-"""The configuration of a run. Every option is declared once, in its section; names are unique and flat."""
+"""The configuration of a run. Every option is declared once, in its section; names are unique."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
 from simpletuner.config.option import OptionSection
-from simpletuner.config.sections_model import (
-    AdapterOptions,
-    CacheOptions,
-    DataOptions,
-    ModelOptions,
+from simpletuner.config.sections_data import CacheOptions, DataOptions
+from simpletuner.config.sections_model import AdapterOptions, ModelOptions
+from simpletuner.config.sections_output import (
+    LoggingOptions,
+    PublishingOptions,
+    ValidationOptions,
 )
 from simpletuner.config.sections_training import (
     CheckpointOptions,
     FlowOptions,
-    LoggingOptions,
     OptimizerOptions,
-    PublishingOptions,
     TrainingOptions,
-    ValidationOptions,
 )
 
 __all__ = [
@@ -38,8 +36,10 @@ __all__ = [
 
 
 class RunConfig(OptionSection):
-    """Everything the user asked for. `config.load` fills it and sees to the rules between sections:
-    exactly one of max_train_steps and num_train_epochs is set, and existing input paths are absolute.
+    """All options of a run.
+
+    `config.load` fills it and checks the rules between sections: exactly one of max_train_steps and
+    num_train_epochs is set, and the paths of existing input files are absolute.
     """
 
     model: ModelOptions = Field(default_factory=ModelOptions)

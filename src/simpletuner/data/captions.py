@@ -15,10 +15,11 @@ def read_captions(
 ) -> tuple[str, ...]:
     """The alternatives of one picture; each visit uses one.
 
-    text: the file of the same stem with .txt, None when there is none. textfile: every line that is not blank
-    is an alternative; with disable_multiline_split the whole file is one. filename: the stem, underscores as
-    spaces. instanceprompt, only_instance_prompt: the instance prompts. prepend_instance_prompt: every prompt
-    before every alternative. A blank caption is a missing one: missing_caption decides.
+    text: the file of the same stem with .txt, None when there is none. textfile: every line that is
+    not blank is an alternative; with disable_multiline_split the whole file is one. filename: the
+    stem, underscores as spaces. instanceprompt, only_instance_prompt: the instance prompts.
+    prepend_instance_prompt: every prompt before every alternative. A blank caption is a missing
+    one: missing_caption decides.
     """
     if dataset.only_instance_prompt or dataset.caption_strategy == "instanceprompt":
         return dataset.instance_prompts

@@ -13,11 +13,11 @@ class DatasetConfig:
     """A folder of pictures.
 
     dataset_type: "image" is trained on; "eval" is held out: centre crop, first caption, one visit.
-    instance_data_dir: an existing folder, absolute; it is only ever read.
-    instance_prompts: alternatives; empty when the dataset has none.
-    repeats: EXTRA passes over every sample in an epoch; 0 is one visit.
-    probability: share of the dataset shown per epoch, relative to the largest of the run (see order).
-    max_num_samples: a subset that depends on the dataset's id and the file names alone.
+    instance_data_dir: an existing folder, absolute; it is only ever read. instance_prompts:
+    alternatives; empty when the dataset has none. repeats: EXTRA passes over every sample in an
+    epoch; 0 is one visit. probability: share of the dataset shown per epoch, relative to the
+    largest of the run (see order). max_num_samples: a subset that depends on the dataset's id and
+    the file names alone.
     """
 
     id: str

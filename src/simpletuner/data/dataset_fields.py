@@ -1,4 +1,4 @@
-"""Every field a dataset file may have: declared as options are, or refused with the reason."""
+"""All fields that a dataset file may have: declared like options, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -11,92 +11,116 @@ from simpletuner.config.option import OptionSection, option
 from simpletuner.config.option_catalog import Option, all_options, section_options
 
 LOCAL_ONLY_REASON = "only local folders are read"
-ONE_CACHE_REASON = (
-    "the run keeps one cache, addressed by content; its place is cache_dir of the config"
-)
-NO_PAIRS_REASON = "paired pictures are not trained on yet"
+ONE_CACHE_REASON = "a run has one cache, addressed by content; set cache_dir in the config"
+NO_PAIRS_REASON = "paired images are not supported yet"
 PromptText = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 AspectRatio = Annotated[float, Field(ge=0.01, le=100)]
+TRAINED = {"dataset_type": "image"}
+CROPPED = {"crop": True}
+BUCKETS_REASON = 'needs "crop": true and "crop_aspect": "closest"'
 
-# A table: name, type and default; what it means; its bounds and other values.
+# Read this file as a table: name, type and default; one sentence of help; bounds, other values, and
+# the relations to other fields.
 
 
 class CommonDatasetFields(OptionSection):
-    """Every set"""
+    """All datasets."""
 
     id: str = option("", "Name of the dataset, unique in the run.")
     type: Literal["local"] = option(
         "local",
-        "Where the pictures are.",
+        "Storage of the images.",
         refused_values=dict.fromkeys(
             ("aws", "csv", "huggingface", "memory", "webshart"), LOCAL_ONLY_REASON
         ),
     )
     dataset_type: Literal["image", "eval", "text_embeds", "image_embeds"] = option(
         "image",
-        "image is trained on; eval is held out and measured.",
+        "Images to train on (image), or images for the held-out loss (eval).",
         refused_values={
-            "video": "Chroma draws single pictures",
-            "audio": "Chroma draws pictures",
-            "caption": "sets of captions without pictures are not offered",
+            "video": "Chroma generates single images",
+            "audio": "Chroma generates images",
+            "caption": "datasets of captions without images are not supported",
             "conditioning": NO_PAIRS_REASON,
             "conditioning_image_embeds": NO_PAIRS_REASON,
         },
     )
-    disabled: bool = option(False, "Leave this dataset out.")
-    disable: bool = option(False, "Another way to say disabled.")
+    disabled: bool = option(False, "Ignore this dataset.")
+    disable: bool = option(False, "Alias for disabled.")
 
 
 class ImageDatasetFields(OptionSection):
-    """Sets of pictures, image and eval; besides these they take fields of OF_THE_RUN"""
+    """Datasets of images, image and eval; RUN_OPTION_FIELDS are theirs too."""
 
     instance_data_dir: str = option(
-        "", "Folder of the pictures; it is only ever read.", path="file"
+        "", "Folder of the images; nothing in it is ever changed.", path="file"
     )
     instance_prompt: list[PromptText] | None = option(
         None,
-        "The captions of caption_strategy instanceprompt: a text, or a list of texts.",
+        "Captions for caption_strategy instanceprompt: a text, or a list of texts.",
+        needs_any={
+            "caption_strategy": "instanceprompt",
+            "prepend_instance_prompt": True,
+            "only_instance_prompt": True,
+        },
         min_length=1,
     )
     disable_multiline_split: bool = option(
-        False, "Take a caption file as one caption; otherwise every line is an alternative."
+        False,
+        "Read a caption file as one caption; otherwise each line is an alternative caption.",
+        needs={"caption_strategy": "textfile", "only_instance_prompt": False},
     )
-    crop: bool = option(False, "Cut pictures; otherwise they keep their own aspect.")
+    crop: bool = option(
+        False, "Crop images to crop_aspect; otherwise they keep their aspect ratio."
+    )
     crop_style: Literal["center", "random", "corner"] = option(
         "random",
-        "Which part is kept: the centre, a random place per picture, or the top left corner.",
+        "Crop position: the centre, a random position per image, or the top left corner.",
         value_aliases={"centre": "center"},
-        refused_values={"face": "faces are not looked for"},
+        refused_values={"face": "face detection is not supported"},
+        needs=TRAINED,
+        idle_value="center",
     )
     crop_aspect: Literal["square", "preserve", "closest"] = option(
         "square",
-        "Shape of the cut: square, the picture's own, or the closest of crop_aspect_buckets.",
-        refused_values={"random": "a random aspect per picture is not offered"},
+        "Shape of the crop: square, the image's own aspect ratio, or the closest of "
+        "crop_aspect_buckets.",
+        refused_values={"random": "a random aspect ratio per image is not supported"},
+        needs=CROPPED,
+        idle_value="preserve",
     )
     crop_aspect_buckets: list[AspectRatio] | None = option(
         None,
-        "Ratios width / height, 0.01 to 100, for crop_aspect closest; null is the usual ones.",
+        "Aspect ratios (width / height), from 0.01 to 100, for crop_aspect closest; null is a "
+        "list of common ratios.",
+        needs={**CROPPED, "crop_aspect": "closest"},
+        unmet_errors={"crop": BUCKETS_REASON, "crop_aspect": BUCKETS_REASON},
         min_length=1,
     )
     repeats: int = option(
         0,
-        "Extra passes over every picture in an epoch; 0 is one visit.",
+        "How many extra times each image is seen per epoch (0 = once).",
         unit="extra passes",
+        needs=TRAINED,
         ge=0,
         le=10**6,
     )
     probability: float = option(
-        1.0, "Share of the dataset that an epoch shows, beside the other datasets.", gt=0, le=16384
+        1.0,
+        "Fraction of the dataset that is seen per epoch, relative to the other datasets.",
+        needs=TRAINED,
+        gt=0,
+        le=16384,
     )
     max_num_samples: int | None = option(
-        None, "Take this many pictures only; null is all.", zero_is_null=True, ge=1, le=10**6
+        None, "Maximum number of images; null is all.", zero_is_null=True, ge=1, le=10**6
     )
 
 
 class CacheDatasetFields(OptionSection):
-    """Sets of type text_embeds and image_embeds"""
+    """Entries of dataset_type text_embeds and image_embeds."""
 
-    default: bool = option(False, "The one that is used where several are listed.")
+    default: bool = option(False, "Use this entry when several are listed.")
     cache_dir: str | None = option(
         None, "must be a folder; {env:NAME} is the only placeholder", pattern=r"^[^{]*$"
     )
@@ -130,46 +154,88 @@ IMAGE_FIELDS: Mapping[str, Option] = {
         "max_num_samples",
     )
 }
-RUN_OPTION_FIELDS = tuple(
-    name for name in IMAGE_FIELDS if name not in _IMAGE_ONLY_FIELDS
-)  # a set's own value goes before the run's
+# Options of the run that a dataset may set for itself.
+RUN_OPTION_FIELDS = tuple(name for name in IMAGE_FIELDS if name not in _IMAGE_ONLY_FIELDS)
 
-# Read, and without effect on what is trained: a note says why.
-UNNEEDED_BY_REASON: Mapping[str, str] = {
-    ONE_CACHE_REASON: "cache_dir_vae text_embeds image_embeds",
-    "scans leave no files behind": "preserve_data_backend_cache metadata_update_interval",
-    "folders are always looked into, and nothing unchanged is encoded again": "skip_file_discovery",
-    "cache shards are sized by cache_shard_mib of the config": "write_batch_size",
-    "cache entries are always named by content": "hash_filenames",
+# Fields that are read without any effect on the training; a notice gives the reason.
+UNNEEDED_BY_REASON: Mapping[str, tuple[str, ...]] = {
+    ONE_CACHE_REASON: ("cache_dir_vae", "text_embeds", "image_embeds"),
+    "scanning writes no files": ("preserve_data_backend_cache", "metadata_update_interval"),
+    "folders are always scanned, and unchanged files are not encoded again": (
+        "skip_file_discovery",
+    ),
+    "the size of cache files is cache_shard_mib in the config": ("write_batch_size",),
+    "cache entries are always named by their content": ("hash_filenames",),
 }
 
-# Fields of other trainers that are refused, by reason; HARMLESS are values that ask for what happens anyway.
-REFUSED_BY_REASON: Mapping[str, str] = {
-    "pictures and captions are found by looking into the folder": "metadata_backend",
-    "set it once in the config, where it holds for all datasets": "train_batch_size text_encoder_batch_size",
-    "use minimum_image_size to leave out small pictures": "max_upscale_threshold",
-    "buckets follow from the exact aspect and the model": "aspect_bucket_rounding aspect_bucket_alignment",
-    "pictures are encoded once, before training": "vae_cache_clear_each_epoch vae_cache_ondemand vae_cache_disable",
-    "captions are encoded once, before training": "text_cache_ondemand text_cache_disable",
-    "nothing in a dataset folder is ever deleted; a list of rejected files is written": "delete_unwanted_images delete_problematic_images delete_nsfw_images",
-    "regularisation sets are not offered yet": "is_regularisation_data is_regularization_data",
-    "slider training is not offered yet": "slider_strength",
-    "sigma is drawn alike for all datasets": "timestep_sampling_offset",
-    "a dataset takes part in the whole run": "start_epoch start_step end_epoch end_step",
-    "captions are used as written; more lines are more alternatives": "caption_shuffle caption_filter_list",
-    NO_PAIRS_REASON: "conditioning conditioning_data conditioning_type conditioning_image_embeds source_dataset_id "
-    "cache_dir_conditioning_image_embeds conditioning_image_embed_batch_size",
-    "caption tables are not read yet": "parquet",
-    "Chroma draws single pictures": "video audio bbox num_frames s2v_datasets",
-    LOCAL_ONLY_REASON: "aws_bucket_name aws_data_prefix aws_region_name aws_endpoint_url aws_access_key_id "
-    "aws_secret_access_key csv_file csv_caption_column csv_cache_dir csv_url_column dataset_name split "
-    "revision image_column caption_column num_proc streaming huggingface "
-    "memory_filesystem_path memory_filesystem_size memory_filesystem_sudo",
+# Fields of SimpleTuner that are refused; HARMLESS_VALUES ask for what is done anyway.
+REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
+    "images and captions are found by scanning the folder": ("metadata_backend",),
+    "set it once in the config, for all datasets": ("train_batch_size", "text_encoder_batch_size"),
+    "use minimum_image_size to skip small images": ("max_upscale_threshold",),
+    "buckets follow from the exact aspect ratio and the model": (
+        "aspect_bucket_rounding",
+        "aspect_bucket_alignment",
+    ),
+    "images are encoded once, before training": (
+        "vae_cache_clear_each_epoch",
+        "vae_cache_ondemand",
+        "vae_cache_disable",
+    ),
+    "captions are encoded once, before training": ("text_cache_ondemand", "text_cache_disable"),
+    "files in a dataset folder are never deleted; a list of rejected files is written": (
+        "delete_unwanted_images",
+        "delete_problematic_images",
+        "delete_nsfw_images",
+    ),
+    "regularisation datasets are not supported yet": (
+        "is_regularisation_data",
+        "is_regularization_data",
+    ),
+    "slider training is not supported yet": ("slider_strength",),
+    "noise levels have the same density for all datasets": ("timestep_sampling_offset",),
+    "a dataset takes part in the whole run": ("start_epoch", "start_step", "end_epoch", "end_step"),
+    "captions are used as written; several lines are alternatives": (
+        "caption_shuffle",
+        "caption_filter_list",
+    ),
+    NO_PAIRS_REASON: (
+        "conditioning",
+        "conditioning_data",
+        "conditioning_type",
+        "conditioning_image_embeds",
+        "source_dataset_id",
+        "cache_dir_conditioning_image_embeds",
+        "conditioning_image_embed_batch_size",
+    ),
+    "caption tables are not supported yet": ("parquet",),
+    "Chroma generates single images": ("video", "audio", "bbox", "num_frames", "s2v_datasets"),
+    LOCAL_ONLY_REASON: (
+        "aws_bucket_name",
+        "aws_data_prefix",
+        "aws_region_name",
+        "aws_endpoint_url",
+        "aws_access_key_id",
+        "aws_secret_access_key",
+        "csv_file",
+        "csv_caption_column",
+        "csv_cache_dir",
+        "csv_url_column",
+        "dataset_name",
+        "split",
+        "revision",
+        "image_column",
+        "caption_column",
+        "num_proc",
+        "streaming",
+        "huggingface",
+        "memory_filesystem_path",
+        "memory_filesystem_size",
+        "memory_filesystem_sudo",
+    ),
 }
-REFUSED_FIELDS, UNNEEDED_FIELDS = (
-    {name: reason for reason, names in table.items() for name in names.split()}
-    for table in (REFUSED_BY_REASON, UNNEEDED_BY_REASON)
-)
+REFUSED_FIELDS = {name: reason for reason, names in REFUSED_BY_REASON.items() for name in names}
+UNNEEDED_FIELDS = {name: reason for reason, names in UNNEEDED_BY_REASON.items() for name in names}
 HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
     "metadata_backend": ("discovery", "json"),
     "aspect_bucket_alignment": (64,),

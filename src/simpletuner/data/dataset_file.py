@@ -1,4 +1,4 @@
-"""The dataset file (multidatabackend.json): a list of sets, every field checked, all problems at once."""
+"""The dataset file (multidatabackend.json): a list of datasets, checked completely."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config import jsonc, option_values
-from simpletuner.config.constraints import check_sizes_and_captions
+from simpletuner.config.constraints import (
+    check_sizes_and_captions,
+    format_no_effect,
+    unmet_error,
+)
 from simpletuner.config.documents import read_document
 from simpletuner.config.environment import expand_placeholders
-from simpletuner.config.option_catalog import Option
+from simpletuner.config.option import find_unmet_need
+from simpletuner.config.option_catalog import Option, all_options
 from simpletuner.config.option_values import SectionT, did_you_mean, validate_section
 from simpletuner.config.paths import find_path
 from simpletuner.config.schema import DataOptions
@@ -43,51 +48,49 @@ def read_dataset_file(
 ) -> DatasetFile:
     """Read and check a dataset file.
 
-    options: what holds where a set has no field of its own. environ: for {env:NAME} in texts; None is the
-    environment of the process. Folders are looked for beside the file, then in the working directory.
-    Raises ConfigError with every problem of the file.
+    options: the values of fields that a dataset does not set. environ: for {env:NAME} in texts;
+    None is the environment of the process. Relative folders are looked for in the folder of the
+    file, then in the working directory. Raises ConfigError with every problem of the file.
     """
     if not os.path.lexists(path):
-        raise ConfigError(
-            [
-                Problem(
-                    str(path), f"no such dataset file; the smallest one is {EXAMPLE_DATASET_FILE}"
-                )
-            ]
-        )
+        message = f"no such dataset file; the smallest possible one is {EXAMPLE_DATASET_FILE}"
+        raise ConfigError([Problem(str(path), message)])
     document = read_document(path, path.name)
     reader = _DatasetFileReader(
         path.resolve().parent, document.value, document.location_of, options, environ
     )
-    backends = reader.read_entries()
+    datasets = reader.read_entries()
     if reader.problems:
         raise ConfigError(reader.problems)
-    return backends
+    return datasets
 
 
 def try_read_datasets(
-    sets: Sequence[Any], folder: Path, options: DataOptions
+    entries: Sequence[Any], folder: Path, options: DataOptions
 ) -> tuple[DatasetFile, tuple[Problem, ...]]:
-    """As `read_backends`, of sets that are in no file yet: `where` is "photos.resolution".
+    """Check datasets that are in no file yet; the location of a problem is "photos.resolution".
 
-    folder: where relative folders are looked for first. No placeholder is read.
+    folder: where relative folders are looked for first. Placeholders are not read.
     """
 
-    def where(path: jsonc.JsonPath) -> str:
-        at, *inside = (str(part) for part in path) if path else ("",)
-        entry = sets[int(at)] if at else None
+    def locate(path: jsonc.JsonPath) -> str:
+        if not path:
+            return ""
+        index, *inside = (str(part) for part in path)
+        entry = entries[int(index)]
         name = entry.get("id") if isinstance(entry, dict) else None
-        return (
-            ".".join((name if isinstance(name, str) and name else f"[{at}]", *inside)) if at else ""
-        )
+        return ".".join((name if isinstance(name, str) and name else f"[{index}]", *inside))
 
-    reader = _DatasetFileReader(folder, list(sets), where, options, {})
+    reader = _DatasetFileReader(folder, list(entries), locate, options, {})
     return reader.read_entries(), tuple(reader.problems)
 
 
 @dataclass
 class _DatasetFileReader:
-    """One pass over one file; problems and notes gather here."""
+    """One pass over one dataset file, which collects problems and notices.
+
+    dataset_values: the effective values of each dataset of images.
+    """
 
     base_folder: Path
     entries: Any
@@ -96,51 +99,52 @@ class _DatasetFileReader:
     environ: Mapping[str, str] | None
     problems: list[Problem] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    dataset_values: list[dict[str, Any]] = field(default_factory=list)
 
-    def add_problem(self, what: str, *where: str | int) -> None:
-        self.problems.append(Problem(self.locate(where), what))
+    def add_problem(self, message: str, *path: str | int) -> None:
+        self.problems.append(Problem(self.locate(path), message))
 
     def read_entries(self) -> DatasetFile:
         if not isinstance(self.entries, list):
-            self.add_problem(f"a list of datasets is expected, such as {EXAMPLE_DATASET_FILE}")
+            self.add_problem(
+                f"the file must hold a list of datasets, such as {EXAMPLE_DATASET_FILE}"
+            )
             return DatasetFile((), (), None)
-        found: list[DatasetConfig] = []
-        ids: dict[str, int] = {}
+        datasets: list[DatasetConfig] = []
+        indexes: dict[str, int] = {}
         text_caches: list[tuple[bool, Path | None]] = []
         for at, entry in enumerate(self.entries):
             if not isinstance(entry, dict):
-                self.add_problem("a dataset is expected: fields in { }", at)
+                self.add_problem("a dataset must be an object of fields, {...}", at)
                 continue
-            name = self.read_id(at, entry, ids)
+            name = self.read_id(at, entry, indexes)
             given = {key: entry[key] for key in COMMON_FIELDS if entry.get(key) not in (None, "")}
-            shared = self.read_fields(at, name, given, COMMON_FIELDS)
-            if shared.get("disabled") or shared.get("disable") or shared.keys() != given.keys():
+            common = self.read_fields(at, name, given, COMMON_FIELDS)
+            if common.get("disabled") or common.get("disable") or common.keys() != given.keys():
                 continue
-            kind = shared.get("dataset_type", "image")
+            kind = common.get("dataset_type", "image")
             if kind in ("image", "eval"):
-                dataset = self.build_dataset(
-                    at, name, kind, self.read_fields(at, name, entry, IMAGE_FIELDS)
-                )
-                found += [dataset] if dataset is not None else []
+                fields = self.read_fields(at, name, entry, IMAGE_FIELDS)
+                dataset = self.build_dataset(at, name, kind, fields)
+                datasets += [dataset] if dataset is not None else []
             else:
-                cache = self.validate_fields(
-                    at, name, CacheDatasetFields, self.read_fields(at, name, entry, CACHE_FIELDS)
-                )
+                fields = self.read_fields(at, name, entry, CACHE_FIELDS)
+                cache = self.validate_fields(at, name, CacheDatasetFields, fields)
                 folder = self.resolve_folder(cache.cache_dir) if cache.cache_dir else None
                 if kind == "text_embeds":
                     text_caches.append((cache.default, folder))
                 elif folder is not None:
-                    self.notices.append(
-                        f"{name}.cache_dir is not used: {UNNEEDED_FIELDS['image_embeds']}"
-                    )
-        train = tuple(dataset for dataset in found if dataset.dataset_type == "image")
+                    reason = UNNEEDED_FIELDS["image_embeds"]
+                    self.notices.append(f"{name}.cache_dir is not used: {reason}")
+        train = tuple(dataset for dataset in datasets if dataset.dataset_type == "image")
         if not train and not self.problems:
             self.add_problem(
-                "no set of dataset_type image is enabled, so there is nothing to train on"
+                "no dataset of dataset_type image is enabled, so there is nothing to train on"
             )
+        self.report_ineffective_run_options()
         return DatasetFile(
             train,
-            tuple(dataset for dataset in found if dataset.dataset_type == "eval"),
+            tuple(dataset for dataset in datasets if dataset.dataset_type == "eval"),
             self.choose_text_cache(text_caches),
             tuple(self.notices),
         )
@@ -148,10 +152,12 @@ class _DatasetFileReader:
     def choose_text_cache(self, caches: list[tuple[bool, Path | None]]) -> Path | None:
         default = [folder for is_default, folder in caches if is_default]
         if len(default) > 1 or (len(caches) > 1 and not default):
-            self.add_problem('of several text_embeds sets exactly one needs "default": true')
+            self.add_problem(
+                'several text_embeds entries: exactly one of them needs "default": true'
+            )
         return (default or [folder for _, folder in caches] or [None])[0]
 
-    def read_id(self, at: int, entry: dict[str, Any], ids: dict[str, int]) -> str:
+    def read_id(self, at: int, entry: dict[str, Any], indexes: dict[str, int]) -> str:
         name = entry.get("id")
         if not isinstance(name, str) or not name.strip():
             self.add_problem('"id" is missing: a name for the dataset, unique in this file', at)
@@ -160,56 +166,62 @@ class _DatasetFileReader:
             self.add_problem(
                 f"id = {json.dumps(name)}: slashes and control characters are not allowed", at, "id"
             )
-        if name in ids:
-            first = self.locate((ids[name], "id"))
+        if name in indexes:
+            first = self.locate((indexes[name], "id"))
             self.add_problem(f"id = {json.dumps(name)} is already used at {first}", at, "id")
-        ids.setdefault(name, at)
+        indexes.setdefault(name, at)
         return name
 
     def read_fields(
         self, at: int, name: str, entry: dict[str, Any], table: Mapping[str, Option]
     ) -> dict[str, Any]:
-        """The values that are allowed; null and blank are the same as not given, 0 may say None."""
-        found: dict[str, Any] = {}
+        """Return the values of the fields in `table`.
+
+        null and blank texts are the same as not given. Unknown, refused and misplaced fields are
+        reported.
+        """
+        values: dict[str, Any] = {}
         for key, raw in entry.items():
-            if raw in (None, "") or (key in COMMON_FIELDS and table is not COMMON_FIELDS):
+            if key in COMMON_FIELDS and table is not COMMON_FIELDS:
                 continue
-            if key in table:
-                try:
-                    found[key] = option_values.parse_value(
-                        table[key], expand_placeholders(raw, self.environ)
-                    )
-                except option_values.InvalidOptionValue as error:
-                    self.add_problem(
-                        f"{name}.{option_values.format_assignment(table[key], raw)}: {error}",
-                        at,
-                        key,
-                    )
-                except ConfigError as error:
-                    self.add_problem(f"{name}.{key}: {error}", at, key)
+            if key not in ALL_FIELD_NAMES:
+                hint = did_you_mean(key, ALL_FIELD_NAMES)
+                self.add_problem(f"{name}.{key}: unknown field{hint}", at, key)
+            elif raw in (None, ""):
+                continue
+            elif key in table:
+                self.read_value(at, name, table[key], raw, values)
             elif key in REFUSED_FIELDS:
-                if not any(
-                    raw == item and isinstance(raw, type(item))
-                    for item in HARMLESS_VALUES.get(key, ())
-                ):
-                    self.add_problem(f"{name}.{key} is not offered: {REFUSED_FIELDS[key]}", at, key)
+                if not _is_harmless(key, raw):
+                    self.add_problem(
+                        f"{name}.{key} is not supported: {REFUSED_FIELDS[key]}", at, key
+                    )
             elif key in UNNEEDED_FIELDS:
                 self.notices.append(f"{name}.{key} is not needed: {UNNEEDED_FIELDS[key]}")
-            elif key in ALL_FIELD_NAMES:
-                self.add_problem(
-                    f"{name}.{key} does not belong into a set of this dataset_type", at, key
-                )
             else:
                 self.add_problem(
-                    f"{name}.{key}: unknown field{did_you_mean(key, ALL_FIELD_NAMES)}", at, key
+                    f"{name}.{key} is not a field of datasets with this dataset_type", at, key
                 )
-        return found
+        return values
+
+    def read_value(
+        self, at: int, name: str, option: Option, raw: Any, values: dict[str, Any]
+    ) -> None:
+        """Add one value to `values`, or a problem."""
+        try:
+            expanded = expand_placeholders(raw, self.environ)
+            values[option.name] = option_values.parse_value(option, expanded)
+        except option_values.InvalidOptionValue as error:
+            assignment = option_values.format_assignment(option, raw)
+            self.add_problem(f"{name}.{assignment}: {error}", at, option.name)
+        except ConfigError as error:
+            self.add_problem(f"{name}.{option.name}: {error}", at, option.name)
 
     def validate_fields(
         self, at: int, name: str, model: type[SectionT], given: dict[str, Any]
     ) -> SectionT:
         return validate_section(
-            model, given, lambda key, what: self.add_problem(f"{name}.{what}", at, key)
+            model, given, lambda key, message: self.add_problem(f"{name}.{message}", at, key)
         )
 
     def build_dataset(
@@ -219,23 +231,26 @@ class _DatasetFileReader:
         folder = self.resolve_data_dir(at, name, given)
         if isinstance(given.get("instance_prompt"), str):
             given["instance_prompt"] = [given["instance_prompt"]]
-        laid_over = {key: given.pop(key) for key in RUN_OPTION_FIELDS if key in given}
-        fields = self.validate_fields(at, name, ImageDatasetFields, given)
+        overrides = {key: given[key] for key in RUN_OPTION_FIELDS if key in given}
+        image_fields = {key: value for key, value in given.items() if key not in overrides}
+        fields = self.validate_fields(at, name, ImageDatasetFields, image_fields)
         own = self.validate_fields(
-            at, name, DataOptions, {**self.run_options.model_dump(), **laid_over}
+            at, name, DataOptions, {**self.run_options.model_dump(), **overrides}
         )
-        for key, what in check_sizes_and_captions(own) if laid_over else ():
-            self.add_problem(f"{name}.{key}: {what}", at, key)
-        prompts = fields.instance_prompt or filter(
-            None, [(self.run_options.instance_prompt or "").strip()]
+        if overrides:
+            for key, reason in check_sizes_and_captions(own):
+                self.add_problem(f"{name}.{key}: {reason}", at, key)
+        self.report_ineffective_fields(
+            at, name, {"dataset_type": kind, **dict(own), **dict(fields)}, given
         )
+        run_prompt = (self.run_options.instance_prompt or "").strip()
         dataset = DatasetConfig(
             id=name,
             dataset_type=kind,
             instance_data_dir=folder or Path(),
-            resize_crop=self.build_resize_crop(at, name, kind, fields, own),
+            resize_crop=_build_resize_crop(kind, fields, own),
             caption_strategy=own.caption_strategy,
-            instance_prompts=tuple(prompts),
+            instance_prompts=tuple(fields.instance_prompt or filter(None, [run_prompt])),
             prepend_instance_prompt=own.prepend_instance_prompt,
             only_instance_prompt=own.only_instance_prompt,
             disable_multiline_split=fields.disable_multiline_split,
@@ -243,48 +258,77 @@ class _DatasetFileReader:
             probability=fields.probability,
             max_num_samples=fields.max_num_samples,
         )
-        made = own.caption_strategy == "instanceprompt" or own.prepend_instance_prompt
-        if (made or own.only_instance_prompt) and not dataset.instance_prompts:
-            self.add_problem(f"{name}.instance_prompt is missing: its captions are made of it", at)
+        uses_prompt = own.caption_strategy == "instanceprompt" or own.prepend_instance_prompt
+        if (uses_prompt or own.only_instance_prompt) and not dataset.instance_prompts:
+            self.add_problem(f"{name}.instance_prompt is missing: the captions need it", at)
         return dataset if folder is not None and len(self.problems) == before else None
 
-    def build_resize_crop(
-        self, at: int, name: str, kind: str, fields: ImageDatasetFields, own: DataOptions
-    ) -> ResizeCropConfig:
-        crop, aspect, given = fields.crop, fields.crop_aspect, fields.model_fields_set
-        if not crop and "crop_aspect" in given and aspect != "preserve":
-            self.notices.append(
-                f"{name}.crop_aspect is not used: crop is false, pictures keep their aspect"
-            )
-        if fields.crop_aspect_buckets and not (crop and aspect == "closest"):
-            what = f'{name}.crop_aspect_buckets needs "crop": true and "crop_aspect": "closest"'
-            self.add_problem(what, at, "crop_aspect_buckets")
-        style = (
-            fields.crop_style if kind != "eval" and (crop or "crop_style" in given) else "center"
-        )
-        shared = own.model_dump(include={one.name for one in dataclasses.fields(ResizeCropConfig)})
-        ratios = tuple(fields.crop_aspect_buckets or ())
-        return ResizeCropConfig(
-            crop=crop, crop_style=style, crop_aspect=aspect, crop_aspect_buckets=ratios, **shared
-        )
+    def report_ineffective_fields(
+        self, at: int, name: str, values: dict[str, Any], given: Mapping[str, Any]
+    ) -> None:
+        """Report the given fields that have no effect with the values of the others."""
+        self.dataset_values.append(values)
+        for key in given:
+            option = IMAGE_FIELDS[key]
+            group = find_unmet_need(option.needs, values.__getitem__)
+            if group is None or values[key] == option.idle_value:
+                continue
+            error = unmet_error(option, group)
+            if error is not None:
+                self.add_problem(f"{name}.{key} {error}", at, key)
+            else:
+                self.notices.append(f"{name}.{format_no_effect([key], group, values.__getitem__)}")
+
+    def report_ineffective_run_options(self) -> None:
+        """Report the run's data options that have an effect on none of the datasets."""
+        for option in all_options().values():
+            if option.section != "data" or not option.needs or not self.dataset_values:
+                continue
+            if dict(self.run_options)[option.name] == option.idle_value:
+                continue
+            unmet = [find_unmet_need(option.needs, one.__getitem__) for one in self.dataset_values]
+            if unmet[0] is not None and all(unmet):
+                first = self.dataset_values[0]
+                self.notices.append(format_no_effect([option.name], unmet[0], first.__getitem__))
 
     def resolve_data_dir(self, at: int, name: str, given: dict[str, Any]) -> Path | None:
         if "instance_data_dir" not in given:
             if not self.entries[at].get("instance_data_dir"):
                 self.add_problem(
-                    f"{name}.instance_data_dir is missing: the folder of the pictures", at
+                    f"{name}.instance_data_dir is missing: the folder of the images", at
                 )
             return None
         written = given["instance_data_dir"]
         folder = self.resolve_folder(written)
         if os.path.isdir(folder):
             return folder
-        what = "is not a folder" if os.path.exists(folder) else "does not exist"
+        reason = "is not a folder" if os.path.exists(folder) else "does not exist"
         shown = f"{name}.instance_data_dir = {json.dumps(written, ensure_ascii=False)}"
-        self.add_problem(f"{shown} {what} (resolved to {folder})", at, "instance_data_dir")
+        self.add_problem(f"{shown} {reason} (resolved to {folder})", at, "instance_data_dir")
         return None
 
     def resolve_folder(self, written: str) -> Path:
-        """Absolute; beside the dataset file when it exists there, else in the working directory."""
+        """Return the absolute path: in the dataset file's folder if it exists there, else in the working
+        directory.
+        """
         found, tried = find_path(written, self.base_folder, Path.cwd())
         return Path(found or tried[-1])
+
+
+def _is_harmless(key: str, raw: Any) -> bool:
+    """Return whether a refused field asks for what is done anyway. False and 0 are different values."""
+    return any(
+        raw == value and isinstance(raw, type(value)) for value in HARMLESS_VALUES.get(key, ())
+    )
+
+
+def _build_resize_crop(kind: str, fields: ImageDatasetFields, own: DataOptions) -> ResizeCropConfig:
+    style_counts = fields.crop or "crop_style" in fields.model_fields_set
+    shared_names = {item.name for item in dataclasses.fields(ResizeCropConfig)}
+    return ResizeCropConfig(
+        crop=fields.crop,
+        crop_style=fields.crop_style if kind != "eval" and style_counts else "center",
+        crop_aspect=fields.crop_aspect,
+        crop_aspect_buckets=tuple(fields.crop_aspect_buckets or ()),
+        **own.model_dump(include=shared_names),
+    )

@@ -65,6 +65,6 @@ def check_no_leaks(
             make_printable(f"  {held} is {learned_as}") for held, learned_as in sorted(leaks)[:20]
         )
         raise DataError(
-            f"{len(leaks)} pictures of an eval set are also trained on, so its loss would say nothing; "
-            f"move them out of one of the two sets:\n{lines}"
+            f"{len(leaks)} pictures of an eval set are also trained on, so its loss would say "
+            f"nothing; move them out of one of the two sets:\n{lines}"
         )

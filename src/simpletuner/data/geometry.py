@@ -19,19 +19,20 @@ COMMON_RATIOS = (0.5, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2, 16 
 class ResizeCropConfig:
     """How the pictures of a dataset are cut. Names and units are those of the dataset file.
 
-    resolution and the three *_size fields share the unit of resolution_type: "pixel" is the shorter edge,
-    "pixel_area" the edge of a square of the same area, "area" megapixels (10^6 pixels).
+    resolution and the three *_size fields share the unit of resolution_type: "pixel" is the shorter
+    edge, "pixel_area" the edge of a square of the same area, "area" megapixels (10^6 pixels).
 
-    crop false: the bucket keeps the picture's own aspect, whatever crop_aspect says. The picture is resized
-    to cover the bucket and the few pixels of alignment that stick out are trimmed; nothing is ever stretched.
-    crop true: crop_aspect "square" cuts squares, "preserve" is the same as crop false, "closest" takes the
-    nearest ratio (by quotient) of crop_aspect_buckets.
+    crop false: the bucket keeps the picture's own aspect, whatever crop_aspect says. The picture is
+    resized to cover the bucket and the few pixels of alignment that stick out are trimmed; nothing
+    is ever stretched. crop true: crop_aspect "square" cuts squares, "preserve" is the same as crop
+    false, "closest" takes the nearest ratio (by quotient) of crop_aspect_buckets.
 
-    crop_style says which window of the covering picture is kept: "center", "corner" (top left) or "random"
-    (one place per sample, addressed by the run's seed and the sample id, the same in every epoch).
+    crop_style says which window of the covering picture is kept: "center", "corner" (top left) or
+    "random" (one place per sample, addressed by the run's seed and the sample id, the same in every
+    epoch).
 
-    maximum_image_size with target_downsample_size: a larger picture is first shrunk to the target and the
-    bucket is cut out of that. All other pictures are resized to just cover their bucket.
+    maximum_image_size with target_downsample_size: a larger picture is first shrunk to the target
+    and the bucket is cut out of that. All other pictures are resized to just cover their bucket.
     """
 
     resolution: float = 1024.0
@@ -61,8 +62,8 @@ def image_extent(size: ImageSize, resolution_type: str) -> int:
 def bucket_size(framing: ResizeCropConfig, size: ImageSize, alignment_px: int) -> ImageSize:
     """The size a picture is trained at: sides are multiples of alignment_px, at least one each.
 
-    Each side is the ideal one (aspect kept, area or shorter edge as asked for) rounded to the nearest
-    multiple, so it is off by at most half of alignment_px.
+    Each side is the ideal one (aspect kept, area or shorter edge as asked for) rounded to the
+    nearest multiple, so it is off by at most half of alignment_px.
     """
     kind = framing.resolution_type
     return _scale_to_target(

@@ -13,7 +13,8 @@ from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.sample_types import RejectedFile
 from simpletuner.errors import DataError
 
-# Suffixes that mean a picture; those that cannot be decoded are listed as rejected, not passed over.
+# Suffixes that mean a picture; those that cannot be decoded are listed as rejected, not passed
+# over.
 IMAGE_SUFFIXES = frozenset(
     {
         ".png",

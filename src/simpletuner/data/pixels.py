@@ -23,7 +23,8 @@ from simpletuner.data.sample_types import BucketedSample
 if TYPE_CHECKING:
     import numpy as np  # else where pixels are needed: who only reads headers (the server) does without
 
-# What may be decoded, by content and not by name. Formats that run programs (EPS) are not among them.
+# What may be decoded, by content and not by name. Formats that run programs (EPS) are not among
+# them.
 IMAGE_FORMATS = (
     "JPEG",
     "PNG",
@@ -103,7 +104,8 @@ def read_image_header(path: Path, max_megapixels: float) -> ImageHeader:
                     "too_many_pixels", f"{what}; max_image_megapixels is {max_megapixels:g}"
                 )
             _check_mode(image)
-            # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode the picture.
+            # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode the
+            # picture.
             turned = image.format != "TIFF" and _read_orientation(image) >= 5
             animated = (
                 isinstance(image, (GifImageFile, PngImageFile, WebPImageFile)) and image.is_animated
@@ -117,9 +119,10 @@ def read_image_header(path: Path, max_megapixels: float) -> ImageHeader:
 def load_pixels(placed: BucketedSample, options: DataOptions) -> np.ndarray:
     """The picture as it is trained on: (H, W, 3) uint8 sRGB of the placed bucket.
 
-    Upright by EXIF; embedded ICC profile converted to sRGB (an unreadable one counts as sRGB); 16-bit grey
-    divided by 257; transparency laid over alpha_background; the first frame of an animation; Lanczos, crop.
-    Raises BadFile when the file is damaged, truncated or no longer has the size that was scanned.
+    Upright by EXIF; embedded ICC profile converted to sRGB (an unreadable one counts as sRGB);
+    16-bit grey divided by 257; transparency laid over alpha_background; the first frame of an
+    animation; Lanczos, crop. Raises BadFile when the file is damaged, truncated or no longer has
+    the size that was scanned.
     """
     import numpy as np
 
@@ -202,7 +205,8 @@ def _to_unusable_file(path: Path, error: Exception) -> UnusableFile:
             return UnusableFile("empty_file", "the file is empty")
         return UnusableFile(
             "not_an_image",
-            f"not a picture that can be read (starts with {ascii(start)[1:]}); save it as PNG or JPEG",
+            f"not a picture that can be read (starts with {ascii(start)[1:]}); save it as PNG or "
+            "JPEG",
         )
     if isinstance(error, OSError) and error.errno is not None:
         return UnusableFile("unreadable", f"cannot be read: {error.strerror}")

@@ -51,7 +51,8 @@ def check_rejected_fraction(
 ) -> None:
     """Raises DataError when bad files are more than the allowed fraction of kept + bad.
 
-    Pictures outside the limits that the person set (FILTERS) are not bad. path: of the list, for the message.
+    Pictures outside the limits that the person set (FILTERS) are not bad. path: of the list, for
+    the message.
     """
     bad = [item for item in rejected if item.reason not in FILTER_REASONS]
     if len(bad) <= max_bad_sample_fraction * (kept + len(bad)):

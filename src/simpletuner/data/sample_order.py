@@ -1,12 +1,14 @@
 """Which samples go through the network when: a pure function of (seed, number of the micro-batch).
 
-A round of a dataset visits each of its samples exactly repeats + 1 times, in batches of one bucket; what does
-not fill a batch makes a smaller one. An epoch holds one round of every dataset when their probabilities are
-equal. A dataset of lower probability gives only that share (relative to the largest) of its round's batches
-to an epoch and goes on in the next: over 1 / share epochs it, too, visits every sample repeats + 1 times.
+A round of a dataset visits each of its samples exactly repeats + 1 times, in batches of one bucket;
+what does not fill a batch makes a smaller one. An epoch holds one round of every dataset when their
+probabilities are equal. A dataset of lower probability gives only that share (relative to the
+largest) of its round's batches to an epoch and goes on in the next: over 1 / share epochs it, too,
+visits every sample repeats + 1 times.
 
-data_backend_sampling mixes the datasets of an epoch: "auto-weighting" spreads each over the whole epoch,
-"uniform" gives every dataset that is not exhausted the same chance at each batch, so small ones end early.
+data_backend_sampling mixes the datasets of an epoch: "auto-weighting" spreads each over the whole
+epoch, "uniform" gives every dataset that is not exhausted the same chance at each batch, so small
+ones end early.
 """
 
 from __future__ import annotations
@@ -106,7 +108,8 @@ class SampleOrder:
             rng = np.random.Generator(
                 np.random.Philox(seed_at(self._seed, "order of datasets", epoch))
             )
-            # Exponential waiting times: whichever source comes next is equally likely to be any that is left.
+            # Exponential waiting times: whichever source comes next is equally likely to be any
+            # that is left.
             uniform = self._options.data_backend_sampling == "uniform"
             times = [
                 np.cumsum(rng.exponential(size=source.batches_per_epoch))
@@ -182,16 +185,18 @@ def _batch_notices(source: BatchSource, batch_size: int) -> list[str]:
         visits = len(bucket) * passes
         if visits < batch_size:
             notes.append(
-                f"{name}: bucket {width}x{height} has {visits} visits, fewer than a batch of {batch_size}; "
-                f"it trains with a batch of {visits}"
+                f"{name}: bucket {width}x{height} has {visits} visits, fewer than a batch of "
+                f"{batch_size}; it trains with a batch of {visits}"
             )
     short = sum(len(bucket) * passes % batch_size > 0 for bucket in source.buckets.values())
     if short > len(notes):
         notes.append(
-            f"{name}: {short} of {source.batches_per_round} batches per round are smaller than {batch_size}"
+            f"{name}: {short} of {source.batches_per_round} batches per round are smaller than "
+            f"{batch_size}"
         )
     if source.batches_per_epoch < source.batches_per_round:
         notes.append(
-            f"{name}: probability gives {source.batches_per_epoch} of its {source.batches_per_round} batches to an epoch"
+            f"{name}: probability gives {source.batches_per_epoch} of its "
+            f"{source.batches_per_round} batches to an epoch"
         )
     return notes

@@ -10,8 +10,8 @@ from pathlib import Path
 class Sample:
     """One picture and what may be said about it. Sizes are after EXIF orientation.
 
-    id: "<dataset id>/<path inside it>", POSIX separators, NFC: unique in a run, stable between runs.
-    captions: alternatives, at least one; a visit uses one of them.
+    id: "<dataset id>/<path inside it>", POSIX separators, NFC: unique in a run, stable between
+    runs. captions: alternatives, at least one; a visit uses one of them.
     """
 
     id: str
@@ -51,8 +51,9 @@ class RejectedFile:
 class SampleVisit:
     """One appearance of a sample in training.
 
-    index: position in the run's tuple of Placed. epoch, pass_: which visit this is (pass_ counts repeats
-    inside an epoch). caption: index into sample.captions, None when the caption is dropped (empty caption).
+    index: position in the run's tuple of Placed. epoch, pass_: which visit this is (pass_ counts
+    repeats inside an epoch). caption: index into sample.captions, None when the caption is dropped
+    (empty caption).
     """
 
     sample_index: int

@@ -55,9 +55,10 @@ def scan_datasets(
 ) -> ScanResult:
     """Read every header and caption and place every picture in a bucket.
 
-    seed: of the run, for crop_style random. rejected_path: where the list of rejected files is written, also
-    when the scan ends in an error. DataError: captions missing under missing_caption error, more bad files
-    than max_bad_sample_fraction, an empty folder, nothing left, a picture both trained on and held out.
+    seed: of the run, for crop_style random. rejected_path: where the list of rejected files is
+    written, also when the scan ends in an error. DataError: captions missing under missing_caption
+    error, more bad files than max_bad_sample_fraction, an empty folder, nothing left, a picture
+    both trained on and held out.
     """
     found: list[ImageFile] = []
     rejected: list[RejectedFile] = []
@@ -107,7 +108,8 @@ def scan_datasets(
 def _read_files(
     found: Sequence[ImageFile], read: Callable[[ImageFile], ReadResult], stage: StageReporter
 ) -> Iterator[ReadResult]:
-    # Threads overlap the waits for the disk. Chunks, because a future per file costs more than its header.
+    # Threads overlap the waits for the disk. Chunks, because a future per file costs more than its
+    # header.
     chunks = [
         found[start : start + FILES_PER_CHUNK] for start in range(0, len(found), FILES_PER_CHUNK)
     ]
@@ -162,8 +164,8 @@ def _check_limits(framing: geometry.ResizeCropConfig, size: tuple[int, int]) -> 
     if not framing.minimum_aspect_ratio <= ratio <= framing.maximum_aspect_ratio:
         raise UnusableFile(
             "aspect_ratio",
-            f"{size[0]}x{size[1]} has aspect {ratio:.3g}; the limits are {framing.minimum_aspect_ratio:g} "
-            f"and {framing.maximum_aspect_ratio:g}",
+            f"{size[0]}x{size[1]} has aspect {ratio:.3g}; the limits are "
+            f"{framing.minimum_aspect_ratio:g} and {framing.maximum_aspect_ratio:g}",
         )
     kind, least = framing.resolution_type, framing.minimum_image_size
     if least is not None and geometry.image_extent(size, kind) < geometry.limit_in_pixels(

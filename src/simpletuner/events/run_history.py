@@ -16,8 +16,9 @@ ImageKey = tuple[str, int, int, int, str]
 class RunHistory:
     """steps, evaluations, scores and pictures are those that the present weights descend from.
 
-    pictures: ((prompt id, width, height, seed, weights), step) -> event. problems: (unix seconds, event).
-    resumes: steps at which a later process went on. end: how the last process ended, None while it runs.
+    pictures: ((prompt id, width, height, seed, weights), step) -> event. problems: (unix seconds,
+    event). resumes: steps at which a later process went on. end: how the last process ended, None
+    while it runs.
     """
 
     start_event: event_types.RunStarted | None = None

@@ -14,8 +14,9 @@ MIN_INTERVAL_S = 0.5
 class StageReporter:
     """`with Stage(emit, "encode images", total=160, unit="images") as stage: stage.advance()`.
 
-    Emits StageStarted, StageProgress at most every EVERY_S seconds, and StageDone unless the body raised.
-    `note` may be set on the way; it ends up in StageDone. advance() may be called from several threads.
+    Emits StageStarted, StageProgress at most every EVERY_S seconds, and StageDone unless the body
+    raised. `note` may be set on the way; it ends up in StageDone. advance() may be called from
+    several threads.
     """
 
     def __init__(self, emit: Emit, name: str, total: int | None, unit: str) -> None:

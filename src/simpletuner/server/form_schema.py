@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from simpletuner.config.constraints import STANDARD_LORA_OPTIONS
+from simpletuner.config.option import NeedGroup
 from simpletuner.config.option_catalog import Option, all_options
 from simpletuner.config.presets import NANO_PRESET, preset_for_memory
-from simpletuner.config.schema import AdapterOptions
 from simpletuner.data.dataset_fields import COMMON_FIELDS, IMAGE_FIELDS
 from simpletuner.server.schemas.configs import FormSchema, OptionInfo, Preset
 
@@ -20,59 +19,6 @@ NOT_SETTABLE: Mapping[str, str] = {
     "data_backend_config": "is written by the server from the list of datasets",
 }
 
-ONLY_LORA, ONLY_EMA, ONLY_VALIDATION = (
-    {"model_type": ["lora"]},
-    {"use_ema": [True]},
-    {"validation_disable": [False]},
-)
-ONLY_STANDARD_LORA = {**ONLY_LORA, "lora_type": ["standard"]}
-QUANTIZATION_SCHEMES = ["int8", "int4", "nf4", "fp8"]
-DECAYING_SCHEDULERS = ["linear", "cosine", "polynomial"]
-# Option -> where it is shown: every option named there has one of the values.
-OPTION_NEEDS: Mapping[str, Mapping[str, list[Any]]] = {
-    **dict.fromkeys(AdapterOptions.model_fields, ONLY_LORA),
-    **dict.fromkeys(STANDARD_LORA_OPTIONS, ONLY_STANDARD_LORA),
-    "lycoris_config": {**ONLY_LORA, "lora_type": ["lycoris"]},
-    **dict.fromkeys(("base_model_precision", "musubi_blocks_to_swap"), ONLY_LORA),
-    "quantize_via": {"base_model_precision": QUANTIZATION_SCHEMES},
-    "quantized_cache_dir": {"base_model_precision": QUANTIZATION_SCHEMES},
-    "dynamo_mode": {"dynamo_backend": ["inductor"]},
-    **dict.fromkeys(("ema_decay", "ema_update_interval", "ema_device", "ema_validation"), ONLY_EMA),
-    "lr_end": {"lr_scheduler": DECAYING_SCHEDULERS},
-    "lr_power": {"lr_scheduler": ["polynomial"]},
-    "missing_caption": {"caption_strategy": ["textfile", "filename"]},
-    "huber_schedule": {"loss_type": ["huber", "smooth_l1"]},
-    "huber_c": {"loss_type": ["huber", "smooth_l1"]},
-    "flow_beta_schedule_alpha": {"chroma_sigma_density": ["beta"]},
-    "flow_beta_schedule_beta": {"chroma_sigma_density": ["beta"]},
-    "flow_sigmoid_scale": {
-        "chroma_sigma_density": ["quadratic", "quadratic-literal", "logit-normal"]
-    },
-    **dict.fromkeys(
-        (
-            "validation_prompt",
-            "user_prompt_library",
-            "validation_negative_prompt",
-            "validation_resolution",
-            "validation_guidance_real",
-            "validation_num_inference_steps",
-            "num_validation_images",
-            "validation_seed",
-            "disable_benchmark",
-        ),
-        ONLY_VALIDATION,
-    ),
-    "validation_strengths": {**ONLY_LORA, **ONLY_VALIDATION},
-    "evaluation_type": {"model_flavour": ["nano"]},
-    "evaluation_prompts": {"model_flavour": ["nano"]},
-    "evaluation_step_interval": {"model_flavour": ["nano"]},
-}
-
-DATASET_FIELD_NEEDS: Mapping[str, Mapping[str, list[Any]]] = {
-    "crop_style": {"crop": [True]},
-    "crop_aspect": {"crop": [True]},
-    "crop_aspect_buckets": {"crop": [True], "crop_aspect": ["closest"]},
-}
 BASIC_DATASET_FIELDS = ("id", "dataset_type", "instance_data_dir", "caption_strategy", "repeats")
 HIDDEN_DATASET_FIELDS = ("type", "disable")  # one value only; another spelling of disabled
 
@@ -110,13 +56,16 @@ def list_presets() -> list[Preset]:
 
 
 def _option_info(option: Option) -> OptionInfo:
-    told = {key: value for key, value in asdict(option).items() if key in OptionInfo.model_fields}
+    info = {key: value for key, value in vars(option).items() if key in OptionInfo.model_fields}
     settable = option.name not in NOT_SETTABLE
-    needs = dict(
-        (DATASET_FIELD_NEEDS if option.section == "dataset" else OPTION_NEEDS).get(option.name, {})
-    )
-    told["choices"] = list(option.choices)
-    return OptionInfo(**told, takes=option.takes, settable=settable, needs=needs)
+    info["choices"] = list(option.choices)
+    info["needs"] = _needs_to_json(group for group in option.needs if len(group) == 1)
+    info["needs_any"] = _needs_to_json(group for group in option.needs if len(group) > 1)
+    return OptionInfo(**info, takes=option.takes, settable=settable)
+
+
+def _needs_to_json(groups: Iterable[NeedGroup]) -> dict[str, list[Any]]:
+    return {need.option: need.to_json() for group in groups for need in group}
 
 
 def _dataset_field_info(option: Option) -> OptionInfo:

@@ -28,35 +28,15 @@ ABANDONED_AFTER_S = 3.0  # pages ask again every second while they wait
 MAX_CACHED_PLANS = 64
 MAX_USER_ERROR_EXIT_CODE = 11  # of errors.py: what a person can mend, told in sentences
 SIZE_PATTERN = re.compile(r"\d{1,5}(\.\d{1,3})?\s*[GM]i?B?", re.IGNORECASE)
-PLAN_SECTIONS = ("model", "adapter", "data", "cache", "optimizer", "training", "checkpoint")
-# Without effect on memory, disk and time of a step: a change of these is no other plan.
-PLAN_IRRELEVANT_OPTIONS = frozenset(
-    {
-        "output_dir",
-        "seed",
-        "learning_rate",
-        "lr_scheduler",
-        "lr_end",
-        "lr_power",
-        "lr_warmup_steps",
-        "instance_prompt",
-        "caption_strategy",
-        "prepend_instance_prompt",
-        "only_instance_prompt",
-        "missing_caption",
-        "caption_dropout_probability",
-        "max_train_steps",
-        "num_train_epochs",
-    }
-)
 
 
 def plan_relevant_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a plan depends on."""
-    known = (
-        name for name in config if name in all_options() and name not in PLAN_IRRELEVANT_OPTIONS
-    )
-    return {name: config[name] for name in known if all_options()[name].section in PLAN_SECTIONS}
+    """Return the options that a plan depends on, as they declare it; others would repeat the same plan."""
+    return {
+        name: value
+        for name, value in config.items()
+        if name in all_options() and all_options()[name].affects
+    }
 
 
 class PlanProcess:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.config.compare_configs import training_differences
-from simpletuner.config.load import RUN_LENGTH_OPTIONS
+from simpletuner.config.option_layers import RUN_LENGTH_OPTIONS
 from simpletuner.errors import CheckpointError
 from simpletuner.events.event_types import Emit, WarningIssued
 from simpletuner.training import checkpoint

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from simpletuner.cli.plan import command
 from simpletuner.config.load import resolved_options
+from simpletuner.config.option_catalog import all_options
 from simpletuner.config.option_values import parse_memory_size
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import ResizeCropConfig
@@ -67,7 +68,9 @@ def test_the_second_answer_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 )  # fmt: skip
 def test_what_moves_bytes_is_another_key(other: dict[str, object]) -> None:
     def key(
-        run: RunConfig, feed: BatchShape = BATCH_SHAPE, memory: BlockMemoryPolicy = BlockMemoryPolicy()
+        run: RunConfig,
+        feed: BatchShape = BATCH_SHAPE,
+        memory: BlockMemoryPolicy = BlockMemoryPolicy(),
     ) -> str:  # noqa: B008
         return plan_cache.cache_key(run, make_model_spec(run), memory, feed, 1)
 
@@ -77,13 +80,48 @@ def test_what_moves_bytes_is_another_key(other: dict[str, object]) -> None:
     assert key(run) != key(run, memory=BlockMemoryPolicy(1))
 
 
+def test_options_that_declare_no_effect_on_the_plan_have_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them are changed at once, and the step is measured a second time."""
+    texts = {
+        "flow_custom_timesteps": "0.5",
+        "validation_strengths": "0.25",
+        "hub_model_id": "me/mine",
+    }
+    changes: dict[str, object] = {}
+    for option in all_options().values():
+        if option.affects or (option.kind == "text" and option.name not in texts):
+            continue
+        others = [word for word in option.choices if word != option.default]
+        changes[option.name] = {
+            "flag": not option.default,
+            "choice": others[0] if others else option.default,
+            "integer": int(option.default or 1) + 1 if option.kind == "integer" else None,
+            "number": 0.25,
+            "text": texts.get(option.name),
+        }[option.kind]
+    changes |= {
+        "validation_guidance_real": 2.0,
+        "validation_prompt_library": False,
+        "lora_alpha": 8.0,
+    }
+    assert len(changes) > 50
+    plain = predict_memory(make_run_config(), TinyChroma(), SIZE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    assert predict_memory(make_run_config(**changes), TinyChroma(), SIZE) == plain
+
+
 def test_what_waits_on_the_host_is_taken_from_the_device() -> None:
     """All blocks swapped: two rooms of the largest block instead of all blocks."""
     run, family = make_run_config(), TinyChroma()
     here = predict_memory(run, family, SIZE, "cuda", BlockMemoryPolicy(BLOCKS))
-    swapped = predict_memory(run, family, SIZE, "cuda", BlockMemoryPolicy(BLOCKS, 1, BLOCKS, True, True))
+    swapped = predict_memory(
+        run, family, SIZE, "cuda", BlockMemoryPolicy(BLOCKS, 1, BLOCKS, True, True)
+    )
     sizes = [
-        sum(parameter.nbytes for parameter in block.parameters()) for block in make_model_spec(run).blocks
+        sum(parameter.nbytes for parameter in block.parameters())
+        for block in make_model_spec(run).blocks
     ]
     less = here.parts["weights"] - swapped.parts["weights"]
     assert less == pytest.approx(sum(sizes) - 2 * max(sizes) + 1_000_000, rel=0.01)
@@ -105,7 +143,10 @@ def test_an_average_is_where_it_is_kept() -> None:
 
 def test_the_largest_set_decides() -> None:
     sketch = make_model_spec(make_run_config())
-    framings = (ResizeCropConfig(resolution=512), ResizeCropConfig(resolution=1.0, resolution_type="area"))
+    framings = (
+        ResizeCropConfig(resolution=512),
+        ResizeCropConfig(resolution=1.0, resolution_type="area"),
+    )
     assert prediction.largest_batch_shape(make_run_config(), framings, sketch) == BatchShape(
         1, (1024, 1024), 512
     )
@@ -118,7 +159,10 @@ def test_the_largest_set_decides() -> None:
 def test_the_chosen_way_fits_and_a_tighter_limit_is_slower() -> None:
     run = make_run_config(device="auto")
     ladder = MemoryConfigSearch(run, TinyChroma(), SIZE, CARD)
-    kept, recomputed = ladder.uncheckpointed_prediction.training, ladder.checkpointed_prediction.training
+    kept, recomputed = (
+        ladder.uncheckpointed_prediction.training,
+        ladder.checkpointed_prediction.training,
+    )
     assert recomputed < kept
     loose = fit.find_fitting_config(ladder, kept)
     assert loose.chosen is not None
@@ -132,20 +176,30 @@ def test_the_chosen_way_fits_and_a_tighter_limit_is_slower() -> None:
     assert nothing.chosen is None
     assert "nothing fits" in plan_formatting.format_fit(run, nothing)[0]
     least = ladder.lowest_memory_config()
-    assert (least.precision, least.memory) == ("nf4", BlockMemoryPolicy(BLOCKS, 1, BLOCKS, True, True))
+    assert (least.precision, least.memory) == (
+        "nf4",
+        BlockMemoryPolicy(BLOCKS, 1, BLOCKS, True, True),
+    )
     lines = preflight.smaller_training_message(ladder, 1000).splitlines()
     assert f"--musubi_blocks_to_swap={BLOCKS}" in lines[0]
-    assert [line.split()[0] for line in lines[1:]] == ["optimizer", "resolution"]  # the rank is 4 already
+    assert [line.split()[0] for line in lines[1:]] == [
+        "optimizer",
+        "resolution",
+    ]  # the rank is 4 already
 
 
-def test_a_training_that_cannot_fit_is_refused_with_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_cannot_fit_is_refused_with_ways_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run, family = make_run_config(gradient_checkpointing=False), TinyChroma()
     plan = predict_memory(run, family, SIZE)
     limit = predict_memory(run, family, SIZE, memory=BlockMemoryPolicy(BLOCKS)).tensor_bytes + 1_000
     monkeypatch.setattr(preflight.registry, "get_family", lambda name: family)
     total = limit + prediction.HOST_RUNTIME_BYTES["cpu"]
     monkeypatch.setattr(
-        preflight, "detect_budget", lambda device: MemoryBudget("a card", "cpu", 1e13, total, 10**12)
+        preflight,
+        "detect_budget",
+        lambda device: MemoryBudget("a card", "cpu", 1e13, total, 10**12),
     )
     assert plan.tensor_bytes > limit
     with pytest.raises(ConfigError, match=r"needs .* and a card has") as refused:
@@ -156,7 +210,9 @@ def test_a_training_that_cannot_fit_is_refused_with_ways_out(monkeypatch: pytest
 
 def test_at_full_rank_a_lora_is_tried_before_a_smaller_picture() -> None:
     changes = list(
-        memory_saving.memory_saving_options(make_run_config(model_type="full", optimizer="adamw_bf16"))
+        memory_saving.memory_saving_options(
+            make_run_config(model_type="full", optimizer="adamw_bf16")
+        )
     )
     assert changes[-2:] == [{"model_type": "lora"}, {"resolution": 768.0}]
 
@@ -178,7 +234,10 @@ def test_a_training_takes_the_fastest_way_that_fits(monkeypatch: pytest.MonkeyPa
     run = make_run_config(gradient_checkpointing=True)
     kept = predict_memory(run, TinyChroma(), SIZE, memory=BlockMemoryPolicy())
     roomy, said = fitted(run, kept.training, monkeypatch)
-    assert (roomy.model.base_model_precision, roomy.model.gradient_checkpointing) == ("no_change", False)
+    assert (roomy.model.base_model_precision, roomy.model.gradient_checkpointing) == (
+        "no_change",
+        False,
+    )
     assert "--gradient_checkpointing=false" in said[0]
     assert said[1].startswith("would fit too: --base_model_precision=int8")
     tight, said = fitted(run, 10**12, monkeypatch, f"{(kept.training - 1_000_000) / 1e6}MB")
@@ -210,7 +269,9 @@ def test_auto_recomputes_what_memory_demands(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(preflight.registry, "get_family", lambda name: family)
 
     def settled(free: int) -> object:
-        there = MemoryBudget("a card", "cpu", 1e13, free + prediction.HOST_RUNTIME_BYTES["cpu"], 10**12)
+        there = MemoryBudget(
+            "a card", "cpu", 1e13, free + prediction.HOST_RUNTIME_BYTES["cpu"], 10**12
+        )
         monkeypatch.setattr(preflight, "detect_budget", lambda device: there)
         return preflight.preflight_check(run, SIZE, told.append).model.gradient_checkpointing
 
@@ -218,7 +279,9 @@ def test_auto_recomputes_what_memory_demands(monkeypatch: pytest.MonkeyPatch) ->
     some = settled(kept.training - 1)
     assert isinstance(some, int)
     assert some > 0
-    assert any(isinstance(event, NoticeIssued) and event.message.startswith("plan: ") for event in told)
+    assert any(
+        isinstance(event, NoticeIssued) and event.message.startswith("plan: ") for event in told
+    )
 
 
 def test_disks_with_too_little_space(tmp_path: Path) -> None:
@@ -239,8 +302,14 @@ def test_a_converted_base_is_not_written_again(tmp_path: Path) -> None:
     assert find_disk_shortages(run, needs | {"quantised base": 10**12}) == []
 
 
-def test_cached_files_are_free_memory_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {"max": "8000", "current": "7000\n", "stat": "anon 900\nactive_file 2000\ninactive_file 4000\n"}
+def test_cached_files_are_free_memory_in_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {
+        "max": "8000",
+        "current": "7000\n",
+        "stat": "anon 900\nactive_file 2000\ninactive_file 4000\n",
+    }
     for name, text in told.items():
         (tmp_path / f"memory.{name}").write_text(text)
     monkeypatch.setattr(memory_budget, "CGROUP_PATH", tmp_path)
@@ -281,14 +350,21 @@ def test_settings_go_down_one_by_one() -> None:
 
 
 def test_the_command_needs_nothing() -> None:
-    done = CliRunner().invoke(command, ["--model_flavour=nano", "--resolution=128", "--lora_rank", "2"])
+    done = CliRunner().invoke(
+        command, ["--model_flavour=nano", "--resolution=128", "--lora_rank", "2"]
+    )
     assert done.exit_code == 0, done.output
     assert "weights" in done.output
     assert "estimate" in done.output
 
 
 def test_what_needs_a_gpu_is_planned_without_one() -> None:
-    words = ["--model_flavour=nano", "--resolution=128", "--lora_rank=2", "--musubi_blocks_to_swap=2"]
+    words = [
+        "--model_flavour=nano",
+        "--resolution=128",
+        "--lora_rank=2",
+        "--musubi_blocks_to_swap=2",
+    ]
     for more in ([], ["--device=cuda"], ["--fit=8GB"]):
         done = CliRunner().invoke(command, [*words, *more])
         assert done.exit_code == 0, done.output

@@ -43,12 +43,18 @@ export function changed(values: Values, option: OptionInfo, value: unknown): Val
   return value === undefined || same(value, option.default) ? rest : { ...rest, [option.name]: value };
 }
 
-/** Whether the other options make this one matter. */
+function fulfilled(allowed: unknown[], now: unknown): boolean {
+  return allowed.some((value) =>
+    value !== null && typeof value === "object" && "not" in value ? !same(value.not, now) : same(value, now),
+  );
+}
+
+/** Returns whether the other options let this one have an effect. */
 export function needed(option: OptionInfo, values: Values, options: Map<string, OptionInfo>): boolean {
-  return Object.entries(option.needs).every(([name, allowed]) => {
-    const now = name in values ? values[name] : options.get(name)?.default;
-    return allowed.some((one) => same(one, now));
-  });
+  const holds = ([name, allowed]: [string, unknown[]]) =>
+    fulfilled(allowed, name in values ? values[name] : options.get(name)?.default);
+  const alternatives = Object.entries(option.needs_any);
+  return Object.entries(option.needs).every(holds) && (alternatives.length === 0 || alternatives.some(holds));
 }
 
 export function matches(option: OptionInfo, words: string): boolean {

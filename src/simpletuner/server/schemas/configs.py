@@ -33,8 +33,11 @@ DatasetEntries = Annotated[list[dict[str, Any]], AfterValidator(_check_writable)
 
 
 class OptionInfo(ApiModel):
-    """One option of the schema. kind: flag, amount, integer, number, choice, text. level: basic, common,
-    advanced. needs: shown only where every named option has one of these values.
+    """One option of the schema.
+
+    kind: flag, amount, integer, number, choice, text. level: basic, common, advanced. needs: the option is
+    shown only where every option in it has one of these values; {"not": value} stands for all other values.
+    needs_any: the same, for at least one of them; empty is no condition.
     """
 
     name: str
@@ -53,6 +56,7 @@ class OptionInfo(ApiModel):
     path: str
     settable: bool
     needs: dict[str, list[Any]]
+    needs_any: dict[str, list[Any]]
 
 
 class Preset(ApiModel):

@@ -1,0 +1,279 @@
+"""Sections about what a run reports and writes: validation, logging, publishing."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from simpletuner.config.option import Effect, Not, OptionSection, option
+
+# Read this file as a table: name, type and default; one sentence of help; level, bounds, other
+# names, and the relations to other options.
+
+IMAGES = {"validation_disable": False}
+IMAGES_OR_SCORES = {**IMAGES, "evaluation_type": Not("none")}
+SCORES = {"evaluation_type": Not("none")}
+# A local base is accepted too: it may be one of chroma-nano's kind.
+SCORABLE_BASE = {"model_flavour": "nano", "pretrained_model_name_or_path": Not(None)}
+SCORABLE_BASE_REASON = "scores images of chroma-nano's world; use model_flavour nano, or a local folder with such a base model"
+TRACKERS = {"report_to": Not("none")}
+
+
+class ValidationOptions(OptionSection):
+    """Validation images and held-out loss."""
+
+    shared_affects: ClassVar[frozenset[Effect]] = frozenset()
+
+    validation_disable: bool = option(
+        False, "Generate no validation images.", level="common", resume_policy="free"
+    )
+    validation_step_interval: int = option(
+        100,
+        "Steps between validations.",
+        level="basic",
+        unit="steps",
+        resume_policy="free",
+        aliases=("validation_steps",),
+        needs=IMAGES,
+        ge=1,
+    )
+    validation_prompt: str | None = option(
+        None,
+        "Prompt of the validation images.",
+        level="basic",
+        resume_policy="free",
+        needs=IMAGES,
+    )
+    user_prompt_library: str | None = option(
+        None,
+        "JSON file of more prompts: an object of short name -> prompt.",
+        level="common",
+        resume_policy="free",
+        path="file",
+        needs=IMAGES,
+    )
+    validation_prompt_library: Literal[False] = option(
+        False,
+        "Built-in prompt lists are not available; use user_prompt_library.",
+        resume_policy="free",
+        refused_values={
+            "true": "there is no built-in prompt list; use user_prompt_library for a list of your own"
+        },
+    )
+    validation_negative_prompt: str = option(
+        "",
+        "Negative prompt (used only when validation_guidance_real > 1).",
+        level="common",
+        resume_policy="free",
+        needs={**IMAGES, "validation_guidance_real": Not(1.0)},
+    )
+    validation_guidance_real: float = option(
+        1.0,
+        "Classifier-free guidance scale: 1 is a single pass; 2 to 3 follow the prompt more "
+        "closely and take twice as long.",
+        level="common",
+        resume_policy="free",
+        needs_any=IMAGES_OR_SCORES,
+        ge=1,
+        le=30,
+    )
+    validation_num_inference_steps: int = option(
+        20,
+        "Number of sampling steps: 20 for previews, 28 to 32 for higher quality.",
+        level="common",
+        unit="steps",
+        resume_policy="free",
+        needs_any=IMAGES_OR_SCORES,
+        ge=1,
+        le=1000,
+    )
+    validation_resolution: str | None = option(
+        None,
+        'Size of the validation images: "512", "512x768" or a comma-separated list of sizes; null is the '
+        "training resolution.",
+        level="common",
+        unit="px",
+        resume_policy="free",
+        needs=IMAGES,
+    )
+    num_validation_images: int = option(
+        1,
+        "Number of images per prompt and size.",
+        unit="images",
+        resume_policy="free",
+        needs=IMAGES,
+        ge=1,
+        le=64,
+    )
+    validation_seed: int | None = option(
+        None,
+        "Seed of the validation images; null is seed.",
+        resume_policy="free",
+        needs=IMAGES,
+        ge=0,
+        lt=2**63,
+    )
+    disable_benchmark: bool = option(
+        False,
+        "Skip the images and scores of the base model at step 0.",
+        resume_policy="free",
+        needs_any=IMAGES_OR_SCORES,
+    )
+    validation_strengths: str = option(
+        "0.5",
+        "LoRA strengths at which the validation images are generated once more at the end: a "
+        "comma-separated list such as 0.25,0.5; or none.",
+        level="common",
+        resume_policy="free",
+        needs={"model_type": "lora", **IMAGES},
+        pattern=r"^(none|\d(\.\d+)?( *, *\d(\.\d+)?)*)$",
+    )
+    eval_steps_interval: int | None = option(
+        None,
+        "Steps between measurements of the held-out loss; null is at every checkpoint.",
+        level="common",
+        unit="steps",
+        resume_policy="free",
+        ge=1,
+    )
+    num_eval_images: int = option(
+        64,
+        "Number of images for the held-out loss.",
+        unit="images",
+        resume_policy="free",
+        ge=1,
+    )
+    eval_sigma_count: int = option(
+        8, "Number of noise levels per image for the held-out loss.", unit="levels", ge=1, le=64
+    )
+    eval_dataset_id: str | None = option(
+        None, "Measure the held-out loss on this eval dataset only.", resume_policy="free"
+    )
+    evaluation_type: str = option(
+        "none",
+        "Scores of images of unseen prompts, computed by a program: none, or a comma-separated "
+        "list of shapes (chroma-nano's world) and zorbo (the concept of the example).",
+        resume_policy="free",
+        needs_any=SCORABLE_BASE,
+        unmet_errors={"model_flavour": SCORABLE_BASE_REASON},
+    )
+    evaluation_prompts: int | None = option(
+        None,
+        "Number of prompts per score; null is 64 for shapes, 32 for zorbo.",
+        unit="prompts",
+        resume_policy="free",
+        needs=SCORES,
+        ge=1,
+        le=10000,
+    )
+    evaluation_step_interval: int | None = option(
+        None,
+        "Steps between scores; null is at the start (base model) and at the end.",
+        unit="steps",
+        resume_policy="free",
+        needs=SCORES,
+        ge=1,
+    )
+
+
+class LoggingOptions(OptionSection):
+    """Logging."""
+
+    shared_affects: ClassVar[frozenset[Effect]] = frozenset()
+
+    report_to: str = option(
+        "none",
+        "Experiment trackers: none, or a comma-separated list of tensorboard, wandb, trackio.",
+        level="common",
+        resume_policy="free",
+    )
+    tracker_project_name: str = option(
+        "simpletuner",
+        "Project name in the tracker.",
+        resume_policy="free",
+        needs=TRACKERS,
+        min_length=1,
+    )
+    tracker_run_name: str | None = option(
+        None,
+        "Run name in the tracker; null is the run folder's name.",
+        resume_policy="free",
+        needs=TRACKERS,
+    )
+    webhook_config: str | list[dict[str, Any]] | dict[str, Any] | None = option(
+        None,
+        "Webhooks: a JSON file, or the object or list of objects itself.",
+        resume_policy="free",
+        path="file",
+    )
+    log_level: Literal["debug", "info", "warning"] = option(
+        "info", "Log verbosity.", resume_policy="free"
+    )
+
+
+class PublishingOptions(OptionSection):
+    """Metadata and publishing."""
+
+    shared_affects: ClassVar[frozenset[Effect]] = frozenset()
+
+    save_native_file: bool = option(
+        False,
+        "Also write one file with Chroma's native weight names, which ComfyUI and Forge read.",
+        level="common",
+        resume_policy="free",
+        needs={"model_type": "full"},
+    )
+    modelspec_title: str | None = option(
+        None,
+        "Title in the file metadata and on the model card; null is the run folder's name.",
+        resume_policy="free",
+    )
+    modelspec_author: str | None = option(
+        None, "Author in the file metadata; null leaves it out.", resume_policy="free"
+    )
+    modelspec_trigger: str | None = option(
+        None,
+        "Trigger words in the file metadata; null is instance_prompt.",
+        level="common",
+        resume_policy="free",
+    )
+    modelspec_comment: str | None = option(
+        None, "Description in the file metadata.", resume_policy="free"
+    )
+    model_card_note: str | None = option(
+        None, "Text for the model card (README.md).", resume_policy="free"
+    )
+    model_card_safe_for_work: bool = option(
+        False, "Mark the model card as safe for work.", resume_policy="free"
+    )
+    push_to_hub: bool = option(
+        False,
+        "Upload the weights, the model card and the images to a Hugging Face repository at the "
+        "end, in the background. A failed upload is reported and never stops the run.",
+        level="common",
+        resume_policy="free",
+    )
+    push_checkpoints_to_hub: bool = option(
+        False,
+        "Also upload the LoRA of each checkpoint.",
+        resume_policy="free",
+        needs={"push_to_hub": True, "model_type": "lora"},
+        unmet_errors={
+            "push_to_hub": "needs push_to_hub true",
+            "model_type": "a full-rank checkpoint holds only the train state for resuming; the weights are "
+            "uploaded at the end. Use push_to_hub alone",
+        },
+    )
+    hub_model_id: str | None = option(
+        None,
+        "Hugging Face repository: owner/name, or a name in your own account; null is the run "
+        "folder's name.",
+        level="common",
+        resume_policy="free",
+        pattern=r"^[\w.-]+(/[\w.-]+)?$",
+    )
+    model_card_private: bool = option(
+        True,
+        "Create the repository as private; false creates a public one.",
+        level="common",
+        resume_policy="free",
+    )
