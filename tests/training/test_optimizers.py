@@ -199,6 +199,12 @@ def test_rounding_is_unbiased_and_to_a_neighbour():
     assert torch.equal(round_stochastically(exact, torch.Generator().manual_seed(1)).float(), exact)
 
 
+def test_rounding_keeps_what_is_not_a_number() -> None:
+    """CUDA writes NaN as 0x7fffffff: any noise in the lower half would carry through to the sign."""
+    patterns = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).repeat(100)
+    assert round_stochastically(patterns.view(torch.float32), torch.Generator().manual_seed(0)).isnan().all()
+
+
 def test_updates_below_the_last_bit_accumulate():
     """200 updates of 1/2560 each: nearest rounding would leave the weight at 1."""
     param = nn.Parameter(torch.ones(512, 8, dtype=torch.bfloat16))

@@ -18,13 +18,18 @@ from simpletuner.randomness import seed_at
 
 
 def round_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 -> bf16, up or down with the chance that makes the mean exact. Infinities stay."""
+    """Round float32 to bf16, up or down with the probability that makes the mean exact.
+
+    Infinities and NaN stay.
+    """
     noise = torch.randint(
         0, 1 << 16, exact.shape, generator=generator, device=exact.device, dtype=torch.int32
     )
     bits = exact.contiguous().view(torch.int32)
     # bf16 is the upper half of a float32: the carry of the lower half is the rounding up
-    return ((bits + noise) & -65536).view(torch.float32).to(torch.bfloat16)
+    rounded = ((bits + noise) & -65536).view(torch.float32)
+    # The carry of a NaN may reach the sign and leave -0.0: CUDA's NaN has every lower bit set.
+    return torch.where(exact.isfinite(), rounded, exact).to(torch.bfloat16)
 
 
 def copy_stochastically(target: Tensor, exact: Tensor, noise: torch.Generator) -> None:
