@@ -227,6 +227,10 @@ class Driver:
         self.locked.append((at, size))
         return 0 if sum(size for _, size in self.locked) <= self.room else 2
 
+    def cudaHostUnregister(self, at: int) -> int:
+        self.locked.remove(next(entry for entry in self.locked if entry[0] == at))
+        return 0
+
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
 def test_the_hosts_memory_is_locked_to_the_byte(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +245,9 @@ def test_the_hosts_memory_is_locked_to_the_byte(dtype: torch.dtype, monkeypatch:
     assert len(copy_to_pinned_host(tensor[:0])) == 0
     with pytest.raises(ConfigError, match="adamw_8bit"):
         copy_to_pinned_host(tensor)
+    (refused,) = driver.locked[2:]
+    del first, second
+    assert driver.locked == [refused], "the driver keeps no address of memory that is gone"
 
 
 @pytest.mark.parametrize(

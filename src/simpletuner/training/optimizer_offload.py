@@ -20,17 +20,33 @@ def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+class LockedPages(mmap.mmap):
+    """Memory that is unlocked before it is given back.
+
+    The driver remembers addresses: a later mapping at the same one would be refused as locked
+    already.
+    """
+
+    locked_at = 0
+
+    def __del__(self) -> None:
+        if self.locked_at:
+            torch.cuda.cudart().cudaHostUnregister(self.locked_at)
+
+
 def copy_to_pinned_host(tensor: Tensor) -> Tensor:
     """A copy in page-locked memory of its exact size; torch's own locked memory grows to a power of two."""
     if not tensor.numel():
         return tensor.cpu()
-    pages = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=torch.uint8)
+    owner = LockedPages(-1, tensor.nbytes)
+    pages = torch.frombuffer(owner, dtype=torch.uint8)
     failed = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), tensor.nbytes, 0))
     if failed:
         raise ConfigError(
             f"the driver locks no more of the host's memory (error {failed}): optimizer_cpu_offload_method "
             'has no room for the states; use a smaller optimizer, as adamw_8bit or adafactor, or "none"'
         )
+    owner.locked_at = pages.data_ptr()
     return pages.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
