@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from simpletuner.server.api_errors import ApiError
-from simpletuner.server.dataset_service import MAX_CAPTION_CHARS, CropSettings, DatasetService, read_caption
+from simpletuner.server.dataset_service import (
+    MAX_CAPTION_CHARS,
+    CropSettings,
+    DatasetService,
+    read_caption,
+)
 from simpletuner.server.schemas.datasets import CaptionWrite, DatasetItem
 from simpletuner.server.workspace import PathOutsideWorkspace
 from tests.server.dataset_app import PNG, make_workspace

@@ -92,11 +92,11 @@ def test_what_reaches_outside_is_not_settable(workspace: Workspace, name: str) -
 def test_paths_stay_inside(workspace: Workspace, name: str, written: str) -> None:
     (workspace.root / "link").symlink_to("../outside")
     message = said(validate_config(workspace, {name: written}, SETS))[name]
-    assert "outside" in message or message == "that is no path"
+    assert "outside" in message or message == "this is not a valid path"
     message = said(validate_config(workspace, {}, [{"id": "a", "instance_data_dir": written}]))[
         "a.instance_data_dir"
     ]
-    assert "outside" in message or message == "that is no path"
+    assert "outside" in message or message == "this is not a valid path"
 
 
 @pytest.mark.parametrize("name", ["output_dir", "init_lora", "cache_dir", "resume_from_checkpoint"])

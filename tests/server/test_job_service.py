@@ -1,18 +1,17 @@
-"""Queueing: frozen configurations, order, one job per run folder; an index that may be lost at any time."""
+"""Queueing: frozen configurations, order, one job per run folder; files that may be lost at any time."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import sqlite3
 from pathlib import Path
 
 import pytest
 
 from simpletuner.server.api_errors import ApiError
 from simpletuner.server.job_config import run_folder_name
-from simpletuner.server.job_index import JobIndex, QueueOrder, journal_mode
+from simpletuner.server.job_folder import JobFolder
 from simpletuner.server.schemas.configs import DraftWrite
 from simpletuner.server.schemas.jobs import JobRequest, Queue, QueueWrite
 from simpletuner.server.schemas.runs import ResumeRequest
@@ -144,50 +143,64 @@ def three_in_another_order(bench: QueueHarness) -> Queue:
     return bench.jobs.get_queue()
 
 
-@pytest.mark.parametrize("harm", ["deleted", "emptied", "overwritten", "torn", "another version"])
-def test_the_index_is_made_again(harness: QueueHarness, harm: str) -> None:
-    before, path = three_in_another_order(harness), harness.workspace.server_dir / "index.sqlite"
-    harness.jobs.index.close()
-    content = path.read_bytes()
-    if harm == "another version":
-        with sqlite3.connect(path) as index:
-            index.execute("PRAGMA user_version = 7")
-        index.close()
-    elif harm == "deleted":
-        path.unlink()
-    else:
-        harms = {"emptied": b"", "overwritten": b"nonsense" * 2000, "torn": content[: len(content) // 2]}
-        path.write_bytes(harms[harm])
-    assert harness.restart().jobs.get_queue() == before
-
-
-def test_a_server_that_runs_makes_its_index_again(harness: QueueHarness) -> None:
+def test_the_order_survives_the_loss_of_its_file(harness: QueueHarness) -> None:
     before = three_in_another_order(harness)
-    for file in harness.workspace.server_dir.glob("index.sqlite*"):
-        file.unlink()
-    assert harness.jobs.get_queue() == before
-    harness.jobs.update_queue(QueueWrite(paused=False))
-    assert harness.jobs.get_queue().paused is False
-    assert QueueHarness(harness.workspace.root).jobs.get_queue() == harness.jobs.get_queue()
-
-
-def test_a_lost_second_home_is_no_loss_either(harness: QueueHarness) -> None:
-    ids = [harness.enqueue(name).id for name in ("one", "two")][::-1]
-    harness.jobs.update_queue(QueueWrite(order=ids, paused=True))
-    for content in (None, "{half"):
-        (harness.workspace.server_dir / "queue.json").unlink()
-        if content:
-            (harness.workspace.server_dir / "queue.json").write_text(content)
-        assert queued(harness.restart()) == ids
+    path = harness.workspace.server_dir / "queue.json"
+    for content in (None, b"", b"{half", b"nonsense" * 2000, b"\xff\xfe", b"[]"):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        assert harness.jobs.get_queue() == before, "of the server that runs"
+        assert harness.restart().jobs.get_queue() == before, "of the next one"
         harness.jobs.update_queue(QueueWrite(paused=True))
 
 
-def test_without_both_the_folders_are_enough(harness: QueueHarness) -> None:
+def test_the_order_survives_the_loss_of_its_backup(harness: QueueHarness) -> None:
+    before = three_in_another_order(harness)
+    (harness.workspace.server_dir / "queue.backup.json").unlink()
+    assert harness.restart().jobs.get_queue() == before
+
+
+def test_without_both_files_the_folders_are_enough(harness: QueueHarness) -> None:
     ids = [harness.enqueue(name).id for name in ("one", "two")]
-    for file in harness.workspace.server_dir.glob("index.sqlite*"):
+    for file in harness.workspace.server_dir.glob("queue*.json"):
         file.unlink()
-    (harness.workspace.server_dir / "queue.json").unlink()
     assert queued(harness.restart()) == ids, "in the order in which they came"
+
+
+def test_a_workspace_with_an_index_of_an_older_version_opens(harness: QueueHarness) -> None:
+    before = three_in_another_order(harness)
+    (harness.workspace.server_dir / "queue.backup.json").unlink()
+    (harness.workspace.server_dir / "index.sqlite").write_bytes(b"SQLite format 3\0")
+    assert harness.restart().jobs.get_queue() == before
+
+
+def test_two_servers_see_each_others_changes(harness: QueueHarness) -> None:
+    three_in_another_order(harness)
+    other = QueueHarness(harness.workspace.root)
+    harness.jobs.update_queue(QueueWrite(paused=False))
+    assert other.jobs.get_queue().paused is False
+    first = queued(other)[0]
+    other.jobs.cancel(first)
+    assert first not in queued(harness)
+    assert other.jobs.get_queue() == harness.jobs.get_queue()
+
+
+def test_ended_jobs_are_read_once_and_leave_with_their_folders(
+    harness: QueueHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = harness.enqueue()
+    folder = harness.jobs.jobs_dir / job.id
+    ended = job.model_copy(update={"state": "done", "ended_t": 1.0})
+    (folder / "end.json").write_text(ended.model_dump_json())
+    read: list[str] = []
+    real = JobFolder.read_final_job
+    monkeypatch.setattr(JobFolder, "read_final_job", lambda self: read.append(self.id) or real(self))
+    for _ in range(3):
+        assert harness.jobs.get_queue().jobs == [ended]
+    assert read == [job.id]
+    folder.rename(harness.workspace.root / "elsewhere")
+    assert harness.jobs.get_queue().jobs == []
 
 
 def test_half_a_folder_is_no_job(harness: QueueHarness) -> None:
@@ -199,30 +212,13 @@ def test_half_a_folder_is_no_job(harness: QueueHarness) -> None:
     assert queued(harness) == [job.id]
 
 
-def test_write_ahead_only_on_local_disks(tmp_path: Path) -> None:
-    mounts = tmp_path / "mountinfo"
-    rows = ("/ ext4", "/net nfs4", "/share cifs", "/cloud fuse.mfs", "/with\\040space xfs", "/odd newfs")
-    lines = (f"2{at} 1 8:1 / {row.split()[0]} rw - {row.split()[1]} dev rw" for at, row in enumerate(rows))
-    mounts.write_text("\n".join(lines) + "\n")
-    assert journal_mode(Path("/home/a"), mounts) == "WAL"
-    assert journal_mode(Path("/with space/a"), mounts) == "WAL"
-    for folder in ("/net/a", "/share", "/cloud/x/y", "/odd"):
-        assert journal_mode(Path(folder), mounts) == "DELETE", folder
-    assert journal_mode(tmp_path, tmp_path / "none") == "DELETE"
-    index = JobIndex(tmp_path)
-    index.write_order(QueueOrder(("a",)))
-    with sqlite3.connect(tmp_path / "index.sqlite") as connection:
-        assert connection.execute("PRAGMA journal_mode").fetchone()[0].upper() == journal_mode(tmp_path)
-    connection.close()
-
-
 def test_resume_of_a_run_that_was_started_by_hand(harness: QueueHarness) -> None:
     folder = run_folder(
         harness, "hand", output_dir="elsewhere", num_train_epochs=3, max_train_steps=None,
         webhook_config={"url": "***"}, resume_from_checkpoint="never",
     )  # fmt: skip
     job = harness.jobs.resume(run_id(folder), ResumeRequest(max_train_steps=50))
-    assert job.message.startswith("webhook_config is left out: it sends what happens to an address")
+    assert job.message.startswith("webhook_config was omitted: it sends events to a URL")
     config = harness.read_job_file(job, "config/config.json")
     assert config == {
         "output_dir": str(folder), "max_train_steps": 50, "resume_from_checkpoint": "latest",
@@ -285,7 +281,7 @@ def test_a_config_by_hand_is_not_written_over(harness: QueueHarness) -> None:
     mine = harness.workspace.root / "config" / "fox"
     mine.mkdir(parents=True)
     (mine / "config.json").write_text("{}")
-    with pytest.raises(ApiError, match="is no run") as caught:
+    with pytest.raises(ApiError, match="is not from a run") as caught:
         harness.enqueue(output_dir="config/fox")
     assert [complaint.loc for complaint in caught.value.details] == ["output_dir"]
     (mine / "run.lock").write_text("")
@@ -319,7 +315,7 @@ def test_results_of_a_run_are_not_trained_over_unasked(harness: QueueHarness) ->
         (folder / result).write_text("{}")
         for named, loc in (({}, "name"), ({"output_dir": "output/zorbo"}, "output_dir")):
             for resume in ({}, {"resume_from_checkpoint": "latest"}):
-                with pytest.raises(ApiError, match="holds the results of a run already") as caught:
+                with pytest.raises(ApiError, match="already holds the results of a run") as caught:
                     harness.enqueue(**named, **resume)
                 (complaint,) = caught.value.details
                 assert (caught.value.status, complaint.loc) == (422, loc)
@@ -350,7 +346,7 @@ def test_a_run_folder_from_elsewhere_brings_no_hook(harness: QueueHarness, hook:
     frozen = "".join(path.read_text() for path in (harness.jobs.jobs_dir / job.id).rglob("*.json"))
     assert "webhook" not in frozen
     assert "evil.example" not in frozen
-    assert "webhook_config is left out" in job.message
+    assert "webhook_config was omitted" in job.message
 
 
 @pytest.mark.parametrize(
@@ -419,5 +415,5 @@ def test_a_run_with_a_folder_is_not_withdrawn(harness: QueueHarness) -> None:
     job = harness.jobs.resume(run_id(run_folder(harness, "hand")), ResumeRequest())
     ended = job.model_copy(update={"state": "failed", "ended_t": 5.0, "begun": True})
     (harness.jobs.jobs_dir / job.id / "end.json").write_text(ended.model_dump_json())
-    with pytest.raises(ApiError, match="remove the run folder"):
+    with pytest.raises(ApiError, match="delete that folder"):
         harness.jobs.cancel(job.id)

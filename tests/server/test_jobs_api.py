@@ -101,7 +101,7 @@ def test_a_run_without_pictures_is_not_asked_for_them(
         folder.write_config(config)
         answer = client.post(f"{API}/runs/{run_id(folder.path)}/sample", json={})
         assert answer.status_code == 409
-        assert "draws no pictures" in answer.json()["detail"][0]["message"]
+        assert "no samples to generate" in answer.json()["detail"][0]["message"]
         assert not folder.consume_control_request("validate")
         assert client.post(f"{API}/runs/{run_id(folder.path)}/save", json={}).status_code == 200
 
@@ -124,7 +124,7 @@ def test_a_run_that_waits_is_withdrawn_not_stopped(harness: QueueHarness, client
     job = harness.enqueue()
     answer = client.post(f"{API}/runs/{job.run}/stop", json={})
     assert answer.status_code == 409
-    assert "withdraw" in answer.json()["detail"][0]["message"]
+    assert "remove its job from the queue" in answer.json()["detail"][0]["message"]
 
 
 def test_resume(harness: QueueHarness, client: TestClient) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from PIL import Image
 
-from simpletuner.server import log_reader
+from simpletuner.server import file_reader
 from simpletuner.server.run_artifacts import resolve_artifact
 from simpletuner.server.run_service import RunService
 from simpletuner.server.workspace import PathOutsideWorkspace, Workspace, run_id
@@ -239,5 +239,5 @@ def test_a_folder_in_the_place_of_a_file_takes_nothing_down(tmp_path: Path, name
     known.detail(known.summaries()[0].id)
     open_files = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
-        assert log_reader.read_lines(folder / name, 0).lines == []
+        assert file_reader.read_lines(folder / name, 0).lines == []
     assert len(os.listdir("/proc/self/fd")) == open_files

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from simpletuner.events import event_types
-from simpletuner.server import log_reader
-from simpletuner.server.run_metrics import downsample, read_metrics
+from simpletuner.server import file_reader
+from simpletuner.server.run_metrics import downsample
+from simpletuner.server.run_reader import RunReader
 from tests.server.run_folder_writer import START_T, RunFolderWriter
 
 LOSSES = some.lists(some.none() | some.floats(-1e6, 1e6), min_size=1, max_size=300)
@@ -45,7 +46,7 @@ def test_columns(tmp_path: Path) -> None:
             4, "chroma-nano", "trained", 8, {"shape": (0.5, 0.1, 8), "colour": (1.0, 0.0, 8)}
         )
     )
-    found = read_metrics(run.events, 100)
+    found = RunReader(run.path).metrics(100)
     assert found.step == [1, 2, 3, 4]
     assert found.t == [START_T + 6, START_T + 8, START_T + 10, START_T + 12]
     assert found.loss == [1.0, 0.5, pytest.approx(1 / 3), None]
@@ -58,35 +59,35 @@ def test_columns(tmp_path: Path) -> None:
 
 def test_the_end_is_where_the_live_connection_goes_on(tmp_path: Path) -> None:
     run = RunFolderWriter(tmp_path / "run").write_start().write_steps(1, 10)
-    end = read_metrics(run.events, 100).end
+    end = RunReader(run.path).metrics(100).end
     run.write_steps(11, 12)
     with run.events.open("ab") as file:
         file.write(b'{"t": 1, "kind": "st')
-    more = log_reader.read_lines(run.events, end)
-    assert ([log_reader.parse_record(line)["step"] for line in more.lines], more.start) == ([11, 12], end)  # type: ignore[index]
-    assert read_metrics(run.events, 100).end == more.end, "not behind half a line"
+    more = file_reader.read_lines(run.events, end)
+    assert ([file_reader.parse_record(line)["step"] for line in more.lines], more.start) == ([11, 12], end)  # type: ignore[index]
+    assert RunReader(run.path).metrics(100).end == more.end, "not behind half a line"
 
 
 def test_a_resumed_run_did_its_steps_once(tmp_path: Path) -> None:
     run = RunFolderWriter(tmp_path / "run").write_start().write_steps(1, 10, loss=lambda step: 9.0)
     run.write_events(event_types.LossEvaluated(10, "photos", "eval", 9.0, 0.0, 0.0, (), True))
     run.write_start(resumed=5).write_steps(6, 8, loss=lambda step: 1.0)
-    found = read_metrics(run.events, 100)
+    found = RunReader(run.path).metrics(100)
     assert found.step == [1, 2, 3, 4, 5, 6, 7, 8]
     assert found.loss == [9.0] * 5 + [1.0] * 3
     assert (found.held_out, found.resumes) == ([], [5])
     run.write_start().write_steps(1, 1)
-    assert read_metrics(run.events, 100).step == [1]
+    assert RunReader(run.path).metrics(100).step == [1]
 
 
 def test_another_file_begins_anew(tmp_path: Path) -> None:
     run = RunFolderWriter(tmp_path / "run").write_start().write_steps(1, 10)
-    end = read_metrics(run.events, 100).end
+    end = RunReader(run.path).metrics(100).end
     run.events.unlink()
-    assert read_metrics(run.events, 100).end == 0
+    assert RunReader(run.path).metrics(100).end == 0
     run.write_start().write_steps(1, 2)
     for since in (end, 10, 10**30, -5):
-        found = log_reader.read_lines(run.events, since)
+        found = file_reader.read_lines(run.events, since)
         assert (found.start, found.end) == (0, run.events.stat().st_size), since
 
 
@@ -98,9 +99,9 @@ def test_a_file_of_several_readings(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         .write_start(1000, resumed=400)
     )
     run.write_steps(401, 900, 1000)
-    whole = read_metrics(run.events, 1000)
-    monkeypatch.setattr(log_reader, "MAX_READ_BYTES", 10_000)
-    assert read_metrics(run.events, 1000) == whole
+    whole = RunReader(run.path).metrics(1000)
+    monkeypatch.setattr(file_reader, "MAX_READ_BYTES", 10_000)
+    assert RunReader(run.path).metrics(1000) == whole
     assert whole.step == list(range(1, 901))
 
 
@@ -114,14 +115,14 @@ def test_a_log_is_cut_between_characters(
     path = tmp_path_factory.mktemp("log") / "train.log"
     data = text.encode()
     path.write_bytes(data)
-    part = log_reader.read_log_part(path, since, limit)
+    part = file_reader.read_log_part(path, since, limit)
     assert part.size == len(data)
     assert data[part.start : part.end].decode() == part.text
     assert part.end - part.start <= limit
     wanted = max(0, len(data) + since) if since < 0 else since if since <= len(data) else 0
     assert wanted <= part.start <= wanted + 3
     read, at = "", 0
-    while (part := log_reader.read_log_part(path, at, limit)).end > at:
+    while (part := file_reader.read_log_part(path, at, limit)).end > at:
         assert part.start == at
         read, at = read + part.text, part.end
     assert read == text
@@ -130,18 +131,18 @@ def test_a_log_is_cut_between_characters(
 def test_half_a_character_waits_for_its_other_half(tmp_path: Path) -> None:
     path = tmp_path / "train.log"
     path.write_bytes("añ".encode()[:2])
-    first = log_reader.read_log_part(path, 0, 100)
+    first = file_reader.read_log_part(path, 0, 100)
     assert (first.text, first.end, first.size) == ("a", 1, 2)
     path.write_bytes("añ".encode())
-    assert log_reader.read_log_part(path, 1, 100).text == "ñ"
+    assert file_reader.read_log_part(path, 1, 100).text == "ñ"
     path.write_bytes(b"a\xff\xfeb")
-    assert log_reader.read_log_part(path, 0, 100).text == "a\ufffd\ufffdb"
+    assert file_reader.read_log_part(path, 0, 100).text == "a\ufffd\ufffdb"
 
 
 def test_a_long_run_takes_little_memory(tmp_path: Path) -> None:
     run = RunFolderWriter(tmp_path / "run").write_start(20_000).write_steps(1, 20_000, 20_000)
     tracemalloc.start()
-    read_metrics(run.events, 2000)
+    RunReader(run.path).metrics(2000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20_000 * 900, "bytes a step"

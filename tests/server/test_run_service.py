@@ -16,7 +16,7 @@ import pytest
 
 from simpletuner.events import event_types
 from simpletuner.events.run_history import read_run_history
-from simpletuner.server import event_summary, job_service, log_reader, run_finder
+from simpletuner.server import event_summary, file_reader, job_service, run_finder
 from simpletuner.server.api_errors import ApiError
 from simpletuner.server.run_service import RunService
 from simpletuner.server.schemas.base import JobState
@@ -283,9 +283,9 @@ def test_only_what_was_added_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = RunFolderWriter(tmp_path / "run").write_start().write_steps(1, 50)
     known = RunService(Workspace(tmp_path))
     asked: list[int] = []
-    real = log_reader.read_lines
+    real = file_reader.read_lines
     monkeypatch.setattr(
-        log_reader, "read_lines", lambda path, since: asked.append(since) or real(path, since)
+        file_reader, "read_lines", lambda path, since, limit: asked.append(since) or real(path, since, limit)
     )
     before = known.summaries()[0]
     size = run.events.stat().st_size
@@ -433,13 +433,13 @@ def test_fifty_long_runs_cost_next_to_nothing(tmp_path: Path, monkeypatch: pytes
         os.link(long.events, folder / "events.jsonl")
     monkeypatch.setattr(run_finder, "RESCAN_INTERVAL_S", 1000.0)
     parsed: list[bytes] = []
-    real = log_reader.parse_record
-    monkeypatch.setattr(log_reader, "parse_record", lambda line: parsed.append(line) or real(line))
+    real = file_reader.parse_record
+    monkeypatch.setattr(file_reader, "parse_record", lambda line: parsed.append(line) or real(line))
     known = RunService(Workspace(tmp_path))
     deadline = time.monotonic() + 120
     while not all(run.step == 25_000 for run in known.summaries()):
         assert time.monotonic() < deadline
-    readings = long.events.stat().st_size // log_reader.MAX_READ_BYTES + 1
+    readings = long.events.stat().st_size // file_reader.MAX_READ_BYTES + 1
     assert len(parsed) <= 50 * readings * (
         2 * event_summary.MAX_SAMPLED_STEPS + event_summary.SPEED_WINDOW_STEPS + 10
     )

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from simpletuner.server import runner
+from simpletuner.server.file_reader import is_locked
 from simpletuner.server.job_folder import JobFolder
 from simpletuner.server.job_states import JobState
-from simpletuner.server.run_service import is_locked
 
 PATIENCE_S = 60.0
 NAP = "import signal, sys, time\nprint('here', flush=True)\n"

@@ -23,7 +23,12 @@ from simpletuner.server.app import ROUTE_MODULES, create_app
 from simpletuner.server.file_responses import make_file_response
 from simpletuner.server.security_middleware import SECURITY_HEADERS, SecurityMiddleware
 from simpletuner.server.settings import ServerSettings
-from simpletuner.server.token_auth import FREE_ATTEMPTS, MAX_RETRY_DELAY_S, TokenAuth, read_or_create_secret
+from simpletuner.server.token_auth import (
+    FREE_ATTEMPTS,
+    MAX_RETRY_DELAY_S,
+    TokenAuth,
+    read_or_create_secret,
+)
 from simpletuner.server.workspace import Workspace
 
 HERE = "http://localhost:8001"

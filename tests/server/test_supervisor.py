@@ -20,14 +20,20 @@ from simpletuner.config.option_catalog import all_options
 from simpletuner.errors import SimpleTunerError
 from simpletuner.server import failure_advice, job_folder
 from simpletuner.server.api_errors import ApiError
+from simpletuner.server.file_reader import is_locked
 from simpletuner.server.job_folder import JobFolder
-from simpletuner.server.run_service import is_locked
 from simpletuner.server.schemas.jobs import JobRequest, QueueWrite
 from simpletuner.server.schemas.runs import ResumeRequest
 from simpletuner.server.supervisor import device_sets, job_environment
 from simpletuner.server.workspace import run_id
 from simpletuner.training.run_folder import RunFolder
-from tests.server.queue_harness import ENDED_STATES, FAKE_TRAIN_COMMAND, QueueHarness, make_device, wait_until
+from tests.server.queue_harness import (
+    ENDED_STATES,
+    FAKE_TRAIN_COMMAND,
+    QueueHarness,
+    make_device,
+    wait_until,
+)
 
 SERVER = """
 import sys, time
@@ -330,7 +336,7 @@ def test_a_run_that_was_started_by_hand_has_the_device(
         for _ in range(3):
             harness.supervisor.run_once()
         assert harness.job_state(job) == "queued"
-        with pytest.raises(ApiError, match="started elsewhere"):
+        with pytest.raises(ApiError, match="started from a terminal"):
             harness.jobs.stop(id, insist=True)
         harness.jobs.stop(id, insist=False)
         assert folder.consume_control_request("stop")

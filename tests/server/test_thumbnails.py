@@ -10,7 +10,12 @@ import pytest
 from PIL import Image
 
 from simpletuner.server.api_errors import ApiError
-from simpletuner.server.thumbnails import BACKGROUND_GREY, THUMBNAIL_WIDTHS_PX, get_thumbnail, prune_cache
+from simpletuner.server.thumbnails import (
+    BACKGROUND_GREY,
+    THUMBNAIL_WIDTHS_PX,
+    get_thumbnail,
+    prune_cache,
+)
 from tests.data.unusable_files import encode_image, flip_byte, noise_image, png_header
 
 RED, BLUE = (200, 20, 20), (20, 20, 200)

@@ -1,4 +1,4 @@
-"""The application: the guard before everything, the routes of every noun, the pages last."""
+"""The FastAPI application: security middleware first, then API routes, then static pages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ ROUTE_MODULES = (system, configs, runs, jobs, datasets)
 
 
 class SecuredApp(FastAPI):
-    """The guard stands outside of everything, so that the answer to a failure passes it too."""
+    """A FastAPI whose security middleware is outermost.
+
+    FastAPI would put its own error middleware outside of ours, and responses to unexpected
+    exceptions would then lack the security headers.
+    """
 
     def build_middleware_stack(self) -> ASGIApp:
         return SecurityMiddleware(
@@ -35,12 +39,13 @@ class SecuredApp(FastAPI):
 
 
 def create_app(settings: ServerSettings) -> FastAPI:
-    """What works by itself starts and ends with the serving. Raises ConfigError where others could reach a
-    server without a token.
+    """Build the application; its background workers start and stop with it.
+
+    Raises ConfigError if other machines can reach the server and no token is set.
     """
     if settings.is_public and settings.token is None:
-        raise ConfigError("a server that other machines reach needs a token")
-    # Swagger's and ReDoc's pages come from another host: ours is routes_page.
+        raise ConfigError("a server that other machines can reach needs a token")
+    # Swagger's and ReDoc's pages load scripts from another host; render_routes_page replaces them.
     app = SecuredApp(
         title="simpletuner",
         version="1",
@@ -68,10 +73,10 @@ def create_app(settings: ServerSettings) -> FastAPI:
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """The queue moves on while the server runs; what it started goes on without it."""
-    home: Services = app.state.services
-    supervisor = Supervisor(home.jobs, hardware.list_devices, home.settings.stop_grace_s)
+    """Run the supervisor while the server runs. Jobs that it started outlive the server."""
+    services: Services = app.state.services
+    supervisor = Supervisor(services.jobs, hardware.list_devices, services.settings.stop_grace_s)
     supervisor.start()
     yield
     await run_in_threadpool(supervisor.close)
-    home.plans.close()
+    services.plans.close()

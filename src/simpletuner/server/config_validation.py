@@ -1,7 +1,8 @@
-"""What the reader of `simpletuner train` says about a configuration that came through the server.
+"""Validation of configurations sent to the server, by the loader of `simpletuner train`.
 
-Beside its rules: some options are not settable here, {env:NAME} is not read, and paths stay inside the
-allowed folders. Nothing outside them is looked at, and nothing of the environment is in any answer.
+In addition, some options cannot be set here, {env:NAME} is not substituted, and paths must be
+inside the allowed folders. Validation reads nothing outside of them, and no response contains
+environment variables.
 """
 
 from __future__ import annotations
@@ -27,72 +28,83 @@ from simpletuner.server.schemas.configs import ConfigValidationResult
 from simpletuner.server.workspace import PathOutsideWorkspace, Workspace
 
 ENV_PLACEHOLDER = "{env:"
-DATASET_FOLDER_FIELDS = ("instance_data_dir", "cache_dir")  # of a dataset
+DATASET_FOLDER_FIELDS = ("instance_data_dir", "cache_dir")
 
 
 def validate_config(
-    place: Workspace, config: Mapping[str, Any], datasets: Sequence[Any]
+    workspace: Workspace, config: Mapping[str, Any], datasets: Sequence[Any]
 ) -> ConfigValidationResult:
-    """Every problem of both at once. Relative paths are looked for in the workspace."""
-    complaints, tried = validate_options(place, config)
-    found, notes = _validate_datasets(place, datasets, tried.data_options or DataOptions())
-    loaded = tried.loaded
+    """Return all problems of the options and the datasets.
+
+    Relative paths start at the workspace.
+    """
+    option_problems, result = validate_options(workspace, config)
+    data_options = result.data_options or DataOptions()
+    dataset_problems, notes = _validate_datasets(workspace, datasets, data_options)
+    problems = [*option_problems, *dataset_problems]
+    loaded = result.loaded
     if loaded is None:
-        return ConfigValidationResult(problems=[*complaints, *found], notes=notes, changed={})
+        return ConfigValidationResult(problems=problems, notes=notes, changed={})
     return ConfigValidationResult(
-        problems=[*complaints, *found],
+        problems=problems,
         notes=[*loaded.notices, *notes],
         changed=changed_options(loaded),
     )
 
 
 def validate_options(
-    place: Workspace, config: Mapping[str, Any]
+    workspace: Workspace, config: Mapping[str, Any]
 ) -> tuple[list[ErrorDetail], ConfigLoadResult]:
-    """What is wrong with the options alone; and what was read of those that are not refused."""
-    complaints = [*_forbidden_options(place, config)]
-    refused = {complaint.loc for complaint in complaints}
-    read = {name: value for name, value in config.items() if canonical_name(name) not in refused}
-    tried = try_load_mapping(read, place.root)
-    complaints += [to_error_detail(problem) for problem in tried.problems]
-    if tried.loaded is not None and tried.loaded.config.model.mixed_precision == "fp16":
-        complaints.append(
+    """Return the problems of the options, and the result of loading the allowed ones."""
+    problems = [*_forbidden_options(workspace, config)]
+    forbidden = {problem.loc for problem in problems}
+    allowed = {
+        name: value for name, value in config.items() if canonical_name(name) not in forbidden
+    }
+    result = try_load_mapping(allowed, workspace.root)
+    problems += [to_error_detail(problem) for problem in result.problems]
+    if result.loaded is not None and result.loaded.config.model.mixed_precision == "fp16":
+        problems.append(
             ErrorDetail(loc="mixed_precision", message=constraints.FP16_REFUSAL.partition(": ")[2])
         )
-    return complaints, tried
+    return problems, result
 
 
 def changed_options(loaded: LoadedConfig) -> dict[str, Any]:
-    """What was given and is not the default."""
-    now, given = (
-        resolved_options(loaded.config),
-        (name for name, where in loaded.origins.items() if where != "default"),
-    )
-    return {name: now[name] for name in given if now[name] != all_options()[name].default}
+    """Return the options that were given and differ from their default."""
+    values = resolved_options(loaded.config)
+    given = (name for name, origin in loaded.origins.items() if origin != "default")
+    return {name: values[name] for name in given if values[name] != all_options()[name].default}
 
 
 def canonical_name(name: str) -> str:
-    """An option's own name, however it was spelt."""
+    """Return the canonical name of an option, given as an alias, with dashes or as a flag."""
     plain = name.lstrip("-").replace("-", "_")
     return option_aliases().get(plain, plain)
 
 
 def to_error_detail(problem: Problem) -> ErrorDetail:
-    """With the option as loc, also where the reader knows no place: "lr_end: 1 is above ..."."""
+    """Convert a problem, using the option as `loc`.
+
+    A problem without a location starts with the option's name instead: "lr_end: 1 is above ...".
+    """
     if problem.location:
         return ErrorDetail(loc=canonical_name(problem.location), message=problem.message)
-    name, colon, what = problem.message.partition(": ")
+    name, colon, message = problem.message.partition(": ")
     known = bool(colon) and name in all_options()
-    return ErrorDetail(loc=name if known else "", message=what if known else problem.message)
+    return ErrorDetail(loc=name if known else "", message=message if known else problem.message)
 
 
 def has_env_placeholder(value: Any) -> bool:
-    """Whether a text somewhere inside has one, keys too."""
+    """Return True if any string in the value, including keys, contains a placeholder."""
     return ENV_PLACEHOLDER in json.dumps(value, default=str)
 
 
-def _forbidden_options(place: Workspace, config: Mapping[str, Any]) -> Iterator[ErrorDetail]:
-    """What the reader must not see."""
+def _forbidden_options(workspace: Workspace, config: Mapping[str, Any]) -> Iterator[ErrorDetail]:
+    """Yield the problems of options that must not reach the loader.
+
+    These are options that cannot be set here, placeholders, and paths outside the allowed folders.
+    """
     for written, value in config.items():
         name = canonical_name(written)
         option = all_options().get(name)
@@ -100,58 +112,60 @@ def _forbidden_options(place: Workspace, config: Mapping[str, Any]) -> Iterator[
             yield ErrorDetail(loc=name, message=f"cannot be set here: it {NOT_SETTABLE[name]}")
         elif has_env_placeholder({written: value}):
             yield ErrorDetail(
-                loc=name, message="{env:NAME} is not read here; write the value itself"
+                loc=name, message="{env:NAME} is not supported here; enter the value itself"
             )
         elif option is not None and option.path and isinstance(value, (int, float)):
-            yield ErrorDetail(loc=name, message="must be text")  # the reader would make it a path
+            yield ErrorDetail(loc=name, message="must be text")  # the loader would use it as a path
         elif option is not None and option.path and isinstance(value, str) and value.strip():
             try:
-                place.resolve(value)
+                workspace.resolve(value)
             except PathOutsideWorkspace as error:
                 yield ErrorDetail(loc=name, message=str(error))
 
 
 def _validate_datasets(
-    place: Workspace, datasets: Sequence[Any], options: DataOptions
+    workspace: Workspace, datasets: Sequence[Any], options: DataOptions
 ) -> tuple[list[ErrorDetail], list[str]]:
-    """Folders are read as absolute paths of the allowed ones; in place of a refused one, the workspace."""
-    found: list[ErrorDetail] = []
-    sets: list[Any] = []
+    """Return the problems of the datasets, and notices.
+
+    Folders are resolved to absolute paths. A folder that is not allowed is replaced by the
+    workspace, so that the remaining fields are still checked.
+    """
+    problems: list[ErrorDetail] = []
+    resolved: list[Any] = []
     for at, entry in enumerate(datasets):
         if not isinstance(entry, Mapping):
-            sets.append(entry)
+            resolved.append(entry)
             continue
         name = entry.get("id") if isinstance(entry.get("id"), str) else f"[{at}]"
         copy = dict(entry)
         for key, value in entry.items():
             if has_env_placeholder({key: value}):
-                found.append(
-                    ErrorDetail(loc=f"{name}.{key}", message="{env:NAME} is not read here")
+                problems.append(
+                    ErrorDetail(loc=f"{name}.{key}", message="{env:NAME} is not supported here")
                 )
                 copy.pop(key)
                 if key == "instance_data_dir":
-                    copy[key] = str(place.root)
+                    copy[key] = str(workspace.root)
             elif key in DATASET_FOLDER_FIELDS and isinstance(value, (int, float)):
-                found.append(ErrorDetail(loc=f"{name}.{key}", message="must be text"))
-                copy[key] = str(place.root)
+                problems.append(ErrorDetail(loc=f"{name}.{key}", message="must be text"))
+                copy[key] = str(workspace.root)
             elif key in DATASET_FOLDER_FIELDS and isinstance(value, str) and value.strip():
                 try:
-                    copy[key] = str(place.resolve(value))
+                    copy[key] = str(workspace.resolve(value))
                 except PathOutsideWorkspace as error:
-                    found.append(ErrorDetail(loc=f"{name}.{key}", message=str(error)))
-                    copy[key] = str(place.root)
-        sets.append(copy)
-    if not sets:
+                    problems.append(ErrorDetail(loc=f"{name}.{key}", message=str(error)))
+                    copy[key] = str(workspace.root)
+        resolved.append(copy)
+    if not resolved:
         return [
-            ErrorDetail(
-                loc="datasets", message="there is no dataset yet; name a folder of pictures"
-            )
+            ErrorDetail(loc="datasets", message="there is no dataset; add a folder of images")
         ], []
-    backends, problems = try_read_datasets(sets, place.root, options)
-    found += [
+    backends, dataset_problems = try_read_datasets(resolved, workspace.root, options)
+    problems += [
         ErrorDetail(
             loc=problem.location, message=problem.message.removeprefix(f"{problem.location}: ")
         )
-        for problem in problems
+        for problem in dataset_problems
     ]
-    return found, list(backends.notices)
+    return problems, list(backends.notices)

@@ -1,4 +1,4 @@
-"""Folders of pictures in the workspace, and those a person named: what is in them, how it would be cut."""
+"""Datasets: folders of images with their captions, crops and buckets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_size
 from simpletuner.data.image_files import IMAGE_SUFFIXES, ImageFile
 from simpletuner.errors import DataError
 from simpletuner.server.api_errors import abort
-from simpletuner.server.log_reader import read_json_object
+from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.schemas.datasets import (
     BucketCount,
     CaptionWrite,
@@ -36,64 +36,75 @@ if TYPE_CHECKING:
 
 DATASET_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 ALIGNMENT_PX = 64
-READ_WAIT_S = 0.5  # for what changed to be read; afterwards one is told how much is unread
+READ_WAIT_S = (
+    0.5  # time to read changed files per request; the response has the number of unread ones
+)
 MAX_CAPTION_CHARS = 20_000  # characters of a caption; 512 tokens are some 2,500
 DEFAULT_SEED: int = RunConfig().training.seed
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """How pictures would be cut. seed: of the run, for crop_style random."""
+    """Resize and crop settings. seed: the seed of the run, used by crop_style "random"."""
 
     framing: ResizeCropConfig = field(default_factory=ResizeCropConfig)
     seed: int = DEFAULT_SEED
 
 
 class DatasetService:
-    """A dataset is owned (its folder lies in the workspace's datasets/) or a folder that was added by name;
-    these are listed in .simpletuner/datasets.json. Threads may call anything at once.
+    """All datasets of a workspace. Thread-safe.
+
+    A dataset is owned (its folder is in the workspace's datasets/) or a folder that the user added;
+    added folders are listed in .simpletuner/datasets.json.
     """
 
-    def __init__(self, place: Workspace) -> None:
-        self.workspace = place
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
         self._indexes: dict[tuple[str, Path], ImageIndex] = {}
-        self._lock, self._write_lock = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
+        self._write_lock = threading.Lock()
 
     def list_datasets(self) -> list[DatasetInfo]:
-        """By name; folders that are gone, or outside of what is allowed by now, are passed over."""
+        """Return the datasets, sorted by name.
+
+        Folders that were removed or are not allowed are skipped.
+        """
         names = set(self._added_folders())
         if self.workspace.datasets_dir.is_dir():
             names |= {
                 entry.name for entry in os.scandir(self.workspace.datasets_dir) if entry.is_dir()
             }
-        end = time.monotonic() + READ_WAIT_S
+        deadline = time.monotonic() + READ_WAIT_S
         return [
-            self._info_or_problem(name, end)
+            self._info_or_problem(name, deadline)
             for name in sorted(names)
             if self._find_folder(name) is not None
         ]
 
     def create(self, name: str, path: str | None) -> DatasetInfo:
-        """A new folder in the workspace, or the name for an existing folder. Raises Refused, Outside."""
+        """Create a folder in the workspace, or add the existing folder `path` under a name.
+
+        Raises ApiError and PathOutsideWorkspace.
+        """
         if not DATASET_NAME.fullmatch(name):
             abort(
                 422,
-                "a name has up to 64 letters, digits, - _ . and does not begin with a dot",
+                "a name has at most 64 letters, digits, - _ . and does not start with a dot",
                 "name",
             )
         with self._lock:
             if self._find_folder(name) is not None or os.path.lexists(
                 self.workspace.datasets_dir / name
             ):
-                abort(409, f"there is a dataset {name} already", "name")
+                abort(409, f"there is already a dataset named {name}", "name")
             if path is None:
                 (self.workspace.datasets_dir / name).mkdir(parents=True)
             else:
                 folder = self.workspace.resolve(path)
                 if not folder.is_dir():
-                    abort(422, "that is no folder", "path")
+                    abort(422, "this is not a folder", "path")
                 if folder == self.workspace.root or self._is_server_folder(folder):
-                    abort(422, "name a folder of pictures, not the server's own", "path")
+                    abort(422, "choose a folder of images, not the server's own folder", "path")
                 self.workspace.server_dir.mkdir(exist_ok=True)
                 listed = {**self._added_folders(), name: str(folder)}
                 write_atomically(
@@ -102,23 +113,23 @@ class DatasetService:
         return self.get_info(name)
 
     def get_info(self, name: str, wait_s: float = READ_WAIT_S) -> DatasetInfo:
-        catalogue = self._refreshed_index(name, wait_s)
-        rows = catalogue.rows()
+        index = self._refreshed_index(name, wait_s)
+        rows = index.rows()
         kinds = Counter(row.status for _, row in rows)
         return DatasetInfo(
             name=name,
-            path=str(catalogue.folder),
+            path=str(index.folder),
             owned=self.is_owned(name),
-            pictures=len(catalogue.images) + len(catalogue.rejected_names),
+            pictures=len(index.images) + len(index.rejected_names),
             captioned=kinds["captioned"],
-            refused=kinds["refused"] + len(catalogue.rejected_names),
+            refused=kinds["refused"] + len(index.rejected_names),
             size_bytes=sum(row.stamps[0][1] for _, row in rows),
-            unread=max(0, len(catalogue.images) - len(rows)),
+            unread=max(0, len(index.images) - len(rows)),
         )
 
-    def _info_or_problem(self, name: str, end: float) -> DatasetInfo:
+    def _info_or_problem(self, name: str, deadline: float) -> DatasetInfo:
         try:
-            return self.get_info(name, max(READ_WAIT_S / 10, end - time.monotonic()))
+            return self.get_info(name, max(READ_WAIT_S / 10, deadline - time.monotonic()))
         except DataError as error:  # one folder that cannot be read does not hide the others
             return DatasetInfo(
                 name=name,
@@ -132,92 +143,107 @@ class DatasetService:
             )
 
     def list_items(
-        self, name: str, offset: int, limit: int, only: str, view: CropSettings
+        self, name: str, offset: int, limit: int, only: str, crop_settings: CropSettings
     ) -> DatasetItemPage:
-        """A page in the order of names. only: all, captioned, uncaptioned, refused."""
-        catalogue = self._refreshed_index(name)
-        rows = catalogue.rows()
+        """Return a page of images, sorted by name. only: all, captioned, uncaptioned or refused."""
+        index = self._refreshed_index(name)
+        rows = index.rows()
         shown = (
-            list(catalogue.images)
+            list(index.images)
             if only == "all"
             else [key for key, row in rows if row.status == only]
         )
-        shown += sorted(catalogue.rejected_names) if only in ("all", "refused") else []
-        page = [self._build_item(catalogue, key, view) for key in shown[offset : offset + limit]]
-        unread = max(0, len(catalogue.images) - len(rows))
+        shown += sorted(index.rejected_names) if only in ("all", "refused") else []
+        page = [
+            self._build_item(index, key, crop_settings) for key in shown[offset : offset + limit]
+        ]
+        unread = max(0, len(index.images) - len(rows))
         return DatasetItemPage(total=len(shown), offset=offset, items=page, unread=unread)
 
-    def count_buckets(self, name: str, view: CropSettings) -> list[BucketCount]:
-        """Of the pictures that are read and can be trained on, by width and height."""
+    def count_buckets(self, name: str, crop_settings: CropSettings) -> list[BucketCount]:
+        """Count the images that are read and can be trained on, per bucket size."""
         sizes = Counter(
             row.size_px for _, row in self._refreshed_index(name).rows() if row.problem is None
         )
         totals: Counter[ImageSize] = Counter()
         for size, count in sizes.items():
-            totals[bucket_size(view.framing, size, ALIGNMENT_PX)] += count
+            totals[bucket_size(crop_settings.framing, size, ALIGNMENT_PX)] += count
         return [
             BucketCount(width_px=w, height_px=h, pictures=count)
             for (w, h), count in sorted(totals.items())
         ]
 
     def image_path(self, name: str, file: str) -> Path:
-        """The file of an item. Raises Refused 404 for every other name, Outside for a link that leads out."""
+        """Return the path of an image of the dataset.
+
+        Raises ApiError 404 for any other name, PathOutsideWorkspace for a link out of the allowed
+        folders.
+        """
         return self.workspace.resolve(self._require_image(self._refreshed_index(name), file).path)
 
     def write_caption(
-        self, name: str, file: str, ask: CaptionWrite, view: CropSettings
+        self, name: str, file: str, request: CaptionWrite, crop_settings: CropSettings
     ) -> DatasetItemPage:
-        """Write a caption; the item as it is then. Raises Refused: 409 when another text
-        is there than ask.before, 422 for what cannot be a caption. Undoing is writing the old text.
+        """Write a caption and return the updated image. To undo a change, write the old text.
+
+        Raises ApiError: 409 if the current text is not request.before, 422 for an invalid caption.
         """
-        catalogue = self._refreshed_index(name)
+        index = self._refreshed_index(name)
         with self._write_lock:
-            found = self._require_image(catalogue, file)
-            self.workspace.resolve(found.path)
-            text = found.caption_path or found.path.with_suffix(".txt")
-            self.workspace.resolve(text)
-            _write_caption(text, ask, self.workspace)
-            catalogue.caption_changed(text)
-        return DatasetItemPage(total=1, offset=0, items=[self._build_item(catalogue, file, view)])
+            image = self._require_image(index, file)
+            self.workspace.resolve(image.path)
+            caption_path = image.caption_path or image.path.with_suffix(".txt")
+            self.workspace.resolve(caption_path)
+            _write_caption(caption_path, request, self.workspace)
+            index.caption_changed(caption_path)
+        return DatasetItemPage(
+            total=1, offset=0, items=[self._build_item(index, file, crop_settings)]
+        )
 
     def is_owned(self, name: str) -> bool:
-        home = self.workspace.resolve_or_none(self.workspace.datasets_dir)
-        return home is not None and self._find_folder(name) == home / name
+        """Return True if the folder of the dataset is in the workspace's datasets folder."""
+        datasets_dir = self.workspace.resolve_or_none(self.workspace.datasets_dir)
+        return datasets_dir is not None and self._find_folder(name) == datasets_dir / name
 
     def begin_upload(self, name: str, file: str, length: int, limit: int) -> IncomingUpload:
-        """An upload into an owned dataset; see Incoming. Raises Refused."""
+        """Begin an upload into an owned dataset; see IncomingUpload. Raises ApiError."""
         from simpletuner.server.uploads import IncomingUpload
 
         folder = self._require_folder(name)
         if not self.is_owned(name):
             abort(
                 409,
-                f"files are added here to datasets of the workspace only; copy them into {folder}",
+                "files can only be uploaded to datasets of the workspace; "
+                f"copy them to {folder} instead",
             )
         return IncomingUpload(self.workspace, folder, file, length, limit)
 
     def invalidate(self, name: str) -> None:
-        """The next look at the dataset reads its folder again."""
-        catalogue = self._indexes.get((name, self._require_folder(name)))
-        if catalogue is not None:
-            catalogue.invalidate()
+        """Read the dataset's folder again at the next request."""
+        index = self._indexes.get((name, self._require_folder(name)))
+        if index is not None:
+            index.invalidate()
 
     def browse_folder(self, path: str) -> FolderListing:
-        """What may be looked into. Raises Outside; Refused 404 for what is no folder."""
+        """Return the content of an allowed folder; for path "", the allowed roots.
+
+        Raises PathOutsideWorkspace, and ApiError 404 if the path is not a folder.
+        """
         if not path:
             return FolderListing(
                 path="", folders=[str(root) for root in self.workspace.allowed_roots], pictures=0
             )
         folder = self.workspace.resolve(path)
         if not folder.is_dir() or self._is_server_folder(folder):
-            abort(404, "that is no folder")
-        inner, pictures = [], 0
+            abort(404, "this is not a folder")
+        subfolders = []
+        image_count = 0
         for entry in os.scandir(folder):
-            shown = not entry.name.startswith(".") and entry.name.isprintable()
-            pictures += shown and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
-            if shown and entry.is_dir() and self.workspace.resolve_or_none(entry.path):
-                inner.append(entry.path)
-        return FolderListing(path=str(folder), folders=sorted(inner), pictures=pictures)
+            visible = not entry.name.startswith(".") and entry.name.isprintable()
+            image_count += visible and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
+            if visible and entry.is_dir() and self.workspace.resolve_or_none(entry.path):
+                subfolders.append(entry.path)
+        return FolderListing(path=str(folder), folders=sorted(subfolders), pictures=image_count)
 
     def _is_server_folder(self, folder: Path) -> bool:
         return self.workspace.server_dir in (folder, *folder.parents)
@@ -226,97 +252,101 @@ class DatasetService:
         return read_json_object(self.workspace.server_dir / "datasets.json") or {}
 
     def _find_folder(self, name: str) -> Path | None:
-        """The folder of a dataset, links followed; None when there is none that may be shown."""
+        """Return the resolved folder of a dataset, or None if it is missing or not allowed."""
         if not DATASET_NAME.fullmatch(name):
             return None
         own = self.workspace.datasets_dir / name
-        written = own if own.is_dir() else self._added_folders().get(name)
-        folder = self.workspace.resolve_or_none(written) if written is not None else None
+        path = own if own.is_dir() else self._added_folders().get(name)
+        folder = self.workspace.resolve_or_none(path) if path is not None else None
         return folder if folder is not None and folder.is_dir() else None
 
     def _require_folder(self, name: str) -> Path:
         return self._find_folder(name) or abort(404, "there is no such dataset")
 
-    def _require_image(self, catalogue: ImageIndex, file: str) -> ImageFile:
-        return catalogue.images.get(file) or abort(404, "there is no such picture")
+    def _require_image(self, index: ImageIndex, file: str) -> ImageFile:
+        return index.images.get(file) or abort(404, "there is no such image")
 
     def _refreshed_index(self, name: str, wait_s: float = READ_WAIT_S) -> ImageIndex:
         from simpletuner.server.image_index import ImageIndex
 
         folder = self._require_folder(name)
         with self._lock:
-            kept = self.workspace.server_dir / "datasets" / f"{name}.json"
-            made = ImageIndex(self.workspace, name, folder, kept)
-            catalogue = self._indexes.setdefault((name, folder), made)
-        catalogue.refresh(wait_s)
-        return catalogue
+            header_cache = self.workspace.server_dir / "datasets" / f"{name}.json"
+            new_index = ImageIndex(self.workspace, name, folder, header_cache)
+            index = self._indexes.setdefault((name, folder), new_index)
+        index.refresh(wait_s)
+        return index
 
-    def _build_item(self, catalogue: ImageIndex, file: str, view: CropSettings) -> DatasetItem:
+    def _build_item(self, index: ImageIndex, file: str, crop_settings: CropSettings) -> DatasetItem:
         from simpletuner.data.scan import assign_bucket
 
-        found = catalogue.images.get(file)
-        row = catalogue.refresh_row(found) if found is not None else None
-        if found is None or row is None:
-            wrong = catalogue.rejected_names.get(file, "is gone")
+        image = index.images.get(file)
+        row = index.refresh_row(image) if image is not None else None
+        if image is None or row is None:
+            reason = index.rejected_names.get(file, "this file no longer exists")
             return DatasetItem(
                 file=file,
                 width_px=0,
                 height_px=0,
                 captions=[],
                 caption_text=None,
-                refused=wrong,
+                refused=reason,
                 bucket_px=None,
                 crop_px=None,
             )
-        window, cut = None, None
+        window = None
+        crop = None
         if row.problem is None:
-            sample_id = f"{catalogue.dataset.id}/{file}"
+            sample_id = f"{index.dataset.id}/{file}"
             resize, corner, window = assign_bucket(
-                view.framing, row.size_px, sample_id, view.seed, ALIGNMENT_PX
+                crop_settings.framing, row.size_px, sample_id, crop_settings.seed, ALIGNMENT_PX
             )
-            cut = _crop_in_image(row.size_px, resize, corner, window)
+            crop = _crop_in_image(row.size_px, resize, corner, window)
         return DatasetItem(
             file=file,
             width_px=row.size_px[0],
             height_px=row.size_px[1],
             captions=list(row.captions),
-            caption_text=read_caption(found.caption_path) if row.stamps[0] != (0, 0) else None,
+            caption_text=read_caption(image.caption_path) if row.stamps[0] != (0, 0) else None,
             refused=row.problem,
             bucket_px=window,
-            crop_px=cut,
+            crop_px=crop,
         )
 
 
 def read_caption(path: Path | None) -> str | None:
-    """The text of a file as it is; None where there is none, or it is not UTF-8."""
+    """Return the text of a caption file, or None if it is missing or not UTF-8."""
     try:
         return None if path is None else path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError):
         return None
 
 
-def _write_caption(text: Path, ask: CaptionWrite, place: Workspace) -> None:
-    """What was there goes to the trash first. A blank caption only removes it."""
+def _write_caption(path: Path, request: CaptionWrite, workspace: Workspace) -> None:
+    """Write a caption file after moving its old version to the trash.
+
+    A blank text removes the file.
+    """
     if (
-        len(ask.text) > MAX_CAPTION_CHARS
-        or "\0" in ask.text
-        or any("\ud800" <= one <= "\udfff" for one in ask.text)
+        len(request.text) > MAX_CAPTION_CHARS
+        or "\0" in request.text
+        or any("\ud800" <= char <= "\udfff" for char in request.text)
     ):
-        abort(422, f"a caption is text of at most {MAX_CAPTION_CHARS} characters", "text")
-    if read_caption(text) != ask.before:
-        abort(409, "the caption was changed meanwhile; look at it again before you write", "before")
-    if text.is_file():
-        shutil.copyfile(text, place.make_trash_folder() / text.name)
-    if ask.text.strip():
-        write_atomically(text, ask.text)
+        abort(422, f"a caption must be text of at most {MAX_CAPTION_CHARS} characters", "text")
+    if read_caption(path) != request.before:
+        abort(409, "the caption has been changed elsewhere; reload it before you write", "before")
+    if path.is_file():
+        shutil.copyfile(path, workspace.make_trash_folder() / path.name)
+    if request.text.strip():
+        write_atomically(path, request.text)
     else:
-        text.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _crop_in_image(
     size: ImageSize, resize: ImageSize, corner: ImageSize, window: ImageSize
 ) -> tuple[int, int, int, int]:
-    """The window (left, top, width, height) in the picture's own pixels, to the nearest one."""
+    """Return the crop (left, top, width, height) in pixels of the original image, rounded."""
     first = [round(corner[at] * size[at] / resize[at]) for at in (0, 1)]
     last = [round((corner[at] + window[at]) * size[at] / resize[at]) for at in (0, 1)]
     return first[0], first[1], max(1, last[0] - first[0]), max(1, last[1] - first[1])

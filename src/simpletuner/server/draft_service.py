@@ -1,4 +1,4 @@
-"""Configurations that are being written: one JSON file each, so that a reload or a crash loses nothing."""
+"""Drafts of configurations, stored as JSON files, so that a reload or a crash loses nothing."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from simpletuner.config.option_catalog import all_options
 from simpletuner.errors import ConfigError
 from simpletuner.server.api_errors import ApiError, abort
 from simpletuner.server.config_validation import canonical_name, has_env_placeholder
+from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.form_schema import NOT_SETTABLE
 from simpletuner.server.job_config import load_run_datasets
-from simpletuner.server.log_reader import read_json_object
 from simpletuner.server.schemas.base import ErrorDetail
 from simpletuner.server.schemas.configs import Draft, DraftWrite, ImportRequest, ImportResult
 from simpletuner.server.workspace import Workspace
 
 DRAFT_ID = re.compile(r"[0-9a-f]{12}")
 DRAFT_NAME = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,79}")
-# A copy of a run is another run: it gets a folder of its own and starts anew.
+# Not copied from a run to a draft: the copy is another run, with its own folder, and starts from
+# scratch.
 RUN_SPECIFIC_OPTIONS = (
     "output_dir",
     "resume_from_checkpoint",
@@ -39,48 +40,51 @@ RUN_SPECIFIC_OPTIONS = (
 
 
 class DraftService:
-    """The files of .simpletuner/drafts. One lock: a version is read and raised in one move."""
+    """The files of .simpletuner/drafts. A lock makes reading and incrementing a version atomic."""
 
-    def __init__(self, place: Workspace) -> None:
-        self._workspace = place
-        self._folder = place.server_dir / "drafts"
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._folder = workspace.server_dir / "drafts"
         self._lock = threading.Lock()
 
     def list_drafts(self) -> list[Draft]:
-        """Newest first. A file that is no draft is passed over."""
-        found = [self._read(path) for path in self._folder.glob("*.json")]
-        return sorted((draft for draft in found if draft), key=lambda draft: -draft.changed_t)
+        """Return all drafts, newest first. Unreadable files are skipped."""
+        drafts = [self._read(path) for path in self._folder.glob("*.json")]
+        return sorted((draft for draft in drafts if draft), key=lambda draft: -draft.changed_t)
 
     def get(self, id: str) -> Draft:
-        """Refuses with 404."""
+        """Return a draft. Raises ApiError 404 if it does not exist."""
         return self._read(self._path(id)) or abort(404, "there is no such draft")
 
     def create(self, wanted: DraftWrite) -> Draft:
-        """A new one, version 1."""
+        """Create a draft with version 1."""
         return self._write(secrets.token_hex(6), 1, wanted)
 
     def update(self, id: str, wanted: DraftWrite) -> Draft:
-        """Refuses with 409 when somebody else has changed it since the version that the writer saw."""
+        """Replace a draft.
+
+        Raises ApiError 409 if it changed since the version that `wanted` is based on.
+        """
         with self._lock:
             now = self.get(id)
             if wanted.version is None:
-                abort(422, "which version was changed? Send the one that was read", "version")
+                abort(422, "the version is missing; send the version that was read", "version")
             if wanted.version != now.version:
-                abort(409, "this draft was changed elsewhere meanwhile; load it again", "version")
+                abort(409, "this draft has been changed elsewhere; load it again", "version")
             return self._write(id, now.version + 1, wanted)
 
     def remove(self, id: str) -> None:
-        """Into the trash."""
+        """Move a draft to the trash."""
         with self._lock:
             self.get(id)
             os.replace(self._path(id), self._workspace.make_trash_folder() / f"draft-{id}.json")
 
     def create_from_run(self, folder: Path) -> Draft:
-        """The configuration of a run, to change and train anew; its datasets, where they may be read."""
+        """Create a draft from a run's configuration, and from its datasets if they can be read."""
         config = read_json_object(folder / "config.json") or abort(
             404, "this run has no readable config.json"
         )
-        kept = {
+        options = {
             name: value
             for name, value in config.items()
             if name in all_options()
@@ -88,13 +92,15 @@ class DraftService:
             and value != all_options()[name].default
         }
         try:
-            sets = [
-                one for one in load_run_datasets(config, self._workspace) if isinstance(one, dict)
+            datasets = [
+                entry
+                for entry in load_run_datasets(config, self._workspace)
+                if isinstance(entry, dict)
             ]
         except (ApiError, ConfigError):
-            sets = []
+            datasets = []
         name = folder.name if DRAFT_NAME.fullmatch(folder.name) else "copy"
-        return self.create(DraftWrite(name=f"{name[:73]} copy", config=kept, datasets=sets))
+        return self.create(DraftWrite(name=f"{name[:73]} copy", config=options, datasets=datasets))
 
     def _path(self, id: str) -> Path:
         if not DRAFT_ID.fullmatch(id):
@@ -110,7 +116,11 @@ class DraftService:
     def _write(self, id: str, version: int, wanted: DraftWrite) -> Draft:
         name = wanted.name.strip()
         if not DRAFT_NAME.fullmatch(name):
-            abort(422, "a name has 1 to 80 characters, no slash, and no dot in front", "name")
+            abort(
+                422,
+                "a name has 1 to 80 characters, no slash, and does not start with a dot",
+                "name",
+            )
         draft = Draft(
             id=id,
             name=name,
@@ -125,29 +135,32 @@ class DraftService:
 
 
 def parse_import(given: ImportRequest) -> ImportResult:
-    """A file of options or of datasets, as a draft holds it: own names, what differs, nothing unsettable."""
+    """Parse a file of options or of datasets into the form of a draft.
+
+    The result has canonical option names, and neither default values nor options that cannot be set
+    here.
+    """
     try:
         value = parse_document(
             given.text, Path(given.name).suffix, Path(given.name).name or "file"
         ).value
     except ConfigError as error:
         problems = [
-            ErrorDetail(loc="", message=one.message, where=one.location) for one in error.problems
+            ErrorDetail(loc="", message=problem.message, where=problem.location)
+            for problem in error.problems
         ]
         return ImportResult(config=None, datasets=None, problems=problems, notes=[])
     if isinstance(value, list):
-        sets = [entry for entry in value if isinstance(entry, dict)]
-        wrong = len(value) - len(sets)
-        told = (
-            [ErrorDetail(loc="datasets", message=f"{wrong} entries are no datasets")]
-            if wrong
-            else []
-        )
-        return ImportResult(config=None, datasets=sets, problems=told, notes=[])
+        datasets = [entry for entry in value if isinstance(entry, dict)]
+        invalid = len(value) - len(datasets)
+        count = "1 entry is" if invalid == 1 else f"{invalid} entries are"
+        message = f"{count} not an object with the fields of a dataset"
+        problems = [ErrorDetail(loc="datasets", message=message)] if invalid else []
+        return ImportResult(config=None, datasets=datasets, problems=problems, notes=[])
     if not isinstance(value, dict):
-        what = "neither an object of options nor a list of datasets"
+        message = "the file contains neither an object of options nor a list of datasets"
         return ImportResult(
-            config=None, datasets=None, problems=[ErrorDetail(loc="", message=what)], notes=[]
+            config=None, datasets=None, problems=[ErrorDetail(loc="", message=message)], notes=[]
         )
     if "_metadata" in value and isinstance(value.get("config"), dict):
         value = value["config"]
@@ -158,7 +171,10 @@ def parse_import(given: ImportRequest) -> ImportResult:
 def _normalize_options(
     written: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[ErrorDetail], list[str]]:
-    """What cannot be read stays as it is, for the person to mend: the verdict names it."""
+    """Parse the values.
+
+    An invalid value is kept unchanged, so that the user can correct it in the form.
+    """
     config: dict[str, Any] = {}
     problems: list[ErrorDetail] = []
     notes: list[str] = []
@@ -166,7 +182,7 @@ def _normalize_options(
         name = canonical_name(key)
         option = all_options().get(name)
         if name in NOT_SETTABLE and raw not in (None, ""):
-            notes.append(f"{name} is left out: it {NOT_SETTABLE[name]}")
+            notes.append(f"{name} was skipped: it {NOT_SETTABLE[name]}")
         elif (
             key == "$schema"
             or raw is None
@@ -179,16 +195,16 @@ def _normalize_options(
             and unsupported_options.unsupported_reason(name)
             and unsupported_options.is_harmless_value(name, raw)
         ):
-            notes.append(f"{name} is left out: it is off, or changes nothing")
+            notes.append(f"{name} was skipped: its value turns the feature off or has no effect")
         elif option is None:
             why = (
                 unsupported_options.unsupported_reason(name)
                 or f"unknown option{option_values.did_you_mean(name, all_options())}"
             )
-            problems.append(ErrorDetail(loc=name, message=f"{why}; it is left out"))
+            problems.append(ErrorDetail(loc=name, message=f"{why}; it was skipped"))
         elif has_env_placeholder(raw):
             problems.append(
-                ErrorDetail(loc=name, message="{env:NAME} is not read here; it is left out")
+                ErrorDetail(loc=name, message="{env:NAME} is not supported here; it was skipped")
             )
         else:
             try:

@@ -1,181 +1,177 @@
-"""What the events of a run came to, kept up to date by reading only what was added.
+"""The summary of a run, computed from its events as they are read.
 
-Of many steps at once only some are looked at: 25,000 cost 25 ms, and the list of runs shows no single one.
+When many steps arrive at once, only some of them are parsed: parsing 25,000 steps takes too long
+for the list of runs, which shows no single step.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from simpletuner.events import event_types
 from simpletuner.events.event_log import EventRecord, event_from_dict
 from simpletuner.events.formatting import SmoothedMean
 from simpletuner.events.run_history import RunHistory
-from simpletuner.server import log_reader
+from simpletuner.server import file_reader
+from simpletuner.server.job_states import Phase
 from simpletuner.server.schemas.runs import RunStage
 
-Phase = Literal["starting", "caching", "running"]
 STEP_MARKER = b'"kind": "step"'
-MAX_SAMPLED_STEPS = 256  # steps of one reading, besides the last ones
-SPEED_WINDOW_STEPS = 50  # steps that the speed is taken from
+MAX_SAMPLED_STEPS = 256  # steps parsed per chunk, besides the last ones
+SPEED_WINDOW_STEPS = 50  # steps over which the speed is measured
 MAX_CURVE_POINTS = 60
 MAX_NOTES = 200
 SMOOTHING = 0.3
 
 
 class LossCurve:
-    """Mean losses of at most POINTS stretches of equal length, which doubles when they become too many."""
+    """Mean losses of at most MAX_CURVE_POINTS bins, whose width doubles when there are too many."""
 
     def __init__(self) -> None:
-        self._width = 1
-        self._sums: dict[int, tuple[float, int]] = {}
+        self._width = 1  # steps per bin
+        self._bins: dict[int, tuple[float, int]] = {}  # bin -> sum of losses, number of losses
 
     def add(self, step: int, loss: float) -> None:
         if loss != loss:
             return
         self._add_to_bin((step - 1) // self._width, loss, 1)
-        while len(self._sums) > MAX_CURVE_POINTS:
+        while len(self._bins) > MAX_CURVE_POINTS:
             self._width *= 2
-            old, self._sums = self._sums, {}
-            for place, (total, count) in old.items():
-                self._add_to_bin(place // 2, total, count)
+            old_bins = self._bins
+            self._bins = {}
+            for index, (total, count) in old_bins.items():
+                self._add_to_bin(index // 2, total, count)
 
-    def _add_to_bin(self, place: int, total: float, count: int) -> None:
-        before, seen = self._sums.get(place, (0.0, 0))
-        self._sums[place] = (before + total, seen + count)
+    def _add_to_bin(self, index: int, total: float, count: int) -> None:
+        old_total, old_count = self._bins.get(index, (0.0, 0))
+        self._bins[index] = (old_total + total, old_count + count)
 
     def drop_after(self, step: int) -> None:
-        self._sums = {
-            place: kept for place, kept in self._sums.items() if place * self._width < step
+        """Remove the bins that begin after `step`."""
+        self._bins = {
+            index: content for index, content in self._bins.items() if index * self._width < step
         }
 
     def points(self) -> list[float]:
+        """Return the smoothed means in order, with four significant digits."""
         smooth = SmoothedMean(SMOOTHING)
         return [
             float(f"{smooth(total / count):.4g}")
-            for _, (total, count) in sorted(self._sums.items())
+            for _, (total, count) in sorted(self._bins.items())
         ]
 
 
 class EventSummary:
-    """history: all but the steps. curve: their losses. process_t: when the first event of the last process
-    came.
+    """The state of a run after the events that were added.
+
+    history: all events except the steps. loss_curve: the losses of the steps. process_started_t:
+    time of the first event of the last process, in unix seconds.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.end_offset = 0
-        self._reset()
-
-    def _reset(self) -> None:
+    def __init__(self) -> None:
         self.history = RunHistory()
         self.last_step_event: event_types.StepCompleted | None = None
         self.process_started_t: float | None = None
-        self.training_started = self.caught_up = False
+        self.training_started = False
         self.stages: dict[str, RunStage] = {}
         self.stages_done: list[str] = []
         self.notes: deque[str] = deque(maxlen=MAX_NOTES)
-        self._recent: deque[tuple[int, float]] = deque(maxlen=SPEED_WINDOW_STEPS)
         self.loss_curve = LossCurve()
+        self._recent_steps: deque[tuple[int, float]] = deque(maxlen=SPEED_WINDOW_STEPS)
 
     @property
     def step(self) -> int:
-        started = self.history.start_event
-        return (
-            self.last_step_event.step
-            if self.last_step_event
-            else started.resumed_step
-            if started
-            else 0
-        )
+        if self.last_step_event is not None:
+            return self.last_step_event.step
+        start = self.history.start_event
+        return start.resumed_step if start else 0
 
     @property
     def total_steps(self) -> int | None:
-        started = self.history.start_event
-        return (
-            self.last_step_event.total
-            if self.last_step_event
-            else started.total_steps
-            if started
-            else None
-        )
+        if self.last_step_event is not None:
+            return self.last_step_event.total
+        start = self.history.start_event
+        return start.total_steps if start else None
 
     @property
     def phase(self) -> Phase:
-        """Of the last process, while it lives."""
-        return (
-            "running"
-            if self.training_started
-            else "caching"
-            if self.stages or self.stages_done
-            else "starting"
-        )
+        """The phase of the last process, which is meaningful while it is alive."""
+        if self.training_started:
+            return "running"
+        return "caching" if self.stages or self.stages_done else "starting"
 
     @property
     def left_s(self) -> float | None:
-        """By the clock over the recent steps, so that pictures and checkpoints between them count."""
-        if self.last_step_event is None or self.total_steps is None or not self._recent:
+        """The estimated remaining time.
+
+        It uses the wall-clock time of the recent steps, so that validation images and checkpoints
+        count too.
+        """
+        if self.last_step_event is None or self.total_steps is None or not self._recent_steps:
             return None
-        (first, began), (last, now) = self._recent[0], self._recent[-1]
-        steady = last > first and now > began  # else the clock was set back
-        each = (now - began) / (last - first) if steady else self.last_step_event.seconds
-        return max(0.0, each * (self.total_steps - last))
+        first_step, first_t = self._recent_steps[0]
+        last_step, last_t = self._recent_steps[-1]
+        seconds_per_step = self.last_step_event.seconds
+        if last_step > first_step and last_t > first_t:  # otherwise the clock was set back
+            seconds_per_step = (last_t - first_t) / (last_step - first_step)
+        return max(0.0, seconds_per_step * (self.total_steps - last_step))
 
     @property
     def best_step(self) -> int | None:
-        """Where the held-out loss was lowest."""
-        return max((e.step for e in self.history.evaluations.values() if e.best), default=None)
+        """The step with the lowest held-out loss."""
+        evaluations = self.history.evaluations.values()
+        return max((event.step for event in evaluations if event.best), default=None)
 
     @property
     def latest_image_path(self) -> str | None:
-        newest = max(self.history.images.values(), key=lambda one: one.step, default=None)
+        """The path of the newest validation image."""
+        newest = max(self.history.images.values(), key=lambda image: image.step, default=None)
         return newest.path if newest else None
 
-    def read_new_events(self, deadline: float = float("inf")) -> None:
-        """Take in what was added; `complete` when all was before the deadline (of time.monotonic)."""
-        self.caught_up = False
-        while not self.caught_up and time.monotonic() < deadline:
-            part = log_reader.read_lines(self._path, self.end_offset)
-            if part.start < self.end_offset:
-                self._reset()
-            self.end_offset = part.end
-            self._add_lines(part.lines)
-            self.caught_up = not part.has_more
-
-    def _add_lines(self, lines: list[bytes]) -> None:
-        steps = [place for place, line in enumerate(lines) if STEP_MARKER in line[:64]]
+    def add_lines(self, lines: list[bytes], end_offset: int) -> None:
+        """Add lines of events.jsonl up to byte `end_offset`, but only a sample of the steps."""
+        steps = [index for index, line in enumerate(lines) if STEP_MARKER in line[:64]]
         stride = max(1, len(steps) // MAX_SAMPLED_STEPS)
-        passed = set(steps[:-SPEED_WINDOW_STEPS]) - set(steps[::stride])
-        for place, line in enumerate(lines):
-            if place not in passed and (found := log_reader.parse_record(line)) is not None:
-                self._add_record(found)
+        skipped = set(steps[:-SPEED_WINDOW_STEPS]) - set(steps[::stride])
+        for index, line in enumerate(lines):
+            if index in skipped:
+                continue
+            record = file_reader.parse_record(line)
+            if record is not None:
+                self._add_record(record, end_offset)
 
-    def _add_record(self, found: dict[str, Any]) -> None:
-        event, t = event_from_dict(found), float(found["t"])
+    def _add_record(self, record: dict[str, Any], end_offset: int) -> None:
+        event = event_from_dict(record)
+        t = float(record["t"])
         if event is None:
             return
         if self.process_started_t is None or self._is_new_process(event):
-            self.process_started_t, self.training_started, self.history.end_event = t, False, None
-            self.stages, self.stages_done = {}, []
+            self.process_started_t = t
+            self.training_started = False
+            self.history.end_event = None
+            self.stages = {}
+            self.stages_done = []
         if isinstance(event, event_types.StepCompleted):
             self._add_step(event, t)
             return
-        self.history.add_record(EventRecord(t, event, self.end_offset))
+        self.history.add_record(EventRecord(t, event, end_offset))
         self._apply_event(event)
 
     def _is_new_process(self, event: event_types.Event) -> bool:
-        """A process first scans its datasets; a forerunner that was killed has not said that it ended."""
+        """Return True for the first event of a process, which scans the datasets.
+
+        A previous process that was killed wrote no event about its end.
+        """
         return isinstance(event, event_types.StageStarted) and (
             self.history.end_event is not None or (self.training_started and event.stage == "scan")
         )
 
     def _add_step(self, event: event_types.StepCompleted, t: float) -> None:
-        self.last_step_event, self.history.last_event_time = event, t
+        self.last_step_event = event
+        self.history.last_event_time = t
         self.stages.clear()
-        self._recent.append((event.step, t))
+        self._recent_steps.append((event.step, t))
         self.loss_curve.add(event.step, event.loss)
 
     def _apply_event(self, event: event_types.Event) -> None:
@@ -196,7 +192,7 @@ class EventSummary:
             case event_types.RunStarted(resumed_step=step) | event_types.RunResumed(step=step):
                 self.training_started = True
                 self.loss_curve.drop_after(step)
-                self._recent.clear()
+                self._recent_steps.clear()
                 self.last_step_event = None
             case event_types.NoticeIssued(message=message):
                 self.notes.append(message)

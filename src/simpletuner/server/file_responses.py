@@ -1,4 +1,4 @@
-"""How a file of the user's is sent: never as something that a browser would run."""
+"""Responses with a user's file, never with a media type that a browser would execute."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse
 
 from simpletuner.server.api_errors import abort
 
-# Whatever is not here is a download of bytes: HTML and SVG could carry scripts.
+# Every other suffix is sent as a download, because HTML and SVG can contain scripts.
 INLINE_MEDIA_TYPES = MappingProxyType(
     {f".{kind}": f"image/{kind}" for kind in ("png", "jpeg", "webp", "avif")}
     | {".jpg": "image/jpeg"}
@@ -18,8 +18,10 @@ INLINE_MEDIA_TYPES = MappingProxyType(
 
 
 def make_file_response(path: Path, name: str | None = None) -> FileResponse:
-    """path: already through `Place`. name: to save it under, whatever it is. Ranges and ETag are Starlette's.
-    404 for what is no ordinary file.
+    """Return a response with the file at `path`, which Workspace must have resolved before.
+
+    name: download the file under this name. Starlette handles ranges and ETags. Raises ApiError 404
+    unless `path` is a regular file.
     """
     if not path.is_file():
         abort(404, "there is no such file")

@@ -1,4 +1,4 @@
-"""The schema as the pages show it: what may be set here, what belongs to what, and settings for a card."""
+"""The option schema for the form: which options can be set and have an effect, and presets."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from simpletuner.config.presets import NANO_PRESET, preset_for_memory
 from simpletuner.data.dataset_fields import COMMON_FIELDS, IMAGE_FIELDS
 from simpletuner.server.schemas.configs import FormSchema, OptionInfo, Preset
 
-# Refused in everything that comes through the server: what leaves the allowed folders or this machine.
+# Rejected in every configuration sent to the server, because they reach beyond its folders or
+# machine.
 NOT_SETTABLE: Mapping[str, str] = {
-    "webhook_config": "sends what happens to an address; write it into a config file and train from there",
+    "webhook_config": "sends events to a URL; set it in a config file and train from a terminal",
     "data_backend_config": "is written by the server from the list of datasets",
 }
 
 BASIC_DATASET_FIELDS = ("id", "dataset_type", "instance_data_dir", "caption_strategy", "repeats")
-HIDDEN_DATASET_FIELDS = ("type", "disable")  # one value only; another spelling of disabled
+HIDDEN_DATASET_FIELDS = ("type", "disable")  # has only one value; an alias of `disabled`
 
 PRESET_MEMORY_GB = (8, 12, 16, 24, 80)
 
 
 @functools.cache
 def build_form_schema() -> FormSchema:
-    """Every option in the schema's order, every field of a dataset, the presets."""
+    """Return all options in the schema's order, all dataset fields, and the presets."""
     fields = {
         name: field
         for name, field in {**COMMON_FIELDS, **IMAGE_FIELDS}.items()
@@ -41,16 +42,18 @@ def build_form_schema() -> FormSchema:
 
 
 def list_presets() -> list[Preset]:
-    """Cards in order of memory, each with the finest base that fits, then the bundled model."""
-    made = []
+    """Return a preset per GPU size with the most precise base that fits, and the nano preset."""
+    presets = []
     for size in PRESET_MEMORY_GB:
         row, planned = preset_for_memory(size * 10**9)
         config = {
             name: value for name, value in row.items() if value != all_options()[name].default
         }
-        made.append(Preset(id=f"{size}gb", title=f"{size} GB", planned_gb=planned, config=config))
+        presets.append(
+            Preset(id=f"{size}gb", title=f"{size} GB", planned_gb=planned, config=config)
+        )
     return [
-        *made,
+        *presets,
         Preset(id="nano", title="chroma-nano", planned_gb=None, config=dict(NANO_PRESET)),
     ]
 
@@ -69,12 +72,10 @@ def _needs_to_json(groups: Iterable[NeedGroup]) -> dict[str, list[Any]]:
 
 
 def _dataset_field_info(option: Option) -> OptionInfo:
-    """Where the run has an option of the same name, null takes that one's value."""
-    of_run, level = (
-        option.name in all_options(),
-        "basic" if option.name in BASIC_DATASET_FIELDS else "common",
-    )
-    default = None if of_run or option.default == "" else option.default
-    nullable = of_run or option.nullable
+    """Describe a dataset field; null inherits the run's option of the same name, if any."""
+    inherits = option.name in all_options()
+    level = "basic" if option.name in BASIC_DATASET_FIELDS else "common"
+    default = None if inherits or option.default == "" else option.default
+    nullable = inherits or option.nullable
     dataset = replace(option, section="dataset", group="Dataset", level=level, nullable=nullable)
     return _option_info(replace(dataset, default=default))

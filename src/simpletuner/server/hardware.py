@@ -1,4 +1,4 @@
-"""Devices and memory, asked from the system's own tools: the server never imports torch."""
+"""Devices and memory, read from the system's own tools, because the server never imports torch."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ SYSCTL = ("sysctl", "-n", "machdep.cpu.brand_string", "hw.memsize")
 
 
 def list_devices() -> list[DeviceInfo]:
-    """Every accelerator, or the processor where there is none."""
-    found = [*parse_nvidia_smi(run_tool(NVIDIA_SMI)), *parse_rocm_smi(run_tool(ROCM_SMI))]
-    if not found and platform.system() == "Darwin" and platform.machine() == "arm64":
-        found = parse_sysctl(run_tool(SYSCTL))
-    return found or [cpu_device()]
+    """Return all accelerators, or the CPU if there is none."""
+    devices = [*parse_nvidia_smi(run_tool(NVIDIA_SMI)), *parse_rocm_smi(run_tool(ROCM_SMI))]
+    if not devices and platform.system() == "Darwin" and platform.machine() == "arm64":
+        devices = parse_sysctl(run_tool(SYSCTL))
+    return devices or [cpu_device()]
 
 
-def run_tool(words: tuple[str, ...]) -> str:
-    """What the program prints; "" where it is not installed or fails."""
+def run_tool(argv: tuple[str, ...]) -> str:
+    """Run a program and return its stdout, or "" if it is not installed or fails."""
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True
+            argv, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return ""
@@ -42,7 +42,10 @@ def run_tool(words: tuple[str, ...]) -> str:
 
 
 def parse_nvidia_smi(text: str) -> list[DeviceInfo]:
-    """One card a line: "NVIDIA H200, 143771, 143000", in MiB. An integrated one says [N/A] for memory."""
+    """Parse one GPU per line: "NVIDIA H200, 143771, 143000", with sizes in MiB.
+
+    An integrated GPU reports its memory as [N/A].
+    """
     rows = [
         [cell.strip() for cell in line.rsplit(",", 2)]
         for line in text.splitlines()
@@ -59,13 +62,13 @@ def _mib_to_bytes(cell: str) -> int | None:
 
 
 def parse_rocm_smi(text: str) -> list[DeviceInfo]:
-    """rocm-smi's object of cards: {"card0": {"Card Series": ..., "VRAM Total Memory (B)": "..."}}."""
+    """Parse rocm-smi's JSON: {"card0": {"Card Series": ..., "VRAM Total Memory (B)": "..."}}."""
     try:
-        told = json.loads(text) if text else None
+        output = json.loads(text) if text else None
     except ValueError:
-        told = None
-    cards = sorted(told.items()) if isinstance(told, dict) else []
-    found = []
+        output = None
+    cards = sorted(output.items()) if isinstance(output, dict) else []
+    devices = []
     for key, card in cards:
         if not key.startswith("card"):
             continue
@@ -75,12 +78,12 @@ def parse_rocm_smi(text: str) -> list[DeviceInfo]:
         )
         size = int(total) if total.isdigit() else None
         free = size - int(used) if size is not None and used.isdigit() else None
-        found.append(_device_info(name, "rocm", size, free))
-    return found
+        devices.append(_device_info(name, "rocm", size, free))
+    return devices
 
 
 def parse_sysctl(text: str) -> list[DeviceInfo]:
-    """Memory is shared with the processor."""
+    """Parse sysctl's output on an Apple computer, whose GPU shares the memory of the CPU."""
     lines = text.split("\n")
     total = int(lines[1]) if len(lines) > 1 and lines[1].isdigit() else None
     return [_device_info(lines[0] or "Apple", "mps", total, None)]
@@ -91,6 +94,7 @@ def _device_info(name: str, kind: Any, total: int | None, free: int | None) -> D
 
 
 def cpu_device() -> DeviceInfo:
+    """Return the CPU as a device, with the host memory."""
     total, free = host_memory()
     names = (
         line.partition(":")[2].strip()
@@ -101,7 +105,7 @@ def cpu_device() -> DeviceInfo:
 
 
 def host_memory() -> tuple[int | None, int | None]:
-    """Bytes of host memory, total and free; in a container those that it may use."""
+    """Return the total and free bytes of host memory; in a container, those available to it."""
     rows = dict(line.split(":", 1) for line in _read_lines("/proc/meminfo") if ":" in line)
     sizes = [
         int(rows[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable") if key in rows

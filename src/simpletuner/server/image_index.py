@@ -1,4 +1,4 @@
-"""What a folder of pictures holds, read once and kept up to date while it is looked at."""
+"""An index of the images in a folder, read once and updated whenever it is used."""
 
 from __future__ import annotations
 
@@ -21,21 +21,25 @@ from simpletuner.data.pixels import read_image_header
 from simpletuner.data.rejections import UnusableFile
 from simpletuner.data.scan import assign_bucket
 from simpletuner.errors import DataError
-from simpletuner.server.log_reader import read_json_object
+from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.workspace import PathOutsideWorkspace, Workspace
 
 DEFAULT_OPTIONS = DataOptions()
 HEADER_CACHE_KEY = f"headers up to {DEFAULT_OPTIONS.max_image_megapixels:g} megapixels"
-# So old may be what is answered without a look at every file; a changed folder is seen at once.
-RESCAN_AFTER_S, NOT_SCHEDULED = 10.0, float("inf")
+# A change inside a file is noticed after this time; added and removed files are noticed at once.
+RESCAN_AFTER_S = 10.0
+NOT_SCHEDULED = float("inf")
 NO_FILE = (0, 0)
 SourceStamps = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One picture as read. mark: (mtime_ns, bytes) of its file and of its caption file, zeros where there is
-    none. size_px: upright; (0, 0) when the header could not be read. wrong: why it cannot be trained on.
+    """One image.
+
+    stamps: (mtime_ns, bytes) of the image and of its caption file, zeros for a missing file.
+    size_px: after applying the EXIF rotation; (0, 0) if the header cannot be read. problem: why it
+    cannot be trained on.
     """
 
     stamps: SourceStamps
@@ -45,7 +49,7 @@ class ImageRow:
 
     @property
     def status(self) -> str:
-        """Of the three that every picture is one of."""
+        """Return "refused", "captioned" or "uncaptioned"."""
         return (
             "refused"
             if self.problem is not None
@@ -56,35 +60,40 @@ class ImageRow:
 
 
 class ImageIndex:
-    """Of one folder. Whoever looks reads a part of what is new; threads may look at once.
+    """The images of one folder. Each refresh reads a limited part of the changes. Thread-safe.
 
-    kept: a JSON file that spares reading headers again in the next process; it can be deleted at any time.
+    header_cache_path: a JSON file with the image sizes, which saves reading the headers again in
+    the next process. It can be deleted at any time.
     """
 
-    def __init__(self, place: Workspace, name: str, folder: Path, kept: Path) -> None:
-        self.workspace, self.folder, self.header_cache_path = place, folder, kept
+    def __init__(
+        self, workspace: Workspace, name: str, folder: Path, header_cache_path: Path
+    ) -> None:
+        self.workspace = workspace
+        self.folder = folder
+        self.header_cache_path = header_cache_path
         self.dataset = DatasetConfig(name, "image", folder)
         self.images: dict[str, ImageFile] = {}
         self.rejected_names: dict[str, str] = {}
         self._rows: dict[str, ImageRow] = {}
         self._pending: list[str] = []
         self._headers: dict[str, list[int]] | None = None
-        self._folders: dict[
-            str, int
-        ] = {}  # with the times of their last change; none: not named yet
+        # Folder -> its mtime when it was listed; empty: not listed yet.
+        self._folders: dict[str, int] = {}
         self._allowed_folders: set[str] = set()
         self._due_t = NOT_SCHEDULED
         self._lock = threading.Lock()
 
     def refresh(self, wait_s: float) -> None:
-        """Names are known then, and rows of what is new as far as that time sufficed. Raises DataError when
-        the folder cannot be read.
+        """List the files, then read new and changed ones until `wait_s` have passed.
+
+        Raises DataError if the folder cannot be read.
         """
         deadline = time.monotonic() + wait_s
         if not self._lock.acquire(timeout=wait_s if self._folders else -1):
-            return  # somebody else reads
+            return  # another thread is reading
         try:
-            changed = any(_mtime_ns(folder) != seen for folder, seen in self._folders.items())
+            changed = any(_mtime_ns(folder) != mtime for folder, mtime in self._folders.items())
             if changed or not self._folders or time.monotonic() > self._due_t:
                 self._scan_names()
             while self._pending and time.monotonic() < deadline:
@@ -99,82 +108,87 @@ class ImageIndex:
             self._lock.release()
 
     def invalidate(self) -> None:
-        """Something was written here, whatever the folder's coarse clock says: the next look reads it."""
+        """List the folder again at the next refresh, even if its modification time is the same."""
         with self._lock:
             self._folders = {}
 
-    def caption_changed(self, text: Path) -> None:
-        """That caption file was written or removed: seen without reading the folder again."""
+    def caption_changed(self, path: Path) -> None:
+        """Update the images of a changed or removed caption file, without listing the folder."""
         stem = unicodedata.normalize(
-            "NFC", text.relative_to(self.folder).with_suffix("").as_posix()
+            "NFC", path.relative_to(self.folder).with_suffix("").as_posix()
         )
-        there = text if text.is_file() else None
+        caption_path = path if path.is_file() else None
         with self._lock:
             names = [name for name in self.images if name.rpartition(".")[0] == stem]
             self.images = {
                 **self.images,
-                **{name: replace(self.images[name], caption_path=there) for name in names},
+                **{name: replace(self.images[name], caption_path=caption_path) for name in names},
             }
-            if self._folders:  # else the next look reads them all
-                self._folders[str(text.parent)] = _mtime_ns(text.parent)
+            if self._folders:  # otherwise the next refresh lists them all
+                self._folders[str(path.parent)] = _mtime_ns(path.parent)
             for name in names:
                 self.refresh_row(self.images[name])
 
     def rows(self) -> list[tuple[str, ImageRow]]:
-        """Those that are read, by name."""
+        """Return (name, row) of the images that have been read."""
         rows = ((name, self._rows.get(name)) for name in self.images)
         return [(name, row) for name, row in rows if row is not None]
 
-    def refresh_row(self, found: ImageFile) -> ImageRow:
-        """As its files are now."""
-        self._rows[found.relative_path] = row = self._read_row(found)
+    def refresh_row(self, image: ImageFile) -> ImageRow:
+        """Read the image's files again if they changed; return the updated row."""
+        row = self._read_row(image)
+        self._rows[image.relative_path] = row
         return row
 
     def _scan_names(self) -> None:
         self._folders = {}
-        before = {str(self.folder), *(os.path.dirname(one.path) for one in self.images.values())}
-        times = {
-            path: _mtime_ns(path) for path in before
-        }  # taken first, so that no change is missed
-        found, misnamed, _ = find_image_files(self.dataset)
-        times |= {
-            path: _mtime_ns(path) for path in {os.path.dirname(one.path) for one in found} - before
+        before = {
+            str(self.folder),
+            *(os.path.dirname(image.path) for image in self.images.values()),
         }
-        self.images = {one.relative_path: one for one in found}
-        self.rejected_names = {one.path: one.detail for one in misnamed}
+        # Read the times before listing, so that a change in between is not missed.
+        times = {folder: _mtime_ns(folder) for folder in before}
+        images, rejections, _ = find_image_files(self.dataset)
+        new_folders = {os.path.dirname(image.path) for image in images} - before
+        times |= {folder: _mtime_ns(folder) for folder in new_folders}
+        self.images = {image.relative_path: image for image in images}
+        self.rejected_names = {rejection.path: rejection.detail for rejection in rejections}
         self._allowed_folders = {str(self.folder)}
-        for gone in self._rows.keys() - self.images.keys():
-            del self._rows[gone]
-        self._pending = sorted(
-            self.images, key=lambda name: name not in self._rows
-        )  # new ones come first
-        self._folders, self._due_t = times, NOT_SCHEDULED
+        for name in self._rows.keys() - self.images.keys():
+            del self._rows[name]
+        # New images sort last and are popped first.
+        self._pending = sorted(self.images, key=lambda name: name not in self._rows)
+        self._folders = times
+        self._due_t = NOT_SCHEDULED
 
-    def _read_row(self, found: ImageFile) -> ImageRow:
+    def _read_row(self, image: ImageFile) -> ImageRow:
         try:
-            mark = (
-                self._file_status(found.path),
-                self._file_status(found.caption_path) if found.caption_path else NO_FILE,
+            stamps = (
+                self._file_stamp(image.path),
+                self._file_stamp(image.caption_path) if image.caption_path else NO_FILE,
             )
         except PathOutsideWorkspace as error:
             return ImageRow((NO_FILE, NO_FILE), NO_FILE, (), str(error))
-        old = self._rows.get(found.relative_path)
-        if old is not None and old.stamps == mark:
+        old = self._rows.get(image.relative_path)
+        if old is not None and old.stamps == stamps:
             return old
-        size, wrong = NO_FILE, None
-        said: tuple[str, ...] = ()
+        size = NO_FILE
+        problem = None
+        captions: tuple[str, ...] = ()
         try:
-            size = self._image_size(found, mark[0])
-            assign_bucket(
-                ResizeCropConfig(), size, found.relative_path, 0, 1
-            )  # refuses what is beyond the limits of aspect
-            said = read_captions(self.dataset, found.path, found.caption_path, DEFAULT_OPTIONS)
+            size = self._image_size(image, stamps[0])
+            # Raises UnusableFile if the aspect ratio is beyond the limits.
+            assign_bucket(ResizeCropConfig(), size, image.relative_path, 0, 1)
+            captions = read_captions(self.dataset, image.path, image.caption_path, DEFAULT_OPTIONS)
         except UnusableFile as error:
-            wrong = None if error.reason == "caption_missing" else str(error)
-        return ImageRow(mark, size, said, wrong)
+            problem = None if error.reason == "caption_missing" else str(error)
+        return ImageRow(stamps, size, captions, problem)
 
-    def _file_status(self, path: Path) -> tuple[int, int]:
-        """Raises Outside for a link that leads out of what the server may show."""
+    def _file_stamp(self, path: Path) -> tuple[int, int]:
+        """Return (mtime_ns, bytes).
+
+        Raises PathOutsideWorkspace for a link out of the allowed folders.
+        """
         parent = os.path.dirname(path)
         if parent not in self._allowed_folders:
             self.workspace.resolve(parent)
@@ -187,11 +201,11 @@ class ImageIndex:
             return NO_FILE
         return status.st_mtime_ns, status.st_size
 
-    def _image_size(self, found: ImageFile, mark: tuple[int, int]) -> tuple[int, int]:
-        known = self._cached_headers().get(found.relative_path, [])
-        if len(known) == 4 and (known[0], known[1]) == mark:
-            return known[2], known[3]
-        return read_image_header(found.path, DEFAULT_OPTIONS.max_image_megapixels).size_px
+    def _image_size(self, image: ImageFile, stamp: tuple[int, int]) -> tuple[int, int]:
+        cached = self._cached_headers().get(image.relative_path, [])
+        if len(cached) == 4 and (cached[0], cached[1]) == stamp:
+            return cached[2], cached[3]
+        return read_image_header(image.path, DEFAULT_OPTIONS.max_image_megapixels).size_px
 
     def _cached_headers(self) -> dict[str, list[int]]:
         if self._headers is None:
@@ -205,7 +219,9 @@ class ImageIndex:
         headers = {name: [*row.stamps[0], *row.size_px] for name, row in rows}
         if headers != self._cached_headers():
             self._headers = headers
-            with contextlib.suppress(OSError):  # a full disk: read again another time
+            with contextlib.suppress(
+                OSError
+            ):  # on a full disk, the headers are read again next time
                 self.header_cache_path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(self.header_cache_path, json.dumps({HEADER_CACHE_KEY: headers}))
 

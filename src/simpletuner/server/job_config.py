@@ -1,4 +1,4 @@
-"""A configuration as it was when its job was queued: files of the job's own, without relative paths."""
+"""The configuration of a job, fixed when it is queued, with absolute paths."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from simpletuner.server.config_validation import (
     canonical_name,
     validate_config,
 )
+from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.form_schema import NOT_SETTABLE
-from simpletuner.server.log_reader import read_json_object
 from simpletuner.server.run_artifacts import checkpoint_step, list_outputs
 from simpletuner.server.schemas.configs import Draft
 from simpletuner.server.workspace import PathOutsideWorkspace, Workspace
@@ -30,14 +30,16 @@ MAX_NAME_LENGTH = 64
 
 
 def run_folder_name(name: str) -> str:
-    """What a draft's name makes as a folder: letters, digits, "." and "-", never at the start."""
+    """Return a folder name for a draft's name: letters, digits, "_", "." and "-"."""
     return re.sub(r"[^\w.]+", "-", name).strip("-._")[:MAX_NAME_LENGTH] or "run"
 
 
 @dataclass(frozen=True)
 class JobConfig:
-    """config: with an absolute output_dir. datasets: with absolute folders. left_out: what a run's own
-    configuration says and the server does not take from it, with the reason.
+    """The frozen configuration of a job.
+
+    config: has an absolute output_dir. datasets: have absolute folders. omitted_options: options of
+    a run's own configuration that the server does not accept, with the reason.
     """
 
     config: Mapping[str, Any]
@@ -49,88 +51,109 @@ class JobConfig:
         return Path(self.config["output_dir"])
 
     def write(self, folder: Path) -> Path:
-        """config.json and multidatabackend.json; returns what --config takes."""
+        """Write config.json and multidatabackend.json; return the path of config.json."""
         folder.mkdir(parents=True)
-        sets = folder / "multidatabackend.json"
-        write_atomically(sets, _to_json(self.datasets))
-        write_atomically(
-            folder / "config.json", _to_json({**self.config, "data_backend_config": str(sets)})
-        )
-        return folder / "config.json"
+        datasets_path = folder / "multidatabackend.json"
+        config_path = folder / "config.json"
+        config = {**self.config, "data_backend_config": str(datasets_path)}
+        write_atomically(datasets_path, _to_json(self.datasets))
+        write_atomically(config_path, _to_json(config))
+        return config_path
 
 
 def _to_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def job_config_from_draft(draft: Draft, place: Workspace, trains: bool = True) -> JobConfig:
-    """Refuses (422) folders that are not allowed, and one that holds results already unless the draft says
-    what becomes of them, by the name of their option. trains: False for a rehearsal, which writes nothing.
+def job_config_from_draft(draft: Draft, workspace: Workspace, trains: bool = True) -> JobConfig:
+    """Return the job configuration of a draft.
+
+    trains: False for a dry run, which writes no results.
+
+    Raises ApiError 422 for folders that are not allowed, and for an output_dir that already holds
+    results unless resume_from_checkpoint says what to do with them.
     """
     config = {canonical_name(name): value for name, value in draft.config.items()}
     loc = "output_dir" if config.get("output_dir") else "name"
-    given = config.get("output_dir") or place.output_dir / run_folder_name(draft.name)
-    run_dir = _resolve_or_abort(place, given, "output_dir")
-    if run_dir == place.root or place.server_dir in (run_dir, *run_dir.parents):
-        abort(422, f"output_dir = {given}: a run needs a folder of its own", "output_dir")
+    given = config.get("output_dir") or workspace.output_dir / run_folder_name(draft.name)
+    run_dir = _resolve_or_abort(workspace, given, "output_dir")
+    if run_dir == workspace.root or workspace.server_dir in (run_dir, *run_dir.parents):
+        abort(
+            422,
+            f"output_dir = {given}: this folder belongs to the server; a run needs its own folder",
+            "output_dir",
+        )
     if (run_dir / "config.json").exists() and not (run_dir / "run.lock").exists():
-        abort(422, f"output_dir = {given}: its config.json is no run's; name another", "output_dir")
+        abort(
+            422,
+            f"output_dir = {given}: its config.json is not from a run; choose another folder",
+            "output_dir",
+        )
     if trains and config.get("resume_from_checkpoint", "latest") == "latest":
         _require_no_results(run_dir, loc)
     return JobConfig(
-        {**config, "output_dir": str(run_dir)}, _with_absolute_paths(draft.datasets, place)
+        {**config, "output_dir": str(run_dir)}, _with_absolute_paths(draft.datasets, workspace)
     )
 
 
 def _require_no_results(run_dir: Path, loc: str) -> None:
-    """Another training would go on from these checkpoints, or find only when it runs that it cannot."""
+    """Raise ApiError 422 if the folder holds results.
+
+    The training would resume from these checkpoints, or fail only after it has started.
+    """
     newest = max(run_dir.glob("checkpoint-*"), key=checkpoint_step, default=None)
-    found = newest.name if newest else next((one.path for one in list_outputs(run_dir)), None)
-    if found is None:
+    outputs = list_outputs(run_dir)
+    if newest is None and not outputs:
         return
-    go_on = f"; {newest.name} goes on from it with this configuration" if newest else ""
+    result = newest.name if newest else outputs[0].path
+    resume = f", or to {newest.name} to resume from it with this configuration" if newest else ""
     abort(
         422,
-        f"{run_dir} holds the results of a run already ({found}). Choose another {loc}; or go on with that "
-        f"run by Resume on its page; or set resume_from_checkpoint: never moves them aside{go_on}",
+        f"{run_dir} already holds the results of a run ({result}). Choose another {loc}; or resume "
+        f"that run on its page; or set resume_from_checkpoint to never to move them aside{resume}",
         loc,
     )
 
 
-def _resolve_or_abort(place: Workspace, path: str | Path, loc: str) -> Path:
+def _resolve_or_abort(workspace: Workspace, path: str | Path, loc: str) -> Path:
     try:
-        return place.resolve(path)
+        return workspace.resolve(path)
     except PathOutsideWorkspace as error:
         abort(422, f"{loc} = {path}: {error}", loc)
 
 
 def _with_absolute_paths(
-    datasets: Sequence[Mapping[str, Any]], place: Workspace
+    datasets: Sequence[Mapping[str, Any]], workspace: Workspace
 ) -> list[dict[str, Any]]:
-    """Of sets that were judged, and may be where they are."""
+    """Return validated datasets with absolute folders."""
     return [
-        {
-            **one,
-            **{key: str(place.resolve(one[key])) for key in DATASET_FOLDER_FIELDS if one.get(key)},
+        dataset
+        | {
+            key: str(workspace.resolve(dataset[key]))
+            for key in DATASET_FOLDER_FIELDS
+            if dataset.get(key)
         }
-        for one in datasets
+        for dataset in map(dict, datasets)
     ]
 
 
 def job_config_from_run(
     run_dir: Path,
     source: Path,
-    place: Workspace,
+    workspace: Workspace,
     max_train_steps: int | None,
     checkpoint: str | None,
 ) -> JobConfig:
-    """What a run goes on with. source: its last frozen config.json, or the one in its folder, which may come
-    from anywhere: it is refused (422) what a draft is refused; what no page can set is left out.
+    """Return the configuration to resume a run with.
+
+    source: the config.json of its last job, or the one in the run folder. The latter may come from
+    anywhere, so it is validated like a draft (ApiError 422), and options that cannot be set on a
+    page are omitted.
     """
-    written = read_json_object(source) or abort(409, "this run has no config.json to go on with")
+    written = read_json_object(source) or abort(409, "this run has no config.json to resume with")
     options = all_options()
     config = {n: v for n, v in written.items() if n not in options or v != options[n].default}
-    datasets = load_run_datasets(config, place)
+    datasets = load_run_datasets(config, workspace)
     unset = [
         name for name in NOT_SETTABLE if config.pop(name, None) and name != "data_backend_config"
     ]
@@ -138,27 +161,30 @@ def job_config_from_run(
         config = {key: value for key, value in config.items() if key not in LENGTH_OPTIONS}
         config["max_train_steps"] = max_train_steps
     config |= {"output_dir": str(run_dir), "resume_from_checkpoint": checkpoint or "latest"}
-    problems = validate_config(place, config, datasets).problems
+    problems = validate_config(workspace, config, datasets).problems
     if problems:
         raise ApiError(422, problems)
-    left_out = tuple(f"{name} is left out: it {NOT_SETTABLE[name]}" for name in unset)
-    return JobConfig(config, _with_absolute_paths(datasets, place), left_out)
+    omitted = tuple(f"{name} was omitted: it {NOT_SETTABLE[name]}" for name in unset)
+    return JobConfig(config, _with_absolute_paths(datasets, workspace), omitted)
 
 
-def load_run_datasets(config: Mapping[str, Any], place: Workspace) -> list[Any]:
-    """What the file lists that a run's configuration names, with absolute folders: as `train` finds them,
-    beside the file first. Raises Refused, ConfigError.
+def load_run_datasets(config: Mapping[str, Any], workspace: Workspace) -> list[Any]:
+    """Return the datasets that a run's configuration refers to, with absolute folders.
+
+    Relative folders start at the folder of the dataset file, as in `simpletuner train`. Raises
+    ApiError and ConfigError.
     """
     file = config.get("data_backend_config")
     if not isinstance(file, str):
         return []
-    path = _resolve_or_abort(place, file, "data_backend_config")
-    if not path.is_file():  # a pipe would be waited for
+    path = _resolve_or_abort(workspace, file, "data_backend_config")
+    if not path.is_file():  # reading a named pipe would block
         abort(422, f"data_backend_config = {file}: there is no such file", "data_backend_config")
     value = read_document(path, path.name).value
-    sets = value if isinstance(value, list) else [value]
-    for one in sets:
-        for key in DATASET_FOLDER_FIELDS if isinstance(one, dict) else ():
-            if isinstance(one.get(key), str):
-                one[key] = paths.find_path(one[key], path.parent, path.parent)[0] or one[key]
-    return sets
+    datasets = value if isinstance(value, list) else [value]
+    for dataset in filter(lambda entry: isinstance(entry, dict), datasets):
+        for key in DATASET_FOLDER_FIELDS:
+            if isinstance(dataset.get(key), str):
+                folder, _ = paths.find_path(dataset[key], path.parent, path.parent)
+                dataset[key] = folder or dataset[key]
+    return datasets

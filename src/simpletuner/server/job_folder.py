@@ -1,10 +1,29 @@
-"""The folder of a job: what it runs, frozen; who holds it; how it ended. A job's state follows from it.
+"""The folder of a job: its command, its runner's lock, and how it ended.
+
+The job's state follows from it.
 
 .simpletuner/jobs/<id>/
-    job.json     the command, frozen            config/      what the training reads by --config
-    runner.lock  there once it was started, locked while it lives
-    state.json   its process group              stop.json    somebody asked it to stop
-    exit.json    how the process ended          end.json     what it came to, said once
+    job.json     the command                    config/      the configuration passed by --config
+    runner.lock  exists once the job was launched; locked while the runner or the training lives
+    state.json   the process ids                stop.json    the request to stop
+    exit.json    how the process ended          end.json     the final Job message, written once
+
+The lock protocol. A job must be launched at most once, and every server must know whether it is
+alive, also after a crash of the server, the runner or the whole machine. Process ids cannot answer
+that: they are reused. An flock can: the kernel releases it exactly when the last process that holds
+its descriptor has ended.
+
+1. The supervisor creates `.runner.lock`, locks it, and only then renames it to `runner.lock`. So
+   the file never exists unlocked before the launch: "exists" means launched, and "exists and is not
+   locked" means ended. A server that crashes before the rename leaves the job queued.
+2. The descriptor is inherited by the runner and by the training, and the supervisor closes its own
+   copy. The lock is held while either of them lives, even if the runner alone is killed: then the
+   GPU is still busy.
+3. The runner writes exit.json while it still holds the lock. A reader therefore tests the lock
+   first and reads exit.json afterwards; in the other order it could miss a file that was written in
+   between and report an ended job as lost.
+4. If the lock is free and there is no exit.json, the runner was killed. The training may still have
+   written its own exit.json to the run folder; without one, the job is lost.
 """
 
 from __future__ import annotations
@@ -22,20 +41,25 @@ from typing import Any, Literal
 from simpletuner.atomic_io import write_atomically
 from simpletuner.errors import TrainingStopped
 from simpletuner.server.failure_advice import FailureExplanation, explain_failure
+from simpletuner.server.file_reader import is_locked, read_json_object, read_log_part
 from simpletuner.server.job_states import ENDED_STATES, ObservedJob, Outcome, derive_state
-from simpletuner.server.log_reader import read_json_object, read_log_part
-from simpletuner.server.run_service import is_locked
 from simpletuner.server.schemas.base import JobState
 from simpletuner.server.schemas.jobs import Job
 
 MAX_OUTPUT_LINES = 40
 MAX_OUTPUT_BYTES = 16384
+LOST_MESSAGE = (
+    "the process ended unexpectedly: the computer lost power, or all processes were killed"
+)
+LOST_ADVICE = "Resume the run: it continues from its last checkpoint"
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """job.json. devices: "gpu" or "cpu" while it waits, then the set it runs on, "cuda:0". run_dir: "" for a
-    rehearsal, which leaves nothing behind. queued_t: unix seconds.
+    """The content of job.json.
+
+    devices: "gpu" or "cpu" while queued, then the device it runs on, such as "cuda:0". run_dir,
+    run: the run folder and its id, "" for a dry run, which keeps no files. queued_t: unix seconds.
     """
 
     name: str
@@ -52,22 +76,23 @@ class JobFolder:
     """One folder below jobs/."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.id = path, path.name
+        self.path = path
+        self.id = path.name
 
     def read_spec(self) -> JobSpec | None:
-        """None for a folder that is not whole: its server was killed while it wrote."""
+        """Return the content of job.json, or None if the server was killed while writing it."""
         content = read_json_object(self.path / "job.json") or {}
         try:
-            known = {field.name: content[field.name] for field in fields(JobSpec)}
-            return JobSpec(**{**known, "argv": tuple(known["argv"])})
+            values = {field.name: content[field.name] for field in fields(JobSpec)}
+            return JobSpec(**{**values, "argv": tuple(values["argv"])})
         except (KeyError, TypeError):
             return None
 
-    def write_spec(self, work: JobSpec) -> None:
-        write_atomically(self.path / "job.json", json.dumps(asdict(work), indent=1) + "\n")
+    def write_spec(self, spec: JobSpec) -> None:
+        write_atomically(self.path / "job.json", json.dumps(asdict(spec), indent=1) + "\n")
 
     def take_lock(self) -> int:
-        """A descriptor for the runner; the file has its name only when it is locked."""
+        """Create and lock runner.lock; return the descriptor, which the runner inherits."""
         unnamed = self.path / ".runner.lock"
         descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,17 +108,20 @@ class JobFolder:
         return is_locked(self.path / "runner.lock")
 
     def read_stop_request(self) -> dict[str, Any] | None:
-        """{insist, sent}: how the stop was asked for, and what was done about it since."""
+        """Return {`insist`, sent}: whether to kill at once, and the signals sent; or None."""
         return read_json_object(self.path / "stop.json")
 
     def request_stop(self, insist: bool) -> None:
         self.write_stop_request({"sent": [], **(self.read_stop_request() or {}), "insist": insist})
 
-    def write_stop_request(self, asked: dict[str, Any]) -> None:
-        write_atomically(self.path / "stop.json", json.dumps(asked) + "\n")
+    def write_stop_request(self, request: dict[str, Any]) -> None:
+        write_atomically(self.path / "stop.json", json.dumps(request) + "\n")
 
     def send_signal(self, number: signal.Signals) -> bool:
-        """To the training by way of its runner; SIGKILL to the whole group. False: not yet to be reached."""
+        """Signal the runner, which forwards it to the training; SIGKILL goes to the whole group.
+
+        Returns False if the job has no process yet, or has ended.
+        """
         process = read_json_object(self.path / "state.json")
         if process is None or not self.is_alive:
             return False
@@ -106,95 +134,96 @@ class JobFolder:
         return True
 
     def read_state(self) -> JobState:
-        """While the training lives "starting": how far it has come is in its run folder."""
-        work = self.read_spec()
-        if not self.was_launched or work is None:
+        """Return the state.
+
+        The exact phase of a live training is only known from its run folder.
+        """
+        spec = self.read_spec()
+        if not self.was_launched or spec is None:
             return derive_state(ObservedJob())
-        alive = self.is_alive  # before exit.json, which is written while the lock is held
-        end = None if alive else self._outcome(work)
-        return derive_state(
-            ObservedJob(
-                True, alive, stop_requested=self.read_stop_request() is not None, outcome=end
-            )
+        alive = self.is_alive  # tested before reading exit.json: see the lock protocol above
+        observed = ObservedJob(
+            launched=True,
+            alive=alive,
+            stop_requested=self.read_stop_request() is not None,
+            outcome=None if alive else self._outcome(spec),
         )
+        return derive_state(observed)
 
     def _started_t(self) -> float | None:
         return (read_json_object(self.path / "state.json") or {}).get("started_t")
 
-    def _training_exit(self, work: JobSpec) -> dict[str, Any]:
-        """What the training itself wrote of this end into its run folder."""
-        told = (read_json_object(Path(work.run_dir) / "exit.json") if work.run_dir else None) or {}
-        t = told.get("t")
-        return (
-            told
-            if isinstance(t, (int, float)) and t >= (self._started_t() or work.queued_t)
-            else {}
-        )
+    def _training_exit(self, spec: JobSpec) -> dict[str, Any]:
+        """Return the exit.json that this job's training wrote to the run folder, or {}."""
+        path = Path(spec.run_dir) / "exit.json"
+        content = (read_json_object(path) if spec.run_dir else None) or {}
+        t = content.get("t")
+        is_recent = isinstance(t, (int, float)) and t >= (self._started_t() or spec.queued_t)
+        return content if is_recent else {}
 
-    def _outcome(self, work: JobSpec) -> Outcome | None:
-        exited, status = (
-            read_json_object(self.path / "exit.json"),
-            self._training_exit(work).get("status"),
-        )
-        if exited is None:  # the runner was killed; the training may have come to its own end
+    def _outcome(self, spec: JobSpec) -> Outcome | None:
+        exit_record = read_json_object(self.path / "exit.json")
+        status = self._training_exit(spec).get("status")
+        if exit_record is None:  # the runner was killed; the training may have ended by itself
             return status if status in ("done", "stopped", "failed") else None
-        if exited.get("code") in (0, TrainingStopped.exit_code):
-            return "done" if exited["code"] == 0 else "stopped"
-        # Interrupted while it is loaded, Python says so in many ways.
+        if exit_record.get("code") in (0, TrainingStopped.exit_code):
+            return "done" if exit_record["code"] == 0 else "stopped"
+        # A Python program that is interrupted during its imports can end with various codes.
         return "failed" if self.read_stop_request() is None or status == "failed" else "stopped"
 
     def last_output_lines(self) -> list[str]:
-        """The last of its output."""
-        said = read_log_part(
-            self.path / "output.log", -MAX_OUTPUT_BYTES, MAX_OUTPUT_BYTES
-        ).text.rstrip()
-        return (
-            [line.rpartition("\r")[2] for line in said.split("\n")][-MAX_OUTPUT_LINES:]
-            if said
-            else []
-        )
+        """Return the last lines of the output, without overwritten progress bars."""
+        part = read_log_part(self.path / "output.log", -MAX_OUTPUT_BYTES, MAX_OUTPUT_BYTES)
+        text = part.text.rstrip()
+        if not text:
+            return []
+        return [line.rpartition("\r")[2] for line in text.split("\n")][-MAX_OUTPUT_LINES:]
 
     def read_final_job(self) -> Job | None:
-        """What was written down of its end; None while it was not, or by a version with other fields."""
+        """Return the Job message in end.json, or None if it is missing or has other fields."""
         try:
             return Job.model_validate_json((self.path / "end.json").read_bytes())
         except (OSError, ValueError):
             return None
 
     def build_job(self) -> Job | None:
-        """As the API tells of it. None for a folder that is not whole."""
-        work = self.read_spec()
-        if work is None:
+        """Build the Job message from the files. Returns None for an incomplete folder."""
+        spec = self.read_spec()
+        if spec is None:
             return None
         state = self.read_state()
         ended = state in ENDED_STATES
-        exited = read_json_object(self.path / "exit.json") or {}
-        lines = (
-            self.last_output_lines()
-            if ended or (work.kind == "rehearse" and state != "queued")
-            else []
-        )
-        told = str(self._training_exit(work).get("message", "")) if ended else ""
-        why = FailureExplanation(told, "")
-        if state == "failed":
-            why = explain_failure(exited.get("code"), exited.get("signal"), lines, told)
-        elif state == "lost":
-            lost = "the training vanished without a word: the computer went down, or everything was killed"
-            why = FailureExplanation(lost, "Resume it: it goes on from its last checkpoint")
+        exit_record = read_json_object(self.path / "exit.json") or {}
+        shows_output = ended or (spec.kind == "rehearse" and state != "queued")
+        lines = self.last_output_lines() if shows_output else []
+        explanation = self._explain_end(spec, state, exit_record, lines)
         return Job(
             id=self.id,
-            run_dir=work.run_dir,
-            run=work.run,
-            name=work.name,
-            kind=work.kind,
+            run_dir=spec.run_dir,
+            run=spec.run,
+            name=spec.name,
+            kind=spec.kind,
             state=state,
-            devices=work.devices,
-            queued_t=work.queued_t,
+            devices=spec.devices,
+            queued_t=spec.queued_t,
             started_t=self._started_t(),
-            ended_t=exited.get("t", time.time()) if ended else None,
-            exit_code=exited.get("code"),
-            message=why.message,
-            advice=why.advice,
+            ended_t=exit_record.get("t", time.time()) if ended else None,
+            exit_code=exit_record.get("code"),
+            message=explanation.message,
+            advice=explanation.advice,
             last_lines=lines,
-            begun=bool(work.run_dir) and Path(work.run_dir, "run.lock").exists(),
+            begun=bool(spec.run_dir) and Path(spec.run_dir, "run.lock").exists(),
         )
+
+    def _explain_end(
+        self, spec: JobSpec, state: JobState, exit_record: dict[str, Any], lines: list[str]
+    ) -> FailureExplanation:
+        """Return the message and the advice of an ended job, empty for others."""
+        ended = state in ENDED_STATES
+        message = str(self._training_exit(spec).get("message", "")) if ended else ""
+        if state == "failed":
+            code, signal_name = exit_record.get("code"), exit_record.get("signal")
+            return explain_failure(code, signal_name, lines, message)
+        if state == "lost":
+            return FailureExplanation(LOST_MESSAGE, LOST_ADVICE)
+        return FailureExplanation(message, "")

@@ -1,4 +1,4 @@
-"""The jobs of a workspace: queued, arranged, withdrawn, asked to stop. What starts them is the supervisor."""
+"""The jobs of a workspace: queue, reorder, cancel, stop, resume. The supervisor launches them."""
 
 from __future__ import annotations
 
@@ -17,50 +17,58 @@ from simpletuner.atomic_io import write_atomically
 from simpletuner.server.api_errors import ApiError, abort
 from simpletuner.server.config_validation import validate_config
 from simpletuner.server.draft_service import DraftService
+from simpletuner.server.file_reader import is_locked, read_json_object
 from simpletuner.server.job_config import JobConfig, job_config_from_draft, job_config_from_run
 from simpletuner.server.job_folder import JobFolder, JobSpec
-from simpletuner.server.job_index import JobIndex, QueueOrder
-from simpletuner.server.job_states import ACTIVE_STATES, ENDED_STATES, PHASE_TRANSITIONS
-from simpletuner.server.log_reader import read_json_object
+from simpletuner.server.job_states import ACTIVE_STATES, ENDED_STATES, PHASES
+from simpletuner.server.queue_order import QueueOrder, QueueOrderStore
 from simpletuner.server.run_artifacts import CHECKPOINT_NAME, checkpoint_step
-from simpletuner.server.run_service import RunService, is_locked
+from simpletuner.server.run_service import RunService
 from simpletuner.server.schemas.jobs import Job, JobRequest, Queue, QueueWrite
-from simpletuner.server.schemas.runs import ResumeRequest
+from simpletuner.server.schemas.runs import ResumeRequest, RunSummary
 from simpletuner.server.settings import TRAIN_COMMAND
 from simpletuner.server.workspace import Workspace, run_id
 
-ControlFile = Literal[
-    "stop", "save", "validate"
-]  # files in control/ by which a run is asked for something
+ControlFile = Literal["stop", "save", "validate"]  # files in control/ that a training watches
 ID_PATTERN = re.compile(r"[0-9a-f]{12}")
 MAX_ENDED_SHOWN = 200
 
 
 def queued_in_order(jobs: Iterable[Job], order: QueueOrder) -> list[Job]:
-    """Those that wait; one that the order does not know comes last."""
-    places = {id: place for place, id in enumerate(order.jobs)}
-    waiting = [job for job in jobs if job.state == "queued"]
-    return sorted(waiting, key=lambda job: (places.get(job.id, len(places)), job.queued_t))
+    """Return the queued jobs in order; jobs that `order` does not contain come last."""
+    positions = {id: position for position, id in enumerate(order.jobs)}
+    queued = [job for job in jobs if job.state == "queued"]
+    return sorted(queued, key=lambda job: (positions.get(job.id, len(positions)), job.queued_t))
 
 
 class JobService:
-    """trainer: as in Settings. changed: set when there is something to do for the supervisor."""
+    """The jobs of one workspace. Thread-safe.
+
+    train_command: as in ServerSettings. changed_event: set when the supervisor has something to do.
+    """
 
     def __init__(
         self,
-        place: Workspace,
+        workspace: Workspace,
         runs: RunService,
         drafts: DraftService,
-        trainer: tuple[str, ...] = TRAIN_COMMAND,
+        train_command: tuple[str, ...] = TRAIN_COMMAND,
     ) -> None:
-        self.workspace, self.jobs_dir = place, place.server_dir / "jobs"
-        self.index, self.changed_event = JobIndex(place.server_dir), threading.Event()
-        self._runs, self._drafts, self._train_command = runs, drafts, trainer
-        runs.set_job_lookup(self.newest_by_run)
+        self.workspace = workspace
+        self.jobs_dir = workspace.server_dir / "jobs"
+        self.queue_order = QueueOrderStore(workspace.server_dir)
+        self.changed_event = threading.Event()
         self.lock = threading.RLock()
+        self._runs = runs
+        self._drafts = drafts
+        self._train_command = train_command
+        # The final messages of ended jobs: end.json is written once and never changes.
+        self._ended_jobs: dict[str, Job] = {}
+        runs.set_job_lookup(self.newest_by_run)
 
     def get_queue(self) -> Queue:
-        order, jobs = self.index.read_order(), self._all_jobs()
+        order = self.queue_order.read()
+        jobs = self._all_jobs()
         active = sorted(
             (job for job in jobs if job.state in ACTIVE_STATES), key=lambda job: job.queued_t
         )
@@ -77,67 +85,82 @@ class JobService:
         )
 
     def get_job(self, id: str) -> Job:
-        """404 for what is no job's id."""
+        """Return a job. Raises ApiError 404 for an unknown id."""
         folder = self._job_folder(id) if ID_PATTERN.fullmatch(id) else None
-        found = folder.read_final_job() or folder.build_job() if folder else None
-        return self._with_phase(found) if found else abort(404, "there is no such job")
+        job = folder.read_final_job() or folder.build_job() if folder else None
+        return self._with_phase(job) if job else abort(404, "there is no such job")
 
     def newest_by_run(self) -> dict[str, Job]:
-        """The newest job of every run that has one; one that has not ended, whatever the clock said."""
-        found = sorted(
+        """Return the newest job of each run, by run id.
+
+        A job that has not ended is the newest even if the clock was set back.
+        """
+        jobs = sorted(
             self._all_jobs(), key=lambda job: (job.state not in ENDED_STATES, job.queued_t)
         )
-        return {job.run: job for job in found if job.run}
+        return {job.run: job for job in jobs if job.run}
 
     def count_external_runs(self) -> int:
-        """How many runs work in this workspace that no job here started."""
-        mine = {run for run, job in self.newest_by_run().items() if job.state in ACTIVE_STATES}
+        """Count the active runs of the workspace that were not started by a job."""
+        own_runs = {run for run, job in self.newest_by_run().items() if job.state in ACTIVE_STATES}
         return sum(
-            run.state in ACTIVE_STATES and run.id not in mine for run in self._runs.summaries()
+            run.state in ACTIVE_STATES and run.id not in own_runs for run in self._runs.summaries()
         )
 
-    def enqueue(self, ask: JobRequest) -> Job:
-        """Freeze a draft as it is now."""
-        draft = self._drafts.get(ask.draft)
+    def enqueue(self, request: JobRequest) -> Job:
+        """Queue a job with a copy of the draft's current configuration."""
+        draft = self._drafts.get(request.draft)
         problems = validate_config(self.workspace, draft.config, draft.datasets).problems
         if problems:
             raise ApiError(422, problems)
-        return self._create_job(
-            draft.name, ask.kind, job_config_from_draft(draft, self.workspace, ask.kind == "train")
-        )
+        config = job_config_from_draft(draft, self.workspace, request.kind == "train")
+        return self._create_job(draft.name, request.kind, config)
 
-    def resume(self, run: str, ask: ResumeRequest) -> Job:
-        """Queue a run again with the configuration it had last; the job's message says what was left out."""
-        summary, last = self._runs.summary(run), self.newest_by_run().get(run)
-        run_dir = (
-            Path(last.run_dir) if last else self._require_run_dir(run)
-        )  # one that was stopped early has no folder
-        if ask.checkpoint is not None and not self._has_checkpoint(run_dir, ask.checkpoint):
-            abort(422, "the run has no checkpoint of that name", "checkpoint")
-        begun = [run_dir / ask.checkpoint] if ask.checkpoint else run_dir.glob("checkpoint-*")
-        begins = max((0, *map(checkpoint_step, begun)))
-        if ask.max_train_steps is not None and ask.max_train_steps < max(1, begins):
+    def resume(self, run: str, request: ResumeRequest) -> Job:
+        """Queue a run again with its last configuration.
+
+        The message of the returned job lists the options that were omitted.
+        """
+        summary = self._runs.summary(run)
+        last_job = self.newest_by_run().get(run)
+        # A run that was stopped early has a job but no folder.
+        run_dir = Path(last_job.run_dir) if last_job else self._require_run_dir(run)
+        self._check_resume_request(run_dir, summary, request)
+        job_dir = self.jobs_dir / last_job.id / "config" if last_job else run_dir
+        config = job_config_from_run(
+            run_dir,
+            job_dir / "config.json",
+            self.workspace,
+            request.max_train_steps,
+            request.checkpoint,
+        )
+        job = self._create_job(summary.name, "train", config)
+        return job.model_copy(update={"message": "; ".join(config.omitted_options)})
+
+    def _check_resume_request(
+        self, run_dir: Path, summary: RunSummary, request: ResumeRequest
+    ) -> None:
+        """Raise ApiError 422 for an unknown checkpoint or a length that leaves no steps."""
+        checkpoint, steps = request.checkpoint, request.max_train_steps
+        if checkpoint is not None and not self._has_checkpoint(run_dir, checkpoint):
+            abort(422, f"the run has no checkpoint {checkpoint}", "checkpoint")
+        folders = [run_dir / checkpoint] if checkpoint else run_dir.glob("checkpoint-*")
+        start_step = max((0, *map(checkpoint_step, folders)))
+        if steps is not None and steps < max(1, start_step):
             abort(
                 422,
-                f"the checkpoint is at step {begins}; max_train_steps is no less",
+                f"the checkpoint is at step {start_step}; max_train_steps must not be lower",
                 "max_train_steps",
             )
-        longer = ask.max_train_steps is not None and ask.max_train_steps > summary.step
-        if summary.state == "done" and ask.checkpoint is None and not longer:
-            what = f"the run is done at step {summary.step}: max_train_steps above that"
-            abort(422, what, "max_train_steps")
-        source = (
-            self.jobs_dir / last.id / "config" / "config.json" if last else run_dir / "config.json"
-        )
-        frozen = job_config_from_run(
-            run_dir, source, self.workspace, ask.max_train_steps, ask.checkpoint
-        )
-        added = self._create_job(summary.name, "train", frozen)
-        return added.model_copy(update={"message": "; ".join(frozen.omitted_options)})
+        is_longer = steps is not None and steps > summary.step
+        if summary.state == "done" and checkpoint is None and not is_longer:
+            message = f"the run is done at step {summary.step}; max_train_steps must be higher"
+            abort(422, message, "max_train_steps")
 
     def cancel(self, id: str) -> None:
-        """Out of the queue, or out of the list where it ended without a run folder, into the trash. A
-        rehearsal that was begun is ended: it has nothing to save.
+        """Move a queued job, or one that ended without a run folder, to the trash.
+
+        A dry run that is active is killed: it has nothing to save.
         """
         with self.lock:
             job = self.get_job(id)
@@ -145,123 +168,143 @@ class JobService:
                 self._request_stop(self._job_folder(id), insist=True)
                 return
             if job.state in ACTIVE_STATES:
-                abort(409, "only a job that waits can be withdrawn; stop its run instead")
+                abort(409, "this job is active; stop its run instead of cancelling the job")
             if job.state in ENDED_STATES and job.begun:
-                abort(409, "its run was begun: remove the run folder to be rid of it")
+                abort(409, "this job has a run folder; delete that folder to remove the run")
             os.rename(self.jobs_dir / id, self.workspace.make_trash_folder() / f"job-{id}")
-            order = self.index.read_order()
+            order = self.queue_order.read()
             self._write_order(replace(order, jobs=tuple(job for job in order.jobs if job != id)))
 
     def update_queue(self, write: QueueWrite) -> Queue:
-        """409 when the order is not of the jobs that wait now: somebody else was quicker."""
+        """Change the flags or the order.
+
+        Raises ApiError 409 if the set of queued jobs has changed.
+        """
         with self.lock:
-            changed = write.model_dump(exclude={"order"}, exclude_none=True)
+            changes = write.model_dump(exclude={"order"}, exclude_none=True)
             if write.order is not None:
                 if sorted(write.order) != sorted(folder.id for folder in self.queued_folders()):
-                    abort(409, "the queue has changed meanwhile; look again", "order")
-                changed["jobs"] = tuple(write.order)
-            self._write_order(replace(self.index.read_order(), **changed))
+                    abort(409, "the queue has changed in the meantime; reload it", "order")
+                changes["jobs"] = tuple(write.order)
+            self._write_order(replace(self.queue_order.read(), **changes))
         return self.get_queue()
 
     def stop(self, run: str, insist: bool) -> None:
-        """Ask the run to save and leave; insist: end it now."""
-        last = self.newest_by_run().get(run)
-        if last is not None and last.state in ACTIVE_STATES:
-            self._request_stop(self._job_folder(last.id), insist)
-        elif last is not None and last.state == "queued":
-            abort(409, "the run waits in the queue: withdraw its job instead")
+        """Ask the run to save a checkpoint and exit. `insist`: kill it now instead."""
+        job = self.newest_by_run().get(run)
+        if job is not None and job.state in ACTIVE_STATES:
+            self._request_stop(self._job_folder(job.id), insist)
+        elif job is not None and job.state == "queued":
+            abort(409, "the run is queued; remove its job from the queue instead")
         elif insist:
-            abort(409, "this run was started elsewhere: end it there, or let it save and leave")
+            abort(
+                409, "this run was started from a terminal: kill it there, or let it save and exit"
+            )
         else:
             self.request_control(run, "stop")
 
     def _request_stop(self, folder: JobFolder, insist: bool) -> None:
         try:
             folder.request_stop(insist)
-        except OSError:  # a full disk keeps no wish: say it at once, and once
+        except (
+            OSError
+        ):  # the request cannot be stored on a full disk: send the signal directly, once
             if not folder.send_signal(signal.SIGKILL if insist else signal.SIGINT):
                 raise
         self.changed_event.set()
 
     def request_control(self, run: str, control: ControlFile) -> None:
-        """Lay a file that the running process looks for. 409 when nothing runs there."""
+        """Create a file in control/ that the training watches.
+
+        Raises ApiError 409 if it is not running.
+        """
         run_dir = self._require_run_dir(run)
         if not is_locked(run_dir / "run.lock"):
             abort(409, "the run is not running")
         options = read_json_object(run_dir / "config.json") or {}
-        prompts = any(
+        has_prompts = any(
             options.get(name, "unknown") for name in ("validation_prompt", "user_prompt_library")
         )
-        if control == "validate" and (options.get("validation_disable") or not prompts):
-            abort(409, "this run draws no pictures: it has no prompts, or validation_disable is on")
+        if control == "validate" and options.get("validation_disable"):
+            abort(409, "no samples to generate: validation_disable is set")
+        if control == "validate" and not has_prompts:
+            abort(409, "no samples to generate: this run has no validation prompts")
         self.workspace.resolve_below(run_dir, f"control/{control}").touch()
 
     def queued_folders(self) -> list[JobFolder]:
-        """Those that could be started, in their order."""
+        """Return the folders of the queued jobs, in order."""
         return [
             self._job_folder(job.id)
-            for job in queued_in_order(self._open_jobs(), self.index.read_order())
+            for job in queued_in_order(self._open_jobs(), self.queue_order.read())
         ]
 
     def unfinalized_folders(self) -> list[JobFolder]:
-        """Those that were started and whose end has not been written down."""
+        """Return the folders of the launched jobs that have no end.json yet."""
         return [self._job_folder(job.id) for job in self._open_jobs() if job.state != "queued"]
 
     def finalize(self, folder: JobFolder) -> None:
-        """Write down what an ended job came to. A failure holds those that wait, unless told otherwise."""
+        """Write the end.json of an ended job.
+
+        A failure pauses the queue unless continue_on_error is set.
+        """
         with self.lock:
-            ended = folder.build_job()
-            if ended is None or ended.state not in ENDED_STATES:
+            job = folder.build_job()
+            if job is None or job.state not in ENDED_STATES:
                 return
-            write_atomically(folder.path / "end.json", ended.model_dump_json(indent=1) + "\n")
-            self.index.write_ended_job(folder.id, ended.model_dump_json())
-            order = self.index.read_order()
-            failed = ended.state in ("failed", "lost") and ended.kind == "train"
+            write_atomically(folder.path / "end.json", job.model_dump_json(indent=1) + "\n")
+            self._ended_jobs[folder.id] = job
+            order = self.queue_order.read()
+            failed = job.state in ("failed", "lost") and job.kind == "train"
             if failed and not order.continue_on_error and self.queued_folders():
                 self._write_order(replace(order, paused=True))
 
-    def _create_job(self, name: str, kind: Literal["train", "rehearse"], frozen: JobConfig) -> Job:
-        rehearsal, run = kind == "rehearse", run_id(frozen.run_dir)
+    def _create_job(self, name: str, kind: Literal["train", "rehearse"], config: JobConfig) -> Job:
+        dry_run = kind == "rehearse"
+        run = run_id(config.run_dir)
         with self.lock:
-            if not rehearsal:
-                self._require_run_dir_free(frozen.run_dir, run)
+            if not dry_run:
+                self._require_run_dir_free(config.run_dir, run)
             folder = self._job_folder(secrets.token_hex(6))
-            config = frozen.write(folder.path / "config")
-            work = JobSpec(
+            config_path = config.write(folder.path / "config")
+            spec = JobSpec(
                 name=name,
                 kind=kind,
                 argv=(
                     *self._train_command,
                     "--config",
-                    str(config),
-                    *(["--rehearse"] if rehearsal else []),
+                    str(config_path),
+                    *(["--rehearse"] if dry_run else []),
                 ),
                 cwd=str(self.workspace.root),
-                run_dir="" if rehearsal else str(frozen.run_dir),
-                run="" if rehearsal else run,
-                devices="cpu" if rehearsal or frozen.config.get("device") == "cpu" else "gpu",
+                run_dir="" if dry_run else str(config.run_dir),
+                run="" if dry_run else run,
+                devices="cpu" if dry_run or config.config.get("device") == "cpu" else "gpu",
                 queued_t=time.time(),
             )
-            folder.write_spec(work)
-            order = self.index.read_order()
+            folder.write_spec(spec)
+            order = self.queue_order.read()
             self._write_order(replace(order, jobs=(*order.jobs, folder.id)))
         return self.get_job(folder.id)
 
     def _require_run_dir_free(self, run_dir: Path, run: str) -> None:
-        """A process that has told how its run ended may still be leaving: the queue waits for its device."""
-        last = self.newest_by_run().get(run)
-        if last is not None and last.state not in ENDED_STATES:
-            leaving = last.started_t is not None and self._runs.summary(run).state in ENDED_STATES
-            if not leaving:
-                what = (
-                    f"already has a job that is {last.state}; stop it, or choose another output_dir"
+        """Raise ApiError 409 if a job or another training uses the run folder.
+
+        A process whose run has ended may still be exiting; a new job can be queued, it waits for
+        the device.
+        """
+        job = self.newest_by_run().get(run)
+        if job is not None and job.state not in ENDED_STATES:
+            exiting = job.started_t is not None and self._runs.summary(run).state in ENDED_STATES
+            if not exiting:
+                advice = "stop it, or choose another output_dir"
+                abort(
+                    409, f"{run_dir} already has a job that is {job.state}; {advice}", "output_dir"
                 )
-                abort(409, f"{run_dir} {what}", "output_dir")
         if is_locked(run_dir / "run.lock"):
-            abort(409, f"a training that was started elsewhere works in {run_dir}", "output_dir")
+            abort(409, f"a training started from a terminal is using {run_dir}", "output_dir")
 
     def _write_order(self, order: QueueOrder) -> None:
-        self.index.write_order(order)
+        self.queue_order.write(order)
         self.changed_event.set()
 
     def _require_run_dir(self, run: str) -> Path:
@@ -285,31 +328,33 @@ class JobService:
             return []
 
     def _with_phase(self, job: Job) -> Job:
-        """Nearer than "starting": by the run's events. One that has ended still has a process for a while."""
+        """Refine the state "starting" by the phase that the run's events show.
+
+        A run can have ended while its process is still exiting; its job then counts as running.
+        """
         if job.state != "starting" or not job.run:
             return job
-        found = self._runs.summary(job.run).state
-        phase = "running" if found in ENDED_STATES else found
-        return job.model_copy(update={"state": phase}) if phase in PHASE_TRANSITIONS else job
+        state = self._runs.summary(job.run).state
+        phase = "running" if state in ENDED_STATES else state
+        return job.model_copy(update={"state": phase}) if phase in PHASES else job
 
     def _open_jobs(self) -> list[Job]:
-        """Of all that wait, run, or ended without having been settled."""
+        """Return the jobs that are queued, active, or ended but not finalized."""
         with self.lock:
-            known = self.index.ended_jobs()
-            found = []
-            for id in self._job_ids():
-                if id in known:
+            jobs = []
+            ids = self._job_ids()
+            self._ended_jobs = {id: self._ended_jobs[id] for id in ids if id in self._ended_jobs}
+            for id in ids:
+                if id in self._ended_jobs:
                     continue
                 folder = self._job_folder(id)
-                ended = folder.read_final_job()
-                if ended is not None:
-                    self.index.write_ended_job(id, ended.model_dump_json())
-                elif (view := folder.build_job()) is not None:
-                    found.append(view)
-            return found
+                final_job = folder.read_final_job()
+                if final_job is not None:
+                    self._ended_jobs[id] = final_job
+                elif (job := folder.build_job()) is not None:
+                    jobs.append(job)
+            return jobs
 
     def _all_jobs(self) -> list[Job]:
         with self.lock:
-            living, here = self._open_jobs(), set(self._job_ids())
-            ended = self.index.ended_jobs().items()
-            return [*living, *(Job.model_validate_json(text) for id, text in ended if id in here)]
+            return [*self._open_jobs(), *self._ended_jobs.values()]

@@ -1,7 +1,8 @@
-"""What has changed, told to all who listen; each is sent what is new to it, and nothing twice.
+"""Live updates for all connected pages; each subscriber receives only what is new to it.
 
-What a listener has been sent is two version numbers and two byte offsets, so that nothing queues up for it:
-whoever reads slowly gets the newest list when he comes to it, and who does not read at all is dropped.
+What a subscriber has received is described by two version numbers and two byte offsets, so no
+messages queue up: a slow subscriber receives the newest list when it is ready, and one that does
+not read is disconnected.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from simpletuner.server import log_reader
 from simpletuner.server.run_service import RunService
 from simpletuner.server.schemas.jobs import Queue
 from simpletuner.server.schemas.live import FollowRequest, LiveUpdate
@@ -21,20 +21,24 @@ from simpletuner.server.schemas.runs import RunSummary
 
 POLL_INTERVAL_S = 0.25
 LIST_INTERVAL_S = 1.0
-SEND_TIMEOUT_S = 15.0  # a message that is not taken by then drops its listener
-MAX_RECORDS = 2000  # of a message
+SEND_TIMEOUT_S = 15.0  # a subscriber that takes longer to receive a message is disconnected
+MAX_RECORDS = 2000  # events per message
 MAX_LOG_BYTES = 65536
 
 SendText = Callable[[str], Awaitable[None]]
 
 
 class SlowSubscriber(Exception):
-    """A listener that does not take what it is sent."""
+    """A subscriber did not receive a message in time."""
 
 
 @dataclass(eq=False)
 class Subscriber:
-    """follow: with the offsets up to which it was sent. versions: of the list of runs and of the queue."""
+    """One connected page.
+
+    follow: the run it follows, with the offsets up to which it has received the events and the log.
+    sent_versions: the versions of the list of runs and of the queue that it has received.
+    """
 
     follow: FollowRequest = field(default_factory=FollowRequest)
     sent_versions: tuple[int, int] = (0, 0)
@@ -42,7 +46,7 @@ class Subscriber:
 
 @dataclass(frozen=True)
 class ListSnapshot:
-    """The lists, and how often each has changed."""
+    """The list of runs and the queue. versions: how often each has changed."""
 
     runs: list[RunSummary]
     queue: Queue
@@ -50,21 +54,22 @@ class ListSnapshot:
 
 
 class LiveBroadcaster:
-    """queue: Jobs.queue. most: how many may listen at once. The lists are made once for all of them."""
+    """Sends live updates; the lists are computed once for all subscribers.
+
+    queue: returns the current queue. max_subscribers: limit of simultaneous connections.
+    """
 
     def __init__(
         self,
         runs: RunService,
         queue: Callable[[], Queue],
-        most: int = 64,
-        send_s: float = SEND_TIMEOUT_S,
+        max_subscribers: int = 64,
+        send_timeout_s: float = SEND_TIMEOUT_S,
     ) -> None:
-        self._runs, self._queue, self._max_subscribers, self._send_timeout_s = (
-            runs,
-            queue,
-            most,
-            send_s,
-        )
+        self._runs = runs
+        self._queue = queue
+        self._max_subscribers = max_subscribers
+        self._send_timeout_s = send_timeout_s
         self._subscribers: set[Subscriber] = set()
         self._snapshot: ListSnapshot | None = None
         self._list_due = 0.0
@@ -74,25 +79,34 @@ class LiveBroadcaster:
     def is_full(self) -> bool:
         return len(self._subscribers) >= self._max_subscribers
 
-    async def stream_to(self, listener: Subscriber, send: SendText) -> None:
-        """Send until cancelled. Raises Slow, and whatever made the lists fail."""
-        self._subscribers.add(listener)
+    async def stream_to(self, subscriber: Subscriber, send: SendText) -> None:
+        """Send updates until cancelled.
+
+        Raises SlowSubscriber, and any error of reading the lists.
+        """
+        self._subscribers.add(subscriber)
         try:
             while True:
-                follow = listener.follow
-                news, behind = await asyncio.to_thread(self._next_message, listener, follow)
-                if listener.follow is follow:  # else it has turned to another run meanwhile
-                    listener.follow = behind
-                if news is None:
+                follow = subscriber.follow
+                update, next_follow = await asyncio.to_thread(
+                    self._next_message, subscriber, follow
+                )
+                if subscriber.follow is follow:  # otherwise it now follows another run
+                    subscriber.follow = next_follow
+                if update is None:
                     await asyncio.sleep(POLL_INTERVAL_S)
                 else:
-                    await self._send_message(send, news.model_dump_json())
+                    await self._send_message(send, update.model_dump_json())
         finally:
-            self._subscribers.discard(listener)
+            self._subscribers.discard(subscriber)
 
-    async def _send_message(self, send: SendText, news: str) -> None:
-        """Not by wait_for: before Python 3.12 it may swallow a cancellation, and would tell for ever."""
-        sending = asyncio.ensure_future(send(news))
+    async def _send_message(self, send: SendText, text: str) -> None:
+        """Send a message. Raises SlowSubscriber if that takes longer than the timeout.
+
+        asyncio.wait_for is not used: before Python 3.12 it can lose a cancellation, and the loop
+        would not end.
+        """
+        sending = asyncio.ensure_future(send(text))
         try:
             done, _ = await asyncio.wait({sending}, timeout=self._send_timeout_s)
         finally:
@@ -103,49 +117,51 @@ class LiveBroadcaster:
 
     def _list_snapshot(self) -> ListSnapshot:
         with self._lock:
-            board = self._snapshot
-            if board is None or time.monotonic() >= self._list_due:
+            snapshot = self._snapshot
+            if snapshot is None or time.monotonic() >= self._list_due:
                 runs, queue = self._runs.summaries(), self._queue()
-                if board is None:
-                    board = ListSnapshot(runs, queue)
+                if snapshot is None:
+                    snapshot = ListSnapshot(runs, queue)
                 else:
-                    first, second = board.versions
-                    versions = (first + (runs != board.runs), second + (queue != board.queue))
-                    board = ListSnapshot(runs, queue, versions)
-                self._snapshot, self._list_due = board, time.monotonic() + LIST_INTERVAL_S
-            return board
+                    runs_version, queue_version = snapshot.versions
+                    runs_version += runs != snapshot.runs
+                    queue_version += queue != snapshot.queue
+                    snapshot = ListSnapshot(runs, queue, (runs_version, queue_version))
+                self._snapshot = snapshot
+                self._list_due = time.monotonic() + LIST_INTERVAL_S
+            return snapshot
 
     def _next_message(
-        self, listener: Subscriber, follow: FollowRequest
+        self, subscriber: Subscriber, follow: FollowRequest
     ) -> tuple[LiveUpdate | None, FollowRequest]:
-        """The next message, None when there is nothing to tell, and the offsets behind it."""
-        board, known = self._list_snapshot(), listener.sent_versions
-        listener.sent_versions = board.versions
-        lists: dict[str, Any] = {
-            "runs": board.runs if board.versions[0] != known[0] else None,
-            "queue": board.queue if board.versions[1] != known[1] else None,
-        }
-        part, behind = self._run_update(follow)
-        return (LiveUpdate(**lists, **part) if part or board.versions != known else None), behind
+        """Return the next message or None, and the request with the offsets after it."""
+        snapshot = self._list_snapshot()
+        sent = subscriber.sent_versions
+        subscriber.sent_versions = snapshot.versions
+        run_fields, next_follow = self._run_update(follow)
+        if not run_fields and snapshot.versions == sent:
+            return None, next_follow
+        update = LiveUpdate(
+            runs=snapshot.runs if snapshot.versions[0] != sent[0] else None,
+            queue=snapshot.queue if snapshot.versions[1] != sent[1] else None,
+            **run_fields,
+        )
+        return update, next_follow
 
     def _run_update(self, follow: FollowRequest) -> tuple[dict[str, Any], FollowRequest]:
-        """What is new of the followed run."""
-        folder = self._runs.find_folder(follow.run) if follow.run is not None else None
-        if folder is None:
+        """Return the fields of LiveUpdate for the followed run, {} if nothing is new."""
+        reader = self._runs.find_reader(follow.run) if follow.run is not None else None
+        if reader is None:
             return {}, follow
-        events = log_reader.read_lines(folder / "events.jsonl", follow.since, MAX_RECORDS)
-        log = log_reader.read_log_part(folder / "train.log", follow.log_since, MAX_LOG_BYTES)
-        if events.end == follow.since and log.end == follow.log_since:
+        records, start, end = reader.events(follow.since, MAX_RECORDS)
+        log = reader.log(follow.log_since, MAX_LOG_BYTES)
+        if end == follow.since and log.end == follow.log_since:
             return {}, follow
-        records = [
-            found for line in events.lines if (found := log_reader.parse_record(line)) is not None
-        ]
-        new_log = log if log.end != follow.log_since else None
-        part = {
+        fields = {
             "run": follow.run,
             "events": records,
-            "start": events.start,
-            "end": events.end,
-            "log": new_log,
+            "start": start,
+            "end": end,
+            "log": log if log.end != follow.log_since else None,
         }
-        return part, follow.model_copy(update={"since": events.end, "log_since": log.end})
+        return fields, follow.model_copy(update={"since": end, "log_since": log.end})

@@ -1,4 +1,7 @@
-"""Writes the OpenAPI document that the page's types are made of: python -m simpletuner.server.openapi"""
+"""Write the OpenAPI document, from which the TypeScript types of the pages are generated.
+
+Run it as `python -m simpletuner.server.openapi`.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,22 @@ OPENAPI_PATH = Path(__file__).parents[3] / "web" / "openapi.json"
 
 
 def build_document() -> dict[str, Any]:
-    """Of the whole application, and the two messages of the WebSocket, which OpenAPI has no routes for."""
+    """Build the document of all routes, plus the two messages of the WebSocket.
+
+    OpenAPI does not describe WebSocket routes, so their schemas are added by hand.
+    """
     with tempfile.TemporaryDirectory() as empty:
-        found = create_app(ServerSettings(Workspace(Path(empty)))).openapi()
-    _, shapes = models_json_schema(
+        document = create_app(ServerSettings(Workspace(Path(empty)))).openapi()
+    _, schemas = models_json_schema(
         [(FollowRequest, "validation"), (LiveUpdate, "serialization")],
         ref_template="#/components/schemas/{model}",
     )
-    found["components"]["schemas"].update(shapes["$defs"])
-    return found
+    document["components"]["schemas"].update(schemas["$defs"])
+    return document
 
 
 def render_document() -> str:
+    """Return the document as JSON text."""
     return json.dumps(build_document(), indent=1) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What a configuration would need: `simpletuner plan --json` as a process, because only that knows torch."""
+"""Memory plans, made by `simpletuner plan --json`, because the server never imports torch."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from simpletuner.server.workspace import Workspace
 
 PLAN_COMMAND = (sys.executable, "-m", "simpletuner", "plan")
 PLAN_TIMEOUT_S = 300.0
-ABANDONED_AFTER_S = 3.0  # pages ask again every second while they wait
+ABANDONED_AFTER_S = 3.0  # while pages wait for a plan, they repeat the request every second
 MAX_CACHED_PLANS = 64
-MAX_USER_ERROR_EXIT_CODE = 11  # of errors.py: what a person can mend, told in sentences
+MAX_USER_ERROR_EXIT_CODE = 11  # exit codes of errors.py that come with a message for the user
 SIZE_PATTERN = re.compile(r"\d{1,5}(\.\d{1,3})?\s*[GM]i?B?", re.IGNORECASE)
 
 
 def plan_relevant_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that a plan depends on, as they declare it; others would repeat the same plan."""
+    """Return the options that a plan depends on, according to their declaration."""
     return {
         name: value
         for name, value in config.items()
@@ -40,16 +40,19 @@ def plan_relevant_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class PlanProcess:
-    """One running process. Its files are gone with it; it ends by itself after LIMIT_S."""
+    """One planning process with its temporary files. It is killed after PLAN_TIMEOUT_S."""
 
     def __init__(
         self,
         config: Mapping[str, Any],
-        words: Sequence[str],
+        flags: Sequence[str],
         cwd: Path,
-        planner: Sequence[str] = PLAN_COMMAND,
+        command: Sequence[str] = PLAN_COMMAND,
     ) -> None:
-        """config: options, written to a file of its own, so that none of a person's is read. words: flags."""
+        """Start the process.
+
+        config: options, written to a temporary file. flags: further arguments.
+        """
         self._folder = tempfile.TemporaryDirectory(
             prefix="simpletuner-plan-", ignore_cleanup_errors=True
         )
@@ -62,8 +65,8 @@ class PlanProcess:
             for name, value in inherited
             if not name.startswith(environment.VARIABLE_PREFIX)
         }
-        environ["PYTHONSAFEPATH"] = "1"  # modules that lie in the workspace are none of ours
-        argv = [*planner, "--config", str(path), "--json", *words]
+        environ["PYTHONSAFEPATH"] = "1"  # do not import modules from the workspace
+        argv = [*command, "--config", str(path), "--json", *flags]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
                 argv, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err
@@ -72,43 +75,46 @@ class PlanProcess:
         self._timer.daemon = True
         self._timer.start()
 
-    def has_ended(self, patience_s: float = 0.0) -> bool:
-        """Whether it has ended, after waiting for that long at most."""
+    def has_ended(self, timeout_s: float = 0.0) -> bool:
+        """Wait for at most `timeout_s`; return True if the process has ended."""
         try:
-            self._process.wait(patience_s)
+            self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return False
         return True
 
     def result(self) -> tuple[dict[str, Any] | None, list[ErrorDetail]]:
-        """Of an ended one: the plan, or what it said instead."""
+        """Return the plan of an ended process and its problems; the plan is None if it failed."""
         code = self._process.returncode
-        said = (
-            self._out.read_bytes(),
-            self._err.read_text("utf-8", errors="replace").strip().splitlines(),
-        )
+        output = self._out.read_bytes()
+        errors = self._err.read_text("utf-8", errors="replace").strip().splitlines()
         self.terminate()
         if code == 0:
             try:
-                return json.loads(said[0]), []
+                return json.loads(output), []
             except ValueError:
-                return None, [ErrorDetail(loc="", message="the plan is not readable")]
+                return None, [
+                    ErrorDetail(
+                        loc="", message="the output of `simpletuner plan` is not valid JSON"
+                    )
+                ]
         if (
             code is not None
             and 1 <= code <= MAX_USER_ERROR_EXIT_CODE
-            and said[1]
-            and "Traceback" not in said[1][0]
+            and errors
+            and "Traceback" not in errors[0]
         ):
-            return None, [ErrorDetail(loc="", message=line) for line in said[1][-12:]]
-        ended = "took too long" if code is not None and code < 0 else "failed"
+            return None, [ErrorDetail(loc="", message=line) for line in errors[-12:]]
+        outcome = "took too long" if code is not None and code < 0 else "failed"
         return None, [
             ErrorDetail(
-                loc="", message=f"the plan {ended}; `simpletuner plan` in a terminal says more"
+                loc="",
+                message=f"the plan {outcome}; run `simpletuner plan` in a terminal for details",
             )
         ]
 
     def terminate(self) -> None:
-        """Kill it if it runs, and remove its files."""
+        """Kill the process if it is running, and remove its files."""
         self._timer.cancel()
         if self._process.poll() is None:
             self._process.kill()
@@ -117,46 +123,52 @@ class PlanProcess:
 
 
 class PlanService:
-    """At most one process. Another question ends it once nobody has asked for its answer for ABANDONED_S."""
+    """Runs at most one planning process at a time.
 
-    def __init__(self, place: Workspace, planner: Sequence[str] = PLAN_COMMAND) -> None:
-        self._workspace = place
-        self._command = tuple(planner)
+    A request for another plan replaces it if no client has asked for its result for
+    ABANDONED_AFTER_S.
+    """
+
+    def __init__(self, workspace: Workspace, command: Sequence[str] = PLAN_COMMAND) -> None:
+        self._workspace = workspace
+        self._command = tuple(command)
         self._lock = threading.Lock()
         self._cached: dict[str, PlanResponse] = {}
         self._running: tuple[str, PlanProcess] | None = None
-        self._last_request_t = 0.0  # when one last asked for what runs
+        self._last_request_t = 0.0  # time of the last request for the running plan
 
-    def get_or_start(self, asked: PlanRequest) -> PlanResponse:
-        """Ready, failed, or pending: ask again then. A failure is told once; the next question tries anew."""
-        if asked.fit is not None and not SIZE_PATTERN.fullmatch(asked.fit.strip()):
-            abort(422, "write a size such as 12GB", "fit")
-        problems, tried = validate_options(self._workspace, asked.config)
-        config = (
-            plan_relevant_options(changed_options(tried.loaded)) if tried.loaded is not None else {}
-        )
-        words = [] if asked.fit is None else ["--fit", asked.fit.strip()]
-        key = hashlib.sha256(json.dumps([config, words], sort_keys=True).encode()).hexdigest()[:16]
-        if problems or tried.loaded is None:
+    def get_or_start(self, request: PlanRequest) -> PlanResponse:
+        """Return a finished plan, or start planning and return "pending"; then request it again.
+
+        A failure is returned once; the next request starts planning again.
+        """
+        if request.fit is not None and not SIZE_PATTERN.fullmatch(request.fit.strip()):
+            abort(422, f"{request.fit!r} is not a size; use for example 12GB", "fit")
+        problems, result = validate_options(self._workspace, request.config)
+        loaded = result.loaded
+        config = plan_relevant_options(changed_options(loaded)) if loaded is not None else {}
+        flags = [] if request.fit is None else ["--fit", request.fit.strip()]
+        key = hashlib.sha256(json.dumps([config, flags], sort_keys=True).encode()).hexdigest()[:16]
+        if problems or loaded is None:
             return PlanResponse(state="failed", key=key, problems=problems)
         with self._lock:
             self._collect_result()
-            known = self._cached.pop(key, None)
-            if known is None:
-                self._ensure_running(key, config, words)
+            cached = self._cached.pop(key, None)
+            if cached is None:
+                self._ensure_running(key, config, flags)
                 return PlanResponse(state="pending", key=key)
-            if known.state == "ready":
-                self._cached[key] = known  # as the newest
-            return known
+            if cached.state == "ready":
+                self._cached[key] = cached  # insert it again as the newest
+            return cached
 
     def close(self) -> None:
-        """End what runs; the server does, before it goes."""
+        """Kill the running process, when the server stops."""
         with self._lock:
             if self._running is not None:
                 self._running[1].terminate()
                 self._running = None
 
-    def _ensure_running(self, key: str, config: Mapping[str, Any], words: Sequence[str]) -> None:
+    def _ensure_running(self, key: str, config: Mapping[str, Any], flags: Sequence[str]) -> None:
         now = time.monotonic()
         if self._running is not None and self._running[0] != key:
             if now - self._last_request_t < ABANDONED_AFTER_S:
@@ -164,14 +176,14 @@ class PlanService:
             self._running[1].terminate()
             self._running = None
         if self._running is None:
-            self._running = key, PlanProcess(config, words, self._workspace.root, self._command)
+            self._running = key, PlanProcess(config, flags, self._workspace.root, self._command)
         self._last_request_t = now
 
     def _collect_result(self) -> None:
         if self._running is None or not self._running[1].has_ended():
             return
-        key, planning = self._running
-        plan, problems = planning.result()
+        key, process = self._running
+        plan, problems = process.result()
         self._running = None
         state: Any = "ready" if plan is not None else "failed"
         self._cached[key] = PlanResponse(state=state, key=key, plan=plan, problems=problems)

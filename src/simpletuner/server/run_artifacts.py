@@ -1,4 +1,4 @@
-"""What a person may look at or take out of a run folder."""
+"""The files of a run folder that the API exposes: validation images, checkpoints, weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from simpletuner.events.run_history import RunHistory
-from simpletuner.server.log_reader import replace_surrogates
+from simpletuner.server.file_reader import replace_surrogates
 from simpletuner.server.schemas.runs import CheckpointInfo, OutputFile, RunImage
 from simpletuner.server.workspace import PathOutsideWorkspace, Workspace
 
@@ -17,14 +17,19 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def list_images(history: RunHistory) -> list[RunImage]:
-    """Validation pictures, oldest step first."""
-    found = sorted(history.images.values(), key=lambda one: one.step)
-    return [RunImage(**{name: vars(one)[name] for name in RunImage.model_fields}) for one in found]
+    """Return the validation images, oldest step first."""
+    images = sorted(history.images.values(), key=lambda image: image.step)
+    return [
+        RunImage(**{name: vars(image)[name] for name in RunImage.model_fields}) for image in images
+    ]
 
 
-def resolve_artifact(place: Workspace, folder: Path, name: str) -> Path:
-    """A file below a run folder; of a checkpoint its LoRA file. Raises Outside, also where there is none."""
-    path = place.resolve_below(
+def resolve_artifact(workspace: Workspace, folder: Path, name: str) -> Path:
+    """Return the path of a file below a run folder; the name of a checkpoint means its LoRA file.
+
+    Raises PathOutsideWorkspace, also if the file does not exist.
+    """
+    path = workspace.resolve_below(
         folder, f"{name}/{LORA_FILE}" if CHECKPOINT_NAME.fullmatch(name) else name
     )
     if not os.path.isfile(path):
@@ -33,8 +38,12 @@ def resolve_artifact(place: Workspace, folder: Path, name: str) -> Path:
 
 
 def list_checkpoints(folder: Path, best: int | None) -> list[CheckpointInfo]:
-    """Complete ones, newest first. A file `keep` inside marks one: the training never removes it."""
-    found = []
+    """Return the complete checkpoints, newest first.
+
+    A file `keep` in a checkpoint marks it: the training never deletes it. best: the step with the
+    lowest held-out loss.
+    """
+    checkpoints = []
     for entry in sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True):
         if checkpoint_step(entry) < 0 or entry.is_symlink() or not entry.is_dir():
             continue
@@ -44,8 +53,8 @@ def list_checkpoints(folder: Path, best: int | None) -> list[CheckpointInfo]:
             }
             saved_t = (entry / "manifest.json").stat().st_mtime
         except OSError:
-            continue  # being removed in this moment
-        found.append(
+            continue  # it is being deleted right now
+        checkpoints.append(
             CheckpointInfo(
                 name=entry.name,
                 step=checkpoint_step(entry),
@@ -56,16 +65,17 @@ def list_checkpoints(folder: Path, best: int | None) -> list[CheckpointInfo]:
                 files=sorted(sizes.keys() - {KEEP_MARKER}),
             )
         )
-    return found
+    return checkpoints
 
 
 def checkpoint_step(folder: Path) -> int:
+    """Return the step in a checkpoint's name, -1 for another name."""
     match = CHECKPOINT_NAME.fullmatch(folder.name)
     return int(match[1]) if match else -1
 
 
 def list_outputs(folder: Path) -> list[OutputFile]:
-    """The weights that the training left."""
+    """Return the weight files that the training wrote."""
     files = [*folder.glob("*.safetensors"), *folder.glob("transformer/*.safetensors")]
     return [
         OutputFile(
@@ -77,9 +87,9 @@ def list_outputs(folder: Path) -> list[OutputFile]:
     ]
 
 
-def mark_checkpoint(place: Workspace, folder: Path, name: str, marked: bool) -> None:
-    """Raises Outside where there is no such checkpoint."""
-    checkpoint = place.resolve_below(folder, name)
+def mark_checkpoint(workspace: Workspace, folder: Path, name: str, marked: bool) -> None:
+    """Mark or unmark a checkpoint. Raises PathOutsideWorkspace if it does not exist."""
+    checkpoint = workspace.resolve_below(folder, name)
     if not CHECKPOINT_NAME.fullmatch(name) or not checkpoint.is_dir():
         raise PathOutsideWorkspace("there is no such checkpoint")
     if marked:

@@ -1,74 +1,88 @@
-"""The steps of a run as columns, thin enough to draw."""
+"""The steps of a run as columns, downsampled for charts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from simpletuner.events import event_types
 from simpletuner.events.event_log import EventRecord, event_from_dict
 from simpletuner.events.run_history import RunHistory
-from simpletuner.server import log_reader
+from simpletuner.server import file_reader
 from simpletuner.server.schemas.runs import RunMetrics
 
 OPTIONAL_COLUMNS = ("loss", "grad_norm", "memory_gib")
 REQUIRED_COLUMNS = ("t", "learning_rate", "seconds")
-MetricsRow = tuple[
-    float | None, ...
-]  # of COLUMNS and ALWAYS: a hundred thousand whole records take 135 MB
+# Values of OPTIONAL_COLUMNS and REQUIRED_COLUMNS; 100,000 complete records would take 135 MB.
+MetricsRow = tuple[float | None, ...]
 
 
-def read_metrics(path: Path, max_points: int) -> RunMetrics:
-    """Of events.jsonl. A step that a later process did anew is there once, the new one."""
-    rows: dict[int, MetricsRow] = {}
-    history, part = RunHistory(), log_reader.LineChunk(0, 0, [], has_more=True)
-    while part.has_more:
-        part = log_reader.read_lines(path, part.end)
-        if part.start == 0:
-            rows, history = {}, RunHistory()
-        for found in filter(None, map(log_reader.parse_record, part.lines)):
-            if found["kind"] == "step" and found.get("step"):
-                figures = [found.get(name) or 0.0 for name in REQUIRED_COLUMNS]
-                rows[found["step"]] = (*map(found.get, OPTIONAL_COLUMNS), *figures)
-            elif (event := event_from_dict(found)) is not None:
-                history.add_record(EventRecord(found["t"], event, part.end))
-                if isinstance(event, (event_types.RunStarted, event_types.RunResumed)):
-                    last = (
-                        event.step
-                        if isinstance(event, event_types.RunResumed)
-                        else event.resumed_step
-                    )
-                    rows = {step: row for step, row in rows.items() if step <= last}
-    steps = sorted(rows)
-    steps = [steps[place] for place in downsample([rows[step][0] for step in steps], max_points)]
-    named = enumerate((*OPTIONAL_COLUMNS, *REQUIRED_COLUMNS))
-    columns: dict[str, Any] = {name: [rows[step][at] for step in steps] for at, name in named}
-    scores = [
-        (one.step, one.metric, name, rate)
-        for one in history.scores.values()
-        for name, (rate, _, _) in one.rates.items()
-    ]
-    held_out = [(e.step, e.split, e.loss) for e in history.evaluations.values() if e.loss == e.loss]
-    return RunMetrics(
-        step=steps,
-        **columns,
-        held_out=held_out,
-        scores=scores,
-        resumes=history.resume_steps,
-        end=part.end,
-    )
+class MetricsTable:
+    """The metrics of a run after the events that were added.
 
-
-def downsample(losses: Sequence[float | None], most: int) -> Sequence[int]:
-    """The places of at most `most`: the first, the last, and of equal stretches the lowest and the highest;
-    one that is no number counts as the highest.
+    A step that was repeated after a resume is contained once, with its new values.
     """
-    count, stretches = len(losses), (most - 2) // 2
-    if count <= most:
+
+    def __init__(self) -> None:
+        self._rows: dict[int, MetricsRow] = {}
+        self._history = RunHistory()
+
+    def add_lines(self, lines: list[bytes], end_offset: int) -> None:
+        """Add lines of events.jsonl, which end at byte `end_offset`."""
+        for record in filter(None, map(file_reader.parse_record, lines)):
+            if record["kind"] == "step" and record.get("step"):
+                required = [record.get(name) or 0.0 for name in REQUIRED_COLUMNS]
+                self._rows[record["step"]] = (*map(record.get, OPTIONAL_COLUMNS), *required)
+                continue
+            event = event_from_dict(record)
+            if event is None:
+                continue
+            self._history.add_record(EventRecord(record["t"], event, end_offset))
+            match event:
+                case event_types.RunStarted(resumed_step=step) | event_types.RunResumed(step=step):
+                    self._rows = {at: row for at, row in self._rows.items() if at <= step}
+
+    def to_message(self, max_points: int, end_offset: int) -> RunMetrics:
+        """Return the metrics with at most `max_points` steps."""
+        steps = sorted(self._rows)
+        losses = [self._rows[step][0] for step in steps]
+        steps = [steps[index] for index in downsample(losses, max_points)]
+        names = (*OPTIONAL_COLUMNS, *REQUIRED_COLUMNS)
+        columns: dict[str, Any] = {
+            name: [self._rows[step][at] for step in steps] for at, name in enumerate(names)
+        }
+        scores = [
+            (event.step, event.metric, name, rate)
+            for event in self._history.scores.values()
+            for name, (rate, _, _) in event.rates.items()
+        ]
+        held_out = [
+            (event.step, event.split, event.loss)
+            for event in self._history.evaluations.values()
+            if event.loss == event.loss
+        ]
+        return RunMetrics(
+            step=steps,
+            **columns,
+            held_out=held_out,
+            scores=scores,
+            resumes=self._history.resume_steps,
+            end=end_offset,
+        )
+
+
+def downsample(losses: Sequence[float | None], max_points: int) -> Sequence[int]:
+    """Return at most `max_points` indices: the first, the last, and the extremes of intervals.
+
+    A missing loss counts as the highest, so that it stays visible.
+    """
+    count = len(losses)
+    if count <= max_points:
         return range(count)
-    keep, heights = {0, count - 1}, [float("inf") if loss is None else loss for loss in losses]
-    for stretch in range(stretches):
-        places = range(count * stretch // stretches, count * (stretch + 1) // stretches)
-        keep |= {min(places, key=heights.__getitem__), max(places, key=heights.__getitem__)}
-    return sorted(keep)
+    heights = [float("inf") if loss is None else loss for loss in losses]
+    intervals = (max_points - 2) // 2
+    kept = {0, count - 1}
+    for interval in range(intervals):
+        indices = range(count * interval // intervals, count * (interval + 1) // intervals)
+        kept |= {min(indices, key=heights.__getitem__), max(indices, key=heights.__getitem__)}
+    return sorted(kept)

@@ -1,10 +1,24 @@
-"""`python -m simpletuner.server.runner FOLDER LOCK`: the process around one job, which outlives the server.
+"""The process around one job: `python -m simpletuner.server.runner FOLDER LOCK`.
 
-Leader of its own session and process group, with the training in the same group. LOCK: a descriptor of
-runner.lock, locked by whoever started it; the runner and the training hold it as long as one of them lives.
+It outlives the server.
 
-    job.json    what to run: argv, cwd                  state.json  {pid, trainer, started_t}
-    output.log  its output, output.1.log before that    exit.json   {code, signal, t}: how it ended
+The runner exists because a server that crashed cannot wait for its child: only a parent learns the
+exit code and the signal that ended a training, which distinguishes an out-of-memory kill from a
+normal end. The protocol:
+
+1. The supervisor starts the runner as leader of its own session and process group, so that closing
+   the terminal or pressing Ctrl-C in it does not reach the training. The training is in the same
+   group, so that one SIGKILL to the group ends both.
+2. LOCK is the inherited descriptor of runner.lock, already locked (see job_folder.py). It is passed
+   on to the training. It is never closed or unlocked explicitly: the kernel does that when both
+   have ended.
+3. Signal handlers are installed before the training starts. A signal that arrives in between is
+   stored and forwarded afterwards, so no stop request is lost.
+4. state.json publishes the process ids, after which signals can be sent to the job.
+5. exit.json is written last and while the lock is still held.
+
+    job.json    the command: argv, cwd                     state.json  {pid, trainer, started_t}
+    output.log  the output, output.1.log before that       exit.json   {code, signal, t}
 """
 
 from __future__ import annotations
@@ -28,7 +42,7 @@ NOT_STARTED_CODE = 127
 
 
 class SignalRelay:
-    """Passes signals on to the training; what comes before there is one is kept for it."""
+    """Forwards signals to the training, and stores those that arrive before it has started."""
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
@@ -47,21 +61,30 @@ class SignalRelay:
 
 
 def rotate_output(output: Path) -> None:
-    """Begin anew when it is full; the part before stays beside it. The training appends, so it may go on."""
+    """Move the output to output.1.log when it is full.
+
+    The training opened the file in append mode, so it continues at the new end after the
+    truncation.
+    """
     if output.stat().st_size > MAX_OUTPUT_BYTES:
         shutil.copyfile(output, output.with_name("output.1.log"))
         os.truncate(output, 0)
 
 
-def write_record(path: Path, **what: object) -> None:
-    """On a full disk the training goes on without; the lock still says that it lives."""
+def write_record(path: Path, **fields: object) -> None:
+    """Write a JSON file. A full disk is ignored: the lock still shows that the job lives."""
     with contextlib.suppress(OSError):
-        write_atomically(path, json.dumps(what) + "\n")
+        write_atomically(path, json.dumps(fields) + "\n")
 
 
 def run_job(folder: Path, lock: int) -> None:
+    """Run the command of job.json to its end.
+
+    lock: a locked descriptor, inherited by the training.
+    """
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    output, relay = folder / "output.log", SignalRelay()
+    output = folder / "output.log"
+    relay = SignalRelay()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, relay)
     with output.open("ab") as log:

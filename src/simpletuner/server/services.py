@@ -1,4 +1,4 @@
-"""The one object that routes work with: `def route(home: Here)`."""
+"""The services that routes depend on: `def route(services: ServicesDep)`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from simpletuner.server.workspace import Workspace
 
 @dataclass(frozen=True)
 class Services:
-    """Made once by `create_app`; what changes is in the folders. live: one for all pages."""
+    """All services of one server, built once by create_app.
+
+    Lasting state is in the workspace's files.
+    """
 
     workspace: Workspace
     settings: ServerSettings
@@ -33,19 +36,26 @@ class Services:
 
     @classmethod
     def from_settings(cls, settings: ServerSettings) -> Services:
-        place = settings.workspace
-        runs, drafts = RunService(place), DraftService(place)
-        jobs = JobService(place, runs, drafts, settings.train_command)
-        live = LiveBroadcaster(runs, jobs.get_queue, settings.max_sockets)
+        workspace = settings.workspace
+        runs = RunService(workspace)
+        drafts = DraftService(workspace)
+        jobs = JobService(workspace, runs, drafts, settings.train_command)
         return cls(
-            place, settings, runs, jobs, drafts, PlanService(place), DatasetService(place), live
+            workspace=workspace,
+            settings=settings,
+            runs=runs,
+            jobs=jobs,
+            drafts=drafts,
+            plans=PlanService(workspace),
+            datasets=DatasetService(workspace),
+            broadcaster=LiveBroadcaster(runs, jobs.get_queue, settings.max_sockets),
         )
 
 
 def get_services(request: HTTPConnection) -> Services:
-    """The dependency of routes, for HTTP and WebSocket."""
-    found: Services = request.app.state.services
-    return found
+    """Return the services of the application, for HTTP and WebSocket routes."""
+    services: Services = request.app.state.services
+    return services
 
 
 ServicesDep = Annotated[Services, Depends(get_services)]

@@ -1,4 +1,4 @@
-"""What a server is started with."""
+"""The settings of a server."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ TRAIN_COMMAND = (sys.executable, "-m", "simpletuner", "train")
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """token: what a client has to show; None lets everybody in who reaches the port, so only on loopback.
+    """The settings of a server, fixed when it starts.
 
-    names: by which a proxy reaches this server. max_json_bytes, max_upload_bytes: of one request.
-    max_sockets: live connections, of all pages together.
-    trainer: the first words of a training's command line. stop_grace_s: how long a training that was asked to
-    stop may take to save. static: the built pages.
+    token: the secret that clients must present; None admits every client that reaches the port,
+    which is allowed on loopback only. allowed_hosts: further host names under which a proxy reaches
+    this server. max_json_bytes, max_upload_bytes: limits of one request body. max_sockets: limit of
+    live connections of all pages together. train_command: the start of a training's command line.
+    stop_grace_s: seconds that a training gets to save its checkpoint when it is stopped.
+    static_dir: the built pages.
     """
 
     workspace: Workspace
@@ -37,5 +39,5 @@ class ServerSettings:
 
     @property
     def is_public(self) -> bool:
-        """Whether others than programs of this machine reach the port."""
+        """True if other machines can reach the server."""
         return self.host not in LOOPBACK_HOSTS or bool(self.allowed_hosts)

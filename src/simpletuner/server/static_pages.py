@@ -1,4 +1,4 @@
-"""What a browser loads: the built pages, or why there are none; and the list of routes for people."""
+"""Static pages: the built web UI, or a notice if it is missing, and a list of the API routes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ PAGE_TEMPLATE = """<!doctype html>
 {body}
 </body></html>
 """
-# A wheel that was built without pages may wait in pip's cache: without these flags it would come back.
-NOT_BUILT_HTML = """<p>This simpletuner was installed without its pages. The REST interface works:
-<a href="/api/v1/docs">its routes</a>. To have the pages, install again from the checkout:</p>
+# Without these flags, pip would reinstall the wheel without pages from its cache.
+NOT_BUILT_HTML = """<p>This simpletuner was installed without the web pages. The REST API works; see
+<a href="/api/v1/docs">its routes</a>. To build the pages, reinstall from the checkout:</p>
 <pre>pip install --force-reinstall --no-deps --no-cache-dir .</pre>
-<p>If SIMPLETUNER_SKIP_UI is set, unset it first. Building needs an npm registry; Node comes by itself.</p>"""
+<p>If SIMPLETUNER_SKIP_UI is set, unset it first. The build needs access to an npm registry; it
+installs Node itself.</p>"""
 
 
 class StaticPages:
-    """The last route: files of the folder `static`, never anything under /api."""
+    """The fallback route: files of the folder `static`, and 404 for unknown paths under /api."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.index_path = settings.static_dir / "index.html"
@@ -40,12 +41,12 @@ class StaticPages:
                 {
                     "type": "websocket.close",
                     "code": 1008,
-                    "reason": "the live channel is /api/v1/live",
+                    "reason": "the WebSocket is at /api/v1/live",
                 }
             )
             return
         if scope["path"].startswith("/api/"):
-            raise HTTPException(404, "no such route; GET /api/v1/docs lists them")
+            raise HTTPException(404, "no such route; GET /api/v1/docs lists all routes")
         if self.index_path.is_file():
             await self.static_files(scope, receive, send)
             return
@@ -54,25 +55,27 @@ class StaticPages:
 
 
 def render_routes_page(document: dict[str, Any]) -> str:
-    """The OpenAPI document for people: no script, no style, nothing from another host."""
-    parts = ['<p>As a document for programs: <a href="openapi.json">openapi.json</a>.</p>']
+    """Render the OpenAPI document as HTML without scripts, styles or resources from other hosts."""
+    parts = [
+        '<p>The machine-readable OpenAPI document: <a href="openapi.json">openapi.json</a>.</p>'
+    ]
     for path, methods in document["paths"].items():
         for method, route in methods.items():
             text = html.escape(route.get("description") or route.get("summary", ""))
             parts.append(f"<h2><code>{method.upper()} {html.escape(path)}</code></h2><p>{text}</p>")
-            told = {
+            details = {
                 key: route[key]
                 for key in ("parameters", "requestBody", "responses")
                 if key in route
             }
-            parts.append(_render_details("Takes and answers", told))
-    parts.append("<h2>Shapes</h2>")
+            parts.append(_render_details("Parameters and responses", details))
+    parts.append("<h2>Schemas</h2>")
     parts += [
-        _render_details(name, shape) for name, shape in document["components"]["schemas"].items()
+        _render_details(name, schema) for name, schema in document["components"]["schemas"].items()
     ]
     return PAGE_TEMPLATE.format(title="simpletuner: routes", body="\n".join(parts))
 
 
-def _render_details(title: str, shape: dict[str, Any]) -> str:
-    text = html.escape(json.dumps(shape, indent=1))
+def _render_details(title: str, content: dict[str, Any]) -> str:
+    text = html.escape(json.dumps(content, indent=1))
     return f"<details><summary>{html.escape(title)}</summary><pre>{text}</pre></details>"

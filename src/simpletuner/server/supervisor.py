@@ -1,6 +1,10 @@
-"""Starts what waits when its devices are free, sees to it that what should stop does, and tells how it ended.
+"""The supervisor, which launches queued jobs, enforces stop requests and records how jobs end.
 
-Everything is read from the folders at every look, so a server that starts takes over where another left off.
+It reads all state from the job folders in every round, so a new server continues where another one
+ended. Two locks (flock) make that safe. `supervisor.lock` is held by the one server of a workspace
+that acts; the kernel releases it when that server ends, in whatever way, and the next one takes
+over. The runner lock of each job (see job_folder.py) prevents a second launch and shows which
+devices are busy; it is held by the job itself, not by a server.
 """
 
 from __future__ import annotations
@@ -8,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -26,58 +29,63 @@ from simpletuner.config.environment import (
 )
 from simpletuner.config.option_catalog import all_options
 from simpletuner.errors import SimpleTunerError
+from simpletuner.server.file_reader import is_locked
 from simpletuner.server.job_folder import JobFolder
 from simpletuner.server.job_service import JobService
 from simpletuner.server.job_states import ENDED_STATES
-from simpletuner.server.run_service import is_locked
 from simpletuner.server.schemas.system import DeviceInfo
 
 POLL_INTERVAL_S = 0.5
 TERM_GRACE_S = 20.0
-# A full disk, or a folder by another hand: the next look may fare better.
-EXPECTED_ERRORS = (OSError, sqlite3.Error, SimpleTunerError, ValueError, KeyError, TypeError)
-VISIBLE_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"  # heeded on ROCm too
+# Caused by a full disk, or by folders that something else changes: the next round may succeed.
+EXPECTED_ERRORS = (OSError, SimpleTunerError, ValueError, KeyError, TypeError)
+VISIBLE_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"  # ROCm respects it as well
 
 
-def device_sets(found: Sequence[DeviceInfo], environ: Mapping[str, str]) -> tuple[str, ...]:
-    """What one job at a time may have: each GPU that this server may use; () where there is none."""
-    cards = [device for device in found if device.kind in ("cuda", "rocm")]
-    if not cards:
-        return tuple(device.kind for device in found if device.kind == "mps")
-    given = environ.get(VISIBLE_DEVICES_VARIABLE)
-    names = [str(at) for at in range(len(cards))] if given is None else given.split(",")
+def device_sets(devices: Sequence[DeviceInfo], environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the devices that one job at a time can use: each visible GPU, () if there is none."""
+    gpus = [device for device in devices if device.kind in ("cuda", "rocm")]
+    if not gpus:
+        return tuple(device.kind for device in devices if device.kind == "mps")
+    visible = environ.get(VISIBLE_DEVICES_VARIABLE)
+    names = [str(at) for at in range(len(gpus))] if visible is None else visible.split(",")
     return tuple(f"cuda:{name.strip()}" for name in names if name.strip() not in ("", "-1"))
 
 
 def job_environment(devices: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Of a job: its configuration is frozen, so no variable of an option reaches it; nor do the server's
-    token and modules that lie in the workspace.
+    """Return the environment of a job.
+
+    It has no variable that sets an option, because the configuration of the job is fixed, and no
+    server token. PYTHONSAFEPATH keeps modules in the workspace from being imported.
     """
-    ours = {SERVER_TOKEN_VARIABLE, *(f"{VARIABLE_PREFIX}{name.upper()}" for name in all_options())}
-    kept = {name: value for name, value in environ.items() if name not in ours}
-    kept |= {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
-    return (
-        kept | {VISIBLE_DEVICES_VARIABLE: devices.partition(":")[2]}
-        if devices.startswith("cuda:")
-        else kept
-    )
+    option_variables = {f"{VARIABLE_PREFIX}{name.upper()}" for name in all_options()}
+    removed = {SERVER_TOKEN_VARIABLE, *option_variables}
+    result = {name: value for name, value in environ.items() if name not in removed}
+    result |= {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
+    if devices.startswith("cuda:"):
+        result[VISIBLE_DEVICES_VARIABLE] = devices.partition(":")[2]
+    return result
 
 
 class Supervisor:
-    """One thread. Of several servers in a workspace only the first acts; when it ends, another does.
+    """The supervising thread.
 
-    devices: asked once, as it costs a process. grace_s: how long a training may take to save and leave.
+    Of several servers in one workspace, only the first acts until it ends.
+
+    devices: called once, because it starts a process. grace_s: seconds a training gets to save and
+    exit.
     """
 
     def __init__(
         self, jobs: JobService, devices: Callable[[], Sequence[DeviceInfo]], grace_s: float = 120.0
     ) -> None:
-        self._jobs, self._devices, self._grace_s = jobs, devices, grace_s
+        self._jobs = jobs
+        self._devices = devices
+        self._grace_s = grace_s
         self._device_sets: tuple[str, ...] | None = None
         self._runners: list[subprocess.Popen[bytes]] = []
-        self._stop_progress: dict[
-            str, tuple[list[str], float]
-        ] = {}  # job -> what was sent, the last when
+        # Job -> the signals that were sent, and the time of the last one.
+        self._stop_progress: dict[str, tuple[list[str], float]] = {}
         self._lock: int | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run_loop, name="supervisor", daemon=True)
@@ -86,7 +94,7 @@ class Supervisor:
         self._thread.start()
 
     def close(self) -> None:
-        """What runs goes on without this server."""
+        """Stop supervising. Running jobs continue without this server."""
         self._closing.set()
         self._jobs.changed_event.set()
         if self._thread.is_alive():
@@ -96,47 +104,51 @@ class Supervisor:
             self._lock = None
 
     def _run_loop(self) -> None:
-        said = ""
+        last_error = ""
         while not self._closing.is_set():
             self._jobs.changed_event.clear()
             try:
                 self.run_once()
             except EXPECTED_ERRORS as error:
-                if str(error) != said:
-                    said = str(error)
+                if str(error) != last_error:
+                    last_error = str(error)
                     print(f"jobs: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             self._jobs.changed_event.wait(POLL_INTERVAL_S)
 
     def run_once(self) -> None:
-        """One round over all jobs. Raises the last trouble with one of them, when all have had their turn."""
+        """Supervise all jobs once.
+
+        An error of one job is raised after the others had their turn.
+        """
         if not self._acquire_leadership():
             return
         self._runners = [runner for runner in self._runners if runner.poll() is None]
         busy: list[str] = []
-        trouble: Exception | None = None
+        job_error: Exception | None = None
         for folder in self._jobs.unfinalized_folders():
             try:
                 busy += self._supervise_job(folder)
             except EXPECTED_ERRORS as error:
-                trouble = error
-        if not self._jobs.index.read_order().paused:
+                job_error = error
+        if not self._jobs.queue_order.read().paused:
             self._launch_queued(busy)
-        if trouble is not None:
-            raise trouble
+        if job_error is not None:
+            raise job_error
 
     def _supervise_job(self, folder: JobFolder) -> list[str]:
-        """What it keeps busy."""
-        work = folder.read_spec()
-        if work is None or folder.read_state() in ENDED_STATES:
+        """Finalize an ended job, or enforce a stop request; return the devices it occupies."""
+        spec = folder.read_spec()
+        if spec is None or folder.read_state() in ENDED_STATES:
             self._jobs.finalize(folder)
             return []
-        asked = folder.read_stop_request()
-        if asked is not None:
-            with suppress(OSError):  # the device is taken all the same
-                self._escalate_stop(folder, asked, Path(work.run_dir) if work.run_dir else None)
-        return [work.devices]
+        request = folder.read_stop_request()
+        if request is not None:
+            with suppress(OSError):  # the device is occupied in any case
+                self._escalate_stop(folder, request, Path(spec.run_dir) if spec.run_dir else None)
+        return [spec.devices]
 
     def _acquire_leadership(self) -> bool:
+        """Return True if this server holds supervisor.lock, trying to take it if necessary."""
         if self._lock is None:
             self._jobs.jobs_dir.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(
@@ -151,66 +163,71 @@ class Supervisor:
         return True
 
     def _escalate_stop(
-        self, folder: JobFolder, asked: dict[str, Any], run_dir: Path | None
+        self, folder: JobFolder, request: dict[str, Any], run_dir: Path | None
     ) -> None:
-        """Ask, then SIGTERM, then SIGKILL; each once, whichever server: a second signal means "at once".
+        """Request a stop politely, then send SIGTERM, then SIGKILL.
 
-        It has its time to save after each by this process' own clock, which a laptop's sleep does not move.
+        Each is sent once, by whichever server, because a training takes a second signal as "exit at
+        once". After each, the training gets time to save, measured by the monotonic clock, which
+        stops while a laptop sleeps.
         """
-        sent, since = self._stop_progress.setdefault(folder.id, (asked["sent"], time.monotonic()))
-        waited = time.monotonic() - since
+        sent, since = self._stop_progress.setdefault(folder.id, (request["sent"], time.monotonic()))
+        waited_s = time.monotonic() - since
         if "SIGKILL" in sent:
             return
-        if asked["insist"] or ("SIGTERM" in sent and waited > min(self._grace_s, TERM_GRACE_S)):
-            self._send_signal(folder, asked, signal.SIGKILL)
-        elif waited > self._grace_s and sent and "SIGTERM" not in sent:
-            self._send_signal(folder, asked, signal.SIGTERM)
+        if request["insist"] or ("SIGTERM" in sent and waited_s > min(self._grace_s, TERM_GRACE_S)):
+            self._send_signal(folder, request, signal.SIGKILL)
+        elif waited_s > self._grace_s and sent and "SIGTERM" not in sent:
+            self._send_signal(folder, request, signal.SIGTERM)
         elif run_dir is not None and is_locked(run_dir / "run.lock"):
-            # Looked at again: a training that begins in that instant sweeps its control/ first.
+            # Repeated in every round, because a training that is just starting clears control/
+            # first.
             if sent in ([], ["control/stop"]) and not (run_dir / "control" / "stop").exists():
                 self._jobs.workspace.resolve_below(run_dir, "control/stop").touch()
             if not sent:
-                self._record_sent(folder, asked, "control/stop")
+                self._record_sent(folder, request, "control/stop")
         elif not sent:
-            self._send_signal(folder, asked, signal.SIGINT)
+            self._send_signal(folder, request, signal.SIGINT)
 
     def _send_signal(
-        self, folder: JobFolder, asked: dict[str, Any], number: signal.Signals
+        self, folder: JobFolder, request: dict[str, Any], number: signal.Signals
     ) -> None:
         if folder.send_signal(number):
-            self._record_sent(folder, asked, number.name)
+            self._record_sent(folder, request, number.name)
 
-    def _record_sent(self, folder: JobFolder, asked: dict[str, Any], what: str) -> None:
-        """Remembered here too: a full disk keeps nothing."""
-        sent = [*self._stop_progress[folder.id][0], what]
+    def _record_sent(self, folder: JobFolder, request: dict[str, Any], name: str) -> None:
+        """Record a sent signal in memory and in stop.json, which fails on a full disk."""
+        sent = [*self._stop_progress[folder.id][0], name]
         self._stop_progress[folder.id] = sent, time.monotonic()
-        folder.write_stop_request({**asked, "sent": sent})
+        folder.write_stop_request({**request, "sent": sent})
 
     def _launch_queued(self, busy: list[str]) -> None:
-        waiting = self._jobs.queued_folders()
-        if waiting and self._device_sets is None:
+        """Launch the queued jobs in order on the devices that are not in `busy`."""
+        queued = self._jobs.queued_folders()
+        if queued and self._device_sets is None:
             self._device_sets = device_sets(self._devices(), copy_process_environment())
-        if waiting:  # a run that was started by hand says nothing of its device: it has the first
+        if queued:
+            # The device of a run that was started from a terminal is unknown: assume the first
+            # ones.
             busy += (self._device_sets or ("cpu",))[: self._jobs.count_external_runs()]
-        for folder in waiting:
-            work = folder.read_spec()
-            if work is None:
+        for folder in queued:
+            spec = folder.read_spec()
+            if spec is None:
                 continue
-            wanted = (
-                ("cpu",) if work.devices == "cpu" or not self._device_sets else self._device_sets
-            )
-            free = next((one for one in wanted if one not in busy), None)
-            if free is None or (work.run_dir and is_locked(Path(work.run_dir) / "run.lock")):
+            uses_cpu = spec.devices == "cpu" or not self._device_sets
+            usable = ("cpu",) if uses_cpu else self._device_sets or ()
+            device = next((name for name in usable if name not in busy), None)
+            if device is None or (spec.run_dir and is_locked(Path(spec.run_dir) / "run.lock")):
                 continue
-            busy.append(free)
-            self._launch(folder, free)
+            busy.append(device)
+            self._launch(folder, device)
 
     def _launch(self, folder: JobFolder, devices: str) -> None:
-        with self._jobs.lock:  # nobody withdraws it meanwhile
-            work = folder.read_spec()
-            if work is None:
+        with self._jobs.lock:  # keeps a request from cancelling the job at the same time
+            spec = folder.read_spec()
+            if spec is None:
                 return
-            folder.write_spec(replace(work, devices=devices))
+            folder.write_spec(replace(spec, devices=devices))
             lock = folder.take_lock()
         try:
             with (folder.path / "output.log").open("ab") as log, suppress(OSError):
@@ -222,7 +239,7 @@ class Supervisor:
                         str(folder.path),
                         str(lock),
                     ],
-                    cwd=work.cwd,
+                    cwd=spec.cwd,
                     env=job_environment(devices, copy_process_environment()),
                     stdin=subprocess.DEVNULL,
                     stdout=log,

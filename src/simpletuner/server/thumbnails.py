@@ -1,4 +1,4 @@
-"""Small pictures of large ones, made once."""
+"""Thumbnails of images, rendered once and cached."""
 
 from __future__ import annotations
 
@@ -13,69 +13,65 @@ from pathlib import Path
 from simpletuner.atomic_io import write_atomically
 from simpletuner.server.api_errors import abort
 
-THUMBNAIL_WIDTHS_PX = (
-    96,
-    192,
-    384,
-    768,
-)  # a cache cannot be filled by asking for every width there is
+# A fixed set of widths, so that requests for every possible width cannot fill the cache.
+THUMBNAIL_WIDTHS_PX = (96, 192, 384, 768)
 MAX_PIXELS = 200_000_000
 MAX_CACHE_BYTES = 512 * 2**20
-PRUNE_EVERY = (
-    16  # of as many new thumbnails one looks whether the cache is full; a power of two up to 256
-)
-MAX_CONCURRENT_DECODES = 2  # decoded together: a picture of 200 million pixels takes 0.8 GB
+PRUNE_EVERY = 16  # one new thumbnail in 16 checks the cache size; must be a power of two up to 256
+MAX_CONCURRENT_DECODES = 2  # decoding an image of 200 megapixels takes 0.8 GB
 JPEG_QUALITY = 82
 BACKGROUND_GREY = (128, 128, 128)
 
 
 def get_thumbnail(source: Path, width: int, cache: Path) -> bytes:
-    """The picture as JPEG, upright, transparency over grey, at most `width` wide and twice that high.
+    """Return a JPEG of the image, upright, at most `width` px wide and twice that high.
 
-    width: rounded up to LADDER_PX; a smaller picture is not enlarged. cache: a folder that only holds
-    thumbnails, made here; entries go by the source's path, time and size. Raises Refused: 404 when there is
-    no such file, 415 when it is no picture or a damaged one, 413 above LARGEST_PIXELS (told by its header).
+    Transparent parts are shown over grey. width: rounded up to one of THUMBNAIL_WIDTHS_PX; a
+    smaller image is not enlarged. cache: a folder for thumbnails only, created if missing; its keys
+    are made of the source's path, modification time and size. Raises ApiError: 404 if the file does
+    not exist, 415 if it is damaged or not an image, 413 if its header declares more than MAX_PIXELS
+    pixels.
     """
-    side = next((rung for rung in THUMBNAIL_WIDTHS_PX if rung >= width), THUMBNAIL_WIDTHS_PX[-1])
+    side = next((size for size in THUMBNAIL_WIDTHS_PX if size >= width), THUMBNAIL_WIDTHS_PX[-1])
     try:
         status = source.stat()
     except OSError:
-        abort(404, "there is no such picture")
-    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+        abort(404, "there is no such image")
+    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
         abort(415, "that is not a regular file")
-    said = f"{os.path.realpath(source)}\0{status.st_mtime_ns}\0{status.st_size}\0{side}"
-    key = hashlib.sha256(said.encode("utf-8", "surrogateescape"))
-    kept = cache / f"{key.hexdigest()}.jpg"
-    if kept.is_file():
-        return kept.read_bytes()
+    identity = f"{os.path.realpath(source)}\0{status.st_mtime_ns}\0{status.st_size}\0{side}"
+    key = hashlib.sha256(identity.encode("utf-8", "surrogateescape"))
+    cached = cache / f"{key.hexdigest()}.jpg"
+    if cached.is_file():
+        return cached.read_bytes()
     cache.mkdir(parents=True, exist_ok=True)
     number = key.digest()[0]
-    with (cache / f"lock-{number % MAX_CONCURRENT_DECODES}").open("w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        made = _render_thumbnail(source, side)
-    with contextlib.suppress(OSError):  # a full disk: made again another time
-        write_atomically(kept, made)
+    with (cache / f"lock-{number % MAX_CONCURRENT_DECODES}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thumbnail = _render_thumbnail(source, side)
+    with contextlib.suppress(OSError):  # on a full disk, render it again next time
+        write_atomically(cached, thumbnail)
     if number % PRUNE_EVERY == 0:
         prune_cache(cache, MAX_CACHE_BYTES)
-    return made
+    return thumbnail
 
 
-def prune_cache(cache: Path, room_bytes: int) -> None:
-    """Remove the oldest thumbnails until three quarters of the room are taken; nothing when all fit."""
-    found = []
+def prune_cache(cache: Path, max_bytes: int) -> None:
+    """If the cache exceeds `max_bytes`, delete the oldest thumbnails down to 3/4 of that."""
+    files = []
     with os.scandir(cache) as entries:
         for entry in entries:
             if entry.name.endswith((".jpg", ".tmp")):
                 status = entry.stat(follow_symlinks=False)
-                found.append((status.st_mtime_ns, entry.path, status.st_size))
-    taken = sum(size for _, _, size in found)
-    if taken <= room_bytes:
+                files.append((status.st_mtime_ns, entry.path, status.st_size))
+    used_bytes = sum(size for _, _, size in files)
+    if used_bytes <= max_bytes:
         return
-    for _, path, size in sorted(found):
-        if taken <= room_bytes * 3 // 4:
+    for _, path, size in sorted(files):
+        if used_bytes <= max_bytes * 3 // 4:
             return
         Path(path).unlink(missing_ok=True)
-        taken -= size
+        used_bytes -= size
 
 
 def _render_thumbnail(source: Path, side: int) -> bytes:
@@ -96,30 +92,30 @@ def _render_thumbnail(source: Path, side: int) -> bytes:
                     f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels",
                 )
             if image.mode not in PIXEL_MODES:
-                abort(415, f"pixels of kind {image.mode} are not shown; export 8-bit RGB")
-            image.draft("RGB", (2 * side, 4 * side))  # JPEG only: decodes an eighth of a large one
-            picture = image
-            if (
-                image.mode in SIXTEEN_BIT_MODES
-            ):  # convert("L") would clip everything above 255 to white
-                picture = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
-            alpha = picture.has_transparency_data
-            if alpha or picture.mode not in ("L", "RGB"):
-                picture = picture.convert("RGBA" if alpha else "RGB")
-            profile = image.info.get("icc_profile") if picture.mode == image.mode == "RGB" else None
-            picture.thumbnail(
-                (side * 2, side * 4), Image.Resampling.BOX
-            )  # bounds what turning copies
-            picture = ImageOps.exif_transpose(picture)
+                abort(415, f"images of mode {image.mode} cannot be shown; export it as 8-bit RGB")
+            image.draft(
+                "RGB", (2 * side, 4 * side)
+            )  # JPEG only: decodes at down to 1/8 of the size
+            thumb = image
+            if image.mode in SIXTEEN_BIT_MODES:
+                # convert("L") would clip every value above 255 to white.
+                thumb = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
+            alpha = thumb.has_transparency_data
+            if alpha or thumb.mode not in ("L", "RGB"):
+                thumb = thumb.convert("RGBA" if alpha else "RGB")
+            profile = image.info.get("icc_profile") if thumb.mode == image.mode == "RGB" else None
+            # Reduce before rotating, because exif_transpose copies the image.
+            thumb.thumbnail((side * 2, side * 4), Image.Resampling.BOX)
+            thumb = ImageOps.exif_transpose(thumb)
     except UnidentifiedImageError:
-        abort(415, "that is not a picture that can be read")
+        abort(415, "this file is damaged or not an image")
     except DECODER_ERRORS as error:
-        abort(415, f"the picture cannot be decoded: {error}")
-    picture.thumbnail((side, side * 2), Image.Resampling.LANCZOS)
+        abort(415, f"the image cannot be decoded: {error}")
+    thumb.thumbnail((side, side * 2), Image.Resampling.LANCZOS)
     if alpha:
-        opaque = Image.new("RGB", picture.size, BACKGROUND_GREY)
-        opaque.paste(picture, mask=picture.getchannel("A"))
-        picture = opaque
+        opaque = Image.new("RGB", thumb.size, BACKGROUND_GREY)
+        opaque.paste(thumb, mask=thumb.getchannel("A"))
+        thumb = opaque
     out = BytesIO()
-    picture.save(out, "JPEG", quality=JPEG_QUALITY, icc_profile=profile)
+    thumb.save(out, "JPEG", quality=JPEG_QUALITY, icc_profile=profile)
     return out.getvalue()

@@ -1,10 +1,10 @@
-"""Where the server may look: one workspace, and the folders a person has added to it. Nothing else.
+"""The folders that the server can access: one workspace, and the folders added with --root.
 
 workspace/
   config/<name>/config.json, multidatabackend.json     what `simpletuner train --env <name>` trains
-  datasets/<name>/                                     pictures and captions
+  datasets/<name>/                                     images and captions
   output/<name>/                                       run folders
-  .simpletuner/                                        the server's own: index.sqlite, jobs/, drafts/, thumbs/
+  .simpletuner/                                        queue.json, jobs/, drafts/, thumbs/
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ from pathlib import Path
 from simpletuner.errors import SimpleTunerError
 
 SERVER_FOLDER = ".simpletuner"
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # bytes, of Linux' and macOS' file systems
+# Limits of the file systems of Linux and macOS.
+MAX_NAME_BYTES = 255
+MAX_PATH_BYTES = 4095
 
 
 class PathOutsideWorkspace(SimpleTunerError):
-    """A path that leads out of every allowed folder. Its text never repeats what is there."""
+    """A path outside all allowed folders. The message never reveals whether the path exists."""
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """workspace: absolute and resolved. roots: other allowed folders, likewise."""
+    """root: the workspace.
+
+    extra_roots: other allowed folders. All are absolute with links resolved.
+    """
 
     root: Path
     extra_roots: tuple[Path, ...] = ()
@@ -50,53 +55,56 @@ class Workspace:
         return (self.root, *self.extra_roots)
 
     def make_trash_folder(self) -> Path:
-        """A new folder for what is taken away; nothing of a person's is deleted."""
-        made = (
-            self.server_dir / "trash" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-        )
-        made.mkdir(parents=True)
-        return made
+        """Create a folder for removed files; the server never deletes a user's file."""
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        folder = self.server_dir / "trash" / name
+        folder.mkdir(parents=True)
+        return folder
 
     def resolve(self, path: Path | str) -> Path:
-        """The path with every link followed, if it lies in an allowed folder; a relative one is looked up in
-        the workspace. Raises Outside.
+        """Return the path with all links resolved; a relative path starts at the workspace.
+
+        Raises PathOutsideWorkspace if the result is not in an allowed folder.
         """
         text = os.fspath(path)
         if _is_invalid_path(text):
-            raise PathOutsideWorkspace("that is no path")
+            raise PathOutsideWorkspace("this is not a valid path")
         try:
             real = Path(os.path.realpath(self.root / os.path.expanduser(text)))
         except (OSError, ValueError) as error:
-            raise PathOutsideWorkspace("that is no path") from error
+            raise PathOutsideWorkspace("this is not a valid path") from error
         if any(real == root or root in real.parents for root in self.allowed_roots):
             return real
         raise PathOutsideWorkspace(
-            "that path is outside the workspace and the folders added with --root"
+            "This path is outside the workspace. "
+            "Use a path inside it, or restart the server with --root FOLDER"
         )
 
     def resolve_or_none(self, path: Path | str) -> Path | None:
-        """As `inside`; None for what is outside."""
+        """Return resolve(path), or None if the path is outside the allowed folders."""
         try:
             return self.resolve(path)
         except PathOutsideWorkspace:
             return None
 
     def resolve_below(self, folder: Path, name: str) -> Path:
-        """A file below `folder` by its relative name, links followed. Raises Outside for "..", hidden and
-        absolute names, backslashes, drives, NUL, and links that lead out of the folder.
+        """Return the resolved path of a file below `folder`, given by its relative name.
+
+        Raises PathOutsideWorkspace for "..", hidden and absolute names, backslashes, drives, NUL,
+        and links that lead out of the folder.
         """
         parts = name.split("/")
         bad = any(part[:1] in ("", ".") for part in parts) or set(name) & set("\\:")
         if bad or _is_invalid_path(name):
-            raise PathOutsideWorkspace("that is no name of a file here")
-        real, home = Path(os.path.realpath(folder.joinpath(*parts))), Path(os.path.realpath(folder))
-        if home not in real.parents:
-            raise PathOutsideWorkspace("that file is outside its folder")
+            raise PathOutsideWorkspace("this is not a valid file name")
+        real = Path(os.path.realpath(folder.joinpath(*parts)))
+        if Path(os.path.realpath(folder)) not in real.parents:
+            raise PathOutsideWorkspace("this file is outside its folder")
         return real
 
 
 def _is_invalid_path(path: str) -> bool:
-    """Where the system would fail instead of finding nothing."""
+    """Return True for a path that makes system calls fail with an error other than "not found"."""
     try:
         whole = os.fsencode(path)
     except UnicodeEncodeError:
@@ -106,5 +114,5 @@ def _is_invalid_path(path: str) -> bool:
 
 
 def run_id(path: Path) -> str:
-    """Of a run folder, the same for ever: twelve hexadecimal digits of its path's SHA-256."""
+    """Return the permanent id of a run folder: twelve digits of the SHA-256 of its path."""
     return hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""The schema, what is wrong with a configuration, drafts, and what a run would need."""
+"""Routes for the option schema, validation of a configuration, drafts, imports and memory plans."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from simpletuner.server import draft_service, form_schema
 from simpletuner.server.api_errors import abort
 from simpletuner.server.config_validation import validate_config
-from simpletuner.server.schemas import configs as wire
+from simpletuner.server.schemas import configs as schemas
 from simpletuner.server.schemas.base import ErrorResponse
 from simpletuner.server.services import ServicesDep
 
@@ -18,66 +18,78 @@ router = APIRouter(prefix="/api/v1", tags=["configs"], responses={422: {"model":
 
 
 @router.get("/schema")
-def get_schema() -> wire.FormSchema:
+def get_schema() -> schemas.FormSchema:
+    """Return the option schema for the form."""
     return form_schema.build_form_schema()
 
 
 @router.post("/validate")
 def validate_draft_config(
-    body: wire.ValidateRequest, home: ServicesDep
-) -> wire.ConfigValidationResult:
-    return validate_config(home.workspace, body.config, body.datasets)
+    body: schemas.ValidateRequest, services: ServicesDep
+) -> schemas.ConfigValidationResult:
+    """Validate a configuration."""
+    return validate_config(services.workspace, body.config, body.datasets)
 
 
 @router.get("/drafts")
-def list_drafts(home: ServicesDep) -> list[wire.Draft]:
-    return home.drafts.list_drafts()
+def list_drafts(services: ServicesDep) -> list[schemas.Draft]:
+    """Return all drafts."""
+    return services.drafts.list_drafts()
 
 
 @router.post("/drafts", status_code=201)
-def create_draft(body: wire.DraftWrite, home: ServicesDep) -> wire.Draft:
-    return home.drafts.create(body)
+def create_draft(body: schemas.DraftWrite, services: ServicesDep) -> schemas.Draft:
+    """Create a draft."""
+    return services.drafts.create(body)
 
 
 @router.get("/drafts/{id}")
-def get_draft(id: str, home: ServicesDep) -> wire.Draft:
-    return home.drafts.get(id)
+def get_draft(id: str, services: ServicesDep) -> schemas.Draft:
+    """Return a draft."""
+    return services.drafts.get(id)
 
 
 @router.put("/drafts/{id}")
-def update_draft(id: str, body: wire.DraftWrite, home: ServicesDep) -> wire.Draft:
-    return home.drafts.update(id, body)
+def update_draft(id: str, body: schemas.DraftWrite, services: ServicesDep) -> schemas.Draft:
+    """Replace a draft."""
+    return services.drafts.update(id, body)
 
 
 @router.delete("/drafts/{id}", status_code=204)
-def delete_draft(id: str, home: ServicesDep) -> None:
-    home.drafts.remove(id)
+def delete_draft(id: str, services: ServicesDep) -> None:
+    """Move a draft to the trash."""
+    services.drafts.remove(id)
 
 
 @router.get("/drafts/{id}/config.json", response_model=dict[str, Any])
-def export_config(id: str, home: ServicesDep) -> JSONResponse:
-    return _json_download("config.json", home.drafts.get(id).config)
+def export_config(id: str, services: ServicesDep) -> JSONResponse:
+    """Download the options of a draft as config.json."""
+    return _json_download("config.json", services.drafts.get(id).config)
 
 
 @router.get("/drafts/{id}/multidatabackend.json", response_model=list[dict[str, Any]])
-def export_datasets(id: str, home: ServicesDep) -> JSONResponse:
-    return _json_download("multidatabackend.json", home.drafts.get(id).datasets)
+def export_datasets(id: str, services: ServicesDep) -> JSONResponse:
+    """Download the datasets of a draft as multidatabackend.json."""
+    return _json_download("multidatabackend.json", services.drafts.get(id).datasets)
 
 
 @router.post("/import")
-def import_text(body: wire.ImportRequest) -> wire.ImportResult:
+def import_text(body: schemas.ImportRequest) -> schemas.ImportResult:
+    """Parse a configuration file without saving it."""
     return draft_service.parse_import(body)
 
 
 @router.post("/plan")
-def get_plan(body: wire.PlanRequest, home: ServicesDep) -> wire.PlanResponse:
-    return home.plans.get_or_start(body)
+def get_plan(body: schemas.PlanRequest, services: ServicesDep) -> schemas.PlanResponse:
+    """Return the memory plan of a configuration, or start planning."""
+    return services.plans.get_or_start(body)
 
 
 @router.post("/runs/{id}/draft", status_code=201)
-def create_draft_from_run(id: str, body: dict[str, Any], home: ServicesDep) -> wire.Draft:
-    folder = home.runs.find_folder(id) or abort(404, "there is no such run")
-    return home.drafts.create_from_run(folder)
+def create_draft_from_run(id: str, body: dict[str, Any], services: ServicesDep) -> schemas.Draft:
+    """Create a draft with the configuration of a run."""
+    folder = services.runs.find_folder(id) or abort(404, "there is no such run")
+    return services.drafts.create_from_run(folder)
 
 
 def _json_download(name: str, content: Any) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""Pictures and captions: /api/v1/datasets, and the folders that a dataset may be made of."""
+"""Routes for datasets (images and captions), and for browsing folders that can become one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from simpletuner.data.geometry import ResizeCropConfig
 from simpletuner.server.api_errors import abort
 from simpletuner.server.dataset_service import DEFAULT_SEED, CropSettings
 from simpletuner.server.file_responses import make_file_response
-from simpletuner.server.schemas import datasets as wire
+from simpletuner.server.schemas import datasets as schemas
 from simpletuner.server.services import ServicesDep
 from simpletuner.server.thumbnails import get_thumbnail
 from simpletuner.server.uploads import BLOCK_BYTES
@@ -30,7 +30,10 @@ def crop_settings(
     crop_style: Literal["center", "random", "corner"] = "center",
     seed: Annotated[int, Query(ge=0, lt=2**63)] = DEFAULT_SEED,
 ) -> CropSettings:
-    """How training would cut the pictures, by the dataset's fields; seed: of the run, for random crops."""
+    """Read the resize and crop settings from the query; they are named like a dataset's fields.
+
+    seed: the seed of the run, which random crops depend on.
+    """
     framing = ResizeCropConfig(
         resolution=resolution,
         resolution_type=resolution_type,
@@ -45,46 +48,55 @@ CropSettingsDep = Annotated[CropSettings, Depends(crop_settings)]
 
 
 @router.get("/datasets")
-def list_datasets(home: ServicesDep) -> list[wire.DatasetInfo]:
-    return home.datasets.list_datasets()
+def list_datasets(services: ServicesDep) -> list[schemas.DatasetInfo]:
+    """Return all datasets."""
+    return services.datasets.list_datasets()
 
 
 @router.post("/datasets", status_code=201)
-def create_dataset(ask: wire.DatasetRequest, home: ServicesDep) -> wire.DatasetInfo:
-    return home.datasets.create(ask.name, ask.path)
+def create_dataset(ask: schemas.DatasetRequest, services: ServicesDep) -> schemas.DatasetInfo:
+    """Create a dataset, or add an existing folder."""
+    return services.datasets.create(ask.name, ask.path)
 
 
 @router.get("/datasets/{name}")
-def get_dataset(name: str, home: ServicesDep) -> wire.DatasetInfo:
-    return home.datasets.get_info(name)
+def get_dataset(name: str, services: ServicesDep) -> schemas.DatasetInfo:
+    """Return a dataset."""
+    return services.datasets.get_info(name)
 
 
 @router.get("/datasets/{name}/items")
 def list_items(
     name: str,
-    home: ServicesDep,
-    cut: CropSettingsDep,
+    services: ServicesDep,
+    crop: CropSettingsDep,
     offset: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=1, le=200)] = 60,
     only: Literal["all", "captioned", "uncaptioned", "refused"] = "all",
-) -> wire.DatasetItemPage:
-    return home.datasets.list_items(name, offset, limit, only, cut)
+) -> schemas.DatasetItemPage:
+    """Return a page of the images of a dataset."""
+    return services.datasets.list_items(name, offset, limit, only, crop)
 
 
 @router.get("/datasets/{name}/buckets")
-def list_buckets(name: str, home: ServicesDep, cut: CropSettingsDep) -> list[wire.BucketCount]:
-    return home.datasets.count_buckets(name, cut)
+def list_buckets(
+    name: str, services: ServicesDep, crop: CropSettingsDep
+) -> list[schemas.BucketCount]:
+    """Return the number of images per bucket."""
+    return services.datasets.count_buckets(name, crop)
 
 
 @router.get("/datasets/{name}/files/{path:path}", response_class=Response)
-def get_dataset_file(name: str, path: str, home: ServicesDep, width: int | None = None) -> Response:
-    """The picture as it is, or as a JPEG of about `width` pixels."""
-    picture = home.datasets.image_path(name, path)
+def get_dataset_file(
+    name: str, path: str, services: ServicesDep, width: int | None = None
+) -> Response:
+    """Return the original image, or a JPEG thumbnail about `width` pixels wide."""
+    image = services.datasets.image_path(name, path)
     if width is None:
-        return make_file_response(picture)
+        return make_file_response(image)
     fresh = {"cache-control": f"private, max-age={THUMBNAIL_MAX_AGE_S}"}
     return Response(
-        get_thumbnail(picture, width, home.workspace.server_dir / "thumbs"),
+        get_thumbnail(image, width, services.workspace.server_dir / "thumbs"),
         media_type="image/jpeg",
         headers=fresh,
     )
@@ -92,37 +104,41 @@ def get_dataset_file(name: str, path: str, home: ServicesDep, width: int | None 
 
 @router.put("/datasets/{name}/files/{path:path}", openapi_extra=BINARY_BODY)
 async def upload_file(
-    name: str, path: str, request: Request, home: ServicesDep
-) -> wire.UploadResult:
-    """A picture, a caption (.txt) or an archive (.zip) as the whole body. Nothing is ever overwritten."""
+    name: str, path: str, request: Request, services: ServicesDep
+) -> schemas.UploadResult:
+    """Upload an image, a caption (.txt) or an archive (.zip) as the request body.
+
+    An existing file is never overwritten.
+    """
     length = int(request.headers.get("content-length") or 0)
-    limit = home.settings.max_upload_bytes
-    incoming = await run_in_threadpool(home.datasets.begin_upload, name, path, length, limit)
+    limit = services.settings.max_upload_bytes
+    incoming = await run_in_threadpool(services.datasets.begin_upload, name, path, length, limit)
     try:
-        gathered = bytearray()
+        buffer = bytearray()
         async for chunk in request.stream():
-            gathered += chunk
-            if len(gathered) >= BLOCK_BYTES:
-                await run_in_threadpool(incoming.write, bytes(gathered))
-                gathered.clear()
-        await run_in_threadpool(incoming.write, bytes(gathered))
+            buffer += chunk
+            if len(buffer) >= BLOCK_BYTES:
+                await run_in_threadpool(incoming.write, bytes(buffer))
+                buffer.clear()
+        await run_in_threadpool(incoming.write, bytes(buffer))
         saved, refused = await run_in_threadpool(incoming.finish)
     except ClientDisconnect:
-        abort(400, "the upload was cut off")
+        abort(400, "the upload was interrupted before all bytes arrived")
     finally:
         await run_in_threadpool(incoming.discard)
-    await run_in_threadpool(home.datasets.invalidate, name)
-    return wire.UploadResult(saved=saved, refused=refused)
+    await run_in_threadpool(services.datasets.invalidate, name)
+    return schemas.UploadResult(saved=saved, refused=refused)
 
 
 @router.put("/datasets/{name}/captions/{path:path}")
 def write_caption(
-    name: str, path: str, ask: wire.CaptionWrite, home: ServicesDep, cut: CropSettingsDep
-) -> wire.DatasetItemPage:
-    """The caption of one picture, and the picture's item as it is then."""
-    return home.datasets.write_caption(name, path, ask, cut)
+    name: str, path: str, ask: schemas.CaptionWrite, services: ServicesDep, crop: CropSettingsDep
+) -> schemas.DatasetItemPage:
+    """Write the caption of one image; return the image's updated item."""
+    return services.datasets.write_caption(name, path, ask, crop)
 
 
 @router.get("/folders")
-def browse_folder(home: ServicesDep, path: str = "") -> wire.FolderListing:
-    return home.datasets.browse_folder(path)
+def browse_folder(services: ServicesDep, path: str = "") -> schemas.FolderListing:
+    """Return the content of an allowed folder."""
+    return services.datasets.browse_folder(path)

@@ -1,4 +1,4 @@
-"""The queue, and what a run is asked to do."""
+"""Routes for the job queue, and for commands to a run: stop, resume, save, sample."""
 
 from __future__ import annotations
 
@@ -14,49 +14,57 @@ router = APIRouter(prefix="/api/v1")
 
 
 @router.get("/queue", tags=["jobs"])
-def get_queue(home: ServicesDep) -> Queue:
-    return home.jobs.get_queue()
+def get_queue(services: ServicesDep) -> Queue:
+    """Return the queue."""
+    return services.jobs.get_queue()
 
 
 @router.put("/queue", tags=["jobs"])
-def update_queue(body: QueueWrite, home: ServicesDep) -> Queue:
-    return home.jobs.update_queue(body)
+def update_queue(body: QueueWrite, services: ServicesDep) -> Queue:
+    """Change the order or the flags of the queue."""
+    return services.jobs.update_queue(body)
 
 
 @router.post("/jobs", tags=["jobs"], status_code=201)
-def enqueue_job(body: JobRequest, home: ServicesDep) -> Job:
-    return home.jobs.enqueue(body)
+def enqueue_job(body: JobRequest, services: ServicesDep) -> Job:
+    """Queue a draft for training or for a dry run."""
+    return services.jobs.enqueue(body)
 
 
 @router.get("/jobs/{id}", tags=["jobs"])
-def get_job(id: str, home: ServicesDep) -> Job:
-    return home.jobs.get_job(id)
+def get_job(id: str, services: ServicesDep) -> Job:
+    """Return a job."""
+    return services.jobs.get_job(id)
 
 
 @router.delete("/jobs/{id}", tags=["jobs"], status_code=204)
-def cancel_job(id: str, home: ServicesDep) -> None:
-    home.jobs.cancel(id)
+def cancel_job(id: str, services: ServicesDep) -> None:
+    """Remove a queued job, or kill a dry run."""
+    services.jobs.cancel(id)
 
 
 @router.post("/runs/{id}/resume", tags=["jobs"], status_code=201)
-def resume_run(id: str, body: ResumeRequest, home: ServicesDep) -> Job:
-    return home.jobs.resume(id, body)
+def resume_run(id: str, body: ResumeRequest, services: ServicesDep) -> Job:
+    """Queue a run again, from its newest or a given checkpoint."""
+    return services.jobs.resume(id, body)
 
 
 @router.post("/runs/{id}/stop", tags=["runs"])
-def stop_run(id: str, body: StopRequest, home: ServicesDep) -> RunSummary:
-    home.jobs.stop(id, body.insist)
-    return home.runs.summary(id)
+def stop_run(id: str, body: StopRequest, services: ServicesDep) -> RunSummary:
+    """Stop a run."""
+    services.jobs.stop(id, body.insist)
+    return services.runs.summary(id)
 
 
 @router.post("/runs/{id}/save", tags=["runs"])
-def request_checkpoint(id: str, body: dict[str, Any], home: ServicesDep) -> RunSummary:
-    home.jobs.request_control(id, "save")
-    return home.runs.summary(id)
+def request_checkpoint(id: str, body: dict[str, Any], services: ServicesDep) -> RunSummary:
+    """Save a checkpoint after the current step."""
+    services.jobs.request_control(id, "save")
+    return services.runs.summary(id)
 
 
 @router.post("/runs/{id}/sample", tags=["runs"])
-def request_validation_images(id: str, body: dict[str, Any], home: ServicesDep) -> RunSummary:
-    """Draw the validation pictures now."""
-    home.jobs.request_control(id, "validate")
-    return home.runs.summary(id)
+def request_validation_images(id: str, body: dict[str, Any], services: ServicesDep) -> RunSummary:
+    """Generate the validation images after the current step."""
+    services.jobs.request_control(id, "validate")
+    return services.runs.summary(id)

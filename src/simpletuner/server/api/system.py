@@ -1,4 +1,4 @@
-"""The machine, and logging in."""
+"""Routes for system information and for logging in."""
 
 from __future__ import annotations
 
@@ -29,54 +29,61 @@ LISTED_PACKAGES = (
 
 
 @router.get("/system")
-def get_system(home: ServicesDep) -> SystemInfo:
-    place, (total, free) = home.workspace, hardware.host_memory()
+def get_system(services: ServicesDep) -> SystemInfo:
+    """Return the hardware and the installed versions."""
+    workspace = services.workspace
+    total, free = hardware.host_memory()
     return SystemInfo(
         version=__version__,
         python=platform.python_version(),
         platform=platform.platform(),
-        workspace=str(place.root),
-        roots=[str(root) for root in place.extra_roots],
+        workspace=str(workspace.root),
+        roots=[str(root) for root in workspace.extra_roots],
         devices=hardware.list_devices(),
         memory_total_bytes=total,
         memory_free_bytes=free,
-        disks=list_disks(place.allowed_roots),
+        disks=list_disks(workspace.allowed_roots),
         packages=installed_versions(),
     )
 
 
 def list_disks(folders: tuple[Path, ...]) -> list[DiskInfo]:
-    """Of each file system once, under the first folder on it."""
-    found: dict[int, DiskInfo] = {}
+    """Return each file system once, named after the first of `folders` that is on it."""
+    disks: dict[int, DiskInfo] = {}
     for folder in folders:
         if folder.is_dir():
-            room = shutil.disk_usage(folder)
-            disk = DiskInfo(path=str(folder), total_bytes=room.total, free_bytes=room.free)
-            found.setdefault(folder.stat().st_dev, disk)
-    return list(found.values())
+            usage = shutil.disk_usage(folder)
+            disk = DiskInfo(path=str(folder), total_bytes=usage.total, free_bytes=usage.free)
+            disks.setdefault(folder.stat().st_dev, disk)
+    return list(disks.values())
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions from the installed files; nothing is imported."""
-    found = {}
+    """Return package versions from the installed metadata, without importing the packages."""
+    versions = {}
     for name in LISTED_PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 @router.post("/login", status_code=204)
-async def login(request: Request, response: Response, ask: LoginRequest, home: ServicesDep) -> None:
-    """The token, or the launch word that the server printed, for a cookie that scripts cannot read."""
-    gate = request.app.state.token_auth
-    if gate is None:
+async def login(
+    request: Request, response: Response, ask: LoginRequest, services: ServicesDep
+) -> None:
+    """Exchange the token, or the one-time login code that the server printed, for a cookie.
+
+    The cookie is HttpOnly, so that no script of the page can read it.
+    """
+    token_auth = request.app.state.token_auth
+    if token_auth is None:
         return
-    check_token(request, gate, ask.token)
+    check_token(request, token_auth, ask.token)
     response.set_cookie(
-        cookie_name(home.settings),
-        gate.cookie,
+        cookie_name(services.settings),
+        token_auth.cookie,
         max_age=YEAR_S,
         httponly=True,
         samesite="strict",

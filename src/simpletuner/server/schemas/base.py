@@ -1,7 +1,8 @@
-"""What the server and its clients say to each other: the root, errors, states.
+"""The base class of all API messages, errors, and the states of a job.
 
-The OpenAPI document and the page's types come from this package. Sizes are bytes, times unix seconds,
-durations seconds. Paths of files inside a run or dataset use "/".
+The OpenAPI document and the TypeScript types of the pages are generated from this package. Sizes
+are in bytes, times in unix seconds, durations in seconds. Paths of files inside a run or dataset
+use "/".
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ JobState = Literal[
 
 
 class ApiModel(BaseModel):
-    """Root of all messages; unknown fields are refused."""
+    """Base class of all messages. Unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class ErrorDetail(ApiModel):
-    """loc: the option ("learning_rate"), dataset field ("photos.resolution") or "" for the whole."""
+    """One problem with a request.
+
+    loc: the option ("learning_rate") or dataset field ("photos.resolution") it concerns, "" for the
+    whole request. where: the file and line, if the value was read from a file.
+    """
 
     loc: str
     message: str
@@ -39,6 +44,6 @@ class ErrorDetail(ApiModel):
 
 
 class ErrorResponse(ApiModel):
-    """Body of every answer that is no success."""
+    """Body of every error response."""
 
     detail: list[ErrorDetail]

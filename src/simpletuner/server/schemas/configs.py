@@ -1,4 +1,4 @@
-"""Options, configurations, drafts and plans."""
+"""Messages about options, configurations, drafts and memory plans."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from pydantic import AfterValidator, Field
 from simpletuner.server.schemas.base import ApiModel, ErrorDetail
 
 T = TypeVar("T")
-MAX_DEPTH = 100  # levels, as in a file
+MAX_DEPTH = 100  # levels of nesting, the same limit as for a configuration file
 
 
 def _check_writable(value: T) -> T:
-    """JSON may hold half of a surrogate pair, which no file or answer can; and too many levels to walk."""
-    waiting: list[tuple[Any, int]] = [(value, 0)]
-    while waiting:
-        one, depth = waiting.pop()
+    """Return `value`; raise ValueError for text that UTF-8 cannot hold and for too many levels.
+
+    JSON can hold half of a surrogate pair, which can be written neither to a file nor to a
+    response.
+    """
+    pending: list[tuple[Any, int]] = [(value, 0)]
+    while pending:
+        item, depth = pending.pop()
         if depth > MAX_DEPTH:
-            raise ValueError(f"more than {MAX_DEPTH} levels")
-        if isinstance(one, str):
-            one.encode("utf-8")  # its UnicodeEncodeError is a ValueError too
-        elif isinstance(one, dict):
-            waiting += [(item, depth + 1) for pair in one.items() for item in pair]
-        elif isinstance(one, list):
-            waiting += [(item, depth + 1) for item in one]
+            raise ValueError(f"more than {MAX_DEPTH} levels of nesting")
+        if isinstance(item, str):
+            item.encode("utf-8")  # UnicodeEncodeError is a ValueError
+        elif isinstance(item, dict):
+            pending += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, list):
+            pending += [(part, depth + 1) for part in item]
     return value
 
 
@@ -35,9 +39,10 @@ DatasetEntries = Annotated[list[dict[str, Any]], AfterValidator(_check_writable)
 class OptionInfo(ApiModel):
     """One option of the schema.
 
-    kind: flag, amount, integer, number, choice, text. level: basic, common, advanced. needs: the option is
-    shown only where every option in it has one of these values; {"not": value} stands for all other values.
-    needs_any: the same, for at least one of them; empty is no condition.
+    kind: flag, amount, integer, number, choice or text. level: basic, common or advanced.
+    needs: the option has an effect only if every option named here has one of these values;
+    {"not": value} stands for all other values. needs_any: the same for at least one of the options
+    named here; empty means no condition.
     """
 
     name: str
@@ -60,9 +65,10 @@ class OptionInfo(ApiModel):
 
 
 class Preset(ApiModel):
-    """Settings for a card of that many GB. id: "8gb", "12gb", "16gb", "24gb", "80gb", "nano".
+    """Settings for a GPU with a given amount of memory.
 
-    planned_gb: of device memory; null for the bundled model.
+    id: "8gb", "12gb", "16gb", "24gb", "80gb" or "nano". planned_gb: planned device memory in GB;
+    null for the bundled model.
     """
 
     id: str
@@ -72,20 +78,22 @@ class Preset(ApiModel):
 
 
 class FormSchema(ApiModel):
+    """All options, dataset fields and presets."""
+
     options: list[OptionInfo]
     dataset_fields: list[OptionInfo]
     presets: list[Preset]
 
 
 class ValidateRequest(ApiModel):
-    """A configuration as a person writes it: options that differ, and the list of datasets."""
+    """A configuration: the options that differ from the defaults, and the datasets."""
 
     config: OptionValues
     datasets: DatasetEntries = Field(default_factory=list)
 
 
 class ConfigValidationResult(ApiModel):
-    """What the reader of configurations says. changed: options that differ from their default."""
+    """Result of validating a configuration. changed: the options that differ from their default."""
 
     problems: list[ErrorDetail]
     notes: list[str]
@@ -93,7 +101,10 @@ class ConfigValidationResult(ApiModel):
 
 
 class Draft(ApiModel):
-    """A configuration being written. version goes up with every change; PUT sends the one it saw."""
+    """A configuration being edited.
+
+    version grows with every change; PUT sends the version it is based on.
+    """
 
     id: str
     name: str
@@ -104,6 +115,8 @@ class Draft(ApiModel):
 
 
 class DraftWrite(ApiModel):
+    """The content of a draft to create or replace. version: the version it is based on."""
+
     name: str
     config: OptionValues
     datasets: DatasetEntries
@@ -111,13 +124,15 @@ class DraftWrite(ApiModel):
 
 
 class ImportRequest(ApiModel):
-    """text: a config.json (JSONC, TOML) or a multidatabackend.json, as read from a file."""
+    """A file to import. text: a config.json (JSONC or TOML) or a multidatabackend.json."""
 
     name: str
     text: str
 
 
 class ImportResult(ApiModel):
+    """The content of an imported file, its problems, and notes about skipped options."""
+
     config: dict[str, Any] | None
     datasets: list[dict[str, Any]] | None
     problems: list[ErrorDetail]
@@ -125,13 +140,18 @@ class ImportResult(ApiModel):
 
 
 class PlanRequest(ApiModel):
+    """A configuration to plan. fit: a memory size such as 12GB to find settings for."""
+
     config: OptionValues
     datasets: DatasetEntries = Field(default_factory=list)
     fit: str | None = None
 
 
 class PlanResponse(ApiModel):
-    """state "pending": ask again. plan: the object that `simpletuner plan --json` prints."""
+    """A memory plan.
+
+    state "pending": request it again. plan: the output of `simpletuner plan --json`.
+    """
 
     state: Literal["pending", "ready", "failed"]
     key: str

@@ -1,4 +1,4 @@
-"""Pictures and captions."""
+"""Messages about datasets: images, captions, buckets, uploads."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from simpletuner.server.schemas.base import ApiModel
 
 
 class DatasetInfo(ApiModel):
-    """owned: lies in the workspace's datasets folder, so that files may be added. Every picture is captioned,
-    uncaptioned, refused (cannot be trained on) or unread: its header is still to be read, ask again.
-    problem: why the folder cannot be read at all.
+    """One dataset with its counts.
+
+    owned: the folder is in the workspace's datasets folder, so files can be uploaded to it. Every
+    image is captioned, uncaptioned, refused (it cannot be trained on) or unread (its header has not
+    been read yet; request the dataset again). `pictures`: number of images. problem: why the folder
+    cannot be read.
     """
 
     name: str
@@ -23,21 +26,28 @@ class DatasetInfo(ApiModel):
 
 
 class DatasetRequest(ApiModel):
-    """path: an existing folder under an allowed root; None makes a folder in the workspace."""
+    """A dataset to create.
+
+    path: an existing folder under an allowed root; None creates a new folder.
+    """
 
     name: str
     path: str | None = None
 
 
 class RefusedFile(ApiModel):
+    """A file of an archive that was not stored."""
+
     file: str
     reason: str
 
 
 class UploadResult(ApiModel):
-    """What one upload came to. An archive saves many and may have refused some (the first few hundred are
-    named); a single file that is refused is an answer of its own. A file that was there already, with the
-    same content, counts as saved.
+    """Result of one upload.
+
+    An archive can save many files and refuse others, of which the first few hundred are listed. A
+    single file that is refused is an error response instead. A file that already exists with the
+    same content counts as saved.
     """
 
     saved: list[str]
@@ -45,9 +55,12 @@ class UploadResult(ApiModel):
 
 
 class DatasetItem(ApiModel):
-    """One picture. bucket_px (width, height) and crop_px (left, top, width, height in the picture's own
-    pixels) say how it would be trained; None for a refused file. caption_text: of the .txt file, None where
-    there is none or it is not UTF-8; captions: its alternatives.
+    """One image of a dataset.
+
+    bucket_px: (width, height) that it is resized and cropped to. crop_px: (left, top, width,
+    height) of the crop in the original's pixels. Both are None for a refused file. caption_text:
+    content of the .txt file, None if there is none or it is not UTF-8. captions: its alternative
+    captions.
     """
 
     file: str
@@ -61,7 +74,10 @@ class DatasetItem(ApiModel):
 
 
 class DatasetItemPage(ApiModel):
-    """One page. total: pictures that match; while unread is not 0 more may come to match."""
+    """One page of images.
+
+    total: number of matching images, which can grow while `unread` is not 0.
+    """
 
     total: int
     offset: int
@@ -70,14 +86,18 @@ class DatasetItemPage(ApiModel):
 
 
 class BucketCount(ApiModel):
+    """Number of images in a bucket (`pictures`)."""
+
     width_px: int
     height_px: int
     pictures: int
 
 
 class CaptionWrite(ApiModel):
-    """text: "" removes the file. before: the caption_text that the writer saw; another text there now
-    answers 409.
+    """A caption to write.
+
+    text: "" removes the file. before: the caption_text that the change is based on; if the file
+    holds another text by then, the response is 409.
     """
 
     text: str
@@ -85,8 +105,10 @@ class CaptionWrite(ApiModel):
 
 
 class FolderListing(ApiModel):
-    """folders: absolute paths of the folders in it. path "": those that may be looked into at all.
-    pictures: files in this very folder that are named as pictures.
+    """The content of a folder.
+
+    folders: absolute paths of its subfolders; for path "", the allowed roots. `pictures`: number of
+    files directly in this folder that have the suffix of an image.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""The queue."""
+"""Messages about jobs and their queue."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from simpletuner.server.schemas.base import ApiModel, JobState
 
 
 class JobRequest(ApiModel):
-    """kind rehearse: a few steps on the tiny bundled model, on the CPU."""
+    """A job to queue.
+
+    kind "rehearse": a dry run of a few steps on the bundled tiny model, on the CPU.
+    """
 
     draft: str
     kind: Literal["train", "rehearse"] = "train"
 
 
 class Job(ApiModel):
-    """One process to run, or that ran. advice: what to change after a failure, "" for none. run_dir: of its
-    run, "" for a rehearsal. begun: whether that folder was there when this was told.
+    """One training process: queued, running or ended.
+
+    advice: what to change after a failure, or "". run_dir: the run folder, "" for a dry run. begun:
+    true if the run folder existed when this message was made.
     """
 
     id: str
@@ -37,7 +42,10 @@ class Job(ApiModel):
 
 
 class Queue(ApiModel):
-    """jobs: those to come in their order, then those that run, then the ended ones, newest first."""
+    """The queue.
+
+    jobs: queued ones in their order, then active ones, then ended ones, newest first.
+    """
 
     paused: bool
     continue_on_error: bool
@@ -45,7 +53,10 @@ class Queue(ApiModel):
 
 
 class QueueWrite(ApiModel):
-    """Only what is given is changed. order: ids of all queued jobs."""
+    """Changes to the queue; fields that are None stay as they are.
+
+    order: ids of all queued jobs.
+    """
 
     paused: bool | None = None
     continue_on_error: bool | None = None

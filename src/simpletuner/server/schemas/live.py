@@ -1,4 +1,4 @@
-"""What goes over the WebSocket."""
+"""Messages of the live WebSocket."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from simpletuner.server.schemas.runs import LogPart, RunSummary
 
 
 class FollowRequest(ApiModel):
-    """From client to server: which run to follow, from which byte of its events and of its log. run None:
-    only the list.
+    """A client's request to follow a run.
+
+    run: id of the run, None for the list of runs only. since, log_since: byte offsets in
+    events.jsonl and train.log to start from.
     """
 
     run: str | None = None
@@ -22,9 +24,12 @@ class FollowRequest(ApiModel):
 
 
 class LiveUpdate(ApiModel):
-    """From server to client. runs: the whole list, sent when it changed. queue likewise. events: records as
-    in events.jsonl (t, kind, fields) of the followed run, start..end: their bytes; start 0 though the client
-    asked for more: the run was begun anew, what came before is void. log: its next part.
+    """An update from the server.
+
+    runs, queue: the complete list and queue, sent when they changed. events: new records of the
+    followed run, as in events.jsonl (t, kind, fields). start, end: their byte offsets; a start of 0
+    after a request for a later offset means that the run was started from scratch and earlier
+    events are void. log: the next part of the log.
     """
 
     runs: list[RunSummary] | None = None

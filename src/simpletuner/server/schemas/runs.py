@@ -1,4 +1,4 @@
-"""Run folders and what is in them."""
+"""Messages about runs and the files in their folders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from simpletuner.server.schemas.base import ApiModel, JobState
 
 
 class RunStage(ApiModel):
-    """A stage that runs now. total None: unknown."""
+    """The progress of a stage that is running. total: None if unknown."""
 
     stage: str
     done: int
@@ -18,9 +18,11 @@ class RunStage(ApiModel):
 
 
 class RunSummary(ApiModel):
-    """One line of the list. id is made of the run folder's path and never changes. sparkline: up to 60
-    smoothed losses. job: its newest job, None for a run that was started by hand. begun: whether it has a run
-    folder.
+    """One row of the list of runs.
+
+    id: derived from the path of the run folder, so it never changes. sparkline: up to 60 smoothed
+    losses. job: id of the newest job, None for a run that was started from a terminal. `picture`:
+    path of the newest validation image. begun: true if the run has a folder.
     """
 
     id: str
@@ -42,7 +44,10 @@ class RunSummary(ApiModel):
 
 
 class CheckpointInfo(ApiModel):
-    """name: "checkpoint-500". marked: a person chose to keep it. best: lowest held-out loss."""
+    """One checkpoint.
+
+    name: "checkpoint-500". marked: the user chose to keep it. best: lowest held-out loss.
+    """
 
     name: str
     step: int
@@ -54,13 +59,15 @@ class CheckpointInfo(ApiModel):
 
 
 class OutputFile(ApiModel):
-    """A file at the top of the run folder that the training made: the LoRA."""
+    """A weight file that the training wrote to the run folder, such as the LoRA."""
 
     path: str
     size_bytes: int
 
 
 class RunDetail(ApiModel):
+    """Everything about a run except its metrics, images and log."""
+
     summary: RunSummary
     model: str
     device: str
@@ -78,9 +85,11 @@ class RunDetail(ApiModel):
 
 
 class RunMetrics(ApiModel):
-    """Columns of equal length, thinned to at most max_points (min and max of loss are kept). held_out:
-    (step, split, loss). scores: (step, metric, name, rate). end: byte offset of the events that they are
-    made of, to go on from over the live connection.
+    """The steps of a run as columns of equal length, at most max_points long.
+
+    Downsampling keeps the minima and maxima of the loss. held_out: (step, split, loss). scores:
+    (step, metric, name, rate). end: byte offset in events.jsonl up to which the events are
+    included, from which the live connection continues.
     """
 
     step: list[int]
@@ -97,7 +106,11 @@ class RunMetrics(ApiModel):
 
 
 class RunImage(ApiModel):
-    """A validation picture. path: relative to the run folder. weights: base, trained, ema, "strength 0.5"."""
+    """A validation image.
+
+    path: relative to the run folder. weights: "base", "trained", "ema" or, for a scaled LoRA,
+    "strength 0.5".
+    """
 
     path: str
     step: int
@@ -110,7 +123,7 @@ class RunImage(ApiModel):
 
 
 class LogPart(ApiModel):
-    """Bytes start..end of train.log as text; size: of the whole file now."""
+    """Bytes start to end of train.log as text. size: current size of the whole file."""
 
     text: str
     start: int
@@ -119,17 +132,22 @@ class LogPart(ApiModel):
 
 
 class StopRequest(ApiModel):
-    """insist: end the process now, without waiting for its save."""
+    """A request to stop a run. `insist`: kill the process now, without waiting for a checkpoint."""
 
     insist: bool = False
 
 
 class ResumeRequest(ApiModel):
-    """checkpoint None: the newest. max_train_steps: train for longer than before."""
+    """A request to resume a run.
+
+    checkpoint: None for the newest. max_train_steps: a new length, or None.
+    """
 
     checkpoint: str | None = None
     max_train_steps: int | None = None
 
 
 class MarkRequest(ApiModel):
+    """Mark a checkpoint, so that the training never deletes it, or unmark it."""
+
     marked: bool

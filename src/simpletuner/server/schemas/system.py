@@ -1,4 +1,4 @@
-"""The machine."""
+"""Messages about the machine, and the login request."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from simpletuner.server.schemas.base import ApiModel
 
 
 class DeviceInfo(ApiModel):
+    """A GPU, or the CPU."""
+
     name: str
     kind: Literal["cuda", "rocm", "mps", "cpu"]
     memory_total_bytes: int | None
@@ -15,12 +17,16 @@ class DeviceInfo(ApiModel):
 
 
 class DiskInfo(ApiModel):
+    """A file system."""
+
     path: str
     total_bytes: int
     free_bytes: int
 
 
 class SystemInfo(ApiModel):
+    """The hardware, the installed versions and the allowed folders."""
+
     version: str
     python: str
     platform: str
@@ -34,4 +40,6 @@ class SystemInfo(ApiModel):
 
 
 class LoginRequest(ApiModel):
+    """The token or the one-time login code."""
+
     token: str
