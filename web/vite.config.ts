@@ -1,8 +1,8 @@
 import { svelte } from "@sveltejs/vite-plugin-svelte";
 import { defineConfig } from "vite";
 
-// assetsInlineLimit 0: the server's content policy allows no data: address but for pictures.
-// The development server passes /api on and keeps the Host, so that Origin and Host agree.
+// assetsInlineLimit 0: the server's content security policy allows data: URLs for images only.
+// The development server forwards /api and keeps the Host header, so that Origin and Host agree.
 export default defineConfig({
   plugins: [svelte({ configFile: false })],
   base: "./",

@@ -319,8 +319,8 @@ def test_results_of_a_run_are_not_trained_over_unasked(harness: QueueHarness) ->
                     harness.enqueue(**named, **resume)
                 (complaint,) = caught.value.details
                 assert (caught.value.status, complaint.loc) == (422, loc)
-                assert "never moves them aside" in complaint.message
-                assert "checkpoint-20 goes on" in complaint.message
+                assert "to never to move them aside" in complaint.message
+                assert "or to checkpoint-20 to resume" in complaint.message
     rehearsal = harness.jobs.enqueue(JobRequest(draft=harness.create_draft(), kind="rehearse"))
     assert rehearsal.state == "queued", "it writes nothing there"
     assert harness.enqueue("zorbo 2").run_dir == f"{folder}-2"

@@ -265,7 +265,7 @@ def test_bombs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploads, "MAX_ARCHIVE_MEMBERS", 10)
     assert refused(folder, "many.zip", packed({f"{n}.txt": b"x" for n in range(11)}))[0] == 413
     monkeypatch.setattr(uploads, "MAX_IMAGE_BYTES", 50)
-    assert send(folder, "large.zip", packed({"a.png": PNG}))[1][0].reason.startswith("it is larger")
+    assert send(folder, "large.zip", packed({"a.png": PNG}))[1][0].reason.startswith("the file is larger")
 
 
 def test_a_member_that_lies_about_its_size(folder: Path) -> None:

@@ -101,7 +101,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     yield opened
     for context in contexts:
         context.close()
-    assert [watch.faults for watch in watches if watch.faults] == []
+    assert [watch.unexpected for watch in watches if watch.unexpected] == []
 
 
 def run_server(folder: Path, command: tuple[str, ...]) -> Iterator[ServerProcess]:

@@ -1,4 +1,4 @@
-"""What a person does on the pages, by the words that they read there."""
+"""Actions of a user on the pages, found by the visible words."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ SAVED_TEXTS = ("Saved", "Guardado", "सहेजा गया")
 
 
 def find_option(page: Page, name: str) -> Locator:
-    """The field of an option among all, found as a person finds it: by search."""
+    """Return the field of an option, found by the search like a user does."""
     page.get_by_role("searchbox", name="Search options").fill(name)
     return page.get_by_role("region", name="All options").locator(f'[data-option="{name}"]')
 
 
 def fill_options(page: Page, **values: str) -> None:
-    """Write options into the form; it is saved when this returns."""
+    """Fill options into the form, and wait until the draft is saved."""
     for name, value in values.items():
         field = find_option(page, name).locator("input, select, textarea").first
         if field.evaluate("one => one.tagName") == "SELECT":
@@ -47,7 +47,7 @@ def create_dataset(page: Page, name: str) -> None:
 
 
 def drop_files(page: Page, onto: str, *paths: str) -> None:
-    """Drag files and folders from the desktop over that element, and let go."""
+    """Drag files and folders from the desktop onto an element, and drop them."""
     where = page.locator(onto).bounding_box()
     assert where is not None
     x, y = where["x"] + where["width"] / 2, where["y"] + where["height"] / 2

@@ -135,8 +135,8 @@ def fill_new_run_form(page: Page) -> Page:
     page.get_by_label("Add a dataset").select_option("zorbo")
     page.get_by_role("button", name="Add", exact=True).click()
     expect_saved(page)
-    expect(page.locator("dt", has_text="Whole run")).to_be_visible(timeout=1000 * TRAINING_TIMEOUT_S)
-    expect(page.get_by_text("Counting…")).to_have_count(0, timeout=1000 * TRAINING_TIMEOUT_S)
+    expect(page.locator("dt", has_text="Total time")).to_be_visible(timeout=1000 * TRAINING_TIMEOUT_S)
+    expect(page.get_by_text("Estimating…")).to_have_count(0, timeout=1000 * TRAINING_TIMEOUT_S)
     return clear_focus(page)
 
 

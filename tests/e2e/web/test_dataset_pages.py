@@ -59,7 +59,7 @@ def test_captions_are_edited_and_undone(server: ServerProcess, open_page: Callab
     page.get_by_role("textbox", name="Caption of disc-0000.png").focus()
     told = page.get_by_role("alert").filter(has_text="changed elsewhere")
     expect(told).to_contain_text("from an editor")
-    told.get_by_role("button", name="Write mine over it").click()
+    told.get_by_role("button", name="Overwrite with mine").click()
     wait_until(lambda: file.read_text() == "from the page", "the choice is written")
 
 
@@ -76,7 +76,7 @@ def test_uploads_that_are_refused_say_why_and_the_rest_comes_in(
         archive.writestr("../outside.png", b"x")
     page.watch.allowed.append("415")
     upload_files(page, *(str(tmp_path / name) for name in ("good.png", "script.png", "more.zip")))
-    expect(page.get_by_text("The dataset now has 2 pictures, 1 with a caption.")).to_be_visible()
+    expect(page.get_by_text("The dataset now has 2 images, 1 with a caption.")).to_be_visible()
     section = page.get_by_role("region", name="Upload")
     expect(section).to_contain_text("script.png")
     expect(section).to_contain_text("outside.png")
@@ -103,11 +103,11 @@ def test_what_is_dropped_comes_in_with_its_folders_and_a_bad_line_is_mended(
     desktop = (str(tmp_path / name) for name in ("one.png", "one.txt", "inner", "notes.doc"))
     drop_files(page, "main section", *desktop)
     told = page.get_by_role("region", name="Upload")
-    expect(told).to_contain_text("The dataset now has 2 pictures, 2 with a caption.")
+    expect(told).to_contain_text("The dataset now has 2 images, 2 with a caption.")
     expect(told).to_contain_text("inner/two.png: HTTP 500")
     expect(page.locator("article .file")).to_have_text(["inner/three.png", "one.png"])
-    told.get_by_role("button", name="Retry the failed ones").click()
-    expect(told).to_contain_text("The dataset now has 3 pictures, 3 with a caption.")
+    told.get_by_role("button", name="Retry failed uploads").click()
+    expect(told).to_contain_text("The dataset now has 3 images, 3 with a caption.")
     expect(page.get_by_role("textbox", name="Caption of inner/two.png")).to_have_value(
         "caption of inner/two.png"
     )
@@ -129,7 +129,7 @@ def test_three_hundred_pictures_are_paged(server: ServerProcess, open_page: Call
     )
     assert cards.count() < MANY / 2
     assert asked, "the last page was asked for when it came into view"
-    page.get_by_text("Buckets").click()
+    page.locator("summary").filter(has_text="Buckets").click()
     expect(page.get_by_role("row").filter(has_text="%").first).to_be_visible()
 
 
@@ -148,7 +148,7 @@ def test_the_list_reads_on_while_something_is_unread(
     page.route("**/api/v1/datasets", half, times=1)
     page.get_by_role("link", name="Datasets").click()
     card = page.get_by_role("listitem").filter(has_text="slow")
-    expect(card.get_by_role("status")).to_have_text("Looking into the folder… 3")
+    expect(card.get_by_role("status")).to_have_text("Reading the folder… 3")
     expect(card).to_contain_text("Captioned4")
     expect(card.get_by_role("status")).to_have_count(0)
 
@@ -165,7 +165,7 @@ def test_ten_thousand_pictures_stay_smooth(server: ServerProcess, open_page: Cal
     expect(page.locator("article img").first).to_be_visible()
     seen = time.monotonic()
     expect(page.get_by_role("button", name="All 10,000")).to_be_visible()
-    expect(page.get_by_role("status").filter(has_text="Looking into the folder")).to_have_count(0)
+    expect(page.get_by_role("status").filter(has_text="Reading the folder")).to_have_count(0)
     read = time.monotonic()
     frames = page.evaluate(SCROLL)
     page.get_by_role("button", name=re.compile("^View disc-")).first.focus()
@@ -185,9 +185,9 @@ def test_a_folder_of_this_machine_is_only_read(server: ServerProcess, open_page:
     page = open_page(server, "#/datasets")
     page.get_by_role("button", name="New dataset").click()
     dialog = page.get_by_role("dialog")
-    dialog.get_by_label("Use a folder of this machine").check()
+    dialog.get_by_label("Use a folder on this machine").check()
     dialog.get_by_role("button", name="photos/").click()
-    expect(dialog).to_contain_text("Pictures here: 2")
+    expect(dialog).to_contain_text("2 images in this folder")
     dialog.get_by_role("button", name="Create").click()
-    expect(page.get_by_text("This folder belongs to you")).to_be_visible()
+    expect(page.get_by_text("Files cannot be uploaded to this folder")).to_be_visible()
     expect(page.locator("article")).to_have_count(2)

@@ -41,16 +41,16 @@ def test_from_an_empty_workspace_to_a_lora_that_loads(
 
 
 def uploads_sixteen_pictures(page: Page) -> None:
-    expect(page.get_by_role("heading", name="Nothing has been trained here yet")).to_be_visible()
-    page.get_by_role("link", name="Add pictures").click()
+    expect(page.get_by_role("heading", name="No runs yet")).to_be_visible()
+    page.get_by_role("link", name="Add images").click()
     create_dataset(page, "zorbo")
     upload_files(page, *sorted(str(path) for path in (EXAMPLE_DIR / "zorbo").iterdir()))
-    expect(page.get_by_text("The dataset now has 16 pictures, 16 with a caption.")).to_be_visible()
+    expect(page.get_by_text("The dataset now has 16 images, 16 with a caption.")).to_be_visible()
     expect(page.get_by_role("listitem").locator("article").first).to_be_visible()
 
 
 def configures(page: Page) -> None:
-    page.get_by_role("link", name="Train on it").click()
+    page.get_by_role("link", name="New run with this dataset").click()
     page.get_by_role("button", name="chroma-nano").click()
     page.get_by_role("textbox", name="Name", exact=True).fill(NAME)
     fill_options(
@@ -58,8 +58,8 @@ def configures(page: Page) -> None:
         validation_step_interval=str(EVERY), validation_num_inference_steps="4", validation_prompt=PROMPT,
     )  # fmt: skip
     expect(page.get_by_text("No problems found")).to_be_visible()
-    expect(page.get_by_text("Memory for tensors while training")).to_be_visible()
-    expect(page.locator("dt", has_text="Whole run")).to_be_visible()
+    expect(page.get_by_text("Estimated RAM while training (CPU)")).to_be_visible()
+    expect(page.locator("dt", has_text="Total time")).to_be_visible()
 
 
 def starts_and_watches(page: Page) -> str:
@@ -69,7 +69,7 @@ def starts_and_watches(page: Page) -> str:
     page.evaluate("() => { window.loaded = 'once' }")
     loss = re.compile(r"^Loss: [\d.]+ at the end, Step [\d,]+$")
     expect(page.get_by_role("img", name=loss)).to_be_visible()
-    page.get_by_role("tab", name="Pictures").click()
+    page.get_by_role("tab", name="Images").click()
     expect(page.get_by_role("columnheader", name="Before")).to_be_visible()
     expect(page.get_by_role("columnheader", name="Step 10")).to_be_visible()
     expect(page.get_by_role("rowheader", name=PROMPT).first).to_be_visible()
@@ -112,7 +112,7 @@ def steps(real: ServerProcess, run: str) -> list[int]:
 
 
 def compares(page: Page, last: int) -> None:
-    page.get_by_role("tab", name="Pictures").click()
+    page.get_by_role("tab", name="Images").click()
     trained = page.get_by_role("row", name=re.compile(f"^{PROMPT}")).first
     trained.get_by_role("button", name=f"Open: {PROMPT}, step {last}").click()
     page.get_by_role("button", name="Compare").click()

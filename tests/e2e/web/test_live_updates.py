@@ -141,9 +141,9 @@ def test_save_and_sample_now_and_keep_a_checkpoint(
     expect(keep).to_have_attribute("aria-pressed", "false")
     keep.click()
     expect(keep).to_have_attribute("aria-pressed", "true")
-    page.get_by_role("tab", name="Pictures").click()
+    page.get_by_role("tab", name="Images").click()
     expect(page.get_by_role("columnheader")).to_have_count(2)  # the prompt and what was there before
-    page.get_by_role("button", name="Draw pictures now").click()
+    page.get_by_role("button", name="Generate samples now").click()
     expect(page.get_by_role("columnheader")).to_have_count(3)
 
 
@@ -159,20 +159,20 @@ def test_the_queue_has_an_order_a_pause_and_a_rule_after_failures(
     server.configure_fake_trainer(**QUICK, FAKE_FAIL="4")
     jobs = {name: server.enqueue(name) for name in ("q-one", "q-two", "q-three", "q-four")}
     wait_until(lambda: waiting(page) == ["q-one", "q-two", "q-three", "q-four"], "all wait, in their order")
-    page.get_by_role("button", name="Start q-three earlier").click()
+    page.get_by_role("button", name="Move q-three up").click()
     wait_until(lambda: waiting(page) == ["q-one", "q-three", "q-two", "q-four"], "one goes up")
-    page.get_by_role("button", name="Start q-one later").click()
+    page.get_by_role("button", name="Move q-one down").click()
     wait_until(lambda: waiting(page) == ["q-three", "q-one", "q-two", "q-four"], "one goes down")
-    page.get_by_role("button", name="Withdraw q-four").click()
+    page.get_by_role("button", name="Remove q-four").click()
     wait_until(lambda: waiting(page) == ["q-three", "q-one", "q-two"], "one is withdrawn")
     expect(page.get_by_text("The queue is paused")).to_be_visible()
-    page.get_by_role("button", name="Let it go on").click()
+    page.get_by_role("button", name="Resume queue").click()
     server.wait_for_state(jobs["q-three"]["run"], "failed")
     wait_until(lambda: waiting(page) == ["q-one", "q-two"], "the failed one waits no more")
     expect(page.get_by_text("The queue is paused")).to_be_visible()  # a failure holds those that wait
-    page.get_by_label("Go on when a run fails").check()
+    page.get_by_label("Continue after a failed run").check()
     wait_until(lambda: server.request_ok("GET", "queue")["continue_on_error"], "the rule is kept")
-    page.get_by_role("button", name="Let it go on").click()
+    page.get_by_role("button", name="Resume queue").click()
     for name in ("q-one", "q-two"):
         server.wait_for_state(jobs[name]["run"], "failed")
 
@@ -188,11 +188,11 @@ def test_a_failure_shows_its_last_lines_and_what_to_change(
     told = page.get_by_role("region", name="The run failed")
     expect(told).to_contain_text("failed on request")
     expect(told).to_contain_text("Lower learning_rate to a third")
-    expect(page.get_by_role("region", name="Last lines")).to_contain_text("step 4/8 loss")
+    expect(page.get_by_role("region", name="Last lines of the log")).to_contain_text("step 4/8 loss")
 
 
 def test_a_kill_for_memory_is_told_as_one(server: ServerProcess, open_page: Callable[..., Page]) -> None:
-    for kind, advice in (("host", "The computer's own memory"), ("cuda", "The GPU's memory was too small")):
+    for kind, advice in (("host", "The computer ran out of memory"), ("cuda", "The GPU ran out of memory")):
         server.configure_fake_trainer(**QUICK, FAKE_OOM=kind)
         run = server.enqueue(f"oom-{kind}")["run"]
         server.wait_for_state(run, "failed")
@@ -227,7 +227,7 @@ def test_what_was_stopped_before_it_began_goes_on_or_goes_away(
         page = open_page(server, f"#/runs/{run}")
         expect_state(page, "Stopped")
         if name == "withdrawn":
-            page.get_by_role("button", name="Withdraw").click()
+            page.get_by_role("button", name="Remove").click()
             expect(page.get_by_role("heading", name="Runs")).to_be_visible()
             assert server.request("GET", f"runs/{run}")[0] == 404
         else:

@@ -43,7 +43,7 @@ def test_a_draft_survives_a_reload_and_another_tab(
     theirs = {name: now[name] for name in ("name", "datasets", "version")}
     server.request_ok("PUT", f"drafts/{id}", {**theirs, "config": {"lora_rank": 13}})
     rank.fill("15")
-    conflict.get_by_role("button", name="Take the other tab's").click()
+    conflict.get_by_role("button", name="Use the other tab's version").click()
     expect(rank).to_have_value("13")
 
 
@@ -67,7 +67,7 @@ def test_a_bad_value_is_told_at_its_field(server: ServerProcess, open_page: Call
     expect(field.locator("p.bad")).to_contain_text("fast")
     start = page.get_by_role("button", name="Start training")
     expect(start).to_be_disabled()
-    page.get_by_role("button", name="Problems to solve: 1").click()
+    page.get_by_role("button", name="Fix 1 problem").click()
     expect(page.locator("[aria-invalid=true]").first).to_be_focused()
     kept = lambda: server.request_ok("GET", f"drafts/{id}")["config"].get("learning_rate")  # noqa: E731
     wait_until(lambda: kept() == "fast", "a draft is kept unfinished")
@@ -75,7 +75,7 @@ def test_a_bad_value_is_told_at_its_field(server: ServerProcess, open_page: Call
     expect(rate).to_have_attribute("aria-invalid", "false")
     expect(rate).to_have_value("1e-4")
     expect(start).to_be_enabled()
-    page.get_by_role("button", name="Take out: discs").click()
+    page.get_by_role("button", name="Remove: discs").click()
     expect(page.locator("#problems")).to_be_visible()
     expect(start).to_be_disabled()
 
@@ -95,7 +95,7 @@ def test_a_name_that_a_run_has_is_refused_at_its_field(
     name, start = page.get_by_role("textbox", name="Name", exact=True), "Start training"
     page.get_by_role("button", name=start).click()
     expect(page.locator("#problems")).to_contain_text("name: ")
-    expect(page.locator("#problems")).to_contain_text("holds the results of a run already")
+    expect(page.locator("#problems")).to_contain_text("already holds the results of a run")
     wait_until(lambda: page.title() and held, "the form is being checked")
     held.pop().continue_()
     expect(page.get_by_text("No problems found")).to_be_visible()  # the check knows of no other runs
@@ -111,9 +111,9 @@ def test_options_that_need_others_and_a_preset_with_its_way_back(
 ) -> None:
     page, id = drafted(server, open_page, "preset")
     find_option(page, "use_ema").get_by_role("checkbox").check()
-    expect(find_option(page, "ema_decay").locator(".idle")).to_have_count(0)
+    expect(find_option(page, "ema_decay").locator(".no-effect")).to_have_count(0)
     find_option(page, "use_ema").get_by_role("checkbox").uncheck()
-    expect(find_option(page, "ema_decay").locator(".idle")).to_be_visible()
+    expect(find_option(page, "ema_decay").locator(".no-effect")).to_be_visible()
     expect_saved(page)
     before = server.request_ok("GET", f"drafts/{id}")["config"]
     page.get_by_label("Apply a preset").select_option("12gb")
@@ -129,7 +129,7 @@ def test_a_preset_s_size_is_written_as_the_language_does(
     server: ServerProcess, open_page: Callable[..., Page]
 ) -> None:
     page = open_page(server, "#/new", locale="es-ES")
-    expect(page.get_by_text(re.compile(r"; \d+,\d GB previstos")).first).to_be_visible()
+    expect(page.get_by_text(re.compile(r"; ~\d+,\d GB de VRAM")).first).to_be_visible()
     expect(page.get_by_text(re.compile(r"\d\.\d GB"))).to_have_count(0)
 
 
@@ -153,10 +153,10 @@ def test_export_and_import_are_each_other_s_way_back(
     dialog = page.get_by_role("dialog")
     dialog.get_by_label("Choose a file").set_input_files(tmp_path / "mine.jsonc")
     expect(dialog).to_contain_text("did you mean 'lora_rank'?")
-    dialog.get_by_label("Text of the file").fill((tmp_path / "config.json").read_text())
-    dialog.get_by_role("button", name="Read").click()
-    expect(dialog).to_contain_text(f"Options read: {len(files['config.json'])}")
-    dialog.get_by_role("button", name="Use it").click()
+    dialog.get_by_label("Content of the file").fill((tmp_path / "config.json").read_text())
+    dialog.get_by_role("button", name="Check").click()
+    expect(dialog).to_contain_text(f"Found {len(files['config.json'])} options")
+    dialog.get_by_role("button", name="Import").click()
     expect(dialog).to_be_hidden()
     expect_saved(page)
     assert server.request_ok("GET", f"drafts/{id}")["config"] == files["config.json"]
@@ -164,8 +164,8 @@ def test_export_and_import_are_each_other_s_way_back(
 
 def test_a_rehearsal(server: ServerProcess, open_page: Callable[..., Page]) -> None:
     page, _ = drafted(server, open_page, "tried")
-    page.get_by_role("button", name="Rehearse").click()
-    expect(page.get_by_text("Rehearse: Done")).to_be_visible()
+    page.get_by_role("button", name="Dry run").click()
+    expect(page.get_by_text("Dry run: Done")).to_be_visible()
     expect(page.get_by_text("nothing stands in the way")).to_be_visible()
 
 
@@ -187,7 +187,7 @@ def test_start_to_finish_by_keyboard_alone(server: ServerProcess, open_page: Cal
     expect_state(page, "Running")
     tab_to(page, "tab", re.compile("^Progress$"))
     page.keyboard.press("ArrowRight")
-    expect(page.get_by_role("tab", name="Pictures")).to_be_focused()
+    expect(page.get_by_role("tab", name="Images")).to_be_focused()
     expect(page.get_by_role("columnheader", name="Before")).to_be_visible()
     tab_to(page, "button", re.compile("^Open: fake prompt 0, step 0$"))
     page.keyboard.press("Enter")

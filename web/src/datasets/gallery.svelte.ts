@@ -1,20 +1,20 @@
-/** The pictures of a dataset: pages as they come into view, captions with the way back. */
+/** The images of a dataset: pages are loaded as they come into view, and edits of captions can be undone. */
 import { SvelteMap } from "svelte/reactivity";
-import { api, Refused, url } from "../lib/api";
+import { api, ApiError, url } from "../lib/api";
 import { explain, toasts } from "../lib/toast.svelte";
 import type { DatasetItem, DatasetItemPage } from "../lib/types";
 import { fill } from "../lib/fill";
 import { i18n } from "../lib/i18n.svelte";
 
-export type Only = "all" | "uncaptioned" | "captioned" | "refused";
-export interface Cut {
+export type ImageFilter = "all" | "uncaptioned" | "captioned" | "refused";
+export interface CropOptions {
   resolution: number;
   resolution_type: "pixel_area" | "pixel" | "area";
   crop: boolean;
   crop_aspect: "preserve" | "closest" | "square";
   crop_style: "center" | "random" | "corner";
 }
-export type Part = "picture" | "caption";
+export type CardPart = "image" | "caption";
 interface Edit {
   at: number;
   file: string;
@@ -23,32 +23,32 @@ interface Edit {
 }
 
 const PAGE = 60;
-const KEPT_PAGES = 40;
-const UNREAD_MS = 1500;
-const ROUTE = "/api/v1/datasets/{name}/captions/{path}";
+const MAX_PAGES = 40; // kept in memory
+const RELOAD_MS = 1500;
+const CAPTION_ROUTE = "/api/v1/datasets/{name}/captions/{path}";
 
 export class Gallery {
   total = $state<number | null>(null);
   unread = $state(0);
-  only = $state<Only>("all");
-  cut = $state.raw<Cut>({ resolution: 1024, resolution_type: "pixel_area", crop: true, crop_aspect: "preserve", crop_style: "center" });
+  only = $state<ImageFilter>("all");
+  cropOptions = $state.raw<CropOptions>({ resolution: 1024, resolution_type: "pixel_area", crop: true, crop_aspect: "preserve", crop_style: "center" });
   why = $state("");
-  /** Where the keyboard is, and where it is to go once that card is there. */
+  /** The image with the keyboard focus, and the focus to set when that card is in the page. */
   active = $state(0);
   moves = $state(0);
-  focus = $state.raw<{ at: number; part: Part } | null>(null);
+  focus = $state.raw<{ at: number; part: CardPart } | null>(null);
   readonly typed = new SvelteMap<string, string>();
   readonly saving = new SvelteMap<string, "saving" | "saved">();
   readonly failed = new SvelteMap<string, string>();
   readonly conflicts = new SvelteMap<string, string | null>();
   edits = $state.raw<Edit[]>([]);
   readonly #pages = new SvelteMap<number, DatasetItem[]>();
-  readonly #fresh = new Set<number>();
-  /** Pictures that no longer match the filter but stay where they are: file -> index. */
-  readonly #left = new Map<string, number>();
+  readonly #loadedPages = new Set<number>();
+  /** Images that no longer match the filter after an edit but stay in view: file -> index. */
+  readonly #filteredOut = new Map<string, number>();
   #generation = 0;
   #range: [number, number] = [0, 0];
-  #queue: Promise<unknown> = Promise.resolve();
+  #lastWrite: Promise<unknown> = Promise.resolve();
   #timer = 0;
 
   constructor(readonly name: string) {}
@@ -57,7 +57,7 @@ export class Gallery {
     return this.#pages.get(Math.floor(at / PAGE))?.[at % PAGE];
   }
 
-  show(only: Only): void {
+  show(only: ImageFilter): void {
     this.only = only;
     this.active = 0;
     this.total = null;
@@ -65,17 +65,17 @@ export class Gallery {
     this.refresh();
   }
 
-  cutAs(cut: Cut): void {
-    this.cut = cut;
+  setCropOptions(options: CropOptions): void {
+    this.cropOptions = options;
     this.refresh();
   }
 
-  /** Ask again for what is in view; what is shown stays until then. */
+  /** Load the images in view again; the old ones are shown until then. */
   refresh(): void {
     this.#generation += 1;
-    this.#fresh.clear();
-    this.#left.clear();
-    this.want(...this.#range);
+    this.#loadedPages.clear();
+    this.#filteredOut.clear();
+    this.loadRange(...this.#range);
   }
 
   close(): void {
@@ -83,49 +83,49 @@ export class Gallery {
     clearTimeout(this.#timer);
   }
 
-  want(first: number, last: number): void {
+  loadRange(first: number, last: number): void {
     this.#range = [first, last];
     for (let page = Math.floor(first / PAGE); page <= Math.floor(Math.max(0, last) / PAGE); page++) {
-      if (!this.#fresh.has(page)) void this.#load(page);
+      if (!this.#loadedPages.has(page)) void this.#load(page);
     }
   }
 
   async #load(page: number): Promise<void> {
     const generation = this.#generation;
-    this.#fresh.add(page);
-    const gone = [...this.#left.values()].filter((at) => at < page * PAGE).length;
-    const query = { offset: page * PAGE - gone, limit: PAGE, only: this.only, ...this.cut };
+    this.#loadedPages.add(page);
+    const hidden = [...this.#filteredOut.values()].filter((at) => at < page * PAGE).length;
+    const query = { offset: page * PAGE - hidden, limit: PAGE, only: this.only, ...this.cropOptions };
     try {
-      const found: DatasetItemPage & { unread?: number } = await api.get("/api/v1/datasets/{name}/items", { path: { name: this.name }, query });
+      const loaded: DatasetItemPage & { unread?: number } = await api.get("/api/v1/datasets/{name}/items", { path: { name: this.name }, query });
       if (generation !== this.#generation) return;
-      this.#pages.set(page, found.items);
-      this.total = found.total + this.#left.size;
+      this.#pages.set(page, loaded.items);
+      this.total = loaded.total + this.#filteredOut.size;
       this.why = "";
-      this.#forget(page);
-      this.#readOn(found.unread ?? 0);
+      this.#evictPages(page);
+      this.#reloadWhileUnread(loaded.unread ?? 0);
     } catch (error) {
       if (generation !== this.#generation) return;
-      this.#fresh.delete(page);
+      this.#loadedPages.delete(page);
       this.total ??= 0;
       this.why = explain(error);
     }
   }
 
-  #forget(now: number): void {
+  #evictPages(current: number): void {
     for (const page of this.#pages.keys()) {
-      if (this.#pages.size <= KEPT_PAGES) return;
-      if (Math.abs(page - now) > KEPT_PAGES / 2) {
+      if (this.#pages.size <= MAX_PAGES) return;
+      if (Math.abs(page - current) > MAX_PAGES / 2) {
         this.#pages.delete(page);
-        this.#fresh.delete(page);
+        this.#loadedPages.delete(page);
       }
     }
   }
 
-  /** The server still reads the folder. */
-  #readOn(unread: number): void {
+  /** Load again while the server is still reading the folder. */
+  #reloadWhileUnread(unread: number): void {
     this.unread = unread;
     clearTimeout(this.#timer);
-    if (unread > 0) this.#timer = window.setTimeout(() => this.refresh(), UNREAD_MS);
+    if (unread > 0) this.#timer = window.setTimeout(() => this.refresh(), RELOAD_MS);
   }
 
   edit(at: number, text: string): void {
@@ -135,20 +135,20 @@ export class Gallery {
     void this.#write(at, item.file, text, item.caption_text, true);
   }
 
-  /** What is still being saved is the last edit too. */
+  /** Undo the last edit, after waiting for an edit that is still being saved. */
   async undo(): Promise<void> {
-    await this.#queue;
+    await this.#lastWrite;
     const last = this.edits.at(-1);
     if (last === undefined) return;
     this.edits = this.edits.slice(0, -1);
     const done = await this.#write(last.at, last.file, last.before ?? "", last.after, false);
-    if (done) toasts.done(fill(i18n.t.datasets.undoDone, { file: last.file }));
+    if (done) toasts.success(fill(i18n.t.datasets.undoDone, { file: last.file }));
   }
 
-  /** One after the other, so that an undo meets what it undoes. */
+  /** Write one caption after the other, so that an undo follows the edit that it undoes. */
   #write(at: number, file: string, text: string, before: string | null, remember: boolean): Promise<boolean> {
-    const done = this.#queue.then(() => this.#send(at, file, text, before, remember));
-    this.#queue = done;
+    const done = this.#lastWrite.then(() => this.#send(at, file, text, before, remember));
+    this.#lastWrite = done;
     return done;
   }
 
@@ -156,10 +156,10 @@ export class Gallery {
     this.saving.set(file, "saving");
     this.failed.delete(file);
     try {
-      const ask = { path: { name: this.name, path: file }, query: { ...this.cut }, body: { text, before } };
-      const now = (await api.put(ROUTE, ask)).items[0];
-      if (now !== undefined) this.#put(at, now);
-      if (remember) this.edits = [...this.edits, { at, file, before, after: now?.caption_text ?? null }];
+      const args = { path: { name: this.name, path: file }, query: { ...this.cropOptions }, body: { text, before } };
+      const item = (await api.put(CAPTION_ROUTE, args)).items[0];
+      if (item !== undefined) this.#replaceItem(at, item);
+      if (remember) this.edits = [...this.edits, { at, file, before, after: item?.caption_text ?? null }];
       this.conflicts.delete(file);
       this.saving.set(file, "saved");
       return true;
@@ -167,45 +167,46 @@ export class Gallery {
       this.saving.delete(file);
       this.failed.set(file, explain(error));
       if (remember) this.typed.set(file, text);
-      if (error instanceof Refused && error.status === 409) await this.#conflict(at, file, text);
+      if (error instanceof ApiError && error.status === 409) await this.#showConflict(at, file, text);
       return false;
     }
   }
 
-  #put(at: number, item: DatasetItem): void {
+  #replaceItem(at: number, item: DatasetItem): void {
     const page = this.#pages.get(Math.floor(at / PAGE));
     if (page?.[at % PAGE]?.file !== item.file) return this.refresh();
     this.#pages.set(Math.floor(at / PAGE), page.with(at % PAGE, item));
     const captioned = item.captions.length > 0;
-    const stays = this.only === "all" || this.only === "refused" || captioned === (this.only === "captioned");
-    if (stays) this.#left.delete(item.file);
-    else this.#left.set(item.file, at);
+    const matches = this.only === "all" || this.only === "refused" || captioned === (this.only === "captioned");
+    if (matches) this.#filteredOut.delete(item.file);
+    else this.#filteredOut.set(item.file, at);
   }
 
-  /** What the file says now, beside what was to be written. */
-  async #conflict(at: number, file: string, text: string): Promise<void> {
-    const query = { offset: at, limit: 1, only: this.only, ...this.cut };
-    const now = (await api.get("/api/v1/datasets/{name}/items", { path: { name: this.name }, query })).items[0];
-    if (now === undefined || now.file !== file) return this.refresh();
-    this.#put(at, now);
+  /** Show the present caption of the file next to the text that could not be written. */
+  async #showConflict(at: number, file: string, text: string): Promise<void> {
+    const query = { offset: at, limit: 1, only: this.only, ...this.cropOptions };
+    const item = (await api.get("/api/v1/datasets/{name}/items", { path: { name: this.name }, query })).items[0];
+    if (item === undefined || item.file !== file) return this.refresh();
+    this.#replaceItem(at, item);
     this.typed.set(file, text);
-    this.conflicts.set(file, now.caption_text);
+    this.conflicts.set(file, item.caption_text);
     this.failed.delete(file);
   }
 
-  settle(at: number, file: string, mine: boolean): void {
+  /** End a conflict with the user's text or with that of the file. */
+  resolveConflict(at: number, file: string, mine: boolean): void {
     const text = this.typed.get(file) ?? "";
     this.typed.delete(file);
     this.conflicts.delete(file);
     if (mine) this.edit(at, text);
   }
 
-  /** The page goes away while a caption is being typed. */
-  leave(): void {
+  /** Save captions that are being typed when the page is closed. */
+  saveOnLeave(): void {
     for (const [file, text] of this.typed) {
-      const item = [...this.#pages.values()].flat().find((one) => one.file === file);
+      const item = [...this.#pages.values()].flat().find((candidate) => candidate.file === file);
       if (item === undefined || text === (item.caption_text ?? "") || this.conflicts.has(file)) continue;
-      void fetch(url(ROUTE, { name: this.name, path: file }), {
+      void fetch(url(CAPTION_ROUTE, { name: this.name, path: file }), {
         method: "PUT",
         keepalive: true,
         headers: { "content-type": "application/json" },
@@ -214,7 +215,8 @@ export class Gallery {
     }
   }
 
-  move(to: number, part: Part): void {
+  /** Move the focus to an image or its caption. */
+  move(to: number, part: CardPart): void {
     const at = Math.max(0, Math.min((this.total ?? 1) - 1, to));
     this.active = at;
     this.moves += 1;

@@ -1,23 +1,24 @@
-/** Files on their way: three at once, those that meet a bad line sent again, what is refused told one by one. */
+/** Uploads files, three at a time; connection errors are retried, and rejected files are listed with the reason. */
 import { url } from "../lib/api";
 import type { UploadResult } from "../lib/types";
-import { isTaken, type Found } from "./drop";
+import { isSupported, type UploadFile } from "./droppedFiles";
 
 interface Sending {
   path: string;
-  part: number;
+  /** Share of the bytes that were sent, 0 to 1. */
+  progress: number;
   attempt: number;
 }
-export interface Failure extends Found {
-  why: string;
+export interface Failure extends UploadFile {
+  reason: string;
 }
 
-const AT_ONCE = 3;
-const ATTEMPTS = 4;
+const MAX_CONCURRENT = 3;
+const MAX_ATTEMPTS = 4;
 const wait = (ms: number) => new Promise((done) => setTimeout(done, ms));
 
-/** status 0: the line broke. */
-interface Answer {
+/** status 0: the connection failed. */
+interface UploadResponse {
   status: number;
   text: string;
 }
@@ -26,36 +27,39 @@ export class Uploader {
   total = $state(0);
   done = $state(0);
   saved = $state(0);
-  skipped = $state(0);
+  /** Paths of files with an unsupported suffix. */
+  skipped = $state.raw<string[]>([]);
   sending = $state<Sending[]>([]);
   refused = $state.raw<{ file: string; reason: string }[]>([]);
   failed = $state.raw<Failure[]>([]);
-  /** All is in, and the page has looked at what the dataset holds now. */
-  settled = $state(false);
+  /** All files are sent, and the page has loaded the updated dataset. */
+  finished = $state(false);
   stopped = $state(false);
-  #waiting: Found[] = [];
+  #waiting: UploadFile[] = [];
   readonly #open = new Set<XMLHttpRequest>();
 
   constructor(
     readonly name: string,
-    readonly told: { unreachable: () => string; ended: () => Promise<unknown> },
+    readonly callbacks: { unreachable: () => string; ended: () => Promise<unknown> },
   ) {}
 
   get busy(): boolean {
     return this.sending.length > 0;
   }
 
-  add(found: Found[]): void {
+  add(files: UploadFile[]): void {
     if (!this.busy) {
-      [this.total, this.done, this.saved, this.skipped] = [0, 0, 0, 0];
-      [this.refused, this.failed, this.settled, this.stopped] = [[], [], false, false];
+      [this.total, this.done, this.saved] = [0, 0, 0];
+      [this.skipped, this.refused, this.failed] = [[], [], []];
+      [this.finished, this.stopped] = [false, false];
     }
-    const taken = found.filter((one) => isTaken(one.path));
-    this.skipped += found.length - taken.length;
-    this.total += taken.length;
-    // captions first: a picture is then never seen without its own
-    this.#waiting.push(...taken.sort((one, other) => Number(/\.txt$/i.test(other.path)) - Number(/\.txt$/i.test(one.path))));
-    while (this.sending.length < AT_ONCE && this.#waiting.length > 0) void this.#lane();
+    const supported = files.filter((file) => isSupported(file.path));
+    this.skipped = [...this.skipped, ...files.filter((file) => !isSupported(file.path)).map((file) => file.path)];
+    this.total += supported.length;
+    // captions first, so that an image is never shown without its caption
+    const isCaption = (file: UploadFile) => Number(/\.txt$/i.test(file.path));
+    this.#waiting.push(...supported.sort((a, b) => isCaption(b) - isCaption(a)));
+    while (this.sending.length < MAX_CONCURRENT && this.#waiting.length > 0) void this.#runWorker();
   }
 
   retry(): void {
@@ -68,63 +72,63 @@ export class Uploader {
     for (const request of this.#open) request.abort();
   }
 
-  async #lane(): Promise<void> {
+  async #runWorker(): Promise<void> {
     for (let next = this.#waiting.shift(); next !== undefined; next = this.#waiting.shift()) {
-      this.sending.push({ path: next.path, part: 0, attempt: 1 });
+      this.sending.push({ path: next.path, progress: 0, attempt: 1 });
       const path = next.path;
-      await this.#one(next, this.sending.find((one) => one.path === path)!);
-      this.sending = this.sending.filter((one) => one.path !== path);
+      await this.#upload(next, this.sending.find((file) => file.path === path)!);
+      this.sending = this.sending.filter((file) => file.path !== path);
       this.done += 1;
     }
     if (this.busy) return;
-    await this.told.ended();
-    this.settled = !this.busy;
+    await this.callbacks.ended();
+    this.finished = !this.busy;
   }
 
-  async #one(found: Found, shown: Sending): Promise<void> {
+  async #upload(file: UploadFile, status: Sending): Promise<void> {
     for (;;) {
-      const answer = await this.#send(found, shown);
-      if (this.stopped && answer.status === 0) return;
-      if (answer.status >= 200 && answer.status < 300) {
-        const told = JSON.parse(answer.text) as UploadResult;
-        this.saved += told.saved.length;
-        this.refused = [...this.refused, ...told.refused];
+      const response = await this.#send(file, status);
+      if (this.stopped && response.status === 0) return;
+      if (response.status >= 200 && response.status < 300) {
+        const result = JSON.parse(response.text) as UploadResult;
+        this.saved += result.saved.length;
+        this.refused = [...this.refused, ...result.refused];
         return;
       }
-      const passing = answer.status === 0 || answer.status === 429 || answer.status >= 502;
-      if (!passing || shown.attempt >= ATTEMPTS) return this.#fail(found, answer, passing);
-      await wait(500 * 2 ** shown.attempt);
-      shown.attempt += 1;
+      const isTemporary = response.status === 0 || response.status === 429 || response.status >= 502;
+      if (!isTemporary || status.attempt >= MAX_ATTEMPTS) return this.#fail(file, response, isTemporary);
+      await wait(500 * 2 ** status.attempt);
+      status.attempt += 1;
     }
   }
 
-  #fail(found: Found, answer: Answer, passing: boolean): void {
-    const why = answer.status === 0 ? this.told.unreachable() : reason(answer);
-    if (passing || answer.status >= 500) this.failed = [...this.failed, { ...found, why }];
-    else this.refused = [...this.refused, { file: found.path, reason: why }];
+  #fail(file: UploadFile, response: UploadResponse, isTemporary: boolean): void {
+    const reason = response.status === 0 ? this.callbacks.unreachable() : errorMessage(response);
+    if (isTemporary || response.status >= 500) this.failed = [...this.failed, { ...file, reason }];
+    else this.refused = [...this.refused, { file: file.path, reason }];
   }
 
-  #send(found: Found, shown: Sending): Promise<Answer> {
+  #send(file: UploadFile, status: Sending): Promise<UploadResponse> {
     return new Promise((done) => {
-      const request = new XMLHttpRequest(); // fetch tells no progress of what is sent
+      const request = new XMLHttpRequest(); // fetch does not report the progress of an upload
       this.#open.add(request);
-      request.open("PUT", url("/api/v1/datasets/{name}/files/{path}", { name: this.name, path: found.path }));
+      request.open("PUT", url("/api/v1/datasets/{name}/files/{path}", { name: this.name, path: file.path }));
       request.setRequestHeader("content-type", "application/octet-stream");
-      request.upload.onprogress = (event) => (shown.part = event.loaded / Math.max(1, event.total));
+      request.upload.onprogress = (event) => (status.progress = event.loaded / Math.max(1, event.total));
       request.onloadend = () => {
         this.#open.delete(request);
         done({ status: request.status, text: request.responseText });
       };
-      request.send(found.file);
+      request.send(file.file);
     });
   }
 }
 
-function reason(answer: Answer): string {
+function errorMessage(response: UploadResponse): string {
   try {
-    const body = JSON.parse(answer.text) as { detail?: { message: string }[] };
-    return body.detail?.map((one) => one.message).join("; ") || `HTTP ${answer.status}`;
+    const body = JSON.parse(response.text) as { detail?: { message: string }[] };
+    return body.detail?.map((item) => item.message).join("; ") || `HTTP ${response.status}`;
   } catch {
-    return `HTTP ${answer.status}`;
+    return `HTTP ${response.status}`;
   }
 }

@@ -1,4 +1,4 @@
-import type { Words } from "../lib/i18n.svelte";
+import type { Texts } from "../lib/i18n.svelte";
 import { common } from "./es/common";
 import { datasets } from "./es/datasets";
 import { errors } from "./es/errors";
@@ -8,4 +8,4 @@ import { run } from "./es/run";
 import { runs } from "./es/runs";
 import { system } from "./es/system";
 
-export const es: Words = { common, datasets, errors, nav, newRun, run, runs, system };
+export const es: Texts = { common, datasets, errors, nav, newRun, run, runs, system };

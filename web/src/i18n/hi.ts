@@ -1,4 +1,4 @@
-import type { Words } from "../lib/i18n.svelte";
+import type { Texts } from "../lib/i18n.svelte";
 import { common } from "./hi/common";
 import { datasets } from "./hi/datasets";
 import { errors } from "./hi/errors";
@@ -8,4 +8,4 @@ import { run } from "./hi/run";
 import { runs } from "./hi/runs";
 import { system } from "./hi/system";
 
-export const hi: Words = { common, datasets, errors, nav, newRun, run, runs, system };
+export const hi: Texts = { common, datasets, errors, nav, newRun, run, runs, system };

@@ -8,7 +8,7 @@ type Route<M extends Method> = {
 }[keyof paths];
 type Op<P extends keyof paths, M extends Method> = Extract<paths[P][M], Operation>;
 
-type Part<O, K extends string> = O extends { parameters: infer Q }
+type ParametersIn<O, K extends string> = O extends { parameters: infer Q }
   ? Q extends { [X in K]: infer T }
     ? { [X in K]: T }
     : Q extends { [X in K]?: infer T }
@@ -16,12 +16,12 @@ type Part<O, K extends string> = O extends { parameters: infer Q }
       : unknown
   : unknown;
 type Body<O> = O extends { requestBody: { content: { "application/json": infer B } } } ? { body: B } : unknown;
-type Ask<O> = Part<O, "path"> & Part<O, "query"> & Body<O>;
-/** Nothing to say may be left out. */
-type Rest<A> = Record<never, never> extends A ? [ask?: A] : [ask: A];
+type RequestArguments<O> = ParametersIn<O, "path"> & ParametersIn<O, "query"> & Body<O>;
+/** The arguments are optional if none of them is required. */
+type Optional<A> = Record<never, never> extends A ? [args?: A] : [args: A];
 
 type Json<R> = R extends { content: { "application/json": infer B } } ? B : undefined;
-type Answer<O> = O extends { responses: infer R }
+type ResponseBody<O> = O extends { responses: infer R }
   ? R extends { 200: infer A }
     ? Json<A>
     : R extends { 201: infer A }
@@ -29,28 +29,28 @@ type Answer<O> = O extends { responses: infer R }
       : undefined
   : never;
 
-/** An answer that is no success. status 0: the server was not reached. */
-export class Refused extends Error {
+/** An error response. status 0: the server could not be reached. */
+export class ApiError extends Error {
   constructor(
     readonly status: number,
     readonly detail: ErrorDetail[],
   ) {
-    super(detail.map((one) => (one.loc ? `${one.loc}: ${one.message}` : one.message)).join("\n"));
+    super(detail.map((item) => (item.loc ? `${item.loc}: ${item.message}` : item.message)).join("\n"));
   }
 }
 
-/** Whether the server may answer the same question later. */
-export function isUnreached(error: unknown): boolean {
-  return error instanceof Refused && error.status === 0;
+/** True if the same request may succeed later. */
+export function isUnreachable(error: unknown): boolean {
+  return error instanceof ApiError && error.status === 0;
 }
 
-interface Loose {
+interface UntypedArguments {
   path?: Record<string, unknown>;
   query?: Record<string, unknown>;
   body?: unknown;
 }
 
-/** Address of a route, for pictures and downloads too. Parameter "path" keeps its slashes. */
+/** The URL of a route, also for images and downloads. The parameter "path" keeps its slashes. */
 export function url(route: keyof paths, path: object = {}, query: object = {}): string {
   const values = path as Record<string, unknown>;
   const filled = route.slice(1).replace(/\{(\w+)\}/g, (_, name: string) => {
@@ -64,7 +64,8 @@ export function url(route: keyof paths, path: object = {}, query: object = {}): 
   return address.pathname + address.search;
 }
 
-export async function refusal(response: Response): Promise<Refused> {
+/** Convert an error response; a 401 opens the login page. */
+export async function toApiError(response: Response): Promise<ApiError> {
   let detail: ErrorDetail[] = [];
   try {
     const body: unknown = await response.json();
@@ -72,33 +73,33 @@ export async function refusal(response: Response): Promise<Refused> {
       detail = body.detail as ErrorDetail[];
     }
   } catch (error) {
-    if (!(error instanceof SyntaxError)) throw error; // a proxy's page is no JSON
+    if (!(error instanceof SyntaxError)) throw error; // the error page of a proxy is not JSON
   }
   if (response.status === 401 && !location.hash.startsWith("#/login")) location.hash = "#/login";
-  return new Refused(response.status, detail);
+  return new ApiError(response.status, detail);
 }
 
-async function call(method: Method, route: keyof paths, ask: Loose): Promise<unknown> {
+async function call(method: Method, route: keyof paths, args: UntypedArguments): Promise<unknown> {
   const init: RequestInit = { method: method.toUpperCase(), credentials: "same-origin" };
   if (method !== "get") init.headers = { "content-type": "application/json" };
-  if (ask.body !== undefined) init.body = JSON.stringify(ask.body);
+  if (args.body !== undefined) init.body = JSON.stringify(args.body);
   try {
-    const response = await fetch(url(route, ask.path, ask.query), init);
-    if (!response.ok) throw await refusal(response);
+    const response = await fetch(url(route, args.path, args.query), init);
+    if (!response.ok) throw await toApiError(response);
     return response.status === 204 ? undefined : await response.json();
   } catch (error) {
-    if (error instanceof Refused) throw error;
-    throw new Refused(0, []); // also one that was cut off in the middle
+    if (error instanceof ApiError) throw error;
+    throw new ApiError(0, []); // also for a response that was interrupted
   }
 }
 
 export const api = {
-  get: <P extends Route<"get">>(route: P, ...[ask]: Rest<Ask<Op<P, "get">>>) =>
-    call("get", route, (ask ?? {}) as Loose) as Promise<Answer<Op<P, "get">>>,
-  post: <P extends Route<"post">>(route: P, ...[ask]: Rest<Ask<Op<P, "post">>>) =>
-    call("post", route, (ask ?? {}) as Loose) as Promise<Answer<Op<P, "post">>>,
-  put: <P extends Route<"put">>(route: P, ...[ask]: Rest<Ask<Op<P, "put">>>) =>
-    call("put", route, (ask ?? {}) as Loose) as Promise<Answer<Op<P, "put">>>,
-  delete: <P extends Route<"delete">>(route: P, ...[ask]: Rest<Ask<Op<P, "delete">>>) =>
-    call("delete", route, (ask ?? {}) as Loose) as Promise<Answer<Op<P, "delete">>>,
+  get: <P extends Route<"get">>(route: P, ...[args]: Optional<RequestArguments<Op<P, "get">>>) =>
+    call("get", route, (args ?? {}) as UntypedArguments) as Promise<ResponseBody<Op<P, "get">>>,
+  post: <P extends Route<"post">>(route: P, ...[args]: Optional<RequestArguments<Op<P, "post">>>) =>
+    call("post", route, (args ?? {}) as UntypedArguments) as Promise<ResponseBody<Op<P, "post">>>,
+  put: <P extends Route<"put">>(route: P, ...[args]: Optional<RequestArguments<Op<P, "put">>>) =>
+    call("put", route, (args ?? {}) as UntypedArguments) as Promise<ResponseBody<Op<P, "put">>>,
+  delete: <P extends Route<"delete">>(route: P, ...[args]: Optional<RequestArguments<Op<P, "delete">>>) =>
+    call("delete", route, (args ?? {}) as UntypedArguments) as Promise<ResponseBody<Op<P, "delete">>>,
 };

@@ -1,26 +1,27 @@
-/** The page's language. `i18n.t.runs.title` is typed; a key missing in a translation does not compile. */
+/** The language of the pages. `i18n.t.runs.title` is typed; a missing translation does not compile. */
 import { en } from "../i18n/en";
 import { es } from "../i18n/es";
 import { hi } from "../i18n/hi";
 
-export type Words = typeof en;
+export type Texts = typeof en;
 export type Language = "en" | "es" | "hi";
 
-const DICTIONARIES: Record<Language, Words> = { en, es, hi };
+const DICTIONARIES: Record<Language, Texts> = { en, es, hi };
 export const LANGUAGES: Record<Language, string> = { en: "English", es: "Español", hi: "हिन्दी" };
-const KEPT = "simpletuner.language";
+const STORAGE_KEY = "simpletuner.language";
 
 function isLanguage(name: string): name is Language {
   return name in DICTIONARIES;
 }
 
-function first(): Language {
-  const wishes = [localStorage.getItem(KEPT) ?? "", ...navigator.languages];
-  return wishes.map((wish) => wish.slice(0, 2).toLowerCase()).find(isLanguage) ?? "en";
+/** The stored choice, else the first supported language of the browser. */
+function initialLanguage(): Language {
+  const candidates = [localStorage.getItem(STORAGE_KEY) ?? "", ...navigator.languages];
+  return candidates.map((name) => name.slice(0, 2).toLowerCase()).find(isLanguage) ?? "en";
 }
 
 class I18n {
-  #language = $state<Language>(first());
+  #language = $state<Language>(initialLanguage());
 
   constructor() {
     document.documentElement.lang = this.#language;
@@ -32,11 +33,11 @@ class I18n {
 
   set language(chosen: Language) {
     this.#language = chosen;
-    localStorage.setItem(KEPT, chosen);
+    localStorage.setItem(STORAGE_KEY, chosen);
     document.documentElement.lang = chosen;
   }
 
-  get t(): Words {
+  get t(): Texts {
     return DICTIONARIES[this.#language];
   }
 }

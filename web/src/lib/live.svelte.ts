@@ -1,19 +1,19 @@
-/** The one WebSocket: runs, queue, and the events of the run that is being looked at. */
+/** The WebSocket connection: the list of runs, the queue, and the events of the run that is shown. */
 import type { FollowRequest, LiveUpdate, Queue, RunSummary } from "./types";
 
 export type Connection = "connecting" | "open" | "lost";
-const SLOWEST_MS = 10_000;
+const MAX_RETRY_MS = 10_000;
 
-interface Followed {
-  ask: Required<FollowRequest>;
-  hear: (message: LiveUpdate) => void;
+interface Subscription {
+  request: Required<FollowRequest>;
+  onUpdate: (message: LiveUpdate) => void;
 }
 
 class LiveFeed {
   runs = $state.raw<RunSummary[] | null>(null);
   queue = $state.raw<Queue | null>(null);
   connection = $state<Connection>("connecting");
-  #followed: Followed | null = null;
+  #subscription: Subscription | null = null;
   #socket: WebSocket | null = null;
   #wait_ms = 500;
   #timer = 0;
@@ -23,7 +23,7 @@ class LiveFeed {
     document.addEventListener("visibilitychange", () => document.hidden || this.#retryNow());
   }
 
-  /** Idempotent: the first page that needs live data opens the connection. */
+  /** Open the connection if it is not open; the first page that needs live data calls this. */
   open(): void {
     if (this.#socket !== null) return;
     const address = new URL("api/v1/live", document.baseURI);
@@ -34,51 +34,52 @@ class LiveFeed {
     socket.onopen = () => {
       this.#wait_ms = 500;
       this.connection = "open";
-      this.#say();
+      this.#sendRequest();
     };
-    socket.onmessage = (event: MessageEvent<string>) => this.#hear(JSON.parse(event.data) as LiveUpdate);
+    socket.onmessage = (event: MessageEvent<string>) => this.#receive(JSON.parse(event.data) as LiveUpdate);
     socket.onclose = () => {
       this.#socket = null;
       this.connection = "lost";
       this.#timer = window.setTimeout(() => this.open(), this.#wait_ms);
-      this.#wait_ms = Math.min(SLOWEST_MS, this.#wait_ms * 2);
+      this.#wait_ms = Math.min(MAX_RETRY_MS, this.#wait_ms * 2);
     };
   }
 
-  /** Hear a run's events from byte `since` and its log from `logSince`; after a break from where it was.
-   * The answer ends it. */
-  follow(run: string, since: number, logSince: number, hear: (message: LiveUpdate) => void): () => void {
-    const followed: Followed = { ask: { run, since, log_since: logSince }, hear };
-    this.#followed = followed;
+  /** Follow a run's events from byte `since` and its log from byte `logSince`; a lost connection continues
+   * where it was. Returns a function that ends the subscription. */
+  follow(run: string, since: number, logSince: number, onUpdate: (message: LiveUpdate) => void): () => void {
+    const subscription: Subscription = { request: { run, since, log_since: logSince }, onUpdate };
+    this.#subscription = subscription;
     this.open();
-    this.#say();
+    this.#sendRequest();
     return () => {
-      if (this.#followed !== followed) return;
-      this.#followed = null;
-      this.#say();
+      if (this.#subscription !== subscription) return;
+      this.#subscription = null;
+      this.#sendRequest();
     };
   }
 
   run(id: string): RunSummary | undefined {
-    return this.runs?.find((one) => one.id === id);
+    return this.runs?.find((run) => run.id === id);
   }
 
-  #say(): void {
+  #sendRequest(): void {
     if (this.#socket?.readyState !== WebSocket.OPEN) return;
-    const ask: FollowRequest = this.#followed?.ask ?? { run: null, since: 0, log_since: 0 };
-    this.#socket.send(JSON.stringify(ask));
+    const request: FollowRequest = this.#subscription?.request ?? { run: null, since: 0, log_since: 0 };
+    this.#socket.send(JSON.stringify(request));
   }
 
-  #hear(message: LiveUpdate): void {
+  #receive(message: LiveUpdate): void {
     if (message.runs !== null) this.runs = message.runs;
     if (message.queue !== null) this.queue = message.queue;
-    const followed = this.#followed;
-    if (followed === null || message.run !== followed.ask.run) return;
-    // on its way when the question changed: what lies between is still to come
-    if ((message.start ?? 0) > followed.ask.since) return;
-    if (message.end !== null) followed.ask.since = message.start === 0 ? message.end : Math.max(message.end, followed.ask.since);
-    if (message.log !== null) followed.ask.log_since = message.log.end;
-    followed.hear(message);
+    const subscription = this.#subscription;
+    if (subscription === null || message.run !== subscription.request.run) return;
+    const { request } = subscription;
+    // sent before the server received a new request: the events in between are still to come
+    if ((message.start ?? 0) > request.since) return;
+    if (message.end !== null) request.since = message.start === 0 ? message.end : Math.max(message.end, request.since);
+    if (message.log !== null) request.log_since = message.log.end;
+    subscription.onUpdate(message);
   }
 
   #retryNow(): void {

@@ -1,4 +1,4 @@
-/** Where the page is: "#/runs/ab12?x=1" has page "runs", rest ["ab12"]. */
+/** The address of the page: "#/runs/ab12?x=1" has page "runs" and rest ["ab12"]. */
 
 class Router {
   #hash = $state(location.hash);
@@ -26,12 +26,12 @@ class Router {
     return this.#route.query;
   }
 
-  /** go("runs", id): a new entry in the history. */
+  /** Open a page, such as go("runs", id), with a new entry in the history. */
   go(...parts: string[]): void {
     location.hash = href(...parts);
   }
 
-  /** The same without one: "new" became "new/ID" when its draft was made. */
+  /** Change the address without a new entry in the history. */
   replace(...parts: string[]): void {
     history.replaceState(null, "", href(...parts));
     this.#hash = location.hash;

@@ -1,20 +1,20 @@
-/** Light or dark: the system's, or the person's choice. */
+/** The light or dark theme: the system's, or the user's choice. */
 
 export type Theme = "system" | "light" | "dark";
-const KEPT = "simpletuner.theme";
+const STORAGE_KEY = "simpletuner.theme";
 const system = matchMedia("(prefers-color-scheme: dark)");
 
-function first(): Theme {
-  const kept = localStorage.getItem(KEPT);
-  return kept === "light" || kept === "dark" ? kept : "system";
+function initialTheme(): Theme {
+  const stored = localStorage.getItem(STORAGE_KEY);
+  return stored === "light" || stored === "dark" ? stored : "system";
 }
 
 class Themes {
-  #choice = $state<Theme>(first());
+  #choice = $state<Theme>(initialTheme());
   #systemDark = $state(system.matches);
 
   constructor() {
-    this.#show();
+    this.#apply();
     system.addEventListener("change", () => {
       this.#systemDark = system.matches;
     });
@@ -26,16 +26,16 @@ class Themes {
 
   set choice(chosen: Theme) {
     this.#choice = chosen;
-    localStorage.setItem(KEPT, chosen);
-    this.#show();
+    localStorage.setItem(STORAGE_KEY, chosen);
+    this.#apply();
   }
 
-  /** For what cannot follow CSS by itself: charts read their colours again when this changes. */
+  /** True for the dark theme. Charts, which do not follow CSS, read their colours again when it changes. */
   get dark(): boolean {
     return this.#choice === "dark" || (this.#choice === "system" && this.#systemDark);
   }
 
-  #show(): void {
+  #apply(): void {
     document.documentElement.dataset.theme = this.#choice;
   }
 }

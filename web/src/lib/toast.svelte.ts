@@ -1,10 +1,10 @@
-/** Short messages that leave by themselves; what went wrong stays until it is closed. */
-import { Refused } from "./api";
+/** Short messages: a success disappears by itself, an error stays until it is closed. */
+import { ApiError } from "./api";
 import { i18n } from "./i18n.svelte";
 
 export interface Toast {
   id: number;
-  kind: "done" | "bad";
+  kind: "success" | "error";
   text: string;
 }
 
@@ -12,17 +12,17 @@ class Toasts {
   shown = $state.raw<Toast[]>([]);
   #next = 1;
 
-  done(text: string): void {
-    const id = this.#add("done", text);
+  success(text: string): void {
+    const id = this.#add("success", text);
     setTimeout(() => this.close(id), 5000);
   }
 
-  bad(text: string): void {
-    if (!this.shown.some((one) => one.text === text)) this.#add("bad", text);
+  error(text: string): void {
+    if (!this.shown.some((toast) => toast.text === text)) this.#add("error", text);
   }
 
   close(id: number): void {
-    this.shown = this.shown.filter((one) => one.id !== id);
+    this.shown = this.shown.filter((toast) => toast.id !== id);
   }
 
   #add(kind: Toast["kind"], text: string): number {
@@ -34,21 +34,21 @@ class Toasts {
 
 export const toasts = new Toasts();
 
-/** What a failed request says to a person. */
+/** The message for a failed request; other errors are thrown again. */
 export function explain(error: unknown): string {
-  if (!(error instanceof Refused)) throw error;
+  if (!(error instanceof ApiError)) throw error;
   const t = i18n.t.errors;
   if (error.status === 0) return t.unreachable;
   if (error.status === 401) return t.loginNeeded;
   return error.message || t.refused(error.status);
 }
 
-/** Do it; a refusal becomes a toast and null. Other errors are mistakes of this page and go on. */
+/** Run `work`; a failed request is shown as a toast and returns null. Other errors are bugs and are thrown. */
 export async function attempt<T>(work: () => Promise<T>): Promise<T | null> {
   try {
     return await work();
   } catch (error) {
-    toasts.bad(explain(error));
+    toasts.error(explain(error));
     return null;
   }
 }

@@ -1,35 +1,35 @@
-/** One draft as it is edited: saved, checked and priced with every change. */
-import { api, Refused, url } from "../lib/api";
+/** The draft being edited: every change is saved, validated and planned. */
+import { api, ApiError, url } from "../lib/api";
 import { explain } from "../lib/toast.svelte";
 import type { ErrorDetail, Draft, OptionInfo, FormSchema, ConfigValidationResult } from "../lib/types";
-import { PlanWatch } from "./plan.svelte";
-import { changed, same, type Values } from "./values";
+import { PlanPoller } from "./plan.svelte";
+import { isEqual, withValue, type Values } from "./values";
 
 type Saving = "saved" | "unsaved" | "saving" | "failed" | "conflict";
 const SAVE_MS = 400;
 const CHECK_MS = 300;
-const AGAIN_MS = 5000;
+const RETRY_MS = 5000;
 
 export class DraftForm {
   readonly options: Map<string, OptionInfo>;
-  readonly plan = new PlanWatch();
+  readonly plan = new PlanPoller();
   name = $state("");
   config = $state.raw<Values>({});
   datasets = $state.raw<Values[]>([]);
   saving = $state<Saving>("saved");
   why = $state("");
-  verdict = $state.raw<ConfigValidationResult | null>(null);
+  validation = $state.raw<ConfigValidationResult | null>(null);
   checking = $state(false);
-  /** Why it was not started; true until something is changed. */
-  refused = $state.raw<ErrorDetail[]>([]);
-  unchecked = $state.raw<ErrorDetail[]>([]);
+  /** Why the start was rejected; cleared by the next change. */
+  startErrors = $state.raw<ErrorDetail[]>([]);
+  checkErrors = $state.raw<ErrorDetail[]>([]);
   theirs = $state.raw<Draft | null>(null);
   #draft: Draft;
   #dirty = false;
   #running: Promise<boolean> | null = null;
   #saveTimer = 0;
   #checkTimer = 0;
-  #asked = 0;
+  #checks = 0;
 
   constructor(
     readonly schema: FormSchema,
@@ -48,12 +48,12 @@ export class DraftForm {
     return this.#draft.version;
   }
 
-  readonly problems = $derived.by(() => this.verdict?.problems ?? []);
-  readonly general = $derived.by(() => [...this.refused, ...this.unchecked, ...this.problems.filter((one) => !this.#hasField(one.loc))]);
+  readonly problems = $derived.by(() => this.validation?.problems ?? []);
+  readonly general = $derived.by(() => [...this.startErrors, ...this.checkErrors, ...this.problems.filter((problem) => !this.#hasField(problem.loc))]);
 
-  /** What the last check says of a field, and what refused the start. */
+  /** The problems of a field, from the last validation and from the start. */
   problemsOf(loc: string): string[] {
-    return [...this.refused, ...this.problems].filter((one) => one.loc === loc).map((one) => one.message);
+    return [...this.startErrors, ...this.problems].filter((problem) => problem.loc === loc).map((problem) => problem.message);
   }
 
   #hasField(loc: string): boolean {
@@ -65,15 +65,15 @@ export class DraftForm {
   }
 
   set(option: OptionInfo, value: unknown): void {
-    this.config = changed(this.config, option, value);
+    this.config = withValue(this.config, option, value);
     this.touch();
   }
 
-  /** Many options at once: a preset, an import, what fits. */
+  /** Set many options at once: a preset, an import, fitting settings. */
   merge(values: Values): void {
     for (const [name, value] of Object.entries(values)) {
       const option = this.options.get(name);
-      this.config = option === undefined ? { ...this.config, [name]: value } : changed(this.config, option, value);
+      this.config = option === undefined ? { ...this.config, [name]: value } : withValue(this.config, option, value);
     }
     this.touch();
   }
@@ -86,7 +86,7 @@ export class DraftForm {
 
   touch(): void {
     this.#dirty = true;
-    this.refused = [];
+    this.startErrors = [];
     if (this.saving !== "conflict") this.saving = "unsaved";
     clearTimeout(this.#saveTimer);
     this.#saveTimer = window.setTimeout(() => void this.flush(), SAVE_MS);
@@ -100,22 +100,22 @@ export class DraftForm {
   }
 
   async #check(): Promise<void> {
-    const asked = ++this.#asked;
+    const check = ++this.#checks;
     const body = { config: this.config, datasets: this.datasets };
     try {
-      const verdict = await api.post("/api/v1/validate", { body });
-      if (asked !== this.#asked) return;
-      this.verdict = verdict;
-      this.unchecked = [];
-      if (verdict.problems.some((one) => this.options.has(one.loc))) this.plan.wait();
+      const validation = await api.post("/api/v1/validate", { body });
+      if (check !== this.#checks) return;
+      this.validation = validation;
+      this.checkErrors = [];
+      if (validation.problems.some((problem) => this.options.has(problem.loc))) this.plan.wait();
       else this.plan.ask(body.config, body.datasets);
     } catch (error) {
-      if (asked === this.#asked) this.unchecked = [{ loc: "", message: explain(error), where: "" }];
+      if (check === this.#checks) this.checkErrors = [{ loc: "", message: explain(error), where: "" }];
     }
-    if (asked === this.#asked) this.checking = false;
+    if (check === this.#checks) this.checking = false;
   }
 
-  /** True when the server holds everything. */
+  /** Save all changes; returns true when the server has them. */
   async flush(): Promise<boolean> {
     clearTimeout(this.#saveTimer);
     while (this.#dirty || this.#running !== null) {
@@ -135,10 +135,10 @@ export class DraftForm {
       return true;
     } catch (error) {
       this.#dirty = true;
-      if (error instanceof Refused && error.status === 409) return this.#conflict();
+      if (error instanceof ApiError && error.status === 409) return this.#loadConflict();
       this.saving = "failed";
       this.why = explain(error);
-      this.#saveTimer = window.setTimeout(() => void this.flush(), AGAIN_MS);
+      this.#saveTimer = window.setTimeout(() => void this.flush(), RETRY_MS);
       return false;
     }
   }
@@ -147,11 +147,11 @@ export class DraftForm {
     return { name: this.name.trim() || this.#draft.name, config: this.config, datasets: this.datasets, version: this.version };
   }
 
-  /** Somebody else was faster. The same content is no conflict. */
-  async #conflict(): Promise<boolean> {
+  /** Load the version that was saved elsewhere; the same content is not a conflict. */
+  async #loadConflict(): Promise<boolean> {
     try {
       const theirs = await api.get("/api/v1/drafts/{id}", { path: { id: this.id } });
-      if (same([theirs.name, theirs.config, theirs.datasets], [this.name, this.config, this.datasets])) {
+      if (isEqual([theirs.name, theirs.config, theirs.datasets], [this.name, this.config, this.datasets])) {
         this.#draft = theirs;
         this.#dirty = false;
         this.saving = "saved";
@@ -166,7 +166,8 @@ export class DraftForm {
     return false;
   }
 
-  settle(take: boolean): void {
+  /** End a conflict with the version of the other tab, or with this one. */
+  resolveConflict(take: boolean): void {
     if (this.theirs === null) return;
     const theirs = this.theirs;
     this.theirs = null;
@@ -178,21 +179,21 @@ export class DraftForm {
     }
   }
 
-  /** What another tab saved while nothing was changed here. */
-  async look(): Promise<void> {
+  /** Load changes of another tab, unless this one has changes. */
+  async reload(): Promise<void> {
     if (this.#dirty || this.#running !== null || this.theirs !== null) return;
     try {
-      const now = await api.get("/api/v1/drafts/{id}", { path: { id: this.id } });
-      if (now.version > this.version && !this.#dirty) this.#adopt(now);
+      const loaded = await api.get("/api/v1/drafts/{id}", { path: { id: this.id } });
+      if (loaded.version > this.version && !this.#dirty) this.#adopt(loaded);
     } catch (error) {
-      if (!(error instanceof Refused)) throw error; // the next save says so
+      if (!(error instanceof ApiError)) throw error; // the next save reports it
     }
   }
 
   #adopt(draft: Draft): void {
     this.#draft = draft;
     this.#dirty = false;
-    this.refused = [];
+    this.startErrors = [];
     this.name = draft.name;
     this.config = draft.config;
     this.datasets = draft.datasets;
@@ -200,8 +201,8 @@ export class DraftForm {
     this.check();
   }
 
-  /** The page goes away: what is left is sent without waiting for the answer. */
-  leave(): void {
+  /** Save when the page is closed, without waiting for the response. */
+  saveOnLeave(): void {
     clearTimeout(this.#checkTimer);
     clearTimeout(this.#saveTimer);
     this.plan.close();

@@ -1,10 +1,10 @@
-/** The memory plan of what is being edited: asked for again until it is ready. */
+/** The memory plan of the draft: requested again until it is ready. */
 import { api } from "../lib/api";
 import { explain } from "../lib/toast.svelte";
 import type { ErrorDetail, PlanResponse } from "../lib/types";
 import type { Values } from "./values";
 
-/** What `simpletuner plan --json` prints. Sizes are bytes, `peak` those of the device in its worst moment. */
+/** The output of `simpletuner plan --json`. Sizes are in bytes; `peak` is the highest use of device memory. */
 export interface Plan {
   kind: string;
   parts: Record<string, number>;
@@ -24,15 +24,15 @@ export interface Plan {
   options?: Values;
 }
 
-const SETTLE_MS = 700;
-const SLOWEST_MS = 1500;
+const DEBOUNCE_MS = 700;
+const MAX_POLL_MS = 1500;
 const wait = (ms: number) => new Promise((done) => setTimeout(done, ms));
 
-/** Ask until it is known. `current` false: nobody wants it any more. */
-export async function ready(body: { config: Values; datasets: Values[]; fit?: string }, current: () => boolean): Promise<PlanResponse | null> {
-  for (let pause = 500; current(); pause = Math.min(SLOWEST_MS, pause * 1.5)) {
+/** Request a plan until it is ready. Returns null when `isCurrent` becomes false. */
+export async function pollPlan(body: { config: Values; datasets: Values[]; fit?: string }, isCurrent: () => boolean): Promise<PlanResponse | null> {
+  for (let pause = 500; isCurrent(); pause = Math.min(MAX_POLL_MS, pause * 1.5)) {
     const state = await api.post("/api/v1/plan", { body });
-    if (state.state !== "pending") return current() ? state : null;
+    if (state.state !== "pending") return isCurrent() ? state : null;
     await wait(pause);
   }
   return null;
@@ -42,16 +42,16 @@ export function planOf(state: PlanResponse): Plan | null {
   return state.state === "ready" ? (state.plan as Plan | null | undefined) ?? null : null;
 }
 
-export class PlanWatch {
+export class PlanPoller {
   plan = $state.raw<Plan | null>(null);
   problems = $state.raw<ErrorDetail[]>([]);
   pending = $state(false);
   waiting = $state(false);
-  #asked = 0;
+  #requests = 0;
   #timer = 0;
   #last = "";
 
-  /** The settings cannot be planned as they stand. */
+  /** Wait for valid settings; the present ones cannot be planned. */
   wait(): void {
     this.close();
     this.waiting = true;
@@ -64,20 +64,20 @@ export class PlanWatch {
     this.#last = wanted;
     this.waiting = false;
     this.pending = true;
-    const asked = this.#asked;
-    this.#timer = window.setTimeout(() => void this.#run(asked, config, datasets), SETTLE_MS);
+    const request = this.#requests;
+    this.#timer = window.setTimeout(() => void this.#run(request, config, datasets), DEBOUNCE_MS);
   }
 
-  async #run(asked: number, config: Values, datasets: Values[]): Promise<void> {
-    const current = () => asked === this.#asked;
+  async #run(request: number, config: Values, datasets: Values[]): Promise<void> {
+    const isCurrent = () => request === this.#requests;
     try {
-      const state = await ready({ config, datasets }, current);
+      const state = await pollPlan({ config, datasets }, isCurrent);
       if (state === null) return;
       this.plan = planOf(state);
       this.problems = state.problems ?? [];
     } catch (error) {
       const message = explain(error);
-      if (!current()) return;
+      if (!isCurrent()) return;
       this.plan = null;
       this.problems = [{ loc: "", message, where: "" }];
     }
@@ -86,7 +86,7 @@ export class PlanWatch {
 
   close(): void {
     clearTimeout(this.#timer);
-    this.#asked += 1;
+    this.#requests += 1;
     this.#last = "";
     this.pending = false;
   }

@@ -1,4 +1,4 @@
-/** Bytes in GB (1e9), as cards are sold and `simpletuner plan` counts. */
+/** Format bytes in GB (1e9), the unit of GPU vendors and of `simpletuner plan`. */
 import { number } from "../lib/format";
 
 export function size(bytes: number): string {

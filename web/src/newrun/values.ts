@@ -1,16 +1,16 @@
-/** Options between the draft and the controls. A value that cannot be read stays the text that was written:
- * it is kept in the draft, and the server's reader says what is wrong with it. */
+/** Conversion of option values between the draft and the controls. Invalid text is stored in the draft as it is,
+ * and the server reports the problem. */
 import type { OptionInfo } from "../lib/types";
 
 export type Values = Record<string, unknown>;
 const NUMBER = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i;
 
-export function same(one: unknown, other: unknown): boolean {
-  return JSON.stringify(one ?? null) === JSON.stringify(other ?? null);
+export function isEqual(a: unknown, b: unknown): boolean {
+  return JSON.stringify(a ?? null) === JSON.stringify(b ?? null);
 }
 
-/** What the text of a control means; undefined is "not given". */
-export function read(option: OptionInfo, text: string): unknown {
+/** Convert the text of a control to a value; undefined means "not given". */
+export function fromText(option: OptionInfo, text: string): unknown {
   const word = text.trim();
   if (word === "" && option.nullable) return option.default === null ? undefined : null;
   if (option.kind === "integer" || option.kind === "number") {
@@ -19,12 +19,12 @@ export function read(option: OptionInfo, text: string): unknown {
     const exact = !Number.isInteger(value) || Number.isSafeInteger(value);
     return NUMBER.test(word) && exact ? value : word;
   }
-  if (option.structured && /^[[{]/.test(word)) return parsed(word) ?? text;
+  if (option.structured && /^[[{]/.test(word)) return parseJson(word) ?? text;
   return text;
 }
 
-/** A list or object, or undefined when the text is none. */
-export function parsed(text: string): unknown {
+/** Parse JSON; returns undefined for invalid text. */
+export function parseJson(text: string): unknown {
   try {
     return JSON.parse(text) as unknown;
   } catch {
@@ -32,31 +32,33 @@ export function parsed(text: string): unknown {
   }
 }
 
-export function write(value: unknown): string {
+/** Convert a value to the text of a control. */
+export function toText(value: unknown): string {
   if (value === null || value === undefined) return "";
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
 
-/** The values with one of them set; undefined and the default take it out. */
-export function changed(values: Values, option: OptionInfo, value: unknown): Values {
+/** Return the values with one option set; undefined and the default remove it. */
+export function withValue(values: Values, option: OptionInfo, value: unknown): Values {
   const { [option.name]: _, ...rest } = values;
-  return value === undefined || same(value, option.default) ? rest : { ...rest, [option.name]: value };
+  return value === undefined || isEqual(value, option.default) ? rest : { ...rest, [option.name]: value };
 }
 
-function fulfilled(allowed: unknown[], now: unknown): boolean {
+function isAllowed(allowed: unknown[], current: unknown): boolean {
   return allowed.some((value) =>
-    value !== null && typeof value === "object" && "not" in value ? !same(value.not, now) : same(value, now),
+    value !== null && typeof value === "object" && "not" in value ? !isEqual(value.not, current) : isEqual(value, current),
   );
 }
 
-/** Returns whether the other options let this one have an effect. */
-export function needed(option: OptionInfo, values: Values, options: Map<string, OptionInfo>): boolean {
-  const holds = ([name, allowed]: [string, unknown[]]) =>
-    fulfilled(allowed, name in values ? values[name] : options.get(name)?.default);
+/** True if the other options give this one an effect. */
+export function meetsNeeds(option: OptionInfo, values: Values, options: Map<string, OptionInfo>): boolean {
+  const isMet = ([name, allowed]: [string, unknown[]]) =>
+    isAllowed(allowed, name in values ? values[name] : options.get(name)?.default);
   const alternatives = Object.entries(option.needs_any);
-  return Object.entries(option.needs).every(holds) && (alternatives.length === 0 || alternatives.some(holds));
+  return Object.entries(option.needs).every(isMet) && (alternatives.length === 0 || alternatives.some(isMet));
 }
 
+/** True if the name or help of the option contains all words. */
 export function matches(option: OptionInfo, words: string): boolean {
   const text = `${option.name} ${option.name.replaceAll("_", " ")} ${option.text}`.toLowerCase();
   return words.toLowerCase().split(/\s+/).every((word) => text.includes(word));

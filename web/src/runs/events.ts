@@ -1,4 +1,4 @@
-/** The events of a run that the page understands, as they stand in events.jsonl. */
+/** The events that the pages use, as they are in events.jsonl. */
 import type { RunImage } from "../lib/types";
 
 interface Stepped {
@@ -41,12 +41,12 @@ interface StageDone {
   kind: "stage_done";
   stage: string;
 }
-/** A process began or went on from a checkpoint: what came after that step is no longer the run's. */
+/** A process started or resumed: later steps of the previous process are void. */
 interface Restarted {
   kind: "run_started" | "resumed";
 }
-/** These change the run's detail: it is asked for again. */
-interface Told {
+/** These events change the details of the run, which are then loaded again. */
+interface DetailChanged {
   kind: "saved" | "noted" | "warned" | "checkpoint_set_aside" | "finished" | "failed";
 }
 
@@ -59,4 +59,4 @@ export type RunEvent =
   | StageProgress
   | StageDone
   | Restarted
-  | Told;
+  | DetailChanged;

@@ -1,11 +1,11 @@
-/** Columns of a run over its steps: appending, smoothing, the two axes. Pure. */
+/** Pure functions on the metrics columns of a run: appending, smoothing, and the two x axes. */
 import type { RunMetrics } from "../lib/types";
 import type { RunEvent } from "./events";
 
 export type Axis = "step" | "minute";
 type Column = (number | null)[];
 
-/** The columns with the events behind them; the same object where they say nothing new. */
+/** Append new events to the columns; returns the same object if nothing changes. */
 export function append(metrics: RunMetrics, events: RunEvent[]): RunMetrics {
   const last = metrics.step.at(-1) ?? -1;
   const steps = events.filter((event) => event.kind === "step").filter((event) => event.step > last);
@@ -45,19 +45,19 @@ export function append(metrics: RunMetrics, events: RunEvent[]): RunMetrics {
   };
 }
 
-/** Exponential mean, its start corrected: the first value is the first loss, not a share of it. */
+/** Exponential moving average with bias correction, so that the first value is the first loss. */
 export function smooth(values: Column, weight: number): Column {
   let mean = 0;
-  let kept = 1;
+  let bias = 1;
   return values.map((value) => {
     if (value === null) return null;
     mean = weight * mean + (1 - weight) * value;
-    kept *= weight;
-    return mean / (1 - kept);
+    bias *= weight;
+    return mean / (1 - bias);
   });
 }
 
-/** Minutes of training at each step. The pause before a resumed step counts as that step's own time. */
+/** Minutes of training at each step. A pause before a resumed step is replaced by the duration of that step. */
 export function minutes(metrics: RunMetrics): number[] {
   let spent = 0;
   return metrics.step.map((step, at) => {
@@ -70,9 +70,9 @@ export function minutes(metrics: RunMetrics): number[] {
   });
 }
 
-/** Where a step stands on the axis, between its neighbours when it was thinned away. */
-export function place(steps: number[], xs: number[], step: number): number {
-  const after = steps.findIndex((one) => one >= step);
+/** Return the x position of a step, interpolated if the step was removed by downsampling. */
+export function interpolateX(steps: number[], xs: number[], step: number): number {
+  const after = steps.findIndex((candidate) => candidate >= step);
   if (after === -1) return xs.at(-1) ?? step;
   const [x = 0, s = 0] = [xs[after], steps[after]];
   if (s === step) return x;
@@ -80,14 +80,14 @@ export function place(steps: number[], xs: number[], step: number): number {
   return x0 + ((x - x0) * (step - s0)) / Math.max(1, s - s0);
 }
 
-/** One x for all: points of different series are joined, absent ones null. */
+/** Join series on a common x column; missing values are null. */
 export function join(series: { xs: number[]; ys: Column }[]): [number[], ...Column[]] {
-  const xs = [...new Set(series.flatMap((one) => one.xs))].sort((a, b) => a - b);
+  const xs = [...new Set(series.flatMap((line) => line.xs))].sort((a, b) => a - b);
   const at = new Map(xs.map((x, index) => [x, index]));
-  const columns = series.map((one) => {
+  const columns = series.map((line) => {
     const column: Column = Array.from({ length: xs.length }, () => null);
-    one.xs.forEach((x, index) => {
-      column[at.get(x) ?? 0] = one.ys[index] ?? null;
+    line.xs.forEach((x, index) => {
+      column[at.get(x) ?? 0] = line.ys[index] ?? null;
     });
     return column;
   });

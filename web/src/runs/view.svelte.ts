@@ -1,22 +1,22 @@
-/** What the page of one run knows: asked for once, then kept up by the live connection. */
-import { api, isUnreached, Refused } from "../lib/api";
+/** The data of one run's page: loaded once, then updated by the live connection. */
+import { api, isUnreachable, ApiError } from "../lib/api";
 import { live } from "../lib/live.svelte";
 import { explain } from "../lib/toast.svelte";
 import type { LiveUpdate, LogPart, RunMetrics, RunImage, RunDetail, RunStage } from "../lib/types";
 import type { RunEvent } from "./events";
-import { add } from "./pictures";
+import { add } from "./imageGrid";
 import { append } from "./series";
 
-const MAX_POINTS = 2000; // asked for; live ones are added until there are twice as many
-const KEPT_LOG = 400_000; // characters
-const LOG_PART = 65_536;
-const AGAIN_MS = 1000;
+const MAX_POINTS = 2000; // requested; live steps are added until there are twice as many
+const MAX_LOG_CHARS = 400_000;
+const LOG_PART = 65_536; // bytes per request
+const RETRY_MS = 1000;
 const CHANGES_DETAIL = new Set(["saved", "noted", "warned", "checkpoint_set_aside", "finished", "failed"]);
 
 export class RunView {
   detail = $state.raw<RunDetail | null>(null);
   metrics = $state.raw<RunMetrics | null>(null);
-  pictures = $state.raw<RunImage[]>([]);
+  images = $state.raw<RunImage[]>([]);
   log = $state.raw<LogPart | null>(null);
   stages = $state.raw<RunStage[]>([]);
   stagesDone = $state.raw<string[]>([]);
@@ -24,51 +24,51 @@ export class RunView {
   #unfollow: () => void = () => undefined;
   #closed = false;
   #loads = 0;
-  #asked = 0;
-  #told = 0;
+  #detailRequests = 0;
+  #shownRequest = 0;
 
   constructor(readonly id: string) {}
 
-  /** Everything anew: at the start, and when a process begins to work on the run again. */
+  /** Load everything, at the start and whenever a process starts or resumes the run. */
   async load(): Promise<void> {
     this.#unfollow();
     const load = ++this.#loads;
-    const asked = ++this.#asked;
+    const request = ++this.#detailRequests;
     const path = { id: this.id };
     try {
-      const [detail, metrics, pictures, log] = await Promise.all([
+      const [detail, metrics, images, log] = await Promise.all([
         api.get("/api/v1/runs/{id}", { path }),
         api.get("/api/v1/runs/{id}/metrics", { path, query: { max_points: MAX_POINTS } }),
         api.get("/api/v1/runs/{id}/pictures", { path }),
         api.get("/api/v1/runs/{id}/log", { path, query: { since: -LOG_PART, limit: LOG_PART } }),
       ]);
       if (this.#closed || load !== this.#loads) return;
-      this.#tell(detail, asked);
-      [this.metrics, this.pictures, this.log] = [metrics, pictures, log];
+      this.#setDetail(detail, request);
+      [this.metrics, this.images, this.log] = [metrics, images, log];
       this.problem = "";
       const since = Math.min(detail.events_end, metrics.end);
-      this.#unfollow = live.follow(this.id, since, log.end, (message) => this.#hear(message));
+      this.#unfollow = live.follow(this.id, since, log.end, (message) => this.#update(message));
     } catch (error) {
       if (this.#closed || load !== this.#loads) return;
       this.problem = explain(error);
-      this.#later(error, () => this.load());
+      this.#retryLater(error, () => this.load());
     }
   }
 
-  /** The detail alone: checkpoints, outputs, notes. */
+  /** Load only the details: checkpoints, outputs, notes. */
   async refresh(): Promise<void> {
-    const asked = ++this.#asked;
+    const request = ++this.#detailRequests;
     try {
-      this.#tell(await api.get("/api/v1/runs/{id}", { path: { id: this.id } }), asked);
+      this.#setDetail(await api.get("/api/v1/runs/{id}", { path: { id: this.id } }), request);
     } catch (error) {
-      this.#later(error, () => this.refresh());
+      this.#retryLater(error, () => this.refresh());
     }
   }
 
-  /** A server that is not reached may be on its way back. What it refuses, the next change asks for again. */
-  #later(error: unknown, again: () => Promise<void>): void {
-    if (!(error instanceof Refused)) throw error;
-    if (isUnreached(error)) setTimeout(() => this.#closed || void again(), AGAIN_MS);
+  /** Retry if the server could not be reached. After an error response, the next change loads the data again. */
+  #retryLater(error: unknown, load: () => Promise<void>): void {
+    if (!(error instanceof ApiError)) throw error;
+    if (isUnreachable(error)) setTimeout(() => this.#closed || void load(), RETRY_MS);
   }
 
   async olderLog(): Promise<void> {
@@ -85,52 +85,52 @@ export class RunView {
     this.#unfollow();
   }
 
-  /** asked: when, among all askings; an answer that was overtaken by a later one is old. */
-  #tell(detail: RunDetail, asked: number): void {
-    if (this.#closed || asked < this.#told) return;
-    this.#told = asked;
+  /** request: number of the request; a response that arrives after that of a later request is ignored. */
+  #setDetail(detail: RunDetail, request: number): void {
+    if (this.#closed || request < this.#shownRequest) return;
+    this.#shownRequest = request;
     this.detail = detail;
     this.stages = detail.stages;
     this.stagesDone = detail.stages_done;
   }
 
-  #hear(message: LiveUpdate): void {
+  #update(message: LiveUpdate): void {
     const events = message.events as unknown as RunEvent[];
     if (events.some((event) => event.kind === "run_started" || event.kind === "resumed")) {
-      void this.load(); // the server cuts the abandoned tail
+      void this.load(); // the server removes the steps that a resume made void
       return;
     }
     if (this.metrics !== null) this.metrics = append(this.metrics, events);
-    this.pictures = add(this.pictures, events.filter((event) => event.kind === "image"));
-    for (const event of events) this.#stage(event);
-    if (message.log !== null) this.#write(message.log);
+    this.images = add(this.images, events.filter((event) => event.kind === "image"));
+    for (const event of events) this.#updateStage(event);
+    if (message.log !== null) this.#appendLog(message.log);
     if (events.some((event) => CHANGES_DETAIL.has(event.kind))) void this.refresh();
-    if ((this.metrics?.step.length ?? 0) > 2 * MAX_POINTS) void this.load(); // thinned by the server
+    if ((this.metrics?.step.length ?? 0) > 2 * MAX_POINTS) void this.load(); // downsampled again by the server
   }
 
-  #stage(event: RunEvent): void {
+  #updateStage(event: RunEvent): void {
     if (event.kind === "step") {
       if (this.stages.length > 0) this.stages = [];
     } else if (event.kind === "stage_started") {
       const stage: RunStage = { stage: event.stage, done: 0, total: event.total, unit: event.unit, left_s: null };
-      this.stages = [...this.stages.filter((one) => one.stage !== event.stage), stage];
+      this.stages = [...this.stages.filter((other) => other.stage !== event.stage), stage];
     } else if (event.kind === "stage_progress") {
       const { done, total, left_s } = event;
-      this.stages = this.stages.map((one) => (one.stage === event.stage ? { ...one, done, total, left_s } : one));
+      this.stages = this.stages.map((stage) => (stage.stage === event.stage ? { ...stage, done, total, left_s } : stage));
     } else if (event.kind === "stage_done") {
-      this.stages = this.stages.filter((one) => one.stage !== event.stage);
-      this.stagesDone = [...this.stagesDone.filter((one) => one !== event.stage), event.stage];
+      this.stages = this.stages.filter((stage) => stage.stage !== event.stage);
+      this.stagesDone = [...this.stagesDone.filter((stage) => stage !== event.stage), event.stage];
     }
   }
 
-  #write(part: LogPart): void {
+  #appendLog(part: LogPart): void {
     const log = this.log;
     if (log === null || part.start !== log.end) {
-      this.log = part.start === 0 ? part : log; // the file was begun anew
+      this.log = part.start === 0 ? part : log; // the file was replaced
       return;
     }
     const text = log.text + part.text;
-    const cut = text.length > KEPT_LOG ? text.indexOf("\n", text.length - KEPT_LOG) + 1 : 0;
+    const cut = text.length > MAX_LOG_CHARS ? text.indexOf("\n", text.length - MAX_LOG_CHARS) + 1 : 0;
     const dropped = cut === 0 ? 0 : new TextEncoder().encode(text.slice(0, cut)).length;
     this.log = { text: text.slice(cut), start: log.start + dropped, end: part.end, size: part.size };
   }

@@ -1,5 +1,5 @@
 export const errors = {
-  unreachable: "The server does not answer. Is it still running? A training goes on without it.",
-  loginNeeded: "This server asks for its token.",
-  refused: (status: number) => `The server refused (${status}).`,
+  unreachable: "The server does not respond. Check that it is running. Trainings continue without it.",
+  loginNeeded: "This server requires a token.",
+  refused: (status: number) => `The server rejected the request (${status}).`,
 };

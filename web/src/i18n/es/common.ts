@@ -1,30 +1,26 @@
-import type { Words } from "../../lib/i18n.svelte";
+import type { Texts } from "../../lib/i18n.svelte";
 
-export const common: Words["common"] = {
+export const common: Texts["common"] = {
   states: {
     draft: "Borrador",
     queued: "En cola",
     starting: "Arrancando",
-    caching: "Preparando",
+    caching: "Preparando cachés",
     running: "En marcha",
     stopping: "Deteniéndose",
     stopped: "Detenido",
-    failed: "Falló",
+    failed: "Fallido",
     done: "Terminado",
     lost: "Interrumpido",
   },
   close: "Cerrar",
   cancel: "Cancelar",
-  save: "Guardar",
   download: "Descargar",
   loading: "Cargando…",
-  none: "ninguno",
-  yes: "sí",
-  no: "no",
   login: {
-    title: "Escribe el token",
-    text: "A este servidor se puede llegar desde otras máquinas, por eso pregunta quién eres. El token apareció en su terminal al arrancar.",
+    title: "Iniciar sesión",
+    text: "Otros equipos pueden acceder a este servidor, por eso requiere un token. El token se mostró en el terminal del servidor al arrancar.",
     token: "Token",
-    enter: "Entrar",
+    enter: "Iniciar sesión",
   },
 };

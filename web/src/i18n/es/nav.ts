@@ -1,15 +1,15 @@
-import type { Words } from "../../lib/i18n.svelte";
+import type { Texts } from "../../lib/i18n.svelte";
 
-export const nav: Words["nav"] = {
+export const nav: Texts["nav"] = {
   label: "Páginas",
   skip: "Ir al contenido",
   runs: "Entrenamientos",
   newRun: "Nuevo",
-  datasets: "Datos",
+  datasets: "Datasets",
   system: "Sistema",
   language: "Idioma",
-  theme: "Colores",
-  themes: { system: "Del sistema", light: "Claro", dark: "Oscuro" },
+  theme: "Tema",
+  themes: { system: "Sistema", light: "Claro", dark: "Oscuro" },
   connected: "En directo",
   connecting: "Conectando…",
   lost: "Sin conexión",

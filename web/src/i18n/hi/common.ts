@@ -1,30 +1,26 @@
-import type { Words } from "../../lib/i18n.svelte";
+import type { Texts } from "../../lib/i18n.svelte";
 
-export const common: Words["common"] = {
+export const common: Texts["common"] = {
   states: {
     draft: "ड्राफ़्ट",
     queued: "कतार में",
     starting: "शुरू हो रहा है",
-    caching: "तैयारी चल रही है",
+    caching: "कैश बन रहा है",
     running: "चल रहा है",
     stopping: "रुक रहा है",
     stopped: "रुका हुआ",
     failed: "विफल",
     done: "पूरा हुआ",
-    lost: "बीच में टूट गया",
+    lost: "बीच में बंद हुआ",
   },
   close: "बंद करें",
   cancel: "रद्द करें",
-  save: "सहेजें",
-  download: "डाउनलोड",
+  download: "डाउनलोड करें",
   loading: "लोड हो रहा है…",
-  none: "कोई नहीं",
-  yes: "हाँ",
-  no: "नहीं",
   login: {
-    title: "Token डालें",
-    text: "इस सर्वर तक दूसरी मशीनों से पहुँचा जा सकता है, इसलिए यह पूछता है कि आप कौन हैं। Token शुरू होते समय इसके terminal में छपा था।",
+    title: "लॉग इन करें",
+    text: "दूसरी मशीनें इस सर्वर तक पहुँच सकती हैं, इसलिए token ज़रूरी है। Token सर्वर शुरू होते समय उसके terminal में दिखाया गया था।",
     token: "Token",
-    enter: "आगे बढ़ें",
+    enter: "लॉग इन करें",
   },
 };

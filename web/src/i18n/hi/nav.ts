@@ -1,16 +1,16 @@
-import type { Words } from "../../lib/i18n.svelte";
+import type { Texts } from "../../lib/i18n.svelte";
 
-export const nav: Words["nav"] = {
+export const nav: Texts["nav"] = {
   label: "पेज",
   skip: "सीधे सामग्री पर जाएँ",
-  runs: "Runs",
-  newRun: "नया run",
-  datasets: "Datasets",
+  runs: "रन",
+  newRun: "नया रन",
+  datasets: "डेटासेट",
   system: "सिस्टम",
   language: "भाषा",
-  theme: "रंग",
-  themes: { system: "सिस्टम जैसा", light: "हल्का", dark: "गहरा" },
+  theme: "थीम",
+  themes: { system: "सिस्टम", light: "लाइट", dark: "डार्क" },
   connected: "लाइव",
-  connecting: "जुड़ रहा है…",
+  connecting: "कनेक्ट हो रहा है…",
   lost: "कनेक्शन नहीं है",
 };
