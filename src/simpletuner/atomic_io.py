@@ -1,4 +1,8 @@
-"""Files that are whole or not there, whatever happens: written aside, on the disk, then renamed."""
+"""Atomic file writes: a file is complete or it does not change, even after a crash or power cut.
+
+The content goes to a temporary file in the same folder, is synced to disk, and is then renamed over
+the target. A rename within one file system is atomic.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """The old content or the new, never half of it. Threads may write at once: the last counts."""
+    """Replace the file at `path` with `content`; readers see the old content or the new one.
+
+    Several threads and processes may write the same path; the last rename wins. Raises OSError.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -21,9 +28,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """A file's content, or the renames inside a folder, survive a power cut from here on."""
-    handle = os.open(path, os.O_RDONLY)
+    """Sync a file's content, or the renames inside a folder, so that they survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)

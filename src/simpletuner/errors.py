@@ -1,17 +1,17 @@
-"""Everything that can go wrong and that a person can mend.
+"""Failures that a user can fix, each with the exit code of the process.
 
-SimpleTunerError            1   the root; its text is the whole message, no traceback is shown
-├── ConfigError             2   options, files named by options; carries every problem at once
-├── DataError               3   pictures and captions
-├── TrainingDiverged        4   loss or gradient is not a finite number
-├── DiskFull                5   no room for what is about to be written
-├── DownloadError           6   no network, no such repository, gated
-├── RunLocked               7   another process works in this run folder
-├── ModelError              8   weights that are not what they should be
-├── CheckpointError         9   nothing to resume from, or it does not fit this config
-├── CacheError             10   a cache that cannot be used and could not be rebuilt
+SimpleTunerError            1   root of the tree; its text is the whole message, without traceback
+├── ConfigError             2   invalid options or files named by options; lists every problem
+├── DataError               3   images and captions
+├── TrainingDiverged        4   the loss or the gradient is not a finite number
+├── DiskFull                5   not enough disk space
+├── DownloadError           6   no network, unknown or gated repository
+├── RunLocked               7   another process is using this run folder
+├── ModelError              8   weights that are missing, damaged or of another model
+├── CheckpointError         9   no checkpoint to resume from, or it does not fit this configuration
+├── CacheError             10   a cache that cannot be used and cannot be rebuilt
 ├── MissingExtra           11   an optional package is not installed
-└── Stopped                75   stopped on request with a checkpoint: the same command goes on
+└── TrainingStopped        75   stopped on request after saving a checkpoint; the command resumes
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with the configuration, ready to print.
+    """One problem of a configuration, ready to print.
 
-    where: "config.json:7:3", "--learning_rate" or "SIMPLETUNER_SEED"; empty when it concerns the whole.
-    what: one sentence: what was read, what is allowed, how to mend it.
+    location: "config.json:7:3", "--learning_rate" or "SIMPLETUNER_SEED"; empty if the problem
+    concerns the configuration as a whole. message: one sentence with the value that was read, the
+    values that are allowed and how to fix it.
     """
 
     location: str
@@ -36,7 +37,7 @@ class Problem:
 
 
 class SimpleTunerError(Exception):
-    """A failure explained in one sentence; `exit_code` is what the process ends with."""
+    """A failure that is explained in one sentence; the process ends with `exit_code`."""
 
     exit_code = 1
 
@@ -53,7 +54,7 @@ class ConfigError(SimpleTunerError, code=2):
 
 
 class DataError(SimpleTunerError, code=3):
-    """Pictures or captions that cannot be trained on."""
+    """Images or captions that cannot be trained on."""
 
 
 class TrainingDiverged(SimpleTunerError, code=4):
@@ -61,32 +62,32 @@ class TrainingDiverged(SimpleTunerError, code=4):
 
 
 class DiskFull(SimpleTunerError, code=5):
-    """There is no room for what is about to be written."""
+    """Not enough disk space for a file that is about to be written."""
 
 
 class DownloadError(SimpleTunerError, code=6):
-    """Weights could not be fetched."""
+    """Weights that could not be downloaded."""
 
 
 class RunLocked(SimpleTunerError, code=7):
-    """Another process works in this run folder."""
+    """A run folder that another process is using."""
 
 
 class ModelError(SimpleTunerError, code=8):
-    """Weights that are not what they should be."""
+    """Weights that are missing, damaged or belong to another model."""
 
 
 class CheckpointError(SimpleTunerError, code=9):
-    """Nothing to resume from, or it does not belong to this configuration."""
+    """No checkpoint to resume from, or one that does not fit this configuration."""
 
 
 class CacheError(SimpleTunerError, code=10):
-    """A cache that cannot be used and could not be rebuilt."""
+    """A cache that cannot be used and cannot be rebuilt."""
 
 
 class MissingExtra(SimpleTunerError, code=11):
-    """An optional package is not installed; the text says what to type."""
+    """An optional package that is not installed; the message holds the command that installs it."""
 
 
 class TrainingStopped(SimpleTunerError, code=75):
-    """Stopped on request, with a checkpoint; the same command goes on."""
+    """A stop on request after a checkpoint was saved; the same command resumes the run."""

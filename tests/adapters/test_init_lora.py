@@ -100,7 +100,7 @@ def test_rows_in_the_wrong_place_never_get_their_name(layout, tmp_path, monkeypa
         return {**tensors, key: torch.cat([k, q, v])}
 
     monkeypatch.setattr(lora_io, "_delta_tensors", swapped)
-    with pytest.raises(Exception, match="saved LoRA would act differently"):
+    with pytest.raises(Exception, match="saved LoRA would be applied differently"):
         lora_io.save_adapter(network, tmp_path / "a.safetensors", layout=layout)
     monkeypatch.setattr(
         lora_io,
@@ -115,7 +115,7 @@ def test_rows_in_the_wrong_place_never_get_their_name(layout, tmp_path, monkeypa
 
 def test_what_no_second_file_could_hold_is_refused_at_the_start():
     outer = AdapterOptions(lora_format="kohya")
-    with pytest.raises(ConfigError, match="reaches the blocks only"):
+    with pytest.raises(ConfigError, match="can only hold modules inside the blocks"):
         attach_adapter(tiny_chroma(), outer, ["proj_out"], 0)
     attach_adapter(tiny_chroma(), AdapterOptions(lora_format="comfyui"), ["proj_out"], 0)
     dora = RunConfig(adapter=AdapterOptions(use_dora=True, lora_format="kohya"))

@@ -176,7 +176,7 @@ class Trap:
 def test_pickles_are_never_opened(tmp_path):
     for number, data in enumerate((pickle.dumps(Trap()), pickle.dumps(Trap(), protocol=2))):
         (tmp_path / f"{number}.safetensors").write_bytes(data)
-        with pytest.raises(ModelError, match=r"pickle.* never opened"):
+        with pytest.raises(ModelError, match=r"pickle.* can run code"):
             layouts.read_lora_file(tmp_path / f"{number}.safetensors")
     torch.save({"x": torch.ones(1)}, tmp_path / "x.pt")
     with pytest.raises(ModelError, match="pickle in a zip"):

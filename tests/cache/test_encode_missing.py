@@ -155,7 +155,7 @@ def test_bad_pictures_are_rejected_and_the_work_goes_on(
     assert {(Path(bad.path).name, bad.reason) for bad in filled.rejected} == {
         ("1.png", "damaged"), ("3.png", "unreadable"), ("5.png", "nonfinite_latent"),
     }  # fmt: skip
-    with pytest.raises(DataError, match=r"3 of 8 pictures.*max_bad_sample_fraction = 0\.1"):
+    with pytest.raises(DataError, match=r"3 of 8 images.*max_bad_sample_fraction = 0\.1"):
         fill(tmp_path, placed, encoder, max_bad_sample_fraction=0.1)
 
 

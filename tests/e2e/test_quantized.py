@@ -30,7 +30,7 @@ def test_a_run_on_each(workspace: TrainingProject, scheme: str) -> None:
     same = {"base_model_precision": scheme, "text_encoder_1_precision": "int8"}
     run_dir = workspace.train(output_dir=str(workspace.root / scheme), **same)
     converted = [event.stage for event in read_events(run_dir) if isinstance(event, StageStarted)]
-    assert f"quantise to {scheme}" in converted
+    assert f"quantize to {scheme}" in converted
     assert len(read_losses(run_dir)) == 3
     assert len({loss for loss, _, _ in read_losses(run_dir).values()}) == 3
     assert any(
@@ -41,7 +41,7 @@ def test_a_run_on_each(workspace: TrainingProject, scheme: str) -> None:
     resumed = interrupted(workspace, 2, f"{scheme}-stopped", **same)
     assert read_losses(resumed) == read_losses(run_dir)
     assert read_checkpoint_files(resumed / "checkpoint-3") == read_checkpoint_files(run_dir / "checkpoint-3")
-    assert f"quantise to {scheme}" not in [
+    assert f"quantize to {scheme}" not in [
         event.stage for event in read_events(resumed) if isinstance(event, StageStarted)
     ]
 

@@ -164,7 +164,7 @@ def test_evenly_spread_and_only_among_the_recomputed(lane: FakeLane) -> None:
     assert BlockMemoryPolicy(57, 2, 29).swapped_block_numbers(57) == tuple(range(0, 57, 2))
     assert BlockMemoryPolicy(57, swapped=57).swapped_block_numbers(57) == tuple(range(57))
     assert BlockMemoryPolicy(57).swapped_block_numbers(57) == ()
-    with pytest.raises(ConfigError, match="4 of 5 blocks, and 3 are recomputed"):
+    with pytest.raises(ConfigError, match="4 of 5 blocks, but gradient_checkpointing covers only 3"):
         arrange(network(), swapped=4, recomputed=3)
 
 
@@ -354,7 +354,7 @@ def test_weights_of_foreign_kinds_are_refused(lane: FakeLane) -> None:
 
     model = network()
     model.blocks[2].attn.norm_q.weight = Strange(torch.ones(32), requires_grad=False)
-    with pytest.raises(ConfigError, match="works with plain weights"):
+    with pytest.raises(ConfigError, match="supports plain weights"):
         arrange(model, swapped=5)
 
 

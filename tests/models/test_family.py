@@ -35,8 +35,8 @@ def test_facts_of_a_checkpoint(source: ModelFiles) -> None:
     ("part", "field", "value", "said"),
     [
         ("vae", "latent_channels", 4, "expects 16"),
-        ("text_encoder", "d_model", 64, "64 wide"),
-        ("vae", "scaling_factor", None, "lacks a field"),
+        ("text_encoder", "d_model", 64, "has width 64"),
+        ("vae", "scaling_factor", None, "missing or invalid"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(

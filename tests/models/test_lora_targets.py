@@ -57,5 +57,5 @@ def test_full_rank_trains_everything_but_the_approximator(full: ChromaTransforme
 
 def test_an_unknown_family_lists_the_known() -> None:
     assert get_family("chroma").name == "chroma"
-    with pytest.raises(ConfigError, match=r'"flux" is not known; there is chroma'):
+    with pytest.raises(ConfigError, match=r'"flux" is unknown; the known families are: chroma'):
         get_family("flux")

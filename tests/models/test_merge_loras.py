@@ -172,12 +172,12 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(
 ) -> None:
     target = MergeOutput(tmp_path / "x.safetensors", native_format=True)
     target.path.write_text("mine")
-    with pytest.raises(ConfigError, match="exists and is not overwritten"):
+    with pytest.raises(ConfigError, match="already exists"):
         merge_loras(base, [], target, {})
     assert target.path.read_text() == "mine"
     target.path.unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(DiskFull, match="the result takes"):
+    with pytest.raises(DiskFull, match="the result needs"):
         merge_loras(base, [], target, {})
     monkeypatch.undo()
 
@@ -212,10 +212,10 @@ def test_a_killed_merge_leaves_no_result_and_the_next_one_cleans_up(base: Path, 
 
 def test_a_lora_of_another_model_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
     wrong = {"transformer_blocks.0.attn.to_q": LowRankDelta(torch.zeros(2, 32), torch.zeros(32, 2))}
-    with pytest.raises(ModelError, match=r"another model: transformer_blocks.0.attn.to_q is \(64, 64\) here"):
+    with pytest.raises(ModelError, match=r"another model: transformer_blocks.0.attn.to_q is \(\d+, \d+\) in it and \(64, 64\) in the base"):
         merge_loras(base, [(wrong, 1.0)], MergeOutput(tmp_path / "out", native_format=False), {})
     absent = {"transformer_blocks.77.attn.to_q": LowRankDelta(torch.zeros(2, 64), torch.zeros(64, 2))}
-    with pytest.raises(ModelError, match=r"there is no transformer_blocks.77"):
+    with pytest.raises(ModelError, match=r"the base does not have transformer_blocks.77"):
         merge_loras(base, [(absent, 1.0)], MergeOutput(tmp_path / "out", native_format=False), {})
     huge = {
         "transformer_blocks.0.attn.to_q": LowRankDelta(torch.full((2, 64), 1e4), torch.full((64, 2), 1e4))

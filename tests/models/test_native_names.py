@@ -65,7 +65,7 @@ def test_the_whole_model_there_and_back_by_name_and_shape() -> None:
 def test_a_part_without_its_neighbours_is_told() -> None:
     with pytest.raises(ModelError, match=r"transformer_blocks\.0\.attn\.to_k\.weight, .*missing"):
         native_names.group_by_native_name(["transformer_blocks.0.attn.to_q.weight"])
-    with pytest.raises(ModelError, match="no tensor of Chroma"):
+    with pytest.raises(ModelError, match="not a tensor of Chroma"):
         native_names.group_by_native_name(["transformer_blocks.0.norm1.linear.weight"])
     assert native_names.split_native_tensor("double_blocks.0.img_mod.lin.weight", 4, 4) == []
     with pytest.raises(ModelError, match=r"linear1\.weight: 12 rows cannot hold"):
@@ -79,5 +79,5 @@ def test_the_header_says_what_shapes_cannot(checkpoint: Path) -> None:
     assert config.axes_dims_rope == tuple(transformer_fields()["axes_dims_rope"])
     guessed = native_names.infer_config(shapes, {}, "file")
     assert guessed.axes_dims_rope == (4, 14, 14)  # as 16, 56, 56 of 128
-    with pytest.raises(ModelError, match="no JSON object"):
+    with pytest.raises(ModelError, match="not a JSON object"):
         native_names.infer_config(shapes, {native_names.CONFIG_METADATA_KEY: "["}, "file")

@@ -63,7 +63,7 @@ def test_a_cut_caption_keeps_its_end_token(encoder: TextEncoder) -> None:
 def test_an_overlong_caption_can_be_refused(source: ModelFiles, options: ModelOptions) -> None:
     strict = load(source, options, caption_overlong="error")
     assert len(strict.encode(["x" * 510])[0]) == 512
-    with pytest.raises(DataError, match="702 tokens, the limit is 512"):
+    with pytest.raises(DataError, match="702 tokens, but the limit is 512"):
         strict.encode(["a cat", "x" * 700])
 
 
@@ -93,7 +93,7 @@ def test_a_folder_that_is_no_encoder_is_refused(
     source: ModelFiles, options: ModelOptions, checkpoint: Path, tmp_path: Path
 ) -> None:
     wrong = ModelFiles(**{**vars(source), "tokenizer": tmp_path})
-    with pytest.raises(ModelError, match="no tokenizer"):
+    with pytest.raises(ModelError, match="does not hold a readable tokenizer"):
         load(wrong, options)
     wrong = ModelFiles(**{**vars(source), "text_encoder": tmp_path})
     with pytest.raises(ModelError, match=r"config\.json does not exist"):

@@ -189,7 +189,7 @@ def test_a_disk_that_fills_up_on_the_way_is_explained(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module.os, "fsync", full)
-    with pytest.raises(DiskFull, match="goes on there"):
+    with pytest.raises(DiskFull, match="run the same command again to resume"):
         converted(folder, names, "int8", tmp_path / "out")
     monkeypatch.undo()
     converted(folder, names, "int8", tmp_path / "out")
@@ -220,7 +220,7 @@ def test_a_write_that_is_refused_is_explained_at_any_place(tmp_path: Path, size:
     arguments = {"root": str(Path(__file__).parents[2]), "folder": str(folder), "names": names}
     script = LIMITED.format(**arguments, target=str(tmp_path / "out"), size=size)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert "goes on there" in done.stdout, done.stderr[-500:]
+    assert "run the same command again to resume" in done.stdout, done.stderr[-500:]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

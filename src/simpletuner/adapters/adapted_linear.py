@@ -1,6 +1,8 @@
-"""Linears with a small delta: y = base(x) + strength * scale * delta x.
+"""Linears with a low-rank or LyCORIS delta: y = base(x) + strength * scale * delta x.
 
-T tokens (batch and sequence flattened) · r rank · A (r, in) · B (out, r), float32 masters over any base
+T tokens (batch and sequence flattened) · r rank · A (r, in) · B (out, r)
+
+Trained parameters are float32 masters over a base of any dtype.
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ Dequantize = Callable[..., Tensor]
 
 @runtime_checkable
 class DequantizableLinear(Protocol):
-    """A frozen linear that keeps its weight in another form."""
+    """A frozen linear that stores its weight in another form."""
 
     def dequantizer(self) -> tuple[Dequantize, Sequence[Tensor]]:
-        """Restore and parts: restore(dtype, *parts) is the weight."""
+        """Return (dequantize, buffers); dequantize(dtype, *buffers) is the weight (out, in)."""
 
 
 def _cast_weight(dtype: torch.dtype, weight: Tensor) -> Tensor:
@@ -40,43 +42,45 @@ def _cast_weight(dtype: torch.dtype, weight: Tensor) -> Tensor:
 
 
 class _FrozenLinearWithDelta(torch.autograd.Function):
-    """A frozen linear and its delta as one node: keeps x and A x, adds the delta in place both ways.
+    """A frozen linear and its delta as one autograd node, which saves only x and A x.
 
-    given: scale, restore, parts; of two values alone dynamo would make a call without ctx.
-    restore(dtype, *parts): the weight (out, in), anew each time: a copy would live until the backward.
+    given: scale, dequantize and its buffers. They are one variadic argument because dynamo drops
+    ctx from a node with exactly two other inputs. dequantize builds the weight (out, in) again in
+    the backward pass: a saved copy would occupy memory until then.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *given: Any
     ) -> Tensor:
-        scale, restore, *parts = given
+        scale, dequantize, *buffers = given
         dtype, flat = x.dtype, x.reshape(-1, x.shape[-1])
         hidden = F.linear(flat, a.to(dtype))
-        y = F.linear(flat, restore(dtype, *parts), None if bias is None else bias.to(dtype))
+        y = F.linear(flat, dequantize(dtype, *buffers), None if bias is None else bias.to(dtype))
         y.addmm_(hidden, b.to(dtype).t(), alpha=scale)
-        ctx.save_for_backward(x, hidden, a, b, *parts)
-        ctx.scale, ctx.restore = scale, restore
+        ctx.save_for_backward(x, hidden, a, b, *buffers)
+        ctx.scale = scale
+        ctx.dequantize = dequantize
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, a, b, *parts = ctx.saved_tensors
+        x, hidden, a, b, *buffers = ctx.saved_tensors
         grad, dtype, shape = grads[0].reshape(-1, grads[0].shape[-1]), x.dtype, x.shape
         grad_hidden, grad_a, grad_b = _factor_gradients(ctx, grad, x, hidden, a, b, first=2)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            del x  # a recomputed one is gone before the largest products: 142 MB at 1024 px
+            del x  # frees a checkpointed input before the largest products: 142 MB at 1024 px
             grad_x = (
-                torch.mm(grad, ctx.restore(dtype, *parts))
+                torch.mm(grad, ctx.dequantize(dtype, *buffers))
                 .addmm_(grad_hidden, a.to(dtype))
                 .view(shape)
             )
-        return grad_x, None, grad_a, grad_b, *([None] * (2 + len(parts)))
+        return grad_x, None, grad_a, grad_b, *([None] * (2 + len(buffers)))
 
 
 class _AddDelta(torch.autograd.Function):
-    """base_y + scale * B A x, where the base is a module of its own kind or x went through dropout."""
+    """base_y + scale * B A x, for a base that is not a plain linear, or x after dropout."""
 
     @staticmethod
     def forward(ctx: Any, base_y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -101,7 +105,7 @@ class _AddDelta(torch.autograd.Function):
 def _factor_gradients(
     ctx: Any, grad: Tensor, x: Tensor, hidden: Tensor, a: Tensor, b: Tensor, first: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of A x, A and B. first: the place of A among the inputs; B follows it."""
+    """Return the gradients of A x, A and B. first: position of A among the inputs; B follows."""
     needs_a, needs_b = ctx.needs_input_grad[first : first + 2]
     grad_hidden = torch.mm(grad, b.to(x.dtype)).mul_(ctx.scale)
     grad_a = torch.mm(grad_hidden.t(), x.reshape(-1, x.shape[-1])).to(a.dtype) if needs_a else None
@@ -110,33 +114,37 @@ def _factor_gradients(
 
 
 class AdaptedLinear(nn.Module, ABC):
-    """A linear of any kind, frozen, and what is added to it. strength: 1 as trained, 0 the base, bit for bit.
+    """A frozen linear of any kind plus a delta. strength: 1 as trained, 0 exactly the base.
 
-    scale: of the delta. Dropout draws from the global generator: seed it per micro-batch, and let
-    checkpointing preserve it.
+    scale: factor of the delta. Dropout uses the global random generator: seed it per micro-batch,
+    and let gradient checkpointing preserve its state.
     """
 
     def __init__(self, base_layer: nn.Module, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.scale, self.strength = scale, 1.0
+        self.scale = scale
+        self.strength = 1.0
 
     @abstractmethod
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters, by PEFT's or LyCORIS' names after the module's."""
+        """Return the parameters by PEFT's or LyCORIS' key suffixes."""
 
     @abstractmethod
     def to_delta(self) -> Delta:
-        """At strength 1 as a file holds it, alpha folded in."""
+        """Return the delta at strength 1 as a file holds it, with alpha folded in."""
 
     @abstractmethod
     def output_terms(self, columns: Tensor) -> list[Tensor]:
-        """As `Factors.terms`, from the live parameters alone: what a file is compared with."""
+        """Return the terms whose sum is delta W @ columns, from the live parameters in float64.
+
+        A saved file is compared with them.
+        """
 
     @property
     def magnitude(self) -> nn.Parameter | None:
-        """Row norms (out,) with DoRA, else None."""
+        """DoRA's row norms (out,), or None."""
         return None
 
     @property
@@ -146,7 +154,7 @@ class AdaptedLinear(nn.Module, ABC):
 
 
 class LowRankLinear(AdaptedLinear, ABC):
-    """down: A (r, in). up: B (out, r)."""
+    """An adapted linear with factors down: A (r, in) and up: B (out, r)."""
 
     def __init__(
         self,
@@ -173,10 +181,11 @@ class LowRankLinear(AdaptedLinear, ABC):
 
 
 class LoraLinear(LowRankLinear):
-    """Plain LoRA through our autograd: base-dtype matmuls, float32 masters.
+    """LoRA with matmuls in the base's dtype and float32 master weights.
 
-    start_down, start_up: what a delta that starts from the base's principal part is measured from
-    (delta = scale * (B A - start_up start_down), so that the base is never modified); else None.
+    initial_down, initial_up: set for initializations taken from the base's principal components
+    (PiSSA, OLoRA), else None. The delta is then scale * (B A - initial_up initial_down), so that
+    the base is never modified.
     """
 
     initial_down: Tensor | None
@@ -204,49 +213,49 @@ class LoraLinear(LowRankLinear):
             return self._forward_from_initial(
                 base(x), self.dropout(x), self.initial_down, self.initial_up
             )
-        recipe = (
+        dequantizer = (
             None if self.training and isinstance(self.dropout, nn.Dropout) else self._dequantizer()
         )
-        if recipe is not None:
-            restore, parts = recipe
+        if dequantizer is not None:
+            dequantize, buffers = dequantizer
             return _FrozenLinearWithDelta.apply(
-                _cast_for_autocast(x), base.bias, self.down, self.up, scale, restore, *parts
+                _cast_for_autocast(x), base.bias, self.down, self.up, scale, dequantize, *buffers
             )
         base_y = base(x)
         return _AddDelta.apply(base_y, self.dropout(x.to(base_y.dtype)), self.down, self.up, scale)
 
     def _dequantizer(self) -> tuple[Dequantize, Sequence[Tensor]] | None:
-        """None where the base is no frozen linear that is known here."""
+        """Return how the weight is restored; None if the base is not a known frozen linear."""
         base = self.base_layer
         if self.base_is_quantized:
             return cast(DequantizableLinear, base).dequantizer()
         return (_cast_weight, [base.weight]) if type(base) is nn.Linear else None
 
     def _forward_from_initial(
-        self, base_y: Tensor, x: Tensor, start_down: Tensor, start_up: Tensor
+        self, base_y: Tensor, x: Tensor, initial_down: Tensor, initial_up: Tensor
     ) -> Tensor:
-        """The difference of two large products is taken in the masters' dtype: bf16 would drown it."""
+        """Subtract the two products in the masters' dtype, since bf16 would lose the difference."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.down.dtype)
             delta = F.linear(F.linear(x, self.down), self.up) - F.linear(
-                F.linear(x, start_down), start_up
+                F.linear(x, initial_down), initial_up
             )
         return base_y + (delta * (self.scale * self.strength)).to(base_y.dtype)
 
     def to_delta(self) -> LowRankDelta:
-        """A start makes the rank twice as large."""
-        now = super().to_delta()
+        """Return the delta; with initial factors its rank is twice as large."""
+        current = super().to_delta()
         if self.initial_down is None or self.initial_up is None:
-            return now
-        up = torch.cat([now.up, -_to_cpu_float32(self.initial_up) * self.scale], dim=1)
-        return LowRankDelta(torch.cat([now.down, _to_cpu_float32(self.initial_down)]), up)
+            return current
+        up = torch.cat([current.up, -_to_cpu_float32(self.initial_up) * self.scale], dim=1)
+        return LowRankDelta(torch.cat([current.down, _to_cpu_float32(self.initial_down)]), up)
 
     def output_terms(self, columns: Tensor) -> list[Tensor]:
-        now = super().output_terms(columns)
+        current = super().output_terms(columns)
         if self.initial_down is None or self.initial_up is None:
-            return now
+            return current
         return [
-            *now,
+            *current,
             _to_cpu_float64(self.initial_up)
             @ (_to_cpu_float64(self.initial_down) @ columns)
             * -self.scale,
@@ -254,10 +263,10 @@ class LoraLinear(LowRankLinear):
 
 
 class DoraLinear(LowRankLinear):
-    """DoRA (arXiv 2402.09353): rows of W + scale B A at lengths of their own.
+    """DoRA (arXiv 2402.09353): the rows of W + scale B A, rescaled to trained norms.
 
-    The length is taken as a constant in the backward pass (section 4.3 there). strength blends between the
-    base's output and the adapted one.
+    The norm of each row is a constant in the backward pass (section 4.3 of the paper). strength
+    interpolates between the base's output and the adapted one.
     """
 
     def __init__(
@@ -267,12 +276,14 @@ class DoraLinear(LowRankLinear):
         up: Tensor,
         scale: float = 1.0,
         dropout: float = 0.0,
-        lengths: Tensor | None = None,
+        row_norms: Tensor | None = None,
     ) -> None:
         super().__init__(base_layer, down, up, scale, dropout)
-        if lengths is None:
-            lengths = torch.linalg.vector_norm(cast(Tensor, base_layer.weight).to(up.dtype), dim=1)
-        self.row_norms = nn.Parameter(lengths)
+        if row_norms is None:
+            row_norms = torch.linalg.vector_norm(
+                cast(Tensor, base_layer.weight).to(up.dtype), dim=1
+            )
+        self.row_norms = nn.Parameter(row_norms)
 
     @property
     def magnitude(self) -> nn.Parameter:
@@ -287,84 +298,84 @@ class DoraLinear(LowRankLinear):
         if self.strength == 0.0:
             return cast(Tensor, base_y)
         weight, x = base.weight.to(self.down.dtype), x.to(self.down.dtype)
-        with (
-            torch.no_grad(),
-            torch.autocast(x.device.type, enabled=False),
-        ):  # bf16 has no such lengths
-            changed = torch.addmm(weight, self.up, self.down, alpha=self.scale)
-            length = torch.linalg.vector_norm(changed, dim=1)
-        stretch = self.row_norms / length
+        # Without autocast, because bf16 is too coarse for norms.
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            adapted = torch.addmm(weight, self.up, self.down, alpha=self.scale)
+            norms = torch.linalg.vector_norm(adapted, dim=1)
+        ratio = self.row_norms / norms
         if self.training and isinstance(self.dropout, nn.Dropout):
             x = self.dropout(x)
-            plain = F.linear(x, weight)
+            base_product = F.linear(x, weight)
         else:
-            plain = base_y if base.bias is None else base_y - base.bias
-        change = (stretch - 1) * plain + stretch * F.linear(
+            base_product = base_y if base.bias is None else base_y - base.bias
+        change = (ratio - 1) * base_product + ratio * F.linear(
             F.linear(x, self.down), self.up
         ) * self.scale
         return cast(Tensor, base_y + (change * self.strength).to(base_y.dtype))
 
 
 class LycorisLinear(AdaptedLinear):
-    """LoHa and LoKr. Parts are multiplied anew at each use; of LoKr's the large product is never made."""
+    """LoHa and LoKr. Factors are multiplied at each use; LoKr's full product is never built."""
 
-    def __init__(self, base_layer: nn.Module, start: LycorisDelta, dropout: float = 0.0) -> None:
-        super().__init__(base_layer, start.scale, dropout)
+    def __init__(self, base_layer: nn.Module, initial: LycorisDelta, dropout: float = 0.0) -> None:
+        super().__init__(base_layer, initial.scale, dropout)
         self.factors = nn.ParameterDict(
-            {name: nn.Parameter(part) for name, part in start.factors.items()}
+            {name: nn.Parameter(part) for name, part in initial.factors.items()}
         )
-        self.rows = start.rows
+        self.rows = initial.rows
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        return {f".{name}": part for name, part in self.factors.items()}
+        return {f".{name}": factor for name, factor in self.factors.items()}
 
     def to_delta(self) -> LycorisDelta:
         return LycorisDelta(
-            {name: _to_cpu_float32(part) for name, part in self.factors.items()},
+            {name: _to_cpu_float32(factor) for name, factor in self.factors.items()},
             self.scale,
             self.rows,
         )
 
     def output_terms(self, columns: Tensor) -> list[Tensor]:
-        wide = {name: _to_cpu_float64(part) for name, part in self.factors.items()}
-        return LycorisDelta(wide, self.scale, self.rows).output_terms(columns)
+        factors = {name: _to_cpu_float64(factor) for name, factor in self.factors.items()}
+        return LycorisDelta(factors, self.scale, self.rows).output_terms(columns)
 
     def forward(self, x: Tensor) -> Tensor:
         base_y = self.base_layer(x)
         if self.strength == 0.0:
             return cast(Tensor, base_y)
-        parts, x = dict(self.factors.items()), self.dropout(x.to(base_y.dtype))
+        factors, x = dict(self.factors.items()), self.dropout(x.to(base_y.dtype))
         with torch.autocast(x.device.type, enabled=False):
-            if is_loha(parts):
-                # Kept for the backward pass are the parts, and one matrix in x's dtype.
+            if is_loha(factors):
+                # The backward pass keeps only the factors and one matrix in x's dtype.
                 weight = checkpoint(
-                    multiply_factors, parts, use_reentrant=False, preserve_rng_state=False
+                    multiply_factors, factors, use_reentrant=False, preserve_rng_state=False
                 )
                 y = F.linear(x, weight.to(x.dtype))
             else:
-                y = _apply_kronecker(x, {name: part.to(x.dtype) for name, part in parts.items()})
-        mine = y if self.rows is None else y[..., self.rows]
-        return cast(Tensor, base_y + mine * (self.scale * self.strength))
+                y = _apply_kronecker(
+                    x, {name: factor.to(x.dtype) for name, factor in factors.items()}
+                )
+        selected = y if self.rows is None else y[..., self.rows]
+        return cast(Tensor, base_y + selected * (self.scale * self.strength))
 
 
-def _apply_kronecker(x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    """(w1 ⊗ w2) x by w2 on pieces of x and w1 across them: (..., b d) -> (..., a c)."""
-    w1 = factor_matrix(parts, "1")
+def _apply_kronecker(x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+    """Apply (w1 ⊗ w2) to x: w2 on pieces of x, then w1 across them; (..., b d) -> (..., a c)."""
+    w1 = factor_matrix(factors, "1")
     pieces = x.unflatten(-1, (w1.shape[1], -1))
-    for name in [name for name in ("lokr_w2_b", "lokr_w2_a", "lokr_w2") if name in parts]:
-        pieces = F.linear(pieces, parts[name])
+    for name in [name for name in ("lokr_w2_b", "lokr_w2_a", "lokr_w2") if name in factors]:
+        pieces = F.linear(pieces, factors[name])
     return F.linear(pieces.transpose(-1, -2), w1).transpose(-1, -2).flatten(-2)
 
 
 def adapted_modules(transformer: nn.Module) -> dict[str, AdaptedLinear]:
-    """Every adapted module by its name in the network, in module order."""
+    """Return every adapted module by its name in the network, in module order."""
     return {
         name: part for name, part in transformer.named_modules() if isinstance(part, AdaptedLinear)
     }
 
 
 def _cast_for_autocast(x: Tensor) -> Tensor:
-    """What autocast would hand to the matmul; x itself outside autocast."""
+    """Cast x to the dtype that autocast would give the matmul; unchanged outside autocast."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -374,5 +385,5 @@ def _to_cpu_float32(tensor: Tensor) -> Tensor:
 
 
 def _to_cpu_float64(tensor: Tensor) -> Tensor:
-    """On the CPU: MPS has no float64."""
+    """Return a float64 copy on the CPU, because MPS has no float64."""
     return tensor.detach().to("cpu").double()

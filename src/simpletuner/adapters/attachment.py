@@ -1,4 +1,4 @@
-"""Putting a LoRA on a network: which modules, how it starts, how strong it acts."""
+"""Attach a LoRA or its relatives to a network: which modules, initial values, strength."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from simpletuner.randomness import seed_at
 
 @dataclass(frozen=True)
 class AttachedAdapter:
-    """modules, parameters: counts. scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+    """Result of attaching an adapter. modules, parameters: counts.
 
-    trainable: (name, parameter) in module order; names as in PEFT's state dict,
-    "<module>.lora_A.weight", or LyCORIS'. continued: the file it goes on from.
+    scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA. trainable: (name, parameter) in module
+    order, with the names of PEFT's state dict ("<module>.lora_A.weight") or of LyCORIS.
+    initialized_from: summary of the init_lora file, if any.
     """
 
     modules: int
@@ -49,105 +50,110 @@ def attach_adapter(
     seed: int,
     dtype: torch.dtype = torch.float32,
 ) -> AttachedAdapter:
-    """Adapt the linears `target_names` (full module names) in place; everything else is frozen.
+    """Adapt the linears `target_names` (full module names) in place and freeze the rest.
 
-    alpha defaults to the rank. A is drawn from (seed, module name), whatever the order of the names.
-    olora and pissa leave the base as it is: the start is kept beside A and B and subtracted, so a file
-    (of twice the rank) and strength 0 stay right for the untouched base.
-    dtype: of what is trained. Refuses unknown modules, a network that has an adapter, and modules that no
-    file of lora_format could hold (ConfigError, ModelError).
+    alpha defaults to the rank. A is initialized from (seed, module name), independent of the order
+    of the names. OLoRA and PiSSA leave the base unmodified: their initial factors are stored with A
+    and B and subtracted, so that the exported file (of twice the rank) and strength 0 are correct
+    for the original base.
+
+    dtype: of the trained parameters. Raises ConfigError or ModelError for unknown modules, a
+    network that already has an adapter, and modules that no file of lora_format can hold.
     """
     _check_combinations(options, target_names)
     bases = _find_base_linears(transformer, target_names)
-    told: dict[str, Delta] = {}
-    goes_on = None
+    initial_deltas: dict[str, Delta] = {}
+    initialized_from = None
     if options.init_lora is not None:
-        told, goes_on = _load_init_lora(Path(options.init_lora), bases, options)
-    made = {
-        name: _build_adapter(name, base, options, told.get(name), seed, dtype)
+        initial_deltas, initialized_from = _load_init_lora(Path(options.init_lora), bases, options)
+    adapters = {
+        name: _build_adapter(name, base, options, initial_deltas.get(name), seed, dtype)
         for name, base in bases.items()
     }
-    _install_adapters(transformer, made)
+    _install_adapters(transformer, adapters)
     trainable = trainable_parameters(transformer)
     parameters = sum(parameter.numel() for _, parameter in trainable)
-    return AttachedAdapter(
-        len(made), parameters, next(iter(made.values())).scale, trainable, goes_on
-    )
+    scale = next(iter(adapters.values())).scale
+    return AttachedAdapter(len(adapters), parameters, scale, trainable, initialized_from)
 
 
 def attach_adapter_from_file(
     transformer: nn.Module, path: Path, strength: float
 ) -> layouts.LoraFileSummary:
-    """Adapt the modules a file names, each with the file's rank, and freeze the result."""
+    """Adapt the modules that a file names, each with the file's rank, and freeze the result."""
     deltas, summary = layouts.read_lora_file(path).to_deltas_and_summary()
-    made: dict[str, AdaptedLinear] = {}
+    adapters: dict[str, AdaptedLinear] = {}
     for name, base in _find_base_linears(
         transformer, summary.modules, f"{path} was made for another network"
     ).items():
         delta = _check_shape(path, name, deltas[name], base)
         if isinstance(delta, LycorisDelta):
-            made[name] = LycorisLinear(base, _to_base_device(delta, base))
+            adapters[name] = LycorisLinear(base, _to_base_device(delta, base))
             continue
         pair = _to_base_device(delta, base)
         if pair.magnitude is None:
-            made[name] = LoraLinear(base, pair.down, pair.up)
+            adapters[name] = LoraLinear(base, pair.down, pair.up)
         else:
-            made[name] = DoraLinear(base, pair.down, pair.up, lengths=pair.magnitude)
-    _install_adapters(transformer, made)
+            adapters[name] = DoraLinear(base, pair.down, pair.up, lengths=pair.magnitude)
+    _install_adapters(transformer, adapters)
     transformer.requires_grad_(False)
     set_strength(transformer, strength)
     return summary
 
 
 def set_strength(transformer: nn.Module, strength: float) -> None:
-    """1 is as trained, 0 is the base, bit for bit; any other number scales the delta."""
+    """Set the strength of every adapted module: 1 as trained, 0 exactly the base."""
     for module in adapted_modules(transformer).values():
         module.strength = float(strength)
 
 
 def trainable_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The adapter's parameters by their names in a state dict, in module order."""
+    """Return the adapter's parameters by their names in a state dict, in module order."""
     modules = adapted_modules(transformer).items()
     return [
-        (f"{name}{end}", one)
+        (f"{name}{suffix}", parameter)
         for name, module in modules
-        for end, one in module.adapter_parameters().items()
+        for suffix, parameter in module.adapter_parameters().items()
     ]
 
 
 def _check_combinations(options: AdapterOptions, target_names: Sequence[str]) -> None:
-    """Here and not after hours, when the file is written."""
-    outer = [name for name in target_names if name in NON_BLOCK_MODULES]
-    if options.lora_format == "kohya" and outer:
-        what = f"reaches the blocks only, and lora_target_modules names {outer[0]}"
-        raise ConfigError(f'lora_format "kohya" {what}; use "comfyui"')
+    """Refuse targets that lora_format cannot hold now, instead of when the file is written."""
+    non_block = [name for name in target_names if name in NON_BLOCK_MODULES]
+    if options.lora_format == "kohya" and non_block:
+        raise ConfigError(
+            f'lora_format "kohya" can only hold modules inside the blocks, but lora_target_modules'
+            f' includes {non_block[0]}; use lora_format "comfyui"'
+        )
 
 
 def _find_base_linears(
     transformer: nn.Module, names: Sequence[str], context: str = "cannot attach a LoRA"
 ) -> dict[str, nn.Linear]:
-    """The linears of these names, quantised or not, in the network's order."""
+    """Return the linears of these names, quantized or not, in the network's order."""
     modules = dict(transformer.named_modules())
     unknown = [name for name in names if name not in modules]
     if unknown or not names:
-        what = f"the network has no {', '.join(unknown[:3])}" if unknown else "no module was named"
-        more = f" (and {len(unknown) - 3} more of {len(names)})" if len(unknown) > 3 else ""
-        raise ModelError(f"{context}: {what}{more}")
+        problem = (
+            f"the network has no {', '.join(unknown[:3])}" if unknown else "no module was named"
+        )
+        remainder = f" (and {len(unknown) - 3} more of {len(names)})" if len(unknown) > 3 else ""
+        raise ModelError(f"{context}: {problem}{remainder}")
     if adapted_modules(transformer):
-        raise ModelError("this network has an adapter already; load the base again for another one")
+        raise ModelError("this network already has an adapter; load the base again for another one")
     wanted, found = set(names), {}
     for name, module in modules.items():
         if name in wanted:
             if not isinstance(module, nn.Linear):
-                raise ModelError(f"{context}: {name} is no linear")
+                raise ModelError(f"{context}: {name} is not a linear module")
             found[name] = module
     return found
 
 
-def _install_adapters(transformer: nn.Module, made: Mapping[str, AdaptedLinear]) -> None:
-    """What is in place follows the network's mode, dropout with it; the base is frozen."""
+def _install_adapters(transformer: nn.Module, adapters: Mapping[str, AdaptedLinear]) -> None:
+    """Put the adapters into the network in its train or eval mode, and freeze the base."""
     transformer.requires_grad_(False)
-    for name, module in made.items():
+    for name, module in adapters.items():
         transformer.set_submodule(name, module.train(transformer.training))
 
 
@@ -156,39 +162,43 @@ def _build_adapter(
     name: str,
     base: nn.Linear,
     options: AdapterOptions,
-    told: Delta | None,
+    initial_delta: Delta | None,
     seed: int,
     dtype: torch.dtype,
 ) -> AdaptedLinear:
-    """told: the delta to go on from."""
+    """Build the adapter of one linear. initial_delta: from init_lora, or None."""
     generator = torch.Generator().manual_seed(seed_at(seed, "lora_init", name))
     if options.lora_type == "lycoris":
-        product = init_lycoris(
+        initial = init_lycoris(
             lycoris_config.require_lycoris_config(options),
             (base.out_features, base.in_features),
             generator,
         )
-        product = (
-            warm_start_lycoris(told, product, name) if isinstance(told, LycorisDelta) else product
+        initial = (
+            warm_start_lycoris(initial_delta, initial, name)
+            if isinstance(initial_delta, LycorisDelta)
+            else initial
         )
-        return LycorisLinear(base, _to_base_device(product, base, dtype), options.lora_dropout)
+        return LycorisLinear(base, _to_base_device(initial, base, dtype), options.lora_dropout)
     rank = options.lora_rank
     alpha = rank if options.lora_alpha is None else options.lora_alpha
     scale = alpha / (rank**0.5 if options.use_rslora else rank)
     principal = options.lora_init_type in BASE_DERIVED_INITS
     if principal:
-        start = LowRankDelta(*_init_from_base_weight(name, base, options, scale, generator))
+        factors = LowRankDelta(*_init_from_base_weight(name, base, options, scale, generator))
     else:
-        start = _init_low_rank(base, options, generator)
-    if isinstance(
-        told, LowRankDelta
-    ):  # of a smaller rank it takes the first rows; the others add nothing yet
-        start.down[: told.rank], start.up[:, : told.rank] = told.down, told.up / scale
-    start = _to_base_device(start, base, dtype)
+        factors = _init_low_rank(base, options, generator)
+    if isinstance(initial_delta, LowRankDelta):
+        # A smaller rank fills the first rows; B is zero for the others.
+        factors.down[: initial_delta.rank], factors.up[:, : initial_delta.rank] = (
+            initial_delta.down,
+            initial_delta.up / scale,
+        )
+    factors = _to_base_device(factors, base, dtype)
     if options.use_dora:
-        lengths = None if told is None else told.magnitude
-        return DoraLinear(base, start.down, start.up, scale, options.lora_dropout, lengths)
-    return LoraLinear(base, start.down, start.up, scale, options.lora_dropout, principal)
+        row_norms = None if initial_delta is None else initial_delta.magnitude
+        return DoraLinear(base, factors.down, factors.up, scale, options.lora_dropout, row_norms)
+    return LoraLinear(base, factors.down, factors.up, scale, options.lora_dropout, principal)
 
 
 def _init_low_rank(
@@ -206,21 +216,23 @@ def _init_low_rank(
 def _init_from_base_weight(
     name: str, base: nn.Linear, options: AdapterOptions, scale: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """PiSSA (arXiv 2404.02948): r largest singular triplets. OLoRA (arXiv 2406.01775): r columns of QR."""
+    """Return (A, B): PiSSA (arXiv 2404.02948) by truncated SVD, OLoRA (2406.01775) by QR."""
     rank = options.lora_rank
     if rank > min(base.weight.shape):
         raise ConfigError(
-            f"lora_init_type = {options.lora_init_type!r}: lora_rank <= {min(base.weight.shape)} in {name}"
+            f"lora_init_type = {options.lora_init_type!r} needs lora_rank <="
+            f" {min(base.weight.shape)} for {name}, but lora_rank is {rank}"
         )
-    # MPS has neither decomposition. The sketch is the CPU's everywhere: a run that moves keeps its start.
+    # MPS has neither decomposition. The random basis is always drawn on the CPU, so that a run that
+    # is moved to another device starts from the same factors.
     weight = base.weight.to("cpu") if base.weight.device.type == "mps" else base.weight
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if options.lora_init_type == "olora":
         q, r = torch.linalg.qr(weight)
         return r[:rank], q[:, :rank]
-    wide = min(rank + 8, *weight.shape)
-    basis = torch.randn(weight.shape[1], wide, generator=generator).to(weight)
-    for _ in range(5):  # subspace iteration, algorithm 4.4 of Halko, Martinsson and Tropp 2011
+    sketch_size = min(rank + 8, *weight.shape)
+    basis = torch.randn(weight.shape[1], sketch_size, generator=generator).to(weight)
+    for _ in range(5):  # subspace iteration: algorithm 4.4 of Halko, Martinsson and Tropp (2011)
         basis = torch.linalg.qr(weight.t() @ torch.linalg.qr(weight @ basis).Q).Q
     u, s, v = torch.linalg.svd(weight @ basis, full_matrices=False)
     root = (s[:rank] / scale).sqrt()
@@ -230,47 +242,50 @@ def _init_from_base_weight(
 def _load_init_lora(
     path: Path, bases: Mapping[str, nn.Linear], options: AdapterOptions
 ) -> tuple[dict[str, Delta], layouts.LoraFileSummary]:
-    """What each module goes on from. Smaller ranks than the run's get rows more, whose delta is zero."""
+    """Load init_lora. Ranks below lora_rank are zero-padded later, in _build_adapter."""
     deltas, summary = layouts.read_lora_file(path).to_deltas_and_summary()
     where = f"init_lora = {str(path)!r} ({summary.layout} layout)"
     if set(deltas) != set(bases):
-        lacking, surplus = sorted(set(bases) - set(deltas)), sorted(set(deltas) - set(bases))
+        missing, surplus = sorted(set(bases) - set(deltas)), sorted(set(deltas) - set(bases))
         raise ConfigError(
-            f"{where} adapts other modules than this run: {len(lacking)} missing ({', '.join(lacking[:2])}), "
-            f"{len(surplus)} too many ({', '.join(surplus[:2])}); set flux_lora_target alike"
+            f"{where} adapts other modules than this run: {len(missing)} missing"
+            f" ({', '.join(missing[:2])}), {len(surplus)} unexpected ({', '.join(surplus[:2])}); set"
+            " flux_lora_target or lora_target_modules to the modules of the file"
         )
-    asked = "dora" if options.use_dora else "lora"
+    expected_kind = "dora" if options.use_dora else "lora"
     if options.lora_type == "lycoris":
-        asked = lycoris_config.require_lycoris_config(options).algo
-    if summary.kind.lower() != asked:
-        plain = 'lora_type = "standard" and use_dora = '
-        ways = {"LoRA": f"{plain}false", "DoRA": f"{plain}true"}
-        own = f'lora_type = "lycoris" and algo {summary.kind.lower()} in lycoris_config'
-        way = ways.get(summary.kind, own)
-        raise ConfigError(f"{where} is a {summary.kind}; set {way}")
+        expected_kind = lycoris_config.require_lycoris_config(options).algo
+    if summary.kind.lower() != expected_kind:
+        prefix = 'lora_type = "standard" and use_dora = '
+        settings = {"LoRA": f"{prefix}false", "DoRA": f"{prefix}true"}
+        lycoris_setting = f'lora_type = "lycoris" and algo {summary.kind.lower()} in lycoris_config'
+        setting = settings.get(summary.kind, lycoris_setting)
+        raise ConfigError(f"{where} is a {summary.kind}; set {setting}")
     if options.lora_type == "standard" and (rank := summary.ranks[-1]) > options.lora_rank:
-        way = f"set it to {rank}, or make the file smaller: simpletuner export --format diffusers --rank N"
-        raise ConfigError(f"{where} has rank {rank} and lora_rank is {options.lora_rank}; {way}")
+        raise ConfigError(
+            f"{where} has rank {rank}, but lora_rank is {options.lora_rank}; set lora_rank to {rank},"
+            " or reduce the file with: simpletuner export --format diffusers --rank N"
+        )
     for name, base in bases.items():
         _check_shape(path, name, deltas[name], base)
     return deltas, summary
 
 
-def _to_base_device(start: DeltaT, base: nn.Linear, dtype: torch.dtype = torch.float32) -> DeltaT:
-    """To where the base lies: asking a quantised one for its weight would restore it."""
+def _to_base_device(delta: DeltaT, base: nn.Linear, dtype: torch.dtype = torch.float32) -> DeltaT:
+    """Move a delta to the base's device without dequantizing the base's weight."""
     device = next(iter(base.state_dict().values())).device
-    if isinstance(start, LycorisDelta):
-        parts = {name: part.to(device, dtype) for name, part in start.factors.items()}
-        return LycorisDelta(parts, start.scale, start.rows)
-    length = None if start.magnitude is None else start.magnitude.to(device, dtype)
-    down, up = (one.to(device, dtype).contiguous() for one in (start.down, start.up))
-    return LowRankDelta(down, up, length)
+    if isinstance(delta, LycorisDelta):
+        factors = {name: factor.to(device, dtype) for name, factor in delta.factors.items()}
+        return LycorisDelta(factors, delta.scale, delta.rows)
+    magnitude = None if delta.magnitude is None else delta.magnitude.to(device, dtype)
+    down, up = (factor.to(device, dtype).contiguous() for factor in (delta.down, delta.up))
+    return LowRankDelta(down, up, magnitude)
 
 
 def _check_shape(path: Path, name: str, delta: Delta, base: nn.Linear) -> Delta:
     needed = base.out_features, base.in_features
     if delta.shape != needed:
         sizes = " x ".join(map(str, delta.shape)), " x ".join(map(str, needed))
-        what = f"{name} is {sizes[0]}, this network needs {sizes[1]}"
-        raise ModelError(f"{path}: {what}: it was made for another size")
+        mismatch = f"{name} is {sizes[0]}, this network needs {sizes[1]}"
+        raise ModelError(f"{path}: {mismatch}; it was trained on a model of another size")
     return delta

@@ -1,4 +1,4 @@
-"""Which program does what with a LoRA file: applied, ignored, wrong strength, refused."""
+"""How each consumer program treats a LoRA file: applied, ignored, wrong strength or refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ Outcome = Literal["applied", "in part", "ignored", "wrong strength", "refused"]
 
 @dataclass(frozen=True)
 class ProgramCompatibility:
-    """modules: adapted as the file means it, of `of`. strength: 1 is right; None: there is no one value."""
+    """How one program treats a file.
+
+    modules: number of modules applied as the file intends, out of `of`. strength: applied relative
+    to intended strength, so 1 is correct; None if the modules differ. why: the reason unless
+    everything is applied.
+    """
 
     program: str
     outcome: Outcome
@@ -33,55 +38,63 @@ class ProgramCompatibility:
 
 
 def check_compatibility(path: Path) -> tuple[LoraFile, tuple[ProgramCompatibility, ...]]:
-    """A verdict for each program. ModelError for a file that is no LoRA of Chroma in any layout."""
+    """Read a file and return it with the result for each program.
+
+    Raises ModelError for a file that is not a LoRA of a known layout.
+    """
     file = layouts.read_lora_file(path)
     return file, tuple(assess_program(program, file) for program in CONSUMER_PROGRAMS.values())
 
 
 def assess_program(program: ConsumerProgram, file: LoraFile) -> ProgramCompatibility:
-    whole, found = file.to_deltas(), predict_load(program, file)
+    """Return how `program` treats `file`."""
+    deltas = file.to_deltas()
+    predicted = predict_load(program, file)
     native = LAYOUTS[file.layout].uses_native_names
     stored = {
         module: (module_names.locate_in_native(module) or ("", 0))[0] if native else module
-        for module in whole
+        for module in deltas
     }
     ratios = {
         module: _strength_ratio(
-            found.strengths[name], file.module_scale(name), loses_magnitude(program, file, name)
+            predicted.strengths[name], file.module_scale(name), loses_magnitude(program, file, name)
         )
         for module, name in stored.items()
-        if name in found.strengths
+        if name in predicted.strengths
     }
-    right = sum(ratio == 1.0 for ratio in ratios.values())
-    one = next(iter(ratios.values()), None) if len(set(ratios.values())) == 1 else None
-    outcome, why = _classify(found, right, len(ratios), len(whole))
+    correct = sum(ratio == 1.0 for ratio in ratios.values())
+    strength = next(iter(ratios.values()), None) if len(set(ratios.values())) == 1 else None
+    outcome, why = _classify(predicted, correct, len(ratios), len(deltas))
     if not why and outcome == "in part":
-        why = f"{next(module for module in whole if module not in ratios)} is passed over, as others may be"
+        skipped = next(module for module in deltas if module not in ratios)
+        why = f"{skipped} is skipped, and possibly others"
     if outcome == "wrong strength" and None in ratios.values():
-        why = "the magnitudes of this DoRA are left out, or scaled by another rule"
+        why = "the magnitudes of this DoRA are ignored, or normalized in another way"
     return ProgramCompatibility(
-        program.title, outcome, right, len(whole), one, "" if outcome == "applied" else why
+        program.title, outcome, correct, len(deltas), strength, "" if outcome == "applied" else why
     )
 
 
-def _classify(found: PredictedLoad, right: int, reached: int, whole: int) -> tuple[Outcome, str]:
-    if found.refusal:
-        return "refused", found.refusal
+def _classify(
+    predicted: PredictedLoad, correct: int, reached: int, total: int
+) -> tuple[Outcome, str]:
+    if predicted.refusal:
+        return "refused", predicted.refusal
     if not reached:
-        return "ignored", found.reason
-    if right < reached:
-        return "wrong strength", found.reason
-    return ("applied", "") if reached == whole else ("in part", "")
+        return "ignored", predicted.reason
+    if correct < reached:
+        return "wrong strength", predicted.reason
+    return ("applied", "") if reached == total else ("in part", "")
 
 
-def _strength_ratio(found: float, meant: float, lost: bool) -> float | None:
-    """Of the strength in the program to the one meant; None where there is none."""
-    if lost:
+def _strength_ratio(applied: float, intended: float, magnitude_lost: bool) -> float | None:
+    """Return the ratio of applied to intended strength, or None if the delta differs otherwise."""
+    if magnitude_lost:
         return None
     return (
         1.0
-        if math.isclose(found, meant, rel_tol=1e-6)
-        else round(found / meant, 6)
-        if meant
+        if math.isclose(applied, intended, rel_tol=1e-6)
+        else round(applied / intended, 6)
+        if intended
         else None
     )

@@ -1,6 +1,6 @@
-"""What an adapter adds to a linear: a low-rank pair (LoRA, DoRA), or a product of two matrices (LoHa, LoKr).
+"""Weight deltas of adapters: low-rank pairs (LoRA, DoRA) and products (LoHa, LoKr).
 
-out, in: of the linear · r rank
+out, in: sizes of the linear · r rank
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-# LyCORIS' names of what a product is made of: w1 and w2, each whole or as the pair a @ b.
+# LyCORIS' names of the factors w1 and w2; each is one matrix or a pair a @ b.
 LYCORIS_FACTOR_NAMES = (
     "hada_w1_a",
     "hada_w1_b",
@@ -29,9 +29,9 @@ LYCORIS_FACTOR_NAMES = (
 
 @dataclass(frozen=True)
 class LowRankDelta:
-    """delta W = up @ down, alpha already in `up`.
+    """delta W = up @ down, with alpha folded into `up`.
 
-    down: (r, in). up: (out, r). magnitude: (out,), only with DoRA. All float32 on the CPU.
+    down: (r, in). up: (out, r). magnitude: (out,) with DoRA, else None. All float32 on the CPU.
     """
 
     down: Tensor
@@ -50,11 +50,11 @@ class LowRankDelta:
     def shape(self) -> tuple[int, int]:
         return self.up.shape[0], self.down.shape[1]
 
-    def scaled(self, by: float) -> LowRankDelta:
-        return self if by == 1.0 else LowRankDelta(self.down, self.up * by, self.magnitude)
+    def scaled(self, factor: float) -> LowRankDelta:
+        return self if factor == 1.0 else LowRankDelta(self.down, self.up * factor, self.magnitude)
 
     def output_terms(self, columns: Tensor) -> list[Tensor]:
-        """Delta W @ columns as the sum of these; columns: (in, n) float64."""
+        """Return terms whose sum is delta W @ columns; columns: (in, n) float64."""
         return [self.up.double() @ (self.down.double() @ columns)]
 
     def add_to(self, weight: Tensor, strength: float) -> None:
@@ -63,10 +63,11 @@ class LowRankDelta:
 
 @dataclass(frozen=True)
 class LycorisDelta:
-    """delta W = scale * w1 ∘ w2 (LoHa, arXiv 2108.06098) or scale * w1 ⊗ w2 (LoKr, arXiv 2309.14859).
+    """delta W = scale * w1 ∘ w2 (LoHa, arXiv 2108.06098) or scale * w1 ⊗ w2 (LoKr, 2309.14859).
 
-    parts: name of LyCORIS' -> matrix; LoHa's w1 and w2 are (out, in), LoKr's (a, b) and (out / a, in / b).
-    rows: those of a fused native matrix that are this linear's; None: all. Float32 on the CPU.
+    factors: LyCORIS' name -> matrix. LoHa's w1 and w2 are (out, in); LoKr's are (a, b) and (out /
+    a, in / b). rows: the rows of a fused native matrix that belong to this linear; None means all.
+    Float32 on the CPU.
     """
 
     factors: Mapping[str, Tensor]
@@ -80,7 +81,7 @@ class LycorisDelta:
 
     @property
     def rank(self) -> int:
-        """Of w2's pair, else of w1's; 0 where both are whole, and alpha means nothing."""
+        """Rank of w2, or else of w1; 0 if neither is decomposed, and alpha is then unused."""
         pairs = (self.factors.get(f"{key_stem(self.factors)}{number}_b") for number in "21")
         return next((pair.shape[0] for pair in pairs if pair is not None), 0)
 
@@ -92,33 +93,37 @@ class LycorisDelta:
 
     @property
     def total_rows(self) -> int:
-        """Of all rows."""
+        """Number of output rows before `rows` selects a slice."""
         (a, _), (c, _) = (_factor_shape(self.factors, number) for number in "12")
         return a if is_loha(self.factors) else a * c
 
-    def scaled(self, by: float) -> LycorisDelta:
-        """In w1 where alpha means nothing."""
+    def scaled(self, factor: float) -> LycorisDelta:
+        """Scale the delta; the factor is folded into w1 when the rank is 0."""
         if self.rank:
-            return LycorisDelta(self.factors, self.scale * by, self.rows)
+            return LycorisDelta(self.factors, self.scale * factor, self.rows)
         return LycorisDelta(
-            {**self.factors, "lokr_w1": self.factors["lokr_w1"] * by}, self.scale, self.rows
+            {**self.factors, "lokr_w1": self.factors["lokr_w1"] * factor}, self.scale, self.rows
         )
 
     def to_dense(self) -> Tensor:
-        whole = multiply_factors(self.factors) * self.scale
-        return whole if self.rows is None else whole[self.rows]
+        product = multiply_factors(self.factors) * self.scale
+        return product if self.rows is None else product[self.rows]
 
     def output_terms(self, columns: Tensor) -> list[Tensor]:
-        """Without the product itself, which at full size takes minutes for all modules."""
-        parts = {name: part.double() for name, part in self.factors.items()}
-        if is_loha(parts):
-            cores = torch.einsum("rj,sj,jn->nrs", parts["hada_w1_b"], parts["hada_w2_b"], columns)
-            whole = torch.einsum("ir,nrs,is->in", parts["hada_w1_a"], cores, parts["hada_w2_a"])
+        """Return the terms without building the product, which would take minutes per network."""
+        factors = {name: factor.double() for name, factor in self.factors.items()}
+        if is_loha(factors):
+            cores = torch.einsum(
+                "rj,sj,jn->nrs", factors["hada_w1_b"], factors["hada_w2_b"], columns
+            )
+            product = torch.einsum(
+                "ir,nrs,is->in", factors["hada_w1_a"], cores, factors["hada_w2_a"]
+            )
         else:
-            w1, w2 = factor_matrix(parts, "1"), factor_matrix(parts, "2")
+            w1, w2 = factor_matrix(factors, "1"), factor_matrix(factors, "2")
             pieces = torch.einsum("cd,bdn->bcn", w2, columns.view(w1.shape[1], w2.shape[1], -1))
-            whole = torch.einsum("ab,bcn->acn", w1, pieces).flatten(0, 1)
-        return [self.scale * (whole if self.rows is None else whole[self.rows])]
+            product = torch.einsum("ab,bcn->acn", w1, pieces).flatten(0, 1)
+        return [self.scale * (product if self.rows is None else product[self.rows])]
 
     def add_to(self, weight: Tensor, strength: float) -> None:
         weight.add_(self.to_dense().to(weight), alpha=strength)
@@ -128,48 +133,50 @@ Delta: TypeAlias = LowRankDelta | LycorisDelta
 DeltaT = TypeVar("DeltaT", LowRankDelta, LycorisDelta)
 
 
-def is_loha(parts: Mapping[str, Tensor]) -> bool:
-    return "hada_w1_a" in parts
+def is_loha(factors: Mapping[str, Tensor]) -> bool:
+    """Return whether these are factors of a LoHa rather than a LoKr."""
+    return "hada_w1_a" in factors
 
 
-def key_stem(parts: Mapping[str, Tensor]) -> str:
-    return "hada_w" if is_loha(parts) else "lokr_w"
+def key_stem(factors: Mapping[str, Tensor]) -> str:
+    """Return the common start of the factors' names."""
+    return "hada_w" if is_loha(factors) else "lokr_w"
 
 
-def multiply_factors(parts: Mapping[str, Tensor]) -> Tensor:
-    """(out, in), without scale."""
-    w1, w2 = (factor_matrix(parts, number) for number in "12")
-    return w1 * w2 if is_loha(parts) else torch.kron(w1, w2)
+def multiply_factors(factors: Mapping[str, Tensor]) -> Tensor:
+    """Return w1 ∘ w2 or w1 ⊗ w2, (out, in), without scale."""
+    w1, w2 = (factor_matrix(factors, number) for number in "12")
+    return w1 * w2 if is_loha(factors) else torch.kron(w1, w2)
 
 
-def factor_matrix(parts: Mapping[str, Tensor], number: str) -> Tensor:
-    """w1 or w2."""
-    name = f"{key_stem(parts)}{number}"
-    return parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
+def factor_matrix(factors: Mapping[str, Tensor], number: str) -> Tensor:
+    """Return w1 or w2, multiplying its pair if it is decomposed."""
+    name = f"{key_stem(factors)}{number}"
+    return factors[name] if name in factors else factors[f"{name}_a"] @ factors[f"{name}_b"]
 
 
-def invalid_factors_reason(parts: Mapping[str, Tensor]) -> str:
-    """Why these are no LoHa and no LoKr; nothing for those that are."""
-    shapes = {name: tuple(part.shape) for name, part in parts.items()}
-    if odd := next((name for name in parts if not name.startswith(key_stem(parts))), ""):
-        return f"{odd} is not of its kind"
-    for name in (f"{key_stem(parts)}{number}" for number in "12"):
-        found = [end for end in ("", "_a", "_b") if f"{name}{end}" in parts]
-        if found not in ([""], ["_a", "_b"]):
-            return f"{name} is neither one matrix nor a pair"
-        mine = [shapes[f"{name}{end}"] for end in found]
+def invalid_factors_reason(factors: Mapping[str, Tensor]) -> str:
+    """Return why these are not the factors of a LoHa or LoKr; "" if they are."""
+    shapes = {name: tuple(factor.shape) for name, factor in factors.items()}
+    if unexpected := next((name for name in factors if not name.startswith(key_stem(factors))), ""):
+        return f"{unexpected} does not belong to the other factors"
+    for name in (f"{key_stem(factors)}{number}" for number in "12"):
+        suffixes = [suffix for suffix in ("", "_a", "_b") if f"{name}{suffix}" in factors]
+        if suffixes not in ([""], ["_a", "_b"]):
+            return f"{name} is neither one matrix nor a pair of matrices"
+        shapes_found = [shapes[f"{name}{suffix}"] for suffix in suffixes]
         if (
-            any(len(shape) != 2 or 0 in shape for shape in mine)
-            or mine[0][-1] != mine[-1][-len(found)]
+            any(len(shape) != 2 or 0 in shape for shape in shapes_found)
+            or shapes_found[0][-1] != shapes_found[-1][-len(suffixes)]
         ):
-            return f"shapes {', '.join(map(str, mine))} are no {name}"
-    if is_loha(parts) and _factor_shape(parts, "1") != _factor_shape(parts, "2"):
+            return f"shapes {', '.join(map(str, shapes_found))} do not fit {name}"
+    if is_loha(factors) and _factor_shape(factors, "1") != _factor_shape(factors, "2"):
         return "w1 and w2 differ in size"
     return ""
 
 
-def _factor_shape(parts: Mapping[str, Tensor], number: str) -> tuple[int, int]:
-    name = f"{key_stem(parts)}{number}"
-    if name in parts:
-        return parts[name].shape[0], parts[name].shape[1]
-    return parts[f"{name}_a"].shape[0], parts[f"{name}_b"].shape[1]
+def _factor_shape(factors: Mapping[str, Tensor], number: str) -> tuple[int, int]:
+    name = f"{key_stem(factors)}{number}"
+    if name in factors:
+        return factors[name].shape[0], factors[name].shape[1]
+    return factors[f"{name}_a"].shape[0], factors[f"{name}_b"].shape[1]

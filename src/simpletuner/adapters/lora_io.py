@@ -1,4 +1,4 @@
-"""Writing a LoRA that other programs load at its right strength, and proof of it before it gets its name."""
+"""Write LoRAs that other programs load at the right strength, verified before the final rename."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from simpletuner.atomic_io import fsync_path
 from simpletuner.errors import DiskFull, ModelError
 
 PROBE_VECTORS = 8
-# What rounding to a number type may change, as a share of a delta's larger terms.
+# Largest rounding error of a dtype, relative to the larger terms of a delta.
 TOLERANCES = MappingProxyType({torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2})
-# Layouts that are written -> the programs that must apply them as trained.
+# Layout that can be written -> the programs that must apply it as trained.
 TARGET_PROGRAMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "diffusers": ("diffusers", "comfyui"),
@@ -33,7 +33,7 @@ TARGET_PROGRAMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "lycoris": ("comfyui", "forge"),
     }
 )
-ExpectedDeltas = Mapping[str, Delta | AdaptedLinear]  # what a file is compared with
+ExpectedDeltas = Mapping[str, Delta | AdaptedLinear]  # a saved file is compared with them
 
 
 def save_adapter(
@@ -42,20 +42,22 @@ def save_adapter(
     metadata: Mapping[str, str] | None = None,
     layout: str | None = None,
 ) -> LoraFileSummary:
-    """Write the adapter to `path` (its folder exists): temporary name, fsync, read back, rename.
+    """Write the adapter to `path`: to a temporary file, synced, verified, then renamed.
 
-    Read back means: by the rules of each program that the layout is meant for, compared with the live delta
-    of each module on random inputs in float64. A module that would not be applied, or a relative difference
-    above 1e-6, is a ModelError, no room is a DiskFull; either way the file before keeps its name.
-    layout: None is "lycoris" for LoHa and LoKr, else "diffusers".
-    metadata: free strings (modelspec.title, ...); of a value that is a local path the last part is written.
+    Verification reads the file by the rules of each program that the layout is meant for, and
+    compares it with the live delta of each module on random inputs in float64. Raises ModelError
+    when a module would not be applied or differs by more than 1e-6, DiskFull when there is no
+    space; in both cases an existing file is unchanged. The folder must exist.
+
+    layout: None means "lycoris" for LoHa and LoKr, else "diffusers". metadata: free strings
+    (modelspec.title, ...); of a value that is a local path only the last part is written.
     """
     modules = adapted_modules(transformer)
     if not modules:
-        raise ModelError(f"nothing to save to {path}: the network has no adapter")
+        raise ModelError(f"cannot save {path}: the network does not have an adapter")
     deltas = {name: module.to_delta() for name, module in modules.items()}
-    product = any(isinstance(one, LycorisDelta) for one in deltas.values())
-    layout = layout or ("lycoris" if product else "diffusers")
+    is_lycoris = any(isinstance(delta, LycorisDelta) for delta in deltas.values())
+    layout = layout or ("lycoris" if is_lycoris else "diffusers")
     return _save_verified(path, deltas, modules, layout, torch.float32, metadata or {})
 
 
@@ -66,32 +68,32 @@ def save_deltas(
     dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> LoraFileSummary:
-    """The same for what belongs to no network."""
+    """Write deltas that do not belong to a network, in the same verified way."""
     return _save_verified(path, deltas, deltas, layout, dtype, metadata)
 
 
 def path_with_layout(path: Path, layout: str) -> Path:
-    """pytorch_lora_weights.safetensors -> pytorch_lora_weights.kohya.safetensors"""
+    """Return the path with the layout in its name: name.safetensors -> name.kohya.safetensors."""
     return path.with_name(f"{path.stem}.{layout}{path.suffix}")
 
 
 def load_adapter(transformer: nn.Module, path: Path, strength: float = 1.0) -> LoraFileSummary:
-    """Adapt a network by a file (or a folder that holds one) with its modules and ranks, frozen.
+    """Adapt a network by a LoRA file, or a folder that holds one, and freeze it.
 
-    Refuses a network with an adapter, modules it lacks, other sizes (ModelError).
+    Raises ModelError for a network that already has an adapter, lacks a module or has other sizes.
     """
     return attach_adapter_from_file(transformer, path, strength)
 
 
 def read_summary(path: Path) -> LoraFileSummary:
-    """What a file holds, without a network."""
+    """Return the summary of a LoRA file."""
     return layouts.read_lora_file(path).to_deltas_and_summary()[1]
 
 
 def _save_verified(
     path: Path,
     deltas: Mapping[str, Delta],
-    meant: ExpectedDeltas,
+    expected: ExpectedDeltas,
     layout: str,
     dtype: torch.dtype,
     metadata: Mapping[str, str],
@@ -99,16 +101,18 @@ def _save_verified(
     header = {"format": "pt", **{key: _strip_local_path(value) for key, value in metadata.items()}}
     if layouts.PEFT_CONFIG_KEY in header:
         raise ModelError(
-            f"{layouts.PEFT_CONFIG_KEY} must not be in the header: loaders disagree about it"
+            f"{layouts.PEFT_CONFIG_KEY} must not be in the header, because programs read it"
+            " differently"
         )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(_delta_tensors(deltas, layout, dtype), temporary, metadata=header)
         fsync_path(temporary)
-        written = _verify_file(temporary, meant, layout, TOLERANCES[dtype])
+        written = _verify_file(temporary, expected, layout, TOLERANCES[dtype])
         os.replace(temporary, path)
         fsync_path(path.parent)
-    except (OSError, SafetensorError) as error:  # a full disk is the latter inside save_file
+    # save_file reports a full disk as SafetensorError.
+    except (OSError, SafetensorError) as error:
         raise DiskFull(f"{path} could not be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -118,59 +122,68 @@ def _save_verified(
 def _delta_tensors(
     deltas: Mapping[str, Delta], layout: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Alpha is folded into B; programs that ask for an alpha get the rank, which changes nothing."""
-    to = LAYOUTS[layout]
+    """Return the tensors of a file. Alpha is folded into B; layouts with alpha get the rank.
+
+    An alpha equal to the rank is a scale of 1.
+    """
+    target = LAYOUTS[layout]
     tensors: dict[str, Tensor] = {}
-    for name, one in (layouts.fuse_qkv(deltas) if to.uses_native_names else deltas).items():
-        key = to.key_for(name)
-        if isinstance(one, LycorisDelta):
-            tensors |= _lycoris_tensors(key, one, layout, dtype)
+    for name, delta in (layouts.fuse_qkv(deltas) if target.uses_native_names else deltas).items():
+        key = target.key_for(name)
+        if isinstance(delta, LycorisDelta):
+            tensors |= _lycoris_tensors(key, delta, layout, dtype)
             continue
-        tensors[key + to.down_suffix] = one.down.to(dtype, copy=True).contiguous()
-        tensors[key + to.up_suffix] = one.up.to(dtype, copy=True).contiguous()
-        if to.suffixes != LAYOUTS["diffusers"].suffixes:
-            tensors[key + layouts.ALPHA_SUFFIX] = torch.tensor(float(one.rank))
-        if one.magnitude is not None:
-            tensors[key + layouts.MAGNITUDE_SUFFIX] = one.magnitude.contiguous()
+        tensors[key + target.down_suffix] = delta.down.to(dtype, copy=True).contiguous()
+        tensors[key + target.up_suffix] = delta.up.to(dtype, copy=True).contiguous()
+        if target.suffixes != LAYOUTS["diffusers"].suffixes:
+            tensors[key + layouts.ALPHA_SUFFIX] = torch.tensor(float(delta.rank))
+        if delta.magnitude is not None:
+            tensors[key + layouts.MAGNITUDE_SUFFIX] = delta.magnitude.contiguous()
     return tensors
 
 
 def _lycoris_tensors(
-    key: str, one: LycorisDelta, layout: str, dtype: torch.dtype
+    key: str, delta: LycorisDelta, layout: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """As LyCORIS writes it; its alpha is the rank where the rank says nothing."""
-    if layout != "lycoris" or one.shape[0] < one.total_rows:
-        where = (
-            f"the layout {LAYOUTS[layout].title}"
+    """Return a product's tensors as LyCORIS writes them.
+
+    alpha is 1 when the rank is 0, where it has no effect.
+    """
+    if layout != "lycoris" or delta.shape[0] < delta.total_rows:
+        reason = (
+            f"the {LAYOUTS[layout].title} layout cannot hold a {delta.kind} exactly"
             if layout != "lycoris"
-            else "rows of a fused matrix"
+            else f"rows of a fused matrix cannot be written as a {delta.kind} exactly"
         )
-        near = "with --rank N simpletuner export writes a LoRA near it"
-        raise ModelError(f"a {one.kind} has no exact form in {where}; {near}")
-    parts = {
-        f"{key}.{name}": part.to(dtype, copy=True).contiguous()
-        for name, part in one.factors.items()
+        raise ModelError(
+            f"{reason}; simpletuner export --rank N writes a LoRA that approximates it"
+        )
+    factors = {
+        f"{key}.{name}": factor.to(dtype, copy=True).contiguous()
+        for name, factor in delta.factors.items()
     }
     return {
-        **parts,
-        key + layouts.ALPHA_SUFFIX: torch.tensor(one.scale * one.rank if one.rank else 1.0),
+        **factors,
+        key + layouts.ALPHA_SUFFIX: torch.tensor(delta.scale * delta.rank if delta.rank else 1.0),
     }
 
 
-def _verify_file(temporary: Path, meant: ExpectedDeltas, layout: str, tolerance: float) -> LoraFile:
+def _verify_file(
+    temporary: Path, expected: ExpectedDeltas, layout: str, tolerance: float
+) -> LoraFile:
     try:
         file = layouts.read_lora_file(temporary)
     except ModelError as error:
-        raise ModelError(f"the saved LoRA would not be read: {error}") from error
-    dora = any(one.magnitude is not None for one in meant.values())
-    for name in ("diffusers",) if dora else TARGET_PROGRAMS[layout]:
+        raise ModelError(f"the saved LoRA cannot be read back: {error}") from error
+    is_dora = any(delta.magnitude is not None for delta in expected.values())
+    for name in ("diffusers",) if is_dora else TARGET_PROGRAMS[layout]:
         program = compatibility.CONSUMER_PROGRAMS[name]
         if refusal := compatibility.predict_load(program, file).refusal:
             raise ModelError(f"the saved LoRA would be refused by {program.title}: {refusal}")
         _compare_deltas(
             program.title,
             compatibility.applied_deltas(program, file),
-            meant,
+            expected,
             tolerance,
             LAYOUTS[layout].uses_native_names,
         )
@@ -179,51 +192,61 @@ def _verify_file(temporary: Path, meant: ExpectedDeltas, layout: str, tolerance:
 
 @torch.no_grad()
 def _compare_deltas(
-    program: str, found: Mapping[str, Delta], meant: ExpectedDeltas, tolerance: float, native: bool
+    program: str,
+    applied: Mapping[str, Delta],
+    expected: ExpectedDeltas,
+    tolerance: float,
+    native: bool,
 ) -> None:
-    """native: rows of zeros may stand for a module that is not adapted, and the other way round."""
-    unmatched = sorted(set(found) ^ set(meant))
+    """Compare applied with expected deltas, module by module.
+
+    native: a module that is not adapted may be stored as rows of zeros, and the reverse.
+    """
+    unmatched = sorted(set(applied) ^ set(expected))
     if native:
-        either = {**meant, **found}
+        deltas = {**expected, **applied}
         unmatched = [
-            name for name in unmatched if any(term.any() for term in _probe_outputs(either[name]))
+            name for name in unmatched if any(term.any() for term in _probe_outputs(deltas[name]))
         ]
     if unmatched:
-        more = f"{unmatched[0]} ({len(unmatched)} in all)"
-        raise ModelError(f"the saved LoRA would not be applied to {more} by {program}")
-    for name in set(found) & set(meant):
-        error = _relative_error(meant[name], found[name])
+        examples = f"{unmatched[0]} ({len(unmatched)} in all)"
+        raise ModelError(f"the saved LoRA would not be applied to {examples} by {program}")
+    for name in set(applied) & set(expected):
+        error = _relative_error(expected[name], applied[name])
         if not error <= tolerance:
-            what = f"{name} in {program}: relative difference {error:.1e}"
-            raise ModelError(f"the saved LoRA would act differently on {what}")
+            raise ModelError(
+                f"the saved LoRA would be applied differently to {name} by {program}: relative"
+                f" difference {error:.1e}"
+            )
 
 
-def _relative_error(meant: Delta | AdaptedLinear, applied: Delta) -> float:
-    """Largest difference of delta W p over random p, relative to the delta's larger terms; inf for NaN.
+def _relative_error(expected: Delta | AdaptedLinear, applied: Delta) -> float:
+    """Return the largest difference of delta W p over random p; inf for NaN.
 
-    Products with a few vectors see every difference that the full matrices would, at 1/1000 of the cost.
+    It is relative to the larger terms of the delta. Products with a few random vectors reveal every
+    difference that the full matrices would, at 1/1000 of the cost.
     """
-    if meant.shape != applied.shape:
+    if expected.shape != applied.shape:
         return float("inf")
-    terms, theirs = _probe_outputs(meant), _probe_outputs(applied)
+    terms, applied_terms = _probe_outputs(expected), _probe_outputs(applied)
     scale = max(float(term.abs().max()) for term in terms)
-    error = float(torch.stack([*theirs, *(-term for term in terms)]).sum(0).abs().max())
-    if meant.magnitude is not None:
-        lengths = meant.magnitude.cpu().flatten()
-        same = applied.magnitude is not None and torch.equal(applied.magnitude, lengths)
-        error = error if same else float("inf")
+    error = float(torch.stack([*applied_terms, *(-term for term in terms)]).sum(0).abs().max())
+    if expected.magnitude is not None:
+        row_norms = expected.magnitude.cpu().flatten()
+        equal = applied.magnitude is not None and torch.equal(applied.magnitude, row_norms)
+        error = error if equal else float("inf")
     if error == 0.0:
         return 0.0
     return error / scale if scale > 0 else float("inf")
 
 
-def _probe_outputs(one: Delta | AdaptedLinear) -> list[Tensor]:
+def _probe_outputs(delta: Delta | AdaptedLinear) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return one.output_terms(
-        torch.randn(one.shape[1], PROBE_VECTORS, generator=generator, dtype=torch.float64)
+    return delta.output_terms(
+        torch.randn(delta.shape[1], PROBE_VECTORS, generator=generator, dtype=torch.float64)
     )
 
 
 def _strip_local_path(value: str) -> str:
-    local = re.match(r"([~/\\]|\.\.?[/\\]|[A-Za-z]:[/\\])", value)
-    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if local else value
+    is_local = re.match(r"([~/\\]|\.\.?[/\\]|[A-Za-z]:[/\\])", value)
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_local else value

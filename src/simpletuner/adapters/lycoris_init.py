@@ -1,4 +1,4 @@
-"""How LoHa and LoKr start: LyCORIS' shapes and draws, a delta of zero."""
+"""Initial values of LoHa and LoKr: LyCORIS' shapes and distributions, and a delta of zero."""
 
 from __future__ import annotations
 
@@ -10,28 +10,49 @@ from simpletuner.config.lycoris_config import LycorisConfig
 from simpletuner.errors import ConfigError
 
 
-def init_lycoris(asked: LycorisConfig, size: tuple[int, int], generator: Generator) -> LycorisDelta:
-    """size: (out, in) of the linear."""
-    parts = (_init_loha if asked.algo == "loha" else _init_lokr)(asked, size, generator)
-    return LycorisDelta(parts, asked.alpha / asked.dim if LycorisDelta(parts).rank else 1.0)
+def init_lycoris(
+    config: LycorisConfig, size: tuple[int, int], generator: Generator
+) -> LycorisDelta:
+    """Return the initial delta of a linear. size: (out, in)."""
+    factors = (_init_loha if config.algo == "loha" else _init_lokr)(config, size, generator)
+    return LycorisDelta(factors, config.alpha / config.dim if LycorisDelta(factors).rank else 1.0)
 
 
-def warm_start_lycoris(told: LycorisDelta, start: LycorisDelta, name: str) -> LycorisDelta:
-    """`told` in the sizes and at the strength of `start`. ConfigError where those cannot hold it."""
-    theirs, ours = (
-        {part: tuple(one.shape) for part, one in each.factors.items()} for each in (told, start)
+def warm_start_lycoris(source: LycorisDelta, target: LycorisDelta, name: str) -> LycorisDelta:
+    """Return `source` in the factor sizes and at the scale of `target`.
+
+    Raises ConfigError where the sizes differ.
+    """
+    source_shapes, target_shapes = (
+        {factor: tuple(matrix.shape) for factor, matrix in delta.factors.items()}
+        for delta in (source, target)
     )
-    if theirs != ours:
-        whole = "is a part of a fused matrix" if told.shape != start.shape else f"has {theirs}"
-        raise ConfigError(f"init_lora: {name} {whole}, and lycoris_config makes {ours}")
-    first = "hada_w1_a" if told.kind == "LoHa" else "lokr_w1" if "lokr_w1" in ours else "lokr_w1_a"
+    if source_shapes != target_shapes:
+        fused = source.shape != target.shape
+        mismatch = "is a part of a fused matrix" if fused else f"has factors {source_shapes}"
+        raise ConfigError(
+            f"init_lora: {name} {mismatch}, but lycoris_config describes {target_shapes}; set"
+            " lycoris_config to the values that the file was trained with"
+        )
+    first = (
+        "hada_w1_a"
+        if source.kind == "LoHa"
+        else "lokr_w1"
+        if "lokr_w1" in target_shapes
+        else "lokr_w1_a"
+    )
     return LycorisDelta(
-        {**told.factors, first: told.factors[first] * (told.scale / start.scale)}, start.scale
+        {**source.factors, first: source.factors[first] * (source.scale / target.scale)},
+        target.scale,
     )
 
 
 def factorization(number: int, factor: int) -> tuple[int, int]:
-    """Smaller and larger side: `factor` where it divides, else the nearest to square with a side up to it."""
+    """Split `number` into a smaller and a larger factor.
+
+    The first is `factor` if it divides `number`, else the largest divisor up to `factor` and the
+    square root.
+    """
     if factor > 0 and number % factor == 0:
         small = factor
     else:
@@ -41,9 +62,9 @@ def factorization(number: int, factor: int) -> tuple[int, int]:
 
 
 def _init_loha(
-    asked: LycorisConfig, size: tuple[int, int], generator: Generator
+    config: LycorisConfig, size: tuple[int, int], generator: Generator
 ) -> dict[str, Tensor]:
-    (out, columns), rank = size, asked.dim
+    (out, columns), rank = size, config.dim
     return {
         "hada_w1_a": torch.randn(out, rank, generator=generator) * 0.1,
         "hada_w1_b": torch.randn(rank, columns, generator=generator),
@@ -53,24 +74,24 @@ def _init_loha(
 
 
 def _init_lokr(
-    asked: LycorisConfig, size: tuple[int, int], generator: Generator
+    config: LycorisConfig, size: tuple[int, int], generator: Generator
 ) -> dict[str, Tensor]:
-    (a, c), (b, d) = (factorization(side, asked.factor) for side in size)
-    parts = {}
-    if asked.decompose_both and not asked.full_matrix and asked.dim < max(a, b) / 2:
-        parts["lokr_w1_a"] = _kaiming_uniform(a, asked.dim, generator)
-        parts["lokr_w1_b"] = _kaiming_uniform(asked.dim, b, generator)
+    (a, c), (b, d) = (factorization(side, config.factor) for side in size)
+    factors = {}
+    if config.decompose_both and not config.full_matrix and config.dim < max(a, b) / 2:
+        factors["lokr_w1_a"] = _kaiming_uniform(a, config.dim, generator)
+        factors["lokr_w1_b"] = _kaiming_uniform(config.dim, b, generator)
     else:
-        parts["lokr_w1"] = _kaiming_uniform(a, b, generator)
-    if asked.full_matrix or asked.dim >= max(c, d) / 2:
-        return {**parts, "lokr_w2": torch.zeros(c, d)}
+        factors["lokr_w1"] = _kaiming_uniform(a, b, generator)
+    if config.full_matrix or config.dim >= max(c, d) / 2:
+        return {**factors, "lokr_w2": torch.zeros(c, d)}
     return {
-        **parts,
-        "lokr_w2_a": _kaiming_uniform(c, asked.dim, generator),
-        "lokr_w2_b": torch.zeros(asked.dim, d),
+        **factors,
+        "lokr_w2_a": _kaiming_uniform(c, config.dim, generator),
+        "lokr_w2_b": torch.zeros(config.dim, d),
     }
 
 
 def _kaiming_uniform(rows: int, columns: int, generator: Generator) -> Tensor:
-    """Kaiming's with a = sqrt(5), as nn.Linear starts."""
+    """Kaiming uniform with a = sqrt(5), the default of nn.Linear."""
     return (2 * torch.rand(rows, columns, generator=generator) - 1) * columns**-0.5

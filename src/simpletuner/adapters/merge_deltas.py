@@ -1,4 +1,4 @@
-"""Several LoRAs as one, at any strength, and the nearest one of a smaller rank."""
+"""Add several LoRAs with weights, and reduce a LoRA to a smaller rank."""
 
 from __future__ import annotations
 
@@ -14,68 +14,74 @@ DeltasByModule = Mapping[str, Delta]
 
 
 def weighted_sum(parts: Sequence[tuple[DeltasByModule, float]]) -> dict[str, Delta]:
-    """Exact: ranks add up where modules meet. ModelError for a DoRA, whose strength is no factor."""
+    """Return the exact weighted sum; ranks add up for modules that occur in several files.
+
+    Raises ModelError for a DoRA, whose output is not linear in the strength.
+    """
     if len(parts) == 1 and parts[0][1] == 1.0:
         return dict(parts[0][0])
     _refuse_dora(parts, "be scaled or added to another")
     if len(parts) == 1:
-        return {name: one.scaled(parts[0][1]) for name, one in parts[0][0].items()}
+        return {name: delta.scaled(parts[0][1]) for name, delta in parts[0][0].items()}
     modules = sorted({name for factors, _ in parts for name in factors})
-    found: dict[str, Delta] = {}
+    total: dict[str, Delta] = {}
     for name in modules:
-        mine = [factors[name].scaled(weight) for factors, weight in parts if name in factors]
-        pairs = [one for one in mine if isinstance(one, LowRankDelta)]
-        if len({one.shape for one in mine}) != 1:
+        scaled = [factors[name].scaled(weight) for factors, weight in parts if name in factors]
+        pairs = [delta for delta in scaled if isinstance(delta, LowRankDelta)]
+        if len({delta.shape for delta in scaled}) != 1:
             raise ModelError(
-                f"{name} has different sizes in these files: they were made for different models"
+                f"{name} has different sizes in these files: they were trained on different models"
             )
-        if len(pairs) != len(mine):
+        if len(pairs) != len(scaled):
             raise ModelError(
-                "a LoHa or LoKr cannot be added to another file; reduce it to a LoRA first"
+                "a LoHa or LoKr cannot be added to another file; reduce it to a LoRA first, with:"
+                " simpletuner export FILE --format diffusers --rank N"
             )
-        down, up = (
-            torch.cat([one.down for one in pairs]),
-            torch.cat([one.up for one in pairs], dim=1),
-        )
-        found[name] = LowRankDelta(down, up)
-    return found
+        down = torch.cat([delta.down for delta in pairs])
+        up = torch.cat([delta.up for delta in pairs], dim=1)
+        total[name] = LowRankDelta(down, up)
+    return total
 
 
 def truncate_rank(
     factors: DeltasByModule, rank: int, native: bool
 ) -> tuple[dict[str, Delta], float]:
-    """No module above `rank`, by singular values: the best there is. And the error as a share of the delta.
+    """Return the deltas with no module above `rank`, and the relative error.
 
-    native: of the fused matrices, whose rank it then is. error: in the Frobenius norm over all modules. LoHa
-    and LoKr become LoRA; what that loses is orthogonal to what fusing then loses, so that squares add up.
+    The truncated SVD is the best approximation of a given rank. native: truncate the fused matrices
+    of the native layouts. The error is in the Frobenius norm over all modules. LoHa and LoKr are
+    first approximated by a LoRA; that error is orthogonal to the error of the truncation, so their
+    squares add up.
     """
     _refuse_dora([(factors, 1.0)], "be reduced in rank")
     lost = total = 0.0
     pairs: dict[str, Delta] = {}
     for name, delta in factors.items():
-        pairs[name], tail = (
+        pairs[name], discarded = (
             _approximate_low_rank(delta, rank) if isinstance(delta, LycorisDelta) else (delta, 0.0)
         )
-        lost, total = lost + tail, total + tail
-    whole = layouts.fuse_qkv(pairs) if native else pairs
-    found: dict[str, Delta] = {}
-    for name, one in whole.items():
-        assert isinstance(one, LowRankDelta)
-        small, tail, power = _truncate_delta(one, rank)
-        lost, total = lost + tail, total + power
+        lost, total = lost + discarded, total + discarded
+    matrices = layouts.fuse_qkv(pairs) if native else pairs
+    truncated: dict[str, Delta] = {}
+    for name, delta in matrices.items():
+        assert isinstance(delta, LowRankDelta)
+        reduced, discarded, squared_norm = _truncate_delta(delta, rank)
+        lost, total = lost + discarded, total + squared_norm
         parts = module_names.diffusers_names(name) if native else (name,)
-        rows = module_names.fused_row_slices(len(parts), small.up.shape[0], small.down.shape[1])
-        found |= {
-            part: LowRankDelta(small.down, small.up[at])
-            for part, at in zip(parts, rows)
+        slices = module_names.fused_row_slices(
+            len(parts), reduced.up.shape[0], reduced.down.shape[1]
+        )
+        truncated |= {
+            part: LowRankDelta(reduced.down, reduced.up[rows_of_part])
+            for part, rows_of_part in zip(parts, slices)
             if part in factors
         }
-    return found, (lost / total) ** 0.5 if total else 0.0
+    return truncated, (lost / total) ** 0.5 if total else 0.0
 
 
-def _approximate_low_rank(one: LycorisDelta, rank: int) -> tuple[LowRankDelta, float]:
-    """The same by a randomised decomposition of the whole matrix; and what it leaves out, squared."""
-    delta = one.to_dense()
+def _approximate_low_rank(product: LycorisDelta, rank: int) -> tuple[LowRankDelta, float]:
+    """Return a LoRA near the product by randomized SVD, and the squared error."""
+    delta = product.to_dense()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(delta, min(rank + 8, *delta.shape), niter=4)
@@ -84,18 +90,18 @@ def _approximate_low_rank(one: LycorisDelta, rank: int) -> tuple[LowRankDelta, f
     return pair, max(0.0, float(delta.double().square().sum() - s[:rank].double().square().sum()))
 
 
-def _truncate_delta(one: LowRankDelta, rank: int) -> tuple[LowRankDelta, float, float]:
-    """By singular values, through a core of rank x rank; what that leaves out and the whole, squared."""
-    left, right = torch.linalg.qr(one.up.double()), torch.linalg.qr(one.down.double().t())
+def _truncate_delta(delta: LowRankDelta, rank: int) -> tuple[LowRankDelta, float, float]:
+    """Truncate by SVD through a QR core; return factors, squared error and squared norm."""
+    left, right = torch.linalg.qr(delta.up.double()), torch.linalg.qr(delta.down.double().t())
     u, s, v = torch.linalg.svd(left.R @ right.R.t())
-    power = float(s.square().sum())
-    if one.rank <= rank:
-        return one, 0.0, power
+    squared_norm = float(s.square().sum())
+    if delta.rank <= rank:
+        return delta, 0.0, squared_norm
     root = s[:rank].sqrt()
     down, up = root[:, None] * (v[:rank] @ right.Q.t()), (left.Q @ u[:, :rank]) * root
-    return LowRankDelta(down.float(), up.float()), float(s[rank:].square().sum()), power
+    return LowRankDelta(down.float(), up.float()), float(s[rank:].square().sum()), squared_norm
 
 
-def _refuse_dora(parts: Sequence[tuple[DeltasByModule, float]], what: str) -> None:
+def _refuse_dora(parts: Sequence[tuple[DeltasByModule, float]], operation: str) -> None:
     if any(one.magnitude is not None for factors, _ in parts for one in factors.values()):
-        raise ModelError(f"a DoRA cannot {what}: its magnitudes belong to its own delta")
+        raise ModelError(f"a DoRA cannot {operation}: its magnitudes belong to its own delta")

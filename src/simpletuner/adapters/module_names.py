@@ -1,7 +1,7 @@
-"""Chroma's modules under both their names: native (the author's, ComfyUI's, kohya's) and diffusers'.
+"""Chroma's modules under native names (the author's, ComfyUI's, kohya's) and diffusers' names.
 
-A native matrix may hold several of diffusers', one below the other (rows are outputs). Columns, the inputs,
-are the same on both sides: linear2 and proj_out both read [attention | mlp].
+A native matrix may hold several of diffusers', stacked along the rows, which are the outputs. The
+columns (inputs) are the same on both sides: linear2 and proj_out both read [attention | mlp].
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-# native -> diffusers', in the order of the native rows. {} is the number of the block.
+# Native module -> diffusers' modules in the order of the native rows. {} is the block's number.
 NATIVE_TO_DIFFUSERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "double_blocks.{}.img_attn.qkv": (
@@ -41,39 +41,44 @@ NATIVE_TO_DIFFUSERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "final_layer.linear": ("proj_out",),
     }
 )
-MLP_RATIO = 4  # of Chroma at any width; for files that adapt q, k and v of linear1 and not mlp
+MLP_RATIO = 4  # of Chroma at any width; used for files that adapt q, k, v of linear1 but not mlp
 _BLOCK_NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")
 
 
 def diffusers_names(native: str) -> tuple[str, ...]:
-    """double_blocks.3.img_attn.qkv -> its three, in the order of rows; nothing for what is no module."""
+    """Return diffusers' modules of a native one, in the order of rows; empty if unknown."""
     template, number = split_block_number(native)
     return tuple(name.format(number) for name in NATIVE_TO_DIFFUSERS.get(template, ()))
 
 
 def locate_in_native(diffusers: str) -> tuple[str, int] | None:
-    """The native matrix that holds a module's rows, and its place among `diffusers_names` of that."""
+    """Return the native matrix that holds a module's rows, and the module's position in it."""
     template, number = split_block_number(diffusers)
     found = _DIFFUSERS_TO_NATIVE.get(template)
     return None if found is None else (found[0].format(number), found[1])
 
 
-def underscores_to_dots(flat: str, native: bool) -> str | None:
-    """double_blocks_3_img_attn_qkv -> double_blocks.3.img_attn.qkv; native or diffusers' names."""
-    template, number = split_block_number(flat)
-    found = _BY_UNDERSCORED_NAME[native].get(template)
-    return None if found is None else found.format(number)
+def underscores_to_dots(underscored: str, native: bool) -> str | None:
+    """Return the dotted name: double_blocks_3_img_attn_qkv -> double_blocks.3.img_attn.qkv.
+
+    native: the name is a native one, else diffusers'. None if unknown.
+    """
+    template, number = split_block_number(underscored)
+    dotted = _BY_UNDERSCORED_NAME[native].get(template)
+    return None if dotted is None else dotted.format(number)
 
 
 def dots_to_underscores(name: str) -> str:
+    """Return the name with underscores, as kohya's tools write it."""
     return name.replace(".", "_")
 
 
 def fused_row_slices(parts: int, total: int, width: int) -> list[slice]:
-    """The rows of each part in a native matrix of `total` rows; width: of the model, in every qkv's columns.
+    """Return the rows of each part in a native matrix of `total` rows.
 
-    q, k and v have as many rows as the model is wide; of linear1 the rest is mlp. ValueError where the
-    sizes cannot be so.
+    width: of the model, which is the number of columns of every qkv. q, k and v have as many rows
+    as the model is wide; the remaining rows of linear1 are the mlp. Raises ValueError for
+    impossible sizes.
     """
     if parts == 1:
         return [slice(0, total)]
@@ -86,7 +91,7 @@ def fused_row_slices(parts: int, total: int, width: int) -> list[slice]:
 
 
 def split_block_number(name: str) -> tuple[str, str]:
-    """("double_blocks.{}.img_attn.qkv", "3"): the first number that is a part of its own."""
+    """Split off the block's number: ("double_blocks.{}.img_attn.qkv", "3")."""
     found = _BLOCK_NUMBER.search(name)
     return (
         (name, "")

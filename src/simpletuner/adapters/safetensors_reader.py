@@ -1,4 +1,4 @@
-"""What kind of file it is, by its first bytes: nothing else is read of a file that is not safetensors."""
+"""Read LoRA files; a file that is not safetensors is recognized by its first bytes only."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import Tensor
 from simpletuner.errors import ModelError
 
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-# 418 modules with three keys each are 0.2 MB; the library itself would read 100 MB.
+# 418 modules with three keys each make 0.2 MB; the library itself accepts headers of 100 MB.
 MAX_HEADER_BYTES = 8 << 20
-# First bytes -> what such a file is.
+# First bytes -> kind of file.
 FILE_KIND_BY_MAGIC: Mapping[bytes, str] = {
     b"PK\x03\x04": "a pickle in a zip (.pt, .ckpt, .pth)",
     b"\x80": "a pickle (.pt, .ckpt, .bin)",
     b"GGUF": "GGUF",
     b"{": "JSON",
     b"<": "a web page",
-    b"version https://git-lfs": "a pointer to a file that git-lfs has not fetched",
+    b"version https://git-lfs": "a Git LFS pointer whose file was not downloaded",
 }
 
 
 def find_weights_file(path: Path) -> Path:
-    """A file, or the weights inside a folder. ModelError when there is none."""
+    """Return the file, or the LoRA inside a folder. Raises ModelError when there is none."""
     file = path / LORA_WEIGHTS_NAME if path.is_dir() else path
     if not file.is_file():
         raise ModelError(
@@ -38,7 +38,11 @@ def find_weights_file(path: Path) -> Path:
 
 
 def read_keys_and_metadata(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Names alone: a base model given by mistake is told from these. ModelError for any other file."""
+    """Return the keys and the metadata, without any tensor.
+
+    The keys are enough to recognize a base model that was given by mistake. Raises ModelError for a
+    file that is not safetensors.
+    """
     _check_is_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -48,7 +52,7 @@ def read_keys_and_metadata(path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Everything, in float32. ModelError for what cannot be read or is no number."""
+    """Return all tensors in float32. Raises ModelError for what cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return {key: _to_float32(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
@@ -58,7 +62,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _to_float32(tensor: Any) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.is_complex():
-        raise TypeError("a tensor in it is of a type that LoRA files do not have")
+        raise TypeError("it holds a tensor of a dtype that LoRA files do not use")
     return tensor.to(torch.float32)
 
 
@@ -69,22 +73,22 @@ def _check_is_safetensors(path: Path) -> None:
             start = file.read(24)
     except OSError as error:
         raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
-    # The length of a header may begin with any of these bytes; what follows it does not.
-    honest = start[8:9] == b"{"
-    kind = next(
+    # The first eight bytes are the header's length and may equal any of these; the ninth may not.
+    is_json = start[8:9] == b"{"
+    file_kind = next(
         (
             name
             for magic, name in FILE_KIND_BY_MAGIC.items()
-            if start.startswith(magic) and not honest
+            if start.startswith(magic) and not is_json
         ),
         None,
     )
-    if kind is not None:
-        unsafe = "; opening one can run code, so it is never opened" if "pickle" in kind else ""
-        raise ModelError(f"{path} is {kind}, not a readable safetensors file{unsafe}")
+    if file_kind is not None:
+        warning = "; a pickle can run code when it is opened" if "pickle" in file_kind else ""
+        raise ModelError(f"{path} is {file_kind}, not a readable safetensors file{warning}")
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise ModelError(
-            f"{path} is not a readable safetensors file: {size} bytes with a header of {length}; it is "
-            "cut short or something else"
+            f"{path} is not a readable safetensors file: it has {size} bytes and a header of {length}"
+            " bytes; it is incomplete or of another format"
         )

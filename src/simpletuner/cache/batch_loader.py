@@ -1,4 +1,4 @@
-"""From the caches to what the network eats."""
+"""Assemble cached latents and text embeddings into batches."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from simpletuner.randomness import seed_at
 
 @dataclass(frozen=True)
 class BatchLoader:
-    """load() is pure in the micro-batch and may be called from any thread.
+    """Loads batches; load() depends only on the micro-batch and may be called from any thread.
 
-    placed, keys: as `latents.fill` returns them. shift, scale: the network sees (z - shift) * scale.
-    sample: "draw" takes a fresh point of the posterior at each visit, "mean" always its mean.
+    placed_samples, latent_keys: as encode_missing_latents returns them. latent_shift, latent_scale:
+    the network gets (latent - shift) * scale. posterior_mode: "draw" samples the posterior at each
+    visit, "mean" always takes its mean.
     """
 
     placed_samples: Sequence[BucketedSample]
@@ -34,7 +35,7 @@ class BatchLoader:
     seed: int
 
     def load(self, micro: MicroBatch) -> Batch:
-        """CacheError when a stored tensor is damaged; KeyError when a caption was never encoded."""
+        """Load a batch. Raises CacheError for a damaged tensor, KeyError for an unknown caption."""
         visit_keys = tuple(self.visit_key(visit) for visit in micro.visits)
         latents = [
             self._load_latent(visit, key)
@@ -55,6 +56,7 @@ class BatchLoader:
         )
 
     def visit_key(self, visit: SampleVisit) -> str:
+        """Return "<sample id>@<epoch>.<pass>", unique for each visit of a sample."""
         return f"{self.placed_samples[visit.sample_index].sample.id}@{visit.round_index}.{visit.repeat_index}"
 
     def _caption(self, visit: SampleVisit) -> str:
@@ -74,5 +76,5 @@ class BatchLoader:
             return mean
         generator = torch.Generator().manual_seed(seed_at(self.seed, "posterior", visit_key))
         noise = torch.randn(mean.shape, generator=generator)
-        # The clamp is the autoencoder's own (diffusers' DiagonalGaussianDistribution).
+        # The same clamp as in diffusers' DiagonalGaussianDistribution.
         return mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise

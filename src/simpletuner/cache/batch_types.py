@@ -1,4 +1,4 @@
-"""What the caches hand to the network.
+"""Batches that the caches provide and the network consumes.
 
 B batch · C latent channels · H W latent side (image px / stride) · L text tokens · D text width
 """
@@ -14,10 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Text of a batch, right-padded to the longest.
+    """Text of a batch, right-padded to the longest caption.
 
-    rows: (B, L, D). lengths: for each sample how many of the L rows are real (its tokens + the one pad).
-    All lengths equal L: no mask exists anywhere.
+    embeddings: (B, L, D). lengths: number of real rows of each sample. No attention mask is needed
+    when all lengths equal L.
     """
 
     embeddings: Tensor
@@ -25,11 +25,12 @@ class TextBatch:
 
     @property
     def has_equal_lengths(self) -> bool:
+        """True if no sample is padded."""
         return all(length == self.embeddings.shape[1] for length in self.lengths)
 
     @staticmethod
     def stack(rows: Sequence[Tensor]) -> TextBatch:
-        """rows: one (L_i, D) per sample."""
+        """Pad and stack one (L_i, D) tensor per sample."""
         lengths = tuple(len(row) for row in rows)
         padded = rows[0].new_zeros(len(rows), max(lengths), rows[0].shape[1])
         for target, row in zip(padded, rows, strict=True):
@@ -42,8 +43,11 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """latents: (B, C, H, W) float32, scaled for the transformer. sample_ids, visit_keys: one per sample;
-    a visit key is unique per appearance ("<sample id>@<epoch>.<pass>") and addresses the visit's noise.
+    """One micro-batch.
+
+    latents: (B, C, H, W) float32, scaled for the transformer. sample_ids, visit_keys: one per
+    sample. A visit key is unique per appearance ("<sample id>@<epoch>.<pass>"); the noise of the
+    visit is derived from it.
     """
 
     latents: Tensor

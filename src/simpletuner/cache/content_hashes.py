@@ -1,4 +1,4 @@
-"""What a file contains, as a hash: two names of one picture share an entry, a changed one gets another."""
+"""Content hashes of files: copies of an image share a cache entry, a changed image gets another."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ CREATE TABLE IF NOT EXISTS files (
 class ContentHashes:
     """SHA-256 of files, remembered by (path, size, mtime_ns, inode). May be used from many threads.
 
-    folder: where `content.sqlite` lies. read_files: how many were not remembered.
+    folder: holds `content.sqlite`. hashed_files: how many files had to be read.
     """
 
     def __init__(self, folder: Path, emit: Emit = null_emit) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CacheError(f"cannot make the cache folder {folder}: {error.strerror}") from error
+            raise CacheError(
+                f"cannot create the cache folder {folder} ({error.strerror}); set cache_dir to"
+                " another folder"
+            ) from error
         self._index = SqliteIndex(
-            folder / "content.sqlite", SCHEMA, emit, "every picture is read once more"
+            folder / "content.sqlite", SCHEMA, emit, "every image is read and hashed again"
         )
         self.hashed_files = 0
 
     def hash_file(self, path: Path) -> str:
-        """Hex digest. OSError when the file cannot be read."""
-        name = (
-            str(path.absolute()).encode("utf-8", "surrogateescape").hex()
-        )  # any bytes may be a POSIX name
+        """Return the hex digest. Raises OSError when the file cannot be read."""
+        # Hexadecimal, because a POSIX file name may hold bytes that are not valid UTF-8.
+        name = str(path.absolute()).encode("utf-8", "surrogateescape").hex()
         before = path.stat()
         stamp = (before.st_size, before.st_mtime_ns, before.st_ino)
         rows = self._index.query(
@@ -52,11 +54,8 @@ class ContentHashes:
         after = path.stat()
         with self._index.transaction() as index:
             self.hashed_files += 1
-            if (
-                after.st_size,
-                after.st_mtime_ns,
-                after.st_ino,
-            ) == stamp:  # else it changed while being read
+            # A file that changed while it was read is not remembered.
+            if (after.st_size, after.st_mtime_ns, after.st_ino) == stamp:
                 row = (name, *stamp, digest.hexdigest())
                 index.execute("INSERT OR REPLACE INTO files VALUES (?,?,?,?,?)", row)
         return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""The latent cache: raw posterior moments of every picture at the size it is trained at.
+"""The latent cache: raw posterior moments of every image at its training size.
 
-Moments rather than one sample, so that each visit may draw afresh; unscaled, so that a change of scale or
-shift invalidates nothing.
+It stores moments instead of one sample, so that each visit can sample the posterior again, and it
+stores them unscaled, so that a change of scale or shift does not invalidate them.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from simpletuner.events.stage_reporter import StageReporter
 
 EncodeImages = Callable[[Tensor], Tensor]
 DECODER_THREADS = 4
-PIXELS_VERSION = 1  # to be raised when the same file and geometry give other pixels than before
+PIXELS_VERSION = 1  # increase it when the same file and geometry produce other pixels than before
 EncodeJob = tuple[str, BucketedSample]
 
 
 @dataclass(frozen=True)
 class LatentCacheResult:
-    """What training goes on with. The moments of placed[i], (2C, H, W), are store.get(keys[i])["moments"].
+    """The usable samples with their keys, and the rejected files.
 
-    rejected: pictures that could not be read, decoded or encoded; `placed` has none of them.
+    The moments of placed_samples[i], (2C, H, W), are store.get(latent_keys[i])["moments"].
+    rejected: images that could not be read, decoded or encoded; they are not in placed_samples.
     """
 
     placed_samples: tuple[BucketedSample, ...]
@@ -46,7 +47,7 @@ class LatentCacheResult:
 
 
 def latent_key(content: str, placed: BucketedSample, options: DataOptions, fingerprint: str) -> str:
-    """Hash of everything that decides the moments: file content, encoder, geometry, background."""
+    """Hash everything that determines the moments: content, encoder, geometry and background."""
     geometry = (placed.resize_px, placed.crop_px, placed.bucket_px)
     parts = (PIXELS_VERSION, content, fingerprint, geometry, options.alpha_background)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -61,34 +62,39 @@ def encode_missing_latents(
     emit: Emit,
     batch_size: int = 4,
 ) -> LatentCacheResult:
-    """Encode what is missing, bucket by bucket, with pictures decoded a little ahead by a few threads.
+    """Encode the images that are not cached, bucket by bucket.
 
-    encoder: makes the function (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w); called only when a missing
-    picture has been decoded. A picture that fails is rejected and the work goes on; DataError when more than
+    A few threads decode images ahead of the encoder. encoder: makes the function (B, 3, H, W) in
+    [-1, 1] -> moments (B, 2C, h, w); it is called only after a missing image was decoded. An image
+    that fails is rejected and the others are encoded. Raises DataError when more than
     options.max_bad_sample_fraction fail.
     """
     with ThreadPoolExecutor(DECODER_THREADS, "pixels") as pool:
-        keys, bad = _compute_latent_keys(placed, options, hashes, store.fingerprint, pool, emit)
+        keys, rejected = _compute_latent_keys(
+            placed, options, hashes, store.fingerprint, pool, emit
+        )
         missing = set(store.missing_keys(key for key in keys if key))
-        jobs = {key: one for key, one in zip(keys, placed, strict=True) if key in missing}
+        jobs = {key: sample for key, sample in zip(keys, placed, strict=True) if key in missing}
         failed = (
             _encode_images(store, list(jobs.items()), options, encoder, pool, emit, batch_size)
             if jobs
             else {}
         )
-    kept, kept_keys = [], []
-    for key, one in zip(keys, placed, strict=True):
+    usable = []
+    usable_keys = []
+    for key, sample in zip(keys, placed, strict=True):
         if key in failed:
-            bad.append(_make_rejected(one, *failed[key]))
+            rejected.append(_make_rejected(sample, *failed[key]))
         elif key:
-            kept.append(one)
-            kept_keys.append(key)
-    if len(bad) > options.max_bad_sample_fraction * len(placed):
+            usable.append(sample)
+            usable_keys.append(key)
+    if len(rejected) > options.max_bad_sample_fraction * len(placed):
         raise DataError(
-            f"{len(bad)} of {len(placed)} pictures cannot be used, more than max_bad_sample_fraction = "
-            f"{options.max_bad_sample_fraction:g} allows. The first: {bad[0].path}: {bad[0].detail}"
+            f"{len(rejected)} of {len(placed)} images cannot be used, more than"
+            f" max_bad_sample_fraction = {options.max_bad_sample_fraction:g} allows. The first:"
+            f" {rejected[0].path}: {rejected[0].detail}"
         )
-    return LatentCacheResult(tuple(kept), tuple(kept_keys), tuple(bad))
+    return LatentCacheResult(tuple(usable), tuple(usable_keys), tuple(rejected))
 
 
 def _compute_latent_keys(
@@ -99,30 +105,32 @@ def _compute_latent_keys(
     pool: ThreadPoolExecutor,
     emit: Emit,
 ) -> tuple[list[str], list[RejectedFile]]:
-    """One key per picture, "" where the file cannot be read."""
+    """Return one key per image ("" where the file cannot be read) and the rejected files."""
 
-    def content(one: BucketedSample) -> str | OSError:
+    def content(sample: BucketedSample) -> str | OSError:
         try:
-            return hashes.hash_file(one.sample.path)
+            return hashes.hash_file(sample.sample.path)
         except OSError as error:
             return error
 
-    keys, bad = [], []
+    keys = []
+    rejected = []
     with StageReporter(emit, "hash", len(placed), "files") as stage:
-        for start in range(0, len(placed), 1000):  # map() makes all its jobs at once
+        # In parts, because map() submits all its jobs at once.
+        for start in range(0, len(placed), 1000):
             part = placed[start : start + 1000]
-            for one, found in zip(part, pool.map(content, part), strict=True):
-                if isinstance(found, OSError):
-                    bad.append(
+            for sample, digest in zip(part, pool.map(content, part), strict=True):
+                if isinstance(digest, OSError):
+                    rejected.append(
                         _make_rejected(
-                            one, "unreadable", f"cannot be read: {found.strerror or found}"
+                            sample, "unreadable", f"cannot be read: {digest.strerror or digest}"
                         )
                     )
                     keys.append("")
                 else:
-                    keys.append(latent_key(found, one, options, fingerprint))
+                    keys.append(latent_key(digest, sample, options, fingerprint))
                 stage.advance()
-    return keys, bad
+    return keys, rejected
 
 
 def _encode_images(
@@ -134,28 +142,28 @@ def _encode_images(
     emit: Emit,
     batch_size: int,
 ) -> dict[str, tuple[str, str]]:
-    """Key -> (reason, detail) of what could not be encoded."""
+    """Return key -> (reason, detail) of the images that could not be encoded."""
     failed: dict[str, tuple[str, str]] = {}
     encode: EncodeImages | None = None
     with StageReporter(emit, "encode images", len(jobs), "images") as stage, store.flush_on_exit():
         for batch in _decode_ahead(_iter_bucket_batches(jobs, batch_size), options, pool):
-            good = []
+            decoded = []
             for (key, _), pixels in batch:
                 if isinstance(pixels, UnusableFile):
                     failed[key] = (pixels.reason, str(pixels))
                 else:
-                    good.append((key, pixels))
-            if good:
+                    decoded.append((key, pixels))
+            if decoded:
                 encode = encode or encoder()
-                stacked = torch.from_numpy(np.stack([pixels for _, pixels in good]))
+                stacked = torch.from_numpy(np.stack([pixels for _, pixels in decoded]))
                 moments = encode(stacked.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0)
-                for (key, _), one in zip(good, moments, strict=True):
-                    if bool(torch.isfinite(one).all()):
-                        store.put(key, {"moments": one})
+                for (key, _), image_moments in zip(decoded, moments, strict=True):
+                    if bool(torch.isfinite(image_moments).all()):
+                        store.put(key, {"moments": image_moments})
                     else:
                         failed[key] = (
                             "nonfinite_latent",
-                            "its latent is not finite; try vae_dtype = fp32",
+                            "its latent holds NaN or infinity; set vae_dtype = fp32",
                         )
             stage.advance(len(batch))
         stage.summary = f"{len(failed)} could not be encoded" if failed else ""
@@ -174,7 +182,7 @@ def _iter_bucket_batches(jobs: Sequence[EncodeJob], batch_size: int) -> Iterator
 def _decode_ahead(
     batches: Iterator[list[EncodeJob]], options: DataOptions, pool: ThreadPoolExecutor
 ) -> Iterator[list[tuple[EncodeJob, np.ndarray | UnusableFile]]]:
-    """Pixels of each batch, with the next two batches already being decoded."""
+    """Yield the pixels of each batch while the next two batches are being decoded."""
 
     def pixels(job: EncodeJob) -> np.ndarray | UnusableFile:
         try:

@@ -1,8 +1,9 @@
-"""One shard: a safetensors file whose metadata carries a CRC-32 per tensor.
+"""Shards: safetensors files whose metadata holds a CRC-32 per tensor.
 
-The file is written here rather than by the library so that it is synced through the handle that wrote it, a
-full disk is an OSError, and every byte range is known for positioned reads (a truncated file then gives a
-short read; a memory map would give SIGBUS). Any safetensors reader opens it.
+The file is written here rather than by the safetensors library, for three reasons: it is synced
+through the handle that wrote it; a full disk raises an OSError; and the byte range of each tensor
+is known, so that tensors can be read by position. A truncated file then causes a short read, where
+a memory map would cause SIGBUS. Any safetensors reader can open the file.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
 class DamagedShard(CacheError):
-    """The file is not what was written; its text says how."""
+    """A shard that differs from what was written; the text says how."""
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """Where one tensor lies. name: "<key>/<tensor>". offset, length: bytes from the start of the file."""
+    """Position of one tensor in a shard.
+
+    name: "<key>/<tensor>". offset, length: in bytes from the start of the file.
+    """
 
     name: str
     offset: int
@@ -51,29 +55,30 @@ class ShardEntry:
 
 
 def write_shard(final: Path, tensors: Mapping[str, Tensor], fingerprint: str) -> None:
-    """Appear under the final name complete and synced, or not at all. tensors: "<key>/<tensor>" on the CPU.
+    """Write a shard that appears under its final name complete and synced, or not at all.
 
-    Raises OSError (no space, no permission); the unfinished file is removed.
+    tensors: "<key>/<tensor>" -> CPU tensor. Raises OSError (disk full, no permission); the
+    unfinished file is removed.
     """
-    # Wide elements first keeps every tensor aligned to its own element size, as the library does.
+    # Largest elements first, so that every tensor is aligned to its element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    raw = {
-        name: t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        for name, t in ordered
+    bytes_by_name = {
+        name: tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for name, tensor in ordered
     }
     header: dict[str, object] = {
         "__metadata__": {
             "format": "pt",
             "fingerprint": fingerprint,
-            "crc32": json.dumps({name: zlib.crc32(data) for name, data in raw.items()}),
+            "crc32": json.dumps({name: zlib.crc32(data) for name, data in bytes_by_name.items()}),
         }
     }
     end = 0
-    for name, t in ordered:
-        start, end = end, end + raw[name].nbytes
+    for name, tensor in ordered:
+        start, end = end, end + bytes_by_name[name].nbytes
         header[name] = {
-            "dtype": DTYPE_NAMES[t.dtype],
-            "shape": list(t.shape),
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
@@ -82,7 +87,7 @@ def write_shard(final: Path, tensors: Mapping[str, Tensor], fingerprint: str) ->
     try:
         with unfinished.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for data in raw.values():
+            for data in bytes_by_name.values():
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -93,13 +98,16 @@ def write_shard(final: Path, tensors: Mapping[str, Tensor], fingerprint: str) ->
 
 
 def read_shard_entries(path: Path) -> list[ShardEntry]:
-    """Everything an index needs, from the header alone; DamagedShard when header and length disagree."""
+    """Read the index entries from the header; tensors are not read.
+
+    Raises DamagedShard when the header is damaged or does not fit the file's length.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         header_length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if header_length > min(size - 8, MAX_HEADER_BYTES):
-            raise DamagedShard("its header is cut off")
+            raise DamagedShard("its header is incomplete")
         text = file.read(header_length)
     base = 8 + header_length
     try:
@@ -109,13 +117,13 @@ def read_shard_entries(path: Path) -> list[ShardEntry]:
         entries = [
             ShardEntry(
                 name,
-                base + at["data_offsets"][0],
-                at["data_offsets"][1] - at["data_offsets"][0],
+                base + fields["data_offsets"][0],
+                fields["data_offsets"][1] - fields["data_offsets"][0],
                 crc32[name],
-                at["dtype"],
-                tuple(at["shape"]),
+                fields["dtype"],
+                tuple(fields["shape"]),
             )
-            for name, at in header.items()
+            for name, fields in header.items()
         ]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DamagedShard(f"its header cannot be read ({type(error).__name__})") from error
@@ -126,12 +134,15 @@ def read_shard_entries(path: Path) -> list[ShardEntry]:
 
 
 def read_shard_tensor(handle: int, entry: ShardEntry) -> Tensor:
-    """One positioned read, checked. Thread-safe: the handle's own position is never used."""
+    """Read one tensor by position and verify its checksum.
+
+    Thread-safe, because the file position of the handle is not used.
+    """
     data = torch.empty(entry.length, dtype=torch.uint8)
     view = data.numpy().data
-    got = os.preadv(handle, [view], entry.offset) if entry.length else 0
-    if got != entry.length:
-        raise DamagedShard(f"'{entry.name}' ends after {got} of {entry.length} bytes")
+    read_length = os.preadv(handle, [view], entry.offset) if entry.length else 0
+    if read_length != entry.length:
+        raise DamagedShard(f"'{entry.name}' ends after {read_length} of {entry.length} bytes")
     if zlib.crc32(view) != entry.crc32:
-        raise DamagedShard(f"'{entry.name}' does not have the checksum it was written with")
+        raise DamagedShard(f"the checksum of '{entry.name}' is wrong")
     return data.view(SAFETENSORS_DTYPES[entry.dtype]).reshape(entry.shape)

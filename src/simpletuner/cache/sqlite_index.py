@@ -1,4 +1,4 @@
-"""A SQLite file that only saves work: what it says can be found again, so a damaged one is made anew."""
+"""A SQLite file used as an index whose content can always be rebuilt."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from simpletuner.events.event_types import Emit, WarningIssued
 
 
 class SqliteIndex:
-    """Shared by threads and processes. Every failure is a CacheError (or DiskFull) that names the file.
+    """Shared by threads and processes; every failure is a CacheError or DiskFull with the path.
 
-    A file that is no database is set aside (`*.damaged`); `refill` tells what takes its place.
+    A file that is not a database is renamed to `*.damaged` and replaced by an empty one.
+    rebuild_note: the end of that warning, which describes how the content is rebuilt.
     """
 
-    def __init__(self, path: Path, schema: str, emit: Emit, refill: str) -> None:
-        self._path, self._lock = path, threading.RLock()
+    def __init__(self, path: Path, schema: str, emit: Emit, rebuild_note: str) -> None:
+        self._path = path
+        self._lock = threading.RLock()
         try:
             self._connection = _open_database(path, schema)
         except sqlite3.OperationalError as error:
             raise CacheError(f"cannot open {path}: {error}") from error
         except sqlite3.DatabaseError as error:
             self._set_aside()
-            emit(WarningIssued(f"{path} is damaged ({error}); {refill}"))
+            emit(WarningIssued(f"{path} is damaged ({error}); {rebuild_note}"))
             self._connection = _open_database(path, schema)
 
     def query(self, query: str, values: Sequence[object] = ()) -> list[Any]:
@@ -36,7 +38,7 @@ class SqliteIndex:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All that is executed inside, or nothing of it."""
+        """Run statements that take effect all together or not at all."""
         with self._lock, self._translate_errors():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -55,16 +57,17 @@ class SqliteIndex:
             yield
         except sqlite3.OperationalError as error:
             if "full" in str(error):
-                raise DiskFull(f"no room for {self._path}: {error}") from error
+                raise DiskFull(f"no disk space left for {self._path}: {error}") from error
             raise CacheError(f"cannot use {self._path}: {error}") from error
         except sqlite3.DatabaseError as error:
             self._set_aside()
             raise CacheError(
-                f"{self._path} is damaged ({error}). It was set aside; start the same command again."
+                f"{self._path} is damaged ({error}). It was renamed to *.damaged; run the same"
+                " command again to rebuild it."
             ) from error
 
     def _set_aside(self) -> None:
-        if self._path.exists():  # otherwise another thread was here first
+        if self._path.exists():  # otherwise another thread has already renamed it
             self._path.replace(self._path.with_name(f"{self._path.name}.damaged"))
         for suffix in ("-wal", "-shm"):
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)

@@ -1,13 +1,21 @@
-"""Encode once: tensors under content-derived keys, in shards, with an index that can always be rebuilt.
+"""A store for encoded tensors: content-derived keys, shards on disk, and an index to find them.
 
-    <folder>/<16 hex of the fingerprint>/
+    <folder>/<16 hex digits of the fingerprint>/
         shard-00000-3f9a2c.safetensors    about cache_shard_mib each, never changed once named
         index.sqlite                      key -> shard, offset, length, checksum
+        in-use.lock                       locked shared by every process that uses the folder
 
-A shard is written under a temporary name, synced and renamed; the index learns of it afterwards. A process
-killed at any moment loses at most the tensors of the open shard: a shard that the index does not know is
-adopted at the next start, and an index that is lost is rebuilt from the shards' headers. What is damaged is
-renamed (`*.damaged`), never deleted, and its keys become missing, so that the next fill encodes them again.
+Crash safety. The shards are the data and the index is derived from them, so the order of writes is
+always shard first, index second. A shard is written as `*.tmp`, synced, and renamed to its final
+name; only then are its rows committed to the index, in one transaction. A crash at any moment
+leaves one of three states, and opening the store repairs each. (1) A `*.tmp` file: its content was
+never referenced, and it is deleted, but only by a process that holds `in-use.lock` alone, since
+another process may be writing it right now. (2) A named shard without rows in the index: its header
+lists its tensors, and it is added to the index. (3) Rows whose shard is missing or has another
+length: the rows are deleted and the shard is renamed to `*.damaged`, so that its keys are missing
+and the next run encodes them again. At most the tensors of the open shard are lost. A bit error
+inside a shard is found by the checksum when the tensor is read and handled like (3). A lost or
+damaged index is rebuilt from the shards' headers. A finished shard is never deleted.
 """
 
 from __future__ import annotations
@@ -38,11 +46,8 @@ from simpletuner.events.event_types import Emit, WarningIssued
 from simpletuner.events.sinks import null_emit
 
 MAX_OPEN_SHARDS = 32
-LOCK_UNSUPPORTED_ERRNOS = (
-    errno.ENOLCK,
-    errno.ENOTSUP,
-    errno.ENOSYS,
-)  # of some network file systems
+# Errors of network file systems that do not support locks.
+LOCK_UNSUPPORTED_ERRNOS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS shards (name TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS entries (
@@ -54,10 +59,11 @@ CREATE INDEX IF NOT EXISTS by_shard ON entries (shard);
 
 
 class TensorStore:
-    """put() and get() of {name: Tensor} by key. get() and missing() may be called from many threads.
+    """Stores {name: tensor} by key. get() and missing_keys() may be called from many threads.
 
-    fingerprint: everything besides the key that decides what is stored; one sub-folder per fingerprint.
-    shard_mib: put() buffers this much before it writes; close() writes the rest.
+    fingerprint: everything except the key that determines the stored tensors; each fingerprint has
+    its own subfolder. shard_mib: put() buffers this much before it writes a shard; close() writes
+    the rest.
     """
 
     def __init__(
@@ -73,24 +79,25 @@ class TensorStore:
         self._pending_bytes = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Held shared for the life of the store: while others work here, unfinished files may be theirs.
+            # Held shared as long as the store is open: it protects unfinished files from being
+            # deleted by another process that opens the store.
             self._in_use_lock = (self.folder / "in-use.lock").open("wb")
             self._remove_unfinished()
         except OSError as error:
             raise CacheError(
-                f"the cache folder {self.folder} cannot be written to ({error.strerror}); "
-                "set cache_dir to one that can"
+                f"the cache folder {self.folder} is not writable ({error.strerror}); set cache_dir"
+                " to a writable folder"
             ) from error
-        refill = "rebuilt from the shards' headers"
-        self._index = SqliteIndex(self.folder / "index.sqlite", SCHEMA, emit, refill)
+        rebuild_note = "it is rebuilt from the shards' headers"
+        self._index = SqliteIndex(self.folder / "index.sqlite", SCHEMA, emit, rebuild_note)
         self._reconcile_index()
 
     def missing_keys(self, keys: Iterable[str]) -> list[str]:
-        """Those of `keys` that get() would not find, once each, in order."""
+        """Return the keys that are not cached, without duplicates, in order."""
         wanted = list(dict.fromkeys(keys))
         with self._lock:
             present = set(self._pending)
-            for start in range(0, len(wanted), 500):  # SQLite's default limit of variables is 999
+            for start in range(0, len(wanted), 500):  # SQLite allows 999 variables by default
                 part = wanted[start : start + 500]
                 marks = ",".join("?" * len(part))
                 rows = self._index.query(
@@ -100,19 +107,19 @@ class TensorStore:
         return [key for key in wanted if key not in present]
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Buffered; on disk after flush(), which happens by itself when a shard is full."""
-        kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        """Buffer tensors; flush() writes them to disk, also whenever a shard is full."""
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         with self._lock:
-            self._pending[key] = kept
-            self._pending_bytes += sum(tensor.nbytes for tensor in kept.values())
+            self._pending[key] = copies
+            self._pending_bytes += sum(tensor.nbytes for tensor in copies.values())
             if self._pending_bytes >= self._shard_bytes:
                 self.flush()
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """The tensors of a key, checked against their checksums.
+        """Return the tensors of a key, verified by their checksums.
 
-        KeyError: not in this store. CacheError: it was there but damaged; its shard has been set aside, so
-        filling the store again (the same command once more) rebuilds it.
+        Raises KeyError when the key is not cached, and CacheError when it is damaged: its shard is
+        then renamed to `*.damaged`, and running the same command again encodes its entries.
         """
         with self._lock:
             if key in self._pending:
@@ -129,19 +136,21 @@ class TensorStore:
             shard = rows[0][0]
             self._set_aside(shard, str(error))
             raise CacheError(
-                f"cache shard {self.folder / shard} is damaged: {error}. It was set aside; "
-                "start the same command again and what it held is encoded anew."
+                f"cache shard {self.folder / shard} is damaged: {error}. It was renamed to *.damaged;"
+                " run the same command again to encode its entries again."
             ) from error
         except OSError as error:
             raise CacheError(f"cannot read {self.folder / rows[0][0]}: {error}") from error
 
     def flush(self) -> None:
-        """Write what put() has buffered as one shard. DiskFull when there is no room."""
+        """Write the buffered tensors as one shard. Raises DiskFull or CacheError."""
         with self._lock:
             if not self._pending:
                 return
             tensors = {
-                f"{key}/{name}": t for key, of in self._pending.items() for name, t in of.items()
+                f"{key}/{name}": tensor
+                for key, tensors_of_key in self._pending.items()
+                for name, tensor in tensors_of_key.items()
             }
             path = (
                 self.folder
@@ -152,22 +161,24 @@ class TensorStore:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise DiskFull(
-                        f"no room for {self._pending_bytes / 2**20:.0f} MiB of cache in {self.folder}"
+                        f"no disk space left for {self._pending_bytes / 2**20:.0f} MiB of cache in"
+                        f" {self.folder}; free some, or set cache_dir to another disk"
                     ) from error
                 raise CacheError(f"cannot write {path}: {error}") from error
             self._index_shard(path)
-            self._pending, self._pending_bytes = {}, 0
+            self._pending = {}
+            self._pending_bytes = 0
 
     @contextmanager
     def flush_on_exit(self) -> Iterator[None]:
-        """Whatever ends the work inside, what was put is on disk afterwards."""
+        """Write the buffered tensors when the block ends, also after an exception."""
         try:
             yield
         finally:
             self.flush()
 
     def close(self) -> None:
-        """Write the open shard and let go of every file."""
+        """Write the open shard and close all files."""
         with self._lock:
             try:
                 self.flush()
@@ -189,38 +200,39 @@ class TensorStore:
                 file = self._files[shard] = FileIO(self.folder / shard)
             self._files.move_to_end(shard)
             if len(self._files) > MAX_OPEN_SHARDS:
-                self._files.popitem(last=False)  # closed when the last reader lets go of it
+                self._files.popitem(last=False)  # closed once its last reader has finished
         return read_shard_tensor(file.fileno(), entry)
 
     def _remove_unfinished(self) -> None:
+        """Delete unfinished files unless another process uses the folder; then lock it shared."""
         try:
             fcntl.flock(self._in_use_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for path in self.folder.glob("*.tmp"):
                 path.unlink()
         except BlockingIOError:
-            pass  # another process is filling this store
+            pass  # another process is writing to this store
         except OSError as error:
             if error.errno not in LOCK_UNSUPPORTED_ERRNOS:
                 raise
-            return  # unfinished files stay: they may be another's
+            return  # without locks, unfinished files may belong to another process
         fcntl.flock(self._in_use_lock, fcntl.LOCK_SH)
 
     def _reconcile_index(self) -> None:
-        """Make index and folder agree: by length only, so that a million samples cost one stat per shard."""
-        known: dict[str, int] = dict(self._index.query("SELECT name, bytes FROM shards"))
-        found = {
+        """Make the index match the folder, comparing lengths only: one stat per shard."""
+        indexed: dict[str, int] = dict(self._index.query("SELECT name, bytes FROM shards"))
+        present = {
             path.name: path.stat().st_size
             for path in sorted(self.folder.glob("shard-*.safetensors"))
         }
-        for name, size in known.items():
-            if found.get(name) != size:
-                what = (
-                    f"it is {found[name]} bytes long instead of {size}"
-                    if name in found
-                    else "it is gone"
+        for name, size in indexed.items():
+            if present.get(name) != size:
+                reason = (
+                    f"it has {present[name]} bytes instead of {size}"
+                    if name in present
+                    else "it is missing"
                 )
-                self._set_aside(name, what)
-        for name in found.keys() - known.keys():
+                self._set_aside(name, reason)
+        for name in present.keys() - indexed.keys():
             try:
                 self._index_shard(self.folder / name)
             except DamagedShard as error:
@@ -252,18 +264,19 @@ class TensorStore:
         path = self.folder / shard
         with self._lock, self._index.transaction() as index:
             self._files.pop(shard, None)
-            if exists := path.exists():
+            if on_disk := path.exists():
                 path.replace(path.with_name(f"{shard}.damaged"))
-            lost = index.execute(
+            cursor = index.execute(
                 "SELECT COUNT(DISTINCT key) FROM entries WHERE shard = ?", (shard,)
             )
-            count = lost.fetchone()[0]
+            count = cursor.fetchone()[0]
             index.execute("DELETE FROM entries WHERE shard = ?", (shard,))
-            known = index.execute("DELETE FROM shards WHERE name = ?", (shard,)).rowcount
-        if known or exists:  # otherwise another thread was here first
+            indexed = index.execute("DELETE FROM shards WHERE name = ?", (shard,)).rowcount
+        if indexed or on_disk:  # otherwise another thread has already renamed it
             self._emit(
                 WarningIssued(
-                    f"cache shard {path} is damaged: {reason}; {count} entries are encoded again"
+                    f"cache shard {path} is damaged: {reason}; entries that will be encoded again:"
+                    f" {count}"
                 )
             )
 
@@ -274,5 +287,5 @@ class TensorStore:
 
 def _entry_from_row(key: str, row: tuple[str, int, int, int, str, str]) -> ShardEntry:
     tensor, offset, length, crc32, dtype, shape = row
-    sides = tuple(int(side) for side in shape.split(",")) if shape else ()
-    return ShardEntry(f"{key}/{tensor}", offset, length, crc32, dtype, sides)
+    dimensions = tuple(int(size) for size in shape.split(",")) if shape else ()
+    return ShardEntry(f"{key}/{tensor}", offset, length, crc32, dtype, dimensions)

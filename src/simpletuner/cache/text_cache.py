@@ -1,4 +1,4 @@
-"""The text cache: for each caption its rows, (tokens + 1, width), once for all pictures that share it."""
+"""The text cache: the embeddings of each caption, shared by all images that use the caption."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ EncodeText = Callable[[Sequence[str]], list[Tensor]]
 
 
 def text_key(caption: str, fingerprint: str) -> str:
+    """Hash a caption together with the fingerprint of the text encoder."""
     return hashlib.sha256(
         f"{fingerprint}\0{caption}".encode("utf-8", "surrogateescape")
     ).hexdigest()
 
 
 def load_text_embeddings(store: TensorStore, caption: str) -> Tensor:
-    """(L, D) in the dtype of the cache. KeyError when the caption was never encoded."""
+    """Return (L, D) in the dtype of the cache. Raises KeyError for a caption never encoded."""
     return store.get(text_key(caption, store.fingerprint))["rows"]
 
 
@@ -34,13 +35,14 @@ def encode_missing_captions(
     emit: Emit,
     batch_size: int = 4,
 ) -> None:
-    """Encode what is missing; the empty caption (for dropped ones) always belongs to it.
+    """Encode the captions that are not cached, and always the empty one, for dropped captions.
 
-    encoder: makes the encoding function; called only when something is missing. Rows are stored in the dtype
-    they come in. CacheError when a caption's rows are not finite.
+    encoder: makes the encoding function; it is called only when something is missing. The
+    embeddings are stored in the dtype that it returns. Raises CacheError for embeddings that are
+    not finite.
     """
     by_key = {text_key(caption, store.fingerprint): caption for caption in ("", *captions)}
-    # Captions of like length together: the encoder pads each batch to its longest.
+    # Sorted by length, because the encoder pads each batch to its longest caption.
     missing = sorted(store.missing_keys(by_key), key=lambda key: (len(by_key[key]), key))
     if not missing:
         return
@@ -49,13 +51,14 @@ def encode_missing_captions(
         StageReporter(emit, "encode text", len(missing), "captions") as stage,
         store.flush_on_exit(),
     ):
-        stage.summary = f"{len(by_key) - len(missing)} were in the cache"
+        stage.summary = f"{len(by_key) - len(missing)} already cached"
         for start in range(0, len(missing), batch_size):
             keys = missing[start : start + batch_size]
             for key, rows in zip(keys, encode([by_key[key] for key in keys]), strict=True):
                 if not bool(torch.isfinite(rows).all()):
                     raise CacheError(
-                        f"the text encoder gives NaN or infinity for {by_key[key][:80]!r}"
+                        f"the text encoder returned NaN or infinity for the caption"
+                        f" {by_key[key][:80]!r}; check its weights, or set mixed_precision to no"
                     )
                 store.put(key, {"rows": rows})
             stage.advance(len(keys))

@@ -1,4 +1,4 @@
-"""How the blocks of a network are run: kept, recomputed in the backward pass, or fetched for each pass."""
+"""Execution of a network's blocks: plain, with gradient checkpointing, or with swapped weights."""
 
 from __future__ import annotations
 
@@ -19,24 +19,33 @@ Streams = tuple[Tensor, ...]
 
 
 def block_memory_policy(options: ModelOptions, blocks: int) -> BlockMemoryPolicy:
-    """What the options ask for, of so many blocks. The plan gives "auto" a number; without one it is all."""
-    asked = options.gradient_checkpointing
+    """Return the policy that the options describe for a network of so many blocks.
+
+    gradient_checkpointing "auto" means every block here; the memory plan replaces it by a number.
+    """
+    checkpointing = options.gradient_checkpointing
     share = options.musubi_blocks_to_swap
     swapped = int(share * blocks) if share < 1 else int(share)
     return BlockMemoryPolicy(
-        blocks if asked in (True, "auto") else min(max(int(asked), swapped), blocks),
-        options.gradient_checkpointing_interval or 1,
-        swapped,
-        options.gradient_checkpointing_backend == "offload",
-        options.chroma_approximator_device == "cpu",
+        checkpointed=(
+            blocks
+            if checkpointing in (True, "auto")
+            else min(max(int(checkpointing), swapped), blocks)
+        ),
+        interval=options.gradient_checkpointing_interval or 1,
+        swapped=swapped,
+        offload_activations=options.gradient_checkpointing_backend == "offload",
+        approximator_on_host=options.chroma_approximator_device == "cpu",
     )
 
 
 @dataclass(frozen=True)
 class BlockExecutor:
-    """recomputed: numbers of the blocks that keep only their inputs. swap: holds weights that are elsewhere.
+    """Runs one block as the memory policy says.
 
-    inputs: where recomputed blocks put their inputs until the backward pass.
+    checkpointed: numbers of the blocks with gradient checkpointing. block_swap: brings swapped
+    weights to the device. saved_tensors_context: where checkpointed blocks keep their inputs until
+    the backward pass.
     """
 
     checkpointed: frozenset[int] = frozenset()
@@ -44,30 +53,37 @@ class BlockExecutor:
     saved_tensors_context: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __call__(self, number: int, block: nn.Module, streams: Streams, *rest: Any) -> Streams:
-        """block(*streams, *rest). streams: what the block before handed on; all else is small and shared."""
+        """Return block(*streams, *rest) as a tuple.
 
-        def run(*given: Tensor) -> Streams:
-            out = block(*given, *rest)
-            return out if isinstance(out, tuple) else (out,)
+        streams: the outputs of the previous block. rest: small tensors that all blocks share.
+        """
 
-        again = torch.is_grad_enabled() and number in self.checkpointed
+        def run(*inputs: Tensor) -> Streams:
+            outputs = block(*inputs, *rest)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
+
+        checkpointed = torch.is_grad_enabled() and number in self.checkpointed
         if self.block_swap is None or number not in self.block_swap:
-            return self._run_checkpointed(run, streams) if again else run(*streams)
+            return self._run_checkpointed(run, streams) if checkpointed else run(*streams)
         with self.block_swap.on_device(number):
-            out = self._run_checkpointed(run, streams) if again else run(*streams)
-        return self.block_swap.mark_backward_start(number, out)
+            outputs = self._run_checkpointed(run, streams) if checkpointed else run(*streams)
+        return self.block_swap.mark_backward_start(number, outputs)
 
     def _run_checkpointed(self, run: Callable[..., Streams], streams: Streams) -> Streams:
         with self.saved_tensors_context():
-            # The generator's state is kept: adapters with dropout must drop the same again.
-            out: Streams = checkpoint(run, *streams, use_reentrant=False, preserve_rng_state=True)
-        return out
+            # The random state is saved: dropout in adapters must drop the same elements when the
+            # block is run a second time in the backward pass.
+            outputs: Streams = checkpoint(
+                run, *streams, use_reentrant=False, preserve_rng_state=True
+            )
+        return outputs
 
 
 def compile_blocks(blocks: Sequence[nn.Module], options: ModelOptions) -> None:
-    """One program per kind of block, for any batch, size and text length; in place, at the first call.
+    """Compile each block in place, at its first call, for any batch size and sequence length.
 
-    A program exists per way of running as well: with and without gradient, masked and not, the last block.
+    torch compiles separate programs for a block with and without gradient, with and without
+    padding, and for the last block.
     """
     backend = options.dynamo_backend
     if backend == "no":
@@ -85,38 +101,35 @@ def place_blocks(
     former: BlockExecutor,
     stay: Iterable[nn.Module] = (),
 ) -> BlockExecutor:
-    """The runner of a BlockMemory, and every tensor where it wants it; parameters keep their identity.
+    """Move every tensor to where `memory` wants it and return the executor of the blocks.
 
-    stay: modules for the CPU. device: of all else, None to move nothing. ConfigError where its memory is the
-    host's and `memory` would have something wait there.
+    Parameters keep their identity. device: for everything that stays on the device; None moves
+    nothing. former: the executor of the previous placement, whose weights are released. stay:
+    modules that stay on the CPU. Raises ConfigError when `device` has no memory of its own and
+    `memory` would offload to the host.
     """
     if former.block_swap is not None:
         former.block_swap.close()
-    recomputed, fetched = (
-        memory.checkpointed_block_numbers(len(blocks)),
-        memory.swapped_block_numbers(len(blocks)),
-    )
-    lane = create_transfer_engine(device) if fetched or memory.offload_activations else None
-    swap = (
-        BlockSwap({number: blocks[number] for number in fetched}, lane)
-        if fetched and lane
-        else None
-    )
+    checkpointed = frozenset(memory.checkpointed_block_numbers(len(blocks)))
+    swapped = memory.swapped_block_numbers(len(blocks))
+    engine = create_transfer_engine(device) if swapped or memory.offload_activations else None
+    swap = None
+    if swapped and engine:
+        swap = BlockSwap({number: blocks[number] for number in swapped}, engine)
     if device is not None:
-        _move_tensors(
-            network, device, {id(part) for module in stay for part in module.modules()}, swap
-        )
-    if lane and memory.offload_activations:
-        return BlockExecutor(frozenset(recomputed), swap, lane.offload_saved_tensors)
-    return BlockExecutor(frozenset(recomputed), swap)
+        on_host = {id(part) for module in stay for part in module.modules()}
+        _move_tensors(network, device, on_host, swap)
+    if engine and memory.offload_activations:
+        return BlockExecutor(checkpointed, swap, engine.offload_saved_tensors)
+    return BlockExecutor(checkpointed, swap)
 
 
 def _move_tensors(
     network: nn.Module, device: torch.device, on_host: set[int], swap: BlockSwap | None
 ) -> None:
-    """on_host: ids of the modules that stay on the CPU."""
+    """Move all tensors except swapped ones; on_host: ids of the modules that stay on the CPU."""
     for module in network.modules():
-        at = torch.device("cpu") if id(module) in on_host else device
+        target = torch.device("cpu") if id(module) in on_host else device
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.device.type != at.type and (swap is None or not swap.owns_tensor(tensor)):
-                tensor.data = tensor.data.to(at)
+            if tensor.device.type != target.type and (swap is None or not swap.owns_tensor(tensor)):
+                tensor.data = tensor.data.to(target)

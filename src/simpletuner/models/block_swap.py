@@ -1,7 +1,24 @@
-"""Frozen weights of some blocks wait in host memory and come to the device for each pass, one block ahead.
+"""Block swap: frozen weights wait in host memory and are copied to the device for each pass.
 
-They never change, so nothing is copied back: the room of a block that was used is given to the next. On the
-device there is room for two blocks, whatever happens.
+The protocol. Frozen weights never change, so they are only ever copied from host to device, and a
+buffer on the device can be overwritten as soon as its block has been computed. Each swapped block
+is packed into one contiguous, page-locked (pinned) byte tensor, so that one asynchronous copy moves
+all its weights. The device holds two buffers of the size of the largest block: while the block in
+one buffer computes, the next block is copied into the other.
+
+Two CUDA events per buffer order the copy stream and the compute stream. `copy_done` is recorded
+after the copy, and the compute stream waits for it before it uses the block. `compute_done` is
+recorded after the last kernel that reads the buffer, and the next copy waits for it before it
+overwrites the bytes. The CPU never waits.
+
+A block is "bound" while its parameters' `.data` are views of a buffer; otherwise they are views of
+the pinned host tensor. The forward pass binds a block in `on_device` and unbinds it at the end. The
+backward pass has no such bracket in Python: autograd decides when a block runs. Therefore every
+output of a swapped block goes through `_BackwardMarker`, an identity whose backward runs
+immediately before the backward of that block, and there the block is bound again. It stays bound
+until its buffer is needed for another block. With gradient checkpointing, which swapped blocks must
+use, nothing saved by autograd refers to the bound views, so unbinding after the forward pass is
+safe.
 """
 
 from __future__ import annotations
@@ -17,59 +34,59 @@ from torch import Tensor, nn
 
 from simpletuner.errors import ConfigError
 
-ALIGNMENT = 256  # bytes; what device allocators promise for a tensor of its own
-DEVICE_BUFFERS = 2  # one that computes, one that is filled
+ALIGNMENT = 256  # bytes; the alignment that device allocators guarantee for a tensor
+DEVICE_BUFFERS = 2  # one is computed with while the other one is filled
 
 
 class DeviceBuffer(ABC):
-    """Device memory that holds one block's frozen weights at a time. space: uint8, on the device."""
+    """Device memory for one block's frozen weights at a time. memory: uint8, on the device."""
 
     memory: Tensor
 
     @abstractmethod
-    def start_copy(self, parcel: Tensor) -> None:
-        """Begin to copy a parcel in, once nothing reads what is there."""
+    def start_copy(self, packed: Tensor) -> None:
+        """Start copying a packed block into the buffer, after its last reader has finished."""
 
     @abstractmethod
     def wait_for_copy(self) -> None:
-        """What is computed from now on sees the whole parcel."""
+        """Make the current stream wait until the copy is complete."""
 
     @abstractmethod
     def record_last_use(self) -> None:
-        """What was computed up to now is the last that reads the parcel."""
+        """Record that the kernels issued so far are the last ones that read the buffer."""
 
 
 class TransferEngine(ABC):
-    """The way between host and device memory."""
+    """Copies between host and device memory."""
 
     @abstractmethod
-    def pin_memory(self, parcel: Tensor) -> Tensor:
-        """A flat uint8 tensor on the CPU, as the lane wants to have it: in page-locked memory."""
+    def pin_memory(self, packed: Tensor) -> Tensor:
+        """Return the flat uint8 CPU tensor in page-locked memory, if the system allows it."""
 
     @abstractmethod
-    def allocate_buffer(self, size: int) -> DeviceBuffer: ...
+    def allocate_buffer(self, size: int) -> DeviceBuffer:
+        """Allocate a device buffer of `size` bytes."""
 
     @abstractmethod
     def offload_saved_tensors(self) -> AbstractContextManager[object]:
-        """What autograd keeps inside is kept in host memory."""
+        """Return a context in which autograd keeps its saved tensors in host memory."""
 
 
 class _CudaBuffer(DeviceBuffer):
-    """Filled on a stream of its own; two events keep the copy and the computation apart."""
+    """A buffer filled on a separate stream; two events order copies and computation."""
 
     def __init__(self, size: int, device: torch.device, stream: torch.cuda.Stream) -> None:
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self._stream, self._copy_done, self._compute_done = (
-            stream,
-            torch.cuda.Event(),
-            torch.cuda.Event(),
-        )
-        self.record_last_use()  # the allocator may hand out memory that earlier kernels still use
+        self._stream = stream
+        self._copy_done = torch.cuda.Event()
+        self._compute_done = torch.cuda.Event()
+        # The caching allocator may return memory that kernels issued earlier still use.
+        self.record_last_use()
 
-    def start_copy(self, parcel: Tensor) -> None:
+    def start_copy(self, packed: Tensor) -> None:
         self._stream.wait_event(self._compute_done)
         with torch.cuda.stream(self._stream):
-            self.memory[: len(parcel)].copy_(parcel, non_blocking=True)
+            self.memory[: len(packed)].copy_(packed, non_blocking=True)
         self._copy_done.record(self._stream)
 
     def wait_for_copy(self) -> None:
@@ -80,22 +97,19 @@ class _CudaBuffer(DeviceBuffer):
 
 
 class CudaTransferEngine(TransferEngine):
-    """CUDA and ROCm: page-locked memory, one stream each way."""
+    """Transfers on CUDA and ROCm: page-locked memory and one stream per direction."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._to_device_stream, self._to_host_stream = (
-            torch.cuda.Stream(device),
-            torch.cuda.Stream(device),
-        )
+        self._to_device_stream = torch.cuda.Stream(device)
+        self._to_host_stream = torch.cuda.Stream(device)
 
-    def pin_memory(self, parcel: Tensor) -> Tensor:
+    def pin_memory(self, packed: Tensor) -> Tensor:
         try:
-            return parcel.pin_memory()
-        except (
-            RuntimeError
-        ):  # the system has a limit for such memory; copies from any other are only slower
-            return parcel
+            return packed.pin_memory()
+        except RuntimeError:
+            # The system limits page-locked memory; copies from pageable memory are only slower.
+            return packed
 
     def allocate_buffer(self, size: int) -> DeviceBuffer:
         return _CudaBuffer(size, self._device, self._to_device_stream)
@@ -104,9 +118,8 @@ class CudaTransferEngine(TransferEngine):
         return torch.autograd.graph.saved_tensors_hooks(self._pack_to_host, self._unpack_to_device)
 
     def _pack_to_host(self, tensor: Tensor) -> Tensor:
-        if (
-            tensor.device.type == "cpu"
-        ):  # older checkpoints keep an empty tensor there beside the inputs
+        # torch.utils.checkpoint also saves an empty tensor on the CPU next to the inputs.
+        if tensor.device.type == "cpu":
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._to_host_stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -121,49 +134,49 @@ class CudaTransferEngine(TransferEngine):
 
 
 def create_transfer_engine(device: torch.device | None) -> TransferEngine:
-    """ConfigError where host and device share their memory: there is nothing to gain."""
+    """Return the engine for a device. Raises ConfigError for a device without memory of its own."""
     if device is None or device.type != "cuda":
         raise ConfigError(
-            'musubi_blocks_to_swap and gradient_checkpointing_backend = "offload" need a GPU with memory of'
-            f' its own; "{device or "cpu"}" computes in host memory. Use musubi_blocks_to_swap = 0 and the'
-            ' backend "torch"'
+            'musubi_blocks_to_swap and gradient_checkpointing_backend = "offload" need a GPU with'
+            f' memory of its own, but "{device or "cpu"}" computes in host memory. Set'
+            ' musubi_blocks_to_swap = 0 and gradient_checkpointing_backend = "torch"'
         )
     return CudaTransferEngine(device)
 
 
 @dataclass(frozen=True)
 class _TensorSlot:
-    """A tensor's place in its block's parcel, and what it is while the block is away."""
+    """The position of a tensor in its packed block, and its view of host memory."""
 
     tensor: Tensor
     offset: int
     host_view: Tensor
 
-    def device_view(self, space: Tensor) -> Tensor:
-        return _view_at(space, self.offset, self.host_view)
+    def device_view(self, memory: Tensor) -> Tensor:
+        return _view_at(memory, self.offset, self.host_view)
 
 
-def _view_at(space: Tensor, offset: int, like: Tensor) -> Tensor:
-    return space[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
+def _view_at(memory: Tensor, offset: int, like: Tensor) -> Tensor:
+    return memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
 
 
 @dataclass(frozen=True)
 class _PinnedBlock:
-    """All frozen tensors of a block, one behind the other in host memory."""
+    """All frozen tensors of a block, one after the other in host memory."""
 
     host_bytes: Tensor
     slots: tuple[_TensorSlot, ...]
 
     @classmethod
-    def pack(cls, block: nn.Module, lane: TransferEngine) -> _PinnedBlock:
+    def pack(cls, block: nn.Module, engine: TransferEngine) -> _PinnedBlock:
         frozen = [
             tensor for tensor in (*block.parameters(), *block.buffers()) if not tensor.requires_grad
         ]
         for tensor in frozen:
             if type(tensor) not in (Tensor, nn.Parameter) or type(tensor.data) is not Tensor:
                 raise ConfigError(
-                    "musubi_blocks_to_swap works with plain weights and with base_model_precision int8, int4,"
-                    f" nf4 and fp8, not with {type(tensor.data).__name__}"
+                    "musubi_blocks_to_swap supports plain weights and base_model_precision int8, int4,"
+                    f" nf4 and fp8, but not {type(tensor.data).__name__}"
                 )
         offsets = [0]
         for tensor in frozen:
@@ -171,22 +184,26 @@ class _PinnedBlock:
         gathered = torch.empty(offsets[-1], dtype=torch.uint8)
         for tensor, offset in zip(frozen, offsets, strict=False):
             _view_at(gathered, offset, tensor).copy_(tensor.data)
-        kept = lane.pin_memory(gathered)
-        places = tuple(
-            _TensorSlot(tensor, offset, _view_at(kept, offset, tensor))
+        pinned = engine.pin_memory(gathered)
+        slots = tuple(
+            _TensorSlot(tensor, offset, _view_at(pinned, offset, tensor))
             for tensor, offset in zip(frozen, offsets, strict=False)
         )
-        return cls(kept, places)
+        return cls(pinned, slots)
 
-    def bind(self, space: Tensor | None) -> None:
-        """None: to host memory, where a kernel of the device fails loudly and a file is written rightly."""
-        for place in self.slots:
-            place.tensor.data = place.host_view if space is None else place.device_view(space)
+    def bind(self, memory: Tensor | None) -> None:
+        """Point the parameters at a device buffer, or back at host memory (None).
+
+        With its weights in host memory, a kernel on the device fails loudly instead of reading
+        stale bytes, and a checkpoint file is written correctly.
+        """
+        for slot in self.slots:
+            slot.tensor.data = slot.host_view if memory is None else slot.device_view(memory)
 
 
 @dataclass(eq=False)
 class _BufferLease:
-    """A room, whose parcel is in it, and whether the block is bound to it."""
+    """A buffer, the block whose weights it holds, and whether that block is bound to it."""
 
     buffer: DeviceBuffer
     block_number: int | None = None
@@ -194,21 +211,22 @@ class _BufferLease:
 
 
 class BlockSwap:
-    """Frozen tensors of `blocks` (by number); what requires a gradient now stays on the device for good."""
+    """Swaps the frozen tensors of `blocks` (by number); trainable tensors stay on the device."""
 
-    def __init__(self, blocks: Mapping[int, nn.Module], lane: TransferEngine) -> None:
+    def __init__(self, blocks: Mapping[int, nn.Module], engine: TransferEngine) -> None:
         self._block_order = sorted(blocks)
         self._pinned_blocks: dict[int, _PinnedBlock] = {}
         for number in self._block_order:
-            parcel = self._pinned_blocks[number] = _PinnedBlock.pack(blocks[number], lane)
-            parcel.bind(None)
+            pinned = _PinnedBlock.pack(blocks[number], engine)
+            pinned.bind(None)
+            self._pinned_blocks[number] = pinned
         self._tensor_ids = {
-            id(place.tensor) for parcel in self._pinned_blocks.values() for place in parcel.slots
+            id(slot.tensor) for packed in self._pinned_blocks.values() for slot in packed.slots
         }
-        size = max(len(parcel.host_bytes) for parcel in self._pinned_blocks.values())
-        # The one used last is the last of the list.
+        size = max(len(packed.host_bytes) for packed in self._pinned_blocks.values())
+        # Ordered by use: the buffer that was used most recently is the last one.
         self._leases = [
-            _BufferLease(lane.allocate_buffer(size))
+            _BufferLease(engine.allocate_buffer(size))
             for _ in range(min(DEVICE_BUFFERS, len(blocks)))
         ]
 
@@ -216,70 +234,86 @@ class BlockSwap:
         return number in self._pinned_blocks
 
     def owns_tensor(self, tensor: Tensor) -> bool:
+        """Return whether this object decides where the tensor is."""
         return id(tensor) in self._tensor_ids
 
     def close(self) -> None:
-        """All weights are in host memory; nothing is on its way into the rooms when they are given up."""
-        for tenancy in self._leases:
-            self._release(tenancy)
-            tenancy.buffer.wait_for_copy()
+        """Bind every block to host memory and free the buffers once no copy into them runs."""
+        for lease in self._leases:
+            self._release(lease)
+            lease.buffer.wait_for_copy()
         self._leases.clear()
-        self._pinned_blocks.clear()  # another arrangement packs its own; both would be twice the weights
+        # The next placement packs the weights again; both copies would be twice the memory.
+        self._pinned_blocks.clear()
 
     @contextmanager
     def on_device(self, number: int) -> Iterator[None]:
-        """A block's forward pass. Behind the last one comes the backward pass, or the next pass."""
-        at = self._block_order.index(number)
-        follows = self._block_order[at + 1] if at + 1 < len(self._block_order) else None
-        if follows is None:
-            follows = self._block_order[-2:][0] if torch.is_grad_enabled() else self._block_order[0]
-        self._make_resident(number, follows)
+        """Keep a block's weights on the device during its forward pass.
+
+        The block that is copied ahead is the next swapped one. After the last one it is the one
+        that the backward pass needs next, or without gradient the first one of the next forward
+        pass.
+        """
+        position = self._block_order.index(number)
+        next_number = (
+            self._block_order[position + 1] if position + 1 < len(self._block_order) else None
+        )
+        if next_number is None:
+            next_number = (
+                self._block_order[-2:][0] if torch.is_grad_enabled() else self._block_order[0]
+            )
+        self._make_resident(number, next_number)
         try:
             yield
         finally:
             self._release(self._leases[-1])
 
     def mark_backward_start(self, number: int, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Marks where the block's backward pass begins; it ends when the room is wanted for another."""
-        out: tuple[Tensor, ...] = _BackwardMarker.apply(self, number, *streams)
-        return out
+        """Return a block's outputs unchanged, marked so that its backward pass binds it first."""
+        marked: tuple[Tensor, ...] = _BackwardMarker.apply(self, number, *streams)
+        return marked
 
     def begin_backward(self, number: int) -> None:
-        at = self._block_order.index(number)
-        self._make_resident(number, self._block_order[at - 1] if at else self._block_order[:2][-1])
+        """Bring a block to the device for its backward pass and start copying the one before it."""
+        position = self._block_order.index(number)
+        previous = self._block_order[position - 1] if position else self._block_order[:2][-1]
+        self._make_resident(number, previous)
 
-    def _make_resident(self, number: int, follows: int) -> None:
-        tenancy = self._find_lease(number) or self._start_transfer(number)
-        self._leases.remove(tenancy)
-        self._leases.append(tenancy)
-        tenancy.buffer.wait_for_copy()
-        self._pinned_blocks[number].bind(tenancy.buffer.memory)
-        tenancy.bound = True
-        if len(self._leases) > 1 and self._find_lease(follows) is None:
-            self._start_transfer(follows)
+    def _make_resident(self, number: int, next_number: int) -> None:
+        lease = self._find_lease(number) or self._start_transfer(number)
+        self._leases.remove(lease)
+        self._leases.append(lease)
+        lease.buffer.wait_for_copy()
+        self._pinned_blocks[number].bind(lease.buffer.memory)
+        lease.bound = True
+        if len(self._leases) > 1 and self._find_lease(next_number) is None:
+            self._start_transfer(next_number)
 
     def _start_transfer(self, number: int) -> _BufferLease:
-        tenancy = self._leases[0]
-        self._release(tenancy)
-        tenancy.block_number = number
-        tenancy.buffer.start_copy(self._pinned_blocks[number].host_bytes)
-        return tenancy
+        lease = self._leases[0]
+        self._release(lease)
+        lease.block_number = number
+        lease.buffer.start_copy(self._pinned_blocks[number].host_bytes)
+        return lease
 
     def _find_lease(self, number: int) -> _BufferLease | None:
-        return next((one for one in self._leases if one.block_number == number), None)
+        return next((lease for lease in self._leases if lease.block_number == number), None)
 
-    def _release(self, tenancy: _BufferLease) -> None:
-        """The room keeps the bytes: a block that is asked for again at once is not sent again."""
-        if tenancy.bound and tenancy.block_number is not None:
-            tenancy.buffer.record_last_use()
-            self._pinned_blocks[tenancy.block_number].bind(None)
-            tenancy.bound = False
+    def _release(self, lease: _BufferLease) -> None:
+        """Unbind the block of a buffer; the buffer keeps the bytes in case they are needed next."""
+        if lease.bound and lease.block_number is not None:
+            lease.buffer.record_last_use()
+            self._pinned_blocks[lease.block_number].bind(None)
+            lease.bound = False
 
 
 class _BackwardMarker(torch.autograd.Function):
+    """An identity whose backward pass runs just before that of the block it marks."""
+
     @staticmethod
     def forward(ctx: Any, swap: BlockSwap, number: int, *streams: Tensor) -> tuple[Tensor, ...]:
-        ctx.swap, ctx.number = swap, number
+        ctx.swap = swap
+        ctx.number = number
         ctx.set_materialize_grads(False)
         return streams
 

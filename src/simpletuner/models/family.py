@@ -1,4 +1,6 @@
-"""The contract between the trainer and an architecture. The trainer knows nothing beyond this page.
+"""The contract between the trainer and an architecture.
+
+The trainer uses nothing of an architecture except this module.
 
 B batch · C latent channels · H W latent side (image px / stride) · L text tokens · D text width
 """
@@ -22,8 +24,11 @@ from simpletuner.events.sinks import null_emit
 
 @dataclass(frozen=True)
 class ArchitectureConstants:
-    """Constants of an architecture as loaded. alignment_px: bucket sides are multiples of it.
-    token_px: side of the square of pixels that is one image token.
+    """Constants of a loaded architecture.
+
+    stride_px: pixels per latent row and column. alignment_px: bucket sides are multiples of it.
+    token_px: side in pixels of the square that is one image token. latent_shift, latent_scale: the
+    transformer works on (latent - shift) * scale.
     """
 
     latent_channels: int
@@ -38,10 +43,11 @@ class ArchitectureConstants:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where each part lies: a folder of diffusers' or a single file for each, all existing.
+    """Existing path of each component: a folder in diffusers' layout, or a single file.
 
-    name: what a person calls it ("lodestones/Chroma1-Base", "nano", "./my-chroma").
-    revision: commit of a hub snapshot, "" for local folders. variant: "fp16" in model.fp16.safetensors.
+    name: the model as the user wrote it ("lodestones/Chroma1-Base", "nano", "./my-chroma").
+    revision: commit of a hub snapshot, "" for local files. variant: "fp16" in
+    model.fp16.safetensors.
     """
 
     name: str
@@ -55,12 +61,14 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class BlockMemoryPolicy:
-    """Where a network's blocks keep what the backward pass needs. Changes no bit of any result.
+    """Memory saving of a network's blocks; it does not change any bit of the results.
 
-    checkpointed: the first so many of every `interval`-th block keep only their inputs, and are run again.
-    swapped: so many of these, evenly spread, have their frozen weights in host memory; at most two of them
-    are on the device. offload_activations: what recomputed blocks start from waits in host memory too.
-    approximator_on_host: Chroma's modulations are computed on the CPU; they differ by rounding there.
+    checkpointed: number of blocks that use gradient checkpointing, the first ones among every
+    `interval`-th block. swapped: number of checkpointed blocks, evenly spread, whose frozen weights
+    stay in host memory and are copied to the device for each pass; at most two of them are on the
+    device at a time. offload_activations: the inputs of checkpointed blocks wait in host memory as
+    well. approximator_on_host: Chroma's modulations are computed on the CPU, where they differ by
+    rounding.
     """
 
     checkpointed: int = 0
@@ -70,31 +78,42 @@ class BlockMemoryPolicy:
     approximator_on_host: bool = False
 
     def checkpointed_block_numbers(self, blocks: int) -> tuple[int, ...]:
-        """The first ones: what the others keep is gone by the time these are run again."""
+        """Return the numbers of the checkpointed blocks, the first ones of the network.
+
+        The backward pass reaches the first blocks last, when the activations of the other blocks
+        have already been freed.
+        """
         return tuple(range(0, blocks, self.interval)[: self.checkpointed])
 
     def swapped_block_numbers(self, blocks: int) -> tuple[int, ...]:
-        """Evenly spread, so that one is on its way while the blocks between compute."""
-        among = self.checkpointed_block_numbers(blocks)
-        if self.swapped > len(among):
+        """Return the numbers of the swapped blocks, evenly spread over the checkpointed ones.
+
+        Spreading them gives a copy the time of the blocks in between. Raises ConfigError when more
+        blocks are to be swapped than checkpointed.
+        """
+        checkpointed = self.checkpointed_block_numbers(blocks)
+        if self.swapped > len(checkpointed):
             raise ConfigError(
-                f"musubi_blocks_to_swap asks for {self.swapped} of {blocks} blocks, and"
-                f" {len(among)} are recomputed; blocks that are swapped must be (gradient_checkpointing)"
+                f"musubi_blocks_to_swap is {self.swapped} of {blocks} blocks, but gradient_checkpointing"
+                f" covers only {len(checkpointed)}; a swapped block must be checkpointed. Raise"
+                " gradient_checkpointing or lower musubi_blocks_to_swap"
             )
         return tuple(
-            among[(2 * n + 1) * len(among) // (2 * self.swapped)] for n in range(self.swapped)
+            checkpointed[(2 * n + 1) * len(checkpointed) // (2 * self.swapped)]
+            for n in range(self.swapped)
         )
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model before its weights are there: what a memory plan asks for.
+    """Description of a model before its weights are loaded; the memory plan is computed from it.
 
-    transformer: on the meta device, frozen, in the dtypes that training holds it in. blocks: its repeated
-    parts in order. assumed: its shape is the published one, since no config file is at hand.
-    text_dtype: of the cached rows. text_encoder_bytes, vae_bytes: as they are loaded.
-    hosted_bytes: of the part that may stay on the CPU. missing_bytes: what is yet to be downloaded.
-    guessed: assumed of a repository that may hold another size.
+    transformer: on the meta device, frozen, in the dtypes that training uses. blocks: its repeated
+    blocks in order. uses_published_shape: no config file is available locally, so the published
+    shape is assumed. may_differ_from_published: the same, but for a repository that may hold
+    another size. text_dtype: dtype of the cached text embeddings. text_encoder_bytes, vae_bytes:
+    size once loaded. cpu_offloadable_bytes: size of the part that may stay on the CPU.
+    download_bytes: size of the files that are not downloaded yet.
     """
 
     transformer: nn.Module
@@ -111,63 +130,80 @@ class ModelSpec:
 
 
 class TextEncoder(ABC):
-    """Captions to rows."""
+    """Captions to text embeddings."""
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
-        """One (L_i, D) tensor per caption on the CPU in the cache dtype: its tokens and one pad row."""
+        """Return one (L_i, D) tensor per caption, on the CPU and in the dtype of the cache."""
 
     @abstractmethod
     def token_count(self, caption: str) -> int:
-        """Tokens of the whole caption, end token included, before any limit."""
+        """Count the tokens of the whole caption, end token included, before any limit."""
 
 
 class Vae(ABC):
-    """Pixels to raw posterior moments and back."""
+    """Pixels to raw posterior moments, and latents back to pixels."""
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H * stride, W * stride) in [-1, 1] -> raw (B, 2C, H, W) in the VAE's dtype on the CPU:
-        mean, then log variance.
+        """Encode pixels (B, 3, H * stride, W * stride) in [-1, 1] to raw moments (B, 2C, H, W).
+
+        The first C channels are the mean, the others the log variance; on the CPU, in the VAE's
+        dtype.
         """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, H, W) -> pixels (B, 3, H * stride, W * stride) in [-1, 1], float32, CPU."""
+        """Decode scaled latents (B, C, H, W) to pixels (B, 3, H * stride, W * stride) in [-1, 1].
+
+        The result is float32 on the CPU.
+        """
 
 
 class ModelFamily(ABC):
-    """One architecture. Stateless: everything loaded is handed back to the caller."""
+    """One architecture. Stateless: every loaded object is returned to the caller."""
 
     name: str
 
     @abstractmethod
     def locate_files(self, options: ModelOptions, emit: Emit = null_emit) -> ModelFiles:
-        """Find (or download) the parts. Refuses with ModelError or DownloadError, never loads a weight."""
+        """Find or download the components, without loading weights.
+
+        Raises ModelError when they are not of this family, DownloadError when the hub fails.
+        """
 
     def notices(self, options: ModelOptions) -> list[str]:
-        """What a person should hear about this choice before training; empty when there is nothing."""
+        """Return notices about this choice of model, to be logged before training."""
         return []
 
     @abstractmethod
     def build_spec(self, options: ModelOptions, dtype: torch.dtype) -> ModelSpec:
-        """Without weights, network or download; dtype: of what is not quantised. A fresh one at each call."""
+        """Describe the model without weights, network or download; each call builds a new one.
+
+        dtype: of every weight that is not quantized.
+        """
 
     @abstractmethod
     def read_constants(self, source: ModelFiles) -> ArchitectureConstants:
-        """Read from the parts' config files; no weights."""
+        """Read the constants from the components' config files; weights are not read."""
 
     @abstractmethod
     def text_fingerprint(self, source: ModelFiles, options: ModelOptions) -> str:
-        """Changes whenever the same caption would give other rows; nothing is loaded for it."""
+        """Return a string that changes whenever the same caption would be encoded differently.
+
+        No weights are loaded for it.
+        """
 
     @abstractmethod
     def vae_fingerprint(self, source: ModelFiles, options: ModelOptions) -> str:
-        """Changes whenever the same pixels would give other moments; nothing is loaded for it."""
+        """Return a string that changes whenever the same pixels would be encoded differently.
+
+        No weights are loaded for it.
+        """
 
     @abstractmethod
     def transformer_fingerprint(self, source: ModelFiles) -> str:
-        """Recognises the base's weights, so that a run is resumed on the base it began with."""
+        """Return a string that identifies the base weights; a run resumes on the same base."""
 
     @abstractmethod
     def write_quantized_files(
@@ -177,9 +213,10 @@ class ModelFamily(ABC):
         device: torch.device,
         emit: Emit = null_emit,
     ) -> list[Path]:
-        """Convert ahead of time what the options want quantised: the files in the cache, if any.
+        """Quantize ahead of time and return the files in the cache; empty if nothing is quantized.
 
-        Loading does the same to the part it loads. A conversion that was killed goes on.
+        The load_* methods do the same for the component they load. An interrupted conversion is
+        resumed.
         """
 
     @abstractmethod
@@ -190,10 +227,11 @@ class ModelFamily(ABC):
         device: torch.device,
         emit: Emit = null_emit,
     ) -> TextEncoder:
-        """In text_encoder_1_precision, converted first where it never was; emit hears of that."""
+        """Load the text encoder in text_encoder_1_precision, quantizing it first if needed."""
 
     @abstractmethod
-    def load_vae(self, source: ModelFiles, options: ModelOptions, device: torch.device) -> Vae: ...
+    def load_vae(self, source: ModelFiles, options: ModelOptions, device: torch.device) -> Vae:
+        """Load the VAE in vae_dtype."""
 
     @abstractmethod
     def load_transformer(
@@ -204,56 +242,62 @@ class ModelFamily(ABC):
         options: ModelOptions | None = None,
         emit: Emit = null_emit,
     ) -> nn.Module:
-        """The network in eval mode, every parameter frozen; dtype: of everything that is not quantised.
+        """Load the transformer in eval mode with every parameter frozen.
 
-        options: base_model_precision and how it is come by; None is as the files are. emit hears of a
-        conversion.
+        dtype: of every weight that is not quantized. options: base_model_precision and the options
+        of the conversion; None loads the files as they are.
         """
 
     @abstractmethod
     def predict_velocity(
         self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch
     ) -> Tensor:
-        """Velocity (B, C, H, W) float32 at x_sigma (B, C, H, W) float32, sigma (B,) float32 in [0, 1]."""
+        """Predict the velocity (B, C, H, W) in float32.
+
+        x_sigma: (B, C, H, W) float32, the noisy latents. sigma: (B,) float32 in [0, 1].
+        """
 
     @abstractmethod
     def block_count(self, transformer: nn.Module) -> int:
-        """How many blocks BlockMemory has to do with."""
+        """Return the number of transformer blocks."""
 
     @abstractmethod
     def place_blocks(
         self, transformer: nn.Module, memory: BlockMemoryPolicy, device: torch.device | None = None
     ) -> None:
-        """Put everything on `device` but what `memory` keeps on the host, and run the blocks so from now on.
+        """Move tensors to the device or to host memory, as `memory` says, and run blocks that way.
 
-        After adapters are attached, so that theirs stay on the device; undoes an earlier arrangement. Without
-        a device nothing is moved, and nothing may be swapped.
+        Call it after adapters are attached, so that their weights stay on the device. A second call
+        replaces the first. Without a device nothing is moved, and no block may be swapped.
         """
 
     @abstractmethod
     def compile_blocks(self, transformer: nn.Module, options: ModelOptions) -> None:
-        """Have the blocks compiled at their first call, as dynamo_backend says."""
+        """Compile the blocks at their first call, with the backend that dynamo_backend names."""
 
     @abstractmethod
     def full_finetune_parameters(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        """Named parameters that model_type "full" trains."""
+        """Return the named parameters that model_type "full" trains."""
 
     @abstractmethod
     def lora_targets(
         self, transformer: nn.Module, preset: str, chosen: str | Sequence[str] | None = None
     ) -> list[str]:
-        """Full names of the linears that are adapted; ConfigError with the list when nothing is meant.
+        """Return the full names of the linears to adapt.
 
-        chosen, instead of the preset: a regular expression for whole names, or names and their ends.
+        preset: flux_lora_target. chosen: lora_target_modules, used instead of the preset: a regular
+        expression for whole names, or a list of names and name endings. Raises ConfigError with the
+        possible names when an entry matches nothing.
         """
 
     @abstractmethod
     def save_transformer(self, transformer: nn.Module, folder: Path) -> None:
-        """Write a diffusers `transformer` folder (config.json + safetensors) that load_transformer reads."""
+        """Write a diffusers `transformer` folder (config.json and safetensors files)."""
 
     @abstractmethod
     def save_native_file(self, folder: Path, file: Path, metadata: Mapping[str, str]) -> None:
-        """The same weights as one file with the author's own names, as ComfyUI and Forge read it.
+        """Write the same weights as one file with the author's names, as ComfyUI and Forge read it.
 
-        folder: what save_transformer wrote. Tensor by tensor; an older file is replaced at the end.
+        folder: written by save_transformer. Tensors are copied one by one; an existing file is
+        replaced at the end.
         """

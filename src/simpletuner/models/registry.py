@@ -1,4 +1,4 @@
-"""The architectures there are. A new one is a folder beside this file and a row here."""
+"""The known architectures. A new one is a folder in this package and a row here."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ FAMILIES: dict[str, Callable[[], ModelFamily]] = {"chroma": _load_chroma_family}
 
 
 def get_family(name: str) -> ModelFamily:
+    """Return the family of that name. Raises ConfigError with the known names."""
     if name not in FAMILIES:
-        raise ConfigError(f'model_family "{name}" is not known; there is {", ".join(FAMILIES)}.')
+        raise ConfigError(
+            f'model_family "{name}" is unknown; the known families are: {", ".join(FAMILIES)}.'
+        )
     return FAMILIES[name]()

@@ -1,8 +1,20 @@
-"""Any weight file to safetensors, a few rows at a time: 18 GB become 5 in less than 1 GB of memory.
+"""Quantize weight files into one safetensors file, a few rows at a time.
 
-Every shape is known before the first weight is read, so the header is written first and each result goes
-straight to its place. While a file grows it is called .partial and ends in a number: how many tensors are
-safely on disk. A killed conversion goes on there; only a finished one gets its name.
+18 GB become 5 GB with less than 1 GB of memory. All shapes are known before the first weight is
+read, so the header is written first and each result is written directly to its final position.
+
+Crash safety. The output grows under the name `*.partial`, and its last 8 bytes, after the end of
+the tensors, hold a counter: how many source tensors are safely on disk. Progress is recorded in two
+steps. First fsync makes all tensors written so far durable; then the counter is overwritten. If the
+process or the machine stops between the two steps, the counter is too low, and a few tensors are
+computed and written again to the same positions, with the same bytes. It is never too high. A
+resumed conversion trusts the counter only if the file has the expected size and its header is byte
+for byte the header that this conversion would write; otherwise it starts from zero. The order of
+the tensors is fixed by source file and offset, so the counter means the same in every process. When
+all tensors are written, the file is truncated by the counter, synced and renamed to its final name;
+a file with that name is therefore always complete. An exclusive lock on the partial file makes a
+second process wait instead of writing to it, and after the wait the process looks for the finished
+file again.
 """
 
 from __future__ import annotations
@@ -29,8 +41,8 @@ from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.quantization.schemes import Scheme, get_scheme
 
 MIB = 2**20
-WEIGHTS_PER_CHUNK = 2 * MIB  # the arithmetic takes about 20 bytes for each
-SYNC_INTERVAL_BYTES = 32 * MIB  # a kill costs at most so much work again
+WEIGHTS_PER_CHUNK = 2 * MIB  # quantizing takes about 20 bytes of memory per weight
+SYNC_INTERVAL_BYTES = 32 * MIB  # the most work that is repeated after a crash
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -50,10 +62,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file. dtype: once read. offset: of its first byte in the file.
+    """One tensor of a weight file. offset: of its first byte. dtype: after decoding.
 
-    decode: for what is stored otherwise: bytes (uint8) of whole rows -> the rows in dtype, in any shape.
-    decoded_bytes: what one such row takes in the file. A row is what the last dimension counts.
+    decode: for encoded tensors: the bytes (uint8) of whole rows -> the rows in dtype, in any shape.
+    encoded_row_bytes: bytes in the file of one such row. A row is one run along the last dimension.
     """
 
     file: Path
@@ -77,14 +89,14 @@ class StoredTensor:
 
     @property
     def size_bytes(self) -> int:
-        """In the file."""
+        """Size in the file."""
         return self.rows * self.row_bytes
 
-    def slice_dim0(self, kept: slice) -> StoredTensor:
-        """So many entries of the first dimension; they lie together."""
-        count = kept.stop - kept.start
-        each = self.size_bytes // max(1, self.shape[0])
-        row = (
+    def slice_dim0(self, entries: slice) -> StoredTensor:
+        """Return entries of the first dimension as a tensor; they are contiguous in the file."""
+        count = entries.stop - entries.start
+        entry_bytes = self.size_bytes // max(1, self.shape[0])
+        row_bytes = (
             count * self.encoded_row_bytes // self.shape[0]
             if len(self.shape) == 1
             else self.encoded_row_bytes
@@ -92,32 +104,35 @@ class StoredTensor:
         return replace(
             self,
             shape=(count, *self.shape[1:]),
-            offset=self.offset + kept.start * each,
-            encoded_row_bytes=row,
+            offset=self.offset + entries.start * entry_bytes,
+            encoded_row_bytes=row_bytes,
         )
 
     def read_rows(self, file: BinaryIO, first: int, count: int) -> Tensor:
-        """(count, columns), in memory of its own."""
+        """Read rows as a new tensor (count, columns)."""
         raw = torch.empty(count * self.row_bytes, dtype=torch.uint8, device="cpu")
         file.seek(self.offset + first * self.row_bytes)
         if file.readinto(raw.numpy()) != len(raw):  # type: ignore[attr-defined]
-            raise ModelError(f"{self.file} has become shorter while it was read.")
+            raise ModelError(f"{self.file} was truncated while it was being read.")
         values = raw.view(self.dtype) if self.decode is None else self.decode(raw)
         return values.view(count, self.columns)
 
     def load(self) -> Tensor:
+        """Read the whole tensor."""
         with self.file.open("rb") as file:
             return self.read_rows(file, 0, self.rows).view(self.shape)
 
 
 def buffer_name(weight: str, part: str) -> str:
-    """ "proj.weight", "codes" -> "proj.codes", as QuantizedLinear names its buffers."""
+    """Return QuantizedLinear's buffer name: "proj.weight", "codes" -> "proj.codes"."""
     return f"{weight.removesuffix('.weight')}.{part}"
 
 
-def quantized_file_path(folder: Path, what: str, scheme: str, fingerprint: str) -> Path:
-    """What the converted file is called: by its content, its scheme and what that scheme stores."""
-    return folder / f"{what}-{scheme}-{get_scheme(scheme).version}-{fingerprint[:16]}.safetensors"
+def quantized_file_path(folder: Path, component: str, scheme: str, fingerprint: str) -> Path:
+    """Return the converted file's path: named by content, scheme and version of the scheme."""
+    return (
+        folder / f"{component}-{scheme}-{get_scheme(scheme).version}-{fingerprint[:16]}.safetensors"
+    )
 
 
 def quantize_to_file(
@@ -128,10 +143,10 @@ def quantize_to_file(
     device: torch.device,
     emit: Emit,
 ) -> None:
-    """Write `target`: of the matrices `names` the scheme's parts, everything else as it is once read.
+    """Write `target`: the matrices `names` quantized, all other tensors decoded but unchanged.
 
-    device: where the arithmetic is done. Returns at once when the target exists; another process at the same
-    work is waited for. DiskFull before anything is written.
+    device: where the quantization is computed. Returns at once when the target exists; waits when
+    another process is writing it. Raises DiskFull before anything is written.
     """
     if target.exists():
         return
@@ -140,26 +155,30 @@ def quantize_to_file(
         _lock_exclusively(file, target, emit)
         if target.exists():
             return
-        done = _count_finished_tensors(file, header, total)
+        finished = _count_finished_tensors(file, header, total)
         _check_free_space(file, target, total)
         order = sorted(source, key=lambda name: (str(source[name].file), source[name].offset))
-        if done:
-            emit(NoticeIssued(f"{target.name}: goes on after {done} of {len(order)} tensors"))
+        if finished:
+            emit(NoticeIssued(f"{target.name}: resuming after {finished} of {len(order)} tensors"))
         else:
             _write_at(file, 0, header)
             _record_progress(file, total, 0)
-        remaining = sum(source[name].size_bytes for name in order[done:])
-        with StageReporter(emit, f"quantise to {scheme.name}", remaining // MIB, "MiB") as stage:
-            read = unsafe = 0
-            for number, name in enumerate(order[done:], done + 1):
-                chosen = scheme if name in names else None
-                for position, content in _iter_writes(name, source[name], placed, chosen, device):
+        remaining = sum(source[name].size_bytes for name in order[finished:])
+        with StageReporter(emit, f"quantize to {scheme.name}", remaining // MIB, "MiB") as stage:
+            read_bytes = 0
+            unsynced_bytes = 0
+            for number, name in enumerate(order[finished:], finished + 1):
+                tensor_scheme = scheme if name in names else None
+                for position, content in _iter_writes(
+                    name, source[name], placed, tensor_scheme, device
+                ):
                     _write_at(file, position, content)
-                read, unsafe = read + source[name].size_bytes, unsafe + source[name].size_bytes
-                if unsafe >= SYNC_INTERVAL_BYTES:
+                read_bytes += source[name].size_bytes
+                unsynced_bytes += source[name].size_bytes
+                if unsynced_bytes >= SYNC_INTERVAL_BYTES:
                     _record_progress(file, total, number)
-                    unsafe = 0
-                stage.advance(read // MIB - stage.done)
+                    unsynced_bytes = 0
+                stage.advance(read_bytes // MIB - stage.done)
         file.truncate(total)
         _fsync(file)
         os.replace(file.name, target)
@@ -169,36 +188,36 @@ def quantize_to_file(
 def _assign_offsets(
     source: Mapping[str, StoredTensor], names: Collection[str], scheme: Scheme, target: Path
 ) -> tuple[dict[str, StoredTensor], bytes, int]:
-    """Every tensor of the result with its place; the header's bytes; the size of the whole file."""
+    """Return the position of every output tensor, the header's bytes, and the file's size."""
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, stored in source.items():
         if name in names:
-            for part, described in scheme.buffer_shapes(*stored.shape).items():
-                shapes[buffer_name(name, part)] = described
+            for buffer, shape_and_dtype in scheme.buffer_shapes(*stored.shape).items():
+                shapes[buffer_name(name, buffer)] = shape_and_dtype
         else:
             shapes[name] = (stored.shape, stored.dtype)
-    # Wide numbers first, so that every tensor begins at a multiple of its own width.
+    # Largest elements first, so that every tensor is aligned to its element size.
     order = sorted(shapes, key=lambda name: -shapes[name][1].itemsize)
     entries: dict[str, object] = {
         "__metadata__": {"format": "pt", "scheme": f"{scheme.name} {scheme.version}"}
     }
-    starts, at = {}, 0
+    starts, end = {}, 0
     for name in order:
         shape, dtype = shapes[name]
-        starts[name], size = at, torch.Size(shape).numel() * dtype.itemsize
+        starts[name], size = end, torch.Size(shape).numel() * dtype.itemsize
         entries[name] = {
             "dtype": DTYPE_NAMES[dtype],
             "shape": shape,
-            "data_offsets": [at, at + size],
+            "data_offsets": [end, end + size],
         }
-        at += size
+        end += size
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     placed = {
         name: StoredTensor(target, *shapes[name], len(header) + starts[name]) for name in order
     }
-    return placed, header, len(header) + at
+    return placed, header, len(header) + end
 
 
 def _iter_writes(
@@ -208,7 +227,7 @@ def _iter_writes(
     scheme: Scheme | None,
     device: torch.device,
 ) -> Iterator[tuple[int, bytes | memoryview]]:
-    """(place in the result, bytes) of one tensor; scheme: None copies it."""
+    """Yield (position in the output, bytes) of one tensor; scheme None copies it."""
     with stored.file.open("rb") as file:
         if scheme is None and stored.decode is None:
             file.seek(stored.offset)
@@ -217,9 +236,9 @@ def _iter_writes(
                 yield placed[name].offset + start, content
             return
         rows, columns = stored.rows, stored.columns
-        at_once = max(1, WEIGHTS_PER_CHUNK // max(1, columns))
-        for first in range(0, rows, at_once):
-            count = min(at_once, rows - first)
+        rows_per_chunk = max(1, WEIGHTS_PER_CHUNK // max(1, columns))
+        for first in range(0, rows, rows_per_chunk):
+            count = min(rows_per_chunk, rows - first)
             weight = stored.read_rows(file, first, count)
             if scheme is None:
                 yield (
@@ -227,12 +246,18 @@ def _iter_writes(
                     _as_bytes(weight),
                 )
                 continue
-            one, two = scheme.buffer_shapes(1, columns), scheme.buffer_shapes(2, columns)
-            for part, tensor in scheme.quantize(weight.to(device)).items():
-                each = (
-                    tensor.nbytes // count if one[part] != two[part] else 0
-                )  # 0: the same for all rows
-                yield placed[buffer_name(name, part)].offset + first * each, _as_bytes(tensor)
+            shapes_of_one_row, shapes_of_two_rows = (
+                scheme.buffer_shapes(1, columns),
+                scheme.buffer_shapes(2, columns),
+            )
+            for buffer, tensor in scheme.quantize(weight.to(device)).items():
+                # A buffer whose shape does not depend on the rows is the same for all of them.
+                per_row = shapes_of_one_row[buffer] != shapes_of_two_rows[buffer]
+                row_bytes = tensor.nbytes // count if per_row else 0
+                yield (
+                    placed[buffer_name(name, buffer)].offset + first * row_bytes,
+                    _as_bytes(tensor),
+                )
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:
@@ -240,9 +265,10 @@ def _as_bytes(tensor: Tensor) -> memoryview:
 
 
 def _open_partial(partial: Path) -> BinaryIO:
-    """For reading and writing, made when it is not there and never emptied.
+    """Open the partial file for reading and writing, and create it if needed; never truncate it.
 
-    Unbuffered: what a full disk refused would be written once more at closing, and fail without explanation.
+    Unbuffered, because a buffered file would write again, at closing, what a full disk has refused,
+    and raise an error without context.
     """
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -250,21 +276,22 @@ def _open_partial(partial: Path) -> BinaryIO:
         return partial.open("r+b", buffering=0)
     except OSError as error:
         raise CacheError(
-            f"{partial.parent} cannot be written ({error.strerror}); quantized_cache_dir chooses another"
+            f"{partial.parent} is not writable ({error.strerror}); set quantized_cache_dir to a"
+            " writable folder"
         ) from None
 
 
 def _lock_exclusively(file: BinaryIO, target: Path, emit: Emit) -> None:
-    """Until the file is closed nobody else writes it."""
+    """Lock the partial file until it is closed; wait while another process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        emit(NoticeIssued(f"{target.name}: another process converts it; waiting"))
+        emit(NoticeIssued(f"{target.name}: another process is converting it; waiting"))
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _count_finished_tensors(file: BinaryIO, header: bytes, total: int) -> int:
-    """Of an earlier, killed conversion to exactly this file; 0 when there is none."""
+    """Return the counter of an interrupted conversion to exactly this file, else 0."""
     file.seek(0)
     if os.fstat(file.fileno()).st_size != total + 8 or file.read(len(header)) != header:
         file.truncate(0)
@@ -278,23 +305,24 @@ def _check_free_space(file: BinaryIO, target: Path, total: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if total - written > free:
         raise DiskFull(
-            f"{target.parent} has room for {free / 1e9:.1f} GB, the quantised weights take"
-            f" {(total - written) / 1e9:.1f} GB more. Free some, or set quantized_cache_dir to another disk."
+            f"{target.parent} has {free / 1e9:.1f} GB free, but the quantized weights need"
+            f" {(total - written) / 1e9:.1f} GB more. Free disk space, or set quantized_cache_dir to"
+            " another disk."
         )
 
 
 def _write_at(file: BinaryIO, position: int, content: bytes | memoryview) -> None:
     try:
         file.seek(position)
-        left = memoryview(content)
-        while left:
-            left = left[file.write(left) :]
+        remaining = memoryview(content)
+        while remaining:
+            remaining = remaining[file.write(remaining) :]
     except OSError as error:
         raise _to_disk_full(error, file) from None
 
 
 def _record_progress(file: BinaryIO, total: int, number: int) -> None:
-    """So many tensors are safe: first they, then the number."""
+    """Record that the first `number` tensors are on disk: sync them, then write the counter."""
     _fsync(file)
     _write_at(file, total, struct.pack("<Q", number))
 
@@ -309,6 +337,6 @@ def _fsync(file: BinaryIO) -> None:
 def _to_disk_full(error: OSError, file: BinaryIO) -> DiskFull | OSError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(
-            f"the disk is full at {file.name}; free some, and the same command goes on there"
+            f"no disk space left for {file.name}; free some and run the same command again to resume"
         )
     return error

@@ -1,4 +1,4 @@
-"""A frozen linear that holds its weight in a scheme's parts and restores it whenever it is used."""
+"""A frozen linear that stores its weight quantized and dequantizes it whenever it is used."""
 
 from __future__ import annotations
 
@@ -16,44 +16,47 @@ Dequantize = Callable[..., Tensor]
 
 
 class _QuantizedLinearFunction(torch.autograd.Function):
-    """x W^T + bias. Neither x nor the restored weight is kept: the backward restores it again.
+    """x W^T + bias. Neither x nor the weight is saved; the backward pass dequantizes again.
 
-    given: bias, restore, parts; of two values alone dynamo would make a call without ctx.
+    given: bias, dequantize and its buffers. They are one variadic argument because dynamo drops ctx
+    from a node with exactly two inputs.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
-        bias, restore, *parts = given
-        ctx.save_for_backward(*parts)
-        ctx.restore, ctx.dtype = restore, x.dtype
-        return F.linear(x, restore(x.dtype, *parts), bias)
+        bias, dequantize, *buffers = given
+        ctx.save_for_backward(*buffers)
+        ctx.dequantize = dequantize
+        ctx.dtype = x.dtype
+        return F.linear(x, dequantize(x.dtype, *buffers), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        parts = ctx.saved_tensors  # once: under checkpointing a second look is refused
-        grad_x = grad_bias = None
+        buffers = ctx.saved_tensors  # read only once: gradient checkpointing refuses a second read
+        grad_x = None
+        grad_bias = None
         if ctx.needs_input_grad[0]:
-            flat = torch.mm(grad, ctx.restore(ctx.dtype, *parts))
+            flat = torch.mm(grad, ctx.dequantize(ctx.dtype, *buffers))
             grad_x = flat.view(*grads[0].shape[:-1], flat.shape[-1])
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(0)
-        return grad_x, grad_bias, *([None] * (1 + len(parts)))
+        return grad_x, grad_bias, *([None] * (1 + len(buffers)))
 
 
-def _dequantize(scheme: str, columns: int, dtype: torch.dtype, *parts: Tensor) -> Tensor:
+def _dequantize(scheme: str, columns: int, dtype: torch.dtype, *buffers: Tensor) -> Tensor:
     table = SCHEMES[scheme]
     return table.dequantize(
-        dict(zip(table.buffer_shapes(1, columns), parts, strict=True)), columns, dtype
+        dict(zip(table.buffer_shapes(1, columns), buffers, strict=True)), columns, dtype
     )
 
 
 class QuantizedLinear(nn.Linear):
-    """nn.Linear for those who look (PEFT does), with the scheme's parts as buffers instead of a weight.
+    """An nn.Linear (PEFT checks for that type) with a scheme's buffers instead of a weight.
 
-    Gradients are bit for bit those of an nn.Linear that holds the restored weight. `weight` is a fresh copy
-    at each use, in `weight_dtype`: writing to it changes nothing. Moving to another dtype changes
-    weight_dtype and the bias, never the parts. Equal parts on another device may take their place.
+    The gradients are bit for bit those of an nn.Linear that holds the dequantized weight. `weight`
+    is a new tensor at each access, in `weight_dtype`, so writing to it has no effect. Conversion to
+    another dtype changes weight_dtype and the bias, never the buffers.
     """
 
     def __init__(
@@ -78,9 +81,9 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, scheme: str) -> QuantizedLinear:
-        """The same linear quantised, where it lies; on the meta device only its shapes."""
+        """Quantize a linear on its device; on the meta device only the shapes are set."""
         weight, bias = linear.weight.detach(), linear.bias
-        made = cls(
+        quantized = cls(
             linear.in_features,
             linear.out_features,
             scheme,
@@ -89,14 +92,14 @@ class QuantizedLinear(nn.Linear):
             device=weight.device,
         )
         if not weight.is_meta:
-            for name, part in get_scheme(scheme).quantize(weight).items():
-                made._buffers[name] = part
+            for name, buffer in get_scheme(scheme).quantize(weight).items():
+                quantized._buffers[name] = buffer
         if bias is not None:
-            made.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        return made.train(linear.training)
+            quantized.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return quantized.train(linear.training)
 
     def buffer_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name -> (shape, dtype) of the buffers, in the scheme's order."""
+        """Return name -> (shape, dtype) of the buffers, in the scheme's order."""
         return dict(SCHEMES[self.scheme].buffer_shapes(self.out_features, self.in_features))
 
     @property
@@ -106,15 +109,20 @@ class QuantizedLinear(nn.Linear):
         return restore(self.weight_dtype, *parts)
 
     def dequantizer(self) -> tuple[Dequantize, list[Tensor]]:
-        """restore(dtype, *parts): the weight. For those who have it in a node of their own (adapters)."""
+        """Return (dequantize, buffers); dequantize(dtype, *buffers) is the weight.
+
+        Adapters call it inside an autograd node of their own.
+        """
         return partial(_dequantize, self.scheme, self.in_features), self._scheme_buffers()
 
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
-        restore, parts = self.dequantizer()
-        return _QuantizedLinearFunction.apply(input, self._bias_as(input.dtype), restore, *parts)
+        dequantize, buffers = self.dequantizer()
+        return _QuantizedLinearFunction.apply(
+            input, self._bias_as(input.dtype), dequantize, *buffers
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}"
@@ -127,12 +135,13 @@ class QuantizedLinear(nn.Linear):
         return [self.get_buffer(name) for name in SCHEMES[self.scheme].buffer_shapes(1, 1)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        kept = dict(zip(self.buffer_shapes(), self._scheme_buffers(), strict=True))
+        buffers = dict(zip(self.buffer_shapes(), self._scheme_buffers(), strict=True))
         super()._apply(fn, recurse)
-        for name, part in kept.items():
+        for name, buffer in buffers.items():
             moved = self.get_buffer(name)
-            if moved.dtype != part.dtype:  # .to(dtype), .half(): a part of another dtype is no part
-                self._buffers[name] = part.to(moved.device)
+            # .to(dtype) and .half() must not change the stored codes and scales.
+            if moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
         self.weight_dtype = fn(
             torch.empty(0, dtype=self.weight_dtype, device=self._scheme_buffers()[0].device)
         ).dtype
@@ -145,10 +154,10 @@ def quantize_modules(
     scheme: str,
     kind: type[QuantizedLinear] = QuantizedLinear,
 ) -> None:
-    """Replace these linears of a network in place, one after the other."""
+    """Replace these linears of a network in place by quantized ones, one after the other."""
     for name in names:
         parent, _, own = name.rpartition(".")
         linear = network.get_submodule(name)
         if not isinstance(linear, nn.Linear):
-            raise TypeError(f"{name} is no linear: {type(linear).__name__}")
+            raise TypeError(f"{name} is not a linear: {type(linear).__name__}")
         setattr(network.get_submodule(parent), own, kind.from_linear(linear, scheme))

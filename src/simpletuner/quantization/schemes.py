@@ -1,10 +1,11 @@
-"""Fewer bits per weight: what each scheme keeps of a matrix, and how the matrix comes back.
+"""Weight-only quantization schemes: stored buffers of a matrix and how it is restored.
 
-O rows (outputs) · I columns (inputs) · G groups of 64 columns, the last one filled up with zeros
+O rows (outputs) · I columns (inputs) · G groups of 64 columns, the last one padded with zeros
 
-Scales are bfloat16 and every code is exact in bfloat16, so a restored weight is rounded exactly once: the
-same number in bfloat16 whether it is restored there or in float32 and cast. Plain torch operations without
-a fused multiply-add to differ by: one result on every device and in a compiled graph.
+Scales are bfloat16 and every code is exact in bfloat16, so a dequantized weight is rounded exactly
+once: in bfloat16 it is the same number whether it is computed there or computed in float32 and then
+cast. Only plain torch operations are used, without a fused multiply-add, so that every device and a
+compiled graph give the same result.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from simpletuner.errors import ConfigError
 
 GROUP_SIZE = 64
 FP8_MAX = 448.0
-NF4_CHUNK_CODES = (
-    5 * 2**20
-)  # NF4 codes (a 3072 x 3072 matrix) that are int32 at a time, for the table
-# QLoRA, appendix E (arXiv 2305.14314): quantiles of the normal distribution, 0 among them.
+# NF4 codes that are converted to int32 indices at a time; about a 3072 x 3072 matrix.
+NF4_CHUNK_CODES = 5 * 2**20
+# QLoRA, appendix E (arXiv 2305.14314): quantiles of the normal distribution, including 0.
 NF4_LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -49,11 +49,11 @@ BufferShapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 @dataclass(frozen=True)
 class Scheme:
-    """version: part of a stored file's name; a change of what is stored needs another one.
+    """A quantization scheme. version: part of file names; increase it when the buffers change.
 
-    quantize: (O, I) floating point -> parts. Rows are independent: a slice of rows gives the same slice of
-    every part whose shape begins with O. dequantize: parts, I, dtype -> (O, I). part_shapes: O, I -> name ->
-    (shape, dtype), in the order of quantize; no weight is needed.
+    quantize: (O, I) floating point -> buffers. Rows are independent: a slice of rows gives the same
+    slice of every buffer whose first dimension is O. dequantize: buffers, I, dtype -> (O, I).
+    buffer_shapes: O, I -> name -> (shape, dtype), in the order of quantize; it needs no weight.
     """
 
     name: str
@@ -63,32 +63,34 @@ class Scheme:
     buffer_shapes: Callable[[int, int], BufferShapes]
 
     def size_bytes(self, rows: int, columns: int) -> int:
-        """Of all parts together."""
+        """Return the size of all buffers together."""
         shapes = self.buffer_shapes(rows, columns).values()
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
 
 
 def get_scheme(name: str) -> Scheme:
-    """The scheme of that name; ConfigError with the names that there are."""
+    """Return the scheme of that name. Raises ConfigError with the known names."""
     if name not in SCHEMES:
-        raise ConfigError(f"no quantisation {name!r}; there are: {', '.join(SCHEMES)}")
+        raise ConfigError(
+            f"unknown quantization scheme {name!r}; the known schemes are: {', '.join(SCHEMES)}"
+        )
     return SCHEMES[name]
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Where the arithmetic is done: float16 would lose small scales, float64 gains nothing."""
+    """Return the dtype of the arithmetic; float16 would lose small scales."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def _round_up_scale(largest: Tensor, steps: float) -> Tensor:
-    """bfloat16, rounded up so that nothing is clipped."""
-    wanted = (largest / steps).float()
-    scale = wanted.bfloat16()
-    return torch.where(scale < wanted, wanted * (1 + 2**-8), scale.float()).bfloat16()
+    """Return the scale in bfloat16, rounded up so that no weight is clipped."""
+    exact = (largest / steps).float()
+    scale = exact.bfloat16()
+    return torch.where(scale < exact, exact * (1 + 2**-8), scale.float()).bfloat16()
 
 
 def _divide_by_scale(weight: Tensor, scale: Tensor) -> Tensor:
-    """0 where the scale is 0: there all weights are."""
+    """Divide weights by their scale; 0 where the scale is 0, since all weights are 0 there."""
     return weight / torch.where(scale == 0, 1.0, scale.float())
 
 
@@ -106,9 +108,9 @@ def _quantize_fp8(weight: Tensor) -> dict[str, Tensor]:
     return {"codes": codes.to(torch.float8_e4m3fn), "scale": scale}
 
 
-def _dequantize_per_row(parts: QuantizedBuffers, columns: int, dtype: torch.dtype) -> Tensor:
-    work = _compute_dtype(dtype)
-    return parts["codes"].to(work).mul_(parts["scale"].to(work)).to(dtype)
+def _dequantize_per_row(buffers: QuantizedBuffers, columns: int, dtype: torch.dtype) -> Tensor:
+    compute_dtype = _compute_dtype(dtype)
+    return buffers["codes"].to(compute_dtype).mul_(buffers["scale"].to(compute_dtype)).to(dtype)
 
 
 def _per_row_shapes(dtype: torch.dtype) -> Callable[[int, int], BufferShapes]:
@@ -119,19 +121,25 @@ def _per_row_shapes(dtype: torch.dtype) -> Callable[[int, int], BufferShapes]:
 
 
 def _to_groups(weight: Tensor) -> Tensor:
-    """(O, I) -> (O, G, 64) float32"""
+    """Pad and reshape (O, I) to (O, G, 64) float32."""
     weight = F.pad(weight.float(), (0, -weight.shape[1] % GROUP_SIZE))
     return weight.unflatten(1, (-1, GROUP_SIZE))
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:
-    """(O, G, 64) of 0..15 -> (O, 32 G) uint8; the first of two columns in the upper half (bitsandbytes)."""
+    """Pack codes (O, G, 64) in 0..15 to (O, 32 G) uint8, the first of two in the upper half.
+
+    bitsandbytes uses the same order.
+    """
     codes = codes.to(torch.uint8).flatten(1)
     return codes[:, ::2] << 4 | codes[:, 1::2]
 
 
 def _quantize_int4(weight: Tensor) -> dict[str, Tensor]:
-    """Weight = (code + offset) * scale. offset in steps of 1/16, so that code + offset is exact."""
+    """Quantize to weight = (code + offset) * scale.
+
+    The offset is a multiple of 1/16, so that code + offset is exact in bfloat16.
+    """
     groups = _to_groups(weight)
     low, high = (
         groups.amin(2, keepdim=True).clamp_(max=0),
@@ -147,13 +155,17 @@ def _quantize_int4(weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _dequantize_int4(parts: QuantizedBuffers, columns: int, dtype: torch.dtype) -> Tensor:
-    codes, work = parts["codes"], _compute_dtype(dtype)
-    both = (
-        torch.stack((codes >> 4, codes & 15), -1).view(*parts["scale"].shape, GROUP_SIZE).to(work)
+def _dequantize_int4(buffers: QuantizedBuffers, columns: int, dtype: torch.dtype) -> Tensor:
+    codes, compute_dtype = buffers["codes"], _compute_dtype(dtype)
+    weights = (
+        torch.stack((codes >> 4, codes & 15), -1)
+        .view(*buffers["scale"].shape, GROUP_SIZE)
+        .to(compute_dtype)
     )
-    both.add_(parts["offset"].to(work)[..., None]).mul_(parts["scale"].to(work)[..., None])
-    return both.flatten(1)[:, :columns].to(dtype)
+    weights.add_(buffers["offset"].to(compute_dtype)[..., None]).mul_(
+        buffers["scale"].to(compute_dtype)[..., None]
+    )
+    return weights.flatten(1)[:, :columns].to(dtype)
 
 
 def _int4_shapes(rows: int, columns: int) -> BufferShapes:
@@ -166,40 +178,47 @@ def _int4_shapes(rows: int, columns: int) -> BufferShapes:
 
 
 def _nf4_level_pairs() -> Tensor:
-    """(256, 2): the two levels that a byte stands for. A part of its own, since a table made at each use
-    would be copied to the device each time.
+    """Return (256, 2): the two levels that each byte stands for.
+
+    It is a stored buffer, because a table built at each use would be copied to the device each
+    time.
     """
     levels = torch.tensor(NF4_LEVELS, device="cpu")
     return torch.cartesian_prod(levels, levels).bfloat16()
 
 
 def _quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
-    """Absmax is exact for bfloat16 weights, which Chroma's are; of float32 ones it is rounded after use."""
+    """Quantize to NF4. absmax is exact for bfloat16 weights, such as Chroma's.
+
+    For float32 weights absmax is rounded to bfloat16 after it was used to compute the codes.
+    """
     groups = _to_groups(weight)
     absmax = groups.abs().amax(2, keepdim=True)
     levels = torch.tensor(NF4_LEVELS, device=groups.device)
-    between = (levels[1:] + levels[:-1]) / 2
+    boundaries = (levels[1:] + levels[:-1]) / 2
     scaled = groups * torch.where(absmax == 0, 0.0, 1 / absmax)
     return {
-        "codes": _pack_nibbles(torch.bucketize(scaled, between, out_int32=True)),
+        "codes": _pack_nibbles(torch.bucketize(scaled, boundaries, out_int32=True)),
         "absmax": absmax.squeeze(2).bfloat16(),
         "levels": _nf4_level_pairs().to(weight.device),
     }
 
 
-def _dequantize_nf4(parts: QuantizedBuffers, columns: int, dtype: torch.dtype) -> Tensor:
-    work, codes = _compute_dtype(dtype), parts["codes"]
-    levels, absmax = parts["levels"].to(work), parts["absmax"].to(work)[..., None]
-    if (
-        codes.numel() <= NF4_CHUNK_CODES or torch.compiler.is_compiling()
-    ):  # compiled, they are no tensor at all
-        both = F.embedding(codes.int(), levels).view(*parts["absmax"].shape, GROUP_SIZE)
+def _dequantize_nf4(buffers: QuantizedBuffers, columns: int, dtype: torch.dtype) -> Tensor:
+    compute_dtype, codes = _compute_dtype(dtype), buffers["codes"]
+    levels, absmax = (
+        buffers["levels"].to(compute_dtype),
+        buffers["absmax"].to(compute_dtype)[..., None],
+    )
+    # In a compiled graph the indices are never materialized, so no chunks are needed.
+    if codes.numel() <= NF4_CHUNK_CODES or torch.compiler.is_compiling():
+        weights = F.embedding(codes.int(), levels).view(*buffers["absmax"].shape, GROUP_SIZE)
     else:
-        both = codes.new_empty((*parts["absmax"].shape, GROUP_SIZE), dtype=work)
+        weights = codes.new_empty((*buffers["absmax"].shape, GROUP_SIZE), dtype=compute_dtype)
         rows = max(1, NF4_CHUNK_CODES // codes.shape[1])
-        for piece, place in zip(codes.split(rows), both.split(rows), strict=True):
-            place.copy_(F.embedding(piece.int(), levels).view(place.shape))
-    return both.mul_(absmax).flatten(1)[:, :columns].to(dtype)
+        for chunk, target in zip(codes.split(rows), weights.split(rows), strict=True):
+            target.copy_(F.embedding(chunk.int(), levels).view(target.shape))
+    return weights.mul_(absmax).flatten(1)[:, :columns].to(dtype)
 
 
 def _nf4_shapes(rows: int, columns: int) -> BufferShapes:
@@ -211,7 +230,7 @@ def _nf4_shapes(rows: int, columns: int) -> BufferShapes:
     }
 
 
-# Bytes per weight: 1.001, 1.001, 0.5625, 0.53125. int8 errs less than fp8 at the same size.
+# Bytes per weight: 1.001, 1.001, 0.5625, 0.53125. int8 is more accurate than fp8 of the same size.
 SCHEMES: Mapping[str, Scheme] = {
     scheme.name: scheme
     for scheme in (

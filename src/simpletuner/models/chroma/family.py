@@ -1,4 +1,4 @@
-"""Chroma 1 behind the family contract."""
+"""Chroma 1 as a model family."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ FROZEN_PREFIX = "distilled_guidance_layer."
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H/2 * W/2, 4 C): 2x2 patches row by row, channel-major inside a patch."""
+    """Pack (B, C, H, W) to (B, H/2 * W/2, 4 C): 2x2 patches by row, channel-major in a patch."""
     return nn.functional.pixel_unshuffle(latents, PATCH_SIZE).flatten(2).transpose(1, 2)
 
 
 def unpack_latents(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The inverse of pack. grid: patch rows and columns."""
+    """Unpack tokens to latents, the inverse of pack_latents. grid: patch rows and columns."""
     return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), PATCH_SIZE)
 
 
@@ -55,6 +55,8 @@ def _as_chroma(transformer: nn.Module) -> ChromaTransformer:
 
 
 class ChromaFamily(ModelFamily):
+    """Chroma 1: diffusers' layout or single files, T5 text, Flux's VAE."""
+
     name = "chroma"
     locate_files = staticmethod(model_files.locate_files)
     text_fingerprint = staticmethod(fingerprints.text_fingerprint)
@@ -65,31 +67,32 @@ class ChromaFamily(ModelFamily):
     def notices(self, options: ModelOptions) -> list[str]:
         if options.model_flavour == "flash" and options.pretrained_model_name_or_path is None:
             return [
-                "Chroma1-Flash is distilled for few steps: training it undoes that. Train on base or"
-                " hd and use the LoRA on flash."
+                "Chroma1-Flash is distilled to sample in few steps, and training it undoes that."
+                " Train on base or hd and use the LoRA with flash."
             ]
         return []
 
     def read_constants(self, source: ModelFiles) -> ArchitectureConstants:
         transformer = weights.read_transformer_config(source.transformer)
-        vae, t5 = weights.read_vae_config(source.vae), weights.read_t5_config(source.text_encoder)
+        vae = weights.read_vae_config(source.vae)
+        t5 = weights.read_t5_config(source.text_encoder)
         try:
             channels, sides = int(vae["latent_channels"]), len(vae["block_out_channels"])  # type: ignore[call-overload,arg-type]
             scale, shift = float(vae["scaling_factor"]), float(vae.get("shift_factor") or 0.0)  # type: ignore[arg-type]
             width = int(t5["d_model"])  # type: ignore[call-overload]
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
-                f"{source.name}: its VAE or T5 config lacks a field ({error!r})."
+                f"{source.name}: a field of the VAE's or T5's config is missing or invalid ({error!r})."
             ) from None
         if transformer.in_channels != channels * PATCH_SIZE * PATCH_SIZE:
             raise ModelError(
-                f"{source.name}: the VAE has {channels} channels, the transformer expects"
-                f" {transformer.in_channels // PATCH_SIZE**2}. They do not belong together."
+                f"{source.name}: the VAE has {channels} channels, but the transformer expects"
+                f" {transformer.in_channels // PATCH_SIZE**2}. They belong to different models."
             )
         if transformer.joint_attention_dim != width:
             raise ModelError(
-                f"{source.name}: the text encoder is {width} wide, the transformer expects"
-                f" {transformer.joint_attention_dim}. They do not belong together."
+                f"{source.name}: the text encoder has width {width}, but the transformer expects"
+                f" {transformer.joint_attention_dim}. They belong to different models."
             )
         return ArchitectureConstants(
             latent_channels=channels,
@@ -128,7 +131,8 @@ class ChromaFamily(ModelFamily):
         device: torch.device,
         emit: Emit = null_emit,
     ) -> TextEncoder:
-        # transformers takes seconds to import; a warm start never needs it. The same holds for the VAE.
+        # Importing transformers takes seconds, and a run whose captions are cached does not need
+        # it. The same holds for diffusers and the VAE.
         from simpletuner.models.chroma.text_encoder import load_text_encoder
 
         return load_text_encoder(source, options, device, emit)
@@ -171,9 +175,9 @@ class ChromaFamily(ModelFamily):
         self, transformer: nn.Module, memory: BlockMemoryPolicy, device: torch.device | None = None
     ) -> None:
         chroma = _as_chroma(transformer)
-        stay = [chroma.distilled_guidance_layer] if memory.approximator_on_host else []
+        on_host = [chroma.distilled_guidance_layer] if memory.approximator_on_host else []
         chroma.run_block = block_executor.place_blocks(
-            chroma, chroma.blocks, memory, device, chroma.run_block, stay
+            chroma, chroma.blocks, memory, device, chroma.run_block, on_host
         )
 
     def compile_blocks(self, transformer: nn.Module, options: ModelOptions) -> None:

@@ -1,4 +1,7 @@
-"""Names for everything that changes a cached result, read in milliseconds and without loading a library."""
+"""Fingerprints of everything that changes a cached result, computed in milliseconds.
+
+No model library is loaded for them.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,17 @@ SAMPLE_COUNT = 32
 
 
 def text_encoder_dtype(options: ModelOptions) -> torch.dtype:
-    """T5 overflows in float16, so bfloat16 serves both half precisions."""
+    """Return T5's dtype. It overflows in float16, so fp16 uses bfloat16 as well."""
     return torch.float32 if options.mixed_precision == "no" else torch.bfloat16
 
 
 def token_limit(options: ModelOptions) -> int:
+    """Return the maximum number of tokens of a caption."""
     return min(MAX_TOKENS, options.tokenizer_max_length or MAX_TOKENS)
 
 
 def text_fingerprint(source: ModelFiles, options: ModelOptions) -> str:
-    """Weights, their precision, tokenizer, dtype, padding, limit and the library's major version."""
+    """Fingerprint weights, precision, tokenizer, dtype, padding, limit and library version."""
     precision = options.text_encoder_1_precision
     quantized = [] if precision == "no_change" else [f"{precision} {get_scheme(precision).version}"]
     vocabulary = sorted(
@@ -48,9 +52,9 @@ def text_fingerprint(source: ModelFiles, options: ModelOptions) -> str:
 
 
 def vae_fingerprint(source: ModelFiles, options: ModelOptions) -> str:
-    """Weights, config, dtype as asked for, tiling, and the library's major version.
+    """Fingerprint weights, config, the dtype option, tiling and diffusers' major version.
 
-    "default" is one dtype here: latents encoded on a GPU serve a CPU as well.
+    "default" counts as one dtype, so latents encoded on a GPU are used on a CPU as well.
     """
     return combined_fingerprint(
         "chroma vae 1",
@@ -62,7 +66,7 @@ def vae_fingerprint(source: ModelFiles, options: ModelOptions) -> str:
 
 
 def transformer_fingerprint(source: ModelFiles) -> str:
-    """Weights and config, whatever dtype they are computed in."""
+    """Fingerprint weights and config, independent of the compute dtype."""
     return combined_fingerprint(
         "chroma transformer 1", *component_files(source.transformer, "transformer", source.variant)
     )
@@ -73,10 +77,11 @@ def _major_version(package: str) -> str:
 
 
 def fingerprint_file(path: Path) -> str:
-    """Recognises a file in milliseconds: its size, its first 64 KiB, and 32 blocks of 64 KiB spread evenly.
+    """Fingerprint a file in milliseconds by its size and 33 evenly spread blocks of 64 KiB.
 
-    Small files are hashed whole. A large file changed only between the sampled blocks would pass for the old
-    one; a retrained or requantised weight file changes everywhere.
+    The first block is the start of the file. Small files are hashed completely. A large file that
+    changed only between the sampled blocks would not be noticed; retrained or requantized weights
+    change everywhere.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(f"{path.name}:{size}".encode())
@@ -91,6 +96,6 @@ def fingerprint_file(path: Path) -> str:
 
 
 def combined_fingerprint(*parts: str | Path) -> str:
-    """One short name for everything that changes a result; paths stand for their contents, not place."""
-    spelled = [fingerprint_file(part) if isinstance(part, Path) else part for part in parts]
-    return hashlib.sha256("\x1f".join(spelled).encode()).hexdigest()[:32]
+    """Combine strings and files into one short hash; a file counts by name and content."""
+    texts = [fingerprint_file(part) if isinstance(part, Path) else part for part in parts]
+    return hashlib.sha256("\x1f".join(texts).encode()).hexdigest()[:32]

@@ -1,7 +1,8 @@
-"""GGUF: the names and places by a bounded reader of our own, the numbers by the `gguf` package.
+"""GGUF files: a bounded header reader, and values decoded by the `gguf` package.
 
-That package's own reader loops as often as a header tells it to. Blocks lie along a matrix's rows, so rows
-can be cut and read a few at a time, as in any other file.
+The package's own reader allocates as much as a header asks for, so it is not used on untrusted
+files. Quantization blocks run along the rows of a matrix, so rows can be sliced and read a few at a
+time, as in any other file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from simpletuner.errors import MissingExtra, ModelError
 from simpletuner.quantization.convert import StoredTensor
 
 UNQUANTIZED_DTYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
-# Types of metadata values: their struct code; 8 is a string, 9 an array.
+# Type of a metadata value -> its struct code; 8 is a string, 9 an array.
 SCALAR_FORMATS = {
     0: "B",
     1: "b",
@@ -38,16 +39,17 @@ ALIGNMENT_KEY = "general.alignment"
 
 
 class _Cursor:
-    """Reads forward in the first bytes of a file; ValueError past their end."""
+    """Reads forward through the first bytes of a file; raises ValueError at their end."""
 
     def __init__(self, content: bytes) -> None:
-        self.content, self.position = content, 0
+        self.content = content
+        self.position = 0
 
     def read_number(self, code: str) -> int:
         try:
             (value,) = struct.unpack_from(f"<{code}", self.content, self.position)
         except struct.error:
-            raise ValueError("it ends in the middle") from None
+            raise ValueError("it is incomplete") from None
         self.position += struct.calcsize(code)
         return value
 
@@ -58,18 +60,18 @@ class _Cursor:
 
     def skip(self, count: int) -> None:
         if count > len(self.content) - self.position:
-            raise ValueError("it ends in the middle")
+            raise ValueError("it is incomplete")
         self.position += count
 
     def read_value(self, kind: int) -> str:
-        """A metadata value as text; arrays (vocabularies) are passed over."""
+        """Read a metadata value as text; arrays (vocabularies) are skipped."""
         if kind == STRING_TYPE:
             return self.read_string()
         if kind != ARRAY_TYPE:
             return str(self.read_number(SCALAR_FORMATS[kind]))
         inner, count = self.read_number("I"), self.read_number("Q")
         if inner == STRING_TYPE:
-            for _ in range(count):  # each takes 8 bytes of a bounded content
+            for _ in range(count):  # bounded, because each takes at least 8 bytes
                 self.read_string()
         else:
             self.skip(count * struct.calcsize(SCALAR_FORMATS[inner]))
@@ -77,7 +79,10 @@ class _Cursor:
 
 
 def parse_gguf_header(path: Path, content: bytes, size: int) -> dict[str, StoredTensor]:
-    """content: the file's first bytes, all of its header among them. ModelError for what is damaged."""
+    """Return the tensors of a GGUF file. Raises ModelError for a damaged header.
+
+    content: the first bytes of the file, including its whole header. size: of the file.
+    """
     try:
         return _parse(path, _Cursor(content), size)
     except (ValueError, KeyError, OverflowError) as error:
@@ -95,13 +100,13 @@ def _parse(path: Path, cursor: _Cursor, size: int) -> dict[str, StoredTensor]:
         cursor.read_number("Q"),
     )
     if version not in (2, 3):
-        raise ValueError(f"version {version}; 2 and 3 are known")
+        raise ValueError(f"version {version} is not supported; 2 and 3 are")
     metadata = {}
-    for _ in range(values):  # each takes 12 bytes at least
+    for _ in range(values):  # bounded, because each takes at least 12 bytes
         key = cursor.read_string()
         metadata[key] = cursor.read_value(cursor.read_number("I"))
     listed = []
-    for _ in range(tensors):  # each takes 24 bytes at least
+    for _ in range(tensors):  # bounded, because each takes at least 24 bytes
         name, dimensions = cursor.read_string(), cursor.read_number("I")
         if dimensions > 4:
             raise ValueError(f"{name[:80]} has {dimensions} dimensions")
@@ -111,23 +116,23 @@ def _parse(path: Path, cursor: _Cursor, size: int) -> dict[str, StoredTensor]:
     if not 0 < alignment <= 2**16:
         raise ValueError(f"alignment {alignment}")
     start = -(-cursor.position // alignment) * alignment
-    found = {
+    stored = {
         name: _stored_tensor(path, name, shape, kind, start + offset)
         for name, shape, kind, offset in listed
     }
-    if len(found) != len(listed):
-        raise ValueError("a name is there twice")
+    if len(stored) != len(listed):
+        raise ValueError("a name occurs twice")
     end = start
-    for one in sorted(found.values(), key=lambda one: one.offset):
-        if one.offset < end:
+    for tensor in sorted(stored.values(), key=lambda tensor: tensor.offset):
+        if tensor.offset < end:
             raise ValueError("tensors overlap")
-        end = one.offset + one.size_bytes
+        end = tensor.offset + tensor.size_bytes
     if end > size:
         raise ModelError(
-            f"{path} has {size:,} bytes where its header promises {end:,}: it is cut short. Download it"
-            " again."
+            f"{path} has {size:,} bytes, but its header describes {end:,}: it is incomplete. Download"
+            " it again."
         )
-    return found
+    return stored
 
 
 def _stored_tensor(
@@ -136,8 +141,8 @@ def _stored_tensor(
     if kind in UNQUANTIZED_DTYPES:
         return StoredTensor(path, shape, UNQUANTIZED_DTYPES[kind], offset)
     package = _import_gguf(path)
-    quantised = package.GGMLQuantizationType(kind)
-    block, block_bytes = package.GGML_QUANT_SIZES[quantised]
+    quantization = package.GGMLQuantizationType(kind)
+    block, block_bytes = package.GGML_QUANT_SIZES[quantization]
     columns = shape[-1] if shape else 1
     if len(shape) < 2 or columns % block or math.prod(shape) == 0:
         raise ValueError(f"{name[:80]} {shape} in blocks of {block}")
@@ -148,14 +153,14 @@ def _stored_tensor(
 
 def _decode_rows(path: Path, kind: int, columns: int, raw: Tensor) -> Tensor:
     package = _import_gguf(path)
-    quantised = package.GGMLQuantizationType(kind)
-    block, block_bytes = package.GGML_QUANT_SIZES[quantised]
+    quantization = package.GGMLQuantizationType(kind)
+    block, block_bytes = package.GGML_QUANT_SIZES[quantization]
     rows = raw.numpy().reshape(-1, columns // block * block_bytes)
     try:
-        return torch.from_numpy(package.quants.dequantize(rows, quantised)).bfloat16()
+        return torch.from_numpy(package.quants.dequantize(rows, quantization)).bfloat16()
     except RuntimeError:  # the library cannot decode this type
         raise ModelError(
-            f"{path}: weights of type {quantised.name} are not read; Q8_0 or Q4_K are."
+            f"{path}: weights of type {quantization.name} are not supported; use a Q8_0 or Q4_K file."
         ) from None
 
 
@@ -164,6 +169,6 @@ def _import_gguf(path: Path) -> ModuleType:
         import gguf
     except ImportError as error:
         raise MissingExtra(
-            f"{path.name}, a GGUF file, needs: pip install 'simpletuner[gguf]'"
+            f"reading the GGUF file {path.name} needs: pip install 'simpletuner[gguf]'"
         ) from error
     return gguf

@@ -1,4 +1,4 @@
-"""The needed files of a hub repository, by the hub's own library and into its own cache."""
+"""Download the needed files of a hub repository into the hub library's own cache."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ from simpletuner.events.event_types import Emit
 from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.models.chroma.weights import WEIGHTS_STEMS, read_transformer_config
 
-TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-)  # spiece.model alone does not say whose it is
-HUB_TIMEOUT_S = 4.0  # one question before the download, so that no network is noticed in seconds
-PROGRESS_INTERVAL_S = 0.5  # how often the growth of the cache is looked at
+# spiece.model alone does not identify its tokenizer class.
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+HUB_TIMEOUT_S = (
+    4.0  # of one request before the download, so that a missing network is quickly found
+)
+PROGRESS_INTERVAL_S = 0.5  # how often the size of the cache is measured
 MB = 1_000_000
 STATUS_REASONS = {
-    401: "it does not accept the token in HF_TOKEN or of `hf auth login` (401)",
-    403: "it refuses this token (403)",
-    429: "it has had too many requests and asks to wait (429); a token in HF_TOKEN is allowed more",
+    401: "it does not accept the token of HF_TOKEN or `hf auth login` (401)",
+    403: "it refuses access with this token (403)",
+    429: "it received too many requests (429); wait, or set HF_TOKEN for a higher limit",
 }
 
 
 def file_patterns(parts: list[str], variant: str) -> tuple[list[str], list[str]]:
-    """Names of the small files that describe the parts, and of the weights of this variant alone.
+    """Return the patterns of the small files of these components, and of their weights.
 
-    A repository asked for one part may hold it at its root, beside 18 GB copies that are never wanted.
+    Only weights of this variant match. A repository that is used for one component may hold it at
+    its root, next to 18 GB copies that are never downloaded.
     """
     models = [part for part in parts if part in WEIGHTS_STEMS]
     stems = [f"{part}/{WEIGHTS_STEMS[part]}" for part in models]
@@ -53,20 +54,21 @@ def file_patterns(parts: list[str], variant: str) -> tuple[list[str], list[str]]
         small += ["config.json", "*.safetensors.index*.json"]
         small += [*TOKENIZER_FILES, "special_tokens_map.json", "spiece.model"]
     dot = f".{variant}" if variant else ""
-    ends = (
+    endings = (
         f"{dot}.safetensors",
         f"{dot}-?????-of-?????.safetensors",
         f"-?????-of-?????{dot}.safetensors",
     )
-    return small, [stem + end for stem in stems for end in dict.fromkeys(ends)]
+    return small, [stem + ending for stem in stems for ending in dict.fromkeys(endings)]
 
 
 def download_components(
     repo: str, parts: list[str], revision: str | None, variant: str, emit: Emit
 ) -> tuple[Path, str]:
-    """The needed parts of a hub repository, from the hub's own cache if there; (folder, commit).
+    """Download the components that are not in the hub's cache yet; return (folder, commit).
 
-    The transformer's config comes first: what is not Chroma is refused before gigabytes have come.
+    The transformer's config is downloaded and checked first, so that another model is refused
+    before gigabytes of weights are downloaded.
     """
     small, weights = file_patterns(parts, variant)
     try:
@@ -78,9 +80,9 @@ def download_components(
     except (HTTPError, OSError) as error:
         return _load_from_hub_cache(repo, [*small, *weights], revision, error)
     sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
-    disable_progress_bars()  # ours are events
+    disable_progress_bars()  # progress is reported by events
     try:
-        # By its name, since the cache remembers a branch only when it was asked for as one.
+        # Requested by the branch's name, because only then does the cache remember the branch.
         folder = Path(
             snapshot_download(
                 repo, revision=revision, allow_patterns=small, etag_timeout=HUB_TIMEOUT_S
@@ -105,47 +107,53 @@ def download_components(
         raise _to_download_error(repo, revision, error) from None
     except (HTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(repo, "no room") from None
+            raise _disk_full(repo, "no disk space left") from None
         raise DownloadError(
-            f"The download of {repo} broke off ({_first_line(error)}). The same command goes on."
+            f"The download of {repo} was interrupted ({_first_line(error)}). Run the same command"
+            " again to resume."
         ) from None
-    # The library hands back what the cache has when the hub stops answering.
-    if lost := [name for name in needed if not (folder / name).is_file()]:
+    # When the hub stops answering, the library returns the incomplete folder of the cache.
+    if missing := [name for name in needed if not (folder / name).is_file()]:
         raise DownloadError(
-            f"The download of {repo} broke off before {lost[0]}. The same command goes on."
+            f"The download of {repo} was interrupted before {missing[0]}. Run the same command again"
+            " to resume."
         )
     return folder, commit
 
 
 @contextmanager
 def _report_progress(repo: str, total: int, emit: Emit) -> Iterator[None]:
-    """Progress by the growth of the cache, whatever it is that writes there. DiskFull before it begins."""
+    """Report progress by the growth of the cache folder, however the library writes there.
+
+    Raises DiskFull before the download when there is not enough space.
+    """
     blobs = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "blobs")
     free = shutil.disk_usage(next(place for place in blobs.parents if place.exists())).free
-    if total > free:  # what a broken download has left, the library does not go on with
+    # The library does not resume partial files of an interrupted download, so they do not count.
+    if total > free:
         raise _disk_full(
-            repo, f"{total / 1e9:.1f} GB are to come, there is room for {free / 1e9:.1f} GB"
+            repo, f"the download needs {total / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
         )
-    begun = _total_bytes(blobs.glob("*"))
-    done = threading.Event()
+    initial_bytes = _total_bytes(blobs.glob("*"))
+    finished = threading.Event()
     with StageReporter(emit, f"download {repo}", total // MB, "MB") as stage:
 
-        def look() -> None:
-            grown = (_total_bytes(blobs.glob("*")) - begun) // MB
+        def report() -> None:
+            grown = (_total_bytes(blobs.glob("*")) - initial_bytes) // MB
             stage.advance(max(0, min(grown, total // MB) - stage.done))
 
         def watch() -> None:
-            while not done.wait(PROGRESS_INTERVAL_S):
-                look()
+            while not finished.wait(PROGRESS_INTERVAL_S):
+                report()
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
             yield
         finally:
-            done.set()
+            finished.set()
             watcher.join()
-            look()
+            report()
 
 
 def _total_bytes(files: Iterable[Path]) -> int:
@@ -153,15 +161,15 @@ def _total_bytes(files: Iterable[Path]) -> int:
     for file in files:
         try:
             total += file.stat().st_size
-        except FileNotFoundError:  # it got its name in this moment
+        except FileNotFoundError:  # it was renamed in the meantime
             continue
     return total
 
 
 def _disk_full(repo: str, reason: str) -> DiskFull:
     return DiskFull(
-        f"{reason} for {repo} in {constants.HF_HUB_CACHE}; HF_HOME chooses another disk. The same command"
-        " goes on."
+        f"Cannot download {repo} to {constants.HF_HUB_CACHE}: {reason}. Free disk space, or set"
+        " HF_HOME to another disk, and run the same command again."
     )
 
 
@@ -174,18 +182,18 @@ def _load_from_hub_cache(
         )
     except (HTTPError, OSError):
         raise DownloadError(
-            f"{repo} is not wholly in the hub cache, and {_unreachable_reason(error)}"
+            f"{repo} is not completely in the hub cache, and {_unreachable_reason(error)}"
         ) from None
     return Path(folder), Path(folder).name
 
 
 def _unreachable_reason(error: Exception) -> str:
-    """Why the hub did not tell, and the way out."""
+    """Explain why the hub could not be used, and what to do."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     if status in STATUS_REASONS:
-        return f"{constants.ENDPOINT} does not answer: {STATUS_REASONS[status]}."
+        return f"{constants.ENDPOINT} refused the request: {STATUS_REASONS[status]}."
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE forbids asking for it. Unset it, or give a local folder."
+        return "HF_HUB_OFFLINE is set. Unset it, or give a local folder."
     return (
         f"{constants.ENDPOINT} cannot be reached ({_first_line(error)}). Behind a blocked network set"
         " HF_ENDPOINT=https://hf-mirror.com, or give a local folder as pretrained_model_name_or_path."

@@ -1,4 +1,4 @@
-"""Which modules a preset adapts: never the approximator, the embedders or the final proj_out."""
+"""Modules that LoRA presets adapt; never the approximator, the embedders or the final proj_out."""
 
 from __future__ import annotations
 
@@ -28,33 +28,38 @@ BLOCK_PREFIXES = ("transformer_blocks.", "single_transformer_blocks.")
 
 
 def preset_targets(transformer: nn.Module, preset: str) -> list[str]:
-    """Full module names in the network's order; ConfigError when the preset means nothing here."""
+    """Return the full module names of a preset, in the network's order.
+
+    Raises ConfigError when the network lacks a module of the preset.
+    """
     names = [name for name, _ in transformer.named_modules() if name.startswith(BLOCK_PREFIXES)]
     if preset in PRESET_SUFFIXES:
         endings = tuple(f".{suffix}" for suffix in PRESET_SUFFIXES[preset])
         return [name for name in names if name.endswith(endings)]
-    absent = [name for name in PRESET_MODULES[preset] if name not in names]
-    if absent:
+    missing = [name for name in PRESET_MODULES[preset] if name not in names]
+    if missing:
         raise ConfigError(
-            f'flux_lora_target "{preset}" adapts {", ".join(PRESET_MODULES[preset])}; this transformer has no'
-            f' {", ".join(absent)}. Use "all".'
+            f'flux_lora_target "{preset}" adapts {", ".join(PRESET_MODULES[preset])}, but this'
+            f' transformer does not have {", ".join(missing)}. Use "all".'
         )
     return list(PRESET_MODULES[preset])
 
 
 def matching_targets(transformer: nn.Module, chosen: str | Sequence[str]) -> list[str]:
-    """Linears whose whole name matches a regular expression, or is (or ends with) one of a list.
+    """Return linears by a regular expression for whole names, or by names and name endings.
 
-    ConfigError when an entry matches nothing, or only what may not be adapted.
+    Raises ConfigError when an entry matches nothing, or a module that must not be adapted.
     """
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     if isinstance(chosen, str):
         matched = {chosen: [name for name in names if re.fullmatch(chosen, name)]}
     else:
-        matched = {one: [n for n in names if n == one or n.endswith(f".{one}")] for one in chosen}
-    for wanted, found in matched.items():
-        if not found:
-            ends = sorted(
+        matched = {
+            entry: [n for n in names if n == entry or n.endswith(f".{entry}")] for entry in chosen
+        }
+    for pattern, matches in matched.items():
+        if not matches:
+            endings = sorted(
                 {
                     re.sub(r"^.*?\.\d+\.", "", name)
                     for name in names
@@ -62,17 +67,18 @@ def matching_targets(transformer: nn.Module, chosen: str | Sequence[str]) -> lis
                 }
             )
             hint = (
-                did_you_mean(wanted, ends, 0.6)
-                or f"; linears of a block end with {', '.join(ends)}"
+                did_you_mean(pattern, endings, 0.6)
+                or f"; the linears of a block end with {', '.join(endings)}"
             )
             raise ConfigError(
-                f"lora_target_modules: {wanted!r} matches no linear of the transformer{hint}"
+                f"lora_target_modules: {pattern!r} matches no linear of the transformer{hint}"
             )
-    found_names = {name for found in matched.values() for name in found}
-    if frozen := sorted(
-        name for name in found_names if name.startswith("distilled_guidance_layer.")
+    matched_names = {name for matches in matched.values() for name in matches}
+    if approximator_names := sorted(
+        name for name in matched_names if name.startswith("distilled_guidance_layer.")
     ):
         raise ConfigError(
-            f"lora_target_modules matches {frozen[0]}: the approximator is never adapted, it breaks the model"
+            f"lora_target_modules matches {approximator_names[0]}, but the approximator must not be"
+            " adapted, because that breaks the model"
         )
-    return [name for name in names if name in found_names]
+    return [name for name in names if name in matched_names]

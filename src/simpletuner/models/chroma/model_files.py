@@ -1,4 +1,4 @@
-"""Where the parts of a Chroma lie: the bundled nano, local folders, single files, or a hub repository."""
+"""Locate Chroma's components: the bundled nano model, local folders, single files or the hub."""
 
 from __future__ import annotations
 
@@ -26,45 +26,54 @@ SINGLE_FILE_SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin",
 
 
 def locate_files(options: ModelOptions, emit: Emit = null_emit) -> ModelFiles:
-    """Find or download every part. ModelError or DownloadError; no weight is read.
+    """Find or download every component without loading weights.
 
-    A part given on its own is taken from its folder, file or repository; the others from the main one, which
-    is neither asked for nor downloaded when it has nothing to add. `revision` is the main one's.
+    A component that has its own option comes from that folder, file or repository; the others come
+    from the main model, which is not downloaded when it is not needed. `revision` applies to the
+    main model. Raises ModelError or DownloadError.
     """
-    variant, revision = options.variant or "", ""
-    places: dict[str, Path] = {}
-    for part, name in separate_component_names(options).items():
-        wanted = [part, "tokenizer"] if part == "text_encoder" else [part]
-        root, _ = resolve_root(name, wanted, None, variant, emit)
-        places[part] = component_path(part, root)
-        if part == "text_encoder" and (tokenizer := _find_tokenizer(root)):
-            places["tokenizer"] = tokenizer
-    if needed := [part for part in COMPONENTS if part not in places]:
+    variant = options.variant or ""
+    revision = ""
+    paths: dict[str, Path] = {}
+    for component, name in separate_component_names(options).items():
+        components_wanted = [component, "tokenizer"] if component == "text_encoder" else [component]
+        root, _ = resolve_root(name, components_wanted, None, variant, emit)
+        paths[component] = component_path(component, root)
+        if component == "text_encoder" and (tokenizer := _find_tokenizer(root)):
+            paths["tokenizer"] = tokenizer
+    if remaining := [component for component in COMPONENTS if component not in paths]:
         origins = main_model_names(options)
-        for name in dict.fromkeys(origins[part] for part in needed):
-            parts = [part for part in needed if origins[part] == name]
+        for name in dict.fromkeys(origins[component] for component in remaining):
+            components_of_name = [
+                component for component in remaining if origins[component] == name
+            ]
             if name == NANO and not (
                 options.pretrained_model_name_or_path == NANO and Path(NANO).is_dir()
             ):
                 root, commit = Path(models_package.__path__[0]) / NANO, ""
             else:
-                root, commit = resolve_root(name, parts, options.revision, variant, emit)
+                root, commit = resolve_root(
+                    name, components_of_name, options.revision, variant, emit
+                )
             revision = revision or commit
-            places |= {part: root if root.is_file() else root / part for part in parts}
-    for part, place in places.items():
-        _check_component(part, place)
-    if places["text_encoder"].is_file():
+            paths |= {
+                component: root if root.is_file() else root / component
+                for component in components_of_name
+            }
+    for component, path in paths.items():
+        _check_component(component, path)
+    if paths["text_encoder"].is_file():
         emit(
             NoticeIssued(
-                f"T5 from {places['text_encoder']}, its tokenizer from {places['tokenizer']}"
+                f"T5 is loaded from {paths['text_encoder']}, its tokenizer from {paths['tokenizer']}"
             )
         )
     name = options.pretrained_model_name_or_path or FLAVOURS[options.model_flavour]
-    return ModelFiles(name, revision, **places, variant=variant)
+    return ModelFiles(name, revision, **paths, variant=variant)
 
 
 def separate_component_names(options: ModelOptions) -> dict[str, str]:
-    """The parts that are given on their own."""
+    """Return the components that have their own option, with the option's value."""
     names = {
         "transformer": options.pretrained_transformer_model_name_or_path,
         "vae": options.pretrained_vae_model_name_or_path,
@@ -74,37 +83,45 @@ def separate_component_names(options: ModelOptions) -> dict[str, str]:
 
 
 def main_model_names(options: ModelOptions) -> dict[str, str]:
-    """Where the other parts come from: the main model, and what a single file lacks from the flavour's."""
+    """Return where each other component comes from.
+
+    That is the main model; components that a single file lacks come from the flavour's repository.
+    """
     main = options.pretrained_model_name_or_path or FLAVOURS[options.model_flavour]
     file = Path(main).expanduser()
     if not file.is_file():
         return dict.fromkeys(COMPONENTS, main)
-    held = single_file.components_in_file(file)
-    if "transformer" not in held:
+    available = single_file.components_in_file(file)
+    if "transformer" not in available:
         raise ModelError(
-            f"{file} is {single_file.COMPONENT_TITLES[held[0]]} alone; the main model brings the transformer."
+            f"{file} holds only {single_file.COMPONENT_TITLES[available[0]]}, but the main model must"
+            " hold the transformer. Set pretrained_model_name_or_path to one that does."
         )
-    return {part: main if part in held else FLAVOURS[options.model_flavour] for part in COMPONENTS}
+    return {
+        component: main if component in available else FLAVOURS[options.model_flavour]
+        for component in COMPONENTS
+    }
 
 
-def component_path(part: str, root: Path) -> Path:
-    """Inside a pipeline's folder, the folder itself, or the file."""
-    place = root / part if (root / part).is_dir() else root
-    _check_component(part, place)
-    return place
+def component_path(component: str, root: Path) -> Path:
+    """Return a component's path: a subfolder of a pipeline, the folder itself, or the file."""
+    path = root / component if (root / component).is_dir() else root
+    _check_component(component, path)
+    return path
 
 
-def _check_component(part: str, place: Path) -> None:
-    if place.is_file() and part in single_file.COMPONENT_TITLES:
-        single_file.read_component(place, part)
-    elif not place.is_dir() or (part != "tokenizer" and not (place / "config.json").is_file()):
+def _check_component(component: str, path: Path) -> None:
+    if path.is_file() and component in single_file.COMPONENT_TITLES:
+        single_file.read_component(path, component)
+    elif not path.is_dir() or (component != "tokenizer" and not (path / "config.json").is_file()):
         raise ModelError(
-            f"{place} is no {part} folder of a diffusers pipeline. A Chroma folder holds {', '.join(COMPONENTS)}."
+            f"{path} is not a {component} folder of a diffusers pipeline. A Chroma folder holds:"
+            f" {', '.join(COMPONENTS)}."
         )
 
 
 def _find_tokenizer(root: Path) -> Path | None:
-    """A T5 given on its own may bring its tokenizer along, beside it or inside."""
+    """Return the tokenizer folder next to or inside a separately given T5, if there is one."""
     root = root.parent if root.is_file() else root
     for folder in (root / "tokenizer", root):
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -113,21 +130,19 @@ def _find_tokenizer(root: Path) -> Path | None:
 
 
 def resolve_root(
-    name: str, parts: list[str], revision: str | None, variant: str, emit: Emit
+    name: str, components: list[str], revision: str | None, variant: str, emit: Emit
 ) -> tuple[Path, str]:
-    """(folder or file, commit); the commit is empty for local ones."""
+    """Return (folder or file, commit); the commit is empty for local ones."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve(), ""
     if path.is_file():
-        return (
-            path.absolute(),
-            "",
-        )  # not resolved: links in the hub's cache lead to names without an ending
+        # Not resolved: links in the hub's cache point to file names without a suffix.
+        return path.absolute(), ""
     if path.suffix.lower() in SINGLE_FILE_SUFFIXES:
-        raise ModelError(f"{name} does not exist; expected a single file of weights.")
+        raise ModelError(f"{name} does not exist; expected a single weight file.")
     if not HUB_ID_PATTERN.fullmatch(name):
         raise ModelError(
-            f"{name} is neither a file or folder that exists nor a hub repository (owner/name)."
+            f"{name} is neither an existing file or folder nor a hub repository (owner/name)."
         )
-    return download_components(name, parts, revision, variant, emit)
+    return download_components(name, components, revision, variant, emit)

@@ -1,4 +1,4 @@
-"""Chroma before any of it is loaded: its shape from config files at hand, or as it is published."""
+"""Chroma before its weights are loaded: its shape from local config files, or as published."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHROMA_CONSTANTS = ArchitectureConstants(
     latent_shift=0.1159,
     latent_scale=0.3611,
 )
-# Parameters and bytes in the hub's files of Chroma 1: the transformer, T5 v1.1 XXL's encoder, Flux's VAE.
+# (parameters, bytes of the hub's files) of Chroma 1, T5 v1.1 XXL's encoder and Flux's VAE.
 PUBLISHED_SIZES = {
     "transformer": (8_899_983_424, 17_800_000_000),
     "text_encoder": (4_762_310_656, 9_524_700_000),
@@ -45,16 +45,27 @@ PUBLISHED_SIZES = {
 def build_model_spec(
     options: ModelOptions,
     dtype: torch.dtype,
-    read_facts: Callable[[ModelFiles], ArchitectureConstants],
+    read_constants: Callable[[ModelFiles], ArchitectureConstants],
 ) -> ModelSpec:
-    """Nothing is asked of the network. A part whose weights are not at hand has its published size."""
-    folders = {part: _local_component_path(part, options) for part in PUBLISHED_SIZES}
-    at = folders["transformer"]
-    config = TransformerConfig() if at is None else read_transformer_config(at)
+    """Describe the model without network access, using published sizes for absent weights."""
+    folders = {
+        component: _local_component_path(component, options) for component in PUBLISHED_SIZES
+    }
+    transformer_path = folders["transformer"]
+    config = (
+        TransformerConfig()
+        if transformer_path is None
+        else read_transformer_config(transformer_path)
+    )
     transformer = empty_transformer(config, options.base_model_precision, dtype)
-    found = {part: _parameters_and_bytes(part, folder, options) for part, folder in folders.items()}
-    sizes = {part: size or PUBLISHED_SIZES[part] for part, size in found.items()}
-    wide_vae = options.vae_dtype == "fp32"
+    local_sizes = {
+        component: _parameters_and_bytes(component, folder, options)
+        for component, folder in folders.items()
+    }
+    sizes = {
+        component: size or PUBLISHED_SIZES[component] for component, size in local_sizes.items()
+    }
+    vae_is_float32 = options.vae_dtype == "fp32"
     name = (model_files.main_model_names(options) | model_files.separate_component_names(options))[
         "transformer"
     ]
@@ -62,60 +73,66 @@ def build_model_spec(
         transformer,
         (*transformer.transformer_blocks, *transformer.single_transformer_blocks),
         config.width,
-        _read_or_published_constants(folders, read_facts),
-        at is None,
+        _read_or_published_constants(folders, read_constants),
+        transformer_path is None,
         fingerprints.text_encoder_dtype(options),
         int(sizes["text_encoder"][0] * _t5_bytes_per_parameter(options)),
-        sizes["vae"][0] * (4 if wide_vae else 2),
+        sizes["vae"][0] * (4 if vae_is_float32 else 2),
         sum(parameter.nbytes for parameter in transformer.distilled_guidance_layer.parameters()),
-        sum(PUBLISHED_SIZES[part][1] for part, size in found.items() if size is None),
-        at is None and name not in model_files.FLAVOURS.values(),
+        sum(
+            PUBLISHED_SIZES[component][1] for component, size in local_sizes.items() if size is None
+        ),
+        transformer_path is None and name not in model_files.FLAVOURS.values(),
     )
 
 
 def _t5_bytes_per_parameter(options: ModelOptions) -> float:
-    """Of a number of T5's; its embedding, 3 % of it, is taken for a linear."""
+    """Return the bytes per T5 parameter, counting the embedding (3 %) as a linear."""
     if options.text_encoder_1_precision == "no_change":
         return fingerprints.text_encoder_dtype(options).itemsize
     return schemes.get_scheme(options.text_encoder_1_precision).size_bytes(1024, 1024) / 1024**2
 
 
-def _local_component_path(part: str, options: ModelOptions) -> Path | None:
-    """A part's folder or file, None when it is on the hub alone. ModelError for what is neither."""
-    alone = model_files.separate_component_names(options).get(part)
-    name, revision = (
-        alone or model_files.main_model_names(options)[part],
-        None if alone else options.revision,
-    )
+def _local_component_path(component: str, options: ModelOptions) -> Path | None:
+    """Return a component's local path, or None when it is only on the hub.
+
+    Raises ModelError for a name that is neither local nor a hub id.
+    """
+    separate_name = model_files.separate_component_names(options).get(component)
+    name = separate_name or model_files.main_model_names(options)[component]
+    revision = None if separate_name else options.revision
     path = Path(name).expanduser()
     if name == model_files.NANO and not path.is_dir():
-        return Path(models_package.__path__[0]) / model_files.NANO / part
+        return Path(models_package.__path__[0]) / model_files.NANO / component
     if path.exists() or not HUB_ID_PATTERN.fullmatch(name):
         return model_files.component_path(
-            part, model_files.resolve_root(name, [part], revision, "", null_emit)[0]
+            component, model_files.resolve_root(name, [component], revision, "", null_emit)[0]
         )
-    files = [f"{part}/config.json", *(["config.json"] if alone else [])]
+    files = [f"{component}/config.json", *(["config.json"] if separate_name else [])]
     cached = [try_to_load_from_cache(name, file, revision=revision) for file in files]
     return next((Path(file).parent for file in cached if isinstance(file, str)), None)
 
 
 def _parameters_and_bytes(
-    part: str, folder: Path | None, options: ModelOptions
+    component: str, folder: Path | None, options: ModelOptions
 ) -> tuple[int, int] | None:
-    """(parameters, bytes) of the weights on this disk, by their headers; None unless all are there."""
+    """Return (parameters, bytes) from the headers of local weights; None if any is missing."""
     if folder is None:
         return None
     try:
-        found = component_tensors(folder, part, options.variant or "").values()
-    except ModelError:  # not downloaded yet; if damaged, loading says so
+        tensors = component_tensors(folder, component, options.variant or "").values()
+    except ModelError:  # not downloaded yet; damaged files are reported when they are loaded
         return None
-    return sum(math.prod(one.shape) for one in found), sum(one.size_bytes for one in found)
+    return sum(math.prod(tensor.shape) for tensor in tensors), sum(
+        tensor.size_bytes for tensor in tensors
+    )
 
 
 def _read_or_published_constants(
-    folders: Mapping[str, Path | None], read_facts: Callable[[ModelFiles], ArchitectureConstants]
+    folders: Mapping[str, Path | None],
+    read_constants: Callable[[ModelFiles], ArchitectureConstants],
 ) -> ArchitectureConstants:
     transformer, text, vae = (folders[part] for part in PUBLISHED_SIZES)
     if transformer is None or vae is None or text is None:
         return CHROMA_CONSTANTS
-    return read_facts(ModelFiles("", "", transformer, vae, text, text))
+    return read_constants(ModelFiles("", "", transformer, vae, text, text))

@@ -1,6 +1,7 @@
-"""The whole transformer under both its names; the matrices of the blocks are in `adapters.names`.
+"""All tensors of the transformer under native and diffusers' names.
 
-Pure renaming and cutting by rows, so both ways are exact to the bit, at any width and depth.
+`adapters.module_names` holds the matrices of the blocks. Conversion only renames tensors and slices
+rows, so it is exact in both directions, at any width and depth.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from simpletuner.adapters.module_names import (
 from simpletuner.errors import ModelError
 from simpletuner.models.chroma.transformer import MAX_LAYERS, TransformerConfig
 
-# native -> diffusers', whole tensors. {} is the number of the block or of the approximator's layer.
+# Native tensor -> diffusers' tensor. {} is the number of the block or of the approximator's layer.
 NATIVE_TO_DIFFUSERS_TENSORS: Mapping[str, str] = MappingProxyType(
     {
         "double_blocks.{}.img_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_q.weight",
@@ -44,14 +45,14 @@ NATIVE_TO_DIFFUSERS_TENSORS: Mapping[str, str] = MappingProxyType(
 _DIFFUSERS_TO_NATIVE_TENSORS = {
     diffusers: native for native, diffusers in NATIVE_TO_DIFFUSERS_TENSORS.items()
 }
-# A safetensors file's own word on what its shapes cannot tell.
+# Metadata key of the config fields that cannot be inferred from tensor shapes.
 CONFIG_METADATA_KEY = "transformer_config"
 
 
 def split_native_tensor(native: str, rows: int, width: int) -> list[tuple[str, slice]]:
-    """Diffusers' tensors in a native one with their rows; nothing for a name that Chroma has not.
+    """Return diffusers' tensors in a native one with their rows; empty for an unknown name.
 
-    width: of the model. ModelError where the rows cannot be those.
+    width: of the model. Raises ModelError when the number of rows is impossible.
     """
     template, number = split_block_number(native)
     if template in NATIVE_TO_DIFFUSERS_TENSORS:
@@ -64,52 +65,58 @@ def split_native_tensor(native: str, rows: int, width: int) -> list[tuple[str, s
         slices = fused_row_slices(len(names), rows, width)
     except ValueError as error:
         raise ModelError(f"{native}: {error}.") from None
-    return [(f"{name}.{part}", each) for name, each in zip(names, slices, strict=True)]
+    return [
+        (f"{name}.{part}", rows_of_part) for name, rows_of_part in zip(names, slices, strict=True)
+    ]
 
 
 def group_by_native_name(diffusers: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The native tensors that hold all these, each with its parts in the order of rows.
+    """Return native tensor -> its diffusers' parts in the order of rows.
 
-    ModelError for what is no tensor of Chroma's transformer, or a part whose neighbours are missing.
+    Raises ModelError for a tensor that Chroma does not have, or when a part is missing.
     """
     names = list(dict.fromkeys(diffusers))
-    found: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, tuple[str, ...]] = {}
     for name in names:
         template, number = split_block_number(name)
         module, _, part = name.rpartition(".")
-        place = locate_in_native(module) if part in ("weight", "bias") else None
+        location = locate_in_native(module) if part in ("weight", "bias") else None
         if template in _DIFFUSERS_TO_NATIVE_TENSORS:
-            found[_DIFFUSERS_TO_NATIVE_TENSORS[template].format(number)] = (name,)
-        elif place is not None:
-            found[f"{place[0]}.{part}"] = tuple(
-                f"{one}.{part}" for one in diffusers_names(place[0])
+            groups[_DIFFUSERS_TO_NATIVE_TENSORS[template].format(number)] = (name,)
+        elif location is not None:
+            groups[f"{location[0]}.{part}"] = tuple(
+                f"{module_part}.{part}" for module_part in diffusers_names(location[0])
             )
         else:
-            raise ModelError(f"{name} is no tensor of Chroma's transformer.")
-    if alone := {part for together in found.values() for part in together} - set(names):
-        raise ModelError(f"{', '.join(sorted(alone)[:8])}: missing beside their neighbours.")
-    return found
+            raise ModelError(f"{name} is not a tensor of Chroma's transformer.")
+    if missing := {part for parts in groups.values() for part in parts} - set(names):
+        raise ModelError(
+            f"{', '.join(sorted(missing)[:8])}: missing, although other parts of the same native"
+            " tensor are present."
+        )
+    return groups
 
 
 def config_metadata(config: TransformerConfig) -> dict[str, str]:
-    """For a native file's header, so that it says what its shapes cannot."""
+    """Return metadata for a native file's header with the config, parts of which have no shape."""
     return {CONFIG_METADATA_KEY: json.dumps(asdict(config), sort_keys=True)}
 
 
 def infer_config(
-    shapes: Mapping[str, tuple[int, ...]], told: Mapping[str, str], where: str
+    shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], where: str
 ) -> TransformerConfig:
-    """From the shapes of diffusers' names, or from the header where it says. told: the file's metadata.
+    """Return the config from a file's metadata, or infer it from the shapes of diffusers' names.
 
-    The three rotary axes leave no trace in shapes; without a word they have Chroma's proportions.
+    The axes of the rotary embedding leave no trace in shapes; without metadata they get Chroma's
+    proportions.
     """
-    if CONFIG_METADATA_KEY in told:
+    if CONFIG_METADATA_KEY in metadata:
         try:
-            raw = json.loads(told[CONFIG_METADATA_KEY])
+            raw = json.loads(metadata[CONFIG_METADATA_KEY])
         except (ValueError, RecursionError):
             raw = None
         if not isinstance(raw, dict):
-            raise ModelError(f"{where}: {CONFIG_METADATA_KEY} in its header is no JSON object.")
+            raise ModelError(f"{where}: {CONFIG_METADATA_KEY} in its header is not a JSON object.")
         return TransformerConfig.from_dict(raw, where)
     layers = {
         kind: len({split_block_number(name)[1] for name in shapes if name.startswith(f"{kind}.")})
@@ -121,28 +128,28 @@ def infer_config(
     }
     try:
         width, channels = shapes["x_embedder.weight"]
-        (head,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
-        _, text = shapes["context_embedder.weight"]
-        hidden, code = shapes["distilled_guidance_layer.in_proj.weight"]
+        (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
+        _, text_width = shapes["context_embedder.weight"]
+        approximator_width, code_channels = shapes["distilled_guidance_layer.in_proj.weight"]
     except KeyError as error:
         raise ModelError(
-            f"{where} is no whole Chroma transformer: missing {error.args[0]}."
+            f"{where} is not a complete Chroma transformer: {error.args[0]} is missing."
         ) from None
     except ValueError:
         raise ModelError(
-            f"{where}: an embedder or a query norm has the wrong number of dimensions."
+            f"{where}: an embedder or query norm has the wrong number of dimensions."
         ) from None
-    if not head or width % head or head % 32 or max(layers.values()) > MAX_LAYERS:
-        raise ModelError(f"{where}: width {width}, heads of {head}, {layers} are not a Chroma.")
+    if not head_dim or width % head_dim or head_dim % 32 or max(layers.values()) > MAX_LAYERS:
+        raise ModelError(f"{where}: width {width}, heads of {head_dim}, {layers} are not a Chroma.")
     return TransformerConfig(
         in_channels=channels,
         num_layers=layers["transformer_blocks"],
         num_single_layers=layers["single_transformer_blocks"],
-        attention_head_dim=head,
-        num_attention_heads=width // head,
-        joint_attention_dim=text,
-        axes_dims_rope=(head // 8, head * 7 // 16, head * 7 // 16),
-        approximator_num_channels=code,
-        approximator_hidden_dim=hidden,
+        attention_head_dim=head_dim,
+        num_attention_heads=width // head_dim,
+        joint_attention_dim=text_width,
+        axes_dims_rope=(head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
+        approximator_num_channels=code_channels,
+        approximator_hidden_dim=approximator_width,
         approximator_layers=layers["distilled_guidance_layer.layers"],
     )

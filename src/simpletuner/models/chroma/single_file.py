@@ -1,6 +1,7 @@
-"""One file where diffusers has a folder: which model it is, its tensors by the names used here, its config.
+"""Single weight files: recognize the model, rename its tensors, and infer its config.
 
-The config of a folder is in its config.json; of a file it is in the shapes of its tensors.
+A diffusers folder has a config.json; the config of a single file is inferred from the shapes of its
+tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from simpletuner.errors import ModelError
 from simpletuner.models.chroma import native_names, weight_header
 from simpletuner.quantization.convert import StoredTensor
 
-# Where all-in-one files keep a part; what is only that part has no prefix.
+# Key prefixes of a component in all-in-one checkpoints; a file of one component has none.
 COMPONENT_PREFIXES = {
     "transformer": ("model.diffusion_model.", "diffusion_model."),
     "text_encoder": ("text_encoders.t5xxl.transformer.",),
@@ -24,14 +25,14 @@ COMPONENT_TITLES = {
     "vae": "Flux's VAE",
     "text_encoder": "a T5 encoder",
 }
-# What a file is by names that nothing else has, in this order; the part that it serves as here, "" for none.
+# (kind of model, its component here or "", key fragments that only it has); the first match counts.
 FILE_KINDS = (
     (
         "a LoRA",
         "",
         (".lora_A.", ".lora_down.", ".lora.down.", ".hada_w1_a", ".lokr_w", "lora_unet_"),
     ),
-    ("Chroma Radiance, which draws pixels without a VAE", "", ("\nnerf_",)),
+    ("Chroma Radiance, which works on pixels without a VAE", "", ("\nnerf_",)),
     ("Chroma's transformer", "transformer", ("\ndistilled_guidance_layer.",)),
     ("a Stable Diffusion 3 transformer", "", ("\njoint_blocks.0.", "\npos_embed.proj.")),
     ("a Flux transformer", "", ("\ndouble_blocks.0.img_mod.", ".0.norm1_context.linear.")),
@@ -49,7 +50,7 @@ FILE_KINDS = (
     ("a CLIP text encoder", "", ("text_model.encoder.layers.0.",)),
     ("a VAE", "vae", ("\ndecoder.conv_in.", "\nencoder.conv_in.")),
 )
-# llama.cpp's names of a T5's parts, as its GGUF files have them -> transformers'.
+# llama.cpp's names of T5's modules in GGUF files -> transformers' names.
 LLAMA_CPP_T5_NAMES = {
     "enc.blk.": "encoder.block.",
     "token_embd.": "shared.",
@@ -71,83 +72,94 @@ VAE_BLOCK_PATTERN = re.compile(
 
 
 def identify_file(names: Collection[str]) -> tuple[str, str]:
-    """("a LoRA", ""): what a file is and which part it serves as."""
+    """Return (kind of model, component it can be used as or ""), such as ("a LoRA", "")."""
     text = "\n".join(["", *names, ""])
-    found = next(
-        ((kind, part) for kind, part, marks in FILE_KINDS if any(mark in text for mark in marks)),
+    kind_and_component = next(
+        (
+            (kind, component)
+            for kind, component, fragments in FILE_KINDS
+            if any(fragment in text for fragment in fragments)
+        ),
         None,
     )
-    shown = ", ".join(sorted(names)[:3])
-    return found or (f"no model known here (it holds {shown or 'nothing'})", "")
+    examples = ", ".join(sorted(names)[:3])
+    return kind_and_component or (f"an unknown model (it holds {examples or 'no tensors'})", "")
 
 
-def read_component(file: Path, part: str) -> tuple[dict[str, StoredTensor], Mapping[str, str]]:
-    """Of one part, by their names in the file less a prefix; the metadata. ModelError for another model."""
-    read = weight_header.read_weight_header(file)
-    prefix = _find_prefix(read.tensors, part)
-    found = {
+def read_component(file: Path, component: str) -> tuple[dict[str, StoredTensor], Mapping[str, str]]:
+    """Return one component's tensors without their key prefix, and the file's metadata.
+
+    Raises ModelError when the file holds another model.
+    """
+    header = weight_header.read_weight_header(file)
+    prefix = _find_prefix(header.tensors, component)
+    tensors = {
         name[len(prefix) :]: stored
-        for name, stored in read.tensors.items()
+        for name, stored in header.tensors.items()
         if name.startswith(prefix)
     }
-    kind, serves = identify_file(found)
-    if serves != part:
-        raise ModelError(f"{file} is {kind}; expected {COMPONENT_TITLES[part]}.")
-    if any(name.startswith("enc.blk.") for name in found):
-        found = {_transformers_name(name): stored for name, stored in found.items()}
-    return weight_header.decode_fp8_tensors(found, file), read.metadata
+    kind, usable_as = identify_file(tensors)
+    if usable_as != component:
+        raise ModelError(f"{file} is {kind}; expected {COMPONENT_TITLES[component]}.")
+    if any(name.startswith("enc.blk.") for name in tensors):
+        tensors = {_transformers_name(name): stored for name, stored in tensors.items()}
+    return weight_header.decode_fp8_tensors(tensors, file), header.metadata
 
 
 def components_in_file(file: Path) -> list[str]:
-    """The parts that a file brings: most bring one, ComfyUI's checkpoints all. ModelError where none is."""
+    """Return the components in a file: one, or all of an all-in-one checkpoint.
+
+    Raises ModelError when it holds none.
+    """
     names = weight_header.read_weight_header(file).tensors
-    held = {
+    present = {
         part: any(name.startswith(COMPONENT_PREFIXES[part]) for name in names)
         for part in COMPONENT_PREFIXES
     }
-    whole = [part for part, has in held.items() if has]
-    if held["transformer"]:
-        return whole
-    kind, serves = identify_file(names)
-    if not serves:
+    components = [part for part, is_present in present.items() if is_present]
+    if present["transformer"]:
+        return components
+    kind, usable_as = identify_file(names)
+    if not usable_as:
         raise ModelError(f"{file} is {kind}; expected {COMPONENT_TITLES['transformer']}.")
-    return [serves]
+    return [usable_as]
 
 
 def read_transformer(file: Path) -> dict[str, StoredTensor]:
-    """By diffusers' names, whichever the file has. A fused matrix is cut where it lies."""
-    found, _ = read_component(file, "transformer")
-    if any(name.startswith(("transformer_blocks.", "x_embedder.")) for name in found):
-        return found
-    if "img_in.weight" not in found or not found["img_in.weight"].shape:
-        raise ModelError(f"{file} is no whole Chroma transformer: missing img_in.weight.")
-    width = found["img_in.weight"].shape[0]
-    result: dict[str, StoredTensor] = {}
-    for name, stored in found.items():
+    """Return the transformer's tensors by diffusers' names; fused native matrices are sliced."""
+    tensors, _ = read_component(file, "transformer")
+    if any(name.startswith(("transformer_blocks.", "x_embedder.")) for name in tensors):
+        return tensors
+    if "img_in.weight" not in tensors or not tensors["img_in.weight"].shape:
+        raise ModelError(f"{file} is not a complete Chroma transformer: img_in.weight is missing.")
+    width = tensors["img_in.weight"].shape[0]
+    renamed: dict[str, StoredTensor] = {}
+    for name, stored in tensors.items():
         rows = stored.shape[0] if stored.shape else 1
         pieces = native_names.split_native_tensor(name, rows, width)
-        result |= {
-            piece: stored.slice_dim0(kept) if len(pieces) > 1 else stored for piece, kept in pieces
+        renamed |= {
+            piece: stored.slice_dim0(rows_of_part) if len(pieces) > 1 else stored
+            for piece, rows_of_part in pieces
         }
         if not pieces:
-            result[name] = stored  # surplus, and told as that
-    return result
+            renamed[name] = stored  # check_tensors reports it as unexpected
+    return renamed
 
 
 def infer_vae_config(file: Path) -> dict[str, object]:
-    """Diffusers' config.json of Flux's VAE, at the widths of this file."""
-    found, _ = read_component(file, "vae")
+    """Infer diffusers' config.json of Flux's VAE, at the widths of this file."""
+    tensors, _ = read_component(file, "vae")
     blocks = {
-        match.groups(): found[match[0]]
-        for match in map(VAE_BLOCK_PATTERN.fullmatch, found)
+        match.groups(): tensors[match[0]]
+        for match in map(VAE_BLOCK_PATTERN.fullmatch, tensors)
         if match
     }
     levels = sorted({int(level) for level, _ in blocks})
-    latents = found.get("decoder.conv_in.weight")
-    firsts = [one.shape for level in levels if (one := blocks.get((str(level), "0")))]
-    widths = [shape[0] for shape in firsts if len(shape) == 4]
-    if latents is None or len(latents.shape) != 4 or not 0 < len(widths) == len(levels) < 9:
-        raise ModelError(f"{file} is no whole VAE: its blocks are not all there.")
+    conv_in = tensors.get("decoder.conv_in.weight")
+    first_shapes = [tensor.shape for level in levels if (tensor := blocks.get((str(level), "0")))]
+    widths = [shape[0] for shape in first_shapes if len(shape) == 4]
+    if conv_in is None or len(conv_in.shape) != 4 or not 0 < len(widths) == len(levels) < 9:
+        raise ModelError(f"{file} is not a complete VAE: some of its blocks are missing.")
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
@@ -160,31 +172,32 @@ def infer_vae_config(file: Path) -> dict[str, object]:
         "layers_per_block": len([1 for level, _ in blocks if level == "0"]),
         "norm_num_groups": 32,
         "mid_block_add_attention": True,
-        "latent_channels": latents.shape[1],
+        "latent_channels": conv_in.shape[1],
         "scaling_factor": 0.3611,
         "shift_factor": 0.1159,
-        "use_quant_conv": "quant_conv.weight" in found,
-        "use_post_quant_conv": "post_quant_conv.weight" in found,
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
     }
 
 
 def infer_t5_config(file: Path) -> dict[str, object]:
-    """Transformers' config.json of a T5 v1.1 encoder."""
-    found, _ = read_component(file, "text_encoder")
+    """Infer transformers' config.json of a T5 v1.1 encoder."""
+    tensors, _ = read_component(file, "text_encoder")
     block = "encoder.block.0.layer"
     try:
-        vocabulary, width = found[
-            T5_EMBEDDING if T5_EMBEDDING in found else T5_EMBEDDING_ALIAS
+        vocabulary, width = tensors[
+            T5_EMBEDDING if T5_EMBEDDING in tensors else T5_EMBEDDING_ALIAS
         ].shape
-        inner, _ = found[f"{block}.0.SelfAttention.q.weight"].shape
-        buckets, heads = found[f"{block}.0.SelfAttention.relative_attention_bias.weight"].shape
-        hidden, _ = found[f"{block}.1.DenseReluDense.wi_0.weight"].shape
+        attention_width, _ = tensors[f"{block}.0.SelfAttention.q.weight"].shape
+        buckets, heads = tensors[f"{block}.0.SelfAttention.relative_attention_bias.weight"].shape
+        feed_forward_width, _ = tensors[f"{block}.1.DenseReluDense.wi_0.weight"].shape
     except (KeyError, ValueError) as error:
-        raise ModelError(f"{file} is no whole T5 v1.1 encoder: {error}.") from None
-    count = len({name.split(".")[2] for name in found if name.startswith("encoder.block.")})
-    if not heads or inner % heads or count > MAX_T5_BLOCKS:
+        raise ModelError(f"{file} is not a complete T5 v1.1 encoder: {error}.") from None
+    count = len({name.split(".")[2] for name in tensors if name.startswith("encoder.block.")})
+    if not heads or attention_width % heads or count > MAX_T5_BLOCKS:
         raise ModelError(
-            f"{file} is no T5 v1.1 encoder: {inner} columns, {heads} heads, {count} blocks."
+            f"{file} is not a T5 v1.1 encoder: it has {attention_width} attention columns, {heads}"
+            f" heads and {count} blocks."
         )
     return {
         "architectures": ["T5EncoderModel"],
@@ -192,8 +205,8 @@ def infer_t5_config(file: Path) -> dict[str, object]:
         "is_encoder_decoder": False,
         "vocab_size": vocabulary,
         "d_model": width,
-        "d_kv": inner // heads,
-        "d_ff": hidden,
+        "d_kv": attention_width // heads,
+        "d_ff": feed_forward_width,
         "num_layers": count,
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
@@ -205,7 +218,8 @@ def infer_t5_config(file: Path) -> dict[str, object]:
     }
 
 
-T5_EMBEDDING, T5_EMBEDDING_ALIAS = "shared.weight", "encoder.embed_tokens.weight"
+T5_EMBEDDING = "shared.weight"
+T5_EMBEDDING_ALIAS = "encoder.embed_tokens.weight"
 MAX_T5_BLOCKS = 100
 
 
@@ -215,7 +229,12 @@ def _transformers_name(name: str) -> str:
     return name
 
 
-def _find_prefix(names: Collection[str], part: str) -> str:
+def _find_prefix(names: Collection[str], component: str) -> str:
     return next(
-        (one for one in COMPONENT_PREFIXES[part] if any(name.startswith(one) for name in names)), ""
+        (
+            prefix
+            for prefix in COMPONENT_PREFIXES[component]
+            if any(name.startswith(prefix) for name in names)
+        ),
+        "",
     )

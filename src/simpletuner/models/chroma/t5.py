@@ -1,4 +1,4 @@
-"""T5's encoder half as transformers has it, from its own files or with fewer bits per weight."""
+"""T5's encoder (transformers' class), from its own files or quantized."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPE_QUERIED_SUFFIX = ".DenseReluDense.wo"
 def load_t5(
     source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit
 ) -> T5EncoderModel:
-    """Headers first, then the weights one after the other, in the cache dtype; frozen."""
+    """Load the encoder in the dtype of the cache, frozen; headers are checked before weights."""
     quantized = options.text_encoder_1_precision != "no_change"
     t5 = (
         _load_quantized(source, options, device, emit)
@@ -46,27 +46,27 @@ def load_t5(
 def quantized_t5_file(
     source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit
 ) -> Path:
-    """The weights in text_encoder_1_precision; the first call converts them. A decoder is left behind."""
+    """Return the weights in text_encoder_1_precision, converting them if needed."""
     t5 = _empty_t5(source)
     stored = _encoder_tensors(source, t5)
-    chosen = {f"{name}.weight" for name in _block_linears(t5)}
+    names = {f"{name}.weight" for name in _block_linears(t5)}
     key = combined_fingerprint(
         "t5 1", *component_files(source.text_encoder, "text_encoder", source.variant)
     )
     return ensure_quantized_file(
-        "t5", options.text_encoder_1_precision, stored, chosen, key, options, device, emit
+        "t5", options.text_encoder_1_precision, stored, names, key, options, device, emit
     )
 
 
 def _encoder_tensors(source: ModelFiles, t5: nn.Module) -> dict[str, StoredTensor]:
-    """What an encoder needs of the source, checked; a decoder is left behind."""
-    found = component_tensors(source.text_encoder, "text_encoder", source.variant)
-    if T5_EMBEDDING not in found and T5_EMBEDDING_ALIAS in found:
-        found[T5_EMBEDDING] = found[T5_EMBEDDING_ALIAS]
+    """Return the encoder's tensors, checked; a decoder in the files is ignored."""
+    available = component_tensors(source.text_encoder, "text_encoder", source.variant)
+    if T5_EMBEDDING not in available and T5_EMBEDDING_ALIAS in available:
+        available[T5_EMBEDDING] = available[T5_EMBEDDING_ALIAS]
     expected = {
         name: tensor for name, tensor in t5.state_dict().items() if name != T5_EMBEDDING_ALIAS
     }
-    stored = {name: found[name] for name in expected if name in found}
+    stored = {name: available[name] for name in expected if name in available}
     check_tensors(expected, stored, source.text_encoder)
     return stored
 
@@ -81,7 +81,7 @@ def _load_unquantized(source: ModelFiles, options: ModelOptions, device: torch.d
 
 
 class _DtypeQueriedLinear(QuantizedLinear):
-    """T5's feed-forward asks this weight twice for its dtype alone; restoring it would double the work."""
+    """T5's feed-forward reads this weight only for its dtype; dequantizing it would be wasted."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -96,26 +96,26 @@ def _load_quantized(
     file = quantized_t5_file(source, options, device, emit)
     t5 = _empty_t5(source).to(text_encoder_dtype(options))
     names = _block_linears(t5)
-    unread = [name for name in names if name.endswith(DTYPE_QUERIED_SUFFIX)]
-    quantize_modules(t5, unread, options.text_encoder_1_precision, _DtypeQueriedLinear)
-    quantize_modules(t5, sorted({*names} - {*unread}), options.text_encoder_1_precision)
+    dtype_queried = [name for name in names if name.endswith(DTYPE_QUERIED_SUFFIX)]
+    quantize_modules(t5, dtype_queried, options.text_encoder_1_precision, _DtypeQueriedLinear)
+    quantize_modules(t5, sorted({*names} - {*dtype_queried}), options.text_encoder_1_precision)
     load_from_file(t5, file, device)
     t5.set_input_embeddings(t5.shared)
     return t5
 
 
 def _empty_t5(source: ModelFiles) -> Any:
-    """On the meta device. Any, because transformers' modules are not typed."""
+    """Build the encoder on the meta device. Any, because transformers' modules are not typed."""
     config = T5Config.from_dict(read_t5_config(source.text_encoder))
     with torch.device("meta"):
         return T5EncoderModel(config)
 
 
 def _block_linears(t5: nn.Module) -> list[str]:
-    """Every linear in a block: attention and feed-forward."""
+    """Return the names of the linears in the blocks: attention and feed-forward."""
     modules = t5.named_modules()
     return [
         name
-        for name, one in modules
-        if isinstance(one, nn.Linear) and name.startswith(BLOCK_PREFIX)
+        for name, module in modules
+        if isinstance(module, nn.Linear) and name.startswith(BLOCK_PREFIX)
     ]

@@ -1,7 +1,8 @@
-"""Captions to T5 rows: the real tokens, `</s>` included, plus exactly one pad row.
+"""Captions to T5 embeddings: the real tokens including `</s>`, plus exactly one pad token.
 
-The same numbers as running T5 on 512 padded tokens with the tokenizer's mask and keeping the first
-tokens + 1 rows, at a fraction of the cost: masked keys take no part and T5's positions are relative.
+The values equal those of T5 on 512 padded tokens with the tokenizer's mask, of which the first
+tokens + 1 rows are kept, at a fraction of the cost: masked keys do not contribute, and T5's
+positions are relative.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from simpletuner.models.family import ModelFiles, TextEncoder
 
 @dataclass(frozen=True)
 class ChromaTextEncoder(TextEncoder):
-    """T5 v1.1's encoder half with its tokenizer. overlong: "truncate" cuts before `</s>`, "error" refuses."""
+    """T5 v1.1's encoder with its tokenizer.
+
+    overlong: "truncate" cuts captions before `</s>`, "error" raises DataError.
+    """
 
     _t5: T5EncoderModel
     _tokenizer: PreTrainedTokenizerBase
@@ -40,8 +44,8 @@ class ChromaTextEncoder(TextEncoder):
         tokens = [self._tokenize(caption) for caption in captions]
         if not tokens:
             return []
-        kept = [min(len(ids) + 1, self._max_tokens) for ids in tokens]
-        ids = torch.full((len(tokens), max(kept)), self._tokenizer.pad_token_id)
+        lengths = [min(len(ids) + 1, self._max_tokens) for ids in tokens]
+        ids = torch.full((len(tokens), max(lengths)), self._tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for row, sample in enumerate(tokens):
             ids[row, : len(sample)] = torch.tensor(sample)
@@ -50,7 +54,7 @@ class ChromaTextEncoder(TextEncoder):
         hidden = self._t5(
             input_ids=ids.to(device), attention_mask=mask.to(device)
         ).last_hidden_state.cpu()
-        rows = [hidden[row, :length].clone() for row, length in enumerate(kept)]
+        rows = [hidden[row, :length].clone() for row, length in enumerate(lengths)]
         if self._zero_pad:
             for row, sample in zip(rows, tokens, strict=True):
                 row[len(sample) :] = 0
@@ -59,7 +63,7 @@ class ChromaTextEncoder(TextEncoder):
     def _tokenize(self, caption: str) -> list[int]:
         if self._overlong == "error" and (count := self.token_count(caption)) > self._max_tokens:
             raise DataError(
-                f"A caption has {count} tokens, the limit is {self._max_tokens}: {caption[:60]!r}..."
+                f"A caption has {count} tokens, but the limit is {self._max_tokens}: {caption[:60]!r}..."
                 ' Shorten it, or set caption_overlong to "truncate".'
             )
         return self._tokenizer(
@@ -70,6 +74,7 @@ class ChromaTextEncoder(TextEncoder):
 def load_text_encoder(
     source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit
 ) -> ChromaTextEncoder:
+    """Load T5 and its tokenizer with the options' limits."""
     return ChromaTextEncoder(
         load_t5(source, options, device, emit),
         load_tokenizer(source.tokenizer),
@@ -80,11 +85,12 @@ def load_text_encoder(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load T5's tokenizer. Raises ModelError for a folder without one, or with another one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0]
-        raise ModelError(f"{folder} holds no tokenizer that can be read: {reason}") from None
+        raise ModelError(f"{folder} does not hold a readable tokenizer: {reason}") from None
     if tokenizer.pad_token_id is None or tokenizer("")["input_ids"][-1:] != [
         tokenizer.eos_token_id
     ]:

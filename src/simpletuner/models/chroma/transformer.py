@@ -1,10 +1,12 @@
-"""Chroma's transformer: `forward` is the diagram. Parameter names are diffusers' (ChromaTransformer2DModel).
+"""Chroma's transformer: `forward` is the diagram. Parameter names are diffusers'.
 
-B batch · N image tokens (rows * columns of 2x2 latent patches) · L text tokens · S = L + N, text first
+B batch · N image tokens (rows * columns of 2x2 latent patches) · L text tokens · S = L + N, text
+first
 W width (3072) · M modulation vectors (344) · D head width (128)
 
-Text arrives trimmed to its real tokens and one pad, so a batch of equal lengths has no mask at all. Where
-lengths differ the padding is put in front, and each sample attends over its own rows, without a mask too.
+The class of diffusers is ChromaTransformer2DModel. Text is trimmed to its real tokens and one pad
+token, so a batch of equal lengths needs no mask. Where lengths differ, the padding is moved to the
+front and each sample attends only to its own rows, again without a mask.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from simpletuner.models.block_executor import BlockExecutor
 
 CLASS_NAME = "ChromaTransformer2DModel"
 FP16_MAX = 65504.0
-MAX_LAYERS = 1000  # a config that asks for a billion is refused, not built
-# In the config.json of every published Chroma; diffusers passes over them too.
+MAX_LAYERS = 1000  # a config that asks for a billion layers is refused instead of built
+# Fields in the config.json of every published Chroma that diffusers ignores as well.
 IGNORED_FLUX_FIELDS = {"guidance_embeds": False, "pooled_projection_dim": 768}
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The fields of a transformer's config.json; the defaults are Chroma 1 itself (8.9 B parameters)."""
+    """Fields of a transformer's config.json; the defaults are Chroma 1 (8.9 B parameters)."""
 
     patch_size: int = 1
     in_channels: int = 64
@@ -55,19 +57,19 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, object], where: str) -> TransformerConfig:
-        """Check a parsed config.json; ModelError names what is not Chroma's."""
+        """Check a parsed config.json. Raises ModelError with the fields that are not Chroma's."""
         if raw.get("_class_name", CLASS_NAME) != CLASS_NAME:
             raise ModelError(
-                f"{where}: _class_name is {raw['_class_name']!r}; only {CLASS_NAME} is Chroma."
+                f"{where}: _class_name is {raw['_class_name']!r}; Chroma's is {CLASS_NAME}."
             )
         names = {field.name for field in fields(cls)}
-        strange = {key for key in raw.keys() - names if not key.startswith("_")}
+        unexpected = {key for key in raw.keys() - names if not key.startswith("_")}
         unknown = sorted(
-            key for key in strange if (key, raw[key]) not in IGNORED_FLUX_FIELDS.items()
+            key for key in unexpected if (key, raw[key]) not in IGNORED_FLUX_FIELDS.items()
         )
         if unknown:
             raise ModelError(
-                f"{where}: {', '.join(unknown)} is not a field of Chroma's transformer."
+                f"{where}: unknown fields for Chroma's transformer: {', '.join(unknown)}."
             )
         values = {
             key: tuple(value) if isinstance(value, list) else value
@@ -75,13 +77,13 @@ class TransformerConfig:
             if key in names
         }
         for key, value in values.items():
-            axes = isinstance(value, tuple) and all(isinstance(axis, int) for axis in value)
-            most = MAX_LAYERS if "layers" in key else 2**20
-            number = isinstance(value, int) and 0 < value <= most
-            number = number or (key == "out_channels" and value is None)
-            if not (axes if key == "axes_dims_rope" else number):
+            is_axes = isinstance(value, tuple) and all(isinstance(axis, int) for axis in value)
+            maximum = MAX_LAYERS if "layers" in key else 2**20
+            is_valid = isinstance(value, int) and 0 < value <= maximum
+            is_valid = is_valid or (key == "out_channels" and value is None)
+            if not (is_axes if key == "axes_dims_rope" else is_valid):
                 raise ModelError(
-                    f"{where}: {key} = {raw[key]!r} is not what Chroma's transformer takes."
+                    f"{where}: {key} = {raw[key]!r} is not valid for Chroma's transformer."
                 )
         config = cls(**values)  # type: ignore[arg-type]
         if config.patch_size != 1 or config.out_channels not in (None, config.in_channels):
@@ -99,7 +101,10 @@ class TransformerConfig:
 
 
 def sinusoidal_embedding(positions: Tensor, width: int) -> Tensor:
-    """(K,) float32 -> (K, width) float32, cosines first. float32 because bf16 turns 654.3 into 656."""
+    """Embed (K,) float32 as (K, width) float32, cosines first.
+
+    Computed in float32, because bf16 rounds 654.3 to 656.
+    """
     half = width // 2
     frequencies = torch.exp(
         -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=positions.device) / half
@@ -130,75 +135,87 @@ def rotary_table(axes: Sequence[int], text: int, rows: int, columns: int) -> Ten
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """x: (B, S, heads, D). Pairs of channels turn as complex numbers in float32, 4x cheaper than as reals.
+    """Rotate x (B, S, heads, D); pairs of channels are complex numbers in float32.
 
-    The compiler fuses reals and has no code for complex numbers; one unit in the last place lies between.
+    Complex multiplication is 4 times cheaper than the same in real numbers. A compiled graph uses
+    real numbers, because the compiler fuses them and has no code for complex ones; the results
+    differ by one unit in the last place.
     """
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
-        turned = multiply_complex_pairs(pairs, table)
+        rotated = multiply_complex_pairs(pairs, table)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
-    return turned.flatten(-2).to(x.dtype)
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def multiply_complex_pairs(pairs: Tensor, table: Tensor) -> Tensor:
-    """(..., 2) times (..., 2) as complex numbers are multiplied."""
+    """Multiply (..., 2) by (..., 2) as complex numbers."""
     (real, imaginary), (cosine, sine) = pairs.unbind(-1), table.unbind(-1)
-    turned = real * cosine - imaginary * sine, real * sine + imaginary * cosine
-    return torch.stack(turned, dim=-1)
+    rotated = (real * cosine - imaginary * sine, real * sine + imaginary * cosine)
+    return torch.stack(rotated, dim=-1)
 
 
-# Padding at the head of each sample, which nobody hears: its rows, or a (B, 1, 1, S) bool mask, False there.
+# Padding at the front of each sample, which must not be attended to: the number of rows per sample,
+# or a (B, 1, 1, S) bool mask that is False there.
 Padding = tuple[int, ...] | Tensor | None
 
 
 def padding_mask(rows: Sequence[int], length: int, device: torch.device) -> Tensor:
-    """The mask for so many padded rows of each sample in a sequence of `length`."""
-    real = torch.arange(length)[None] >= torch.tensor(rows)[:, None]
-    return real[:, None, None].to(device)
+    """Return the mask for so many padded rows of each sample in a sequence of `length`."""
+    is_real = torch.arange(length)[None] >= torch.tensor(rows)[:, None]
+    return is_real[:, None, None].to(device)
 
 
 def attend_to_real_tokens(q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
-    """(B, heads, rows, D). q: the last rows of k and v. Padded rows come out as zero, or as anything.
+    """Attend within each sample, ignoring padding; (B, heads, rows, D).
 
-    A mask rules out the flash kernel, so by numbers of rows each sample attends alone.
+    q: the last rows of k and v. The output of padded rows is zero or arbitrary. Given the number of
+    padded rows, each sample attends on its own, because a mask would exclude the flash kernel.
     """
     if padding is None or isinstance(padding, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=padding)
-    silent = k.shape[2] - q.shape[2]
+    rows_without_query = k.shape[2] - q.shape[2]
     samples = []
-    for one_q, one_k, one_v, pad in zip(q.split(1), k.split(1), v.split(1), padding, strict=True):
-        skipped = max(0, pad - silent)
-        rows = one_q[:, :, skipped:], one_k[:, :, pad:], one_v[:, :, pad:]
-        samples.append(F.pad(F.scaled_dot_product_attention(*rows), (0, 0, skipped, 0)))
+    for sample_q, sample_k, sample_v, padded_rows in zip(
+        q.split(1), k.split(1), v.split(1), padding, strict=True
+    ):
+        skipped = max(0, padded_rows - rows_without_query)
+        real_rows = (
+            sample_q[:, :, skipped:],
+            sample_k[:, :, padded_rows:],
+            sample_v[:, :, padded_rows:],
+        )
+        samples.append(F.pad(F.scaled_dot_product_attention(*real_rows), (0, 0, skipped, 0)))
     return torch.cat(samples)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without parameters, then (1 + scale) x + shift. shift, scale: (B, 1, W)."""
-    if (
-        len(x) == 1 and x.dtype == scale.dtype
-    ):  # as the norm's own parameters: one kernel instead of two
+    """Return (1 + scale) * LayerNorm(x) + shift. shift, scale: (B, 1, W)."""
+    # For one sample, as the norm's own parameters: one kernel instead of two.
+    if len(x) == 1 and x.dtype == scale.dtype:
         return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps=1e-6)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def add_gated(x: Tensor, gate: Tensor, delta: Tensor) -> Tensor:
-    """X + gate * delta; float16 saturates instead of overflowing."""
+    """Return x + gate * delta; float16 saturates instead of overflowing."""
     total = torch.addcmul(x, gate, delta)
     return total.clamp(-FP16_MAX, FP16_MAX) if total.dtype == torch.float16 else total
 
 
 class RmsNorm(nn.RMSNorm):
-    """torch's, with the weight in the dtype of x: under autocast a float32 one misses the fused kernel."""
+    """torch's RMSNorm with the weight cast to the dtype of x.
+
+    Under autocast, a float32 weight would prevent the fused kernel.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class GeluProjection(nn.Module):
-    """Linear, then the tanh GELU; apart from FeedForward only because its name is `net.0.proj`."""
+    """A linear and the tanh GELU; a class of its own because its parameter name is `net.0.proj`."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -209,6 +226,8 @@ class GeluProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Linear, tanh GELU, linear, with four times the width in between."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.net = nn.Sequential(
@@ -220,7 +239,7 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Softmax attention with normed queries and keys; `joint` adds the text stream's own projections."""
+    """Softmax attention with normalized queries and keys; `joint` adds the text's projections."""
 
     def __init__(self, config: TransformerConfig, joint: bool) -> None:
         super().__init__()
@@ -239,26 +258,27 @@ class Attention(nn.Module):
             self.add_v_proj = nn.Linear(width, width)
             self.to_add_out = nn.Linear(width, width)
 
-    def project_qkv(self, x: Tensor, silent: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values (B, S, heads, D). The first `silent` rows are heard but ask nothing."""
-        projected = self.to_q(x[:, silent:]), self.to_k(x), self.to_v(x)
-        q, k, v = (each.unflatten(-1, (-1, self.head_dim)) for each in projected)
+    def project_qkv(self, x: Tensor, rows_without_query: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys, values (B, S, heads, D); the first rows give no queries."""
+        projected = self.to_q(x[:, rows_without_query:]), self.to_k(x), self.to_v(x)
+        q, k, v = (projection.unflatten(-1, (-1, self.head_dim)) for projection in projected)
         return self.norm_q(q), self.norm_k(k), v
 
     def project_text_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the text's queries, keys and values."""
         layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in layers)
         return self.norm_added_q(q), self.norm_added_k(k), v
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, padding: Padding) -> Tensor:
         """(B, rows of q, W). q: the last rows of k and v."""
-        turned = apply_rotary(q, table[-q.shape[1] :]), apply_rotary(k, table), v
-        q, k, v = (each.transpose(1, 2) for each in turned)
+        rotated = apply_rotary(q, table[-q.shape[1] :]), apply_rotary(k, table), v
+        q, k, v = (tensor.transpose(1, 2) for tensor in rotated)
         return attend_to_real_tokens(q, k, v, padding).transpose(1, 2).flatten(2)
 
 
 class DoubleBlock(nn.Module):
-    """Image and text with separate weights, one attention over both."""
+    """Image and text streams with separate weights and one joint attention."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -293,7 +313,7 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Both streams as one; attention and feed-forward side by side."""
+    """Both streams as one sequence; attention and feed-forward in parallel."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -304,18 +324,20 @@ class SingleBlock(nn.Module):
     def forward(
         self, x: Tensor, modulation: Tensor, table: Tensor, padding: Padding, unread: int = 0
     ) -> Tensor:
-        """(B, S - unread, W). The first `unread` rows are keys and values only; nobody reads their result."""
+        """Return (B, S - unread, W); the first `unread` rows only provide keys and values."""
         shift, scale, gate = modulation.split(1, dim=1)
         inner = modulate(x, shift, scale)
         attended = self.attn(*self.attn.project_qkv(inner, unread), table, padding)
-        # Nameless, so that the parts are gone before the largest product of the step.
-        both = torch.cat(
+        # Not named, so that the parts are freed before the largest matmul of the step.
+        features = torch.cat(
             (attended, F.gelu(self.proj_mlp(inner[:, unread:]), approximate="tanh")), dim=-1
         )
-        return add_gated(x[:, unread:], gate, self.proj_out(both))
+        return add_gated(x[:, unread:], gate, self.proj_out(features))
 
 
 class ApproximatorLayer(nn.Module):
+    """A two-layer MLP of the approximator."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(width, width)
@@ -326,7 +348,7 @@ class ApproximatorLayer(nn.Module):
 
 
 class Approximator(nn.Module):
-    """Time to modulation vectors. Never trained, never adapted: training it breaks the model."""
+    """Time to modulation vectors. Never trained or adapted, because that breaks the model."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -344,11 +366,11 @@ class Approximator(nn.Module):
 
 
 class ChromaTransformer(nn.Module):
-    """Velocity of packed latents.
+    """Predicts the velocity of packed latents.
 
-    run_block: how a block is run (recomputed in the backward pass, its weights fetched); changes no number.
-    masked: unequal texts are told by a mask. For compiled blocks, which would become a program for every
-    combination of lengths.
+    run_block: executes each block, with gradient checkpointing or swapped weights; it does not
+    change results. use_padding_mask: describe unequal text lengths by a mask; for compiled blocks,
+    which would otherwise be compiled for every combination of lengths.
     """
 
     mod_proj: Tensor
@@ -358,8 +380,8 @@ class ChromaTransformer(nn.Module):
         self.config = config
         self.run_block = BlockExecutor()
         self.use_padding_mask = False
-        # Explicitly on the CPU, so that a model built under torch.device("meta") has real numbers here;
-        # it is in no file.
+        # Explicitly on the CPU, so that it has values in a model built under torch.device("meta");
+        # no weight file holds it.
         indices = torch.arange(config.modulation_count, dtype=torch.float32, device="cpu") * 1000
         self.register_buffer("mod_proj", self._index_embedding(indices), persistent=False)
         self.distilled_guidance_layer = Approximator(config)
@@ -379,17 +401,17 @@ class ChromaTransformer(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """In the order in which they run."""
+        """All blocks in the order of execution."""
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
     @property
     def dtype(self) -> torch.dtype:
-        """What inputs are cast to."""
+        """Dtype that inputs are cast to."""
         return self.x_embedder.weight.dtype
 
     @torch.no_grad()
     def modulations(self, sigma: Tensor) -> Tensor:
-        """(B,) float32 in [0, 1] -> (B, M, W), from sigma alone. The guidance input is constant 0."""
+        """Return (B, M, W) from sigma (B,) float32 in [0, 1]; the guidance input is always 0."""
         channels = self.config.approximator_num_channels // 4
         time = torch.cat(
             (
@@ -415,10 +437,11 @@ class ChromaTransformer(nn.Module):
         lengths: Sequence[int] | None = None,
         modulations: Tensor | None = None,
     ) -> Tensor:
-        """tokens: (B, N, 64) -> (B, N, 64), N = rows * columns of `grid`.
+        """Return the velocity (B, N, 64) of tokens (B, N, 64); N = rows * columns of `grid`.
 
-        sigma: (B,) float32. text: (B, L, 4096), right-padded where lengths differ. lengths: real rows of each
-        sample; None when all are L. modulations: those of `sigma`, when the caller has them already.
+        sigma: (B,) float32. text: (B, L, 4096), right-padded where lengths differ. lengths: number
+        of real text rows of each sample; None when all are L. modulations: those of `sigma`, if
+        already computed.
         """
         mod = self.modulations(sigma) if modulations is None else modulations
         mod = mod.to(tokens.device, self.dtype)
@@ -427,7 +450,9 @@ class ChromaTransformer(nn.Module):
         if lengths is not None and any(length != text.shape[1] for length in lengths):
             padding = tuple(text.shape[1] - length for length in lengths)
             # Text has no order of its own: every row sits at position (0, 0, 0).
-            text = torch.stack([row.roll(pad, 0) for row, pad in zip(text, padding, strict=True)])
+            text = torch.stack(
+                [row.roll(padded_rows, 0) for row, padded_rows in zip(text, padding, strict=True)]
+            )
             if self.use_padding_mask:
                 padding = padding_mask(padding, text.shape[1] + tokens.shape[1], tokens.device)
         image, text = self.x_embedder(tokens), self.context_embedder(text)
@@ -447,9 +472,8 @@ class ChromaTransformer(nn.Module):
         x = torch.cat((text, image), dim=1)
         for number, block in enumerate(self.single_transformer_blocks):
             single_mod = single_mods[:, 3 * number : 3 * number + 3]
-            unread = (
-                text.shape[1] if number == singles - 1 else 0
-            )  # only the image leaves the last block
+            # The output of the text is not used after the last block.
+            unread = text.shape[1] if number == singles - 1 else 0
             (x,) = self.run_block(doubles + number, block, (x,), single_mod, table, padding, unread)
         shift, scale = out_mod.split(1, dim=1)
         return self.proj_out(modulate(x[:, -tokens.shape[1] :], shift, scale))

@@ -17,15 +17,17 @@ VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def vae_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
-    """default: bfloat16 on accelerators, float32 on the CPU."""
+    """Return the dtype; "default" is bfloat16 on accelerators and float32 on the CPU."""
     if options.vae_dtype == "default":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return VAE_DTYPES[options.vae_dtype]
 
 
 class ChromaVae(Vae):
+    """Flux's VAE, which Chroma uses."""
+
     def __init__(self, vae: Any) -> None:
-        """vae: an AutoencoderKL, which type checkers see as a stub without methods."""
+        """Wrap an AutoencoderKL, which type checkers see as a stub without methods."""
         self._vae = vae
 
     @torch.no_grad()
@@ -33,9 +35,8 @@ class ChromaVae(Vae):
         moments = self._vae.encode(
             pixels.to(self._vae.device, self._vae.dtype)
         ).latent_dist.parameters
-        return (
-            moments.cpu()
-        )  # in the VAE's dtype: half the cache in half precision, and not a bit is lost
+        # Kept in the VAE's dtype: half the cache size in half precision, without any loss.
+        return moments.cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -44,13 +45,13 @@ class ChromaVae(Vae):
 
 
 def load_vae(source: ModelFiles, options: ModelOptions, device: torch.device) -> ChromaVae:
-    """Tiling and slicing save memory on large pictures; tiles leave seams of a few grey levels."""
+    """Load the VAE. Tiling saves memory on large images but leaves seams of a few grey levels."""
     config = read_vae_config(source.vae)
     with torch.device("meta"):
         vae: Any = AutoencoderKL.from_config(config)
     dtype = vae_dtype(options, device)
-    found = component_tensors(source.vae, "vae", source.variant)
-    state = {name: one.load().to(dtype) for name, one in found.items()}
+    tensors = component_tensors(source.vae, "vae", source.variant)
+    state = {name: tensor.load().to(dtype) for name, tensor in tensors.items()}
     if any(name.startswith("encoder.down.") for name in state):
         state = convert_ldm_vae_checkpoint(state, config)
     check_tensors(vae.state_dict(), state, source.vae)

@@ -1,4 +1,7 @@
-"""What a weight file says of itself, before any weight is read. Files come from strangers: all is bounded."""
+"""Headers of weight files, read without any weight.
+
+Files may come from strangers, so every size is bounded.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from simpletuner.errors import ModelError
 from simpletuner.models.chroma import gguf_reader
 from simpletuner.quantization.convert import SAFETENSORS_DTYPES, StoredTensor
 
-MAX_HEADER_BYTES = 16 << 20  # a full checkpoint with a thumbnail in its header has 1 MB
+MAX_HEADER_BYTES = 16 << 20  # the header of a full checkpoint with a thumbnail has 1 MB
 MAX_TENSORS = 20_000
 MAX_DIMENSIONS = 8
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -28,16 +31,21 @@ PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 @dataclass(frozen=True)
 class WeightHeader:
+    """Tensors and metadata of a weight file."""
+
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_weight_header(path: Path) -> WeightHeader:
-    """Of a safetensors or a GGUF file, told apart by their first bytes. ModelError for anything else."""
+    """Read the header of a safetensors or GGUF file, recognized by its first bytes.
+
+    Raises ModelError for any other file.
+    """
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise ModelError(
-            f"{path} may be a pickle, which can run code when it is opened, so it never is. Give a"
-            " safetensors or GGUF file."
+            f"{path} may be a pickle, which can run code when it is opened. Use a safetensors or GGUF"
+            " file."
         )
     try:
         size = path.stat().st_size
@@ -71,53 +79,55 @@ def read_weight_header(path: Path) -> WeightHeader:
 
 
 def _json_length(path: Path, start: bytes, size: int) -> int:
-    """Of the JSON, at most what is there. The first eight bytes may be any number, the ninth may not."""
+    """Return the length of the JSON header, which is at most the rest of the file.
+
+    The first eight bytes hold the length and may have any value; the ninth begins the JSON.
+    """
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
     if start[8:9] != b"{":
-        kind = next(
+        file_kind = next(
             (name for magic, name in FILE_KIND_BY_MAGIC.items() if start.startswith(magic)), None
         )
-        if kind is not None:
-            unsafe = ", which can run code when it is opened, so it never is" * ("pickle" in kind)
-            raise ModelError(f"{path} is {kind}{unsafe}. Give a safetensors or GGUF file.")
+        if file_kind is not None:
+            warning = ", which can run code when it is opened" if "pickle" in file_kind else ""
+            raise ModelError(f"{path} is {file_kind}{warning}. Use a safetensors or GGUF file.")
     if length > size - 8:
         raise ModelError(
-            f"{path} is cut short or not a safetensors file ({size:,} bytes). Download it again."
+            f"{path} is incomplete or not a safetensors file ({size:,} bytes). Download it again."
         )
     if length > MAX_HEADER_BYTES:
-        raise ModelError(
-            f"{path} has a damaged header: {length:,} bytes of names. Download it again."
-        )
+        raise ModelError(f"{path} has a damaged header of {length:,} bytes. Download it again.")
     return int(length)
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
-    return found
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return names
 
 
 def _parse_safetensors(path: Path, header: dict[str, Any], start: int, size: int) -> WeightHeader:
-    """Every tensor follows the one before without a gap, to the end of the file."""
+    """Return the tensors, which must follow each other without a gap to the end of the file."""
     metadata = {
         str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()
     }
     if len(header) > MAX_TENSORS:
         raise ValueError(f"{len(header):,} tensors")
-    found, spans = {}, []
+    tensors = {}
+    spans = []
     for name, entry in header.items():
         shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
         if any(type(number) is not int or number < 0 for number in (*shape, first, last)):
-            raise ValueError(f"{name}: a size or place that is no number")
+            raise ValueError(f"{name} has a size or offset that is not a whole number")
         if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{name} is of type {entry['dtype']!r}, which is not read")
+            raise ValueError(f"{name} has the unsupported dtype {entry['dtype']!r}")
         dtype = SAFETENSORS_DTYPES[entry["dtype"]]
         if len(shape) > MAX_DIMENSIONS or math.prod(shape) * dtype.itemsize != last - first:
             raise ValueError(
-                f"{name} of shape {shape[:MAX_DIMENSIONS]} does not take its {last - first} bytes"
+                f"{name} of shape {shape[:MAX_DIMENSIONS]} does not fit its {last - first} bytes"
             )
-        found[name] = StoredTensor(path, shape, dtype, start + first)
+        tensors[name] = StoredTensor(path, shape, dtype, start + first)
         spans.append((first, last))
     end = 0
     for first, last in sorted(spans):
@@ -126,67 +136,71 @@ def _parse_safetensors(path: Path, header: dict[str, Any], start: int, size: int
         end = last
     if size != start + end:
         raise ModelError(
-            f"{path} has {size:,} bytes where its header promises {start + end:,}: it is cut short or"
-            " damaged. Download it again."
+            f"{path} has {size:,} bytes, but its header describes {start + end:,}: it is incomplete"
+            " or damaged. Download it again."
         )
-    return WeightHeader(found, metadata)
+    return WeightHeader(tensors, metadata)
 
 
-def decode_fp8_tensors(found: Mapping[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
-    """fp8 as bfloat16, which holds it exactly; scaled fp8 multiplied out and rounded once.
+def decode_fp8_tensors(tensors: Mapping[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
+    """Decode fp8 tensors: exactly to bfloat16, or multiplied by their scale and rounded once.
 
-    ComfyUI's markers: `x.scale_weight` (or `x.weight_scale`) beside `x.weight`, an empty `scaled_fp8`;
-    scales of inputs are for fp8 products and play no part.
+    ComfyUI marks scaled fp8 by `x.scale_weight` (or `x.weight_scale`) next to `x.weight` and an
+    empty `scaled_fp8`. Scales of inputs are only needed for fp8 matmuls and are ignored.
     """
-    marks = {name for name in found if name.endswith(FP8_EXTRA_SUFFIXES) or name == "scaled_fp8"}
-    result = {}
-    for name, stored in found.items():
-        if name in marks:
+    markers = {
+        name for name in tensors if name.endswith(FP8_EXTRA_SUFFIXES) or name == "scaled_fp8"
+    }
+    decoded = {}
+    for name, stored in tensors.items():
+        if name in markers:
             continue
         if stored.dtype not in FP8_DTYPES:
-            result[name] = stored
+            decoded[name] = stored
             continue
         stem = name.removesuffix(".weight")
-        scales = [found[f"{stem}{mark}"] for mark in SCALE_SUFFIXES if f"{stem}{mark}" in marks]
+        scales = [
+            tensors[f"{stem}{suffix}"] for suffix in SCALE_SUFFIXES if f"{stem}{suffix}" in markers
+        ]
         scale = (
             _read_scale(scales[0], stored, f"{where}: {name}") if scales and name != stem else None
         )
-        result[name] = _as_bfloat16(stored, scale)
-    return result
+        decoded[name] = _as_bfloat16(stored, scale)
+    return decoded
 
 
 def _read_scale(scale: StoredTensor, stored: StoredTensor, where: str) -> torch.Tensor:
-    """One number, or one for each row."""
+    """Read a scale: one number, or one per row."""
     rows = stored.shape[0] if len(stored.shape) == 2 else 1
     if (
         scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1))
         or not scale.dtype.is_floating_point
     ):
         raise ModelError(
-            f"{where} has a scale of shape {scale.shape}; one number, or one a row, is read."
+            f"{where} has a scale of shape {scale.shape}; only one number, or one per row, is"
+            " supported."
         )
     value = scale.load().float().reshape(-1, 1)
     if not bool(value.isfinite().all()):
-        raise ModelError(f"{where} has a scale that is no finite number.")
+        raise ModelError(f"{where} has a scale that is not a finite number.")
     return value
 
 
 @dataclass(frozen=True)
 class _ScaledFp8Tensor(StoredTensor):
-    """scales: (1, 1), or (rows, 1) of a matrix; None is 1."""
+    """An fp8 tensor. scales: (1, 1), or (rows, 1) for a matrix; None means 1."""
 
     scales: torch.Tensor | None = None
 
-    def slice_dim0(self, kept: slice) -> StoredTensor:
+    def slice_dim0(self, entries: slice) -> StoredTensor:
         return replace(
-            cast(_ScaledFp8Tensor, super().slice_dim0(kept)), scales=self._scales_of_rows(kept)
+            cast(_ScaledFp8Tensor, super().slice_dim0(entries)),
+            scales=self._scales_of_rows(entries),
         )
 
     def read_rows(self, file: BinaryIO, first: int, count: int) -> torch.Tensor:
-        values, scales = (
-            super().read_rows(file, first, count),
-            self._scales_of_rows(slice(first, first + count)),
-        )
+        values = super().read_rows(file, first, count)
+        scales = self._scales_of_rows(slice(first, first + count))
         return values if scales is None else (values.float() * scales).bfloat16()
 
     def _scales_of_rows(self, rows: slice) -> torch.Tensor | None:
@@ -197,5 +211,6 @@ def _as_bfloat16(stored: StoredTensor, scales: torch.Tensor | None) -> StoredTen
     def decode(raw: torch.Tensor) -> torch.Tensor:
         return raw.view(stored.dtype).bfloat16()  # exact
 
-    place = stored.file, stored.shape, torch.bfloat16, stored.offset
-    return _ScaledFp8Tensor(*place, decode, stored.columns, scales)
+    return _ScaledFp8Tensor(
+        stored.file, stored.shape, torch.bfloat16, stored.offset, decode, stored.columns, scales
+    )

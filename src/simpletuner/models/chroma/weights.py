@@ -1,4 +1,4 @@
-"""Weights between folders or single files and memory: checked first, then tensor by tensor."""
+"""Weights in folders or single files: checked first, then loaded tensor by tensor."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from simpletuner.quantization.quantized_linear import quantize_modules
 WEIGHTS_STEM = "diffusion_pytorch_model"
 WEIGHTS_STEMS = {"transformer": WEIGHTS_STEM, "vae": WEIGHTS_STEM, "text_encoder": "model"}
 BLOCK_PREFIXES = ("transformer_blocks.", "single_transformer_blocks.")
-MAX_LISTED_PROBLEMS = 8  # problems spelled out before "and N more"
+MAX_LISTED_PROBLEMS = 8  # the others are only counted
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON object, or ModelError naming the file."""
+    """Return a JSON object. Raises ModelError with the file's path."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -36,32 +36,33 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def read_transformer_config(place: Path) -> TransformerConfig:
-    """Of a transformer's folder or single file."""
-    if not place.is_file():
+def read_transformer_config(path: Path) -> TransformerConfig:
+    """Read the config of a transformer's folder, or infer it from a single file."""
+    if not path.is_file():
         return TransformerConfig.from_dict(
-            read_json(place / "config.json"), str(place / "config.json")
+            read_json(path / "config.json"), str(path / "config.json")
         )
-    shapes = {name: stored.shape for name, stored in single_file.read_transformer(place).items()}
+    shapes = {name: stored.shape for name, stored in single_file.read_transformer(path).items()}
     return native_names.infer_config(
-        shapes, weight_header.read_weight_header(place).metadata, str(place)
+        shapes, weight_header.read_weight_header(path).metadata, str(path)
     )
 
 
-def read_t5_config(place: Path) -> dict[str, object]:
-    return (
-        single_file.infer_t5_config(place) if place.is_file() else read_json(place / "config.json")
-    )
+def read_t5_config(path: Path) -> dict[str, object]:
+    """Read the config of a T5 encoder's folder, or infer it from a single file."""
+    return single_file.infer_t5_config(path) if path.is_file() else read_json(path / "config.json")
 
 
-def read_vae_config(place: Path) -> dict[str, object]:
-    return (
-        single_file.infer_vae_config(place) if place.is_file() else read_json(place / "config.json")
-    )
+def read_vae_config(path: Path) -> dict[str, object]:
+    """Read the config of a VAE's folder, or infer it from a single file."""
+    return single_file.infer_vae_config(path) if path.is_file() else read_json(path / "config.json")
 
 
 def weight_files(folder: Path, stem: str = WEIGHTS_STEM, variant: str = "") -> list[Path]:
-    """The safetensors files of one part, sharded or single, all existing. variant: "fp16" in stem.fp16.*"""
+    """Return the existing safetensors files of one component, sharded or single.
+
+    variant: "fp16" in stem.fp16.safetensors.
+    """
     name = f"{stem}.{variant}" if variant else stem
     index = folder / f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"
     if index.exists():
@@ -76,136 +77,143 @@ def weight_files(folder: Path, stem: str = WEIGHTS_STEM, variant: str = "") -> l
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise ModelError(
-            f"Weights are missing: {', '.join(missing)}. Download or copy the whole folder again."
+            f"Weight files are missing: {', '.join(missing)}. Download or copy the whole folder again."
         )
     return files
 
 
 def read_stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a weight file. ModelError when it is cut short, damaged or something else."""
+    """Return every tensor of a weight file. Raises ModelError for a damaged or other file."""
     return dict(weight_header.read_weight_header(path).tensors)
 
 
 def component_tensors(
-    place: Path,
-    part: str,
+    path: Path,
+    component: str,
     variant: str = "",
-    file_of: Callable[[Path], dict[str, StoredTensor]] | None = None,
+    read_file: Callable[[Path], dict[str, StoredTensor]] | None = None,
 ) -> dict[str, StoredTensor]:
-    """Of a part's folder or file. file_of: reads a file, where its names are to be changed."""
-    if place.is_file():
-        return file_of(place) if file_of else single_file.read_component(place, part)[0]
-    files = weight_files(place, WEIGHTS_STEMS[part], variant)
+    """Return the tensors of a component's folder or single file.
+
+    read_file: reads a single file, for components whose keys are renamed.
+    """
+    if path.is_file():
+        return read_file(path) if read_file else single_file.read_component(path, component)[0]
+    files = weight_files(path, WEIGHTS_STEMS[component], variant)
     return weight_header.decode_fp8_tensors(
-        {name: one for file in files for name, one in read_stored_tensors(file).items()}, place
+        {name: tensor for file in files for name, tensor in read_stored_tensors(file).items()}, path
     )
 
 
-def component_files(place: Path, part: str, variant: str = "") -> list[Path]:
-    """Everything that says what a part is: its config and its weights, or the one file."""
+def component_files(path: Path, component: str, variant: str = "") -> list[Path]:
+    """Return the files that define a component: its config and weights, or the single file."""
     return (
-        [place]
-        if place.is_file()
-        else [place / "config.json", *weight_files(place, WEIGHTS_STEMS[part], variant)]
+        [path]
+        if path.is_file()
+        else [path / "config.json", *weight_files(path, WEIGHTS_STEMS[component], variant)]
     )
 
 
 def check_tensors(
     expected: Mapping[str, Tensor], found: Mapping[str, StoredTensor | Tensor], where: Path
 ) -> None:
-    """Every tensor there, none too many, all of the right shape; otherwise one ModelError with the list."""
+    """Check names, shapes and kinds of dtype; one ModelError lists all problems."""
     problems = [
-        f"missing {name} {tuple(one.shape)}" for name, one in expected.items() if name not in found
+        f"{name} {tuple(tensor.shape)} is missing"
+        for name, tensor in expected.items()
+        if name not in found
     ]
     problems += [
-        f"surplus {name} {tuple(one.shape)}" for name, one in found.items() if name not in expected
+        f"{name} {tuple(tensor.shape)} is unexpected"
+        for name, tensor in found.items()
+        if name not in expected
     ]
-    for name, one in expected.items():
+    for name, tensor in expected.items():
         if name not in found:
             continue
-        if (shape := tuple(found[name].shape)) != tuple(one.shape):
-            problems.append(f"{name} is {shape}, expected {tuple(one.shape)}")
-        elif found[name].dtype.is_floating_point != one.dtype.is_floating_point:
-            problems.append(f"{name} is {found[name].dtype}; only floating point and fp8 are read")
+        if (shape := tuple(found[name].shape)) != tuple(tensor.shape):
+            problems.append(f"{name} is {shape}, expected {tuple(tensor.shape)}")
+        elif found[name].dtype.is_floating_point != tensor.dtype.is_floating_point:
+            problems.append(f"{name} is {found[name].dtype}; only floating point is supported")
     if problems:
-        more = (
+        remainder = (
             f"; and {len(problems) - MAX_LISTED_PROBLEMS} more"
             if len(problems) > MAX_LISTED_PROBLEMS
             else ""
         )
-        told = "belong to its model" if where.is_file() else "its config.json describes"
+        expectation = "of its model" if where.is_file() else "that its config.json describes"
         raise ModelError(
-            f"{where} does not hold the weights that {told}: "
+            f"{where} does not hold the weights {expectation}: "
             + "; ".join(problems[:MAX_LISTED_PROBLEMS])
-            + more
+            + remainder
         )
 
 
 def empty_transformer(
     config: TransformerConfig, precision: str = "no_change", dtype: torch.dtype = torch.bfloat16
 ) -> ChromaTransformer:
-    """The network on the meta device in `dtype`, eval mode and frozen, without any weight.
+    """Build the network on the meta device in `dtype`, in eval mode and frozen.
 
-    precision: a scheme of quantization.schemes for the linears in the blocks; norms, embedders, approximator
-    and the final projection stay as they are.
+    precision: a scheme of quantization.schemes for the linears in the blocks; norms, embedders,
+    approximator and final projection are never quantized.
     """
     with torch.device("meta"):
         transformer = ChromaTransformer(config)
-    index_code = transformer.mod_proj  # real numbers, exact in float32 only
-    transformer.to(dtype).mod_proj = index_code
+    index_embedding = transformer.mod_proj  # not on the meta device; exact only in float32
+    transformer.to(dtype).mod_proj = index_embedding
     if precision != "no_change":
         quantize_modules(transformer, block_linears(transformer), precision)
     return transformer.requires_grad_(False).eval()
 
 
 def block_linears(transformer: nn.Module) -> list[str]:
-    """What is quantised: every linear inside a block."""
+    """Return the names of the linears in the blocks, which quantization applies to."""
     modules = transformer.named_modules()
     return [
         name
-        for name, one in modules
-        if isinstance(one, nn.Linear) and name.startswith(BLOCK_PREFIXES)
+        for name, module in modules
+        if isinstance(module, nn.Linear) and name.startswith(BLOCK_PREFIXES)
     ]
 
 
-def transformer_tensors(place: Path, variant: str = "") -> dict[str, StoredTensor]:
-    """The tensors of a `transformer` folder or single file, all of them there and of the right shape."""
-    found = component_tensors(place, "transformer", variant, single_file.read_transformer)
-    check_tensors(empty_transformer(read_transformer_config(place)).state_dict(), found, place)
-    return found
+def transformer_tensors(path: Path, variant: str = "") -> dict[str, StoredTensor]:
+    """Return the tensors of a `transformer` folder or single file, checked to be complete."""
+    tensors = component_tensors(path, "transformer", variant, single_file.read_transformer)
+    check_tensors(empty_transformer(read_transformer_config(path)).state_dict(), tensors, path)
+    return tensors
 
 
 def load_transformer(
-    place: Path, device: torch.device, dtype: torch.dtype, variant: str = ""
+    path: Path, device: torch.device, dtype: torch.dtype, variant: str = ""
 ) -> ChromaTransformer:
-    """Read a diffusers `transformer` folder or a single file; eval mode, every parameter frozen.
+    """Load a `transformer` folder or single file, in eval mode and frozen.
 
-    Nothing is read before all headers fit. Peak memory is the model plus its largest tensor: each is cast
-    and moved on its own.
+    Nothing is loaded before all headers are checked. Peak memory is the model plus its largest
+    tensor, because each tensor is cast and moved separately.
     """
-    found = transformer_tensors(place, variant)
-    transformer = empty_transformer(read_transformer_config(place), dtype=dtype)
-    load_stored_tensors(transformer, found, device)
+    tensors = transformer_tensors(path, variant)
+    transformer = empty_transformer(read_transformer_config(path), dtype=dtype)
+    load_stored_tensors(transformer, tensors, device)
     transformer.mod_proj = transformer.mod_proj.to(device)
     return transformer
 
 
 def load_stored_tensors(
-    network: nn.Module, found: Mapping[str, StoredTensor], device: torch.device
+    network: nn.Module, tensors: Mapping[str, StoredTensor], device: torch.device
 ) -> None:
-    """Copy tensors one by one into a network on the meta device, in the dtypes that it was built with.
+    """Copy tensors one by one into a network on the meta device, in the network's dtypes.
 
-    Never views: they would change under us when somebody rewrites a file.
+    They are never views of the file, which would change when another program rewrites it.
     """
     dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
-    state = {name: stored.load().to(device, dtypes[name]) for name, stored in found.items()}
+    state = {name: stored.load().to(device, dtypes[name]) for name, stored in tensors.items()}
     network.load_state_dict(state, strict=False, assign=True)
 
 
 def load_quantized_transformer(
     file: Path, config: TransformerConfig, precision: str, device: torch.device, dtype: torch.dtype
 ) -> ChromaTransformer:
-    """What `convert` made of a transformer. On the CPU its parts are views of the file: read when used."""
+    """Load a converted transformer. On the CPU its buffers are views of the file, read on use."""
     transformer = empty_transformer(config, precision, dtype)
     check_tensors(transformer.state_dict(), read_stored_tensors(file), file)
     load_from_file(transformer, file, device)
@@ -214,9 +222,10 @@ def load_quantized_transformer(
 
 
 def load_from_file(network: nn.Module, file: Path, device: torch.device) -> None:
-    """Put a file's tensors into a network on the meta device, in the dtypes that it was built with.
+    """Load a file's tensors into a network on the meta device, in the network's dtypes.
 
-    Views of the file where neither device nor dtype change: for files that only ever are replaced as a whole.
+    Tensors are views of the file where neither device nor dtype change, so the file may only ever
+    be replaced as a whole, never modified.
     """
     dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
     with safe_open(file, framework="pt", device="cpu") as tensors:
@@ -228,14 +237,14 @@ def load_from_file(network: nn.Module, file: Path, device: torch.device) -> None
 
 
 def save_transformer(transformer: nn.Module, folder: Path) -> None:
-    """Write config.json and safetensors (shards of at most 10 GB) that diffusers reads as well."""
+    """Write config.json and safetensors shards of at most 10 GB, which diffusers reads as well."""
     if not isinstance(transformer, ChromaTransformer):
         raise TypeError(f"not Chroma's transformer: {type(transformer).__name__}")
     expected = set(_expected_names(transformer.config))
     state = {name: tensor for name, tensor in transformer.state_dict().items() if name in expected}
     if len(state) != len(expected):
         raise ModelError(
-            "A transformer with adapters inside is not saved at full rank; save the adapter instead."
+            "A transformer with an adapter cannot be saved as a full model; save the adapter instead."
         )
     folder.mkdir(parents=True, exist_ok=True)
     fields = {"_class_name": CLASS_NAME, **transformer.config.__dict__}
