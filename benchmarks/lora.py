@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.attachment import attach_adapter
 from simpletuner.config.schema import AdapterOptions
+from simpletuner.models.chroma.lora_programs import CHROMA_LORA
 
 NAMES = ["to_q", "to_k", "to_v", "to_out"]
 
@@ -37,7 +38,7 @@ def make(width: int, rank: int, ours: bool) -> Projections:
     torch.manual_seed(0)
     network = Projections(width).bfloat16()
     if ours:
-        attach_adapter(network, AdapterOptions(lora_rank=rank), NAMES, seed=0)
+        attach_adapter(network, AdapterOptions(lora_rank=rank), NAMES, seed=0, names=CHROMA_LORA.names)
         return network
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=NAMES), network)
     for name, parameter in network.named_parameters():

@@ -25,6 +25,7 @@ from simpletuner.adapters.attachment import attach_adapter
 from simpletuner.cache.batch_types import TextBatch
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.models.chroma.family import ChromaFamily, pack_latents
+from simpletuner.models.chroma.lora_programs import CHROMA_LORA
 from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig
 
 MAX_TOKENS = 512
@@ -69,7 +70,7 @@ def their_step(
 def our_step(
     model: ChromaTransformer, names: list[str], latents: Tensor, sigma: Tensor, text: Tensor
 ) -> Step:
-    attached = attach_adapter(model, AdapterOptions(), names, seed=0)
+    attached = attach_adapter(model, AdapterOptions(), names, seed=0, names=CHROMA_LORA.names)
     optimizer = torch.optim.AdamW([parameter for _, parameter in attached.trainable])
     batch = TextBatch(text, (text.shape[1],))
 

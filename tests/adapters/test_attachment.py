@@ -9,10 +9,11 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from simpletuner.adapters.adapted_linear import adapted_modules
-from simpletuner.adapters.attachment import attach_adapter, set_strength
+from simpletuner.adapters.attachment import set_strength
 from simpletuner.config.constraints import find_errors
 from simpletuner.config.schema import AdapterOptions, RunConfig
 from simpletuner.errors import ConfigError, ModelError
+from tests.adapters.chroma_lora import attach_adapter
 from tests.adapters.tiny_network import attention_names, perturb, run_forward, tiny_chroma
 
 

@@ -11,9 +11,10 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simpletuner.adapters import compatibility, layouts, lora_io
-from simpletuner.adapters.compatibility_check import check_compatibility
+from simpletuner.adapters import compatibility, layouts
 from simpletuner.adapters.deltas import LowRankDelta
+from tests.adapters import chroma_lora
+from tests.adapters.chroma_lora import check_compatibility
 from tests.adapters.layout_files import (
     AB,
     DOWN_UP,
@@ -78,12 +79,12 @@ ROWS = tuple(files_of(SMALL))
 
 def applied_by(program: str, path) -> dict[str, LowRankDelta]:
     return compatibility.applied_deltas(
-        compatibility.CONSUMER_PROGRAMS[program], layouts.read_lora_file(path)
+        chroma_lora.CONSUMER_PROGRAMS[program], chroma_lora.read_lora_file(path)
     )
 
 
 def verdict_of(program: str, path):
-    return dict(zip(compatibility.CONSUMER_PROGRAMS, check_compatibility(path)[1], strict=True))[program]
+    return dict(zip(chroma_lora.CONSUMER_PROGRAMS, check_compatibility(path)[1], strict=True))[program]
 
 
 def write(held: LayoutFile, path):
@@ -186,7 +187,7 @@ def test_diffusers_does_what_is_written_of_it(row, width, full, small, tmp_path,
 def test_diffusers_applies_every_layout_that_is_written(layout, full, tmp_path):
     factors = {name: LowRankDelta(a, b / 3) for name, (a, b) in split_factors(FULL, RANK).items()}
     path = tmp_path / "x.safetensors"
-    lora_io.save_deltas(factors, path, layout, torch.float32, {})
+    chroma_lora.save_deltas(factors, path, layout, torch.float32, {})
     real = full.load(path)
     compare_with_diffusers(path, real, factors)
     assert verdict_of("diffusers", path).outcome == "applied"
@@ -328,7 +329,7 @@ def test_a_dora_is_applied_as_trained_by_diffusers_alone(layout, key, dora, righ
 
 
 def test_every_rule_has_its_source_and_every_layout_its_rule():
-    for program in compatibility.CONSUMER_PROGRAMS.values():
+    for program in chroma_lora.CONSUMER_PROGRAMS.values():
         assert set(program.rules) == set(layouts.LAYOUTS)
         assert ".py" in program.source or "." in program.source
         assert all(rule.reason for rule in program.rules.values() if rule.outcome != "applied")

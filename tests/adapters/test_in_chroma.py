@@ -7,14 +7,15 @@ import torch
 from diffusers import ChromaTransformer2DModel
 from torch import Tensor
 
-from simpletuner.adapters import lora_io
-from simpletuner.adapters.attachment import attach_adapter, set_strength
+from simpletuner.adapters.attachment import set_strength
 from simpletuner.adapters.safetensors_reader import LORA_WEIGHTS_NAME
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.lora_targets import preset_targets
 from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig
 from simpletuner.models.family import BlockMemoryPolicy
+from tests.adapters import chroma_lora
+from tests.adapters.chroma_lora import attach_adapter
 from tests.adapters.tiny_network import make_pipeline, perturb
 from tests.models.tiny_checkpoint import TEXT_WIDTH, transformer_fields
 
@@ -58,7 +59,7 @@ def test_a_file_trained_here_is_the_same_delta_in_the_diffusers_pipeline(preset,
     options = AdapterOptions(lora_rank=4, lora_alpha=3.0, use_dora=dora)
     result = attach_adapter(ours, options, preset_targets(ours, preset), seed=1)
     perturb(result.trainable)
-    lora_io.save_adapter(ours, tmp_path / LORA_WEIGHTS_NAME)
+    chroma_lora.save_adapter(ours, tmp_path / LORA_WEIGHTS_NAME)
     loaded = make_pipeline(theirs)
     loaded.load_lora_weights(tmp_path)
     delta, delta_theirs = run_ours(ours) - base, run_theirs(theirs) - base_theirs

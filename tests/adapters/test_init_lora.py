@@ -8,14 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from simpletuner.adapters import layouts, lora_io
+from simpletuner.adapters import lora_io
 from simpletuner.adapters.adapted_linear import adapted_modules
-from simpletuner.adapters.attachment import attach_adapter
 from simpletuner.config.constraints import find_errors
 from simpletuner.config.load import try_load_mapping
 from simpletuner.config.schema import AdapterOptions, RunConfig
 from simpletuner.errors import ConfigError
 from simpletuner.training.exporter import Exporter
+from tests.adapters import chroma_lora
+from tests.adapters.chroma_lora import attach_adapter
 from tests.adapters.layout_files import make_all_layouts
 from tests.adapters.tiny_network import attention_names, perturb, run_forward, tiny_chroma
 
@@ -38,7 +39,7 @@ def test_training_goes_on_from_any_layout(row, tmp_path):
     run_forward(network).square().sum().backward()
     assert all(parameter.grad is not None for _, parameter in result.trainable)
     shown = tiny_chroma()
-    lora_io.load_adapter(shown, path)
+    chroma_lora.load_adapter(shown, path)
     assert torch.allclose(run_forward(shown), run_forward(network), rtol=1e-4, atol=1e-4)
 
 
@@ -50,7 +51,7 @@ def test_modules_of_a_smaller_rank_are_filled_up_and_act_the_same(tmp_path):
     save_file(held.tensors, path)
     network, shown = tiny_chroma(), tiny_chroma()
     attach_adapter(network, AdapterOptions(lora_rank=4, init_lora=str(path)), list(held.expected_deltas), 0)
-    lora_io.load_adapter(shown, path)
+    chroma_lora.load_adapter(shown, path)
     assert torch.allclose(run_forward(shown), run_forward(network), rtol=1e-5, atol=1e-5)
     filled = adapted_modules(network)["transformer_blocks.0.attn.to_q"]
     assert filled.down[2:].any()
@@ -80,11 +81,11 @@ def test_the_second_file_acts_as_the_first(layout, tmp_path):
     found = []
     for path in (default, tmp_path / other):
         shown = tiny_chroma()
-        lora_io.load_adapter(shown, path)
+        chroma_lora.load_adapter(shown, path)
         found.append(run_forward(shown))
     assert torch.allclose(found[0], run_forward(network), rtol=0, atol=2e-6)
     assert torch.allclose(found[0], found[1], rtol=0, atol=2e-6)
-    assert layouts.read_lora_file(tmp_path / other).layout == layout
+    assert chroma_lora.read_lora_file(tmp_path / other).layout == layout
 
 
 @pytest.mark.parametrize("layout", ["kohya", "comfyui"])
@@ -101,7 +102,7 @@ def test_rows_in_the_wrong_place_never_get_their_name(layout, tmp_path, monkeypa
 
     monkeypatch.setattr(lora_io, "_delta_tensors", swapped)
     with pytest.raises(Exception, match="saved LoRA would be applied differently"):
-        lora_io.save_adapter(network, tmp_path / "a.safetensors", layout=layout)
+        chroma_lora.save_adapter(network, tmp_path / "a.safetensors", layout=layout)
     monkeypatch.setattr(
         lora_io,
         "_delta_tensors",
@@ -109,7 +110,7 @@ def test_rows_in_the_wrong_place_never_get_their_name(layout, tmp_path, monkeypa
     )
     if layout == "kohya":
         with pytest.raises(Exception, match=r"refused by kohya.*needs an alpha"):
-            lora_io.save_adapter(network, tmp_path / "a.safetensors", layout=layout)
+            chroma_lora.save_adapter(network, tmp_path / "a.safetensors", layout=layout)
     assert not list(tmp_path.iterdir())
 
 
@@ -127,7 +128,7 @@ def test_what_no_second_file_could_hold_is_refused_at_the_start():
 def test_a_second_file_of_an_untrained_lora(tmp_path):
     network = tiny_chroma()
     attach_adapter(network, AdapterOptions(lora_rank=4), attention_names(network)[:1], 5)
-    lora_io.save_adapter(network, tmp_path / "a.safetensors", layout="kohya")
+    chroma_lora.save_adapter(network, tmp_path / "a.safetensors", layout="kohya")
     assert load_file(tmp_path / "a.safetensors")
 
 
@@ -149,7 +150,7 @@ def test_a_file_of_a_smaller_rank_is_gone_on_from_with_zeros(tmp_path):
     save_file(held.tensors, path)
     network, shown = tiny_chroma(), tiny_chroma()
     attach_adapter(network, AdapterOptions(lora_rank=7, init_lora=str(path)), list(held.expected_deltas), 0)
-    lora_io.load_adapter(shown, path)
+    chroma_lora.load_adapter(shown, path)
     assert torch.allclose(run_forward(shown), run_forward(network), rtol=1e-5, atol=1e-5)
     assert not any(module.up[:, 4:].any() for module in adapted_modules(network).values())
 
@@ -168,7 +169,7 @@ def test_a_block_diagonal_file_may_be_gone_on_from_at_the_rank_of_its_parts(tmp_
     """What kohya's layout fuses has the ranks of q, k and v added up."""
     network = tiny_chroma()
     perturb(attach_adapter(network, AdapterOptions(lora_rank=4), attention_names(network), 5).trainable)
-    lora_io.save_adapter(network, tmp_path / "x.safetensors", layout="kohya")
+    chroma_lora.save_adapter(network, tmp_path / "x.safetensors", layout="kohya")
     given = {"init_lora": str(tmp_path / "x.safetensors"), "lora_rank": 4}
     run_of = try_load_mapping(given, tmp_path).loaded.config
     again = tiny_chroma()

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from simpletuner.adapters import layouts, lora_io
 from simpletuner.adapters.deltas import LowRankDelta
 from simpletuner.errors import ModelError
+from tests.adapters import chroma_lora
 from tests.adapters.layout_files import make_all_layouts, split_factors
 
 WIDTH = 32
@@ -30,7 +30,7 @@ def written(held, path):
 @pytest.mark.parametrize("row", ROWS)
 def test_every_layout_is_read_as_it_is_meant(row, tmp_path):
     held = make_all_layouts(WIDTH, rank=4, alpha=2.0)[row]
-    factors, summary = layouts.read_lora_file(
+    factors, summary = chroma_lora.read_lora_file(
         written(held, tmp_path / "x.safetensors")
     ).to_deltas_and_summary()
     assert set(factors) == set(held.expected_deltas) == set(summary.modules)
@@ -47,9 +47,9 @@ def test_every_layout_is_read_as_it_is_meant(row, tmp_path):
 def test_there_and_back_is_the_identity(row, layout, tmp_path):
     """From split names the fused pair is block-diagonal; from fused names A is one, and so it stays."""
     held = make_all_layouts(WIDTH, rank=4, alpha=4.0)[row]
-    before = layouts.read_lora_file(written(held, tmp_path / "x.safetensors")).to_deltas()
-    lora_io.save_deltas(before, tmp_path / "y.safetensors", layout, torch.float32, {})
-    stored = layouts.read_lora_file(tmp_path / "y.safetensors")
+    before = chroma_lora.read_lora_file(written(held, tmp_path / "x.safetensors")).to_deltas()
+    chroma_lora.save_deltas(before, tmp_path / "y.safetensors", layout, torch.float32, {})
+    stored = chroma_lora.read_lora_file(tmp_path / "y.safetensors")
     ranks = {name.split(".", 2)[2]: one.rank for name, one in stored.modules.items()}
     assert ranks["img_attn.qkv"] == (12 if row == "diffusers" else 4) if "img_attn.qkv" in ranks else True
     assert {one.rank for name, one in stored.modules.items() if name.endswith("linear1")} == {
@@ -66,8 +66,8 @@ def test_modules_that_are_not_adapted_stay_so(tmp_path):
     """The default target leaves proj_mlp out, of which no tensor then tells the height."""
     wanted = ("transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.attn.to_v")
     kept = {name: LowRankDelta(*pair) for name, pair in split_factors(WIDTH, 4).items() if name in wanted}
-    lora_io.save_deltas(kept, tmp_path / "x.safetensors", "kohya", torch.float32, {})
-    stored = layouts.read_lora_file(tmp_path / "x.safetensors")
+    chroma_lora.save_deltas(kept, tmp_path / "x.safetensors", "kohya", torch.float32, {})
+    stored = chroma_lora.read_lora_file(tmp_path / "x.safetensors")
     assert {name: (one.delta.shape[0], one.rank) for name, one in stored.modules.items()} == {
         "double_blocks.0.img_attn.qkv": (3 * WIDTH, 4),
         "single_blocks.0.linear1": (7 * WIDTH, 4),
@@ -81,22 +81,22 @@ def test_unequal_ranks_and_outer_modules_fit_the_native_names(tmp_path):
     pairs = split_factors(WIDTH, 4)
     kept = {name: LowRankDelta(*pair) for name, pair in pairs.items()}
     kept["transformer_blocks.0.attn.to_q"] = LowRankDelta(torch.randn(2, WIDTH), torch.randn(WIDTH, 2))
-    lora_io.save_deltas(kept, tmp_path / "x.safetensors", "comfyui", torch.float32, {})
-    after = layouts.read_lora_file(tmp_path / "x.safetensors").to_deltas_and_summary()
+    chroma_lora.save_deltas(kept, tmp_path / "x.safetensors", "comfyui", torch.float32, {})
+    after = chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas_and_summary()
     assert after[1].ranks == (2, 4)
     for name, one in after[0].items():
         assert torch.equal(one.down, kept[name].down)
     outer = {"proj_out": LowRankDelta(torch.randn(4, WIDTH), torch.randn(64, 4))}
-    lora_io.save_deltas(outer, tmp_path / "y.safetensors", "comfyui", torch.float32, {})
-    assert layouts.read_lora_file(tmp_path / "y.safetensors").to_deltas().keys() == {"proj_out"}
+    chroma_lora.save_deltas(outer, tmp_path / "y.safetensors", "comfyui", torch.float32, {})
+    assert chroma_lora.read_lora_file(tmp_path / "y.safetensors").to_deltas().keys() == {"proj_out"}
     with pytest.raises(ModelError, match=r"not be applied to proj_out .* by kohya"):
-        lora_io.save_deltas(outer, tmp_path / "z.safetensors", "kohya", torch.float32, {})
+        chroma_lora.save_deltas(outer, tmp_path / "z.safetensors", "kohya", torch.float32, {})
 
 
 def test_an_untrained_lora_keeps_its_rank(tmp_path):
     fresh = {name: LowRankDelta(a, torch.zeros_like(b)) for name, (a, b) in split_factors(WIDTH, 4).items()}
     for layout in ("kohya", "comfyui"):
-        lora_io.save_deltas(fresh, tmp_path / f"{layout}.safetensors", layout, torch.float32, {})
+        chroma_lora.save_deltas(fresh, tmp_path / f"{layout}.safetensors", layout, torch.float32, {})
 
 
 def test_dora_scale_per_output_is_a_magnitude(tmp_path):
@@ -105,13 +105,13 @@ def test_dora_scale_per_output_is_a_magnitude(tmp_path):
     scale = torch.rand(WIDTH, 1)
     save_file({**tensors, f"transformer.{name}.dora_scale": scale}, tmp_path / "x.safetensors")
     assert torch.equal(
-        layouts.read_lora_file(tmp_path / "x.safetensors").to_deltas()[name].magnitude, scale.flatten()
+        chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()[name].magnitude, scale.flatten()
     )
     save_file(
         {**tensors, f"transformer.{name}.dora_scale": scale.t().contiguous()}, tmp_path / "x.safetensors"
     )
     with pytest.raises(ModelError, match="per input"):
-        layouts.read_lora_file(tmp_path / "x.safetensors").to_deltas()
+        chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()
 
 
 KEY = "transformer.transformer_blocks.0.attn.to_q"
@@ -120,10 +120,10 @@ KEY = "transformer.transformer_blocks.0.attn.to_q"
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 5)}, "no LoRA pair"),
-        ({"lora_A.weight": (0, 8), "lora_B.weight": (8, 0)}, "no LoRA pair"),
-        ({"lora_A.weight": (4, 8, 1), "lora_B.weight": (8, 4)}, "no LoRA pair"),
-        ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "alpha": (2,)}, "is no number"),
+        ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 5)}, "are not a LoRA pair"),
+        ({"lora_A.weight": (0, 8), "lora_B.weight": (8, 0)}, "are not a LoRA pair"),
+        ({"lora_A.weight": (4, 8, 1), "lora_B.weight": (8, 4)}, "are not a LoRA pair"),
+        ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "alpha": (2,)}, "is not a finite number"),
         ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "lora_magnitude_vector": (3,)}, "rows, not 8"),
         ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "dora_scale": ()}, "no rows"),
     ],
@@ -133,13 +133,13 @@ def test_sizes_that_are_no_lora(tensors, said, tmp_path):
         {f"{KEY}.{end}": torch.ones(shape) for end, shape in tensors.items()}, tmp_path / "x.safetensors"
     )
     with pytest.raises(ModelError, match=said):
-        layouts.read_lora_file(tmp_path / "x.safetensors")
+        chroma_lora.read_lora_file(tmp_path / "x.safetensors")
     fused = {
         f"lora_unet_single_blocks_0_linear1.lora_{end}.weight": torch.ones(4, 4) for end in ("down", "up")
     }
     save_file(fused, tmp_path / "y.safetensors")
-    with pytest.raises(ModelError, match="made for another model"):
-        layouts.read_lora_file(tmp_path / "y.safetensors").to_deltas()
+    with pytest.raises(ModelError, match="trained on another model"):
+        chroma_lora.read_lora_file(tmp_path / "y.safetensors").to_deltas()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_headers_that_are_no_configuration(config, tmp_path):
     pair = {f"{KEY}.lora_A.weight": torch.ones(4, 8), f"{KEY}.lora_B.weight": torch.ones(8, 4)}
     save_file(pair, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": config})
     with pytest.raises(ModelError, match="header"):
-        layouts.read_lora_file(tmp_path / "x.safetensors").to_deltas()
+        chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()
 
 
 def test_a_pattern_of_a_stranger_is_not_run(tmp_path):
@@ -163,7 +163,7 @@ def test_a_pattern_of_a_stranger_is_not_run(tmp_path):
     }
     pair = {f"{KEY}.lora_A.weight": torch.ones(4, 8), f"{KEY}.lora_B.weight": torch.ones(8, 4)}
     save_file(pair, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": json.dumps(slow)})
-    assert float(layouts.read_lora_file(tmp_path / "x.safetensors").to_deltas()[KEY[12:]].up[0, 0]) == 2.0
+    assert float(chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()[KEY[12:]].up[0, 0]) == 2.0
 
 
 class Trap:
@@ -177,10 +177,10 @@ def test_pickles_are_never_opened(tmp_path):
     for number, data in enumerate((pickle.dumps(Trap()), pickle.dumps(Trap(), protocol=2))):
         (tmp_path / f"{number}.safetensors").write_bytes(data)
         with pytest.raises(ModelError, match=r"pickle.* can run code"):
-            layouts.read_lora_file(tmp_path / f"{number}.safetensors")
+            chroma_lora.read_lora_file(tmp_path / f"{number}.safetensors")
     torch.save({"x": torch.ones(1)}, tmp_path / "x.pt")
     with pytest.raises(ModelError, match="pickle in a zip"):
-        layouts.read_lora_file(tmp_path / "x.pt")
+        chroma_lora.read_lora_file(tmp_path / "x.pt")
     assert not Trap.opened
 
 
@@ -194,7 +194,7 @@ def test_pickles_are_never_opened(tmp_path):
 def test_other_kinds_of_file(data, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(data)
     with pytest.raises(ModelError, match=r"readable safetensors|holds no LoRA"):
-        layouts.read_lora_file(tmp_path / "x.safetensors")
+        chroma_lora.read_lora_file(tmp_path / "x.safetensors")
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -218,4 +218,4 @@ def test_damage_of_any_kind_is_told_as_such(tmp_path_factory, data):
                 content[place:place] = data.draw(st.binary(min_size=1, max_size=40))
     path.write_bytes(content)
     with contextlib.suppress(ModelError):  # anything else is the failure
-        layouts.read_lora_file(path).to_deltas_and_summary()
+        chroma_lora.read_lora_file(path).to_deltas_and_summary()

@@ -11,17 +11,24 @@ from peft.tuners.lokr.layer import factorization as theirs_factorization
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simpletuner.adapters import layouts, lora_io, merge_deltas
+from simpletuner.adapters import lora_io, merge_deltas
 from simpletuner.adapters.adapted_linear import LycorisLinear, adapted_modules
-from simpletuner.adapters.attachment import attach_adapter, set_strength
-from simpletuner.adapters.compatibility_check import check_compatibility
+from simpletuner.adapters.attachment import set_strength
 from simpletuner.adapters.deltas import LycorisDelta
 from simpletuner.adapters.lycoris_init import factorization
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError, ModelError
 from simpletuner.models.chroma.lora_targets import preset_targets
 from simpletuner.quantization.quantized_linear import QuantizedLinear
-from tests.adapters.tiny_network import attention_names, make_pipeline, perturb, run_forward, tiny_chroma
+from tests.adapters import chroma_lora
+from tests.adapters.chroma_lora import attach_adapter, check_compatibility
+from tests.adapters.tiny_network import (
+    attention_names,
+    make_pipeline,
+    perturb,
+    run_forward,
+    tiny_chroma,
+)
 
 LOHA = {"algo": "loha", "linear_dim": 4, "linear_alpha": 2}
 LOKR = {"algo": "lokr", "linear_dim": 2, "linear_alpha": 3, "factor": 4}
@@ -139,7 +146,7 @@ def test_shapes_at_full_size_and_what_is_drawn():
 def test_a_file_holds_lycoris_names_and_acts_the_same_again(kind, tmp_path):
     network, _ = trained(KINDS[kind])
     path = tmp_path / "a.safetensors"
-    assert lora_io.save_adapter(network, path).kind == ("LoHa" if kind == "loha" else "LoKr")
+    assert chroma_lora.save_adapter(network, path).kind == ("LoHa" if kind == "loha" else "LoKr")
     tensors = load_file(path)
     name = "transformer_blocks.0.attn.to_q"
     key = f"lycoris_{name.replace('.', '_')}"
@@ -152,7 +159,7 @@ def test_a_file_holds_lycoris_names_and_acts_the_same_again(kind, tmp_path):
         again = told_anew(tensors, f"lycoris_{name.replace('.', '_')}")
         assert (live - again).abs().max() < 1e-6 * live.abs().max(), name
     shown = tiny_chroma()
-    lora_io.load_adapter(shown, path)
+    chroma_lora.load_adapter(shown, path)
     assert (run_forward(shown) - run_forward(tiny_chroma())).abs().max() > 0.01
     assert torch.allclose(run_forward(shown), run_forward(network), rtol=0, atol=2e-6)
     set_strength(shown, 0.0)
@@ -163,7 +170,7 @@ def test_a_file_holds_lycoris_names_and_acts_the_same_again(kind, tmp_path):
 def test_what_each_program_does(kind, tmp_path):
     """The two that read LyCORIS' kinds apply them; diffusers' own loader is asked itself."""
     network, _ = trained(KINDS[kind])
-    lora_io.save_adapter(network, tmp_path / "a.safetensors")
+    chroma_lora.save_adapter(network, tmp_path / "a.safetensors")
     outcomes = {one.program: one for one in check_compatibility(tmp_path / "a.safetensors")[1]}
     said = {program: (one.outcome, one.modules) for program, one in outcomes.items()}
     assert said == {
@@ -204,14 +211,14 @@ def test_a_fused_matrix_is_cut_into_rows_and_not_written_in_parts(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({f"{key}.lokr_w1": w1, f"{key}.lokr_w2": w2, f"{key}.alpha": torch.tensor(9.0)}, path)
     shown, expected = tiny_chroma(), tiny_chroma()
-    assert "LoKr 0" in str(lora_io.load_adapter(shown, path))
+    assert "LoKr 0" in str(chroma_lora.load_adapter(shown, path))
     for number, end in enumerate(("to_q", "to_k", "to_v")):
         rows = torch.kron(w1, w2)[number * 32 : (number + 1) * 32]
         expected.get_submodule(f"transformer_blocks.0.attn.{end}").weight.add_(rows)
     assert torch.allclose(run_forward(shown), run_forward(expected), rtol=1e-4, atol=1e-4)
     with pytest.raises(ModelError, match="rows of a fused matrix cannot be written as a LoKr"):
-        lora_io.save_deltas(
-            layouts.read_lora_file(path).to_deltas(), tmp_path / "y.safetensors", "lycoris", torch.float32, {}
+        chroma_lora.save_deltas(
+            chroma_lora.read_lora_file(path).to_deltas(), tmp_path / "y.safetensors", "lycoris", torch.float32, {}
         )
     options = lycoris({**FULL, "factor": 4}, init_lora=str(path))
     names = [f"transformer_blocks.0.attn.{end}" for end in ("to_q", "to_k", "to_v")]
@@ -243,7 +250,7 @@ def test_damaged_files_are_one_line(case, tmp_path):
         {f"{key}.{part}": torch.ones(shape) for part, shape in shapes.items()}, tmp_path / "x.safetensors"
     )
     with pytest.raises(ModelError, match=match):
-        layouts.read_lora_file(tmp_path / "x.safetensors").to_deltas()
+        chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()
 
 
 def test_a_file_that_would_act_differently_never_gets_its_name(tmp_path, monkeypatch):
@@ -255,19 +262,19 @@ def test_a_file_that_would_act_differently_never_gets_its_name(tmp_path, monkeyp
 
     monkeypatch.setattr(lora_io, "_delta_tensors", twice_as_strong)
     with pytest.raises(ModelError, match="would be applied differently"):
-        lora_io.save_adapter(network, tmp_path / "a.safetensors")
+        chroma_lora.save_adapter(network, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     for layout in ("diffusers", "kohya", "comfyui"):
         with pytest.raises(ModelError, match="LoKr"):
-            lora_io.save_adapter(network, tmp_path / "a.safetensors", layout=layout)
+            chroma_lora.save_adapter(network, tmp_path / "a.safetensors", layout=layout)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_goes_on_from_a_file_at_another_strength(kind, tmp_path):
     network, _ = trained(KINDS[kind])
     path = tmp_path / "a.safetensors"
-    lora_io.save_adapter(network, path)
+    chroma_lora.save_adapter(network, path)
     again = tiny_chroma()
     options = lycoris({**KINDS[kind], "linear_alpha": 7}, init_lora=str(path))
     result = attach_adapter(again, options, attention_names(again), 5)
@@ -286,9 +293,9 @@ def test_the_nearest_lora_errs_as_much_as_it_says(native, tmp_path):
     network = tiny_chroma()
     names = preset_targets(network, "all+ffs")
     perturb(attach_adapter(network, lycoris(LOKR), names, 5).trainable)
-    lora_io.save_adapter(network, tmp_path / "a.safetensors")
-    whole = layouts.read_lora_file(tmp_path / "a.safetensors").to_deltas()
-    near, error = merge_deltas.truncate_rank(whole, 6, native)
+    chroma_lora.save_adapter(network, tmp_path / "a.safetensors")
+    whole = chroma_lora.read_lora_file(tmp_path / "a.safetensors").to_deltas()
+    near, error = chroma_lora.truncate_rank(whole, 6, native)
     lost = total = 0.0
     for name, one in whole.items():
         assert isinstance(one, LycorisDelta)
@@ -297,7 +304,7 @@ def test_the_nearest_lora_errs_as_much_as_it_says(native, tmp_path):
     assert 0.05 < error < 0.9
     assert error == pytest.approx((lost / total) ** 0.5, rel=1e-3)
     layout = "kohya" if native else "diffusers"
-    lora_io.save_deltas(near, tmp_path / "b.safetensors", layout, torch.float32, {})
+    chroma_lora.save_deltas(near, tmp_path / "b.safetensors", layout, torch.float32, {})
     doubled = merge_deltas.weighted_sum([(whole, 2.0)])
     for name, one in doubled.items():
         assert torch.allclose(one.to_dense(), 2 * whole[name].to_dense(), rtol=1e-5)

@@ -7,7 +7,11 @@ import torch
 from diffusers import ChromaTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_chroma_transformer_checkpoint_to_diffusers
 
-from simpletuner.adapters import module_names
+from simpletuner.adapters.module_names import dots_to_underscores
+from simpletuner.models.chroma.module_names import CHROMA_MODULE_NAMES as NAMES
+
+QKV = "double_blocks.0.img_attn.qkv"
+LINEAR1 = "single_blocks.0.linear1"
 
 
 def full_width() -> ChromaTransformer2DModel:
@@ -20,19 +24,19 @@ def test_every_linear_of_the_blocks_has_one_place():
     model = full_width()
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     ours = [name for name in linears if not name.startswith("distilled_guidance_layer.")]
-    places = [module_names.locate_in_native(name) for name in ours]
+    places = [NAMES.locate_in_native(name) for name in ours]
     assert None not in places
     assert len(set(places)) == len(ours) == 12 + 5 + 3
     for name, place in zip(ours, places):
-        assert module_names.diffusers_names(place[0])[place[1]] == name
-        assert module_names.underscores_to_dots(module_names.dots_to_underscores(name), native=False) == name
+        assert NAMES.diffusers_names(place[0])[place[1]] == name
+        assert NAMES.underscores_to_dots(dots_to_underscores(name), native=False) == name
         assert (
-            module_names.underscores_to_dots(module_names.dots_to_underscores(place[0]), native=True)
+            NAMES.underscores_to_dots(dots_to_underscores(place[0]), native=True)
             == place[0]
         )
-    assert module_names.locate_in_native("distilled_guidance_layer.in_proj") is None
-    assert module_names.diffusers_names("double_blocks.0.img_mod.lin") == ()
-    assert module_names.underscores_to_dots("double_blocks_0_img_mod_lin", native=True) is None
+    assert NAMES.locate_in_native("distilled_guidance_layer.in_proj") is None
+    assert NAMES.diffusers_names("double_blocks.0.img_mod.lin") == ()
+    assert NAMES.underscores_to_dots("double_blocks_0_img_mod_lin", native=True) is None
 
 
 def test_rows_are_where_diffusers_finds_them():
@@ -41,7 +45,7 @@ def test_rows_are_where_diffusers_finds_them():
     width, columns = 3072, 2
     natives: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and (place := module_names.locate_in_native(name)):
+        if isinstance(module, torch.nn.Linear) and (place := NAMES.locate_in_native(name)):
             natives.setdefault(place[0], []).append(name)
     checkpoint, rows = {}, {}
     for number, (native, parts) in enumerate(natives.items()):
@@ -58,23 +62,23 @@ def test_rows_are_where_diffusers_finds_them():
     checkpoint[f"{guidance}.norms.0.scale"] = one
     converted = convert_chroma_transformer_checkpoint_to_diffusers(checkpoint)
     for native, whole in rows.items():
-        parts = module_names.diffusers_names(native)
+        parts = NAMES.diffusers_names(native)
         for part, where in zip(
-            parts, module_names.fused_row_slices(len(parts), len(whole), width), strict=True
+            parts, NAMES.fused_row_slices(native, len(whole), width), strict=True
         ):
             assert torch.equal(converted[f"{part}.weight"], whole[where])
             assert torch.equal(converted[f"{part}.bias"], whole[where, 0])
 
 
-@pytest.mark.parametrize(("parts", "total", "width"), [(3, 97, 32), (3, 95, 32), (4, 96, 32), (4, 64, 32)])
-def test_sizes_that_cannot_be(parts, total, width):
+@pytest.mark.parametrize(("native", "total"), [(QKV, 97), (QKV, 95), (LINEAR1, 96), (LINEAR1, 64)])
+def test_sizes_that_cannot_be(native, total):
     with pytest.raises(ValueError, match="cannot hold"):
-        module_names.fused_row_slices(parts, total, width)
+        NAMES.fused_row_slices(native, total, 32)
 
 
 def test_any_width():
-    assert module_names.fused_row_slices(1, 7, 99) == [slice(0, 7)]
-    assert module_names.fused_row_slices(4, 3 * 8 + 5, 8) == [
+    assert NAMES.fused_row_slices("img_in", 7, 99) == [slice(0, 7)]
+    assert NAMES.fused_row_slices("single_blocks.0.linear1", 3 * 8 + 5, 8) == [
         slice(0, 8),
         slice(8, 16),
         slice(16, 24),

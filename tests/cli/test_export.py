@@ -7,11 +7,11 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from simpletuner.adapters import layouts, merge_deltas
 from simpletuner.adapters.deltas import LowRankDelta
 from simpletuner.cli.export import command
 from simpletuner.cli.merge import command as merge
 from simpletuner.errors import ConfigError, ModelError
+from tests.adapters import chroma_lora
 from tests.adapters.layout_files import AB, make_all_layouts, make_diffusers_file, split_factors
 
 WIDTH = 16
@@ -32,7 +32,7 @@ def run(*words):
 
 
 def deltas(path):
-    return {name: one.up @ one.down for name, one in layouts.read_lora_file(path).to_deltas().items()}
+    return {name: one.up @ one.down for name, one in chroma_lora.read_lora_file(path).to_deltas().items()}
 
 
 def same(found, wanted, tolerance=1e-5):
@@ -49,7 +49,7 @@ def test_every_layout_into_every_layout(row, layout, tmp_path):
     path = tmp_path / f"moon.{layout}.safetensors"
     assert result.stdout.strip() == str(path)
     same(deltas(path), deltas(source))
-    metadata = layouts.read_lora_file(path).metadata
+    metadata = chroma_lora.read_lora_file(path).metadata
     assert metadata["modelspec.title"] == "moon"
     assert not {"ss_network_dim", "lora_adapter_metadata"} & set(metadata)
     before = path.read_bytes()
@@ -82,10 +82,10 @@ def test_what_fp16_cannot_hold_is_not_written(tmp_path):
 @pytest.mark.parametrize("native", [False, True])
 def test_a_smaller_rank_is_the_best_one_and_its_error_is_told(native):
     factors = {name: LowRankDelta(*pair) for name, pair in split_factors(WIDTH, 6).items()}
-    small, error = merge_deltas.truncate_rank(factors, 3, native)
+    small, error = chroma_lora.truncate_rank(factors, 3, native)
     assert small.keys() == factors.keys()
-    whole = layouts.fuse_qkv(factors) if native else factors
-    got = layouts.fuse_qkv(small) if native else small
+    whole = chroma_lora.fuse_modules(factors) if native else factors
+    got = chroma_lora.fuse_modules(small) if native else small
     lost = total = 0.0
     for name, one in whole.items():
         assert got[name].rank == 3
@@ -95,7 +95,7 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_is_told(native):
         assert float(mine) == pytest.approx(float(best), rel=1e-4)
         lost, total = lost + float(best), total + float(exact.square().sum())
     assert error == pytest.approx((lost / total) ** 0.5, rel=1e-4)
-    same_rank, nothing = merge_deltas.truncate_rank(factors, 24, native)
+    same_rank, nothing = chroma_lora.truncate_rank(factors, 24, native)
     assert nothing == 0.0
     for name, one in same_rank.items():
         assert torch.allclose(one.up @ one.down, factors[name].up @ factors[name].down, atol=1e-5)
@@ -105,7 +105,7 @@ def test_rank_by_the_command(tmp_path):
     source = write("diffusers", tmp_path / "a.safetensors")
     result = run(source, "--format", "kohya", "--rank", "2")
     assert "the delta differs by" in result.stderr
-    assert layouts.read_lora_file(tmp_path / "a.kohya.safetensors").to_deltas_and_summary()[1].ranks == (2,)
+    assert chroma_lora.read_lora_file(tmp_path / "a.kohya.safetensors").to_deltas_and_summary()[1].ranks == (2,)
 
 
 def test_check_tells_every_program(tmp_path):
@@ -171,7 +171,7 @@ def test_a_lokr_becomes_the_lora_near_it_when_a_rank_is_given(tmp_path):
     assert "rank 16: the delta differs by 0.0" in result.stderr
     same(deltas(tmp_path / "x.diffusers.safetensors"), {name: 0.5 * torch.kron(w1, w2)}, 1e-4)
     run(tmp_path / "x.safetensors", "--format", "lycoris", "--strength", 0.5)
-    (again,) = layouts.read_lora_file(tmp_path / "x.lycoris.safetensors").to_deltas().values()
+    (again,) = chroma_lora.read_lora_file(tmp_path / "x.lycoris.safetensors").to_deltas().values()
     assert torch.allclose(again.to_dense(), 0.5 * torch.kron(w1, w2), rtol=1e-5)
     told = json.loads(run(tmp_path / "x.safetensors", "--check", "--json").stdout)
     assert (told["kind"], told["ranks"]) == ("LoKr", [0])

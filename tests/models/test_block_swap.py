@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simpletuner.adapters.attachment import attach_adapter, set_strength
+from simpletuner.adapters.attachment import set_strength
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError
 from simpletuner.models import block_executor as block_module
@@ -23,6 +23,7 @@ from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.lora_targets import preset_targets
 from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig
 from simpletuner.models.family import BlockMemoryPolicy
+from tests.adapters.chroma_lora import attach_adapter
 from tests.adapters.tiny_network import perturb
 from tests.models.tiny_checkpoint import TEXT_WIDTH, transformer_fields
 

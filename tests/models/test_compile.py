@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from simpletuner.adapters.attachment import attach_adapter
 from simpletuner.config.schema import AdapterOptions, ModelOptions
 from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.lora_targets import preset_targets
@@ -23,6 +22,7 @@ from simpletuner.models.chroma.transformer import (
 from simpletuner.models.chroma.weights import block_linears
 from simpletuner.models.family import BlockMemoryPolicy
 from simpletuner.quantization.quantized_linear import quantize_modules
+from tests.adapters.chroma_lora import attach_adapter
 from tests.adapters.tiny_network import perturb
 from tests.models.tiny_checkpoint import TEXT_WIDTH, transformer_fields
 

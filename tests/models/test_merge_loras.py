@@ -19,9 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from simpletuner.adapters import layouts, lora_io
 from simpletuner.adapters.adapted_linear import adapted_modules
-from simpletuner.adapters.attachment import attach_adapter
 from simpletuner.adapters.deltas import LowRankDelta
 from simpletuner.cli.merge import command
 from simpletuner.config.schema import AdapterOptions
@@ -31,6 +29,8 @@ from simpletuner.models.chroma import single_file, weights
 from simpletuner.models.chroma.lora_targets import preset_targets
 from simpletuner.models.chroma.merge_loras import MergeOutput, merge_loras
 from simpletuner.quantization.convert import StoredTensor
+from tests.adapters import chroma_lora
+from tests.adapters.chroma_lora import attach_adapter
 from tests.adapters.tiny_network import perturb
 from tests.models.tiny_checkpoint import make_checkpoint
 
@@ -153,11 +153,11 @@ def test_fp8_is_scaled_as_comfyui_reads_it(base: Path, tmp_path: Path) -> None:
 def test_a_dora_is_merged_as_it_acts(base: Path, tmp_path: Path, strength: float) -> None:
     """PEFT's own forward, and at another strength the way between the two outputs, is the oracle."""
     factors, path = lora(base, 1, use_dora=True), tmp_path / "dora.safetensors"
-    lora_io.save_deltas(factors, path, "diffusers", F32, {})
+    chroma_lora.save_deltas(factors, path, "diffusers", F32, {})
     acting = weights.load_transformer(base, CPU, F32)
-    lora_io.load_adapter(acting, path, strength)
+    chroma_lora.load_adapter(acting, path, strength)
     target = MergeOutput(tmp_path / "out", native_format=False, dtype=F32)
-    merge_loras(base, [(layouts.read_lora_file(path).to_deltas(), strength)], target, {})
+    merge_loras(base, [(chroma_lora.read_lora_file(path).to_deltas(), strength)], target, {})
     merged = weights.load_transformer(target.path, CPU, F32)
     plain = weights.load_transformer(base, CPU, F32)
     name = "single_transformer_blocks.1.proj_mlp"
@@ -249,8 +249,8 @@ def test_a_few_tensors_are_in_memory_at_a_time(
 
 def test_the_command_takes_any_layout_and_says_what_it_did(base: Path, tmp_path: Path) -> None:
     one, two = lora(base, 1), lora(base, 2)
-    lora_io.save_deltas(one, tmp_path / "a.safetensors", "kohya", F32, {})
-    lora_io.save_deltas(two, tmp_path / "b=c.safetensors", "diffusers", F32, {})
+    chroma_lora.save_deltas(one, tmp_path / "a.safetensors", "kohya", F32, {})
+    chroma_lora.save_deltas(two, tmp_path / "b=c.safetensors", "diffusers", F32, {})
     out = tmp_path / "out.safetensors"
     given = ["--lora", f"{tmp_path / 'a.safetensors'}=0.25", "--lora", str(tmp_path / "b=c.safetensors")]
     given += ["--base", str(base), "--output", str(out), "--dtype", "fp32"]

@@ -20,8 +20,6 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from simpletuner.adapters import layouts, lora_io
-from simpletuner.adapters.attachment import attach_adapter
 from simpletuner.adapters.safetensors_reader import LORA_WEIGHTS_NAME
 from simpletuner.cli.generate import GenerationRequest, generate_images
 from simpletuner.config.schema import AdapterOptions, ModelOptions
@@ -32,6 +30,8 @@ from simpletuner.models.chroma.merge_loras import MergeOutput, merge_loras
 from simpletuner.models.registry import get_family as family_named
 from simpletuner.validation.prompts import Prompt
 from simpletuner.validation.sampler import initial_noise
+from tests.adapters import chroma_lora
+from tests.adapters.chroma_lora import attach_adapter
 from tests.adapters.tiny_network import perturb
 
 PROMPT, STEPS, SEED, SIDE_PX = "a red star on a blue ground", 4, 7, 128
@@ -51,7 +51,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     perturb(
         attach_adapter(network, AdapterOptions(lora_rank=4, lora_alpha=2.0), names, seed=1).trainable, 0.3
     )
-    lora_io.save_adapter(network, folder / LORA_WEIGHTS_NAME)
+    chroma_lora.save_adapter(network, folder / LORA_WEIGHTS_NAME)
     return folder / LORA_WEIGHTS_NAME
 
 
@@ -92,7 +92,7 @@ def test_diffusers_draws_the_same_picture_with_our_file(lora: Path, tmp_path: Pa
 
 
 def test_merged_weights_draw_the_same_picture_as_base_and_lora(lora: Path, tmp_path: Path) -> None:
-    factors = layouts.read_lora_file(lora).to_deltas()
+    factors = chroma_lora.read_lora_file(lora).to_deltas()
     mine = ours(tmp_path, lora)
     for native, name in ((False, "folder"), (True, "file.safetensors")):
         target = MergeOutput(tmp_path / name, native_format=native, dtype=torch.float32)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.adapters.adapted_linear import adapted_modules
-from simpletuner.adapters.attachment import attach_adapter
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.quantization.quantized_linear import QuantizedLinear, quantize_modules
 from simpletuner.quantization.schemes import SCHEMES
+from tests.adapters.chroma_lora import attach_adapter
 
 WIDTH, HIDDEN = 128, 192
 

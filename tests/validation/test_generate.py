@@ -12,7 +12,6 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from simpletuner.adapters import attachment, lora_io
 from simpletuner.cli.generate import LORA_FILE, command, find_lora_file
 from simpletuner.config.schema import AdapterOptions, ModelOptions
 from simpletuner.errors import ConfigError, SimpleTunerError
@@ -21,6 +20,7 @@ from simpletuner.validation.inference import Inference
 from simpletuner.validation.prompts import Prompt, make_image_specs
 from simpletuner.validation.sampler import generate_latents
 from simpletuner.validation.validation_images import read_image_metadata
+from tests.adapters import chroma_lora
 from tests.models.tiny_checkpoint import make_checkpoint
 
 CHROMA = family_named("chroma")
@@ -36,14 +36,14 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = CHROMA.locate_files(ModelOptions(pretrained_model_name_or_path=str(base)))
     transformer = CHROMA.load_transformer(source, torch.device("cpu"), torch.float32)
     options = AdapterOptions(lora_rank=4)
-    attached = attachment.attach_adapter(
+    attached = chroma_lora.attach_adapter(
         transformer, options, CHROMA.lora_targets(transformer, "all"), seed=1
     )
     with torch.no_grad():
         for _, parameter in attached.trainable:
             parameter.normal_(std=0.3)
     path = tmp_path_factory.mktemp("adapter") / LORA_FILE
-    lora_io.save_adapter(transformer, path)
+    chroma_lora.save_adapter(transformer, path)
     return path
 
 

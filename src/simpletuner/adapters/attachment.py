@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from simpletuner.adapters import layouts
 from simpletuner.adapters.adapted_linear import (
     AdaptedLinear,
     DoraLinear,
@@ -17,9 +16,10 @@ from simpletuner.adapters.adapted_linear import (
     LycorisLinear,
     adapted_modules,
 )
-from simpletuner.adapters.compatibility import NON_BLOCK_MODULES
 from simpletuner.adapters.deltas import Delta, DeltaT, LowRankDelta, LycorisDelta
+from simpletuner.adapters.lora_file import LoraFileSummary, read_lora_file
 from simpletuner.adapters.lycoris_init import init_lycoris, warm_start_lycoris
+from simpletuner.adapters.module_names import ModuleNames
 from simpletuner.config import lycoris_config
 from simpletuner.config.constraints import BASE_DERIVED_INITS
 from simpletuner.config.schema import AdapterOptions
@@ -40,7 +40,7 @@ class AttachedAdapter:
     parameters: int
     scale: float
     trainable: list[tuple[str, nn.Parameter]]
-    initialized_from: layouts.LoraFileSummary | None = None
+    initialized_from: LoraFileSummary | None = None
 
 
 def attach_adapter(
@@ -48,6 +48,7 @@ def attach_adapter(
     options: AdapterOptions,
     target_names: Sequence[str],
     seed: int,
+    names: ModuleNames,
     dtype: torch.dtype = torch.float32,
 ) -> AttachedAdapter:
     """Adapt the linears `target_names` (full module names) in place and freeze the rest.
@@ -57,15 +58,17 @@ def attach_adapter(
     and B and subtracted, so that the exported file (of twice the rank) and strength 0 are correct
     for the original base.
 
-    dtype: of the trained parameters. Raises ConfigError or ModelError for unknown modules, a
+    names: the architecture's name table. dtype: of the trained parameters. Raises ConfigError or ModelError for unknown modules, a
     network that already has an adapter, and modules that no file of lora_format can hold.
     """
-    _check_combinations(options, target_names)
+    _check_combinations(options, target_names, names)
     bases = _find_base_linears(transformer, target_names)
     initial_deltas: dict[str, Delta] = {}
     initialized_from = None
     if options.init_lora is not None:
-        initial_deltas, initialized_from = _load_init_lora(Path(options.init_lora), bases, options)
+        initial_deltas, initialized_from = _load_init_lora(
+            Path(options.init_lora), bases, options, names
+        )
     adapters = {
         name: _build_adapter(name, base, options, initial_deltas.get(name), seed, dtype)
         for name, base in bases.items()
@@ -78,10 +81,10 @@ def attach_adapter(
 
 
 def attach_adapter_from_file(
-    transformer: nn.Module, path: Path, strength: float
-) -> layouts.LoraFileSummary:
+    transformer: nn.Module, path: Path, names: ModuleNames, strength: float
+) -> LoraFileSummary:
     """Adapt the modules that a file names, each with the file's rank, and freeze the result."""
-    deltas, summary = layouts.read_lora_file(path).to_deltas_and_summary()
+    deltas, summary = read_lora_file(path, names).to_deltas_and_summary()
     adapters: dict[str, AdaptedLinear] = {}
     for name, base in _find_base_linears(
         transformer, summary.modules, f"{path} was made for another network"
@@ -94,7 +97,7 @@ def attach_adapter_from_file(
         if pair.magnitude is None:
             adapters[name] = LoraLinear(base, pair.down, pair.up)
         else:
-            adapters[name] = DoraLinear(base, pair.down, pair.up, lengths=pair.magnitude)
+            adapters[name] = DoraLinear(base, pair.down, pair.up, row_norms=pair.magnitude)
     _install_adapters(transformer, adapters)
     transformer.requires_grad_(False)
     set_strength(transformer, strength)
@@ -117,9 +120,11 @@ def trainable_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter
     ]
 
 
-def _check_combinations(options: AdapterOptions, target_names: Sequence[str]) -> None:
+def _check_combinations(
+    options: AdapterOptions, target_names: Sequence[str], names: ModuleNames
+) -> None:
     """Refuse targets that lora_format cannot hold now, instead of when the file is written."""
-    non_block = [name for name in target_names if name in NON_BLOCK_MODULES]
+    non_block = [name for name in target_names if name in names.modules_outside_blocks]
     if options.lora_format == "kohya" and non_block:
         raise ConfigError(
             f'lora_format "kohya" can only hold modules inside the blocks, but lora_target_modules'
@@ -240,10 +245,10 @@ def _init_from_base_weight(
 
 
 def _load_init_lora(
-    path: Path, bases: Mapping[str, nn.Linear], options: AdapterOptions
-) -> tuple[dict[str, Delta], layouts.LoraFileSummary]:
+    path: Path, bases: Mapping[str, nn.Linear], options: AdapterOptions, names: ModuleNames
+) -> tuple[dict[str, Delta], LoraFileSummary]:
     """Load init_lora. Ranks below lora_rank are zero-padded later, in _build_adapter."""
-    deltas, summary = layouts.read_lora_file(path).to_deltas_and_summary()
+    deltas, summary = read_lora_file(path, names).to_deltas_and_summary()
     where = f"init_lora = {str(path)!r} ({summary.layout} layout)"
     if set(deltas) != set(bases):
         missing, surplus = sorted(set(bases) - set(deltas)), sorted(set(deltas) - set(bases))

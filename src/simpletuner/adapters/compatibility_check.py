@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from simpletuner.adapters import layouts, module_names
 from simpletuner.adapters.compatibility import (
-    CONSUMER_PROGRAMS,
     ConsumerProgram,
+    LoraConventions,
     PredictedLoad,
     loses_magnitude,
     predict_load,
 )
-from simpletuner.adapters.layouts import LAYOUTS, LoraFile
+from simpletuner.adapters.lora_file import LoraFile, read_lora_file
 
 Outcome = Literal["applied", "in part", "ignored", "wrong strength", "refused"]
 
@@ -37,22 +36,26 @@ class ProgramCompatibility:
     why: str
 
 
-def check_compatibility(path: Path) -> tuple[LoraFile, tuple[ProgramCompatibility, ...]]:
+def check_compatibility(
+    path: Path, conventions: LoraConventions
+) -> tuple[LoraFile, tuple[ProgramCompatibility, ...]]:
     """Read a file and return it with the result for each program.
 
     Raises ModelError for a file that is not a LoRA of a known layout.
     """
-    file = layouts.read_lora_file(path)
-    return file, tuple(assess_program(program, file) for program in CONSUMER_PROGRAMS.values())
+    file = read_lora_file(path, conventions.names)
+    programs = conventions.programs.values()
+    return file, tuple(assess_program(program, file) for program in programs)
 
 
 def assess_program(program: ConsumerProgram, file: LoraFile) -> ProgramCompatibility:
     """Return how `program` treats `file`."""
     deltas = file.to_deltas()
     predicted = predict_load(program, file)
-    native = LAYOUTS[file.layout].uses_native_names
     stored = {
-        module: (module_names.locate_in_native(module) or ("", 0))[0] if native else module
+        module: (file.names.locate_in_native(module) or ("", 0))[0]
+        if file.uses_native_names
+        else module
         for module in deltas
     }
     ratios = {

@@ -16,29 +16,26 @@ from torch import Tensor, nn
 from simpletuner.adapters import compatibility, layouts
 from simpletuner.adapters.adapted_linear import AdaptedLinear, adapted_modules
 from simpletuner.adapters.attachment import attach_adapter_from_file
+from simpletuner.adapters.compatibility import LoraConventions
 from simpletuner.adapters.deltas import Delta, LycorisDelta
-from simpletuner.adapters.layouts import LAYOUTS, LoraFile, LoraFileSummary
+from simpletuner.adapters.fused_modules import fuse_modules
+from simpletuner.adapters.layouts import LAYOUTS
+from simpletuner.adapters.lora_file import LoraFile, LoraFileSummary, read_lora_file
+from simpletuner.adapters.module_names import ModuleNames
 from simpletuner.atomic_io import fsync_path
 from simpletuner.errors import DiskFull, ModelError
 
 PROBE_VECTORS = 8
 # Largest rounding error of a dtype, relative to the larger terms of a delta.
 TOLERANCES = MappingProxyType({torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2})
-# Layout that can be written -> the programs that must apply it as trained.
-TARGET_PROGRAMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "diffusers": ("diffusers", "comfyui"),
-        "kohya": ("kohya", "forge", "comfyui"),
-        "comfyui": ("comfyui", "forge"),
-        "lycoris": ("comfyui", "forge"),
-    }
-)
+
 ExpectedDeltas = Mapping[str, Delta | AdaptedLinear]  # a saved file is compared with them
 
 
 def save_adapter(
     transformer: nn.Module,
     path: Path,
+    conventions: LoraConventions,
     metadata: Mapping[str, str] | None = None,
     layout: str | None = None,
 ) -> LoraFileSummary:
@@ -58,18 +55,19 @@ def save_adapter(
     deltas = {name: module.to_delta() for name, module in modules.items()}
     is_lycoris = any(isinstance(delta, LycorisDelta) for delta in deltas.values())
     layout = layout or ("lycoris" if is_lycoris else "diffusers")
-    return _save_verified(path, deltas, modules, layout, torch.float32, metadata or {})
+    return _save_verified(path, deltas, modules, conventions, layout, torch.float32, metadata or {})
 
 
 def save_deltas(
     deltas: Mapping[str, Delta],
     path: Path,
+    conventions: LoraConventions,
     layout: str,
     dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> LoraFileSummary:
     """Write deltas that do not belong to a network, in the same verified way."""
-    return _save_verified(path, deltas, deltas, layout, dtype, metadata)
+    return _save_verified(path, deltas, deltas, conventions, layout, dtype, metadata)
 
 
 def path_with_layout(path: Path, layout: str) -> Path:
@@ -77,23 +75,26 @@ def path_with_layout(path: Path, layout: str) -> Path:
     return path.with_name(f"{path.stem}.{layout}{path.suffix}")
 
 
-def load_adapter(transformer: nn.Module, path: Path, strength: float = 1.0) -> LoraFileSummary:
+def load_adapter(
+    transformer: nn.Module, path: Path, names: ModuleNames, strength: float = 1.0
+) -> LoraFileSummary:
     """Adapt a network by a LoRA file, or a folder that holds one, and freeze it.
 
     Raises ModelError for a network that already has an adapter, lacks a module or has other sizes.
     """
-    return attach_adapter_from_file(transformer, path, strength)
+    return attach_adapter_from_file(transformer, path, names, strength)
 
 
-def read_summary(path: Path) -> LoraFileSummary:
+def read_summary(path: Path, names: ModuleNames) -> LoraFileSummary:
     """Return the summary of a LoRA file."""
-    return layouts.read_lora_file(path).to_deltas_and_summary()[1]
+    return read_lora_file(path, names).to_deltas_and_summary()[1]
 
 
 def _save_verified(
     path: Path,
     deltas: Mapping[str, Delta],
     expected: ExpectedDeltas,
+    conventions: LoraConventions,
     layout: str,
     dtype: torch.dtype,
     metadata: Mapping[str, str],
@@ -106,9 +107,10 @@ def _save_verified(
         )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(_delta_tensors(deltas, layout, dtype), temporary, metadata=header)
+        tensors = _delta_tensors(deltas, conventions.names, layout, dtype)
+        save_file(tensors, temporary, metadata=header)
         fsync_path(temporary)
-        written = _verify_file(temporary, expected, layout, TOLERANCES[dtype])
+        written = _verify_file(temporary, expected, conventions, layout, TOLERANCES[dtype])
         os.replace(temporary, path)
         fsync_path(path.parent)
     # save_file reports a full disk as SafetensorError.
@@ -120,7 +122,7 @@ def _save_verified(
 
 
 def _delta_tensors(
-    deltas: Mapping[str, Delta], layout: str, dtype: torch.dtype
+    deltas: Mapping[str, Delta], names: ModuleNames, layout: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Return the tensors of a file. Alpha is folded into B; layouts with alpha get the rank.
 
@@ -128,7 +130,8 @@ def _delta_tensors(
     """
     target = LAYOUTS[layout]
     tensors: dict[str, Tensor] = {}
-    for name, delta in (layouts.fuse_qkv(deltas) if target.uses_native_names else deltas).items():
+    stored = fuse_modules(deltas, names) if target.uses_native_names else deltas
+    for name, delta in stored.items():
         key = target.key_for(name)
         if isinstance(delta, LycorisDelta):
             tensors |= _lycoris_tensors(key, delta, layout, dtype)
@@ -169,15 +172,19 @@ def _lycoris_tensors(
 
 
 def _verify_file(
-    temporary: Path, expected: ExpectedDeltas, layout: str, tolerance: float
+    temporary: Path,
+    expected: ExpectedDeltas,
+    conventions: LoraConventions,
+    layout: str,
+    tolerance: float,
 ) -> LoraFile:
     try:
-        file = layouts.read_lora_file(temporary)
+        file = read_lora_file(temporary, conventions.names)
     except ModelError as error:
         raise ModelError(f"the saved LoRA cannot be read back: {error}") from error
     is_dora = any(delta.magnitude is not None for delta in expected.values())
-    for name in ("diffusers",) if is_dora else TARGET_PROGRAMS[layout]:
-        program = compatibility.CONSUMER_PROGRAMS[name]
+    for name in ("diffusers",) if is_dora else conventions.verified_programs[layout]:
+        program = conventions.programs[name]
         if refusal := compatibility.predict_load(program, file).refusal:
             raise ModelError(f"the saved LoRA would be refused by {program.title}: {refusal}")
         _compare_deltas(

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from simpletuner.adapters import layouts, module_names
 from simpletuner.adapters.deltas import Delta, LowRankDelta, LycorisDelta
+from simpletuner.adapters.fused_modules import fuse_modules
+from simpletuner.adapters.module_names import ModuleNames
 from simpletuner.errors import ModelError
 
 DeltasByModule = Mapping[str, Delta]
@@ -44,37 +45,38 @@ def weighted_sum(parts: Sequence[tuple[DeltasByModule, float]]) -> dict[str, Del
 
 
 def truncate_rank(
-    factors: DeltasByModule, rank: int, native: bool
+    deltas: DeltasByModule, rank: int, fused_names: ModuleNames | None
 ) -> tuple[dict[str, Delta], float]:
     """Return the deltas with no module above `rank`, and the relative error.
 
-    The truncated SVD is the best approximation of a given rank. native: truncate the fused matrices
-    of the native layouts. The error is in the Frobenius norm over all modules. LoHa and LoKr are
+    The truncated SVD is the best approximation of a given rank. fused_names: truncate the
+    fused matrices of native layouts, named by this table. The error is in the Frobenius norm over all modules. LoHa and LoKr are
     first approximated by a LoRA; that error is orthogonal to the error of the truncation, so their
     squares add up.
     """
-    _refuse_dora([(factors, 1.0)], "be reduced in rank")
+    _refuse_dora([(deltas, 1.0)], "be reduced in rank")
     lost = total = 0.0
     pairs: dict[str, Delta] = {}
-    for name, delta in factors.items():
+    for name, delta in deltas.items():
         pairs[name], discarded = (
             _approximate_low_rank(delta, rank) if isinstance(delta, LycorisDelta) else (delta, 0.0)
         )
         lost, total = lost + discarded, total + discarded
-    matrices = layouts.fuse_qkv(pairs) if native else pairs
+    matrices = fuse_modules(pairs, fused_names) if fused_names else pairs
     truncated: dict[str, Delta] = {}
     for name, delta in matrices.items():
         assert isinstance(delta, LowRankDelta)
         reduced, discarded, squared_norm = _truncate_delta(delta, rank)
         lost, total = lost + discarded, total + squared_norm
-        parts = module_names.diffusers_names(name) if native else (name,)
-        slices = module_names.fused_row_slices(
-            len(parts), reduced.up.shape[0], reduced.down.shape[1]
-        )
+        parts: tuple[str, ...] = (name,)
+        slices = [slice(0, reduced.up.shape[0])]
+        if fused_names:
+            parts = fused_names.diffusers_names(name)
+            slices = fused_names.fused_row_slices(name, reduced.up.shape[0], reduced.down.shape[1])
         truncated |= {
             part: LowRankDelta(reduced.down, reduced.up[rows_of_part])
             for part, rows_of_part in zip(parts, slices)
-            if part in factors
+            if part in deltas
         }
     return truncated, (lost / total) ** 0.5 if total else 0.0
 

@@ -13,12 +13,12 @@ import click
 from simpletuner import __version__
 from simpletuner.cli.generate import find_lora_file
 from simpletuner.cli.merge import parse_weighted_lora
-from simpletuner.config.schema import AdapterOptions
+from simpletuner.config.schema import AdapterOptions, ModelOptions
 from simpletuner.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from simpletuner.adapters.compatibility_check import ProgramCompatibility
-    from simpletuner.adapters.layouts import LoraFile
+    from simpletuner.adapters.lora_file import LoraFile
 
 PATH_TYPE = click.Path(path_type=Path)
 FORMATS = (*get_args(AdapterOptions.model_fields["lora_format"].annotation), "lycoris")
@@ -108,17 +108,21 @@ def export_lora(
 ) -> None:
     import torch
 
-    from simpletuner.adapters import layouts, lora_io, merge_deltas
+    from simpletuner.adapters import lora_io, merge_deltas
     from simpletuner.adapters.layouts import LAYOUTS
+    from simpletuner.adapters.lora_file import read_lora_file
+    from simpletuner.models.registry import get_family
 
-    read = [(layouts.read_lora_file(path), weight) for path, weight in added]
+    conventions = get_family(ModelOptions().model_family).lora_conventions
+    read = [(read_lora_file(path, conventions.names), weight) for path, weight in added]
     for file, weight in read:
         click.echo(
             f"{file.path.name}: {file.to_deltas_and_summary()[1]}; strength {weight:g}", err=True
         )
     deltas = merge_deltas.weighted_sum([(file.to_deltas(), weight) for file, weight in read])
     if rank is not None:
-        deltas, error = merge_deltas.truncate_rank(deltas, rank, LAYOUTS[layout].uses_native_names)
+        fused_names = conventions.names if LAYOUTS[layout].uses_native_names else None
+        deltas, error = merge_deltas.truncate_rank(deltas, rank, fused_names)
         click.echo(f"rank {rank}: the delta differs by {error:.2%}", err=True)
     told = {
         key: text
@@ -126,15 +130,17 @@ def export_lora(
         if not key.startswith(STALE_METADATA_PREFIXES)
     }
     told["software"] = f"simpletuner {__version__}"
-    lora_io.save_deltas(deltas, output, layout, getattr(torch, DTYPES[dtype]), told)
+    lora_io.save_deltas(deltas, output, conventions, layout, getattr(torch, DTYPES[dtype]), told)
     print_compatibility(output, as_json=False, err=True)
 
 
 def print_compatibility(path: Path, as_json: bool, err: bool = False) -> None:
     """The verdicts of all programs."""
     from simpletuner.adapters.compatibility_check import check_compatibility
+    from simpletuner.models.registry import get_family
 
-    file, verdicts = check_compatibility(path)
+    conventions = get_family(ModelOptions().model_family).lora_conventions
+    file, verdicts = check_compatibility(path, conventions)
     click.echo(
         _compatibility_json(file, verdicts) if as_json else _compatibility_text(file, verdicts),
         err=err,

@@ -231,8 +231,9 @@ def generate_images(request: GenerationRequest, emit: Emit) -> list[Path]:
     )
 
     family = family_named(request.model.model_family)
+    names = family.lora_conventions.names
     if request.lora_path is not None:  # what is none is told before anything is loaded
-        emit(NoticeIssued(f"{request.lora_path.name}: {describe_lora(request.lora_path)}"))
+        emit(NoticeIssued(f"{request.lora_path.name}: {describe_lora(request.lora_path, names)}"))
     source = family.locate_files(request.model, emit)
     device = select_device(request.model)
     sizes, notes = parse_sizes(
@@ -295,7 +296,9 @@ def _generate_latents(
         family, family.read_constants(source), device.device, dtype, device.autocast
     )
     if request.lora_path is not None:
-        load_adapter(transformer, request.lora_path, request.strengths[0])
+        load_adapter(
+            transformer, request.lora_path, family.lora_conventions.names, request.strengths[0]
+        )
     memory = block_memory_policy(request.model, family.block_count(transformer))
     family.place_blocks(transformer, memory, device.device)
     family.compile_blocks(transformer, request.model)

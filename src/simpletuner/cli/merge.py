@@ -100,19 +100,21 @@ def merge_loras(
 ) -> None:
     import torch
 
-    from simpletuner.adapters import layouts
+    from simpletuner.adapters.lora_file import read_lora_file
     from simpletuner.models.chroma.merge_loras import MergeOutput
     from simpletuner.models.chroma.merge_loras import merge_loras as write
     from simpletuner.models.registry import get_family as family_named
     from simpletuner.training.model_metadata import public_name
 
     shown = TerminalSink(sys.stderr)
-    read = [(layouts.read_lora_file(path), weight) for path, weight in added]
+    family = family_named(options.model_family)
+    names = family.lora_conventions.names
+    read = [(read_lora_file(path, names), weight) for path, weight in added]
     for file, weight in read:
         click.echo(
             f"{file.path.name}: {file.to_deltas_and_summary()[1]}; weight {weight:g}", err=True
         )
-    source = family_named(options.model_family).locate_files(options, shown)
+    source = family.locate_files(options, shown)
     base = public_name(options.pretrained_transformer_model_name_or_path or source.name)
     parts = [f"{public_name(str(path.absolute()))} x {weight:g}" for path, weight in added]
     told = {

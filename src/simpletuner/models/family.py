@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from simpletuner.adapters.compatibility import LoraConventions
 from simpletuner.cache.batch_types import TextBatch
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError
@@ -161,9 +162,13 @@ class Vae(ABC):
 
 
 class ModelFamily(ABC):
-    """One architecture. Stateless: every loaded object is returned to the caller."""
+    """One architecture. Stateless: every loaded object is returned to the caller.
+
+    lora_conventions: module names in LoRA files, and how other programs load such files.
+    """
 
     name: str
+    lora_conventions: LoraConventions
 
     @abstractmethod
     def locate_files(self, options: ModelOptions, emit: Emit = null_emit) -> ModelFiles:

@@ -66,13 +66,15 @@ class Exporter:
     def _save_lora_layouts(self, path: Path, metadata: dict[str, str]) -> list[Path]:
         """The file that is always written, and the one of another layout beside it."""
         layout = self.run.adapter.lora_format
-        lora_io.save_adapter(self.train_state.transformer, path, metadata)
+        conventions = self.family.lora_conventions
+        lora_io.save_adapter(self.train_state.transformer, path, conventions, metadata)
         if layout == "diffusers":
             return [path]
+        second_path = lora_io.path_with_layout(path, layout)
         lora_io.save_adapter(
-            self.train_state.transformer, lora_io.path_with_layout(path, layout), metadata, layout
+            self.train_state.transformer, second_path, conventions, metadata, layout
         )
-        return [path, lora_io.path_with_layout(path, layout)]
+        return [path, second_path]
 
     def _export_transformers(self, step: int) -> list[Path]:
         written = []

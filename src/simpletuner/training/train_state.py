@@ -131,7 +131,9 @@ def _attach_lora(
 ) -> dict[str, nn.Parameter]:
     options = run.adapter
     names = family.lora_targets(transformer, options.flux_lora_target, options.lora_target_modules)
-    attached = attachment.attach_adapter(transformer, options, names, run.training.seed)
+    attached = attachment.attach_adapter(
+        transformer, options, names, run.training.seed, family.lora_conventions.names
+    )
     modules = "1 module" if attached.modules == 1 else f"{attached.modules} modules"
     emit(
         NoticeIssued(

@@ -22,6 +22,7 @@ from simpletuner.models.chroma import (
     quantized_cache,
     weights,
 )
+from simpletuner.models.chroma.lora_programs import CHROMA_LORA
 from simpletuner.models.chroma.transformer import ChromaTransformer
 from simpletuner.models.family import (
     ArchitectureConstants,
@@ -58,6 +59,7 @@ class ChromaFamily(ModelFamily):
     """Chroma 1: diffusers' layout or single files, T5 text, Flux's VAE."""
 
     name = "chroma"
+    lora_conventions = CHROMA_LORA
     locate_files = staticmethod(model_files.locate_files)
     text_fingerprint = staticmethod(fingerprints.text_fingerprint)
     vae_fingerprint = staticmethod(fingerprints.vae_fingerprint)

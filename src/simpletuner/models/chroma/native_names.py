@@ -1,6 +1,6 @@
 """All tensors of the transformer under native and diffusers' names.
 
-`adapters.module_names` holds the matrices of the blocks. Conversion only renames tensors and slices
+`module_names` holds the matrices of the blocks. Conversion only renames tensors and slices
 rows, so it is exact in both directions, at any width and depth.
 """
 
@@ -11,13 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from types import MappingProxyType
 
-from simpletuner.adapters.module_names import (
-    diffusers_names,
-    fused_row_slices,
-    locate_in_native,
-    split_block_number,
-)
+from simpletuner.adapters.module_names import split_block_number
 from simpletuner.errors import ModelError
+from simpletuner.models.chroma.module_names import CHROMA_MODULE_NAMES
 from simpletuner.models.chroma.transformer import MAX_LAYERS, TransformerConfig
 
 # Native tensor -> diffusers' tensor. {} is the number of the block or of the approximator's layer.
@@ -58,11 +54,11 @@ def split_native_tensor(native: str, rows: int, width: int) -> list[tuple[str, s
     if template in NATIVE_TO_DIFFUSERS_TENSORS:
         return [(NATIVE_TO_DIFFUSERS_TENSORS[template].format(number), slice(0, rows))]
     module, _, part = native.rpartition(".")
-    names = diffusers_names(module) if part in ("weight", "bias") else ()
+    names = CHROMA_MODULE_NAMES.diffusers_names(module) if part in ("weight", "bias") else ()
     if not names:
         return []
     try:
-        slices = fused_row_slices(len(names), rows, width)
+        slices = CHROMA_MODULE_NAMES.fused_row_slices(module, rows, width)
     except ValueError as error:
         raise ModelError(f"{native}: {error}.") from None
     return [
@@ -80,12 +76,15 @@ def group_by_native_name(diffusers: Iterable[str]) -> dict[str, tuple[str, ...]]
     for name in names:
         template, number = split_block_number(name)
         module, _, part = name.rpartition(".")
-        location = locate_in_native(module) if part in ("weight", "bias") else None
+        location = (
+            CHROMA_MODULE_NAMES.locate_in_native(module) if part in ("weight", "bias") else None
+        )
         if template in _DIFFUSERS_TO_NATIVE_TENSORS:
             groups[_DIFFUSERS_TO_NATIVE_TENSORS[template].format(number)] = (name,)
         elif location is not None:
             groups[f"{location[0]}.{part}"] = tuple(
-                f"{module_part}.{part}" for module_part in diffusers_names(location[0])
+                f"{module_part}.{part}"
+                for module_part in CHROMA_MODULE_NAMES.diffusers_names(location[0])
             )
         else:
             raise ModelError(f"{name} is not a tensor of Chroma's transformer.")
