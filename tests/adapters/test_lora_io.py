@@ -145,7 +145,7 @@ def test_a_file_that_would_act_differently_never_gets_its_name(damage, tmp_path,
     target.write_bytes(b"the one before")
     honest = lora_io._delta_tensors
     monkeypatch.setattr(lora_io, "_delta_tensors", lambda *given: damage(honest(*given)))
-    with pytest.raises(ModelError, match="saved LoRA would"):
+    with pytest.raises(ModelError, match="saved LoRA (would|cannot)"):
         chroma_lora.save_adapter(network, target)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the one before"]
 

@@ -81,7 +81,7 @@ def test_an_incomplete_folder_is_named(checkpoint: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["chroma.safetensors", "owner/chroma-q8.gguf", "./model.pt"])
 def test_a_single_file_that_is_not_there_is_no_repository(name: str) -> None:
-    with pytest.raises(ModelError, match=r"does not exist; expected a single file"):
+    with pytest.raises(ModelError, match=r"does not exist; expected a single weight file"):
         model_files.locate_files(ModelOptions(pretrained_model_name_or_path=name))
 
 

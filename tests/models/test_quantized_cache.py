@@ -105,7 +105,7 @@ def test_the_second_start_converts_nothing(source: ModelFiles, options: ModelOpt
     heard: list[Event] = []
     files = ChromaFamily().write_quantized_files(source, chosen, CPU, heard.append)
     assert [event.stage for event in heard if isinstance(event, StageStarted)] == [
-        "quantize to int8", "quantise to int4",
+        "quantize to int8", "quantize to int4",
     ]  # fmt: skip
     stamps = [file.stat().st_mtime_ns for file in files]
     heard.clear()
