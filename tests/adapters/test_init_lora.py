@@ -14,6 +14,7 @@ from simpletuner.config.constraints import find_errors
 from simpletuner.config.load import try_load_mapping
 from simpletuner.config.schema import AdapterOptions, RunConfig
 from simpletuner.errors import ConfigError
+from simpletuner.models.chroma.lora_programs import CHROMA_LORA
 from simpletuner.training.exporter import Exporter
 from tests.adapters import chroma_lora
 from tests.adapters.chroma_lora import attach_adapter
@@ -65,7 +66,7 @@ def test_the_second_file_acts_as_the_first(layout, tmp_path):
     perturb(attach_adapter(network, options, attention_names(network), 5).trainable)
     net = SimpleNamespace(uses_lora=True, transformer=network, averaged_weights=None)
     exporter = Exporter(
-        SimpleNamespace(name="chroma"),
+        SimpleNamespace(name="chroma", lora_conventions=CHROMA_LORA),
         net,
         RunConfig(adapter=options),
         None,

@@ -114,7 +114,7 @@ def test_check_tells_every_program(tmp_path):
     rows = {line[2:20].strip(): line for line in text.splitlines()[1:]}
     assert "applied" in rows["diffusers"]
     assert "wrong strength" in rows["ComfyUI"]
-    assert "strength 2: the header is not read" in rows["ComfyUI"]
+    assert "strength 2: it does not read alpha from the header" in rows["ComfyUI"]
     assert "ignored" in rows["kohya sd-scripts"]
     told = json.loads(run("--check", write("comfyui-diffusers", tmp_path / "b.safetensors"), "--json").stdout)
     assert (told["modules"], told["ranks"], told["alphas"]) == (17, [4], [2.0])
