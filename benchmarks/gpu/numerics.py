@@ -25,6 +25,7 @@ from simpletuner.flow.objective import (
     sample_noise,
     velocity_target,
 )
+from simpletuner.models.chroma.lora_programs import CHROMA_LORA
 from simpletuner.models.chroma.transformer import ChromaTransformer
 from simpletuner.models.chroma.weights import empty_transformer
 from simpletuner.quantization.quantized_linear import QuantizedLinear
@@ -63,7 +64,9 @@ def build_slice(workload: Workload, dtype: torch.dtype, storage: torch.device) -
     fill_with_random_weights(network, workload.device, storage)
     network.mod_proj = network.mod_proj.to(storage)
     names = RandomChroma(workload.slice).lora_targets(network, "all+ffs")
-    attached = attach_adapter(network, AdapterOptions(lora_rank=16), names, seed=1)
+    attached = attach_adapter(
+        network, AdapterOptions(lora_rank=16), names, seed=1, names=CHROMA_LORA.names
+    )
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in attached.trainable:

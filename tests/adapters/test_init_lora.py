@@ -140,10 +140,10 @@ def test_the_rank_is_the_files_unless_one_is_given(row, tmp_path):
     given = {"init_lora": str(path)}
     tried = try_load_mapping(given, tmp_path)
     assert tried.loaded.config.adapter.lora_rank == 6
-    assert "lora_rank is 6, as x.safetensors has it" in tried.loaded.notices
+    assert "lora_rank is 6, the rank of x.safetensors" in tried.loaded.notices
     assert try_load_mapping({**given, "lora_rank": 9}, tmp_path).loaded.config.adapter.lora_rank == 9
     (problem,) = try_load_mapping({**given, "lora_rank": 4}, tmp_path).problems
-    assert "init_lora has rank 6 and lora_rank is 4; leave it out, or" in problem.message
+    assert "init_lora has rank 6 and lora_rank is 4; leave lora_rank out, or" in problem.message
 
 
 def test_a_file_of_a_smaller_rank_is_gone_on_from_with_zeros(tmp_path):
