@@ -28,7 +28,9 @@ def make_workspace(folder: Path, *roots: Path) -> Workspace:
 def make_client(where: Workspace, max_upload_bytes: int = 1 << 30) -> TestClient:
     app = FastAPI()
     settings = ServerSettings(where, max_upload_bytes=max_upload_bytes)
-    app.state.services = SimpleNamespace(workspace=where, settings=settings, datasets=DatasetService(where))
+    app.state.services = SimpleNamespace(
+        workspace=where, settings=settings, datasets=DatasetService(where)
+    )
     app.include_router(routes.router)
     register_error_handlers(app)
     return TestClient(app, raise_server_exceptions=False)

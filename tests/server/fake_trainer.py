@@ -1,4 +1,4 @@
-"""Trains nothing, and leaves a run folder as a training does: events, pictures, checkpoints, lock, exit.json.
+"""Write a run folder like a training, with events, images, checkpoints and exit.json.
 
 python tests/server/fake_trainer.py --config PATH [--rehearse]
 
@@ -34,7 +34,8 @@ from simpletuner.training.run_folder import RunFolder, replace_folder
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name.startswith("FAKE_")}
 CUDA_OOM_MESSAGE = (
-    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 11.00 GiB in total."
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. "
+    "GPU 0 has 11.00 GiB in total."
 )
 
 
@@ -47,9 +48,15 @@ class FakeTrainer:
         self.folder, self.config, self.stop = folder, config, False
         self.total = int(ENVIRONMENT.get("FAKE_STEPS") or config.get("max_train_steps") or 20)
         self.step_s = float(ENVIRONMENT.get("FAKE_STEP_S", "0.02"))
-        self.prompts = [f"fake prompt {at}" for at in range(int(ENVIRONMENT.get("FAKE_IMAGES", "2")))]
-        self.checkpoint_interval = int(config.get("checkpoint_step_interval") or max(1, self.total // 2))
-        self.validation_interval = int(config.get("validation_step_interval") or max(1, self.total // 2))
+        self.prompts = [
+            f"fake prompt {at}" for at in range(int(ENVIRONMENT.get("FAKE_IMAGES", "2")))
+        ]
+        self.checkpoint_interval = int(
+            config.get("checkpoint_step_interval") or max(1, self.total // 2)
+        )
+        self.validation_interval = int(
+            config.get("validation_step_interval") or max(1, self.total // 2)
+        )
         self.ignores_requests = "FAKE_DEAF" in ENVIRONMENT
         self.step = 0
         self.emit = EventLog(folder.events_path)
@@ -63,7 +70,11 @@ class FakeTrainer:
 
     def train(self) -> None:
         self.step = resumed = self.start_step()
-        for name, unit in (("scan", "pictures"), ("encode text", "captions"), ("encode images", "images")):
+        for name, unit in (
+            ("scan", "pictures"),
+            ("encode text", "captions"),
+            ("encode images", "images"),
+        ):
             self.run_stage(name, unit)
         run_dir = str(self.folder.path)
         self.emit(event_types.RunStarted("0.1.0", run_dir, "fake", "cpu", self.total, resumed))
@@ -84,7 +95,9 @@ class FakeTrainer:
         wanted = self.config.get("resume_from_checkpoint", "latest")
         if wanted.startswith("checkpoint-"):
             return int(wanted.removeprefix("checkpoint-"))
-        found = [int(path.name.rpartition("-")[2]) for path in self.folder.path.glob("checkpoint-*")]
+        found = [
+            int(path.name.rpartition("-")[2]) for path in self.folder.path.glob("checkpoint-*")
+        ]
         return max(found, default=0)
 
     def run_stage(self, name: str, unit: str, count: int = 8) -> None:
@@ -97,7 +110,9 @@ class FakeTrainer:
         self.emit(event_types.StageCompleted(name, count, self.step_s))
 
     def stop_requested(self) -> bool:
-        return not self.ignores_requests and (self.stop or self.folder.consume_control_request("stop"))
+        return not self.ignores_requests and (
+            self.stop or self.folder.consume_control_request("stop")
+        )
 
     def run_step(self) -> None:
         time.sleep(self.step_s)
@@ -109,7 +124,15 @@ class FakeTrainer:
         loss = 0.3 + 0.7 * math.exp(-self.step / 20) + random.Random(self.step).uniform(-0.05, 0.05)
         self.emit(
             event_types.StepCompleted(
-                self.step, self.total, self.step // 8, loss, 1e-4, 0.5 + loss, max(self.step_s, 1e-4), 1, 1.5
+                self.step,
+                self.total,
+                self.step // 8,
+                loss,
+                1e-4,
+                0.5 + loss,
+                max(self.step_s, 1e-4),
+                1,
+                1.5,
             )
         )
         print(f"step {self.step}/{self.total} loss {loss:.3f}", flush=True)
@@ -117,10 +140,14 @@ class FakeTrainer:
             self.fail_if_configured()
         if self.step % self.checkpoint_interval == 0 or self.folder.consume_control_request("save"):
             self.save()
-        if self.step % self.validation_interval == 0 or self.folder.consume_control_request("validate"):
+        if self.step % self.validation_interval == 0 or self.folder.consume_control_request(
+            "validate"
+        ):
             self.save_images("trained")
             self.emit(
-                event_types.LossEvaluated(self.step, "held out", "eval", loss + 0.1, loss - 1, 0.01, (), True)
+                event_types.LossEvaluated(
+                    self.step, "held out", "eval", loss + 0.1, loss - 1, 0.01, (), True
+                )
             )
         if self.stop_requested():
             self.save()
@@ -131,7 +158,9 @@ class FakeTrainer:
             os.kill(os.getpid(), signal.SIGKILL)
         if ENVIRONMENT.get("FAKE_OOM") == "cuda":
             print(
-                f"Traceback (most recent call last):\n  ...\n{CUDA_OOM_MESSAGE}", file=sys.stderr, flush=True
+                f"Traceback (most recent call last):\n  ...\n{CUDA_OOM_MESSAGE}",
+                file=sys.stderr,
+                flush=True,
             )
             os._exit(1)
         if ENVIRONMENT.get("FAKE_FAIL"):
@@ -142,7 +171,9 @@ class FakeTrainer:
 
     def save(self) -> None:
         name = f"checkpoint-{self.step}"
-        replace_folder(self.folder.path / name, partial(write_checkpoint, step=self.step, config=self.config))
+        replace_folder(
+            self.folder.path / name, partial(write_checkpoint, step=self.step, config=self.config)
+        )
         self.emit(event_types.WeightsSaved(self.step, str(self.folder.path / name), 0.01, 10))
 
     def save_images(self, which: str) -> None:
@@ -150,16 +181,22 @@ class FakeTrainer:
 
         self.emit(event_types.StageStarted("draw", len(self.prompts), "pictures"))
         for at, prompt in enumerate(self.prompts):
-            image = Image.new("RGB", (128, 128), (40 + 60 * (at % 3), 80, min(255, 40 + self.step * 4)))
+            image = Image.new(
+                "RGB", (128, 128), (40 + 60 * (at % 3), 80, min(255, 40 + self.step * 4))
+            )
             ImageDraw.Draw(image).ellipse(
                 (24, 24, 104, 104), fill=(min(255, self.step * 8), 180, 60 * (at % 4))
             )
-            path = self.folder.path / "images" / f"step-{self.step:06d}" / f"fake-{at}-1-128x128.png"
+            path = (
+                self.folder.path / "images" / f"step-{self.step:06d}" / f"fake-{at}-1-128x128.png"
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
             relative = path.relative_to(self.folder.path).as_posix()
             self.emit(
-                event_types.ImageSaved(self.step, f"fake-{at}", prompt, relative, 42 + at, 128, 128, which)
+                event_types.ImageSaved(
+                    self.step, f"fake-{at}", prompt, relative, 42 + at, 128, 128, which
+                )
             )
         self.emit(event_types.StageCompleted("draw", len(self.prompts), 0.01))
 
@@ -185,7 +222,8 @@ def main() -> int:
     config = json.loads(given.config.read_text(encoding="utf-8"))
     if given.rehearse:
         print(
-            "  ok       pictures and captions\nrehearsal: nothing stands in the way of training", flush=True
+            "  ok       pictures and captions\nrehearsal: nothing stands in the way of training",
+            flush=True,
         )
         return 0
     while not Path(ENVIRONMENT.get("FAKE_LATE", "/")).exists():

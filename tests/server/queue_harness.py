@@ -25,7 +25,9 @@ TIMEOUT_S = 90.0
 ENDED_STATES = ("stopped", "failed", "done", "lost")
 
 
-def wait_until(true: Callable[[], object], what: str, meanwhile: Callable[[], object] = lambda: None) -> None:
+def wait_until(
+    true: Callable[[], object], what: str, meanwhile: Callable[[], object] = lambda: None
+) -> None:
     """Look again and again, and do `meanwhile` before each look."""
     deadline = time.monotonic() + TIMEOUT_S
     while meanwhile() or not true():
@@ -38,14 +40,19 @@ def make_device(kind: Any) -> DeviceInfo:
 
 
 class QueueHarness:
-    """One workspace and what a server has of it. `restarted` is the next server; nothing runs by itself."""
+    """One workspace and what a server has of it.
+
+    `restarted` is the next server; nothing runs by itself.
+    """
 
     def __init__(self, workspace: Path, *devices: str, grace_s: float = 60.0) -> None:
         self.workspace = Workspace(workspace)
         self.runs, self.drafts = RunService(self.workspace), DraftService(self.workspace)
         self.jobs = JobService(self.workspace, self.runs, self.drafts, FAKE_TRAIN_COMMAND)
         self._devices, self._grace_s = devices or ("cpu",), grace_s
-        self.supervisor = Supervisor(self.jobs, lambda: [make_device(one) for one in self._devices], grace_s)
+        self.supervisor = Supervisor(
+            self.jobs, lambda: [make_device(one) for one in self._devices], grace_s
+        )
 
     def restart(self) -> QueueHarness:
         self.supervisor.close()
@@ -58,7 +65,11 @@ class QueueHarness:
         photos.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 64)).save(photos / "a.png")
         (photos / "a.txt").write_text("a")
-        sets = [{"id": "photos", "instance_data_dir": "datasets/photos"}] if datasets is None else datasets
+        sets = (
+            [{"id": "photos", "instance_data_dir": "datasets/photos"}]
+            if datasets is None
+            else datasets
+        )
         wanted = DraftWrite(name=name, config={"model_flavour": "nano", **config}, datasets=sets)
         return self.drafts.create(wanted).id
 
@@ -82,7 +93,9 @@ class QueueHarness:
         def there() -> bool:
             return self.job_state(job) in states
 
-        wait_until(there, f"{job.name} is {states}; it is {self.job_state(job)}", self.supervisor.run_once)
+        wait_until(
+            there, f"{job.name} is {states}; it is {self.job_state(job)}", self.supervisor.run_once
+        )
         self.supervisor.run_once()
         return self.jobs.get_job(job.id)
 

@@ -35,23 +35,32 @@ class RunFolderWriter:
     def write_events(self, *events: event_types.Event) -> RunFolderWriter:
         with self.events.open("a", encoding="utf-8", errors="backslashreplace") as file:
             for event in events:
-                file.write(json.dumps(event_to_dict(event, self.next_event_t), ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps(event_to_dict(event, self.next_event_t), ensure_ascii=False) + "\n"
+                )
                 self.next_event_t += 2
         return self
 
     def write_start(self, total: int = 100, resumed: int = 0) -> RunFolderWriter:
         self.write_events(
-            event_types.StageStarted("scan", 4, "pictures"), event_types.StageCompleted("scan", 4, 0.1)
+            event_types.StageStarted("scan", 4, "pictures"),
+            event_types.StageCompleted("scan", 4, 0.1),
         )
         self.write_events(
             event_types.RunStarted("0.1.0", str(self.path), "chroma nano", "cpu", total, resumed)
         )
         return (
-            self.write_events(event_types.RunResumed(resumed, f"checkpoint-{resumed}")) if resumed else self
+            self.write_events(event_types.RunResumed(resumed, f"checkpoint-{resumed}"))
+            if resumed
+            else self
         )
 
     def write_steps(
-        self, first: int, last: int, total: int = 100, loss: Callable[[int], float] = lambda step: 1 / step
+        self,
+        first: int,
+        last: int,
+        total: int = 100,
+        loss: Callable[[int], float] = lambda step: 1 / step,
     ) -> RunFolderWriter:
         return self.write_events(
             *(make_step_event(step, total, loss(step)) for step in range(first, last + 1))
@@ -59,19 +68,23 @@ class RunFolderWriter:
 
     def write_many_steps(self, last: int) -> RunFolderWriter:
         """Steps 1 to `last`, all alike and quickly written."""
-        head, _, rest = json.dumps(event_to_dict(make_step_event(1, last), self.next_event_t)).partition(
-            '"step": 1,'
-        )
+        head, _, rest = json.dumps(
+            event_to_dict(make_step_event(1, last), self.next_event_t)
+        ).partition('"step": 1,')
         with self.events.open("a", encoding="utf-8") as file:
             file.writelines(f'{head}"step": {step},{rest}\n' for step in range(1, last + 1))
         return self
 
-    def write_image(self, step: int, content: bytes = b"", prompt: str = "a red zorbo") -> RunFolderWriter:
+    def write_image(
+        self, step: int, content: bytes = b"", prompt: str = "a red zorbo"
+    ) -> RunFolderWriter:
         name = f"images/step-{step:06d}/red-0-8x8.png"
         file = self.path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
-        return self.write_events(event_types.ImageSaved(step, "red", prompt, name, 42, 8, 8, "trained"))
+        return self.write_events(
+            event_types.ImageSaved(step, "red", prompt, name, 42, 8, 8, "trained")
+        )
 
     def write_checkpoint(self, step: int) -> Path:
         folder = self.path / f"checkpoint-{step}"

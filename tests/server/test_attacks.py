@@ -1,5 +1,4 @@
-"""The twenty attacks on a server that trains, each with the tests that stand against it; what is tested
-nowhere else is tested here."""
+"""Twenty attacks on a training server, each with the tests that cover it, here or elsewhere."""
 
 from __future__ import annotations
 
@@ -39,7 +38,9 @@ AGAINST: Mapping[str, tuple[str, ...]] = {
         "server/test_security_middleware.py::test_only_json_is_taken",
         "server/test_read_only_routes.py::test_reading_changes_nothing_and_tells_no_secret",
     ),
-    "5 shared with other origins": ("server/test_security_middleware.py::test_headers_of_every_answer",),
+    "5 shared with other origins": (
+        "server/test_security_middleware.py::test_headers_of_every_answer",
+    ),
     "6 a foreign page's WebSocket": (
         "server/test_security_middleware.py::test_foreign_pages_get_no_web_socket",
         "server/test_server_command.py::test_a_foreign_page_gets_no_web_socket",
@@ -68,7 +69,9 @@ AGAINST: Mapping[str, tuple[str, ...]] = {
         "adapters/test_layouts.py::test_damage_of_any_kind_is_told_as_such",
         "models/test_weights.py::test_a_file_with_a_tail_is_damaged",
     ),
-    "12 requests made by the server": ("server/test_attacks.py::test_no_address_is_fetched_for_a_dataset",),
+    "12 requests made by the server": (
+        "server/test_attacks.py::test_no_address_is_fetched_for_a_dataset",
+    ),
     "13 stored scripts": (
         "server/test_run_artifacts.py::test_what_a_browser_might_run_is_a_download",
         "server/test_security_middleware.py::test_the_policy_allows_no_inline_no_eval_no_frame_no_other_host",
@@ -117,14 +120,24 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> QueueHarness:
 
 
 NAMES = [
-    "$(touch pwned)", "`touch pwned`", "; touch pwned", "| touch pwned", "a && touch pwned #",
-    "a\ntouch pwned", "--config=/etc/passwd", "-rf", "--host=0.0.0.0",
-    "%(pwned)s {pwned} ${HOME}", "../../pwned", "/pwned", "~",
-]  # fmt: skip
+    "$(touch pwned)",
+    "`touch pwned`",
+    "; touch pwned",
+    "| touch pwned",
+    "a && touch pwned #",
+    "a\ntouch pwned",
+    "--config=/etc/passwd",
+    "-rf",
+    "--host=0.0.0.0",
+    "%(pwned)s {pwned} ${HOME}",
+    "../../pwned",
+    "/pwned",
+    "~",
+]
 
 
 def test_names_are_never_commands_or_flags(harness: QueueHarness, tmp_path: Path) -> None:
-    """The command line of a job is a list without any word of a person's, and the run stays inside."""
+    """The command line of a job contains no text of a user, and the run folder stays inside."""
     jobs = []
     for name in NAMES:
         with suppress(ApiError):
@@ -147,7 +160,9 @@ def test_names_are_never_commands_or_flags(harness: QueueHarness, tmp_path: Path
 def test_values_are_never_flags(harness: QueueHarness, option: str) -> None:
     """What is written into a file is read there: nothing of it reaches a command line."""
     with suppress(ApiError):
-        job = harness.jobs.enqueue(JobRequest(draft=harness.create_draft("v", **{option: "--serve"})))
+        job = harness.jobs.enqueue(
+            JobRequest(draft=harness.create_draft("v", **{option: "--serve"}))
+        )
         assert "--serve" not in harness.read_job_file(job, "job.json")["argv"]
 
 
@@ -169,10 +184,15 @@ def test_a_pickle_among_the_files_is_never_opened(harness: QueueHarness, tmp_pat
     harness.wait_for_state(job, "done")
     checkpoint = next(run_dir.glob("checkpoint-*"))
     for path in (
-        run_dir / "pytorch_lora_weights.bin", checkpoint / "optimizer.pt", checkpoint / "state.json",
-        run_dir / "events.jsonl", run_dir / "images" / "a.png", harness.workspace.datasets_dir / "photos" / "b.png",
-        harness.jobs.jobs_dir / job.id / "end.json", harness.workspace.server_dir / "queue.json",
-    ):  # fmt: skip
+        run_dir / "pytorch_lora_weights.bin",
+        checkpoint / "optimizer.pt",
+        checkpoint / "state.json",
+        run_dir / "events.jsonl",
+        run_dir / "images" / "a.png",
+        harness.workspace.datasets_dir / "photos" / "b.png",
+        harness.jobs.jobs_dir / job.id / "end.json",
+        harness.workspace.server_dir / "queue.json",
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     again = harness.restart()
@@ -222,7 +242,9 @@ def test_no_secret_lies_in_the_workspace_of_a_job(
         monkeypatch.setenv(name, CANARY)
     job = harness.enqueue("quiet")
     harness.wait_for_state(job, "done")
-    wait_until(lambda: (harness.jobs.jobs_dir / job.id / "exit.json").exists(), "the runner has ended")
+    wait_until(
+        lambda: (harness.jobs.jobs_dir / job.id / "exit.json").exists(), "the runner has ended"
+    )
     held = [path for path in harness.workspace.root.rglob("*") if path.is_file()]
     assert len(held) > 10
     assert [path for path in held if CANARY.encode() in path.read_bytes()] == []

@@ -35,13 +35,17 @@ def folder(datasets: DatasetService) -> Path:
 
 
 def write(datasets: DatasetService, file: str, text: str, before: str | None) -> DatasetItem:
-    page = datasets.write_caption("photos", file, CaptionWrite(text=text, before=before), CropSettings())
+    page = datasets.write_caption(
+        "photos", file, CaptionWrite(text=text, before=before), CropSettings()
+    )
     assert (page.total, len(page.items)) == (1, 1)
     return page.items[0]
 
 
 def trash(datasets: DatasetService) -> list[bytes]:
-    found = (path for path in (datasets.workspace.server_dir / "trash").rglob("*") if path.is_file())
+    found = (
+        path for path in (datasets.workspace.server_dir / "trash").rglob("*") if path.is_file()
+    )
     return sorted(path.read_bytes() for path in found)
 
 
@@ -66,7 +70,12 @@ def test_the_first_caption_and_its_undoing(photos: DatasetService) -> None:
 
 
 def test_another_text_there_is_not_overwritten(photos: DatasetService) -> None:
-    for file, before in (("a.png", None), ("a.png", "first"), ("b.png", "something"), ("b.png", "")):
+    for file, before in (
+        ("a.png", None),
+        ("a.png", "first"),
+        ("b.png", "something"),
+        ("b.png", ""),
+    ):
         with pytest.raises(ApiError) as caught:
             write(photos, file, "mine", before)
         assert caught.value.status == 409
@@ -101,7 +110,9 @@ def test_an_unreadable_text_can_be_replaced_and_is_kept(photos: DatasetService) 
     assert trash(photos) == [b"caf\xe9"]
 
 
-def test_a_full_or_locked_disk_is_told(photos: DatasetService, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_or_locked_disk_is_told(
+    photos: DatasetService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(path: Path, text: str) -> None:
         raise OSError(30, "Read-only file system")
 
@@ -151,6 +162,8 @@ def test_in_a_folder_that_was_added(tmp_path: Path) -> None:
     (tmp_path / "mine" / "a.png").write_bytes(PNG)
     datasets = DatasetService(make_workspace(tmp_path / "w", tmp_path / "mine"))
     datasets.create("mine", str(tmp_path / "mine"))
-    page = datasets.write_caption("mine", "a.png", CaptionWrite(text="a cat", before=None), CropSettings())
+    page = datasets.write_caption(
+        "mine", "a.png", CaptionWrite(text="a cat", before=None), CropSettings()
+    )
     assert page.items[0].captions == ["a cat"]
     assert (tmp_path / "mine" / "a.txt").read_text() == "a cat"

@@ -37,7 +37,13 @@ def test_what_holds_says_what_differs(workspace: Workspace) -> None:
 
 
 def test_all_problems_at_once_with_their_option(workspace: Workspace) -> None:
-    config = {"learning_rat": 1, "network-rank": 0, "lr_scheduler": "cosine", "lr_end": 1, "seed": "x"}
+    config = {
+        "learning_rat": 1,
+        "network-rank": 0,
+        "lr_scheduler": "cosine",
+        "lr_end": 1,
+        "seed": "x",
+    }
     sets = [*SETS, {"id": "more", "instance_data_dir": "gone", "resolution": -1, "croop": 1}, 7]
     found = said(validate_config(workspace, config, sets))
     assert found["learning_rat"] == "unknown option; did you mean 'learning_rate'?"
@@ -60,7 +66,9 @@ def test_all_problems_at_once_with_their_option(workspace: Workspace) -> None:
         {"push_to_hub": True, "loss_type": "l7", "tokenizer_max_length": 10**9},
     ],
 )
-def test_the_same_words_as_the_reader_of_files(workspace: Workspace, config: dict, tmp_path: Path) -> None:
+def test_the_same_words_as_the_reader_of_files(
+    workspace: Workspace, config: dict, tmp_path: Path
+) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     (tmp_path / "multidatabackend.json").write_text("[]")
@@ -88,7 +96,9 @@ def test_what_reaches_outside_is_not_settable(workspace: Workspace, name: str) -
 @pytest.mark.parametrize(
     "written", ["/etc/passwd", "../outside", "~root", "link", "pics/../../outside", "a\0b"]
 )
-@pytest.mark.parametrize("name", ["output_dir", "init_lora", "cache_dir", "pretrained_model_name_or_path"])
+@pytest.mark.parametrize(
+    "name", ["output_dir", "init_lora", "cache_dir", "pretrained_model_name_or_path"]
+)
 def test_paths_stay_inside(workspace: Workspace, name: str, written: str) -> None:
     (workspace.root / "link").symlink_to("../outside")
     message = said(validate_config(workspace, {name: written}, SETS))[name]
@@ -126,20 +136,36 @@ def test_what_lies_outside_is_not_told(workspace: Workspace) -> None:
 def test_other_roots_and_repositories_are_allowed(workspace: Workspace, tmp_path: Path) -> None:
     wider = Workspace(workspace.root, ((tmp_path / "outside").resolve(),))
     sets = [{"id": "a", "instance_data_dir": str(tmp_path / "outside")}]
-    config = {"output_dir": str(tmp_path / "outside" / "run"), "pretrained_model_name_or_path": "some/base"}
+    config = {
+        "output_dir": str(tmp_path / "outside" / "run"),
+        "pretrained_model_name_or_path": "some/base",
+    }
     assert validate_config(wider, config, sets).problems == []
     assert len(validate_config(workspace, config, sets).problems) == 2
 
 
-def test_the_environment_is_never_read(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_never_read(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SIMPLETUNER_SEED", "77")
     monkeypatch.setenv("A_SECRET", "hunter2")
     config = {"tracker_run_name": "{env:A_SECRET}", "lora_target_modules": ["{env:A_SECRET}"]}
-    sets = [{"id": "photos", "instance_data_dir": "{env:A_SECRET}", "instance_prompt": ["{env:A_SECRET}"]}]
+    sets = [
+        {
+            "id": "photos",
+            "instance_data_dir": "{env:A_SECRET}",
+            "instance_prompt": ["{env:A_SECRET}"],
+        }
+    ]
     verdict = validate_config(workspace, config, sets)
     assert "hunter2" not in verdict.model_dump_json()
     assert "77" not in verdict.model_dump_json()
-    locs = ["tracker_run_name", "lora_target_modules", "photos.instance_data_dir", "photos.instance_prompt"]
+    locs = [
+        "tracker_run_name",
+        "lora_target_modules",
+        "photos.instance_data_dir",
+        "photos.instance_prompt",
+    ]
     assert [problem.loc for problem in verdict.problems] == locs
 
 
@@ -152,10 +178,20 @@ def test_training_in_fp16_is_refused_at_its_option(workspace: Workspace) -> None
 
 def test_odd_values_are_complaints_not_failures(workspace: Workspace) -> None:
     odd = [None, [], {}, True, -1, 1e400, "", " ", "\ud800", [[]], {"a": 1}, "null"]
-    for name in ("resolution", "lora_rank", "output_dir", "lora_target_modules", "", "model", "_metadata"):
+    for name in (
+        "resolution",
+        "lora_rank",
+        "output_dir",
+        "lora_target_modules",
+        "",
+        "model",
+        "_metadata",
+    ):
         for value in odd:
             validate_config(
-                workspace, {name: value}, [{"id": value, "instance_data_dir": value, name: value}, value]
+                workspace,
+                {name: value},
+                [{"id": value, "instance_data_dir": value, name: value}, value],
             )
 
 
@@ -168,5 +204,7 @@ def test_odd_values_are_complaints_not_failures(workspace: Workspace) -> None:
         ("variant", "../../x"),
     ],
 )
-def test_what_python_cannot_hold_is_a_complaint(workspace: Workspace, name: str, value: str) -> None:
+def test_what_python_cannot_hold_is_a_complaint(
+    workspace: Workspace, name: str, value: str
+) -> None:
     assert list(said(validate_config(workspace, {name: value}, SETS))) == [name]

@@ -31,7 +31,9 @@ def client(tmp_path: Path) -> TestClient:
     runs = SimpleNamespace(find_folder=lambda id: run if id == run_id(run) else None)
     plans = PlanService(place, (sys.executable, str(fake)))
     app = FastAPI()
-    app.state.services = SimpleNamespace(workspace=place, drafts=DraftService(place), plans=plans, runs=runs)
+    app.state.services = SimpleNamespace(
+        workspace=place, drafts=DraftService(place), plans=plans, runs=runs
+    )
     app.include_router(configs.router)
     register_error_handlers(app)
     return TestClient(app)
@@ -88,7 +90,9 @@ def test_half_a_character_and_unknown_fields_are_refused(client: TestClient) -> 
     for path in ("validate", "drafts", "plan"):
         text = '{"name": "a", "config": {"validation_prompt": "\\ud800"}, "datasets": []}'
         text = text if path == "drafts" else text.replace('"name": "a", ', "")
-        sent = client.post(f"{V1}/{path}", content=text, headers={"content-type": "application/json"})
+        sent = client.post(
+            f"{V1}/{path}", content=text, headers={"content-type": "application/json"}
+        )
         assert sent.status_code == 422, path
         assert sent.json()["detail"][0]["loc"] == "config"
     deep = '{"config": {"a": ' + "[" * 500 + "]" * 500 + "}}"

@@ -1,4 +1,4 @@
-"""What is in a folder, and the very crop that training uses; counts that never claim what is not read."""
+"""The content of a folder, the crop that training uses, and counts of read images only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ FRAMINGS = [
     ResizeCropConfig(crop=True, crop_aspect="preserve"),
     ResizeCropConfig(resolution=512, crop=True, crop_aspect="square", crop_style="random"),
     ResizeCropConfig(
-        resolution=0.5, resolution_type="area", crop=True, crop_aspect="closest", crop_style="corner"
+        resolution=0.5,
+        resolution_type="area",
+        crop=True,
+        crop_aspect="closest",
+        crop_style="corner",
     ),
     ResizeCropConfig(resolution=300, resolution_type="pixel"),
 ]
@@ -53,7 +57,9 @@ def filled(folder: Path) -> Path:
     return folder
 
 
-def settled(datasets: DatasetService, name: str, holds: Callable[[DatasetInfo], bool]) -> DatasetInfo:
+def settled(
+    datasets: DatasetService, name: str, holds: Callable[[DatasetInfo], bool]
+) -> DatasetInfo:
     end = time.monotonic() + 240
     while not holds(found := datasets.get_info(name)):
         assert time.monotonic() < end, found
@@ -73,13 +79,18 @@ def test_counts_and_filters(tmp_path: Path) -> None:
         if path.suffix in (".png", ".jpg")
     )
     shown = {
-        only: [item.file for item in datasets.list_items("photos", 0, 60, only, CropSettings()).items]
+        only: [
+            item.file for item in datasets.list_items("photos", 0, 60, only, CropSettings()).items
+        ]
         for only in ("all", "captioned", "uncaptioned", "refused")
     }
     assert shown["uncaptioned"] == ["turned.jpg"]
     assert shown["refused"] == ["broken.png", "inner/latin.png", "wide.png"]
     assert sorted(shown["captioned"] + shown["uncaptioned"] + shown["refused"]) == shown["all"]
-    by_name = {item.file: item for item in datasets.list_items("photos", 0, 60, "all", CropSettings()).items}
+    by_name = {
+        item.file: item
+        for item in datasets.list_items("photos", 0, 60, "all", CropSettings()).items
+    }
     assert (by_name["turned.jpg"].width_px, by_name["turned.jpg"].height_px) == (200, 300)
     assert by_name["turned.jpg"].caption_text == "  \n"
     assert by_name["0.png"].captions == ["picture 0", "said otherwise"]
@@ -144,7 +155,9 @@ def test_changes_are_seen(tmp_path: Path) -> None:
         if one.file == "1.png"
     ]
     assert item.captions == []
-    assert [one.file for one in datasets.list_items("photos", 0, 9, "uncaptioned", CropSettings()).items] == [
+    assert [
+        one.file for one in datasets.list_items("photos", 0, 9, "uncaptioned", CropSettings()).items
+    ] == [
         "1.png",
         "turned.jpg",
     ]
@@ -162,7 +175,9 @@ def test_a_caption_does_not_hide_what_was_uploaded_meanwhile(tmp_path: Path) -> 
     assert datasets.get_info("photos").pictures == 10
 
 
-def test_in_place_changes_are_counted_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_place_changes_are_counted_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(image_index, "RESCAN_AFTER_S", 0.05)
     where = make_workspace(tmp_path / "w")
     folder = filled(where.datasets_dir / "photos")
@@ -172,13 +187,17 @@ def test_in_place_changes_are_counted_after_a_while(tmp_path: Path, monkeypatch:
     settled(datasets, "photos", lambda info: info.captioned == 4)
 
 
-def test_headers_are_kept_for_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_are_kept_for_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where = make_workspace(tmp_path / "w")
     folder = filled(where.datasets_dir / "photos")
     read: list[str] = []
     real = image_index.read_image_header
     monkeypatch.setattr(
-        image_index, "read_image_header", lambda path, most: read.append(path.name) or real(path, most)
+        image_index,
+        "read_image_header",
+        lambda path, most: read.append(path.name) or real(path, most),
     )
     first = settled(DatasetService(where), "photos", lambda info: not info.unread)
     kept = where.server_dir / "datasets" / "photos.json"
@@ -227,7 +246,9 @@ def test_thousands_of_pictures(tmp_path: Path, count: int) -> None:
             0,
         )
     assert min(times) < 0.1
-    assert sum(bucket.pictures for bucket in datasets.count_buckets("many", CropSettings())) == count
+    assert (
+        sum(bucket.pictures for bucket in datasets.count_buckets("many", CropSettings())) == count
+    )
     assert datasets.list_items("many", 0, 60, "captioned", CropSettings()).total == 1
 
 
@@ -249,17 +270,27 @@ def test_make_and_add(tmp_path: Path) -> None:
     with pytest.raises(PathOutsideWorkspace):
         datasets.create("x", str(allowed / "out" / "a"))
     for name, path, status in [
-        ("new", None, 409), ("cats", None, 409), ("", None, 422), (".hidden", None, 422), ("a/b", None, 422),
-        ("..", None, 422), ("a" * 65, None, 422), ("é", None, 422), ("a\n", None, 422), ("a b", None, 422),
-        ("x", str(allowed / "none"), 422), ("x", str(where.root), 422), ("x", str(where.server_dir), 422),
+        ("new", None, 409),
+        ("cats", None, 409),
+        ("", None, 422),
+        (".hidden", None, 422),
+        ("a/b", None, 422),
+        ("..", None, 422),
+        ("a" * 65, None, 422),
+        ("é", None, 422),
+        ("a\n", None, 422),
+        ("a b", None, 422),
+        ("x", str(allowed / "none"), 422),
+        ("x", str(where.root), 422),
+        ("x", str(where.server_dir), 422),
         ("x", str(allowed / "cats" / "0.png"), 422),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(ApiError) as caught:
             datasets.create(name, path)
         assert caught.value.status == status, name
-    assert [info.name for info in DatasetService(make_workspace(tmp_path / "w")).list_datasets()] == [
-        "new"
-    ]  # the root is not allowed now
+    assert [
+        info.name for info in DatasetService(make_workspace(tmp_path / "w")).list_datasets()
+    ] == ["new"]  # the root is not allowed now
     for name in ("none", "../w", ".."):
         with pytest.raises(ApiError) as caught:
             datasets.get_info(name)
@@ -310,7 +341,9 @@ def test_only_pictures_are_handed_out(tmp_path: Path) -> None:
         assert caught.value.status == 404
 
 
-def test_a_folder_that_cannot_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_read_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(_: object) -> None:
         raise DataError("photos: Permission denied")
 

@@ -50,7 +50,9 @@ def test_from_nothing_to_captioned_pictures(web: TestClient) -> None:
     assert held(web) == (1, 0)
     assert put(web, "cats/a%20b.txt", b"a red field")[0] == 200
     assert held(web) == (1, 1)
-    page = web.get(f"{P}/datasets/photos/items", params={"resolution": 512, "crop_aspect": "square"}).json()
+    page = web.get(
+        f"{P}/datasets/photos/items", params={"resolution": 512, "crop_aspect": "square"}
+    ).json()
     (item,) = page["items"]
     assert (item["file"], item["captions"], item["bucket_px"]) == (
         "cats/a b.png",
@@ -59,7 +61,8 @@ def test_from_nothing_to_captioned_pictures(web: TestClient) -> None:
     )
     assert item["crop_px"] == [16, 0, 64, 64]
     answer = web.put(
-        f"{P}/datasets/photos/captions/cats/a%20b.png", json={"text": "red", "before": "a red field"}
+        f"{P}/datasets/photos/captions/cats/a%20b.png",
+        json={"text": "red", "before": "a red field"},
     )
     assert answer.json()["items"][0]["captions"] == ["red"]
     answer = web.put(
@@ -80,7 +83,14 @@ def test_pictures_are_sent_whole_and_small(web: TestClient) -> None:
     small = web.get(f"{P}/datasets/photos/files/a.png", params={"width": 50})
     assert small.headers["content-type"] == "image/jpeg"
     assert Image.open(io.BytesIO(small.content)).size == (96, 64)
-    for file in ("none.png", "a.txt", "..%2f..%2fa.png", "%2e%2e/%2e%2e/x", "a.png%00", "%2fetc%2fpasswd"):
+    for file in (
+        "none.png",
+        "a.txt",
+        "..%2f..%2fa.png",
+        "%2e%2e/%2e%2e/x",
+        "a.png%00",
+        "%2fetc%2fpasswd",
+    ):
         for params in ({}, {"width": 96}):
             assert web.get(f"{P}/datasets/photos/files/{file}", params=params).status_code == 404
 
@@ -88,18 +98,29 @@ def test_pictures_are_sent_whole_and_small(web: TestClient) -> None:
 def test_refusals_say_what_is_wrong(web: TestClient) -> None:
     put(web, "a.png", PNG)
     for file, data, status, word in [
-        ("a.png", OTHER_PNG, 409, "rename"), ("b.png", b"<html>", 415, "starts with"),
-        ("b.svg", b"<svg/>", 415, ".svg"), ("%2e%2e%2fb.png", PNG, 422, "leads out"),
+        ("a.png", OTHER_PNG, 409, "rename"),
+        ("b.png", b"<html>", 415, "starts with"),
+        ("b.svg", b"<svg/>", 415, ".svg"),
+        ("%2e%2e%2fb.png", PNG, 422, "leads out"),
         ("c.zip", b"PK", 415, "archive"),
-    ]:  # fmt: skip
+    ]:
         got, body = put(web, file, data)
         assert got == status
         assert word in said(body)
     assert put(web, "a.png", PNG, "none")[0] == 404
     assert web.get(f"{P}/datasets/none").status_code == 404
     assert put(web, "a.png", PNG, "..")[0] in (404, 405)
-    for query in ("resolution=0", "resolution=nan", "resolution_type=inch", "crop_style=face", "offset=-1",
-                  "limit=0", "limit=201", "only=bad", "seed=-1"):  # fmt: skip
+    for query in (
+        "resolution=0",
+        "resolution=nan",
+        "resolution_type=inch",
+        "crop_style=face",
+        "offset=-1",
+        "limit=0",
+        "limit=201",
+        "only=bad",
+        "seed=-1",
+    ):
         assert web.get(f"{P}/datasets/photos/items?{query}").status_code == 422, query
     for name in ("photos", "a/b", ".x", "x" * 65):
         assert web.post(f"{P}/datasets", json={"name": name}).status_code in (409, 422)
@@ -127,7 +148,9 @@ def test_a_body_above_the_limit(tmp_path: Path) -> None:
     web.post(f"{P}/datasets", json={"name": "photos"})
     assert put(web, "a.png", PNG)[0] == 413
 
-    answer = web.put(f"{P}/datasets/photos/files/a.png", content=(PNG for _ in range(2)), headers=OCTETS)
+    answer = web.put(
+        f"{P}/datasets/photos/files/a.png", content=(PNG for _ in range(2)), headers=OCTETS
+    )
     assert answer.status_code == 413
     assert list((where.datasets_dir / "photos" / INCOMING_FOLDER).iterdir()) == []
 
@@ -167,11 +190,20 @@ def test_an_upload_that_is_cut_off_leaves_nothing(web: TestClient, tmp_path: Pat
 
     path = f"{P}/datasets/photos/files/a.png"
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "PUT", "path": path,
-        "raw_path": path.encode(), "root_path": "", "scheme": "http", "query_string": b"",
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "PUT",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "scheme": "http",
+        "query_string": b"",
         "headers": [(b"content-length", b"1000"), (b"content-type", b"application/octet-stream")],
-        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80), "state": {},
-    }  # fmt: skip
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+        "state": {},
+    }
     asyncio.run(web.app(scope, receive, send))
     assert answers[0]["status"] == 400
     files = [path for path in (tmp_path / "w" / "datasets").rglob("*") if path.is_file()]

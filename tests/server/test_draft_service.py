@@ -42,7 +42,9 @@ def test_a_draft_is_a_file_that_another_server_reads(workspace: Workspace) -> No
     again = DraftService(workspace).update(made.id, wanted("other", 1, lora_rank=4))
     assert (again.version, again.name, again.config) == (2, "other", {"lora_rank": 4})
     assert [draft.id for draft in DraftService(workspace).list_drafts()] == [made.id]
-    assert [path.name for path in (workspace.server_dir / "drafts").iterdir()] == [f"{made.id}.json"]
+    assert [path.name for path in (workspace.server_dir / "drafts").iterdir()] == [
+        f"{made.id}.json"
+    ]
 
 
 def test_a_stale_version_changes_nothing(workspace: Workspace) -> None:
@@ -87,7 +89,9 @@ def test_what_is_removed_goes_to_the_trash(workspace: Workspace) -> None:
         drafts.remove(made.id)
 
 
-@pytest.mark.parametrize("id", ["", "x" * 12, "../../../etc", "0" * 13, "A" * 12, "0" * 12, "00000000000\n"])
+@pytest.mark.parametrize(
+    "id", ["", "x" * 12, "../../../etc", "0" * 13, "A" * 12, "0" * 12, "00000000000\n"]
+)
 def test_ids_that_are_none(workspace: Workspace, id: str) -> None:
     for act in (DraftService(workspace).get, DraftService(workspace).remove):
         with refused(404):
@@ -112,15 +116,26 @@ def test_a_damaged_file_does_not_hide_the_others(workspace: Workspace) -> None:
 def test_options_are_imported_under_their_own_names() -> None:
     text = """{
       // from another program
-      "$schema": "x", "--network-rank": "32", "base_model_precision": "int8-quanto", "learning_rate": "2e-4",
+      "$schema": "x", "--network-rank": "32", "base_model_precision": "int8-quanto",
+      "learning_rate": "2e-4",
       "seed": 42, "pretrained_model_name_or_path": null, "webhook_config": {"webhook_url": "http://x/secret"},
-      "noise_offset": 0.1, "data_backend_config": "sets.json", "lora_ranc": 3, "max_train_steps": "many",
+      "noise_offset": 0.1, "data_backend_config": "sets.json", "lora_ranc": 3,
+      "max_train_steps": "many",
       "tracker_run_name": "{env:HOME}",
     }"""
     found = parse_import(ImportRequest(name="config.jsonc", text=text))
-    kept = {"lora_rank": 32, "base_model_precision": "int8", "learning_rate": 2e-4, "max_train_steps": "many"}
+    kept = {
+        "lora_rank": 32,
+        "base_model_precision": "int8",
+        "learning_rate": 2e-4,
+        "max_train_steps": "many",
+    }
     assert found.config == kept
-    assert [problem.loc for problem in found.problems] == ["lora_ranc", "max_train_steps", "tracker_run_name"]
+    assert [problem.loc for problem in found.problems] == [
+        "lora_ranc",
+        "max_train_steps",
+        "tracker_run_name",
+    ]
     assert "secret" not in found.model_dump_json()
     assert len(found.notes) == 3
 
@@ -130,7 +145,9 @@ def test_toml_datasets_and_broken_files_are_told_apart() -> None:
     sets = parse_import(ImportRequest(name="multidatabackend.json", text='[{"id": "a"}, 3] // two'))
     assert sets.datasets == [{"id": "a"}]
     assert len(sets.problems) == 1
-    wrapped = parse_import(ImportRequest(name="c.json", text='{"_metadata": {}, "config": {"seed": 7}}'))
+    wrapped = parse_import(
+        ImportRequest(name="c.json", text='{"_metadata": {}, "config": {"seed": 7}}')
+    )
     assert wrapped.config == {"seed": 7}
     broken = parse_import(ImportRequest(name="../../config.json", text='{\n  "seed": }'))
     assert broken.config is None
@@ -146,9 +163,14 @@ def test_a_run_is_copied_without_what_is_its_own(workspace: Workspace) -> None:
     sets = workspace.root / "config" / "fox" / "multidatabackend.json"
     sets.write_text('[{"id": "pics", "instance_data_dir": "pics", "repeats": 2}]')
     flat = resolved_options(RunConfig()) | {
-        "lora_rank": 4, "output_dir": str(run), "resume_from_checkpoint": "must", "seed": 9,
-        "data_backend_config": str(sets), "webhook_config": {"webhook_url": "***"}, "max_train_steps": 30,
-    }  # fmt: skip
+        "lora_rank": 4,
+        "output_dir": str(run),
+        "resume_from_checkpoint": "must",
+        "seed": 9,
+        "data_backend_config": str(sets),
+        "webhook_config": {"webhook_url": "***"},
+        "max_train_steps": 30,
+    }
     (run / "config.json").write_text(json.dumps(flat))
     draft = DraftService(workspace).create_from_run(run)
     assert draft.config == {"lora_rank": 4, "seed": 9, "max_train_steps": 30}

@@ -1,12 +1,10 @@
-"""The table that the form is made of: complete, true to the schema, and its presets are the planner's."""
+"""The form schema is complete, agrees with the option schema, and its presets are the planner's."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-
-import pytest
 
 from simpletuner.config.load import try_load_mapping
 from simpletuner.config.option_catalog import all_options
@@ -25,18 +23,27 @@ def test_every_option_once_in_the_schemas_order() -> None:
     assert EVERY["model_flavour"].choices == ["base", "hd", "flash", "nano"]
     assert EVERY["gradient_checkpointing"].kind == "amount"
     assert (
-        json.loads(form_schema.build_form_schema().model_dump_json())["options"][0]["name"] == "model_family"
+        json.loads(form_schema.build_form_schema().model_dump_json())["options"][0]["name"]
+        == "model_family"
     )
 
 
 def test_what_cannot_be_set_is_marked() -> None:
-    assert {name for name, option in EVERY.items() if not option.settable} == set(form_schema.NOT_SETTABLE)
+    assert {name for name, option in EVERY.items() if not option.settable} == set(
+        form_schema.NOT_SETTABLE
+    )
 
 
 def test_fields_of_datasets_are_those_of_the_reader(tmp_path: Path) -> None:
-    assert set(FIELDS) | set(form_schema.HIDDEN_DATASET_FIELDS) == set(IMAGE_FIELDS) | set(COMMON_FIELDS)
+    assert set(FIELDS) | set(form_schema.HIDDEN_DATASET_FIELDS) == set(IMAGE_FIELDS) | set(
+        COMMON_FIELDS
+    )
     assert FIELDS["crop_style"].choices == ["center", "random", "corner"]
-    assert [FIELDS[name].kind for name in ("crop", "repeats", "probability")] == ["flag", "integer", "number"]
+    assert [FIELDS[name].kind for name in ("crop", "repeats", "probability")] == [
+        "flag",
+        "integer",
+        "number",
+    ]
     assert FIELDS["crop_aspect_buckets"].structured
     given = {name: field.default for name, field in FIELDS.items() if field.default is not None}
     sets = [{**given, "id": "a", "instance_data_dir": str(tmp_path), "crop_style": "center"}]
@@ -84,7 +91,10 @@ def test_the_pages_have_a_name_for_every_section() -> None:
 
 
 def test_a_lycoris_run_is_asked_for_lycoris_own() -> None:
-    needs = {option.name: option.needs.get("lora_type") for option in form_schema.build_form_schema().options}
+    needs = {
+        option.name: option.needs.get("lora_type")
+        for option in form_schema.build_form_schema().options
+    }
     assert needs["lycoris_config"] == ["lycoris"]
     assert needs["lora_rank"] == needs["use_dora"] == ["standard"]
     assert needs["flux_lora_target"] is None

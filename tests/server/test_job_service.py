@@ -1,4 +1,4 @@
-"""Queueing: frozen configurations, order, one job per run folder; files that may be lost at any time."""
+"""Queueing: frozen configurations, order, one job per run folder, and the loss of files."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def test_the_configuration_is_frozen(harness: QueueHarness) -> None:
     assert harness.jobs.newest_by_run()[job.run] == job
 
 
-@pytest.mark.parametrize("name", ["-rf", "--config=x", "$(touch pwned)", "a; b", "x" * 80, "ärger ünd süßes"])
+@pytest.mark.parametrize(
+    "name", ["-rf", "--config=x", "$(touch pwned)", "a; b", "x" * 80, "ärger ünd süßes"]
+)
 def test_names_are_harmless(harness: QueueHarness, name: str) -> None:
     job = harness.enqueue(name)
     argv, run_dir = harness.read_job_file(job, "job.json")["argv"], Path(job.run_dir)
@@ -118,9 +120,9 @@ def test_order_and_withdrawal(harness: QueueHarness) -> None:
         assert caught.value.status == 409
     harness.jobs.cancel(first)
     assert queued(harness) == [third, second]
-    assert [path.name for path in harness.workspace.server_dir.glob("trash/*/job-*")] == [f"job-{first}"], (
-        "kept in the trash"
-    )
+    assert [path.name for path in harness.workspace.server_dir.glob("trash/*/job-*")] == [
+        f"job-{first}"
+    ], "kept in the trash"
     with pytest.raises(ApiError) as caught:
         harness.jobs.cancel(first)
     assert caught.value.status == 404
@@ -195,7 +197,9 @@ def test_ended_jobs_are_read_once_and_leave_with_their_folders(
     (folder / "end.json").write_text(ended.model_dump_json())
     read: list[str] = []
     real = JobFolder.read_final_job
-    monkeypatch.setattr(JobFolder, "read_final_job", lambda self: read.append(self.id) or real(self))
+    monkeypatch.setattr(
+        JobFolder, "read_final_job", lambda self: read.append(self.id) or real(self)
+    )
     for _ in range(3):
         assert harness.jobs.get_queue().jobs == [ended]
     assert read == [job.id]
@@ -214,16 +218,25 @@ def test_half_a_folder_is_no_job(harness: QueueHarness) -> None:
 
 def test_resume_of_a_run_that_was_started_by_hand(harness: QueueHarness) -> None:
     folder = run_folder(
-        harness, "hand", output_dir="elsewhere", num_train_epochs=3, max_train_steps=None,
-        webhook_config={"url": "***"}, resume_from_checkpoint="never",
-    )  # fmt: skip
+        harness,
+        "hand",
+        output_dir="elsewhere",
+        num_train_epochs=3,
+        max_train_steps=None,
+        webhook_config={"url": "***"},
+        resume_from_checkpoint="never",
+    )
     job = harness.jobs.resume(run_id(folder), ResumeRequest(max_train_steps=50))
     assert job.message.startswith("webhook_config was omitted: it sends events to a URL")
     config = harness.read_job_file(job, "config/config.json")
     assert config == {
-        "output_dir": str(folder), "max_train_steps": 50, "resume_from_checkpoint": "latest",
-        "data_backend_config": str(harness.jobs.jobs_dir / job.id / "config" / "multidatabackend.json"),
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "max_train_steps": 50,
+        "resume_from_checkpoint": "latest",
+        "data_backend_config": str(
+            harness.jobs.jobs_dir / job.id / "config" / "multidatabackend.json"
+        ),
+    }
     (one,) = harness.read_job_file(job, "config/multidatabackend.json")
     assert one["instance_data_dir"] == str(harness.workspace.datasets_dir / "photos")
 
@@ -238,7 +251,10 @@ def test_resume_from_a_checkpoint_by_its_name(harness: QueueHarness) -> None:
     with pytest.raises(ApiError) as caught:
         harness.jobs.resume(run_id(folder), ResumeRequest(max_train_steps=0))
     job = harness.jobs.resume(run_id(folder), ResumeRequest(checkpoint="checkpoint-20"))
-    assert harness.read_job_file(job, "config/config.json")["resume_from_checkpoint"] == "checkpoint-20"
+    assert (
+        harness.read_job_file(job, "config/config.json")["resume_from_checkpoint"]
+        == "checkpoint-20"
+    )
 
 
 def test_a_run_that_is_done_needs_more_steps(harness: QueueHarness) -> None:
@@ -270,7 +286,7 @@ def test_a_resume_below_its_checkpoint_is_refused(harness: QueueHarness) -> None
 
 
 def test_options_are_frozen_by_their_own_names(harness: QueueHarness) -> None:
-    """Another spelling would meet the server's own word for it in the file, and be refused there."""
+    """An alias would clash with the canonical name that the server writes to the file."""
     job = harness.enqueue(**{"--output-dir": "output/other", "network-rank": 8})
     config = harness.read_job_file(job, "config/config.json")
     assert config["output_dir"] == str(harness.workspace.output_dir / "other")
@@ -288,11 +304,15 @@ def test_a_config_by_hand_is_not_written_over(harness: QueueHarness) -> None:
     assert harness.enqueue(output_dir="config/fox").state == "queued", "a run's own is"
 
 
-def test_a_clock_that_went_back_hides_no_job(harness: QueueHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_went_back_hides_no_job(
+    harness: QueueHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = run_folder(harness, "hand")
     first = harness.jobs.resume(run_id(folder), ResumeRequest())
     path = harness.jobs.jobs_dir / first.id / "end.json"
-    path.write_text(first.model_copy(update={"state": "stopped", "queued_t": 9e9}).model_dump_json())
+    path.write_text(
+        first.model_copy(update={"state": "stopped", "queued_t": 9e9}).model_dump_json()
+    )
     again = harness.jobs.resume(run_id(folder), ResumeRequest())
     assert harness.jobs.newest_by_run()[again.run].id == again.id
     with pytest.raises(ApiError, match="already has a job"):
@@ -325,7 +345,10 @@ def test_results_of_a_run_are_not_trained_over_unasked(harness: QueueHarness) ->
     assert rehearsal.state == "queued", "it writes nothing there"
     assert harness.enqueue("zorbo 2").run_dir == f"{folder}-2"
     said = harness.enqueue(resume_from_checkpoint="checkpoint-20")
-    assert harness.read_job_file(said, "config/config.json")["resume_from_checkpoint"] == "checkpoint-20"
+    assert (
+        harness.read_job_file(said, "config/config.json")["resume_from_checkpoint"]
+        == "checkpoint-20"
+    )
     harness.jobs.cancel(said.id)
     assert harness.enqueue(resume_from_checkpoint="never").run_dir == str(folder)
 
@@ -340,7 +363,7 @@ HOOK = {"url": "https://evil.example/hook"}
 
 @pytest.mark.parametrize("hook", [HOOK, [HOOK], "hooks.json"])
 def test_a_run_folder_from_elsewhere_brings_no_hook(harness: QueueHarness, hook: object) -> None:
-    """Copied in, its config.json may say anything: nothing that no page can set is taken from it."""
+    """The config.json of a copied folder can contain anything; unsettable options are omitted."""
     folder = run_folder(harness, "copied", webhook_config=hook)
     job = harness.jobs.resume(run_id(folder), ResumeRequest())
     frozen = "".join(path.read_text() for path in (harness.jobs.jobs_dir / job.id).rglob("*.json"))
@@ -359,10 +382,20 @@ def test_a_run_folder_from_elsewhere_brings_no_hook(harness: QueueHarness, hook:
         ({}, [{"id": "photos", "instance_data_dir": "/etc"}], "photos.instance_data_dir"),
         (
             {},
-            [{"id": "photos", "instance_data_dir": "../datasets/photos", "instance_prompt": "{env:X}"}],
+            [
+                {
+                    "id": "photos",
+                    "instance_data_dir": "../datasets/photos",
+                    "instance_prompt": "{env:X}",
+                }
+            ],
             "photos.instance_prompt",
         ),
-        ({}, [{"id": "photos", "instance_data_dir": "../datasets/gone"}], "photos.instance_data_dir"),
+        (
+            {},
+            [{"id": "photos", "instance_data_dir": "../datasets/gone"}],
+            "photos.instance_data_dir",
+        ),
     ],
 )
 def test_a_run_folder_from_elsewhere_is_read_as_a_draft_is(
@@ -370,7 +403,9 @@ def test_a_run_folder_from_elsewhere_is_read_as_a_draft_is(
 ) -> None:
     folder = run_folder(harness, "copied", **config)
     if sets is not None:
-        Path(harness.workspace.root / "config" / "multidatabackend.json").write_text(json.dumps(sets))
+        Path(harness.workspace.root / "config" / "multidatabackend.json").write_text(
+            json.dumps(sets)
+        )
     with pytest.raises(ApiError) as caught:
         harness.jobs.resume(run_id(folder), ResumeRequest())
     assert [complaint.loc for complaint in caught.value.details] == [loc]

@@ -34,7 +34,10 @@ def client(harness: QueueHarness) -> TestClient:
 
 
 def test_enqueue_look_arrange_withdraw(harness: QueueHarness, client: TestClient) -> None:
-    made = [client.post(f"{API}/jobs", json={"draft": harness.create_draft(name)}) for name in ("one", "two")]
+    made = [
+        client.post(f"{API}/jobs", json={"draft": harness.create_draft(name)})
+        for name in ("one", "two")
+    ]
     assert [answer.status_code for answer in made] == [201, 201]
     first, second = (answer.json()["id"] for answer in made)
     queue = client.get(f"{API}/queue").json()
@@ -69,7 +72,9 @@ def test_refusals(client: TestClient, path: str, body: dict[str, object], status
     assert "detail" in answer.json()
 
 
-def test_a_draft_that_does_not_hold_names_its_options(harness: QueueHarness, client: TestClient) -> None:
+def test_a_draft_that_does_not_hold_names_its_options(
+    harness: QueueHarness, client: TestClient
+) -> None:
     answer = client.post(
         f"{API}/jobs", json={"draft": harness.create_draft(lora_rank="much", output_dir="/etc/x")}
     )
@@ -77,8 +82,12 @@ def test_a_draft_that_does_not_hold_names_its_options(harness: QueueHarness, cli
     assert {one["loc"] for one in answer.json()["detail"]} == {"lora_rank", "output_dir"}
 
 
-@pytest.mark.parametrize(("route", "file"), [("stop", "stop"), ("save", "save"), ("sample", "validate")])
-def test_what_a_run_is_asked_for(harness: QueueHarness, client: TestClient, route: str, file: str) -> None:
+@pytest.mark.parametrize(
+    ("route", "file"), [("stop", "stop"), ("save", "save"), ("sample", "validate")]
+)
+def test_what_a_run_is_asked_for(
+    harness: QueueHarness, client: TestClient, route: str, file: str
+) -> None:
     folder = RunFolder(harness.workspace.output_dir / "by-hand")
     with folder:
         folder.write_config({})
@@ -92,7 +101,8 @@ def test_what_a_run_is_asked_for(harness: QueueHarness, client: TestClient, rout
 
 
 @pytest.mark.parametrize(
-    "config", [{"validation_disable": True}, {"validation_prompt": None, "user_prompt_library": None}]
+    "config",
+    [{"validation_disable": True}, {"validation_prompt": None, "user_prompt_library": None}],
 )
 def test_a_run_without_pictures_is_not_asked_for_them(
     harness: QueueHarness, client: TestClient, config: dict[str, object]
@@ -120,7 +130,9 @@ def test_a_link_in_the_place_of_control_is_not_followed(
     assert list(outside.iterdir()) == []
 
 
-def test_a_run_that_waits_is_withdrawn_not_stopped(harness: QueueHarness, client: TestClient) -> None:
+def test_a_run_that_waits_is_withdrawn_not_stopped(
+    harness: QueueHarness, client: TestClient
+) -> None:
     job = harness.enqueue()
     answer = client.post(f"{API}/runs/{job.run}/stop", json={})
     assert answer.status_code == 409
@@ -129,7 +141,9 @@ def test_a_run_that_waits_is_withdrawn_not_stopped(harness: QueueHarness, client
 
 def test_resume(harness: QueueHarness, client: TestClient) -> None:
     with RunFolder(harness.workspace.output_dir / "by-hand") as folder:
-        folder.write_config({"max_train_steps": 5, "data_backend_config": harness.write_dataset_file()})
+        folder.write_config(
+            {"max_train_steps": 5, "data_backend_config": harness.write_dataset_file()}
+        )
         id = run_id(folder.path)
         answer = client.post(f"{API}/runs/{id}/resume", json={"max_train_steps": 9})
         assert answer.status_code == 409, "it is running"

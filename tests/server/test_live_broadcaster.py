@@ -1,4 +1,4 @@
-"""The live connection: everything once, from where it broke off, to all, and not to those who do not read."""
+"""The live connection: each update once, resumed after a break, and slow clients are dropped."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def serving(app: FastAPI) -> Iterator[str]:
     """A real server on a free port; the address of its live connection."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="error", ws_ping_interval=None, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app, log_level="error", ws_ping_interval=None, timeout_graceful_shutdown=1
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
@@ -74,7 +76,9 @@ def serving(app: FastAPI) -> Iterator[str]:
 class Page:
     """A client that keeps what it was told, as the pages do."""
 
-    def __init__(self, connection: ClientConnection, run: str, since: int = 0, log_since: int = 0) -> None:
+    def __init__(
+        self, connection: ClientConnection, run: str, since: int = 0, log_since: int = 0
+    ) -> None:
         self.connection = connection
         self.events: list[dict[str, Any]] = []
         self.log, self.messages = "", []
@@ -142,7 +146,9 @@ def test_eight_pages_at_once(tmp_path: Path) -> None:
 
     def look(address: str) -> None:
         with connect(address) as connection:
-            heard.append(Page(connection, run_id(run.path)).until(lambda page: 50 in page.steps).steps)
+            heard.append(
+                Page(connection, run_id(run.path)).until(lambda page: 50 in page.steps).steps
+            )
 
     with serving(make_runs_app(tmp_path)) as address:
         pages = [threading.Thread(target=look, args=(address,)) for _ in range(8)]
@@ -175,7 +181,10 @@ def test_a_page_goes_on_after_the_server_was_started_again(tmp_path: Path) -> No
 def test_a_long_run_comes_in_parts(tmp_path: Path) -> None:
     run = RunFolderWriter(tmp_path / "run").write_start(25_000).write_many_steps(25_000)
     (run.path / "train.log").write_text("ü" * 100_000)
-    with serving(make_runs_app(tmp_path)) as address, connect(address, max_size=4 << 20) as connection:
+    with (
+        serving(make_runs_app(tmp_path)) as address,
+        connect(address, max_size=4 << 20) as connection,
+    ):
         page = Page(connection, run_id(run.path))
         page.until(lambda page: 25_000 in page.steps and len(page.log) == 100_000)
     assert page.steps == list(range(1, 25_001))
@@ -216,7 +225,10 @@ def test_who_says_what_cannot_be_understood_is_sent_away(tmp_path: Path) -> None
 def test_so_many_pages_and_no_more(tmp_path: Path) -> None:
     app = make_runs_app(tmp_path, most=2)
     with TestClient(app) as client:
-        with client.websocket_connect("/api/v1/live") as one, client.websocket_connect("/api/v1/live") as two:
+        with (
+            client.websocket_connect("/api/v1/live") as one,
+            client.websocket_connect("/api/v1/live") as two,
+        ):
             assert one.receive_json()["runs"] == two.receive_json()["runs"] == []
             with client.websocket_connect("/api/v1/live") as three:
                 assert code_at_the_end(three) == 1013
@@ -226,7 +238,7 @@ def test_so_many_pages_and_no_more(tmp_path: Path) -> None:
 
 
 def test_who_does_not_read_is_dropped_and_the_others_hear_on(tmp_path: Path) -> None:
-    """A bare connection that never takes a byte from its socket again, with megabytes on their way to it."""
+    """A raw connection that stops reading from its socket while megabytes are sent to it."""
     run = RunFolderWriter(tmp_path / "run").write_start(25_000).write_many_steps(25_000)
     app = make_runs_app(tmp_path, send_s=0.5)
     watcher = app.state.services.broadcaster
@@ -235,8 +247,10 @@ def test_who_does_not_read_is_dropped_and_the_others_hear_on(tmp_path: Path) -> 
         host, port = address.removeprefix("ws://").split("/")[0].split(":")
         deaf.connect((host, int(port)))
         deaf.sendall(
-            f"GET /api/v1/live HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-            "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n".encode()
+            f"GET /api/v1/live HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\n"
+            "Upgrade: websocket\r\n"
+            "Sec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n".encode()
         )
         assert b"101" in deaf.recv(64)
         follow = json.dumps({"run": run_id(run.path)}).encode()
@@ -278,7 +292,9 @@ def test_a_slow_listener_gets_the_newest_list_and_not_every_one(tmp_path: Path) 
     assert len(seen) < 50
 
 
-def test_nobody_listens_nothing_is_watched_and_a_failure_ends_in_a_closed_connection(tmp_path: Path) -> None:
+def test_nobody_listens_nothing_is_watched_and_a_failure_ends_in_a_closed_connection(
+    tmp_path: Path,
+) -> None:
     looks: list[float] = []
 
     def queue() -> Queue:
@@ -294,7 +310,9 @@ def test_nobody_listens_nothing_is_watched_and_a_failure_ends_in_a_closed_connec
 
     async def scene() -> None:
         with pytest.raises(OSError, match="the disk is gone"):
-            await asyncio.wait_for(watcher.stream_to(live_broadcaster.Subscriber(), nothing), PATIENCE_S)
+            await asyncio.wait_for(
+                watcher.stream_to(live_broadcaster.Subscriber(), nothing), PATIENCE_S
+            )
         telling = asyncio.create_task(watcher.stream_to(live_broadcaster.Subscriber(), nothing))
         while len(looks) < 6:
             await asyncio.sleep(0.01)

@@ -17,7 +17,8 @@ from simpletuner.server.plan_service import PlanProcess, PlanService, plan_relev
 from simpletuner.server.schemas.configs import PlanRequest, PlanResponse
 from simpletuner.server.workspace import Workspace
 
-# Says what it was asked, once it may: it waits while a file named "wait" is in its working directory.
+# Says what it was asked, once it may: it waits while a file named "wait" is in its working
+# directory.
 FAKE = """
 import json, os, pathlib, sys, time
 with open("started", "a") as log:
@@ -85,10 +86,13 @@ def test_a_plan_is_made_once(
     state = answer(plans, asked)
     assert state.state == "ready"
     assert state.plan == {
-        "config": {"lora_rank": 8, "resolution": 512}, "words": ["--json", "--fit", "12GB"], "variables": [],
-    }  # fmt: skip
+        "config": {"lora_rank": 8, "resolution": 512},
+        "words": ["--json", "--fit", "12GB"],
+        "variables": [],
+    }
     same = PlanRequest(
-        config={"resolution": 512, "lora_rank": "8", "seed": 3, "validation_prompt": "x"}, fit="12GB"
+        config={"resolution": 512, "lora_rank": "8", "seed": 3, "validation_prompt": "x"},
+        fit="12GB",
     )
     assert plans.get_or_start(same) == state
     assert len(started(workspace)) == 1
@@ -146,7 +150,13 @@ def test_closing_and_the_time_limit_end_the_process(
 
 
 def test_what_a_plan_depends_on() -> None:
-    config = {"seed": 1, "lora_rank": 2, "validation_prompt": "x", "train_batch_size": 3, "report_to": "none"}
+    config = {
+        "seed": 1,
+        "lora_rank": 2,
+        "validation_prompt": "x",
+        "train_batch_size": 3,
+        "report_to": "none",
+    }
     assert plan_relevant_options(config) == {"lora_rank": 2, "train_batch_size": 3}
 
 
@@ -154,7 +164,10 @@ def test_what_a_plan_depends_on() -> None:
 def test_the_real_command(workspace: Workspace) -> None:
     plans = PlanService(workspace)
     state = answer(
-        plans, PlanRequest(config={"model_flavour": "nano", "resolution": 128, "resolution_type": "pixel"})
+        plans,
+        PlanRequest(
+            config={"model_flavour": "nano", "resolution": 128, "resolution_type": "pixel"}
+        ),
     )
     assert state.plan is not None, state.problems
     assert json.loads(state.model_dump_json())["plan"]["training"] > 0
@@ -162,7 +175,9 @@ def test_the_real_command(workspace: Workspace) -> None:
 
 def test_modules_in_the_workspace_are_not_the_planner_s(tmp_path: Path) -> None:
     fake = tmp_path / "fake.py"
-    fake.write_text("import json, os\nprint(json.dumps({'safe': os.environ.get('PYTHONSAFEPATH')}))")
+    fake.write_text(
+        "import json, os\nprint(json.dumps({'safe': os.environ.get('PYTHONSAFEPATH')}))"
+    )
     process = PlanProcess({}, [], tmp_path, (sys.executable, str(fake)))
     while not process.has_ended(1.0):
         pass

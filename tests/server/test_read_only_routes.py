@@ -1,4 +1,4 @@
-"""Every GET of a furnished workspace: it changes nothing, tells no secret and leads to nothing outside."""
+"""GET requests change nothing, reveal no secret and reach nothing outside the workspace."""
 
 from __future__ import annotations
 
@@ -21,12 +21,27 @@ CANARY = "hf_canary0123456789"
 # The server's own memory of what it read: made again whenever it is gone.
 DERIVED = (".simpletuner/thumbs", ".simpletuner/datasets/")
 OUTSIDE = [
-    "../secret.png", "..%2fsecret.png", "%2e%2e%2fsecret.png", "%252e%252e%252fsecret.png", "..%5csecret.png",
-    "%2fetc%2fpasswd", "/etc/passwd", "a.png%00", "link.png", "folder/secret.png", "C:%5cwindows%5cwin.ini",
-    "%5c%5chost%5cshare%5ca.png", "../../../../../../etc/passwd", "windows/win.ini", "~/secret.png",
-    "images/../../secret.png", "file:%2f%2f%2fetc%2fpasswd", "...%2f...%2fsecret.png", "%ff%fe.png",
+    "../secret.png",
+    "..%2fsecret.png",
+    "%2e%2e%2fsecret.png",
+    "%252e%252e%252fsecret.png",
+    "..%5csecret.png",
+    "%2fetc%2fpasswd",
+    "/etc/passwd",
+    "a.png%00",
+    "link.png",
+    "folder/secret.png",
+    "C:%5cwindows%5cwin.ini",
+    "%5c%5chost%5cshare%5ca.png",
+    "../../../../../../etc/passwd",
+    "windows/win.ini",
+    "~/secret.png",
+    "images/../../secret.png",
+    "file:%2f%2f%2fetc%2fpasswd",
+    "...%2f...%2fsecret.png",
+    "%ff%fe.png",
     "a" * 5000,
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -71,7 +86,9 @@ def kept(workspace: Path) -> dict[str, tuple[int, bytes]]:
 def test_reading_changes_nothing_and_tells_no_secret(app: FastAPI, workspace: Path) -> None:
     client = TestClient(app, base_url=HERE)
     run = client.get("/api/v1/runs").json()[0]["id"]
-    draft = client.post("/api/v1/drafts", json={"name": "d", "config": {}, "datasets": []}).json()["id"]
+    draft = client.post("/api/v1/drafts", json={"name": "d", "config": {}, "datasets": []}).json()[
+        "id"
+    ]
     before = kept(workspace)
     asked = 0
     for route in (route for module in ROUTE_MODULES for route in module.router.routes):
@@ -79,7 +96,11 @@ def test_reading_changes_nothing_and_tells_no_secret(app: FastAPI, workspace: Pa
             continue
         id = draft if "draft" in route.path else run
         for file in ("a.png", "config.json", "events.jsonl"):
-            path = route.path.replace("{id}", id).replace("{name}", "photos").replace("{path:path}", file)
+            path = (
+                route.path.replace("{id}", id)
+                .replace("{name}", "photos")
+                .replace("{path:path}", file)
+            )
             answer = client.get(re.sub(r"\{[^}]*\}", "x", path))
             assert answer.status_code in (200, 404), (path, answer.text)
             assert CANARY not in answer.text
@@ -94,7 +115,11 @@ def test_no_path_leads_outside(app: FastAPI, workspace: Path, name: str) -> None
     run = client.get("/api/v1/runs").json()[0]["id"]
     own = client.get("/api/v1/datasets/photos/files/a.png")
     assert own.status_code == 200
-    for path in (f"runs/{run}/files/{name}", f"datasets/photos/files/{name}", f"datasets/{name}/items"):
+    for path in (
+        f"runs/{run}/files/{name}",
+        f"datasets/photos/files/{name}",
+        f"datasets/{name}/items",
+    ):
         for query in ("", "?width=64"):
             answer = client.get(f"/api/v1/{path}{query}")
             assert answer.status_code in (404, 405, 422), (path, answer.status_code)
@@ -102,7 +127,9 @@ def test_no_path_leads_outside(app: FastAPI, workspace: Path, name: str) -> None
             assert "root:" not in answer.text
 
 
-@pytest.mark.parametrize("path", ["/etc", "..", "../outside", "datasets/photos/folder", "~", "/", "\0"])
+@pytest.mark.parametrize(
+    "path", ["/etc", "..", "../outside", "datasets/photos/folder", "~", "/", "\0"]
+)
 def test_folders_outside_are_not_listed(app: FastAPI, path: str) -> None:
     answer = TestClient(app, base_url=HERE).get("/api/v1/folders", params={"path": path})
     assert answer.status_code == 404

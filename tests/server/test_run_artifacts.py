@@ -113,7 +113,10 @@ def test_what_a_browser_might_run_is_a_download(client: TestClient, files: str, 
 @pytest.mark.parametrize("name", ["train.log", "events.jsonl"])
 def test_texts_are_plain(client: TestClient, files: str, name: str) -> None:
     answer = client.get(f"{files}/{name}")
-    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/plain; charset=utf-8")
+    assert (answer.status_code, answer.headers["content-type"]) == (
+        200,
+        "text/plain; charset=utf-8",
+    )
 
 
 def test_a_checkpoint_is_its_lora(client: TestClient, files: str) -> None:
@@ -132,7 +135,15 @@ def test_marks(client: TestClient, files: str, workspace: Path) -> None:
     for _ in range(2):
         again = client.put(url.format("checkpoint-500"), json={"marked": False})
         assert [one["marked"] for one in again.json()["checkpoints"]] == [False]
-    for name in ("checkpoint-7", "checkpoint-9", "images", "up", "..%2fzorbo", "%2e%2e", "checkpoint-500%00"):
+    for name in (
+        "checkpoint-7",
+        "checkpoint-9",
+        "images",
+        "up",
+        "..%2fzorbo",
+        "%2e%2e",
+        "checkpoint-500%00",
+    ):
         assert client.put(url.format(name), json={"marked": True}).status_code == 404, name
     assert not list(workspace.parent.rglob("keep"))
 
@@ -141,10 +152,19 @@ async def asked(app: FastAPI, path: str) -> tuple[int, bytes]:
     """Past the client and its tidying of paths: what a server would hand on after decoding."""
     status, body = 0, b""
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "path": path,
-        "raw_path": path.encode("utf-8", "surrogatepass"), "query_string": b"", "headers": [],
-        "scheme": "http", "server": ("testserver", 80), "client": ("127.0.0.1", 1), "root_path": "",
-    }  # fmt: skip
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "path": path,
+        "raw_path": path.encode("utf-8", "surrogatepass"),
+        "query_string": b"",
+        "headers": [],
+        "scheme": "http",
+        "server": ("testserver", 80),
+        "client": ("127.0.0.1", 1),
+        "root_path": "",
+    }
 
     async def receive() -> dict[str, Any]:
         await asyncio.sleep(3600)
@@ -160,16 +180,47 @@ async def asked(app: FastAPI, path: str) -> tuple[int, bytes]:
 
 PARTS = some.sampled_from(
     [
-        "..", ".", "", "/", "\\", "..\\", "%2e%2e", "%2f", "%252e%252e", "\0", "C:", "//", "~", "up",
-        "out.txt", "loop", "pipe.png", "secret.txt", "zorbo-secret", "zorbo", "output", "x.txt",
-        "checkpoint-7", "checkpoint-500", "etc", "passwd", "file:", "\u2024\u2024", "x" * 300, "é", " ",
-        "\ud800", "control",
+        "..",
+        ".",
+        "",
+        "/",
+        "\\",
+        "..\\",
+        "%2e%2e",
+        "%2f",
+        "%252e%252e",
+        "\0",
+        "C:",
+        "//",
+        "~",
+        "up",
+        "out.txt",
+        "loop",
+        "pipe.png",
+        "secret.txt",
+        "zorbo-secret",
+        "zorbo",
+        "output",
+        "x.txt",
+        "checkpoint-7",
+        "checkpoint-500",
+        "etc",
+        "passwd",
+        "file:",
+        "\u2024\u2024",
+        "x" * 300,
+        "é",
+        " ",
+        "\ud800",
+        "control",
     ]
-)  # fmt: skip
+)
 
 
 @settings(deadline=None, max_examples=150)
-@given(some.lists(PARTS | some.text(max_size=6), min_size=1, max_size=8), some.sampled_from(["/", ""]))
+@given(
+    some.lists(PARTS | some.text(max_size=6), min_size=1, max_size=8), some.sampled_from(["/", ""])
+)
 def test_no_spelling_leads_out(
     workspace: Path, app: FastAPI, files: str, parts: list[str], glue: str
 ) -> None:
@@ -187,12 +238,33 @@ def test_no_spelling_leads_out(
 @pytest.mark.parametrize(
     "path",
     [
-        "../../../secret.txt", "/etc/passwd", "//etc/passwd", "up/secret.txt", "out.txt",
-        "..\\..\\secret.txt", "images/../../../../secret.txt", "../zorbo-secret/x.txt", "../zorbo/train.log",
-        "train.log/", "train.log/.", "train.log\0.png", "\0", "x" * 300, "/".join(["x" * 200] * 30),
-        "C:\\windows\\win.ini", "images", "loop", "pipe.png", "", ".", "..", "checkpoint-7", "~/x", "\ud800",
+        "../../../secret.txt",
+        "/etc/passwd",
+        "//etc/passwd",
+        "up/secret.txt",
+        "out.txt",
+        "..\\..\\secret.txt",
+        "images/../../../../secret.txt",
+        "../zorbo-secret/x.txt",
+        "../zorbo/train.log",
+        "train.log/",
+        "train.log/.",
+        "train.log\0.png",
+        "\0",
+        "x" * 300,
+        "/".join(["x" * 200] * 30),
+        "C:\\windows\\win.ini",
+        "images",
+        "loop",
+        "pipe.png",
+        "",
+        ".",
+        "..",
+        "checkpoint-7",
+        "~/x",
+        "\ud800",
     ],
-)  # fmt: skip
+)
 def test_each_known_trick_is_answered_with_404(
     app: FastAPI, client: TestClient, files: str, path: str
 ) -> None:
@@ -213,7 +285,12 @@ def test_no_such_run(client: TestClient, id: str) -> None:
 
 def test_the_log_is_bounded(client: TestClient, files: str) -> None:
     url = files.replace("/files", "/log")
-    assert client.get(f"{url}?since=7").json() == {"text": "über\n", "start": 7, "end": 13, "size": 13}
+    assert client.get(f"{url}?since=7").json() == {
+        "text": "über\n",
+        "start": 7,
+        "end": 13,
+        "size": 13,
+    }
     assert client.get(f"{url}?since=-6").json()["text"] == "über\n"
     for bad in ("limit=0", "limit=1048577", "since=x"):
         assert client.get(f"{url}?{bad}").status_code == 422

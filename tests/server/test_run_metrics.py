@@ -64,7 +64,10 @@ def test_the_end_is_where_the_live_connection_goes_on(tmp_path: Path) -> None:
     with run.events.open("ab") as file:
         file.write(b'{"t": 1, "kind": "st')
     more = file_reader.read_lines(run.events, end)
-    assert ([file_reader.parse_record(line)["step"] for line in more.lines], more.start) == ([11, 12], end)  # type: ignore[index]
+    assert ([file_reader.parse_record(line)["step"] for line in more.lines], more.start) == (
+        [11, 12],
+        end,
+    )  # type: ignore[index]
     assert RunReader(run.path).metrics(100).end == more.end, "not behind half a line"
 
 

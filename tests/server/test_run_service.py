@@ -32,12 +32,25 @@ def _scans_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_finder, "RESCAN_INTERVAL_S", 0.0)
 
 
-def job(run_dir: Path, state: JobState, started: float | None = START_T, ended: float | None = None) -> Job:
+def job(
+    run_dir: Path, state: JobState, started: float | None = START_T, ended: float | None = None
+) -> Job:
     return Job(
-        id="0123456789ab", run=run_id(run_dir), name="a job", kind="train", state=state, devices="cpu",
-        queued_t=START_T, started_t=started, ended_t=ended, exit_code=None, message="said by the job",
-        advice="", last_lines=[], run_dir=str(run_dir),
-    )  # fmt: skip
+        id="0123456789ab",
+        run=run_id(run_dir),
+        name="a job",
+        kind="train",
+        state=state,
+        devices="cpu",
+        queued_t=START_T,
+        started_t=started,
+        ended_t=ended,
+        exit_code=None,
+        message="said by the job",
+        advice="",
+        last_lines=[],
+        run_dir=str(run_dir),
+    )
 
 
 class SomeJobs:
@@ -66,9 +79,15 @@ def test_runs_are_found_three_levels_deep_and_nowhere_else(tmp_path: Path) -> No
     place, other = tmp_path / "workspace", tmp_path / "elsewhere"
     wanted = ["output/one", "a/b/c", "top", "output/one/inner"]
     unwanted = [
-        "a/b/c/d", "datasets/x", "top/images/x", "top/checkpoint-5", "top/earlier-1", ".simpletuner/x",
-        "node_modules/x", "top/cache/x",
-    ]  # fmt: skip
+        "a/b/c/d",
+        "datasets/x",
+        "top/images/x",
+        "top/checkpoint-5",
+        "top/earlier-1",
+        ".simpletuner/x",
+        "node_modules/x",
+        "top/cache/x",
+    ]
     for name in (*wanted, *unwanted):
         RunFolderWriter(place / name).write_start()
     RunFolderWriter(other / "secret").write_start()
@@ -93,7 +112,9 @@ def test_runs_come_and_go_while_folders_that_did_not_change_are_not_read(
     known, read = RunService(Workspace(tmp_path)), []
     real = run_finder.RunFinder._list_folder
     monkeypatch.setattr(
-        run_finder.RunFinder, "_list_folder", lambda self, folder: read.append(folder) or real(self, folder)
+        run_finder.RunFinder,
+        "_list_folder",
+        lambda self, folder: read.append(folder) or real(self, folder),
     )
     known.summaries()
     assert len(read) == 5
@@ -161,7 +182,12 @@ def test_the_state_while_a_process_works(tmp_path: Path) -> None:
         run.write_events(event_types.RunFinished(2, 9.0, "stopped"))
         run.write_exit("stopped", 2, "as asked")
     summary = known.summaries()[0]
-    assert (summary.state, summary.message, summary.step, summary.left_s) == ("stopped", "as asked", 2, None)
+    assert (summary.state, summary.message, summary.step, summary.left_s) == (
+        "stopped",
+        "as asked",
+        2,
+        None,
+    )
 
 
 @pytest.mark.parametrize("ending", ["finished", "killed"])
@@ -223,7 +249,11 @@ def test_a_killed_process_is_lost_unless_its_job_knows_more(tmp_path: Path) -> N
     assert known.summaries()[0].state == "lost"
     for state in ("failed", "stopped", "lost"):
         summary = only(tmp_path, job(run.path, state, ended=run.next_event_t))
-        assert (summary.state, summary.message, summary.job) == (state, "said by the job", "0123456789ab")
+        assert (summary.state, summary.message, summary.job) == (
+            state,
+            "said by the job",
+            "0123456789ab",
+        )
     by_hand_since = only(tmp_path, job(run.path, "failed", START_T - 90, ended=START_T - 50))
     assert by_hand_since.state == "lost"
 
@@ -245,7 +275,12 @@ def test_jobs_without_a_folder_are_runs_too(tmp_path: Path) -> None:
     known = RunService(Workspace(tmp_path))
     known.set_job_lookup(SomeJobs(coming).by_run)
     first, second = known.summaries()
-    assert (first.name, first.state, first.job, first.id) == ("new", "queued", coming.id, coming.run)
+    assert (first.name, first.state, first.job, first.id) == (
+        "new",
+        "queued",
+        coming.id,
+        coming.run,
+    )
     assert (second.name, second.state) == ("old", "done")
     assert known.find_folder(coming.run) is None
     assert known.summary(coming.run) == first
@@ -285,7 +320,9 @@ def test_only_what_was_added_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     asked: list[int] = []
     real = file_reader.read_lines
     monkeypatch.setattr(
-        file_reader, "read_lines", lambda path, since, limit: asked.append(since) or real(path, since, limit)
+        file_reader,
+        "read_lines",
+        lambda path, since, limit: asked.append(since) or real(path, since, limit),
     )
     before = known.summaries()[0]
     size = run.events.stat().st_size
@@ -311,7 +348,9 @@ def test_a_long_run_agrees_with_its_whole_history(tmp_path: Path) -> None:
     assert summary.loss == pytest.approx(history.steps[3000].loss)
     assert summary.picture == history.images[("red", 8, 8, 42, "trained"), 1000].path
     assert 20 <= len(summary.sparkline) <= 60
-    assert summary.sparkline == sorted(summary.sparkline, reverse=True), "as 1/step falls, so does its mean"
+    assert summary.sparkline == sorted(summary.sparkline, reverse=True), (
+        "as 1/step falls, so does its mean"
+    )
 
 
 def test_time_left_is_by_the_clock_of_the_recent_steps(tmp_path: Path) -> None:
@@ -361,21 +400,33 @@ def test_a_torn_line_a_shorter_file_and_another_one(tmp_path: Path) -> None:
     run.events.write_bytes(whole[: len(whole) // 2])
     assert 0 < known.summaries()[0].step < 10
     run.events.write_bytes(b'{"t": 5, "kind": "noted", "message": "%s"}\n' % (b"x" * len(whole)))
-    assert (known.summaries()[0].step, known.detail(known.summaries()[0].id).notes[0][:2]) == (0, "xx")
+    assert (known.summaries()[0].step, known.detail(known.summaries()[0].id).notes[0][:2]) == (
+        0,
+        "xx",
+    )
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        b"null", b"3", b"[" * 5000, b'"kind"', b'{"kind": "step"}', b'{"t": 1}', b'{"t": 1, "kind": []}',
-        b'{"t": 1, "kind": "step", "step": "x", "total": 1, "epoch": 0, "loss": 1, "learning_rate": 1,'
+        b"null",
+        b"3",
+        b"[" * 5000,
+        b'"kind"',
+        b'{"kind": "step"}',
+        b'{"t": 1}',
+        b'{"t": 1, "kind": []}',
+        b'{"t": 1, "kind": "step", "step": "x", "total": 1, "epoch": 0, "loss": 1,'
+        b' "learning_rate": 1,'
         b' "grad_norm": 1, "seconds": 1, "samples": 1}',
         b'{"t": 1, "kind": "run_started", "version": "", "run_dir": "", "model": "", "device": "",'
         b' "total_steps": null, "resumed_step": "3"}',
-        b'{"t": 1, "kind": "noted", "message": "\\ud800"}', b'{"t": 1, "kind": "noted", "message": "\xff"}',
-        b'{"t": 1, "kind": "noted", "message": NaN}', b"\0" * 100,
+        b'{"t": 1, "kind": "noted", "message": "\\ud800"}',
+        b'{"t": 1, "kind": "noted", "message": "\xff"}',
+        b'{"t": 1, "kind": "noted", "message": NaN}',
+        b"\0" * 100,
     ],
-)  # fmt: skip
+)
 def test_no_line_takes_the_list_down(tmp_path: Path, line: bytes) -> None:
     run = RunFolderWriter(tmp_path / "run").write_start()
     with run.events.open("ab") as file:
@@ -398,7 +449,9 @@ def test_links_in_a_run_folder_are_not_followed(tmp_path: Path) -> None:
     for name in ("exit.json", "config.json"):
         (run.path / name).symlink_to(secret)
     known = RunService(Workspace(tmp_path / "workspace"))
-    assert "secret" not in known.detail(known.summaries()[0].id).model_dump_json().replace(str(tmp_path), "")
+    assert "secret" not in known.detail(known.summaries()[0].id).model_dump_json().replace(
+        str(tmp_path), ""
+    )
 
 
 def test_detail(tmp_path: Path) -> None:
@@ -410,22 +463,37 @@ def test_detail(tmp_path: Path) -> None:
     (run.path / "checkpoint-20" / "keep").touch()
     (run.path / "checkpoint-7").mkdir()
     (run.path / "checkpoint-x").mkdir()
-    (run.path / "config.json").write_text(json.dumps({"learning_rate": 3.0, "seed": 42, "unheard_of": 1}))
+    (run.path / "config.json").write_text(
+        json.dumps({"learning_rate": 3.0, "seed": 42, "unheard_of": 1})
+    )
     (run.path / "pytorch_lora_weights.safetensors").write_bytes(b"1234")
     known = RunService(Workspace(tmp_path))
     detail = known.detail(run_id(run.path))
     assert [(one.step, one.marked, one.best) for one in detail.checkpoints] == [
-        (30, False, False), (20, True, True), (10, False, False),
-    ]  # fmt: skip
+        (30, False, False),
+        (20, True, True),
+        (10, False, False),
+    ]
     assert detail.checkpoints[0].files == ["manifest.json", "pytorch_lora_weights.safetensors"]
     assert detail.changed == {"learning_rate": 3.0}
-    assert [(one.path, one.size_bytes) for one in detail.outputs] == [("pytorch_lora_weights.safetensors", 4)]
-    assert (detail.notes, detail.problems, detail.model) == (["a note"], ["look at this"], "chroma nano")
+    assert [(one.path, one.size_bytes) for one in detail.outputs] == [
+        ("pytorch_lora_weights.safetensors", 4)
+    ]
+    assert (detail.notes, detail.problems, detail.model) == (
+        ["a note"],
+        ["look at this"],
+        "chroma nano",
+    )
     assert detail.events_end == run.events.stat().st_size
 
 
-def test_fifty_long_runs_cost_next_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """25,000 steps each. The first looks read within their time, the later ones only ask for sizes."""
+def test_fifty_long_runs_cost_next_to_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """25,000 steps each.
+
+    The first looks read within their time, the later ones only ask for sizes.
+    """
     long = RunFolderWriter(tmp_path / "output" / "0").write_start(25_000).write_many_steps(25_000)
     for number in range(1, 50):
         folder = tmp_path / "output" / str(number)

@@ -34,16 +34,24 @@ def until(true: Callable[[], object], what: str) -> None:
 def started(folder: Path, code: str) -> subprocess.Popen[bytes]:
     """A runner for `python -c code`, as the supervisor starts one."""
     work = {
-        "name": "a", "kind": "rehearse", "argv": [sys.executable, "-c", NAP + code], "cwd": str(folder),
-        "run_dir": "", "run": "", "devices": "cpu", "queued_t": time.time(), "env": {},
-    }  # fmt: skip
+        "name": "a",
+        "kind": "rehearse",
+        "argv": [sys.executable, "-c", NAP + code],
+        "cwd": str(folder),
+        "run_dir": "",
+        "run": "",
+        "devices": "cpu",
+        "queued_t": time.time(),
+        "env": {},
+    }
     (folder / "job.json").write_text(json.dumps(work))
     lock = JobFolder(folder).take_lock()
     try:
         return subprocess.Popen(
             [sys.executable, "-m", "simpletuner.server.runner", str(folder), str(lock)],
-            pass_fds=(lock,), start_new_session=True,
-        )  # fmt: skip
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
     finally:
         os.close(lock)
 
@@ -101,7 +109,10 @@ def test_one_group_of_its_own_and_the_lock_while_it_lives(tmp_path: Path, start:
     process = start("time.sleep(60)")
     assert is_locked(tmp_path / "runner.lock")
     assert (
-        os.getpgid(trainer_of(tmp_path)) == os.getpgid(process.pid) == process.pid == os.getsid(process.pid)
+        os.getpgid(trainer_of(tmp_path))
+        == os.getpgid(process.pid)
+        == process.pid
+        == os.getsid(process.pid)
     )
     assert os.getpgid(process.pid) != os.getpgid(0)
     assert state(tmp_path) == "starting"
@@ -138,9 +149,8 @@ def test_a_training_whose_runner_was_killed_still_counts(tmp_path: Path, start: 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signals_are_passed_on_once(tmp_path: Path, start: Start, name: str) -> None:
-    count = (
-        f"signal.signal(signal.{name}, lambda *_: print('{name}', flush=True))\nprint('armed', flush=True)\n"
-    )
+    count = f"signal.signal(signal.{name}, lambda *_: print('{name}', flush=True))\n"
+    count += "print('armed', flush=True)\n"
     process = start(count + "time.sleep(0.5)\n" * 240)
     until(lambda: "armed" in output(tmp_path), "its handler is there")
     os.kill(process.pid, signal.Signals[name])
@@ -165,14 +175,18 @@ def test_what_comes_before_the_training_is_kept_for_it() -> None:
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     lock = JobFolder(tmp_path).take_lock()
-    (tmp_path / "job.json").write_text(json.dumps({"argv": ["/no/such/program"], "cwd": str(tmp_path)}))
+    (tmp_path / "job.json").write_text(
+        json.dumps({"argv": ["/no/such/program"], "cwd": str(tmp_path)})
+    )
     runner.run_job(tmp_path, lock)
     os.close(lock)
     assert exited(tmp_path)["code"] == runner.NOT_STARTED_CODE
     assert "/no/such/program cannot be started" in output(tmp_path)
 
 
-def test_output_begins_anew_when_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_begins_anew_when_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runner, "MAX_OUTPUT_BYTES", 100)
     path = tmp_path / "output.log"
     with path.open("ab") as log:
@@ -200,7 +214,10 @@ def test_the_lock_has_its_name_only_when_it_is_held(tmp_path: Path) -> None:
 
 
 def test_it_imports_nothing_heavy() -> None:
-    code = "import sys, simpletuner.server.runner; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    code = (
+        "import sys, simpletuner.server.runner; "
+        "print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

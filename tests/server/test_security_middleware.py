@@ -52,7 +52,8 @@ async def plain(scope: Scope, receive: Receive, send: Send) -> None:
 
 def guarded(tmp_path: Path, gate: TokenAuth | None = None, **settings: Any) -> TestClient:
     return TestClient(
-        SecurityMiddleware(plain, ServerSettings(Workspace(tmp_path), **settings), gate), base_url=HERE
+        SecurityMiddleware(plain, ServerSettings(Workspace(tmp_path), **settings), gate),
+        base_url=HERE,
     )
 
 
@@ -68,14 +69,24 @@ def app(tmp_path: Path) -> FastAPI:
 
 @pytest.fixture
 def closed(tmp_path: Path) -> FastAPI:
-    return create_app(ServerSettings(Workspace(tmp_path), token=TOKEN, static_dir=tmp_path / "none"))
+    return create_app(
+        ServerSettings(Workspace(tmp_path), token=TOKEN, static_dir=tmp_path / "none")
+    )
 
 
 # ---- which name it was asked by: DNS rebinding
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost:8001", "localhost", "127.0.0.1:8001", "[::1]:8001", "LOCALHOST:9000", "127.0.0.1:1"]
+    "host",
+    [
+        "localhost:8001",
+        "localhost",
+        "127.0.0.1:8001",
+        "[::1]:8001",
+        "LOCALHOST:9000",
+        "127.0.0.1:1",
+    ],
 )
 def test_own_names_are_answered_at_any_port(client: TestClient, host: str) -> None:
     assert client.get("/api/v1/system", headers={"host": host}).status_code == 200
@@ -84,11 +95,24 @@ def test_own_names_are_answered_at_any_port(client: TestClient, host: str) -> No
 @pytest.mark.parametrize(
     "host",
     [
-        "evil.example:8001", "localhost.evil.example", "127.0.0.1.evil.example", "testserver", "",
-        "0.0.0.0:8001", "localhost:8001@evil.example", "evil.example/localhost", "localhost:",
-        "192.168.1.5:8001", "[::1", "a b", "localhost.", "127.0.0.2", "[::1]:8001:8001", "localhost:999999",
+        "evil.example:8001",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "testserver",
+        "",
+        "0.0.0.0:8001",
+        "localhost:8001@evil.example",
+        "evil.example/localhost",
+        "localhost:",
+        "192.168.1.5:8001",
+        "[::1",
+        "a b",
+        "localhost.",
+        "127.0.0.2",
+        "[::1]:8001:8001",
+        "localhost:999999",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("path", ["/", "/api/v1/system"])
 def test_foreign_names_are_not(client: TestClient, host: str, path: str) -> None:
     assert client.get(path, headers={"host": host}).status_code == 403
@@ -151,7 +175,10 @@ def test_foreign_pages_get_nothing(
 
 @pytest.mark.parametrize("headers", FOREIGN, ids=str)
 def test_foreign_pages_get_no_web_socket(client: TestClient, headers: dict[str, str]) -> None:
-    with pytest.raises(WebSocketDisconnect) as raised, client.websocket_connect("/live", headers=headers):
+    with (
+        pytest.raises(WebSocketDisconnect) as raised,
+        client.websocket_connect("/live", headers=headers),
+    ):
         pass
     assert raised.value.code == 1008
 
@@ -167,7 +194,8 @@ def test_foreign_names_get_no_web_socket(client: TestClient, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "headers", [{}, {"origin": HERE}, {"origin": "https://localhost:8001"}, {"sec-fetch-site": "same-origin"}]
+    "headers",
+    [{}, {"origin": HERE}, {"origin": "https://localhost:8001"}, {"sec-fetch-site": "same-origin"}],
 )
 def test_own_pages_and_programs_get_in(client: TestClient, headers: dict[str, str]) -> None:
     own = {"host": "localhost:8001", **headers}
@@ -177,7 +205,11 @@ def test_own_pages_and_programs_get_in(client: TestClient, headers: dict[str, st
 
 
 def test_a_link_from_elsewhere_leads_to_the_front_page_only(client: TestClient) -> None:
-    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    link = {
+        "sec-fetch-site": "cross-site",
+        "sec-fetch-mode": "navigate",
+        "sec-fetch-dest": "document",
+    }
     assert client.get("/", headers=link).status_code == 200
     assert client.get("/api/v1/system", headers=link).status_code == 403
     assert client.post("/", headers={**link, **JSON}).status_code == 403
@@ -186,9 +218,16 @@ def test_a_link_from_elsewhere_leads_to_the_front_page_only(client: TestClient) 
 @pytest.mark.parametrize("method", ["POST", "PUT"])
 @pytest.mark.parametrize(
     "kind",
-    ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "text/json",
-     "application/octet-stream", "application/json-patch+json"],
-)  # fmt: skip
+    [
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "",
+        "text/json",
+        "application/octet-stream",
+        "application/json-patch+json",
+    ],
+)
 def test_only_json_is_taken(client: TestClient, method: str, kind: str) -> None:
     answer = client.request(method, "/api/v1/queue", content=b"{}", headers={"content-type": kind})
     assert answer.status_code == 415
@@ -251,7 +290,9 @@ def test_a_body_that_hides_its_length_is_cut_off(tmp_path: Path) -> None:
     assert "1000 bytes" in answer.json()["detail"][0]["message"]
 
 
-def test_a_body_that_never_ends_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, app: FastAPI) -> None:
+def test_a_body_that_never_ends_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, app: FastAPI
+) -> None:
     monkeypatch.setattr(security_middleware, "BODY_CHUNK_TIMEOUT_S", 0.05)
     told: list[Any] = []
 
@@ -261,12 +302,24 @@ def test_a_body_that_never_ends_is_not_waited_for(monkeypatch: pytest.MonkeyPatc
     async def send(message: Any) -> None:
         told.append(message)
 
-    headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"9")]
+    headers = [
+        (b"host", b"localhost"),
+        (b"content-type", b"application/json"),
+        (b"content-length", b"9"),
+    ]
     scope = {
-        "type": "http", "method": "POST", "path": "/api/v1/login", "raw_path": b"/api/v1/login",
-        "query_string": b"", "headers": headers, "scheme": "http", "http_version": "1.1", "root_path": "",
-        "server": ("localhost", 8001), "client": ("127.0.0.1", 1),
-    }  # fmt: skip
+        "type": "http",
+        "method": "POST",
+        "path": "/api/v1/login",
+        "raw_path": b"/api/v1/login",
+        "query_string": b"",
+        "headers": headers,
+        "scheme": "http",
+        "http_version": "1.1",
+        "root_path": "",
+        "server": ("localhost", 8001),
+        "client": ("127.0.0.1", 1),
+    }
     asyncio.run(app(scope, silence, send))
     assert told[0]["status"] == 408
 
@@ -308,7 +361,8 @@ def test_headers_of_every_answer(app: FastAPI, failure: Exception) -> None:
 
 def test_the_policy_allows_no_inline_no_eval_no_frame_no_other_host() -> None:
     policy = dict(
-        part.strip().split(" ", 1) for part in SECURITY_HEADERS["content-security-policy"].split(";")
+        part.strip().split(" ", 1)
+        for part in SECURITY_HEADERS["content-security-policy"].split(";")
     )
     assert policy["default-src"] == policy["script-src"] == policy["style-src"] == "'self'"
     assert policy["frame-ancestors"] == policy["object-src"] == policy["base-uri"] == "'none'"
@@ -319,7 +373,9 @@ def test_the_policy_allows_no_inline_no_eval_no_frame_no_other_host() -> None:
     assert SECURITY_HEADERS["referrer-policy"] == "no-referrer"
 
 
-@pytest.mark.parametrize("name", ["a.svg", "a.html", "a.htm", "a.xhtml", "a.js", "a.pdf", "a", "a.png.html"])
+@pytest.mark.parametrize(
+    "name", ["a.svg", "a.html", "a.htm", "a.xhtml", "a.js", "a.pdf", "a", "a.png.html"]
+)
 def test_what_a_browser_could_run_is_a_download(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("<script>alert(1)</script>")
     answer = make_file_response(tmp_path / name)
@@ -329,20 +385,28 @@ def test_what_a_browser_could_run_is_a_download(tmp_path: Path, name: str) -> No
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("a.PNG", "image/png"), ("a.jpeg", "image/jpeg"), ("a.json", "text/plain; charset=utf-8"),
-     ("train.log", "text/plain; charset=utf-8")],
-)  # fmt: skip
+    [
+        ("a.PNG", "image/png"),
+        ("a.jpeg", "image/jpeg"),
+        ("a.json", "text/plain; charset=utf-8"),
+        ("train.log", "text/plain; charset=utf-8"),
+    ],
+)
 def test_pictures_and_text_are_shown(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_text("x")
     assert make_file_response(tmp_path / name).media_type == kind
-    assert make_file_response(tmp_path / name, name).headers["content-disposition"].startswith("attachment")
+    assert (
+        make_file_response(tmp_path / name, name)
+        .headers["content-disposition"]
+        .startswith("attachment")
+    )
 
 
 # ---- the token
 
 
 def routes(app: FastAPI) -> list[tuple[set[str] | None, str]]:
-    """Methods (None for a WebSocket) and a path that fits, of every route under /api but the login."""
+    """Return methods (None: WebSocket) and a valid path of every route under /api except the login."""
     included = [route for module in ROUTE_MODULES for route in module.router.routes]
     own = [route for route in app.routes if isinstance(route, (Route, WebSocketRoute))]
     found = {}
@@ -395,19 +459,31 @@ def test_the_cookie_outlives_the_server_but_not_the_token(tmp_path: Path) -> Non
     place = Workspace(tmp_path)
     first = TestClient(create_app(ServerSettings(place, token=TOKEN)), base_url=HERE)
     first.post("/api/v1/login", json={"token": TOKEN})
-    again = TestClient(create_app(ServerSettings(place, token=TOKEN)), base_url=HERE, cookies=first.cookies)
+    again = TestClient(
+        create_app(ServerSettings(place, token=TOKEN)), base_url=HERE, cookies=first.cookies
+    )
     assert again.get("/api/v1/system").status_code == 200
     other = TestClient(
-        create_app(ServerSettings(place, token="another" + TOKEN)), base_url=HERE, cookies=first.cookies
+        create_app(ServerSettings(place, token="another" + TOKEN)),
+        base_url=HERE,
+        cookies=first.cookies,
     )
     assert other.get("/api/v1/system").status_code == 401
 
 
 def test_bearer(closed: FastAPI) -> None:
     client = TestClient(closed, base_url=HERE)
-    assert client.get("/api/v1/system", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
-    assert client.get("/api/v1/system", headers={"authorization": f"Bearer {TOKEN}x"}).status_code == 401
-    assert client.get("/api/v1/system", headers={"authorization": f"Basic {TOKEN}"}).status_code == 401
+    assert (
+        client.get("/api/v1/system", headers={"authorization": f"Bearer {TOKEN}"}).status_code
+        == 200
+    )
+    assert (
+        client.get("/api/v1/system", headers={"authorization": f"Bearer {TOKEN}x"}).status_code
+        == 401
+    )
+    assert (
+        client.get("/api/v1/system", headers={"authorization": f"Basic {TOKEN}"}).status_code == 401
+    )
     assert client.get("/api/v1/system", params={"token": TOKEN}).status_code == 401
 
 
@@ -421,10 +497,15 @@ def test_the_launch_word_opens_once(closed: FastAPI) -> None:
 
 def test_guessing_is_made_to_wait(closed: FastAPI) -> None:
     client = TestClient(closed, base_url=HERE)
-    guesses = [client.post("/api/v1/login", json={"token": f"wrong {n}"}).status_code for n in range(12)]
+    guesses = [
+        client.post("/api/v1/login", json={"token": f"wrong {n}"}).status_code for n in range(12)
+    ]
     assert guesses == [401] * FREE_ATTEMPTS + [429] * 2
     assert client.post("/api/v1/login", json={"token": TOKEN}).status_code == 429
-    assert client.get("/api/v1/system", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 429
+    assert (
+        client.get("/api/v1/system", headers={"authorization": f"Bearer {TOKEN}"}).status_code
+        == 429
+    )
 
 
 def test_who_has_logged_in_is_not_kept_out_by_who_guesses(closed: FastAPI) -> None:
@@ -475,7 +556,9 @@ def test_secrets_are_256_bit_and_for_their_owner_alone(tmp_path: Path) -> None:
 
 
 def test_tokens_are_compared_in_constant_time() -> None:
-    source = Path(security_middleware.__file__).with_name("token_auth.py").read_text(encoding="utf-8")
+    source = (
+        Path(security_middleware.__file__).with_name("token_auth.py").read_text(encoding="utf-8")
+    )
     assert source.count("compare_digest") == 3
     assert " == self" not in source
 

@@ -30,12 +30,17 @@ def served(
     workspace: Path, *words: str, start: tuple[str, ...] = tuple(COMMAND), token: str = ""
 ) -> Iterator[tuple[Any, str]]:
     """The process, and the line that tells the address."""
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("SIMPLETUNER_")}
+    environ = {
+        key: value for key, value in os.environ.items() if not key.startswith("SIMPLETUNER_")
+    }
     environ |= {"SIMPLETUNER_SERVER_TOKEN": token} if token else {}
     process = subprocess.Popen(
         [*start, "--workspace", str(workspace), "--port", "0", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environ,
+    )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -90,7 +95,8 @@ from simpletuner.server.app import create_app
 from simpletuner.server.workspace import Workspace
 from simpletuner.server.settings import ServerSettings
 with tempfile.TemporaryDirectory() as folder:
-    with TestClient(create_app(ServerSettings(Workspace(Path(folder)))), base_url="http://localhost") as client:
+    app = create_app(ServerSettings(Workspace(Path(folder))))
+    with TestClient(app, base_url="http://localhost") as client:
         for path in ("system", "schema", "drafts", "runs", "queue", "datasets", "folders"):
             assert client.get(f"/api/v1/{path}").status_code == 200, path
         wanted = {"config": {"train_batch_size": 0}, "datasets": []}
@@ -130,7 +136,9 @@ def test_a_foreign_page_gets_no_web_socket(tmp_path: Path) -> None:
             ):
                 pass
             assert raised.value.response.status_code == 403
-        with connect(address, origin=f"http://localhost:{port_of(line)}", open_timeout=PATIENCE_S) as live:  # type: ignore[arg-type]
+        with connect(
+            address, origin=f"http://localhost:{port_of(line)}", open_timeout=PATIENCE_S
+        ) as live:  # type: ignore[arg-type]
             assert json.loads(live.recv(timeout=PATIENCE_S))["runs"] == []
 
 
@@ -162,7 +170,9 @@ def test_a_token_need_not_stand_in_the_list_of_processes(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])
-def test_its_end_is_orderly_and_leaves_trainings_alone(tmp_path: Path, word: signal.Signals) -> None:
+def test_its_end_is_orderly_and_leaves_trainings_alone(
+    tmp_path: Path, word: signal.Signals
+) -> None:
     with served(tmp_path) as (process, _):
         process.send_signal(word)
         told, _ = process.communicate(timeout=PATIENCE_S)

@@ -33,7 +33,9 @@ def client(tmp_path: Path, static: Path) -> TestClient:
     workspace = tmp_path / "workspace"
     workspace.mkdir()
     (tmp_path / "secret.txt").write_text("secret")
-    return TestClient(create_app(ServerSettings(Workspace(workspace), static_dir=static)), base_url=HERE)
+    return TestClient(
+        create_app(ServerSettings(Workspace(workspace), static_dir=static)), base_url=HERE
+    )
 
 
 def test_files_are_asked_for_again_but_not_sent_again(client: TestClient, static: Path) -> None:
@@ -51,11 +53,24 @@ def test_files_are_asked_for_again_but_not_sent_again(client: TestClient, static
 
 @pytest.mark.parametrize(
     "path",
-    ["/../secret.txt", "/..%2fsecret.txt", "/%2e%2e/secret.txt", "/%252e%252e%252fsecret.txt",
-     "/..%5csecret.txt", "/assets/../../secret.txt", "/assets/%2e%2e/%2e%2e/secret.txt", "//etc/passwd",
-     "/%2fetc/passwd", "/a%00.js", "/etc/passwd", "/C:/windows/win.ini", "/%5c%5chost%5cshare",
-     "/windows/win.ini", "/link"],
-)  # fmt: skip
+    [
+        "/../secret.txt",
+        "/..%2fsecret.txt",
+        "/%2e%2e/secret.txt",
+        "/%252e%252e%252fsecret.txt",
+        "/..%5csecret.txt",
+        "/assets/../../secret.txt",
+        "/assets/%2e%2e/%2e%2e/secret.txt",
+        "//etc/passwd",
+        "/%2fetc/passwd",
+        "/a%00.js",
+        "/etc/passwd",
+        "/C:/windows/win.ini",
+        "/%5c%5chost%5cshare",
+        "/windows/win.ini",
+        "/link",
+    ],
+)
 def test_nothing_beside_the_pages_is_sent(client: TestClient, static: Path, path: str) -> None:
     (static / "link").symlink_to(static.parent / "secret.txt")
     answer = client.get(path)
@@ -71,7 +86,10 @@ def test_what_is_not_there(client: TestClient, path: str) -> None:
 
 
 def test_no_web_socket_but_the_live_one(client: TestClient) -> None:
-    with pytest.raises(WebSocketDisconnect), client.websocket_connect("/x", headers={"host": "localhost"}):
+    with (
+        pytest.raises(WebSocketDisconnect),
+        client.websocket_connect("/x", headers={"host": "localhost"}),
+    ):
         pass
 
 

@@ -1,4 +1,4 @@
-"""Starting, stopping, insisting, taking over, telling how it ended; with a trainer that trains nothing."""
+"""Launching, stopping, killing, taking over, and how jobs ended, with a fake trainer."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def end_all(bench: QueueHarness) -> None:
     for path in bench.jobs.jobs_dir.glob("*/runner.lock"):
         folder = JobFolder(path.parent)
         wait_until(
-            lambda folder=folder: not folder.is_alive or folder.send_signal(signal.SIGKILL), "it is reached"
+            lambda folder=folder: not folder.is_alive or folder.send_signal(signal.SIGKILL),
+            "it is reached",
         )  # type: ignore[misc]
         wait_until(lambda folder=folder: not folder.is_alive, "nothing is left behind")  # type: ignore[misc]
 
@@ -69,7 +70,9 @@ def forever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_STEPS", "100000")
 
 
-def test_one_after_the_other_to_the_end(harness: QueueHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_after_the_other_to_the_end(
+    harness: QueueHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FAKE_STEPS", "6")
     first, second = harness.enqueue("one"), harness.enqueue("two")
     harness.supervisor.run_once()
@@ -87,7 +90,9 @@ def test_one_after_the_other_to_the_end(harness: QueueHarness, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("ending", ["done", "stopped"])
-def test_states_on_the_way(harness: QueueHarness, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+def test_states_on_the_way(
+    harness: QueueHarness, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
     monkeypatch.setenv("FAKE_STEPS", "5" if ending == "done" else "100000")
     monkeypatch.setenv("FAKE_STEP_S", "0.2")
     monkeypatch.setenv("FAKE_LINGER_S", "0.5")
@@ -107,7 +112,9 @@ def test_states_on_the_way(harness: QueueHarness, monkeypatch: pytest.MonkeyPatc
     assert harness.jobs.get_job(job.id).exit_code == (75 if ending == "stopped" else 0)
 
 
-def test_stop_saves_and_resume_goes_on(harness: QueueHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_saves_and_resume_goes_on(
+    harness: QueueHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forever(monkeypatch)
     job = harness.enqueue()
     harness.wait_for_state(job, "running")
@@ -121,7 +128,9 @@ def test_stop_saves_and_resume_goes_on(harness: QueueHarness, monkeypatch: pytes
     again = harness.jobs.resume(job.run, ResumeRequest(max_train_steps=step + 5))
     assert harness.jobs.newest_by_run()[job.run].id == again.id
     assert harness.wait_for_state(again, *ENDED_STATES).state == "done"
-    events = [json.loads(line) for line in (Path(job.run_dir) / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (Path(job.run_dir) / "events.jsonl").read_text().splitlines()
+    ]
     assert [event["step"] for event in events if event["kind"] == "resumed"] == [step]
     assert harness.read_job_file(again, "config/config.json")["max_train_steps"] == step + 5
 
@@ -207,13 +216,19 @@ def test_who_insists_does_not_wait(harness: QueueHarness, monkeypatch: pytest.Mo
     assert harness.read_job_file(job, "stop.json")["sent"] == ["control/stop", "SIGKILL"]
 
 
-def test_before_there_is_a_run_folder_the_process_is_asked(harness: QueueHarness, tmp_path: Path) -> None:
+def test_before_there_is_a_run_folder_the_process_is_asked(
+    harness: QueueHarness, tmp_path: Path
+) -> None:
     slow = tmp_path / "slow.py"
     slow.write_text("import time\nprint('loading', flush=True)\ntime.sleep(600)\n")
     harness.jobs._train_command = (sys.executable, str(slow))
     job = harness.enqueue()
     log = harness.jobs.jobs_dir / job.id / "output.log"
-    wait_until(lambda: log.exists() and "loading" in log.read_text(), "it loads", harness.supervisor.run_once)
+    wait_until(
+        lambda: log.exists() and "loading" in log.read_text(),
+        "it loads",
+        harness.supervisor.run_once,
+    )
     harness.jobs.stop(job.run, insist=False)
     assert harness.wait_for_state(job, *ENDED_STATES).state == "stopped"
     assert harness.read_job_file(job, "stop.json")["sent"] == ["SIGINT"]
@@ -223,8 +238,12 @@ def test_a_killed_server_leaves_the_training_alone(
     harness: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forever(monkeypatch)
-    server = subprocess.Popen([sys.executable, "-c", SERVER, str(harness.workspace.root)], cwd=Path.cwd())
-    wait_until(lambda: any(job.state == "running" for job in harness.jobs.get_queue().jobs), "it runs")
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(harness.workspace.root)], cwd=Path.cwd()
+    )
+    wait_until(
+        lambda: any(job.state == "running" for job in harness.jobs.get_queue().jobs), "it runs"
+    )
     (job,) = harness.jobs.get_queue().jobs
     harness.supervisor.run_once()
     assert harness.supervisor._lock is None, "two servers do not both act"
@@ -239,7 +258,9 @@ def test_a_killed_server_leaves_the_training_alone(
     assert harness.wait_for_state(job, *ENDED_STATES).state == "stopped"
 
 
-def test_what_ended_while_no_server_was_there(harness: QueueHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ended_while_no_server_was_there(
+    harness: QueueHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FAKE_STEPS", "5")
     job = harness.enqueue()
     harness.supervisor.run_once()
@@ -256,7 +277,11 @@ def test_the_whole_group_killed_is_lost_and_can_be_resumed(
 ) -> None:
     forever(monkeypatch)
     job = harness.enqueue(checkpoint_step_interval=5)
-    wait_until(lambda: [*Path(job.run_dir).glob("checkpoint-*")], "a checkpoint", harness.supervisor.run_once)
+    wait_until(
+        lambda: [*Path(job.run_dir).glob("checkpoint-*")],
+        "a checkpoint",
+        harness.supervisor.run_once,
+    )
     os.killpg(harness.read_job_file(job, "state.json")["pid"], signal.SIGKILL)
     lost = harness.wait_for_state(job, *ENDED_STATES)
     assert (lost.state, lost.exit_code) == ("lost", None)
@@ -311,7 +336,9 @@ def test_one_job_for_one_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         begun = ("starting", "caching", "running")
         assert all(bench.job_state(job) in begun for job in jobs[:2])
         assert bench.job_state(jobs[2]) == "queued"
-        assert bench.wait_for_state(rehearsal, *ENDED_STATES).state == "done", "it needs the processor only"
+        assert bench.wait_for_state(rehearsal, *ENDED_STATES).state == "done", (
+            "it needs the processor only"
+        )
         wait_until((bench.jobs.jobs_dir / jobs[1].id / "state.json").exists, "it has a process")
         trainer = bench.read_job_file(jobs[1], "state.json")["trainer"]
         environ = Path(f"/proc/{trainer}/environ").read_bytes().split(b"\0")
@@ -396,14 +423,20 @@ def test_every_exit_code_has_its_advice() -> None:
 @pytest.mark.parametrize(
     ("line", "options"),
     [
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "train_batch_size"),
+        (
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+            "train_batch_size",
+        ),
         (
             "out of memory: 2.00 GiB was asked for, 1.2 GiB was free. Next: ...",
             "train_batch_size",
         ),
         ("RuntimeError: HIP out of memory. Tried to allocate", "train_batch_size"),
         ("RuntimeError: MPS backend out of memory (MPS allocated: 18.00 GB", "train_batch_size"),
-        ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "base_model_precision"),
+        (
+            "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory",
+            "base_model_precision",
+        ),
         ("OSError: [Errno 12] Cannot allocate memory", "base_model_precision"),
         ("terminate called after throwing an instance of 'std::bad_alloc'", "base_model_precision"),
         ("OSError: [Errno 28] No space left on device", "checkpoints_total_limit"),
@@ -413,9 +446,9 @@ def test_last_lines_are_recognised(line: str, options: str) -> None:
     found = failure_advice.explain_failure(1, None, ["step 3", line, "", "more"])
     assert found.message == line
     assert options in found.advice
-    assert failure_advice.explain_failure(4, None, ["step 3", "loss is not finite"]).advice.startswith(
-        "Lower learning_rate"
-    )
+    assert failure_advice.explain_failure(
+        4, None, ["step 3", "loss is not finite"]
+    ).advice.startswith("Lower learning_rate")
     assert failure_advice.explain_failure(1, None, []).message == "ended with exit code 1"
 
 
@@ -496,7 +529,11 @@ def test_a_full_disk_repeats_no_signal(
     harness.jobs._train_command = (sys.executable, str(slow))
     job = harness.enqueue()
     log = harness.jobs.jobs_dir / job.id / "output.log"
-    wait_until(lambda: log.exists() and "loading" in log.read_text(), "it loads", harness.supervisor.run_once)
+    wait_until(
+        lambda: log.exists() and "loading" in log.read_text(),
+        "it loads",
+        harness.supervisor.run_once,
+    )
     harness.jobs.stop(job.run, insist=False)
     sent: list[int] = []
     monkeypatch.setattr(JobFolder, "send_signal", lambda self, number: sent.append(number) or True)
@@ -515,12 +552,16 @@ def test_a_full_disk_repeats_no_signal(
 def test_a_run_goes_on_while_its_last_process_still_leaves(
     harness: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The page offers Resume as soon as the run has said how it ended; unloading may take seconds more."""
+    """The page offers Resume as soon as exit.json exists, though the process may exit seconds later."""
     monkeypatch.setenv("FAKE_LINGER_S", "2")
     job = harness.enqueue()
     harness.wait_for_state(job, "running")
     harness.jobs.stop(job.run, insist=False)
-    wait_until(lambda: harness.runs.summary(job.run).state == "stopped", "told", harness.supervisor.run_once)
+    wait_until(
+        lambda: harness.runs.summary(job.run).state == "stopped",
+        "told",
+        harness.supervisor.run_once,
+    )
     assert harness.job_state(job) not in ENDED_STATES, "the process is still there"
     again = harness.jobs.resume(job.run, ResumeRequest())
     assert harness.job_state(again) == "queued"
@@ -531,7 +572,7 @@ def test_a_run_goes_on_while_its_last_process_still_leaves(
 def test_one_that_was_interrupted_while_it_loaded_is_stopped(
     harness: QueueHarness, told: str | None, state: str
 ) -> None:
-    """Python ends with code 1 and words of its own then; a failure is what the training itself calls one."""
+    """An interrupted Python exits with code 1; only the training itself decides what a failure is."""
     job = harness.enqueue()
     folder = harness.jobs.jobs_dir / job.id
     (folder / "runner.lock").write_text("")
@@ -541,5 +582,7 @@ def test_one_that_was_interrupted_while_it_loaded_is_stopped(
     (folder / "exit.json").write_text('{"code": 1, "signal": null, "t": 3.0}')
     if told is not None:
         Path(job.run_dir).mkdir(parents=True)
-        (Path(job.run_dir) / "exit.json").write_text(json.dumps({"status": told, "message": "", "t": 2.5}))
+        (Path(job.run_dir) / "exit.json").write_text(
+            json.dumps({"status": told, "message": "", "t": 2.5})
+        )
     assert harness.job_state(job) == state

@@ -40,7 +40,9 @@ def test_nvidia() -> None:
     assert (third.memory_total_bytes, third.memory_free_bytes) == (None, None)
 
 
-@pytest.mark.parametrize("text", ["", "No devices were found", "NVIDIA-SMI has failed, it could not"])
+@pytest.mark.parametrize(
+    "text", ["", "No devices were found", "NVIDIA-SMI has failed, it could not"]
+)
 def test_nvidia_without_a_card(text: str) -> None:
     assert hardware.parse_nvidia_smi(text) == []
 
@@ -56,7 +58,11 @@ def test_rocm() -> None:
         "system": {"Driver version": "6.10"},
     }
     first, second = hardware.parse_rocm_smi(json.dumps(cards))
-    assert (first.name, first.kind, first.memory_total_bytes) == ("Radeon RX 7900 XTX", "rocm", 25753026560)
+    assert (first.name, first.kind, first.memory_total_bytes) == (
+        "Radeon RX 7900 XTX",
+        "rocm",
+        25753026560,
+    )
     assert first.memory_free_bytes == 25753026560 - 27111424
     assert (second.name, second.memory_total_bytes) == ("Radeon", None)
 
@@ -68,7 +74,11 @@ def test_rocm_without_a_card(text: str) -> None:
 
 def test_apple() -> None:
     (device,) = hardware.parse_sysctl("Apple M3 Max\n68719476736\n")
-    assert (device.name, device.kind, device.memory_total_bytes) == ("Apple M3 Max", "mps", 64 << 30)
+    assert (device.name, device.kind, device.memory_total_bytes) == (
+        "Apple M3 Max",
+        "mps",
+        64 << 30,
+    )
     assert hardware.parse_sysctl("")[0].memory_total_bytes is None
 
 

@@ -45,7 +45,10 @@ def two_halves(size: tuple[int, int]) -> Image.Image:
 )
 def test_widths_come_from_the_ladder(tmp_path: Path, asked: int, got: int) -> None:
     noise_image((2000, 1000)).save(tmp_path / "a.png")
-    assert shown(get_thumbnail(tmp_path / "a.png", asked, tmp_path / "cache")).size == (got, got // 2)
+    assert shown(get_thumbnail(tmp_path / "a.png", asked, tmp_path / "cache")).size == (
+        got,
+        got // 2,
+    )
 
 
 def test_a_small_picture_is_not_enlarged_and_a_tower_is_bounded(tmp_path: Path) -> None:
@@ -73,14 +76,19 @@ def test_transparency_lies_over_grey(tmp_path: Path, mode: str) -> None:
         tmp_path / "clear.png"
     )
     assert close(
-        shown(get_thumbnail(tmp_path / "clear.png", 96, tmp_path / "cache")), (32, 32), BACKGROUND_GREY
+        shown(get_thumbnail(tmp_path / "clear.png", 96, tmp_path / "cache")),
+        (32, 32),
+        BACKGROUND_GREY,
     )
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     Image.new("I;16", (32, 32), 32768).save(tmp_path / "grey.png")
     assert close(
-        shown(get_thumbnail(tmp_path / "grey.png", 96, tmp_path / "cache")), (16, 16), (127, 127, 127), 2
+        shown(get_thumbnail(tmp_path / "grey.png", 96, tmp_path / "cache")),
+        (16, 16),
+        (127, 127, 127),
+        2,
     )
 
 
@@ -140,7 +148,9 @@ def test_the_oldest_are_removed_when_the_room_is_full(tmp_path: Path) -> None:
     prune_cache(tmp_path, 2000)
     assert len(list(tmp_path.iterdir())) == 20
     prune_cache(tmp_path, 1000)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{age:02}.jpg" for age in range(13, 20)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{age:02}.jpg" for age in range(13, 20)
+    ]
 
 
 def test_new_thumbnails_see_to_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

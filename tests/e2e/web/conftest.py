@@ -28,7 +28,9 @@ AXE_PATH = ROOT / "web" / "node_modules" / "axe-core" / "axe.min.js"
 def axe() -> Path:
     """axe-core's one file, among what the pages are built with."""
     if not AXE_PATH.exists():
-        pytest.skip("NOT TESTED, accessibility: axe-core is not there, npm --prefix web ci fetches it")
+        pytest.skip(
+            "NOT TESTED, accessibility: axe-core is not there, npm --prefix web ci fetches it"
+        )
     return AXE_PATH
 
 
@@ -43,11 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def browser() -> Iterator[Browser]:
     """One for all tests here. It ends with them: its event loop would be in the way of others.
 
-    No test fails for want of a browser, which is fetched over the network; the pages come with the package.
+    No test fails for want of a browser, which is fetched over the network; the pages come with the
+    package.
     """
     found = next(filter(None, map(shutil.which, BROWSER_NAMES)), None)
     if found is None:
-        pytest.skip(f"NOT TESTED, the pages: no browser, none of {', '.join(BROWSER_NAMES)} is installed")
+        pytest.skip(
+            f"NOT TESTED, the pages: no browser, none of {', '.join(BROWSER_NAMES)} is installed"
+        )
     assert (STATIC_DIR / "index.html").exists(), "the pages are not built: pip install --editable ."
     expect.set_options(timeout=1000 * TIMEOUT_S)
     with sync_playwright() as player:
@@ -63,7 +68,8 @@ class PageMonitor:
         self.origin, self.recorded = origin, list[str]()
         self.allowed: list[str] = []
         page.on(
-            "console", lambda told: told.type == "error" and self.recorded.append(f"console: {told.text}")
+            "console",
+            lambda told: told.type == "error" and self.recorded.append(f"console: {told.text}"),
         )
         page.on("pageerror", lambda error: self.recorded.append(f"error: {error}"))
         page.on("request", lambda request: self._request(request.url))
@@ -75,18 +81,29 @@ class PageMonitor:
 
     @property
     def unexpected(self) -> list[str]:
-        return [one for one in self.recorded if not any(re.search(word, one) for word in self.allowed)]
+        return [
+            one for one in self.recorded if not any(re.search(word, one) for word in self.allowed)
+        ]
 
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """visit(house, "#/runs", **context): a page of its own context; visit(house, hash, beside=page): a second
-    tab of that one's. page.watch.allowed takes what is expected to go wrong."""
+    """Return a function that opens a page.
+
+    open_page(server, "#/runs", **context) makes a new browser context; beside=page opens a second
+    tab in the context of that page. page.watch.allowed takes patterns of expected errors.
+    """
     contexts, watches = [], []
 
-    def opened(house: ServerProcess, hash: str = "#/", beside: Page | None = None, **wishes: Any) -> Page:
+    def opened(
+        house: ServerProcess, hash: str = "#/", beside: Page | None = None, **wishes: Any
+    ) -> Page:
         if beside is None:
-            usual = {"viewport": {"width": 1280, "height": 800}, "locale": "en-US", "accept_downloads": True}
+            usual = {
+                "viewport": {"width": 1280, "height": 800},
+                "locale": "en-US",
+                "accept_downloads": True,
+            }
             context = browser.new_context(base_url=house.origin, **{**usual, **wishes})
             context.set_default_timeout(1000 * TIMEOUT_S)
             contexts.append(context)

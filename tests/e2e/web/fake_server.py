@@ -1,7 +1,7 @@
 """The real application with trainings that only pretend: python -m tests.e2e.web.fake_server ...
 
-Run with `--config`, it is such a training: tests/server/fake_trainer.py, which behaves as fake.json of the
-workspace says.
+Run with `--config`, it is such a training: tests/server/fake_trainer.py, which behaves as fake.json
+of the workspace says.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def main(workspace: Path, port: int) -> None:
     with bind_socket("127.0.0.1", port) as listening:
         trainer = (sys.executable, "-m", "tests.e2e.web.fake_server")
         run_server(
-            ServerSettings(Workspace(workspace), port=port, train_command=trainer), listening, opens=False
+            ServerSettings(Workspace(workspace), port=port, train_command=trainer),
+            listening,
+            opens=False,
         )
 
 

@@ -1,7 +1,8 @@
-"""The pictures of the README, of a run that really trains: python -m tests.e2e.web.screenshots [--steps 150]
+"""Screenshots for the guides, of a real training: python -m tests.e2e.web.screenshots [--steps 150]
 
-The packaged example through the pages' own interface, then docs/screens/*.png. Minutes on two CPU cores.
---run shows a run folder of an earlier training instead. --home: where the workspace, chroma, is made.
+Trains the packaged example through the REST API, then writes docs/screens/*.png. It takes minutes
+on two CPU cores. --run shows the run folder of an earlier training instead. --home: where the
+workspace is made.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def train_run(house: ServerProcess, steps: int) -> str:
     }
     shown = {name: prompts[name] for name in ("red-navy", "green-cream", "base-star")}
     (house.workspace / "prompts.json").write_text(json.dumps(shown))
-    draft = house.request_ok("POST", "drafts", {"name": "zorbo", "config": config, "datasets": sets})
+    draft = house.request_ok(
+        "POST", "drafts", {"name": "zorbo", "config": config, "datasets": sets}
+    )
     run = str(house.request_ok("POST", "jobs", {"draft": draft["id"]})["run"])
     deadline = time.monotonic() + TRAINING_TIMEOUT_S
     while house.run_state(run) not in ("done", "failed", "lost", "stopped"):
@@ -85,12 +88,19 @@ def save_screenshot(page: Page, name: str) -> None:
     assert size < MAX_FILE_BYTES
 
 
-def save_all_screenshots(browser: Browser, house: ServerProcess, run: str, only: str | None) -> None:
-    def opened(hash: str, scheme: str = "light", viewport: dict[str, int] = DESKTOP_VIEWPORT) -> Page:
+def save_all_screenshots(
+    browser: Browser, house: ServerProcess, run: str, only: str | None
+) -> None:
+    def opened(
+        hash: str, scheme: str = "light", viewport: dict[str, int] = DESKTOP_VIEWPORT
+    ) -> Page:
         context = browser.new_context(
-            base_url=house.origin, viewport=viewport, color_scheme=scheme, locale="en-US",
+            base_url=house.origin,
+            viewport=viewport,
+            color_scheme=scheme,
+            locale="en-US",
             device_scale_factor=1,
-        )  # fmt: skip
+        )
         page = context.new_page()
         page.set_default_timeout(1000 * TIMEOUT_S)
         page.goto(f"/{hash}")
@@ -124,7 +134,9 @@ def wait_for_images(page: Page) -> Page:
 
 def open_comparison(page: Page) -> Page:
     wait_for_images(page)
-    page.get_by_role("row", name=re.compile("^a big red zorbo")).first.get_by_role("button").last.click()
+    page.get_by_role("row", name=re.compile("^a big red zorbo")).first.get_by_role(
+        "button"
+    ).last.click()
     page.get_by_role("button", name="Compare").click()
     expect(page.get_by_role("slider")).to_be_focused()
     return page
@@ -135,7 +147,9 @@ def fill_new_run_form(page: Page) -> Page:
     page.get_by_label("Add a dataset").select_option("zorbo")
     page.get_by_role("button", name="Add", exact=True).click()
     expect_saved(page)
-    expect(page.locator("dt", has_text="Total time")).to_be_visible(timeout=1000 * TRAINING_TIMEOUT_S)
+    expect(page.locator("dt", has_text="Total time")).to_be_visible(
+        timeout=1000 * TRAINING_TIMEOUT_S
+    )
     expect(page.get_by_text("Estimating…")).to_have_count(0, timeout=1000 * TRAINING_TIMEOUT_S)
     return clear_focus(page)
 
@@ -153,7 +167,9 @@ def clear_focus(page: Page) -> Page:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--run", type=Path)
     parser.add_argument("--only", help="Take this one only.")

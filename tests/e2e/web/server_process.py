@@ -26,7 +26,7 @@ TIMEOUT_S = 120.0
 
 
 class ServerProcess:
-    """One workspace below `folder`, and the server that serves it on one port through all of its lives."""
+    """A workspace below `folder`, and its server, which keeps its port when it is restarted."""
 
     def __init__(
         self, folder: Path, command: tuple[str, ...] = REAL_COMMAND, name: str = "workspace"
@@ -45,8 +45,13 @@ class ServerProcess:
     @property
     def environment(self) -> dict[str, str]:
         """A person's folders are the test's own, and no hub is asked."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("SIMPLETUNER_")}
-        home = {"HOME": str(self.folder / "home"), "XDG_CACHE_HOME": str(self.folder / "home" / "cache")}
+        kept = {
+            key: value for key, value in os.environ.items() if not key.startswith("SIMPLETUNER_")
+        }
+        home = {
+            "HOME": str(self.folder / "home"),
+            "XDG_CACHE_HOME": str(self.folder / "home" / "cache"),
+        }
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         return {**kept, **home, "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
 
@@ -54,9 +59,13 @@ class ServerProcess:
         words = ["--workspace", str(self.workspace), "--port", str(self.port)]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.command, *words], cwd=self.workspace, env=self.environment, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                [*self.command, *words],
+                cwd=self.workspace,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         wait_until(self.is_ready, "the server answers")
 
     def is_ready(self) -> bool:
@@ -83,7 +92,9 @@ class ServerProcess:
 
     def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         headers = {"content-type": "application/json"} if body is not None else {}
-        with closing(http.client.HTTPConnection("localhost", self.port, timeout=TIMEOUT_S)) as connection:
+        with closing(
+            http.client.HTTPConnection("localhost", self.port, timeout=TIMEOUT_S)
+        ) as connection:
             sent = None if body is None else json.dumps(body)
             connection.request(method, f"/api/v1/{path}", sent, headers)
             answer = connection.getresponse()

@@ -15,10 +15,21 @@ from tests.e2e.web.server_process import ServerProcess
 LOOKS = (("en", "light"), ("en", "dark"), ("es", "light"), ("hi", "dark"))
 PHONE = {"width": 390, "height": 844}
 VIEWS = (
-    "#/runs", "#/runs/RUN", "#/runs/RUN/pictures", "#/runs/RUN/log", "#/runs/RUN/config", "#/runs/RUN/files",
-    "#/runs/FAILED", "#/runs/unknown", "#/new", "#/new/DRAFT", "#/datasets", "#/datasets/discs",
-    "#/system", "#/login",
-)  # fmt: skip
+    "#/runs",
+    "#/runs/RUN",
+    "#/runs/RUN/pictures",
+    "#/runs/RUN/log",
+    "#/runs/RUN/config",
+    "#/runs/RUN/files",
+    "#/runs/FAILED",
+    "#/runs/unknown",
+    "#/new",
+    "#/new/DRAFT",
+    "#/datasets",
+    "#/datasets/discs",
+    "#/system",
+    "#/login",
+)
 CHECK = """async () => {
   const {violations} = await axe.run(document, {resultTypes: ['violations']});
   return violations.filter(one => ['serious', 'critical'].includes(one.impact))
@@ -43,7 +54,9 @@ class Furnished:
 @pytest.fixture(scope="module")
 def furnished(server: ServerProcess) -> Furnished:
     server.configure_fake_trainer(FAKE_STEP_S="0.01", FAKE_STEPS="40")
-    done = server.enqueue("a run with a rather long name, as people write them", use_ema=True)["run"]
+    done = server.enqueue("a run with a rather long name, as people write them", use_ema=True)[
+        "run"
+    ]
     server.wait_for_state(done, "done")
     server.configure_fake_trainer(FAKE_STEP_S="0.01", FAKE_STEPS="8", FAKE_OOM="cuda")
     failed = server.enqueue("fails")["run"]
@@ -132,7 +145,9 @@ def choose(page: Page, language: str, theme: str) -> None:
 def test_a_phone_needs_no_sideways_scrolling(
     furnished: Furnished, open_page: Callable[..., Page], language: str
 ) -> None:
-    page = open_page(furnished.house, viewport=PHONE, locale=language, has_touch=True, is_mobile=True)
+    page = open_page(
+        furnished.house, viewport=PHONE, locale=language, has_touch=True, is_mobile=True
+    )
     allow_what_is_meant(page)
     wider = {}
     for view in VIEWS:

@@ -33,7 +33,9 @@ SCROLL = """async () => {
 }"""
 
 
-def test_captions_are_edited_and_undone(server: ServerProcess, open_page: Callable[..., Page]) -> None:
+def test_captions_are_edited_and_undone(
+    server: ServerProcess, open_page: Callable[..., Page]
+) -> None:
     folder = server.make_dataset("words", 3)
     file = folder / "disc-0001.txt"
     page = open_page(server, "#/datasets/words")
@@ -81,7 +83,9 @@ def test_uploads_that_are_refused_say_why_and_the_rest_comes_in(
     expect(section).to_contain_text("script.png")
     expect(section).to_contain_text("outside.png")
     # what a caption holds is text
-    expect(page.get_by_role("textbox", name=re.compile("zipped.png"))).to_have_value(re.compile("onerror"))
+    expect(page.get_by_role("textbox", name=re.compile("zipped.png"))).to_have_value(
+        re.compile("onerror")
+    )
     page.get_by_role("button", name=re.compile("^Without caption")).click()
     expect(page.locator("article .file")).to_have_text(["good.png"])
 
@@ -113,7 +117,9 @@ def test_what_is_dropped_comes_in_with_its_folders_and_a_bad_line_is_mended(
     )
 
 
-def test_three_hundred_pictures_are_paged(server: ServerProcess, open_page: Callable[..., Page]) -> None:
+def test_three_hundred_pictures_are_paged(
+    server: ServerProcess, open_page: Callable[..., Page]
+) -> None:
     server.make_dataset("many", MANY)
     page = open_page(server, "#/datasets/many")
     cards = page.locator("article")
@@ -154,7 +160,9 @@ def test_the_list_reads_on_while_something_is_unread(
 
 
 @pytest.mark.slow
-def test_ten_thousand_pictures_stay_smooth(server: ServerProcess, open_page: Callable[..., Page]) -> None:
+def test_ten_thousand_pictures_stay_smooth(
+    server: ServerProcess, open_page: Callable[..., Page]
+) -> None:
     """Says the times that it saw; they are bounded for a loaded machine."""
     folder = server.make_dataset("heaps", 20)
     for at in range(20, 10_000):
@@ -173,13 +181,18 @@ def test_ten_thousand_pictures_stay_smooth(server: ServerProcess, open_page: Cal
     page.keyboard.press("End")
     expect(page.get_by_role("button", name="View disc-9999.png")).to_be_focused()
     ended = time.monotonic()
-    print(f"first {seen - began:.2f} s, all read {read - began:.2f} s, end {ended - asked:.2f} s, {frames}")
+    print(
+        f"first {seen - began:.2f} s, all read {read - began:.2f} s, "
+        f"end {ended - asked:.2f} s, {frames}"
+    )
     assert frames["cards"] < 200
     assert frames["median_ms"] < 200
     assert ended - asked < 20
 
 
-def test_a_folder_of_this_machine_is_only_read(server: ServerProcess, open_page: Callable[..., Page]) -> None:
+def test_a_folder_of_this_machine_is_only_read(
+    server: ServerProcess, open_page: Callable[..., Page]
+) -> None:
     outside = server.workspace / "photos"
     server.make_dataset("seed", 2).rename(outside)
     page = open_page(server, "#/datasets")

@@ -54,9 +54,14 @@ def configures(page: Page) -> None:
     page.get_by_role("button", name="chroma-nano").click()
     page.get_by_role("textbox", name="Name", exact=True).fill(NAME)
     fill_options(
-        page, max_train_steps=str(PLANNED), train_batch_size="1", checkpoint_step_interval=str(EVERY),
-        validation_step_interval=str(EVERY), validation_num_inference_steps="4", validation_prompt=PROMPT,
-    )  # fmt: skip
+        page,
+        max_train_steps=str(PLANNED),
+        train_batch_size="1",
+        checkpoint_step_interval=str(EVERY),
+        validation_step_interval=str(EVERY),
+        validation_num_inference_steps="4",
+        validation_prompt=PROMPT,
+    )
     expect(page.get_by_text("No problems found")).to_be_visible()
     expect(page.get_by_text("Estimated RAM while training (CPU)")).to_be_visible()
     expect(page.locator("dt", has_text="Total time")).to_be_visible()

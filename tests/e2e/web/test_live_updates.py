@@ -28,7 +28,9 @@ def _quiet(server: ServerProcess) -> Iterator[None]:
     wait_until(
         lambda: (
             not [
-                end(server, job) for job in server.request_ok("GET", "queue")["jobs"] if job["state"] in LIVES
+                end(server, job)
+                for job in server.request_ok("GET", "queue")["jobs"]
+                if job["state"] in LIVES
             ]
         ),
         "all end",
@@ -122,9 +124,13 @@ def test_a_picture_at_another_strength_says_so_where_it_is_compared(
     compare = page.get_by_role("button", name="Compare")
     for name in ("8", "8 · LoRA at strength 0.5"):
         page.get_by_role("button", name=f"Open: fake prompt 0, step {name}", exact=True).click()
-        if compare.get_attribute("aria-pressed") == "false":  # else it is as the last one was looked at
+        if (
+            compare.get_attribute("aria-pressed") == "false"
+        ):  # else it is as the last one was looked at
             compare.click()
-        divider = page.get_by_role("slider", name=f"Divider between Before and Step {name}", exact=True)
+        divider = page.get_by_role(
+            "slider", name=f"Divider between Before and Step {name}", exact=True
+        )
         expect(divider).to_be_visible()
         page.keyboard.press("Escape")
 
@@ -142,7 +148,9 @@ def test_save_and_sample_now_and_keep_a_checkpoint(
     keep.click()
     expect(keep).to_have_attribute("aria-pressed", "true")
     page.get_by_role("tab", name="Images").click()
-    expect(page.get_by_role("columnheader")).to_have_count(2)  # the prompt and what was there before
+    expect(page.get_by_role("columnheader")).to_have_count(
+        2
+    )  # the prompt and what was there before
     page.get_by_role("button", name="Generate samples now").click()
     expect(page.get_by_role("columnheader")).to_have_count(3)
 
@@ -158,7 +166,9 @@ def test_the_queue_has_an_order_a_pause_and_a_rule_after_failures(
     server.request_ok("PUT", "queue", {"paused": True})
     server.configure_fake_trainer(**QUICK, FAKE_FAIL="4")
     jobs = {name: server.enqueue(name) for name in ("q-one", "q-two", "q-three", "q-four")}
-    wait_until(lambda: waiting(page) == ["q-one", "q-two", "q-three", "q-four"], "all wait, in their order")
+    wait_until(
+        lambda: waiting(page) == ["q-one", "q-two", "q-three", "q-four"], "all wait, in their order"
+    )
     page.get_by_role("button", name="Move q-three up").click()
     wait_until(lambda: waiting(page) == ["q-one", "q-three", "q-two", "q-four"], "one goes up")
     page.get_by_role("button", name="Move q-one down").click()
@@ -169,7 +179,9 @@ def test_the_queue_has_an_order_a_pause_and_a_rule_after_failures(
     page.get_by_role("button", name="Resume queue").click()
     server.wait_for_state(jobs["q-three"]["run"], "failed")
     wait_until(lambda: waiting(page) == ["q-one", "q-two"], "the failed one waits no more")
-    expect(page.get_by_text("The queue is paused")).to_be_visible()  # a failure holds those that wait
+    expect(
+        page.get_by_text("The queue is paused")
+    ).to_be_visible()  # a failure holds those that wait
     page.get_by_label("Continue after a failed run").check()
     wait_until(lambda: server.request_ok("GET", "queue")["continue_on_error"], "the rule is kept")
     page.get_by_role("button", name="Resume queue").click()
@@ -188,11 +200,18 @@ def test_a_failure_shows_its_last_lines_and_what_to_change(
     told = page.get_by_role("region", name="The run failed")
     expect(told).to_contain_text("failed on request")
     expect(told).to_contain_text("Lower learning_rate to a third")
-    expect(page.get_by_role("region", name="Last lines of the log")).to_contain_text("step 4/8 loss")
+    expect(page.get_by_role("region", name="Last lines of the log")).to_contain_text(
+        "step 4/8 loss"
+    )
 
 
-def test_a_kill_for_memory_is_told_as_one(server: ServerProcess, open_page: Callable[..., Page]) -> None:
-    for kind, advice in (("host", "The computer ran out of memory"), ("cuda", "The GPU ran out of memory")):
+def test_a_kill_for_memory_is_told_as_one(
+    server: ServerProcess, open_page: Callable[..., Page]
+) -> None:
+    for kind, advice in (
+        ("host", "The computer ran out of memory"),
+        ("cuda", "The GPU ran out of memory"),
+    ):
         server.configure_fake_trainer(**QUICK, FAKE_OOM=kind)
         run = server.enqueue(f"oom-{kind}")["run"]
         server.wait_for_state(run, "failed")

@@ -1,4 +1,4 @@
-"""The form of a new run: drafts that nothing loses, values that are refused where they stand, files."""
+"""The form of a new run: saved drafts, errors at their field, import and export."""
 
 from __future__ import annotations
 
@@ -54,11 +54,14 @@ def test_what_is_typed_while_the_page_goes_away_is_kept(
     find_option(page, "max_train_steps").get_by_role("textbox").fill("123")
     page.close()
     wait_until(
-        lambda: server.request_ok("GET", f"drafts/{id}")["config"].get("max_train_steps") == 123, "it is kept"
+        lambda: server.request_ok("GET", f"drafts/{id}")["config"].get("max_train_steps") == 123,
+        "it is kept",
     )
 
 
-def test_a_bad_value_is_told_at_its_field(server: ServerProcess, open_page: Callable[..., Page]) -> None:
+def test_a_bad_value_is_told_at_its_field(
+    server: ServerProcess, open_page: Callable[..., Page]
+) -> None:
     page, id = drafted(server, open_page, "bad")
     field = find_option(page, "learning_rate")
     rate = field.get_by_role("textbox")
@@ -98,7 +101,9 @@ def test_a_name_that_a_run_has_is_refused_at_its_field(
     expect(page.locator("#problems")).to_contain_text("already holds the results of a run")
     wait_until(lambda: page.title() and held, "the form is being checked")
     held.pop().continue_()
-    expect(page.get_by_text("No problems found")).to_be_visible()  # the check knows of no other runs
+    expect(
+        page.get_by_text("No problems found")
+    ).to_be_visible()  # the check knows of no other runs
     expect(name).to_have_attribute("aria-invalid", "true")
     name.fill("fox-2")
     expect(name).to_have_attribute("aria-invalid", "false")
@@ -122,7 +127,9 @@ def test_options_that_need_others_and_a_preset_with_its_way_back(
         "the preset is kept",
     )
     page.get_by_role("button", name="Undo").click()
-    wait_until(lambda: server.request_ok("GET", f"drafts/{id}")["config"] == before, "it is as before")
+    wait_until(
+        lambda: server.request_ok("GET", f"drafts/{id}")["config"] == before, "it is as before"
+    )
 
 
 def test_a_preset_s_size_is_written_as_the_language_does(
@@ -148,7 +155,9 @@ def test_export_and_import_are_each_other_s_way_back(
     assert files["config.json"] == draft["config"]
     assert files["multidatabackend.json"] == draft["datasets"]
 
-    (tmp_path / "mine.jsonc").write_text('{\n  // from a friend\n  "lora_rank": 6, "lora_rnk": 3,\n}\n')
+    (tmp_path / "mine.jsonc").write_text(
+        '{\n  // from a friend\n  "lora_rank": 6, "lora_rnk": 3,\n}\n'
+    )
     page.get_by_role("button", name="Import").click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_label("Choose a file").set_input_files(tmp_path / "mine.jsonc")
@@ -169,7 +178,9 @@ def test_a_rehearsal(server: ServerProcess, open_page: Callable[..., Page]) -> N
     expect(page.get_by_text("nothing stands in the way")).to_be_visible()
 
 
-def test_start_to_finish_by_keyboard_alone(server: ServerProcess, open_page: Callable[..., Page]) -> None:
+def test_start_to_finish_by_keyboard_alone(
+    server: ServerProcess, open_page: Callable[..., Page]
+) -> None:
     """Tab, arrows, Enter and Escape; the pointer is never used."""
     server.configure_fake_trainer(FAKE_STEPS="40", FAKE_GATE="looked-at")
     server.create_draft("by-hand")  # makes the dataset
@@ -193,7 +204,9 @@ def test_start_to_finish_by_keyboard_alone(server: ServerProcess, open_page: Cal
     page.keyboard.press("Enter")
     expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.press("Escape")
-    expect(page.get_by_role("button", name=re.compile("^Open: fake prompt 0, step 0$"))).to_be_focused()
+    expect(
+        page.get_by_role("button", name=re.compile("^Open: fake prompt 0, step 0$"))
+    ).to_be_focused()
     (server.workspace / "looked-at").touch()
     expect_state(page, "Done")
     tab_to(page, "link", re.compile("^Download the LoRA$"), back=True)

@@ -54,9 +54,9 @@ def list_datasets(services: ServicesDep) -> list[schemas.DatasetInfo]:
 
 
 @router.post("/datasets", status_code=201)
-def create_dataset(ask: schemas.DatasetRequest, services: ServicesDep) -> schemas.DatasetInfo:
+def create_dataset(body: schemas.DatasetRequest, services: ServicesDep) -> schemas.DatasetInfo:
     """Create a dataset, or add an existing folder."""
-    return services.datasets.create(ask.name, ask.path)
+    return services.datasets.create(body.name, body.path)
 
 
 @router.get("/datasets/{name}")
@@ -132,10 +132,10 @@ async def upload_file(
 
 @router.put("/datasets/{name}/captions/{path:path}")
 def write_caption(
-    name: str, path: str, ask: schemas.CaptionWrite, services: ServicesDep, crop: CropSettingsDep
+    name: str, path: str, body: schemas.CaptionWrite, services: ServicesDep, crop: CropSettingsDep
 ) -> schemas.DatasetItemPage:
     """Write the caption of one image; return the image's updated item."""
-    return services.datasets.write_caption(name, path, ask, crop)
+    return services.datasets.write_caption(name, path, body, crop)
 
 
 @router.get("/folders")

@@ -71,7 +71,7 @@ def installed_versions() -> dict[str, str]:
 
 @router.post("/login", status_code=204)
 async def login(
-    request: Request, response: Response, ask: LoginRequest, services: ServicesDep
+    request: Request, response: Response, body: LoginRequest, services: ServicesDep
 ) -> None:
     """Exchange the token, or the one-time login code that the server printed, for a cookie.
 
@@ -80,7 +80,7 @@ async def login(
     token_auth = request.app.state.token_auth
     if token_auth is None:
         return
-    check_token(request, token_auth, ask.token)
+    check_token(request, token_auth, body.token)
     response.set_cookie(
         cookie_name(services.settings),
         token_auth.cookie,

@@ -57,7 +57,7 @@ export const datasets = {
   preview: "Preview buckets and crops (does not change training settings)",
   resolution: "Resolution",
   resolutionType: "Resolution type",
-  type_pixel_area: "pixel area (1024 = 1024 × 1024)",
+  type_pixel_area: "pixel area (1024 = 1024²)",
   type_pixel: "shorter edge, px",
   type_area: "megapixels",
   crop: "Crop to bucket aspect ratio",

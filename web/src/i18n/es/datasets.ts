@@ -58,7 +58,7 @@ export const datasets: DatasetsTexts = {
   preview: "Vista previa de buckets y recortes (no cambia los ajustes de entrenamiento)",
   resolution: "Resolución",
   resolutionType: "Tipo de resolución",
-  type_pixel_area: "área en píxeles (1024 = 1024 × 1024)",
+  type_pixel_area: "área en píxeles (1024 = 1024²)",
   type_pixel: "lado más corto, px",
   type_area: "megapíxeles",
   crop: "Recortar a la proporción del bucket",

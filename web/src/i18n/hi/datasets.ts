@@ -58,7 +58,7 @@ export const datasets: DatasetsTexts = {
   preview: "बकेट और crop का पूर्वावलोकन (प्रशिक्षण की सेटिंग्स नहीं बदलतीं)",
   resolution: "रिज़ॉल्यूशन",
   resolutionType: "रिज़ॉल्यूशन का प्रकार",
-  type_pixel_area: "पिक्सेल क्षेत्रफल (1024 = 1024 × 1024)",
+  type_pixel_area: "पिक्सेल क्षेत्रफल (1024 = 1024²)",
   type_pixel: "छोटी भुजा, px",
   type_area: "मेगापिक्सेल",
   crop: "बकेट के आस्पेक्ट रेशियो पर crop करें",
