@@ -406,7 +406,7 @@ def test_pictures_and_text_are_shown(tmp_path: Path, name: str, kind: str) -> No
 
 
 def routes(app: FastAPI) -> list[tuple[set[str] | None, str]]:
-    """Return methods (None: WebSocket) and a valid path of every route under /api except the login."""
+    """Return the methods (None: WebSocket) and a valid path of all API routes except the login."""
     included = [route for module in ROUTE_MODULES for route in module.router.routes]
     own = [route for route in app.routes if isinstance(route, (Route, WebSocketRoute))]
     found = {}

@@ -552,7 +552,7 @@ def test_a_full_disk_repeats_no_signal(
 def test_a_run_goes_on_while_its_last_process_still_leaves(
     harness: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The page offers Resume as soon as exit.json exists, though the process may exit seconds later."""
+    """The page offers Resume once exit.json exists; the process may exit seconds later."""
     monkeypatch.setenv("FAKE_LINGER_S", "2")
     job = harness.enqueue()
     harness.wait_for_state(job, "running")
@@ -572,7 +572,7 @@ def test_a_run_goes_on_while_its_last_process_still_leaves(
 def test_one_that_was_interrupted_while_it_loaded_is_stopped(
     harness: QueueHarness, told: str | None, state: str
 ) -> None:
-    """An interrupted Python exits with code 1; only the training itself decides what a failure is."""
+    """An interrupted Python exits with code 1; only the training decides what a failure is."""
     job = harness.enqueue()
     folder = harness.jobs.jobs_dir / job.id
     (folder / "runner.lock").write_text("")
