@@ -108,6 +108,29 @@ def test_a_file_of_several_readings(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert whole.step == list(range(1, 901))
 
 
+def test_a_file_that_is_replaced_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolderWriter(tmp_path / "run").write_start().write_steps(1, 100)
+    monkeypatch.setattr(file_reader, "MAX_READ_BYTES", 2_000)
+    real = file_reader.read_lines
+    offsets: list[int] = []
+
+    def replace_after_second(
+        path: Path, since: int, limit: int | None = None
+    ) -> file_reader.LineChunk:
+        offsets.append(since)
+        if len(offsets) == 3:
+            run.events.unlink()
+            run.write_steps(1, 2, loss=lambda step: 7.0)
+        return real(path, since, limit)
+
+    monkeypatch.setattr(file_reader, "read_lines", replace_after_second)
+    metrics = RunReader(run.path).metrics(1000)
+    assert (metrics.step, metrics.loss) == ([1, 2], [7.0, 7.0])
+    assert metrics.end == run.events.stat().st_size
+
+
 TEXTS = some.text(some.characters(codec="utf-8"), max_size=40)
 
 
