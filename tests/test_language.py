@@ -55,7 +55,7 @@ BANNED = {
 PATTERNS = [(re.compile(pattern, re.IGNORECASE), better) for pattern, better in BANNED.items()]
 # Words that stand on disk, on the network or in a user's own folder names.
 ALLOWED = re.compile(
-    r"`[^`]*`|\ba picture of $|https?://\S+|/pictures\b|\bpictures/|\"pictures\"|'pictures'|=pictures\b"
+    r"`[^`]*`|\ba picture of $|^pictures and captions$|https?://\S+|/pictures\b|\bpictures/|\"pictures\"|'pictures'|=pictures\b"
 )
 
 

@@ -244,7 +244,7 @@ def test_rehearsal_finds_nothing_in_a_sound_config_and_leaves_nothing(
         == 0
     )
     said = capsys.readouterr().out
-    assert "nothing stands in the way" in said
+    assert "ready to train" in said
     assert "resume" in said
     assert not (workspace.root / "not-made").exists()
 

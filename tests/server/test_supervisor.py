@@ -428,7 +428,7 @@ def test_every_exit_code_has_its_advice() -> None:
             "train_batch_size",
         ),
         (
-            "out of memory: 2.00 GiB was asked for, 1.2 GiB was free. Next: ...",
+            "out of memory: 2.00 GiB requested, 1.2 GiB free. Next: ...",
             "train_batch_size",
         ),
         ("RuntimeError: HIP out of memory. Tried to allocate", "train_batch_size"),

@@ -105,7 +105,7 @@ def test_half_written_folders_are_never_seen(tmp_path: Path) -> None:
 def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save_checkpoint(tmp_path, snapshot(1), None, keep=1)
     monkeypatch.setattr(checkpoint, "free_disk_bytes", lambda folder: 10)
-    with pytest.raises(DiskFull, match="earlier checkpoints are untouched"):
+    with pytest.raises(DiskFull, match="earlier checkpoints are not affected"):
         checkpoint.save_checkpoint(tmp_path, snapshot(2), None, keep=1)
     assert checkpoint.find_damage(tmp_path / "checkpoint-1") is None
 

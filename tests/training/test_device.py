@@ -111,8 +111,8 @@ MPS_TEXT = (
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (torch.OutOfMemoryError(CUDA_TEXT), "out of memory: 162.00 MiB was asked for, 23.19 MiB was free"),
-        (RuntimeError(MPS_TEXT), "out of memory: 256.00 MiB was asked for, max allowed: 18.13 GiB"),
+        (torch.OutOfMemoryError(CUDA_TEXT), "out of memory: 162.00 MiB requested, 23.19 MiB free"),
+        (RuntimeError(MPS_TEXT), "out of memory: 256.00 MiB requested, max allowed: 18.13 GiB"),
         (RuntimeError("CUDA error: out of memory\nmore"), "out of memory: CUDA error: out of memory"),
         (MemoryError(), "out of host memory"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
@@ -126,13 +126,13 @@ def test_where_memory_ran_out(error: BaseException, said: str | None) -> None:
 def test_what_this_torch_says_of_host_memory() -> None:
     with pytest.raises(RuntimeError) as failure:
         torch.empty(2**60, dtype=torch.uint8)
-    assert describe_out_of_memory(failure.value) == f"out of memory: {2**60} bytes was asked for"
+    assert describe_out_of_memory(failure.value) == f"out of memory: {2**60} bytes requested"
 
 
 def test_the_next_setting_down_is_told() -> None:
     run = RunConfig(model=ModelOptions(gradient_checkpointing=False))
     known = to_user_error(torch.OutOfMemoryError(CUDA_TEXT), run)
     assert isinstance(known, SimpleTunerError)
-    assert "23.19 MiB was free. The last checkpoint is kept" in str(known)
+    assert "23.19 MiB free. The last checkpoint is not affected" in str(known)
     assert "gradient_checkpointing = true" in str(known)
     assert to_user_error(RuntimeError("a mistake of ours"), run) is None

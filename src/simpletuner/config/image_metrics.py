@@ -14,7 +14,7 @@ from dataclasses import dataclass
 class ImageMetricSpec:
     """Facts about one metric.
 
-    unit: of its values; "share" (of 1, printed as a percentage) or a word that is printed after the
+    unit: of its values; "share" (of 1, printed as a percentage) or a name that is printed after the
     number, such as "similarity". default_prompts: how many prompts it scores when its options do
     not say. needs_device: whether it runs a model of its own on the accelerator. device_bytes: the
     memory of that model, which is on the device together with the training. nano_only: whether it
@@ -36,7 +36,7 @@ IMAGE_METRICS: dict[str, ImageMetricSpec] = {
 
 
 def parse_metric_names(evaluation_type: str) -> tuple[str, ...]:
-    """Return the names in a comma-separated list, each once; "none" is no name."""
+    """Return the names in a comma-separated list, each once, without "none"."""
     names = dict.fromkeys(name.strip() for name in evaluation_type.split(","))
     return tuple(name for name in names if name != "none")
 

@@ -70,7 +70,7 @@ def auto_shift(image_tokens: int) -> float:
 
 
 def resolve_shift(options: FlowOptions, image_tokens: int | None) -> float:
-    """Return the shift that the options ask for; 1.0 is no shift. The automatic shift wins."""
+    """Return the shift that the options ask for; 1.0 changes nothing. The automatic shift wins."""
     if not options.flow_schedule_auto_shift:
         return options.flow_schedule_shift or 1.0
     if image_tokens is None:

@@ -1,4 +1,19 @@
-"""Checkpoints that survive anything: written aside, hashed, synced, renamed; verified before they are used.
+"""Checkpoints on disk, safe against crashes and power cuts, verified before they are used.
+
+How a checkpoint is written, and why no moment can leave a broken one behind:
+
+1. All files are written to `.writing-checkpoint-N-PID`, a name that no reader looks for. A process
+   that is killed here leaves a folder that the next save removes.
+2. Every file is synced to the disk (fsync) and hashed; then manifest.json with the lengths and
+   hashes is written and synced, last. A folder without it was never finished.
+3. One rename makes the folder `checkpoint-N`, and the run folder is synced. A rename is atomic, so
+   a reader sees all of the checkpoint or none of it.
+4. Only now are checkpoints beyond the limit deleted: renamed to `.removing-...` first, so that a
+   half-deleted folder is never read as a checkpoint. At every moment one complete checkpoint
+   exists.
+
+A checkpoint is used only if every file has the length and hash of the manifest. A damaged one is
+renamed to `damaged-...`, never deleted, and the one before it is used.
 
 checkpoint-500/
   manifest.json             length and SHA-256 of every other file; written last
@@ -7,7 +22,7 @@ checkpoint-500/
   optimizer.safetensors     tensors of the optimizer state
   ema.safetensors           if there is an EMA
   pytorch_lora_weights.safetensors   for a LoRA: the file other programs load
-  keep                      laid there by a person: this one is never removed
+  keep                      a file that a user creates: this checkpoint is never removed
 """
 
 from __future__ import annotations
@@ -35,7 +50,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class CheckpointData:
-    """Everything a run needs to go on. tensors: file stem -> name -> tensor. state: JSON-able."""
+    """All state of a run. tensors: file stem -> name -> tensor. state: for JSON."""
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -43,20 +58,21 @@ class CheckpointData:
 
 
 def checkpoint_step(folder: Path) -> int:
+    """Return the step in the name of a checkpoint folder; -1 for another name."""
     match = CHECKPOINT_NAME.search(folder.name)
     return int(match.group(1)) if match else -1
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, newest first. Folders still being written have another name."""
+    """Return the checkpoints, newest first. A folder that is being written has another name."""
     if not run_dir.is_dir():
         return []
-    found = [
+    folders = [
         folder
         for folder in run_dir.iterdir()
         if CHECKPOINT_NAME.fullmatch(folder.name) and folder.is_dir()
     ]
-    return sorted(found, key=checkpoint_step, reverse=True)
+    return sorted(folders, key=checkpoint_step, reverse=True)
 
 
 def _sha256(path: Path) -> str:
@@ -71,16 +87,17 @@ def _sync(path: Path) -> None:
     try:
         fsync_path(path)
     except OSError as error:
-        if path.is_file():  # some file systems cannot sync a folder; a file must be
+        if path.is_file():  # some file systems cannot sync a folder, but all can sync a file
             raise DiskFull(f"{path} could not be written to the disk: {error.strerror}") from error
 
 
 def free_disk_bytes(folder: Path) -> int:
+    """Return the free space of the disk that the folder is on."""
     return shutil.disk_usage(folder).free
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, None when every file is what the manifest says."""
+    """Describe the damage of a checkpoint; None when every file is as in the manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files: dict[str, dict[str, object]] = manifest["files"]
@@ -93,7 +110,7 @@ def find_damage(folder: Path) -> str | None:
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
         if _sha256(path) != expected["sha256"]:
-            return f"{name} does not have the content that was written"
+            return f"{name} does not have the content that was saved (its SHA-256 differs)"
     return None
 
 
@@ -104,11 +121,13 @@ def save_checkpoint(
     keep: int,
     best: int | None = None,
 ) -> Path:
-    """Write checkpoint-<step>; then, and only then, delete the oldest beyond `keep`, never the best
-    and never a marked one.
+    """Write checkpoint-<step>, and after that delete the oldest beyond `keep`; return its folder.
 
-    extra: writes further files (the LoRA for other programs) into the folder it is given.
-    DiskFull before anything is written when there is less room than 1.2 times what is needed.
+    extra: writes further files (the LoRA for other programs) into the folder that it gets. best:
+    the step of a checkpoint that is not deleted; one with a `keep` file is not deleted either.
+
+    Raises DiskFull when writing fails, or before it when there is less free space than 1.2 times
+    the size of the tensors.
     """
     target = run_dir / f"checkpoint-{snapshot.step}"
     if target.exists() and find_damage(target) is None:
@@ -119,8 +138,8 @@ def save_checkpoint(
     if free_disk_bytes(run_dir) < 1.2 * needed + (1 << 20):
         raise DiskFull(
             f"checkpoint-{snapshot.step} needs {needed / 1e9:.2f} GB and {run_dir} has "
-            f"{free_disk_bytes(run_dir) / 1e9:.2f} GB free; earlier checkpoints are untouched. "
-            "Make room and run the same command again"
+            f"{free_disk_bytes(run_dir) / 1e9:.2f} GB free; earlier checkpoints are not affected. "
+            "Free some space and run the same command to resume"
         )
     remove_leftovers(run_dir)
     work = run_dir / f".writing-checkpoint-{snapshot.step}-{os.getpid()}"
@@ -130,18 +149,15 @@ def save_checkpoint(
         if target.exists():
             set_aside_damaged(target)
         os.replace(work, target)
-    except (OSError, SafetensorError) as error:  # a full disk is the latter inside save_file
+    except (OSError, SafetensorError) as error:  # save_file raises the latter for a full disk
         shutil.rmtree(work, ignore_errors=True)
         raise DiskFull(
-            f"{target} could not be written ({error}); earlier ones are untouched"
+            f"{target} could not be written ({error}); earlier checkpoints are not affected"
         ) from error
     _sync(run_dir)
     for old in list_checkpoints(run_dir)[keep:]:
         if old != target and checkpoint_step(old) != best and not (old / "keep").exists():
-            leaving = old.rename(
-                run_dir / f".removing-{old.name}"
-            )  # half a folder is never seen as one
-            shutil.rmtree(leaving)
+            shutil.rmtree(old.rename(run_dir / f".removing-{old.name}"))
     return target
 
 
@@ -166,13 +182,17 @@ def _write(work: Path, snapshot: CheckpointData, extra: Callable[[Path], None] |
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove what killed processes had half written or half removed (the run lock is ours)."""
+    """Remove folders that a killed process had half written or half removed.
+
+    The caller must hold the run lock.
+    """
     for pattern in (".writing-checkpoint-*", ".removing-checkpoint-*"):
         for leftover in run_dir.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def set_aside_damaged(folder: Path) -> Path:
+    """Rename a damaged checkpoint to damaged-<name> (or with -N), and return the new path."""
     number = 0
     while (
         aside := folder.with_name(f"damaged-{folder.name}{f'-{number}' if number else ''}")
@@ -183,7 +203,10 @@ def set_aside_damaged(folder: Path) -> Path:
 
 
 def find_latest_valid(run_dir: Path, emit: Emit) -> Path | None:
-    """The newest checkpoint that verifies; damaged ones before it are renamed, loudly, never deleted."""
+    """Return the newest undamaged checkpoint; None if there is none.
+
+    Newer ones that are damaged are renamed with an event, never deleted.
+    """
     for folder in list_checkpoints(run_dir):
         reason = find_damage(folder)
         if reason is None:
@@ -193,15 +216,15 @@ def find_latest_valid(run_dir: Path, emit: Emit) -> Path | None:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """CheckpointError when it is damaged, or no checkpoint at all."""
+    """Raise CheckpointError if the folder is damaged or is not a checkpoint."""
     if not (folder / "manifest.json").is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint: it holds no manifest.json")
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no manifest.json")
     if (reason := find_damage(folder)) is not None:
         raise CheckpointError(f"{folder} is damaged: {reason}")
 
 
 def read_state(folder: Path) -> dict[str, object]:
-    """What a verified checkpoint says of itself. CheckpointError when its format is unknown."""
+    """Return state.json of a verified checkpoint; CheckpointError when its format is unknown."""
     state: dict[str, object] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.get("format") != FORMAT_VERSION:
         raise CheckpointError(
@@ -211,7 +234,7 @@ def read_state(folder: Path) -> dict[str, object]:
 
 
 def read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a verified checkpoint: file stem -> name -> tensor."""
+    """Return the tensors of a verified checkpoint: file stem -> name -> tensor."""
     try:
         return {
             stem: load_file(folder / f"{stem}.safetensors")
@@ -225,7 +248,7 @@ def read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
 def flatten_optimizer(
     state_dict: Mapping[str, object],
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """An optimizer's state_dict as (tensors by "index.key", everything else as JSON)."""
+    """Split the state_dict of an optimizer into tensors by "index.key", and the rest for JSON."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, object]] = {}
     per_parameter: Mapping[int, Mapping[str, object]] = state_dict["state"]  # type: ignore[assignment]
@@ -249,7 +272,11 @@ def flatten_optimizer(
 def unflatten_optimizer(
     tensors: Mapping[str, Tensor], rest: Mapping[str, object], fresh: Mapping[str, object]
 ) -> dict[str, object]:
-    """The inverse. fresh: state_dict of a new optimizer; JSON lists become tuples where it has them."""
+    """Rebuild the state_dict that flatten_optimizer split.
+
+    fresh: the state_dict of a new optimizer. JSON has no tuples, so a list becomes a tuple where
+    the new optimizer has one.
+    """
     state: dict[int, dict[str, object]] = {}
     scalars: Mapping[str, Mapping[str, object]] = rest["state"]  # type: ignore[assignment]
     for index, values in scalars.items():

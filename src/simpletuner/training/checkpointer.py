@@ -1,4 +1,14 @@
-"""What a run saves, and how it goes on from what it saved."""
+"""Save the state of a run, and restore it.
+
+What resuming needs, and what it does not: the trainable weights exactly as they are in memory, the
+optimizer's state with its dtypes, the EMA, and what the evaluators compare with (the losses at step
+0). Nothing random is saved, because order, noise, sigmas, dropout and rounding are functions of
+(seed, step); the learning rate is a function of the step too. That is why a resumed run equals an
+uninterrupted one bit for bit.
+
+Before anything is restored, the options and the inputs (base weights, text encoder, VAE, images and
+captions) are compared with those of the checkpoint; see resume.py.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +40,9 @@ ExportToCheckpoint = Callable[[Path, int], None]  # folder, step
 class Checkpointer:
     """Saves and restores one run.
 
-    identity: what must be the same for a resumed run to be the same run (base weights, data),
-    besides the config. companions: by name, others who remember (held-out loss).
+    identity: what must not change when a run is resumed, besides the options: base weights and
+    data. stateful_evaluators: evaluators whose state is saved too, by their key in state.json.
+    best_step: the step whose checkpoint is not deleted.
     """
 
     folder: RunFolder
@@ -46,12 +57,17 @@ class Checkpointer:
     _saved_step: int | None = field(default=None, init=False)
 
     def save(self, step: int) -> None:
+        """Write the checkpoint of `step`; does nothing if it was the last one saved or restored.
+
+        A schedule-free optimizer is switched to the training weights, because these are the state.
+        """
         if step == self._saved_step:
             return
         started = time.perf_counter()
         set_optimizer_mode(self.train_state.optimizer, training=True)
+        parameters = self.train_state.trainable_parameters
         tensors: dict[str, dict[str, Tensor]] = {
-            "weights": {n: p.data for n, p in self.train_state.trainable_parameters.items()}
+            "weights": {name: param.data for name, param in parameters.items()}
         }
         tensors["optimizer"], rest = checkpoint.flatten_optimizer(
             self.train_state.optimizer.state_dict()
@@ -66,7 +82,7 @@ class Checkpointer:
             tensors["ema"] = shadow["shadow"]
             state["ema"] = {key: value for key, value in shadow.items() if key != "shadow"}
         state["companions"] = {
-            name: one.state_dict() for name, one in self.stateful_evaluators.items()
+            name: evaluator.state_dict() for name, evaluator in self.stateful_evaluators.items()
         }
         snapshot = checkpoint.CheckpointData(step, tensors, state)
         best = self.best_step()
@@ -83,63 +99,76 @@ class Checkpointer:
         self.export_to_checkpoint(folder, step)
         set_optimizer_mode(self.train_state.optimizer, training=True)
 
-    def restore(self, origin: ResumePoint) -> None:
-        """Go on from a checkpoint. Later ones here belong to steps that are done anew: moved aside."""
-        origin.require_same_identity(self.identity, self.emit)
-        self._load_state(origin.folder, origin.state, checkpoint.read_tensors(origin.folder))
-        here = origin.folder.parent == self.folder.path.resolve()
-        self._saved_step = origin.step if here else None
+    def restore(self, resume_point: ResumePoint) -> None:
+        """Load a checkpoint.
+
+        Later checkpoints in this run folder belong to steps that will be trained again; they are
+        moved to earlier-N/.
+        """
+        resume_point.require_same_identity(self.identity, self.emit)
+        self._load_state(
+            resume_point.folder, resume_point.state, checkpoint.read_tensors(resume_point.folder)
+        )
+        is_own = resume_point.folder.parent == self.folder.path.resolve()
+        self._saved_step = resume_point.step if is_own else None
         later = [
             folder
             for folder in checkpoint.list_checkpoints(self.folder.path)
-            if checkpoint.checkpoint_step(folder) >= origin.step + here
+            if checkpoint.checkpoint_step(folder) >= resume_point.step + is_own
         ]
         if later:
             names = ", ".join(folder.name for folder in later)
             self.emit(
                 WarningIssued(
-                    f"{names} will be made anew; until now's are in {self.folder.set_aside(later)}"
+                    f"{names} will be trained again; the old folders were moved to "
+                    f"{self.folder.set_aside(later)}"
                 )
             )
 
     def _load_state(
-        self, found: Path, state: Mapping[str, Any], tensors: dict[str, dict[str, Tensor]]
+        self, folder: Path, state: Mapping[str, Any], tensors: dict[str, dict[str, Tensor]]
     ) -> None:
-        weights = tensors["weights"]
-        unlike = sorted(
-            name
-            for name in weights.keys() | self.train_state.trainable_parameters.keys()
-            if name not in weights
-            or name not in self.train_state.trainable_parameters
-            or weights[name].shape != self.train_state.trainable_parameters[name].shape
-        )
-        if unlike:
-            raise CheckpointError(
-                f"{found} does not hold these weights: {len(unlike)} tensors differ in name or shape "
-                f"(first: {unlike[0]}); choose another output_dir or the options it was made with"
-            )
+        train_state, weights = self.train_state, tensors["weights"]
+        require_same_tensors(folder, weights, train_state.trainable_parameters)
         with torch.no_grad():
-            for name, parameter in self.train_state.trainable_parameters.items():
+            for name, parameter in train_state.trainable_parameters.items():
                 parameter.copy_(weights[name])
         try:
-            self.train_state.optimizer.load_state_dict(
+            train_state.optimizer.load_state_dict(
                 checkpoint.unflatten_optimizer(
                     tensors.get("optimizer", {}),
                     state["optimizer"],
-                    self.train_state.optimizer.state_dict(),
+                    train_state.optimizer.state_dict(),
                 )
             )
         except (ValueError, KeyError) as error:
             raise CheckpointError(
-                f"{found} holds the state of another optimizer ({error})"
+                f"{folder} has the state of another optimizer ({error})"
             ) from error
-        if (
-            self.train_state.ema is not None
-        ):  # begun late, the average begins at the weights of that moment
+        if train_state.ema is not None:
+            # Where use_ema was switched on later, the average starts from the weights of this step.
             shadow = tensors.get("ema", {name: weight.float() for name, weight in weights.items()})
-            self.train_state.ema.load_state_dict(
-                {**state.get("ema", {"updates": 0}), "shadow": shadow}
-            )
-        for name, one in self.stateful_evaluators.items():
+            train_state.ema.load_state_dict({**state.get("ema", {"updates": 0}), "shadow": shadow})
+        for name, evaluator in self.stateful_evaluators.items():
             if name in state["companions"]:
-                one.load_state_dict(state["companions"][name])
+                evaluator.load_state_dict(state["companions"][name])
+
+
+def require_same_tensors(
+    folder: Path, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> None:
+    """Raise CheckpointError if the saved weights differ from the parameters in name or shape."""
+    different = sorted(
+        name
+        for name in weights.keys() | parameters.keys()
+        if name not in weights
+        or name not in parameters
+        or weights[name].shape != parameters[name].shape
+    )
+    if different:
+        count = "1 tensor differs" if len(different) == 1 else f"{len(different)} tensors differ"
+        raise CheckpointError(
+            f"{folder} does not match this training: {count} in name or shape "
+            f"(first: {different[0]}). Choose another output_dir, or the options that the "
+            "checkpoint was trained with"
+        )

@@ -1,4 +1,4 @@
-"""Which device a run uses, in which number formats, and all that is asked of it by name."""
+"""The compute device of a run, its dtypes, and the facts that differ between kinds of devices."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from simpletuner.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "no": torch.float32}
 BF16_MIN_CAPABILITY = (8, 0)  # compute capability of Ampere
-# What allocators say when they have no more, besides raising torch.OutOfMemoryError.
+# Parts of the messages of allocators that are out of memory; not all raise OutOfMemoryError.
 OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory")
 REQUESTED_SIZE_PATTERN = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 FREE_SIZE_PATTERN = re.compile(r"of which ([\d.]+ \w+) is free|(max allowed: [\d.]+ \w+)")
 
 
 class Hardware:
-    """One kind of device, here the CPU. kind: "cuda", "rocm", "mps" or "cpu". Sizes in bytes."""
+    """One kind of device, here the CPU. kind: "cuda", "rocm", "mps" or "cpu". Sizes: bytes."""
 
     kind = "cpu"
 
@@ -30,23 +30,23 @@ class Hardware:
         return self.kind
 
     def capability(self) -> tuple[int, int] | None:
-        """NVIDIA's compute capability; None where there is no such thing."""
+        """Return NVIDIA's compute capability; None for other devices."""
         return None
 
     def free_bytes(self) -> int | None:
-        """None where the device's memory is the host's, for the host to tell."""
+        """Return the free device memory; None where the device uses the host's memory."""
         return None
 
     def peak_bytes(self) -> int | None:
-        """Of the allocator since the start; None where no count is kept."""
+        """Return the peak of the allocator since the start; None where it is not counted."""
         return None
 
     def empty_cache(self) -> None:
-        """Give back what the allocator keeps for later; the CPU's keeps nothing."""
+        """Release the memory that the allocator caches; the CPU's allocator caches nothing."""
 
 
 class CudaHardware(Hardware):
-    """NVIDIA, and AMD by ROCm, which answers to the same names in torch."""
+    """NVIDIA, and AMD with ROCm, which torch also names cuda."""
 
     def __init__(self, device: torch.device) -> None:
         self.kind = "cuda" if torch.version.hip is None else "rocm"
@@ -70,7 +70,7 @@ class CudaHardware(Hardware):
 
 
 class MpsHardware(Hardware):
-    """Apple's GPU, in the host's memory."""
+    """Apple's GPU, which uses the host's memory."""
 
     kind = "mps"
 
@@ -90,7 +90,10 @@ HARDWARE_BY_TYPE: dict[str, Callable[[torch.device], Hardware]] = {
 
 @dataclass(frozen=True)
 class ComputeDevice:
-    """weights: dtype the network is held in. compute: autocast dtype, None where weights already have it."""
+    """The device and dtypes of a run.
+
+    weights_dtype: of the network's weights. autocast_dtype: None where the weights have it already.
+    """
 
     device: torch.device
     weights_dtype: torch.dtype
@@ -106,7 +109,7 @@ class ComputeDevice:
         return torch.autocast(self.device.type, self.autocast_dtype)
 
     def peak_memory_gib(self) -> float | None:
-        """Peak of the allocator since the start; None where the device keeps no count."""
+        """Return the peak of the allocator since the start; None where it is not counted."""
         peak = self.hardware.peak_bytes()
         return None if peak is None else peak / 2**30
 
@@ -115,7 +118,10 @@ class ComputeDevice:
 
 
 def select_device(options: ModelOptions) -> ComputeDevice:
-    """The device asked for, or the best there is. ConfigError when it lacks what the options need."""
+    """Return the device of the options, or for "auto" the best one of this machine.
+
+    Raises ConfigError when it is not available, or does not support what the options need.
+    """
     if options.torch_num_threads is not None:
         torch.set_num_threads(options.torch_num_threads)
     present = {
@@ -124,13 +130,13 @@ def select_device(options: ModelOptions) -> ComputeDevice:
         "cpu": True,
     }
     kind = (
-        next(kind for kind, here in present.items() if here)
+        next(kind for kind, is_present in present.items() if is_present)
         if options.device == "auto"
         else options.device
     )
     if not present[kind]:
-        found = ", ".join(kind for kind, here in present.items() if here)
-        raise ConfigError(f'device = "{kind}" is not available to this torch; found: {found}')
+        available = ", ".join(kind for kind, is_present in present.items() if is_present)
+        raise ConfigError(f'device = "{kind}" is not available; torch has: {available}')
     device = torch.device(kind)
     if missing := list(unsupported_by_hardware(HARDWARE_BY_TYPE[kind](device), options)):
         raise ConfigError("\n".join(missing))
@@ -145,28 +151,39 @@ def select_device(options: ModelOptions) -> ComputeDevice:
 
 
 def unsupported_by_hardware(hardware: Hardware, options: ModelOptions) -> Iterator[str]:
-    """What the options ask for and the hardware does not have, each with the alternative."""
-    since, has = hardware.capability(), f"this is {hardware.name}"
-    if options.mixed_precision == "bf16" and since is not None and since < BF16_MIN_CAPABILITY:
-        capability = ".".join(map(str, since))
+    """Yield a message, with the alternative, for each option that the hardware does not support."""
+    capability = hardware.capability()
+    this_is = f"this is {hardware.name}"
+    if (
+        options.mixed_precision == "bf16"
+        and capability is not None
+        and capability < BF16_MIN_CAPABILITY
+    ):
+        version = ".".join(map(str, capability))
         yield (
-            f'mixed_precision = "bf16" needs compute capability 8.0 or newer; {has}, {capability}.'
-            ' Use "no", with base_model_precision "int8" or "nf4" if memory is short'
+            f'mixed_precision = "bf16" needs compute capability 8.0 or newer; {this_is}, {version}.'
+            ' Use "no", with base_model_precision "int8" or "nf4" if there is too little memory'
         )
     if options.mixed_precision == "fp16" and hardware.kind == "cpu":
         yield 'mixed_precision = "fp16" needs a GPU; use "bf16" or "no" on the CPU'
     for name in ("base_model_precision", "text_encoder_1_precision"):
         if getattr(options, name) == "fp8" and hardware.kind == "mps":
-            yield f'{name} = "fp8" needs a device with 8-bit floats; {has}. Use "int8": as small, more exact'
-    apart = hardware.kind in ("cuda", "rocm")
-    if options.musubi_blocks_to_swap and not apart:
-        yield f"musubi_blocks_to_swap needs a GPU with memory of its own; {has}. Use 0"
-    if options.gradient_checkpointing_backend == "offload" and not apart:
-        yield f'gradient_checkpointing_backend = "offload" needs memory of the GPU\'s own; {has}. Use "torch"'
+            yield (
+                f'{name} = "fp8" needs a device with 8-bit floats; {this_is}. Use "int8", '
+                "which has the same size and is more accurate"
+            )
+    has_own_memory = hardware.kind in ("cuda", "rocm")
+    if options.musubi_blocks_to_swap and not has_own_memory:
+        yield f"musubi_blocks_to_swap needs a GPU with its own memory; {this_is}. Use 0"
+    if options.gradient_checkpointing_backend == "offload" and not has_own_memory:
+        yield (
+            'gradient_checkpointing_backend = "offload" needs a GPU with its own memory; '
+            f'{this_is}. Use "torch"'
+        )
 
 
 def describe_out_of_memory(error: BaseException) -> str | None:
-    """What was asked for and what was free, where memory ran out; None for any other failure."""
+    """Describe an out-of-memory error with requested and free size; None for other errors."""
     text = str(error)
     if isinstance(error, MemoryError):
         return f"out of host memory{': ' if text else ''}{text}"
@@ -175,8 +192,8 @@ def describe_out_of_memory(error: BaseException) -> str | None:
         and any(mark in text.lower() for mark in OUT_OF_MEMORY_PHRASES)
     ):
         return None
-    asked, free = REQUESTED_SIZE_PATTERN.search(text), FREE_SIZE_PATTERN.search(text)
-    what = [f"{asked[1]} was asked for" if asked else text.splitlines()[0].rstrip(".")]
+    requested, free = REQUESTED_SIZE_PATTERN.search(text), FREE_SIZE_PATTERN.search(text)
+    parts = [f"{requested[1]} requested" if requested else text.splitlines()[0].rstrip(".")]
     if free:
-        what.append(f"{free[1]} was free" if free[1] else free[2])
-    return f"out of memory: {', '.join(what)}"
+        parts.append(f"{free[1]} free" if free[1] else free[2])
+    return f"out of memory: {', '.join(parts)}"

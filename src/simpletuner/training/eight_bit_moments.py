@@ -1,9 +1,9 @@
-"""Moments of AdamW in 8 bits: a code for every number and a float32 scale for every 256 of them.
+"""Moments of AdamW in 8 bits: a code for every number and a float32 scale for every 256 numbers.
 
-The codes lie the denser the nearer to 0, over seven decades (dynamic quantisation, arXiv
-2110.02861). Between two codes the choice is drawn, right on average: the square moves by a
-thousandth a step, less than half the way from code to code, and would stand still if it were
-rounded to the nearest.
+The codes are denser near 0 and span seven decades (dynamic quantisation, arXiv 2110.02861). The
+choice between two neighbouring codes is random and right on average: the mean of the square changes
+by a thousandth per step, less than half the distance between two codes, and would never change if
+it were rounded to the nearest.
 """
 
 from __future__ import annotations
@@ -16,46 +16,58 @@ BLOCK_SIZE = 256
 CODE_DECADES = 7
 
 
-def code_magnitudes(in_the_last: int) -> Tensor:
-    """Ascending in (0, 1), evenly spaced within a decade, twice as many in each as in the one below it."""
-    found = []
+def code_magnitudes(codes_in_last_decade: int) -> Tensor:
+    """Return ascending codes in (0, 1), evenly spaced within each decade.
+
+    Each decade has twice as many codes as the one below it.
+    """
+    decades = []
     for decade in range(CODE_DECADES):
         edges = torch.linspace(
-            0.1, 1.0, (in_the_last >> (CODE_DECADES - 1 - decade)) + 1, dtype=torch.float64
+            0.1, 1.0, (codes_in_last_decade >> (CODE_DECADES - 1 - decade)) + 1, dtype=torch.float64
         )
-        found.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - CODE_DECADES + 1))
-    return torch.cat(found)
+        decades.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - CODE_DECADES + 1))
+    return torch.cat(decades)
 
 
 def mean_codes() -> Tensor:
-    """256 ascending values, -1, 0 and 1 among them: what never had a gradient stays exactly at 0."""
+    """Return 256 ascending values, with -1, 0 and 1.
+
+    A moment that never had a gradient is exactly 0.
+    """
     positive, one = code_magnitudes(64), torch.ones(1)
     return torch.cat([-one, -positive[1:].flip(0), 0 * one, positive, one]).float()
 
 
 def square_codes() -> Tensor:
-    """255 ascending values up to 1. Not 0: the update divides by the root, which must not vanish alone."""
+    """Return 255 ascending values up to 1.
+
+    0 is not among them: the update divides by the root, which must not be 0 while the mean is not.
+    """
     return torch.cat([code_magnitudes(128), torch.ones(1)]).square().float()
 
 
 def quantize_moments(exact: Tensor, table: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(rows, 256) float32 -> codes (rows, 256) uint8 of a neighbour in `table`, scales (rows,) float32."""
+    """Return codes (rows, 256) uint8 and scales (rows,) float32 for (rows, 256) float32 numbers.
+
+    Each code is that of one of the two neighbours in `table`.
+    """
     scales = exact.abs().amax(1)
-    share = exact / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    upper = torch.bucketize(share, table, out_int32=True).clamp_(1, len(table) - 1)
+    scaled = exact / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    upper = torch.bucketize(scaled, table, out_int32=True).clamp_(1, len(table) - 1)
     below = table[upper - 1]
-    chance = share.sub_(below).div_(table[upper].sub_(below))
-    draws = torch.rand(exact.shape, generator=noise, device=exact.device)
-    return (upper - (draws >= chance).int()).to(torch.uint8), scales
+    probability = scaled.sub_(below).div_(table[upper].sub_(below))
+    uniform = torch.rand(exact.shape, generator=noise, device=exact.device)
+    return (upper - (uniform >= probability).int()).to(torch.uint8), scales
 
 
 def dequantize_moments(codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
-    """The inverse: (rows, 256) float32."""
+    """Return the numbers (rows, 256) float32 from their codes and scales."""
     return table[codes.int()].mul_(scales[:, None])
 
 
 class EightBitMoments:
-    """2.03 bytes per parameter. The largest of each 256 is exact; others lie between neighbouring codes."""
+    """Moments in 2.03 bytes per parameter; the largest of each 256 numbers is exact."""
 
     def __init__(self) -> None:
         self.code_tables: dict[torch.device, dict[str, Tensor]] = {}

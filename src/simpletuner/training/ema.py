@@ -1,4 +1,4 @@
-"""A moving average of the trained weights, in float32."""
+"""The exponential moving average (EMA) of the trained weights, in float32."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from simpletuner.errors import CheckpointError
 
 
 class Ema:
-    """shadow <- shadow + (1 - d) * (weights - shadow) after every ema_update_interval-th step.
+    """Average: shadow <- shadow + (1 - d) * (weights - shadow), every ema_update_interval steps.
 
-    d = min(ema_decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that a short run is not
-    mostly its start. shadow: name -> float32, on the CPU or beside the weights.
+    d = min(ema_decay, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that the average of a short
+    run is not dominated by the initial weights. shadow: name -> float32, on the CPU or on the
+    device of the weights.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Call after optimizer step `step` (0 is the first)."""
+        """Update after optimizer step `step` (0 is the first)."""
         if (step + 1) % self.interval:
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
@@ -45,9 +46,10 @@ class Ema:
 
     @contextmanager
     def swapped_weights(self) -> Iterator[None]:
-        """The averaged weights in place of the trained ones; these come back bit for bit.
+        """Put the averaged weights into the network; the trained ones are restored bit for bit.
 
-        They wait where the average is kept: at full rank a GPU has no room for both.
+        Meanwhile the trained weights are stored on the device of the average, because in full
+        fine-tuning a GPU may not have memory for both.
         """
         trained = [
             param.detach().to(self.shadow[name].device, copy=True) for name, param in self.params
@@ -59,20 +61,25 @@ class Ema:
             yield
         finally:
             with torch.no_grad():
-                for (_, param), kept in zip(self.params, trained):
-                    param.copy_(kept)
+                for (_, param), weights in zip(self.params, trained):
+                    param.copy_(weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """{"updates": int, "shadow": {name: float32 tensor}}; the tensors are the live ones."""
+        """Return {"updates": int, "shadow": {name: float32 tensor}}; the tensors are not copied."""
         return {"updates": self.updates, "shadow": dict(self.shadow)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Refuses another set of names or shapes (CheckpointError)."""
+        """Load a saved state.
+
+        Raises CheckpointError when its names or shapes are not those of the trained weights.
+        """
         shadow: dict[str, Tensor] = state["shadow"]
-        mine = {name: tensor.shape for name, tensor in self.shadow.items()}
-        if {name: tensor.shape for name, tensor in shadow.items()} != mine:
-            raise CheckpointError("the saved moving average belongs to other trainable parameters")
+        expected = {name: tensor.shape for name, tensor in self.shadow.items()}
+        if {name: tensor.shape for name, tensor in shadow.items()} != expected:
+            raise CheckpointError(
+                "the saved moving average (EMA) belongs to other trainable parameters"
+            )
         self.updates = int(state["updates"])
         for name, tensor in shadow.items():
             self.shadow[name].copy_(tensor)

@@ -1,4 +1,4 @@
-"""The weights people take away: a LoRA that other programs load, or a transformer folder."""
+"""Export the result of a run: a LoRA that other programs load, or a transformer folder."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ LORA_FILENAME = "pytorch_lora_weights.safetensors"
 
 @dataclass
 class Exporter:
-    """Writes finished weights; with an EMA, the average beside them (ema/, transformer_ema/).
+    """Writes the trained weights and, with an EMA, also the average (ema/, transformer_ema/).
 
-    describe: step and weights ("trained", "average") -> what a file's header tells.
+    file_metadata: step and weights ("trained" or "average") -> the header of the file.
     """
 
     family: ModelFamily
@@ -34,12 +34,15 @@ class Exporter:
     file_metadata: Callable[[int, str], dict[str, str]]
 
     def export_to_checkpoint(self, folder: Path, step: int) -> None:
-        """A LoRA is small enough to stand in every checkpoint, ready to be tried elsewhere."""
+        """Write the LoRA into a checkpoint, so that it can be tried in other programs.
+
+        The weights of a full fine-tuning are too large for that.
+        """
         if self.train_state.uses_lora:
             self._export_lora(folder, step)
 
     def export_final(self, step: int) -> None:
-        """The weights at the top of the run folder."""
+        """Write the weights into the run folder itself."""
         started = time.perf_counter()
         written = (
             self._export_lora(self.folder.path, step)
@@ -64,7 +67,7 @@ class Exporter:
         return written
 
     def _save_lora_layouts(self, path: Path, metadata: dict[str, str]) -> list[Path]:
-        """The file that is always written, and the one of another layout beside it."""
+        """Write the LoRA in diffusers' layout and, with lora_format, in another one too."""
         layout = self.run.adapter.lora_format
         conventions = self.family.lora_conventions
         lora_io.save_adapter(self.train_state.transformer, path, conventions, metadata)

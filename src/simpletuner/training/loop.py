@@ -58,7 +58,7 @@ class TrainSchedule:
 class ScheduledCallback:
     """A callback that runs whenever `interval_index` of the step goes up, and after the last step.
 
-    at_start: whether it also runs before the first step. A resumed run repeats what was due at its
+    at_start: whether it also runs before the first step. A resumed run repeats the callbacks of its
     step, so a callback must do nothing for a step that it has already handled.
     """
 

@@ -1,4 +1,7 @@
-"""The model card: README.md of the run folder, as the hub shows it. No path, token or name of a machine."""
+"""The model card: README.md of the run folder, in the form that the Hugging Face Hub shows.
+
+It contains no path, token or name of a machine.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from simpletuner.config.schema import RunConfig
 from simpletuner.training.model_metadata import RunMetadata
 from simpletuner.validation.validation_images import read_image_metadata
 
-MAX_CARD_IMAGES = 12  # pictures
-# Options that say where something is or how it was watched, not how it was trained.
+MAX_CARD_IMAGES = 12
+# Sections with paths, logging and publishing, which do not describe the training.
 OMITTED_SECTIONS = ("logging", "publishing", "cache", "checkpoint", "validation")
 SINGLE_WORD = re.compile(r"[\w.+,-]{1,40}")
 LORA_USAGE = """
@@ -33,8 +36,8 @@ pipe.load_lora_weights({place}, weight_name="pytorch_lora_weights.safetensors")
 image = pipe({prompt}, num_inference_steps=28, guidance_scale=3.0).images[0]
 ```
 
-ComfyUI: put `pytorch_lora_weights.safetensors` into `models/loras` and add the node "LoraLoaderModelOnly"
-between the Chroma model and the sampler. Forge: put {forge}
+ComfyUI: put `pytorch_lora_weights.safetensors` into `models/loras` and add the node
+"LoraLoaderModelOnly" between the Chroma model and the sampler. Forge: put {forge}
 into `models/Lora`.
 """
 NANO_USAGE = """
@@ -42,7 +45,8 @@ NANO_USAGE = """
 simpletuner generate --model_flavour nano --lora . --prompt {prompt}
 ```
 
-The bundled base is a small model for trying things out; other programs do not load what was trained on it.
+The bundled base is a small model for trying things out; other programs cannot load files that were
+trained on it.
 
 """
 FULL_RANK_USAGE = """
@@ -55,20 +59,23 @@ from diffusers import ChromaPipeline, ChromaTransformer2DModel
 tuned = ChromaTransformer2DModel.from_pretrained(
     {place}, subfolder="transformer", torch_dtype=torch.bfloat16
 )
-pipe = ChromaPipeline.from_pretrained({base}, transformer=tuned, torch_dtype=torch.bfloat16).to("cuda")
+pipe = ChromaPipeline.from_pretrained(
+    {base}, transformer=tuned, torch_dtype=torch.bfloat16
+).to("cuda")
 image = pipe({prompt}, num_inference_steps=28, guidance_scale=3.0).images[0]
 ```
 
-ComfyUI: put {native} into `models/diffusion_models` and load it with "Load Diffusion Model". Forge: into
-`models/Stable-diffusion`.
+ComfyUI: put {native} into `models/diffusion_models` and load it with "Load Diffusion Model".
+Forge: into `models/Stable-diffusion`.
 """
 
 
 LYCORIS_USAGE = """
-ComfyUI: put `pytorch_lora_weights.safetensors` into `models/loras` and add the node "LoraLoaderModelOnly"
-between the Chroma model and the sampler. Forge: into `models/Lora`.
+ComfyUI: put `pytorch_lora_weights.safetensors` into `models/loras` and add the node
+"LoraLoaderModelOnly" between the Chroma model and the sampler. Forge: into `models/Lora`.
 
-diffusers loads none of its kind into Chroma; it loads the LoRA near it that this writes, and says how near:
+diffusers cannot load LyCORIS files into Chroma. This command writes a LoRA that approximates it,
+and reports the error:
 
 ```bash
 simpletuner export pytorch_lora_weights.safetensors --format diffusers --rank 64
@@ -76,66 +83,79 @@ simpletuner export pytorch_lora_weights.safetensors --format diffusers --rank 64
 """
 
 
-def write_model_card(run_dir: Path, told: RunMetadata, step: int) -> Path:
-    """README.md: front matter for the hub, pictures, settings, and how each program loads the weights."""
-    target, run = run_dir / "README.md", told.run
-    pictures = _validation_images(run_dir, step)
-    base = (
-        told.base_model_name
-        if HUB_ID_PATTERN.fullmatch(told.base_model_name)
-        else "lodestones/Chroma1-Base"
-    )
-    prompt = next((text for _, text in pictures), told.trigger or "a photo")
-    repo = run.publishing.hub_model_id or ""
-    words = {
-        "base": base,
-        "place": repo if HUB_ID_PATTERN.fullmatch(repo) else ".",
-        "prompt": prompt,
-    }
-    words = {name: json.dumps(word, ensure_ascii=False) for name, word in words.items()}
-    kohya = run.adapter.lora_format == "kohya"
-    words["forge"] = (
-        "`pytorch_lora_weights.kohya.safetensors`"
-        if kohya
-        else ("what `simpletuner export pytorch_lora_weights.safetensors --format kohya` writes")
-    )
-    words["native"] = (
-        "`transformer_native.safetensors`"
-        if run.publishing.save_native_file
-        else (
-            "what `simpletuner merge --base transformer --format native --output chroma.safetensors` writes"
-        )
-    )
-    uses_lora = run.model.model_type == "lora"
-    kind = f"A {describe_adapter(run.adapter)}" if uses_lora else "A full-rank fine-tune"
+def write_model_card(run_dir: Path, metadata: RunMetadata, step: int) -> Path:
+    """Write README.md and return its path.
+
+    It has the front matter for the hub, the images of the last validation, how each program loads
+    the weights, and the settings.
+    """
+    images = _validation_images(run_dir, step)
+    prompt = next((text for _, text in images), metadata.trigger or "a photo")
     lines = [
-        *_front_matter(told, pictures),
-        f"# {_escape_markdown(told.title)}",
-        "",
-        f"{kind} of {_escape_markdown(told.base_model_name)}, {step} steps on {len(told.samples)} pictures.",
-        "",
-        *(
-            [_escape_markdown(run.publishing.model_card_note), ""]
-            if run.publishing.model_card_note
-            else []
-        ),
-        *([f"Trigger words: {_inline_code(told.trigger)}", ""] if told.trigger else []),
-        *(f"![{_escape_markdown(text)}]({place})" for place, text in pictures),
+        *_front_matter(metadata, images),
+        *_introduction(metadata, step, images),
         "",
         "## Use",
-        _usage_section(run).format(**words),
+        _usage_section(metadata.run).format(**_usage_values(metadata, prompt)),
         "## Settings that differ from the defaults",
         "",
         "| option | value |",
         "|---|---|",
         *(
             f"| `{name}` | {_inline_code(json.dumps(value))} |"
-            for name, value in _non_default_options(run).items()
+            for name, value in _non_default_options(metadata.run).items()
         ),
         "",
     ]
+    target = run_dir / "README.md"
     write_atomically(target, "\n".join(lines))
     return target
+
+
+def _introduction(metadata: RunMetadata, step: int, images: list[tuple[str, str]]) -> list[str]:
+    """Return the title, one sentence about the training, the note, and the images."""
+    run, count = metadata.run, len(metadata.samples)
+    uses_lora = run.model.model_type == "lora"
+    kind = f"A {describe_adapter(run.adapter)}" if uses_lora else "A full-rank fine-tune"
+    steps = "1 step" if step == 1 else f"{step} steps"
+    image_count = "1 image" if count == 1 else f"{count} images"
+    note = run.publishing.model_card_note
+    return [
+        f"# {_escape_markdown(metadata.title)}",
+        "",
+        f"{kind} of {_escape_markdown(metadata.base_model_name)}, {steps} on {image_count}.",
+        "",
+        *([_escape_markdown(note), ""] if note else []),
+        *([f"Trigger words: {_inline_code(metadata.trigger)}", ""] if metadata.trigger else []),
+        *(f"![{_escape_markdown(text)}]({path})" for path, text in images),
+    ]
+
+
+def _usage_values(metadata: RunMetadata, prompt: str) -> dict[str, str]:
+    """Return the values for the placeholders of the usage texts."""
+    run, base = metadata.run, metadata.base_model_name
+    repository = run.publishing.hub_model_id or ""
+    json_values = {
+        "base": base if HUB_ID_PATTERN.fullmatch(base) else "lodestones/Chroma1-Base",
+        "place": repository if HUB_ID_PATTERN.fullmatch(repository) else ".",
+        "prompt": prompt,
+    }
+    values = {name: json.dumps(value, ensure_ascii=False) for name, value in json_values.items()}
+    if run.adapter.lora_format == "kohya":
+        values["forge"] = "`pytorch_lora_weights.kohya.safetensors`"
+    else:
+        values["forge"] = (
+            "the file that `simpletuner export pytorch_lora_weights.safetensors --format kohya` "
+            "writes"
+        )
+    if run.publishing.save_native_file:
+        values["native"] = "`transformer_native.safetensors`"
+    else:
+        values["native"] = (
+            "the file that `simpletuner merge --base transformer --format native "
+            "--output chroma.safetensors` writes"
+        )
+    return values
 
 
 def _usage_section(run: RunConfig) -> str:
@@ -152,15 +172,16 @@ def _usage_section(run: RunConfig) -> str:
 
 
 def list_card_images(card: Path) -> list[str]:
-    """What a card shows, relative to its folder."""
+    """Return the images of a card, relative to its folder."""
     return re.findall(
         r"^!\[.*\]\((images/[^)]+)\)$", card.read_text(encoding="utf-8"), re.MULTILINE
     )
 
 
-def _front_matter(told: RunMetadata, pictures: list[tuple[str, str]]) -> list[str]:
-    """YAML, written as JSON where text is anybody's: each JSON string is one in YAML."""
-    uses_lora, said = told.run.model.model_type == "lora", told.run.publishing
+def _front_matter(metadata: RunMetadata, images: list[tuple[str, str]]) -> list[str]:
+    """Return the YAML header. Values are written as JSON, which is also valid YAML."""
+    uses_lora = metadata.run.model.model_type == "lora"
+    is_safe_for_work = metadata.run.publishing.model_card_safe_for_work
     tags = [
         "text-to-image",
         "chroma",
@@ -172,41 +193,41 @@ def _front_matter(told: RunMetadata, pictures: list[tuple[str, str]]) -> list[st
         "license": "apache-2.0",
         "pipeline_tag": "text-to-image",
         "library_name": "diffusers",
-        "tags": [*tags, *(["safe-for-work"] if said.model_card_safe_for_work else [])],
+        "tags": [*tags, *(["safe-for-work"] if is_safe_for_work else [])],
     }
-    if HUB_ID_PATTERN.fullmatch(told.base_model_name):
-        fields["base_model"] = told.base_model_name
+    if HUB_ID_PATTERN.fullmatch(metadata.base_model_name):
+        fields["base_model"] = metadata.base_model_name
         fields["base_model_relation"] = "adapter" if uses_lora else "finetune"
-    if told.trigger:
-        fields["instance_prompt"] = told.trigger
-    if pictures:
-        fields["widget"] = [{"text": text, "output": {"url": place}} for place, text in pictures]
+    if metadata.trigger:
+        fields["instance_prompt"] = metadata.trigger
+    if images:
+        fields["widget"] = [{"text": text, "output": {"url": path}} for path, text in images]
     lines = (f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
     return ["---", *lines, "---"]
 
 
 def _validation_images(run_dir: Path, step: int) -> list[tuple[str, str]]:
-    """(relative path, prompt) of the last validation, at full strength."""
+    """Return (relative path, prompt) of the images of the last validation, at full strength."""
     folder = run_dir / "images" / f"step-{step:06d}"
     paths = [path for path in sorted(folder.glob("*.png")) if "-strength-" not in path.name]
     described = [
         (path.relative_to(run_dir).as_posix(), read_image_metadata(path))
         for path in paths[:MAX_CARD_IMAGES]
     ]
-    return [(place, found["prompt"]) for place, found in described if found.get("prompt")]
+    return [(path, values["prompt"]) for path, values in described if values.get("prompt")]
 
 
 def _non_default_options(run: RunConfig) -> Mapping[str, Any]:
-    """Numbers, choices and single words: no free text, no place."""
+    """Return the options that are numbers or choices and not at their default; no text, no path."""
     values = resolved_options(run)
-    chosen = {
+    given = {
         name: (option, values[name])
         for name, option in all_options().items()
         if values[name] is not None
     }
     return {
         name: value
-        for name, (option, value) in chosen.items()
+        for name, (option, value) in given.items()
         if value != option.default
         and not option.path
         and option.section not in OMITTED_SECTIONS
@@ -218,7 +239,7 @@ def _non_default_options(run: RunConfig) -> Mapping[str, Any]:
 
 
 def _escape_markdown(text: str) -> str:
-    """One line that is no markup."""
+    """Return the text as one line without Markdown markup."""
     return re.sub(r"([\\`*_\[\]<>#|!])", r"\\\1", " ".join(text.split()))
 
 

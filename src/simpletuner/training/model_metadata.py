@@ -1,4 +1,7 @@
-"""What the header of a file tells people: modelspec and ss_* fields. No path, token or name of a machine."""
+"""Metadata in the header of exported files: modelspec and ss_* fields.
+
+It contains no path, token or name of a machine.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,18 @@ from simpletuner.config.paths import HUB_ID_PATTERN
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.sample_types import BucketedSample
 
-THUMBNAIL_BYTES = 64 << 10  # of the whole data: address
+THUMBNAIL_BYTES = 64 << 10  # of the whole data: URL
 THUMBNAIL_PX = 512
-MAX_TAGS, MAX_TAG_LENGTH = 200, 60  # the most frequent ones; longer pieces are sentences
+MAX_TAGS = 200  # the most frequent ones
+MAX_TAG_LENGTH = 60  # longer parts of a caption are sentences
 
 
 @dataclass(frozen=True)
 class RunMetadata:
-    """All that is known of a run. base: as Source.name has it. samples: that are trained on.
+    """The facts about a run that file headers and the model card contain.
 
-    prompts: instance prompts of the datasets. epoch: of a step. run_dir: where validation pictures
-    lie.
+    base_model: the name of the model files. samples: those that are trained on. instance_prompts:
+    of the datasets. epoch_at: the epoch of a step. run_dir: its images/ has the validation images.
     """
 
     run: RunConfig
@@ -49,7 +53,7 @@ class RunMetadata:
 
     @property
     def base_model_name(self) -> str:
-        """A hub id or a flavour as it is, the last part of a path."""
+        """Return a hub id or a flavour unchanged, and only the last part of a path."""
         return public_name(self.base_model)
 
     @property
@@ -58,20 +62,20 @@ class RunMetadata:
         return given or ", ".join(dict.fromkeys(self.instance_prompts))
 
     def file_metadata(self, step: int, weights: str) -> dict[str, str]:
-        """weights: "trained" or "average". What is not known is left out."""
-        told = {**self._modelspec_fields(step), **self._training_fields(step), "weights": weights}
-        return {key: value for key, value in told.items() if value}
+        """Return the header of a file, without unknown fields. weights: "trained" or "average"."""
+        fields = {**self._modelspec_fields(step), **self._training_fields(step), "weights": weights}
+        return {key: value for key, value in fields.items() if value}
 
     def _modelspec_fields(self, step: int) -> dict[str, str]:
-        said, uses_lora = self.run.publishing, self.run.model.model_type == "lora"
-        sizes = Counter(one.bucket_px for one in self.samples).most_common(1)
+        options, uses_lora = self.run.publishing, self.run.model.model_type == "lora"
+        sizes = Counter(sample.bucket_px for sample in self.samples).most_common(1)
         return {
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": f"{self.family}/lora" if uses_lora else self.family,
             "modelspec.implementation": "diffusers",
             "modelspec.title": self.title,
-            "modelspec.author": said.modelspec_author or "",
-            "modelspec.description": said.modelspec_comment or "",
+            "modelspec.author": options.modelspec_author or "",
+            "modelspec.description": options.modelspec_comment or "",
             "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "modelspec.resolution": "x".join(map(str, sizes[0][0])) if sizes else "",
             "modelspec.prediction_type": "flow",
@@ -81,7 +85,7 @@ class RunMetadata:
 
     def _training_fields(self, step: int) -> dict[str, str]:
         run = self.run
-        told: dict[str, object] = {
+        fields: dict[str, object] = {
             "software": f"simpletuner {__version__}",
             "base_model": self.base_model_name,
             "base_model_precision": run.model.base_model_precision,
@@ -102,21 +106,28 @@ class RunMetadata:
             "ss_tag_frequency": json.dumps(tag_frequency(self.samples), ensure_ascii=False),
         }
         if run.model.model_type == "lora":
-            # As the file has it: alpha is folded in, so that its strength is 1 at any rank.
+            # The file has alpha folded into the weights, so its scale alpha / rank is 1.
             rank, alpha = run.adapter.lora_rank, run.adapter.lora_alpha or run.adapter.lora_rank
-            told |= {"ss_network_dim": rank, "ss_network_alpha": rank, "rank": rank, "alpha": alpha}
+            fields |= {
+                "ss_network_dim": rank,
+                "ss_network_alpha": rank,
+                "rank": rank,
+                "alpha": alpha,
+            }
             if run.adapter.lora_type == "lycoris":
-                asked = lycoris_config.require_lycoris_config(run.adapter)
-                told |= {
-                    "ss_network_dim": asked.dim,
-                    "ss_network_alpha": asked.alpha,
-                    "rank": asked.dim,
+                lycoris = lycoris_config.require_lycoris_config(run.adapter)
+                fields |= {
+                    "ss_network_dim": lycoris.dim,
+                    "ss_network_alpha": lycoris.alpha,
+                    "ss_network_args": json.dumps({"algo": lycoris.algo}),
+                    "rank": lycoris.dim,
+                    "alpha": lycoris.alpha,
                 }
-                told |= {"ss_network_args": json.dumps({"algo": asked.algo}), "alpha": asked.alpha}
-        return {key: str(value) for key, value in told.items()}
+        return {key: str(value) for key, value in fields.items()}
 
 
 def public_name(name: str) -> str:
+    """Return a hub id or a plain name unchanged, and only the last part of a path."""
     return (
         name
         if HUB_ID_PATTERN.fullmatch(name) and not Path(name).exists()
@@ -125,45 +136,53 @@ def public_name(name: str) -> str:
 
 
 def tag_frequency(samples: Sequence[BucketedSample]) -> dict[str, dict[str, int]]:
-    """Dataset -> tag -> pictures that have it, as sites show them; the parts of captions between commas."""
-    found: dict[str, Counter[str]] = {}
-    for one in samples:
-        tags = {tag.strip() for caption in one.sample.captions for tag in caption.split(",")}
+    """Return dataset -> tag -> number of images, as model sites show it.
+
+    Tags are the parts of captions between commas.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for placed in samples:
+        tags = {tag.strip() for caption in placed.sample.captions for tag in caption.split(",")}
         short = (tag for tag in tags if 0 < len(tag) <= MAX_TAG_LENGTH)
-        found.setdefault(public_name(one.sample.dataset), Counter()).update(short)
+        counts.setdefault(public_name(placed.sample.dataset), Counter()).update(short)
     return {
-        dataset: dict(counted.most_common(MAX_TAGS)) for dataset, counted in sorted(found.items())
+        dataset: dict(counter.most_common(MAX_TAGS)) for dataset, counter in sorted(counts.items())
     }
 
 
 def latest_validation_image(run_dir: Path, step: int) -> Path | None:
-    """The first of the last validation up to a step, of the weights at full strength; None: not drawn yet."""
-    drawn = sorted(
+    """Return the first image of the last validation up to `step`, at full LoRA strength.
+
+    None when there is no image yet.
+    """
+    images = sorted(
         run_dir.glob("images/step-*/*.png"), key=lambda path: (path.parent.name, path.name)
     )
-    named = [path for path in drawn if 0 < _step_of(path) <= step and "-strength-" not in path.name]
-    return next((path for path in named if path.parent == named[-1].parent), None)
+    candidates = [
+        path for path in images if 0 < _step_of(path) <= step and "-strength-" not in path.name
+    ]
+    return next((path for path in candidates if path.parent == candidates[-1].parent), None)
 
 
-def _step_of(picture: Path) -> int:
-    number = picture.parent.name.removeprefix("step-")
+def _step_of(image_path: Path) -> int:
+    number = image_path.parent.name.removeprefix("step-")
     return int(number) if number.isdecimal() else 0
 
 
-def thumbnail_data_url(picture: Path | None) -> str:
-    """A JPEG as a data: address of at most THUMBNAIL_BYTES; empty where there is no readable picture."""
-    if picture is None:
+def thumbnail_data_url(image_path: Path | None) -> str:
+    """Return a JPEG as a data: URL of at most THUMBNAIL_BYTES; "" without a readable image."""
+    if image_path is None:
         return ""
     try:
-        with Image.open(picture) as opened:
+        with Image.open(image_path) as opened:
             image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError):  # Pillow's three ways to say that a PNG is damaged
+    except (OSError, SyntaxError, ValueError):  # Pillow raises one of three for a damaged PNG
         return ""
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     for quality in (85, 60, 35, 10):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=quality)
-        address = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-        if len(address) <= THUMBNAIL_BYTES:
-            return address
+        url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+        if len(url) <= THUMBNAIL_BYTES:
+            return url
     return ""

@@ -1,8 +1,8 @@
 """Muon: momentum whose matrices are orthogonalised before each step (Jordan et al. 2024).
 
-Every singular direction of a matrix then moves alike, which on matrices learns in fewer steps than
-Adam. The update is scaled to the RMS of an Adam step (arXiv 2502.16982), so one learning rate
-serves both: parameters that are not matrices (biases, norms) are Adam's.
+Every singular direction of a matrix is then updated by the same amount, which needs fewer steps
+than Adam. The update is scaled to the RMS of an Adam step (arXiv 2502.16982), so that one learning
+rate suits both: parameters that are not matrices (biases, norms) are updated by Adam.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from torch import Tensor
 
 from simpletuner.training.per_parameter_optimizer import PerParameterOptimizer, copy_stochastically
 
-# Of the odd quintic polynomial that drives singular values to about 1; Jordan's, chosen for speed.
+# Coefficients of the odd quintic polynomial that moves singular values to about 1, as Jordan chose
+# them for speed.
 QUINTIC_A, QUINTIC_B, QUINTIC_C = 3.4445, -4.7750, 2.0315
 ADAM_UPDATE_RMS = 0.2
 
 
 def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
-    """The same shape, bfloat16; singular values that were not tiny lie between about 0.7 and 1.2."""
+    """Return a bfloat16 matrix of the same shape, with singular values of about 0.7 to 1.2.
+
+    Singular values that were very small remain smaller.
+    """
     x = matrix.to(torch.bfloat16)
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x
@@ -36,11 +40,11 @@ def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
 
 
 class Muon(PerParameterOptimizer):
-    """Nesterov momentum, orthogonalised, on matrices (one number of state per weight); AdamW on the rest.
+    """Orthogonalised Nesterov momentum for matrices, and AdamW for the other parameters.
 
-    Decay is decoupled and the same for both. momentum: of matrices. betas, eps: of the others. The
-    state has the dtype of the weights; what is bf16 is computed in float32 and rounded
-    stochastically.
+    Matrices need one number of state per weight. Weight decay is decoupled and the same for both.
+    momentum: of matrices. betas, eps: of the other parameters. The state has the dtype of the
+    weights; bf16 is computed in float32 and rounded stochastically.
     """
 
     def __init__(
@@ -55,25 +59,23 @@ class Muon(PerParameterOptimizer):
         iterations: int = 5,
     ) -> None:
         if not 0 <= momentum < 1 or not 1 <= iterations <= 20:
-            raise ValueError("momentum lies in [0, 1), iterations in 1 to 20")
+            raise ValueError("momentum must be in [0, 1) and iterations from 1 to 20")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, seed, {**defaults, "momentum": momentum, "iterations": iterations})
 
     def update_parameter(
         self, param: Tensor, grad: Tensor, group: dict[str, Any], noise: torch.Generator
     ) -> None:
-        exact = param.float()  # the parameter itself where it is float32
+        exact = param.float()  # no copy where the parameter is float32
         exact.mul_(1 - group["lr"] * group["weight_decay"])
-        rule, keys = (
-            (self._update_matrix, ("momentum",))
-            if param.ndim == 2
-            else (self._update_with_adam, ("exp_avg", "exp_avg_sq"))
-        )
+        is_matrix = param.ndim == 2
+        update = self._update_matrix if is_matrix else self._update_with_adam
+        keys = ("momentum",) if is_matrix else ("exp_avg", "exp_avg_sq")
         state = self.state[param]
         if not state:
             state.update({key: torch.zeros_like(param) for key in keys})
         means = {key: state[key].float() for key in keys}
-        rule(exact, grad.float(), means, group)
+        update(exact, grad.float(), means, group)
         copy_stochastically(param, exact, noise)
         for key in keys:
             copy_stochastically(state[key], means[key], noise)

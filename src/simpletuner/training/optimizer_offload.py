@@ -1,6 +1,6 @@
-"""Optimizer states in host memory: those of a parameter visit the device while it is stepped.
+"""Optimizer state in host memory; a parameter's state is on the device only while it is stepped.
 
-Slower by what the bus needs for them, there and back, in every step; the numbers are the same.
+Each step is slower by the time to copy the state over the bus and back. The numbers are the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from simpletuner.errors import ConfigError
 
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting; the copy is ordered before the kernels that are launched after it."""
     return tensor.to(device, non_blocking=True)
 
 
@@ -35,52 +36,65 @@ class LockedPages(mmap.mmap):
 
 
 def copy_to_pinned_host(tensor: Tensor) -> Tensor:
-    """A copy in page-locked memory of its exact size; torch's own locked memory grows to a power of two."""
+    """Copy to page-locked memory of the tensor's exact size.
+
+    torch's own page-locked memory is rounded up to a power of two.
+
+    Raises ConfigError when the driver does not lock that much memory.
+    """
     if not tensor.numel():
         return tensor.cpu()
     owner = LockedPages(-1, tensor.nbytes)
     pages = torch.frombuffer(owner, dtype=torch.uint8)
-    failed = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), tensor.nbytes, 0))
-    if failed:
+    error = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), tensor.nbytes, 0))
+    if error:
         raise ConfigError(
-            f"the driver locks no more of the host's memory (error {failed}): optimizer_cpu_offload_method "
-            'has no room for the states; use a smaller optimizer, as adamw_8bit or adafactor, or "none"'
+            f"the driver cannot lock more host memory (error {error}), so "
+            "optimizer_cpu_offload_method has no memory for the optimizer state; use an optimizer "
+            "with a smaller state, such as adamw_8bit or adafactor, or "
+            'optimizer_cpu_offload_method "none"'
         )
     owner.locked_at = pages.data_ptr()
     return pages.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 class OffloadedOptimizerState:
-    """fetch, keep: how a tensor goes to a device, and how it comes to the host for the first time.
+    """Moves the state of one parameter at a time.
 
-    Counters (tensors of no dimension) stay where the optimizer has them.
+    to_device, to_host: copy a tensor to a device, and to the host for the first time. Counters
+    (tensors without dimensions) are not moved.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        fetch: Callable[[Tensor, torch.device], Tensor] = copy_to_device,
-        keep: Callable[[Tensor], Tensor] = copy_to_pinned_host,
+        to_device: Callable[[Tensor, torch.device], Tensor] = copy_to_device,
+        to_host: Callable[[Tensor], Tensor] = copy_to_pinned_host,
     ) -> None:
-        self.optimizer, self.to_device, self.to_host = optimizer, fetch, keep
+        self.optimizer = optimizer
+        self.to_device = to_device
+        self.to_host = to_host
 
     @contextmanager
     def on_device(self, param: Tensor) -> Iterator[None]:
-        """The states of `param` are beside it inside, and on the host again after."""
+        """Have the state of `param` on its device inside the context, and on the host afterwards.
+
+        The tensors on the host are reused; only state that the step created is copied to new ones.
+        """
         state = self.optimizer.state[param]
-        home = {
+        on_host = {
             key: tensor for key, tensor in state.items() if torch.is_tensor(tensor) and tensor.ndim
         }
-        for key, tensor in home.items():
+        for key, tensor in on_host.items():
             state[key] = self.to_device(tensor, param.device)
         yield
         for key, tensor in state.items():
-            if key in home:
-                state[key] = home[key].copy_(tensor, non_blocking=True)
+            if key in on_host:
+                state[key] = on_host[key].copy_(tensor, non_blocking=True)
             elif torch.is_tensor(tensor) and tensor.ndim:
                 state[key] = self.to_host(tensor)
 
     def synchronize(self) -> None:
-        """Wait for what is still on its way to the host: a checkpoint may read it next."""
+        """Wait for pending copies to the host, because a checkpoint may read the state next."""
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()

@@ -108,7 +108,7 @@ class ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]  # the library
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What to build. extra_arguments: optimizer_config, in the names of the library."""
+    """The arguments for an optimizer. extra_arguments: optimizer_config, in the library's names."""
 
     params: list[nn.Parameter]
     options: OptimizerOptions

@@ -1,4 +1,7 @@
-"""Before the network: find weights, scan pictures, fill the caches. A warm start loads no encoder."""
+"""Prepare the inputs of a run: find the model files, scan the images, fill the caches.
+
+When everything is cached already, no encoder is loaded.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.data.dataset_config import DatasetConfig, DatasetFile
 from simpletuner.data.rejections import format_rejected, write_rejected
 from simpletuner.data.sample_types import BucketedSample
-from simpletuner.data.scan import scan_datasets
+from simpletuner.data.scan import ScanResult, scan_datasets
 from simpletuner.errors import DataError
 from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
 from simpletuner.models.family import ArchitectureConstants, ModelFamily, ModelFiles, TextEncoder
@@ -37,7 +40,10 @@ MAX_LISTED_CAPTIONS = 20
 
 @dataclass(frozen=True)
 class PreparedInputs:
-    """Inputs of a run, all on disk. train, eval: samples whose latents are in the cache, with their keys."""
+    """The inputs of a run, all on disk.
+
+    train, eval: the samples whose latents are cached, with their keys.
+    """
 
     family: ModelFamily
     model_files: ModelFiles
@@ -49,47 +55,52 @@ class PreparedInputs:
     text_cache: TensorStore
 
     def text_embedding(self, caption: str) -> Tensor:
-        """Text rows (L, D) of a caption that was prepared."""
+        """Return the text rows (L, D) of a caption that is in the cache."""
         return text_cache.load_text_embeddings(self.text_cache, caption)
 
     def make_batches(
-        self, filled: LatentCacheResult, sample: Literal["mean", "draw"], seed: int
+        self, cached: LatentCacheResult, sample: Literal["mean", "draw"], seed: int
     ) -> BatchLoader:
-        stored, scaling = (
-            (self.latent_cache, self.text_cache),
-            (self.constants.latent_shift, self.constants.latent_scale),
-        )
         return BatchLoader(
-            filled.placed_samples, filled.latent_keys, *stored, *scaling, sample, seed
+            cached.placed_samples,
+            cached.latent_keys,
+            self.latent_cache,
+            self.text_cache,
+            self.constants.latent_shift,
+            self.constants.latent_scale,
+            sample,
+            seed,
         )
 
     def decoder_loader(
-        self, options: ModelOptions, at: torch.device
+        self, options: ModelOptions, device: torch.device
     ) -> Callable[[], Callable[[Tensor], Tensor]]:
-        """Makes the function from latents to pixels; the VAE behind it lives as long as that."""
-        return lambda: self.family.load_vae(self.model_files, options, at).decode
+        """Return a function that loads the VAE and returns its decoder, latents to pixels."""
+        return lambda: self.family.load_vae(self.model_files, options, device).decode
 
     def identity_hash(self) -> str:
-        """16 hex digits for the whole identity."""
+        """Return 16 hex digits for the whole identity."""
         return hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()[:16]
 
     def identity(self) -> dict[str, str]:
-        """What must be the same for a resumed run to be the same run."""
+        """Return what must not change when a run is resumed: base weights, encoders and data.
+
+        The keys are stored in checkpoints and shown to users.
+        """
         digest = hashlib.sha256()
-        for one in self.train_sets:
-            digest.update(
-                f"{one.id}|{one.repeats}|{one.probability}\n".encode("utf-8", "surrogateescape")
-            )
+        for dataset in self.train_sets:
+            line = f"{dataset.id}|{dataset.repeats}|{dataset.probability}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
         for item in self.train.placed_samples:
             line = f"{item.sample.id}|{item.bucket_px}|{item.crop_px}|{item.sample.captions}"
             digest.update(line.encode("utf-8", "surrogateescape"))
+        sample_count = len(self.train.placed_samples)
+        fingerprint = self.family.transformer_fingerprint(self.model_files)
         return {
-            "base weights": f"{self.model_files.name} {self.family.transformer_fingerprint(self.model_files)}"[
-                :120
-            ],
+            "base weights": f"{self.model_files.name} {fingerprint}"[:120],
             "text encoder": self.text_cache.fingerprint,
             "VAE": self.latent_cache.fingerprint,
-            "pictures and captions": f"{len(self.train.placed_samples)} samples, {digest.hexdigest()[:16]}",
+            "pictures and captions": f"{sample_count} samples, {digest.hexdigest()[:16]}",
         }
 
 
@@ -103,81 +114,118 @@ def prepare_inputs(
     emit: Emit,
     closing: ExitStack,
 ) -> PreparedInputs:
-    """texts: what else must be encoded besides the captions. closing: gets the caches."""
-    listed = folder.path / "rejected.jsonl"
+    """Scan the datasets, and encode what is not cached yet.
+
+    texts: what must be encoded in addition to the captions. closing: receives the caches.
+    """
+    rejected_path = folder.path / "rejected.jsonl"
     scanned = scan_datasets(
-        [*backends.train, *backends.eval], run.data, run.training.seed, emit, rejected_path=listed
+        [*backends.train, *backends.eval],
+        run.data,
+        run.training.seed,
+        emit,
+        rejected_path=rejected_path,
     )
     if scanned.rejected:
-        emit(
-            WarningIssued(
-                f"not trained on ({len(scanned.rejected)}):\n{format_rejected(scanned.rejected, listed)}"
-            )
-        )
-    held_out = {one.id for one in backends.eval}
-    source = family.locate_files(run.model, emit)
-    facts = family.read_constants(source)
+        listed = format_rejected(scanned.rejected, rejected_path)
+        emit(WarningIssued(f"not trained on ({len(scanned.rejected)}):\n{listed}"))
+    files = family.locate_files(run.model, emit)
+    constants = family.read_constants(files)
     root = Path(run.cache.cache_dir) if run.cache.cache_dir else folder.path / "cache"
-    text_fingerprint = family.text_fingerprint(source, run.model)
-    vae_fingerprint = family.vae_fingerprint(source, run.model)
     shard_mib = run.cache.cache_shard_mib
-    text = closing.enter_context(
-        TensorStore(backends.text_cache_dir or root / "text", text_fingerprint, emit, shard_mib)
+    text_fingerprint = family.text_fingerprint(files, run.model)
+    vae_fingerprint = family.vae_fingerprint(files, run.model)
+    text_dir = backends.text_cache_dir or root / "text"
+    text_store = closing.enter_context(TensorStore(text_dir, text_fingerprint, emit, shard_mib))
+    latent_store = closing.enter_context(
+        TensorStore(root / "vae", vae_fingerprint, emit, shard_mib)
     )
-    latents = closing.enter_context(TensorStore(root / "vae", vae_fingerprint, emit, shard_mib))
 
     captions = sorted(
         {"", *texts, *(caption for item in scanned.samples for caption in item.sample.captions)}
     )
+    encode_captions(run, family, files, constants.max_tokens, text_store, captions, device, emit)
+    cached = encode_images(
+        run, family, files, latent_store, scanned, root, rejected_path, device, emit
+    )
+    held_out = {dataset.id for dataset in backends.eval}
+    train = select_samples(cached, lambda item: item.sample.dataset not in held_out)
+    evaluated = select_samples(cached, lambda item: item.sample.dataset in held_out)
+    return PreparedInputs(
+        family, files, constants, backends.train, train, evaluated, latent_store, text_store
+    )
 
-    def text_encoder() -> Callable[[Sequence[str]], list[Tensor]]:
-        encoder = family.load_text_encoder(source, run.model, device.device, emit)
-        report_overlong_captions(encoder, captions, facts.max_tokens, run.model, emit)
+
+def encode_captions(
+    run: RunConfig,
+    family: ModelFamily,
+    files: ModelFiles,
+    max_tokens: int,
+    store: TensorStore,
+    captions: Sequence[str],
+    device: ComputeDevice,
+    emit: Emit,
+) -> None:
+    """Encode the captions that are not cached; the text encoder is loaded only if there are any."""
+
+    def load_encoder() -> Callable[[Sequence[str]], list[Tensor]]:
+        encoder = family.load_text_encoder(files, run.model, device.device, emit)
+        report_overlong_captions(encoder, captions, max_tokens, run.model, emit)
         return encoder.encode
 
     text_cache.encode_missing_captions(
-        text, captions, text_encoder, emit, run.cache.text_encoder_batch_size
+        store, captions, load_encoder, emit, run.cache.text_encoder_batch_size
     )
     free_memory(device)
+
+
+def encode_images(
+    run: RunConfig,
+    family: ModelFamily,
+    files: ModelFiles,
+    store: TensorStore,
+    scanned: ScanResult,
+    cache_root: Path,
+    rejected_path: Path,
+    device: ComputeDevice,
+    emit: Emit,
+) -> LatentCacheResult:
+    """Encode the images that are not cached; the VAE is loaded only if there are any."""
 
     @cache
-    def vae_encoder() -> Callable[[Tensor], Tensor]:
-        return family.load_vae(source, run.model, device.device).encode
+    def load_encoder() -> Callable[[Tensor], Tensor]:
+        return family.load_vae(files, run.model, device.device).encode
 
-    hashes = ContentHashes(root, emit)
-    filled = latent_cache.encode_missing_latents(
-        latents, scanned.samples, run.data, hashes, vae_encoder, emit, run.cache.vae_batch_size
+    hashes = ContentHashes(cache_root, emit)
+    cached = latent_cache.encode_missing_latents(
+        store, scanned.samples, run.data, hashes, load_encoder, emit, run.cache.vae_batch_size
     )
     hashes.close()
-    vae_encoder.cache_clear()
+    load_encoder.cache_clear()
     free_memory(device)
-    if filled.rejected:
-        rejected = [*scanned.rejected, *filled.rejected]
-        write_rejected(listed, rejected)
-        emit(
-            WarningIssued(
-                f"{len(filled.rejected)} more cannot be decoded:\n{format_rejected(filled.rejected, listed)}"
-            )
-        )
-    train = select_samples(filled, lambda item: item.sample.dataset not in held_out)
-    evaluated = select_samples(filled, lambda item: item.sample.dataset in held_out)
-    return PreparedInputs(family, source, facts, backends.train, train, evaluated, latents, text)
+    if cached.rejected:
+        write_rejected(rejected_path, [*scanned.rejected, *cached.rejected])
+        listed = format_rejected(cached.rejected, rejected_path)
+        emit(WarningIssued(f"{len(cached.rejected)} more cannot be decoded:\n{listed}"))
+    return cached
 
 
 def select_samples(
-    filled: LatentCacheResult, wanted: Callable[[BucketedSample], bool]
+    cached: LatentCacheResult, is_wanted: Callable[[BucketedSample], bool]
 ) -> LatentCacheResult:
-    """The samples of a kind, with their keys."""
+    """Return the samples for which is_wanted is true, with their keys."""
     pairs = [
         pair
-        for pair in zip(filled.placed_samples, filled.latent_keys, strict=True)
-        if wanted(pair[0])
+        for pair in zip(cached.placed_samples, cached.latent_keys, strict=True)
+        if is_wanted(pair[0])
     ]
-    return LatentCacheResult(tuple(one for one, _ in pairs), tuple(key for _, key in pairs), ())
+    return LatentCacheResult(
+        tuple(sample for sample, _ in pairs), tuple(key for _, key in pairs), ()
+    )
 
 
 def free_memory(device: ComputeDevice) -> None:
-    """Give back what the encoder used before the next model comes."""
+    """Release the memory of the encoder before the next model is loaded."""
     gc.collect()
     device.hardware.empty_cache()
 
@@ -185,7 +233,10 @@ def free_memory(device: ComputeDevice) -> None:
 def report_overlong_captions(
     encoder: TextEncoder, captions: Sequence[str], limit: int, options: ModelOptions, emit: Emit
 ) -> None:
-    """Captions above the token limit are counted and listed, never cut in silence."""
+    """Report captions above the token limit: they are never truncated silently.
+
+    Raises DataError when caption_overlong is "error".
+    """
     counts = [(encoder.token_count(caption), caption) for caption in captions]
     overlong = sorted(
         ((count, caption) for count, caption in counts if count > limit), reverse=True
@@ -197,11 +248,12 @@ def report_overlong_captions(
         f"\n  {count} tokens: {caption[:80]!r}..."
         for count, caption in overlong[:MAX_LISTED_CAPTIONS]
     )
-    message = f"{len(overlong)} captions are longer than {limit} tokens:{worst}"
+    captions_are = "1 caption is" if len(overlong) == 1 else f"{len(overlong)} captions are"
+    message = f"{captions_are} longer than {limit} tokens:{worst}"
     if options.caption_overlong == "error":
         raise DataError(f"{message}\nShorten them, or set caption_overlong = truncate")
     emit(
         WarningIssued(
-            f"{message}\nTheir ends are not seen by the model (caption_overlong = truncate)"
+            f"{message}\nThe model does not see the text after that (caption_overlong = truncate)"
         )
     )

@@ -1,8 +1,8 @@
-"""A rehearsal: the person's own dataset and options, a few steps, on the bundled model, on the CPU.
+"""A dry run: a few steps with the user's dataset and options on the bundled model, on the CPU.
 
-It goes through everything a real run goes through (scan, captions, caches, training, pictures,
-checkpoint, stop, resume, export) and lists what would have gone wrong. It needs no weights, no
-network and no GPU, and leaves nothing behind.
+It does everything that a real run does (scan, captions, caches, training, images, checkpoint, stop,
+resume, export) and lists what would have failed. It needs no weights, no network and no GPU, and it
+deletes everything that it wrote.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIDE_PX = 128
 
 @dataclass
 class RehearsalFindings:
-    """What the rehearsal saw. problems would end a real run; warnings would be in its log."""
+    """Results. problems would stop a real run; warnings would be in its log; passed checks."""
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -45,23 +45,22 @@ class RehearsalFindings:
         if isinstance(event, WarningIssued):
             self.warnings.append(event.message)
 
-    def check(self, what: str, act: Callable[[], str]) -> bool:
+    def check(self, name: str, run_check: Callable[[], str]) -> bool:
+        """Run one check, which returns a remark or raises; return whether it passed."""
         try:
-            said = act()
+            remark = run_check()
         except SimpleTunerError as error:
-            self.problems.append(f"{what}: {error}")
+            self.problems.append(f"{name}: {error}")
             self.exit_code = self.exit_code or error.exit_code
             return False
-        self.passed.append(f"{what}: {said}" if said else what)
+        self.passed.append(f"{name}: {remark}" if remark else name)
         return True
 
 
 def rehearse(loaded: LoadedConfig, backends: DatasetFile) -> int:
-    """Print what worked and what would have gone wrong; returns the exit code of the first problem, or 0."""
+    """Print what passed and what failed; return the exit code of the first problem, or 0."""
     findings = RehearsalFindings()
-    findings.check(
-        "pictures and captions, all of them", lambda: scan_all(loaded.config, backends, findings)
-    )
+    findings.check("all images and captions", lambda: scan_all(loaded.config, backends, findings))
     report_to = loaded.config.logging.report_to
     findings.check(
         f"report_to {report_to}", lambda: "installed" if tracker_classes(report_to) else ""
@@ -71,11 +70,11 @@ def rehearse(loaded: LoadedConfig, backends: DatasetFile) -> int:
         run = reduce_config(loaded.config, Path(folder) / "run", findings)
         small = shrink_datasets(backends)
         if findings.check(
-            f"caches, pictures before, {STOP_AFTER} steps, checkpoint, stop",
+            f"caches, images before training, {STOP_AFTER} steps, checkpoint, stop",
             lambda: train_until(run, small, base_dir, STOP_AFTER, findings),
         ):
             findings.check(
-                f"resume, steps to {STEPS}, pictures after, export read back",
+                f"resume, steps up to {STEPS}, images after training, export",
                 lambda: train_until(run, small, base_dir, None, findings),
             )
             findings.check(
@@ -86,30 +85,32 @@ def rehearse(loaded: LoadedConfig, backends: DatasetFile) -> int:
 
 
 def scan_all(run: RunConfig, backends: DatasetFile, findings: RehearsalFindings) -> str:
-    """The whole dataset at its real sizes, headers only."""
+    """Scan the whole dataset at its real sizes; only the headers of the images are read."""
     scanned = scan_datasets(
         [*backends.train, *backends.eval], run.data, run.training.seed, findings
     )
     for item in scanned.rejected:
         findings.warnings.append(f"{item.path} would not be used: {item.detail}")
-    held_out = {one.id for one in backends.eval}
+    held_out = {dataset.id for dataset in backends.eval}
     train = [item for item in scanned.samples if item.sample.dataset not in held_out]
     buckets = len({item.bucket_px for item in train})
-    return f"{len(train)} to train on in {buckets} buckets, {len(scanned.samples) - len(train)} held out"
+    counted = f"{buckets} bucket" if buckets == 1 else f"{buckets} buckets"
+    return f"{len(train)} to train on in {counted}, {len(scanned.samples) - len(train)} held out"
 
 
 def reduce_config(run: RunConfig, output_dir: Path, findings: RehearsalFindings) -> RunConfig:
-    """The same options on the bundled model, with everything that is long made short."""
+    """Return the same options for the bundled model, with everything that takes long reduced."""
     target = run.adapter.flux_lora_target
     if target in ("tiny", "nano"):
         findings.warnings.append(
-            f"flux_lora_target = {target} needs blocks the small model lacks: rehearsed with all"
+            f"flux_lora_target = {target} needs blocks that the small model does not have; "
+            "the dry run uses all"
         )
         target = "all"
     chosen = run.adapter.lora_target_modules
     if chosen is not None:
         findings.warnings.append(
-            "lora_target_modules is rehearsed as given; the small model has fewer blocks"
+            "lora_target_modules is used as it is, but the small model has fewer blocks"
         )
     training = run.training
     return config_from_resolved(
@@ -149,24 +150,24 @@ def reduce_config(run: RunConfig, output_dir: Path, findings: RehearsalFindings)
 
 
 def shrink_datasets(backends: DatasetFile) -> DatasetFile:
-    """A handful of samples of every set, at a size the CPU can carry."""
+    """Return every dataset with a few samples, at a small size."""
 
-    def small(one: DatasetConfig) -> DatasetConfig:
-        framing = dataclasses.replace(
-            one.resize_crop,
+    def shrink(dataset: DatasetConfig) -> DatasetConfig:
+        resize_crop = dataclasses.replace(
+            dataset.resize_crop,
             resolution=float(SIDE_PX),
             resolution_type="pixel_area",
             minimum_image_size=None,
             maximum_image_size=None,
             target_downsample_size=None,
         )
-        limit = min(one.max_num_samples or MAX_SAMPLES_PER_SET, MAX_SAMPLES_PER_SET)
-        return dataclasses.replace(one, resize_crop=framing, max_num_samples=limit)
+        limit = min(dataset.max_num_samples or MAX_SAMPLES_PER_SET, MAX_SAMPLES_PER_SET)
+        return dataclasses.replace(dataset, resize_crop=resize_crop, max_num_samples=limit)
 
     return dataclasses.replace(
         backends,
-        train=tuple(map(small, backends.train)),
-        eval=tuple(map(small, backends.eval)),
+        train=tuple(map(shrink, backends.train)),
+        eval=tuple(map(shrink, backends.eval)),
         text_cache_dir=None,
     )
 
@@ -178,7 +179,7 @@ def train_until(
     stop_after: int | None,
     findings: RehearsalFindings,
 ) -> str:
-    """Train until `stop_after` steps (as Ctrl-C would), or to the end."""
+    """Train up to `stop_after` steps and stop as Ctrl-C does, or train to the end."""
     last: list[StepCompleted] = []
     stages: list[str] = []
 
@@ -202,14 +203,13 @@ def train_until(
 
 
 def print_findings(findings: RehearsalFindings) -> None:
+    """Print one line per check, warning and problem, and a summary."""
     for line in findings.passed:
         print(f"  ok       {line}")
     for line in dict.fromkeys(findings.warnings):
         print(f"  warning  {line}")
     for line in findings.problems:
         print(f"  PROBLEM  {line}")
-    verdict = (
-        "would not have trained" if findings.problems else "nothing stands in the way of training"
-    )
+    summary = "the training would fail" if findings.problems else "ready to train"
     counts = f"problems: {len(findings.problems)}, warnings: {len(set(findings.warnings))}"
-    print(f"rehearsal: {verdict} ({counts})")
+    print(f"dry run: {summary} ({counts})")

@@ -1,4 +1,12 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Find the checkpoint to resume from, and decide whether it may be resumed.
+
+A checkpoint continues the same run only if the options that change the result, the base weights and
+the data are the same. Options whose resume_policy is "free" may change; a new length is allowed
+with a warning, because it changes the learning-rate schedule from here on. Any other difference is
+refused when the checkpoint was found automatically ("latest", "must"), so that an edited config
+does not continue another run by accident. A checkpoint that the user names is resumed with a
+warning.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +23,7 @@ from simpletuner.training import checkpoint
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A verified checkpoint. by_name: asked for by the person, who may have a reason to change options."""
+    """A verified checkpoint. chosen_explicitly: the user named it, so options may differ."""
 
     folder: Path
     state: Mapping[str, object]
@@ -26,7 +34,7 @@ class ResumePoint:
         return int(str(self.state["step"]))
 
     def require_same_config(self, config: Mapping[str, object], emit: Emit) -> None:
-        """Refuses other options that matter; tells when a new length bends the learning rate."""
+        """Refuse other options that change the result; warn where the length of the run changed."""
         old: Mapping[str, object] = self.state["config"]  # type: ignore[assignment]
         self._require_no_differences(training_differences(old, config), emit)
         lengths = [
@@ -35,20 +43,21 @@ class ResumePoint:
             if old.get(name) != config[name]
         ]
         if lengths and config["lr_scheduler"] != "constant":
-            said = ", ".join(f"{name} was {was}, is {now}" for name, was, now in lengths)
+            changes = ", ".join(f"{name} was {was}, is {now}" for name, was, now in lengths)
             emit(
                 WarningIssued(
-                    f"{said}: from here on lr_scheduler {config['lr_scheduler']} follows the new length"
+                    f"{changes}: from here on lr_scheduler {config['lr_scheduler']} follows the "
+                    "new length"
                 )
             )
 
     def require_same_identity(self, identity: Mapping[str, str], emit: Emit) -> None:
-        """Refuses other weights, pictures or captions than the checkpoint was made with."""
+        """Refuse base weights, images or captions other than those of the checkpoint."""
         saved: Mapping[str, str] = self.state["identity"]  # type: ignore[assignment]
         differences = [
-            f"{what}: the checkpoint was made with {saved.get(what)!r}, now it is {value!r}"
-            for what, value in identity.items()
-            if saved.get(what) != value
+            f"{name}: {saved.get(name)!r} in the checkpoint, now {value!r}"
+            for name, value in identity.items()
+            if saved.get(name) != value
         ]
         self._require_no_differences(differences, emit)
 
@@ -58,30 +67,38 @@ class ResumePoint:
         listed = "".join(f"\n  {line}" for line in differences)
         if not self.chosen_explicitly:
             raise CheckpointError(
-                f"{self.folder} was made by another training:{listed}\n"
-                "To begin anew keep it and choose another output_dir, or say --resume_from_checkpoint=never "
-                f"(earlier results are moved aside); to go on in spite of it say "
+                f"{self.folder} was trained with different settings:{listed}\n"
+                "Start over: choose another output_dir, or --resume_from_checkpoint=never (earlier "
+                "results are moved to a subfolder). Resume with the new settings: "
                 f"--resume_from_checkpoint={self.folder.name}"
             )
         emit(
             WarningIssued(
-                f"going on from {self.folder} although it was made by another training:{listed}"
+                f"resuming from {self.folder}, which was trained with different settings:{listed}"
             )
         )
 
 
 def find_resume_point(run_dir: Path, wanted: str, emit: Emit) -> ResumePoint | None:
-    """wanted: resume_from_checkpoint: latest, must, never, a name in the run folder, or a path."""
-    if wanted == "never":  # run.py has moved earlier results aside before any file was opened
+    """Return the checkpoint to resume from; None to start from step 0.
+
+    wanted: the value of resume_from_checkpoint: latest, must, never, the name of a checkpoint in
+    the run folder, or a path.
+
+    Raises CheckpointError when a checkpoint is required and is missing or damaged.
+    """
+    if wanted == "never":  # run.py has moved earlier results away before any file was opened
         return None
     if wanted in ("latest", "must"):
-        found = checkpoint.find_latest_valid(run_dir, emit)
-        if found is None and wanted == "must":
+        newest = checkpoint.find_latest_valid(run_dir, emit)
+        if newest is None and wanted == "must":
             raise CheckpointError(f"resume_from_checkpoint = must, and {run_dir} has no checkpoint")
-        return None if found is None else ResumePoint(found, checkpoint.read_state(found), False)
+        return None if newest is None else ResumePoint(newest, checkpoint.read_state(newest), False)
     for folder in (run_dir / wanted, Path(wanted).expanduser()):
         if folder.is_dir():
             checkpoint.verify_checkpoint(folder)
             return ResumePoint(folder.resolve(), checkpoint.read_state(folder), True)
-    known = ", ".join(path.name for path in checkpoint.list_checkpoints(run_dir)) or "none"
-    raise CheckpointError(f"resume_from_checkpoint = {wanted!r} does not exist; here: {known}")
+    existing = ", ".join(path.name for path in checkpoint.list_checkpoints(run_dir)) or "none"
+    raise CheckpointError(
+        f"resume_from_checkpoint = {wanted!r} does not exist; checkpoints of this run: {existing}"
+    )

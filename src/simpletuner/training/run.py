@@ -1,4 +1,4 @@
-"""One process that works on one run: lock, log, signals, train, and an honest end."""
+"""One process that trains one run: the lock, the logs, the signals, and the recorded end."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ DEFAULT_CONFIG = resolved_options(RunConfig())
 
 
 class StopFlag:
-    """Set by Ctrl-C, SIGTERM, SIGUSR1 or the file control/stop. A second signal leaves at once.
+    """Set by Ctrl-C, SIGTERM, SIGUSR1 or the file control/stop. A second signal exits at once.
 
-    The loop leaves after the step; caches, pictures and held-out loss are left where they are.
+    The loop stops after the current step. Encoding, image generation and evaluation stop at once;
+    the resumed run continues them.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -62,7 +63,9 @@ class StopFlag:
         self.requested = True
         name = signal.Signals(number).name
         print(
-            f"\n{name}: saving and leaving; once more to leave at once", file=sys.stderr, flush=True
+            f"\n{name}: saving a checkpoint and exiting; press Ctrl-C again to exit at once",
+            file=sys.stderr,
+            flush=True,
         )
 
     @contextmanager
@@ -79,7 +82,7 @@ class StopFlag:
 
 
 class LastStepSink:
-    """Sink that remembers how far the run is, for exit.json."""
+    """Sink that stores the last completed step, for exit.json."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -90,9 +93,10 @@ class LastStepSink:
 
 
 def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None = None) -> int:
-    """Train to the end: 0. Errors are raised after exit.json and events.jsonl have told of them.
+    """Train to the end and return 0.
 
-    within: as announce has it.
+    within: a memory size to fit, as in preflight_check. An error is raised only after it was
+    recorded in events.jsonl and exit.json.
     """
     run = loaded.config
     folder = RunFolder(Path(run.training.output_dir).expanduser().absolute())
@@ -104,28 +108,27 @@ def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None
             if run.checkpoint.resume_from_checkpoint == "never":
                 earlier = folder.set_aside_earlier_results()
             emit = fan_out([position, *build_sinks(run, folder, closing)])
-            for note in (*loaded.notices, *backends.notices):
-                emit(event_types.NoticeIssued(note))
+            for notice in (*loaded.notices, *backends.notices):
+                emit(event_types.NoticeIssued(notice))
             if earlier is not None:
                 emit(
                     event_types.NoticeIssued(
-                        f"resume_from_checkpoint = never: earlier results are now in {earlier}"
+                        f"resume_from_checkpoint = never: earlier results were moved to {earlier}"
                     )
                 )
-            tell, framings = (
-                emit_with_stop_check(stop, emit),
-                [one.resize_crop for one in backends.train],
-            )
-            before = None if within is None else resumed_config(run, folder, emit)
-            run = preflight_check(run, framings, tell, within, before)
+            stopping_emit = emit_with_stop_check(stop, emit)
+            resize_crops = [dataset.resize_crop for dataset in backends.train]
+            saved_config = None if within is None else resumed_config(run, folder, emit)
+            run = preflight_check(run, resize_crops, stopping_emit, within, saved_config)
             base_dir = loaded.config_path.parent if loaded.config_path else Path.cwd()
             with ExitStack() as opened:
                 loop.train(
-                    build_trainer_context(run, backends, base_dir, folder, stop, tell, opened)
+                    build_trainer_context(
+                        run, backends, base_dir, folder, stop, stopping_emit, opened
+                    )
                 )
-        except (
-            BaseException
-        ) as error:  # the outermost edge: nothing may end without exit.json saying how
+        # The outermost edge catches everything, because exit.json must say how every run ended.
+        except BaseException as error:
             known = to_user_error(error, run)
             if known is None:
                 with folder.log_path.open("a", encoding="utf-8") as log:
@@ -139,23 +142,23 @@ def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None
 
 
 def build_sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[Sink]:
-    """Who hears of this run: the record, the terminal, train.log, and what the options name."""
+    """Return the sinks of the run: events.jsonl, the terminal, train.log, trackers, webhooks."""
     options = run.logging
-    record = EventLog(folder.events_path)
-    shown = TerminalSink(sys.stdout, options.log_level, failures=False)
-    logged = TerminalSink(
+    event_log = EventLog(folder.events_path)
+    terminal = TerminalSink(sys.stdout, options.log_level, failures=False)
+    log_file = TerminalSink(
         closing.enter_context(folder.log_path.open("a", encoding="utf-8")),
         options.log_level,
         every_s=30,
     )
-    told = trackers.make_trackers(
+    run_trackers = trackers.make_trackers(
         options.report_to,
         folder.path,
         options.tracker_project_name,
         options.tracker_run_name,
         resolved_options(run),
     )
-    hooks = (
+    webhooks = (
         [
             webhook_sink.WebhookSink(hook)
             for hook in webhook_sink.parse_webhook_config(options.webhook_config)
@@ -163,28 +166,35 @@ def build_sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[S
         if options.webhook_config
         else []
     )
-    everyone: list[CloseableSink] = [record, shown, logged, *told, *hooks]
-    closing.callback(close_all_sinks, everyone)
-    return [*everyone]
+    sinks: list[CloseableSink] = [event_log, terminal, log_file, *run_trackers, *webhooks]
+    closing.callback(close_all_sinks, sinks)
+    return [*sinks]
 
 
 def emit_with_stop_check(stop: StopFlag, emit: event_types.Emit) -> event_types.Emit:
-    """Whoever tells of progress hears of a wish to stop."""
+    """Return an emit that raises TrainingStopped on progress events when a stop was requested.
 
-    def tell(event: event_types.Event) -> None:
+    In this way every long stage can be stopped without checking for it.
+    """
+
+    def emit_or_stop(event: event_types.Event) -> None:
         emit(event)
         if isinstance(event, (event_types.StageStarted, event_types.StageProgress)) and stop():
-            raise TrainingStopped("stopped before the first step; the same command goes on")
+            raise TrainingStopped("stopped before the first step. Run the same command to resume")
 
-    return tell
+    return emit_or_stop
 
 
 def resumed_config(
     run: RunConfig, folder: RunFolder, emit: event_types.Emit
 ) -> Mapping[str, Any] | None:
-    """Options of the checkpoint that the run goes on from."""
-    origin = resume.find_resume_point(folder.path, run.checkpoint.resume_from_checkpoint, emit)
-    return None if origin is None else cast(Mapping[str, Any], origin.state["config"])
+    """Return the options of the checkpoint that the run resumes from; None without one."""
+    resume_point = resume.find_resume_point(
+        folder.path, run.checkpoint.resume_from_checkpoint, emit
+    )
+    if resume_point is None:
+        return None
+    return cast(Mapping[str, Any], resume_point.state["config"])
 
 
 def finalize_run(
@@ -194,7 +204,10 @@ def finalize_run(
     error: BaseException | None,
     emit: event_types.Emit,
 ) -> None:
-    """Tell how it ended: events, report, exit.json. What cannot be written does not hide the reason."""
+    """Record how the run ended: the last event, report.html and exit.json.
+
+    A file that cannot be written gives a warning, and does not replace the error of the run.
+    """
     code = error.exit_code if isinstance(error, SimpleTunerError) else int(error is not None)
     message = "" if error is None else str(error) or type(error).__name__
     status = (
@@ -207,7 +220,7 @@ def finalize_run(
     )
     why = call_and_catch(partial(write_report, folder.path, DEFAULT_CONFIG))
     if why:
-        emit(event_types.WarningIssued(f"no report.html: {why}"))
+        emit(event_types.WarningIssued(f"report.html was not written: {why}"))
     elif status != "failed":
         emit(event_types.NoticeIssued(f"report: {folder.path / 'report.html'}"))
     sheet = folder.path / "images" / "before_after.png"
@@ -215,20 +228,26 @@ def finalize_run(
         emit(event_types.NoticeIssued(f"before and after: {sheet}"))
     why = call_and_catch(partial(folder.write_exit_status, code, status, step, message))
     if why:
-        emit(event_types.WarningIssued(f"no exit.json: {why}"))
+        emit(event_types.WarningIssued(f"exit.json was not written: {why}"))
 
 
 def to_user_error(error: BaseException, run: RunConfig) -> SimpleTunerError | None:
-    """The failure in a person's words; None for a mistake of this program, which needs its traceback."""
+    """Return the error with a message for users; None for a bug, which needs its traceback."""
     if isinstance(error, SimpleTunerError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return TrainingStopped("left at once; the same command goes on from the last checkpoint")
+        return TrainingStopped(
+            "exited at once, without saving. Run the same command to resume from the last "
+            "checkpoint"
+        )
     if short := describe_out_of_memory(error):
         return SimpleTunerError(
-            f"{short}. The last checkpoint is kept. {suggest_next_setting(run)}"
+            f"{short}. The last checkpoint is not affected. {suggest_next_setting(run)}"
         )
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or (isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)):
-        return DiskFull(f"the disk is full ({error}); checkpoints are kept. Make room and go on")
+        return DiskFull(
+            f"the disk is full ({error}); checkpoints are not affected. Free some space and run "
+            "the same command to resume"
+        )
     return None

@@ -1,12 +1,12 @@
-"""The run folder: the only truth about a run, and the only channel to it.
+"""The run folder: all that is known about a run, and the only channel to its process.
 
 config.json     every option of the run, resolved
 events.jsonl    everything that happened (append-only)
-train.log       the same for people
+train.log       the same as text
 checkpoint-500/ images/ report.html and, at the end, the weights
-run.lock        held by the process that works here; its content is for people
+run.lock        locked by the process that trains here; its content is only information
 exit.json       how the last process ended
-control/        a file named stop, save or validate asks the running process for it
+control/        a file named stop, save or validate is a request to the running process
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ LOCK_RETRY_S = 0.5
 
 
 def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
-    """The old folder is gone only when the new one is whole in its place. The run lock must be ours."""
-    work, old = (target.with_name(f".{what}-{target.name}") for what in ("writing", "replaced"))
+    """Replace a folder so that the old one is removed only when the new one is complete.
+
+    `write` gets the folder to write to. The caller must hold the run lock.
+    """
+    work = target.with_name(f".writing-{target.name}")
+    old = target.with_name(f".replaced-{target.name}")
     if old.exists() and not target.exists():
         old.rename(target)  # a process was killed between the two renames below
     for leftover in (work, old):
@@ -45,7 +49,10 @@ def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
 
 
 def _lock_file(descriptor: int) -> None:
-    """Raises OSError when another process holds it. Whoever only looks holds it for an instant."""
+    """Lock the file; raises OSError when another process holds the lock.
+
+    It is tried for a moment, because a process that only looks holds the lock for an instant.
+    """
     deadline = time.monotonic() + LOCK_RETRY_S
     while True:
         try:
@@ -57,7 +64,11 @@ def _lock_file(descriptor: int) -> None:
 
 
 class RunFolder:
-    """Opened for one process; `with RunFolder(path) as folder` takes and releases the lock."""
+    """The folder of a run; `with RunFolder(path) as folder` takes and releases its lock.
+
+    Raises RunLocked when another process trains there, and DiskFull or ConfigError when the folder
+    cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,8 +84,10 @@ class RunFolder:
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise DiskFull(f"output_dir = {self.path}: no space left on the disk") from error
-            reason = f"output_dir = {self.path} cannot be written to: {error.strerror}; choose another folder"
-            raise ConfigError(reason) from error
+            raise ConfigError(
+                f"output_dir = {self.path} cannot be written to: {error.strerror}; "
+                "choose another folder"
+            ) from error
         try:
             _lock_file(probe)
         except OSError as error:
@@ -85,7 +98,7 @@ class RunFolder:
                 "wait for it, stop it, or choose another output_dir"
             ) from error
         self._lock = probe
-        with contextlib.suppress(OSError):  # for people only; a full disk is told where it matters
+        with contextlib.suppress(OSError):  # only information; other writes report a full disk
             os.ftruncate(probe, 0)
             os.write(
                 probe,
@@ -116,7 +129,7 @@ class RunFolder:
         write_atomically(self.path / "exit.json", json.dumps({**record, "t": time.time()}) + "\n")
 
     def consume_control_request(self, name: str) -> bool:
-        """True once for every time that somebody asked."""
+        """Return whether the request was made, and remove it."""
         request = self.path / "control" / name
         if not request.exists():
             return False
@@ -124,7 +137,10 @@ class RunFolder:
         return True
 
     def set_aside_earlier_results(self) -> Path | None:
-        """Move what an earlier run left here into earlier-N/; the caches stay. None: there was nothing."""
+        """Move the results of an earlier run into earlier-N/, but not the caches.
+
+        Returns the new folder, or None when there was nothing to move.
+        """
         earlier = [
             entry
             for entry in self.path.iterdir()
@@ -138,7 +154,7 @@ class RunFolder:
         return self.set_aside(earlier)
 
     def set_aside(self, entries: Sequence[Path]) -> Path:
-        """Move entries of this folder into a new earlier-N/."""
+        """Move entries of this folder into a new earlier-N/, and return it."""
         number = 1
         while (self.path / f"earlier-{number}").exists():
             number += 1

@@ -1,4 +1,4 @@
-"""AdamW for weights that exist in bf16 only: the update is computed in float32 and rounded stochastically."""
+"""AdamW for bf16 weights without a float32 copy: float32 updates, rounded stochastically."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from torch import Tensor
 from simpletuner.training.eight_bit_moments import EightBitMoments
 from simpletuner.training.per_parameter_optimizer import PerParameterOptimizer, copy_stochastically
 
-CHUNK_SIZE = (
-    1 << 22
-)  # numbers in float32 at a time: half a dozen temporaries of 16 MB, however large the weight
+# Numbers that are computed in float32 at a time: about six temporary tensors of 16 MB, whatever the
+# size of the parameter.
+CHUNK_SIZE = 1 << 22
 
 
 class SameDtypeMoments:
-    """Mean of the gradient and of its square in the dtype of the weights: 4 bytes per bf16 parameter, rounded
-    stochastically. read: (numbers,) float32 of a part of the flat parameter; write: the same, changed.
+    """Moments in the dtype of the weights: 4 bytes per bf16 parameter, rounded stochastically.
+
+    The moments are the mean of the gradient and the mean of its square. `read` returns both as
+    (numbers,) float32 for a part of the flattened parameter; `write` stores them again.
     """
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -44,7 +46,10 @@ class SameDtypeMoments:
 
 
 class StochasticAdamW(PerParameterOptimizer):
-    """AdamW with decoupled decay. Weights in bf16 are rounded stochastically, others updated like AdamW's."""
+    """AdamW with decoupled weight decay; bf16 weights are rounded stochastically.
+
+    Weights of another dtype get the same update as from torch's AdamW.
+    """
 
     def __init__(
         self,

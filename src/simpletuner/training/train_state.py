@@ -33,7 +33,7 @@ AveragedWeights = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class TrainState:
-    """What training changes, and what changes it.
+    """The network with its trainable parameters, and the objects that change them.
 
     trainable_parameters: by name; those of the LoRA, or nearly all of the network.
     optimizer_options: with learning_rate already multiplied as lr_scale asks.

@@ -1,4 +1,4 @@
-"""Image metrics: scores that a program computes from images of prompts that nobody trained on.
+"""Image metrics: scores that a program computes from images of prompts that are not trained on.
 
 A metric has its own prompts and its own way to read an image. The two metrics here need no second
 model: an image either shows what its prompt asks for, or it does not. They do not measure beauty.
@@ -35,7 +35,7 @@ from simpletuner.validation.validation_images import pixels_to_image
 
 @dataclass(frozen=True)
 class MetricInputs:
-    """What a metric is built from.
+    """The inputs of a metric.
 
     options: the values of the options that its row of IMAGE_METRICS names. device: where its model
     runs; None for a metric that needs no device.

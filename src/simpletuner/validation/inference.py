@@ -18,7 +18,7 @@ from simpletuner.models.family import ArchitectureConstants, ModelFamily
 
 @dataclass(frozen=True)
 class Inference:
-    """What a prediction needs besides the weights.
+    """The parts of a prediction other than the weights.
 
     text_dtype: of the text rows that the transformer gets. autocast: the context of training, if
     any.

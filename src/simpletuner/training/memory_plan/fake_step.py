@@ -1,4 +1,4 @@
-"""One whole training step of the configured size on tensors without contents: no weights, no memory."""
+"""Measure one training step on tensors without data (FakeTensorMode), which need no memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from simpletuner.training.loop import MicroBatchShape, TrainerContext, TrainSche
 from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
 from simpletuner.training.train_state import TrainState
 
-MEASURED_MICRO_BATCHES = (
-    2  # the second finds the gradients of the first; a third would find nothing new
-)
+# The second micro-batch has the gradients of the first in memory; a third one is like the second.
+MEASURED_MICRO_BATCHES = 2
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a micro-batch is: samples of one size (width, height), each with as many text rows."""
+    """The shape of a micro-batch. size_px: (width, height). text_rows: of each sample."""
 
     samples: int
     size_px: tuple[int, int]
@@ -34,9 +33,10 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class StepMeasurement:
-    """Of one optimizer step. peak: bytes by part at the highest moment. flops: of all its micro-batches.
+    """The memory and work of one optimizer step.
 
-    trained, trained_bytes: parameters that are trained. optimizer: bytes of its states.
+    peak: bytes by part at the highest moment. flops: of all micro-batches. trained, trained_bytes:
+    the trainable parameters. optimizer: bytes of the optimizer's state.
     """
 
     peak: dict[str, int]
@@ -49,20 +49,21 @@ class StepMeasurement:
 def measure_fake_step(
     run: RunConfig,
     family: ModelFamily,
-    sketch: ModelSpec,
+    spec: ModelSpec,
     memory: BlockMemoryPolicy,
     feed: BatchShape,
     granule: int,
 ) -> StepMeasurement:
-    """Attach, equip and step as a run does, on the sketch's network, which is used up.
+    """Attach adapters, build the optimizer and run a step as a run does.
 
-    Of `memory`, what is recomputed; nothing waits on the host. The moving average is left out.
+    The network of the spec is changed by this. Only the checkpointing of `memory` is applied;
+    nothing is offloaded to the host, and there is no moving average.
 
-    The adapter is attached on the meta device, where the network is; the rest runs on fake tensors
-    of the CPU: those of CUDA abort where there is none, and on meta attention keeps all S x S
-    scores.
+    The adapter is attached on the meta device, where the network is. The rest runs on fake tensors
+    of the CPU: fake CUDA tensors abort on a machine without a GPU, and on the meta device attention
+    would store all S x S scores.
     """
-    network = sketch.transformer
+    network = spec.transformer
     with torch.random.fork_rng(devices=[]):
         trained = {
             id(parameter)
@@ -78,29 +79,30 @@ def measure_fake_step(
             count.current_part = "optimizer"
             net = train_state.assemble_train_state(without_ema(run), network, named)
             create_optimizer_state(net)
-            return run_and_measure_step(run, family, sketch, feed, net, count)
+            return run_and_measure_step(run, family, spec, feed, net, count)
 
 
 def cpu_planning_device(options: ModelOptions) -> ComputeDevice:
-    """The CPU in the run's number formats, whatever else the options ask of a GPU."""
-    plain = {
+    """Return the CPU with the dtypes of the run, without the options that need a GPU."""
+    without_gpu = {
         "device": "cpu",
         "musubi_blocks_to_swap": 0.0,
         "gradient_checkpointing_backend": "torch",
     }
-    return select_device(options.model_copy(update=plain))
+    return select_device(options.model_copy(update=without_gpu))
 
 
 def without_ema(run: RunConfig) -> RunConfig:
+    """Return the same run without a moving average; its size is known without measuring."""
     return run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"use_ema": False})})
 
 
 def materialise_parameters(
     network: nn.Module, trained: set[int], part: str, count: MemoryTrackerMode
 ) -> dict[str, nn.Parameter]:
-    """Tensors in place of the meta device's (Module.to refuses); those that are trained, by name.
+    """Replace the meta tensors of a network, and return the trainable parameters by name.
 
-    part: what those are counted as.
+    Module.to refuses to copy meta tensors. part: what trainable parameters are counted as.
     """
     named: dict[str, nn.Parameter] = {}
     for prefix, module in network.named_modules():
@@ -124,7 +126,7 @@ def _empty(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def create_optimizer_state(net: TrainState) -> None:
-    """A first optimizer step: its states are there from the second training step on."""
+    """Run an optimizer step, because the state exists from the second training step on."""
     for parameter in net.trainable_parameters.values():
         parameter.grad = torch.empty_like(parameter)
     net.optimizer.step()
@@ -134,46 +136,49 @@ def create_optimizer_state(net: TrainState) -> None:
 def run_and_measure_step(
     run: RunConfig,
     family: ModelFamily,
-    sketch: ModelSpec,
+    spec: ModelSpec,
     feed: BatchShape,
     net: TrainState,
     count: MemoryTrackerMode,
 ) -> StepMeasurement:
-    """The loop's own step, counted."""
-    made = run.training.gradient_accumulation_steps
-    micro = min(made, MEASURED_MICRO_BATCHES)
-    states = count.live_bytes["optimizer"]
-    parts = make_fake_context(run, family, sketch, feed, net, TrainSchedule(1, micro, 1, 0), count)
+    """Run train_step of the loop under the counter."""
+    accumulation = run.training.gradient_accumulation_steps
+    micro = min(accumulation, MEASURED_MICRO_BATCHES)
+    state_bytes = count.live_bytes["optimizer"]
+    parts = make_fake_context(run, family, spec, feed, net, TrainSchedule(1, micro, 1, 0), count)
     count.reset_peak()
     with count.track_step():
         loop.train_step(parts, 0)
     trained = sum(parameter.numel() for parameter in net.trainable_parameters.values())
     size = sum(parameter.nbytes for parameter in net.trainable_parameters.values())
     return StepMeasurement(
-        dict(count.peak_bytes), count.flops * made / micro, trained, size, states
+        dict(count.peak_bytes), count.flops * accumulation / micro, trained, size, state_bytes
     )
 
 
 def make_fake_context(
     run: RunConfig,
     family: ModelFamily,
-    sketch: ModelSpec,
+    spec: ModelSpec,
     feed: BatchShape,
     net: TrainState,
     plan: TrainSchedule,
     count: MemoryTrackerMode,
 ) -> TrainerContext:
-    facts = sketch.constants
-    width, height = (side // facts.stride_px for side in feed.size_px)
+    """Return a context that feeds batches without data to the step, and emits nothing."""
+    constants = spec.constants
+    width, height = (side // constants.stride_px for side in feed.size_px)
     names = tuple(str(number) for number in range(feed.samples))
 
     def batch(number: int) -> Batch:
         count.mark_forward_start()
-        latents = torch.empty(feed.samples, facts.latent_channels, height, width)
-        rows = torch.empty(feed.samples, feed.text_rows, facts.text_width, dtype=sketch.text_dtype)
+        latents = torch.empty(feed.samples, constants.latent_channels, height, width)
+        rows = torch.empty(
+            feed.samples, feed.text_rows, constants.text_width, dtype=spec.text_dtype
+        )
         return Batch(latents, TextBatch(rows, (feed.text_rows,) * feed.samples), names, names)
 
-    tokens = feed.size_px[0] * feed.size_px[1] // facts.token_px**2
+    tokens = feed.size_px[0] * feed.size_px[1] // constants.token_px**2
     return TrainerContext(
         family=family,
         transformer=net.transformer,

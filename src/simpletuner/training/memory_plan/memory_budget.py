@@ -1,4 +1,4 @@
-"""What there is: free memory of the device and of the host, free space on the disks that a run writes to."""
+"""The memory and disk space that a run can use on this machine."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ CGROUP_PATH = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Where a run is planned. kind: "cuda", "mps" or "cpu". peak: FLOP/s.
+    """The device that a run is planned for.
 
-    Free bytes, None where nobody can say: device, the accelerator's, or the host's again on a CPU;
-    host.
+    kind: "cuda", "mps" or "cpu". peak_flops: FLOP/s. device_free_bytes: of the accelerator, or of
+    the host where the device is a CPU. Free bytes are None where they are not known.
     """
 
     name: str
@@ -37,13 +37,16 @@ class MemoryBudget:
 
     @property
     def available_for_tensors(self) -> int | None:
-        """What a training may take of the free memory."""
-        program = HOST_RUNTIME_BYTES["cpu"] if self.kind == "cpu" else 0
-        return None if self.device_free_bytes is None else self.device_free_bytes - program
+        """Return the part of the free memory that the tensors of a training may use."""
+        runtime = HOST_RUNTIME_BYTES["cpu"] if self.kind == "cpu" else 0
+        return None if self.device_free_bytes is None else self.device_free_bytes - runtime
 
 
 def detect_budget(device: ComputeDevice) -> MemoryBudget:
-    """peak: by the device's name, measured on a CPU, and a good card's where nothing is known."""
+    """Return the budget of this machine.
+
+    peak_flops is known by the name of the GPU, measured on a CPU, and else that of REFERENCE_GPU.
+    """
     hardware, kind = device.hardware, device.device.type
     peak = (
         step_time.measure_cpu_flops(device.weights_dtype)
@@ -61,14 +64,14 @@ def detect_budget(device: ComputeDevice) -> MemoryBudget:
 
 
 def reference_budget(kind: str) -> MemoryBudget:
-    """A good card that is not here."""
+    """Return the speed of REFERENCE_GPU, without limits, to plan for a machine that is not here."""
     return MemoryBudget(
         step_time.REFERENCE_GPU, kind, step_time.PEAK_TFLOPS[step_time.REFERENCE_GPU] * 1e12
     )
 
 
 def free_host_bytes() -> int | None:
-    """What can be had without swapping, inside a container's limit."""
+    """Return the memory that is available without swapping, within the limit of a container."""
     sizes = []
     if MEMINFO_PATH.exists():
         rows = dict(
@@ -76,12 +79,12 @@ def free_host_bytes() -> int | None:
         )
         sizes.append(int(rows["MemAvailable"].split()[0]) * 1024)
     names = ("memory.max", "memory.current", "memory.stat")
-    limit, used, told = (
+    limit, used, stat = (
         path.read_text() if path.exists() else "" for path in map(CGROUP_PATH.joinpath, names)
     )
     if limit.strip().isdigit() and used:
-        rows = dict(line.split() for line in told.splitlines())
-        # Pages of files that were read or written are counted as used, and given up when memory is wanted.
+        rows = dict(line.split() for line in stat.splitlines())
+        # Cached pages of files count as used, but are released when a process needs memory.
         cached = sum(int(rows.get(name, 0)) for name in ("active_file", "inactive_file"))
         sizes.append(int(limit) - int(used) + cached)
     if not sizes and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -90,32 +93,32 @@ def free_host_bytes() -> int | None:
 
 
 def find_disk_shortages(run: RunConfig, needed: Mapping[str, int]) -> list[tuple[Path, int, int]]:
-    """(folder, needed, free) of each disk with too little space; needed: as in Prediction.disk.
+    """Return (folder, needed, free) of each disk with too little space.
 
-    What is there already counts as written: a resumed run replaces its checkpoints, and a base that
-    was converted before is read again.
+    needed: as in MemoryPrediction.disk. Files that exist already are subtracted: a resumed run
+    replaces its checkpoints, and a base that was quantised before is read again.
     """
     output = Path(run.training.output_dir).expanduser()
-    there = sum(file.stat().st_size for file in output.glob("checkpoint-*/**/*") if file.is_file())
+    checkpoint_bytes = sum(
+        file.stat().st_size for file in output.glob("checkpoint-*/**/*") if file.is_file()
+    )
     chosen = run.model.quantized_cache_dir
     quantised = Path(chosen).expanduser() if chosen else user_cache_dir() / "quantized"
-    converted = quantised.glob(
-        f"*-{run.model.base_model_precision}-*"
-    )  # whole, or as far as it was come
+    converted = quantised.glob(f"*-{run.model.base_model_precision}-*")  # complete or partial
     written = {
-        "checkpoints": there,
+        "checkpoints": checkpoint_bytes,
         "quantised base": sum(file.stat().st_size for file in converted),
     }
-    places = {
+    folders = {
         "download": Path(constants.HF_HUB_CACHE),
         "quantised base": quantised,
         "checkpoints": output,
         "result": output,
     }
     disks: dict[int, tuple[Path, int]] = defaultdict(lambda: (Path(), 0))
-    for what, size in needed.items():
-        disk = _existing_parent(places[what]).stat().st_dev
-        disks[disk] = (places[what], disks[disk][1] + max(0, size - written.get(what, 0)))
+    for use, size in needed.items():
+        disk = _existing_parent(folders[use]).stat().st_dev
+        disks[disk] = (folders[use], disks[disk][1] + max(0, size - written.get(use, 0)))
     rows = [
         (folder, size, shutil.disk_usage(_existing_parent(folder)).free)
         for folder, size in disks.values()
@@ -124,4 +127,5 @@ def find_disk_shortages(run: RunConfig, needed: Mapping[str, int]) -> list[tuple
 
 
 def _existing_parent(folder: Path) -> Path:
-    return next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    absolute = folder.absolute()
+    return next(path for path in (absolute, *absolute.parents) if path.exists())

@@ -1,4 +1,4 @@
-"""Which option to change next where memory was too little; known from the options alone."""
+"""Suggest which option to change when there is too little memory, from the options alone."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import Any
 from simpletuner.config.schema import RunConfig
 
 LOWER_PRECISION = {"no_change": "int8", "int8": "nf4", "fp8": "nf4", "int4": "nf4"}
-RESOLUTION_FACTOR = {"pixel": 0.75, "pixel_area": 0.75, "area": 0.5}  # of a resolution, by its unit
+RESOLUTION_FACTOR = {"pixel": 0.75, "pixel_area": 0.75, "area": 0.5}  # by resolution_type
 
 
 def suggest_next_setting(run: RunConfig) -> str:
-    """One sentence: the next setting that needs less memory, mildest first."""
+    """Return a sentence with the next setting that needs less memory, the mildest first."""
     tiles = "" if run.model.vae_enable_tiling else "; if it was the VAE, vae_enable_tiling = true"
-    what = f"{format_options(next(memory_saving_options(run)))}{tiles}"
-    return f"Next setting down: {what}. `simpletuner plan --fit` shows what would fit"
+    setting = f"{format_options(next(memory_saving_options(run)))}{tiles}"
+    return f"Next setting to try: {setting}. `simpletuner plan --fit` shows what would fit"
 
 
 def format_options(options: dict[str, Any]) -> str:
+    """Return "name = value with name = value"."""
     return " with ".join(
         f"{name} = {json.dumps(value).strip(chr(34))}" for name, value in options.items()
     )
 
 
 def memory_saving_options(run: RunConfig) -> Iterator[dict[str, Any]]:
-    """Options to set together; the last is a smaller picture."""
+    """Yield options to set together, the mildest first; the last is a smaller resolution."""
     model, training, optimizer = run.model, run.training, run.optimizer
     lora = model.model_type == "lora"
     if model.gradient_checkpointing is not True or (model.gradient_checkpointing_interval or 1) > 1:

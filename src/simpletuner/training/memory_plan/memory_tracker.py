@@ -1,4 +1,4 @@
-"""Live bytes and products, counted while a step runs on tensors that hold nothing (or on real ones)."""
+"""Count live bytes and FLOPs while a step runs, on tensors without data or on real ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-# What a storage was made for. The first two are said by whoever makes them; a step's own are told apart
-# by whether autograd is running when they are made.
+# The use of a storage. The code that creates weights, adapters and optimizer state sets it; in a
+# step it depends on whether autograd is running when the storage is created.
 MEMORY_PARTS = ("weights", "adapters", "optimizer", "activations", "temporaries")
-CUDA_ALLOCATION_BYTES = (
-    512  # bytes: its caching allocator rounds each tensor up to this; a CPU's rounds nothing
-)
+# CUDA's caching allocator rounds the size of each tensor up to this; a CPU's does not round.
+CUDA_ALLOCATION_BYTES = 512
 
 aten = torch.ops.aten
 # The CPU's flash attention takes the same leading arguments as the GPU's.
@@ -33,11 +32,11 @@ FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
 
 
 class MemoryTrackerMode(TorchDispatchMode):
-    """Each storage counts from the operation that made it until Python's last reference to it is gone.
+    """Counts each storage from the operation that creates it until its last reference is gone.
 
-    part: what new storages belong to outside of `step`. peak: bytes by part at the highest moment
-    since `restart`. Numbers that code reads off a tensor are 1: empty tensors have none, and no
-    branch of a step depends on more than their being finite.
+    current_part: the part of new storages outside of `track_step`. peak_bytes: bytes by part at the
+    highest moment since `reset_peak`. Reading a number from a tensor gives 1, because the tensors
+    have no data; the branches of a step depend only on numbers being finite.
     """
 
     def __init__(self, granule: int) -> None:
@@ -51,21 +50,19 @@ class MemoryTrackerMode(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         self.total_bytes = sum(self.live_bytes.values())
-        self.flops, self.peak_total_bytes, self.peak_bytes = (
-            0,
-            self.total_bytes,
-            dict(self.live_bytes),
-        )
+        self.flops = 0
+        self.peak_total_bytes = self.total_bytes
+        self.peak_bytes = dict(self.live_bytes)
 
     @contextmanager
     def track_step(self) -> Iterator[None]:
-        """Inside, parts are told apart by the moment: forward, backward, optimizer."""
+        """Assign parts by the phase inside the context: forward, backward or optimizer."""
         self._stepping = True
         yield
         self._stepping = False
 
     def mark_forward_start(self) -> None:
-        """With every micro-batch: what follows is a forward pass until autograd runs."""
+        """Call at the start of a micro-batch: a forward pass lasts until autograd runs."""
         self._past_backward = False
 
     def _part_now(self) -> str:

@@ -1,4 +1,4 @@
-"""Measured steps, kept on disk by everything that they depend on: the second answer is instant."""
+"""Cache measured steps on disk, under a key of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from simpletuner.training.memory_plan.fake_step import BatchShape, StepMeasureme
 
 
 def cache_key(
-    run: RunConfig, sketch: ModelSpec, memory: BlockMemoryPolicy, feed: BatchShape, granule: int
+    run: RunConfig, spec: ModelSpec, memory: BlockMemoryPolicy, feed: BatchShape, granule: int
 ) -> str:
     """Return the key of a measured step: everything that the measurement depends on.
 
-    These are the options that declare the effect "step", the shapes and dtypes of the network, the batch, the
-    memory policy, and the code of this package and the version of torch.
+    These are the options that declare the effect "step", the shapes and dtypes of the network, the
+    batch, the memory policy, the code of this package and the version of torch.
     """
     read = value_reader(run)
     options = {
@@ -38,7 +38,7 @@ def cache_key(
     }
     shapes = [
         (name, tuple(tensor.shape), str(tensor.dtype))
-        for name, tensor in sketch.transformer.state_dict().items()
+        for name, tensor in spec.transformer.state_dict().items()
     ]
     policy = [memory.checkpointed, memory.interval, dataclasses.astuple(feed), granule]
     parts = [options, shapes, *policy, torch.__version__, package_digest()]
@@ -47,7 +47,7 @@ def cache_key(
 
 @cache
 def package_digest() -> str:
-    """Changes with any line of this package: some line of it decides each byte."""
+    """Return a hash of all source files of this package; any of them may change a result."""
     digest = hashlib.sha256()
     for path in sorted(Path(simpletuner.__path__[0]).rglob("*.py")):
         digest.update(path.read_bytes())
@@ -55,10 +55,10 @@ def package_digest() -> str:
 
 
 def get_or_measure(name: str, measure: Callable[[], StepMeasurement]) -> StepMeasurement:
-    """From the disk, or measured and written there; a folder that cannot be written is passed over."""
+    """Return the cached measurement, or measure and cache it; an unwritable folder is ignored."""
     file = user_cache_dir() / "plan" / f"{name}.json"
-    if (known := read_cached_measurement(name)) is not None:
-        return known
+    if (cached := read_cached_measurement(name)) is not None:
+        return cached
     measured = measure()
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +67,7 @@ def get_or_measure(name: str, measure: Callable[[], StepMeasurement]) -> StepMea
 
 
 def read_cached_measurement(name: str) -> StepMeasurement | None:
+    """Return the cached measurement; None if there is none or it cannot be read."""
     try:
         return StepMeasurement(
             **json.loads((user_cache_dir() / "plan" / f"{name}.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a run will need of device, host and disk, before anything is downloaded or loaded."""
+"""Predict the memory and disk space of a run before anything is downloaded or loaded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from simpletuner.config.image_metrics import metric_device_bytes
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_size
 from simpletuner.models.block_executor import block_memory_policy
@@ -24,34 +25,29 @@ from simpletuner.training.memory_plan.fake_step import (
 from simpletuner.training.memory_plan.memory_tracker import CUDA_ALLOCATION_BYTES
 from simpletuner.training.optimizers import is_state_offloaded
 
-# Allowances, in bytes: not counted, but what such programs are seen to take.
-DEVICE_CONTEXT_BYTES = {
-    "cuda": 600_000_000,
-    "mps": 300_000_000,
-    "cpu": 0,
-}  # the driver's, kernels, workspaces of products
-HOST_RUNTIME_BYTES = {
-    "cuda": 2_500_000_000,
-    "mps": 1_000_000_000,
-    "cpu": 800_000_000,
-}  # Python, torch and its libraries
-FRAGMENTATION_FRACTION = (
-    0.05  # of what a step makes and frees: a caching allocator cannot use every gap
-)
-ACTIVATION_ITEM_BYTES = (
-    2  # bytes of a number that blocks hand on; only GPUs offload it, and they compute in bf16
-)
-LARGE_MODEL_BYTES = 1_000_000_000  # bytes of weights; smaller bases train where a plan would take as long as some steps
-ASSUMED_ASPECT = (3, 2)  # aspect for a size that names the shorter edge
+# Allowances in bytes: they are not counted, but observed in such programs.
+# The driver's context, the kernels and the workspaces of matrix products.
+DEVICE_CONTEXT_BYTES = {"cuda": 600_000_000, "mps": 300_000_000, "cpu": 0}
+# Python, torch and its libraries.
+HOST_RUNTIME_BYTES = {"cuda": 2_500_000_000, "mps": 1_000_000_000, "cpu": 800_000_000}
+# Part of the activations and temporaries that a caching allocator loses in gaps.
+FRAGMENTATION_FRACTION = 0.05
+# Bytes of a number in a block's input: only GPUs offload it, and they compute in bf16.
+ACTIVATION_ITEM_BYTES = 2
+# Bytes of weights. For a smaller base, the plan would take as long as some training steps.
+LARGE_MODEL_BYTES = 1_000_000_000
+ASSUMED_ASPECT = (3, 2)  # where the resolution is only the shorter edge
 
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Bytes by what they are for. Counted exactly: parts. By constants of this module: allowances.
+    """Bytes by their use.
 
-    before: device bytes of what is loaded, used and dropped before training. moved: bytes between
-    host and device in a step. flops: of a step. trained: parameters. feed: what was assumed of the
-    data. assumed: the published shape stands for a model whose config is not at hand.
+    parts: of the device, counted exactly. allowances: constants of this module. before: device
+    bytes of models that are loaded and dropped before training. host, disk: bytes by use. moved:
+    bytes copied between host and device in a step. flops: of a step. trained: number of parameters.
+    feed: the assumed batch. assumed: whether the published shape was used, because the model's own
+    config is not on this machine yet.
     """
 
     kind: str
@@ -77,7 +73,7 @@ class MemoryPrediction:
 
     @property
     def peak(self) -> int:
-        """Device bytes of the whole run: the largest of its stages."""
+        """Return the device bytes of the largest stage of the run."""
         return max(
             self.training, *(size + self.allowances["context"] for size in self.before.values())
         )
@@ -90,65 +86,83 @@ def predict_memory(
     kind: str | None = None,
     memory: BlockMemoryPolicy | None = None,
 ) -> MemoryPrediction:
-    """By running the step on empty tensors, or from what was measured so before.
+    """Run a step on tensors without data, or use the cached measurement of one.
 
-    framings: of the datasets, none for the config's own size. kind: "cuda", "mps" or "cpu" to plan
-    for another device than the one here. memory: instead of what the options say.
+    framings: resize and crop settings of the datasets; none for the resolution of the options.
+    kind: "cuda", "mps" or "cpu", to plan for another device than that of this machine. memory:
+    replaces the block memory policy of the options.
     """
     kind = kind or select_device(run.model).device.type
-    sketch, memory, feed, granule = planning_inputs(run, family, framings, kind, memory)
-    blocks = len(sketch.blocks)
-    # Measuring uses the network up; what is asked of it comes first.
-    fetched = [
-        aligned_block_bytes(sketch.blocks[number])
-        for number in memory.swapped_block_numbers(blocks)
+    spec, memory, feed, granule = planning_inputs(run, family, framings, kind, memory)
+    # The measurement changes the network of the spec, so its sizes are read before.
+    block_count = len(spec.blocks)
+    swapped = [
+        aligned_block_bytes(spec.blocks[number])
+        for number in memory.swapped_block_numbers(block_count)
     ]
-    model_bytes = weight_bytes(sketch)
-    name = plan_cache.cache_key(run, sketch, memory, feed, granule)
+    model_bytes = weight_bytes(spec)
+    cache_key = plan_cache.cache_key(run, spec, memory, feed, granule)
     measured = plan_cache.get_or_measure(
-        name, lambda: measure_fake_step(run, family, sketch, memory, feed, granule)
+        cache_key, lambda: measure_fake_step(run, family, spec, memory, feed, granule)
     )
-
-    on_host = dict.fromkeys(("swapped blocks", "inputs", "approximator", "optimizer", "average"), 0)
-    if memory.offload_activations:
-        on_host["inputs"] = checkpointed_input_bytes(sketch, memory, feed)
-    if memory.approximator_on_host:
-        on_host["approximator"] = sketch.cpu_offloadable_bytes
-    if is_state_offloaded(run.optimizer, torch.device(kind)):
-        on_host["optimizer"] = measured.optimizer
-    parts = dict(measured.peak)
-    parts["weights"] -= (
-        sum(fetched) - DEVICE_BUFFERS * max(fetched, default=0) + on_host["approximator"]
-    )
-    parts["activations"] = max(0, parts["activations"] - on_host["inputs"])
-    parts["optimizer"] -= on_host["optimizer"]
     average = 4 * measured.trained if run.optimizer.use_ema else 0
-    if kind != "cpu" and run.optimizer.ema_device == "cpu":
-        on_host["average"] = average
-    else:
-        parts["optimizer"] += average
-    if fetched:
-        on_host["swapped blocks"] = model_bytes  # loaded whole on the host, once
-    before = {"text encoder": sketch.text_encoder_bytes, "VAE": sketch.vae_bytes}
-    loose = (
-        0
-        if kind == "cpu"
-        else int(FRAGMENTATION_FRACTION * (parts["activations"] + parts["temporaries"]))
-    )
+    on_host = offloaded_bytes(run, kind, spec, memory, feed, measured, average)
+    parts = dict(measured.peak)
+    # Swapped blocks share the device buffers; each buffer has the size of the largest block.
+    parts["weights"] -= sum(swapped) - DEVICE_BUFFERS * max(swapped, default=0)
+    parts["weights"] -= on_host["approximator"]
+    parts["activations"] = max(0, parts["activations"] - on_host["inputs"])
+    parts["optimizer"] += average - on_host["average"] - on_host["optimizer"]
+    if swapped:
+        on_host["swapped blocks"] = model_bytes  # the whole model is loaded on the host first
+    before = {"text encoder": spec.text_encoder_bytes, "VAE": spec.vae_bytes}
     return MemoryPrediction(
         kind,
         parts,
-        {"context": DEVICE_CONTEXT_BYTES[kind], "fragmentation": loose},
+        device_allowances(run, kind, parts),
         before,
         host_memory_by_use(kind, on_host, before, sum(parts.values())),
-        disk_space_by_use(run, sketch, measured, model_bytes, average),
+        disk_space_by_use(run, spec, measured, model_bytes, average),
         measured.flops,
-        2 * sum(fetched) * run.training.gradient_accumulation_steps,
+        2 * sum(swapped) * run.training.gradient_accumulation_steps,
         measured.trained,
         feed,
         memory,
-        sketch.uses_published_shape,
+        spec.uses_published_shape,
     )
+
+
+def offloaded_bytes(
+    run: RunConfig,
+    kind: str,
+    spec: ModelSpec,
+    memory: BlockMemoryPolicy,
+    feed: BatchShape,
+    measured: StepMeasurement,
+    average: int,
+) -> dict[str, int]:
+    """Return the bytes that are in host memory during training, by use; 0 for what is not."""
+    on_host = dict.fromkeys(("swapped blocks", "inputs", "approximator", "optimizer", "average"), 0)
+    if memory.offload_activations:
+        on_host["inputs"] = checkpointed_input_bytes(spec, memory, feed)
+    if memory.approximator_on_host:
+        on_host["approximator"] = spec.cpu_offloadable_bytes
+    if is_state_offloaded(run.optimizer, torch.device(kind)):
+        on_host["optimizer"] = measured.optimizer
+    if kind != "cpu" and run.optimizer.ema_device == "cpu":
+        on_host["average"] = average
+    return on_host
+
+
+def device_allowances(run: RunConfig, kind: str, parts: dict[str, int]) -> dict[str, int]:
+    """Return estimates of what is not counted: the context, lost gaps, the models of metrics."""
+    lost = int(FRAGMENTATION_FRACTION * (parts["activations"] + parts["temporaries"]))
+    allowances = {
+        "context": DEVICE_CONTEXT_BYTES[kind],
+        "fragmentation": 0 if kind == "cpu" else lost,
+    }
+    metrics = metric_device_bytes(run.validation.evaluation_type)
+    return allowances | ({"image metrics": metrics} if metrics else {})
 
 
 def planning_inputs(
@@ -158,13 +172,13 @@ def planning_inputs(
     kind: str,
     memory: BlockMemoryPolicy | None,
 ) -> tuple[ModelSpec, BlockMemoryPolicy, BatchShape, int]:
-    """What `measure` takes."""
-    sketch = family.build_spec(run.model, cpu_planning_device(run.model).weights_dtype)
-    memory = memory or block_memory_policy(run.model, len(sketch.blocks))
+    """Return spec, memory policy, batch shape and allocation granule for a measurement."""
+    spec = family.build_spec(run.model, cpu_planning_device(run.model).weights_dtype)
+    memory = memory or block_memory_policy(run.model, len(spec.blocks))
     return (
-        sketch,
+        spec,
         memory,
-        largest_batch_shape(run, framings, sketch),
+        largest_batch_shape(run, framings, spec),
         1 if kind == "cpu" else CUDA_ALLOCATION_BYTES,
     )
 
@@ -172,74 +186,81 @@ def planning_inputs(
 def is_worth_planning(
     run: RunConfig, family: ModelFamily, framings: Sequence[ResizeCropConfig], kind: str
 ) -> bool:
-    """Whether a prediction is at hand, or the base so large that a few seconds for one are nothing.
+    """Return whether a prediction is cached, or the base is large enough to spend seconds on one.
 
-    Not of a repository that was never read: it may hold a smaller one, and must not be refused for
-    that.
+    False for a repository that was never read: its model may be smaller than the published one, and
+    must not be refused for that.
     """
-    sketch, memory, feed, granule = planning_inputs(run, family, framings, kind, None)
-    if sketch.may_differ_from_published:
+    spec, memory, feed, granule = planning_inputs(run, family, framings, kind, None)
+    if spec.may_differ_from_published:
         return False
-    known = plan_cache.read_cached_measurement(
-        plan_cache.cache_key(run, sketch, memory, feed, granule)
+    cached = plan_cache.read_cached_measurement(
+        plan_cache.cache_key(run, spec, memory, feed, granule)
     )
-    return weight_bytes(sketch) >= LARGE_MODEL_BYTES or known is not None
+    return weight_bytes(spec) >= LARGE_MODEL_BYTES or cached is not None
 
 
 def largest_batch_shape(
-    run: RunConfig, framings: Sequence[ResizeCropConfig], sketch: ModelSpec
+    run: RunConfig, framings: Sequence[ResizeCropConfig], spec: ModelSpec
 ) -> BatchShape:
-    """The largest size asked for, captions as long as they may be."""
-    own = ResizeCropConfig(run.data.resolution, run.data.resolution_type)
+    """Return the largest batch: the largest bucket, and captions of the maximal length."""
+    from_options = ResizeCropConfig(run.data.resolution, run.data.resolution_type)
 
     def size(framing: ResizeCropConfig) -> ImageSize:
         aspect = ASSUMED_ASPECT if framing.resolution_type == "pixel" else (1, 1)
-        return bucket_size(framing, aspect, sketch.constants.alignment_px)
+        return bucket_size(framing, aspect, spec.constants.alignment_px)
 
-    largest = max(map(size, framings or (own,)), key=lambda px: px[0] * px[1])
-    limit = sketch.constants.max_tokens
+    largest = max(map(size, framings or (from_options,)), key=lambda px: px[0] * px[1])
+    limit = spec.constants.max_tokens
     rows = min(limit, run.model.tokenizer_max_length or limit)
     return BatchShape(run.training.train_batch_size, largest, rows)
 
 
-def weight_bytes(sketch: ModelSpec) -> int:
-    return sum(tensor.nbytes for tensor in sketch.transformer.state_dict().values())
+def weight_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of all weights of the transformer."""
+    return sum(tensor.nbytes for tensor in spec.transformer.state_dict().values())
 
 
 def aligned_block_bytes(block: nn.Module) -> int:
-    """Each tensor of a block as it lies in a room."""
+    """Return the bytes of a block in a device buffer, where every tensor is aligned."""
     sizes = (tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
-def checkpointed_input_bytes(sketch: ModelSpec, memory: BlockMemoryPolicy, feed: BatchShape) -> int:
-    """Bytes that recomputed blocks were given, rows of text and image, two blocks' apart."""
-    tokens = feed.size_px[0] * feed.size_px[1] // sketch.constants.token_px**2 + feed.text_rows
-    each = feed.samples * tokens * sketch.width * ACTIVATION_ITEM_BYTES
-    return each * max(
-        0, len(memory.checkpointed_block_numbers(len(sketch.blocks))) - DEVICE_BUFFERS
+def checkpointed_input_bytes(spec: ModelSpec, memory: BlockMemoryPolicy, feed: BatchShape) -> int:
+    """Return the bytes of the inputs of checkpointed blocks, except those of the last two.
+
+    An input has the rows of text and image.
+    """
+    tokens = feed.size_px[0] * feed.size_px[1] // spec.constants.token_px**2 + feed.text_rows
+    block_bytes = feed.samples * tokens * spec.width * ACTIVATION_ITEM_BYTES
+    return block_bytes * max(
+        0, len(memory.checkpointed_block_numbers(len(spec.blocks))) - DEVICE_BUFFERS
     )
 
 
 def host_memory_by_use(
-    kind: str, waiting: dict[str, int], before: dict[str, int], tensors: int
+    kind: str, offloaded: dict[str, int], before: dict[str, int], tensors: int
 ) -> dict[str, int]:
-    """Host memory: the training where it is the device, else what waits, and the text encoder at first."""
-    program = {"Python and libraries": HOST_RUNTIME_BYTES[kind]}
+    """Return the host memory by use.
+
+    On a CPU it is the training itself. Else it is what is offloaded, and at first the text encoder.
+    """
+    runtime = {"Python and libraries": HOST_RUNTIME_BYTES[kind]}
     if kind == "cpu":
-        return {**program, "training": max(tensors, *before.values())}
-    passing = max(0, before["text encoder"] - sum(waiting.values()))
-    return {**program, **{what: size for what, size in waiting.items() if size}, "loading": passing}
+        return {**runtime, "training": max(tensors, *before.values())}
+    loading = max(0, before["text encoder"] - sum(offloaded.values()))
+    return {**runtime, **{use: size for use, size in offloaded.items() if size}, "loading": loading}
 
 
 def disk_space_by_use(
-    run: RunConfig, sketch: ModelSpec, measured: StepMeasurement, model_bytes: int, average: int
+    run: RunConfig, spec: ModelSpec, measured: StepMeasurement, model_bytes: int, average: int
 ) -> dict[str, int]:
-    """What is yet to be written; pictures' and captions' caches are small beside it and not counted."""
-    one = measured.trained_bytes + measured.optimizer + average
+    """Return the disk space by use; the caches of images and captions are small and not counted."""
+    checkpoint_bytes = measured.trained_bytes + measured.optimizer + average
     return {
-        "download": sketch.download_bytes,
+        "download": spec.download_bytes,
         "quantised base": 0 if run.model.base_model_precision == "no_change" else model_bytes,
-        "checkpoints": run.checkpoint.checkpoints_total_limit * one,
+        "checkpoints": run.checkpoint.checkpoints_total_limit * checkpoint_bytes,
         "result": measured.trained_bytes + average,
     }

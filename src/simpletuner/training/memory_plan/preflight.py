@@ -1,4 +1,4 @@
-"""Before a training downloads or loads anything: what it will need, and no for what cannot be."""
+"""Check before anything is downloaded or loaded whether a training has enough memory and disk."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ from simpletuner.training.memory_plan.memory_budget import (
     detect_budget,
     find_disk_shortages,
 )
+from simpletuner.training.memory_plan.plan_formatting import format_bytes
 from simpletuner.training.memory_plan.prediction import (
     MemoryPrediction,
     is_worth_planning,
     predict_memory,
 )
 
-MAX_SUGGESTIONS = 3  # ways out that a refusal names
-FIXED_BY_CHECKPOINT = (
-    "base_model_precision",
-    "text_encoder_1_precision",
-)  # by the checkpoint that a run goes on from
+MAX_SUGGESTIONS = 3  # configurations that an error message names
+# Options that a resumed run takes from its checkpoint, because they change the result.
+FIXED_BY_CHECKPOINT = ("base_model_precision", "text_encoder_1_precision")
 
 
 def preflight_check(
@@ -47,139 +46,161 @@ def preflight_check(
     within: str | None = None,
     before: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """The same run, its "auto" settled. ConfigError when device, host or a disk has too little room.
+    """Return the run with "auto" options resolved, after emitting its memory plan.
 
-    within: a size, or "" for what is free: the fastest way that fits takes the place of the run's
-    own. before: options of the checkpoint that it goes on from. Of a small base whose plan is not
-    known nothing is said: it would not be noticed in any memory.
+    within: --fit, a size or "" for the free memory; the memory settings of the run are then
+    replaced by the fastest that fit. before: the options of the checkpoint that is resumed. A small
+    base without a cached plan is not planned, because it fits in any memory.
+
+    Raises ConfigError when the device, the host or a disk has too little space.
     """
     family = registry.get_family(run.model.model_family)
-    room = detect_budget(select_device(run.model))
-    limit = room.available_for_tensors
+    budget = detect_budget(select_device(run.model))
+    limit = budget.available_for_tensors
     if within is not None:
-        run = fit_run(run, family, framings, room, within, before, emit)
+        run = fit_run(run, family, framings, budget, within, before, emit)
     elif run.model.gradient_checkpointing == "auto":
-        ladder = None if limit is None else MemoryConfigSearch(run, family, framings, room)
-        count = blocks_to_checkpoint(ladder, limit) if ladder and limit is not None else 0
-        emit(NoticeIssued(f"gradient_checkpointing auto: {count} blocks are recomputed"))
-        asked = checkpointing_option(count, ladder.blocks) if ladder else False
-        run = with_options(run, {"gradient_checkpointing": asked})
-    elif not is_worth_planning(run, family, framings, room.kind):
+        search = None if limit is None else MemoryConfigSearch(run, family, framings, budget)
+        count = blocks_to_checkpoint(search, limit) if search and limit is not None else 0
+        emit(NoticeIssued(f"gradient_checkpointing auto: {count} checkpointed blocks"))
+        value = checkpointing_option(count, search.blocks) if search else False
+        run = with_options(run, {"gradient_checkpointing": value})
+    elif not is_worth_planning(run, family, framings, budget.kind):
         return run
-    plan = predict_memory(run, family, framings, room.kind)
-    emit(NoticeIssued(plan_formatting.format_summary(plan, room)))
+    plan = predict_memory(run, family, framings, budget.kind)
+    emit(NoticeIssued(plan_formatting.format_summary(plan, budget)))
     if limit is not None and plan.tensor_bytes > limit:
         raise ConfigError(
-            too_large_message(plan, MemoryConfigSearch(run, family, framings, room), limit)
+            too_large_message(plan, MemoryConfigSearch(run, family, framings, budget), limit)
         )
-    check_host_and_disks(run, plan, room)
-    for what, size in plan.before.items():
-        if limit is not None and size > limit:
-            told = f"the {what} takes {plan_formatting.format_bytes(size)} of {plan_formatting.format_bytes(limit)}: text_encoder_1_precision"
-            emit(WarningIssued(told))
-    if limit is not None and plan.training > limit:
+    check_host_and_disks(run, plan, budget)
+    if limit is not None:
+        warn_about_tight_memory(plan, limit, emit)
+    return run
+
+
+def warn_about_tight_memory(plan: MemoryPrediction, limit: int, emit: Emit) -> None:
+    """Warn where a model is too large before training, or the training with its allowances."""
+    free = format_bytes(limit)
+    for name, size in plan.before.items():
+        if size > limit:
+            emit(
+                WarningIssued(
+                    f"the {name} needs {format_bytes(size)} and {free} is free; "
+                    "set text_encoder_1_precision, for example to int8"
+                )
+            )
+    if plan.training > limit:
         emit(
             WarningIssued(
-                f"{plan_formatting.format_bytes(plan.training)} with allowances, {plan_formatting.format_bytes(limit)} free: it may not fit"
+                f"this training needs {format_bytes(plan.training)} with allowances and {free} is "
+                "free: it may not fit"
             )
         )
-    return run
 
 
 def fit_run(
     run: RunConfig,
     family: ModelFamily,
     framings: Sequence[ResizeCropConfig],
-    room: MemoryBudget,
+    budget: MemoryBudget,
     within: str,
     before: Mapping[str, Any] | None,
     emit: Emit,
 ) -> RunConfig:
-    """The run in the fastest way that fits. ConfigError, with the cheapest changes, where none does."""
-    known = [
+    """Return the run with the fastest memory settings that fit.
+
+    Raises ConfigError, with the smallest changes of the training, when nothing fits.
+    """
+    limits = [
         size
-        for size in (parse_memory_size(within) if within else None, room.available_for_tensors)
+        for size in (parse_memory_size(within) if within else None, budget.available_for_tensors)
         if size is not None
     ]
-    if not known:
-        raise ConfigError("how much memory is free is not known here; write --fit 12GB")
+    if not limits:
+        raise ConfigError(
+            "the free memory of this device is not known; give a size, for example --fit 12GB"
+        )
     if before is not None:
         run = with_options(run, {name: before[name] for name in FIXED_BY_CHECKPOINT})
-    ladder, limit = (
-        MemoryConfigSearch(run, family, framings, room, settled=before is not None),
-        min(known),
-    )
-    best = find_fitting_config(ladder, limit)
+    limit = min(limits)
+    search = MemoryConfigSearch(run, family, framings, budget, fixed_precisions=before is not None)
+    best = find_fitting_config(search, limit)
     if best.chosen is None:
         raise ConfigError(
-            f"nothing fits {plan_formatting.format_bytes(limit)}. {smaller_training_message(ladder, limit)}"
+            f"nothing fits {format_bytes(limit)}. {smaller_training_message(search, limit)}"
         )
     for line in plan_formatting.format_applied_fit(run, best):
         emit(NoticeIssued(line))
     return with_options(run, best.chosen.options())
 
 
-def too_large_message(plan: MemoryPrediction, ladder: MemoryConfigSearch, limit: int) -> str:
-    ways = ladder.fitting_configs(limit)[:MAX_SUGGESTIONS]
-    told = [
-        f"\n  {plan_formatting.format_flags(ladder.run, way)}  (about {plan_formatting.format_bytes(way.size)})"
-        for way in ways
+def too_large_message(plan: MemoryPrediction, search: MemoryConfigSearch, limit: int) -> str:
+    """Return what is needed, what is free, and the settings that would fit."""
+    suggestions = [
+        f"\n  {plan_formatting.format_flags(search.run, config)}  "
+        f"(about {format_bytes(config.size)})"
+        for config in search.fitting_configs(limit)[:MAX_SUGGESTIONS]
     ]
-    out = (
-        f"What would fit, the fastest first:{''.join(told)}"
-        if told
-        else smaller_training_message(ladder, limit)
+    solution = (
+        f"These settings would fit, the fastest first:{''.join(suggestions)}"
+        if suggestions
+        else smaller_training_message(search, limit)
     )
-    what = f"this training needs {plan_formatting.format_bytes(plan.tensor_bytes)} for its tensors alone"
-    return f"{what}, and {ladder.budget.name} has {plan_formatting.format_bytes(limit)} free. {out}"
+    return (
+        f"this training needs {format_bytes(plan.tensor_bytes)} for its tensors alone, and "
+        f"{search.budget.name} has {format_bytes(limit)} free. {solution}"
+    )
 
 
-def smaller_training_message(ladder: MemoryConfigSearch, limit: int) -> str:
-    """Where no way of running it fits: changes of the training itself, the cheapest first, until one does."""
-    least = ladder.lowest_memory_config()
-    run, framings = with_options(ladder.run, least.options()), list(ladder.framings)
-    told = plan_formatting.format_flags(ladder.run, least)
+def smaller_training_message(search: MemoryConfigSearch, limit: int) -> str:
+    """Return changes of the training itself, the mildest first, until it fits."""
+    least = search.lowest_memory_config()
+    run, framings = with_options(search.run, least.options()), list(search.framings)
+    flags = plan_formatting.format_flags(search.run, least)
     lines = [
-        f"The least is about {plan_formatting.format_bytes(least.size)}: {told}. Then, each added to those before:"
+        f"The smallest settings need about {format_bytes(least.size)}: {flags}. In addition, one "
+        "after the other:"
     ]
     for options in memory_saving.memory_saving_options(run):
         try:
             run = with_options(run, options)
-        except ConfigError:  # the rest of the options does not go with it
+        except ConfigError:  # it contradicts other options of the run
             continue
         if "resolution" in options:
             framings = [
                 dataclasses.replace(
-                    one,
-                    resolution=one.resolution
-                    * memory_saving.RESOLUTION_FACTOR[one.resolution_type],
+                    framing,
+                    resolution=framing.resolution
+                    * memory_saving.RESOLUTION_FACTOR[framing.resolution_type],
                 )
-                for one in framings
+                for framing in framings
             ]
-        size = predict_memory(run, ladder.family, framings, ladder.budget.kind).training
-        lines.append(
-            f"  {memory_saving.format_options(options)}  ({plan_formatting.format_bytes(size)})"
-        )
+        size = predict_memory(run, search.family, framings, search.budget.kind).training
+        lines.append(f"  {memory_saving.format_options(options)}  ({format_bytes(size)})")
         if size <= limit:
             break
     return "\n".join(lines)
 
 
-def check_host_and_disks(run: RunConfig, plan: MemoryPrediction, room: MemoryBudget) -> None:
+def check_host_and_disks(run: RunConfig, plan: MemoryPrediction, budget: MemoryBudget) -> None:
+    """Raise ConfigError when the host memory or a disk has too little space."""
     needed = sum(plan.host.values())
-    if plan.kind != "cpu" and room.host_free_bytes is not None and needed > room.host_free_bytes:
-        rows = ", ".join(
-            f"{what} {plan_formatting.format_bytes(size)}"
-            for what, size in plan.host.items()
-            if size
-        )
+    if (
+        plan.kind != "cpu"
+        and budget.host_free_bytes is not None
+        and needed > budget.host_free_bytes
+    ):
+        uses = ", ".join(f"{use} {format_bytes(size)}" for use, size in plan.host.items() if size)
         raise ConfigError(
-            f"this training needs {plan_formatting.format_bytes(needed)} of host memory ({rows}), and {plan_formatting.format_bytes(room.host_free_bytes)}"
-            " is free. Less: text_encoder_1_precision = int8, a smaller musubi_blocks_to_swap,"
-            " gradient_checkpointing_backend = torch"
+            f"this training needs {format_bytes(needed)} of host memory ({uses}), and "
+            f"{format_bytes(budget.host_free_bytes)} is free. It needs less with "
+            "text_encoder_1_precision = int8, a smaller musubi_blocks_to_swap, or "
+            "gradient_checkpointing_backend = torch"
         )
     for folder, size, free in find_disk_shortages(run, plan.disk):
         raise ConfigError(
-            f"{folder} needs {plan_formatting.format_bytes(size)} and its disk has {plan_formatting.format_bytes(free)} free. Less: another"
-            " output_dir, HF_HOME on another disk, a smaller checkpoints_total_limit"
+            f"{folder} needs {format_bytes(size)}, and its disk has {format_bytes(free)} free. "
+            "Choose another output_dir, set HF_HOME to another disk, or lower "
+            "checkpoints_total_limit"
         )

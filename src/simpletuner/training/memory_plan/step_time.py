@@ -1,4 +1,4 @@
-"""From floating-point operations to seconds: an estimate, and said to be one."""
+"""Estimate the seconds of a step from its floating-point operations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import time
 
 import torch
 
-# Dense bf16 TFLOP/s with fp32 sums, from the makers' data sheets; the first that the device's name holds.
+# Dense bf16 TFLOP/s with fp32 accumulation, from data sheets. The first key that is part of the
+# device's name is used.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -25,24 +26,22 @@ PEAK_TFLOPS = {
     "RTX 3080": 59.5,
     "RTX 3060": 25.5,
 }
-UTILISATION = (
-    0.5  # products reach 0.7 to 0.8 of the peak, and passes over memory take a third on top
-)
+# Matrix products reach 0.7 to 0.8 of the peak; memory-bound operations add a third.
+UTILISATION = 0.5
 REFERENCE_GPU = "RTX 4090"
-PCIE_BYTES_PER_S = 20e9  # bytes/s from pinned memory over PCIe 4.0 x16
-EXPOSED_TRANSFER_FRACTION = (
-    0.25  # of what comes over the bus; blocks wait for it at the turn and where they are quicker
-)
-CPU_BENCHMARK_SHAPE = (256, 1024, 1024)  # half a GFLOP: unnoticed before a run
+PCIE_BYTES_PER_S = 20e9  # from pinned memory over PCIe 4.0 x16
+# Part of the transfers that blocks wait for, because they compute faster or the direction changes.
+EXPOSED_TRANSFER_FRACTION = 0.25
+CPU_BENCHMARK_SHAPE = (256, 1024, 1024)  # half a GFLOP, too short to notice
 
 
 def peak_flops(name: str) -> float | None:
-    """Of a GPU by its name; None for one that is not in the table."""
+    """Return the FLOP/s of a GPU by its name; None if it is not in the table."""
     return next((tera * 1e12 for known, tera in PEAK_TFLOPS.items() if known in name), None)
 
 
 def measure_cpu_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of this CPU by the quickest of three products, whatever else it is doing."""
+    """Return the FLOP/s of this CPU, from the fastest of three matrix products in CPU time."""
     rows, inner, columns = CPU_BENCHMARK_SHAPE
     a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype)
     times = []
@@ -54,7 +53,7 @@ def measure_cpu_flops(dtype: torch.dtype) -> float:
 
 
 def estimate_seconds(flops: float, peak: float, moved: float = 0.0) -> float:
-    """moved: bytes between host and device, most of which travel while the blocks compute."""
+    """Return the seconds of a step. moved: bytes between host and device, mostly overlapped."""
     return (
         max(flops / (peak * UTILISATION), moved / PCIE_BYTES_PER_S)
         + EXPOSED_TRANSFER_FRACTION * moved / PCIE_BYTES_PER_S
