@@ -14,7 +14,7 @@ from simpletuner.config.image_metrics import (
     metric_device_bytes,
 )
 from simpletuner.config.option_catalog import all_options
-from simpletuner.config.schema import RunConfig, ValidationOptions
+from simpletuner.config.schema import ModelOptions, RunConfig, ValidationOptions
 from simpletuner.events.event_types import Event, ScoresComputed
 from simpletuner.events.formatting import describe_event
 from simpletuner.validation import image_scoring
@@ -127,7 +127,8 @@ def test_a_new_metric_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(IMAGE_METRICS, "agreement", spec)
     monkeypatch.setitem(image_scoring.METRICS, "agreement", build)
     options = ValidationOptions(evaluation_type="agreement", eval_sigma_count=3)
-    assert list(find_errors(RunConfig(validation=options), {})) == []
+    nano = ModelOptions(model_flavour="nano")
+    assert list(find_errors(RunConfig(model=nano, validation=options), {})) == []
     assert metric_device_bytes("agreement, zorbo") == 1_700_000_000
     (metric,) = image_scoring.choose_metrics(options, torch.device("meta"))
     assert received == [

@@ -239,7 +239,7 @@ def test_a_training_takes_the_fastest_way_that_fits(monkeypatch: pytest.MonkeyPa
         False,
     )
     assert "--gradient_checkpointing=false" in said[0]
-    assert said[1].startswith("would fit too: --base_model_precision=int8")
+    assert said[1].startswith("would also fit: --base_model_precision=int8")
     tight, said = fitted(run, 10**12, monkeypatch, f"{(kept.training - 1_000_000) / 1e6}MB")
     assert tight.model.base_model_precision == "int8"
     assert predict_memory(tight, TinyChroma(), SIZE).training <= kept.training - 1_000_000

@@ -40,7 +40,7 @@ class MemoryTrackerMode(TorchDispatchMode):
     """
 
     def __init__(self, granule: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.current_part = "weights"
         self.live_bytes = dict.fromkeys(MEMORY_PARTS, 0)
         self._granule = granule
