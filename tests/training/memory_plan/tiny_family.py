@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from simpletuner.cache.batch_types import Batch, TextBatch
 from simpletuner.config.load import config_from_resolved
@@ -30,6 +27,7 @@ from simpletuner.training.memory_plan.fake_step import (
     measure_fake_step,
 )
 from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
+from tests.training.memory_plan.allocator import Allocated, allocated
 
 CONFIG = TransformerConfig(
     num_layers=1, num_single_layers=3, attention_head_dim=64, num_attention_heads=4, joint_attention_dim=128,
@@ -40,7 +38,9 @@ FAMILY = registry.get_family("chroma")
 
 
 def make_run_config(**options: Any) -> RunConfig:
-    return config_from_resolved({"lora_rank": 4, "flux_lora_target": "all+ffs", "device": "cpu", **options})
+    return config_from_resolved(
+        {"lora_rank": 4, "flux_lora_target": "all+ffs", "device": "cpu", **options}
+    )
 
 
 def make_model_spec(run: RunConfig, config: TransformerConfig = CONFIG) -> ModelSpec:
@@ -58,23 +58,11 @@ def planned_peak(run: RunConfig) -> int:
     return sum(measure_fake_step(run, FAMILY, sketch, memory, BATCH_SHAPE, granule=1).peak.values())
 
 
-def allocator_peak(run: RunConfig, config: TransformerConfig = CONFIG, feed: BatchShape = BATCH_SHAPE) -> int:
-    """Bytes at the highest moment of building everything and of two real steps."""
-    torch.manual_seed(0)
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        train_two_steps(run, config, feed)
-    kineto = profiled.profiler
-    assert kineto is not None
-    results = kineto.kineto_results
-    assert results is not None
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        assert event.device_type() == DeviceType.CPU
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+def really_allocated(
+    run: RunConfig, config: TransformerConfig = CONFIG, batch_shape: BatchShape = BATCH_SHAPE
+) -> Allocated:
+    """Return what building everything and two real steps allocate."""
+    return allocated(lambda: train_two_steps(run, config, batch_shape))
 
 
 def train_two_steps(run: RunConfig, config: TransformerConfig, feed: BatchShape) -> None:
