@@ -1,5 +1,6 @@
-# make demo: train on the bundled model and look at before and after.  make test: the tests.
+# make demo: train on the bundled model and look at before and after.  make test: the tests, WORKERS at once.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: demo test lint docs clean
@@ -17,7 +18,7 @@ demo: .venv/.cpu
 	$(BIN)/simpletuner train --example chroma-nano.peft-lora
 
 test: .venv/.cpu,test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 lint: .venv/.cpu,dev
 	$(BIN)/ruff check src tests recipes benchmarks

@@ -1,10 +1,22 @@
-"""No test touches what the person at this machine keeps."""
+"""No test touches the files of the user of this machine or depends on the number of its cores."""
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# One thread for each worker and each process that a test starts: the networks are tiny, and torch
+# reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Exclude the imported modules from garbage collection: each one would traverse all of torch."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

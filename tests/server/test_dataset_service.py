@@ -24,6 +24,7 @@ from simpletuner.server.dataset_service import CropSettings, DatasetService
 from simpletuner.server.schemas.datasets import DatasetInfo
 from simpletuner.server.workspace import PathOutsideWorkspace
 from tests.data.unusable_files import png_header
+from tests.quick import assert_quick
 from tests.server.dataset_app import PNG, make_workspace
 
 FRAMINGS = [
@@ -235,17 +236,15 @@ def test_thousands_of_pictures(tmp_path: Path, count: int) -> None:
     info = datasets.get_info("many")
     assert info.captioned + info.refused + info.unread <= info.pictures == count
     settled(datasets, "many", lambda info: not info.unread)
-    times = []
     for offset in (0, count // 3, count - 60):
-        start = time.process_time()
         page = datasets.list_items("many", offset, 60, "uncaptioned", CropSettings())
-        times.append(time.process_time() - start)
         assert (page.total, len(page.items), page.unread) == (
             count - 1,
             59 if offset == count - 60 else 60,
             0,
         )
-    assert min(times) < 0.1
+    middle = ("many", count // 3, 60, "uncaptioned", CropSettings())
+    assert_quick(lambda: datasets.list_items(*middle), 0.1)
     assert (
         sum(bucket.pictures for bucket in datasets.count_buckets("many", CropSettings())) == count
     )

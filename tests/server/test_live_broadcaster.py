@@ -318,9 +318,8 @@ def test_nobody_listens_nothing_is_watched_and_a_failure_ends_in_a_closed_connec
             await asyncio.sleep(0.01)
         telling.cancel()
         await asyncio.gather(telling, return_exceptions=True)
-        await asyncio.sleep(0.1)
         count = len(looks)
-        await asyncio.sleep(0.2)
-        assert len(looks) == count
+        await asyncio.sleep(0.3)
+        assert len(looks) <= count + 1, "more than the look that was under way"
 
     asyncio.run(scene())

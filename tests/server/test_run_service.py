@@ -24,6 +24,7 @@ from simpletuner.server.schemas.jobs import Job
 from simpletuner.server.schemas.runs import RunSummary
 from simpletuner.server.workspace import Workspace, run_id
 from simpletuner.training import run_folder
+from tests.quick import assert_quick
 from tests.server.run_folder_writer import START_T, RunFolderWriter
 
 
@@ -512,7 +513,4 @@ def test_fifty_long_runs_cost_next_to_nothing(
         2 * event_summary.MAX_SAMPLED_STEPS + event_summary.SPEED_WINDOW_STEPS + 10
     )
     assert len(parsed) < 50 * 25_000 / 5
-    cpu = time.thread_time()
-    for _ in range(10):
-        known.summaries()
-    assert (time.thread_time() - cpu) / 10 < 0.05, "it takes 2 ms where nothing else runs"
+    assert_quick(lambda: [known.summaries() for _ in range(10)], 0.5)  # 2 ms each where nothing else runs

@@ -6,19 +6,19 @@ import http.client
 import json
 import os
 import re
-import resource
 import signal
 import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.quick import assert_quick, children_s
 
 COMMAND = [sys.executable, "-m", "simpletuner", "server"]
 PATIENCE_S = 120.0
@@ -215,12 +215,10 @@ def test_what_cannot_work_is_refused(tmp_path: Path, words: list[str], said: str
 
 
 def test_help_is_quick(tmp_path: Path) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = refused("--help", cwd=tmp_path)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0
-    assert "--allow-host" in done.stdout
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    found = list[subprocess.CompletedProcess[str]]()
+    assert_quick(lambda: found.append(refused("--help", cwd=tmp_path)), 1, children_s)
+    assert found[0].returncode == 0
+    assert "--allow-host" in found[0].stdout
 
 
 def test_eight_pages_at_once(tmp_path: Path) -> None:
@@ -230,10 +228,8 @@ def test_eight_pages_at_once(tmp_path: Path) -> None:
     with served(tmp_path) as (_, line):
         address = f"ws://localhost:{port_of(line)}/api/v1/live"
         pages = [connect(address, open_timeout=PATIENCE_S) for _ in range(8)]
-        began = time.monotonic()
         for page in pages:
             assert "queue" in json.loads(page.recv(timeout=PATIENCE_S))
             assert get(port_of(line), "/api/v1/runs")[0] == 200
         for page in pages:
             page.close()
-        assert time.monotonic() - began < PATIENCE_S
