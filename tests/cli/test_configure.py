@@ -23,6 +23,7 @@ from simpletuner.cli.configure import command
 from simpletuner.config.presets import MEMORY_PRESETS, NANO_PRESET
 from simpletuner.server.schemas.base import ErrorDetail
 from simpletuner.server.schemas.system import DeviceInfo
+from tests.inside import inside
 from tests.quick import assert_quick, children_s
 
 ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith("SIMPLETUNER_")}
@@ -86,9 +87,7 @@ def written(where: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def shown(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*START, "train", *words, "--show-config"], cwd=cwd, env=ENVIRON, capture_output=True, text=True
-    )
+    return inside(cwd, "train", *words, "--show-config")
 
 
 def test_defaults_train_the_bundled_model_where_no_card_is(

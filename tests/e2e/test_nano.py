@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from simpletuner.events.event_types import ScoresComputed
 from tests.e2e.training_project import read_events
+from tests.inside import inside
 
 EXAMPLE = ("train", "--example", "chroma-nano.peft-lora")
 FEW = (
@@ -25,6 +26,7 @@ FEW = (
 
 
 def simpletuner(folder: Path, *arguments: str) -> str:
+    """Run a command as a process of its own and return what it prints."""
     done = subprocess.run(
         [sys.executable, "-m", "simpletuner", *arguments],
         cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
@@ -87,7 +89,7 @@ def test_the_same_command_again_has_nothing_left_to_do(trained: tuple[Path, Path
     before = (run_dir / "pytorch_lora_weights.safetensors").stat().st_size
     drawn = {path: path.stat().st_mtime_ns for path in run_dir.glob("images/step-*/*.png")}
     scored = sum(isinstance(event, ScoresComputed) for event in read_events(run_dir))
-    simpletuner(folder, *EXAMPLE, *FEW)
+    assert inside(folder, *EXAMPLE, *FEW).returncode == 0
     assert (run_dir / "pytorch_lora_weights.safetensors").stat().st_size == before
     assert {path: path.stat().st_mtime_ns for path in run_dir.glob("images/step-*/*.png")} == drawn
     assert sum(isinstance(event, ScoresComputed) for event in read_events(run_dir)) == scored
@@ -96,8 +98,10 @@ def test_the_same_command_again_has_nothing_left_to_do(trained: tuple[Path, Path
 def test_generate_with_and_without_the_lora(trained: tuple[Path, Path]) -> None:
     folder, run_dir = trained
     shared = ("--model_flavour", "nano", "--prompt", "a red circle", "--steps", "2", "--seed", "1")
-    simpletuner(folder, "generate", *shared, "--out", "plain")
-    simpletuner(folder, "generate", *shared, "--out", "off", "--lora", str(run_dir), "--strength", "0")
+    off_words = ("--out", "off", "--lora", str(run_dir), "--strength", "0")
+    for words in (("--out", "plain"), off_words):
+        done = inside(folder, "generate", *shared, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
     (plain,), (off,) = list((folder / "plain").glob("*.png")), list((folder / "off").glob("*.png"))
     with Image.open(plain) as one, Image.open(off) as other:
         assert one.size == (128, 128)
@@ -105,4 +109,6 @@ def test_generate_with_and_without_the_lora(trained: tuple[Path, Path]) -> None:
 
 
 def test_a_rehearsal_of_the_example(trained: tuple[Path, Path]) -> None:
-    assert "ready to train" in simpletuner(trained[0], *EXAMPLE, "--rehearse")
+    done = inside(trained[0], *EXAMPLE, "--rehearse")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ready to train" in done.stdout

@@ -13,10 +13,18 @@ from simpletuner.errors import CheckpointError, ConfigError
 from simpletuner.events.event_types import CheckpointSetAside, StageStarted
 from simpletuner.quantization.schemes import SCHEMES
 from tests.e2e.test_resume import interrupted
-from tests.e2e.training_project import TrainingProject, read_checkpoint_files, read_events, read_losses
+from tests.e2e.training_project import (
+    TrainingProject,
+    read_checkpoint_files,
+    read_events,
+    read_losses,
+)
 
 LORA = "pytorch_lora_weights.safetensors"
-SHORT = {"max_train_steps": 3, "checkpoint_step_interval": 1, "lora_dropout": 0.0, "lr_warmup_steps": 0}
+SHORT = {
+    "max_train_steps": 3, "checkpoint_step_interval": 1, "eval_steps_interval": 3, "lora_dropout": 0.0,
+    "lr_warmup_steps": 0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,12 @@ from simpletuner.errors import CheckpointError, RunLocked, TrainingDiverged, Tra
 from simpletuner.events.event_types import CheckpointSetAside, StepCompleted
 from simpletuner.training import checkpoint
 from simpletuner.training.run_folder import RunFolder
-from tests.e2e.training_project import TrainingProject, read_checkpoint_files, read_events, read_losses
+from tests.e2e.training_project import (
+    TrainingProject,
+    read_checkpoint_files,
+    read_events,
+    read_losses,
+)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +188,7 @@ def storm(workspace: TrainingProject, kills: int, seed: int) -> None:
     """SIGKILL at random moments, start again, until done: the result is that of one calm run."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     calm, torn = workspace.root / "calm", workspace.root / "torn"
-    subprocess.run(command(workspace, calm), env=env, check=True, capture_output=True, cwd=workspace.root)
+    workspace.train(output_dir=str(calm), max_train_steps=30, checkpoint_step_interval=3)
     chance = random.Random(seed)
     for _ in range(kills):
         process = subprocess.Popen(

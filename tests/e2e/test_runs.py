@@ -218,7 +218,7 @@ def test_no_network_is_one_line(tmp_path: Path) -> None:
     workspace = TrainingProject(tmp_path / "data")
     workspace.load_config(
         pretrained_model_name_or_path=None, mixed_precision="bf16", base_model_precision="nf4",
-        gradient_checkpointing=True,
+        gradient_checkpointing=True, gradient_accumulation_steps=1,
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "simpletuner", "train", "--config", str(workspace.root / "config.json")],

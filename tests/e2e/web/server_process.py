@@ -23,6 +23,11 @@ EXAMPLE_DIR = ROOT / "src" / "simpletuner" / "examples" / "chroma-nano.peft-lora
 REAL_COMMAND = (sys.executable, "-m", "simpletuner", "server")
 FAKE_COMMAND = (sys.executable, "-m", "tests.e2e.web.fake_server")
 TIMEOUT_S = 120.0
+# What a page may log while its server is down; which of them depends on the moment.
+SERVER_DOWN = (
+    r"net::ERR_(CONNECTION_REFUSED|CONNECTION_RESET|CONNECTION_CLOSED|CONNECTION_ABORTED"
+    r"|EMPTY_RESPONSE|SOCKET_NOT_CONNECTED|INCOMPLETE_CHUNKED_ENCODING)|WebSocket|Failed to fetch"
+)
 
 
 class ServerProcess:

@@ -18,7 +18,13 @@ from tests.e2e.web.page_actions import (
     fill_options,
     upload_files,
 )
-from tests.e2e.web.server_process import EXAMPLE_DIR, TIMEOUT_S, ServerProcess, wait_until
+from tests.e2e.web.server_process import (
+    EXAMPLE_DIR,
+    SERVER_DOWN,
+    TIMEOUT_S,
+    ServerProcess,
+    wait_until,
+)
 
 PLANNED = 2000  # never reached: the run is stopped when enough was seen
 EVERY = 10
@@ -94,7 +100,7 @@ def resumes_while_the_server_dies(page: Page, real: ServerProcess, run: str, las
     page.get_by_role("dialog").get_by_role("spinbutton").fill(str(last))
     page.get_by_role("dialog").get_by_role("button", name="Resume", exact=True).click()
     wait_until(lambda: names(real, run).count("run_started") == 2, "the run goes on")
-    page.watch.allowed.append("ERR_CONNECTION_REFUSED|WebSocket|Failed to fetch")
+    page.watch.allowed.append(SERVER_DOWN)
     real.kill()
     assert not list(real.workspace.glob("output/*/exit.json")), "it dies in the middle of the run"
     expect_connection(page, "No connection")
