@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,10 +35,19 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> TrainingProject:
     return TrainingProject(root, quantized_cache_dir=str(root / "quantized"), **SHORT)
 
 
+def on(scheme: str) -> dict[str, object]:
+    return {"base_model_precision": scheme, "text_encoder_1_precision": "int8"}
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: TrainingProject) -> Callable[[str], Path]:
+    """Return the folder of a run on a base of that precision; it runs once for all tests."""
+    return cache(lambda scheme: workspace.train(output_dir=str(workspace.root / scheme), **on(scheme)))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_run_on_each(workspace: TrainingProject, scheme: str) -> None:
-    same = {"base_model_precision": scheme, "text_encoder_1_precision": "int8"}
-    run_dir = workspace.train(output_dir=str(workspace.root / scheme), **same)
+def test_a_run_on_each(workspace: TrainingProject, trained: Callable[[str], Path], scheme: str) -> None:
+    same, run_dir = on(scheme), trained(scheme)
     converted = [event.stage for event in read_events(run_dir) if isinstance(event, StageStarted)]
     assert f"quantize to {scheme}" in converted
     assert len(read_losses(run_dir)) == 3
@@ -68,7 +79,7 @@ def test_a_product_on_a_quantised_base(workspace: TrainingProject, config: dict[
     """LoKr and LoHa: an average beside them, resumed bit for bit, recomputed or not, and generated from."""
     algo = str(config["algo"])
     same = {"base_model_precision": "int8", "lora_type": "lycoris", "lycoris_config": config}
-    same |= {"lora_rank": None, "use_ema": True}
+    same |= {"lora_rank": None, "use_ema": True, "quantized_cache_dir": str(workspace.root / f"{algo}-base")}
     run_dir = workspace.train(output_dir=str(workspace.root / algo), **same)
     names = load_file(run_dir / LORA)
     assert all(name.startswith("lycoris_") for name in names)
@@ -85,13 +96,11 @@ def test_a_product_on_a_quantised_base(workspace: TrainingProject, config: dict[
     assert "--format diffusers --rank 64" in card
 
 
-def test_the_precision_is_part_of_what_a_run_is(workspace: TrainingProject) -> None:
+def test_the_precision_is_part_of_what_a_run_is(workspace: TrainingProject, trained: Callable[[str], Path]) -> None:
     """Each base gives other losses; a checkpoint does not go on with another one unasked."""
-    first = {scheme: read_losses(workspace.root / scheme)[1][0] for scheme in SCHEMES}
+    first = {scheme: read_losses(trained(scheme))[1][0] for scheme in SCHEMES}
     assert len(set(first.values())) == len(SCHEMES)
-    error = workspace.train_and_expect_error(
-        output_dir=str(workspace.root / "nf4"), base_model_precision="int8"
-    )
+    error = workspace.train_and_expect_error(output_dir=str(trained("nf4")), base_model_precision="int8")
     assert isinstance(error, CheckpointError)
     assert 'base_model_precision was "nf4", is "int8"' in str(error)
 
@@ -119,6 +128,7 @@ def test_what_was_fitted_is_recorded_and_kept(
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace.root / "plans"))
     folder = workspace.root / "fitted"
     same: dict[str, object] = {"output_dir": str(folder), "max_train_steps": 2}
+    same["quantized_cache_dir"] = str(workspace.root / "converted when fitted")
     workspace.train(base_model_precision="nf4", text_encoder_1_precision="int8", **same)
     (folder / "checkpoint-2" / "weights.safetensors").write_bytes(b"")
     workspace.train("", **{**same, "max_train_steps": 3})

@@ -271,8 +271,8 @@ def test_a_dead_hook_is_dropped_without_showing_its_address(server: Server) -> N
     others: list[Event] = []
     send = webhook_sink.WebhookSink(hook(server))
     emit = fan_out([send, others.append])
-    deadline = time.monotonic() + 20
-    while len(others) < 200 and not any(isinstance(event, WarningIssued) for event in others):
+    deadline = time.monotonic() + 120
+    while not any(isinstance(event, WarningIssued) for event in others):
         assert time.monotonic() < deadline
         emit(NoticeIssued("x"))
         time.sleep(0.02)
