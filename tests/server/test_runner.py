@@ -106,7 +106,7 @@ def test_a_normal_end_and_its_code(tmp_path: Path, start: Start) -> None:
 
 
 def test_one_group_of_its_own_and_the_lock_while_it_lives(tmp_path: Path, start: Start) -> None:
-    process = start("time.sleep(60)")
+    process = start("time.sleep(600)")
     assert is_locked(tmp_path / "runner.lock")
     assert (
         os.getpgid(trainer_of(tmp_path))
@@ -119,7 +119,7 @@ def test_one_group_of_its_own_and_the_lock_while_it_lives(tmp_path: Path, start:
 
 
 def test_a_killed_trainer_is_told_by_its_signal(tmp_path: Path, start: Start) -> None:
-    process = start("time.sleep(60)")
+    process = start("time.sleep(600)")
     os.kill(trainer_of(tmp_path), signal.SIGKILL)
     process.wait(PATIENCE_S)
     assert (exited(tmp_path)["code"], exited(tmp_path)["signal"]) == (None, "SIGKILL")
@@ -130,7 +130,7 @@ def test_a_killed_trainer_is_told_by_its_signal(tmp_path: Path, start: Start) ->
 
 
 def test_a_killed_group_is_lost(tmp_path: Path, start: Start) -> None:
-    process = start("time.sleep(60)")
+    process = start("time.sleep(600)")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(PATIENCE_S)
     until(lambda: not is_locked(tmp_path / "runner.lock"), "the lock is free")
@@ -139,7 +139,7 @@ def test_a_killed_group_is_lost(tmp_path: Path, start: Start) -> None:
 
 
 def test_a_training_whose_runner_was_killed_still_counts(tmp_path: Path, start: Start) -> None:
-    process = start("time.sleep(60)")
+    process = start("time.sleep(600)")
     process.kill()
     process.wait(PATIENCE_S)
     assert is_locked(tmp_path / "runner.lock"), "its device is not free"

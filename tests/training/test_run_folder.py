@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.errors import ConfigError, RunLocked
+from simpletuner.training import run_folder
 from simpletuner.training.run_folder import RunFolder, replace_folder
 
 HOLD = """
@@ -22,7 +23,7 @@ from pathlib import Path
 from simpletuner.training.run_folder import RunFolder
 with RunFolder(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -40,7 +41,8 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
         assert (tmp_path / "control").is_dir()
 
 
-def test_a_reader_who_looks_at_the_lock_stops_nobody(tmp_path: Path) -> None:
+def test_a_reader_who_looks_at_the_lock_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "LOCK_RETRY_S", 120)
     with RunFolder(tmp_path):
         pass
     reader = os.open(tmp_path / "run.lock", os.O_RDONLY)
