@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish() -> None:
-    """Exclude the imported modules from garbage collection: each one would traverse all of torch."""
+    """Exclude imported modules from garbage collection: each one would traverse all of torch."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""A command line in this process: for tests of what a command prints and writes, not of its start."""
+"""A command line in this process, for tests of what a command prints and writes."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ STANDARD_S = 0.05  # CPU time of `standard` on the CPU for which the bounds were
 
 
 def standard() -> int:
-    """Do a fixed amount of interpreted work: what the bounded code consists of, on small objects."""
+    """Do a fixed amount of interpreted work on small objects."""
     words: dict[str, int] = {}
     for number in range(200_000):
         word = f"key {number % 5000}"

@@ -32,7 +32,9 @@ def test_package() -> None:
 
 
 def test_files() -> None:
-    found = [f"{path.relative_to(SOURCE)}{problem}" for path in files() for problem in problems(path)]
+    found = [
+        f"{path.relative_to(SOURCE)}{problem}" for path in files() for problem in problems(path)
+    ]
     assert found == []
 
 

@@ -311,7 +311,7 @@ for key in store.missing_keys(f"k{n}" for n in range(3000)):
 
 
 def test_killed_at_any_moment_it_loses_the_open_shard_only(tmp_path: Path) -> None:
-    """Each time after a few shards more, of 300; which moment of a shard it is depends on chance."""
+    """Each time a few more of 300 shards are complete; the moment within a shard is random."""
     had = 0
     for more in (1, 5, 20):
         goal = len(list(tmp_path.rglob("shard-*.safetensors"))) + more

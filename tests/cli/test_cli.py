@@ -177,7 +177,8 @@ def test_examples_are_copied_and_never_overwrite(tmp_path: Path) -> None:
 
 def test_the_preset_for_the_real_model_holds(tmp_path: Path) -> None:
     (tmp_path / "datasets" / "photos").mkdir(parents=True)
-    done = run(tmp_path, "train", "--example", "chroma.peft-lora", "--show-config", blocked=("torch",))
+    words = ("train", "--example", "chroma.peft-lora", "--show-config")
+    done = run(tmp_path, *words, blocked=("torch",))
     assert done.returncode == 0, done.stderr
 
 

@@ -24,8 +24,8 @@ from tests.e2e.training_project import (
 
 LORA = "pytorch_lora_weights.safetensors"
 SHORT = {
-    "max_train_steps": 3, "checkpoint_step_interval": 1, "eval_steps_interval": 3, "lora_dropout": 0.0,
-    "lr_warmup_steps": 0,
+    "max_train_steps": 3, "checkpoint_step_interval": 1, "eval_steps_interval": 3,
+    "lora_dropout": 0.0, "lr_warmup_steps": 0,
 }  # fmt: skip
 
 
@@ -42,11 +42,18 @@ def on(scheme: str) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def trained(workspace: TrainingProject) -> Callable[[str], Path]:
     """Return the folder of a run on a base of that precision; it runs once for all tests."""
-    return cache(lambda scheme: workspace.train(output_dir=str(workspace.root / scheme), **on(scheme)))
+
+    @cache
+    def train(scheme: str) -> Path:
+        return workspace.train(output_dir=str(workspace.root / scheme), **on(scheme))
+
+    return train
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_run_on_each(workspace: TrainingProject, trained: Callable[[str], Path], scheme: str) -> None:
+def test_a_run_on_each(
+    workspace: TrainingProject, trained: Callable[[str], Path], scheme: str
+) -> None:
     same, run_dir = on(scheme), trained(scheme)
     converted = [event.stage for event in read_events(run_dir) if isinstance(event, StageStarted)]
     assert f"quantize to {scheme}" in converted
@@ -79,7 +86,8 @@ def test_a_product_on_a_quantised_base(workspace: TrainingProject, config: dict[
     """LoKr and LoHa: an average beside them, resumed bit for bit, recomputed or not, and generated from."""
     algo = str(config["algo"])
     same = {"base_model_precision": "int8", "lora_type": "lycoris", "lycoris_config": config}
-    same |= {"lora_rank": None, "use_ema": True, "quantized_cache_dir": str(workspace.root / f"{algo}-base")}
+    same |= {"lora_rank": None, "use_ema": True}
+    same["quantized_cache_dir"] = str(workspace.root / f"{algo}-base")
     run_dir = workspace.train(output_dir=str(workspace.root / algo), **same)
     names = load_file(run_dir / LORA)
     assert all(name.startswith("lycoris_") for name in names)
@@ -96,11 +104,15 @@ def test_a_product_on_a_quantised_base(workspace: TrainingProject, config: dict[
     assert "--format diffusers --rank 64" in card
 
 
-def test_the_precision_is_part_of_what_a_run_is(workspace: TrainingProject, trained: Callable[[str], Path]) -> None:
+def test_the_precision_is_part_of_what_a_run_is(
+    workspace: TrainingProject, trained: Callable[[str], Path]
+) -> None:
     """Each base gives other losses; a checkpoint does not go on with another one unasked."""
     first = {scheme: read_losses(trained(scheme))[1][0] for scheme in SCHEMES}
     assert len(set(first.values())) == len(SCHEMES)
-    error = workspace.train_and_expect_error(output_dir=str(trained("nf4")), base_model_precision="int8")
+    error = workspace.train_and_expect_error(
+        output_dir=str(trained("nf4")), base_model_precision="int8"
+    )
     assert isinstance(error, CheckpointError)
     assert 'base_model_precision was "nf4", is "int8"' in str(error)
 

@@ -286,7 +286,8 @@ def test_a_slow_hook_neither_blocks_nor_grows() -> None:
     """It waits for an answer through all of this, and would for an hour."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        send = webhook_sink.WebhookSink(webhook_sink.WebhookConfig("raw", url, "", None, True, 0), limit=8, timeout_s=3600)
+        config = webhook_sink.WebhookConfig("raw", url, "", None, True, 0)
+        send = webhook_sink.WebhookSink(config, limit=8, timeout_s=3600)
         send(NoticeIssued("first"))
         connection, _ = silent.accept()
         for number in range(2000):

@@ -513,4 +513,5 @@ def test_fifty_long_runs_cost_next_to_nothing(
         2 * event_summary.MAX_SAMPLED_STEPS + event_summary.SPEED_WINDOW_STEPS + 10
     )
     assert len(parsed) < 50 * 25_000 / 5
-    assert_quick(lambda: [known.summaries() for _ in range(10)], 0.5)  # 2 ms each where nothing else runs
+    # 2 ms each where nothing else runs.
+    assert_quick(lambda: [known.summaries() for _ in range(10)], 0.5)

@@ -41,7 +41,9 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
         assert (tmp_path / "control").is_dir()
 
 
-def test_a_reader_who_looks_at_the_lock_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_who_looks_at_the_lock_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_folder, "LOCK_RETRY_S", 120)
     with RunFolder(tmp_path):
         pass
