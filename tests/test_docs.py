@@ -65,9 +65,8 @@ def test_readme_is_short_and_links_every_guide() -> None:
 
 def test_every_command_that_the_docs_name_exists() -> None:
     for page in PAGES:
-        for name in re.findall(
-            r"(?<![\w/-])simpletuner ([a-z]+)\b(?= -|`| [a-z./]+=)", page.read_text()
-        ):
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"(?<![\w/-])simpletuner ([a-z]+)\b(?= -|`| [a-z./]+=)", text):
             assert name in COMMANDS, f"{page.name}: simpletuner {name}"
 
 

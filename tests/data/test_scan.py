@@ -24,6 +24,7 @@ from simpletuner.events.event_types import (
     WarningIssued,
 )
 from tests.data.unusable_files import encode_image, noise_image, write_sample
+from tests.unicode_names import needs_unicode_names
 
 MakeDataset = Callable[..., DatasetConfig]
 PNG = encode_image(noise_image(), "PNG")
@@ -140,6 +141,7 @@ def test_held_out_pictures_alone_are_nothing_to_train_on(
         scan_datasets([photos, held], options, 1, ignore)
 
 
+@needs_unicode_names
 def test_a_caption_is_found_across_unicode_spellings(dataset: MakeDataset, options: DataOptions) -> None:
     photos = dataset()
     write_sample(photos.instance_data_dir, unicodedata.normalize("NFC", "\u00e9.png"), PNG, None)

@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from simpletuner.server.api import datasets as routes
 from simpletuner.server.uploads import INCOMING_FOLDER
 from tests.server.dataset_app import OTHER_PNG, PNG, make_client, make_workspace
+from tests.unicode_names import needs_unicode_names
 
 P = "/api/v1"
 OCTETS = {"content-type": "application/octet-stream"}
@@ -155,6 +156,7 @@ def test_a_body_above_the_limit(tmp_path: Path) -> None:
     assert list((where.datasets_dir / "photos" / INCOMING_FOLDER).iterdir()) == []
 
 
+@needs_unicode_names
 def test_the_other_spelling_of_a_name_is_the_same_file(web: TestClient, tmp_path: Path) -> None:
     folder = tmp_path / "w" / "datasets" / "photos"
     for file, data in (("e\u0301.png", PNG), ("e\u0301.txt", b"said")):

@@ -34,7 +34,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.write_image(3, picture.getvalue())
     run.write_checkpoint(500)
     (run.path / "pytorch_lora_weights.safetensors").write_bytes(bytes(range(200)))
-    (run.path / "train.log").write_text("a line\nüber\n")
+    (run.path / "train.log").write_text("a line\nüber\n", encoding="utf-8")
     for name in ("x.svg", "x.html", "x.htm", "x.js", "x.png.html", "noname", "x.XHTML"):
         (run.path / name).write_text("<script>alert(1)</script>")
     (top / "secret.txt").write_bytes(SECRET)

@@ -26,6 +26,7 @@ from simpletuner.server.workspace import Workspace, run_id
 from simpletuner.training import run_folder
 from tests.quick import assert_quick
 from tests.server.run_folder_writer import START_T, RunFolderWriter
+from tests.unicode_names import needs_unicode_names
 
 
 @pytest.fixture(autouse=True)
@@ -438,6 +439,7 @@ def test_no_line_takes_the_list_down(tmp_path: Path, line: bytes) -> None:
     RunService(Workspace(tmp_path)).detail(summary.id).model_dump_json()
 
 
+@needs_unicode_names
 def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     RunFolderWriter(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))).write_start()
     assert json.loads(only(tmp_path).model_dump_json())["name"] == "caf?"

@@ -22,6 +22,7 @@ from simpletuner.server.uploads import IncomingUpload, safe_name
 from simpletuner.server.workspace import Workspace
 from tests.data.unusable_files import encode_image, noise_image, png_header
 from tests.server.dataset_app import OTHER_PNG, PNG, make_workspace
+from tests.unicode_names import needs_unicode_names
 
 LIMIT = 1 << 30
 AWAY = [
@@ -181,12 +182,14 @@ def test_a_safe_name_stays_inside_and_stays_itself(tmp_path: Path, name: str) ->
     assert tmp_path in (tmp_path / safe).parents
 
 
+@needs_unicode_names
 def test_spanish_and_hindi_names_arrive_in_one_spelling(folder: Path) -> None:
     name = unicodedata.normalize("NFD", "niño/चित्र ñ.png")
     assert send(folder, name, PNG)[0] == [unicodedata.normalize("NFC", name)]
     assert (folder / unicodedata.normalize("NFC", name)).read_bytes() == PNG
 
 
+@needs_unicode_names
 def test_nothing_is_overwritten(folder: Path) -> None:
     (folder / "a.png").write_bytes(PNG)
     (folder / unicodedata.normalize("NFD", "é.png")).write_bytes(PNG)
@@ -378,6 +381,7 @@ def test_a_damaged_archive_is_refused_and_never_a_crash(
     ]
 
 
+@needs_unicode_names
 def test_names_beyond_ascii_cost_no_look_at_the_whole_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
