@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from simpletuner.data.sample_types import BucketedSample, Sample
+from simpletuner.data.sources import LocalFile
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def make_placed_sample() -> Callable[..., BucketedSample]:
         pixels = np.random.default_rng(number).integers(0, 256, (bucket[1], bucket[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
         return BucketedSample(
-            Sample(f"d/{path.name}", "d", path, *bucket, (f"c{number}",)), bucket, (0, 0), bucket
+            Sample(f"d/{path.name}", "d", LocalFile(path), *bucket, (f"c{number}",)), bucket, (0, 0), bucket
         )
 
     return make

@@ -15,6 +15,7 @@ from simpletuner.cache.tensor_store import TensorStore
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.pixels import load_pixels
 from simpletuner.data.sample_types import BucketedSample
+from simpletuner.data.sources import LocalFile
 from simpletuner.errors import CacheError, DataError
 from simpletuner.events.event_types import Event, StageCompleted, StageStarted
 
@@ -143,9 +144,9 @@ def test_bad_pictures_are_rejected_and_the_work_goes_on(
     tmp_path: Path, make_placed_samples: Callable[[int], list[BucketedSample]]
 ) -> None:
     placed = make_placed_samples(8)
-    data = placed[1].sample.path.read_bytes()
-    placed[1].sample.path.write_bytes(data[: len(data) // 2])
-    placed[3].sample.path.unlink()
+    data = placed[1].sample.file.path.read_bytes()
+    placed[1].sample.file.path.write_bytes(data[: len(data) // 2])
+    placed[3].sample.file.path.unlink()
     poison = torch.from_numpy(load_pixels(placed[5], OPTIONS)).permute(2, 0, 1) / 127.5 - 1
     encoder = Encoder(poison)
     filled, found, _ = fill(tmp_path, placed, encoder)
@@ -163,7 +164,7 @@ def test_a_picture_that_cannot_be_decoded_does_not_load_the_encoder(
     tmp_path: Path, make_placed_sample: Callable[..., BucketedSample]
 ) -> None:
     good, bad = make_placed_sample(tmp_path / "good.png", 1), make_placed_sample(tmp_path / "bad.png", 2)
-    bad.sample.path.write_bytes(bad.sample.path.read_bytes()[:-40])
+    bad.sample.file.path.write_bytes(bad.sample.file.path.read_bytes()[:-40])
     fill(tmp_path, [good, bad], Encoder())
     filled, _, _ = fill(tmp_path, [good, bad], never)
     assert [one.reason for one in filled.rejected] == ["damaged"]
@@ -173,19 +174,19 @@ def test_content_hashes_follow_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"one")
     hashes = ContentHashes(tmp_path)
-    first = hashes.hash_file(path)
-    assert hashes.hash_file(path) == first
+    first = hashes.hash_file(LocalFile(path))
+    assert hashes.hash_file(LocalFile(path)) == first
     assert hashes.hashed_files == 1
     stamp = path.stat().st_mtime_ns
     path.write_bytes(b"two")  # the same size
     os.utime(path, ns=(stamp + 1, stamp + 1))
-    assert hashes.hash_file(path) != first
+    assert hashes.hash_file(LocalFile(path)) != first
     hashes.close()
     (tmp_path / "content.sqlite").write_bytes(os.urandom(5000))
     seen: list[Event] = []
     again = ContentHashes(tmp_path, seen.append)
     path.write_bytes(b"one")
-    assert again.hash_file(path) == first
+    assert again.hash_file(LocalFile(path)) == first
     assert len(seen) == 1
 
 

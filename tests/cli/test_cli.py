@@ -109,7 +109,7 @@ def test_prompt_library_and_webhooks_are_checked_too(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"), [(["--fit=8XB"], "write 12GB"), (["--fit", "--show-config"], "simpletuner plan --fit")]
+    ("words", "told"), [(["--fit=8XB"], "use for example 12GB"), (["--fit", "--show-config"], "simpletuner plan --fit")]
 )
 def test_a_fit_that_cannot_be_is_told_before_torch(project: Path, words: list[str], told: str) -> None:
     done = run(project, "train", *words, "--output_dir=out", blocked=("torch",))
@@ -196,7 +196,7 @@ def test_options_are_searched(tmp_path: Path) -> None:
 def test_report_of_no_run(tmp_path: Path) -> None:
     done = run(tmp_path, "report", ".")
     assert done.returncode == 2
-    assert "no run folder" in done.stderr
+    assert "not a run folder" in done.stderr
 
 
 def test_training_in_fp16_is_refused_with_the_reason(project: Path) -> None:

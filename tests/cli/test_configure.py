@@ -101,7 +101,7 @@ def test_defaults_train_the_bundled_model_where_no_card_is(
     assert config == {**NANO_PRESET, "output_dir": "output/pictures", "validation_prompt": "picture 0"}
     assert '"resolution": 128,' in (folder / "config.json").read_text()
     assert sets == [{"id": "pictures", "type": "local", "instance_data_dir": "pictures"}]
-    assert "3 pictures, 3 with captions, from 128x128 to 256x256 px" in done.output
+    assert "3 images, 3 with captions, from 128x128 to 256x256 px" in done.output
     assert "simpletuner train\n" in done.output
     check = shown(folder)
     assert check.returncode == 0, check.stderr
@@ -170,8 +170,8 @@ def test_the_table_is_named_until_the_plan_is_there(folder: Path, monkeypatch: p
     with machine(monkeypatch, 16) as planner:
         done = talk(answers="pictures\n" + "\n" * 12)
     assert done.exit_code == 0, done.output
-    assert "The plan is not ready; the README's table says 13.0 GB with int8" in done.output
-    assert "Found: Card, 17.2 GB." in done.output
+    assert "The memory estimate is not ready; the preset needs 13.0 GB with int8" in done.output
+    assert "Found Card, 17.2 GB." in done.output
     assert planner.made[-1][1] == ["--device", "cuda"]
     assert planner.made[-1][0]["base_model_precision"] == "int8"
     assert len(planner.made) < 4  # the same question is not planned anew
@@ -180,7 +180,7 @@ def test_the_table_is_named_until_the_plan_is_there(folder: Path, monkeypatch: p
 def test_a_plan_that_needs_more_proposes_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with machine(monkeypatch, 16, planned=18.0):
         done = talk(answers="pictures\n" + "\n" * 12)
-    assert "Planned with" in done.output
+    assert "Estimated memory" in done.output
     config, _ = written(folder)
     assert config["base_model_precision"] == "int8"
     assert config["gradient_checkpointing_backend"] == "offload"
@@ -281,20 +281,20 @@ def test_no_torch_and_the_first_question_in_a_second(folder: Path) -> None:
 def test_on_a_terminal(folder: Path) -> None:
     """A real pseudo-terminal: lists are chosen from by Enter, `?` and `<` work, Ctrl-C leaves nothing."""
     screen = Terminal(folder, "configure")
-    screen.until("pictures?")
+    screen.until("Image folder?")
     screen.type("?\r")
-    screen.until("only ever read")
-    screen.until("pictures?")
+    screen.until("Nothing in it is changed")
+    screen.until("Image folder?")
     screen.type("\r")
-    screen.until("every weight?")
+    screen.until("full model?")
     screen.type("\r")
-    screen.until("rank")
+    screen.until("LoRA rank?")
     screen.type("<\r")
-    screen.until("every weight?")
+    screen.until("full model?")
     screen.type("\r")
     for text, typed in (
-        ("rank", "4"), ("Chroma", ""), ("resolution", ""), ("at once", ""), ("Recompute", ""),
-        ("steps?", "9"), ("rate?", ""), ("preview", ""), ("results?", "out"),
+        ("LoRA rank?", "4"), ("Which base model?", ""), ("Training resolution?", ""), ("Batch size?", ""),
+        ("checkpointing?", ""), ("steps?", "9"), ("rate?", ""), ("validation images", ""), ("Output", "out"),
     ):  # fmt: skip
         screen.until(text)
         screen.type(f"{typed}\r")
@@ -303,7 +303,7 @@ def test_on_a_terminal(folder: Path) -> None:
     config, _ = written(folder)
     assert (config["lora_rank"], config["max_train_steps"], config["output_dir"]) == (4, 9, "out")
     again = Terminal(folder, "configure", "--output", "second")
-    again.until("pictures?")
+    again.until("Image folder?")
     again.type("\x03")
     assert again.ended() != 0
     assert not (folder / "second").exists()

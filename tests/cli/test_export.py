@@ -132,7 +132,7 @@ def test_check_tells_every_program(tmp_path):
         (("--json", "--format", "kohya"), "--json"),
         (("--format", "kohya", "--strength", "0"), "other than 0"),
         (("--format", "kohya", "--with", "x=y"), "--with: .*WEIGHT"),
-        (("--format", "kohya", "--with", "x"), "x: is neither a file nor a folder"),
+        (("--format", "kohya", "--with", "x"), "x: no such file or folder"),
         (("--format", "kohya", "--output", "x.txt"), "safetensors"),
     ],
 )

@@ -30,7 +30,7 @@ def test_a_taken_port_is_refused(tmp_path: Path) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         with (
-            pytest.raises(ConfigError, match=r"--serve: port .* is taken.*train without --serve"),
+            pytest.raises(ConfigError, match=r"--serve: port .* is in use.*train without --serve"),
             serve_while_training.serve_while_training(tmp_path / "run", other.getsockname()[1]),
         ):
             pytest.fail("served")

@@ -113,7 +113,7 @@ def test_bare_flags_and_negative_numbers() -> None:
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="network_rank: needs a value"):
         load_config(parse_flags(["--network-rank"]), environ={}, needs_data=False)
-    with pytest.raises(ConfigError, match="'stray' belongs to no option"):
+    with pytest.raises(ConfigError, match="'stray' is not the value of an option"):
         parse_flags(["stray"])
 
 
@@ -265,8 +265,8 @@ def test_everything_wrong_at_once(folder: Path) -> None:
         "config.json:6:3: validation_guidance: use validation_guidance_real",
         'config.json:7:3: init_lora = "nope.safetensors": does not exist (looked for nope.safetensors)',
         "config.json:8:3: max_train_steps: num_train_epochs is given too; set the length of the run with one of them",
-        "config.json:10:3: base_model_precision = \"int8-sdnq\": sdnq's layers cut the gradients behind them "
-        "off without an error; use int8; allowed: no_change, int8, int4, nf4, fp8",
+        "config.json:10:3: base_model_precision = \"int8-sdnq\": sdnq's layers stop the gradients of earlier layers "
+        "without an error; use int8; allowed: no_change, int8, int4, nf4, fp8",
         "config.json:11:3: lora_init_type = \"loftq\": LoftQ changes the base's weights; pissa initialises "
         "from the base, quantized or not; allowed: default, gaussian, olora, pissa",
         "config.json:12:3: learning_rate = nan: must be a finite number",
@@ -408,7 +408,7 @@ def test_files_that_cannot_be_read(
 def test_weights_named_as_the_configuration_are_not_read(folder: Path) -> None:
     with (folder / "model.safetensors").open("wb") as file:
         file.truncate(10 * 2**30)
-    with pytest.raises(ConfigError, match="10240 MiB are too many"):
+    with pytest.raises(ConfigError, match="10240 MiB is too large"):
         load_config((), "model.safetensors", environ={}, cwd=folder)
 
 

@@ -39,7 +39,7 @@ def test_a_run_keeps_what_the_file_says(tmp_path: Path) -> None:
         problems, _ = judged(
             tmp_path, lora_type="lycoris", **{"lycoris_config": LOKR, name: "pipe"}
         )
-        assert name == "init_lora" or "no file of a few lines" in problems[0]
+        assert name == "init_lora" or "not a JSON file" in problems[0]
     file.write_text("[1", encoding="utf-8")
     problems, _ = judged(tmp_path, lora_type="lycoris", lycoris_config="mine.json")
     assert "cannot be read as JSON" in problems[0]
@@ -70,7 +70,7 @@ def test_what_simpletuner_users_write_is_read() -> None:
         ({**LOKR, "factor": 0}, "factor"),
         ({**LOKR, "linear_alpha": -1}, "linear_alpha"),
         ({**LOKR, "full_matrix": 1}, "true or false"),
-        ({"algo": "loha", "factor": 4}, "the rest is lokr's"),
+        ({"algo": "loha", "factor": 4}, "the other keys are for lokr"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(config: dict[str, object], named: str) -> None:

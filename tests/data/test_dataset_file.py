@@ -7,7 +7,12 @@ import pytest
 
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset_config import DatasetFile
-from simpletuner.data.dataset_fields import COMMON_FIELDS, HARMLESS_VALUES, IMAGE_FIELDS, REFUSED_FIELDS
+from simpletuner.data.dataset_fields import (
+    COMMON_FIELDS,
+    HARMLESS_VALUES,
+    IMAGE_FIELDS,
+    REFUSED_FIELDS,
+)
 from simpletuner.data.dataset_file import read_dataset_file
 from simpletuner.errors import ConfigError
 

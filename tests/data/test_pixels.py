@@ -11,17 +11,18 @@ from simpletuner.config.schema import DataOptions
 from simpletuner.data.pixels import load_pixels, read_image_header
 from simpletuner.data.rejections import UnusableFile
 from simpletuner.data.sample_types import BucketedSample, Sample
+from simpletuner.data.sources import LocalFile
 from tests.data.unusable_files import noise_image, png_header
 
 
 def placed(path: Path, size: tuple[int, int]) -> BucketedSample:
     """At its own size: what comes back are the decoded pixels."""
-    return BucketedSample(Sample("d/x", "d", path, *size, ("c",)), size, (0, 0), size)
+    return BucketedSample(Sample("d/x", "d", LocalFile(path), *size, ("c",)), size, (0, 0), size)
 
 
 def pixels(image: Image.Image, path: Path, background: str = "white", **settings: object) -> np.ndarray:
     image.save(path, **settings)
-    size = read_image_header(path, 100).size_px
+    size = read_image_header(LocalFile(path), 100).size_px
     return load_pixels(placed(path, size), DataOptions(alpha_background=background))
 
 
@@ -101,14 +102,14 @@ def test_first_frame_of_an_animation(tmp_path: Path) -> None:
     for suffix, settings in (("gif", {}), ("webp", {"lossless": True}), ("png", {})):
         path = tmp_path / f"x.{suffix}"
         found = pixels(frames[0], path, save_all=True, append_images=frames[1:], **settings)
-        assert read_image_header(path, 100).is_animated
+        assert read_image_header(LocalFile(path), 100).is_animated
         assert (found == (255, 0, 0)).all()
 
 
 def test_resize_then_crop(tmp_path: Path) -> None:
     image = noise_image((100, 60))
     image.save(tmp_path / "x.png")
-    sample = Sample("d/x", "d", tmp_path / "x.png", 100, 60, ("c",))
+    sample = Sample("d/x", "d", LocalFile(tmp_path / "x.png"), 100, 60, ("c",))
     found = load_pixels(BucketedSample(sample, (107, 64), (9, 0), (64, 64)), DataOptions())
     oracle = image.resize((107, 64), Image.Resampling.LANCZOS).crop((9, 0, 73, 64))
     assert found.dtype == np.uint8
@@ -136,10 +137,10 @@ def test_a_picture_that_changed_since_the_scan_is_refused(tmp_path: Path) -> Non
 
 def test_the_limit_of_pixels_is_ours_alone(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(png_header(20000, 20000))  # over Pillow's own limit of 179 megapixels
-    assert read_image_header(tmp_path / "x.png", 400).size_px == (20000, 20000)
+    assert read_image_header(LocalFile(tmp_path / "x.png"), 400).size_px == (20000, 20000)
     with pytest.raises(UnusableFile, match="400 megapixels"):
-        read_image_header(tmp_path / "x.png", 399)
-    with pytest.raises(UnusableFile, match="is 20000x20000, but its header said 8x8") as error:
+        read_image_header(LocalFile(tmp_path / "x.png"), 399)
+    with pytest.raises(UnusableFile, match="is 20000x20000, but was 8x8") as error:
         load_pixels(placed(tmp_path / "x.png", (8, 8)), DataOptions())  # without decoding 400 megapixels
     assert error.value.reason == "changed"
 
@@ -154,4 +155,4 @@ def test_headers_are_read_without_decoding(tmp_path: Path, monkeypatch: pytest.M
     for kind in (Image.Image, ImageFile.ImageFile):
         monkeypatch.setattr(kind, "load", refuse)
     for path in tmp_path.iterdir():
-        assert read_image_header(path, 100).size_px == (96, 64)
+        assert read_image_header(LocalFile(path), 100).size_px == (96, 64)

@@ -12,6 +12,7 @@ from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.sample_order import SampleOrder
 from simpletuner.data.sample_types import BucketedSample, MicroBatch, Sample
+from simpletuner.data.sources import LocalFile
 from simpletuner.errors import DataError
 from tests.quick import assert_quick
 
@@ -23,7 +24,7 @@ def make(name: str, counts: tuple[int, ...], **fields: object) -> tuple[DatasetC
     placed = []
     for size, count in zip(SIZES, counts):
         for number in range(count):
-            sample = Sample(f"{name}/{size}{number}", name, Path("x"), *size, ("one", "two", "three"))
+            sample = Sample(f"{name}/{size}{number}", name, LocalFile(Path("x")), *size, ("one", "two", "three"))
             placed.append(BucketedSample(sample, size, (0, 0), size))
     return DatasetConfig(name, "image", Path("."), **fields), placed
 
@@ -108,8 +109,8 @@ def test_a_small_bucket_trains_with_a_smaller_batch_and_says_so() -> None:
     found = order(make("a", (8, 3, 1)), batch=4)
     assert sorted(len(batch.visits) for batch in epoch(found, 0)) == [1, 3, 4, 4]
     assert found.notices == (
-        "a: bucket 64x128 has 3 visits, fewer than a batch of 4; it trains with a batch of 3",
-        "a: bucket 128x64 has 1 visits, fewer than a batch of 4; it trains with a batch of 1",
+        "a: bucket 64x128 has 3 images per round, fewer than a batch of 4; it is trained with a batch of 3",
+        "a: bucket 128x64 has 1 image per round, fewer than a batch of 4; it is trained with a batch of 1",
     )
     assert order(make("a", (1, 0, 0), repeats=3)).notices == ()
     assert order(make("a", (6, 0, 0))).notices == ("a: 1 of 2 batches per round are smaller than 4",)
@@ -175,12 +176,12 @@ def test_captions_and_dropout_are_addressed() -> None:
 
 
 def test_nothing_to_train_on() -> None:
-    with pytest.raises(DataError, match="no picture to train on"):
+    with pytest.raises(DataError, match="no image to train on"):
         order(make("a", ()))
 
 
 def test_a_million_samples() -> None:
-    sample = Sample("a/x", "a", Path("x"), 64, 64, ("one",))
+    sample = Sample("a/x", "a", LocalFile(Path("x")), 64, 64, ("one",))
     placed = [BucketedSample(sample, SIZES[0], (0, 0), SIZES[i % 3]) for i in range(1_000_000)]
     dataset = DatasetConfig("a", "image", Path("."), repeats=1)
     orders = list[SampleOrder]()

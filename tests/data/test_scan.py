@@ -14,6 +14,7 @@ from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.duplicates import find_identical_files
 from simpletuner.data.geometry import ResizeCropConfig
 from simpletuner.data.scan import scan_datasets
+from simpletuner.data.sources import LocalFile
 from simpletuner.errors import DataError
 from simpletuner.events.event_types import (
     DatasetScanned,
@@ -57,7 +58,7 @@ def test_ids_order_hidden_files_and_events(dataset: MakeDataset, options: DataOp
         "photos/b.png",
     ]
     assert result.rejected == ()
-    assert events[0] == StageStarted("scan", 3, "pictures")
+    assert events[0] == StageStarted("scan", 3, "images")
     assert isinstance(events[1], StageCompleted)
     assert events[2] == DatasetScanned("photos", 3, ((128, 128, 3),), {})
 
@@ -102,7 +103,7 @@ def test_a_caption_is_found_by_the_whole_stem_in_any_case_of_its_suffix(
     }
     assert found == {"photos/IMG 1.v2.JPG": ("IMG 1.v2.TXT",), "photos/b.c.png": ("b.c.txt",)}
     notes = [event.message for event in events if isinstance(event, NoticeIssued)]
-    assert notes[-1] == ("photos: 2 files are no pictures and are not read: 1 .cr2, 1 .txt without a picture")
+    assert notes[-1] == ("photos: skipped 2 files that cannot be used: 1 .cr2, 1 .txt without an image")
 
 
 def test_enlarged_and_shared_pictures_are_told(dataset: MakeDataset, options: DataOptions) -> None:
@@ -115,10 +116,10 @@ def test_enlarged_and_shared_pictures_are_told(dataset: MakeDataset, options: Da
     scan_datasets([photos, inner], options, 1, events.append)
     notes = [event.message for event in events if isinstance(event, NoticeIssued)]
     assert notes[:2] == [
-        f"{name}: 1 pictures are enlarged, tiny.png 12.8 times; see minimum_image_size"
+        f"{name}: 1 image is enlarged, tiny.png by 12.8; see minimum_image_size"
         for name in ("photos", "inner")
     ]
-    assert notes[2].startswith("1 pictures are in more than one dataset, such as ")
+    assert notes[2].startswith("1 image is in more than one dataset, such as ")
 
 
 def test_a_file_that_vanishes_during_the_scan_is_no_copy(
@@ -127,8 +128,8 @@ def test_a_file_that_vanishes_during_the_scan_is_no_copy(
     for name, content in {"a": b"x", "b": b"x", "c": b"y"}.items():
         (tmp_path / name).write_bytes(content * 9000)
     (tmp_path / "d").write_bytes(b"z" + b"x" * 8999)  # the same length and end
-    paths = [tmp_path / name for name in "abcd"]
-    assert find_identical_files([*paths, tmp_path / "gone"]) == [paths[:2]]
+    files = [LocalFile(tmp_path / name) for name in ("a", "b", "c", "d", "gone")]
+    assert find_identical_files(files) == [files[:2]]
 
 
 def test_held_out_pictures_alone_are_nothing_to_train_on(
@@ -137,7 +138,7 @@ def test_held_out_pictures_alone_are_nothing_to_train_on(
     photos = dataset(resize_crop=ResizeCropConfig(resolution=128, minimum_image_size=2000))
     write_sample(photos.instance_data_dir, "a.png", PNG)
     held = dataset("held", dataset_type="eval")
-    with pytest.raises(DataError, match="no picture is left to train on"):
+    with pytest.raises(DataError, match="there is no image to train on"):
         scan_datasets([photos, held], options, 1, ignore)
 
 
@@ -164,9 +165,9 @@ def test_missing_captions(policy, expected, dataset: MakeDataset, tmp_path: Path
         with pytest.raises(DataError) as error:
             scan_datasets([photos], options, 1, ignore, rejected_path=listed)
         lines = str(error.value).splitlines()
-        assert lines[0].startswith("31 pictures have no caption.")
-        assert lines[1] == "  photos/00.png: no 00.txt beside it"
-        assert lines[21:] == ["  and 11 more", f"All of them: {listed}"]
+        assert lines[0].startswith("31 images have no caption.")
+        assert lines[1] == "  photos/00.png: there is no 00.txt next to it"
+        assert lines[21:] == ["  and 11 more", f"Complete list: {listed}"]
         rows = [json.loads(line) for line in listed.read_text().splitlines()]
         assert len(rows) == 31
         assert rows[-1] == {
@@ -191,7 +192,7 @@ def test_file_names_cannot_write_to_the_terminal(dataset: MakeDataset, options: 
     (photos.instance_data_dir / "a\n\x1b[2J.txt").unlink()
     with pytest.raises(DataError) as error:
         scan_datasets([photos], options, 1, ignore)
-    assert r"photos/a\n\x1b[2J.png: no a\n\x1b[2J.txt beside it" in str(error.value)
+    assert r"photos/a\n\x1b[2J.png: there is no a\n\x1b[2J.txt next to it" in str(error.value)
     assert all(message.isprintable() for message in [*messages, *str(error.value).splitlines()])
 
 
@@ -219,7 +220,7 @@ def test_too_many_bad_samples(fraction, refused, dataset: MakeDataset) -> None:
     write_sample(photos.instance_data_dir, "bad.png", b"")
     options = DataOptions(max_bad_sample_fraction=fraction)
     if refused:
-        with pytest.raises(DataError, match=r"1 of 5 pictures cannot be used \(1 empty_file\)"):
+        with pytest.raises(DataError, match=r"1 of 5 images cannot be used \(1 empty_file\)"):
             scan_datasets([photos], options, 1, ignore)
     else:
         assert len(scan_datasets([photos], options, 1, ignore).samples) == 4
@@ -228,10 +229,10 @@ def test_too_many_bad_samples(fraction, refused, dataset: MakeDataset) -> None:
 def test_empty_folder_and_nothing_left(dataset: MakeDataset, options: DataOptions) -> None:
     photos = dataset()
     (photos.instance_data_dir / "x.psb").write_bytes(b"")
-    with pytest.raises(DataError, match=r"photos: no pictures in .*, only 1 \.psb"):
+    with pytest.raises(DataError, match=r"photos: no images in .*, only 1 \.psb"):
         scan_datasets([photos], options, 1, ignore)
     write_sample(photos.instance_data_dir, "x.png", encode_image(noise_image((1, 300)), "PNG"))
-    with pytest.raises(DataError, match=r"no picture is left(.|\n)*x.png: 1x300 has aspect"):
+    with pytest.raises(DataError, match=r"there is no image to train on(.|\n)*x.png: 1x300 has aspect"):
         scan_datasets([photos], options, 1, ignore)
 
 
@@ -285,7 +286,7 @@ def test_copies_are_told_and_leaks_refused(
     assert ids == sorted(ids)
     assert ids[0].startswith("again/")
     warned = [event.message for event in events if isinstance(event, WarningIssued)]
-    assert warned == ["1 pictures are copies of others, such as b.png of a.png"]
+    assert warned == ["1 image is a copy of another, such as b.png of a.png"]
     held = tmp_path / "held"
     held.mkdir()
     write_sample(held, "new.png", encode_image(noise_image((72, 64)), "PNG"))
@@ -293,9 +294,9 @@ def test_copies_are_told_and_leaks_refused(
     assert len(scan_datasets([photos, watch], options, 1, ignore).samples) == 4
     shutil.copy(photos.instance_data_dir / "b.png", held / "copy.png")
     write_sample(held, "copy.png", PNG)
-    with pytest.raises(DataError, match=r"1 pictures of an eval set(.|\n)*held/copy.png is photos/a.png"):
+    with pytest.raises(DataError, match=r"1 image of an eval dataset(.|\n)*held/copy.png is photos/a.png"):
         scan_datasets([photos, watch], options, 1, ignore)
-    with pytest.raises(DataError, match="3 pictures of an eval set"):
+    with pytest.raises(DataError, match="3 images of an eval dataset"):
         scan_datasets([photos, dataset("same", dataset_type="eval")], options, 1, ignore)
 
 

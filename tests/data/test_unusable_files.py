@@ -56,14 +56,14 @@ def test_each_row_is_kept_or_rejected_by_name(row: BadFileCase, tmp_path: Path) 
     options = DataOptions(max_bad_sample_fraction=1.0)
     events: list[Event] = []
     if row.reason == "caption_missing":
-        with pytest.raises(DataError, match=r"1 pictures have no caption"):
+        with pytest.raises(DataError, match=r"1 image has no caption"):
             scan_datasets([dataset], options, 1, events.append, rejected_path=tmp_path / "rejected.jsonl")
     else:
         result = scan_datasets(
             [dataset], options, 1, events.append, rejected_path=tmp_path / "rejected.jsonl"
         )
         assert {item.reason for item in result.rejected} == ({row.reason} if row.reason else set())
-        bad = [placed for placed in result.samples if "good" not in placed.sample.path.name]
+        bad = [placed for placed in result.samples if "good" not in placed.sample.file.path.name]
         if row.decode:
             with pytest.raises(UnusableFile) as damage:
                 load_pixels(bad[0], options)

@@ -152,17 +152,17 @@ BAD_FILE_CASES = (
     BadFileCase(
         "animated gif",
         image_writer("x.gif", lambda: encode_image(noise_image(mode="P"), "GIF", **animation_settings())),
-        note="animated",
+        note="with animation",
     ),
     BadFileCase(
         "animated webp",
         image_writer("x.webp", lambda: encode_image(noise_image(), "WEBP", **animation_settings())),
-        note="animated",
+        note="with animation",
     ),
     BadFileCase(
         "animated png",
         image_writer("x.png", lambda: encode_image(noise_image(), "PNG", **animation_settings())),
-        note="animated",
+        note="with animation",
     ),
     BadFileCase(
         "cmyk jpeg",
@@ -222,7 +222,7 @@ BAD_FILE_CASES = (
     BadFileCase("named pipe", lambda folder: os.mkfifo(folder / "x.png"), reason="unreadable"),
     BadFileCase("link to itself", lambda folder: (folder / "x.png").symlink_to("x.png"), reason="unreadable"),
     BadFileCase(
-        "svg by name", lambda folder: write_sample(folder, "x.svg", b"<svg/>", None), note="not read: 1 .svg"
+        "svg by name", lambda folder: write_sample(folder, "x.svg", b"<svg/>", None), note="cannot be used: 1 .svg"
     ),
     BadFileCase("files of the system", lambda folder: write_sample(folder, "Thumbs.db", b"\xd0\xcf", None)),
     BadFileCase("hidden file", lambda folder: write_sample(folder, "._x.png", b"\0" * 40)),

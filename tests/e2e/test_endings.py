@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from simpletuner.errors import CheckpointError, DiskFull, MissingExtra, SimpleTunerError, TrainingStopped
+from simpletuner.errors import (
+    CheckpointError,
+    DiskFull,
+    MissingExtra,
+    SimpleTunerError,
+    TrainingStopped,
+)
 from simpletuner.events import run_history
 from simpletuner.events.event_types import (
     Event,
@@ -26,7 +32,12 @@ from simpletuner.events.event_types import (
 )
 from simpletuner.training import checkpoint, exporter
 from simpletuner.training import run as engine
-from tests.e2e.training_project import TrainingProject, read_checkpoint_files, read_events, read_losses
+from tests.e2e.training_project import (
+    TrainingProject,
+    read_checkpoint_files,
+    read_events,
+    read_losses,
+)
 
 DRAWING = {
     "validation_disable": False, "validation_prompt": "a red square", "validation_resolution": "64",

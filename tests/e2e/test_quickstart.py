@@ -103,4 +103,4 @@ def serves(folder: Path, environ: dict[str, str]) -> None:
         finally:
             process.send_signal(signal.SIGINT)
             told = process.communicate(timeout=PATIENCE_S)[0]
-    assert "Trainings that run go on" in told
+    assert "Running trainings continue" in told

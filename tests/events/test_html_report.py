@@ -148,7 +148,7 @@ def test_pictures_outside_the_run_folder_are_not_embedded(tmp_path: Path) -> Non
     gone = ImageSaved(2, "p", "p", "images/gone.png", 1, 8, 8, "trained")
     found = Tags(report(folder, [outside, gone]))
     assert not any(tag == "img" for tag, _ in found.tags)
-    assert {"outside the run folder", "gone"} <= set(found.texts)
+    assert {"outside the run folder", "missing"} <= set(found.texts)
 
 
 def test_the_abandoned_end_of_a_killed_process_is_left_out(tmp_path: Path) -> None:

@@ -9,7 +9,11 @@ from typing import Any, cast
 
 import pytest
 
-from simpletuner.training.callbacks import HeldOutLossCallback, ImageValidationCallback, ScoringCallback
+from simpletuner.training.callbacks import (
+    HeldOutLossCallback,
+    ImageValidationCallback,
+    ScoringCallback,
+)
 
 LAST = 6
 

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from simpletuner.data.sample_types import BucketedSample, Sample
+from simpletuner.data.sources import LocalFile
 from simpletuner.events.event_types import NoticeIssued
 from simpletuner.training import model_metadata
 from tests.e2e.training_project import TrainingProject, read_events
@@ -133,7 +134,7 @@ def test_publishing_is_not_begun_unasked(run_dir: Path) -> None:
 
 
 def test_tags_are_short_and_of_datasets_by_name() -> None:
-    sample = Sample("d/1", "d", Path("/x"), 1, 1, ("moon, night", f"moon, {'long ' * 20}"))
+    sample = Sample("d/1", "d", LocalFile(Path("/x")), 1, 1, ("moon, night", f"moon, {'long ' * 20}"))
     samples = [BucketedSample(sample, (1, 1), (0, 0), (64, 64))]
     assert model_metadata.tag_frequency(samples * 3) == {"d": {"moon": 3, "night": 3}}
 

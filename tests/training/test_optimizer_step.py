@@ -21,8 +21,8 @@ from simpletuner.training.optimizer_step import (
     OPTIMIZER_STEPS,
     OptimizerStep,
     OptimizerStepInBackward,
-    StandardOptimizerStep,
     PerParameterOptimizerStep,
+    StandardOptimizerStep,
     make_optimizer_step,
     optimizer_step_name,
 )

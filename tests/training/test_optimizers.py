@@ -391,9 +391,9 @@ def test_optimizer_config_reaches_the_optimizer(name, config, key, value):
 @pytest.mark.parametrize(
     ("name", "config", "told"),
     [
-        ("prodigy", "dcoef=2", "'dcoef=2' means nothing to prodigy; it takes beta3=..., d0=..., d_coef="),
+        ("prodigy", "dcoef=2", "'dcoef=2' is not an argument of prodigy; it takes beta3=..., d0=..., d_coef="),
         ("adamw_bf16", "r=1", "it takes no further arguments"),
-        ("adamw", "amsgrad", "'amsgrad' means nothing"),
+        ("adamw", "amsgrad", "'amsgrad' is not an argument"),
         ("adamw", "amsgrad=maybe", "'maybe' is not true or false"),
         ("prodigy", "slice_p=1.5", "'1.5' is not a number"),
         ("adafactor", "d=0.5", "Clipping threshold"),

@@ -114,7 +114,7 @@ def test_a_run_at_full_rank_draws_with_its_transformer(base: Path, tmp_path: Pat
 
 
 def test_where_a_lora_is_found(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neither a file nor a folder"):
+    with pytest.raises(ConfigError, match="no such file or folder"):
         find_lora_file(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="holds no pytorch_lora_weights"):
         find_lora_file(tmp_path)
@@ -135,9 +135,9 @@ def test_where_a_lora_is_found(tmp_path: Path) -> None:
 BAD = {
     "strength word": (["--lora", __file__, "--strength", "strong"], "--strength: 'strong' is not a number"),
     "strength range": (["--lora", __file__, "--strength", "1,99"], "--strength: '1,99' is not a number"),
-    "strength alone": (["--strength", "0.5"], "give --lora too"),
+    "strength alone": (["--strength", "0.5"], "needs --lora"),
     "size": (["--size", "big"], "--size: 'big' is not a size"),
-    "lora": (["--lora", "/nowhere.safetensors"], "/nowhere.safetensors: is neither"),
+    "lora": (["--lora", "/nowhere.safetensors"], "/nowhere.safetensors: no such file or folder"),
 }
 
 

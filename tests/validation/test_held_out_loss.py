@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from simpletuner.data.sample_types import BucketedSample, Sample
+from simpletuner.data.sources import LocalFile
 from simpletuner.events.event_types import Event, LossEvaluated
 from simpletuner.validation.held_out_loss import (
     HeldOutEvaluator,
@@ -19,7 +20,13 @@ from simpletuner.validation.held_out_loss import (
     paired_change,
     sigma_midpoints,
 )
-from tests.validation.toy_family import INFERENCE, ToyNetwork, embed_text, make_batch, mean_embedding
+from tests.validation.toy_family import (
+    INFERENCE,
+    ToyNetwork,
+    embed_text,
+    make_batch,
+    mean_embedding,
+)
 
 IDS = [f"pets/{number}.png" for number in range(7)]
 OTHERS = ["pets/x.png", "pets/y.png", "pets/z.png"]
@@ -129,7 +136,7 @@ def test_measuring_leaves_training_alone() -> None:
 
 
 def placed(name: str, width: int = 64) -> BucketedSample:
-    sample = Sample(f"pets/{name}", "pets", Path(name), width, 64, ("first", "second"))
+    sample = Sample(f"pets/{name}", "pets", LocalFile(Path(name)), width, 64, ("first", "second"))
     return BucketedSample(sample, (width, 64), (0, 0), (width, 64))
 
 

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from simpletuner.cache.sqlite_index import SqliteIndex
+from simpletuner.data.sources import SourceFile
 from simpletuner.errors import CacheError
 from simpletuner.events.event_types import Emit
 from simpletuner.events.sinks import null_emit
@@ -36,26 +37,23 @@ class ContentHashes:
         )
         self.hashed_files = 0
 
-    def hash_file(self, path: Path) -> str:
+    def hash_file(self, file: SourceFile) -> str:
         """Return the hex digest. Raises OSError when the file cannot be read."""
-        # Hexadecimal, because a POSIX file name may hold bytes that are not valid UTF-8.
-        name = str(path.absolute()).encode("utf-8", "surrogateescape").hex()
-        before = path.stat()
-        stamp = (before.st_size, before.st_mtime_ns, before.st_ino)
+        name = file.cache_key
+        stamp = file.stamp()
         rows = self._index.query(
             "SELECT size, mtime_ns, inode, sha256 FROM files WHERE path = ?", (name,)
         )
         if rows and rows[0][:3] == stamp:
             return str(rows[0][3])
         digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
+        with file.open() as stream:
+            while block := stream.read(1 << 20):
                 digest.update(block)
-        after = path.stat()
+        unchanged = file.stamp() == stamp
         with self._index.transaction() as index:
             self.hashed_files += 1
-            # A file that changed while it was read is not remembered.
-            if (after.st_size, after.st_mtime_ns, after.st_ino) == stamp:
+            if unchanged:  # a file that changed while it was read is not remembered
                 row = (name, *stamp, digest.hexdigest())
                 index.execute("INSERT OR REPLACE INTO files VALUES (?,?,?,?,?)", row)
         return digest.hexdigest()

@@ -109,7 +109,7 @@ def _compute_latent_keys(
 
     def content(sample: BucketedSample) -> str | OSError:
         try:
-            return hashes.hash_file(sample.sample.path)
+            return hashes.hash_file(sample.sample.file)
         except OSError as error:
             return error
 
@@ -200,4 +200,4 @@ def _decode_ahead(
 
 
 def _make_rejected(placed: BucketedSample, reason: str, detail: str) -> RejectedFile:
-    return RejectedFile(str(placed.sample.path), placed.sample.dataset, reason, detail)
+    return RejectedFile(placed.sample.file.address, placed.sample.dataset, reason, detail)

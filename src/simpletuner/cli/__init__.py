@@ -1,4 +1,4 @@
-"""The command line. A command's module is imported only when it is chosen: `--help` stays quick."""
+"""Command line. The module of a command is imported only when it is used, so --help is fast."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ from simpletuner.errors import SimpleTunerError
 
 # command -> (module with an attribute `command`, one line of help)
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "configure": ("simpletuner.cli.configure", "Ask a dozen questions and write a configuration."),
-    "train": ("simpletuner.cli.train", "Train; the same command goes on with a run."),
+    "configure": ("simpletuner.cli.configure", "Create a config interactively."),
+    "train": ("simpletuner.cli.train", "Train. Run the same command again to resume."),
     "plan": (
         "simpletuner.cli.plan",
-        "What a training will need, and what to change so that it fits.",
+        "Estimate memory, disk and time, and find settings that fit.",
     ),
-    "generate": ("simpletuner.cli.generate", "Draw pictures with the base and any LoRA."),
-    "quantize": ("simpletuner.cli.quantize", "Convert a quantised base ahead of time."),
-    "export": ("simpletuner.cli.export", "A LoRA for another program, or what each does with it."),
-    "merge": ("simpletuner.cli.merge", "LoRAs into the base, as a model of its own."),
-    "publish": ("simpletuner.cli.publish", "A finished run to the hub."),
-    "report": ("simpletuner.cli.report", "Write report.html of a run folder."),
-    "server": ("simpletuner.cli.server", "The pages in a browser: pictures, runs, queue."),
-    "options": ("simpletuner.cli.options", "Search the options, with help."),
+    "generate": ("simpletuner.cli.generate", "Generate images with the base model and any LoRA."),
+    "quantize": ("simpletuner.cli.quantize", "Quantize the base model ahead of training."),
+    "export": (
+        "simpletuner.cli.export",
+        "Convert a LoRA for another program, or check its compatibility.",
+    ),
+    "merge": ("simpletuner.cli.merge", "Merge LoRAs into the base model."),
+    "publish": ("simpletuner.cli.publish", "Upload a finished run to Hugging Face."),
+    "report": ("simpletuner.cli.report", "Write report.html for a run."),
+    "server": ("simpletuner.cli.server", "Start the web UI."),
+    "options": ("simpletuner.cli.options", "Search the options and their help."),
     "examples": ("simpletuner.cli.examples", "List and copy the packaged examples."),
 }
 
 
 class LazyGroup(click.Group):
-    """A group that knows its commands by COMMANDS."""
+    """A group whose commands are listed in COMMANDS."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -50,7 +53,11 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             close = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(COMMANDS)}"
+            hint = (
+                f"did you mean {close[0]!r}?"
+                if close
+                else f"the commands are: {', '.join(COMMANDS)}"
+            )
             raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
@@ -69,7 +76,10 @@ def command_group(**_: Any) -> None:
 
 
 def main() -> None:
-    """The console script. What a person can mend is told in sentences with an exit code, no traceback."""
+    """Run the console script.
+
+    Errors that a user can fix are printed as sentences, with an exit code and without a traceback.
+    """
     try:
         command_group(prog_name="simpletuner")
     except SimpleTunerError as error:

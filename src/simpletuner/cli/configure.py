@@ -29,20 +29,20 @@ from simpletuner.errors import ConfigError, Problem, SimpleTunerError
 
 
 @click.command("configure")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the two files.")
-@click.option("--env", metavar="NAME", help="The folder config/NAME.")
-@click.option("--defaults", is_flag=True, help="Ask nothing, take what is proposed.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for the two files.")
+@click.option("--env", metavar="NAME", help="Write to the folder config/NAME.")
+@click.option("--defaults", is_flag=True, help="Ask nothing; accept all proposed answers.")
 @click.option(
-    "--set", "pairs", multiple=True, metavar="OPTION=VALUE", help="Settle an option; repeatable."
+    "--set", "pairs", multiple=True, metavar="OPTION=VALUE", help="Set an option; may be repeated."
 )
-@click.option("--force", is_flag=True, help="Write over existing files without asking.")
+@click.option("--force", is_flag=True, help="Overwrite existing files without asking.")
 def command(
     output: Path | None, env: str | None, defaults: bool, pairs: tuple[str, ...], force: bool
 ) -> None:
-    """Ask for what matters and write config.json and multidatabackend.json.
+    """Create or edit config.json and multidatabackend.json interactively.
 
-    `?` explains a question, `<` goes back, Enter takes what is proposed. An existing configuration
-    is edited: what is not asked stays as it is.
+    `?` explains a question, `<` goes back, Enter accepts the proposed answer. An existing
+    configuration is edited: options that are not asked for stay as they are.
     """
     cwd = Path.cwd()
     target = _resolve_target_file(output, env, cwd)
@@ -54,18 +54,18 @@ def command(
     )
     if present and not terminal and not force:
         raise ConfigError(
-            f"already there: {present}; add --force to edit it, or name another --output"
+            f"{present} already exists; add --force to edit, or choose another --output"
         )
     try:
         if present:
             speaker.show_text(
-                f"Already there: {present}. This edits it; comments in it are not kept."
+                f"{present} already exists and will be edited; comments in it will be lost."
             )
         ask_questions(speaker, wizard, wizard.settled_names)
         config, sets = wizard.build_files()
         if speaker.interactive:
             speaker.show_text(wizard.describe_planned_memory())
-        if present and not force and not click.confirm(f"Write over {present}?", default=False):
+        if present and not force and not click.confirm(f"Overwrite {present}?", default=False):
             speaker.show_text("Nothing was written.")
             return
     finally:
@@ -79,24 +79,28 @@ def command(
     usual = target in (*candidate_paths(cwd), *candidate_paths(cwd / "config"))
     where = f" --env {env}" if env else "" if usual else f" --config {short(target, cwd)}"
     speaker.show_text(
-        f"Try it out:  simpletuner train{where} --rehearse\nTrain:       simpletuner train{where}"
+        f"Dry run:  simpletuner train{where} --rehearse\nTrain:    simpletuner train{where}"
     )
 
 
 def ask_questions(speaker: PipePrompter, wizard: ConfigWizard, settled: Sequence[str]) -> None:
-    """Ask every question that applies and is not settled. `?` explains, `<` goes back, a blank is a yes to
-    what is proposed; what the validator refuses is told and asked again.
+    """Ask every question that applies and is not settled.
+
+    `?` explains, `<` goes back, a blank answer accepts the proposed value; an answer that is
+    refused is explained and asked for again.
     """
     trail: list[int] = []
-    at, told = 0, -1
+    at = 0
+    last_shown = -1
     while at < len(QUESTIONS):
         question = QUESTIONS[at]
         if question.name in settled or not question.applies(wizard.current_value):
             at += 1
             continue
-        if at != told and (worth_knowing := wizard.question_context(question.name)):
-            speaker.show_text(worth_knowing)
-        told = at
+        context = wizard.question_context(question.name) if at != last_shown else ""
+        if context:
+            speaker.show_text(context)
+        last_shown = at
         proposed = wizard.proposed_value(question.name)
         reply = speaker.ask(question.text, question.choices, format_answer(proposed)).strip()
         if reply == HELP_ANSWER:
@@ -116,9 +120,9 @@ def ask_questions(speaker: PipePrompter, wizard: ConfigWizard, settled: Sequence
 
 
 def _resolve_target_file(output: Path | None, env: str | None, cwd: Path) -> Path:
-    """The file to write: the one that is there, else config.json."""
+    """Return the file to write: the existing one, else config.json."""
     if output and env:
-        raise ConfigError("--output and --env each name a folder; give one of them")
+        raise ConfigError("--output and --env both name a folder; use one of them")
     if env and not re.fullmatch(r"[\w-][\w.-]*", env):
         raise ConfigError(f"--env {env}: a name has letters, digits, dots, - and _")
     folder = cwd / output if output else cwd / "config" / env if env else None
@@ -127,13 +131,16 @@ def _resolve_target_file(output: Path | None, env: str | None, cwd: Path) -> Pat
         there = next((path for path in candidate_paths(folder) if path.is_file()), None)
     if there is not None and there.suffix == ".toml":
         raise ConfigError(
-            f"{short(there, cwd)} is TOML, which is not written here; name another --output"
+            f"{short(there, cwd)} is TOML, which this command cannot write; choose another --output"
         )
     return there or (folder or cwd) / "config.json"
 
 
 def _parse_set_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """--set: option -> its text; instance_data_dir, the folder of the pictures, counts as one."""
+    """Parse --set into option -> text.
+
+    instance_data_dir, the folder of the images, counts as an option.
+    """
     found: dict[str, Any] = {}
     problems = []
     known = (*all_options(), "instance_data_dir")
@@ -142,7 +149,7 @@ def _parse_set_options(pairs: Sequence[str]) -> dict[str, Any]:
         name = written.lstrip("-").replace("-", "_")
         name = option_aliases().get(name, name)
         if not equals:
-            problems.append(Problem("--set", f"{pair!r} is not option=value"))
+            problems.append(Problem("--set", f"{pair!r} is not of the form OPTION=VALUE"))
         elif name not in known:
             problems.append(Problem("--set", f"{name}: unknown option{did_you_mean(name, known)}"))
         found[name] = value

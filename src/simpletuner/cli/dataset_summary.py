@@ -1,7 +1,8 @@
-"""The pictures of a folder at a glance: how many, with which captions, in which sizes and buckets."""
+"""Summary of an image folder: how many images, their captions, sizes and buckets."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_size
 from simpletuner.data.scan import scan_datasets
 from simpletuner.errors import DataError
+from simpletuner.events.formatting import count_of
 
 ALIGNMENT_PX = 64
 MAX_BUCKETS_LISTED = 6
@@ -19,7 +21,11 @@ MAX_BUCKETS_LISTED = 6
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """folder: absolute. sizes: one a usable picture. captioned: how many. sample: a caption."""
+    """Summary of a folder.
+
+    folder: absolute. sizes_px: one per usable image. captioned_count: images with a caption.
+    example_caption: one of the captions.
+    """
 
     folder: Path
     sizes_px: tuple[ImageSize, ...]
@@ -39,17 +45,21 @@ class DatasetSummary:
 
     @property
     def median_side_px(self) -> float:
-        """Of the square of the middle picture's area."""
-        return median((width * height) ** 0.5 for width, height in self.sizes_px)
+        """The side of a square with the median area."""
+        return median(math.sqrt(width * height) for width, height in self.sizes_px)
 
     @property
     def text(self) -> str:
         small, large = (
             pick(self.sizes_px, key=lambda size: size[0] * size[1]) for pick in (min, max)
         )
-        bad = f" {self.unusable_count} files cannot be used." if self.unusable_count else ""
+        bad = (
+            f" {count_of(self.unusable_count, 'file')} cannot be used."
+            if self.unusable_count
+            else ""
+        )
         return (
-            f"{len(self.sizes_px)} pictures, {self.captioned_count} with captions, from "
+            f"{count_of(len(self.sizes_px), 'image')}, {self.captioned_count} with captions, from "
             f"{small[0]}x{small[1]} to {large[0]}x{large[1]} px.{bad}"
         )
 
@@ -57,25 +67,31 @@ class DatasetSummary:
         framing = ResizeCropConfig(resolution=resolution, resolution_type=resolution_type)
         found = Counter(bucket_size(framing, size, ALIGNMENT_PX) for size in self.sizes_px)
         most = ", ".join(
-            f"{size[0]}x{size[1]}: {count}" for size, count in found.most_common(MAX_BUCKETS_LISTED)
+            f"{size[0]}x{size[1]} ({count_of(count, 'image')})"
+            for size, count in found.most_common(MAX_BUCKETS_LISTED)
         )
         more = (
             f" and {len(found) - MAX_BUCKETS_LISTED} more"
             if len(found) > MAX_BUCKETS_LISTED
             else ""
         )
-        return f"Trained in {len(found)} buckets: {most}{more}."
+        return f"{count_of(len(found), 'bucket')}: {most}{more}."
 
 
 def summarize_dataset(folder: Path) -> DatasetSummary:
-    """Headers and captions are read, nothing is decoded. Raises DataError: no folder, no usable picture."""
+    """Read headers and captions of a folder; nothing is decoded.
+
+    Raises DataError if there is no such folder or no usable image.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     folder = folder.resolve()
     options = DataOptions(missing_caption="empty", max_bad_sample_fraction=1.0)
-    found = scan_datasets(
-        [DatasetConfig("pictures", "image", folder)], options, 0, lambda event: None
+    scanned = scan_datasets(
+        [DatasetConfig("images", "image", folder)], options, 0, lambda event: None
     )
-    said = [caption for one in found.samples for caption in one.sample.captions[:1] if caption]
-    sizes = tuple((one.sample.width_px, one.sample.height_px) for one in found.samples)
-    return DatasetSummary(folder, sizes, len(said), said[0] if said else "", len(found.rejected))
+    samples = [item.sample for item in scanned.samples]
+    captions = [caption for sample in samples for caption in sample.captions[:1] if caption]
+    sizes = tuple((sample.width_px, sample.height_px) for sample in samples)
+    example = captions[0] if captions else ""
+    return DatasetSummary(folder, sizes, len(captions), example, len(scanned.rejected))

@@ -13,12 +13,12 @@ from simpletuner.errors import ConfigError
 
 @click.group("examples")
 def command() -> None:
-    """The packaged examples: complete configurations to train with or to start from."""
+    """List or copy the packaged examples: complete configurations to train with or start from."""
 
 
 @command.command("list")
 def list_examples() -> None:
-    """One name a line."""
+    """List the names, one per line."""
     for name in example_names():
         click.echo(name)
 
@@ -29,7 +29,7 @@ def list_examples() -> None:
     "--dest", "-d", type=click.Path(path_type=Path), default=Path(), help="Folder to copy into."
 )
 def copy_example(name: str, dest: Path) -> None:
-    """Copy an example's files into a folder. Refuses to overwrite any file."""
+    """Copy an example's files into a folder. No existing file is overwritten."""
     source = example_folder(name)
     files = sorted(
         path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts
@@ -38,7 +38,8 @@ def copy_example(name: str, dest: Path) -> None:
     present = [str(target) for target in targets if target.exists()]
     if present:
         raise ConfigError(
-            f"nothing copied, {', '.join(present)} exists already; choose another --dest"
+            f"nothing was copied, because {', '.join(present)} already exists; choose another "
+            "--dest"
         )
     for path, target in zip(files, targets, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)

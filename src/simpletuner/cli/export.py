@@ -1,4 +1,4 @@
-"""simpletuner export: a LoRA for another program, or what each program does with one."""
+"""simpletuner export: convert a LoRA for another program, or check its compatibility."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PATH_TYPE = click.Path(path_type=Path)
 FORMATS = (*get_args(AdapterOptions.model_fields["lora_format"].annotation), "lycoris")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-# What a file says of its own numbers is not true of the one made from it.
+# Metadata about the numbers of a file is not valid for the converted one.
 STALE_METADATA_PREFIXES = (
     "format",
     "lora_adapter_metadata",
@@ -40,16 +40,28 @@ STALE_METADATA_PREFIXES = (
 )
 @click.argument("source", type=PATH_TYPE)
 @click.option(
-    "--check", "checking", is_flag=True, help="Write nothing; say what each program does with it."
+    "--check", "checking", is_flag=True, help="Write nothing; report how each program loads it."
 )
-@click.option("--json", "as_json", is_flag=True, help="With --check: for other programs to read.")
-@click.option("--format", "layout", type=click.Choice(FORMATS), help="Whose layout to write.")
-@click.option("--rank", type=click.IntRange(1, 8192), help="At most this rank; the error is told.")
+@click.option("--json", "as_json", is_flag=True, help="With --check: print JSON.")
+@click.option("--format", "layout", type=click.Choice(FORMATS), help="Layout to write.")
 @click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Numbers."
+    "--rank",
+    type=click.IntRange(1, 8192),
+    help="Reduce to this rank; the approximation error is reported.",
 )
 @click.option(
-    "--strength", type=float, default=1.0, show_default=True, help="Baked into the weights."
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    default="fp32",
+    show_default=True,
+    help="Dtype of the weights.",
+)
+@click.option(
+    "--strength",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Strength, multiplied into the weights.",
 )
 @click.option(
     "--with",
@@ -61,7 +73,7 @@ STALE_METADATA_PREFIXES = (
 @click.option(
     "--output",
     type=PATH_TYPE,
-    help="The new file.  [default: beside the source, with the format's name]",
+    help="The new file.  [default: in the folder of SOURCE, with the format in its name]",
 )
 def command(
     source: Path,
@@ -74,13 +86,13 @@ def command(
     others: tuple[str, ...],
     output: Path | None,
 ) -> None:
-    """Write SOURCE, a LoRA file of any layout or a run, for diffusers, kohya's tools or ComfyUI.
+    """Convert SOURCE, a LoRA file of any layout or a run, for diffusers, kohya or ComfyUI.
 
-    Nothing is overwritten, and what the programs would not apply as it was trained is not written.
+    No file is overwritten, and nothing is written that a program would not apply as it was trained.
     """
     source = find_lora_file(source)
     if checking == (layout is not None) or (as_json and not checking):
-        what = "either --format (to write a file) or --check, which --json belongs to"
+        what = "either --format (to write a file) or --check (optionally with --json)"
         raise ConfigError([Problem("export", f"needs {what}")])
     if checking or layout is None:
         print_compatibility(source, as_json)
@@ -88,12 +100,12 @@ def command(
     added = [(source, strength), *(parse_weighted_lora(text, "--with") for text in others)]
     if not all(math.isfinite(weight) and weight for _, weight in added):
         raise ConfigError(
-            [Problem("--strength", "strengths and weights are finite numbers other than 0")]
+            [Problem("--strength", "strengths and weights must be finite numbers other than 0")]
         )
     output = output or source.with_name(f"{source.stem}.{layout}.safetensors")
     if output.exists():
         raise ConfigError(
-            [Problem("--output", f"{output} exists and is not overwritten; name another")]
+            [Problem("--output", f"{output} exists and is not overwritten; choose another")]
         )
     if output.suffix != ".safetensors" or not output.parent.is_dir():
         raise ConfigError(
@@ -106,6 +118,7 @@ def command(
 def export_lora(
     added: list[tuple[Path, float]], layout: str, rank: int | None, dtype: str, output: Path
 ) -> None:
+    """Add up the deltas, reduce their rank if asked to, and write the file."""
     import torch
 
     from simpletuner.adapters import lora_io, merge_deltas
@@ -124,18 +137,19 @@ def export_lora(
         fused_names = conventions.names if LAYOUTS[layout].uses_native_names else None
         deltas, error = merge_deltas.truncate_rank(deltas, rank, fused_names)
         click.echo(f"rank {rank}: the delta differs by {error:.2%}", err=True)
-    told = {
+    metadata = {
         key: text
         for key, text in read[0][0].metadata.items()
         if not key.startswith(STALE_METADATA_PREFIXES)
     }
-    told["software"] = f"simpletuner {__version__}"
-    lora_io.save_deltas(deltas, output, conventions, layout, getattr(torch, DTYPES[dtype]), told)
+    metadata["software"] = f"simpletuner {__version__}"
+    torch_dtype = getattr(torch, DTYPES[dtype])
+    lora_io.save_deltas(deltas, output, conventions, layout, torch_dtype, metadata)
     print_compatibility(output, as_json=False, err=True)
 
 
 def print_compatibility(path: Path, as_json: bool, err: bool = False) -> None:
-    """The verdicts of all programs."""
+    """Print how every program loads the file."""
     from simpletuner.adapters.compatibility_check import check_compatibility
     from simpletuner.models.registry import get_family
 
@@ -150,18 +164,19 @@ def print_compatibility(path: Path, as_json: bool, err: bool = False) -> None:
 def _compatibility_json(file: LoraFile, verdicts: tuple[ProgramCompatibility, ...]) -> str:
     summary = asdict(file.to_deltas_and_summary()[1])
     fields = {name: summary[name] for name in ("layout", "kind", "ranks", "alphas", "parameters")}
-    told = {"file": str(file.path), **fields, "modules": len(summary["modules"])}
-    return json.dumps({**told, "programs": [asdict(one) for one in verdicts]}, indent=2)
+    report = {"file": str(file.path), **fields, "modules": len(summary["modules"])}
+    return json.dumps({**report, "programs": [asdict(verdict) for verdict in verdicts]}, indent=2)
 
 
 def _compatibility_text(file: LoraFile, verdicts: tuple[ProgramCompatibility, ...]) -> str:
     lines = [f"{file.path.name}: {file.to_deltas_and_summary()[1]}"]
-    for one in verdicts:
+    for verdict in verdicts:
         strength = (
-            f"strength {one.strength:g}: "
-            if one.outcome == "wrong strength" and one.strength
+            f"strength {verdict.strength:g}: "
+            if verdict.outcome == "wrong strength" and verdict.strength
             else ""
         )
-        line = f"  {one.program:<16}  {one.outcome:<14}  {one.modules} of {one.of}  {strength}{one.why}"
+        loaded = f"{verdict.modules} of {verdict.of}"
+        line = f"  {verdict.program:<16}  {verdict.outcome:<14}  {loaded}  {strength}{verdict.why}"
         lines.append(line.rstrip())
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""simpletuner generate: pictures from a base model and, if one is given, a LoRA at any strength."""
+"""simpletuner generate: images from a base model and optionally a LoRA at any strength."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PATH_TYPE = click.Path(path_type=Path)
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What is asked for, checked as far as that goes without loading anything."""
+    """A request to generate images, checked as far as possible without loading anything."""
 
     prompts: tuple[Prompt, ...]
     model: ModelOptions
@@ -59,48 +59,68 @@ class GenerationRequest:
 @click.command(
     "generate", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")}
 )
-@click.option(
-    "--prompt", "texts", multiple=True, required=True, help="What to draw; may be repeated."
-)
-@click.option("--negative_prompt", default="", help="What guidance above 1 steers away from.")
+@click.option("--prompt", "texts", multiple=True, required=True, help="Prompt; may be repeated.")
+@click.option("--negative_prompt", default="", help="Negative prompt, used when --guidance > 1.")
 @click.option(
     "--lora", type=PATH_TYPE, help="A LoRA file, a checkpoint or a run folder (of any training)."
 )
 @click.option(
-    "--strength", default="1.0", show_default=True, help="Of the LoRA; a comma list draws each."
+    "--strength",
+    default="1.0",
+    show_default=True,
+    help="LoRA strength; comma-separated values generate one image each.",
 )
 @click.option(
-    "--model_flavour", type=click.Choice(FLAVOURS), help="Default: the LoRA's run's, else base."
+    "--model_flavour",
+    type=click.Choice(FLAVOURS),
+    help="Default: that of the LoRA's run, else base.",
 )
 @click.option(
-    "--pretrained_model_name_or_path", help="Another base: a folder, hub id or single file."
+    "--pretrained_model_name_or_path", help="Another base model (folder, hub id or single file)."
 )
 @click.option(
-    "--pretrained_transformer_model_name_or_path", help="Another transformer: a tuned one."
+    "--pretrained_transformer_model_name_or_path",
+    help="Another transformer, for example a fine-tuned one.",
 )
 @click.option(
-    "--pretrained_t5_model_name_or_path", help="Another T5: a folder, a hub id or a single file."
+    "--pretrained_t5_model_name_or_path", help="Another T5 (folder, hub id or single file)."
 )
-@click.option("--pretrained_vae_model_name_or_path", help="Another VAE, alike.")
 @click.option(
-    "--base_model_precision", type=click.Choice(PRECISIONS), help="Default: the LoRA's run's."
+    "--pretrained_vae_model_name_or_path", help="Another VAE (folder, hub id or single file)."
 )
-@click.option("--config", type=PATH_TYPE, help="Take the model options from this file.")
+@click.option(
+    "--base_model_precision", type=click.Choice(PRECISIONS), help="Default: that of the LoRA's run."
+)
+@click.option("--config", type=PATH_TYPE, help="Configuration file for the model options.")
 @click.option(
     "--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="Sampling steps."
 )
 @click.option(
-    "--guidance", type=click.FloatRange(0, 30), default=1.0, show_default=True, help="1: one pass."
+    "--guidance",
+    type=click.FloatRange(0, 30),
+    default=1.0,
+    show_default=True,
+    help="Classifier-free guidance; 1 is off.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0, 2**62), default=42, show_default=True, help="Of the first."
+    "--seed",
+    type=click.IntRange(0, 2**62),
+    default=42,
+    show_default=True,
+    help="Seed of the first image.",
 )
-@click.option("--size", help="512, 512x768 or a comma list, pixels.  [default: 1024; nano 128]")
 @click.option(
-    "--count", type=click.IntRange(1, 1000), default=1, help="Pictures per prompt, seeds count up."
+    "--size",
+    help="Image size in pixels: 512, 512x768 or a comma-separated list.  [default: 1024; nano 128]",
 )
 @click.option(
-    "--out", type=PATH_TYPE, default="generated", show_default=True, help="Folder for the pictures."
+    "--count",
+    type=click.IntRange(1, 1000),
+    default=1,
+    help="Images per prompt; each has the next seed.",
+)
+@click.option(
+    "--out", type=PATH_TYPE, default="generated", show_default=True, help="Folder for the images."
 )
 def command(
     texts: tuple[str, ...],
@@ -116,7 +136,10 @@ def command(
     out: Path,
     **model: str | None,
 ) -> None:
-    """Draw pictures with the base model or a LoRA. Prints the path of each; nothing is overwritten."""
+    """Generate images with the base model or a LoRA, and print their paths.
+
+    No file is overwritten.
+    """
     flags = {name: value for name, value in model.items() if value}
     found, runs = None, []
     if lora is not None and (tuned := find_finished_transformer(lora)):
@@ -129,7 +152,7 @@ def command(
     size = size or DEFAULT_SIZE.get(options.model_flavour, "1024")
     parse_sizes(size, DataOptions(), 1, "--size")
     prompts = tuple(
-        Prompt(safe_file_name(text) or "picture", text, negative_prompt) for text in texts
+        Prompt(safe_file_name(text) or "image", text, negative_prompt) for text in texts
     )
     request = GenerationRequest(
         prompts,
@@ -150,7 +173,7 @@ def command(
 
 
 def find_finished_transformer(given: Path) -> Path | None:
-    """What a run at full rank leaves in its folder."""
+    """Return the transformer in the folder of a full-rank run, or None."""
     folder = given.resolve() / "transformer"
     return (
         folder if (folder / "config.json").is_file() and not (given / LORA_FILE).exists() else None
@@ -158,11 +181,14 @@ def find_finished_transformer(given: Path) -> Path | None:
 
 
 def find_lora_file(given: Path) -> Path:
-    """The LoRA file itself, of a checkpoint, or of a run: the finished one, else its newest checkpoint's."""
+    """Return the LoRA file of a path: the file itself, or that of a checkpoint or a run.
+
+    A run gives its final LoRA, else that of its newest checkpoint.
+    """
     if given.is_file():
         return given
     if not given.is_dir():
-        raise ConfigError([Problem(str(given), "is neither a file nor a folder")])
+        raise ConfigError([Problem(str(given), "no such file or folder")])
     checkpoints = [
         (int(match[1]), folder)
         for folder in given.iterdir()
@@ -177,7 +203,8 @@ def find_lora_file(given: Path) -> Path:
     what = (
         f"holds {len(files)} .safetensors files; name one of them"
         if files
-        else f"holds no {LORA_FILE}; --pretrained_transformer_model_name_or_path takes full transformers"
+        else f"holds no {LORA_FILE}; for a full transformer use "
+        "--pretrained_transformer_model_name_or_path"
     )
     raise ConfigError([Problem(str(given), what)])
 
@@ -188,17 +215,22 @@ def _parse_strengths(text: str, lora: Path | None) -> tuple[float, ...]:
     except ValueError:
         strengths = (float("nan"),)
     if not all(-10 <= strength <= 10 for strength in strengths):
-        what = f"{text!r} is not a number from -10 to 10 or a comma list of them"
+        what = (
+            f"{text!r} is not a number from -10 to 10, nor a comma-separated list of such numbers"
+        )
         raise ConfigError([Problem("--strength", what)])
     if lora is None and strengths != (1.0,):
-        raise ConfigError([Problem("--strength", "is the strength of a LoRA; give --lora too")])
+        raise ConfigError([Problem("--strength", "needs --lora: it is the strength of a LoRA")])
     return strengths
 
 
 def resolve_model_options(
     config: Path | None, runs: list[Path], flags: dict[str, str]
 ) -> ModelOptions:
-    """Flags over --config, else over the run that made the weights, else over the one found here."""
+    """Return the model options: flags over --config, else over the run that wrote the weights.
+
+    Without either, the configuration found in the working directory is used.
+    """
     from simpletuner.config.documents import read_document
     from simpletuner.config.load import config_from_resolved, load_config
 
@@ -216,9 +248,9 @@ def resolve_model_options(
 
 
 def generate_images(request: GenerationRequest, emit: Emit) -> list[Path]:
-    """Draw and write everything; the paths in the order of strengths, then sizes, prompts and seeds.
+    """Generate and save all images; return the paths in order of strength, size, prompt and seed.
 
-    The text encoder, the transformer and the VAE are in memory one after the other, never together.
+    Text encoder, transformer and VAE are in memory one after the other, never together.
     """
     from simpletuner.adapters.lora_io import read_summary as describe_lora
     from simpletuner.models.registry import get_family as family_named
@@ -232,7 +264,7 @@ def generate_images(request: GenerationRequest, emit: Emit) -> list[Path]:
 
     family = family_named(request.model.model_family)
     names = family.lora_conventions.names
-    if request.lora_path is not None:  # what is none is told before anything is loaded
+    if request.lora_path is not None:  # reports a file that is not a LoRA before anything is loaded
         emit(NoticeIssued(f"{request.lora_path.name}: {describe_lora(request.lora_path, names)}"))
     source = family.locate_files(request.model, emit)
     device = select_device(request.model)
@@ -244,7 +276,7 @@ def generate_images(request: GenerationRequest, emit: Emit) -> list[Path]:
     texts = prompt_texts(request.prompts, request.guidance)
     emit(NoticeIssued(f"encoding {len(texts)} text{'s' * (len(texts) > 1)}"))
     encoded = family.load_text_encoder(source, request.model, device.device, emit).encode(texts)
-    gc.collect()  # a network may be held by a cycle; the next one needs its memory
+    gc.collect()  # a reference cycle may keep the network; the next one needs its memory
     wanted = make_image_specs(request.prompts, sizes, request.count, request.seed)
     drawn = _generate_latents(
         request, family, source, device, dict(zip(texts, encoded, strict=True)), wanted, emit
@@ -252,7 +284,7 @@ def generate_images(request: GenerationRequest, emit: Emit) -> list[Path]:
     gc.collect()
     vae = family.load_vae(source, request.model, device.device)
     paths = []
-    for strength, picture, latents in drawn:
+    for strength, spec, latents in drawn:
         added = {}
         if tuned := request.model.pretrained_transformer_model_name_or_path:
             added = {"transformer": "/".join(Path(tuned).parts[-2:])}
@@ -262,9 +294,9 @@ def generate_images(request: GenerationRequest, emit: Emit) -> list[Path]:
         settings = GenerationSettings(
             request.steps, request.guidance, " x ".join([source.name, *added.values()])
         )
-        path = _unused_path(request.output_dir, picture)
+        path = _unused_path(request.output_dir, spec)
         save_png(
-            pixels_to_image(vae.decode(latents)), path, image_metadata(picture, settings, **added)
+            pixels_to_image(vae.decode(latents)), path, image_metadata(spec, settings, **added)
         )
         paths.append(path)
     return paths
@@ -279,7 +311,7 @@ def _generate_latents(
     wanted: tuple[ImageSpec, ...],
     emit: Emit,
 ) -> list[tuple[float, ImageSpec, Tensor]]:
-    """Latents of every picture at every strength."""
+    """Generate the latents of every image at every strength."""
     import torch
 
     from simpletuner.adapters.attachment import set_strength
@@ -304,19 +336,19 @@ def _generate_latents(
     family.compile_blocks(transformer, request.model)
     again = partial(generate_latents, inference, transformer, wanted, rows.__getitem__)
     drawn = []
-    with StageReporter(emit, "draw", len(wanted) * len(request.strengths), "pictures") as stage:
+    with StageReporter(emit, "generate", len(wanted) * len(request.strengths), "images") as stage:
         for strength in request.strengths:
             if request.lora_path is not None:
                 set_strength(transformer, strength)
-            for picture, latents in again(steps=request.steps, guidance=request.guidance):
-                drawn.append((strength, picture, latents))
+            for spec, latents in again(steps=request.steps, guidance=request.guidance):
+                drawn.append((strength, spec, latents))
                 stage.advance()
     return drawn
 
 
-def _unused_path(folder: Path, picture: ImageSpec) -> Path:
-    """<prompt>-<seed>-<W>x<H>.png, with the first number appended that makes it a new file."""
-    stem = f"{picture.prompt.id}-{picture.seed}-{picture.size_px[0]}x{picture.size_px[1]}"
+def _unused_path(folder: Path, spec: ImageSpec) -> Path:
+    """Return <prompt>-<seed>-<W>x<H>.png, with the first number appended that gives a new file."""
+    stem = f"{spec.prompt.id}-{spec.seed}-{spec.size_px[0]}x{spec.size_px[1]}"
     path, number = folder / f"{stem}.png", 2
     while path.exists():
         path, number = folder / f"{stem}-{number}.png", number + 1

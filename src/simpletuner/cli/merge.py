@@ -1,4 +1,4 @@
-"""simpletuner merge: LoRAs into the base, as a transformer of its own."""
+"""simpletuner merge: merge LoRAs into the base model."""
 
 from __future__ import annotations
 
@@ -22,27 +22,37 @@ SAFETENSORS_SUFFIX = ".safetensors"
     "merge", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")}
 )
 @click.option(
-    "--lora", "loras", multiple=True, metavar="FILE[=WEIGHT]", help="May be repeated, or left out."
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[=WEIGHT]",
+    help="LoRA to merge; may be repeated or left out.",
 )
 @click.option(
-    "--base", help="A flavour, hub id, folder, file or run.  [default: the first LoRA's run's]"
+    "--base",
+    help="Base: flavour, hub id, folder, file or run.  [default: that of the first LoRA's run]",
 )
 @click.option(
-    "--output", type=click.Path(path_type=Path), required=True, help="A new folder or file."
+    "--output", type=click.Path(path_type=Path), required=True, help="New folder or file."
 )
 @click.option(
     "--format", "layout", type=click.Choice(["diffusers", "native"]), help="[default: by --output]"
 )
 @click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True, help="Numbers."
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    default="bf16",
+    show_default=True,
+    help="Dtype of the weights.",
 )
 def command(
     loras: tuple[str, ...], base: str | None, output: Path, layout: str | None, dtype: str
 ) -> None:
-    """Write the base with LoRAs in it: a diffusers folder, or one native .safetensors file for ComfyUI.
+    """Write the base model with LoRAs merged into it.
 
-    Any layout of LoRA, DoRA too; each is counted from the untouched base. fp8 is scaled, for ComfyUI.
-    Nothing is overwritten.
+    The result is a diffusers folder, or one native .safetensors file for ComfyUI. LoRAs of any
+    layout are accepted, and DoRA too; the delta of each is relative to the original base. fp8 is
+    written as scaled fp8, for ComfyUI. No file is overwritten.
     """
     added = [parse_weighted_lora(text) for text in loras]
     layout = layout or ("native" if output.suffix == SAFETENSORS_SUFFIX else "diffusers")
@@ -55,12 +65,12 @@ def command(
         )
     if layout == "diffusers" and dtype == "fp8":
         problems.append(
-            Problem("--dtype", "diffusers reads no scaled fp8; use --format native or bf16")
+            Problem("--dtype", "diffusers cannot read scaled fp8; use --format native or bf16")
         )
     if not output.parent.is_dir():
         problems.append(Problem("--output", f"{output.parent} does not exist"))
     if not added and base is None:
-        problems.append(Problem("--lora", "give a LoRA to merge, or a --base to convert"))
+        problems.append(Problem("--lora", "name a LoRA to merge, or a --base to convert"))
     if problems:
         raise ConfigError(problems)
     merge_loras(added, _resolve_base_options(base, added), layout == "native", dtype, output)
@@ -68,7 +78,7 @@ def command(
 
 
 def parse_weighted_lora(text: str, option: str = "--lora") -> tuple[Path, float]:
-    """FILE=WEIGHT or FILE, also a checkpoint or a run."""
+    """Parse FILE=WEIGHT or FILE, where FILE may be a checkpoint or a run."""
     name, mark, number = text.rpartition("=")
     if not mark or Path(text).exists():
         return find_lora_file(Path(text)), 1.0
@@ -84,7 +94,11 @@ def parse_weighted_lora(text: str, option: str = "--lora") -> tuple[Path, float]
 
 
 def _resolve_base_options(base: str | None, added: list[tuple[Path, float]]) -> ModelOptions:
-    """Of a base that is named only the transformer is needed: the other parts are then the bundled ones."""
+    """Return the model options of the base.
+
+    Only the transformer of a named base is needed; the other parts are then those of the bundled
+    model.
+    """
     from simpletuner.models.chroma.model_files import FLAVOURS as HUB_IDS
 
     if base is None:
@@ -98,6 +112,7 @@ def _resolve_base_options(base: str | None, added: list[tuple[Path, float]]) -> 
 def merge_loras(
     added: list[tuple[Path, float]], options: ModelOptions, native: bool, dtype: str, output: Path
 ) -> None:
+    """Merge the LoRAs into the transformer and write it, with metadata about its parts."""
     import torch
 
     from simpletuner.adapters.lora_file import read_lora_file
@@ -117,7 +132,7 @@ def merge_loras(
     source = family.locate_files(options, shown)
     base = public_name(options.pretrained_transformer_model_name_or_path or source.name)
     parts = [f"{public_name(str(path.absolute()))} x {weight:g}" for path, weight in added]
-    told = {
+    metadata = {
         "software": f"simpletuner {__version__}",
         "base_model": base,
         "modelspec.sai_model_spec": "1.0.1",
@@ -129,6 +144,6 @@ def merge_loras(
     try:
         target = MergeOutput(output, native, getattr(torch, DTYPES[dtype]))
         loras = [(file.to_deltas(), weight) for file, weight in read]
-        write(source.transformer, loras, target, told, shown, source.variant)
+        write(source.transformer, loras, target, metadata, shown, source.variant)
     finally:
         shown.close()

@@ -1,4 +1,4 @@
-"""simpletuner plan: what a training will need, without weights, network or dataset."""
+"""simpletuner plan: an estimate of memory, disk and time, without weights or dataset."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ COMMAND_FLAGS = ("json", "fit")
 )
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def command(words: tuple[str, ...]) -> None:
-    """Predict memory, disk and time of a training; with --fit, what to change so that it fits.
+    """Estimate memory, disk and time of a training; with --fit, find settings that fit.
 
-    Takes what `train` takes: --config PATH, --env NAME, --example NAME and any option; --device
-    cuda plans for a GPU that is elsewhere. --json prints one object. --fit 12GB, or --fit for what
-    is free here, finds the fastest settings within it and changes nothing.
+    Takes the flags of `train`: --config PATH, --env NAME, --example NAME and any option; --device
+    cuda plans for a GPU that is not in this machine. --json prints one object. --fit 12GB, or --fit
+    for the free memory, finds the fastest settings within it and changes nothing.
     """
     pairs = flags.parse_flags(list(words), ("json",))
     given = dict(pairs)
@@ -35,14 +35,14 @@ def command(words: tuple[str, ...]) -> None:
     loaded = load_config(
         options, given.get("config"), given.get("env"), given.get("example"), needs_data=False
     )
-    told, lines = build_plan_report(loaded.config, "fit" in given, given.get("fit"))
-    click.echo(json.dumps(told, indent=2) if "json" in given else "\n".join(lines))
+    report, lines = build_plan_report(loaded.config, "fit" in given, given.get("fit"))
+    click.echo(json.dumps(report, indent=2) if "json" in given else "\n".join(lines))
 
 
 def build_plan_report(
     run: RunConfig, fits: bool, limit: str | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """As one object, and as lines."""
+    """Return the plan as one object and as lines of text."""
     from simpletuner.models import registry
     from simpletuner.training.device import select_device
     from simpletuner.training.memory_plan import fit, plan_formatting, step_time
@@ -52,7 +52,7 @@ def build_plan_report(
 
     family = registry.get_family(run.model.model_family)
     asked = parse_memory_size(limit) if limit else None
-    # Of this machine only what it is: what needs a GPU is planned for one that is elsewhere.
+    # Only the type of this device matters: what needs a GPU is planned for a reference GPU.
     anywhere = {
         "device": "auto",
         "musubi_blocks_to_swap": 0.0,
@@ -67,7 +67,7 @@ def build_plan_report(
     )
     plan = predict_memory(run, family, kind=room.kind)
     lines = plan_formatting.format_plan(plan, room)
-    told: dict[str, Any] = {
+    report: dict[str, Any] = {
         **dataclasses.asdict(plan),
         "training": plan.training,
         "peak": plan.peak,
@@ -77,13 +77,13 @@ def build_plan_report(
     if fits:
         size = room.available_for_tensors if asked is None else asked
         if size is None:
-            raise ConfigError("how much memory is free is not known here; write --fit 12GB")
+            raise ConfigError("the free memory of this device is not known; write --fit 12GB")
         ladder = fit.MemoryConfigSearch(run, family, (), room)
         best = fit.find_fitting_config(ladder, size)
         lines += ["", *plan_formatting.format_fit(run, best)]
-        told["fit"] = dataclasses.asdict(best)
+        report["fit"] = dataclasses.asdict(best)
         if best.chosen is not None:
-            told["options"] = best.chosen.options()
+            report["options"] = best.chosen.options()
         else:
             lines.append(smaller_training_message(ladder, size))
-    return told, lines
+    return report, lines

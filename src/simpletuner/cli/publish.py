@@ -1,4 +1,4 @@
-"""simpletuner publish: a finished run to the hub, when it was not done at its end."""
+"""simpletuner publish: upload a finished run to Hugging Face."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from simpletuner.errors import ConfigError, Problem, SimpleTunerError
 @click.command("publish")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--repo", help="owner/name, or a name of your own.  [default: the run's hub_model_id or name]"
+    "--repo",
+    help=("owner/name, or a name in your account.  [default: the run's hub_model_id or name]"),
 )
 @click.option(
-    "--public", is_flag=True, help="Make a new repository public, or put it into a public one."
+    "--public", is_flag=True, help="Create a public repository, or allow an existing public one."
 )
 def command(run: Path, repo: str | None, public: bool) -> None:
-    """Upload the weights, the card and its pictures of RUN; its configuration and log stay here."""
+    """Upload the weights, the model card and its images of RUN.
+
+    The configuration and the log stay on this machine.
+    """
     from simpletuner.config.jsonc import parse_jsonc
     from simpletuner.config.load import config_from_resolved
     from simpletuner.config.schema import PublishingOptions
@@ -39,7 +43,12 @@ def command(run: Path, repo: str | None, public: bool) -> None:
     files = list_result_files(run)
     if not any(path.suffix == ".safetensors" for path in files):
         raise ConfigError(
-            [Problem("publish", f"{run} holds no finished weights; the training writes them")]
+            [
+                Problem(
+                    "publish",
+                    f"{run} has no final weights; they are written at the end of the training",
+                )
+            ]
         )
     private = options.model_card_private and not public
     publisher = HubPublisher(
@@ -50,5 +59,5 @@ def command(run: Path, repo: str | None, public: bool) -> None:
     )
     publisher.enqueue(files, "weights")
     if not publisher.wait(6 * upload_timeout_s(files)):
-        raise SimpleTunerError(f"{run.name} is not published: {publisher.failure}")
+        raise SimpleTunerError(f"{run.name} was not published: {publisher.failure}")
     click.echo(publisher.repo)

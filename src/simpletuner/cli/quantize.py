@@ -1,4 +1,4 @@
-"""simpletuner quantize: convert the base ahead of time, so that training starts at once."""
+"""simpletuner quantize: quantize the base model ahead of time, so that training starts faster."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ CONFIG_SOURCE_FLAGS = ("config", "env", "example")
 )
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def command(words: tuple[str, ...]) -> None:
-    """Convert the weights that a configuration wants quantised, and print the files.
+    """Quantize the weights as a configuration specifies, and print the files.
 
-    Takes what `train` takes: --config PATH, --env NAME, --example NAME, and any option, such as
-    --base_model_precision nf4. A conversion that was stopped goes on; a finished one is found
-    again.
+    Takes the flags of `train`: --config PATH, --env NAME, --example NAME, and any option, such as
+    --base_model_precision nf4. An interrupted conversion is resumed; a finished one is reused.
     """
     given = flags.parse_flags(list(words))
     places = {name: value for name, value in given if name in CONFIG_SOURCE_FLAGS}
@@ -34,17 +33,20 @@ def command(words: tuple[str, ...]) -> None:
         options, places.get("config"), places.get("env"), places.get("example"), needs_data=False
     )
     for note in loaded.notices:
-        if "is read as" in note:  # the others are about a training
+        if "is read as" in note:  # the other notices concern training
             click.echo(f"note: {note}", err=True)
     for file in quantize_base(loaded.config.model):
         click.echo(file)
 
 
 def quantize_base(options: ModelOptions) -> list[Path]:
-    """The converted files, one for each part. ConfigError when the options want nothing quantised."""
+    """Return the quantized files, one for each part.
+
+    Raises ConfigError when the options quantize nothing.
+    """
     if {options.base_model_precision, options.text_encoder_1_precision} == {"no_change"}:
         raise ConfigError(
-            "nothing is to be quantised: set base_model_precision or text_encoder_1_precision,"
+            "nothing to quantize: set base_model_precision or text_encoder_1_precision,"
             " for example --base_model_precision=nf4"
         )
     from simpletuner.models.registry import get_family as family_named

@@ -1,4 +1,4 @@
-"""The pages beside a training: a server of its own, which ends with it."""
+"""The web UI during a training: a server of its own, which ends with the training."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ SHUTDOWN_TIMEOUT_S = 8.0
 
 @contextlib.contextmanager
 def serve_while_training(run_dir: Path, port: int = PORT) -> Iterator[str]:
-    """Serve the working directory and this run folder meanwhile; gives the address of the run's page.
+    """Serve the working directory and this run folder; yield the address of the run's page.
 
-    Raises ConfigError where the port is taken.
+    Raises ConfigError if the port is in use.
     """
     try:
         bind_socket(HOST, port).close()
     except ConfigError as error:
         raise ConfigError(
-            f"--serve: port {port} is taken, perhaps by a server that shows this run already: see "
+            f"--serve: port {port} is in use, perhaps by a server that already shows this run; see "
             f"http://localhost:{port}, or train without --serve"
         ) from error
     folder = Path(os.path.realpath(run_dir))
-    with contextlib.suppress(OSError):  # the training says it better
+    with contextlib.suppress(OSError):  # the training reports it
         folder.mkdir(parents=True, exist_ok=True)
     url = f"http://localhost:{port}/#/runs/{run_id(folder)}"
     words = ["server", "--port", str(port), "--workspace", os.getcwd(), "--root", str(folder)]
@@ -63,7 +63,10 @@ def serve_while_training(run_dir: Path, port: int = PORT) -> Iterator[str]:
 
 
 def open_browser_when_ready(server: subprocess.Popen[bytes], port: int, url: str) -> None:
-    """Open the page when it answers, where there is a screen; in a terminal a browser would take it over."""
+    """Open the page when it answers, if there is a display.
+
+    A text browser would take over the terminal.
+    """
     variables = copy_process_environment()
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & variables.keys():
         return

@@ -1,4 +1,4 @@
-"""simpletuner server: the pages and the REST interface, for this machine or, with a token, for others."""
+"""simpletuner server: the web UI and the REST API, local or with a token for remote clients."""
 
 from __future__ import annotations
 
@@ -18,34 +18,50 @@ if TYPE_CHECKING:
     from simpletuner.server.settings import ServerSettings
 
 MIN_TOKEN_CHARS = 16
-MAX_CONNECTIONS = 512  # HTTP and WebSocket together; more are answered 503
-MAX_MESSAGE_BYTES = 1 << 16  # of a client over the WebSocket, which only says what it looks at
+MAX_CONNECTIONS = 512  # HTTP and WebSocket together; others get 503
+MAX_MESSAGE_BYTES = 1 << 16  # from a client over the WebSocket, which sends only what it follows
 SHUTDOWN_GRACE_S = 3
 FOLDER_TYPE = click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=True)
 
 
 @click.command("server")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0: everywhere."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; 0.0.0.0 is all addresses.",
 )
 @click.option(
-    "--port", default=8001, show_default=True, type=click.IntRange(0, 65535), help="0: a free one."
+    "--port",
+    default=8001,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="Port; 0 is any free port.",
 )
 @click.option(
-    "--workspace", type=FOLDER_TYPE, default=".", help="Folder to work in (default: here)."
+    "--workspace",
+    type=FOLDER_TYPE,
+    default=".",
+    help="Workspace folder (default: the working directory).",
 )
 @click.option(
-    "--root", "roots", multiple=True, type=FOLDER_TYPE, help="Another folder that may be used."
+    "--root",
+    "roots",
+    multiple=True,
+    type=FOLDER_TYPE,
+    help="Another folder that the web UI may use.",
 )
 @click.option(
     "--token",
     envvar=SERVER_TOKEN_VARIABLE,
-    help="What others must show; made where one is needed and none is given. Every user of this machine sees "
-    f"a command line (ps): rather put it into the variable {SERVER_TOKEN_VARIABLE} or the file "
-    ".simpletuner/token.",
+    help=(
+        "Access token for remote clients; generated automatically if needed. Every user of this "
+        "machine sees a command line (ps): rather put it into the variable "
+        f"{SERVER_TOKEN_VARIABLE} or the file .simpletuner/token."
+    ),
 )
 @click.option(
-    "--allow-host", "names", multiple=True, help="Name by which a proxy reaches this server."
+    "--allow-host", "names", multiple=True, help="Host name by which a proxy reaches this server."
 )
 @click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
 def command(
@@ -57,10 +73,10 @@ def command(
     names: tuple[str, ...],
     opens: bool,
 ) -> None:
-    """Serve the pages: http://localhost:8001.
+    """Start the web UI at http://localhost:8001.
 
-    Only programs of this machine reach it; with another --host or with --allow-host others do, and
-    need a token. Trainings are processes of their own: ending the server leaves them alone.
+    Only local connections are accepted; with another --host, or with --allow-host, remote clients
+    can connect with a token. Trainings are separate processes and continue when the server ends.
     """
     from simpletuner.server.settings import ServerSettings
     from simpletuner.server.token_auth import read_or_create_secret
@@ -68,7 +84,8 @@ def command(
 
     if token is not None and len(token) < MIN_TOKEN_CHARS:
         raise ConfigError(
-            f"the token needs at least {MIN_TOKEN_CHARS} characters; without one it is made"
+            f"the token must have at least {MIN_TOKEN_CHARS} characters; leave it out to "
+            "generate one"
         )
     with bind_socket(host, port) as listening:
         place = Workspace(workspace, roots)
@@ -79,7 +96,7 @@ def command(
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A socket on that address. Raises ConfigError where it is taken or not this machine's."""
+    """Return a socket bound to this address. Raises ConfigError if the address is in use."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -87,12 +104,14 @@ def bind_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"{host}:{port}: {reason}; --port takes another, 0 a free one") from error
+        raise ConfigError(
+            f"{host}:{port}: {reason}; choose another --port, or 0 for any free one"
+        ) from error
     return listening
 
 
 def run_server(settings: ServerSettings, listening: socket.socket, opens: bool) -> None:
-    """Until Ctrl-C or SIGTERM. The access log stays off: it would keep what people look at."""
+    """Serve until Ctrl-C or SIGTERM. There is no access log, for privacy."""
     import uvicorn
 
     from simpletuner.server.app import create_app
@@ -118,19 +137,19 @@ def run_server(settings: ServerSettings, listening: socket.socket, opens: bool) 
     )
     with contextlib.suppress(KeyboardInterrupt):
         Announced(config).run([listening])
-    click.echo("\nThe server has ended. Trainings that run go on; start it again to see them.")
+    click.echo(
+        "\nThe server has stopped. Running trainings continue; start the server again to see them."
+    )
 
 
 def print_address(settings: ServerSettings, launch: str, opens: bool) -> None:
-    """The address, as soon as it answers."""
+    """Print the address when the server answers."""
     name = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname(), "127.0.0.1": "localhost"}
     host = name.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)
     url = f"http://{host}:{settings.port}/{launch}"
     click.echo(f"simpletuner: {url}")
     if launch:
-        click.echo(
-            "This link logs in once. For scripts, and later: the token that you gave, or else the"
-        )
+        click.echo("This link logs in once. For scripts and later logins use your token, or the")
         click.echo(
             f"one in {settings.workspace.server_dir / 'token'}. Plain HTTP: across a network use "
             "a tunnel (ssh -L)."

@@ -1,4 +1,4 @@
-"""simpletuner train: read and check everything first, import torch only when all is well."""
+"""simpletuner train: read and check everything first, import torch only if all is valid."""
 
 from __future__ import annotations
 
@@ -32,12 +32,17 @@ CONFIG_SOURCE_FLAGS = {
     "example": "NAME  a packaged example (simpletuner examples list)",
 }
 FIT_FLAG = {
-    "fit [12GB]": "take the fastest settings that fit it, or what is free; say it again to go on"
+    "fit [12GB]": (
+        "pick the fastest settings that fit this much memory (default: free memory); repeat it "
+        "when resuming"
+    ),
 }
 SWITCHES = {
-    "show_config": "print every value and where it came from, and stop",
-    "rehearse": "a few steps of your dataset and options on the tiny bundled model, on the CPU",
-    "serve": "show the run's page on http://localhost:8001 while it trains",
+    "show_config": "print every value and its origin, and exit",
+    "rehearse": (
+        "dry run: a few steps with your dataset and options on the bundled tiny model, on the CPU"
+    ),
+    "serve": "show the run in the web UI on http://localhost:8001 while it trains",
     "help": "the basic options",
     "help_all": "all options",
 }
@@ -51,7 +56,7 @@ SWITCHES = {
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def command(ctx: click.Context, words: tuple[str, ...]) -> None:
-    """Train with the configuration in config.json, and with what the flags change of it."""
+    """Train with the configuration in config.json, changed by flags."""
     pairs = flags.parse_flags(
         ["--help" if word == "-h" else word for word in words], tuple(SWITCHES)
     )
@@ -68,7 +73,8 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
         raise ConfigError(empty)
     if "fit" in given and not given.keys().isdisjoint(("rehearse", "show_config")):
         raise ConfigError(
-            "--fit is for the training itself; simpletuner plan --fit shows what it would take"
+            "--fit applies to the training itself; simpletuner plan --fit shows what it would "
+            "choose"
         )
     within = (given["fit"] or "") if "fit" in given else None
     if within:
@@ -96,7 +102,10 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
 
 
 def check_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, DatasetFile]:
-    """The configuration and its datasets, or a ConfigError with the problems of all files together."""
+    """Return the configuration and its datasets.
+
+    Raises ConfigError with the problems of all files together.
+    """
     problems = list(tried.problems)
     backends = None
     if tried.data_options is not None and tried.data_options.data_backend_config is not None:
@@ -124,7 +133,7 @@ def check_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, Da
 def print_config(
     loaded: LoadedConfig, dataset_notices: Sequence[str], echo: Callable[[str], None]
 ) -> None:
-    """Print every value with its origin, by section; then the notices about options and datasets."""
+    """Print every value with its origin, by section; then the notices."""
     values = resolved_options(loaded.config)
     for group, options in groupby(all_options().values(), key=lambda option: option.group):
         echo(f"\n{group}")
@@ -137,19 +146,19 @@ def print_config(
 
 
 def format_help(everything: bool) -> str:
-    """The basic options by group, or all of them."""
+    """Return the help text: the basic options by group, or all of them."""
     formatter = click.HelpFormatter(width=110)
     formatter.write_usage(
         "simpletuner train", "[--config PATH | --env NAME | --example NAME] [--OPTION VALUE ...]"
     )
-    with formatter.section("Where the configuration comes from"):
+    with formatter.section("Configuration source"):
         formatter.write_dl(
             [
                 (f"--{name} {text.split('  ')[0]}", text.split("  ")[1])
                 for name, text in CONFIG_SOURCE_FLAGS.items()
             ]
         )
-    with formatter.section("Instead of training, or beside it"):
+    with formatter.section("Other flags"):
         switches = {**SWITCHES, **FIT_FLAG}.items()
         formatter.write_dl([(f"--{name.replace('_', '-')}", text) for name, text in switches])
     for group, options in groupby(all_options().values(), key=lambda option: option.group):
@@ -166,6 +175,7 @@ def format_help(everything: bool) -> str:
                 formatter.write_dl(rows, col_max=34)
     formatter.write_paragraph()
     formatter.write_text(
-        "Also --option=value and option=value; - and _ alike. Search: simpletuner options [WORD]"
+        "--option=value and option=value work too; - and _ are equivalent. Search: simpletuner "
+        "options [WORD]"
     )
     return formatter.getvalue().rstrip()

@@ -1,4 +1,4 @@
-"""What `configure` knows while it asks: the files, the answers, the pictures, the device, the plan."""
+"""State of `simpletuner configure`: files, answers, images, device and plan."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from simpletuner.config.presets import (
     preset_for_memory,
 )
 from simpletuner.errors import ConfigError
+from simpletuner.events.formatting import count_of
 
 if TYPE_CHECKING:
     from simpletuner.cli.dataset_summary import DatasetSummary
@@ -35,17 +36,17 @@ OPTION_AND_DATASET_FIELDS = (
     "resolution_type",
     "caption_strategy",
     "instance_prompt",
-)  # option and dataset field
+)  # names of both an option and a dataset field
 COMMON_IMAGE_FOLDERS = ("pictures", "photos", "images", "datasets/photos")
 STEP_LIMITS = (500, 3000)
-VISITS_PER_IMAGE = 100  # of each picture, within STEPS
+VISITS_PER_IMAGE = 100  # per image, within STEP_LIMITS
 PLAN_TIMEOUT_S = 3.0
 GB = 1e9
 NO_CHANGE = "no_change"
 
 
 class ConfigWizard:
-    """What is known and proposed, and what an answer comes to. Later wins: proposal, file, answer, --set."""
+    """State of the wizard. Later values win: proposal, file, answer, --set."""
 
     def __init__(
         self, speaker: PipePrompter, target: Path, cwd: Path, given: dict[str, Any]
@@ -64,7 +65,7 @@ class ConfigWizard:
                 for name in OPTION_AND_DATASET_FIELDS
                 if name in self.image_entry
             }
-        # What a set says for itself would make an answer idle, and a run has one length.
+        # A value in the dataset entry overrides an answer, and a run has only one length.
         idle = [name for name in OPTION_AND_DATASET_FIELDS if name in self.image_entry]
         epochs = "num_train_epochs" in {*self.existing_options, *given}
         self.settled_names = [*given, *idle, *(["max_train_steps"] if epochs else [])]
@@ -90,7 +91,9 @@ class ConfigWizard:
             return {}
         found = read_document(self.target_file, short(self.target_file, self.cwd)).value
         if not isinstance(found, dict):
-            raise ConfigError(f"{short(self.target_file, self.cwd)} holds no object of options")
+            raise ConfigError(
+                f"{short(self.target_file, self.cwd)} does not hold an object of options"
+            )
         plain = {name.lstrip("-").replace("-", "_"): value for name, value in found.items()}
         plain.pop("$schema", None)
         return {option_aliases().get(name, name): value for name, value in plain.items()}
@@ -103,11 +106,11 @@ class ConfigWizard:
         path = self.target_file.parent / name
         found = read_document(path, short(path, self.cwd)).value if path.exists() else []
         if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-            raise ConfigError(f"{short(path, self.cwd)} is no list of datasets")
+            raise ConfigError(f"{short(path, self.cwd)} does not hold a list of datasets")
         return path, found
 
     def current_value(self, name: str) -> Any:
-        """What holds now: "captions" of the pictures, or an option."""
+        """Return the current value of an option, or "captions": all, some or none of the images."""
         if name == "captions":
             return self.dataset_summary.caption_coverage if self.dataset_summary else "all"
         return self._merged_options().get(name, all_options()[name].default)
@@ -122,7 +125,7 @@ class ConfigWizard:
         return self.current_value(name)
 
     def question_context(self, name: str) -> str:
-        """What is worth knowing at this question."""
+        """Return facts that help to answer this question, or an empty text."""
         survey = self.dataset_summary
         if name == "train_batch_size" and survey is not None:
             return survey.describe_buckets(
@@ -130,9 +133,12 @@ class ConfigWizard:
             )
         if name == "max_train_steps" and survey is not None:
             steps, count = self.proposed_value(name), len(survey.sizes_px)
-            visits = float(steps or 0) * float(self.current_value("train_batch_size")) / count
+            passes = float(steps or 0) * float(self.current_value("train_batch_size")) / count
             return (
-                f"{steps} steps show each of {count} pictures {visits:.0f} times." if steps else ""
+                f"{steps} steps = about {count_of(round(passes), 'pass', 'passes')} over "
+                f"{count_of(count, 'image')}."
+                if steps
+                else ""
             )
         if name == "base_model_precision":
             return self._describe_hardware()
@@ -147,14 +153,12 @@ class ConfigWizard:
         )
 
     def set_answer(self, name: str, raw: Any) -> None:
-        """Take it, or raise what is wrong with it."""
+        """Set an answer. Raises SimpleTunerError if it is not valid."""
         if name == IMAGE_FOLDER_FIELD:
             from simpletuner.cli.dataset_summary import summarize_dataset
 
             if not raw:
-                raise ConfigError(
-                    "the folder of the pictures is needed: --set instance_data_dir=FOLDER"
-                )
+                raise ConfigError("Missing image folder. Pass --set instance_data_dir=FOLDER.")
             self.dataset_summary = summarize_dataset(self.cwd / os.path.expanduser(str(raw)))
             self.prompter.show_text(self.dataset_summary.text)
             self.answers[name] = raw
@@ -167,13 +171,13 @@ class ConfigWizard:
                 all_options()[name].nullable and str(raw).strip().lower() in NULL_WORDS
             )
             if blank and name == "instance_prompt":
-                raise ConfigError("one caption is needed, as there are no others")
+                raise ConfigError("a caption is needed, because the images have none")
             self.answers[name] = None if blank else value
         if self.prompter.interactive:
             self._start_plan()
 
     def build_files(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """What both files are to hold, proven by the reader. Raises ConfigError."""
+        """Return the content of both files, checked by their readers. Raises ConfigError."""
         from simpletuner.data.dataset_file import try_read_datasets
 
         config = {
@@ -196,7 +200,7 @@ class ConfigWizard:
                 folder.relative_to(home) if inside else folder
             ).as_posix()
         if not self.image_entry.get("id") and folder is not None:
-            name = re.sub(r"[^\w.-]", "-", folder.name) or "pictures"
+            name = re.sub(r"[^\w.-]", "-", folder.name) or "images"
             self.image_entry = {"id": name, "type": "local", **self.image_entry}
             self.dataset_entries = [self.image_entry, *self.dataset_entries]
         tried = try_load_mapping(expand_placeholders(config), self.target_file.parent, self.cwd)
@@ -212,29 +216,29 @@ class ConfigWizard:
         return config, self.dataset_entries
 
     def describe_planned_memory(self) -> str:
-        """The planned memory, if the plan is there within a few seconds."""
+        """Return a sentence about the planned memory, if the plan is ready within a few seconds."""
         planned = self._planned_memory_gb()
         if planned is None:
-            return "`simpletuner plan` says what it will need."
-        return f"Planned memory: {planned:.1f} GB."
+            return "Run `simpletuner plan` to estimate the memory."
+        return f"Estimated memory: {planned:.1f} GB."
 
     def close(self) -> None:
-        """End what runs in the background."""
+        """Stop the background work."""
         if self._running_plan is not None:
             self._running_plan[1].terminate()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _image_folder(self) -> Path | None:
-        """The folder that the dataset file names, as its reader finds it."""
+        """Return the folder that the dataset file names, resolved like its reader does."""
         written = self.image_entry.get(IMAGE_FOLDER_FIELD)
         if not isinstance(written, str):
             return None
         path = os.path.expanduser(expand_placeholders(written))
-        beside = self.dataset_file.parent / path
-        return (beside if beside.is_dir() else self.cwd / path).resolve()
+        folder: Path = self.dataset_file.parent / path
+        return folder.resolve() if folder.is_dir() else (self.cwd / path).resolve()
 
     def _merged_options(self, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Every option that is not its default, less those that the others leave no room for."""
+        """Return every option that is not at its default, without those that no longer apply."""
         given = {
             name: value for name, value in self.chosen_options.items() if name in all_options()
         }
@@ -270,7 +274,7 @@ class ConfigWizard:
         )
 
     def _propose_options(self) -> dict[str, Any]:
-        """Proposals for a file that is new; for an old one only what another model wants."""
+        """Return proposals for a new file; for an existing one only what another model needs."""
         said = {**self.existing_options, **self.answers, **self.chosen_options}
         flavour = said.get("model_flavour")
         if flavour is None:
@@ -315,7 +319,7 @@ class ConfigWizard:
         }
 
     def _propose_for_device(self, said: Mapping[str, Any]) -> dict[str, Any]:
-        """The row of the table that fits, or the next where the plan says more than the table."""
+        """Return the preset that fits, or the next one if the plan needs more than the preset."""
         device = self._largest_accelerator()
         if device is None:
             return {}
@@ -335,27 +339,32 @@ class ConfigWizard:
         return {name: value for name, value in row.items() if hosted or name.endswith("precision")}
 
     def _largest_accelerator(self) -> DeviceInfo | None:
-        """The largest accelerator, None without one."""
+        """Return the largest accelerator, None without one."""
         cards = [one for one in self._device_detection.result() if one.kind != "cpu"]
         return max(cards, key=lambda one: one.memory_total_bytes or 0, default=None)
 
     def _describe_hardware(self) -> str:
         device, planned = self._largest_accelerator(), self._planned_memory_gb()
         size = (device.memory_total_bytes or 0) / GB if device else 0.0
-        found = f"Found: {device.name}, {size:.1f} GB." if device else "No accelerator was found."
+        found = f"Found {device.name}, {size:.1f} GB." if device else "No GPU found."
         precision = self.proposed_value("base_model_precision")
         if planned is not None:
-            return f"{found} Planned with {precision}: {planned:.1f} GB."
+            base = "unquantized base" if precision == NO_CHANGE else f"{precision} base"
+            where = "" if device else " on CPU"
+            return f"{found} Estimated memory{where} ({base}): {planned:.1f} GB."
         if device is None and self.current_value("model_flavour") != "nano":
-            return f"{found} Chroma's 8.9 billion weights are too many for a CPU; flavour nano runs on one."
+            return (
+                f"{found} Chroma's 8.9 billion weights are too large for a CPU; the nano flavour "
+                "runs on one."
+            )
         if device is None or self.current_value("model_type") == "full":
-            return f"{found} The plan is not ready."
+            return f"{found} The memory estimate is not ready."
         gb = preset_for_memory(device.memory_total_bytes)[1]
         table = f"{gb:.1f} GB with {precision} for rank 16, 1024 px, batch 1"
-        return f"{found} The plan is not ready; the README's table says {table}."
+        return f"{found} The memory estimate is not ready; the preset needs {table}."
 
     def _start_plan(self) -> None:
-        """Let a process plan what holds now, unless it does so already."""
+        """Start a process that plans the current values, unless it is running or done."""
         from simpletuner.server.plan_service import PlanProcess, plan_relevant_options
 
         tried = self._try_load({})
@@ -376,7 +385,10 @@ class ConfigWizard:
             self._running_plan = config, PlanProcess(config, ["--device", kind], self.cwd)
 
     def _planned_memory_gb(self) -> float | None:
-        """Planned GB of what holds now; None where no plan is ready within PATIENCE_S."""
+        """Return the planned GB of the current values.
+
+        None if no plan is ready within PLAN_TIMEOUT_S.
+        """
         if not self.prompter.interactive:
             return None
         self._start_plan()

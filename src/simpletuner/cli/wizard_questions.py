@@ -1,4 +1,4 @@
-"""What `simpletuner configure` asks, in the order in which a person thinks, and who is asked."""
+"""Questions of `simpletuner configure`, in order, and the prompters that ask them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ FULL_SIZE_FLAVOURS = ("base", "hd", "flash")
 
 @dataclass(frozen=True)
 class Question:
-    """name: an option, or a field of the dataset file. needs: asked only where these have such values;
-    "captions" is what was found beside the pictures: all, some, none.
+    """One question. name: an option, or a field of the dataset file.
+
+    required_values: the question is asked only where these options have such values; "captions" is
+    all, some or none of the images.
     """
 
     name: str
@@ -41,51 +43,55 @@ class Question:
         option = all_options().get(self.name)
         if option is None:
             return (
-                "The folder with your pictures, folders in it included; photo.txt beside "
-                "photo.jpg is its caption. It is only ever read."
+                "Folder of your images, including subfolders; photo.txt next to photo.jpg is its "
+                "caption. Nothing in it is changed."
             )
         unit = f" ({option.unit})" if option.unit else ""
-        return f"{option.name}: {option.text} Takes {option.takes}{unit}; default {json.dumps(option.default)}."
+        default = json.dumps(option.default)
+        return f"{option.name}: {option.text} Takes {option.takes}{unit}; default {default}."
 
 
 LORA_ONLY, FULL_RANK_ONLY = {"model_type": ("lora",)}, {"model_type": ("full",)}
 QUESTIONS = (
-    Question("instance_data_dir", "Which folder holds the pictures?"),
-    Question(
-        "caption_strategy", "Where do their captions come from?", {"captions": ("some", "none")}
-    ),
+    Question("instance_data_dir", "Image folder?"),
+    Question("caption_strategy", "Source of captions?", {"captions": ("some", "none")}),
     Question(
         "missing_caption",
-        "And pictures without one?",
+        "Images without a caption?",
         {"captions": ("some",), "caption_strategy": ("textfile",)},
     ),
-    Question("instance_prompt", "One caption for all?", {"caption_strategy": ("instanceprompt",)}),
-    Question("model_type", "Teach a LoRA, or change every weight?"),
-    Question("lora_rank", "How large a LoRA (rank)?", LORA_ONLY),
-    Question("optimizer", "Which optimizer?", FULL_RANK_ONLY),
-    Question("model_flavour", "Which Chroma to start from?"),
+    Question(
+        "instance_prompt", "Caption for all images?", {"caption_strategy": ("instanceprompt",)}
+    ),
+    Question("model_type", "Train a LoRA or the full model?"),
+    Question("lora_rank", "LoRA rank?", LORA_ONLY),
+    Question("optimizer", "Optimizer?", FULL_RANK_ONLY),
+    Question("model_flavour", "Which base model?"),
     Question(
         "pretrained_model_name_or_path",
-        "Another folder or repository of it? Blank for none.",
+        "Custom base model (folder or repository)? Blank for the flavour's own.",
         {"model_flavour": FULL_SIZE_FLAVOURS},
     ),
-    Question("resolution", "Which resolution to train at?"),
-    Question("train_batch_size", "How many pictures at once?"),
+    Question("resolution", "Training resolution?"),
+    Question("train_batch_size", "Batch size?"),
     Question(
         "base_model_precision",
-        "How to store the frozen base?",
+        "Quantize the base model?",
         {**LORA_ONLY, "model_flavour": FULL_SIZE_FLAVOURS},
     ),
-    Question("gradient_checkpointing", "Recompute blocks to save memory?"),
-    Question("max_train_steps", "How many steps?"),
-    Question("learning_rate", "At which learning rate?"),
-    Question("validation_prompt", "What to draw as a preview? Blank for nothing."),
-    Question("output_dir", "Where to write the results?"),
+    Question("gradient_checkpointing", "Enable gradient checkpointing?"),
+    Question("max_train_steps", "Number of steps?"),
+    Question("learning_rate", "Learning rate?"),
+    Question("validation_prompt", "Prompt for validation images? Blank for none."),
+    Question("output_dir", "Output folder?"),
 )
 
 
 class PipePrompter:
-    """Questions through a pipe: a line each. patient: asked again after an answer that cannot be."""
+    """Ask through a pipe, one line each.
+
+    interactive: an invalid answer is asked for again.
+    """
 
     interactive = True
 
@@ -95,7 +101,7 @@ class PipePrompter:
         line = sys.stdin.readline()
         if not line:
             raise click.UsageError(
-                f"the input ended at {text!r}; --defaults takes what is proposed"
+                f"the input ended at {text!r}; use --defaults to accept all proposed answers"
             )
         return line
 
@@ -104,7 +110,7 @@ class PipePrompter:
 
 
 class DefaultsPrompter(PipePrompter):
-    """--defaults: yes to everything."""
+    """Accept every proposed answer (--defaults)."""
 
     interactive = False
 
@@ -113,7 +119,7 @@ class DefaultsPrompter(PipePrompter):
 
 
 class TerminalPrompter(PipePrompter):
-    """Questions on a terminal: lists to choose from, lines to type."""
+    """Ask on a terminal: lists to choose from, and text input."""
 
     def ask(self, text: str, choices: Sequence[str], proposed: str) -> str:
         import questionary
@@ -129,7 +135,7 @@ class TerminalPrompter(PipePrompter):
 
 
 def format_answer(value: Any) -> str:
-    """As a person would type it."""
+    """Return the value as a user would type it."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -1,1 +1,1 @@
-"""What the user asked for: one declaration per option, read from file, environment and flags."""
+"""Configuration: one declaration per option, read from a file, the environment and flags."""

@@ -1,4 +1,4 @@
-"""May a checkpoint of one configuration go on under another?"""
+"""Comparison of two configurations: whether a checkpoint of one may be resumed with the other."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from simpletuner.config.option_catalog import all_options
 
 
 def training_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two resolved configurations and would change the training: one line per option.
+    """Return one line per option whose difference would change the training.
 
-    "learning_rate was 0.0001, is 0.0002". Options declared free on resume are left out; an option that
-    one side does not know (another version wrote it) counts as its default.
+    For example "learning_rate was 0.0001, is 0.0002". Options declared free on resume are left out;
+    an option that one side does not know, because another version wrote it, counts as its default.
     """
     was, now = _options_fixed_on_resume(old), _options_fixed_on_resume(new)
     differing = [name for name in now if was[name] != now[name]]
@@ -22,7 +22,7 @@ def training_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
 
 
 def training_config_hash(resolved: Mapping[str, Any]) -> str:
-    """16 hex digits that change with every option that would change the training."""
+    """Return 16 hex digits that change with every option that would change the training."""
     return hashlib.sha256(
         json.dumps(_options_fixed_on_resume(resolved), sort_keys=True).encode()
     ).hexdigest()[:16]
@@ -30,7 +30,7 @@ def training_config_hash(resolved: Mapping[str, Any]) -> str:
 
 def _options_fixed_on_resume(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        o.name: resolved.get(o.name, o.default)
-        for o in all_options().values()
-        if o.resume_policy == "fixed"
+        option.name: resolved.get(option.name, option.default)
+        for option in all_options().values()
+        if option.resume_policy == "fixed"
     }

@@ -1,4 +1,4 @@
-"""Rules between options: errors for what cannot hold together, warnings for what is probably a mistake.
+"""Rules between options: errors for contradictions, warnings for probable mistakes.
 
 An option that has an effect only with certain values of others declares that itself (`needs`, see
 config/option.py); here are the rules that compare values.
@@ -37,8 +37,8 @@ RESOLUTION_PATTERN = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
 BASE_DERIVED_INITS = ("olora", "pissa")
 # A gradient of the velocity error is about 1e-6 per element; below 6e-5 fp16 loses precision.
 FP16_REFUSAL = (
-    'mixed_precision = "fp16": training needs bf16 or no; fp16 rounds small gradients to zero and overflows '
-    "in Chroma's activations. GPUs without bf16 units can compute bf16 too, more slowly"
+    'mixed_precision = "fp16": training needs bf16 or no; fp16 rounds small gradients to zero and '
+    "overflows in Chroma's activations. GPUs without bf16 units can compute bf16 too, more slowly"
 )
 
 
@@ -149,7 +149,7 @@ def _check_block_swap(run: RunConfig) -> Iterator[ConstraintFinding]:
 
 
 def _check_optimizer_memory(run: RunConfig) -> Iterator[ConstraintFinding]:
-    """Yield what cannot be combined with the optimizer step in backward or with offloaded states."""
+    """Yield what an optimizer step in backward, or offloaded states, cannot be combined with."""
     optimizer, accumulation = run.optimizer, run.training.gradient_accumulation_steps
     in_backward = optimizer.optimizer_release_gradients
     offloaded = optimizer.optimizer_cpu_offload_method != "none"
@@ -260,11 +260,14 @@ def _check_validation(run: RunConfig) -> Iterator[ConstraintFinding]:
         elif name not in IMAGE_METRICS and names != ["none"]:
             yield (
                 "evaluation_type",
-                f"{name!r} is not supported; allowed: none, or a list of {', '.join(IMAGE_METRICS)}",
+                f"{name!r} is not supported; allowed: none, or a list of "
+                f"{', '.join(IMAGE_METRICS)}",
             )
     base = run.model.pretrained_model_name_or_path
     hosted_base = run.model.model_flavour != "nano" and base is not None and not Path(base).is_dir()
-    if hosted_base and any(IMAGE_METRICS[name].nano_only for name in names if name in IMAGE_METRICS):
+    if hosted_base and any(
+        IMAGE_METRICS[name].nano_only for name in names if name in IMAGE_METRICS
+    ):
         yield "evaluation_type", f"{run.validation.evaluation_type} {SCORABLE_BASE_REASON}"
 
 
@@ -286,7 +289,10 @@ def _check_logging(run: RunConfig) -> Iterator[ConstraintFinding]:
 
 
 def find_warnings(run: RunConfig, given: GivenOrigins) -> Iterator[str]:
-    """Yield warnings about a configuration without errors: probable mistakes and options without effect."""
+    """Yield warnings about a configuration without errors.
+
+    They name probable mistakes and options without effect.
+    """
     model, flow, optimizer, training = run.model, run.flow, run.optimizer, run.training
     if model.mixed_precision == "fp16":
         yield "mixed_precision fp16 overflows easily in Chroma and can give black images; use bf16"
@@ -347,7 +353,7 @@ def format_no_effect(names: list[str], group: NeedGroup, read: ValueReader) -> s
 
 
 def _find_ineffective(run: RunConfig) -> Iterator[tuple[Option, NeedGroup]]:
-    """Yield the options whose value differs from the default although something that they need is not met."""
+    """Yield each option that is not at its default although something that it needs is not met."""
     read = value_reader(run)
     for option in all_options().values():
         group = find_unmet_need(option.needs, read)
@@ -356,7 +362,10 @@ def _find_ineffective(run: RunConfig) -> Iterator[tuple[Option, NeedGroup]]:
 
 
 def unmet_error(option: Option, group: NeedGroup) -> str | None:
-    """Return why the option is refused when this group of its needs is unmet; None if it is only ignored."""
+    """Return why the option is refused when this group of its needs is unmet.
+
+    None if it is only ignored.
+    """
     return next(
         (option.unmet_errors[need.option] for need in group if need.option in option.unmet_errors),
         None,

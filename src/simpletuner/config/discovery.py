@@ -1,4 +1,4 @@
-"""Where the configuration of a run lies. One search, used by every command."""
+"""Search for the configuration file of a run, the same for every command."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ EXAMPLES_DIR = Path(__file__).resolve().parent.parent / "examples"
 def find_config(
     config: str | Path | None, env: str | None, example: str | None, cwd: Path
 ) -> Path | None:
-    """The file that --config, --env or --example names, else the first of NAMES here or in config/.
+    """Return the file that --config, --env or --example names, else the first found.
 
-    None when nothing was named and nothing is there. Raises ConfigError for a name that leads
-    nowhere.
+    Without a name, CONFIG_FILE_NAMES are tried in the working directory and in config/; None if
+    there is none. Raises ConfigError for a name that leads nowhere.
     """
     named = [
         text
@@ -50,7 +50,7 @@ def find_config(
 
 
 def no_config_message(cwd: Path) -> str:
-    """The one line for a run without any configuration."""
+    """Return the message for a run without any configuration."""
     looked = ", ".join([*CONFIG_FILE_NAMES, *(f"config/{name}" for name in CONFIG_FILE_NAMES)])
     return (
         f"no configuration: none of {looked} is in {cwd}. Write one with `simpletuner "
@@ -60,12 +60,15 @@ def no_config_message(cwd: Path) -> str:
 
 
 def example_names() -> list[str]:
-    """The packaged examples."""
+    """Return the names of the packaged examples."""
     return sorted(path.parent.name for path in EXAMPLES_DIR.glob("*/config.json"))
 
 
 def example_folder(name: str) -> Path:
-    """The folder of a packaged example. Raises ConfigError with the list for any other name."""
+    """Return the folder of a packaged example.
+
+    Raises ConfigError with the list for any other name.
+    """
     if name not in example_names():
         raise ConfigError(
             f"there is no example {name!r}; there are: {', '.join(example_names()) or 'none'}"
@@ -74,7 +77,7 @@ def example_folder(name: str) -> Path:
 
 
 def candidate_paths(folder: Path) -> list[Path]:
-    """Every file name that is tried in a folder."""
+    """Return every path that is tried in a folder."""
     return [folder / name for name in CONFIG_FILE_NAMES]
 
 

@@ -1,4 +1,4 @@
-"""`python -m simpletuner.config.docs` writes docs/options.md and docs/options.schema.json from the schema."""
+"""Writer of docs/options.md and docs/options.schema.json: python -m simpletuner.config.docs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from simpletuner.config.unsupported_options import unsupported_names_by_reason
 
 PAGE_HEADER = """# Options
 
-Written by `python -m simpletuner.config.docs`; do not edit. One option is one key of `config.json`, one flag
-(`--seed 7`, `--seed=7` or `seed=7`) and one variable (`SIMPLETUNER_SEED=7`). Later sources replace earlier ones:
-default, file, environment, flag. Start with the **basic** options, then the *common* ones. Options marked R may
-change between a checkpoint and its resumption. An option that "needs" values of others has no effect without them:
-the web form hides it, and a notice names it.
+Written by `python -m simpletuner.config.docs`; do not edit. One option is one key of `config.json`,
+one flag (`--seed 7`, `--seed=7` or `seed=7`) and one variable (`SIMPLETUNER_SEED=7`). Later sources
+replace earlier ones: default, file, environment, flag. Start with the **basic** options, then the
+*common* ones. Options marked R may change between a checkpoint and its resumption. An option that
+"needs" values of others has no effect without them: the web form hides it, and a notice names it.
 """
 
 UNSUPPORTED_HEADER = """
 ## Options of SimpleTuner that are not supported
 
-Setting one is an error. It is skipped with a notice if it is off, at SimpleTuner's default, or without effect.
+Setting one is an error. It is skipped with a notice if it is off, at SimpleTuner's default, or
+without effect.
 
 | option | reason or replacement |
 |---|---|"""

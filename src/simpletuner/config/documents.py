@@ -21,12 +21,15 @@ TOML_POSITION_PATTERN = re.compile(r" \(at line (\d+), column (\d+)\)$")
 
 
 def read_document(path: Path, name: str) -> Document:
-    """Read a .json, .jsonc or .toml file; `name` is how it is called in messages. Raises ConfigError."""
+    """Read a .json, .jsonc or .toml file.
+
+    name: how messages call the file. Raises ConfigError.
+    """
     try:
         size_mib = path.stat().st_size / 2**20
         if size_mib > MAX_FILE_MIB:  # weights named by mistake would fill the memory first
             raise ConfigError(
-                [Problem(name, f"{size_mib:.0f} MiB are too many for a file of options")]
+                [Problem(name, f"{size_mib:.0f} MiB is too large for a configuration file")]
             )
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -37,7 +40,10 @@ def read_document(path: Path, name: str) -> Document:
 
 
 def parse_document(text: str, suffix: str, name: str) -> Document:
-    """A text already read: TOML where the suffix says so, else JSON with comments. Raises ConfigError."""
+    """Parse a text that was read already: TOML by its suffix, else JSON with comments.
+
+    Raises ConfigError.
+    """
     return _parse_toml(text, name) if suffix.lower() == ".toml" else jsonc.parse_jsonc(text, name)
 
 

@@ -1,4 +1,4 @@
-"""The one door to the process environment: `{env:NAME}` in files, SIMPLETUNER_<OPTION> variables."""
+"""Access to the process environment: {env:NAME} in files and SIMPLETUNER_<OPTION> variables."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from simpletuner.errors import ConfigError
 PLACEHOLDER_PATTERN = re.compile(r"\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 VARIABLE_PREFIX = "SIMPLETUNER_"
 SERVER_TOKEN_VARIABLE = (
-    f"{VARIABLE_PREFIX}SERVER_TOKEN"  # what `simpletuner server` demands of others; no option's
+    f"{VARIABLE_PREFIX}SERVER_TOKEN"  # the access token of `simpletuner server`; not an option
 )
 
 
 def copy_process_environment() -> Mapping[str, str]:
-    """A copy of the environment as it is now."""
+    """Return a copy of the environment as it is now."""
     return dict(os.environ)
 
 
 def user_cache_dir() -> Path:
-    """Where this program keeps what all runs share: simpletuner in $XDG_CACHE_HOME, or in ~/.cache."""
+    """Return the cache folder of all runs: simpletuner in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simpletuner"
 
 
 def expand_placeholders(value: Any, environ: Mapping[str, str] | None = None) -> Any:
     """Replace every {env:NAME} in a text, or in the texts of a list or object.
 
-    Raises ConfigError naming the first variable that is not set.
+    Raises ConfigError with the first variable that is not set.
     """
     known = copy_process_environment() if environ is None else environ
 

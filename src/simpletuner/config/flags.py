@@ -1,4 +1,7 @@
-"""`--option value`, `--option=value`, `option=value` and bare `--flag`, as pairs; `-` and `_` alike."""
+"""Parser of --option value, --option=value, option=value and flags without a value.
+
+Hyphens and underscores in names mean the same.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ FLAG_PATTERN = re.compile(r"--([A-Za-z][\w-]*)")
 
 
 def parse_flags(argv: Sequence[str], switches: Sequence[str] = ()) -> list[tuple[str, str | None]]:
-    """(name, value) in the order typed, names with `_`; value None for a flag that stands alone.
+    """Return (name, value) in the order typed, names with underscores; a flag alone has None.
 
-    switches: names that never take the next word. A word that is none of the forms raises
-    ConfigError.
+    switches: names that never take the next argument. Raises ConfigError for an argument in none of
+    these forms.
     """
     found: list[tuple[str, str | None]] = []
     problems: list[Problem] = []
@@ -38,7 +41,10 @@ def parse_flags(argv: Sequence[str], switches: Sequence[str] = ()) -> list[tuple
             )
         else:
             problems.append(
-                Problem("", f"{word!r} belongs to no option; write --option value or option=value")
+                Problem(
+                    "",
+                    f"{word!r} is not the value of an option; write --option value or option=value",
+                )
             )
     if problems:
         raise ConfigError(problems)
@@ -46,7 +52,10 @@ def parse_flags(argv: Sequence[str], switches: Sequence[str] = ()) -> list[tuple
 
 
 def _takes_next_word(name: str, word: str, switches: Sequence[str]) -> bool:
-    """A boolean takes the next word only if it says yes, no or how much; nothing takes one like `--seed`."""
+    """Return whether the next argument is the value of this option.
+
+    A boolean takes it only if it is a value of a boolean; an argument like --seed is never a value.
+    """
     if (
         name in switches
         or FLAG_PATTERN.fullmatch(word)

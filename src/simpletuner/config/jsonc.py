@@ -20,7 +20,7 @@ from simpletuner.errors import ConfigError, Problem
 
 JsonPath = tuple[str | int, ...]
 
-# None of them, nor a text, can end earlier or later, whatever comes behind: a file is read once.
+# Comments and strings end at the same place whatever follows, so one pass is enough.
 COMMENT_PATTERN = r"//[^\n]*(?=\n|\Z)|#[^\n]*(?=\n|\Z)|/\*(?:(?!\*/).)*(?:\*/|\Z)"
 TOKEN_PATTERN = re.compile(
     rf'"(?:[^"\\]|\\(?:.|\Z))*(?:"|\Z)|{COMMENT_PATTERN}|[\[\]{{}},:]|[^\[\]{{}},:"/#\s]+',
@@ -35,9 +35,10 @@ MAX_DEPTH = 100
 
 @dataclass(frozen=True)
 class Document:
-    """value: what json.loads would give. positions: path of keys and indexes -> (line, column), from 1.
+    """A parsed text. value: the result of json.loads. positions: path -> (line, column), from 1.
 
-    The path of a member points at its key, of a list element at its first character, () at the root.
+    The path of a member points at its key, of a list element at its first character, () at the
+    root.
     """
 
     value: Any
@@ -45,7 +46,7 @@ class Document:
     name: str = ""
 
     def location_of(self, path: JsonPath = ()) -> str:
-        """Of the nearest enclosing path that has a position: "config.json:7:3"."""
+        """Return the position of the nearest enclosing path that has one: "config.json:7:3"."""
         while path and path not in self.positions:
             path = path[:-1]
         position = self.positions.get(path)
@@ -53,7 +54,10 @@ class Document:
 
 
 def parse_jsonc(text: str, name: str) -> Document:
-    """Read a whole text; `name` is how the file is called in messages. ConfigError with every problem."""
+    """Parse a whole text; `name` is how messages call the file.
+
+    Raises ConfigError with every problem.
+    """
     walk, value = _TokenScanner(text.removeprefix("\ufeff")), None
     try:
         value = json.loads(walk.to_plain_json())
@@ -71,7 +75,7 @@ def parse_jsonc(text: str, name: str) -> Document:
 
 
 class _TokenScanner:
-    """Once over the tokens of a text that may be anything. problems: (offset, sentence)."""
+    """One pass over the tokens of a text that may be anything. problems: (offset, sentence)."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -83,7 +87,7 @@ class _TokenScanner:
         self.expects_key = False
 
     def line_and_column(self, at: int) -> tuple[int, int]:
-        """Line and column, from 1."""
+        """Return line and column, from 1."""
         line = bisect.bisect_right(self.line_starts, at)
         return line, at - self.line_starts[line - 1] + 1
 
@@ -91,7 +95,7 @@ class _TokenScanner:
         self.problems.append((at, what))
 
     def to_plain_json(self) -> str:
-        """The text with blanks for comments and trailing commas."""
+        """Return the text with blanks for comments and trailing commas."""
         pieces, begin, last = [], 0, ""
         for match in TOKEN_PATTERN.finditer(self.text):
             word, at = match[0], match.start()
@@ -108,7 +112,7 @@ class _TokenScanner:
                 continue
             self.scan_token(word, at)
             last = word
-            if len(self.path) > MAX_DEPTH:  # no farther: the library's reader calls itself for each
+            if len(self.path) > MAX_DEPTH:  # json.loads recurses once per level
                 self.add_problem(f"more than {MAX_DEPTH} levels", at)
                 return "null"
         return "".join([*pieces, self.text[begin:]])
@@ -142,12 +146,14 @@ class _TokenScanner:
         elif word in NONFINITE_LITERALS:
             self.add_problem(f"a value is expected here, not {word}", at)
         else:
-            with suppress(ValueError):  # a word, or what the library's reader calls no number
+            with suppress(ValueError):  # a literal, or a number that float() refuses
                 if math.isinf(float(word)):
                     self.add_problem(f"{word[:40]} is too large", at)
 
     def parse_string(self, word: str, at: int) -> str:
-        with suppress(json.JSONDecodeError):  # told with its place when the whole text is read
+        with suppress(
+            json.JSONDecodeError
+        ):  # reported with its position when the whole text is parsed
             text: str = json.loads(word)
             if any("\ud800" <= character <= "\udfff" for character in text):
                 self.add_problem("half of a surrogate pair is not a character", at)

@@ -88,7 +88,7 @@ def try_load_config(
     cwd: Path | None = None,
     needs_data: bool = True,
 ) -> ConfigLoadResult:
-    """Load like `load_config`, but return the problems, so that a caller can add its own to them."""
+    """Load like `load_config`, but return the problems, for a caller that adds its own."""
     cwd = Path.cwd() if cwd is None else cwd
     environ = environment.copy_process_environment() if environ is None else environ
     layers = OptionLayers()
@@ -111,7 +111,7 @@ def try_load_config(
 def try_load_mapping(
     options: Mapping[str, Any], folder: Path, cwd: Path | None = None
 ) -> ConfigLoadResult:
-    """Load options that are in no file yet; the location of a problem is the name that was given.
+    """Load options that are in no file yet; problems are located by the name that was given.
 
     folder: where relative paths are looked for before cwd. Neither the environment nor placeholders
     are read, and the dataset file need not exist.
@@ -215,7 +215,10 @@ def _inline_lycoris_config(layers: OptionLayers) -> None:
 
 
 def _infer_rank_from_init_lora(layers: OptionLayers) -> None:
-    """Take the file's rank unless one is given; report early a rank below it, or another adapter type."""
+    """Take the rank of init_lora unless one is given.
+
+    A rank below the file's, or another adapter type, is reported before anything is loaded.
+    """
     file = layers.values.get("init_lora")
     rank = layers.values.get("lora_rank")
     if file is None or not layers.invalid_names.isdisjoint({"init_lora", "lora_rank"}):

@@ -1,4 +1,4 @@
-"""The kind and rank of a LoRA file, by its header: known before anything is loaded."""
+"""Adapter type and rank of a LoRA file, read from its header before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FUSED_MODULE_SUFFIXES = (
 
 
 def read_ranks(path: Path) -> tuple[int, int]:
-    """The largest rank, and the largest that surely is one module's; zeros for what holds no pairs.
+    """Return the largest rank, and the largest rank that is surely one module's.
 
-    What is no LoRA is told by those who read it whole.
+    Zeros for a file without low-rank pairs; reading the whole file later reports a damaged one.
     """
     try:
         found = {
@@ -38,7 +38,7 @@ def read_ranks(path: Path) -> tuple[int, int]:
 
 
 def detect_lycoris_algo(path: Path) -> str | None:
-    """LyCORIS' name of a LoKr or a LoHa; None for all else."""
+    """Return LyCORIS' name of the adapter type of a LoKr or a LoHa; None for any other file."""
     marks = {"lokr": ".lokr_w", "loha": ".hada_w"}
     return next(
         (name for name, mark in marks.items() if any(mark in key for key in _read_header(path))),

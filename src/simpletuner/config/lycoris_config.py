@@ -1,4 +1,4 @@
-"""What `lycoris_config` may say, by LyCORIS' names: LoHa or LoKr, its size and strength."""
+"""The options in lycoris_config by LyCORIS' names: LoHa or LoKr, its size and strength."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from simpletuner.errors import ConfigError
 
 ALGOS = ("lokr", "loha")
 MAX_FILE_BYTES = 1 << 20
-UNUSED_DEFAULT_PATH = "config/lycoris_config.json"  # what forms save for those who use none
+UNUSED_DEFAULT_PATH = "config/lycoris_config.json"  # saved by web forms that use none
 EXAMPLE_CONFIG = '{"algo": "lokr", "linear_dim": 16, "linear_alpha": 16}'
 # Key -> values that ask for what happens anyway, and why no other is taken.
 FIXED_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -25,7 +25,7 @@ FIXED_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "weight_decompose": ((False, None), "programs scale LyCORIS' magnitudes differently"),
     "use_scalar": ((False, None), "it starts the same delta in another way"),
     "rs_lora": ((False, None), "raise linear_alpha"),
-    "unbalanced_factorization": ((False, None), "it is not offered"),
+    "unbalanced_factorization": ((False, None), "it is not supported"),
     "use_tucker": ((False, True, None), ""),  # of convolutions alone, as the two below
     "conv_dim": ((), ""),
     "conv_alpha": ((), ""),
@@ -35,10 +35,11 @@ FIXED_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
 
 @dataclass(frozen=True)
 class LycorisConfig:
-    """dim: LoHa's rank, and that of LoKr's pairs. alpha: strength is alpha / dim.
+    """Settings of a LoHa or LoKr. dim: LoHa's rank, and that of LoKr's pairs.
 
-    factor: rows and columns of LoKr's w1, as near as they divide; -1 is near the square root.
-    full_matrix: w2 whole whatever dim is. decompose_both: w1 as a pair too where dim is small.
+    alpha: the strength is alpha / dim. factor: rows and columns of LoKr's w1, as near as they
+    divide; -1 is near the square root. full_matrix: do not decompose w2, whatever dim is.
+    decompose_both: decompose w1 too where dim is small.
     """
 
     algo: str
@@ -50,25 +51,26 @@ class LycorisConfig:
 
 
 def require_lycoris_config(options: AdapterOptions) -> LycorisConfig:
-    """What a run with lora_type "lycoris" makes."""
+    """Return the LyCORIS settings of a run with lora_type "lycoris"."""
     if not isinstance(options.lycoris_config, dict):
         raise ConfigError(f'lora_type "lycoris" needs a file or an object such as {EXAMPLE_CONFIG}')
     return parse_lycoris_config(options.lycoris_config)
 
 
 def describe_adapter(options: AdapterOptions) -> str:
-    """Rank 16 LoRA; LoKr (linear_dim 16)"""
+    """Return "rank 16 LoRA" or "LoKr (linear_dim 16)"."""
     if options.lora_type == "standard":
         return f"rank {options.lora_rank} {'DoRA' if options.use_dora else 'LoRA'}"
-    return f"{'LoKr' if require_lycoris_config(options).algo == 'lokr' else 'LoHa'} (linear_dim {require_lycoris_config(options).dim})"
+    config = require_lycoris_config(options)
+    return f"{'LoKr' if config.algo == 'lokr' else 'LoHa'} (linear_dim {config.dim})"
 
 
 def parse_lycoris_config(config: Mapping[str, Any]) -> LycorisConfig:
-    """ConfigError for the first thing that cannot be."""
+    """Parse the object. Raises ConfigError with the first thing that is not allowed."""
     own = {"algo", "linear_dim", "linear_alpha", "factor", "full_matrix", "decompose_both"}
     for key, value in config.items():
         if key in FIXED_KEYS and FIXED_KEYS[key][1] and value not in FIXED_KEYS[key][0]:
-            raise ConfigError(f"{key} = {json.dumps(value)} is not offered: {FIXED_KEYS[key][1]}")
+            raise ConfigError(f"{key} = {json.dumps(value)} is not supported: {FIXED_KEYS[key][1]}")
         if key not in FIXED_KEYS and key not in own:
             raise ConfigError(f"{key}: unknown; it takes {', '.join(sorted(own))}")
     algo, dim, factor = config.get("algo"), config.get("linear_dim", 16), config.get("factor", -1)
@@ -77,31 +79,35 @@ def parse_lycoris_config(config: Mapping[str, Any]) -> LycorisConfig:
             'algo "lora" is a LoRA: use lora_type "standard" with lora_rank and lora_alpha'
         )
     if algo not in ALGOS:
-        raise ConfigError(f"algo = {json.dumps(algo)} is not offered; allowed: {', '.join(ALGOS)}")
+        raise ConfigError(
+            f"algo = {json.dumps(algo)} is not supported; allowed: {', '.join(ALGOS)}"
+        )
     alpha = config.get("linear_alpha") or dim
-    whole = all(isinstance(one, int) and not isinstance(one, bool) for one in (dim, factor))
+    whole = all(isinstance(size, int) and not isinstance(size, bool) for size in (dim, factor))
     if not whole or not 1 <= dim <= 1_000_000 or not (factor == -1 or 1 <= factor <= 1024):
-        raise ConfigError("linear_dim is a whole number from 1, factor one from 1 to 1024 or -1")
+        raise ConfigError(
+            "linear_dim must be a whole number from 1, factor one from 1 to 1024 or -1"
+        )
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha <= 1_000_000:
-        raise ConfigError(f"linear_alpha = {json.dumps(alpha)} is no number above 0")
+        raise ConfigError(f"linear_alpha = {json.dumps(alpha)} is not a number above 0")
     flags = [config.get(name, False) for name in ("full_matrix", "decompose_both")]
     if not all(isinstance(flag, bool) for flag in flags):
-        raise ConfigError("full_matrix and decompose_both are true or false")
+        raise ConfigError("full_matrix and decompose_both must be true or false")
     if algo == "loha" and ("factor" in config or any(flags) or dim > 8192):
         raise ConfigError(
-            "loha takes linear_dim up to 8192 and linear_alpha alone; the rest is lokr's"
+            "loha takes only linear_dim up to 8192 and linear_alpha; the other keys are for lokr"
         )
     return LycorisConfig(algo, dim, float(alpha), factor, *flags)
 
 
 def read_lycoris_file(path: str) -> dict[str, Any]:
-    """The object in a file; what it says is for `read` to judge."""
+    """Return the object in a file, unchecked; see `parse_lycoris_config`."""
     if not Path(path).is_file() or Path(path).stat().st_size > MAX_FILE_BYTES:
-        raise ConfigError(f"{path} is no file of a few lines of JSON")
+        raise ConfigError(f"{path} is not a JSON file of at most 1 MiB")
     try:
         config = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{path} should hold one object, {{...}}")
+        raise ConfigError(f"{path} must hold one object, {{...}}")
     return config

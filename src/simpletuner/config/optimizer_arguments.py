@@ -1,4 +1,4 @@
-"""What `optimizer_config` may say to each optimizer, and how its text is read."""
+"""Arguments that `optimizer_config` may give each optimizer, and the parser of its text."""
 
 from __future__ import annotations
 
@@ -35,20 +35,24 @@ ARGUMENT_PARSERS: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
 
 
 def parse_optimizer_arguments(options: OptimizerOptions) -> dict[str, Any]:
-    """optimizer_config as typed arguments; ConfigError names the keys this optimizer knows."""
-    known, found = ARGUMENT_PARSERS[options.optimizer], {}
+    """Return optimizer_config as typed arguments.
+
+    Raises ConfigError that lists the keys of this optimizer.
+    """
+    known = ARGUMENT_PARSERS[options.optimizer]
+    arguments: dict[str, Any] = {}
     for item in filter(
         None, (part.strip() for part in (options.optimizer_config or "").split(","))
     ):
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals or key not in known:
             raise ConfigError(
-                f"{item!r} means nothing to {options.optimizer}; "
+                f"{item!r} is not an argument of {options.optimizer}; "
                 f"it takes {', '.join(f'{name}=...' for name in known) or 'no further arguments'}"
             )
         try:
-            found[key] = known[key](text)
+            arguments[key] = known[key](text)
         except (ValueError, KeyError) as error:
             kind = "true or false" if known[key] is _parse_bool else "a number"
             raise ConfigError(f"{key} = {text!r} is not {kind}") from error
-    return found
+    return arguments

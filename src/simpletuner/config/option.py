@@ -1,4 +1,4 @@
-"""The declaration of an option: its type is the annotation, everything else is `option(...)`, once."""
+"""The declaration of an option: the annotation gives its type, `option(...)` all else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNSET: Any = object()
 
 @dataclass(frozen=True)
 class Not:
-    """In `needs`: every value except this one."""
+    """Every value except this one, as a condition in `needs`."""
 
     value: Any
 
@@ -129,7 +129,10 @@ def option(
 
 
 def parse_needs(all_of: Mapping[str, Any], any_of: Mapping[str, Any]) -> OptionNeeds:
-    """Return the declared conditions: a group for each of `all_of`, and one for `any_of` as a whole."""
+    """Return the declared conditions as groups.
+
+    Each of `all_of` is a group of its own, `any_of` is one group.
+    """
     groups: list[NeedGroup] = [(_parse_need(name, value),) for name, value in all_of.items()]
     if any_of:
         groups.append(tuple(_parse_need(name, value) for name, value in any_of.items()))

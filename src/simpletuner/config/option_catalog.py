@@ -1,4 +1,4 @@
-"""The options as a flat table, read off the schema: for the reader, the docs and the command line."""
+"""All options as a flat table, for the reader, the documentation and the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ BOUND_PHRASES = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "le
 
 @dataclass(frozen=True)
 class Option:
-    """One declaration of the schema, flattened. structured: a text that may also be a list or an object."""
+    """One declaration of the schema, flattened.
+
+    structured: a text that may also be a list or an object.
+    """
 
     name: str
     section: str
@@ -47,12 +50,12 @@ class Option:
 
     @property
     def needs_text(self) -> str:
-        """Return "model_type lora; lora_type standard", or "" where the option always has an effect."""
+        """Return "model_type lora; lora_type standard"; "" if the option always has an effect."""
         return "; ".join(describe_needs(group) for group in self.needs)
 
     @property
     def takes(self) -> str:
-        """What may be written: "integer, at least 1, or null"."""
+        """Return what may be written: "integer, at least 1, or null"."""
         kind = " | ".join(self.choices) or ("true | false" if self.kind == "flag" else self.kind)
         if self.kind == "amount":
             kind = f"true | false | {kind} | integer"
@@ -64,17 +67,17 @@ class Option:
 
 @functools.cache
 def all_options() -> Mapping[str, Option]:
-    """Every option by name, in the order of the schema."""
-    found: dict[str, Option] = {}
+    """Return every option by name, in the order of the schema."""
+    table: dict[str, Option] = {}
     for section, holder in RunConfig.model_fields.items():
         options = section_options(section, cast(Any, holder.annotation))
-        assert found.keys().isdisjoint(options)
-        found |= options
-    return types.MappingProxyType(found)
+        assert table.keys().isdisjoint(options)
+        table |= options
+    return types.MappingProxyType(table)
 
 
 def section_options(section: str, model: type[OptionSection]) -> dict[str, Option]:
-    """The declarations of one section by name, in their order."""
+    """Return the options of one section by name, in their order."""
     group = (model.__doc__ or section).rstrip(".")
     return {
         name: _make_option(name, section, group, field, model)
@@ -84,9 +87,9 @@ def section_options(section: str, model: type[OptionSection]) -> dict[str, Optio
 
 @functools.cache
 def option_aliases() -> Mapping[str, str]:
-    """Other name -> option."""
+    """Return the option of each alias."""
     return types.MappingProxyType(
-        {a: option.name for option in all_options().values() for a in option.aliases}
+        {alias: option.name for option in all_options().values() for alias in option.aliases}
     )
 
 
@@ -135,7 +138,7 @@ def _option_kind(kinds: list[Any], literals: list[Any]) -> OptionKind:
 
 
 def _format_bounds(field: FieldInfo) -> str:
-    """ "at least 0, less than 1"."""
+    """Return "at least 0, less than 1"."""
     rules = [
         item
         for rule in field.metadata

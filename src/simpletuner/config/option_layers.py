@@ -118,7 +118,10 @@ class OptionLayers:
     def read_file(
         self, document: Document, folder: Path, environ: Mapping[str, str]
     ) -> Iterable[WrittenOption]:
-        """Yield the options of a configuration file. folder: where its relative paths are looked for."""
+        """Yield the options of a configuration file.
+
+        folder: where its relative paths are looked for.
+        """
         content, prefix = _unwrap_saved_form(document.value)
         if not isinstance(content, dict):
             self.add_problem(
@@ -139,8 +142,8 @@ class OptionLayers:
     def read_environment(self, environ: Mapping[str, str]) -> Iterable[WrittenOption]:
         """Yield the options in SIMPLETUNER_* variables.
 
-        A name that resembles an option is a mistake; any other may belong to another program and is
-        reported.
+        A name that resembles an option is a mistake; any other name may belong to another program,
+        and is reported.
         """
         for variable in sorted(environ):
             if not variable.startswith(environment.VARIABLE_PREFIX):
@@ -170,7 +173,10 @@ class OptionLayers:
 
 
 def _unwrap_saved_form(content: Any) -> tuple[Any, JsonPath]:
-    """Return the options of a file, and the path to them: SimpleTuner's web form nests them in "config"."""
+    """Return the options of a file, and the path to them.
+
+    SimpleTuner's web form nests them in "config".
+    """
     nested = isinstance(content, dict) and "_metadata" in content
     if nested and isinstance(content.get("config"), dict):
         return content["config"], ("config",)

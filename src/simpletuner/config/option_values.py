@@ -1,4 +1,4 @@
-"""One written value to the value of its option: texts of flags and environment, other spellings."""
+"""Conversion of one written value to the value of its option."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class InvalidOptionValue(ValueError):
 
 
 def parse_value(option: Option, raw: Any) -> Any:
-    """What `raw` means for `option`; None is "not given", as is a blank text where null is allowed.
+    """Return the value that `raw` means for `option`; None is "not given".
 
-    Bounds are left to the schema. Raises BadValue.
+    Blank texts are "not given" where null is allowed. Bounds are left to the schema. Raises
+    InvalidOptionValue.
     """
     if raw is None or (
         option.nullable and isinstance(raw, str) and raw.strip().lower() in NULL_WORDS
@@ -51,7 +52,7 @@ def _parse_flag(option: Option, raw: Any) -> bool:
 
 
 def _parse_amount(option: Option, raw: Any) -> bool | int | str:
-    """Yes, no, a word, or how many; 1 and 0 say yes and no."""
+    """Parse true, false, a choice or a number; 1 and 0 mean true and false."""
     word = str(raw).strip().lower()
     if word in TRUE_WORDS + FALSE_WORDS or isinstance(raw, bool):
         return word in TRUE_WORDS
@@ -110,7 +111,10 @@ def _parse_text(option: Option, raw: Any) -> Any:
 
 
 def _parse_structure(raw: str) -> Any:
-    """A list or object written as text; a regular expression that starts with a bracket stays one."""
+    """Parse a list or object written as text.
+
+    A regular expression that starts with a bracket stays a text.
+    """
     if raw.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(raw)
@@ -130,26 +134,30 @@ PARSERS: dict[str, Callable[[Option, Any], Any]] = {
 
 
 def validate_section(
-    model: type[SectionT], given: Mapping[str, Any], tell: Callable[[str, str], None]
+    model: type[SectionT], given: Mapping[str, Any], report: Callable[[str, str], None]
 ) -> SectionT:
-    """A section of values that are read. What is out of bounds is told by name, and left at its default."""
+    """Build a section from parsed values.
+
+    A value out of bounds is reported by name, and its option keeps the default.
+    """
     try:
         return model(**given)
     except ValidationError as failure:
-        table, kept = section_options("", model), dict(given)
+        table = section_options("", model)
+        valid = dict(given)
         for error in failure.errors():
             name = str(error["loc"][0])
-            if (value := kept.pop(name, None)) is not None:
-                tell(
+            if (value := valid.pop(name, None)) is not None:
+                report(
                     name,
                     f"{format_assignment(table[name], value)}: "
                     f"{_validation_message(table[name], error)}",
                 )
-        return model(**kept)
+        return model(**valid)
 
 
 def _validation_message(option: Option, error: ErrorDetails) -> str:
-    """The schema's refusal in the words of this program: "must be at least 1 (pictures)"."""
+    """Return pydantic's message in the words of this program: "must be at least 1 (images)"."""
     if option.bounds and error["type"].startswith(("greater_than", "less_than")):
         return f"must be {option.bounds}" + (f" ({option.unit})" if option.unit else "")
     if error["type"] == "string_pattern_mismatch":
@@ -160,23 +168,28 @@ def _validation_message(option: Option, error: ErrorDetails) -> str:
 
 
 def format_assignment(option: Option, value: Any) -> str:
-    """The value as a message repeats it; objects may hold secrets and are not repeated."""
+    """Return "name = value" for a message.
+
+    Objects may hold secrets and are not repeated.
+    """
     if isinstance(value, (list, dict)):
         return option.name
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else str(value)
-    return f"{option.name} = {text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS] + '...'}"
+    if len(text) > MAX_VALUE_CHARS:
+        text = f"{text[:MAX_VALUE_CHARS]}..."
+    return f"{option.name} = {text}"
 
 
 def did_you_mean(word: str, names: Iterable[str], likeness: float = 0.7) -> str:
-    """ "; did you mean 'learning_rate'?", or nothing."""
+    """Return "; did you mean 'learning_rate'?", or an empty text."""
     close = difflib.get_close_matches(word.lower(), list(names), n=1, cutoff=likeness)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def parse_memory_size(text: str) -> int:
-    """ "12GB", "11.5 GiB", "12" (GB) in bytes."""
+    """Return "12GB", "11.5 GiB" or "12" (GB) in bytes."""
     match = SIZE_PATTERN.fullmatch(text.strip())
     if match is None:
-        raise ConfigError(f"--fit: {text!r} is no size; write 12GB")
+        raise ConfigError(f"--fit: {text!r} is not a size; use for example 12GB")
     number, letter, binary = float(match[1]), (match[2] or "G").upper(), bool(match[3])
     return int(number * (1024 if binary else 1000) ** {"M": 2, "G": 3}[letter])

@@ -1,4 +1,7 @@
-"""Relative paths: beside the file that names them, then in the working directory. `~` is the home folder."""
+"""Lookup of paths: in the folder of the file that names them, then in the working directory.
+
+`~` is the home folder.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ LOCAL_FILE_SUFFIXES = (".safetensors", ".sft", ".gguf", ".json", ".bin")
 
 
 def find_path(text: str, folder: Path | None, cwd: Path) -> tuple[str | None, tuple[str, ...]]:
-    """The absolute path of what exists, or None; and the places looked at. Never raises."""
+    """Return the absolute path of what exists, or None, and the paths that were tried.
+
+    Never raises.
+    """
     path = os.path.expanduser(text)
     tried = dict.fromkeys(
         os.path.abspath(base / path) for base in (folder, cwd) if base is not None
@@ -20,9 +26,9 @@ def find_path(text: str, folder: Path | None, cwd: Path) -> tuple[str | None, tu
 
 
 def resolve_path(text: str, kind: str, folder: Path | None, cwd: Path) -> tuple[str, str]:
-    """The absolute path if it exists, else the text as it is; and what is wrong, "" for nothing.
+    """Return the absolute path if it exists, else the text; and what is wrong, or "".
 
-    kind: "file" must be one, "hub" may be a repository, "new" need not exist and stays relative.
+    kind: "file" must be a file, "hub" may be a repository, "new" need not exist and stays relative.
     """
     if kind == "new":
         broken = any(
@@ -45,7 +51,7 @@ def resolve_path(text: str, kind: str, folder: Path | None, cwd: Path) -> tuple[
 
 
 def display_path(path: Path, cwd: Path) -> str:
-    """Short in messages: relative to the working directory when inside it."""
+    """Return a short path for messages: relative to the working directory when inside it."""
     absolute = os.path.abspath(cwd / path)
     inside = absolute.startswith(os.path.abspath(cwd) + os.sep)
     return os.path.relpath(absolute, cwd) if inside else absolute

@@ -1,11 +1,11 @@
-"""What is proposed to a person who has not chosen: for the bundled model, at full rank, for a card."""
+"""Presets: for the bundled model, for full-rank training, and for the memory of a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# The bundled model learns sixteen pictures in minutes on a CPU: the settings of the packaged
+# The bundled model learns sixteen images in minutes on a CPU: the settings of the packaged
 # example.
 NANO_PRESET: Mapping[str, Any] = {
     "model_flavour": "nano",
@@ -23,9 +23,9 @@ NANO_PRESET: Mapping[str, Any] = {
 }
 FULL_RANK_PRESET: Mapping[str, Any] = {"optimizer": "adamw_bf16", "learning_rate": 1e-5}
 
-# Rank 16, 1024 px, batch 1, every block recomputed except in the first row: options and planned GB,
-# finest first. README, "Memory"; `python benchmarks/plan.py`. Captions are encoded before training:
-# T5 takes 9.5 GB unless it is quantised.
+# Rank 16, 1024 px, batch 1, all blocks checkpointed except in the first row: options and planned
+# GB, the most accurate first. Computed by `python benchmarks/plan.py`. Captions are encoded before
+# the training: T5 needs 9.5 GB unless it is quantized.
 OFFLOAD_OPTIONS: Mapping[str, Any] = {
     "gradient_checkpointing_backend": "offload",
     "chroma_approximator_device": "cpu",
@@ -43,6 +43,9 @@ MEMORY_PRESETS: tuple[tuple[Mapping[str, Any], float], ...] = (
 
 
 def preset_for_memory(total_bytes: int | None) -> tuple[Mapping[str, Any], float]:
-    """The finest row of PLANNED that a device of this size holds; the last where none does, or unknown."""
+    """Return the most accurate preset that fits a device of this size, and its planned GB.
+
+    The last row where none fits or the size is unknown.
+    """
     gb = (total_bytes or 0) / 1e9
     return next((row for row in MEMORY_PRESETS if row[1] <= gb), MEMORY_PRESETS[-1])

@@ -91,7 +91,7 @@ class ModelOptions(OptionSection):
         refused_values=precisions.REFUSED_PRECISIONS,
         needs=LORA,
         unmet_errors={
-            "model_type": 'quantized weights cannot be trained; use "no_change", or model_type "lora"'
+            "model_type": 'quantized weights cannot be trained; use no_change or model_type "lora"'
         },
     )
     text_encoder_1_precision: Precision = option(
@@ -161,8 +161,10 @@ class ModelOptions(OptionSection):
         needs={**LORA, "gradient_checkpointing": Not(False), "device": DISCRETE_MEMORY},
         unmet_errors={
             "model_type": 'needs a frozen base; model_type "full" trains it. Use 0',
-            "gradient_checkpointing": "needs gradient checkpointing, because autograd would keep the copied "
-            "weights for the backward pass; set gradient_checkpointing to true",
+            "gradient_checkpointing": (
+                "needs gradient checkpointing, because autograd would keep the copied "
+                "weights for the backward pass; set gradient_checkpointing to true"
+            ),
             "device": SHARED_MEMORY_REASON,
         },
         affects={"plan"},
@@ -330,7 +332,10 @@ class AdapterOptions(OptionSection):
         "default",
         "Initialisation of A and B; default is Kaiming-uniform A and zero B.",
         refused_values={
-            "loftq": "LoftQ changes the base's weights; pissa initialises from the base, quantized or not"
+            "loftq": (
+                "LoftQ changes the base's weights; pissa initialises from the base, quantized or "
+                "not"
+            ),
         },
         needs=STANDARD_LORA,
         unmet_errors={"lora_type": STANDARD_LORA_REASON},
@@ -351,7 +356,9 @@ class AdapterOptions(OptionSection):
         resume_policy="free",
         needs=STANDARD_LORA,
         unmet_errors={
-            "lora_type": "no other layout can hold a LoHa or LoKr; convert with simpletuner export --rank N"
+            "lora_type": (
+                "no other layout can hold a LoHa or LoKr; convert with simpletuner export --rank N"
+            ),
         },
         affects=set(),
     )

@@ -14,7 +14,10 @@ IMAGES_OR_SCORES = {**IMAGES, "evaluation_type": Not("none")}
 SCORES = {"evaluation_type": Not("none")}
 # A local base is accepted too: it may be one of chroma-nano's kind.
 SCORABLE_BASE = {"model_flavour": "nano", "pretrained_model_name_or_path": Not(None)}
-SCORABLE_BASE_REASON = "scores images of chroma-nano's world; use model_flavour nano, or a local folder with such a base model"
+SCORABLE_BASE_REASON = (
+    "scores images of chroma-nano's world; use model_flavour nano, or a local folder with such a "
+    "model"
+)
 TRACKERS = {"report_to": Not("none")}
 
 
@@ -56,7 +59,9 @@ class ValidationOptions(OptionSection):
         "Built-in prompt lists are not available; use user_prompt_library.",
         resume_policy="free",
         refused_values={
-            "true": "there is no built-in prompt list; use user_prompt_library for a list of your own"
+            "true": (
+                "there is no built-in prompt list; use user_prompt_library for a list of your own"
+            ),
         },
     )
     validation_negative_prompt: str = option(
@@ -88,7 +93,7 @@ class ValidationOptions(OptionSection):
     )
     validation_resolution: str | None = option(
         None,
-        'Size of the validation images: "512", "512x768" or a comma-separated list of sizes; null is the '
+        'Size of the validation images: "512", "512x768" or a comma-separated list; null is the '
         "training resolution.",
         level="common",
         unit="px",
@@ -154,6 +159,7 @@ class ValidationOptions(OptionSection):
         "list of shapes (chroma-nano's world) and zorbo (the concept of the example).",
         resume_policy="free",
         needs_any=SCORABLE_BASE,
+        affects={"plan"},
         unmet_errors={"model_flavour": SCORABLE_BASE_REASON},
     )
     evaluation_prompts: int | None = option(
@@ -259,8 +265,10 @@ class PublishingOptions(OptionSection):
         needs={"push_to_hub": True, "model_type": "lora"},
         unmet_errors={
             "push_to_hub": "needs push_to_hub true",
-            "model_type": "a full-rank checkpoint holds only the train state for resuming; the weights are "
-            "uploaded at the end. Use push_to_hub alone",
+            "model_type": (
+                "a full-rank checkpoint holds only the train state for resuming; the weights are "
+                "uploaded at the end. Use push_to_hub alone"
+            ),
         },
     )
     hub_model_id: str | None = option(

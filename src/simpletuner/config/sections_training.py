@@ -145,8 +145,10 @@ class OptimizerOptions(OptionSection):
         },
         refused_values={
             "ao-adamw4bit": STATE_TOO_SMALL_REASON,
-            "bnb-lion8bit": "lion with 8-bit states is not supported; use adamw_8bit, which needs half the "
-            "memory of lion in bf16",
+            "bnb-lion8bit": (
+                "lion with 8-bit states is not supported; use adamw_8bit, which needs half the "
+                "memory of lion in bf16"
+            ),
         },
     )
     optimizer_config: str | None = option(

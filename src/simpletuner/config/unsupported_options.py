@@ -20,14 +20,17 @@ else:
 # Requested by name and always on; the notice says so.
 ALWAYS_ON_OPTIONS: Mapping[str, str] = {
     "fuse_optimizer": "always on where torch can: AdamW is one pass without a temporary copy",
-    "offload_during_startup": "always on: text encoder, VAE and transformer are loaded one after the other",
+    "offload_during_startup": "always on: text encoder, VAE and transformer are loaded in turn",
 }
 OFF_VALUES = ("", "0", "0.0", "false", "no", "no_change", "none", "null", "[]", "{}")
 
 
 @dataclass(frozen=True)
 class UnsupportedOption:
-    """A row of the table. name: may contain *. skipped_values: values that change nothing; "*" is any."""
+    """A row of the table.
+
+    name: may contain *. skipped_values: values that change nothing; "*" is any.
+    """
 
     name: str
     skipped_values: tuple[str, ...]
@@ -57,7 +60,10 @@ def always_on_reason(name: str) -> str | None:
 
 
 def unsupported_reason(name: str) -> str | None:
-    """Return why this option of SimpleTuner does not exist here ("use adam_beta1"), None for other names."""
+    """Return why this option of SimpleTuner is not supported ("use adam_beta1").
+
+    None for any other name.
+    """
     row = _find_row(name)
     return None if row is None else row.reason
 

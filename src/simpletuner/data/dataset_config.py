@@ -1,4 +1,4 @@
-"""A dataset as the person described it, checked and with the run's defaults filled in."""
+"""Types of the dataset file after it was checked and the defaults were filled in."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from simpletuner.data.geometry import ResizeCropConfig
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """A folder of pictures.
+    """A dataset of images.
 
-    dataset_type: "image" is trained on; "eval" is held out: centre crop, first caption, one visit.
-    instance_data_dir: an existing folder, absolute; it is only ever read. instance_prompts:
-    alternatives; empty when the dataset has none. repeats: EXTRA passes over every sample in an
-    epoch; 0 is one visit. probability: share of the dataset shown per epoch, relative to the
-    largest of the run (see order). max_num_samples: a subset that depends on the dataset's id and
-    the file names alone.
+    dataset_type: "image" is trained on; "eval" is held out: centre crop, first caption, once per
+    measurement. instance_data_dir: an existing folder, absolute; nothing in it is changed.
+    instance_prompts: alternatives; empty when the dataset has none. repeats: extra passes over
+    every sample in an epoch; 0 is one pass. probability: fraction of the dataset per epoch,
+    relative to the largest of the run (see sample_order.py). max_num_samples: a subset that depends
+    only on the dataset's id and the file names.
     """
 
     id: str
@@ -36,9 +36,10 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class DatasetFile:
-    """What the dataset file says. text_cache_dir: absolute, from the text_embeds set, None when not given.
+    """Content of the dataset file.
 
-    notes: fields that were read and are not needed here, one sentence each.
+    text_cache_dir: absolute, from the text_embeds entry, None when not given. notices: about fields
+    that have no effect, one sentence each.
     """
 
     train: tuple[DatasetConfig, ...]

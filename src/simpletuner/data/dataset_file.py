@@ -308,15 +308,19 @@ class _DatasetFileReader:
         return None
 
     def resolve_folder(self, written: str) -> Path:
-        """Return the absolute path: in the dataset file's folder if it exists there, else in the working
-        directory.
+        """Return the absolute path.
+
+        A folder next to the dataset file comes before one in the working directory.
         """
         found, tried = find_path(written, self.base_folder, Path.cwd())
         return Path(found or tried[-1])
 
 
 def _is_harmless(key: str, raw: Any) -> bool:
-    """Return whether a refused field asks for what is done anyway. False and 0 are different values."""
+    """Return whether a refused field asks for what is done anyway.
+
+    False and 0 are different values.
+    """
     return any(
         raw == value and isinstance(raw, type(value)) for value in HARMLESS_VALUES.get(key, ())
     )

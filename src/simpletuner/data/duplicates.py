@@ -1,70 +1,76 @@
-"""The same picture under several names."""
+"""Identical images under several names."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from simpletuner.data.rejections import make_printable
 from simpletuner.data.sample_types import BucketedSample
+from simpletuner.data.sources import SourceFile
 from simpletuner.errors import DataError
 
+MAX_LISTED_LEAKS = 20
 
-def find_identical_files(paths: Iterable[Path]) -> list[list[Path]]:
-    """Groups of files with equal content. A file that cannot be read (any more) is in none.
 
-    Only files that share their length are opened.
+def find_identical_files(files: Iterable[SourceFile]) -> list[list[SourceFile]]:
+    """Return groups of files with equal content. A file that cannot be read is in none.
+
+    Only files that have the same length are opened.
     """
-    groups = [list(dict.fromkeys(paths))]
-    for mark in (os.path.getsize, _content_hash):
-        groups = [alike for group in groups for alike in _group_by_key(group, mark)]
+    groups = [list(dict.fromkeys(files))]
+    for key_of in (_size, _content_hash):
+        groups = [equal for group in groups for equal in _group_by_key(group, key_of)]
     return groups
 
 
-def _group_by_key(paths: Sequence[Path], mark: Callable[[Path], object]) -> list[list[Path]]:
-    found: dict[object, list[Path]] = defaultdict(list)
-    for path in paths:
+def _group_by_key(
+    files: Sequence[SourceFile], key_of: Callable[[SourceFile], object]
+) -> list[list[SourceFile]]:
+    by_key: dict[object, list[SourceFile]] = defaultdict(list)
+    for file in files:
         with contextlib.suppress(OSError):
-            found[mark(path)].append(path)
-    return [alike for alike in found.values() if len(alike) > 1]
+            by_key[key_of(file)].append(file)
+    return [equal for equal in by_key.values() if len(equal) > 1]
 
 
-def _content_hash(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
+def _size(file: SourceFile) -> int:
+    return file.size_bytes()
+
+
+def _content_hash(file: SourceFile) -> bytes:
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 def check_no_leaks(
     train: Sequence[BucketedSample],
     held_out: Sequence[BucketedSample],
-    copies: Sequence[Sequence[Path]],
+    copies: Sequence[Sequence[SourceFile]],
 ) -> None:
-    """Raises DataError when a held-out picture is also trained on: its loss would measure memory.
+    """Raise DataError if a held-out image is also trained on: its loss would be meaningless.
 
-    copies: of `identical` over all of them.
+    copies: the result of `find_identical_files` for all of them.
     """
-    trained = {placed.sample.path: placed.sample.id for placed in train}
-    twins = {
-        path: trained[one]
-        for group in copies
-        for path in group
-        for one in reversed(group)
-        if one in trained
-    }
-    learned = twins | trained
-    leaks = [
-        (placed.sample.id, learned[placed.sample.path])
-        for placed in held_out
-        if placed.sample.path in learned
-    ]
+    trained = {item.sample.file: item.sample.id for item in train}
+    for group in copies:
+        trained_copy = next((trained[file] for file in group if file in trained), None)
+        if trained_copy is not None:
+            trained = {**dict.fromkeys(group, trained_copy), **trained}
+    leaks = sorted(
+        (item.sample.id, trained[item.sample.file])
+        for item in held_out
+        if item.sample.file in trained
+    )
     if leaks:
         lines = "\n".join(
-            make_printable(f"  {held} is {learned_as}") for held, learned_as in sorted(leaks)[:20]
+            make_printable(f"  {held_id} is {trained_id}")
+            for held_id, trained_id in leaks[:MAX_LISTED_LEAKS]
         )
+        count = "1 image" if len(leaks) == 1 else f"{len(leaks)} images"
         raise DataError(
-            f"{len(leaks)} pictures of an eval set are also trained on, so its loss would say "
-            f"nothing; move them out of one of the two sets:\n{lines}"
+            f"{count} of an eval dataset {'is' if len(leaks) == 1 else 'are'} also trained on, "
+            "which makes the held-out loss meaningless; remove from one of the two "
+            f"datasets:\n{lines}"
         )

@@ -1,4 +1,4 @@
-"""From picture size to bucket, resize and crop. Integers in, integers out.
+"""Geometry of an image: bucket, resize and crop, from integers to integers.
 
 Sizes are (width, height) in pixels, after EXIF orientation.
 """
@@ -17,22 +17,23 @@ COMMON_RATIOS = (0.5, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2, 16 
 
 @dataclass(frozen=True)
 class ResizeCropConfig:
-    """How the pictures of a dataset are cut. Names and units are those of the dataset file.
+    """Settings that resize and crop the images of a dataset.
 
-    resolution and the three *_size fields share the unit of resolution_type: "pixel" is the shorter
-    edge, "pixel_area" the edge of a square of the same area, "area" megapixels (10^6 pixels).
+    Names and units are those of the dataset file. resolution and the three *_size fields have the
+    unit of resolution_type: "pixel" is the shorter edge, "pixel_area" the edge of a square of the
+    same area, "area" megapixels (10^6 pixels).
 
-    crop false: the bucket keeps the picture's own aspect, whatever crop_aspect says. The picture is
-    resized to cover the bucket and the few pixels of alignment that stick out are trimmed; nothing
-    is ever stretched. crop true: crop_aspect "square" cuts squares, "preserve" is the same as crop
+    crop false: the bucket has the image's own aspect ratio, whatever crop_aspect is. The image is
+    resized to cover the bucket, and the few pixels beyond the alignment are trimmed; nothing is
+    ever stretched. crop true: crop_aspect "square" crops squares, "preserve" is the same as crop
     false, "closest" takes the nearest ratio (by quotient) of crop_aspect_buckets.
 
-    crop_style says which window of the covering picture is kept: "center", "corner" (top left) or
-    "random" (one place per sample, addressed by the run's seed and the sample id, the same in every
+    crop_style chooses the window of the covering image: "center", "corner" (top left) or "random"
+    (one position per sample, derived from the run's seed and the sample id, the same in every
     epoch).
 
-    maximum_image_size with target_downsample_size: a larger picture is first shrunk to the target
-    and the bucket is cut out of that. All other pictures are resized to just cover their bucket.
+    maximum_image_size with target_downsample_size: a larger image is first shrunk to the target,
+    and the bucket is cropped out of that. All other images are resized to just cover their bucket.
     """
 
     resolution: float = 1024.0
@@ -49,21 +50,21 @@ class ResizeCropConfig:
 
 
 def limit_in_pixels(value: float, resolution_type: str) -> int:
-    """A size in pixels of edge ("pixel") or pixels of area (the two others)."""
+    """Return a size in pixels of the edge ("pixel") or in pixels of area (the other two)."""
     factor = {"pixel": 1.0, "pixel_area": value, "area": 1e6}[resolution_type]
     return round(value * factor)
 
 
 def image_extent(size: ImageSize, resolution_type: str) -> int:
-    """What of a picture is compared with `amount`: its shorter edge or its area."""
+    """Return what a limit is compared with: the shorter edge or the area of the image."""
     return min(size) if resolution_type == "pixel" else size[0] * size[1]
 
 
 def bucket_size(framing: ResizeCropConfig, size: ImageSize, alignment_px: int) -> ImageSize:
-    """The size a picture is trained at: sides are multiples of alignment_px, at least one each.
+    """Return the size an image is trained at: multiples of alignment_px, at least one each.
 
-    Each side is the ideal one (aspect kept, area or shorter edge as asked for) rounded to the
-    nearest multiple, so it is off by at most half of alignment_px.
+    Each side is the ideal one (aspect ratio unchanged, area or shorter edge as configured) rounded
+    to the nearest multiple, so it differs by at most half of alignment_px.
     """
     kind = framing.resolution_type
     return _scale_to_target(
@@ -72,7 +73,10 @@ def bucket_size(framing: ResizeCropConfig, size: ImageSize, alignment_px: int) -
 
 
 def _scale_to_target(aspect: ImageSize, target: int, kind: str, step: int) -> ImageSize:
-    """Sides of this aspect with the target as shorter edge or as area, to the nearest multiples of step."""
+    """Return sides of this aspect ratio, rounded to the nearest multiples of step.
+
+    target: the shorter edge or the area.
+    """
     wide, high = aspect
     if kind == "pixel":
         shorter = min(aspect) * step
@@ -86,7 +90,7 @@ def _scale_to_target(aspect: ImageSize, target: int, kind: str, step: int) -> Im
 
 
 def covering_size(size: ImageSize, window: ImageSize) -> ImageSize:
-    """The smallest size with the picture's own aspect that covers the window."""
+    """Return the smallest size with the image's own aspect ratio that covers the window."""
     width, height = size
     if window[0] * height >= window[1] * width:
         return window[0], _round_division(height * window[0], width)
@@ -94,7 +98,7 @@ def covering_size(size: ImageSize, window: ImageSize) -> ImageSize:
 
 
 def resized_size(framing: ResizeCropConfig, size: ImageSize, window: ImageSize) -> ImageSize:
-    """What the picture is resized to before the window is cut out of it."""
+    """Return the size to which the image is resized before the window is cropped."""
     kind = framing.resolution_type
     covering = covering_size(size, window)
     if framing.maximum_image_size is None or framing.target_downsample_size is None:
@@ -106,7 +110,10 @@ def resized_size(framing: ResizeCropConfig, size: ImageSize, window: ImageSize) 
 
 
 def crop_position(style: str, size: ImageSize, window: ImageSize, draw: int) -> tuple[int, int]:
-    """(left, top) of the window inside a picture that covers it. draw: 63 random bits, for "random"."""
+    """Return (left, top) of the window inside an image that covers it.
+
+    draw: 63 random bits, for "random".
+    """
     loose = size[0] - window[0], size[1] - window[1]
     if style == "corner":
         return 0, 0
@@ -134,5 +141,5 @@ def _round_division(numerator: int, denominator: int) -> int:
 
 
 def _round_square_root(numerator: int, denominator: int) -> int:
-    """The square root of a fraction to the nearest integer, halves up."""
+    """Return the square root of a fraction, rounded to the nearest integer, halves up."""
     return (isqrt(4 * numerator // denominator) + 1) // 2

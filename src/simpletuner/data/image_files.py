@@ -1,20 +1,19 @@
-"""Which picture files a folder holds, by name alone."""
+"""The image files of a dataset, found by name only."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.sample_types import RejectedFile
-from simpletuner.errors import DataError
+from simpletuner.data.sources import LocalFile, SourceFile, SourceFolder, dataset_source
 
-# Suffixes that mean a picture; those that cannot be decoded are listed as rejected, not passed
-# over.
+# Image suffixes. Formats that cannot be decoded are among them, so that their files are listed as
+# rejected instead of being ignored.
 IMAGE_SUFFIXES = frozenset(
     {
         ".png",
@@ -38,80 +37,96 @@ IMAGE_SUFFIXES = frozenset(
         ".psd",
     }
 )
-IGNORED_FILES = ("Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A picture file by name. name: path inside the dataset, POSIX, NFC. text: its caption file, if any."""
+    """An image file by name, with its caption file if there is one.
+
+    relative_path: path inside the dataset, POSIX, NFC.
+    """
 
     dataset: DatasetConfig
-    path: Path
+    file: SourceFile
     relative_path: str
-    caption_path: Path | None
+    caption_file: SourceFile | None
+
+    @property
+    def path(self) -> Path:
+        """The path of an image on this machine."""
+        return _local_path(self.file)
+
+    @property
+    def caption_path(self) -> Path | None:
+        """The path of a caption file on this machine."""
+        return None if self.caption_file is None else _local_path(self.caption_file)
+
+
+def _local_path(file: SourceFile) -> Path:
+    if not isinstance(file, LocalFile):
+        raise TypeError(f"{file.address} is not a file of this machine")
+    return file.path
+
+
+@dataclass
+class _FoundFiles:
+    """Files of a dataset, collected folder by folder."""
+
+    by_name: dict[str, list[ImageFile]]
+    rejected: list[RejectedFile]
+    other_kinds: Counter[str]
 
 
 def find_image_files(
     dataset: DatasetConfig,
 ) -> tuple[list[ImageFile], list[RejectedFile], Counter[str]]:
-    """Pictures of a folder by name, those whose names cannot be used, and how many other files of each kind.
+    """Return the images by name, the files whose names cannot be used, and a count of other files.
 
-    Recursive, links followed once, hidden files and folders skipped. A caption file belongs to every picture
-    of its stem; NFC and NFD spellings of the same name meet, as do .txt and .TXT.
+    A caption file belongs to every image of its stem; NFC and NFD spellings of the same name match,
+    as do .txt and .TXT. The count is by suffix.
     """
-    by_name: dict[str, list[ImageFile]] = defaultdict(list)
-    rejected: list[RejectedFile] = []
-    unread: Counter[str] = Counter()
-    for folder, inside, files in _walk_visible(dataset.instance_data_dir):
-        parts = [(file, *os.path.splitext(file)) for file in sorted(files)]
-        texts = {
-            _normalize_nfc(stem): file for file, stem, suffix in parts if suffix.lower() == ".txt"
-        }
-        alone = set(texts)
-        for file, stem, suffix in parts:
-            if suffix.lower() not in IMAGE_SUFFIXES:
-                unread[suffix.lower() or file] += suffix.lower() != ".txt"
-                continue
-            alone.discard(_normalize_nfc(stem))
-            raw = f"{inside}/{file}" if inside else file
-            if any("\ud800" <= character <= "\udfff" for character in raw):
-                detail = "the file name is not UTF-8; rename it"
-                rejected.append(RejectedFile(ascii(raw)[1:-1], dataset.id, "file_name", detail))
-                continue
-            text = f"{stem}.txt" if f"{stem}.txt" in files else texts.get(_normalize_nfc(stem))
-            caption = Path(folder, text) if text is not None else None
-            by_name[_normalize_nfc(raw)].append(
-                ImageFile(dataset, Path(folder, file), _normalize_nfc(raw), caption)
+    found = _FoundFiles(defaultdict(list), [], Counter())
+    for folder in dataset_source(dataset).folders():
+        _add_folder(dataset, folder, found)
+    for name, images in found.by_name.items():
+        if len(images) > 1:
+            detail = (
+                f"{len(images)} files have this name in different Unicode spellings (NFC, NFD); "
+                "rename one"
             )
-        unread[".txt without a picture"] += len(alone)
-    for name, twins in by_name.items():
-        if len(twins) > 1:
-            detail = f"{len(twins)} files have this name in different Unicode spellings (NFC, NFD); rename one"
-            rejected += [RejectedFile(name, dataset.id, "name_twins", detail)] * len(twins)
-    named = [twins[0] for _, twins in sorted(by_name.items()) if len(twins) == 1]
-    return named, rejected, +unread
+            twin = RejectedFile(name, dataset.id, "name_twins", detail)
+            found.rejected += [twin] * len(images)
+    named = [images[0] for _, images in sorted(found.by_name.items()) if len(images) == 1]
+    return named, found.rejected, +found.other_kinds
+
+
+def _add_folder(dataset: DatasetConfig, folder: SourceFolder, found: _FoundFiles) -> None:
+    parts = [(name, *os.path.splitext(name)) for name in folder.files]
+    captions = {
+        _normalize_nfc(stem): name for name, stem, suffix in parts if suffix.lower() == ".txt"
+    }
+    unused_captions = set(captions)
+    for name, stem, suffix in parts:
+        if suffix.lower() not in IMAGE_SUFFIXES:
+            if suffix.lower() != ".txt":
+                found.other_kinds[suffix.lower() or name] += 1
+            continue
+        unused_captions.discard(_normalize_nfc(stem))
+        raw = f"{folder.inside}/{name}" if folder.inside else name
+        if any("\ud800" <= character <= "\udfff" for character in raw):
+            detail = "the file name is not UTF-8; rename it"
+            found.rejected.append(RejectedFile(ascii(raw)[1:-1], dataset.id, "file_name", detail))
+            continue
+        exact = f"{stem}.txt"
+        caption = exact if exact in folder.files else captions.get(_normalize_nfc(stem))
+        caption_file = folder.files[caption] if caption is not None else None
+        relative_path = _normalize_nfc(raw)
+        found.by_name[relative_path].append(
+            ImageFile(dataset, folder.files[name], relative_path, caption_file)
+        )
+    if unused_captions:
+        found.other_kinds[".txt without an image"] += len(unused_captions)
 
 
 def _normalize_nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
-
-
-def _walk_visible(root: Path) -> Iterator[tuple[str, str, frozenset[str]]]:
-    """(folder, path inside the root, files), hidden ones left out."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: {error.strerror}")
-
-    seen: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = os.path.relpath(folder, root).replace(os.sep, "/")
-        shown = frozenset(
-            file for file in files if not file.startswith(".") and file not in IGNORED_FILES
-        )
-        yield folder, "" if inside == "." else inside, shown

@@ -1,14 +1,12 @@
-"""Picture files to sRGB pixels. Headers are read without decoding; nothing is guessed or filled in."""
+"""Decoding of image files to sRGB pixels. Headers are read without decoding."""
 
 from __future__ import annotations
 
 import contextlib
-import stat
 import struct
 import zlib
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError, features
@@ -19,9 +17,10 @@ from PIL.WebPImagePlugin import WebPImageFile
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.rejections import UnusableFile
 from simpletuner.data.sample_types import BucketedSample
+from simpletuner.data.sources import SourceFile
 
 if TYPE_CHECKING:
-    import numpy as np  # else where pixels are needed: who only reads headers (the server) does without
+    import numpy as np  # at run time only where pixels are decoded; headers need none
 
 # What may be decoded, by content and not by name. Formats that run programs (EPS) are not among
 # them.
@@ -83,7 +82,7 @@ EXIF_TRANSPOSES = {
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What a file says before its pixels. size: (width, height) after EXIF orientation."""
+    """Facts in the header of an image file. size_px: (width, height) after EXIF orientation."""
 
     size_px: tuple[int, int]
     mode: str
@@ -91,12 +90,13 @@ class ImageHeader:
     has_alpha: bool
 
 
-def read_image_header(path: Path, max_megapixels: float) -> ImageHeader:
-    """Size and kind without decoding. Raises BadFile: unreadable, unsupported or larger than the limit."""
+def read_image_header(file: SourceFile, max_megapixels: float) -> ImageHeader:
+    """Return size and mode without decoding.
+
+    Raises UnusableFile if the file is unreadable, unsupported or larger than the limit.
+    """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
-            raise UnusableFile("unreadable", "is not a regular file")
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with file.open() as stream, Image.open(stream, formats=IMAGE_FORMATS) as image:
             width, height = image.size
             if width * height > max_megapixels * 1e6:
                 what = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
@@ -104,8 +104,8 @@ def read_image_header(path: Path, max_megapixels: float) -> ImageHeader:
                     "too_many_pixels", f"{what}; max_image_megapixels is {max_megapixels:g}"
                 )
             _check_mode(image)
-            # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode the
-            # picture.
+            # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode
+            # the image.
             turned = image.format != "TIFF" and _read_orientation(image) >= 5
             animated = (
                 isinstance(image, (GifImageFile, PngImageFile, WebPImageFile)) and image.is_animated
@@ -113,40 +113,42 @@ def read_image_header(path: Path, max_megapixels: float) -> ImageHeader:
             size = (height, width) if turned else (width, height)
             return ImageHeader(size, image.mode, animated, image.has_transparency_data)
     except DECODER_ERRORS as error:
-        raise _to_unusable_file(path, error) from error
+        raise _to_unusable_file(file, error) from error
 
 
 def load_pixels(placed: BucketedSample, options: DataOptions) -> np.ndarray:
-    """The picture as it is trained on: (H, W, 3) uint8 sRGB of the placed bucket.
+    """Return the image as it is trained on: (H, W, 3) uint8 sRGB of the bucket.
 
-    Upright by EXIF; embedded ICC profile converted to sRGB (an unreadable one counts as sRGB);
-    16-bit grey divided by 257; transparency laid over alpha_background; the first frame of an
-    animation; Lanczos, crop. Raises BadFile when the file is damaged, truncated or no longer has
-    the size that was scanned.
+    The image is upright by EXIF; an embedded ICC profile is converted to sRGB (an unreadable one
+    counts as sRGB); 16-bit grey is divided by 257; transparency is laid over alpha_background; of
+    an animation the first frame is used; then Lanczos resize and crop. Raises UnusableFile when the
+    file is damaged, truncated or no longer has the size that was scanned.
     """
     import numpy as np
 
     sample = placed.sample
-    before = f"but its header said {sample.width_px}x{sample.height_px} when the folder was scanned"
+    scanned = f"but was {sample.width_px}x{sample.height_px} when the dataset was scanned"
     try:
-        with Image.open(sample.path, formats=IMAGE_FORMATS) as image:
+        with sample.file.open() as stream, Image.open(stream, formats=IMAGE_FORMATS) as image:
             _check_mode(image)
             if (
                 image.width * image.height != sample.width_px * sample.height_px
-            ):  # told before it is decoded
-                raise UnusableFile("changed", f"is {image.width}x{image.height}, {before}")
+            ):  # checked before the image is decoded
+                raise UnusableFile("changed", f"is {image.width}x{image.height}, {scanned}")
             image.load()
             upright = EXIF_TRANSPOSES.get(_read_orientation(image))
-            picture = image.transpose(upright) if upright is not None else image
-            if picture.size != (sample.width_px, sample.height_px):
-                raise UnusableFile("changed", f"is {picture.width}x{picture.height}, {before}")
-            picture = _to_srgb(picture, ImageColor.getrgb(options.alpha_background)[:3])
+            upright_image = image.transpose(upright) if upright is not None else image
+            if upright_image.size != (sample.width_px, sample.height_px):
+                raise UnusableFile(
+                    "changed", f"is {upright_image.width}x{upright_image.height}, {scanned}"
+                )
+            upright_image = _to_srgb(upright_image, ImageColor.getrgb(options.alpha_background)[:3])
     except DECODER_ERRORS as error:
-        raise _to_unusable_file(sample.path, error) from error
+        raise _to_unusable_file(sample.file, error) from error
     left, top = placed.crop_px
     width, height = placed.bucket_px
-    picture = picture.resize(placed.resize_px, Image.Resampling.LANCZOS)
-    return np.array(picture.crop((left, top, left + width, top + height)))
+    upright_image = upright_image.resize(placed.resize_px, Image.Resampling.LANCZOS)
+    return np.array(upright_image.crop((left, top, left + width, top + height)))
 
 
 def _to_srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
@@ -183,29 +185,29 @@ def _read_orientation(image: Image.Image) -> int:
     try:
         return int(Image.Image.getexif(image).get(0x0112, 1))
     except DECODER_ERRORS:
-        return 1  # unreadable EXIF says nothing about the pixels
+        return 1  # with unreadable EXIF data the pixels are still usable
 
 
 def _check_mode(image: Image.Image) -> None:
     if image.mode == "F":
         raise UnusableFile(
-            "unsupported_pixels", "floating-point pixels have no agreed white; export 8 or 16 bit"
+            "unsupported_pixels", "floating-point pixels have no defined white; export 8 or 16 bit"
         )
     if image.mode not in PIXEL_MODES or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise UnusableFile(
-            "unsupported_pixels", f"pixels of kind {image.mode} are not read; export 8-bit RGB"
+            "unsupported_pixels", f"pixels of mode {image.mode} are not supported; export 8-bit RGB"
         )
 
 
-def _to_unusable_file(path: Path, error: Exception) -> UnusableFile:
+def _to_unusable_file(file: SourceFile, error: Exception) -> UnusableFile:
     if isinstance(error, UnidentifiedImageError):
-        with path.open("rb") as file:
-            start = file.read(16)
+        with file.open() as stream:
+            start = stream.read(16)
         if not start:
             return UnusableFile("empty_file", "the file is empty")
         return UnusableFile(
             "not_an_image",
-            f"not a picture that can be read (starts with {ascii(start)[1:]}); save it as PNG or "
+            f"not an image that can be read (starts with {ascii(start)[1:]}); save it as PNG or "
             "JPEG",
         )
     if isinstance(error, OSError) and error.errno is not None:

@@ -1,4 +1,4 @@
-"""Files that are not trained on: how they are told, and the list of them."""
+"""Files that are not trained on: their messages, and the list of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from simpletuner.data.sample_types import RejectedFile
 from simpletuner.errors import DataError
 
 MAX_LISTED_FILES = 20
-# Rejected because the person asked for it; every other reason counts as a bad sample.
+# Rejected as the options require; every other reason counts as a bad sample.
 FILTER_REASONS = frozenset({"aspect_ratio", "too_small", "caption_dropped"})
 
 
 class UnusableFile(DataError):
-    """One file cannot be used. reason: the short code of Rejected; the text is its detail."""
+    """One file cannot be used. reason: the short code of RejectedFile; the text is its detail."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason = reason
@@ -26,12 +26,14 @@ class UnusableFile(DataError):
 
 
 def make_printable(text: str) -> str:
-    """On one line and without control characters: file names may hold both."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    """Return the text on one line and without control characters; file names may hold both."""
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )
 
 
 def format_rejected(rejected: Sequence[RejectedFile], path: Path | None) -> str:
-    """The first SHOWN files, one a line, and where the others are."""
+    """Return the first MAX_LISTED_FILES files, one per line, and where the complete list is."""
     lines = [
         make_printable(f"  {item.dataset}/{item.path}: {item.detail}")
         for item in rejected[:MAX_LISTED_FILES]
@@ -39,7 +41,7 @@ def format_rejected(rejected: Sequence[RejectedFile], path: Path | None) -> str:
     if len(rejected) > MAX_LISTED_FILES:
         lines.append(f"  and {len(rejected) - MAX_LISTED_FILES} more")
     if path is not None:
-        lines.append(f"All of them: {path}")
+        lines.append(f"Complete list: {path}")
     return "\n".join(lines)
 
 
@@ -49,10 +51,10 @@ def check_rejected_fraction(
     max_bad_sample_fraction: float,
     path: Path | None = None,
 ) -> None:
-    """Raises DataError when bad files are more than the allowed fraction of kept + bad.
+    """Raise DataError when more than the allowed fraction of the files is unusable.
 
-    Pictures outside the limits that the person set (FILTERS) are not bad. path: of the list, for
-    the message.
+    Images outside the limits that the user set (FILTER_REASONS) do not count. path: of the list,
+    for the message.
     """
     bad = [item for item in rejected if item.reason not in FILTER_REASONS]
     if len(bad) <= max_bad_sample_fraction * (kept + len(bad)):
@@ -61,12 +63,15 @@ def check_rejected_fraction(
         f"{count} {reason}" for reason, count in Counter(item.reason for item in bad).most_common()
     )
     raise DataError(
-        f"{len(bad)} of {kept + len(bad)} pictures cannot be used ({reasons}); "
+        f"{len(bad)} of {kept + len(bad)} images cannot be used ({reasons}); "
         f"max_bad_sample_fraction allows {max_bad_sample_fraction:g}.\n{format_rejected(bad, path)}"
     )
 
 
 def write_rejected(path: Path, rejected: Sequence[RejectedFile]) -> None:
-    """One JSON object a line: path (inside the dataset), dataset, reason, detail. Replaces the file whole."""
+    """Write one JSON object per line: path (inside the dataset), dataset, reason, detail.
+
+    An existing file is replaced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(asdict(item)) + "\n" for item in rejected))

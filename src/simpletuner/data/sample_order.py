@@ -1,10 +1,10 @@
-"""Which samples go through the network when: a pure function of (seed, number of the micro-batch).
+"""Order of the samples: a pure function of the seed and the number of the micro-batch.
 
-A round of a dataset visits each of its samples exactly repeats + 1 times, in batches of one bucket;
-what does not fill a batch makes a smaller one. An epoch holds one round of every dataset when their
-probabilities are equal. A dataset of lower probability gives only that share (relative to the
-largest) of its round's batches to an epoch and goes on in the next: over 1 / share epochs it, too,
-visits every sample repeats + 1 times.
+A round of a dataset uses each of its samples exactly repeats + 1 times, in batches of one bucket;
+samples that do not fill a batch form a smaller one. An epoch holds one round of every dataset when
+their probabilities are equal. A dataset of lower probability gives only that fraction (relative to
+the largest) of its round's batches to an epoch and continues in the next: over 1 / fraction epochs
+it, too, uses every sample repeats + 1 times.
 
 data_backend_sampling mixes the datasets of an epoch: "auto-weighting" spreads each over the whole
 epoch, "uniform" gives every dataset that is not exhausted the same chance at each batch, so small
@@ -23,14 +23,16 @@ from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.sample_types import BucketedSample, MicroBatch, SampleVisit
 from simpletuner.errors import DataError
+from simpletuner.events.formatting import count_of
 from simpletuner.randomness import seed_at
 
 
 @dataclass(frozen=True)
 class BatchSource:
-    """A dataset cut into batches. batches: in a round; per_epoch: of these, how many an epoch takes.
+    """A dataset divided into batches.
 
-    buckets: (width, height) in px -> int32 indices into the run's tuple of Placed.
+    buckets: (width, height) in px -> int32 indices into the run's tuple of samples.
+    batches_per_epoch: how many of a round's batches an epoch takes.
     """
 
     dataset: DatasetConfig
@@ -41,9 +43,10 @@ class BatchSource:
 
 @dataclass(frozen=True)
 class ShuffledRound:
-    """One pass over a dataset with its repeats: batch i is visits[spans[i, 0] : spans[i, 1]].
+    """One round of a dataset: batch i is sample_indices[batch_spans[i, 0] : batch_spans[i, 1]].
 
-    visits: int32 indices into Placed. passes: which repeat each visit is. spans: shuffled.
+    sample_indices: int32, into the run's samples. repeat_indices: which repeat each use is.
+    batch_spans: shuffled.
     """
 
     sample_indices: np.ndarray
@@ -52,9 +55,10 @@ class ShuffledRound:
 
 
 class SampleOrder:
-    """batches_per_epoch: micro-batches of an epoch, the same for all. notes: what a person should know.
+    """Order of all micro-batches of a run.
 
-    Holds the last rounds and the last epoch it worked out, nothing that cannot be worked out again.
+    batches_per_epoch: micro-batches of an epoch, the same for all. notices: for the user. The last
+    rounds and the last epoch are cached; they can always be computed again.
     """
 
     def __init__(
@@ -65,7 +69,10 @@ class SampleOrder:
         batch_size: int,
         options: DataOptions,
     ) -> None:
-        """batch_size: samples in a micro-batch. Refuses an order without samples."""
+        """Prepare the order.
+
+        batch_size: samples in a micro-batch. Raises DataError without samples.
+        """
         self._placed = placed
         self._seed = seed
         self._batch_size = batch_size
@@ -79,7 +86,10 @@ class SampleOrder:
         self._mixed_epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def micro_batch(self, number: int) -> MicroBatch:
-        """The micro-batch with this global number, from 0. The first of an epoch costs its permutation."""
+        """Return the micro-batch with this global number, from 0.
+
+        The first micro-batch of an epoch costs its permutation.
+        """
         epoch, slot = divmod(number, self.batches_per_epoch)
         which, nth = self._mix_datasets(epoch)
         source = self._sources[which[slot]]
@@ -103,7 +113,7 @@ class SampleOrder:
         return SampleVisit(index, turn, pass_, caption)
 
     def _mix_datasets(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """For every slot of an epoch: the source, and the how-manieth batch it gives to this epoch."""
+        """Return for every slot of an epoch the source, and which of the source's batches it is."""
         if self._mixed_epoch is None or self._mixed_epoch[0] != epoch:
             rng = np.random.Generator(
                 np.random.Philox(seed_at(self._seed, "order of datasets", epoch))
@@ -145,7 +155,7 @@ def _make_sources(
         members[item.sample.dataset][item.bucket_px].append(index)
     used = [dataset for dataset in datasets if dataset.id in members]
     if not used:
-        raise DataError("there is no picture to train on")
+        raise DataError("there is no image to train on")
     largest = max(dataset.probability for dataset in used)
     sources = []
     for dataset in used:
@@ -166,7 +176,8 @@ def _shuffle_round(source: BatchSource, batch_size: int, seed: int, turn: int) -
     begin = 0
     for bucket in source.buckets.values():
         end = begin + len(bucket) * passes
-        # Pass after pass, so that a sample meets itself only where a small bucket leaves no choice.
+        # Pass after pass, so that a batch holds a sample twice only where a small bucket leaves no
+        # choice.
         visits += [rng.permutation(bucket) for _ in range(passes)]
         which_pass.append(np.repeat(np.arange(passes, dtype=np.int32), len(bucket)))
         first = np.arange(begin, end, batch_size)
@@ -185,8 +196,8 @@ def _batch_notices(source: BatchSource, batch_size: int) -> list[str]:
         visits = len(bucket) * passes
         if visits < batch_size:
             notes.append(
-                f"{name}: bucket {width}x{height} has {visits} visits, fewer than a batch of "
-                f"{batch_size}; it trains with a batch of {visits}"
+                f"{name}: bucket {width}x{height} has {count_of(visits, 'image')} per round, "
+                f"fewer than a batch of {batch_size}; it is trained with a batch of {visits}"
             )
     short = sum(len(bucket) * passes % batch_size > 0 for bucket in source.buckets.values())
     if short > len(notes):

@@ -1,22 +1,23 @@
-"""What flows out of the data package: one frozen dataclass per arrow."""
+"""Data types of the data package, one frozen dataclass per stage."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+
+from simpletuner.data.sources import SourceFile
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and what may be said about it. Sizes are after EXIF orientation.
+    """One image and its captions. Sizes are after EXIF orientation.
 
     id: "<dataset id>/<path inside it>", POSIX separators, NFC: unique in a run, stable between
-    runs. captions: alternatives, at least one; a visit uses one of them.
+    runs. captions: alternatives, at least one; one of them is used each time the sample is trained.
     """
 
     id: str
     dataset: str
-    path: Path
+    file: SourceFile
     width_px: int
     height_px: int
     captions: tuple[str, ...]
@@ -26,9 +27,9 @@ class Sample:
 class BucketedSample:
     """A sample with the geometry it is trained at.
 
-    resize_px: (width, height) that covers the bucket with the sample's own aspect.
-    crop_px: (left, top) of the bucket-sized window inside the resized picture.
-    bucket_px: (width, height), multiples of the family's alignment.
+    resize_px: (width, height) that covers the bucket with the sample's own aspect ratio. crop_px:
+    (left, top) of the bucket-sized window inside the resized image. bucket_px: (width, height),
+    multiples of the family's alignment.
     """
 
     sample: Sample
@@ -49,11 +50,11 @@ class RejectedFile:
 
 @dataclass(frozen=True)
 class SampleVisit:
-    """One appearance of a sample in training.
+    """One use of a sample in training.
 
-    index: position in the run's tuple of Placed. epoch, pass_: which visit this is (pass_ counts
-    repeats inside an epoch). caption: index into sample.captions, None when the caption is dropped
-    (empty caption).
+    sample_index: position in the run's tuple of samples. round_index, repeat_index: which use it
+    is; repeats are counted inside a round. caption_index: index into sample.captions, None when the
+    caption is dropped (empty caption).
     """
 
     sample_index: int
@@ -64,7 +65,10 @@ class SampleVisit:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples of one bucket that go through the network together. number: global micro-batch index."""
+    """Samples of one bucket that are trained together.
+
+    index: number of the micro-batch in the run.
+    """
 
     index: int
     epoch: int

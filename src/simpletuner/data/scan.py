@@ -1,4 +1,7 @@
-"""From folders to placed samples by names, headers and captions; nothing is decoded, no folder written to."""
+"""Scan of datasets: from files to samples in buckets, by names, headers and captions.
+
+Nothing is decoded, and nothing is written to the dataset folders.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,23 @@ from simpletuner.data.rejections import (
     write_rejected,
 )
 from simpletuner.data.sample_types import BucketedSample, RejectedFile, Sample
+from simpletuner.data.sources import SourceFile
 from simpletuner.errors import DataError
 from simpletuner.events.event_types import DatasetScanned, Emit, NoticeIssued, WarningIssued
+from simpletuner.events.formatting import count_of
 from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.randomness import seed_at
 
 READER_THREADS = 8
 FILES_PER_CHUNK = 64
 MAX_SUFFIXES_LISTED = 8
-ENLARGEMENT_THRESHOLD = 1.25  # times the side, worth a word
+ENLARGEMENT_THRESHOLD = 1.25  # factor of the side from which a notice is given
 ReadResult = tuple[BucketedSample, ImageHeader] | RejectedFile
 
 
 @dataclass(frozen=True)
 class ScanResult:
-    """placed: sorted by sample id. rejected: sorted by dataset and path."""
+    """Result of a scan. samples: sorted by id. rejected: sorted by dataset and path."""
 
     samples: tuple[BucketedSample, ...]
     rejected: tuple[RejectedFile, ...]
@@ -53,12 +58,12 @@ def scan_datasets(
     alignment_px: int = 64,
     rejected_path: Path | None = None,
 ) -> ScanResult:
-    """Read every header and caption and place every picture in a bucket.
+    """Read every header and caption and assign every image to a bucket.
 
     seed: of the run, for crop_style random. rejected_path: where the list of rejected files is
-    written, also when the scan ends in an error. DataError: captions missing under missing_caption
-    error, more bad files than max_bad_sample_fraction, an empty folder, nothing left, a picture
-    both trained on and held out.
+    written, also when the scan ends in an error. Raises DataError for captions missing under
+    missing_caption error, more unusable files than max_bad_sample_fraction, an empty folder, no
+    sample to train on, or an image both trained on and held out.
     """
     found: list[ImageFile] = []
     rejected: list[RejectedFile] = []
@@ -70,16 +75,17 @@ def scan_datasets(
         )
         if not named and not misnamed:
             only = f", only {kinds}" if unread else ""
-            raise DataError(f"{dataset.id}: no pictures in {dataset.instance_data_dir}{only}")
+            raise DataError(f"{dataset.id}: no images in {dataset.instance_data_dir}{only}")
         if unread:
             notes.append(
-                f"{dataset.id}: {unread.total()} files are no pictures and are not read: {kinds}"
+                f"{dataset.id}: skipped {count_of(unread.total(), 'file')} that cannot be used: "
+                f"{kinds}"
             )
         found += named
         rejected += misnamed
     remarks: Counter[tuple[str, str]] = Counter()
     placed: list[BucketedSample] = []
-    with StageReporter(emit, "scan", len(found), "pictures") as stage:
+    with StageReporter(emit, "scan", len(found), "images") as stage:
         for read in _read_files(found, partial(_read_file, options, seed, alignment_px), stage):
             if isinstance(read, RejectedFile):
                 rejected.append(read)
@@ -91,9 +97,10 @@ def scan_datasets(
         rejected.sort(key=lambda item: (item.dataset, item.path))
         stage.summary = f"{len(placed)} kept, {len(rejected)} rejected"
     notes += [
-        f"{name}: {count} pictures {remark}" for (name, remark), count in sorted(remarks.items())
+        f"{name}: {count_of(count, 'image')} {remark}"
+        for (name, remark), count in sorted(remarks.items())
     ]
-    copies = find_identical_files(item.sample.path for item in placed)
+    copies = find_identical_files(item.sample.file for item in placed)
     _emit_results(datasets, placed, rejected, (*notes, *_shared_file_notices(placed)), copies, emit)
     if rejected_path is not None:
         write_rejected(rejected_path, rejected)
@@ -126,20 +133,20 @@ def _read_file(options: DataOptions, seed: int, alignment_px: int, found: ImageF
     dataset = found.dataset
     sample_id = f"{dataset.id}/{found.relative_path}"
     try:
-        header = read_image_header(found.path, options.max_image_megapixels)
+        header = read_image_header(found.file, options.max_image_megapixels)
         resize, corner, bucket = assign_bucket(
             dataset.resize_crop, header.size_px, sample_id, seed, alignment_px
         )
-        said = read_captions(dataset, found.path, found.caption_path, options)
+        captions = read_captions(dataset, found.file, found.caption_file, options)
     except UnusableFile as error:
         return RejectedFile(found.relative_path, dataset.id, error.reason, str(error))
     sample = Sample(
         id=sample_id,
         dataset=dataset.id,
-        path=found.path,
+        file=found.file,
         width_px=header.size_px[0],
         height_px=header.size_px[1],
-        captions=said[:1] if dataset.dataset_type == "eval" else said,
+        captions=captions[:1] if dataset.dataset_type == "eval" else captions,
     )
     return BucketedSample(sample, resize, corner, bucket), header
 
@@ -151,7 +158,10 @@ def assign_bucket(
     seed: int,
     alignment_px: int,
 ) -> tuple[geometry.ImageSize, tuple[int, int], geometry.ImageSize]:
-    """resize_px, crop_px and bucket_px (see Placed) of one picture. Raises BadFile: outside the limits."""
+    """Return resize_px, crop_px and bucket_px (see BucketedSample) of one image.
+
+    Raises UnusableFile if the image is outside the limits.
+    """
     _check_limits(framing, size)
     bucket = geometry.bucket_size(framing, size, alignment_px)
     resize = geometry.resized_size(framing, size, bucket)
@@ -178,9 +188,9 @@ def _check_limits(framing: geometry.ResizeCropConfig, size: tuple[int, int]) -> 
 
 def _header_notices(header: ImageHeader) -> list[str]:
     holds = {
-        "are animated; the first frame is used": header.is_animated,
-        "have transparency, which is laid over alpha_background": header.has_alpha,
-        "are CMYK and are converted to sRGB": header.mode == "CMYK",
+        "with animation (the first frame is used)": header.is_animated,
+        "with transparency (laid over alpha_background)": header.has_alpha,
+        "in CMYK (converted to sRGB)": header.mode == "CMYK",
     }
     return [remark for remark, applies in holds.items() if applies]
 
@@ -188,7 +198,11 @@ def _header_notices(header: ImageHeader) -> list[str]:
 def _limit_samples(
     datasets: Sequence[DatasetConfig], placed: list[BucketedSample]
 ) -> list[BucketedSample]:
-    """max_num_samples: the smallest draws, so that one file more changes the subset by one at most."""
+    """Apply max_num_samples.
+
+    The samples with the smallest hashes are used, so that one more file changes the subset by at
+    most one sample.
+    """
     chosen: set[str] = set()
     for dataset in datasets:
         ids = [item.sample.id for item in placed if item.sample.dataset == dataset.id]
@@ -205,7 +219,7 @@ def _emit_results(
     placed: Sequence[BucketedSample],
     rejected: Sequence[RejectedFile],
     notes: Sequence[str],
-    copies: Sequence[Sequence[Path]],
+    copies: Sequence[Sequence[SourceFile]],
     emit: Emit,
 ) -> None:
     for dataset in datasets:
@@ -215,13 +229,14 @@ def _emit_results(
         table = tuple((width, height, count) for (width, height), count in sorted(buckets.items()))
         emit(DatasetScanned(dataset.id, buckets.total(), table, dict(reasons)))
         if not buckets:
-            emit(WarningIssued(f"{dataset.id}: none of its pictures can be used"))
-        grown = [(one.resize_px[0] / one.sample.width_px, one.sample.path.name) for one in mine]
+            emit(WarningIssued(f"{dataset.id}: none of its images can be used"))
+        grown = [(item.resize_px[0] / item.sample.width_px, item.sample.file.name) for item in mine]
         grown = sorted(pair for pair in grown if pair[0] >= ENLARGEMENT_THRESHOLD)
         if grown:
-            most = f"{grown[-1][1]} {grown[-1][0]:.1f} times"
+            most = f"{grown[-1][1]} by {grown[-1][0]:.1f}"
             what = (
-                f"{dataset.id}: {len(grown)} pictures are enlarged, {most}; see minimum_image_size"
+                f"{dataset.id}: {count_of(len(grown), 'image')} "
+                f"{'is' if len(grown) == 1 else 'are'} enlarged, {most}; see minimum_image_size"
             )
             emit(NoticeIssued(make_printable(what)))
     for note in notes:
@@ -229,18 +244,21 @@ def _emit_results(
     if copies:
         first, second = copies[0][:2]
         extra = sum(len(group) - 1 for group in copies)
-        what = f"{extra} pictures are copies of others, such as {second.name} of {first.name}"
+        verb = "is a copy of another" if extra == 1 else "are copies of others"
+        what = f"{count_of(extra, 'image')} {verb}, such as {second.name} of {first.name}"
         emit(WarningIssued(make_printable(what)))
 
 
 def _shared_file_notices(placed: Sequence[BucketedSample]) -> list[str]:
-    uses = Counter(item.sample.path for item in placed)
-    shared = [path for path, count in uses.items() if count > 1]
-    return (
-        [f"{len(shared)} pictures are in more than one dataset, such as {shared[0]}"]
-        if shared
-        else []
-    )
+    uses = Counter(item.sample.file for item in placed)
+    shared = [file for file, count in uses.items() if count > 1]
+    if not shared:
+        return []
+    verb = "is" if len(shared) == 1 else "are"
+    return [
+        f"{count_of(len(shared), 'image')} {verb} in more than one dataset, such as "
+        f"{shared[0].address}"
+    ]
 
 
 def _check_results(
@@ -250,11 +268,13 @@ def _check_results(
     options: DataOptions,
     listed: Path | None,
 ) -> None:
-    speechless = [item for item in rejected if item.reason == "caption_missing"]
-    if speechless:
-        how = "Write them, or set missing_caption to empty, filename or drop."
-        files = format_rejected(speechless, listed)
-        raise DataError(f"{len(speechless)} pictures have no caption. {how}\n{files}")
+    uncaptioned = [item for item in rejected if item.reason == "caption_missing"]
+    if uncaptioned:
+        how = "Add the missing captions, or set missing_caption to empty, filename or drop."
+        files = format_rejected(uncaptioned, listed)
+        verb = "has" if len(uncaptioned) == 1 else "have"
+        count = count_of(len(uncaptioned), "image")
+        raise DataError(f"{count} {verb} no caption. {how}\n{files}")
     check_rejected_fraction(rejected, kept, options.max_bad_sample_fraction, listed)
     if idle:
-        raise DataError(f"no picture is left to train on.\n{format_rejected(rejected, listed)}")
+        raise DataError(f"there is no image to train on.\n{format_rejected(rejected, listed)}")

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, colours from the page's style sheet, values in native tooltips."""
+"""Line charts as inline SVG: no script, colours from the style sheet, values as tooltips."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class ChartLine:
-    """points: (x, y). style: a class of the style sheet. error: half the height of each point's bar.
+    """A line of a chart. points: (x, y). style: a class of the style sheet.
 
-    marks: a dot with a tooltip at each point. mark_best: index of a point with a ring around it.
+    errors: half the height of each point's error bar. markers: a dot with a tooltip at each point.
+    highlighted_index: index of a point with a ring around it.
     """
 
     points: Sequence[Point]
@@ -31,7 +32,10 @@ class ChartLine:
 def render_line_chart(
     title: str, lines: Sequence[ChartLine], x_name: str = "step", zero: bool = False
 ) -> str:
-    """An SVG figure; a line has gaps where y is not finite. zero: the axis shows y = 0 and a line there."""
+    """Return an SVG figure; a line has gaps where y is not finite.
+
+    zero: the axis includes y = 0 and marks it.
+    """
     lines = [line for line in lines if any(math.isfinite(y) for _, y in line.points)]
     if not lines:
         return ""
@@ -64,12 +68,13 @@ def render_line_chart(
         f'<span class="{line.style}">{escape(line.name)}</span>' for line in lines if line.name
     )
     legend = f'<span class="legend">{keys}</span>' if keys else ""
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    label = f'role="img" aria-label="{escape(title)}"'
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" {label}>{"".join(parts)}</svg>'
     return f"<figure><figcaption>{escape(title)}{legend}</figcaption>{svg}</figure>"
 
 
 def axis_ticks(low: float, high: float, about: int) -> list[float]:
-    """Round values inside [low, high], 1, 2 or 5 times a power of ten apart."""
+    """Return round values in [low, high], 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     apart = next(
@@ -80,7 +85,7 @@ def axis_ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def downsample_points(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """Lowest and highest of each of limit / 2 pieces, so that no spike is lost."""
+    """Return the lowest and highest point of each of limit / 2 pieces, so that no spike is lost."""
     if len(points) <= limit:
         return list(points)
     piece = math.ceil(2 * len(points) / limit)
@@ -105,7 +110,8 @@ def _render_line(
     parts.append(f'<path class="{line.style}" d="{"".join(path)}"/>')
     for (x, y), error in zip(line.points, line.errors, strict=False):
         if math.isfinite(error) and math.isfinite(y):
-            bar = f'x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{py(y - error):.1f}" y2="{py(y + error):.1f}"'
+            ends = f'y1="{py(y - error):.1f}" y2="{py(y + error):.1f}"'
+            bar = f'x1="{px(x):.1f}" x2="{px(x):.1f}" {ends}'
             parts.append(f'<line class="{line.style}" {bar}/>')
     for number, (x, y) in enumerate(line.points if line.markers else ()):
         if not math.isfinite(y):

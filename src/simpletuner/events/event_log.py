@@ -1,4 +1,7 @@
-"""`events.jsonl`: one line per event, append-only, the record that everything else can be rebuilt from."""
+"""The event log `events.jsonl`: one line per event, append-only.
+
+Everything else about a run can be rebuilt from it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from simpletuner.events.event_types import EVENT_CLASSES, Event
 
 @dataclass(frozen=True)
 class EventRecord:
-    """t: unix seconds. end: byte offset behind the line, what read(since=...) takes to go on from here."""
+    """A line of the log. end_offset: bytes up to its end, for read_events(since=...)."""
 
     unix_time: float
     event: Event
@@ -26,12 +29,12 @@ class EventRecord:
 
 
 def event_to_dict(event: Event, t: float) -> dict[str, Any]:
-    """What one line of the file holds. Numbers that are not finite become null: JSON has no word for them."""
+    """Return the object of one line. Numbers that are not finite become null, as JSON requires."""
     return {"t": round(t, 3), "kind": event.kind, **_replace_nonfinite(dataclasses.asdict(event))}
 
 
 def event_from_dict(record: dict[str, Any]) -> Event | None:
-    """The event of a line; None when its kind or fields are of another version of this program."""
+    """Return the event of a line; None if another version wrote its kind or fields."""
     kind = EVENT_CLASSES.get(record.get("kind", ""))
     if kind is None:
         return None
@@ -48,7 +51,7 @@ def event_from_dict(record: dict[str, Any]) -> Event | None:
 
 
 class EventLog:
-    """Sink that appends to the file; each line is handed to the system whole and at once."""
+    """Sink that appends to the file; each line is written in one call, so that it is never torn."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,7 @@ class EventLog:
 
 
 def read_events(path: Path, since: int = 0) -> Iterator[EventRecord]:
-    """Events from byte offset `since` on. A line still being written, torn, or unknown is passed over."""
+    """Yield the events from byte offset `since`. Incomplete and unknown lines are skipped."""
     if not path.exists():
         return
     with path.open("rb") as file:

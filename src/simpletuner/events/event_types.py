@@ -1,4 +1,7 @@
-"""What happens in a run, as data. `events.jsonl` is the record; terminal, trackers and report read it."""
+"""Events of a run, as data. The terminal, the trackers and the report read them.
+
+`events.jsonl` is their record on disk.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Event:
-    """Root of all events. `kind` is the word written in the file."""
+    """Base class of all events. `kind` is the name in the file."""
 
     kind: ClassVar[str]
 
@@ -22,7 +25,7 @@ Emit = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class RunStarted(Event, kind="run_started"):
-    """First line of every process that works on a run."""
+    """First event of every process that works on a run."""
 
     version: str
     run_dir: str
@@ -34,21 +37,21 @@ class RunStarted(Event, kind="run_started"):
 
 @dataclass(frozen=True)
 class NoticeIssued(Event, kind="noted"):
-    """Worth one line to a person; nothing is wrong."""
+    """A notice for the user; nothing is wrong."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class WarningIssued(Event, kind="warned"):
-    """Something is not as the person probably meant it; the run goes on."""
+    """A warning: something is probably not as the user intended. The run continues."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class StageStarted(Event, kind="stage_started"):
-    """A stage with known or unknown length begins (scan, encode text, encode images, load, train)."""
+    """Start of a stage, of known or unknown length: scan, encode images, load, train."""
 
     stage: str
     total: int | None
@@ -57,7 +60,10 @@ class StageStarted(Event, kind="stage_started"):
 
 @dataclass(frozen=True)
 class StageProgress(Event, kind="stage_progress"):
-    """`done` of `total` units; `rate` in units per second; `left_s` seconds left, None when unknown."""
+    """Progress of a stage: `done` of `total` units.
+
+    rate: units per second. left_s: seconds left, None when unknown.
+    """
 
     stage: str
     done: int
@@ -68,6 +74,8 @@ class StageProgress(Event, kind="stage_progress"):
 
 @dataclass(frozen=True)
 class StageCompleted(Event, kind="stage_done"):
+    """End of a stage. done: units. seconds: wall time."""
+
     stage: str
     done: int
     seconds: float
@@ -86,7 +94,10 @@ class DatasetScanned(Event, kind="dataset_scanned"):
 
 @dataclass(frozen=True)
 class StepCompleted(Event, kind="step"):
-    """One optimizer step. seconds: wall time of the step. memory_gib: peak device memory, None on CPU."""
+    """One optimizer step.
+
+    seconds: wall time of the step. memory_gib: peak device memory, None on a CPU.
+    """
 
     step: int
     total: int
@@ -101,7 +112,7 @@ class StepCompleted(Event, kind="step"):
 
 @dataclass(frozen=True)
 class WeightsSaved(Event, kind="saved"):
-    """A checkpoint, or at the end the weights themselves, safely on disk."""
+    """A checkpoint, or at the end the weights, completely written to disk."""
 
     step: int
     path: str
@@ -111,13 +122,15 @@ class WeightsSaved(Event, kind="saved"):
 
 @dataclass(frozen=True)
 class RunResumed(Event, kind="resumed"):
+    """The run continues from this checkpoint."""
+
     step: int
     path: str
 
 
 @dataclass(frozen=True)
 class CheckpointSetAside(Event, kind="checkpoint_set_aside"):
-    """A damaged checkpoint was renamed, never deleted; the one before it is used."""
+    """A damaged checkpoint was renamed, not deleted; the one before it is used."""
 
     path: str
     reason: str
@@ -125,7 +138,7 @@ class CheckpointSetAside(Event, kind="checkpoint_set_aside"):
 
 @dataclass(frozen=True)
 class ImageSaved(Event, kind="image"):
-    """A validation picture. path: relative to the run folder.
+    """A validation image. path: relative to the run folder.
 
     weights: "base", "trained", "ema", or the LoRA at another strength, "strength 0.5".
     """
@@ -142,7 +155,7 @@ class ImageSaved(Event, kind="image"):
 
 @dataclass(frozen=True)
 class ContactSheetSaved(Event, kind="sheet"):
-    """A contact sheet prompt x step. path: relative to the run folder."""
+    """A contact sheet of prompts and steps. path: relative to the run folder."""
 
     step: int
     path: str
@@ -150,7 +163,11 @@ class ContactSheetSaved(Event, kind="sheet"):
 
 @dataclass(frozen=True)
 class LossEvaluated(Event, kind="evaluated"):
-    """Held-out loss. by_sigma: (sigma, loss). change, change_se: against step 0, paired per sample."""
+    """Held-out loss.
+
+    by_sigma: (sigma, loss). change, change_se: the difference from step 0, paired per sample, and
+    its standard error.
+    """
 
     step: int
     dataset: str
@@ -164,10 +181,10 @@ class LossEvaluated(Event, kind="evaluated"):
 
 @dataclass(frozen=True)
 class ScoresComputed(Event, kind="scored"):
-    """What a program reads from the pictures of `prompts` unseen prompts, drawn with the weights of the step.
+    """Scores of generated images of `prompts` unseen prompts.
 
-    metric: as in evaluation_type. weights: "base", "trained" or "ema". rates: name -> (value, its standard
-    error, how many were counted). unit: of the values; "share" is a part of 1.
+    metric: as in evaluation_type. weights: "base", "trained" or "ema". rates: name -> (value, its
+    standard error, how many images counted). unit: of the values; "share" is a fraction of 1.
     """
 
     step: int
@@ -180,7 +197,7 @@ class ScoresComputed(Event, kind="scored"):
 
 @dataclass(frozen=True)
 class RunFinished(Event, kind="finished"):
-    """status: "done" or "stopped"."""
+    """End of a run. status: "done" or "stopped"."""
 
     step: int
     seconds: float
@@ -189,6 +206,8 @@ class RunFinished(Event, kind="finished"):
 
 @dataclass(frozen=True)
 class RunFailed(Event, kind="failed"):
+    """The run ended with an error. step: the last completed one."""
+
     step: int
     error: str
     exit_code: int

@@ -1,4 +1,4 @@
-"""Events and figures in a person's words: one line each, shared by the terminal, the report and messages."""
+"""Text of events and numbers, shared by the terminal, the report and messages."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from simpletuner.events import event_types
 
 
 class SmoothedMean:
-    """Exponential mean without the pull of its start (Adam's bias correction). share: the newest one's."""
+    """Exponential moving average without the bias of its start (Adam's correction).
+
+    share: the weight of the newest value.
+    """
 
     def __init__(self, share: float = 0.05) -> None:
         self._weight_of_newest = share
         self._sum = self._weight = 0.0
 
     def __call__(self, value: float) -> float:
-        """Values that are not a number are passed over."""
+        """Add a value and return the average. NaN is skipped."""
         if value == value:
             self._sum += self._weight_of_newest * (value - self._sum)
             self._weight += self._weight_of_newest * (1.0 - self._weight)
@@ -23,7 +26,7 @@ class SmoothedMean:
 
 
 def format_duration(seconds: float | None) -> str:
-    """41 s, 3:07 min, 2:05 h; "?" when unknown."""
+    """Return "41 s", "3:07 min", "2:05 h"; "?" when unknown."""
     if seconds is None or seconds != seconds:
         return "?"
     whole = round(seconds)
@@ -35,7 +38,7 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """Bytes in binary units."""
+    """Return bytes in binary units."""
     amount = float(count)
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:
@@ -45,7 +48,7 @@ def format_bytes(count: int) -> str:
 
 
 def format_rate(per_s: float, unit: str) -> str:
-    """Per second, or seconds per unit when that reads better."""
+    """Return units per second, or seconds per unit when that is easier to read."""
     if per_s <= 0:
         return f"? {unit}/s"
     return f"{per_s:.2f} {unit}/s" if per_s >= 0.5 else f"{1 / per_s:.1f} s/{unit}"
@@ -59,14 +62,19 @@ def format_score(value: float, error: float, unit: str) -> str:
 
 
 def pick_evenly(steps: Sequence[int], most: int) -> list[int]:
-    """At most that many, the first and the last always among them, the rest evenly spaced by position."""
+    """Return at most `most` steps: the first, the last, and evenly spaced ones between."""
     if len(steps) <= most:
         return list(steps)
     return [steps[round(place * (len(steps) - 1) / (most - 1))] for place in range(most)]
 
 
+def count_of(count: int, noun: str, plural: str = "") -> str:
+    """Return "1 image" or "3 images"."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 def describe_event(event: event_types.Event) -> str:
-    """One line of plain text."""
+    """Return one line of plain text."""
     match event:
         case event_types.RunStarted():
             steps = f"steps {event.resumed_step} to {event.total_steps}"
@@ -77,7 +85,8 @@ def describe_event(event: event_types.Event) -> str:
             return f"{event.stage}: {'' if event.total is None else f'{event.total} '}{event.unit}"
         case event_types.StageProgress():
             of = "" if event.total is None else f" of {event.total}"
-            return f"{event.stage}: {event.done}{of}, {event.rate:.1f}/s, {format_duration(event.left_s)} left"
+            left = format_duration(event.left_s)
+            return f"{event.stage}: {event.done}{of}, {event.rate:.1f}/s, {left} left"
         case event_types.StageCompleted():
             note = f" ({event.note})" if event.note else ""
             return f"{event.stage}: {event.done} in {format_duration(event.seconds)}{note}"
@@ -86,16 +95,18 @@ def describe_event(event: event_types.Event) -> str:
                 f", {count} {reason}" for reason, count in sorted(event.rejected.items())
             )
             return (
-                f"dataset {event.dataset}: {event.samples} in {len(event.buckets)} buckets{dropped}"
+                f"dataset {event.dataset}: {count_of(event.samples, 'image')} in "
+                f"{count_of(len(event.buckets), 'bucket')}{dropped}"
             )
         case event_types.StepCompleted():
             return f"step {event.step} of {event.total}: loss {event.loss:.4f}"
         case event_types.WeightsSaved():
-            return f"saved {event.path} ({format_bytes(event.size_bytes)} in {format_duration(event.seconds)})"
+            size = format_bytes(event.size_bytes)
+            return f"saved {event.path} ({size} in {format_duration(event.seconds)})"
         case event_types.RunResumed():
-            return f"going on from {event.path} at step {event.step}"
+            return f"resuming from {event.path} at step {event.step}"
         case event_types.CheckpointSetAside():
-            return f"{event.path} is damaged and was set aside: {event.reason}"
+            return f"{event.path} is damaged and was renamed: {event.reason}"
         case event_types.ImageSaved():
             return f"step {event.step}: {event.path} [{event.weights}]"
         case event_types.ContactSheetSaved():
@@ -103,13 +114,15 @@ def describe_event(event: event_types.Event) -> str:
         case event_types.LossEvaluated():
             best = ", the best so far" if event.best and event.step else ""
             change = f"change {event.change:+.4f} ± {event.change_se:.4f}"
-            return f"step {event.step}: {event.split} loss ({event.dataset}) {event.loss:.4f}, {change}{best}"
+            loss = f"{event.split} loss ({event.dataset}) {event.loss:.4f}"
+            return f"step {event.step}: {loss}, {change}{best}"
         case event_types.ScoresComputed():
-            told = ", ".join(
+            values = ", ".join(
                 f"{name} {format_score(value, error, event.unit)}"
                 for name, (value, error, _) in event.rates.items()
             )
-            return f"step {event.step}: {event.metric} in {event.prompts} pictures [{event.weights}]: {told}"
+            count = count_of(event.prompts, "image")
+            return f"step {event.step}: {event.metric} in {count} [{event.weights}]: {values}"
         case event_types.RunFinished():
             return f"{event.status} at step {event.step} after {format_duration(event.seconds)}"
         case event_types.RunFailed():

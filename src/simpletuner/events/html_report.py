@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page that opens anywhere, without a server, a network or a script."""
+"""The report `report.html`: one page that needs no server, no network and no script."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from simpletuner.events.formatting import (
 )
 from simpletuner.events.run_history import ImageKey, RunHistory, read_run_history
 
-MAX_COLUMNS = 9  # steps shown of the pictures: the first, the last and some between
+MAX_COLUMNS = 9  # steps of the images that are shown: the first, the last and some between
 THUMBNAIL_PX = 448
 SERIES_STYLES = ("line", "second", "third")
-# The browser is told to fetch nothing at all, whatever a caption or a name may contain.
+# The browser must fetch nothing at all, whatever a caption or a file name may contain.
 CONTENT_SECURITY_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(run_dir: Path, defaults: Mapping[str, Any] | None = None) -> Path:
-    """Read events.jsonl, config.json and the pictures of a run folder; write report.html beside them.
+    """Write report.html into a run folder, from events.jsonl, config.json and the images.
 
-    defaults: with it the settings that differ from it are shown first. The file is replaced at once, so that
-    it can be written again and again while somebody reads it.
+    defaults: with it, settings that differ from it are shown first. The file is replaced
+    atomically, so that it can be rewritten while it is read.
     """
     history = read_run_history(run_dir)
     title = f"{run_dir.resolve().name} · simpletuner"
@@ -54,9 +54,11 @@ def write_report(run_dir: Path, defaults: Mapping[str, Any] | None = None) -> Pa
         ]
     )
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_escape_text(title)}</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{_escape_text(title)}</title>"
         f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{style}</style></head>"
         f"<body>{body}<footer>Written {_format_time(time.time())}.</footer></body></html>"
     )
     path = run_dir / "report.html"
@@ -96,7 +98,8 @@ def _render_header(run_dir: Path, history: RunHistory) -> str:
     )
     return (
         f"<header><h1>{_escape_text(run_dir.resolve().name)}</h1><p>{_escape_text(line)}</p>"
-        f'<p class="{style}">{_escape_text(status)}, last event {_format_time(history.last_event_time)}</p>'
+        f'<p class="{style}">{_escape_text(status)}, '
+        f"last event {_format_time(history.last_event_time)}</p>"
         f'<ul class="facts">{items}</ul></header>'
     )
 
@@ -172,7 +175,7 @@ def _render_held_out(history: RunHistory) -> str:
 
 
 def _render_scores(history: RunHistory) -> str:
-    """A table per metric: the rates, a column per step."""
+    """Render a table per metric: the rates, with a column per step."""
     metrics: dict[str, list[ScoresComputed]] = {}
     for event in sorted(history.scores.values(), key=lambda event: event.step):
         metrics.setdefault(event.metric, []).append(event)
@@ -219,18 +222,19 @@ def _render_images(run_dir: Path, history: RunHistory) -> str:
             for step in shown
         )
         lines.append(
-            f'<tr><th scope="row">{_escape_text(event.prompt) or "(empty prompt)"}<br>{about}</th>{cells}</tr>'
+            f'<tr><th scope="row">{_escape_text(event.prompt) or "(empty prompt)"}<br>{about}</th>'
+            f"{cells}</tr>"
         )
     start = f'<div class="scroll"><table class="pictures" style="--columns: {len(shown)}">'
     table = f"{start}<tr><th></th>{heads}</tr>{''.join(lines)}</table></div>"
     note = (
         f'<p class="soft">{len(shown)} of {len(steps)} steps</p>' if len(shown) < len(steps) else ""
     )
-    return _render_section("Pictures", note + table if rows else "")
+    return _render_section("Validation images", note + table if rows else "")
 
 
 def _render_thumbnail(run_dir: Path, event: ImageSaved) -> str:
-    """A thumbnail inside the page, linked to the full picture beside it."""
+    """Render a thumbnail inside the page, linked to the full image in the run folder."""
     path = run_dir / event.path
     if not path.resolve().is_relative_to(run_dir.resolve()):
         return '<span class="soft">outside the run folder</span>'
@@ -239,7 +243,7 @@ def _render_thumbnail(run_dir: Path, event: ImageSaved) -> str:
             small = image.convert("RGB")
             small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
     except (OSError, UnidentifiedImageError):
-        return '<span class="soft">gone</span>'
+        return '<span class="soft">missing</span>'
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=86)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -252,7 +256,7 @@ def _render_warnings(history: RunHistory) -> str:
     rows = [(_format_time(t), describe_event(event)) for t, event in history.warnings]
     if history.resume_steps:
         rows.append(
-            ("", f"went on from a checkpoint at step {', '.join(map(str, history.resume_steps))}")
+            ("", f"resumed from a checkpoint at step {', '.join(map(str, history.resume_steps))}")
         )
     return _render_section("Warnings and restarts", _render_table(("when", "what"), rows))
 
@@ -272,7 +276,7 @@ def _render_settings(run_dir: Path, defaults: Mapping[str, Any] | None) -> str:
     rest = _render_table(("option", "value"), others)
     if not changed:
         return _render_section("Settings", rest)
-    summary = f"<details><summary>{len(others)} more, as by default</summary>{rest}</details>"
+    summary = f"<details><summary>{len(others)} more at their defaults</summary>{rest}</details>"
     return _render_section(
         "Settings that differ from the defaults",
         _render_table(("option", "value", "default"), changed) + summary,
@@ -302,7 +306,7 @@ def _render_section(title: str, content: str) -> str:
 
 
 def _escape_text(text: str) -> str:
-    """Escaped; what UTF-8 cannot say (a stray byte of a file name) becomes a question mark."""
+    """Escape the text for HTML; a stray byte of a file name becomes a question mark."""
     return escape(text.encode("utf-8", "replace").decode())
 
 

@@ -1,4 +1,4 @@
-"""What a run came to: its events with the abandoned ends of resumed processes taken out."""
+"""History of a run: its events without those that a resumed process replaced."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ImageKey = tuple[str, int, int, int, str]
 
 @dataclass
 class RunHistory:
-    """steps, evaluations, scores and pictures are those that the present weights descend from.
+    """Events of a run that the present weights descend from.
 
-    pictures: ((prompt id, width, height, seed, weights), step) -> event. problems: (unix seconds,
-    event). resumes: steps at which a later process went on. end: how the last process ended, None
-    while it runs.
+    images: ((prompt id, width, height, seed, weights), step) -> event. warnings: (unix seconds,
+    event). resume_steps: steps at which a later process resumed. end_event: how the last process
+    ended, None while it runs.
     """
 
     start_event: event_types.RunStarted | None = None
@@ -79,6 +79,7 @@ class RunHistory:
 
 
 def history_from_records(records: Iterable[EventRecord]) -> RunHistory:
+    """Return the history of these records."""
     history = RunHistory()
     for record in records:
         history.add_record(record)
@@ -86,4 +87,5 @@ def history_from_records(records: Iterable[EventRecord]) -> RunHistory:
 
 
 def read_run_history(run_dir: Path) -> RunHistory:
+    """Read the history of a run folder."""
     return history_from_records(read_events(run_dir / "events.jsonl"))

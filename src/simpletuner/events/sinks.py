@@ -1,4 +1,4 @@
-"""Who hears of an event: one Emit in front of many sinks, none of which can stop the run."""
+"""Delivery of events: one Emit in front of many sinks, none of which can stop the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Sink = Callable[[Event], None]
 
 
 class CloseableSink(Protocol):
-    """A sink that holds something open: a file, a thread, a connection."""
+    """A sink that holds a file, a thread or a connection open."""
 
     def __call__(self, event: Event, /) -> None: ...
 
@@ -32,7 +32,7 @@ LOG_LEVELS = {"debug": 10, "info": 20, "warning": 30}
 
 
 def event_level(event: Event) -> int:
-    """How much an event matters to a person; the keys of LEVELS are what log_level offers."""
+    """Return the log level of an event, one of the values of LOG_LEVELS."""
     if isinstance(event, (WarningIssued, RunFailed, CheckpointSetAside)):
         return LOG_LEVELS["warning"]
     return (
@@ -43,13 +43,13 @@ def event_level(event: Event) -> int:
 
 
 def null_emit(event: Event) -> None:
-    """The Emit of code that nobody listens to."""
+    """Emit nothing: the default of code without a listener."""
 
 
 def fan_out(sinks: Sequence[Sink]) -> Emit:
-    """One Emit for all sinks, safe to call from several threads.
+    """Return one Emit for all sinks, safe to call from several threads.
 
-    A sink that raises is dropped, and the others hear of it once as a Warned event.
+    A sink that raises is removed, and the others receive one WarningIssued about it.
     """
     listening = list(sinks)
     lock = threading.RLock()
@@ -68,16 +68,19 @@ def fan_out(sinks: Sequence[Sink]) -> Emit:
 
 
 def close_all_sinks(sinks: Sequence[CloseableSink]) -> list[str]:
-    """Close every one; what went wrong is returned, one line each."""
+    """Close every sink and return the failures, one line each."""
     failures = [(sink, call_and_catch(sink.close)) for sink in sinks]
     return [f"{_sink_name(sink)} did not close: {why}" for sink, why in failures if why]
 
 
 def call_and_catch(action: Callable[[], object]) -> str:
-    """Act; what went wrong in one line, empty when nothing did. For what may never end a run."""
+    """Call the action and return its failure in one line, or an empty text.
+
+    For actions that may never stop a run.
+    """
     try:
         action()
-    except Exception as error:  # outer edge: no tracker's failure may end a run
+    except Exception as error:  # outer edge: a failing tracker must not stop a run
         return f"{type(error).__name__}: {error}"
     return ""
 

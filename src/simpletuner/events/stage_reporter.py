@@ -1,4 +1,4 @@
-"""Progress of one stage: counts units, tells rate and time left, not more often than a person reads."""
+"""Progress of one stage: counts units, and emits rate and time left at a readable interval."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MIN_INTERVAL_S = 0.5
 
 
 class StageReporter:
-    """`with Stage(emit, "encode images", total=160, unit="images") as stage: stage.advance()`.
+    """Context manager of one stage: `with StageReporter(emit, "encode images", 160, "images")`.
 
-    Emits StageStarted, StageProgress at most every EVERY_S seconds, and StageDone unless the body
-    raised. `note` may be set on the way; it ends up in StageDone. advance() may be called from
-    several threads.
+    Emits StageStarted, StageProgress at most every MIN_INTERVAL_S seconds, and StageCompleted
+    unless the body raised. `summary` may be set meanwhile; it is the note of StageCompleted.
+    advance() may be called from several threads.
     """
 
     def __init__(self, emit: Emit, name: str, total: int | None, unit: str) -> None:

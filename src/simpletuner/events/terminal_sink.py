@@ -1,4 +1,4 @@
-"""What a person sees while it runs: one live line per stage on a terminal, plain lines elsewhere."""
+"""Terminal output: one live line per stage on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ TRAIN_STAGE = "train"
 
 
 class TerminalSink:
-    """Sink. level: "debug", "info" or "warning". every_s: how often a plain progress line is due.
+    """Sink for a terminal or a log file.
 
-    failures: False where the caller says itself why it ended.
+    level: "debug", "info" or "warning". every_s: interval of plain progress lines. failures: False
+    where the caller prints itself why the run ended.
     """
 
     def __init__(
@@ -65,18 +66,18 @@ class TerminalSink:
                 self._end_task(event.stage)
                 self._print_event(event)
             case event_types.ImageSaved() if self._level > LOG_LEVELS["debug"]:
-                pass  # the contact sheet is told instead
+                pass  # the contact sheet is printed instead
             case _:
                 if isinstance(
                     event, event_types.RunStarted
-                ):  # another run in the same process: a fresh mean
+                ):  # another run in the same process: start new averages
                     self._loss, self._seconds = SmoothedMean(), SmoothedMean()
                 if isinstance(event, (event_types.RunFinished, event_types.RunFailed)):
                     self.close()
                 self._print_event(event)
 
     def close(self) -> None:
-        """Take the live line off the screen."""
+        """Remove the live line from the screen."""
         for name in list(self._tasks):
             self._end_task(name)
 
@@ -121,7 +122,7 @@ class TerminalSink:
             self._console.print(Text(self._sanitize(line)))
 
     def _sanitize(self, text: str) -> str:
-        """Without escape sequences (a file name may hold some) and what the encoding cannot say."""
+        """Remove escape sequences (a file name may hold some) and what the encoding cannot hold."""
         plain = "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
         return plain.encode(self._console.encoding, "replace").decode(self._console.encoding)
 
@@ -145,7 +146,7 @@ def _stage_text(event: event_types.StageProgress) -> str:
 
 
 def render_bucket_table(event: event_types.DatasetScanned, safe: Callable[[str], str]) -> Table:
-    """Sizes with their counts, then what was dropped and why."""
+    """Return a table of bucket sizes with their counts, then of rejected files by reason."""
     title = Text(safe(f"dataset {event.dataset}: {event.samples} samples"))
     table = Table(title=title, title_justify="left", min_width=36)
     table.add_column("bucket (px)")

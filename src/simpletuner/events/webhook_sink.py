@@ -1,4 +1,7 @@
-"""Events to a URL: raw JSON, or a line in a Discord channel. Sent by a thread, never in the run's way."""
+"""Webhooks: events as raw JSON, or as lines in a Discord channel.
+
+A thread sends them, so that a slow receiver never delays the run.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ WEBHOOK_FIELDS = {
 
 @dataclass(frozen=True)
 class WebhookConfig:
-    """Where to send what. auth_token: raw only, sent as a bearer token. level: a value of LEVELS."""
+    """Settings of one webhook.
+
+    auth_token: raw only, sent as a bearer token. level: a value of LOG_LEVELS.
+    """
 
     kind: str
     url: str
@@ -46,14 +52,17 @@ class WebhookConfig:
 
     @property
     def host(self) -> str:
-        """What may be shown: the rest of the address is a secret."""
+        """The host, which messages may show; the rest of the address is a secret."""
         return urllib.parse.urlsplit(self.url).hostname or ""
 
 
 def parse_webhook_config(
     config: object, where: str = "webhook_config"
 ) -> tuple[WebhookConfig, ...]:
-    """An object, a list of them, or the path of a JSON file with either. ConfigError with every problem."""
+    """Parse an object, a list of objects, or the path of a JSON file with either.
+
+    Raises ConfigError with every problem.
+    """
     if isinstance(config, (str, Path)):
         where = str(config)
         try:
@@ -77,17 +86,15 @@ def _find_problems(item: object) -> list[str]:
     if not isinstance(item, dict):
         return ["must be an object with webhook_type and webhook_url"]
     unknown = sorted(item.keys() - WEBHOOK_FIELDS)
-    found = [
-        f"{name}: unknown; allowed are {', '.join(sorted(WEBHOOK_FIELDS))}" for name in unknown
-    ]
+    found = [f"{name}: unknown; allowed: {', '.join(sorted(WEBHOOK_FIELDS))}" for name in unknown]
     if item.get("webhook_type") not in ("raw", "discord"):
-        found.append(f"webhook_type = {item.get('webhook_type')!r}; allowed are raw, discord")
+        found.append(f"webhook_type = {item.get('webhook_type')!r}; allowed: raw, discord")
     url = item.get("callback_url") or item.get("webhook_url")
     parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         found.append("webhook_url (or callback_url) must be an http:// or https:// address")
     if item.get("log_level", "info") not in LOG_LEVELS:
-        found.append(f"log_level = {item['log_level']!r}; allowed are {', '.join(LOG_LEVELS)}")
+        found.append(f"log_level = {item['log_level']!r}; allowed: {', '.join(LOG_LEVELS)}")
     if not isinstance(item.get("ssl_no_verify", False), bool):
         found.append("ssl_no_verify must be true or false")
     texts = [name for name in TEXT_FIELDS if not isinstance(item.get(name, ""), (str, type(None)))]
@@ -106,9 +113,11 @@ def _make_webhook_config(item: dict[str, Any]) -> WebhookConfig:
 
 
 class WebhookSink:
-    """Sink. At most `limit` messages wait; when the other side is slower than that, the oldest are dropped.
+    """Sink that sends events to one webhook.
 
-    After GIVE_UP_AFTER failures in a row the next call raises, so that fan_out reports it once and drops it.
+    At most `limit` messages wait; the oldest are dropped when the receiver is slower. After
+    MAX_FAILURES failures in a row the next call raises, so that fan_out reports it once and removes
+    it.
     """
 
     def __init__(self, hook: WebhookConfig, limit: int = 256, timeout_s: float = 10.0) -> None:
@@ -130,7 +139,7 @@ class WebhookSink:
         self._enqueue(json.dumps(build_payload(self._config, event, time.time())).encode())
 
     def close(self, wait_s: float = 5.0) -> None:
-        """Send what waits, but not for longer than `wait_s`."""
+        """Send the waiting messages, for at most `wait_s` seconds."""
         self._enqueue(None)
         self._thread.join(wait_s)
 
@@ -146,7 +155,7 @@ class WebhookSink:
         try:
             self._queue.get_nowait()
         except queue.Empty:
-            return  # the sender was quicker
+            return  # the sender has taken it meanwhile
 
     def _send_queued(self) -> None:
         context = ssl.create_default_context()
@@ -171,7 +180,7 @@ class WebhookSink:
 
 
 def build_payload(hook: WebhookConfig, event: Event, t: float) -> dict[str, Any]:
-    """raw: the record of events.jsonl. discord: one message that can ping nobody."""
+    """Build the body: raw is the record of events.jsonl, discord a message without mentions."""
     if hook.kind == "raw":
         record = event_to_dict(event, t)
         return {**record, "message_prefix": hook.prefix} if hook.prefix else record

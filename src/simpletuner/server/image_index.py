@@ -20,6 +20,7 @@ from simpletuner.data.image_files import ImageFile, find_image_files
 from simpletuner.data.pixels import read_image_header
 from simpletuner.data.rejections import UnusableFile
 from simpletuner.data.scan import assign_bucket
+from simpletuner.data.sources import LocalFile
 from simpletuner.errors import DataError
 from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.workspace import PathOutsideWorkspace, Workspace
@@ -117,12 +118,12 @@ class ImageIndex:
         stem = unicodedata.normalize(
             "NFC", path.relative_to(self.folder).with_suffix("").as_posix()
         )
-        caption_path = path if path.is_file() else None
+        caption_file = LocalFile(path) if path.is_file() else None
         with self._lock:
             names = [name for name in self.images if name.rpartition(".")[0] == stem]
             self.images = {
                 **self.images,
-                **{name: replace(self.images[name], caption_path=caption_path) for name in names},
+                **{name: replace(self.images[name], caption_file=caption_file) for name in names},
             }
             if self._folders:  # otherwise the next refresh lists them all
                 self._folders[str(path.parent)] = _mtime_ns(path.parent)
@@ -179,7 +180,7 @@ class ImageIndex:
             size = self._image_size(image, stamps[0])
             # Raises UnusableFile if the aspect ratio is beyond the limits.
             assign_bucket(ResizeCropConfig(), size, image.relative_path, 0, 1)
-            captions = read_captions(self.dataset, image.path, image.caption_path, DEFAULT_OPTIONS)
+            captions = read_captions(self.dataset, image.file, image.caption_file, DEFAULT_OPTIONS)
         except UnusableFile as error:
             problem = None if error.reason == "caption_missing" else str(error)
         return ImageRow(stamps, size, captions, problem)
@@ -205,7 +206,7 @@ class ImageIndex:
         cached = self._cached_headers().get(image.relative_path, [])
         if len(cached) == 4 and (cached[0], cached[1]) == stamp:
             return cached[2], cached[3]
-        return read_image_header(image.path, DEFAULT_OPTIONS.max_image_megapixels).size_px
+        return read_image_header(image.file, DEFAULT_OPTIONS.max_image_megapixels).size_px
 
     def _cached_headers(self) -> dict[str, list[int]]:
         if self._headers is None:

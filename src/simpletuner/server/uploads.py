@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO
 
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.image_files import IGNORED_FILES
 from simpletuner.data.rejections import UnusableFile, make_printable
+from simpletuner.data.sources import IGNORED_FILES
 from simpletuner.server.api_errors import DISK_ERROR_ADVICE, ApiError, abort
 from simpletuner.server.schemas.datasets import RefusedFile
 from simpletuner.server.workspace import PathOutsideWorkspace, Workspace
@@ -179,6 +179,7 @@ def _existing_file(target: Path) -> Path | None:
 
 def _check_image(part: Path) -> None:
     from simpletuner.data.pixels import read_image_header
+    from simpletuner.data.sources import LocalFile
 
     with part.open("rb") as file:
         start = file.read(16)
@@ -189,7 +190,7 @@ def _check_image(part: Path) -> None:
             f"{ascii(start)[1:]}); {ACCEPTED_TYPES_TEXT}",
         )
     try:
-        read_image_header(part, DataOptions().max_image_megapixels)
+        read_image_header(LocalFile(part), DataOptions().max_image_megapixels)
     except UnusableFile as error:
         abort(415, str(error))
 

@@ -1,4 +1,4 @@
-"""Experiment trackers. Each optional package is imported in the one file named after it, on demand."""
+"""Experiment trackers. Each optional package is imported on demand, in the file of its name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METRIC_EVENTS = (StepCompleted, LossEvaluated, ScoresComputed)  # events with fi
 
 @dataclass(frozen=True)
 class TrackerSettings:
-    """What a tracker is told of the run. config: the resolved options."""
+    """Facts about the run for a tracker. config: the resolved options."""
 
     run_dir: Path
     project: str
@@ -28,19 +28,25 @@ class TrackerSettings:
 def make_trackers(
     report_to: str, run_dir: Path, project: str, run_name: str | None, config: Mapping[str, Any]
 ) -> list[CloseableSink]:
-    """One sink with close() per name of the comma list. MissingExtra when its package is not installed."""
+    """Return one sink per name of the comma-separated list.
+
+    Raises MissingExtra when a package is not installed.
+    """
     tracked = TrackerSettings(run_dir, project, run_name or run_dir.resolve().name, config)
     return [kind(tracked) for kind in tracker_classes(report_to)]
 
 
 def tracker_classes(report_to: str) -> list[Callable[[TrackerSettings], CloseableSink]]:
-    """The trackers of a comma list, which config/constraints.py has checked; not opened yet."""
+    """Return the trackers of a comma-separated list, not opened yet.
+
+    config/constraints.py has checked the names.
+    """
     names = [name.strip() for name in report_to.split(",") if name.strip() != "none"]
     return [importlib.import_module(f"{__name__}.{name}").Tracker for name in dict.fromkeys(names)]
 
 
 def event_scalars(event: Event) -> dict[str, float]:
-    """The figures of an event under the names that trackers show."""
+    """Return the numbers of an event under the names that trackers show."""
     if isinstance(event, StepCompleted):
         found = {
             "train/loss": event.loss,

@@ -1,4 +1,4 @@
-"""TensorBoard files in <run folder>/tensorboard, written by its own package (torch is not needed for it)."""
+"""TensorBoard files in <run folder>/tensorboard, written without torch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ except ImportError as error:
 
 
 class Tracker:
+    """Sink for TensorBoard."""
+
     def __init__(self, tracked: TrackerSettings) -> None:
         self._run_dir = tracked.run_dir
         self._writer = EventFileWriter(str(tracked.run_dir / "tensorboard"), flush_secs=10)
@@ -31,9 +33,7 @@ class Tracker:
         )
 
     def __call__(self, event: Event) -> None:
-        if isinstance(
-            event, RunResumed
-        ):  # hides what an abandoned tail had written beyond this step
+        if isinstance(event, RunResumed):  # hides what a replaced process wrote after this step
             self._write(event.step + 1, session_log=SessionLog(status=SessionLog.START))
         elif isinstance(event, METRIC_EVENTS):
             values = [
@@ -42,7 +42,7 @@ class Tracker:
             ]
             self._write(event.step, summary=Summary(value=values))
         elif isinstance(event, ImageSaved):
-            picture = Summary.Image(
+            image = Summary.Image(
                 width=event.width_px,
                 height=event.height_px,
                 colorspace=3,
@@ -51,10 +51,10 @@ class Tracker:
             tag = (
                 f"{event.prompt_id}/{event.width_px}x{event.height_px}/{event.seed}/{event.weights}"
             )
-            self._write(event.step, summary=Summary(value=[Summary.Value(tag=tag, image=picture)]))
+            self._write(event.step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))
 
     def close(self) -> None:
         self._writer.close()
 
-    def _write(self, step: int, **what: object) -> None:
-        self._writer.add_event(Written(wall_time=time.time(), step=step, **what))
+    def _write(self, step: int, **fields: object) -> None:
+        self._writer.add_event(Written(wall_time=time.time(), step=step, **fields))

@@ -1,4 +1,4 @@
-"""Trackio, which keeps its data on this computer unless it is told otherwise."""
+"""Trackio, which stores its data on this computer unless configured otherwise."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ except ImportError as error:
 
 
 class Tracker:
+    """Sink for Trackio."""
+
     def __init__(self, tracked: TrackerSettings) -> None:
         self._run_dir = tracked.run_dir
         self._run = trackio.init(
@@ -26,8 +28,8 @@ class Tracker:
         if isinstance(event, METRIC_EVENTS):
             trackio.log(event_scalars(event), step=event.step)
         elif isinstance(event, ImageSaved):
-            picture = trackio.Image(str(self._run_dir / event.path), caption=event.prompt)
-            trackio.log({f"images/{event.prompt_id}/{event.weights}": picture}, step=event.step)
+            image = trackio.Image(str(self._run_dir / event.path), caption=event.prompt)
+            trackio.log({f"images/{event.prompt_id}/{event.weights}": image}, step=event.step)
 
     def close(self) -> None:
         trackio.finish()

@@ -16,7 +16,10 @@ except ImportError as error:
 
 
 class Tracker:
-    """The id comes from the run folder, so that a resumed run goes on in the same page."""
+    """Sink for Weights & Biases.
+
+    The id is derived from the run folder, so that a resumed run continues in the same page.
+    """
 
     def __init__(self, tracked: TrackerSettings) -> None:
         self._run_dir = tracked.run_dir
@@ -35,10 +38,8 @@ class Tracker:
         if isinstance(event, METRIC_EVENTS):
             self._run.log({"step": event.step, **event_scalars(event)})
         elif isinstance(event, ImageSaved):
-            picture = wandb.Image(str(self._run_dir / event.path), caption=event.prompt)
-            self._run.log(
-                {"step": event.step, f"images/{event.prompt_id}/{event.weights}": picture}
-            )
+            image = wandb.Image(str(self._run_dir / event.path), caption=event.prompt)
+            self._run.log({"step": event.step, f"images/{event.prompt_id}/{event.weights}": image})
 
     def close(self) -> None:
         self._run.finish()
