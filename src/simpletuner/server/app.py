@@ -14,7 +14,7 @@ from simpletuner.errors import ConfigError
 from simpletuner.server import hardware
 from simpletuner.server.api import configs, datasets, jobs, runs, system
 from simpletuner.server.api_errors import register_error_handlers
-from simpletuner.server.schemas.base import ErrorResponse
+from simpletuner.server.schemas.base import ERROR_RESPONSES
 from simpletuner.server.security_middleware import SecurityMiddleware
 from simpletuner.server.services import Services
 from simpletuner.server.settings import ServerSettings
@@ -53,7 +53,7 @@ def create_app(settings: ServerSettings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        responses={422: {"model": ErrorResponse}},
+        responses=ERROR_RESPONSES,
     )
     app.state.services = Services.from_settings(settings)
     app.state.token_auth = settings.token and TokenAuth(

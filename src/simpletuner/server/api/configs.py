@@ -11,10 +11,10 @@ from simpletuner.server import draft_service, form_schema
 from simpletuner.server.api_errors import abort
 from simpletuner.server.config_validation import validate_config
 from simpletuner.server.schemas import configs as schemas
-from simpletuner.server.schemas.base import ErrorResponse
+from simpletuner.server.schemas.base import ERROR_RESPONSES
 from simpletuner.server.services import ServicesDep
 
-router = APIRouter(prefix="/api/v1", tags=["configs"], responses={422: {"model": ErrorResponse}})
+router = APIRouter(prefix="/api/v1", tags=["configs"], responses=ERROR_RESPONSES)
 
 
 @router.get("/schema")

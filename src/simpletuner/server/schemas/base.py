@@ -7,7 +7,7 @@ use "/".
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -47,3 +47,9 @@ class ErrorResponse(ApiModel):
     """Body of every error response."""
 
     detail: list[ErrorDetail]
+
+
+# The description is stated because the standard library's phrase for 422 changed in Python 3.13.
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    422: {"description": "Unprocessable Content", "model": ErrorResponse}
+}
