@@ -155,9 +155,10 @@ def test_the_oldest_are_removed_when_the_room_is_full(tmp_path: Path) -> None:
 
 def test_new_thumbnails_see_to_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("simpletuner.server.thumbnails.MAX_CACHE_BYTES", 4000)
+    # Otherwise a hash of the temporary path decides after which thumbnails the cache is pruned.
+    monkeypatch.setattr("simpletuner.server.thumbnails.PRUNE_EVERY", 1)
     data = encode_image(Image.new("RGB", (8, 8)), "PNG")
     for number in range(64):
         (tmp_path / f"{number}.png").write_bytes(data)
         size = len(get_thumbnail(tmp_path / f"{number}.png", 96, tmp_path / "cache"))
-    assert len(list((tmp_path / "cache").glob("*.jpg"))) < 4000 // size + 64
-    assert len(list((tmp_path / "cache").glob("*.jpg"))) < 64
+    assert 0 < len(list((tmp_path / "cache").glob("*.jpg"))) <= 4000 // size < 64
