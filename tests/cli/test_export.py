@@ -3,8 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from click.testing import CliRunner
+
+pytest.importorskip("torch", reason="needs torch")
+
+import torch
 from safetensors.torch import load_file, save_file
 
 from simpletuner.adapters.deltas import LowRankDelta

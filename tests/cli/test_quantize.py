@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+pytest.importorskip("torch", reason="needs torch")
+
 from simpletuner.cli.quantize import command
 from simpletuner.errors import ConfigError
 from simpletuner.models.chroma.weights import read_stored_tensors
