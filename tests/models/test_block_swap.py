@@ -333,7 +333,9 @@ def test_inputs_of_recomputed_blocks_wait_on_the_host(lane: FakeLane) -> None:
     arrange(model, swapped=3, recomputed=4, offload=True)
     assert same(step(model), expected)
     image, text, both = (2, ROWS * COLUMNS, 64), (2, TEXT, 64), (2, ROWS * COLUMNS + TEXT, 64)
-    assert lane.host == [image, text, image, text, both, both]  # no table, no modulation
+    # No table, no modulation. The checkpoint of torch 2.10 also saves an empty tensor of its own.
+    saved = [shape for shape in lane.host if 0 not in shape]
+    assert saved == [image, text, image, text, both, both]
     lane.host.clear()
     with torch.no_grad():
         run(model)
