@@ -3,7 +3,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-python lint docs clean
 
 # Installing builds the pages, so they are a part of what the environment is made from.
 WEB := $(shell find web -name node_modules -prune -o -name dist -prune -o -type f ! -name types.d.ts -print)
@@ -20,6 +20,10 @@ demo: .venv/.cpu
 test: .venv/.cpu,test
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
+# The tests that need no torch, under another Python: make test-python VERSION=3.12
+test-python:
+	.ci/test-python "$(VERSION)"
+
 lint: .venv/.cpu,dev
 	$(BIN)/ruff check src tests recipes benchmarks
 	$(BIN)/ruff format --check src tests recipes benchmarks
@@ -29,4 +33,4 @@ docs: .venv/.cpu
 	$(BIN)/python -m simpletuner.config.docs
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-* build dist
