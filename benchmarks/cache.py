@@ -1,11 +1,12 @@
-"""Rates of the caches, as ratios to one torch.save file per sample, measured in the same run.
+"""Times of the caches against one torch.save file per sample.
 
-    python benchmarks/cache.py [--samples 300] [--folder DIR]
+    python -m benchmarks.cache [--samples 300] [--folder DIR] [--pairs 7]
 
-One JSON line: samples per second for writing (both synced to the disk), for finding out that every key is
-there, and for reading in shuffled order with a warm page cache. Latents are float32 moments of a 512 px
-picture, text is 120 rows of width 4096 in bfloat16. Ours also makes a checksum at writing and compares it at
-reading.
+One JSON line: writing (both synced to the disk), finding out that every key is there, and reading
+in shuffled order with a warm page cache. Latents are float32 moments of a 512 px image, text is
+120 rows of width 4096 in bfloat16. Ours also makes a checksum at writing and compares it at
+reading. CPU and wall seconds for all samples; ratio is ours / files, the median of the pairs with
+its quartiles (benchmarks/paired.py).
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import os
 import random
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from benchmarks.paired import add_pairs, compare, environment
 from torch import Tensor
 
 from simpletuner.cache.tensor_store import TensorStore
@@ -30,52 +31,73 @@ KINDS: dict[str, Callable[[], Tensor]] = {
     "latents": lambda: torch.randn(32, 64, 64),
     "text": lambda: torch.randn(120, 4096).to(torch.bfloat16),
 }
-ROUNDS = 5
+THREADS = 2
 
 
-def rate(count: int, work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return count / (time.perf_counter() - started)
-
-
-def store_rates(
-    folder: Path, keys: list[str], order: list[str], value: Tensor
-) -> Iterator[tuple[str, float]]:
-    def write() -> None:
-        with TensorStore(folder, "benchmark") as store:
-            for key in keys:
-                store.put(key, {"x": value})
-
-    def look() -> None:
-        with TensorStore(folder, "benchmark") as store:
-            assert not store.missing_keys(keys)
-
-    yield "write", rate(len(keys), write)
-    yield "look", rate(len(keys), look)
+def write_store(folder: Path, keys: list[str], value: Tensor) -> None:
     with TensorStore(folder, "benchmark") as store:
-        yield "read", rate(len(keys), lambda: [store.get(key) for key in order])
-        with ThreadPoolExecutor(2) as pool:
-            yield "read_2_threads", rate(len(keys), lambda: list(pool.map(store.get, order)))
+        for key in keys:
+            store.put(key, {"x": value})
 
 
-def file_rates(folder: Path, keys: list[str], order: list[str], value: Tensor) -> Iterator[tuple[str, float]]:
+def write_files(folder: Path, keys: list[str], value: Tensor) -> None:
     folder.mkdir()
-
-    def write(key: str) -> None:
+    for key in keys:
         with (folder / f"{key}.pt").open("wb") as file:
             torch.save({"x": value}, file)
             file.flush()
             os.fsync(file.fileno())
 
-    def read(key: str) -> object:
-        return torch.load(folder / f"{key}.pt", weights_only=True)
 
-    yield "write", rate(len(keys), lambda: [write(key) for key in keys])
-    yield "look", rate(len(keys), lambda: [(folder / f"{key}.pt").stat() for key in keys])
-    yield "read", rate(len(keys), lambda: [read(key) for key in order])
-    with ThreadPoolExecutor(2) as pool:
-        yield "read_2_threads", rate(len(keys), lambda: list(pool.map(read, order)))
+def find_in_store(folder: Path, keys: list[str]) -> None:
+    with TensorStore(folder, "benchmark") as store:
+        assert not store.missing_keys(keys)
+
+
+def find_files(folder: Path, keys: list[str]) -> None:
+    for key in keys:
+        (folder / f"{key}.pt").stat()
+
+
+def measure(
+    folder: Path, keys: list[str], order: list[str], value: Tensor, pairs: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    ours, files = folder / "ours", folder / "files"
+
+    def remove_both() -> None:
+        shutil.rmtree(ours, ignore_errors=True)
+        shutil.rmtree(files, ignore_errors=True)
+
+    def read_file(key: str) -> object:
+        return torch.load(files / f"{key}.pt", weights_only=True)
+
+    writing = compare(
+        lambda: write_store(ours, keys, value),
+        lambda: write_files(files, keys, value),
+        pairs,
+        before=remove_both,
+    )
+    remove_both()
+    write_store(ours, keys, value)
+    write_files(files, keys, value)
+    finding = compare(lambda: find_in_store(ours, keys), lambda: find_files(files, keys), pairs)
+    with TensorStore(ours, "benchmark") as store, ThreadPoolExecutor(THREADS) as pool:
+        reading = compare(
+            lambda: [store.get(key) for key in order],
+            lambda: [read_file(key) for key in order],
+            pairs,
+        )
+        reading_in_threads = compare(
+            lambda: list(pool.map(store.get, order)),
+            lambda: list(pool.map(read_file, order)),
+            pairs,
+        )
+    return {
+        "write": writing.both(),
+        "find": finding.both(),
+        "read": reading.both(),
+        f"read_{THREADS}_threads": reading_in_threads.both(),
+    }
 
 
 def main() -> None:
@@ -86,6 +108,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=None, help="where to write; default: a temporary folder"
     )
+    add_pairs(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keys = [f"{number:064x}" for number in range(arguments.samples)]
@@ -93,19 +116,10 @@ def main() -> None:
     result: dict[str, object] = {"benchmark": "cache", "samples": len(keys)}
     for kind, make in KINDS.items():
         value = make()
-        best: dict[str, dict[str, float]] = {"ours": {}, "files": {}}
-        for _ in range(ROUNDS):  # the best of each, taken in turns: other work on the machine only slows
-            folder = Path(tempfile.mkdtemp(dir=arguments.folder))
-            for name, rates in (("files", file_rates), ("ours", store_rates)):
-                for what, value_per_s in rates(folder / name, keys, order, value):
-                    best[name][what] = max(best[name].get(what, 0.0), value_per_s)
-            shutil.rmtree(folder)
-        result[kind] = {
-            "mib_per_sample": round(value.nbytes / 2**20, 3),
-            **{f"{what}_per_s": round(ours) for what, ours in best["ours"].items()},
-            **{f"{what}_ratio": round(ours / best["files"][what], 2) for what, ours in best["ours"].items()},
-        }
-    print(json.dumps(result))
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+            times = measure(Path(name), keys, order, value, arguments.pairs)
+        result[kind] = {"mib_per_sample": round(value.nbytes / 2**20, 3), **times}
+    print(json.dumps({**result, **environment()}))
 
 
 if __name__ == "__main__":

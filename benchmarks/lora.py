@@ -1,18 +1,19 @@
-"""Our LoRA linears against PEFT's own, forward and backward: process seconds and bytes kept for the backward.
+"""Our LoRA linears against PEFT's own: time, and bytes saved for the backward pass.
 
-    python benchmarks/lora.py [--width 3072] [--tokens 1085] [--rank 16] [--rounds 5]
+    python -m benchmarks.lora [--width 3072] [--tokens 1085] [--rank 16] [--pairs 7]
 
-Four projections of one attention (q, k, v of one input, then out) over a frozen bf16 base with float32
-factors. Both variants run in turn in one process; the least of the rounds counts. Prints one JSON line.
+Four projections of one attention (q, k, v of one input, then out) over a frozen bf16 base with
+float32 factors, forward and backward. Prints one JSON line; ratio is ours / PEFT's in CPU seconds
+of one thread, the median of the pairs with its quartiles (benchmarks/paired.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 
 import torch
+from benchmarks.paired import add_pairs, compare, environment
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -38,7 +39,9 @@ def make(width: int, rank: int, ours: bool) -> Projections:
     torch.manual_seed(0)
     network = Projections(width).bfloat16()
     if ours:
-        attach_adapter(network, AdapterOptions(lora_rank=rank), NAMES, seed=0, names=CHROMA_LORA.names)
+        attach_adapter(
+            network, AdapterOptions(lora_rank=rank), NAMES, seed=0, names=CHROMA_LORA.names
+        )
         return network
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=NAMES), network)
     for name, parameter in network.named_parameters():
@@ -47,50 +50,50 @@ def make(width: int, rank: int, ours: bool) -> Projections:
     return network
 
 
-def kept_bytes(network: nn.Module, x: Tensor) -> int:
-    """Distinct storages that autograd keeps, parameters not counted."""
+def saved_bytes(network: nn.Module, x: Tensor) -> int:
+    """Return the bytes of the distinct storages that autograd saves, without the parameters'."""
     own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+    def save(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         y = network(x)
     assert y.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
+    return sum(
+        tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in own
+    )
 
 
-def seconds(network: nn.Module, x: Tensor) -> float:
-    started = time.process_time()
+def step(network: nn.Module, x: Tensor) -> None:
     network(x).sum().backward()
-    return time.process_time() - started
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (("width", 3072), ("tokens", 1085), ("rank", 16), ("rounds", 5)):
+    for name, default in (("width", 3072), ("tokens", 1085), ("rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    add_pairs(parser)
     chosen = parser.parse_args()
+    torch.set_num_threads(1)
     networks = {name: make(chosen.width, chosen.rank, name == "ours") for name in ("peft", "ours")}
     x = torch.randn(1, chosen.tokens, chosen.width).bfloat16().requires_grad_()
-    for network in networks.values():
-        seconds(network, x)
-    rounds = [{name: seconds(network, x) for name, network in networks.items()} for _ in range(chosen.rounds)]
-    best = {name: min(each[name] for each in rounds) for name in networks}
-    kept = {name: kept_bytes(network, x) for name, network in networks.items()}
+    found = compare(
+        lambda: step(networks["ours"], x), lambda: step(networks["peft"], x), chosen.pairs
+    ).cpu()
+    saved = {name: saved_bytes(network, x) for name, network in networks.items()}
     result = {
         "benchmark": "lora",
         **vars(chosen),
-        "peft_s": round(best["peft"], 4),
-        "ours_s": round(best["ours"], 4),
-        "time_ratio": round(best["ours"] / best["peft"], 3),
-        "peft_kept_mb": round(kept["peft"] / 1e6, 2),
-        "ours_kept_mb": round(kept["ours"] / 1e6, 2),
-        "kept_ratio": round(kept["ours"] / kept["peft"], 3),
+        **found,
+        "theirs_saved_mb": round(saved["peft"] / 1e6, 2),
+        "ours_saved_mb": round(saved["ours"] / 1e6, 2),
+        "saved_ratio": round(saved["ours"] / saved["peft"], 3),
+        **environment(),
     }
     print(json.dumps(result))
 

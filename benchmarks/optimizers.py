@@ -1,23 +1,26 @@
-"""What each optimizer keeps and needs at full rank: bytes of state, highest extra bytes of a step, time.
+"""What each optimizer needs at full rank: bytes of state, extra bytes of a step, time.
 
-    python benchmarks/optimizers.py                      # one JSON line per optimizer, bf16 weights
-    python benchmarks/optimizers.py --dtype float32 --width 1024 --repeats 5
+    python -m benchmarks.optimizers                    # one JSON line per optimizer, bf16 weights
+    python -m benchmarks.optimizers --dtype float32 --width 1024 --pairs 15
 
-The network is one single block of Chroma at `width` (the model's is 3072), with gradients of its size. Extra
-is the allocator's highest sum beyond weights, gradients and states during a step, as a share of the weights';
-adamw_bf16 and adamw_8bit work on 4 M numbers at a time, so theirs stays below 0.14 and 0.22 GB at any size.
-Released is the highest sum of gradients in a backward pass with optimizer_release_gradients, as a share of
-all. Seconds are of the process's CPU, one thread, the least of `repeats`, in nanoseconds per weight.
+The network is one single block of Chroma at `width` (the model's is 3072), with gradients of its
+size. Extra is the allocator's highest sum beyond weights, gradients and states during a step, as a
+share of the weights'; adamw_bf16 and adamw_8bit work on 4 M numbers at a time, so theirs stays
+below 0.14 and 0.22 GB at any size. Released is the highest sum of gradients in a backward pass
+with optimizer_release_gradients, as a share of all. A step's time is CPU time of the process, one
+thread: the median in nanoseconds per weight, and the ratio to torch's own AdamW on the same
+gradients (the row `adamw` compares it with itself, which shows what the method can tell apart),
+the median of the pairs with its quartiles (benchmarks/paired.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 
 import torch
+from benchmarks.paired import add_pairs, compare, environment
 from torch import Tensor, nn
 
 from simpletuner.config.schema import OptimizerOptions
@@ -62,14 +65,22 @@ def one_step(update: OptimizerStep, layers: nn.ModuleList, width: int, dtype: to
     update.zero_grad()
 
 
-def measure(name: str, width: int, dtype: torch.dtype, repeats: int) -> dict[str, object]:
+def prepare(
+    name: str, layers: nn.ModuleList, width: int, dtype: torch.dtype
+) -> tuple[torch.optim.Optimizer, OptimizerStep]:
+    """Return the optimizer after one step, so that its states are there."""
+    options = OptimizerOptions(optimizer=name, max_grad_norm=0)
+    optimizer = build_optimizer(options, list(layers.named_parameters()), seed=0)
+    update = make_optimizer_step("standard", list(layers.parameters()), optimizer, options)
+    one_step(update, layers, width, dtype)
+    return optimizer, update
+
+
+def measure(name: str, width: int, dtype: torch.dtype, pairs: int) -> dict[str, object]:
     layers = block(width, dtype)
     params = list(layers.parameters())
     weights = sum(param.numel() for param in params)
-    options = OptimizerOptions(optimizer=name, max_grad_norm=0)
-    optimizer = build_optimizer(options, list(layers.named_parameters()), seed=0)
-    update = make_optimizer_step("standard", params, optimizer, options)
-    one_step(update, layers, width, dtype)  # the states are there
+    optimizer, update = prepare(name, layers, width, dtype)
     state = sum(
         value.nbytes
         for values in optimizer.state.values()
@@ -78,17 +89,18 @@ def measure(name: str, width: int, dtype: torch.dtype, repeats: int) -> dict[str
     )
     update.backward(loss_of(layers, width, dtype))
     extra = peak_bytes(update.apply)
-    seconds = []
-    for _ in range(repeats):
-        started = time.process_time()
-        update.apply()
-        seconds.append(time.process_time() - started)
+    reference_layers = block(width, dtype)
+    _, reference = prepare("adamw", reference_layers, width, dtype)
+    reference.backward(loss_of(reference_layers, width, dtype))
+    found = compare(update.apply, reference.apply, pairs).cpu()
     update.zero_grad()
     size = sum(param.nbytes for param in params)
     return {
         "optimizer": name, "dtype": str(dtype).removeprefix("torch."), "weights": weights,
         "state_bytes_per_weight": round(state / weights, 3), "extra": round(extra / size, 3),
-        "ns_per_weight": round(min(seconds) / weights * 1e9, 2), **released(name, width, dtype),
+        "ns_per_weight": round(found["ours_s"] / weights * 1e9, 2),
+        **{key: found[key] for key in ("pairs", "ratio", "ratio_q1", "ratio_q3")},
+        **released(name, width, dtype), **environment(),
     }  # fmt: skip
 
 
@@ -109,15 +121,17 @@ def released(name: str, width: int, dtype: torch.dtype) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
+    add_pairs(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[arguments.dtype]
     for name in OPTIMIZERS:
-        print(json.dumps(measure(name, arguments.width, dtype, arguments.repeats)), flush=True)
+        print(json.dumps(measure(name, arguments.width, dtype, arguments.pairs)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""How fast a folder is scanned: headers only, against decoding every picture.
+"""How fast a folder is scanned: headers only, against decoding every image.
 
-python benchmarks/scan.py [--images 10000]   one JSON line; ratios are of this run, warm file cache
+    python -m benchmarks.scan [--images 10000] [--pairs 7]
+
+One JSON line, with a warm file cache. CPU and wall seconds; ratio is scanning / decoding, the
+median of the pairs with its quartiles (benchmarks/paired.py).
 """
 
 from __future__ import annotations
@@ -8,10 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
+from benchmarks.paired import add_pairs, compare, environment
 from PIL import Image
 
 from simpletuner.config.schema import DataOptions
@@ -31,46 +34,42 @@ def draw(folder: Path, images: int, side_px: int) -> None:
         (folder / f"{number:06}.txt").write_text(f"picture number {number}\n")
 
 
-def decode_all(folder: Path) -> float:
-    started = time.perf_counter()
+def decode_all(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.suffix == ".txt":
             path.read_text("utf-8")
             continue
         with Image.open(path) as image:
             image.convert("RGB").load()
-    return time.perf_counter() - started
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--side-px", type=int, default=256)
+    add_pairs(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw(folder, arguments.images, arguments.side_px)
         dataset = DatasetConfig("benchmark", "image", folder, ResizeCropConfig(resolution=256))
-        seconds = []
-        for _ in range(3):
-            started = time.perf_counter()
-            found = scan_datasets([dataset], DataOptions(), 1, lambda event: None)
-            seconds.append(time.perf_counter() - started)
-        decoded = decode_all(folder)
-    best = min(seconds)
-    print(
-        json.dumps(
-            {
-                "benchmark": "scan",
-                "images": len(found.samples),
-                "side_px": arguments.side_px,
-                "seconds": round(best, 3),
-                "images_per_s": round(len(found.samples) / best),
-                "decode_all_seconds": round(decoded, 3),
-                "ratio_to_decoding": round(best / decoded, 3),
-            }
-        )
-    )
+
+        def scan() -> int:
+            return len(scan_datasets([dataset], DataOptions(), 1, lambda event: None).samples)
+
+        found = compare(scan, lambda: decode_all(folder), arguments.pairs).both()
+        samples = scan()
+    result = {
+        "benchmark": "scan",
+        "images": samples,
+        "side_px": arguments.side_px,
+        **found,
+        "images_per_s": round(samples / found["wall"]["ours_s"]),
+        **environment(),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

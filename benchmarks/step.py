@@ -1,22 +1,23 @@
-"""One LoRA training step of a full-width slice of Chroma (1 double, 1 single block) against the usual one.
+"""One LoRA training step of a slice of Chroma at full width, against diffusers' and PEFT's.
 
-    python benchmarks/step.py --px 512            # one JSON line per size; ratio = ours / theirs
-    python benchmarks/step.py --px 1024 --repeats 1
+    python -m benchmarks.step --px 512            # one JSON line
+    python -m benchmarks.step --px 1024
 
-Theirs: diffusers' ChromaTransformer2DModel with PEFT's float32 adapters, 512 text rows and a boolean mask.
-Ours: the same bf16 weights, the same modules adapted, the same caption trimmed to its tokens and one pad.
-Time is CPU seconds of the process (one thread), the least of `repeats` after `warmup`, both in one run and
-taking turns, so that a busy machine does not favour one of them.
+The slice is one double and one single block. Theirs: diffusers' ChromaTransformer2DModel with
+PEFT's float32 adapters, 512 text rows and a boolean mask. Ours: the same bf16 weights, the same
+modules adapted, the same caption trimmed to its tokens and one pad. Time is CPU seconds of the
+process, one thread. ratio is ours / theirs: the median of the pairs, with its quartiles
+(benchmarks/paired.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 
 import torch
+from benchmarks.paired import add_pairs, compare, environment
 from diffusers import ChromaTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -88,20 +89,13 @@ def learn(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     return loss.detach()
 
 
-def timed(step: Step) -> tuple[float, float]:
-    started = time.process_time()
-    loss = step()
-    return time.process_time() - started, float(loss)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--px", type=int, default=512, help="side of the square picture")
+    parser.add_argument("--px", type=int, default=512, help="side of the square image")
     parser.add_argument("--tokens", type=int, default=60, help="tokens of the caption")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=1)
+    add_pairs(parser)
     given = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -110,22 +104,13 @@ def main() -> None:
     latents, sigma = torch.randn(1, 16, given.px // 8, given.px // 8), torch.tensor([0.6543])
     text = torch.randn(1, MAX_TOKENS, 4096, dtype=torch.bfloat16)
     real = given.tokens + 1
-    steps = {
-        "theirs": their_step(theirs, names, latents, sigma, text, real),
-        "ours": our_step(ours, names, latents, sigma, text[:, :real].clone()),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    losses: dict[str, float] = {}
-    for turn in range(given.warmup + given.repeats):
-        for name, step in steps.items():
-            taken, loss = timed(step)
-            losses.setdefault(name, loss)  # before any update
-            if turn >= given.warmup:
-                seconds[name].append(taken)
-    best = {name: min(times) for name, times in seconds.items()}
-    ratio = best["ours"] / best["theirs"]
+    run_theirs = their_step(theirs, names, latents, sigma, text, real)
+    run_ours = our_step(ours, names, latents, sigma, text[:, :real].clone())
+    # These two are the warm-up too, and their losses are those before any update.
+    losses = {"ours": float(run_ours()), "theirs": float(run_theirs())}
+    found = compare(run_ours, run_theirs, given.pairs, warmup=0).cpu()
     line = {"benchmark": "step", "px": given.px, "tokens": given.tokens, "modules": len(names)}
-    print(json.dumps(line | {"cpu_s": best, "ratio": round(ratio, 3), "first_loss": losses}))
+    print(json.dumps({**line, **found, "first_loss": losses, **environment()}))
 
 
 if __name__ == "__main__":
