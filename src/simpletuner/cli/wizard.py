@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.cli.background_plan import GB, BackgroundPlan
 from simpletuner.cli.wizard_questions import QUESTIONS, PipePrompter
 from simpletuner.config.documents import read_document
 from simpletuner.config.environment import expand_placeholders
@@ -27,7 +28,6 @@ from simpletuner.events.formatting import count_of
 
 if TYPE_CHECKING:
     from simpletuner.cli.dataset_summary import DatasetSummary
-    from simpletuner.server.plan_service import PlanProcess
     from simpletuner.server.schemas.system import DeviceInfo
 
 IMAGE_FOLDER_FIELD = "instance_data_dir"
@@ -40,8 +40,6 @@ OPTION_AND_DATASET_FIELDS = (
 COMMON_IMAGE_FOLDERS = ("pictures", "photos", "images", "datasets/photos")
 STEP_LIMITS = (500, 3000)
 VISITS_PER_IMAGE = 100  # per image, within STEP_LIMITS
-PLAN_TIMEOUT_S = 3.0
-GB = 1e9
 NO_CHANGE = "no_change"
 
 
@@ -71,8 +69,7 @@ class ConfigWizard:
         self.settled_names = [*given, *idle, *(["max_train_steps"] if epochs else [])]
         self.answers: dict[str, Any] = {}
         self.dataset_summary: DatasetSummary | None = None
-        self._running_plan: tuple[dict[str, Any], PlanProcess] | None = None
-        self._finished_plan: tuple[dict[str, Any], float] | None = None
+        self._plan = BackgroundPlan(cwd)
         self._pool = ThreadPoolExecutor(1)  # nvidia-smi may take seconds
         self._device_detection = self._pool.submit(_detect_devices)
         named = {name: value for name, value in given.items() if name in all_options()}
@@ -224,8 +221,7 @@ class ConfigWizard:
 
     def close(self) -> None:
         """Stop the background work."""
-        if self._running_plan is not None:
-            self._running_plan[1].terminate()
+        self._plan.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _image_folder(self) -> Path | None:
@@ -325,11 +321,9 @@ class ConfigWizard:
             return {}
         row, gb = preset_for_memory(device.memory_total_bytes)
         precision = row["base_model_precision"]
-        if (
-            self._finished_plan is not None
-            and self._finished_plan[0].get("base_model_precision", NO_CHANGE) == precision
-        ):
-            more, total = self._finished_plan[1] - gb, (device.memory_total_bytes or 0) / GB
+        planned = self._plan.finished_gb("base_model_precision", precision, NO_CHANGE)
+        if planned is not None:
+            more, total = planned - gb, (device.memory_total_bytes or 0) / GB
             fitting = (each for each, size in MEMORY_PRESETS if size <= gb and size + more <= total)
             row = next(fitting, MEMORY_PRESETS[-1][0])
             precision = row["base_model_precision"]
@@ -364,45 +358,21 @@ class ConfigWizard:
         return f"{found} The memory estimate is not ready; the preset needs {table}."
 
     def _start_plan(self) -> None:
-        """Start a process that plans the current values, unless it is running or done."""
-        from simpletuner.server.plan_service import PlanProcess, plan_relevant_options
-
-        tried = self._try_load({})
-        if tried.loaded is None:
+        loaded = self._try_load({}).loaded
+        if loaded is None:
             return
-        run = tried.loaded.config
-        config = plan_relevant_options(
-            {name: value for name, value in resolved_options(run).items() if value is not None}
-        )
-        if self._running_plan is not None and self._running_plan[0] != config:
-            self._running_plan[1].terminate()
-            self._running_plan = None
-        if self._running_plan is None and (
-            self._finished_plan is None or self._finished_plan[0] != config
-        ):
-            device = self._largest_accelerator()
-            kind = "cpu" if device is None else "cuda" if device.kind == "rocm" else device.kind
-            self._running_plan = config, PlanProcess(config, ["--device", kind], self.cwd)
+        options = resolved_options(loaded.config)
+        device = self._largest_accelerator()
+        kind = "cpu" if device is None else "cuda" if device.kind == "rocm" else device.kind
+        given = {name: value for name, value in options.items() if value is not None}
+        self._plan.start(given, kind)
 
     def _planned_memory_gb(self) -> float | None:
-        """Return the planned GB of the current values.
-
-        None if no plan is ready within PLAN_TIMEOUT_S.
-        """
+        """Return the planned GB of the current values, None if no plan is ready."""
         if not self.prompter.interactive:
             return None
         self._start_plan()
-        if self._running_plan is not None and self._running_plan[1].has_ended(PLAN_TIMEOUT_S):
-            plan = self._running_plan[1].result()[0]
-            self._finished_plan = (
-                None if plan is None else (self._running_plan[0], plan["peak"] / GB)
-            )
-            self._running_plan = None
-        return (
-            self._finished_plan[1]
-            if self._finished_plan is not None and self._running_plan is None
-            else None
-        )
+        return self._plan.wait_gb()
 
 
 def _detect_devices() -> list[DeviceInfo]:

@@ -65,24 +65,7 @@ def scan_datasets(
     missing_caption error, more unusable files than max_bad_sample_fraction, an empty folder, no
     sample to train on, or an image both trained on and held out.
     """
-    found: list[ImageFile] = []
-    rejected: list[RejectedFile] = []
-    notes: list[str] = []
-    for dataset in datasets:
-        named, misnamed, unread = find_image_files(dataset)
-        kinds = ", ".join(
-            f"{count} {kind}" for kind, count in unread.most_common(MAX_SUFFIXES_LISTED)
-        )
-        if not named and not misnamed:
-            only = f", only {kinds}" if unread else ""
-            raise DataError(f"{dataset.id}: no images in {dataset.instance_data_dir}{only}")
-        if unread:
-            notes.append(
-                f"{dataset.id}: skipped {count_of(unread.total(), 'file')} that cannot be used: "
-                f"{kinds}"
-            )
-        found += named
-        rejected += misnamed
+    found, rejected, notes = _list_files(datasets)
     remarks: Counter[tuple[str, str]] = Counter()
     placed: list[BucketedSample] = []
     with StageReporter(emit, "scan", len(found), "images") as stage:
@@ -110,6 +93,29 @@ def scan_datasets(
     _check_results(len(placed), idle or not placed, rejected, options, rejected_path)
     check_no_leaks(trained, [item for item in placed if item.sample.dataset in held], copies)
     return ScanResult(tuple(placed), tuple(rejected))
+
+
+def _list_files(
+    datasets: Sequence[DatasetConfig],
+) -> tuple[list[ImageFile], list[RejectedFile], list[str]]:
+    """Return the images of all datasets, the files with unusable names, and notices."""
+    found: list[ImageFile] = []
+    rejected: list[RejectedFile] = []
+    notes: list[str] = []
+    for dataset in datasets:
+        named, misnamed, unread = find_image_files(dataset)
+        kinds = ", ".join(
+            f"{count} {kind}" for kind, count in unread.most_common(MAX_SUFFIXES_LISTED)
+        )
+        if not named and not misnamed:
+            only = f", only {kinds}" if unread else ""
+            raise DataError(f"{dataset.id}: no images in {dataset.instance_data_dir}{only}")
+        if unread:
+            skipped = count_of(unread.total(), "file")
+            notes.append(f"{dataset.id}: skipped {skipped} that cannot be used: {kinds}")
+        found += named
+        rejected += misnamed
+    return found, rejected, notes
 
 
 def _read_files(
