@@ -1,4 +1,4 @@
-"""How a run ends, what it leaves behind then, and how it goes on from there."""
+"""How a run ends, what it leaves behind then, and how it resumes from there."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_a_missing_package_is_in_the_exit_record(
     def missing(*arguments: object) -> None:
         raise MissingExtra("pip install it")
 
-    monkeypatch.setattr(engine.trackers, "make", missing)
+    monkeypatch.setattr(engine.trackers, "make_trackers", missing)
     assert isinstance(workspace.train_and_expect_error(output_dir=str(out)), MissingExtra)
     assert ended(out) == (11, "failed")
 
@@ -224,7 +224,7 @@ def test_a_full_disk_is_a_sentence(
     def full(*arguments: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(exporter.files, "save", full)
+    monkeypatch.setattr(exporter.lora_io, "save_adapter", full)
     assert isinstance(workspace.train_and_expect_error(output_dir=str(out)), DiskFull)
     assert ended(out) == (5, "failed")
 
@@ -238,7 +238,7 @@ def test_nothing_is_left_to_do(straight: tuple[TrainingProject, Path]) -> None:
     told = told_since(out, straight[1])
     assert (out / "pytorch_lora_weights.safetensors").is_file()
     assert not any(isinstance(event, (LossEvaluated, StepCompleted)) for event in told)
-    assert any(isinstance(event, NoticeIssued) and "all 4 steps are done" in event.message for event in told)
+    assert any(isinstance(event, NoticeIssued) and "all 4 steps are complete" in event.message for event in told)
     assert [
         event.step for event in run_history.read_run_history(out).evaluations.values() if event.best
     ] == best
