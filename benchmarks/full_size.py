@@ -39,9 +39,10 @@ from torch import Tensor
 from simpletuner.config.load import config_from_resolved
 from simpletuner.config.schema import RunConfig
 from simpletuner.events.event_types import Event, NoticeIssued
+from simpletuner.models.chroma.model_format import WEIGHTS_STEM
 from simpletuner.models.chroma.quantized_cache import quantized_transformer_file
-from simpletuner.models.chroma.transformer import CLASS_NAME, TransformerConfig
-from simpletuner.models.chroma.weights import WEIGHTS_STEM, block_linears, empty_transformer
+from simpletuner.models.chroma.transformer_config import CLASS_NAME, TransformerConfig
+from simpletuner.models.chroma.weights import block_linears, empty_transformer
 from simpletuner.models.family import ModelFamily, ModelFiles, ModelSpec
 from simpletuner.quantization.schemes import get_scheme
 

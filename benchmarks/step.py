@@ -27,7 +27,8 @@ from simpletuner.cache.batch_types import TextBatch
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.models.chroma.family import ChromaFamily, pack_latents
 from simpletuner.models.chroma.lora_programs import CHROMA_LORA
-from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig
+from simpletuner.models.chroma.transformer import ChromaTransformer
+from simpletuner.models.chroma.transformer_config import TransformerConfig
 
 MAX_TOKENS = 512
 Step = Callable[[], Tensor]

@@ -12,7 +12,8 @@ from simpletuner.adapters.safetensors_reader import LORA_WEIGHTS_NAME
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.lora_targets import preset_targets
-from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig
+from simpletuner.models.chroma.transformer import ChromaTransformer
+from simpletuner.models.chroma.transformer_config import TransformerConfig
 from simpletuner.models.family import BlockMemoryPolicy
 from tests.adapters import chroma_lora
 from tests.adapters.chroma_lora import attach_adapter

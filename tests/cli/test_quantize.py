@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="needs torch")
 
 from simpletuner.cli.quantize import command
 from simpletuner.errors import ConfigError
-from simpletuner.models.chroma.weights import read_stored_tensors
+from simpletuner.models.weights.tensor_loading import read_stored_tensors
 
 
 def test_files_are_printed_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

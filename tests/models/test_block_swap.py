@@ -21,7 +21,8 @@ from simpletuner.models.block_executor import BlockExecutor
 from simpletuner.models.block_swap import CudaTransferEngine, DeviceBuffer, TransferEngine
 from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.lora_targets import preset_targets
-from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig
+from simpletuner.models.chroma.transformer import ChromaTransformer
+from simpletuner.models.chroma.transformer_config import TransformerConfig
 from simpletuner.models.family import BlockMemoryPolicy
 from tests.adapters.chroma_lora import attach_adapter
 from tests.adapters.tiny_network import perturb

@@ -10,15 +10,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from simpletuner.config.schema import AdapterOptions, ModelOptions
+from simpletuner.models.chroma.embeddings import apply_rotary, multiply_complex_pairs, rotary_table
 from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.lora_targets import preset_targets
-from simpletuner.models.chroma.transformer import (
-    ChromaTransformer,
-    TransformerConfig,
-    apply_rotary,
-    multiply_complex_pairs,
-    rotary_table,
-)
+from simpletuner.models.chroma.transformer import ChromaTransformer
+from simpletuner.models.chroma.transformer_config import TransformerConfig
 from simpletuner.models.chroma.weights import block_linears
 from simpletuner.models.family import BlockMemoryPolicy
 from simpletuner.quantization.quantized_linear import quantize_modules

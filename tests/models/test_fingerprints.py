@@ -8,8 +8,8 @@ import torch
 
 from simpletuner.config.schema import ModelOptions
 from simpletuner.models.chroma.family import ChromaFamily
-from simpletuner.models.chroma.fingerprints import fingerprint_file
 from simpletuner.models.family import ModelFiles
+from simpletuner.models.weights.file_fingerprint import fingerprint_file
 from tests.quick import assert_quick
 
 CPU = torch.device("cpu")

@@ -16,7 +16,8 @@ from huggingface_hub import constants
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import DiskFull, DownloadError, ModelError
 from simpletuner.events.event_types import StageCompleted, StageStarted
-from simpletuner.models.chroma import hub_download, model_files
+from simpletuner.models.chroma import model_files
+from simpletuner.models.weights import hub_download
 from tests.e2e.training_project import TrainingProject
 from tests.models.download_hub import COMMIT, DownloadHub, serve_download_hub
 

@@ -5,7 +5,8 @@ import torch
 
 from simpletuner.errors import ConfigError
 from simpletuner.models.chroma.family import ChromaFamily
-from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig
+from simpletuner.models.chroma.transformer import ChromaTransformer
+from simpletuner.models.chroma.transformer_config import TransformerConfig
 from simpletuner.models.registry import get_family
 from tests.models.tiny_checkpoint import transformer_fields
 

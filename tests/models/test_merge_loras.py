@@ -24,11 +24,12 @@ from simpletuner.adapters.deltas import LowRankDelta
 from simpletuner.cli.merge import command
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError, DiskFull, ModelError
-from simpletuner.models.chroma import merge_loras as merging
 from simpletuner.models.chroma import single_file, weights
 from simpletuner.models.chroma.lora_targets import preset_targets
-from simpletuner.models.chroma.merge_loras import MergeOutput, merge_loras
-from simpletuner.quantization.convert import StoredTensor
+from simpletuner.models.chroma.merge_loras import merge_loras
+from simpletuner.models.weights import merge_loras as merging
+from simpletuner.models.weights.merge_loras import MergeOutput
+from simpletuner.quantization.stored_tensor import StoredTensor
 from tests.adapters import chroma_lora
 from tests.adapters.chroma_lora import attach_adapter
 from tests.adapters.tiny_network import perturb

@@ -11,7 +11,9 @@ from huggingface_hub.utils import filter_repo_objects
 
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import DiskFull, DownloadError, ModelError
-from simpletuner.models.chroma import hub_download, model_files
+from simpletuner.models.chroma import model_files
+from simpletuner.models.chroma.model_format import CHROMA_FORMAT
+from simpletuner.models.weights import hub_download
 
 
 def answer(kind: type[Exception]) -> Exception:
@@ -122,7 +124,7 @@ REPOSITORY = [
 
 
 def chosen(parts: list[str], variant: str, files: list[str]) -> set[str]:
-    small, weights = hub_download.file_patterns(parts, variant)
+    small, weights = hub_download.file_patterns(parts, variant, CHROMA_FORMAT)
     return set(filter_repo_objects(files, allow_patterns=[*small, *weights]))
 
 

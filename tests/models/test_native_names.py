@@ -10,7 +10,7 @@ from diffusers.loaders.single_file_utils import convert_chroma_transformer_check
 
 from simpletuner.errors import ModelError
 from simpletuner.models.chroma import native_names, weights
-from simpletuner.models.chroma.transformer import TransformerConfig
+from simpletuner.models.chroma.transformer_config import TransformerConfig
 from tests.models import single_files
 from tests.models.tiny_checkpoint import transformer_fields
 

@@ -13,12 +13,12 @@ from torch import nn
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError
 from simpletuner.events.event_types import Event, StageStarted, WarningIssued
-from simpletuner.models.chroma import quantized_cache as precision_module
 from simpletuner.models.chroma import t5 as t5_module
 from simpletuner.models.chroma import weights
 from simpletuner.models.chroma.family import ChromaFamily
-from simpletuner.models.chroma.transformer import TransformerConfig
+from simpletuner.models.chroma.transformer_config import TransformerConfig
 from simpletuner.models.family import ModelFiles
+from simpletuner.models.weights import quantized_cache as precision_module
 from simpletuner.quantization.convert import quantize_to_file
 from simpletuner.quantization.quantized_linear import QuantizedLinear, quantize_modules
 from simpletuner.quantization.schemes import SCHEMES

@@ -13,7 +13,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from simpletuner.errors import MissingExtra, ModelError
-from simpletuner.models.chroma import single_file, weight_header
+from simpletuner.models.chroma import single_file
+from simpletuner.models.chroma.model_format import CHROMA_FORMAT
+from simpletuner.models.weights import weight_header
+from simpletuner.models.weights.single_file import read_component
 from tests.models import single_files
 from tests.quick import assert_quick
 
@@ -119,9 +122,9 @@ def test_a_header_of_gigabytes_is_not_read(tmp_path: Path) -> None:
 def survives(file: Path, content: bytes) -> None:
     """Read as every part, to the end: an answer or a ModelError, nothing else."""
     file.write_bytes(content)
-    for part in single_file.COMPONENT_TITLES:
+    for part in CHROMA_FORMAT.components:
         try:
-            found, _ = single_file.read_component(file, part)
+            found, _ = read_component(file, part, CHROMA_FORMAT)
             if part == "transformer":
                 single_file.read_transformer(file)
             for stored in found.values():

@@ -26,8 +26,9 @@ from simpletuner.config.schema import AdapterOptions, ModelOptions
 from simpletuner.flow.solvers import sigma_grid
 from simpletuner.models.chroma import weights
 from simpletuner.models.chroma.family import pack_latents
-from simpletuner.models.chroma.merge_loras import MergeOutput, merge_loras
+from simpletuner.models.chroma.merge_loras import merge_loras
 from simpletuner.models.registry import get_family as family_named
+from simpletuner.models.weights.merge_loras import MergeOutput
 from simpletuner.validation.prompts import Prompt
 from simpletuner.validation.sampler import initial_noise
 from tests.adapters import chroma_lora

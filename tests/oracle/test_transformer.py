@@ -16,7 +16,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from simpletuner.models.chroma.family import ChromaFamily
-from simpletuner.models.chroma.transformer import ChromaTransformer, TransformerConfig, modulate
+from simpletuner.models.chroma.transformer import ChromaTransformer, modulate
+from simpletuner.models.chroma.transformer_config import TransformerConfig
 from simpletuner.models.family import BlockMemoryPolicy
 from tests.models.tiny_checkpoint import TEXT_WIDTH, transformer_fields
 

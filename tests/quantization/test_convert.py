@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from simpletuner.errors import CacheError, DiskFull
 from simpletuner.events.event_types import Event, NoticeIssued, StageCompleted, StageProgress
-from simpletuner.models.chroma.weights import read_stored_tensors
+from simpletuner.models.weights.tensor_loading import read_stored_tensors
 from simpletuner.quantization import convert as module
 from simpletuner.quantization.convert import quantize_to_file, quantized_file_path
 from simpletuner.quantization.schemes import SCHEMES

@@ -218,11 +218,15 @@ class LoraLinear(LowRankLinear):
         )
         if dequantizer is not None:
             dequantize, buffers = dequantizer
-            return _FrozenLinearWithDelta.apply(
+            result: Tensor = _FrozenLinearWithDelta.apply(
                 _cast_for_autocast(x), base.bias, self.down, self.up, scale, dequantize, *buffers
             )
+            return result
         base_y = base(x)
-        return _AddDelta.apply(base_y, self.dropout(x.to(base_y.dtype)), self.down, self.up, scale)
+        result: Tensor = _AddDelta.apply(
+            base_y, self.dropout(x.to(base_y.dtype)), self.down, self.up, scale
+        )
+        return result
 
     def _dequantizer(self) -> tuple[Dequantize, Sequence[Tensor]] | None:
         """Return how the weight is restored; None if the base is not a known frozen linear."""

@@ -58,8 +58,9 @@ def attach_adapter(
     and B and subtracted, so that the exported file (of twice the rank) and strength 0 are correct
     for the original base.
 
-    names: the architecture's name table. dtype: of the trained parameters. Raises ConfigError or ModelError for unknown modules, a
-    network that already has an adapter, and modules that no file of lora_format can hold.
+    names: the architecture's name table. dtype: of the trained parameters. Raises ConfigError or
+    ModelError for unknown modules, a network that already has an adapter, and modules that no file
+    of lora_format can hold.
     """
     _check_combinations(options, target_names, names)
     bases = _find_base_linears(transformer, target_names)
@@ -254,8 +255,8 @@ def _load_init_lora(
         missing, surplus = sorted(set(bases) - set(deltas)), sorted(set(deltas) - set(bases))
         raise ConfigError(
             f"{where} adapts other modules than this run: {len(missing)} missing"
-            f" ({', '.join(missing[:2])}), {len(surplus)} unexpected ({', '.join(surplus[:2])}); set"
-            " flux_lora_target or lora_target_modules to the modules of the file"
+            f" ({', '.join(missing[:2])}), {len(surplus)} unexpected ({', '.join(surplus[:2])});"
+            " set flux_lora_target or lora_target_modules to the modules of the file"
         )
     expected_kind = "dora" if options.use_dora else "lora"
     if options.lora_type == "lycoris":
@@ -268,8 +269,8 @@ def _load_init_lora(
         raise ConfigError(f"{where} is a {summary.kind}; set {setting}")
     if options.lora_type == "standard" and (rank := summary.ranks[-1]) > options.lora_rank:
         raise ConfigError(
-            f"{where} has rank {rank}, but lora_rank is {options.lora_rank}; set lora_rank to {rank},"
-            " or reduce the file with: simpletuner export --format diffusers --rank N"
+            f"{where} has rank {rank}, but lora_rank is {options.lora_rank}; set lora_rank to"
+            f" {rank}, or reduce the file with: simpletuner export --format diffusers --rank N"
         )
     for name, base in bases.items():
         _check_shape(path, name, deltas[name], base)

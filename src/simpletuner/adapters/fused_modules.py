@@ -14,9 +14,9 @@ from simpletuner.errors import ModelError
 def fuse_modules(deltas: Mapping[str, Delta], names: ModuleNames) -> dict[str, LowRankDelta]:
     """Return native module -> delta, exactly.
 
-    Parts that share A keep one A; otherwise the result is block-diagonal. A part that is not adapted
-    gets rows of zeros. Raises ModelError for anything but LoRA, and for modules without a native
-    name.
+    Parts that share A keep one A; otherwise the result is block-diagonal. A part that is not
+    adapted gets rows of zeros. Raises ModelError for anything but LoRA, and for modules without a
+    native name.
     """
     groups: dict[str, dict[int, LowRankDelta]] = {}
     for name, delta in deltas.items():

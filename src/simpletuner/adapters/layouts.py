@@ -128,8 +128,8 @@ UNSUPPORTED_KEYS = {
     ".hada_t": "is a LoHa of convolutions, which are not supported",
     ".oft_": "is an OFT (oft_*), which is not supported",
     "base_model.model.": (
-        "is the weight file of a PEFT adapter folder (base_model.model.*), whose alpha is in another"
-        " file"
+        "is the weight file of a PEFT adapter folder (base_model.model.*), whose alpha is in"
+        " another file"
     ),
 }
 

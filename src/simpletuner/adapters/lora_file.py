@@ -36,8 +36,8 @@ from simpletuner.errors import ModelError
 class LoraFileSummary:
     """Content of a LoRA file, in diffusers' modules. ranks, alphas: each value once, ascending.
 
-    layout: title of the layout. kind: LoRA, DoRA, LoHa or LoKr; a LoKr of rank 0 has an undecomposed
-    second factor. parameters: number of values in the file.
+    layout: title of the layout. kind: LoRA, DoRA, LoHa or LoKr; a LoKr of rank 0 has an
+    undecomposed second factor. parameters: number of values in the file.
     """
 
     layout: str
@@ -114,7 +114,8 @@ class LoraFile:
                 rows = module.delta.shape[0]
                 if module.dora_scale.shape[0] != rows or module.dora_scale.numel() != rows:
                     raise ModelError(
-                        f"{self.path}: the dora_scale of {name} is per input, which is not supported"
+                        f"{self.path}: the dora_scale of {name} is per input, which is not"
+                        " supported"
                     )
                 magnitude = module.dora_scale.flatten()
             deltas |= self.split_module(name, self.module_scale(name), magnitude)
@@ -179,9 +180,9 @@ class LoraFile:
     ) -> dict[str, Delta]:
         """Split one stored module into diffusers' modules.
 
-        A LoRA's parts share A and take rows of B; a LyCORIS product is restricted to rows. The parts
-        of a block-diagonal pair get their own columns back. Exact; raises ModelError for impossible
-        sizes.
+        A LoRA's parts share A and take rows of B; a LyCORIS product is restricted to rows. The
+        parts of a block-diagonal pair get their own columns back. Exact; raises ModelError for
+        impossible sizes.
         """
         fused = self.modules[name].delta.scaled(scale)
         parts: tuple[str, ...] = (name,)

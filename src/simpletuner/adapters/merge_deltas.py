@@ -50,9 +50,9 @@ def truncate_rank(
     """Return the deltas with no module above `rank`, and the relative error.
 
     The truncated SVD is the best approximation of a given rank. fused_names: truncate the
-    fused matrices of native layouts, named by this table. The error is in the Frobenius norm over all modules. LoHa and LoKr are
-    first approximated by a LoRA; that error is orthogonal to the error of the truncation, so their
-    squares add up.
+    fused matrices of native layouts, named by this table. The error is in the Frobenius norm over
+    all modules. LoHa and LoKr are first approximated by a LoRA; that error is orthogonal to the
+    error of the truncation, so their squares add up.
     """
     _refuse_dora([(deltas, 1.0)], "be reduced in rank")
     lost = total = 0.0

@@ -89,6 +89,6 @@ def _check_is_safetensors(path: Path) -> None:
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise ModelError(
-            f"{path} is not a readable safetensors file: it has {size} bytes and a header of {length}"
-            " bytes; it is incomplete or of another format"
+            f"{path} is not a readable safetensors file: it has {size} bytes and a header of"
+            f" {length} bytes; it is incomplete or of another format"
         )

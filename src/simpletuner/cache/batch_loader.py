@@ -57,7 +57,8 @@ class BatchLoader:
 
     def visit_key(self, visit: SampleVisit) -> str:
         """Return "<sample id>@<epoch>.<pass>", unique for each visit of a sample."""
-        return f"{self.placed_samples[visit.sample_index].sample.id}@{visit.round_index}.{visit.repeat_index}"
+        sample_id = self.placed_samples[visit.sample_index].sample.id
+        return f"{sample_id}@{visit.round_index}.{visit.repeat_index}"
 
     def _caption(self, visit: SampleVisit) -> str:
         return (

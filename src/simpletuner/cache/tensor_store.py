@@ -125,7 +125,8 @@ class TensorStore:
             if key in self._pending:
                 return dict(self._pending[key])
             rows = self._index.query(
-                "SELECT shard, tensor, offset, length, crc32, dtype, shape FROM entries WHERE key = ?",
+                "SELECT shard, tensor, offset, length, crc32, dtype, shape FROM entries WHERE"
+                " key = ?",
                 (key,),
             )
         if not rows:
@@ -136,8 +137,8 @@ class TensorStore:
             shard = rows[0][0]
             self._set_aside(shard, str(error))
             raise CacheError(
-                f"cache shard {self.folder / shard} is damaged: {error}. It was renamed to *.damaged;"
-                " run the same command again to encode its entries again."
+                f"cache shard {self.folder / shard} is damaged: {error}. It was renamed to"
+                " *.damaged; run the same command again to encode its entries again."
             ) from error
         except OSError as error:
             raise CacheError(f"cannot read {self.folder / rows[0][0]}: {error}") from error

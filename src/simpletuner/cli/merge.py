@@ -99,13 +99,14 @@ def _resolve_base_options(base: str | None, added: list[tuple[Path, float]]) -> 
     Only the transformer of a named base is needed; the other parts are then those of the bundled
     model.
     """
-    from simpletuner.models.chroma.model_files import FLAVOURS as HUB_IDS
+    from simpletuner.models.registry import get_family
 
     if base is None:
         return resolve_model_options(None, [*added[0][0].resolve().parents[:3]], {})
     if base == "nano":
         return ModelOptions(model_flavour="nano")
-    name = HUB_IDS[base] if base in FLAVOURS else base
+    hub_ids = get_family(ModelOptions().model_family).flavours
+    name = hub_ids[base] if base in FLAVOURS else base
     return ModelOptions(model_flavour="nano", pretrained_transformer_model_name_or_path=name)
 
 
@@ -116,9 +117,8 @@ def merge_loras(
     import torch
 
     from simpletuner.adapters.lora_file import read_lora_file
-    from simpletuner.models.chroma.merge_loras import MergeOutput
-    from simpletuner.models.chroma.merge_loras import merge_loras as write
     from simpletuner.models.registry import get_family as family_named
+    from simpletuner.models.weights.merge_loras import MergeOutput
     from simpletuner.training.model_metadata import public_name
 
     shown = TerminalSink(sys.stderr)
@@ -144,6 +144,6 @@ def merge_loras(
     try:
         target = MergeOutput(output, native, getattr(torch, DTYPES[dtype]))
         loras = [(file.to_deltas(), weight) for file, weight in read]
-        write(source.transformer, loras, target, metadata, shown, source.variant)
+        family.merge_loras(source, loras, target, metadata, shown)
     finally:
         shown.close()

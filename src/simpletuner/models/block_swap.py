@@ -175,8 +175,8 @@ class _PinnedBlock:
         for tensor in frozen:
             if type(tensor) not in (Tensor, nn.Parameter) or type(tensor.data) is not Tensor:
                 raise ConfigError(
-                    "musubi_blocks_to_swap supports plain weights and base_model_precision int8, int4,"
-                    f" nf4 and fp8, but not {type(tensor.data).__name__}"
+                    "musubi_blocks_to_swap supports plain weights and base_model_precision int8,"
+                    f" int4, nf4 and fp8, but not {type(tensor.data).__name__}"
                 )
         offsets = [0]
         for tensor in frozen:

@@ -21,6 +21,7 @@ from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError
 from simpletuner.events.event_types import Emit
 from simpletuner.events.sinks import null_emit
+from simpletuner.models.weights.merge_loras import MergeOutput, WeightedLoras
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class BlockMemoryPolicy:
         checkpointed = self.checkpointed_block_numbers(blocks)
         if self.swapped > len(checkpointed):
             raise ConfigError(
-                f"musubi_blocks_to_swap is {self.swapped} of {blocks} blocks, but gradient_checkpointing"
+                f"musubi_blocks_to_swap is {self.swapped} of {blocks} blocks, but"
+                " gradient_checkpointing"
                 f" covers only {len(checkpointed)}; a swapped block must be checkpointed. Raise"
                 " gradient_checkpointing or lower musubi_blocks_to_swap"
             )
@@ -164,10 +166,12 @@ class Vae(ABC):
 class ModelFamily(ABC):
     """One architecture. Stateless: every loaded object is returned to the caller.
 
-    lora_conventions: module names in LoRA files, and how other programs load such files.
+    flavours: model_flavour -> hub id or bundled model. lora_conventions: module names in LoRA
+    files, and how other programs load such files.
     """
 
     name: str
+    flavours: Mapping[str, str]
     lora_conventions: LoraConventions
 
     @abstractmethod
@@ -305,4 +309,18 @@ class ModelFamily(ABC):
 
         folder: written by save_transformer. Tensors are copied one by one; an existing file is
         replaced at the end.
+        """
+
+    @abstractmethod
+    def merge_loras(
+        self,
+        source: ModelFiles,
+        loras: WeightedLoras,
+        output: MergeOutput,
+        metadata: Mapping[str, str],
+        emit: Emit = null_emit,
+    ) -> None:
+        """Write the transformer of `source` with LoRAs merged into it.
+
+        Raises DiskFull or ModelError before anything is written.
         """

@@ -104,7 +104,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """(out, in) in weight_dtype"""
+        """The dequantized weight (out, in) in weight_dtype."""
         restore, parts = self.dequantizer()
         return restore(self.weight_dtype, *parts)
 

@@ -15,7 +15,7 @@ from simpletuner.models import registry
 from simpletuner.models.block_executor import block_memory_policy
 from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.model_spec import CHROMA_CONSTANTS
-from simpletuner.models.chroma.transformer import TransformerConfig
+from simpletuner.models.chroma.transformer_config import TransformerConfig
 from simpletuner.models.chroma.weights import empty_transformer
 from simpletuner.models.family import ModelSpec
 from simpletuner.training import loop, train_state

@@ -33,6 +33,7 @@ from simpletuner.models.family import (
     TextEncoder,
     Vae,
 )
+from simpletuner.models.weights.merge_loras import MergeOutput, WeightedLoras
 
 PATCH_SIZE = 2
 ALIGNMENT_PX = 64
@@ -59,6 +60,7 @@ class ChromaFamily(ModelFamily):
     """Chroma 1: diffusers' layout or single files, T5 text, Flux's VAE."""
 
     name = "chroma"
+    flavours = model_files.FLAVOURS
     lora_conventions = CHROMA_LORA
     locate_files = staticmethod(model_files.locate_files)
     text_fingerprint = staticmethod(fingerprints.text_fingerprint)
@@ -84,7 +86,8 @@ class ChromaFamily(ModelFamily):
             width = int(t5["d_model"])  # type: ignore[call-overload]
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
-                f"{source.name}: a field of the VAE's or T5's config is missing or invalid ({error!r})."
+                f"{source.name}: a field of the VAE's or T5's config is missing or invalid"
+                f" ({error!r})."
             ) from None
         if transformer.in_channels != channels * PATCH_SIZE * PATCH_SIZE:
             raise ModelError(
@@ -200,8 +203,19 @@ class ChromaFamily(ModelFamily):
         return lora_targets.matching_targets(transformer, chosen)
 
     def save_native_file(self, folder: Path, file: Path, metadata: Mapping[str, str]) -> None:
-        from simpletuner.models.chroma.merge_loras import MergeOutput, merge_loras
+        from simpletuner.models.chroma.merge_loras import merge_loras
 
-        merge_loras(
-            folder, (), MergeOutput(file, native_format=True, dtype=None, overwrite=True), metadata
-        )
+        output = MergeOutput(file, native_format=True, dtype=None, overwrite=True)
+        merge_loras(folder, (), output, metadata)
+
+    def merge_loras(
+        self,
+        source: ModelFiles,
+        loras: WeightedLoras,
+        output: MergeOutput,
+        metadata: Mapping[str, str],
+        emit: Emit = null_emit,
+    ) -> None:
+        from simpletuner.models.chroma.merge_loras import merge_loras
+
+        merge_loras(source.transformer, loras, output, metadata, emit, source.variant)

@@ -15,13 +15,12 @@ from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ModelError
 from simpletuner.events.sinks import null_emit
 from simpletuner.models.chroma import fingerprints, model_files
-from simpletuner.models.chroma.transformer import TransformerConfig
-from simpletuner.models.chroma.weights import (
-    component_tensors,
-    empty_transformer,
-    read_transformer_config,
-)
+from simpletuner.models.chroma.model_format import CHROMA_FORMAT
+from simpletuner.models.chroma.transformer_config import TransformerConfig
+from simpletuner.models.chroma.weights import empty_transformer, read_transformer_config
 from simpletuner.models.family import ArchitectureConstants, ModelFiles, ModelSpec
+from simpletuner.models.weights.components import component_tensors
+from simpletuner.models.weights.locations import component_path
 from simpletuner.quantization import schemes
 
 CHROMA_CONSTANTS = ArchitectureConstants(
@@ -105,9 +104,8 @@ def _local_component_path(component: str, options: ModelOptions) -> Path | None:
     if name == model_files.NANO and not path.is_dir():
         return Path(models_package.__path__[0]) / model_files.NANO / component
     if path.exists() or not HUB_ID_PATTERN.fullmatch(name):
-        return model_files.component_path(
-            component, model_files.resolve_root(name, [component], revision, "", null_emit)[0]
-        )
+        root, _ = model_files.locate_root(name, [component], revision, "", null_emit)
+        return component_path(component, root, CHROMA_FORMAT)
     files = [f"{component}/config.json", *(["config.json"] if separate_name else [])]
     cached = [try_to_load_from_cache(name, file, revision=revision) for file in files]
     return next((Path(file).parent for file in cached if isinstance(file, str)), None)
@@ -120,7 +118,9 @@ def _parameters_and_bytes(
     if folder is None:
         return None
     try:
-        tensors = component_tensors(folder, component, options.variant or "").values()
+        tensors = component_tensors(
+            folder, component, CHROMA_FORMAT, options.variant or ""
+        ).values()
     except ModelError:  # not downloaded yet; damaged files are reported when they are loaded
         return None
     return sum(math.prod(tensor.shape) for tensor in tensors), sum(

@@ -14,20 +14,28 @@ from types import MappingProxyType
 from simpletuner.adapters.module_names import split_block_number
 from simpletuner.errors import ModelError
 from simpletuner.models.chroma.module_names import CHROMA_MODULE_NAMES
-from simpletuner.models.chroma.transformer import MAX_LAYERS, TransformerConfig
+from simpletuner.models.chroma.transformer_config import MAX_LAYERS, TransformerConfig
 
+_APPROXIMATOR = "distilled_guidance_layer"
 # Native tensor -> diffusers' tensor. {} is the number of the block or of the approximator's layer.
 NATIVE_TO_DIFFUSERS_TENSORS: Mapping[str, str] = MappingProxyType(
     {
-        "double_blocks.{}.img_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_q.weight",
-        "double_blocks.{}.img_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_k.weight",
-        "double_blocks.{}.txt_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_added_q.weight",
-        "double_blocks.{}.txt_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_added_k.weight",
+        **{
+            f"double_blocks.{{}}.{native}_norm.scale": (
+                f"transformer_blocks.{{}}.attn.{diffusers}.weight"
+            )
+            for native, diffusers in (
+                ("img_attn.norm.query", "norm_q"),
+                ("img_attn.norm.key", "norm_k"),
+                ("txt_attn.norm.query", "norm_added_q"),
+                ("txt_attn.norm.key", "norm_added_k"),
+            )
+        },
         "single_blocks.{}.norm.query_norm.scale": "single_transformer_blocks.{}.attn.norm_q.weight",
         "single_blocks.{}.norm.key_norm.scale": "single_transformer_blocks.{}.attn.norm_k.weight",
         "distilled_guidance_layer.norms.{}.scale": "distilled_guidance_layer.norms.{}.weight",
         **{
-            f"distilled_guidance_layer.{native}.{part}": f"distilled_guidance_layer.{diffusers}.{part}"
+            f"{_APPROXIMATOR}.{native}.{part}": f"{_APPROXIMATOR}.{diffusers}.{part}"
             for part in ("weight", "bias")
             for native, diffusers in (
                 ("in_proj", "in_proj"),

@@ -1,4 +1,4 @@
-"""Single weight files: recognize the model, rename its tensors, and infer its config.
+"""Components of Chroma in single files: tensors by diffusers' names, and inferred configs.
 
 A diffusers folder has a config.json; the config of a single file is inferred from the shapes of its
 tensors.
@@ -7,127 +7,25 @@ tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from simpletuner.errors import ModelError
-from simpletuner.models.chroma import native_names, weight_header
-from simpletuner.quantization.convert import StoredTensor
+from simpletuner.models.chroma import native_names
+from simpletuner.models.chroma.model_format import CHROMA_FORMAT
+from simpletuner.models.weights.single_file import read_component
+from simpletuner.quantization.stored_tensor import StoredTensor
 
-# Key prefixes of a component in all-in-one checkpoints; a file of one component has none.
-COMPONENT_PREFIXES = {
-    "transformer": ("model.diffusion_model.", "diffusion_model."),
-    "text_encoder": ("text_encoders.t5xxl.transformer.",),
-    "vae": ("first_stage_model.", "vae."),
-}
-COMPONENT_TITLES = {
-    "transformer": "Chroma's transformer",
-    "vae": "Flux's VAE",
-    "text_encoder": "a T5 encoder",
-}
-# (kind of model, its component here or "", key fragments that only it has); the first match counts.
-FILE_KINDS = (
-    (
-        "a LoRA",
-        "",
-        (".lora_A.", ".lora_down.", ".lora.down.", ".hada_w1_a", ".lokr_w", "lora_unet_"),
-    ),
-    ("Chroma Radiance, which works on pixels without a VAE", "", ("\nnerf_",)),
-    ("Chroma's transformer", "transformer", ("\ndistilled_guidance_layer.",)),
-    ("a Stable Diffusion 3 transformer", "", ("\njoint_blocks.0.", "\npos_embed.proj.")),
-    ("a Flux transformer", "", ("\ndouble_blocks.0.img_mod.", ".0.norm1_context.linear.")),
-    (
-        "Stable Diffusion XL",
-        "",
-        ("\nlabel_emb.0.0.", "conditioner.embedders.", "\nadd_embedding.linear_1."),
-    ),
-    ("Stable Diffusion 1 or 2", "", ("\ninput_blocks.0.0.", "\ndown_blocks.0.resnets.")),
-    (
-        "a T5 encoder",
-        "text_encoder",
-        ("encoder.block.0.layer.0.SelfAttention.", "\nshared.weight\n", "\nenc.blk.0."),
-    ),
-    ("a CLIP text encoder", "", ("text_model.encoder.layers.0.",)),
-    ("a VAE", "vae", ("\ndecoder.conv_in.", "\nencoder.conv_in.")),
-)
-# llama.cpp's names of T5's modules in GGUF files -> transformers' names.
-LLAMA_CPP_T5_NAMES = {
-    "enc.blk.": "encoder.block.",
-    "token_embd.": "shared.",
-    "enc.output_norm.": "encoder.final_layer_norm.",
-    ".attn_q.": ".layer.0.SelfAttention.q.",
-    ".attn_k.": ".layer.0.SelfAttention.k.",
-    ".attn_v.": ".layer.0.SelfAttention.v.",
-    ".attn_o.": ".layer.0.SelfAttention.o.",
-    ".attn_norm.": ".layer.0.layer_norm.",
-    ".attn_rel_b.": ".layer.0.SelfAttention.relative_attention_bias.",
-    ".ffn_gate.": ".layer.1.DenseReluDense.wi_0.",
-    ".ffn_up.": ".layer.1.DenseReluDense.wi_1.",
-    ".ffn_down.": ".layer.1.DenseReluDense.wo.",
-    ".ffn_norm.": ".layer.1.layer_norm.",
-}
+T5_EMBEDDING = "shared.weight"
+T5_EMBEDDING_ALIAS = "encoder.embed_tokens.weight"
+MAX_T5_BLOCKS = 100
 VAE_BLOCK_PATTERN = re.compile(
     r"encoder\.down(?:_blocks)?\.(\d+)\.(?:block|resnets)\.(\d+)\.conv1\.weight"
 )
 
 
-def identify_file(names: Collection[str]) -> tuple[str, str]:
-    """Return (kind of model, component it can be used as or ""), such as ("a LoRA", "")."""
-    text = "\n".join(["", *names, ""])
-    kind_and_component = next(
-        (
-            (kind, component)
-            for kind, component, fragments in FILE_KINDS
-            if any(fragment in text for fragment in fragments)
-        ),
-        None,
-    )
-    examples = ", ".join(sorted(names)[:3])
-    return kind_and_component or (f"an unknown model (it holds {examples or 'no tensors'})", "")
-
-
-def read_component(file: Path, component: str) -> tuple[dict[str, StoredTensor], Mapping[str, str]]:
-    """Return one component's tensors without their key prefix, and the file's metadata.
-
-    Raises ModelError when the file holds another model.
-    """
-    header = weight_header.read_weight_header(file)
-    prefix = _find_prefix(header.tensors, component)
-    tensors = {
-        name[len(prefix) :]: stored
-        for name, stored in header.tensors.items()
-        if name.startswith(prefix)
-    }
-    kind, usable_as = identify_file(tensors)
-    if usable_as != component:
-        raise ModelError(f"{file} is {kind}; expected {COMPONENT_TITLES[component]}.")
-    if any(name.startswith("enc.blk.") for name in tensors):
-        tensors = {_transformers_name(name): stored for name, stored in tensors.items()}
-    return weight_header.decode_fp8_tensors(tensors, file), header.metadata
-
-
-def components_in_file(file: Path) -> list[str]:
-    """Return the components in a file: one, or all of an all-in-one checkpoint.
-
-    Raises ModelError when it holds none.
-    """
-    names = weight_header.read_weight_header(file).tensors
-    present = {
-        part: any(name.startswith(COMPONENT_PREFIXES[part]) for name in names)
-        for part in COMPONENT_PREFIXES
-    }
-    components = [part for part, is_present in present.items() if is_present]
-    if present["transformer"]:
-        return components
-    kind, usable_as = identify_file(names)
-    if not usable_as:
-        raise ModelError(f"{file} is {kind}; expected {COMPONENT_TITLES['transformer']}.")
-    return [usable_as]
-
-
 def read_transformer(file: Path) -> dict[str, StoredTensor]:
     """Return the transformer's tensors by diffusers' names; fused native matrices are sliced."""
-    tensors, _ = read_component(file, "transformer")
+    tensors, _ = read_component(file, "transformer", CHROMA_FORMAT)
     if any(name.startswith(("transformer_blocks.", "x_embedder.")) for name in tensors):
         return tensors
     if "img_in.weight" not in tensors or not tensors["img_in.weight"].shape:
@@ -148,7 +46,7 @@ def read_transformer(file: Path) -> dict[str, StoredTensor]:
 
 def infer_vae_config(file: Path) -> dict[str, object]:
     """Infer diffusers' config.json of Flux's VAE, at the widths of this file."""
-    tensors, _ = read_component(file, "vae")
+    tensors, _ = read_component(file, "vae", CHROMA_FORMAT)
     blocks = {
         match.groups(): tensors[match[0]]
         for match in map(VAE_BLOCK_PATTERN.fullmatch, tensors)
@@ -182,7 +80,7 @@ def infer_vae_config(file: Path) -> dict[str, object]:
 
 def infer_t5_config(file: Path) -> dict[str, object]:
     """Infer transformers' config.json of a T5 v1.1 encoder."""
-    tensors, _ = read_component(file, "text_encoder")
+    tensors, _ = read_component(file, "text_encoder", CHROMA_FORMAT)
     block = "encoder.block.0.layer"
     try:
         vocabulary, width = tensors[
@@ -216,25 +114,3 @@ def infer_t5_config(file: Path) -> dict[str, object]:
         "pad_token_id": 0,
         "eos_token_id": 1,
     }
-
-
-T5_EMBEDDING = "shared.weight"
-T5_EMBEDDING_ALIAS = "encoder.embed_tokens.weight"
-MAX_T5_BLOCKS = 100
-
-
-def _transformers_name(name: str) -> str:
-    for llama, transformers in LLAMA_CPP_T5_NAMES.items():
-        name = name.replace(llama, transformers)
-    return name
-
-
-def _find_prefix(names: Collection[str], component: str) -> str:
-    return next(
-        (
-            prefix
-            for prefix in COMPONENT_PREFIXES[component]
-            if any(name.startswith(prefix) for name in names)
-        ),
-        "",
-    )

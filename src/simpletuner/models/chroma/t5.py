@@ -11,20 +11,21 @@ from transformers import T5Config, T5EncoderModel
 
 from simpletuner.config.schema import ModelOptions
 from simpletuner.events.event_types import Emit
-from simpletuner.models.chroma.fingerprints import combined_fingerprint, text_encoder_dtype
-from simpletuner.models.chroma.quantized_cache import ensure_quantized_file
+from simpletuner.models.chroma.fingerprints import text_encoder_dtype
+from simpletuner.models.chroma.model_format import CHROMA_FORMAT
 from simpletuner.models.chroma.single_file import T5_EMBEDDING, T5_EMBEDDING_ALIAS
-from simpletuner.models.chroma.weights import (
+from simpletuner.models.chroma.weights import read_t5_config
+from simpletuner.models.family import ModelFiles
+from simpletuner.models.weights.components import component_files, component_tensors
+from simpletuner.models.weights.file_fingerprint import combined_fingerprint
+from simpletuner.models.weights.quantized_cache import ensure_quantized_file
+from simpletuner.models.weights.tensor_loading import (
     check_tensors,
-    component_files,
-    component_tensors,
     load_from_file,
     load_stored_tensors,
-    read_t5_config,
 )
-from simpletuner.models.family import ModelFiles
-from simpletuner.quantization.convert import StoredTensor
 from simpletuner.quantization.quantized_linear import QuantizedLinear, quantize_modules
+from simpletuner.quantization.stored_tensor import StoredTensor
 
 BLOCK_PREFIX = "encoder.block."
 DTYPE_QUERIED_SUFFIX = ".DenseReluDense.wo"
@@ -35,12 +36,13 @@ def load_t5(
 ) -> T5EncoderModel:
     """Load the encoder in the dtype of the cache, frozen; headers are checked before weights."""
     quantized = options.text_encoder_1_precision != "no_change"
-    t5 = (
+    t5: T5EncoderModel = (
         _load_quantized(source, options, device, emit)
         if quantized
         else _load_unquantized(source, options, device)
     )
-    return t5.to(device).requires_grad_(False).eval()
+    t5.to(device).requires_grad_(False).eval()
+    return t5
 
 
 def quantized_t5_file(
@@ -51,7 +53,7 @@ def quantized_t5_file(
     stored = _encoder_tensors(source, t5)
     names = {f"{name}.weight" for name in _block_linears(t5)}
     key = combined_fingerprint(
-        "t5 1", *component_files(source.text_encoder, "text_encoder", source.variant)
+        "t5 1", *component_files(source.text_encoder, "text_encoder", CHROMA_FORMAT, source.variant)
     )
     return ensure_quantized_file(
         "t5", options.text_encoder_1_precision, stored, names, key, options, device, emit
@@ -60,7 +62,9 @@ def quantized_t5_file(
 
 def _encoder_tensors(source: ModelFiles, t5: nn.Module) -> dict[str, StoredTensor]:
     """Return the encoder's tensors, checked; a decoder in the files is ignored."""
-    available = component_tensors(source.text_encoder, "text_encoder", source.variant)
+    available = component_tensors(
+        source.text_encoder, "text_encoder", CHROMA_FORMAT, source.variant
+    )
     if T5_EMBEDDING not in available and T5_EMBEDDING_ALIAS in available:
         available[T5_EMBEDDING] = available[T5_EMBEDDING_ALIAS]
     expected = {

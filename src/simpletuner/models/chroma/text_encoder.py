@@ -63,12 +63,13 @@ class ChromaTextEncoder(TextEncoder):
     def _tokenize(self, caption: str) -> list[int]:
         if self._overlong == "error" and (count := self.token_count(caption)) > self._max_tokens:
             raise DataError(
-                f"A caption has {count} tokens, but the limit is {self._max_tokens}: {caption[:60]!r}..."
-                ' Shorten it, or set caption_overlong to "truncate".'
+                f"A caption has {count} tokens, but the limit is {self._max_tokens}:"
+                f' {caption[:60]!r}... Shorten it, or set caption_overlong to "truncate".'
             )
-        return self._tokenizer(
+        tokens: list[int] = self._tokenizer(
             caption, truncation=True, max_length=self._max_tokens, verbose=False
         )["input_ids"]
+        return tokens
 
 
 def load_text_encoder(
@@ -95,6 +96,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer.eos_token_id
     ]:
         raise ModelError(
-            f"{folder} is not T5's tokenizer: captions must end with </s> and a pad token must exist."
+            f"{folder} is not T5's tokenizer: captions must end with </s> and a pad token must"
+            " exist."
         )
     return tokenizer

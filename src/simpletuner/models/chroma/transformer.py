@@ -11,149 +11,17 @@ front and each sample attends only to its own rows, again without a mask.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simpletuner.errors import ModelError
 from simpletuner.models.block_executor import BlockExecutor
+from simpletuner.models.chroma.embeddings import apply_rotary, rotary_table, sinusoidal_embedding
+from simpletuner.models.chroma.transformer_config import TransformerConfig
 
-CLASS_NAME = "ChromaTransformer2DModel"
 FP16_MAX = 65504.0
-MAX_LAYERS = 1000  # a config that asks for a billion layers is refused instead of built
-# Fields in the config.json of every published Chroma that diffusers ignores as well.
-IGNORED_FLUX_FIELDS = {"guidance_embeds": False, "pooled_projection_dim": 768}
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Fields of a transformer's config.json; the defaults are Chroma 1 (8.9 B parameters)."""
-
-    patch_size: int = 1
-    in_channels: int = 64
-    out_channels: int | None = None
-    num_layers: int = 19
-    num_single_layers: int = 38
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
-    joint_attention_dim: int = 4096
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
-    approximator_num_channels: int = 64
-    approximator_hidden_dim: int = 5120
-    approximator_layers: int = 5
-
-    @property
-    def width(self) -> int:
-        return self.attention_head_dim * self.num_attention_heads
-
-    @property
-    def modulation_count(self) -> int:
-        """3 vectors per single block, 6 per stream of a double block, 2 for the output norm."""
-        return 3 * self.num_single_layers + 12 * self.num_layers + 2
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, object], where: str) -> TransformerConfig:
-        """Check a parsed config.json. Raises ModelError with the fields that are not Chroma's."""
-        if raw.get("_class_name", CLASS_NAME) != CLASS_NAME:
-            raise ModelError(
-                f"{where}: _class_name is {raw['_class_name']!r}; Chroma's is {CLASS_NAME}."
-            )
-        names = {field.name for field in fields(cls)}
-        unexpected = {key for key in raw.keys() - names if not key.startswith("_")}
-        unknown = sorted(
-            key for key in unexpected if (key, raw[key]) not in IGNORED_FLUX_FIELDS.items()
-        )
-        if unknown:
-            raise ModelError(
-                f"{where}: unknown fields for Chroma's transformer: {', '.join(unknown)}."
-            )
-        values = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in raw.items()
-            if key in names
-        }
-        for key, value in values.items():
-            is_axes = isinstance(value, tuple) and all(isinstance(axis, int) for axis in value)
-            maximum = MAX_LAYERS if "layers" in key else 2**20
-            is_valid = isinstance(value, int) and 0 < value <= maximum
-            is_valid = is_valid or (key == "out_channels" and value is None)
-            if not (is_axes if key == "axes_dims_rope" else is_valid):
-                raise ModelError(
-                    f"{where}: {key} = {raw[key]!r} is not valid for Chroma's transformer."
-                )
-        config = cls(**values)  # type: ignore[arg-type]
-        if config.patch_size != 1 or config.out_channels not in (None, config.in_channels):
-            raise ModelError(
-                f"{where}: Chroma has patch_size 1 and as many output channels as input channels."
-            )
-        if (
-            sum(config.axes_dims_rope) != config.attention_head_dim
-            or len(config.axes_dims_rope) != 3
-        ):
-            raise ModelError(
-                f"{where}: the three axes_dims_rope must add up to attention_head_dim."
-            )
-        return config
-
-
-def sinusoidal_embedding(positions: Tensor, width: int) -> Tensor:
-    """Embed (K,) float32 as (K, width) float32, cosines first.
-
-    Computed in float32, because bf16 rounds 654.3 to 656.
-    """
-    half = width // 2
-    frequencies = torch.exp(
-        -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=positions.device) / half
-    )
-    angles = positions.float()[:, None] * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
-
-
-def rotary_table(axes: Sequence[int], text: int, rows: int, columns: int) -> Tensor:
-    """(S, 1, D / 2, 2) float32 on the CPU: cosine, sine.
-
-    Text sits at position (0, 0, 0), patches at (0, row, column).
-    """
-
-    def turns(width: int, count: int) -> Tensor:
-        # float64 on the CPU: MPS has none, and the angles are shared by every width and size.
-        frequencies = 1.0 / (10_000 ** (torch.arange(0, width, 2, dtype=torch.float64) / width))
-        angles = torch.outer(torch.arange(count, dtype=torch.float64), frequencies)
-        return torch.complex(angles.cos(), angles.sin())
-
-    half = sum(axes) // 2
-    still = torch.ones(rows, columns, axes[0] // 2, dtype=torch.complex128)
-    down = turns(axes[1], rows)[:, None].expand(rows, columns, -1)
-    across = turns(axes[2], columns)[None].expand(rows, columns, -1)
-    image = torch.cat((still, down, across), dim=-1).reshape(rows * columns, half)
-    table = torch.cat((torch.ones(text, half, dtype=torch.complex128), image))
-    return torch.view_as_real(table[:, None].to(torch.complex64))
-
-
-def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate x (B, S, heads, D); pairs of channels are complex numbers in float32.
-
-    Complex multiplication is 4 times cheaper than the same in real numbers. A compiled graph uses
-    real numbers, because the compiler fuses them and has no code for complex ones; the results
-    differ by one unit in the last place.
-    """
-    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        rotated = multiply_complex_pairs(pairs, table)
-    else:
-        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
-    return rotated.flatten(-2).to(x.dtype)
-
-
-def multiply_complex_pairs(pairs: Tensor, table: Tensor) -> Tensor:
-    """Multiply (..., 2) by (..., 2) as complex numbers."""
-    (real, imaginary), (cosine, sine) = pairs.unbind(-1), table.unbind(-1)
-    rotated = (real * cosine - imaginary * sine, real * sine + imaginary * cosine)
-    return torch.stack(rotated, dim=-1)
 
 
 # Padding at the front of each sample, which must not be attended to: the number of rows per sample,
@@ -235,7 +103,8 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        result: Tensor = self.net(x)
+        return result
 
 
 class Attention(nn.Module):
@@ -295,7 +164,10 @@ class DoubleBlock(nn.Module):
         table: Tensor,
         padding: Padding,
     ) -> tuple[Tensor, Tensor]:
-        """image_mod, text_mod: (B, 6, W): shift, scale, gate of attention, then of the feed-forward."""
+        """Return both streams.
+
+        image_mod, text_mod: (B, 6, W): shift, scale, gate of attention, then of the feed-forward.
+        """
         shift, scale, gate, ff_shift, ff_scale, ff_gate = image_mod.split(1, dim=1)
         t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = text_mod.split(1, dim=1)
 
@@ -344,7 +216,8 @@ class ApproximatorLayer(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
+        result: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return result
 
 
 class Approximator(nn.Module):
@@ -362,7 +235,8 @@ class Approximator(nn.Module):
         x = self.in_proj(x)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = x + layer(norm(x))
-        return self.out_proj(x)
+        result: Tensor = self.out_proj(x)
+        return result
 
 
 class ChromaTransformer(nn.Module):
@@ -426,7 +300,8 @@ class ChromaTransformer(nn.Module):
             dim=-1,
         )
         weight = self.distilled_guidance_layer.in_proj.weight
-        return self.distilled_guidance_layer(code.to(weight.device, weight.dtype))
+        result: Tensor = self.distilled_guidance_layer(code.to(weight.device, weight.dtype))
+        return result
 
     def forward(
         self,
@@ -476,4 +351,5 @@ class ChromaTransformer(nn.Module):
             unread = text.shape[1] if number == singles - 1 else 0
             (x,) = self.run_block(doubles + number, block, (x,), single_mod, table, padding, unread)
         shift, scale = out_mod.split(1, dim=1)
-        return self.proj_out(modulate(x[:, -tokens.shape[1] :], shift, scale))
+        result: Tensor = self.proj_out(modulate(x[:, -tokens.shape[1] :], shift, scale))
+        return result

@@ -10,8 +10,11 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
 from simpletuner.config.schema import ModelOptions
-from simpletuner.models.chroma.weights import check_tensors, component_tensors, read_vae_config
+from simpletuner.models.chroma.model_format import CHROMA_FORMAT
+from simpletuner.models.chroma.weights import read_vae_config
 from simpletuner.models.family import ModelFiles, Vae
+from simpletuner.models.weights.components import component_tensors
+from simpletuner.models.weights.tensor_loading import check_tensors
 
 VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,7 +35,7 @@ class ChromaVae(Vae):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        moments = self._vae.encode(
+        moments: Tensor = self._vae.encode(
             pixels.to(self._vae.device, self._vae.dtype)
         ).latent_dist.parameters
         # Kept in the VAE's dtype: half the cache size in half precision, without any loss.
@@ -41,7 +44,10 @@ class ChromaVae(Vae):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         raw = latents / self._vae.config.scaling_factor + (self._vae.config.shift_factor or 0.0)
-        return self._vae.decode(raw.to(self._vae.device, self._vae.dtype)).sample.float().cpu()
+        result: Tensor = (
+            self._vae.decode(raw.to(self._vae.device, self._vae.dtype)).sample.float().cpu()
+        )
+        return result
 
 
 def load_vae(source: ModelFiles, options: ModelOptions, device: torch.device) -> ChromaVae:
@@ -50,7 +56,7 @@ def load_vae(source: ModelFiles, options: ModelOptions, device: torch.device) ->
     with torch.device("meta"):
         vae: Any = AutoencoderKL.from_config(config)
     dtype = vae_dtype(options, device)
-    tensors = component_tensors(source.vae, "vae", source.variant)
+    tensors = component_tensors(source.vae, "vae", CHROMA_FORMAT, source.variant)
     state = {name: tensor.load().to(dtype) for name, tensor in tensors.items()}
     if any(name.startswith("encoder.down.") for name in state):
         state = convert_ldm_vae_checkpoint(state, config)

@@ -9,23 +9,20 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
-
-import torch
+from typing import Any
 
 from simpletuner.adapters.safetensors_reader import FILE_KIND_BY_MAGIC
 from simpletuner.errors import ModelError
-from simpletuner.models.chroma import gguf_reader
-from simpletuner.quantization.convert import SAFETENSORS_DTYPES, StoredTensor
+from simpletuner.models.weights.gguf_header import parse_gguf_header
+from simpletuner.quantization.stored_tensor import SAFETENSORS_DTYPES, StoredTensor
 
 MAX_HEADER_BYTES = 16 << 20  # the header of a full checkpoint with a thumbnail has 1 MB
 MAX_TENSORS = 20_000
 MAX_DIMENSIONS = 8
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
-FP8_EXTRA_SUFFIXES = (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
+
+
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
@@ -44,8 +41,8 @@ def read_weight_header(path: Path) -> WeightHeader:
     """
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise ModelError(
-            f"{path} may be a pickle, which can run code when it is opened. Use a safetensors or GGUF"
-            " file."
+            f"{path} may be a pickle, which can run code when it is opened. Use a safetensors or"
+            " GGUF file."
         )
     try:
         size = path.stat().st_size
@@ -54,9 +51,7 @@ def read_weight_header(path: Path) -> WeightHeader:
             if start.startswith(b"GGUF"):
                 file.seek(0)
                 return WeightHeader(
-                    gguf_reader.parse_gguf_header(
-                        path, file.read(min(MAX_HEADER_BYTES, size)), size
-                    )
+                    parse_gguf_header(path, file.read(min(MAX_HEADER_BYTES, size)), size)
                 )
             length = _json_length(path, start, size)
             text = (start[8:] + file.read(max(0, length - 16)))[:length]
@@ -140,77 +135,3 @@ def _parse_safetensors(path: Path, header: dict[str, Any], start: int, size: int
             " or damaged. Download it again."
         )
     return WeightHeader(tensors, metadata)
-
-
-def decode_fp8_tensors(tensors: Mapping[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
-    """Decode fp8 tensors: exactly to bfloat16, or multiplied by their scale and rounded once.
-
-    ComfyUI marks scaled fp8 by `x.scale_weight` (or `x.weight_scale`) next to `x.weight` and an
-    empty `scaled_fp8`. Scales of inputs are only needed for fp8 matmuls and are ignored.
-    """
-    markers = {
-        name for name in tensors if name.endswith(FP8_EXTRA_SUFFIXES) or name == "scaled_fp8"
-    }
-    decoded = {}
-    for name, stored in tensors.items():
-        if name in markers:
-            continue
-        if stored.dtype not in FP8_DTYPES:
-            decoded[name] = stored
-            continue
-        stem = name.removesuffix(".weight")
-        scales = [
-            tensors[f"{stem}{suffix}"] for suffix in SCALE_SUFFIXES if f"{stem}{suffix}" in markers
-        ]
-        scale = (
-            _read_scale(scales[0], stored, f"{where}: {name}") if scales and name != stem else None
-        )
-        decoded[name] = _as_bfloat16(stored, scale)
-    return decoded
-
-
-def _read_scale(scale: StoredTensor, stored: StoredTensor, where: str) -> torch.Tensor:
-    """Read a scale: one number, or one per row."""
-    rows = stored.shape[0] if len(stored.shape) == 2 else 1
-    if (
-        scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1))
-        or not scale.dtype.is_floating_point
-    ):
-        raise ModelError(
-            f"{where} has a scale of shape {scale.shape}; only one number, or one per row, is"
-            " supported."
-        )
-    value = scale.load().float().reshape(-1, 1)
-    if not bool(value.isfinite().all()):
-        raise ModelError(f"{where} has a scale that is not a finite number.")
-    return value
-
-
-@dataclass(frozen=True)
-class _ScaledFp8Tensor(StoredTensor):
-    """An fp8 tensor. scales: (1, 1), or (rows, 1) for a matrix; None means 1."""
-
-    scales: torch.Tensor | None = None
-
-    def slice_dim0(self, entries: slice) -> StoredTensor:
-        return replace(
-            cast(_ScaledFp8Tensor, super().slice_dim0(entries)),
-            scales=self._scales_of_rows(entries),
-        )
-
-    def read_rows(self, file: BinaryIO, first: int, count: int) -> torch.Tensor:
-        values = super().read_rows(file, first, count)
-        scales = self._scales_of_rows(slice(first, first + count))
-        return values if scales is None else (values.float() * scales).bfloat16()
-
-    def _scales_of_rows(self, rows: slice) -> torch.Tensor | None:
-        return self.scales if self.scales is None or len(self.scales) == 1 else self.scales[rows]
-
-
-def _as_bfloat16(stored: StoredTensor, scales: torch.Tensor | None) -> StoredTensor:
-    def decode(raw: torch.Tensor) -> torch.Tensor:
-        return raw.view(stored.dtype).bfloat16()  # exact
-
-    return _ScaledFp8Tensor(
-        stored.file, stored.shape, torch.bfloat16, stored.offset, decode, stored.columns, scales
-    )

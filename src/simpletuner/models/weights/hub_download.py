@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
@@ -18,18 +18,19 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    disable_progress_bars,
+    filter_repo_objects,
+)
 
 from simpletuner.errors import DiskFull, DownloadError
 from simpletuner.events.event_types import Emit
 from simpletuner.events.stage_reporter import StageReporter
-from simpletuner.models.chroma.weights import WEIGHTS_STEMS, read_transformer_config
+from simpletuner.models.weights.model_format import ModelFormat
 
 # spiece.model alone does not identify its tokenizer class.
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
-HUB_TIMEOUT_S = (
-    4.0  # of one request before the download, so that a missing network is quickly found
-)
+HUB_TIMEOUT_S = 4.0  # of the request before the download; finds a missing network quickly
 PROGRESS_INTERVAL_S = 0.5  # how often the size of the cache is measured
 MB = 1_000_000
 STATUS_REASONS = {
@@ -39,18 +40,20 @@ STATUS_REASONS = {
 }
 
 
-def file_patterns(parts: list[str], variant: str) -> tuple[list[str], list[str]]:
+def file_patterns(
+    parts: list[str], variant: str, model: ModelFormat
+) -> tuple[list[str], list[str]]:
     """Return the patterns of the small files of these components, and of their weights.
 
     Only weights of this variant match. A repository that is used for one component may hold it at
     its root, next to 18 GB copies that are never downloaded.
     """
-    models = [part for part in parts if part in WEIGHTS_STEMS]
-    stems = [f"{part}/{WEIGHTS_STEMS[part]}" for part in models]
+    with_weights = [part for part in parts if part in model.components]
+    stems = [f"{part}/{model.components[part].weights_stem}" for part in with_weights]
     small = ["model_index.json", "scheduler/*.json"]
     small += [f"{part}/{name}" for part in parts for name in ("*.json", "*.model", "*.txt")]
-    if len(models) == 1:
-        stems.append(WEIGHTS_STEMS[models[0]])
+    if len(with_weights) == 1:
+        stems.append(model.components[with_weights[0]].weights_stem)
         small += ["config.json", "*.safetensors.index*.json"]
         small += [*TOKENIZER_FILES, "special_tokens_map.json", "spiece.model"]
     dot = f".{variant}" if variant else ""
@@ -63,14 +66,20 @@ def file_patterns(parts: list[str], variant: str) -> tuple[list[str], list[str]]
 
 
 def download_components(
-    repo: str, parts: list[str], revision: str | None, variant: str, emit: Emit
+    repo: str,
+    parts: list[str],
+    revision: str | None,
+    variant: str,
+    model: ModelFormat,
+    check_transformer: Callable[[Path], object],
+    emit: Emit,
 ) -> tuple[Path, str]:
     """Download the components that are not in the hub's cache yet; return (folder, commit).
 
-    The transformer's config is downloaded and checked first, so that another model is refused
-    before gigabytes of weights are downloaded.
+    check_transformer: reads the transformer's config in its folder and raises for another model. It
+    is called before gigabytes of weights are downloaded.
     """
-    small, weights = file_patterns(parts, variant)
+    small, weights = file_patterns(parts, variant, model)
     try:
         info = HfApi().model_info(
             repo, revision=revision, timeout=HUB_TIMEOUT_S, files_metadata=True
@@ -91,7 +100,7 @@ def download_components(
         commit = folder.name
         if "transformer" in parts:
             nested = folder / "transformer"
-            read_transformer_config(nested if nested.is_dir() else folder)
+            check_transformer(nested if nested.is_dir() else folder)
         needed = list(filter_repo_objects(sizes, allow_patterns=weights))
         absent = {
             name: sizes[name]
@@ -115,8 +124,8 @@ def download_components(
     # When the hub stops answering, the library returns the incomplete folder of the cache.
     if missing := [name for name in needed if not (folder / name).is_file()]:
         raise DownloadError(
-            f"The download of {repo} was interrupted before {missing[0]}. Run the same command again"
-            " to resume."
+            f"The download of {repo} was interrupted before {missing[0]}. Run the same command"
+            " again to resume."
         )
     return folder, commit
 
@@ -195,8 +204,10 @@ def _unreachable_reason(error: Exception) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set. Unset it, or give a local folder."
     return (
-        f"{constants.ENDPOINT} cannot be reached ({_first_line(error)}). Behind a blocked network set"
-        " HF_ENDPOINT=https://hf-mirror.com, or give a local folder as pretrained_model_name_or_path."
+        f"{constants.ENDPOINT} cannot be reached ({_first_line(error)}). Behind a blocked"
+        " network set"
+        " HF_ENDPOINT=https://hf-mirror.com, or give a local folder as"
+        " pretrained_model_name_or_path."
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.errors import MissingExtra, ModelError
-from simpletuner.quantization.convert import StoredTensor
+from simpletuner.quantization.stored_tensor import StoredTensor
 
 UNQUANTIZED_DTYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 # Type of a metadata value -> its struct code; 8 is a string, 9 an array.
@@ -46,6 +46,7 @@ class _Cursor:
         self.position = 0
 
     def read_number(self, code: str) -> int:
+        value: int
         try:
             (value,) = struct.unpack_from(f"<{code}", self.content, self.position)
         except struct.error:
@@ -129,8 +130,8 @@ def _parse(path: Path, cursor: _Cursor, size: int) -> dict[str, StoredTensor]:
         end = tensor.offset + tensor.size_bytes
     if end > size:
         raise ModelError(
-            f"{path} has {size:,} bytes, but its header describes {end:,}: it is incomplete. Download"
-            " it again."
+            f"{path} has {size:,} bytes, but its header describes {end:,}: it is incomplete."
+            " Download it again."
         )
     return stored
 
@@ -160,7 +161,8 @@ def _decode_rows(path: Path, kind: int, columns: int, raw: Tensor) -> Tensor:
         return torch.from_numpy(package.quants.dequantize(rows, quantization)).bfloat16()
     except RuntimeError:  # the library cannot decode this type
         raise ModelError(
-            f"{path}: weights of type {quantization.name} are not supported; use a Q8_0 or Q4_K file."
+            f"{path}: weights of type {quantization.name} are not supported; use a Q8_0 or Q4_K"
+            " file."
         ) from None
 
 

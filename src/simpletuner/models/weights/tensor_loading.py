@@ -1,0 +1,83 @@
+"""Load stored tensors into a network: checked first, then copied tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from simpletuner.errors import ModelError
+from simpletuner.models.weights.weight_header import read_weight_header
+from simpletuner.quantization.stored_tensor import StoredTensor
+
+MAX_LISTED_PROBLEMS = 8  # the others are only counted
+
+
+def read_stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a weight file. Raises ModelError for a damaged or other file."""
+    return dict(read_weight_header(path).tensors)
+
+
+def check_tensors(
+    expected: Mapping[str, Tensor], found: Mapping[str, StoredTensor | Tensor], where: Path
+) -> None:
+    """Check names, shapes and kinds of dtype; one ModelError lists all problems."""
+    problems = [
+        f"{name} {tuple(tensor.shape)} is missing"
+        for name, tensor in expected.items()
+        if name not in found
+    ]
+    problems += [
+        f"{name} {tuple(tensor.shape)} is unexpected"
+        for name, tensor in found.items()
+        if name not in expected
+    ]
+    for name, tensor in expected.items():
+        if name not in found:
+            continue
+        if (shape := tuple(found[name].shape)) != tuple(tensor.shape):
+            problems.append(f"{name} is {shape}, expected {tuple(tensor.shape)}")
+        elif found[name].dtype.is_floating_point != tensor.dtype.is_floating_point:
+            problems.append(f"{name} is {found[name].dtype}; only floating point is supported")
+    if problems:
+        remainder = (
+            f"; and {len(problems) - MAX_LISTED_PROBLEMS} more"
+            if len(problems) > MAX_LISTED_PROBLEMS
+            else ""
+        )
+        expectation = "of its model" if where.is_file() else "that its config.json describes"
+        raise ModelError(
+            f"{where} does not hold the weights {expectation}: "
+            + "; ".join(problems[:MAX_LISTED_PROBLEMS])
+            + remainder
+        )
+
+
+def load_stored_tensors(
+    network: nn.Module, tensors: Mapping[str, StoredTensor], device: torch.device
+) -> None:
+    """Copy tensors one by one into a network on the meta device, in the network's dtypes.
+
+    They are never views of the file, which would change when another program rewrites it.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    state = {name: stored.load().to(device, dtypes[name]) for name, stored in tensors.items()}
+    network.load_state_dict(state, strict=False, assign=True)
+
+
+def load_from_file(network: nn.Module, file: Path, device: torch.device) -> None:
+    """Load a file's tensors into a network on the meta device, in the network's dtypes.
+
+    Tensors are views of the file where neither device nor dtype change, so the file may only ever
+    be replaced as a whole, never modified.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    with safe_open(file, framework="pt", device="cpu") as tensors:
+        state = {
+            name: tensors.get_tensor(name).to(device, dtypes[name])
+            for name in tensors.keys()  # noqa: SIM118
+        }
+    network.load_state_dict(state, strict=False, assign=True)
