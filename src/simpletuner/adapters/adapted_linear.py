@@ -218,15 +218,15 @@ class LoraLinear(LowRankLinear):
         )
         if dequantizer is not None:
             dequantize, buffers = dequantizer
-            result: Tensor = _FrozenLinearWithDelta.apply(
+            result = _FrozenLinearWithDelta.apply(  # type: ignore[no-untyped-call]
                 _cast_for_autocast(x), base.bias, self.down, self.up, scale, dequantize, *buffers
             )
-            return result
+            return cast(Tensor, result)
         base_y = base(x)
-        result: Tensor = _AddDelta.apply(
+        result = _AddDelta.apply(  # type: ignore[no-untyped-call]
             base_y, self.dropout(x.to(base_y.dtype)), self.down, self.up, scale
         )
-        return result
+        return cast(Tensor, result)
 
     def _dequantizer(self) -> tuple[Dequantize, Sequence[Tensor]] | None:
         """Return how the weight is restored; None if the base is not a known frozen linear."""

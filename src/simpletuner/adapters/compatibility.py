@@ -1,4 +1,4 @@
-"""How the programs that people sample with load a LoRA file: the form of their rules.
+"""Rules by which the programs that people sample with load a LoRA file.
 
 The rules are data. Which programs there are, and what each does with the LoRA files of an
 architecture, is in the model family.
@@ -19,7 +19,7 @@ RefusalCheck = Callable[[LoraFile], "str | None"]
 
 @dataclass(frozen=True)
 class LoadRule:
-    """How a program treats files of one layout. reason: set unless the file is simply applied.
+    """A program's treatment of files of one layout. reason: set unless the file is simply applied.
 
     strength: "alpha" is alpha / rank by the file's alpha tensors, or 1 without them; "header" asks
     PEFT's configuration first if there are no alpha tensors; "one" is always 1.

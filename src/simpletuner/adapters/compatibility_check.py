@@ -1,4 +1,4 @@
-"""How each consumer program treats a LoRA file: applied, ignored, wrong strength or refused."""
+"""Check what each consumer program does with a LoRA file: apply, ignore or refuse it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Outcome = Literal["applied", "in part", "ignored", "wrong strength", "refused"]
 
 @dataclass(frozen=True)
 class ProgramCompatibility:
-    """How one program treats a file.
+    """Result for one program.
 
     modules: number of modules applied as the file intends, out of `of`. strength: applied relative
     to intended strength, so 1 is correct; None if the modules differ. why: the reason unless

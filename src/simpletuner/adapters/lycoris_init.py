@@ -94,5 +94,5 @@ def _init_lokr(
 
 def _kaiming_uniform(rows: int, columns: int, generator: Generator) -> Tensor:
     """Kaiming uniform with a = sqrt(5), the default of nn.Linear."""
-    bound = float(columns) ** -0.5
+    bound: float = columns**-0.5
     return (2 * torch.rand(rows, columns, generator=generator) - 1) * bound

@@ -270,7 +270,9 @@ class BlockSwap:
 
     def mark_backward_start(self, number: int, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return a block's outputs unchanged, marked so that its backward pass binds it first."""
-        marked: tuple[Tensor, ...] = _BackwardMarker.apply(self, number, *streams)
+        marked: tuple[Tensor, ...] = _BackwardMarker.apply(  # type: ignore[no-untyped-call]
+            self, number, *streams
+        )
         return marked
 
     def begin_backward(self, number: int) -> None:

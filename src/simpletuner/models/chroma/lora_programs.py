@@ -1,4 +1,4 @@
-"""How diffusers, ComfyUI, Forge and kohya's tools load LoRA files of Chroma.
+"""Rules by which diffusers, ComfyUI, Forge and kohya's tools load LoRA files of Chroma.
 
 The rules were read in the programs' code, and are tested against diffusers itself and against
 reimplementations of the other programs' rules.

@@ -36,13 +36,13 @@ def load_t5(
 ) -> T5EncoderModel:
     """Load the encoder in the dtype of the cache, frozen; headers are checked before weights."""
     quantized = options.text_encoder_1_precision != "no_change"
-    t5: T5EncoderModel = (
+    t5: Any = (
         _load_quantized(source, options, device, emit)
         if quantized
         else _load_unquantized(source, options, device)
     )
-    t5.to(device).requires_grad_(False).eval()
-    return t5
+    loaded: T5EncoderModel = t5.to(device).requires_grad_(False).eval()
+    return loaded
 
 
 def quantized_t5_file(

@@ -36,7 +36,7 @@ SCALED_FP8_KEY = "scaled_fp8"
 
 @dataclass(frozen=True)
 class MergeOutput:
-    """Where and how the result is written.
+    """Path and form of the result.
 
     native_format: one file with the author's names, else a diffusers folder. dtype: None keeps the
     stored dtypes. float8_e4m3fn, only for the native format, quantizes the matrices of the blocks
