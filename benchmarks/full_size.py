@@ -294,12 +294,16 @@ def parts_of(
 ) -> TrainerContext:
     """As the memory plan builds them, with random numbers where it has shapes alone."""
     from simpletuner.cache.batch_types import Batch
+    from simpletuner.models.chroma.fingerprints import T5_TENSOR
     from simpletuner.models.chroma.model_spec import CHROMA_CONSTANTS
+    from simpletuner.models.family import TextTensor
     from simpletuner.training.loop import TrainSchedule
     from simpletuner.training.memory_plan import fake_step
     from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
 
-    facts = replace(CHROMA_CONSTANTS, text_width=config.joint_attention_dim)
+    facts = replace(
+            CHROMA_CONSTANTS, text_tensors={T5_TENSOR: TextTensor(config.joint_attention_dim)}
+        )
     sketch = ModelSpec(net.transformer, (), config.width, facts, False, torch.bfloat16, 0, 0, 0, 0)
     feed = fake_step.BatchShape(samples=1, size_px=(SIZE_PX, SIZE_PX), text_rows=TEXT_ROWS)
     parts = fake_step.make_fake_context(
@@ -309,7 +313,7 @@ def parts_of(
 
     def batch(number: int) -> Batch:
         made, random = shaped(number), torch.Generator().manual_seed(number)
-        for tensor in (made.latents, made.text.embeddings):
+        for tensor in (made.latents, *made.text.tensors.values()):
             tensor.normal_(generator=random)
         return made
 

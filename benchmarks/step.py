@@ -26,6 +26,7 @@ from simpletuner.adapters.attachment import attach_adapter
 from simpletuner.cache.batch_types import TextBatch
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.models.chroma.family import ChromaFamily, pack_latents
+from simpletuner.models.chroma.fingerprints import T5_TENSOR
 from simpletuner.models.chroma.lora_programs import CHROMA_LORA
 from simpletuner.models.chroma.transformer import ChromaTransformer
 from simpletuner.models.chroma.transformer_config import TransformerConfig
@@ -74,7 +75,7 @@ def our_step(
 ) -> Step:
     attached = attach_adapter(model, AdapterOptions(), names, seed=0, names=CHROMA_LORA.names)
     optimizer = torch.optim.AdamW([parameter for _, parameter in attached.trainable])
-    batch = TextBatch(text, (text.shape[1],))
+    batch = TextBatch({T5_TENSOR: text}, {T5_TENSOR: (text.shape[1],)})
 
     def step() -> Tensor:
         velocity = ChromaFamily().predict_velocity(model, latents, sigma, batch)

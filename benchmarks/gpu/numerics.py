@@ -25,6 +25,7 @@ from simpletuner.flow.objective import (
     sample_noise,
     velocity_target,
 )
+from simpletuner.models.chroma.fingerprints import T5_TENSOR
 from simpletuner.models.chroma.lora_programs import CHROMA_LORA
 from simpletuner.models.chroma.transformer import ChromaTransformer
 from simpletuner.models.chroma.weights import empty_transformer
@@ -84,16 +85,17 @@ def make_batch(workload: Workload, lengths: Sequence[int]) -> Batch:
         generator = torch.Generator().manual_seed(index)
         latents.append(torch.randn(16, side, side, generator=generator))
         text = torch.randn(MAX_ROWS, workload.slice.joint_attention_dim, generator=generator)
-        embeddings.append(text[:length].bfloat16())
+        embeddings.append({T5_TENSOR: text[:length].bfloat16()})
     names = tuple(map(str, range(len(lengths))))
     return Batch(torch.stack(latents), TextBatch.stack(embeddings), names, names)
 
 
 def select_sample(batch: Batch, index: int) -> Batch:
     """Return one sample of a batch without its padding."""
-    length = batch.text.lengths[index]
+    length = batch.text.lengths[T5_TENSOR][index]
     one = slice(index, index + 1)
-    text = TextBatch(batch.text.embeddings[one, :length], (length,))
+    rows = batch.text.tensors[T5_TENSOR][one, :length]
+    text = TextBatch({T5_TENSOR: rows}, {T5_TENSOR: (length,)})
     return Batch(batch.latents[one], text, batch.sample_ids[one], batch.visit_keys[one])
 
 
@@ -105,7 +107,7 @@ def run_backward(
     sigma = torch.tensor([0.4 + 0.1 * int(key) for key in batch.visit_keys], device=device)
     noise = sample_noise(batch.visit_keys, batch.latents.shape, NOISE_SEED).to(device)
     latents = batch.latents.to(device)
-    text = batch.text.to(device, batch.text.embeddings.dtype)
+    text = batch.text.to(device)
     x_sigma = add_noise(latents, noise, sigma)
     velocity = RandomChroma(workload.slice).predict_velocity(network, x_sigma, sigma, text)
     losses = loss_per_sample(velocity, velocity_target(latents, noise), sigma, FlowOptions())

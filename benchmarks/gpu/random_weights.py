@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from simpletuner.config.schema import ModelOptions
 from simpletuner.models.chroma.family import ChromaFamily
+from simpletuner.models.chroma.fingerprints import T5_TENSOR
 from simpletuner.models.chroma.model_spec import CHROMA_CONSTANTS
-from simpletuner.models.chroma.transformer import TransformerConfig
+from simpletuner.models.chroma.transformer_config import TransformerConfig
 from simpletuner.models.chroma.weights import empty_transformer
-from simpletuner.models.family import ModelSpec
+from simpletuner.models.family import ModelSpec, TextTensor
 from simpletuner.quantization.quantized_linear import QuantizedLinear
 from simpletuner.quantization.schemes import get_scheme
 
@@ -33,7 +34,9 @@ class RandomChroma(ChromaFamily):
             transformer=network,
             blocks=(*network.transformer_blocks, *network.single_transformer_blocks),
             width=self.config.width,
-            constants=dataclasses.replace(CHROMA_CONSTANTS, text_width=width),
+            constants=dataclasses.replace(
+                CHROMA_CONSTANTS, text_tensors={T5_TENSOR: TextTensor(width)}
+            ),
             uses_published_shape=False,
             text_dtype=torch.bfloat16,
             text_encoder_bytes=0,

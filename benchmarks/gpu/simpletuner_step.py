@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from simpletuner.cache.batch_types import Batch, TextBatch
 from simpletuner.config.load import config_from_resolved
 from simpletuner.events.sinks import null_emit
-from simpletuner.models.chroma.transformer import TransformerConfig
+from simpletuner.models.chroma.transformer_config import TransformerConfig
 from simpletuner.training import loop, train_state
 from simpletuner.training.device import select_device
 from simpletuner.training.loop import TrainerContext, TrainSchedule
@@ -125,7 +125,8 @@ def random_batch_like(empty: Batch) -> Batch:
     def normal_like(tensor: Tensor) -> Tensor:
         return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
 
-    text = TextBatch(normal_like(empty.text.embeddings), empty.text.lengths)
+    tensors = {name: normal_like(tensor) for name, tensor in empty.text.tensors.items()}
+    text = TextBatch(tensors, empty.text.lengths)
     return Batch(normal_like(empty.latents), text, empty.sample_ids, empty.visit_keys)
 
 

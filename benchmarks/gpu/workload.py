@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from simpletuner.models.chroma.transformer import TransformerConfig
+from simpletuner.models.chroma.transformer_config import TransformerConfig
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from benchmarks.nano.markdown_tables import PART_COLUMNS, Column, format_number, format_seeds, render_grid
+from benchmarks.nano.markdown_tables import (
+    PART_COLUMNS,
+    Column,
+    format_number,
+    format_seeds,
+    render_grid,
+)
 from benchmarks.nano.result_tables import TableData
 
 from simpletuner.config.schema import FlowOptions

@@ -238,7 +238,8 @@ def test_padded_rows_are_the_trimmed_ones_and_the_encoder_s_own_for_pads() -> No
     encoder = ChromaTextEncoder(t5, load_tokenizer(experiment_inputs.BUNDLED_BASE_DIR / "tokenizer"))
     captions = ["a big red zorbo in the centre, navy background", "a star"]
     padded = encode_padded(encoder, captions)
-    for rows, trimmed in zip(padded, encoder.encode(captions)):
+    for padded_text, trimmed_text in zip(padded, encoder.encode(captions)):
+        rows, trimmed = padded_text["rows"], trimmed_text["rows"]
         assert rows.shape == (experiments.PADDED_ROWS, trimmed.shape[1])
         torch.testing.assert_close(rows[: len(trimmed)], trimmed, rtol=0, atol=1e-5)
         assert rows[-1].abs().max() > 0

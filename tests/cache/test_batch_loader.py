@@ -21,8 +21,14 @@ def moments(number: int) -> Tensor:
     return torch.randn(6, 8, 8, generator=torch.Generator().manual_seed(number))
 
 
-def encode(captions: Sequence[str]) -> list[Tensor]:
-    return [torch.full((len(one) + 1, 4), 1.0 + len(one), dtype=torch.bfloat16) for one in captions]
+def encode(captions: Sequence[str]) -> list[dict[str, Tensor]]:
+    return [
+        {
+            "rows": torch.full((len(one) + 1, 4), 1.0 + len(one), dtype=torch.bfloat16),
+            "pooled": torch.full((3,), float(len(one))),
+        }
+        for one in captions
+    ]
 
 
 Make = Callable[..., BatchLoader]
@@ -42,8 +48,8 @@ def make(tmp_path: Path, make_placed_samples: Callable[[int], list[BucketedSampl
         text_cache.encode_missing_captions(
             rows, [one.sample.captions[0] for one in placed], lambda: encode, lambda event: None
         )
-        yield lambda sample="draw", seed=1: BatchLoader(
-            placed, keys, latents, rows, SHIFT, SCALE, sample, seed
+        yield lambda sample="draw", seed=1, channels=3: BatchLoader(
+            placed, keys, latents, rows, SHIFT, SCALE, sample, seed, channels
         )
 
 
@@ -63,13 +69,22 @@ def test_the_mean_is_scaled_for_the_network(make: Make) -> None:
     assert batch.visit_keys == ("d/10.png@0.0", "d/3.png@0.0")
 
 
+def test_moments_without_variance_are_latents(make: Make) -> None:
+    for sample in ("mean", "draw"):
+        batch = make(sample, channels=6).load(micro(10))
+        assert torch.equal(batch.latents[0], (moments(10) - SHIFT) * SCALE)
+
+
 def test_a_dropped_caption_is_the_empty_one_and_rows_are_padded(make: Make) -> None:
     batch = make("mean").load(micro(10))
-    assert batch.text.lengths == (4, 1)  # "c10" and ""
-    assert batch.text.embeddings.dtype == torch.bfloat16
-    assert torch.equal(batch.text.embeddings[0].float(), torch.full((4, 4), 4.0))
-    assert torch.equal(batch.text.embeddings[1].float(), torch.tensor([1.0, 0, 0, 0])[:, None].expand(4, 4))
-    assert not batch.text.has_equal_lengths
+    assert batch.text.lengths == {"rows": (4, 1)}  # "c10" and ""
+    assert batch.text.tensors["rows"].dtype == torch.bfloat16
+    assert torch.equal(batch.text.tensors["rows"][0].float(), torch.full((4, 4), 4.0))
+    assert torch.equal(batch.text.tensors["rows"][1].float(), torch.tensor([1.0, 0, 0, 0])[:, None].expand(4, 4))
+    assert not batch.text.has_equal_lengths("rows")
+    assert batch.text.tensors["pooled"].tolist() == [[3.0] * 3, [0.0] * 3]  # no length axis
+    moved = batch.text.to("cpu", torch.float32)
+    assert {tensor.dtype for tensor in moved.tensors.values()} == {torch.float32}
 
 
 def test_a_draw_is_a_function_of_the_visit_alone(make: Make) -> None:

@@ -197,9 +197,11 @@ class Text:
     def __call__(self) -> text_cache.EncodeText:
         return self.encode
 
-    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+    def encode(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         self.batches.append(list(captions))
-        return [torch.full((len(one) + 1, 4), 1.0, dtype=torch.bfloat16) for one in captions]
+        return [
+            {"rows": torch.full((len(one) + 1, 4), 1.0, dtype=torch.bfloat16)} for one in captions
+        ]
 
 
 def test_captions_are_encoded_once_in_batches_of_like_length(tmp_path: Path) -> None:
@@ -228,10 +230,10 @@ def test_what_was_encoded_before_an_interruption_is_kept(
             raise KeyboardInterrupt
         return encoder.encode(pixels)
 
-    def words(captions: Sequence[str]) -> list[Tensor]:
+    def words(captions: Sequence[str]) -> list[dict[str, Tensor]]:
         if "cc" in captions:
             raise KeyboardInterrupt
-        return [torch.ones(1, 2) for _ in captions]
+        return [{"rows": torch.ones(1, 2)} for _ in captions]
 
     store, hashes = TensorStore(tmp_path / "latents", "vae-1"), ContentHashes(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -247,8 +249,8 @@ def test_what_was_encoded_before_an_interruption_is_kept(
 
 
 def test_text_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
-    def encode(captions: Sequence[str]) -> list[Tensor]:
-        return [torch.full((1, 2), torch.nan if caption else 0.0) for caption in captions]
+    def encode(captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        return [{"rows": torch.full((1, 2), torch.nan if caption else 0.0)} for caption in captions]
 
     with TensorStore(tmp_path, "t5") as store, pytest.raises(CacheError, match="'a cat'"):
         text_cache.encode_missing_captions(store, ["a cat"], lambda: encode, lambda event: None)

@@ -28,7 +28,7 @@ def test_packing_is_channel_major_inside_a_patch() -> None:
 def test_facts_of_a_checkpoint(source: ModelFiles) -> None:
     facts = ChromaFamily().read_constants(source)
     assert (facts.latent_channels, facts.stride_px, facts.alignment_px) == (16, 8, 64)
-    assert (facts.max_tokens, facts.text_width) == (512, TEXT_WIDTH)
+    assert (facts.max_tokens, facts.text_tensors["rows"].width) == (512, TEXT_WIDTH)
 
 
 @pytest.mark.parametrize(
@@ -61,15 +61,15 @@ def test_a_vae_that_names_no_shift_has_none(source: ModelFiles, tmp_path: Path) 
 def test_predict_takes_and_gives_float32(source: ModelFiles, dtype: torch.dtype) -> None:
     transformer = ChromaFamily().load_transformer(source, CPU, dtype)
     x, sigma = torch.randn(2, 16, 8, 6), torch.tensor([0.2, 0.8])
-    text = TextBatch.stack([torch.randn(4, TEXT_WIDTH), torch.randn(9, TEXT_WIDTH)])
+    text = TextBatch.stack([{"rows": torch.randn(length, TEXT_WIDTH)} for length in (4, 9)])
     velocity = ChromaFamily().predict_velocity(transformer, x, sigma, text)
     assert velocity.shape == x.shape
     assert velocity.dtype == torch.float32
     for number in range(2):
         one = slice(number, number + 1)
-        rows = text.embeddings[one, : text.lengths[number]]
+        rows = text.tensors["rows"][one, : text.lengths["rows"][number]]
         alone = ChromaFamily().predict_velocity(
-            transformer, x[one], sigma[one], TextBatch(rows, (rows.shape[1],))
+            transformer, x[one], sigma[one], TextBatch({"rows": rows}, {"rows": (rows.shape[1],)})
         )
         torch.testing.assert_close(
             velocity[one], alone, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0
@@ -79,7 +79,7 @@ def test_predict_takes_and_gives_float32(source: ModelFiles, dtype: torch.dtype)
 def test_float32_masters_run_under_autocast(source: ModelFiles) -> None:
     transformer = ChromaFamily().load_transformer(source, CPU, torch.float32)
     x, sigma = torch.randn(1, 16, 8, 8), torch.tensor([0.4])
-    text = TextBatch.stack([torch.randn(4, TEXT_WIDTH)])
+    text = TextBatch.stack([{"rows": torch.randn(4, TEXT_WIDTH)}])
     exact = ChromaFamily().predict_velocity(transformer, x, sigma, text)
     for _, parameter in ChromaFamily().full_finetune_parameters(transformer):
         parameter.requires_grad_(True)

@@ -220,8 +220,8 @@ def test_t5_quantised(
     monkeypatch.setattr(t5_module, "_load_unquantized", restored)
     wanted = ChromaFamily().load_text_encoder(source, options, CPU).encode(texts)
     for one, other, before in zip(found, wanted, unquantised, strict=True):
-        assert torch.equal(one, other)
-        assert not torch.equal(one, before)
+        assert torch.equal(one["rows"], other["rows"])
+        assert not torch.equal(one["rows"], before["rows"])
 
 
 def test_t5_of_a_whole_t5_and_with_one_of_the_two_names_of_its_embedding(
@@ -244,7 +244,7 @@ def test_t5_of_a_whole_t5_and_with_one_of_the_two_names_of_its_embedding(
         .load_text_encoder(ChromaFamily().locate_files(moved), moved, CPU)
         .encode(["a red square"])
     )
-    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[0]["rows"], wanted[0]["rows"])
 
 
 def test_apple_gpus_have_no_float8(source: ModelFiles, options: ModelOptions) -> None:

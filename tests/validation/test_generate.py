@@ -168,9 +168,10 @@ def test_chroma_draws_the_same_in_a_batch_as_alone(base: Path) -> None:
     transformer = CHROMA.load_transformer(source, torch.device("cpu"), torch.float32)
     inference = Inference(CHROMA, facts, torch.device("cpu"), torch.float32)
 
-    def rows(text: str) -> torch.Tensor:
+    def rows(text: str) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(len(text))
-        return torch.randn(len(text) + 1, facts.text_width, generator=generator)
+        width = facts.text_tensors["rows"].width
+        return {"rows": torch.randn(len(text) + 1, width, generator=generator)}
 
     prompts = [Prompt("a", "cat", "x"), Prompt("b", "a longer text", "none"), Prompt("c", "", "y")]
     listed = make_image_specs(prompts, [(64, 128)], 1, 42)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from simpletuner.cache.batch_types import Batch, TextBatch
-from simpletuner.models.family import ArchitectureConstants, ModelFamily
+from simpletuner.cache.batch_types import Batch, TextBatch, TextEmbedding
+from simpletuner.models.family import ArchitectureConstants, ModelFamily, TextTensor
 from simpletuner.validation.inference import Inference
 
 FACTS = ArchitectureConstants(
@@ -17,7 +17,7 @@ FACTS = ArchitectureConstants(
     alignment_px=16,
     token_px=16,
     max_tokens=16,
-    text_width=4,
+    text_tensors={"t5": TextTensor(4)},
     latent_shift=0.0,
     latent_scale=1.0,
 )
@@ -39,14 +39,14 @@ class ToyNetwork(nn.Module):
         return self.dropout(self.gain * x + words[:, :, None, None])
 
 
-def mean_embedding(rows: Tensor) -> Tensor:
-    return rows.float().mean(dim=0)
+def mean_embedding(embedding: TextEmbedding) -> Tensor:
+    return embedding["t5"].float().mean(dim=0)
 
 
-def embed_text(text: str) -> Tensor:
+def embed_text(text: str) -> dict[str, Tensor]:
     """(L, 4) in bfloat16; the length follows the text's."""
     generator = torch.Generator().manual_seed(sum(map(ord, text)))
-    return torch.randn(1 + len(text) % 5, 4, generator=generator).bfloat16()
+    return {"t5": torch.randn(1 + len(text) % 5, 4, generator=generator).bfloat16()}
 
 
 def exact_euler_result(noise: Tensor, gain: float, word: Tensor, steps: int) -> Tensor:
@@ -67,7 +67,8 @@ class ToyFamily(ModelFamily):
         self, transformer: nn.Module, x_sigma: Tensor, sigma: Tensor, text: TextBatch
     ) -> Tensor:
         words = [
-            mean_embedding(rows[:length]) for rows, length in zip(text.embeddings, text.lengths, strict=True)
+            mean_embedding({"t5": rows[:length]})
+            for rows, length in zip(text.tensors["t5"], text.lengths["t5"], strict=True)
         ]
         velocity: Tensor = transformer(x_sigma, torch.stack(words))
         return velocity

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simpletuner.cache.batch_types import Batch, TextBatch
 from simpletuner.cache.tensor_store import TensorStore
-from simpletuner.cache.text_cache import load_text_embeddings
+from simpletuner.cache.text_cache import load_text_embedding
 from simpletuner.data.sample_types import BucketedSample, MicroBatch, SampleVisit
 from simpletuner.randomness import seed_at
 
@@ -22,7 +22,8 @@ class BatchLoader:
 
     placed_samples, latent_keys: as encode_missing_latents returns them. latent_shift, latent_scale:
     the network gets (latent - shift) * scale. posterior_mode: "draw" samples the posterior at each
-    visit, "mean" always takes its mean.
+    visit, "mean" always takes its mean. latent_channels: moments with exactly as many channels are
+    latents without variance.
     """
 
     placed_samples: Sequence[BucketedSample]
@@ -33,6 +34,7 @@ class BatchLoader:
     latent_scale: float
     posterior_mode: Literal["mean", "draw"]
     seed: int
+    latent_channels: int
 
     def load(self, micro: MicroBatch) -> Batch:
         """Load a batch. Raises CacheError for a damaged tensor, KeyError for an unknown caption."""
@@ -45,7 +47,7 @@ class BatchLoader:
             latents=torch.stack(latents),
             text=TextBatch.stack(
                 [
-                    load_text_embeddings(self.text_store, self._caption(visit))
+                    load_text_embedding(self.text_store, self._caption(visit))
                     for visit in micro.visits
                 ]
             ),
@@ -69,7 +71,11 @@ class BatchLoader:
 
     def _load_latent(self, visit: SampleVisit, visit_key: str) -> Tensor:
         moments = self.latent_store.get(self.latent_keys[visit.sample_index])["moments"]
-        return (self._sample_posterior(moments, visit_key) - self.latent_shift) * self.latent_scale
+        if len(moments) == self.latent_channels:  # without variances, as from pixels without a VAE
+            latent = moments.to(torch.float32)
+        else:
+            latent = self._sample_posterior(moments, visit_key)
+        return (latent - self.latent_shift) * self.latent_scale
 
     def _sample_posterior(self, moments: Tensor, visit_key: str) -> Tensor:
         mean, log_variance = moments.to(torch.float32).chunk(2)

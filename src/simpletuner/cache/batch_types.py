@@ -1,44 +1,63 @@
 """Batches that the caches provide and the network consumes.
 
 B batch · C latent channels · H W latent side (image px / stride) · L text tokens · D text width
+
+The text of a caption is a bundle of named tensors, for example one of a T5 and one of a CLIP
+encoder. A tensor with two dimensions or more, such as (L, D), has the length as its first axis; a
+tensor with one dimension (D,) is a pooled vector without a length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+TextEmbedding: TypeAlias = Mapping[str, Tensor]
+
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Text of a batch, right-padded to the longest caption.
+    """Text of a batch, one tensor per name.
 
-    embeddings: (B, L, D). lengths: number of real rows of each sample. No attention mask is needed
-    when all lengths equal L.
+    tensors: (B, L, D), right-padded with zeros to the longest caption, or (B, D). lengths: number of
+    real rows of each sample, for the tensors that have a length axis.
     """
 
-    embeddings: Tensor
-    lengths: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
+    lengths: Mapping[str, tuple[int, ...]]
 
-    @property
-    def has_equal_lengths(self) -> bool:
-        """True if no sample is padded."""
-        return all(length == self.embeddings.shape[1] for length in self.lengths)
+    def has_equal_lengths(self, name: str) -> bool:
+        """Return whether no sample of this tensor is padded, so that no mask is needed."""
+        return all(length == self.tensors[name].shape[1] for length in self.lengths[name])
 
     @staticmethod
-    def stack(rows: Sequence[Tensor]) -> TextBatch:
-        """Pad and stack one (L_i, D) tensor per sample."""
-        lengths = tuple(len(row) for row in rows)
-        padded = rows[0].new_zeros(len(rows), max(lengths), rows[0].shape[1])
-        for target, row in zip(padded, rows, strict=True):
-            target[: len(row)] = row
-        return TextBatch(padded, lengths)
+    def stack(embeddings: Sequence[TextEmbedding]) -> TextBatch:
+        """Pad and stack the embeddings of the samples, which have the same names."""
+        tensors = {}
+        lengths = {}
+        for name, first in embeddings[0].items():
+            samples = [embedding[name] for embedding in embeddings]
+            if first.ndim == 1:
+                tensors[name] = torch.stack(samples)
+                continue
+            lengths[name] = tuple(len(sample) for sample in samples)
+            padded = first.new_zeros(len(samples), max(lengths[name]), *first.shape[1:])
+            for target, sample in zip(padded, samples, strict=True):
+                target[: len(sample)] = sample
+            tensors[name] = padded
+        return TextBatch(tensors, lengths)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> TextBatch:
-        return TextBatch(self.embeddings.to(device=device, dtype=dtype), self.lengths)
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextBatch:
+        """Move the tensors to a device, and cast them if a dtype is given."""
+        tensors = {
+            name: tensor.to(device=device, dtype=dtype or tensor.dtype)
+            for name, tensor in self.tensors.items()
+        }
+        return TextBatch(tensors, self.lengths)
 
 
 @dataclass(frozen=True)

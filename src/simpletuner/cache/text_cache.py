@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
 
+from simpletuner.cache.batch_types import TextEmbedding
 from simpletuner.cache.tensor_store import TensorStore
 from simpletuner.errors import CacheError
 from simpletuner.events.event_types import Emit
 from simpletuner.events.stage_reporter import StageReporter
 
-EncodeText = Callable[[Sequence[str]], list[Tensor]]
+EncodeText = Callable[[Sequence[str]], Sequence[TextEmbedding]]
 
 
 def text_key(caption: str, fingerprint: str) -> str:
@@ -23,9 +23,9 @@ def text_key(caption: str, fingerprint: str) -> str:
     ).hexdigest()
 
 
-def load_text_embeddings(store: TensorStore, caption: str) -> Tensor:
-    """Return (L, D) in the dtype of the cache. Raises KeyError for a caption never encoded."""
-    return store.get(text_key(caption, store.fingerprint))["rows"]
+def load_text_embedding(store: TensorStore, caption: str) -> TextEmbedding:
+    """Return the caption's tensors. Raises KeyError for a caption that was never encoded."""
+    return store.get(text_key(caption, store.fingerprint))
 
 
 def encode_missing_captions(
@@ -54,11 +54,11 @@ def encode_missing_captions(
         stage.summary = f"{len(by_key) - len(missing)} already cached"
         for start in range(0, len(missing), batch_size):
             keys = missing[start : start + batch_size]
-            for key, rows in zip(keys, encode([by_key[key] for key in keys]), strict=True):
-                if not bool(torch.isfinite(rows).all()):
+            for key, embedding in zip(keys, encode([by_key[key] for key in keys]), strict=True):
+                if not all(bool(torch.isfinite(one).all()) for one in embedding.values()):
                     raise CacheError(
                         f"the text encoder returned NaN or infinity for the caption"
                         f" {by_key[key][:80]!r}; check its weights, or set mixed_precision to no"
                     )
-                store.put(key, {"rows": rows})
+                store.put(key, embedding)
             stage.advance(len(keys))

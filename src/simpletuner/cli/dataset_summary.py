@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from simpletuner.config.model_families import BUCKET_ALIGNMENT_PX, DEFAULT_FAMILY
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_size
@@ -15,7 +16,7 @@ from simpletuner.data.scan import scan_datasets
 from simpletuner.errors import DataError
 from simpletuner.events.formatting import count_of
 
-ALIGNMENT_PX = 64
+ALIGNMENT_PX = BUCKET_ALIGNMENT_PX[DEFAULT_FAMILY]
 MAX_BUCKETS_LISTED = 6
 
 

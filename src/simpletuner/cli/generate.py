@@ -30,6 +30,7 @@ from simpletuner.validation.prompts import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from simpletuner.cache.batch_types import TextEmbedding
     from simpletuner.models.family import ModelFamily, ModelFiles
     from simpletuner.training.device import ComputeDevice
 
@@ -307,7 +308,7 @@ def _generate_latents(
     family: ModelFamily,
     source: ModelFiles,
     device: ComputeDevice,
-    rows: dict[str, Tensor],
+    embeddings: dict[str, TextEmbedding],
     wanted: tuple[ImageSpec, ...],
     emit: Emit,
 ) -> list[tuple[float, ImageSpec, Tensor]]:
@@ -334,7 +335,7 @@ def _generate_latents(
     memory = block_memory_policy(request.model, family.block_count(transformer))
     family.place_blocks(transformer, memory, device.device)
     family.compile_blocks(transformer, request.model)
-    again = partial(generate_latents, inference, transformer, wanted, rows.__getitem__)
+    again = partial(generate_latents, inference, transformer, wanted, embeddings.__getitem__)
     drawn = []
     with StageReporter(emit, "generate", len(wanted) * len(request.strengths), "images") as stage:
         for strength in request.strengths:

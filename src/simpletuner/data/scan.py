@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from simpletuner.config.model_families import BUCKET_ALIGNMENT_PX, DEFAULT_FAMILY
 from simpletuner.config.schema import DataOptions
 from simpletuner.data import geometry
 from simpletuner.data.captions import read_captions
@@ -55,7 +56,7 @@ def scan_datasets(
     seed: int,
     emit: Emit,
     *,
-    alignment_px: int = 64,
+    alignment_px: int = BUCKET_ALIGNMENT_PX[DEFAULT_FAMILY],
     rejected_path: Path | None = None,
 ) -> ScanResult:
     """Read every header and caption and assign every image to a bucket.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.compatibility import LoraConventions
-from simpletuner.cache.batch_types import TextBatch
+from simpletuner.cache.batch_types import TextBatch, TextEmbedding
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError
 from simpletuner.events.event_types import Emit
@@ -25,12 +25,20 @@ from simpletuner.models.weights.merge_loras import MergeOutput, WeightedLoras
 
 
 @dataclass(frozen=True)
+class TextTensor:
+    """Shape of one text tensor: (L, width), or (width,) for a pooled vector."""
+
+    width: int
+    has_length: bool = True
+
+
+@dataclass(frozen=True)
 class ArchitectureConstants:
     """Constants of a loaded architecture.
 
     stride_px: pixels per latent row and column. alignment_px: bucket sides are multiples of it.
-    token_px: side in pixels of the square that is one image token. latent_shift, latent_scale: the
-    transformer works on (latent - shift) * scale.
+    token_px: side in pixels of the square that is one image token. text_tensors: the tensors of a
+    caption, by name. latent_shift, latent_scale: the transformer works on (latent - shift) * scale.
     """
 
     latent_channels: int
@@ -38,7 +46,7 @@ class ArchitectureConstants:
     alignment_px: int
     token_px: int
     max_tokens: int
-    text_width: int
+    text_tensors: Mapping[str, TextTensor]
     latent_shift: float
     latent_scale: float
 
@@ -136,8 +144,11 @@ class TextEncoder(ABC):
     """Captions to text embeddings."""
 
     @abstractmethod
-    def encode(self, captions: Sequence[str]) -> list[Tensor]:
-        """Return one (L_i, D) tensor per caption, on the CPU and in the dtype of the cache."""
+    def encode(self, captions: Sequence[str]) -> list[TextEmbedding]:
+        """Return the named tensors of each caption, on the CPU and in the dtype of the cache.
+
+        Their names and shapes are those of ArchitectureConstants.text_tensors.
+        """
 
     @abstractmethod
     def token_count(self, caption: str) -> int:
@@ -166,11 +177,12 @@ class Vae(ABC):
 class ModelFamily(ABC):
     """One architecture. Stateless: every loaded object is returned to the caller.
 
-    flavours: model_flavour -> hub id or bundled model. lora_conventions: module names in LoRA
+    alignment_px: bucket sides are multiples of it. flavours: model_flavour -> hub id or bundled model. lora_conventions: module names in LoRA
     files, and how other programs load such files.
     """
 
     name: str
+    alignment_px: int
     flavours: Mapping[str, str]
     lora_conventions: LoraConventions
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.atomic_io import write_atomically
+from simpletuner.config.model_families import BUCKET_ALIGNMENT_PX, DEFAULT_FAMILY
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_size
 from simpletuner.data.image_files import IMAGE_SUFFIXES, ImageFile
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from simpletuner.server.uploads import IncomingUpload
 
 DATASET_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
-ALIGNMENT_PX = 64
+ALIGNMENT_PX = BUCKET_ALIGNMENT_PX[DEFAULT_FAMILY]
 READ_WAIT_S = (
     0.5  # time to read changed files per request; the response has the number of unread ones
 )

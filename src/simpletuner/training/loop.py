@@ -243,7 +243,7 @@ def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor) -> Tens
         tensor.to(device, non_blocking=True)
         for tensor in (batch.latents, noise, input_noise, sigma)
     )
-    text = batch.text.to(device, batch.text.embeddings.dtype)
+    text = batch.text.to(device)
     x_sigma = add_noise(latents, input_noise, sigma)
     velocity = context.family.predict_velocity(context.transformer, x_sigma, sigma, text)
     return loss_per_sample(velocity, velocity_target(latents, noise), sigma, options)

@@ -21,6 +21,7 @@ from torch import Tensor
 from simpletuner.cache import latent_cache as latent_cache
 from simpletuner.cache import text_cache as text_cache
 from simpletuner.cache.batch_loader import BatchLoader
+from simpletuner.cache.batch_types import TextEmbedding
 from simpletuner.cache.content_hashes import ContentHashes
 from simpletuner.cache.latent_cache import LatentCacheResult
 from simpletuner.cache.tensor_store import TensorStore
@@ -54,22 +55,23 @@ class PreparedInputs:
     latent_cache: TensorStore
     text_cache: TensorStore
 
-    def text_embedding(self, caption: str) -> Tensor:
-        """Return the text rows (L, D) of a caption that is in the cache."""
-        return text_cache.load_text_embeddings(self.text_cache, caption)
+    def text_embedding(self, caption: str) -> TextEmbedding:
+        """Return the text embedding of a caption that is in the cache."""
+        return text_cache.load_text_embedding(self.text_cache, caption)
 
     def make_batches(
         self, cached: LatentCacheResult, sample: Literal["mean", "draw"], seed: int
     ) -> BatchLoader:
         return BatchLoader(
-            cached.placed_samples,
-            cached.latent_keys,
-            self.latent_cache,
-            self.text_cache,
-            self.constants.latent_shift,
-            self.constants.latent_scale,
-            sample,
-            seed,
+            placed_samples=cached.placed_samples,
+            latent_keys=cached.latent_keys,
+            latent_store=self.latent_cache,
+            text_store=self.text_cache,
+            latent_shift=self.constants.latent_shift,
+            latent_scale=self.constants.latent_scale,
+            posterior_mode=sample,
+            seed=seed,
+            latent_channels=self.constants.latent_channels,
         )
 
     def decoder_loader(
@@ -124,6 +126,7 @@ def prepare_inputs(
         run.data,
         run.training.seed,
         emit,
+        alignment_px=family.alignment_px,
         rejected_path=rejected_path,
     )
     if scanned.rejected:
@@ -168,7 +171,7 @@ def encode_captions(
 ) -> None:
     """Encode the captions that are not cached; the text encoder is loaded only if there are any."""
 
-    def load_encoder() -> Callable[[Sequence[str]], list[Tensor]]:
+    def load_encoder() -> text_cache.EncodeText:
         encoder = family.load_text_encoder(files, run.model, device.device, emit)
         report_overlong_captions(encoder, captions, max_tokens, run.model, emit)
         return encoder.encode

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from simpletuner.cache.batch_types import TextEmbedding
 from simpletuner.config.image_metrics import (
     IMAGE_METRICS,
     ImageMetricSpec,
@@ -141,7 +142,7 @@ def metric_texts(metrics: Sequence[Metric], guidance: float) -> tuple[str, ...]:
 class Scorer:
     """Generates the images of the metrics in memory and emits their scores.
 
-    text_embedding: a text to its (L, D) rows. load_decoder: loads the VAE, which is in memory only
+    text_embedding: a text to its named tensors. load_decoder: loads the VAE, which is in memory only
     while it decodes.
     """
 
@@ -149,7 +150,7 @@ class Scorer:
     metrics: Sequence[Metric]
     steps: int
     guidance: float
-    text_embedding: Callable[[str], Tensor]
+    text_embedding: Callable[[str], TextEmbedding]
     load_decoder: Callable[[], Callable[[Tensor], Tensor]]
     emit: Emit
     _last_scored_step: dict[str, int] = field(default_factory=dict, init=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from simpletuner.cache.batch_types import TextEmbedding
 from simpletuner.events.event_types import ContactSheetSaved, Emit, ImageSaved, WarningIssued
 from simpletuner.events.formatting import pick_evenly
 from simpletuner.events.stage_reporter import StageReporter
@@ -32,7 +33,7 @@ BASE_STEP = 0
 class ImageValidator:
     """Generates the images of a step, and updates the contact sheets.
 
-    image_specs: from `prompts.make_image_specs`. text_embedding: a text to its (L, D) rows, from
+    image_specs: from `prompts.make_image_specs`. text_embedding: a text to its named tensors, from
     the text cache. load_decoder: returns the function from latents (1, C, H, W) to pixels (1, 3, H
     px, W px). Its VAE is loaded only while images are generated, so that training has the memory in
     between. extra_strengths: strengths of the LoRA other than 1, at which the images of the last
@@ -42,7 +43,7 @@ class ImageValidator:
     inference: Inference
     image_specs: Sequence[ImageSpec]
     settings: GenerationSettings
-    text_embedding: Callable[[str], Tensor]
+    text_embedding: Callable[[str], TextEmbedding]
     load_decoder: Callable[[], Callable[[Tensor], Tensor]]
     run_dir: Path
     emit: Emit

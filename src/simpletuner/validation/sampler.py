@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from simpletuner.cache.batch_types import TextBatch
+from simpletuner.cache.batch_types import TextBatch, TextEmbedding
 from simpletuner.flow.solvers import sigma_grid, solve_euler
 from simpletuner.models.family import ArchitectureConstants
 from simpletuner.randomness import seed_at
@@ -42,28 +42,30 @@ def initial_noise(constants: ArchitectureConstants, seed: int, size_px: tuple[in
 def denoise(
     inference: Inference,
     transformer: nn.Module,
-    text_rows: Sequence[Tensor],
+    text_embeddings: Sequence[TextEmbedding],
     noise: Tensor,
     *,
     steps: int,
     guidance: float = 1.0,
-    negative_rows: Sequence[Tensor] | None = None,
+    negative_embeddings: Sequence[TextEmbedding] | None = None,
 ) -> Tensor:
     """Return latents (B, C, H, W) float32 on the CPU, by Euler steps from sigma 1 to 0.
 
-    noise: (B, C, H, W). text_rows, negative_rows: one tensor (L_i, D) per image. Guidance above 1
-    uses v = v_negative + guidance (v_text - v_negative), both halves in one batch
-    (Ho & Salimans 2022). At 1 and below the negative rows are not used.
+    noise: (B, C, H, W). text_embeddings, negative_embeddings: one per image. Guidance above 1 uses
+    v = v_negative + guidance (v_text - v_negative), both halves in one batch (Ho & Salimans 2022).
+    At 1 and below the negative embeddings are not used.
 
-    Raises ValueError when guidance is above 1 and negative_rows is None.
+    Raises ValueError when guidance is above 1 and negative_embeddings is None.
     """
     guided = guidance > 1
-    if guided and negative_rows is None:
+    if guided and negative_embeddings is None:
         raise ValueError(
-            "guidance above 1 needs negative_rows, the embeddings of the negative prompts"
+            "guidance above 1 needs negative_embeddings, those of the negative prompts"
         )
-    rows = [*text_rows, *(negative_rows or ())] if guided else list(text_rows)
-    text = TextBatch.stack(rows).to(inference.device, inference.text_dtype)
+    embeddings = list(text_embeddings)
+    if guided:
+        embeddings += negative_embeddings or ()
+    text = TextBatch.stack(embeddings).to(inference.device, inference.text_dtype)
 
     def velocity(x_sigma: Tensor, sigma: float) -> Tensor:
         doubled = torch.cat([x_sigma, x_sigma]) if guided else x_sigma
@@ -84,14 +86,14 @@ def generate_latents(
     inference: Inference,
     transformer: nn.Module,
     image_specs: Sequence[ImageSpec],
-    text_embedding: Callable[[str], Tensor],
+    text_embedding: Callable[[str], TextEmbedding],
     *,
     steps: int,
     guidance: float,
 ) -> Iterator[tuple[ImageSpec, Tensor]]:
     """Yield each image with its latents (1, C, H, W); neighbours of equal size share a batch.
 
-    text_embedding: a text to its (L, D) rows. An image from a batch equals the same image generated
+    text_embedding: a text to its named tensors. An image from a batch equals the same image generated
     alone, up to rounding.
     """
     for size, group in groupby(image_specs, key=lambda image_spec: image_spec.size_px):
@@ -112,7 +114,9 @@ def generate_latents(
                 ),
                 steps=steps,
                 guidance=guidance,
-                negative_rows=[text_embedding(image_spec.prompt.negative) for image_spec in batch]
+                negative_embeddings=[
+                    text_embedding(image_spec.prompt.negative) for image_spec in batch
+                ]
                 if guidance > 1
                 else None,
             )

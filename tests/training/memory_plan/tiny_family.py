@@ -17,7 +17,7 @@ from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.model_spec import CHROMA_CONSTANTS
 from simpletuner.models.chroma.transformer_config import TransformerConfig
 from simpletuner.models.chroma.weights import empty_transformer
-from simpletuner.models.family import ModelSpec
+from simpletuner.models.family import ModelSpec, TextTensor
 from simpletuner.training import loop, train_state
 from simpletuner.training.loop import TrainSchedule
 from simpletuner.training.memory_plan.fake_step import (
@@ -47,7 +47,9 @@ def make_model_spec(run: RunConfig, config: TransformerConfig = CONFIG) -> Model
     network = empty_transformer(
         config, run.model.base_model_precision, cpu_planning_device(run.model).weights_dtype
     )
-    facts = dataclasses.replace(CHROMA_CONSTANTS, text_width=config.joint_attention_dim)
+    facts = dataclasses.replace(
+        CHROMA_CONSTANTS, text_tensors={"rows": TextTensor(config.joint_attention_dim)}
+    )
     blocks = (*network.transformer_blocks, *network.single_transformer_blocks)
     return ModelSpec(network, blocks, config.width, facts, False, torch.bfloat16, 0, 0, 0, 0)
 
@@ -81,8 +83,8 @@ def train_two_steps(run: RunConfig, config: TransformerConfig, feed: BatchShape)
 
     def batch(number: int) -> Batch:
         shapes = empty(number)
-        rows = torch.randn_like(shapes.text.embeddings)
-        text = TextBatch(rows, shapes.text.lengths)
+        rows = torch.randn_like(shapes.text.tensors["rows"])
+        text = TextBatch({"rows": rows}, shapes.text.lengths)
         return dataclasses.replace(shapes, latents=torch.randn_like(shapes.latents), text=text)
 
     parts = dataclasses.replace(parts, load_batch=batch)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.cache.batch_types import TextBatch
+from simpletuner.config.model_families import BUCKET_ALIGNMENT_PX
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ModelError
 from simpletuner.events.event_types import Emit
@@ -22,6 +23,7 @@ from simpletuner.models.chroma import (
     quantized_cache,
     weights,
 )
+from simpletuner.models.chroma.fingerprints import T5_TENSOR
 from simpletuner.models.chroma.lora_programs import CHROMA_LORA
 from simpletuner.models.chroma.transformer import ChromaTransformer
 from simpletuner.models.family import (
@@ -31,12 +33,12 @@ from simpletuner.models.family import (
     ModelFiles,
     ModelSpec,
     TextEncoder,
+    TextTensor,
     Vae,
 )
 from simpletuner.models.weights.merge_loras import MergeOutput, WeightedLoras
 
 PATCH_SIZE = 2
-ALIGNMENT_PX = 64
 FROZEN_PREFIX = "distilled_guidance_layer."
 
 
@@ -60,6 +62,7 @@ class ChromaFamily(ModelFamily):
     """Chroma 1: diffusers' layout or single files, T5 text, Flux's VAE."""
 
     name = "chroma"
+    alignment_px = BUCKET_ALIGNMENT_PX["chroma"]
     flavours = model_files.FLAVOURS
     lora_conventions = CHROMA_LORA
     locate_files = staticmethod(model_files.locate_files)
@@ -102,10 +105,10 @@ class ChromaFamily(ModelFamily):
         return ArchitectureConstants(
             latent_channels=channels,
             stride_px=2 ** (sides - 1),
-            alignment_px=ALIGNMENT_PX,
+            alignment_px=self.alignment_px,
             token_px=PATCH_SIZE * 2 ** (sides - 1),
             max_tokens=fingerprints.MAX_TOKENS,
-            text_width=width,
+            text_tensors={T5_TENSOR: TextTensor(width)},
             latent_shift=shift,
             latent_scale=scale,
         )
@@ -168,8 +171,8 @@ class ChromaFamily(ModelFamily):
     ) -> Tensor:
         dtype = _as_chroma(transformer).dtype
         grid = (x_sigma.shape[2] // PATCH_SIZE, x_sigma.shape[3] // PATCH_SIZE)
-        rows = text.embeddings.to(device=x_sigma.device, dtype=dtype)
-        lengths = None if text.has_equal_lengths else text.lengths
+        rows = text.tensors[T5_TENSOR].to(device=x_sigma.device, dtype=dtype)
+        lengths = None if text.has_equal_lengths(T5_TENSOR) else text.lengths[T5_TENSOR]
         velocity = transformer(pack_latents(x_sigma).to(dtype), sigma.float(), rows, grid, lengths)
         return unpack_latents(velocity, grid).float()
 

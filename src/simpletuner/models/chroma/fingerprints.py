@@ -15,6 +15,7 @@ from simpletuner.models.weights.file_fingerprint import combined_fingerprint, ma
 from simpletuner.quantization.schemes import get_scheme
 
 MAX_TOKENS = 512
+T5_TENSOR = "rows"  # name of T5's embedding (L, 4096) in every text cache; must not change
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
 
 

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 import simpletuner.models as models_package
+from simpletuner.config.model_families import BUCKET_ALIGNMENT_PX
 from simpletuner.config.paths import HUB_ID_PATTERN
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ModelError
@@ -18,7 +19,7 @@ from simpletuner.models.chroma import fingerprints, model_files
 from simpletuner.models.chroma.model_format import CHROMA_FORMAT
 from simpletuner.models.chroma.transformer_config import TransformerConfig
 from simpletuner.models.chroma.weights import empty_transformer, read_transformer_config
-from simpletuner.models.family import ArchitectureConstants, ModelFiles, ModelSpec
+from simpletuner.models.family import ArchitectureConstants, ModelFiles, ModelSpec, TextTensor
 from simpletuner.models.weights.components import component_tensors
 from simpletuner.models.weights.locations import component_path
 from simpletuner.quantization import schemes
@@ -26,10 +27,10 @@ from simpletuner.quantization import schemes
 CHROMA_CONSTANTS = ArchitectureConstants(
     latent_channels=16,
     stride_px=8,
-    alignment_px=64,
+    alignment_px=BUCKET_ALIGNMENT_PX["chroma"],
     token_px=16,
     max_tokens=fingerprints.MAX_TOKENS,
-    text_width=4096,
+    text_tensors={fingerprints.T5_TENSOR: TextTensor(4096)},
     latent_shift=0.1159,
     latent_scale=0.3611,
 )

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
+from simpletuner.cache.batch_types import TextEmbedding
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import DataError, ModelError
 from simpletuner.events.event_types import Emit
-from simpletuner.models.chroma.fingerprints import MAX_TOKENS, token_limit
+from simpletuner.models.chroma.fingerprints import MAX_TOKENS, T5_TENSOR, token_limit
 from simpletuner.models.chroma.t5 import load_t5
 from simpletuner.models.family import ModelFiles, TextEncoder
 
@@ -40,7 +40,7 @@ class ChromaTextEncoder(TextEncoder):
         return len(self._tokenizer(caption, verbose=False)["input_ids"])
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+    def encode(self, captions: Sequence[str]) -> list[TextEmbedding]:
         tokens = [self._tokenize(caption) for caption in captions]
         if not tokens:
             return []
@@ -58,7 +58,7 @@ class ChromaTextEncoder(TextEncoder):
         if self._zero_pad:
             for row, sample in zip(rows, tokens, strict=True):
                 row[len(sample) :] = 0
-        return rows
+        return [{T5_TENSOR: embedding} for embedding in rows]
 
     def _tokenize(self, caption: str) -> list[int]:
         if self._overlong == "error" and (count := self.token_count(caption)) > self._max_tokens:
