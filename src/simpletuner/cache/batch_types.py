@@ -23,8 +23,8 @@ TextEmbedding: TypeAlias = Mapping[str, Tensor]
 class TextBatch:
     """Text of a batch, one tensor per name.
 
-    tensors: (B, L, D), right-padded with zeros to the longest caption, or (B, D). lengths: number of
-    real rows of each sample, for the tensors that have a length axis.
+    tensors: (B, L, D), right-padded with zeros to the longest caption, or (B, D). lengths: number
+    of real rows of each sample, for the tensors that have a length axis.
     """
 
     tensors: Mapping[str, Tensor]

@@ -177,8 +177,8 @@ class Vae(ABC):
 class ModelFamily(ABC):
     """One architecture. Stateless: every loaded object is returned to the caller.
 
-    alignment_px: bucket sides are multiples of it. flavours: model_flavour -> hub id or bundled model. lora_conventions: module names in LoRA
-    files, and how other programs load such files.
+    alignment_px: bucket sides are multiples of it. flavours: model_flavour -> hub id or bundled
+    model. lora_conventions: module names in LoRA files, and how other programs load such files.
     """
 
     name: str
