@@ -147,13 +147,14 @@ def _find_base_linears(
         raise ModelError(f"{context}: {problem}{remainder}")
     if adapted_modules(transformer):
         raise ModelError("this network already has an adapter; load the base again for another one")
-    wanted, found = set(names), {}
+    requested = set(names)
+    linears = {}
     for name, module in modules.items():
-        if name in wanted:
+        if name in requested:
             if not isinstance(module, nn.Linear):
                 raise ModelError(f"{context}: {name} is not a linear module")
-            found[name] = module
-    return found
+            linears[name] = module
+    return linears
 
 
 def _install_adapters(transformer: nn.Module, adapters: Mapping[str, AdaptedLinear]) -> None:

@@ -105,5 +105,5 @@ def _truncate_delta(delta: LowRankDelta, rank: int) -> tuple[LowRankDelta, float
 
 
 def _refuse_dora(parts: Sequence[tuple[DeltasByModule, float]], operation: str) -> None:
-    if any(one.magnitude is not None for factors, _ in parts for one in factors.values()):
+    if any(delta.magnitude is not None for deltas, _ in parts for delta in deltas.values()):
         raise ModelError(f"a DoRA cannot {operation}: its magnitudes belong to its own delta")

@@ -55,7 +55,8 @@ def encode_missing_captions(
         for start in range(0, len(missing), batch_size):
             keys = missing[start : start + batch_size]
             for key, embedding in zip(keys, encode([by_key[key] for key in keys]), strict=True):
-                if not all(bool(torch.isfinite(one).all()) for one in embedding.values()):
+                tensors = embedding.values()
+                if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
                     raise CacheError(
                         f"the text encoder returned NaN or infinity for the caption"
                         f" {by_key[key][:80]!r}; check its weights, or set mixed_precision to no"

@@ -120,9 +120,10 @@ class QuantizedLinear(nn.Linear):
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         dequantize, buffers = self.dequantizer()
-        return _QuantizedLinearFunction.apply(
+        y: Tensor = _QuantizedLinearFunction.apply(  # type: ignore[no-untyped-call]
             input, self._bias_as(input.dtype), dequantize, *buffers
         )
+        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}"
@@ -136,7 +137,7 @@ class QuantizedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         buffers = dict(zip(self.buffer_shapes(), self._scheme_buffers(), strict=True))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in buffers.items():
             moved = self.get_buffer(name)
             # .to(dtype) and .half() must not change the stored codes and scales.

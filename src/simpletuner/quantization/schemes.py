@@ -123,7 +123,8 @@ def _per_row_shapes(dtype: torch.dtype) -> Callable[[int, int], BufferShapes]:
 def _to_groups(weight: Tensor) -> Tensor:
     """Pad and reshape (O, I) to (O, G, 64) float32."""
     weight = F.pad(weight.float(), (0, -weight.shape[1] % GROUP_SIZE))
-    return weight.unflatten(1, (-1, GROUP_SIZE))
+    groups: Tensor = weight.unflatten(1, (-1, GROUP_SIZE))
+    return groups
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def download_components(
         raise _to_download_error(repo, revision, error) from None
     except (HTTPError, OSError) as error:
         return _load_from_hub_cache(repo, [*small, *weights], revision, error)
-    sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     disable_progress_bars()  # progress is reported by events
     try:
         # Requested by the branch's name, because only then does the cache remember the branch.
@@ -102,16 +102,7 @@ def download_components(
             nested = folder / "transformer"
             check_transformer(nested if nested.is_dir() else folder)
         needed = list(filter_repo_objects(sizes, allow_patterns=weights))
-        absent = {
-            name: sizes[name]
-            for name in needed
-            if not isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
-        }
-        if absent:
-            with _report_progress(repo, sum(absent.values()), emit):
-                snapshot_download(
-                    repo, revision=commit, allow_patterns=needed, etag_timeout=HUB_TIMEOUT_S
-                )
+        _download_weights(repo, commit, {name: sizes[name] for name in needed}, emit)
     except GatedRepoError as error:
         raise _to_download_error(repo, revision, error) from None
     except (HTTPError, OSError) as error:
@@ -128,6 +119,20 @@ def download_components(
             " again to resume."
         )
     return folder, commit
+
+
+def _download_weights(repo: str, commit: str, sizes: dict[str, int], emit: Emit) -> None:
+    """Download the weight files that the cache lacks. sizes: bytes of every needed file."""
+    absent = {
+        name: size
+        for name, size in sizes.items()
+        if not isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
+    }
+    if absent:
+        with _report_progress(repo, sum(absent.values()), emit):
+            snapshot_download(
+                repo, revision=commit, allow_patterns=list(sizes), etag_timeout=HUB_TIMEOUT_S
+            )
 
 
 @contextmanager
