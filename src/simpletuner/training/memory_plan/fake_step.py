@@ -173,14 +173,14 @@ def make_fake_context(
     def batch(number: int) -> Batch:
         count.mark_forward_start()
         latents = torch.empty(feed.samples, constants.latent_channels, height, width)
-        embedding = {
-            name: torch.empty(
-                (feed.text_rows, tensor.width) if tensor.has_length else (tensor.width,),
-                dtype=spec.text_dtype,
-            )
-            for name, tensor in constants.text_tensors.items()
-        }
-        return Batch(latents, TextBatch.stack([embedding] * feed.samples), names, names)
+        tensors = {}
+        lengths = {}
+        for name, tensor in constants.text_tensors.items():
+            shape = (feed.text_rows, tensor.width) if tensor.has_length else (tensor.width,)
+            tensors[name] = torch.empty(feed.samples, *shape, dtype=spec.text_dtype)
+            if tensor.has_length:
+                lengths[name] = (feed.text_rows,) * feed.samples
+        return Batch(latents, TextBatch(tensors, lengths), names, names)
 
     tokens = feed.size_px[0] * feed.size_px[1] // constants.token_px**2
     return TrainerContext(
