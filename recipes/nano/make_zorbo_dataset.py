@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from draw import render_scene
+from make_shapes_dataset import render_scene
 
 from simpletuner.validation.shapes.zorbo import compose_zorbo_scene
 
