@@ -149,10 +149,10 @@ def _set_tokenizer_class(file: Path) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make chroma-nano's tokenizer and text encoder.")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(args.out / "tokenizer")
     _set_tokenizer_class(args.out / "tokenizer" / "tokenizer_config.json")

@@ -1,22 +1,20 @@
 """Assemble the bundled model from its parts: bfloat16, diffusers layout.
 
-    python recipes/nano/pack_model.py --base work/base --run work/run --out src/simpletuner/models/nano
+    python recipes/nano/pack_model.py --base base --run transformer --out bundle
 
-The transformer is the moving average in the newest checkpoint of the run, over the base's frozen
-approximator; without --run it is the base's own, untrained.
+--run is the folder of train_transformer.py, whose transformer and text encoder are moving averages;
+without it both are the base's own, untrained.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ChromaTransformer2DModel
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5EncoderModel
 
 MODEL_INDEX = {
@@ -33,28 +31,6 @@ SCHEDULER_CONFIG = {
 }  # fmt: skip
 
 
-def newest_ema_file(run: Path) -> Path:
-    """The average's file in the checkpoint with the highest step."""
-    steps = {
-        int(found[1]): path
-        for path in run.iterdir()
-        if (found := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
-    return steps[max(steps)] / "ema.safetensors"
-
-
-def pack_transformer(base: Path, run: Path | None, out: Path) -> None:
-    model = ChromaTransformer2DModel.from_pretrained(base / "transformer")
-    if run is not None:
-        file = newest_ema_file(run)
-        left = model.load_state_dict(load_file(file), strict=False)
-        surplus = [name for name in left.missing_keys if not name.startswith("distilled_guidance_layer.")]
-        if surplus or left.unexpected_keys:
-            raise SystemExit(f"{file} is not of this transformer: {surplus[:4]} {left.unexpected_keys[:4]}")
-        print(f"transformer: {file}")
-    model.to(torch.bfloat16).save_pretrained(out / "transformer")
-
-
 def drop_volatile_fields(folder: Path) -> None:
     """Drop what depends on where and with what the file was written."""
     for file in folder.rglob("*.json"):
@@ -66,16 +42,20 @@ def drop_volatile_fields(folder: Path) -> None:
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Assemble chroma-nano.")
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     shutil.rmtree(args.out, ignore_errors=True)
-    pack_transformer(args.base, args.run, args.out)
-    AutoencoderKL.from_pretrained(args.base / "vae").to(torch.bfloat16).save_pretrained(args.out / "vae")
-    T5EncoderModel.from_pretrained(args.base / "text_encoder").to(torch.bfloat16).save_pretrained(
+    trained = args.run or args.base
+    transformer = ChromaTransformer2DModel.from_pretrained(trained / "transformer")
+    transformer.to(torch.bfloat16).save_pretrained(args.out / "transformer")
+    AutoencoderKL.from_pretrained(args.base / "vae").to(torch.bfloat16).save_pretrained(
+        args.out / "vae"
+    )
+    T5EncoderModel.from_pretrained(trained / "text_encoder").to(torch.bfloat16).save_pretrained(
         args.out / "text_encoder"
     )
     shutil.copytree(args.base / "tokenizer", args.out / "tokenizer")
