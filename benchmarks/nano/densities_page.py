@@ -72,7 +72,7 @@ def render_conclusion(part: TableData) -> str:
     ]
     scored = [row for row in rows if measure in row["measures"]]
     if len({row["measures"][measure]["mean"] for row in scored}) == 1 and len(scored) > 1:
-        said.append(f"By {heading} they are alike.")
+        said.append(f"By {heading} they are equal.")
     elif scored:
         highest = max(scored, key=lambda row: row["measures"][measure]["mean"])
         said.append(

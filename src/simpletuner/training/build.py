@@ -60,15 +60,7 @@ def build_trainer_context(
     metrics = image_scoring.choose_metrics(run.validation, device.device)
     texts = evaluation_texts(run, prompts, metrics)
     prepared = prepare_inputs(run, backends, family, texts, folder, device, emit, closing)
-    order = SampleOrder(
-        prepared.train.placed_samples,
-        prepared.train_sets,
-        run.training.seed,
-        run.training.train_batch_size,
-        run.data,
-    )
-    for warning in order.notices:
-        emit(WarningIssued(warning))
+    order = make_sample_order(run, prepared, emit)
     schedule = make_train_schedule(run, order.batches_per_epoch)
     state = build_train_state(run, prepared, device, emit)
 
@@ -109,6 +101,20 @@ def build_trainer_context(
         stop_requested=stop_requested,
         emit=emit,
     )
+
+
+def make_sample_order(run: RunConfig, prepared: PreparedInputs, emit: Emit) -> SampleOrder:
+    """Return the order of the training samples, and warn of batches that are not full."""
+    order = SampleOrder(
+        prepared.train.placed_samples,
+        prepared.train_sets,
+        run.training.seed,
+        run.training.train_batch_size,
+        run.data,
+    )
+    for warning in order.notices:
+        emit(WarningIssued(warning))
+    return order
 
 
 def open_run(run: RunConfig, folder: RunFolder, emit: Emit) -> ResumePoint | None:
