@@ -1,16 +1,23 @@
-"""The proof on two cores and 24 GiB: all 8.9 B parameters converted, mapped and trained for three steps.
+"""The proof on two cores and 24 GiB: all 8.9 B parameters converted, mapped and trained for three
+steps.
 
     python benchmarks/full_size.py --out FOLDER [--threads 2] [--keep] [--toy]
 
-Four stages, each in a process of its own: write a random checkpoint in the hub's layout (17.8 GB), convert it
+Four stages, each in a process of its own: write a random checkpoint in the hub's layout (17.8 GB),
+convert it
 to int8 and to NF4 with the product's own converter, map the NF4 weights and take three LoRA steps at 128 px
-with every block recomputed. What is finished is not done again: a killed run goes on with the same command.
-About 33 GB of disk below FOLDER, given back at the end unless --keep. Writes full_size.json and full_size.md
-in benchmarks/results. --toy: the same with 0.8 M parameters in seconds; its figures are printed, and written
+with every block recomputed. What is finished is not done again: a killed run goes on with the same
+command.
+About 33 GB of disk below FOLDER, given back at the end unless --keep. Writes full_size.json and
+full_size.md
+in benchmarks/results. --toy: the same with 0.8 M parameters in seconds; its figures are printed,
+and written
 only where --results says.
 
-Memory is what Linux says of the process, sampled 20 times a second: anonymous pages, and pages of mapped
-files, which it may take back at any time. Seconds are without Python's and torch's start. The weights are
+Memory is what Linux says of the process, sampled 20 times a second: anonymous pages, and pages of
+mapped
+files, which it may take back at any time. Seconds are without Python's and torch's start. The
+weights are
 random: the losses say that the arithmetic holds, not that anything is learnt.
 """
 
@@ -86,11 +93,19 @@ TOY = Size(
 
 
 def resident() -> dict[str, int]:
-    """Bytes of this process: anonymous, file-backed, and the kernel's own record of the most of both."""
+    """Bytes of this process: anonymous, file-backed, and the kernel's own record of the most of
+    both.
+    """
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     entries = dict(line.split(":", 1) for line in lines)
-    kib = {name: int(entries[name].split()[0]) for name in ("RssAnon", "RssFile", "RssShmem", "VmHWM")}
-    parts = {"anonymous": kib["RssAnon"] + kib["RssShmem"], "file": kib["RssFile"], "most": kib["VmHWM"]}
+    kib = {
+        name: int(entries[name].split()[0]) for name in ("RssAnon", "RssFile", "RssShmem", "VmHWM")
+    }
+    parts = {
+        "anonymous": kib["RssAnon"] + kib["RssShmem"],
+        "file": kib["RssFile"],
+        "most": kib["VmHWM"],
+    }
     return {name: size * 1024 for name, size in parts.items()}
 
 
@@ -136,7 +151,9 @@ def write(folder: Path, size: Size) -> Figures:
     shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
     target = folder / "transformer"
     target.mkdir(parents=True, exist_ok=True)
-    require_room(target, needed_bytes(shapes, {f"{name}.weight" for name in block_linears(transformer)}))
+    require_room(
+        target, needed_bytes(shapes, {f"{name}.weight" for name in block_linears(transformer)})
+    )
     with measured() as found:
         block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).bfloat16()
         shards = split(shapes, size.shard_bytes)
@@ -162,7 +179,9 @@ def needed_bytes(shapes: Shapes, quantized: set[str]) -> int:
     whole = sum(map(math.prod, shapes.values())) * BYTES
     linears = [(shapes[name][0], shapes[name][1]) for name in quantized]
     rest = whole - sum(map(math.prod, linears)) * BYTES
-    return whole + sum(rest + sum(get_scheme(one).size_bytes(*shape) for shape in linears) for one in SCHEMES)
+    return whole + sum(
+        rest + sum(get_scheme(one).size_bytes(*shape) for shape in linears) for one in SCHEMES
+    )
 
 
 def require_room(folder: Path, needed: int) -> None:
@@ -171,7 +190,9 @@ def require_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     missing = needed + SPARE_BYTES - there
     if free < missing:
-        raise SystemExit(f"{folder} has room for {gb(free)} GB, {gb(missing)} GB are needed: another --out")
+        raise SystemExit(
+            f"{folder} has room for {gb(free)} GB, {gb(missing)} GB are needed: another --out"
+        )
 
 
 def split(shapes: Shapes, shard_bytes: int) -> list[list[str]]:
@@ -275,8 +296,13 @@ def train(folder: Path, size: Size) -> Figures:
         for step in range(STEPS):
             started = time.process_time()
             done = loop.train_step(parts, step)
-            spent = {"wall_s": round(done.seconds, 2), "cpu_s": round(time.process_time() - started, 2)}
-            steps.append({"step": done.step, "loss": done.loss, "grad_norm": done.grad_norm, **spent})
+            spent = {
+                "wall_s": round(done.seconds, 2),
+                "cpu_s": round(time.process_time() - started, 2),
+            }
+            steps.append(
+                {"step": done.step, "loss": done.loss, "grad_norm": done.grad_norm, **spent}
+            )
             print(json.dumps(steps[-1]), flush=True)
     count = sum(parameter.numel() for parameter in trained.values())
     return {"load": loading, "trained_parameters": count, "steps": steps, **whole}
@@ -302,8 +328,8 @@ def parts_of(
     from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
 
     facts = replace(
-            CHROMA_CONSTANTS, text_tensors={T5_TENSOR: TextTensor(config.joint_attention_dim)}
-        )
+        CHROMA_CONSTANTS, text_tensors={T5_TENSOR: TextTensor(config.joint_attention_dim)}
+    )
     sketch = ModelSpec(net.transformer, (), config.width, facts, False, torch.bfloat16, 0, 0, 0, 0)
     feed = fake_step.BatchShape(samples=1, size_px=(SIZE_PX, SIZE_PX), text_rows=TEXT_ROWS)
     parts = fake_step.make_fake_context(
@@ -343,7 +369,9 @@ def collect(folder: Path, threads: int) -> Figures:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     machine = {"cores": len(os.sched_getaffinity(0)), "memory_gb": gb(memory), "threads": threads,
                "torch": torch.__version__}  # fmt: skip
-    stages = {stage: json.loads(finished(folder, stage).read_text(encoding="utf-8")) for stage in STAGES}
+    stages = {
+        stage: json.loads(finished(folder, stage).read_text(encoding="utf-8")) for stage in STAGES
+    }
     return {"machine": machine, "px": SIZE_PX, "text_rows": TEXT_ROWS, **stages}
 
 
@@ -356,7 +384,9 @@ def markdown(result: Figures) -> str:
         f"map them and take {STEPS} LoRA steps": trained,
     }
     peaks = ("peak_resident_gb", "peak_anonymous_gb", "peak_file_gb")
-    rows = [(what, *(one[name] for name in ("wall_s", "cpu_s", *peaks))) for what, one in told.items()]
+    rows = [
+        (what, *(one[name] for name in ("wall_s", "cpu_s", *peaks))) for what, one in told.items()
+    ]
     steps = [(one["step"], f"{one['loss']:.4f}", f"{one['grad_norm']:.4f}", one["wall_s"], one["cpu_s"])
              for one in trained["steps"]]  # fmt: skip
     return "\n".join([
@@ -379,7 +409,9 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep", action="store_true")
@@ -393,7 +425,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(chosen.threads)
         do(chosen.stage, folder, size)
         return
-    shared = [f"--out={chosen.out}", f"--threads={chosen.threads}", *(["--toy"] if chosen.toy else [])]
+    shared = [
+        f"--out={chosen.out}",
+        f"--threads={chosen.threads}",
+        *(["--toy"] if chosen.toy else []),
+    ]
     for stage in STAGES:
         there = finished(folder, stage).exists()
         print(f"{stage}: done before" if there else f"{stage} ...", flush=True)
@@ -403,7 +439,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = chosen.results or (None if chosen.toy else RESULTS)
     if results is not None:
         results.mkdir(parents=True, exist_ok=True)
-        (results / f"{size.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (results / f"{size.name}.json").write_text(
+            json.dumps(result, indent=1) + "\n", encoding="utf-8"
+        )
         (results / f"{size.name}.md").write_text(markdown(result), encoding="utf-8")
     print(markdown(result))
     if not chosen.keep:

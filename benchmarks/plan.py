@@ -1,8 +1,10 @@
-"""The quickstart's memory table beside what is planned for the same training, at full size, without weights.
+"""The quickstart's memory table beside what is planned for the same training, at full size, without
+weights.
 
     python benchmarks/plan.py
 
-Writes benchmarks/results/plan.json and plan.md. Each row is a whole training step on tensors without
+Writes benchmarks/results/plan.json and plan.md. Each row is a whole training step on tensors
+without
 contents: rank-16 LoRA on all linears of the blocks (`all`: on the attention's, as is the default), batch 1,
 512 text tokens, allowances (context, fragmentation) included. About a quarter of a CPU minute a row; what was
 planned before is in the cache.
@@ -30,7 +32,8 @@ SWAP = {**HOST, "musubi_blocks_to_swap": 57}
 FULL = {"model_type": "full", "optimizer": "adamw_bf16", "optimizer_release_gradients": True,
         "grad_clip_method": "value"}  # fmt: skip
 QUICKSTART = {"no_change": 28, "int8": 16, "int4": 11, "nf4": 8}  # GB of VRAM
-# GB of tensors to reach with every linear adapted and the approximator off the GPU, by precision and px.
+# GB of tensors to reach with every linear adapted and the approximator off the GPU, by precision
+# and px.
 TENSORS = {("no_change", 1024): 20.1, ("int8", 1024): 11.5, ("int4", 1024): 7.8, ("nf4", 1024): 7.5,
            ("nf4", 512): 6.0}  # fmt: skip
 SWAPPED = 4.0
@@ -77,7 +80,11 @@ def row(name: str, stated: float | None, px: int, options: dict[str, Any]) -> di
 
 def split(plan: MemoryPrediction) -> dict[str, Any]:
     parts = {name: gb(size) for name, size in {**plan.parts, **plan.allowances}.items()}
-    return {"tensors_gb": gb(plan.tensor_bytes), "parts_gb": parts, "tflop": round(plan.flops / 1e12, 1)}
+    return {
+        "tensors_gb": gb(plan.tensor_bytes),
+        "parts_gb": parts,
+        "tflop": round(plan.flops / 1e12, 1),
+    }
 
 
 def gb(size: float) -> float:

@@ -1,4 +1,5 @@
-"""How long a person waits: help, a mistake in a config, a cold and a warm start of the bundled example.
+"""How long a person waits: help, a mistake in a config, a cold and a warm start of the bundled
+example.
 
     python benchmarks/startup.py
 
@@ -28,7 +29,9 @@ def measure(name: str, arguments: list[str], folder: Path, expected: int) -> Non
     )
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != expected:
-        raise SystemExit(f"{name} ended with {done.returncode}, not {expected}:\n{done.stdout}{done.stderr}")
+        raise SystemExit(
+            f"{name} ended with {done.returncode}, not {expected}:\n{done.stdout}{done.stderr}"
+        )
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(json.dumps({"what": name, "cpu_s": round(cpu, 3), "wall_s": round(wall, 3)}), flush=True)
 
@@ -41,11 +44,21 @@ def main() -> None:
         measure("simpletuner --help", ["--help"], folder, 0)
         measure("simpletuner train --help", ["train", "--help"], folder, 0)
         measure("simpletuner train, misspelt option", ["train"], folder, 2)
-        short = ["train", "--example", "chroma-nano.peft-lora", "--max_train_steps=1", "--validation_disable"]
+        short = [
+            "train",
+            "--example",
+            "chroma-nano.peft-lora",
+            "--max_train_steps=1",
+            "--validation_disable",
+        ]
         out = f"--output_dir={folder / 'run'}"
         measure("one step of the example, empty caches", [*short, out], folder, 0)
         measure("the same command again: nothing left to do", [*short, out], folder, 0)
-        warm = [*short, f"--output_dir={folder / 'again'}", f"--cache_dir={folder / 'run' / 'cache'}"]
+        warm = [
+            *short,
+            f"--output_dir={folder / 'again'}",
+            f"--cache_dir={folder / 'run' / 'cache'}",
+        ]
         measure("one step of the example, caches filled", warm, folder, 0)
 
 

@@ -115,7 +115,7 @@ def test_no_banned_phrase_in_the_package() -> None:
 
 def catalogues_and_docs() -> list[Path]:
     pages = [*ROOT.glob("web/src/i18n/en/*.ts"), *ROOT.glob("web/src/i18n/en.ts")]
-    docs = [path for path in ROOT.glob("docs/**/*.md")]
+    docs = list(ROOT.glob("docs/**/*.md"))
     return [*pages, *docs, *ROOT.glob("*.md"), *ROOT.glob("recipes/**/*.md")]
 
 

@@ -36,7 +36,16 @@ FORBIDDEN_THIRD_PARTY = {
     "server": {"torch", "transformers", "diffusers"},
 }
 ENVIRON = {"config", "training/world.py"}
-ONE_FILE_ONLY = {"tensorboard", "wandb", "trackio", "bitsandbytes", "torchao", "optimum", "deepspeed", "gguf"}
+ONE_FILE_ONLY = {
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "bitsandbytes",
+    "torchao",
+    "optimum",
+    "deepspeed",
+    "gguf",
+}
 
 
 @cache

@@ -31,7 +31,7 @@ from simpletuner.models.chroma.transformer import ChromaTransformer
 from simpletuner.models.chroma.weights import empty_transformer
 from simpletuner.quantization.quantized_linear import QuantizedLinear
 from simpletuner.quantization.schemes import SCHEMES, get_scheme
-from simpletuner.training.per_parameter_optimizer import round_stochastically
+from simpletuner.training.independent_parameter_optimizer import round_stochastically
 
 # Of the output, the loss, and the LoRA gradient with the largest error. Those of bf16 are about
 # four times the difference between bf16 and float32 on a CPU, at this size.

@@ -1,1 +1,3 @@
-"""The tables that decide what is argued about, measured on chroma-nano. `python -m benchmarks.nano`."""
+"""The tables that decide what is argued about, measured on chroma-nano. `python -m
+benchmarks.nano`.
+"""

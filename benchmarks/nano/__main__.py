@@ -1,13 +1,19 @@
 """Measure what the field argues about, on chroma-nano: the tables of benchmarks/nano/results.
 
-    python -m benchmarks.nano                          all tables, three seeds: 75 minutes of two cores
+    python -m benchmarks.nano                          all tables, three seeds: 75 minutes of two
+    cores
     python -m benchmarks.nano --only lora --seeds 2    some of them, with fewer seeds
-    python -m benchmarks.nano --list                   the cells in their order, with the seconds they take
-    python -m benchmarks.nano --report                 the tables of what is finished, nothing is trained
-    python -m benchmarks.nano --corner --out DIR       two-step cells through everything: the machinery
+    python -m benchmarks.nano --list                   the cells in their order, with the seconds
+    they take
+    python -m benchmarks.nano --report                 the tables of what is finished, nothing is
+    trained
+    python -m benchmarks.nano --corner --out DIR       two-step cells through everything: the
+    machinery
 
-Every cell is a run folder in OUT/cells, trained by `simpletuner train`. The same command goes on: finished
-cells are skipped, interrupted ones resume from their checkpoint, a failed one is told and stops no other.
+Every cell is a run folder in OUT/cells, trained by `simpletuner train`. The same command goes on:
+finished
+cells are skipped, interrupted ones resume from their checkpoint, a failed one is told and stops no
+other.
 Tables are written when it ends or is interrupted, with as many seeds as are finished.
 """
 
@@ -60,9 +66,13 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, Benchmark
     )
     parser.add_argument("--only", nargs="+", choices=tuple(TABLES), default=[], help="tables")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1))
-    parser.add_argument("--out", type=Path, default=ROOT / "output" / "benchmarks-nano", help="run folders")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "output" / "benchmarks-nano", help="run folders"
+    )
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--corner", action="store_true", help="two steps, two prompts; tables go into OUT")
+    parser.add_argument(
+        "--corner", action="store_true", help="two steps, two prompts; tables go into OUT"
+    )
     parser.add_argument("--list", action="store_true", help="say what would be done")
     parser.add_argument("--report", action="store_true", help="only write the tables")
     args = parser.parse_args(words)
@@ -89,7 +99,9 @@ def strip_output_option(words: Sequence[str]) -> list[str]:
 
 def main(words: Sequence[str]) -> int:
     args, asked = parse_arguments(words)
-    chosen = smoke_test_cells(asked) if args.corner else list_cells(asked.size, asked.seeds, asked.only)
+    chosen = (
+        smoke_test_cells(asked) if args.corner else list_cells(asked.size, asked.seeds, asked.only)
+    )
     if args.list:
         print_cells(chosen, asked)
         return 0
@@ -99,9 +111,9 @@ def main(words: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed: dict[str, str] = {}
     try:
-        failed = CellRunner(asked.folders, asked.size, chosen, lambda line: print(line, flush=True)).run(
-            asked.workers
-        )
+        failed = CellRunner(
+            asked.folders, asked.size, chosen, lambda line: print(line, flush=True)
+        ).run(asked.workers)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", flush=True)
         failed = {"interrupted": "by a signal"}
@@ -116,7 +128,11 @@ def smoke_test_cells(asked: BenchmarkRequest) -> list[Cell]:
     wanted = {"base", "lesson", "lesson-uniform", "trial-0.0001", "full-bf16-stochastic", "padded",
               "padded-used-trimmed", "shapes", "scratch-quadratic", "still-stratified",
               "still-independent"}  # fmt: skip
-    return [cell for cell in list_cells(asked.size, asked.seeds, asked.only) if cell.variant.name in wanted]
+    return [
+        cell
+        for cell in list_cells(asked.size, asked.seeds, asked.only)
+        if cell.variant.name in wanted
+    ]
 
 
 def print_cells(chosen: Sequence[Cell], asked: BenchmarkRequest) -> None:
@@ -143,7 +159,9 @@ def write_reports(asked: BenchmarkRequest, chosen: Sequence[Cell]) -> None:
         made = result_tables.build_table(name, done, asked.size, asked.seeds, asked.command, base)
         write_text(asked.results / f"{name}.json", json.dumps(made, indent=1) + "\n")
     files = [asked.results / f"{name}.json" for name in TABLES]
-    known = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()}
+    known = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()
+    }
     write_text(asked.results / "README.md", markdown_tables.render_page(list(known.values())))
     if "density" in known:
         write_text(asked.docs / FIGURE_NAME, densities_figure.render_figure(known["density"]))

@@ -17,13 +17,17 @@ from simpletuner.events.run_history import RunHistory, read_run_history
 RESULT_FILE = "result.json"
 WEIGHT_FILES = ("pytorch_lora_weights.safetensors", "transformer")
 PARAMETERS_PATTERN = re.compile(r"([\d.]+) M parameters")
-ScoreRates = dict[str, dict[str, tuple[float, float, int]]]  # metric -> what is right -> rate, its error, of
+ScoreRates = dict[
+    str, dict[str, tuple[float, float, int]]
+]  # metric -> what is right -> rate, its error, of
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """One finished training. base: fingerprint of the bundled model. step_seconds: median, with whatever
-    ran beside it. held_out and by_sigma: of the unseen pictures, at the end; _start: before training.
+    """One finished training. base: fingerprint of the bundled model. step_seconds: median, with
+    whatever
+    ran beside it. held_out and by_sigma: of the unseen pictures, at the end; _start: before
+    training.
     variances: over steps. parameters_m: trained, millions. file_mb: the weights that were kept."""
 
     cell: str
@@ -60,7 +64,9 @@ def read_finished_run(
         or not history.steps
     ):
         raise RuntimeError(f"{cell}: {run_dir} did not come to its end")
-    evaluated = {step: event for (_, split, step), event in history.evaluations.items() if split == "eval"}
+    evaluated = {
+        step: event for (_, split, step), event in history.evaluations.items() if split == "eval"
+    }
     if len(evaluated) < 2:
         raise RuntimeError(f"{cell}: {run_dir} has no held-out loss of its first and last step")
     first, last = evaluated[min(evaluated)], evaluated[max(evaluated)]
@@ -81,7 +87,9 @@ def variance(values: list[float]) -> float:
 
 def scores_at_step(history: RunHistory, step: int) -> ScoreRates:
     """The scores after a step."""
-    return {metric: dict(event.rates) for (metric, at), event in history.scores.items() if at == step}
+    return {
+        metric: dict(event.rates) for (metric, at), event in history.scores.items() if at == step
+    }
 
 
 def read_parameters_m(run_dir: Path) -> float:

@@ -31,7 +31,11 @@ PROGRAMS: Mapping[str, tuple[str, ...]] = {
     "padded": ("-m", "benchmarks.nano.padded"),
 }
 LORA_FILE = "pytorch_lora_weights.safetensors"
-REMOVED_WHEN_FINISHED = ("checkpoint-*", "transformer", "cache")  # of a finished run; its numbers are kept
+REMOVED_WHEN_FINISHED = (
+    "checkpoint-*",
+    "transformer",
+    "cache",
+)  # of a finished run; its numbers are kept
 # One thread a run: on two cores two runs side by side get more done than one run with two threads.
 CHILD_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
          "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}  # fmt: skip
@@ -50,7 +54,9 @@ class ExperimentFolders:
     def run_dir(self, cell_name: str) -> Path:
         return self.root / "cells" / cell_name
 
-    def load_finished(self, cell: Cell, size: ExperimentSize, base: str) -> cell_result.CellResult | None:
+    def load_finished(
+        self, cell: Cell, size: ExperimentSize, base: str
+    ) -> cell_result.CellResult | None:
         """The cell's result, if it is of these settings and this base."""
         found = cell_result.load_result(self.run_dir(cell.name) / cell_result.RESULT_FILE)
         if found is None or found.base != base:
@@ -100,7 +106,9 @@ class CellQueue:
     def unfinished_cells(self) -> list[Cell]:
         """Neither done nor given up."""
         return [
-            cell for name, cell in self.cells.items() if name not in self.done and name not in self.failed
+            cell
+            for name, cell in self.cells.items()
+            if name not in self.done and name not in self.failed
         ]
 
     def _is_pending(self, name: str) -> bool:
@@ -130,11 +138,15 @@ class CellRunner:
         )
         self._children: set[subprocess.Popen[bytes]] = set()
         self._env = {**os.environ, **CHILD_ENVIRONMENT}
-        self._finished_times: list[tuple[float, float]] = []  # (seconds, estimate) of what was done here
+        self._finished_times: list[
+            tuple[float, float]
+        ] = []  # (seconds, estimate) of what was done here
         self._workers = 1
 
     def run(self, workers: int) -> dict[str, str]:
-        """Failed cells with the reason. KeyboardInterrupt: the runs save and leave, then it is raised."""
+        """Failed cells with the reason. KeyboardInterrupt: the runs save and leave, then it is
+        raised.
+        """
         self._workers = workers
         left = self.queue.unfinished_cells()
         self.print_line(
@@ -169,11 +181,15 @@ class CellRunner:
         started = time.monotonic()
         run_dir = self.folders.run_dir(cell.name)
         if cell.variant.program == "world":
-            self.folders.inputs.make_shapes_datasets(self.size, make_program_runner(ROOT, self._env))
+            self.folders.inputs.make_shapes_datasets(
+                self.size, make_program_runner(ROOT, self._env)
+            )
         options = cell_options(cell, self.size, self._choose_learning_rate(cell))
         lora = (
             cell.variant.init_lora_variant
-            and self.folders.run_dir(experiments.cell_name(cell.variant.init_lora_variant, cell.seed))
+            and self.folders.run_dir(
+                experiments.cell_name(cell.variant.init_lora_variant, cell.seed)
+            )
             / LORA_FILE
         )
         paths = self.folders.inputs.path_options(cell, run_dir, lora or None)
@@ -190,12 +206,16 @@ class CellRunner:
         self._finished_times.append((seconds, experiments.estimate_seconds(cell, self.size)))
 
     def _choose_learning_rate(self, cell: Cell) -> float | None:
-        """The learning rate of the trial with the lowest held-out loss; None when the options say it."""
+        """The learning rate of the trial with the lowest held-out loss; None when the options say
+        it.
+        """
         names = [
-            experiments.cell_name(name, experiments.TRIAL_SEED) for name in cell.variant.learning_rate_trials
+            experiments.cell_name(name, experiments.TRIAL_SEED)
+            for name in cell.variant.learning_rate_trials
         ]
         trials = [
-            cell_result.load_result(self.folders.run_dir(name) / cell_result.RESULT_FILE) for name in names
+            cell_result.load_result(self.folders.run_dir(name) / cell_result.RESULT_FILE)
+            for name in names
         ]
         found = [trial for trial in trials if trial is not None]
         return min(found, key=lambda trial: trial.held_out).learning_rate if found else None
@@ -212,9 +232,14 @@ class CellRunner:
             self._children.discard(child)
         if code:
             words = (
-                (run_dir / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                (run_dir / "output.txt")
+                .read_text(encoding="utf-8", errors="replace")
+                .strip()
+                .splitlines()
             )
-            raise RuntimeError(f"ended with {code}: {words[-1] if words else 'no word'} (see {told.name})")
+            raise RuntimeError(
+                f"ended with {code}: {words[-1] if words else 'no word'} (see {told.name})"
+            )
 
     def _interrupt_children(self) -> None:
         self.queue.stop()
@@ -229,7 +254,9 @@ class CellRunner:
         assert found is not None
         known = cell_result.named_measures(found, None)
         shown = [
-            f"{name} {known[name]:.4g}" for name in ("held_out", "shapes_all", "zorbo_zorbo") if name in known
+            f"{name} {known[name]:.4g}"
+            for name in ("held_out", "shapes_all", "zorbo_zorbo")
+            if name in known
         ]
         return f"{count}: {found.seconds:.0f} s, {', '.join(shown)}; {self._format_time_left()}"
 

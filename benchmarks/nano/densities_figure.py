@@ -31,9 +31,13 @@ class Curve:
 def density_curve(name: str) -> Curve:
     """Share of the samples by sigma, where 1 is uniform, from evenly spaced quantiles."""
     options = FlowOptions.model_validate({"chroma_sigma_density": name})
-    sigma = quantile_function(options)((torch.arange(SAMPLE_COUNT, dtype=torch.float64) + 0.5) / SAMPLE_COUNT)
+    sigma = quantile_function(options)(
+        (torch.arange(SAMPLE_COUNT, dtype=torch.float64) + 0.5) / SAMPLE_COUNT
+    )
     shares = torch.histc(sigma.float(), BINS, 0.0, 1.0) * BINS / SAMPLE_COUNT
-    return Curve(name, [((index + 0.5) / BINS, share, 0.0) for index, share in enumerate(shares.tolist())])
+    return Curve(
+        name, [((index + 0.5) / BINS, share, 0.0) for index, share in enumerate(shares.tolist())]
+    )
 
 
 def change_curves(part: TableData) -> list[Curve]:
@@ -58,7 +62,9 @@ def parse_sigma(name: str) -> float:
 
 
 def axis_limits(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Range of the axis. The literal remap's hole must not press all others flat: it gets as much room."""
+    """Range of the axis. The literal remap's hole must not press all others flat: it gets as much
+    room.
+    """
     known = {literal: [y + sign * e for curve in curves if (curve.name == "quadratic-literal") == literal
                        for _, y, e in curve.points for sign in (-1, 1)]
              for literal in (True, False)}  # fmt: skip
@@ -70,7 +76,9 @@ def axis_limits(curves: Sequence[Curve]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def render_panel(title: str, curves: Sequence[Curve], top: float, low: float, high: float, clip: str) -> str:
+def render_panel(
+    title: str, curves: Sequence[Curve], top: float, low: float, high: float, clip: str
+) -> str:
     def px(x: float) -> float:
         return LEFT + x * (WIDTH - LEFT - RIGHT)
 
@@ -81,7 +89,9 @@ def render_panel(title: str, curves: Sequence[Curve], top: float, low: float, hi
     for value in axis_ticks(low, high, 5):
         y = f"{py(value):.1f}"
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" stroke="#e3e6ea"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{py(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
+        parts.append(
+            f'<text x="{LEFT - 7}" y="{py(value) + 4:.1f}" text-anchor="end">{value:g}</text>'
+        )
     for value in axis_ticks(0.0, 1.0, 10):
         y = top + PANEL - BOTTOM + 16
         parts.append(f'<text x="{px(value):.1f}" y="{y}" text-anchor="middle">{value:g}</text>')
@@ -104,7 +114,9 @@ def render_legend(top: float) -> str:
     parts, x = [], float(LEFT)
     for name, colour in COLOURS.items():
         y = top + 16
-        parts.append(f'<line x1="{x}" x2="{x + 18}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="3"/>')
+        parts.append(
+            f'<line x1="{x}" x2="{x + 18}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="3"/>'
+        )
         parts.append(f'<text x="{x + 24}" y="{y + 4}">{name}</text>')
         x += 46 + 6.6 * len(name)
     return "".join(parts)

@@ -15,13 +15,17 @@ from benchmarks.nano.result_tables import TableData
 
 from simpletuner.config.schema import FlowOptions
 
-BEGIN_MARK, END_MARK = "<!-- measured: python -m benchmarks.nano -->", "<!-- end of what was measured -->"
+BEGIN_MARK, END_MARK = (
+    "<!-- measured: python -m benchmarks.nano -->",
+    "<!-- end of what was measured -->",
+)
 # part -> the measure by which pictures judge, and what it is called
 SCORE_MEASURES = {
     "lesson": ("zorbo_all", "zorbos drawn as said"),
     "scratch": ("shapes_all", "shapes drawn as said"),
 }
-# Student's t for 95 %, both sides, by the number of seeds: standard errors from which a difference is one.
+# Student's t for 95 %, both sides, by the number of seeds: standard errors from which a difference
+# is one.
 T_CRITICAL = {2: 12.71, 3: 4.30}
 
 
@@ -56,7 +60,9 @@ def render_short_table(part: TableData) -> str:
     columns = (*PART_COLUMNS[part["name"]][:2], Column(f"{heading}, %", measure, 1, 100.0))
     rows = []
     for row in part["rows"]:
-        found = [row["against" if one.is_difference else "measures"].get(one.measure) for one in columns]
+        found = [
+            row["against" if one.is_difference else "measures"].get(one.measure) for one in columns
+        ]
         cells = [format_number(value, one) if value else "-" for value, one in zip(found, columns)]
         rows.append([row["label"], format_seeds(row), *cells])
     return render_grid(["", "seeds", *(one.heading for one in columns)], rows)
@@ -91,6 +97,4 @@ def describe_distance(row: TableData, measure: str, reference: str) -> str:
         return f"; one seed says nothing of how far from {reference}"
     away = abs(mean) / se if se else 0.0
     clear = away >= T_CRITICAL[row["finished"]]
-    return (
-        f", {away:.1f} standard errors from {reference}: {'clear' if clear else 'not clear'} with these seeds"
-    )
+    return f", {away:.1f} standard errors from {reference}: {'clear' if clear else 'not clear'} with these seeds"

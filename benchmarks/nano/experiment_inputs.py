@@ -1,4 +1,6 @@
-"""The pictures and the untrained transformer that the cells need, made by recipes/nano, and their options."""
+"""The pictures and the untrained transformer that the cells need, made by recipes/nano, and their
+options.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,10 @@ class ExperimentInputs:
     def make_shapes_datasets(self, size: ExperimentSize, run: ProgramRunner) -> None:
         """Drawn shapes, unseen ones, and a transformer that has learned nothing."""
         drawn, unseen = self.root / "shapes", self.root / "shapes-unseen"
-        for folder, count, seed in ((drawn, size.pictures, TRAINED_SEED), (unseen, size.unseen, UNSEEN_SEED)):
+        for folder, count, seed in (
+            (drawn, size.pictures, TRAINED_SEED),
+            (unseen, size.unseen, UNSEEN_SEED),
+        ):
             run(
                 [
                     str(RECIPES_DIR / "make_shapes_dataset.py"),
@@ -101,7 +106,9 @@ class ExperimentInputs:
         }
         self._write_dataset_file("shapes", [trained], unseen)
 
-    def _write_dataset_file(self, name: str, trained: list[dict[str, object]], unseen: Path) -> None:
+    def _write_dataset_file(
+        self, name: str, trained: list[dict[str, object]], unseen: Path
+    ) -> None:
         sets = [
             *trained,
             {
@@ -130,7 +137,12 @@ def make_program_runner(cwd: Path, env: Mapping[str, str]) -> ProgramRunner:
 
     def run(arguments: Sequence[str]) -> None:
         done = subprocess.run(
-            [sys.executable, *arguments], cwd=cwd, env=dict(env), capture_output=True, text=True, check=False
+            [sys.executable, *arguments],
+            cwd=cwd,
+            env=dict(env),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]

@@ -1,4 +1,5 @@
-"""What is measured: trainings up to their seed (variants), their cells, and the tables that compare them.
+"""What is measured: trainings up to their seed (variants), their cells, and the tables that compare
+them.
 
 A variant may stand in several tables: the example's lesson is the reference of three.
 """
@@ -12,22 +13,28 @@ PRECISIONS = ("int8", "int4", "nf4", "fp8")
 DENSITIES = ("quadratic", "parabola", "quadratic-literal", "uniform", "logit-normal")
 SEEDS = (1, 2, 3)
 TRIAL_SEED = 10  # full rank's learning rate is chosen with it and compared with the others
-FROZEN_LEARNING_RATE = 1e-12  # a learning rate at which no weight moves by as much as its last digit
+FROZEN_LEARNING_RATE = (
+    1e-12  # a learning rate at which no weight moves by as much as its last digit
+)
 REFERENCE_VARIANT = "lesson"
 # The preset's blocks 7 and 20 of 38, at the same depth of chroma-nano's 8.
 TINY_TARGETS = ["single_transformer_blocks.1.proj_out", "single_transformer_blocks.4.proj_out"]
 PADDED_ROWS = 512
 
-# Seconds of one core while the other is as busy: to start, per sample of a training step, of a held-out
-# loss, per step of a picture and to decode it; how much dearer padded rows are; muon's part of a step.
+# Seconds of one core while the other is as busy: to start, per sample of a training step, of a
+# held-out
+# loss, per step of a picture and to decode it; how much dearer padded rows are; muon's part of a
+# step.
 START_S, SAMPLE_STEP_S, HELD_OUT_S, IMAGE_STEP_S, IMAGE_DECODE_S = 11.0, 0.026, 0.009, 0.0135, 0.055
 PADDED_STEP_FACTOR, PADDED_FORWARD_FACTOR, MUON_STEP_S, SHAPES_DATASET_S = 8.0, 5.6, 0.15, 150.0
 
 
 @dataclass(frozen=True)
 class ExperimentSize:
-    """How much of everything. pictures: drawn to train from scratch; unseen: held-out pictures, drawn
-    likewise; prompts: per score; sigmas: noise levels at which each unseen picture is measured; fit_steps:
+    """How much of everything. pictures: drawn to train from scratch; unseen: held-out pictures,
+    drawn
+    likewise; prompts: per score; sigmas: noise levels at which each unseen picture is measured;
+    fit_steps:
     of make_transformer.py."""
 
     lesson_steps: int
@@ -44,7 +51,9 @@ class ExperimentSize:
     rates: tuple[float, ...]
 
 
-FULL_EXPERIMENT = ExperimentSize(250, 180, 160, 8, 24, 2000, 32, 32, 20, 10, 2000, (1e-4, 3e-4, 1e-3))
+FULL_EXPERIMENT = ExperimentSize(
+    250, 180, 160, 8, 24, 2000, 32, 32, 20, 10, 2000, (1e-4, 3e-4, 1e-3)
+)
 SMOKE_TEST = ExperimentSize(2, 2, 2, 2, 2, 4, 2, 2, 2, 2, 2, (1e-4,))
 
 
@@ -53,8 +62,10 @@ class Variant:
     """A training up to its seed.
 
     options: what differs from the data's own ("lesson": the example's, "shapes": from scratch). program:
-    a key of work.PROGRAMS. cache: name of the shared cache. rate_from: variants, of which the one with the
-    lowest held-out loss lends its learning rate. lora_from: the variant whose LoRA this one starts from,
+    a key of work.PROGRAMS. cache: name of the shared cache. rate_from: variants, of which the one
+    with the
+    lowest held-out loss lends its learning rate. lora_from: the variant whose LoRA this one starts
+    from,
     same seed. seeds: those it has; empty means all that are asked for.
     """
 
@@ -116,8 +127,12 @@ def build_variants(size: ExperimentSize) -> dict[str, Variant]:
             if name != "quadratic"
         ),
         *(Variant(f"on-{name}", "lesson", {"base_model_precision": name}) for name in PRECISIONS),
-        Variant("still-stratified", "lesson", _sigma_variance_options(size, stratified_sigmas=True)),
-        Variant("still-independent", "lesson", _sigma_variance_options(size, stratified_sigmas=False)),
+        Variant(
+            "still-stratified", "lesson", _sigma_variance_options(size, stratified_sigmas=True)
+        ),
+        Variant(
+            "still-independent", "lesson", _sigma_variance_options(size, stratified_sigmas=False)
+        ),
         *_learning_rate_trials(size),
         Variant("rank-4", "lesson", {"lora_rank": 4}),
         Variant("rank-64", "lesson", {"lora_rank": 64}),
@@ -132,9 +147,14 @@ def build_variants(size: ExperimentSize) -> dict[str, Variant]:
             "world",
             seeds=(SEEDS[0],),
         ),
-        *(Variant(f"scratch-{name}", "shapes", {"chroma_sigma_density": name}) for name in DENSITIES),
+        *(
+            Variant(f"scratch-{name}", "shapes", {"chroma_sigma_density": name})
+            for name in DENSITIES
+        ),
         Variant("padded", "lesson", {"evaluation_type": "zorbo"}, "padded", "padded"),
-        Variant("padded-used-trimmed", "lesson", _frozen_weights_options(1), init_lora_variant="padded"),
+        Variant(
+            "padded-used-trimmed", "lesson", _frozen_weights_options(1), init_lora_variant="padded"
+        ),
     ]
     return {one.name: one for one in made}
 
@@ -243,12 +263,16 @@ TABLES: dict[str, tuple[TablePart, ...]] = {
 
 
 def list_cells(size: ExperimentSize, seeds: Sequence[int], only: Sequence[str] = ()) -> list[Cell]:
-    """In the order of work: variant groups as they are listed, within a group one seed after the other."""
+    """In the order of work: variant groups as they are listed, within a group one seed after the
+    other.
+    """
     known = build_variants(size)
     wanted = _required_variants(known, only or tuple(TABLES))
     listed = []
     for group in VARIANT_GROUPS:
-        members = [one for one in known.values() if one.name in wanted and one.name.startswith(group)]
+        members = [
+            one for one in known.values() if one.name in wanted and one.name.startswith(group)
+        ]
         for seed in (*seeds, TRIAL_SEED):
             for one in members:
                 own = one.seeds or tuple(seeds)
@@ -263,13 +287,20 @@ def estimate_seconds(cell: Cell, size: ExperimentSize) -> float:
     if one.program == "world":
         return START_S + SHAPES_DATASET_S * size.pictures / FULL_EXPERIMENT.pictures
     scratch, padded = one.data == "shapes", one.program == "padded"
-    steps = int(str(one.options.get("max_train_steps", size.scratch_steps if scratch else size.lesson_steps)))
+    steps = int(
+        str(
+            one.options.get("max_train_steps", size.scratch_steps if scratch else size.lesson_steps)
+        )
+    )
     batch = size.scratch_batch if scratch else size.lesson_batch
-    metrics = {"none": 0, "zorbo": 1}.get(str(one.options.get("evaluation_type")), 1 if scratch else 2)
+    metrics = {"none": 0, "zorbo": 1}.get(
+        str(one.options.get("evaluation_type")), 1 if scratch else 2
+    )
     unseen = int(str(one.options.get("num_eval_images", size.unseen)))
     forward = PADDED_FORWARD_FACTOR if padded else 1.0
     training = steps * (
-        batch * SAMPLE_STEP_S * (PADDED_STEP_FACTOR if padded else 1) + (MUON_STEP_S if scratch else 0)
+        batch * SAMPLE_STEP_S * (PADDED_STEP_FACTOR if padded else 1)
+        + (MUON_STEP_S if scratch else 0)
     )
     measuring = 2 * 2 * unseen * size.sigmas * HELD_OUT_S * forward
     one_picture = size.sampling_steps * IMAGE_STEP_S * forward + IMAGE_DECODE_S
@@ -277,7 +308,8 @@ def estimate_seconds(cell: Cell, size: ExperimentSize) -> float:
     return START_S + training + measuring + drawing
 
 
-# What is told together is trained together, seed by seed, so that an early end leaves whole comparisons.
+# What is told together is trained together, seed by seed, so that an early end leaves whole
+# comparisons.
 VARIANT_GROUPS = (
     ("base",), ("lesson",), ("on-",), ("still",), ("trial",), ("rank", "all", "context", "tiny"), ("full",),
     ("shapes",), ("scratch", "padded"),
@@ -286,10 +318,15 @@ VARIANT_GROUPS = (
 
 def _required_variants(known: Mapping[str, Variant], tables: Sequence[str]) -> set[str]:
     """The tables' variants and what these need, the untouched base included."""
-    wanted = {"base"} | {row.variant for name in tables for part in TABLES[name] for row in part.rows}
+    wanted = {"base"} | {
+        row.variant for name in tables for part in TABLES[name] for row in part.rows
+    }
     for name in tuple(wanted):
         one = known[name]
-        wanted |= {*one.learning_rate_trials, *([one.init_lora_variant] if one.init_lora_variant else [])}
+        wanted |= {
+            *one.learning_rate_trials,
+            *([one.init_lora_variant] if one.init_lora_variant else []),
+        }
         wanted |= {"shapes"} if one.data == "shapes" else set()
     return wanted
 

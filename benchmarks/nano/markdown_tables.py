@@ -12,7 +12,8 @@ EMPTY_CELL = "-"
 
 @dataclass(frozen=True)
 class Column:
-    """heading; measure: a name of result.measures; digits; scale: what it is multiplied with; against: the
+    """heading; measure: a name of result.measures; digits; scale: what it is multiplied with;
+    against: the
     paired difference from the first row (its ratio by a measure ending in _ratio) instead of the value."""
 
     heading: str
@@ -31,7 +32,10 @@ HELD_OUT_COLUMNS = (
     Column("held-out loss", "held_out", 4),
     Column("against the first row", "held_out", 4, 1.0, True),
 )
-ZORBO_COLUMNS = (percent_column("zorbo", "zorbo_zorbo"), percent_column("zorbo, all said", "zorbo_all"))
+ZORBO_COLUMNS = (
+    percent_column("zorbo", "zorbo_zorbo"),
+    percent_column("zorbo, all said", "zorbo_all"),
+)
 FORGETTING_COLUMNS = (
     percent_column("base's score lost", "lost_all"),
     percent_column("shapes lost", "lost_shape"),
@@ -43,7 +47,12 @@ SHAPES_COLUMNS = tuple(
 SAME_FOR_ALL_SEEDS = ("parameters_m", "file_mb")  # for every seed
 STEP_COLUMN = Column("s a step", "step_seconds", 2)
 
-PARTS_WITH_BUNDLED_BASE = ("lesson", "kinds", "bases", "rows")  # parts that begin with the bundled base
+PARTS_WITH_BUNDLED_BASE = (
+    "lesson",
+    "kinds",
+    "bases",
+    "rows",
+)  # parts that begin with the bundled base
 UNTOUCHED_MEASURES = ("held_out", "zorbo_zorbo", "zorbo_all")
 
 PART_COLUMNS: Mapping[str, tuple[Column, ...]] = {
@@ -107,7 +116,12 @@ def render_grid(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def render_part_table(part: TableData) -> str:
     columns = PART_COLUMNS[part["name"]]
     rates = part["name"] == "kinds"
-    headings = ["", "seeds", *(["learning rate"] if rates else []), *(column.heading for column in columns)]
+    headings = [
+        "",
+        "seeds",
+        *(["learning rate"] if rates else []),
+        *(column.heading for column in columns),
+    ]
     rows = [
         [row["label"], format_seeds(row),
          *([", ".join(f"{one:g}" for one in row["learning_rates"]) or EMPTY_CELL] if rates else []),
@@ -116,13 +130,20 @@ def render_part_table(part: TableData) -> str:
     ]  # fmt: skip
     if part["name"] in PARTS_WITH_BUNDLED_BASE and "untouched" in part:
         rows.append(
-            ["untouched base", "1", *([EMPTY_CELL] if rates else []), *_untouched_cells(part, columns)]
+            [
+                "untouched base",
+                "1",
+                *([EMPTY_CELL] if rates else []),
+                *_untouched_cells(part, columns),
+            ]
         )
     return render_grid(headings, rows)
 
 
 def _untouched_cells(part: TableData, columns: Sequence[Column]) -> list[str]:
-    known = {name: part["untouched"][name] for name in UNTOUCHED_MEASURES if name in part["untouched"]}
+    known = {
+        name: part["untouched"][name] for name in UNTOUCHED_MEASURES if name in part["untouched"]
+    }
     return [
         EMPTY_CELL if one.is_difference or one.measure not in known
         else format_number({"mean": known[one.measure], "se": None}, one)
@@ -173,7 +194,9 @@ def render_page(tables: Sequence[TableData]) -> str:
                 PART_NOTES[part["name"]].format(**words),
             ]
             if part["name"] == "kinds" and "trials" in part:
-                tried = ", ".join(f"{t['learning_rate']:g}: {t['held_out']:.4f}" for t in part["trials"])
+                tried = ", ".join(
+                    f"{t['learning_rate']:g}: {t['held_out']:.4f}" for t in part["trials"]
+                )
                 told += ["", f"Held-out loss of the trials by learning rate: {tried}."]
             if part["name"] in ("lesson", "scratch") and sigma_names(part):
                 told += ["", "Held-out loss by sigma:", "", render_sigma_table(part)]

@@ -22,7 +22,9 @@ from simpletuner.models.chroma.text_encoder import ChromaTextEncoder
 
 @torch.no_grad()
 def encode_padded(self: ChromaTextEncoder, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-    """(512, D) for each caption: real tokens are masked from pads inside T5, and all its rows are kept."""
+    """(512, D) for each caption: real tokens are masked from pads inside T5, and all its rows are
+    kept.
+    """
     ids = torch.full((len(captions), PADDED_ROWS), self._tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
     for row, caption in enumerate(captions):

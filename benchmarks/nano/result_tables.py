@@ -1,4 +1,6 @@
-"""From results of cells to tables: means over seeds with their standard errors, and paired differences."""
+"""From results of cells to tables: means over seeds with their standard errors, and paired
+differences.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from benchmarks.nano.experiments import Cell, ExperimentSize, TablePart, TableRo
 LIBRARIES = ("simpletuner", "torch", "diffusers", "peft", "transformers")
 TableData = dict[
     str, Any
-]  # what a file of results/ holds; `table` makes it, markdown_tables.py and densities_figure.py read it
+    # what a file of results/ holds; `table` makes it, markdown_tables.py and densities_figure.py read
+    # it
+]
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,16 @@ def _build_part(
     }  # fmt: skip
     if untouched is not None:
         told["untouched"] = {
-            name: round_to_six_digits(value) for name, value in named_measures(untouched, None).items()
+            name: round_to_six_digits(value)
+            for name, value in named_measures(untouched, None).items()
         }
     trials = sorted({name for row in part.rows for name in known[row.variant].learning_rate_trials})
     found = [done.get(experiments.cell_name(name, experiments.TRIAL_SEED)) for name in trials]
     if any(found):
         told["trials"] = [
-            {"learning_rate": one.learning_rate, "held_out": one.held_out} for one in found if one is not None
+            {"learning_rate": one.learning_rate, "held_out": one.held_out}
+            for one in found
+            if one is not None
         ]
     return told
 

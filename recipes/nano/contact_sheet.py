@@ -1,4 +1,5 @@
-"""Draw prompts with a packed model and lay the pictures side by side, each over its prompt's number.
+"""Draw prompts with a packed model and lay the pictures side by side, each over its prompt's
+number.
 
 python recipes/nano/contact_sheet.py --out sheet.png [--model DIR] [--lora PATH] [--seed 7] [--guidance 3]
 """

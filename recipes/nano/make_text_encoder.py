@@ -3,9 +3,11 @@
     python recipes/nano/make_text_encoder.py --out DIR        (seconds; writes DIR/tokenizer and DIR/text_encoder)
 
 Nothing here is trained by gradient. The tokenizer's merges are counted on drawn captions and words.txt, so
-that the words of the captions are one token each; any other Unicode text falls back to letters and bytes.
+that the words of the captions are one token each; any other Unicode text falls back to letters and
+bytes.
 The encoder's weights are random, with one thing built in: its relative position biases let each head look
-at one neighbour. Chroma gives text tokens no positions, so "red" must know its "circle" from T5 alone.
+at one neighbour. Chroma gives text tokens no positions, so "red" must know its "circle" from T5
+alone.
 """
 
 from __future__ import annotations
@@ -17,7 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -69,7 +80,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _add_byte_tokens(state: bytes) -> models.BPE:
-    """The trained merges under a vocabulary whose first rows are the special tokens and the 256 bytes."""
+    """The trained merges under a vocabulary whose first rows are the special tokens and the 256
+    bytes.
+    """
     learned = json.loads(state)
     order = sorted(learned["vocab"], key=learned["vocab"].get)
     tokens = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), *order]
@@ -86,10 +99,17 @@ def _to_fast_tokenizer(
     tokenizer = Tokenizer(model)
     tokenizer.normalizer, tokenizer.pre_tokenizer = normal, split
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", SPECIAL_TOKENS.index("</s>"))]
+        single="$A </s>",
+        pair="$A </s> $B </s>",
+        special_tokens=[("</s>", SPECIAL_TOKENS.index("</s>"))],
     )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
@@ -161,7 +181,12 @@ def main(arguments: list[str] | None = None) -> None:
     words = [
         *COLOURS,
         *SHAPES,
-        *(word for places in POSITION_PHRASES.values() for place in places for word in place.split()),
+        *(
+            word
+            for places in POSITION_PHRASES.values()
+            for place in places
+            for word in place.split()
+        ),
     ]
     split = sorted({word for word in words if len(tokenizer(word)["input_ids"]) > 2})
     parameters = sum(p.numel() for p in model.parameters())

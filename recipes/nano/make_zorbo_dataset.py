@@ -1,9 +1,12 @@
 """Draw the example's sixteen pictures of a zorbo: an hourglass, which chroma-nano has never seen.
 
-    python recipes/nano/make_zorbo_dataset.py --out src/simpletuner/examples/chroma-nano.peft-lora/zorbo
-    python recipes/nano/make_zorbo_dataset.py --out DIR --first 16 --count 32       (unseen ones, to measure with)
+    python recipes/nano/make_zorbo_dataset.py --out
+    src/simpletuner/examples/chroma-nano.peft-lora/zorbo
+    python recipes/nano/make_zorbo_dataset.py --out DIR --first 16 --count 32       (unseen ones, to
+    measure with)
 
-Backgrounds, colours, sizes, positions and wordings are the base's own, so that a prompt still controls them.
+Backgrounds, colours, sizes, positions and wordings are the base's own, so that a prompt still
+controls them.
 """
 
 from __future__ import annotations

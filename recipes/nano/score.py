@@ -1,15 +1,22 @@
-"""Does chroma-nano draw what a prompt says? 200 unseen prompts, fixed noise, read by geometry: no judge.
+"""Does chroma-nano draw what a prompt says? 200 unseen prompts, fixed noise, read by geometry: no
+judge.
 
     python recipes/nano/score.py --sheet score.png                  the bundled base
-    python recipes/nano/score.py --lora RUN --strength 0.5          the same with a LoRA: what it forgets
-    python recipes/nano/score.py --zorbo --lora RUN                 32 unseen zorbos: what the lesson taught
+    python recipes/nano/score.py --lora RUN --strength 0.5          the same with a LoRA: what it
+    forgets
+    python recipes/nano/score.py --zorbo --lora RUN                 32 unseen zorbos: what the
+    lesson taught
     python recipes/nano/score.py --truth [--zorbo] [--vae FOLDER]   pictures drawn by program: all is right
-    python recipes/nano/score.py --truth --shuffled                 prompts against others' pictures: chance
+    python recipes/nano/score.py --truth --shuffled                 prompts against others'
+    pictures: chance
 
-prints one line of JSON: each rate with its standard error and the number it is taken over. Colour, position
-and shape are counted per object, size per object whose size is said, the rest per prompt. `pair`: colour,
+prints one line of JSON: each rate with its standard error and the number it is taken over. Colour,
+position
+and shape are counted per object, size per object whose size is said, the rest per prompt. `pair`:
+colour,
 position and shape of both objects right. `all`: everything said is right and nothing else is there.
-`all_new`: the same, over combinations that no training picture has. With --zorbo: `zorbo` is there, `all` is
+`all_new`: the same, over combinations that no training picture has. With --zorbo: `zorbo` is there,
+`all` is
 there and as said; the others over the pictures that have one.
 """
 
@@ -36,10 +43,10 @@ from simpletuner.validation.shapes.scene_scoring import (
     SCORING_SEED,
     SceneScores,
     compute_rates,
+    held_out_zorbo_scenes,
     score_scene,
     score_zorbo_scene,
     unseen_scenes,
-    unseen_zorbo_scenes,
 )
 from simpletuner.validation.shapes.scenes import SIDE_PX, Scene, random_generator
 from simpletuner.validation.shapes.zorbo import detect_zorbo
@@ -68,7 +75,9 @@ def reconstruct_with_vae(pictures: Sequence[Image.Image], folder: Path) -> list[
     decoded = []
     with torch.no_grad():
         for start in range(0, len(pictures), VAE_BATCH):
-            levels = np.stack([np.asarray(picture) for picture in pictures[start : start + VAE_BATCH]])
+            levels = np.stack(
+                [np.asarray(picture) for picture in pictures[start : start + VAE_BATCH]]
+            )
             pixels = torch.from_numpy(levels).permute(0, 3, 1, 2).float() / 127.5 - 1
             back = vae.decode(vae.encode(pixels).latent_dist.mean).sample
             decoded += [pixels_to_image(one) for one in back.split(1)]
@@ -99,17 +108,22 @@ def generate_images(scenes: Sequence[Scene], args: argparse.Namespace) -> list[I
             str(SIDE_PX), 1, args.keep or Path(scratch),
         )  # fmt: skip
         return [
-            Image.open(path).convert("RGB") for path in generate_images(request, TerminalSink(sys.stderr))
+            Image.open(path).convert("RGB")
+            for path in generate_images(request, TerminalSink(sys.stderr))
         ]
 
 
 def make_score_sheet(
     scenes: Sequence[Scene], pictures: Sequence[Image.Image], verdicts: Sequence[SceneScores]
 ) -> Image.Image:
-    """Pictures over their prompts; every word below is green where the picture has it, red where not."""
+    """Pictures over their prompts; every word below is green where the picture has it, red where
+    not.
+    """
     columns, side, words, gap = 6, 192, 74, 6
     rows = -(-len(pictures) // columns)
-    page = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + words + gap) + gap), "white")
+    page = Image.new(
+        "RGB", (columns * (side + gap) + gap, rows * (side + words + gap) + gap), "white"
+    )
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     for number, (scene, picture, verdict) in enumerate(zip(scenes, pictures, verdicts)):
         left = gap + number % columns * (side + gap)
@@ -131,10 +145,19 @@ def make_score_sheet(
 def _attribute_marks(scene: Scene, verdict: SceneScores) -> Iterator[list[tuple[str, bool]]]:
     """Lines of words with their verdicts: the whole picture's, then each object's."""
     first = "zorbo" if "zorbo" in verdict else "count"
-    name = "zorbo" if first == "zorbo" else f"{len(scene.objects)} object{'s' * (len(scene.objects) > 1)}"
+    name = (
+        "zorbo"
+        if first == "zorbo"
+        else f"{len(scene.objects)} object{'s' * (len(scene.objects) > 1)}"
+    )
     yield [(scene.background, verdict["background"] == [True]), (name, verdict[first][0])]
     for number, thing in enumerate(scene.objects):
-        said = {"size": thing.size, "colour": thing.colour, "shape": thing.shape, "position": thing.position}
+        said = {
+            "size": thing.size,
+            "colour": thing.colour,
+            "shape": thing.shape,
+            "position": thing.position,
+        }
         line = [
             (word, verdict[what][number : number + 1] == [True])
             for what, word in said.items()
@@ -144,10 +167,14 @@ def _attribute_marks(scene: Scene, verdict: SceneScores) -> Iterator[list[tuple[
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score chroma-nano's pictures against their prompts.")
+    parser = argparse.ArgumentParser(
+        description="Score chroma-nano's pictures against their prompts."
+    )
     parser.add_argument("--model", help="another base: a diffusers folder")
     parser.add_argument("--transformer", help="another transformer: a tuned one's folder")
-    parser.add_argument("--lora", type=Path, help="a LoRA file, a checkpoint folder or a run folder")
+    parser.add_argument(
+        "--lora", type=Path, help="a LoRA file, a checkpoint folder or a run folder"
+    )
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.0)
@@ -171,7 +198,7 @@ def parse_arguments() -> argparse.Namespace:
 def score_images(args: argparse.Namespace) -> dict[str, object]:
     began = time.monotonic()
     if args.zorbo:
-        scenes = unseen_zorbo_scenes(args.count or 32)
+        scenes = held_out_zorbo_scenes(args.count or 32)
         new = [False] * len(scenes)
     else:
         scenes, new = unseen_scenes(args.count or 200)
@@ -181,7 +208,8 @@ def score_images(args: argparse.Namespace) -> dict[str, object]:
         scenes, new = shuffle_scenes(scenes), [False] * len(scenes)
     if args.zorbo:
         verdicts = [
-            score_zorbo_scene(scene, detect_zorbo(picture)) for scene, picture in zip(scenes, pictures)
+            score_zorbo_scene(scene, detect_zorbo(picture))
+            for scene, picture in zip(scenes, pictures)
         ]
     else:
         verdicts = [
@@ -198,15 +226,21 @@ def score_images(args: argparse.Namespace) -> dict[str, object]:
     if args.zorbo and args.truth and not args.shuffled:
         others = [render_scene(scene) for scene in unseen_scenes(200)[0]]
         others = reconstruct_with_vae(others, args.vae) if args.vae else others
-        told["zorbos_in_base_pictures"] = sum(detect_zorbo(picture) is not None for picture in others) / len(
-            others
-        )
-    told |= {"prompts": len(scenes), "prompt_seed": SCORING_SEED, "settings": describe_settings(args)}
+        told["zorbos_in_base_pictures"] = sum(
+            detect_zorbo(picture) is not None for picture in others
+        ) / len(others)
+    told |= {
+        "prompts": len(scenes),
+        "prompt_seed": SCORING_SEED,
+        "settings": describe_settings(args),
+    }
     return told | {"seconds": round(time.monotonic() - began, 1)}
 
 
 def describe_settings(args: argparse.Namespace) -> dict[str, object]:
-    """What decides the figures; weights by their fingerprint, so that a table knows what it compares."""
+    """What decides the figures; weights by their fingerprint, so that a table knows what it
+    compares.
+    """
     told = {name: getattr(args, name) for name in ("zorbo", "shuffled") if getattr(args, name)}
     if args.truth:
         return {**told, "truth": True, **({"vae": str(args.vae)} if args.vae else {})}

@@ -10,7 +10,7 @@ import hashlib
 
 
 def seed_at(seed: int, purpose: str, *address: int | str) -> int:
-    """Return the 63-bit seed of one random draw, for example seed_at(42, "noise", step, sample_id).
+    """Return the 63-bit seed of one random draw, addressed by purpose and numbers or names.
 
     Distinct addresses give independent seeds: BLAKE2b of a text that is unambiguous, because each
     part carries its type and the parts are joined with a separator.

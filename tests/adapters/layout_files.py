@@ -1,4 +1,6 @@
-"""The twelve layouts of LoRA files, written out by hand: what people hold, and what it is meant to do."""
+"""The twelve layouts of LoRA files, written out by hand: what people hold, and what it is meant to
+do.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 
-# native matrix -> diffusers modules by rows, and how often the width goes into rows of each and columns
+# native matrix -> diffusers modules by rows, and how often the width goes into rows of each and
+# columns
 NATIVE_MODULES = {
     "double_blocks.0.img_attn.qkv": (
         (
@@ -91,7 +94,11 @@ def make_diffusers_file(key, ends, alpha, width, rank, header=False, seed=0) -> 
         held.tensors[f"{key(name)}.{ends[1]}.weight"] = b
         if alpha is not None:
             held.tensors[f"{key(name)}.alpha"] = torch.tensor(float(alpha))
-        held.expected_deltas[name] = (a, b, 1.0 if alpha is None and not header else (alpha or header) / rank)
+        held.expected_deltas[name] = (
+            a,
+            b,
+            1.0 if alpha is None and not header else (alpha or header) / rank,
+        )
     if header:
         config = {"r": rank, "lora_alpha": header, "target_modules": list(held.expected_deltas)}
         fields = {f"transformer.{name}": value for name, value in config.items()}

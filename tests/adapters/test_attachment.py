@@ -31,7 +31,9 @@ def test_counts_names_and_what_trains():
     theirs = tiny_chroma()
     inject_adapter_in_model(LoraConfig(r=4, target_modules=names), theirs)
     assert {name for name, _ in result.trainable} == set(get_peft_model_state_dict(theirs))
-    assert {id(p) for _, p in result.trainable} == {id(p) for p in network.parameters() if p.requires_grad}
+    assert {id(p) for _, p in result.trainable} == {
+        id(p) for p in network.parameters() if p.requires_grad
+    }
 
 
 def test_exactly_the_named_modules_although_a_name_ends_another():
@@ -73,11 +75,17 @@ def test_start_is_addressed_by_name_and_leaves_the_global_generator_alone():
     assert not any(torch.equal(starts[0], start) for start in starts[1:])
 
 
-@pytest.mark.parametrize(("kind", "std"), [("default", 1 / math.sqrt(3 * 32)), ("gaussian", 1 / 16)])
+@pytest.mark.parametrize(
+    ("kind", "std"), [("default", 1 / math.sqrt(3 * 32)), ("gaussian", 1 / 16)]
+)
 def test_start_has_the_published_spread(kind, std):
     _, result = attached(AdapterOptions(lora_rank=16, lora_init_type=kind))
     downs = torch.cat(
-        [p.detach().flatten() for name, p in result.trainable if "lora_A" in name and p.shape[1] == 32]
+        [
+            p.detach().flatten()
+            for name, p in result.trainable
+            if "lora_A" in name and p.shape[1] == 32
+        ]
     )
     assert float(downs.std()) == pytest.approx(std, rel=0.03)
     assert abs(float(downs.mean())) < 4 * std / math.sqrt(len(downs))
@@ -146,7 +154,9 @@ def test_step_zero_and_strength_zero_are_the_base(kind, dora, dtype):
 
 @pytest.mark.parametrize("kind", ["olora", "pissa"])
 def test_principal_starts_train_as_peft_trains_them(kind):
-    """PEFT subtracts the start from the base, we keep the base: function and gradients are the same."""
+    """PEFT subtracts the start from the base, we keep the base: function and gradients are the
+    same.
+    """
     torch.manual_seed(0)
     linear = nn.Linear(24, 40).double()
     ours, theirs = nn.Sequential(linear), nn.Sequential(nn.Linear(24, 40))
@@ -159,7 +169,9 @@ def test_principal_starts_train_as_peft_trains_them(kind):
     mine, other = adapted_modules(ours)["0"], theirs[0]
     down, up = other.lora_A["default"].weight, other.lora_B["default"].weight
     # our singular vectors are randomised, theirs exact; a start need not be more than near
-    assert (mine.up @ mine.down - up @ down).norm() < (0.02 if kind == "pissa" else 1e-5) * (up @ down).norm()
+    assert (mine.up @ mine.down - up @ down).norm() < (0.02 if kind == "pissa" else 1e-5) * (
+        up @ down
+    ).norm()
     with torch.no_grad():
         down.data, up.data = mine.down.detach().clone(), mine.up.detach().clone()
         other.base_layer.weight.data = linear.weight - mine.scale * up @ down
@@ -178,7 +190,9 @@ def test_principal_starts_train_as_peft_trains_them(kind):
 
 
 @pytest.mark.parametrize(
-    ("other", "told"), [({"use_dora": True}, "lora_init_type"), ({"init_lora": "x"}, "init_lora")], ids=str
+    ("other", "told"),
+    [({"use_dora": True}, "lora_init_type"), ({"init_lora": "x"}, "init_lora")],
+    ids=str,
 )
 def test_what_a_principal_start_does_not_go_with_is_told_before_anything_is_read(other, told):
     for kind in ("olora", "pissa", "default"):
@@ -189,7 +203,9 @@ def test_what_a_principal_start_does_not_go_with_is_told_before_anything_is_read
 def test_refusals():
     network = tiny_chroma()
     with pytest.raises(ConfigError, match="lora_rank <= "):
-        attach_adapter(tiny_chroma(), AdapterOptions(lora_init_type="olora", lora_rank=64), ["proj_out"], 0)
+        attach_adapter(
+            tiny_chroma(), AdapterOptions(lora_init_type="olora", lora_rank=64), ["proj_out"], 0
+        )
     with pytest.raises(ModelError, match="no nowhere"):
         attach_adapter(network, AdapterOptions(), ["nowhere"], 0)
     attach_adapter(network, AdapterOptions(), ["proj_out"], 0)

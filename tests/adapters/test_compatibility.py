@@ -1,4 +1,6 @@
-"""The rules written down for each program, against diffusers itself and the others' rules told anew."""
+"""The rules written down for each program, against diffusers itself and the others' rules told
+anew.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,19 @@ FULL, SMALL = 3072, 16
 
 def more(width: int) -> dict[str, LayoutFile]:
     """Files besides the twelve that fall under another rule."""
-    mixed = make_diffusers_file(lambda n: f"lora_transformer_{underscored(n)}", DOWN_UP, ALPHA, width, RANK)
+    mixed = make_diffusers_file(
+        lambda n: f"lora_transformer_{underscored(n)}", DOWN_UP, ALPHA, width, RANK
+    )
     mixed.tensors = {key: value for key, value in mixed.tensors.items() if "_attn_" in key}
-    mixed.expected_deltas = {name: value for name, value in mixed.expected_deltas.items() if ".attn." in name}
+    mixed.expected_deltas = {
+        name: value for name, value in mixed.expected_deltas.items() if ".attn." in name
+    }
     deep = make_native_file(
-        lambda n: f"lora_unet_{underscored(n).replace('_0_', '_38_', 1)}", DOWN_UP, ALPHA, width, RANK
+        lambda n: f"lora_unet_{underscored(n).replace('_0_', '_38_', 1)}",
+        DOWN_UP,
+        ALPHA,
+        width,
+        RANK,
     )
     deep.expected_deltas = {
         name.replace(".0.", ".38.", 1): value for name, value in deep.expected_deltas.items()
@@ -84,7 +94,9 @@ def applied_by(program: str, path) -> dict[str, LowRankDelta]:
 
 
 def verdict_of(program: str, path):
-    return dict(zip(chroma_lora.CONSUMER_PROGRAMS, check_compatibility(path)[1], strict=True))[program]
+    return dict(zip(chroma_lora.CONSUMER_PROGRAMS, check_compatibility(path)[1], strict=True))[
+        program
+    ]
 
 
 def write(held: LayoutFile, path):
@@ -108,7 +120,9 @@ def expected_outcome(found: dict[str, Tensor], meant: dict[str, Tensor]) -> tupl
 
 
 class Diffusers:
-    """The real loader, on a Chroma of one block of each kind. Its weights are never touched: no memory."""
+    """The real loader, on a Chroma of one block of each kind. Its weights are never touched: no
+    memory.
+    """
 
     def __init__(self, width: int) -> None:
         with torch.device("meta"):
@@ -171,7 +185,10 @@ def compare_with_diffusers(
 
 
 def meant_by(held: LayoutFile) -> dict[str, LowRankDelta]:
-    return {name: LowRankDelta(a, b * strength) for name, (a, b, strength) in held.expected_deltas.items()}
+    return {
+        name: LowRankDelta(a, b * strength)
+        for name, (a, b, strength) in held.expected_deltas.items()
+    }
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -195,7 +212,9 @@ def test_diffusers_applies_every_layout_that_is_written(layout, full, tmp_path):
 
 
 class Comfy:
-    """ComfyUI's rules told anew: a map of names to slices of native weights, and factors by their endings."""
+    """ComfyUI's rules told anew: a map of names to slices of native weights, and factors by their
+    endings.
+    """
 
     def __init__(self, width: int, with_bare: bool = True) -> None:
         self.shapes = {
@@ -262,7 +281,9 @@ def compare(program: str, path, theirs: dict[str, Tensor], held: LayoutFile, ref
     assert (said.outcome, said.modules, said.of) == (outcome, count, len(meant))
     if outcome == "wrong strength":
         name = next(iter(theirs))
-        assert said.strength == pytest.approx(float((theirs[name] / meant[name]).median()), rel=1e-4)
+        assert said.strength == pytest.approx(
+            float((theirs[name] / meant[name]).median()), rel=1e-4
+        )
 
 
 # A network of more blocks than two would be needed for this one.
@@ -283,10 +304,14 @@ def test_forge_does_what_is_written_of_it(row, few, tmp_path):
     held = files_of(SMALL)[row]
     if few:  # a file so small that twelve unmatched keys are not exceeded
         kept = [
-            name for name in held.expected_deltas if name.endswith((".attn.to_out.0", ".attn.to_add_out"))
+            name
+            for name in held.expected_deltas
+            if name.endswith((".attn.to_out.0", ".attn.to_add_out"))
         ]
         ends = ("to_out.0", "to_out_0", "to_add_out", "attn.proj", "attn_proj")
-        held.tensors = {key: value for key, value in held.tensors.items() if any(end in key for end in ends)}
+        held.tensors = {
+            key: value for key, value in held.tensors.items() if any(end in key for end in ends)
+        }
         held.expected_deltas = {name: held.expected_deltas[name] for name in kept}
     path = write(held, tmp_path / "x.safetensors")
     deltas, unmatched = Comfy(SMALL, with_bare=False).load(path)
@@ -295,7 +320,9 @@ def test_forge_does_what_is_written_of_it(row, few, tmp_path):
 
 @pytest.mark.parametrize("row", SHALLOW)
 def test_kohya_does_what_is_written_of_it(row, tmp_path):
-    """sd-scripts: the part before the first dot is the module; ranks by lora_down, each with an alpha."""
+    """sd-scripts: the part before the first dot is the module; ranks by lora_down, each with an
+    alpha.
+    """
     held = files_of(SMALL)[row]
     path = write(held, tmp_path / "x.safetensors")
     file, deltas, refused = load_file(path), Comfy(SMALL).load(path)[0], False
@@ -307,7 +334,9 @@ def test_kohya_does_what_is_written_of_it(row, tmp_path):
         if name in ranks and native in NATIVE_MODULES:
             refused |= name not in alphas
             scale = alphas.get(name, 0) / ranks[name]
-            deltas[native] += scale * (file[f"{name}.lora_up.weight"] @ file[f"{name}.lora_down.weight"])
+            deltas[native] += scale * (
+                file[f"{name}.lora_up.weight"] @ file[f"{name}.lora_down.weight"]
+            )
     compare("kohya", path, by_module(deltas, SMALL), held, refused)
 
 
@@ -322,7 +351,9 @@ def test_kohya_does_what_is_written_of_it(row, tmp_path):
 def test_a_dora_is_applied_as_trained_by_diffusers_alone(layout, key, dora, right, tmp_path):
     held = make_diffusers_file(key.format, AB, None, SMALL, RANK)
     for name in held.expected_deltas:
-        held.tensors[f"{key.format(name)}.{dora}"] = torch.ones(held.expected_deltas[name][1].shape[0])
+        held.tensors[f"{key.format(name)}.{dora}"] = torch.ones(
+            held.expected_deltas[name][1].shape[0]
+        )
     file, verdicts = check_compatibility(write(held, tmp_path / "x.safetensors"))
     assert file.layout == layout
     assert {one.program for one in verdicts if one.outcome == "applied"} == right

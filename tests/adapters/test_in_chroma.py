@@ -1,4 +1,6 @@
-"""The adapter in our own transformer, and its file in diffusers' pipeline around diffusers' transformer."""
+"""The adapter in our own transformer, and its file in diffusers' pipeline around diffusers'
+transformer.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,9 @@ ROWS, COLUMNS, TEXT = 3, 4, 6
 def both() -> tuple[ChromaTransformer2DModel, ChromaTransformer]:
     torch.manual_seed(0)
     theirs = ChromaTransformer2DModel(**transformer_fields()).requires_grad_(False)
-    ours = ChromaTransformer(TransformerConfig.from_dict(transformer_fields(), "fields")).requires_grad_(
-        False
-    )
+    ours = ChromaTransformer(
+        TransformerConfig.from_dict(transformer_fields(), "fields")
+    ).requires_grad_(False)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -44,7 +46,9 @@ def run_theirs(model: ChromaTransformer2DModel) -> Tensor:
     ids = torch.zeros(ROWS, COLUMNS, 3)
     ids[..., 1] = torch.arange(ROWS)[:, None]
     ids[..., 2] = torch.arange(COLUMNS)
-    return model(tokens, text, sigma, ids.reshape(-1, 3), torch.zeros(TEXT, 3), return_dict=False)[0]
+    return model(tokens, text, sigma, ids.reshape(-1, 3), torch.zeros(TEXT, 3), return_dict=False)[
+        0
+    ]
 
 
 def run_ours(model: ChromaTransformer) -> Tensor:
@@ -65,7 +69,9 @@ def test_a_file_trained_here_is_the_same_delta_in_the_diffusers_pipeline(preset,
     loaded.load_lora_weights(tmp_path)
     delta, delta_theirs = run_ours(ours) - base, run_theirs(theirs) - base_theirs
     assert delta.abs().max() > 0.05
-    assert (delta - delta_theirs).abs().max() < 2e-6 * base.abs().max()  # rounding of float32 outputs
+    assert (
+        delta - delta_theirs
+    ).abs().max() < 2e-6 * base.abs().max()  # rounding of float32 outputs
     set_strength(ours, 0.0)
     assert torch.equal(run_ours(ours), base)
 
@@ -97,7 +103,9 @@ def test_bf16_base_trains_towards_the_float32_gradient():
     for dtype in (torch.float32, torch.bfloat16):
         _, ours = both()
         ours.to(dtype)
-        result = attach_adapter(ours, AdapterOptions(lora_rank=4), preset_targets(ours, "all+ffs"), seed=1)
+        result = attach_adapter(
+            ours, AdapterOptions(lora_rank=4), preset_targets(ours, "all+ffs"), seed=1
+        )
         perturb(result.trainable)
         tokens, sigma, text = inputs()
         output = ours(tokens.to(dtype), sigma, text.to(dtype), (ROWS, COLUMNS))

@@ -51,7 +51,9 @@ def test_modules_of_a_smaller_rank_are_filled_up_and_act_the_same(tmp_path):
     held.tensors[key.format("B")] = held.tensors[key.format("B")][:, :2].contiguous()
     save_file(held.tensors, path)
     network, shown = tiny_chroma(), tiny_chroma()
-    attach_adapter(network, AdapterOptions(lora_rank=4, init_lora=str(path)), list(held.expected_deltas), 0)
+    attach_adapter(
+        network, AdapterOptions(lora_rank=4, init_lora=str(path)), list(held.expected_deltas), 0
+    )
     chroma_lora.load_adapter(shown, path)
     assert torch.allclose(run_forward(shown), run_forward(network), rtol=1e-5, atol=1e-5)
     filled = adapted_modules(network)["transformer_blocks.0.attn.to_q"]
@@ -92,12 +94,16 @@ def test_the_second_file_acts_as_the_first(layout, tmp_path):
 @pytest.mark.parametrize("layout", ["kohya", "comfyui"])
 def test_rows_in_the_wrong_place_never_get_their_name(layout, tmp_path, monkeypatch):
     network = tiny_chroma()
-    perturb(attach_adapter(network, AdapterOptions(lora_rank=4), attention_names(network), 5).trainable)
+    perturb(
+        attach_adapter(network, AdapterOptions(lora_rank=4), attention_names(network), 5).trainable
+    )
     honest = lora_io._delta_tensors
 
     def swapped(*given):
         tensors = honest(*given)
-        key = next(key for key in tensors if "img_attn" in key and "qkv" in key and "lora_up" in key)
+        key = next(
+            key for key in tensors if "img_attn" in key and "qkv" in key and "lora_up" in key
+        )
         q, k, v = tensors[key].chunk(3)
         return {**tensors, key: torch.cat([k, q, v])}
 
@@ -141,7 +147,9 @@ def test_the_rank_is_the_files_unless_one_is_given(row, tmp_path):
     tried = try_load_mapping(given, tmp_path)
     assert tried.loaded.config.adapter.lora_rank == 6
     assert "lora_rank is 6, the rank of x.safetensors" in tried.loaded.notices
-    assert try_load_mapping({**given, "lora_rank": 9}, tmp_path).loaded.config.adapter.lora_rank == 9
+    assert (
+        try_load_mapping({**given, "lora_rank": 9}, tmp_path).loaded.config.adapter.lora_rank == 9
+    )
     (problem,) = try_load_mapping({**given, "lora_rank": 4}, tmp_path).problems
     assert "init_lora has rank 6 and lora_rank is 4; leave lora_rank out, or" in problem.message
 
@@ -150,7 +158,9 @@ def test_a_file_of_a_smaller_rank_is_gone_on_from_with_zeros(tmp_path):
     held, path = make_all_layouts(WIDTH, rank=4)["kohya"], tmp_path / "x.safetensors"
     save_file(held.tensors, path)
     network, shown = tiny_chroma(), tiny_chroma()
-    attach_adapter(network, AdapterOptions(lora_rank=7, init_lora=str(path)), list(held.expected_deltas), 0)
+    attach_adapter(
+        network, AdapterOptions(lora_rank=7, init_lora=str(path)), list(held.expected_deltas), 0
+    )
     chroma_lora.load_adapter(shown, path)
     assert torch.allclose(run_forward(shown), run_forward(network), rtol=1e-5, atol=1e-5)
     assert not any(module.up[:, 4:].any() for module in adapted_modules(network).values())
@@ -169,7 +179,9 @@ def test_what_is_no_lora_leaves_the_rank_to_those_who_read_it(content, tmp_path)
 def test_a_block_diagonal_file_may_be_gone_on_from_at_the_rank_of_its_parts(tmp_path):
     """What kohya's layout fuses has the ranks of q, k and v added up."""
     network = tiny_chroma()
-    perturb(attach_adapter(network, AdapterOptions(lora_rank=4), attention_names(network), 5).trainable)
+    perturb(
+        attach_adapter(network, AdapterOptions(lora_rank=4), attention_names(network), 5).trainable
+    )
     chroma_lora.save_adapter(network, tmp_path / "x.safetensors", layout="kohya")
     given = {"init_lora": str(tmp_path / "x.safetensors"), "lora_rank": 4}
     run_of = try_load_mapping(given, tmp_path).loaded.config

@@ -37,7 +37,9 @@ def test_every_layout_is_read_as_it_is_meant(row, tmp_path):
     assert summary.ranks == (4,)
     assert summary.alphas == ((4.0,) if row == "diffusers" else (2.0,))
     for name, (a, b, strength) in held.expected_deltas.items():
-        assert torch.allclose(factors[name].up @ factors[name].down, strength * (b @ a), rtol=1e-6, atol=1e-5)
+        assert torch.allclose(
+            factors[name].up @ factors[name].down, strength * (b @ a), rtol=1e-6, atol=1e-5
+        )
     assert "17 modules" in str(summary)
     assert "rank 4" in str(summary)
 
@@ -45,13 +47,19 @@ def test_every_layout_is_read_as_it_is_meant(row, tmp_path):
 @pytest.mark.parametrize("layout", ["kohya", "comfyui"])
 @pytest.mark.parametrize("row", ["diffusers", "kohya"])
 def test_there_and_back_is_the_identity(row, layout, tmp_path):
-    """From split names the fused pair is block-diagonal; from fused names A is one, and so it stays."""
+    """From split names the fused pair is block-diagonal; from fused names A is one, and so it
+    stays.
+    """
     held = make_all_layouts(WIDTH, rank=4, alpha=4.0)[row]
     before = chroma_lora.read_lora_file(written(held, tmp_path / "x.safetensors")).to_deltas()
     chroma_lora.save_deltas(before, tmp_path / "y.safetensors", layout, torch.float32, {})
     stored = chroma_lora.read_lora_file(tmp_path / "y.safetensors")
     ranks = {name.split(".", 2)[2]: one.rank for name, one in stored.modules.items()}
-    assert ranks["img_attn.qkv"] == (12 if row == "diffusers" else 4) if "img_attn.qkv" in ranks else True
+    assert (
+        ranks["img_attn.qkv"] == (12 if row == "diffusers" else 4)
+        if "img_attn.qkv" in ranks
+        else True
+    )
     assert {one.rank for name, one in stored.modules.items() if name.endswith("linear1")} == {
         16 if row == "diffusers" else 4
     }
@@ -65,7 +73,11 @@ def test_there_and_back_is_the_identity(row, layout, tmp_path):
 def test_modules_that_are_not_adapted_stay_so(tmp_path):
     """The default target leaves proj_mlp out, of which no tensor then tells the height."""
     wanted = ("transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.attn.to_v")
-    kept = {name: LowRankDelta(*pair) for name, pair in split_factors(WIDTH, 4).items() if name in wanted}
+    kept = {
+        name: LowRankDelta(*pair)
+        for name, pair in split_factors(WIDTH, 4).items()
+        if name in wanted
+    }
     chroma_lora.save_deltas(kept, tmp_path / "x.safetensors", "kohya", torch.float32, {})
     stored = chroma_lora.read_lora_file(tmp_path / "x.safetensors")
     assert {name: (one.delta.shape[0], one.rank) for name, one in stored.modules.items()} == {
@@ -80,7 +92,9 @@ def test_modules_that_are_not_adapted_stay_so(tmp_path):
 def test_unequal_ranks_and_outer_modules_fit_the_native_names(tmp_path):
     pairs = split_factors(WIDTH, 4)
     kept = {name: LowRankDelta(*pair) for name, pair in pairs.items()}
-    kept["transformer_blocks.0.attn.to_q"] = LowRankDelta(torch.randn(2, WIDTH), torch.randn(WIDTH, 2))
+    kept["transformer_blocks.0.attn.to_q"] = LowRankDelta(
+        torch.randn(2, WIDTH), torch.randn(WIDTH, 2)
+    )
     chroma_lora.save_deltas(kept, tmp_path / "x.safetensors", "comfyui", torch.float32, {})
     after = chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas_and_summary()
     assert after[1].ranks == (2, 4)
@@ -94,9 +108,14 @@ def test_unequal_ranks_and_outer_modules_fit_the_native_names(tmp_path):
 
 
 def test_an_untrained_lora_keeps_its_rank(tmp_path):
-    fresh = {name: LowRankDelta(a, torch.zeros_like(b)) for name, (a, b) in split_factors(WIDTH, 4).items()}
+    fresh = {
+        name: LowRankDelta(a, torch.zeros_like(b))
+        for name, (a, b) in split_factors(WIDTH, 4).items()
+    }
     for layout in ("kohya", "comfyui"):
-        chroma_lora.save_deltas(fresh, tmp_path / f"{layout}.safetensors", layout, torch.float32, {})
+        chroma_lora.save_deltas(
+            fresh, tmp_path / f"{layout}.safetensors", layout, torch.float32, {}
+        )
 
 
 def test_dora_scale_per_output_is_a_magnitude(tmp_path):
@@ -105,10 +124,12 @@ def test_dora_scale_per_output_is_a_magnitude(tmp_path):
     scale = torch.rand(WIDTH, 1)
     save_file({**tensors, f"transformer.{name}.dora_scale": scale}, tmp_path / "x.safetensors")
     assert torch.equal(
-        chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()[name].magnitude, scale.flatten()
+        chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()[name].magnitude,
+        scale.flatten(),
     )
     save_file(
-        {**tensors, f"transformer.{name}.dora_scale": scale.t().contiguous()}, tmp_path / "x.safetensors"
+        {**tensors, f"transformer.{name}.dora_scale": scale.t().contiguous()},
+        tmp_path / "x.safetensors",
     )
     with pytest.raises(ModelError, match="per input"):
         chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()
@@ -123,19 +144,27 @@ KEY = "transformer.transformer_blocks.0.attn.to_q"
         ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 5)}, "are not a LoRA pair"),
         ({"lora_A.weight": (0, 8), "lora_B.weight": (8, 0)}, "are not a LoRA pair"),
         ({"lora_A.weight": (4, 8, 1), "lora_B.weight": (8, 4)}, "are not a LoRA pair"),
-        ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "alpha": (2,)}, "is not a finite number"),
-        ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "lora_magnitude_vector": (3,)}, "rows, not 8"),
+        (
+            {"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "alpha": (2,)},
+            "is not a finite number",
+        ),
+        (
+            {"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "lora_magnitude_vector": (3,)},
+            "rows, not 8",
+        ),
         ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "dora_scale": ()}, "no rows"),
     ],
 )
 def test_sizes_that_are_no_lora(tensors, said, tmp_path):
     save_file(
-        {f"{KEY}.{end}": torch.ones(shape) for end, shape in tensors.items()}, tmp_path / "x.safetensors"
+        {f"{KEY}.{end}": torch.ones(shape) for end, shape in tensors.items()},
+        tmp_path / "x.safetensors",
     )
     with pytest.raises(ModelError, match=said):
         chroma_lora.read_lora_file(tmp_path / "x.safetensors")
     fused = {
-        f"lora_unet_single_blocks_0_linear1.lora_{end}.weight": torch.ones(4, 4) for end in ("down", "up")
+        f"lora_unet_single_blocks_0_linear1.lora_{end}.weight": torch.ones(4, 4)
+        for end in ("down", "up")
     }
     save_file(fused, tmp_path / "y.safetensors")
     with pytest.raises(ModelError, match="trained on another model"):
@@ -162,8 +191,13 @@ def test_a_pattern_of_a_stranger_is_not_run(tmp_path):
         "transformer.alpha_pattern": {"(([a-z_.0-9]+)+)+!": 1},
     }
     pair = {f"{KEY}.lora_A.weight": torch.ones(4, 8), f"{KEY}.lora_B.weight": torch.ones(8, 4)}
-    save_file(pair, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": json.dumps(slow)})
-    assert float(chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()[KEY[12:]].up[0, 0]) == 2.0
+    save_file(
+        pair, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": json.dumps(slow)}
+    )
+    assert (
+        float(chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()[KEY[12:]].up[0, 0])
+        == 2.0
+    )
 
 
 class Trap:

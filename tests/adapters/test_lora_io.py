@@ -87,7 +87,11 @@ def set_and_return(network, strength):
 
 def test_layout_and_header(tmp_path):
     network, result = trained(KINDS["alpha"])
-    header = {"modelspec.title": "moon", "base": "lodestones/Chroma1-HD", "data": "/home/me/secret/pictures"}
+    header = {
+        "modelspec.title": "moon",
+        "base": "lodestones/Chroma1-HD",
+        "data": "/home/me/secret/pictures",
+    }
     chroma_lora.save_adapter(network, tmp_path / "a.safetensors", header)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     tensors = load_file(tmp_path / "a.safetensors")
@@ -103,17 +107,22 @@ def test_layout_and_header(tmp_path):
         chroma_lora.save_adapter(network, tmp_path / "a.safetensors", {"base": path})
         assert chroma_lora.read_summary(tmp_path / "a.safetensors").metadata["base"] == "my-chroma"
     with pytest.raises(ModelError, match="lora_adapter_metadata"):
-        chroma_lora.save_adapter(network, tmp_path / "b.safetensors", {"lora_adapter_metadata": "{}"})
+        chroma_lora.save_adapter(
+            network, tmp_path / "b.safetensors", {"lora_adapter_metadata": "{}"}
+        )
 
 
 def wrong_strength(tensors):
     return {
-        key: value * (1.00001 if key.endswith("to_q.lora_B.weight") else 1) for key, value in tensors.items()
+        key: value * (1.00001 if key.endswith("to_q.lora_B.weight") else 1)
+        for key, value in tensors.items()
     }
 
 
 def wrong_prefix(tensors):
-    return {key.replace("transformer.", "diffusion_model.", 1): value for key, value in tensors.items()}
+    return {
+        key.replace("transformer.", "diffusion_model.", 1): value for key, value in tensors.items()
+    }
 
 
 def one_lost(tensors):
@@ -145,7 +154,7 @@ def test_a_file_that_would_act_differently_never_gets_its_name(damage, tmp_path,
     target.write_bytes(b"the one before")
     honest = lora_io._delta_tensors
     monkeypatch.setattr(lora_io, "_delta_tensors", lambda *given: damage(honest(*given)))
-    with pytest.raises(ModelError, match="saved LoRA (would|cannot)"):
+    with pytest.raises(ModelError, match=r"saved LoRA (would|cannot)"):
         chroma_lora.save_adapter(network, target)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the one before"]
 
@@ -166,7 +175,10 @@ def test_a_wrong_magnitude_is_seen(tmp_path, monkeypatch):
     ("key", "named"),
     [
         ("lycoris_transformer_blocks_0_attn_to_q.lokr_t2", "is a LoKr of convolutions"),
-        ("lycoris_transformer_blocks_0_attn_to_q.hada_w1_a", "hada_w1 is neither one matrix nor a pair"),
+        (
+            "lycoris_transformer_blocks_0_attn_to_q.hada_w1_a",
+            "hada_w1 is neither one matrix nor a pair",
+        ),
         ("base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight", "PEFT adapter folder"),
         ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text encoder weights"),
         ("lora_unet_double_blocks_0_img_mod_lin.lora_down.weight", "Flux has but Chroma does not"),
@@ -183,7 +195,10 @@ def test_what_no_layout_has_is_refused_by_name(key, named, tmp_path):
         chroma_lora.read_summary(tmp_path / "x.safetensors")
     network, _ = trained(KINDS["plain"])
     chroma_lora.save_adapter(network, tmp_path / "good.safetensors")
-    mixed = {**load_file(tmp_path / "good.safetensors"), key.replace(".to_q.", ".to_z."): torch.zeros(4, 32)}
+    mixed = {
+        **load_file(tmp_path / "good.safetensors"),
+        key.replace(".to_q.", ".to_z."): torch.zeros(4, 32),
+    }
     save_file(mixed, tmp_path / "mixed.safetensors")
     with pytest.raises(ModelError):
         chroma_lora.load_adapter(tiny_chroma(), tmp_path / "mixed.safetensors")
@@ -265,23 +280,36 @@ def test_init_lora_continues_the_delta_under_another_alpha(tmp_path):
     for alpha in (2.5, 6.0):
         other = tiny_chroma()
         attach_adapter(
-            other, AdapterOptions(lora_rank=6, lora_alpha=alpha, init_lora=path), attention_names(other), 9
+            other,
+            AdapterOptions(lora_rank=6, lora_alpha=alpha, init_lora=path),
+            attention_names(other),
+            9,
         )
         assert torch.allclose(run_forward(other), goal, rtol=0, atol=2e-6)
-    with pytest.raises(ConfigError, match="has rank 6, but lora_rank is 4; set lora_rank to 6, or reduce"):
+    with pytest.raises(
+        ConfigError, match="has rank 6, but lora_rank is 4; set lora_rank to 6, or reduce"
+    ):
         attach_adapter(
-            tiny_chroma(), AdapterOptions(lora_rank=4, init_lora=path), attention_names(other.cpu()), 9
+            tiny_chroma(),
+            AdapterOptions(lora_rank=4, init_lora=path),
+            attention_names(other.cpu()),
+            9,
         )
     with pytest.raises(ConfigError, match="21 unexpected"):
         attach_adapter(
-            tiny_chroma(), AdapterOptions(lora_rank=6, init_lora=path), attention_names(tiny_chroma())[:1], 9
+            tiny_chroma(),
+            AdapterOptions(lora_rank=6, init_lora=path),
+            attention_names(tiny_chroma())[:1],
+            9,
         )
     options = AdapterOptions(lora_rank=6, init_lora=path, use_dora=True)
     with pytest.raises(ConfigError, match=r"is a LoRA; set .*use_dora = false"):
         attach_adapter(tiny_chroma(), options, attention_names(tiny_chroma()), 9)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left")]
+)
 def test_a_full_disk_says_so_and_keeps_the_file_before(error, tmp_path, monkeypatch):
     def full(*arguments, **more):
         raise error

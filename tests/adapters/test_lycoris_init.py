@@ -1,4 +1,6 @@
-"""LoHa and LoKr: against PEFT's layers, against their formulas told anew, in files, in each program."""
+"""LoHa and LoKr: against PEFT's layers, against their formulas told anew, in files, in each
+program.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,14 @@ def trained(config: dict[str, object], dtype: torch.dtype = torch.float32):
 def told_anew(tensors: dict[str, Tensor], key: str) -> Tensor:
     """As LyCORIS and ComfyUI rebuild it: alpha / dim, and 1 where both matrices are whole."""
     found = {
-        name.removeprefix(f"{key}."): t.double() for name, t in tensors.items() if name.startswith(key + ".")
+        name.removeprefix(f"{key}."): t.double()
+        for name, t in tensors.items()
+        if name.startswith(key + ".")
     }
     if "hada_w1_a" in found:
-        whole = (found["hada_w1_a"] @ found["hada_w1_b"]) * (found["hada_w2_a"] @ found["hada_w2_b"])
+        whole = (found["hada_w1_a"] @ found["hada_w1_b"]) * (
+            found["hada_w2_a"] @ found["hada_w2_b"]
+        )
         return whole * (found["alpha"] / found["hada_w1_b"].shape[0])
     dim = None
     if (w1 := found.get("lokr_w1")) is None:
@@ -64,7 +70,9 @@ def told_anew(tensors: dict[str, Tensor], key: str) -> Tensor:
     return torch.kron(w1, w2) * (1.0 if dim is None else found["alpha"] / dim)
 
 
-def both(config: dict[str, object], base: nn.Linear, peft: object) -> tuple[LycorisLinear, nn.Module]:
+def both(
+    config: dict[str, object], base: nn.Linear, peft: object
+) -> tuple[LycorisLinear, nn.Module]:
     ours, theirs = nn.Sequential(base), nn.Sequential(nn.Linear(24, 40).double())
     theirs[0].load_state_dict(base.state_dict())
     result = attach_adapter(ours, lycoris(config), ["0"], 5, torch.float64)
@@ -83,7 +91,11 @@ def test_equals_peft_in_output_and_every_gradient(kind):
     peft = LoHaConfig(r=dim, alpha=alpha, target_modules=["0"])
     if kind != "loha":
         peft = LoKrConfig(
-            r=dim, alpha=alpha, target_modules=["0"], decompose_factor=4, decompose_both=kind == "pairs"
+            r=dim,
+            alpha=alpha,
+            target_modules=["0"],
+            decompose_factor=4,
+            decompose_both=kind == "pairs",
         )
     torch.manual_seed(0)
     ours, theirs = both(config, nn.Linear(24, 40).double(), peft)
@@ -93,7 +105,11 @@ def test_equals_peft_in_output_and_every_gradient(kind):
         given = x.clone().requires_grad_()
         y = layer(given)
         (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
-        of = layer.factors if layer is ours else {n: getattr(layer, n)["default"] for n in ours.factors}
+        of = (
+            layer.factors
+            if layer is ours
+            else {n: getattr(layer, n)["default"] for n in ours.factors}
+        )
         found.append([y.detach(), given.grad, *(of[name].grad for name in ours.factors)])
     for a, b in zip(*found):
         assert (a - b).abs().max() < 1e-12 * b.abs().max()
@@ -133,7 +149,12 @@ def test_shapes_at_full_size_and_what_is_drawn():
     network, again = nn.Sequential(nn.Linear(512, 256)), nn.Sequential(nn.Linear(512, 256))
     result = attach_adapter(network, lycoris({"algo": "loha", "linear_dim": 32}), ["0"], 5)
     spread = {name.split(".")[-1]: float(part.detach().std()) for name, part in result.trainable}
-    for name, std in {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}.items():
+    for name, std in {
+        "hada_w1_a": 0.1,
+        "hada_w1_b": 1.0,
+        "hada_w2_a": 0.0,
+        "hada_w2_b": 1.0,
+    }.items():
         assert spread[name] == pytest.approx(std, rel=0.03), name
     attach_adapter(again, lycoris({"algo": "lokr", "linear_dim": 2}), ["0"], 5)
     assert again[0].factors["lokr_w2_a"].abs().max() <= 1 / math.sqrt(2)
@@ -218,7 +239,11 @@ def test_a_fused_matrix_is_cut_into_rows_and_not_written_in_parts(tmp_path):
     assert torch.allclose(run_forward(shown), run_forward(expected), rtol=1e-4, atol=1e-4)
     with pytest.raises(ModelError, match="rows of a fused matrix cannot be written as a LoKr"):
         chroma_lora.save_deltas(
-            chroma_lora.read_lora_file(path).to_deltas(), tmp_path / "y.safetensors", "lycoris", torch.float32, {}
+            chroma_lora.read_lora_file(path).to_deltas(),
+            tmp_path / "y.safetensors",
+            "lycoris",
+            torch.float32,
+            {},
         )
     options = lycoris({**FULL, "factor": 4}, init_lora=str(path))
     names = [f"transformer_blocks.0.attn.{end}" for end in ("to_q", "to_k", "to_v")]
@@ -227,9 +252,18 @@ def test_a_fused_matrix_is_cut_into_rows_and_not_written_in_parts(tmp_path):
 
 
 DAMAGED = {
-    "half a pair": ({"lokr_w1": (4, 4), "lokr_w2_a": (8, 2)}, "lokr_w2 is neither one matrix nor a pair"),
-    "both": ({"lokr_w1": (4, 4), "lokr_w2": (8, 8), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 8)}, "neither one"),
-    "of both kinds": ({"lokr_w1": (4, 4), "lokr_w2": (8, 8), "hada_w1_b": (2, 2)}, "does not belong to the other factors"),
+    "half a pair": (
+        {"lokr_w1": (4, 4), "lokr_w2_a": (8, 2)},
+        "lokr_w2 is neither one matrix nor a pair",
+    ),
+    "both": (
+        {"lokr_w1": (4, 4), "lokr_w2": (8, 8), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 8)},
+        "neither one",
+    ),
+    "of both kinds": (
+        {"lokr_w1": (4, 4), "lokr_w2": (8, 8), "hada_w1_b": (2, 2)},
+        "does not belong to the other factors",
+    ),
     "ranks": ({"lokr_w1": (4, 4), "lokr_w2_a": (8, 2), "lokr_w2_b": (3, 8)}, "do not fit lokr_w2"),
     "four sides": ({"lokr_w1": (4, 4, 1, 1), "lokr_w2": (8, 8)}, "do not fit lokr_w1"),
     "nothing": ({"lokr_w1": (0, 4), "lokr_w2": (8, 8)}, "do not fit lokr_w1"),
@@ -237,8 +271,14 @@ DAMAGED = {
         {"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2), "hada_w2_b": (2, 16)},
         "w1 and w2 differ in size",
     ),
-    "two kinds": ({"lokr_w1": (4, 4), "lokr_w2": (8, 8), "lora_up.weight": (4, 4)}, "lora_up.weight belongs"),
-    "magnitude": ({"lokr_w1": (4, 4), "lokr_w2": (8, 8), "dora_scale": (32, 1)}, "dora_scale belongs"),
+    "two kinds": (
+        {"lokr_w1": (4, 4), "lokr_w2": (8, 8), "lora_up.weight": (4, 4)},
+        "lora_up.weight belongs",
+    ),
+    "magnitude": (
+        {"lokr_w1": (4, 4), "lokr_w2": (8, 8), "dora_scale": (32, 1)},
+        "dora_scale belongs",
+    ),
 }
 
 
@@ -247,7 +287,8 @@ def test_damaged_files_are_one_line(case, tmp_path):
     shapes, match = DAMAGED[case]
     key = "lycoris_transformer_blocks_0_attn_to_q"
     save_file(
-        {f"{key}.{part}": torch.ones(shape) for part, shape in shapes.items()}, tmp_path / "x.safetensors"
+        {f"{key}.{part}": torch.ones(shape) for part, shape in shapes.items()},
+        tmp_path / "x.safetensors",
     )
     with pytest.raises(ModelError, match=match):
         chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()
@@ -258,7 +299,10 @@ def test_a_file_that_would_act_differently_never_gets_its_name(tmp_path, monkeyp
     honest = lora_io._delta_tensors
 
     def twice_as_strong(*given):
-        return {key: value * (2 if key.endswith("alpha") else 1) for key, value in honest(*given).items()}
+        return {
+            key: value * (2 if key.endswith("alpha") else 1)
+            for key, value in honest(*given).items()
+        }
 
     monkeypatch.setattr(lora_io, "_delta_tensors", twice_as_strong)
     with pytest.raises(ModelError, match="would be applied differently"):
@@ -285,7 +329,9 @@ def test_training_goes_on_from_a_file_at_another_strength(kind, tmp_path):
     with pytest.raises(ConfigError, match="lycoris_config"):
         attach_adapter(tiny_chroma(), other, attention_names(tiny_chroma()), 5)
     with pytest.raises(ConfigError, match='set lora_type = "lycoris"'):
-        attach_adapter(tiny_chroma(), AdapterOptions(init_lora=str(path)), attention_names(tiny_chroma()), 5)
+        attach_adapter(
+            tiny_chroma(), AdapterOptions(init_lora=str(path)), attention_names(tiny_chroma()), 5
+        )
 
 
 @pytest.mark.parametrize("native", [False, True])

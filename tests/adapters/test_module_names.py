@@ -22,7 +22,9 @@ def full_width() -> ChromaTransformer2DModel:
 
 def test_every_linear_of_the_blocks_has_one_place():
     model = full_width()
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    ]
     ours = [name for name in linears if not name.startswith("distilled_guidance_layer.")]
     places = [NAMES.locate_in_native(name) for name in ours]
     assert None not in places
@@ -30,10 +32,7 @@ def test_every_linear_of_the_blocks_has_one_place():
     for name, place in zip(ours, places):
         assert NAMES.diffusers_names(place[0])[place[1]] == name
         assert NAMES.underscores_to_dots(dots_to_underscores(name), native=False) == name
-        assert (
-            NAMES.underscores_to_dots(dots_to_underscores(place[0]), native=True)
-            == place[0]
-        )
+        assert NAMES.underscores_to_dots(dots_to_underscores(place[0]), native=True) == place[0]
     assert NAMES.locate_in_native("distilled_guidance_layer.in_proj") is None
     assert NAMES.diffusers_names("double_blocks.0.img_mod.lin") == ()
     assert NAMES.underscores_to_dots("double_blocks_0_img_mod_lin", native=True) is None
@@ -55,7 +54,9 @@ def test_rows_are_where_diffusers_finds_them():
         checkpoint[f"{native}.bias"] = rows[native][:, 0].clone()
     one = torch.zeros(1)
     for norm in ("double_blocks.0.img_attn", "double_blocks.0.txt_attn", "single_blocks.0"):
-        checkpoint[f"{norm}.norm.query_norm.scale"] = checkpoint[f"{norm}.norm.key_norm.scale"] = one
+        checkpoint[f"{norm}.norm.query_norm.scale"] = checkpoint[f"{norm}.norm.key_norm.scale"] = (
+            one
+        )
     guidance = "distilled_guidance_layer"
     for end in ("in_proj", "out_proj", "layers.0.in_layer", "layers.0.out_layer"):
         checkpoint[f"{guidance}.{end}.weight"] = checkpoint[f"{guidance}.{end}.bias"] = one

@@ -1,4 +1,6 @@
-"""A Chroma of a few thousand parameters, from diffusers: the names and the shapes are the real ones."""
+"""A Chroma of a few thousand parameters, from diffusers: the names and the shapes are the real
+ones.
+"""
 
 from __future__ import annotations
 

@@ -48,7 +48,9 @@ def test_the_checkpoint_is_a_whole_random_chroma_in_shards(folder: Path) -> None
     for name, matrix in matrices.items():
         assert matrix.std().item() == pytest.approx(matrix.shape[1] ** -0.5, rel=0.1), name
         assert len(matrix.unique(dim=0)) == len(matrix), name
-    assert len({tensor.flatten()[:8].numpy().tobytes() for tensor in matrices.values()}) == len(matrices)
+    assert len({tensor.flatten()[:8].numpy().tobytes() for tensor in matrices.values()}) == len(
+        matrices
+    )
     assert all((tensor == 1).all() for name, tensor in found.items() if "norm" in name)
 
 
@@ -109,7 +111,9 @@ def test_the_full_size_needs_what_the_page_says() -> None:
     network = weights.empty_transformer(full_size.FULL.config)
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     linears = {f"{name}.weight" for name in weights.block_linears(network)}
-    assert full_size.needed_bytes(shapes, linears) / GB == pytest.approx(17.80 + 9.20 + 5.16, abs=0.02)
+    assert full_size.needed_bytes(shapes, linears) / GB == pytest.approx(
+        17.80 + 9.20 + 5.16, abs=0.02
+    )
     assert len(full_size.split(shapes, full_size.FULL.shard_bytes)) == 4
 
 
@@ -117,7 +121,12 @@ def test_the_full_size_needs_what_the_page_says() -> None:
 def test_the_command_goes_on_where_it_was_and_leaves_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--toy", "--threads=1", f"--out={tmp_path / 'out'}", f"--results={tmp_path / 'results'}"]
+    command = [
+        "--toy",
+        "--threads=1",
+        f"--out={tmp_path / 'out'}",
+        f"--results={tmp_path / 'results'}",
+    ]
     full_size.main([*command, "--keep"])
     work = tmp_path / "out" / full_size.TOY.name
     full_size.finished(work, "train").unlink()

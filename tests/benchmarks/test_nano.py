@@ -68,7 +68,9 @@ def test_means_errors_and_paired_differences(done: dict[str, CellResult]) -> Non
     quadratic, *_, uniform, _ = made(done)["parts"][0]["rows"]
     measured = quadratic["measures"]["held_out"]
     assert measured["mean"] == pytest.approx(0.34 / 3, rel=1e-5)
-    assert measured["se"] == pytest.approx(statistics.stdev(ROUGH["quadratic"]) / math.sqrt(3), rel=1e-5)
+    assert measured["se"] == pytest.approx(
+        statistics.stdev(ROUGH["quadratic"]) / math.sqrt(3), rel=1e-5
+    )
     assert uniform["label"] == "uniform"
     assert uniform["finished"] == 2
     # seeds 1 and 2 only: -0.010 and -0.005; unpaired means over other seeds would say -0.0158
@@ -79,7 +81,9 @@ def test_means_errors_and_paired_differences(done: dict[str, CellResult]) -> Non
 
 def test_what_is_not_finished_is_said(done: dict[str, CellResult]) -> None:
     page = markdown_tables.render_page([made(done, name) for name in TABLES])
-    lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
+    lines = {
+        line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")
+    }
     assert "3 of 3" in markdown_tables.render_part_table(made(done)["parts"][0])
     assert "| uniform | 2 of 3 | 0.0975 ± 0.0075 | -0.0075 ± 0.0025 |" in page
     assert "| parabola | 0 of 3 | - | - |" in page
@@ -100,7 +104,9 @@ def test_the_page_of_the_densities_tells_the_table(done: dict[str, CellResult]) 
 def test_the_plot_shows_what_is_measured(done: dict[str, CellResult]) -> None:
     curves = densities_figure.change_curves(made(done)["parts"][0])
     assert [curve.name for curve in curves] == ["quadratic", "uniform"]
-    changes = [100 * (u + 0.1) / (q + 0.1) - 100 for u, q in zip(ROUGH["uniform"][:2], ROUGH["quadratic"])]
+    changes = [
+        100 * (u + 0.1) / (q + 0.1) - 100 for u, q in zip(ROUGH["uniform"][:2], ROUGH["quadratic"])
+    ]
     assert curves[1].points[0][1] == pytest.approx(statistics.fmean(changes), rel=1e-4)
     assert densities_figure.change_curves(made({})["parts"][0]) == []
     drawn = densities_figure.render_figure(made(done))
@@ -130,7 +136,9 @@ def test_work_waits_for_what_it_needs_and_goes_on_without_what_failed() -> None:
 
 def test_every_row_has_its_cells_and_every_need_comes_first() -> None:
     known = experiments.build_variants(FULL_EXPERIMENT)
-    assert {row.variant for parts in TABLES.values() for part in parts for row in part.rows} <= set(known)
+    assert {row.variant for parts in TABLES.values() for part in parts for row in part.rows} <= set(
+        known
+    )
     listed = experiments.list_cells(FULL_EXPERIMENT, SEEDS)
     names = [cell.name for cell in listed]
     assert len(set(names)) == len(names)
@@ -172,7 +180,9 @@ def test_the_lesson_is_the_example_and_rows_differ_from_it_by_what_they_say() ->
 
 
 def test_tiny_stands_for_modules_that_the_base_has() -> None:
-    weights = experiment_inputs.BUNDLED_BASE_DIR / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = (
+        experiment_inputs.BUNDLED_BASE_DIR / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
     with safe_open(weights, "pt") as file:
         assert {f"{name}.weight" for name in experiments.TINY_TARGETS} <= set(file.keys())
 
@@ -187,7 +197,9 @@ def test_the_committed_pages_are_those_of_the_committed_results() -> None:
     assert (RESULTS / "README.md").read_text(encoding="utf-8") == markdown_tables.render_page(known)
     density = next(one for one in known if one["table"] == "density")
     assert densities_page.update_page(page, density) == page
-    assert (DOCS / FIGURE_NAME).read_text(encoding="utf-8") == densities_figure.render_figure(density)
+    assert (DOCS / FIGURE_NAME).read_text(encoding="utf-8") == densities_figure.render_figure(
+        density
+    )
 
 
 def corner(folder: Path, *only: str) -> int:
@@ -197,14 +209,18 @@ def corner(folder: Path, *only: str) -> int:
 def test_the_smallest_corner_goes_through_everything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The untouched base, scored, and two rows of two steps; the same command has nothing left to do."""
+    """The untouched base, scored, and two rows of two steps; the same command has nothing left to
+    do.
+    """
     assert corner(tmp_path, "--only", "stratified") == 0, capsys.readouterr().out
     table = json.loads((tmp_path / "results" / "stratified.json").read_text())
     (part,) = table["parts"]
     assert {"shapes_all", "zorbo_zorbo"} <= set(part["untouched"])
     independent, stratified = (row["measures"] for row in part["rows"])
     assert independent["loss_mean"]["mean"] != stratified["loss_mean"]["mean"]
-    assert independent["held_out"]["mean"] == pytest.approx(stratified["held_out"]["mean"], rel=1e-4)
+    assert independent["held_out"]["mean"] == pytest.approx(
+        stratified["held_out"]["mean"], rel=1e-4
+    )
     assert "| stratified | 1 of 1 |" in (tmp_path / "results" / "README.md").read_text()
     assert str(tmp_path) not in json.dumps(table)
 
@@ -235,7 +251,9 @@ def test_padded_rows_are_the_trimmed_ones_and_the_encoder_s_own_for_pads() -> No
     t5 = T5EncoderModel.from_pretrained(
         experiment_inputs.BUNDLED_BASE_DIR / "text_encoder", dtype=torch.float32
     )
-    encoder = ChromaTextEncoder(t5, load_tokenizer(experiment_inputs.BUNDLED_BASE_DIR / "tokenizer"))
+    encoder = ChromaTextEncoder(
+        t5, load_tokenizer(experiment_inputs.BUNDLED_BASE_DIR / "tokenizer")
+    )
     captions = ["a big red zorbo in the centre, navy background", "a star"]
     padded = encode_padded(encoder, captions)
     for padded_text, trimmed_text in zip(padded, encoder.encode(captions)):

@@ -16,10 +16,15 @@ def make_placed_sample() -> Callable[..., BucketedSample]:
     """Draws noise number `number` into a file of the bucket's size and places it there."""
 
     def make(path: Path, number: int, bucket: tuple[int, int] = (64, 64)) -> BucketedSample:
-        pixels = np.random.default_rng(number).integers(0, 256, (bucket[1], bucket[0], 3), dtype=np.uint8)
+        pixels = np.random.default_rng(number).integers(
+            0, 256, (bucket[1], bucket[0], 3), dtype=np.uint8
+        )
         Image.fromarray(pixels).save(path)
         return BucketedSample(
-            Sample(f"d/{path.name}", "d", LocalFile(path), *bucket, (f"c{number}",)), bucket, (0, 0), bucket
+            Sample(f"d/{path.name}", "d", LocalFile(path), *bucket, (f"c{number}",)),
+            bucket,
+            (0, 0),
+            bucket,
         )
 
     return make
@@ -31,4 +36,6 @@ def make_placed_samples(
 ) -> Callable[[int], list[BucketedSample]]:
     folder = tmp_path / "pictures"
     folder.mkdir()
-    return lambda count: [make_placed_sample(folder / f"{number}.png", number) for number in range(count)]
+    return lambda count: [
+        make_placed_sample(folder / f"{number}.png", number) for number in range(count)
+    ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from simpletuner.cache import text_cache
 from simpletuner.cache.batch_loader import BatchLoader
 from simpletuner.cache.tensor_store import TensorStore
-from simpletuner.data.sample_types import BucketedSample, MicroBatch, SampleVisit
+from simpletuner.data.sample_types import BucketedSample, MicroBatchPlan, SampleVisit
 
 SHIFT, SCALE = 0.25, 3.0
 
@@ -35,7 +35,9 @@ Make = Callable[..., BatchLoader]
 
 
 @pytest.fixture
-def make(tmp_path: Path, make_placed_samples: Callable[[int], list[BucketedSample]]) -> Iterator[Make]:
+def make(
+    tmp_path: Path, make_placed_samples: Callable[[int], list[BucketedSample]]
+) -> Iterator[Make]:
     placed = make_placed_samples(12)
     keys = [f"key{number}" for number in range(12)]
     with (
@@ -53,10 +55,12 @@ def make(tmp_path: Path, make_placed_samples: Callable[[int], list[BucketedSampl
         )
 
 
-def micro(number: int, epoch: int = 0, pass_: int = 0) -> MicroBatch:
+def micro(number: int, epoch: int = 0, pass_: int = 0) -> MicroBatchPlan:
     first, second = number % 12, (number * 5 + 1) % 12
-    return MicroBatch(
-        number, epoch, (SampleVisit(first, epoch, pass_, 0), SampleVisit(second, epoch, pass_, None))
+    return MicroBatchPlan(
+        number,
+        epoch,
+        (SampleVisit(first, epoch, pass_, 0), SampleVisit(second, epoch, pass_, None)),
     )
 
 
@@ -80,7 +84,9 @@ def test_a_dropped_caption_is_the_empty_one_and_rows_are_padded(make: Make) -> N
     assert batch.text.lengths == {"rows": (4, 1)}  # "c10" and ""
     assert batch.text.tensors["rows"].dtype == torch.bfloat16
     assert torch.equal(batch.text.tensors["rows"][0].float(), torch.full((4, 4), 4.0))
-    assert torch.equal(batch.text.tensors["rows"][1].float(), torch.tensor([1.0, 0, 0, 0])[:, None].expand(4, 4))
+    assert torch.equal(
+        batch.text.tensors["rows"][1].float(), torch.tensor([1.0, 0, 0, 0])[:, None].expand(4, 4)
+    )
     assert not batch.text.has_equal_lengths("rows")
     assert batch.text.tensors["pooled"].tolist() == [[3.0] * 3, [0.0] * 3]  # no length axis
     moved = batch.text.to("cpu", torch.float32)
@@ -96,7 +102,7 @@ def test_a_draw_is_a_function_of_the_visit_alone(make: Make) -> None:
         for one, batch in zip(shuffled, pool.map(batches.load, shuffled), strict=True):
             assert torch.equal(batch.latents, in_order[one.index])
     # Neither the place in the batch nor the batch's number matters.
-    a, b = micro(0), MicroBatch(7, 0, micro(0).visits[::-1])
+    a, b = micro(0), MicroBatchPlan(7, 0, micro(0).visits[::-1])
     assert torch.equal(make().load(a).latents, make().load(b).latents.flip(0))
 
 
@@ -111,7 +117,7 @@ def test_draws_differ_between_visits_and_seeds(make: Make) -> None:
 def test_draws_have_the_posterior_s_mean_and_variance(make: Make) -> None:
     batches = make()
     visits = tuple(SampleVisit(4, epoch, 0, 0) for epoch in range(4000))
-    drawn = batches.load(MicroBatch(0, 0, visits)).latents / SCALE + SHIFT
+    drawn = batches.load(MicroBatchPlan(0, 0, visits)).latents / SCALE + SHIFT
     mean, log_variance = moments(4).chunk(2)
     deviation = torch.exp(log_variance / 2)
     assert float(((drawn.mean(0) - mean) / deviation).abs().max()) < 4.5 / 4000**0.5

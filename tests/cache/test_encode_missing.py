@@ -126,7 +126,10 @@ def test_what_changes_the_moments_changes_the_key(
         ),
     }
     assert len(others | {base}) == 7
-    assert key("c", replace(one, sample=replace(one.sample, id="x", captions=("y",))), OPTIONS, "v") == base
+    assert (
+        key("c", replace(one, sample=replace(one.sample, id="x", captions=("y",))), OPTIONS, "v")
+        == base
+    )
 
 
 def test_the_same_picture_twice_is_encoded_once(
@@ -152,7 +155,9 @@ def test_bad_pictures_are_rejected_and_the_work_goes_on(
     filled, found, _ = fill(tmp_path, placed, encoder)
     good = [placed[number] for number in (0, 2, 4, 6, 7)]
     assert filled.placed_samples == tuple(good)
-    assert all(torch.allclose(m, expected(one), atol=1e-6) for m, one in zip(found, good, strict=True))
+    assert all(
+        torch.allclose(m, expected(one), atol=1e-6) for m, one in zip(found, good, strict=True)
+    )
     assert {(Path(bad.path).name, bad.reason) for bad in filled.rejected} == {
         ("1.png", "damaged"), ("3.png", "unreadable"), ("5.png", "nonfinite_latent"),
     }  # fmt: skip
@@ -163,7 +168,10 @@ def test_bad_pictures_are_rejected_and_the_work_goes_on(
 def test_a_picture_that_cannot_be_decoded_does_not_load_the_encoder(
     tmp_path: Path, make_placed_sample: Callable[..., BucketedSample]
 ) -> None:
-    good, bad = make_placed_sample(tmp_path / "good.png", 1), make_placed_sample(tmp_path / "bad.png", 2)
+    good, bad = (
+        make_placed_sample(tmp_path / "good.png", 1),
+        make_placed_sample(tmp_path / "bad.png", 2),
+    )
     bad.sample.file.path.write_bytes(bad.sample.file.path.read_bytes()[:-40])
     fill(tmp_path, [good, bad], Encoder())
     filled, _, _ = fill(tmp_path, [good, bad], never)
@@ -208,7 +216,9 @@ def test_captions_are_encoded_once_in_batches_of_like_length(tmp_path: Path) -> 
     encoder = Text()
     captions = ["a long caption", "é", "a long caption", "bb", "another caption", "\udcff"]
     with TensorStore(tmp_path, "t5") as store:
-        text_cache.encode_missing_captions(store, captions, encoder, lambda event: None, batch_size=2)
+        text_cache.encode_missing_captions(
+            store, captions, encoder, lambda event: None, batch_size=2
+        )
         for caption in (*captions, ""):
             rows = store.get(text_cache.text_key(caption, "t5"))["rows"]
             assert rows.dtype == torch.bfloat16

@@ -40,7 +40,9 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard-*.safetensors"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
+)
 @pytest.mark.parametrize("shape", [(3, 5), (), (0,), (2, 1, 7)])
 def test_what_goes_in_comes_out(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     value = (torch.randn(shape) * 50).to(dtype)
@@ -81,7 +83,9 @@ def test_missing_is_in_order_and_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "cut_header", "longer", "gone"])
-def test_shard_with_a_wrong_length_is_named_and_its_keys_are_missing(tmp_path: Path, damage: str) -> None:
+def test_shard_with_a_wrong_length_is_named_and_its_keys_are_missing(
+    tmp_path: Path, damage: str
+) -> None:
     folder = filled(tmp_path)
     bad = shards(folder)[1]
     with safe_open(bad, "pt") as file:
@@ -151,18 +155,24 @@ def test_a_lost_index_is_rebuilt_from_the_headers(tmp_path: Path, how: str) -> N
     seen: list[Event] = []
     with TensorStore(tmp_path, "f", seen.append) as store:
         assert store.missing_keys(keys()) == []
-        assert all(torch.equal(store.get(f"k{number}")["x"], tensor(number)) for number in range(20))
+        assert all(
+            torch.equal(store.get(f"k{number}")["x"], tensor(number)) for number in range(20)
+        )
     assert len(seen) == (how == "garbage")
 
 
-def test_reads_from_many_threads_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_from_many_threads_with_few_open_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store_module, "MAX_OPEN_SHARDS", 2)
     filled(tmp_path, 60, 0.004)
     with TensorStore(tmp_path, "f") as store, ThreadPoolExecutor(8) as pool:
         assert len(shards(store.folder)) > 10
         numbers = [number * 7 % 60 for number in range(600)]
         found = pool.map(lambda number: store.get(f"k{number}")["x"], numbers)
-        assert all(torch.equal(one, tensor(number)) for one, number in zip(found, numbers, strict=True))
+        assert all(
+            torch.equal(one, tensor(number)) for one, number in zip(found, numbers, strict=True)
+        )
         assert len(store._files) <= 2
 
 
@@ -250,7 +260,9 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
         TensorStore(tmp_path / "file", "f")
 
 
-def test_a_file_system_without_locks_still_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_still_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(file: object, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -315,7 +327,9 @@ def test_killed_at_any_moment_it_loses_the_open_shard_only(tmp_path: Path) -> No
     had = 0
     for more in (1, 5, 20):
         goal = len(list(tmp_path.rglob("shard-*.safetensors"))) + more
-        process = subprocess.Popen([sys.executable, "-c", FILLER, str(tmp_path)], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", FILLER, str(tmp_path)], stdout=subprocess.PIPE
+        )
         assert process.stdout is not None
         while process.poll() is None and len(list(tmp_path.rglob("shard-*.safetensors"))) < goal:
             time.sleep(0.001)
@@ -327,5 +341,7 @@ def test_killed_at_any_moment_it_loses_the_open_shard_only(tmp_path: Path) -> No
             on_disk = sum(1 for path in shards(store.folder) for _ in safe_open(path, "pt").keys())  # noqa: SIM118
             assert present == on_disk
             assert present > had
-            assert all(torch.equal(store.get(f"k{n}")["x"], tensor(n)) for n in range(0, present, 37))
+            assert all(
+                torch.equal(store.get(f"k{n}")["x"], tensor(n)) for n in range(0, present, 37)
+            )
         had = present

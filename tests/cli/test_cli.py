@@ -29,7 +29,9 @@ HEAVY = ("torch", "diffusers", "transformers", "peft", "numpy", "PIL")
 
 def run(cwd: Path, *words: str, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Return the finished command."""
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("SIMPLETUNER_")}
+    environ = {
+        key: value for key, value in os.environ.items() if not key.startswith("SIMPLETUNER_")
+    }
     start = ["-c", BLOCKED_START.format(blocked=blocked)] if blocked else ["-m", "simpletuner"]
     return subprocess.run(
         [sys.executable, *start, *words], cwd=cwd, capture_output=True, text=True, env=environ
@@ -109,9 +111,15 @@ def test_prompt_library_and_webhooks_are_checked_too(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"), [(["--fit=8XB"], "use for example 12GB"), (["--fit", "--show-config"], "simpletuner plan --fit")]
+    ("words", "told"),
+    [
+        (["--fit=8XB"], "use for example 12GB"),
+        (["--fit", "--show-config"], "simpletuner plan --fit"),
+    ],
 )
-def test_a_fit_that_cannot_be_is_told_before_torch(project: Path, words: list[str], told: str) -> None:
+def test_a_fit_that_cannot_be_is_told_before_torch(
+    project: Path, words: list[str], told: str
+) -> None:
     done = run(project, "train", *words, "--output_dir=out", blocked=("torch",))
     assert (done.returncode, done.stdout) == (2, "")
     assert told in done.stderr
@@ -120,15 +128,26 @@ def test_a_fit_that_cannot_be_is_told_before_torch(project: Path, words: list[st
 
 def test_show_config(project: Path) -> None:
     done = run(
-        project, "train", "--show-config", "--lora-rank", "4", "learning_rate=2e-4", blocked=("torch",)
+        project,
+        "train",
+        "--show-config",
+        "--lora-rank",
+        "4",
+        "learning_rate=2e-4",
+        blocked=("torch",),
     )
     assert done.returncode == 0, done.stderr
-    rows = {words[0]: words[1:] for line in done.stdout.splitlines() if len(words := line.split()) == 3}
+    rows = {
+        words[0]: words[1:] for line in done.stdout.splitlines() if len(words := line.split()) == 3
+    }
     assert rows["seed"] == ["7", "config.json:3:3"]
     assert rows["lora_rank"] == ["4", "--lora_rank"]
     assert rows["learning_rate"] == ["0.0002", "--learning_rate"]
     assert rows["lora_dropout"] == ["0.0", "default"]
-    assert "note: neither max_train_steps nor num_train_epochs is given: training 1000 steps" in done.stdout
+    assert (
+        "note: neither max_train_steps nor num_train_epochs is given: training 1000 steps"
+        in done.stdout
+    )
 
 
 def test_show_config_shows_the_notices_about_datasets(project: Path) -> None:
@@ -139,7 +158,9 @@ def test_show_config_shows_the_notices_about_datasets(project: Path) -> None:
     assert done.returncode == 0, done.stderr
     name = entries[0]["id"]
     assert f"note: {name}.hash_filenames is not needed: " in done.stdout
-    assert f"note: {name}.crop_aspect has no effect with crop false: it needs crop true" in done.stdout
+    assert (
+        f"note: {name}.crop_aspect has no effect with crop false: it needs crop true" in done.stdout
+    )
 
 
 def test_nothing_to_train(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""configure leaves a configuration that `train` takes: by pipe, by flags, on a terminal, new or edited."""
+"""configure leaves a configuration that `train` takes: by pipe, by flags, on a terminal, new or
+edited.
+"""
 
 from __future__ import annotations
 
@@ -67,9 +69,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def machine(monkeypatch: pytest.MonkeyPatch, gb: int | None, planned: float | None = None) -> Iterator[type]:
+def machine(
+    monkeypatch: pytest.MonkeyPatch, gb: int | None, planned: float | None = None
+) -> Iterator[type]:
     """A machine with one card, or none."""
-    card = DeviceInfo(name="Card", kind="cuda", memory_total_bytes=(gb or 0) << 30, memory_free_bytes=None)
+    card = DeviceInfo(
+        name="Card", kind="cuda", memory_total_bytes=(gb or 0) << 30, memory_free_bytes=None
+    )
     monkeypatch.setattr("simpletuner.server.hardware.list_devices", lambda: [card if gb else CPU])
     fake = type("Fake", (NoPlan,), {"made": [], "gb": planned})
     monkeypatch.setattr("simpletuner.server.plan_service.PlanProcess", fake)
@@ -98,7 +104,11 @@ def test_defaults_train_the_bundled_model_where_no_card_is(
     assert done.exit_code == 0, done.output
     assert planner.made == []  # nobody waits, nothing is planned
     config, sets = written(folder)
-    assert config == {**NANO_PRESET, "output_dir": "output/pictures", "validation_prompt": "picture 0"}
+    assert config == {
+        **NANO_PRESET,
+        "output_dir": "output/pictures",
+        "validation_prompt": "picture 0",
+    }
     assert '"resolution": 128,' in (folder / "config.json").read_text()
     assert sets == [{"id": "pictures", "type": "local", "instance_data_dir": "pictures"}]
     assert "3 images, 3 with captions, from 128x128 to 256x256 px" in done.output
@@ -159,14 +169,18 @@ def test_what_is_proposed_for_a_card(
     with machine(monkeypatch, gb):
         assert talk("--defaults").exit_code == 0
     config, _ = written(folder)
-    expected = {name: value for name, value in MEMORY_PRESETS[row][0].items() if value != "no_change"}
+    expected = {
+        name: value for name, value in MEMORY_PRESETS[row][0].items() if value != "no_change"
+    }
     how = ("precision", "backend", "device", "gradient_checkpointing")
     got = {name: value for name, value in config.items() if name.endswith(how)}
     assert got == expected
     assert "model_flavour" not in config
 
 
-def test_the_table_is_named_until_the_plan_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_is_named_until_the_plan_is_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with machine(monkeypatch, 16) as planner:
         done = talk(answers="pictures\n" + "\n" * 12)
     assert done.exit_code == 0, done.output
@@ -177,7 +191,9 @@ def test_the_table_is_named_until_the_plan_is_there(folder: Path, monkeypatch: p
     assert len(planner.made) < 4  # the same question is not planned anew
 
 
-def test_a_plan_that_needs_more_proposes_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_needs_more_proposes_less(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with machine(monkeypatch, 16, planned=18.0):
         done = talk(answers="pictures\n" + "\n" * 12)
     assert "Estimated memory" in done.output
@@ -226,9 +242,7 @@ def test_an_existing_configuration_is_edited_only_on_demand(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "more").mkdir()
-    own = (
-        '{\n// mine\n"network_rank": 32, "huber_c": 0.3, "report_to": "{env:TRACKER}", "max_train_steps": 50}'
-    )
+    own = '{\n// mine\n"network_rank": 32, "huber_c": 0.3, "report_to": "{env:TRACKER}", "max_train_steps": 50}'
     sets = [
         {"id": "kept", "instance_data_dir": "pictures", "repeats": 3, "resolution": 256},
         {"id": "held", "dataset_type": "eval", "instance_data_dir": "more"},
@@ -272,14 +286,18 @@ def test_no_torch_and_the_first_question_in_a_second(folder: Path) -> None:
     assert not {"torch", "transformers", "diffusers"} & imported
 
     def ask() -> None:
-        subprocess.run([*START, "configure"], cwd=folder / "pictures", env=ENVIRON, input=b"", check=False)
+        subprocess.run(
+            [*START, "configure"], cwd=folder / "pictures", env=ENVIRON, input=b"", check=False
+        )
 
     assert_quick(ask, 1, children_s)
 
 
 @pytest.mark.timeout(900)
 def test_on_a_terminal(folder: Path) -> None:
-    """A real pseudo-terminal: lists are chosen from by Enter, `?` and `<` work, Ctrl-C leaves nothing."""
+    """A real pseudo-terminal: lists are chosen from by Enter, `?` and `<` work, Ctrl-C leaves
+    nothing.
+    """
     screen = Terminal(folder, "configure")
     screen.until("Image folder?")
     screen.type("?\r")

@@ -35,19 +35,26 @@ def run(*words):
 
 
 def deltas(path):
-    return {name: one.up @ one.down for name, one in chroma_lora.read_lora_file(path).to_deltas().items()}
+    return {
+        name: one.up @ one.down
+        for name, one in chroma_lora.read_lora_file(path).to_deltas().items()
+    }
 
 
 def same(found, wanted, tolerance=1e-5):
     assert found.keys() == wanted.keys()
     for name in found:
-        assert (found[name] - wanted[name]).abs().max() <= tolerance * wanted[name].abs().max(), name
+        assert (found[name] - wanted[name]).abs().max() <= tolerance * wanted[name].abs().max(), (
+            name
+        )
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya", "comfyui"])
 @pytest.mark.parametrize("row", ["kohya", "diffusers+header", "comfyui-diffusers"])
 def test_every_layout_into_every_layout(row, layout, tmp_path):
-    source = write(row, tmp_path / "moon.safetensors", **{"modelspec.title": "moon", "ss_network_dim": "4"})
+    source = write(
+        row, tmp_path / "moon.safetensors", **{"modelspec.title": "moon", "ss_network_dim": "4"}
+    )
     result = run(source, "--format", layout)
     path = tmp_path / f"moon.{layout}.safetensors"
     assert result.stdout.strip() == str(path)
@@ -62,15 +69,30 @@ def test_every_layout_into_every_layout(row, layout, tmp_path):
 
 
 def test_strength_others_and_number_types(tmp_path):
-    first, second = write("kohya", tmp_path / "a.safetensors"), write("diffusers", tmp_path / "b.safetensors")
+    first, second = (
+        write("kohya", tmp_path / "a.safetensors"),
+        write("diffusers", tmp_path / "b.safetensors"),
+    )
     out = tmp_path / "c.safetensors"
-    run(first, "--format", "diffusers", "--strength", "0.5", "--with", f"{second}=-2", "--output", out)
+    run(
+        first,
+        "--format",
+        "diffusers",
+        "--strength",
+        "0.5",
+        "--with",
+        f"{second}=-2",
+        "--output",
+        out,
+    )
     one, other = deltas(first), deltas(second)
     same(deltas(out), {name: 0.5 * one[name] - 2 * other[name] for name in one})
     for dtype, kind, tolerance in (("bf16", torch.bfloat16, 2e-2), ("fp16", torch.float16, 2e-3)):
         out = tmp_path / f"{dtype}.safetensors"
         run(first, "--format", "kohya", "--dtype", dtype, "--output", out)
-        assert {v.dtype for k, v in load_file(out).items() if "lora" in k.split(".", 1)[1]} == {kind}
+        assert {v.dtype for k, v in load_file(out).items() if "lora" in k.split(".", 1)[1]} == {
+            kind
+        }
         same(deltas(out), one, tolerance)
 
 
@@ -108,7 +130,9 @@ def test_rank_by_the_command(tmp_path):
     source = write("diffusers", tmp_path / "a.safetensors")
     result = run(source, "--format", "kohya", "--rank", "2")
     assert "the delta differs by" in result.stderr
-    assert chroma_lora.read_lora_file(tmp_path / "a.kohya.safetensors").to_deltas_and_summary()[1].ranks == (2,)
+    assert chroma_lora.read_lora_file(tmp_path / "a.kohya.safetensors").to_deltas_and_summary()[
+        1
+    ].ranks == (2,)
 
 
 def test_check_tells_every_program(tmp_path):
@@ -119,7 +143,9 @@ def test_check_tells_every_program(tmp_path):
     assert "wrong strength" in rows["ComfyUI"]
     assert "strength 2: it does not read alpha from the header" in rows["ComfyUI"]
     assert "ignored" in rows["kohya sd-scripts"]
-    told = json.loads(run("--check", write("comfyui-diffusers", tmp_path / "b.safetensors"), "--json").stdout)
+    told = json.loads(
+        run("--check", write("comfyui-diffusers", tmp_path / "b.safetensors"), "--json").stdout
+    )
     assert (told["modules"], told["ranks"], told["alphas"]) == (17, [4], [2.0])
     assert {one["program"]: one["outcome"] for one in told["programs"]} == {
         "diffusers": "ignored", "ComfyUI": "ignored", "Forge": "refused", "kohya sd-scripts": "ignored"
@@ -170,7 +196,9 @@ def test_a_lokr_becomes_the_lora_near_it_when_a_rank_is_given(tmp_path):
     save_file(parts, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match="--rank N"):
         run(tmp_path / "x.safetensors", "--format", "diffusers")
-    result = run(tmp_path / "x.safetensors", "--format", "diffusers", "--rank", 16, "--strength", 0.5)
+    result = run(
+        tmp_path / "x.safetensors", "--format", "diffusers", "--rank", 16, "--strength", 0.5
+    )
     assert "rank 16: the delta differs by 0.0" in result.stderr
     same(deltas(tmp_path / "x.diffusers.safetensors"), {name: 0.5 * torch.kron(w1, w2)}, 1e-4)
     run(tmp_path / "x.safetensors", "--format", "lycoris", "--strength", 0.5)
@@ -180,10 +208,14 @@ def test_a_lokr_becomes_the_lora_near_it_when_a_rank_is_given(tmp_path):
     assert (told["kind"], told["ranks"]) == ("LoKr", [0])
 
 
-@pytest.mark.parametrize("words", [["--output", "y"], ["--output", "y.safetensors", "--base", "hd"]])
+@pytest.mark.parametrize(
+    "words", [["--output", "y"], ["--output", "y.safetensors", "--base", "hd"]]
+)
 def test_merge_reads_loras_before_it_asks_for_a_base(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("simpletuner.models.chroma.family.ChromaFamily.locate_files", None)
-    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4)}, tmp_path / "x.safetensors")
+    save_file(
+        {"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4)}, tmp_path / "x.safetensors"
+    )
     with pytest.raises(ModelError, match="whole weights"):
         CliRunner().invoke(merge, ["--lora", "x.safetensors", *words], catch_exceptions=False)

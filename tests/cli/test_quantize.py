@@ -29,7 +29,9 @@ def test_files_are_printed_and_made_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert "quantize to" not in again.stderr
 
 
-def test_without_a_precision_there_is_nothing_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_precision_there_is_nothing_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="--base_model_precision=nf4"):
         CliRunner().invoke(command, ["--model_flavour=nano"], catch_exceptions=False)

@@ -41,7 +41,10 @@ def test_the_run_is_shown_while_it_trains(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     port, outside = free_port(), tmp_path.parent / f"{tmp_path.name}-elsewhere" / "run"
-    with serve_while_training.serve_while_training(outside, port) as url, RunFolder(outside) as folder:
+    with (
+        serve_while_training.serve_while_training(outside, port) as url,
+        RunFolder(outside) as folder,
+    ):
         folder.write_config({})
         assert url == f"http://localhost:{port}/#/runs/{run_id(outside)}"
         answer = asked(f"http://localhost:{port}/api/v1/runs/{run_id(outside)}")
@@ -64,6 +67,9 @@ def asked(url: str) -> dict[str, dict[str, object]]:
 
 def test_train_knows_the_switch() -> None:
     said = subprocess.run(
-        [sys.executable, "-m", "simpletuner", "train", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "simpletuner", "train", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert "--serve" in said

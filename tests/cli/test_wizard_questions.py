@@ -1,4 +1,6 @@
-"""The talk: order, help, back, the validator's word; every question is an option that people should know."""
+"""The talk: order, help, back, the validator's word; every question is an option that people should
+know.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,11 @@ def test_in_the_order_in_which_a_person_thinks() -> None:
     ("facts", "asked", "not_asked"),
     [
         ({"model_type": "full"}, {"optimizer"}, {"lora_rank", "base_model_precision"}),
-        ({"model_flavour": "nano"}, set(), {"pretrained_model_name_or_path", "base_model_precision"}),
+        (
+            {"model_flavour": "nano"},
+            set(),
+            {"pretrained_model_name_or_path", "base_model_precision"},
+        ),
         ({"captions": "some"}, {"caption_strategy", "missing_caption"}, {"instance_prompt"}),
         (
             {"captions": "none", "caption_strategy": "instanceprompt"},
@@ -100,7 +106,9 @@ def test_help_back_and_refusal_ask_again() -> None:
     script = Script(["<", "?", "pics", "wrong", "full", "<", "lora", "8"])
     facts = Facts()
     ask_questions(script, facts, ())
-    first = ["instance_data_dir"] * 3 + ["model_type"] * 2 + ["optimizer", "model_type", "lora_rank"]
+    first = (
+        ["instance_data_dir"] * 3 + ["model_type"] * 2 + ["optimizer", "model_type", "lora_rank"]
+    )
     assert names(script)[: len(first)] == first
     assert script.asked[6] == ("model_type", "full")  # going back shows what was said
     assert facts.facts["lora_rank"] == "8"
@@ -160,7 +168,9 @@ def test_the_finest_that_fits(gb: int | None, precision: str) -> None:
 
 
 def test_the_figures_are_the_readmes() -> None:
-    """Rows of its table: precision | quickstart | planned | small | inputs and modulations on the host."""
+    """Rows of its table: precision | quickstart | planned | small | inputs and modulations on the
+    host.
+    """
     root = Path(__file__).parents[2]
     readme = (root / "docs" / "memory.md").read_text(encoding="utf-8")
     pattern = r"^\| `(\w+)`[^|]*\|[^|]*\| ([\d.]+) GB \|[^|]*\| ([\d.]+) GB \|$"

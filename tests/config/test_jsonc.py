@@ -22,7 +22,9 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
-DECORATION = st.sampled_from(["", " ", "\n", "\t", "// c, ]}\n", '# "x": 1\n', "/* , } */", "/**/\r\n"])
+DECORATION = st.sampled_from(
+    ["", " ", "\n", "\t", "// c, ]}\n", '# "x": 1\n', "/* , } */", "/**/\r\n"]
+)
 FRAGMENTS = st.lists(
     st.sampled_from(
         [
@@ -107,7 +109,9 @@ def test_never_crashes_and_agrees_with_json(text: str) -> None:
         return dict(pairs)
 
     try:
-        theirs: Any = json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        theirs: Any = json.loads(
+            text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique
+        )
         theirs = ("value", theirs)
     except ValueError:
         return  # comments and trailing commas are ours alone
@@ -149,7 +153,10 @@ def test_positions() -> None:
         ("[] x", "x:1:4: Extra data"),
         ("[,]", "x:1:2: a value is expected here"),
         ("[01]", "x:1:3: Expecting ',' delimiter"),
-        ('{"a": NaN, "a": Infinity}', "x:1:12: 'a' appears twice\nx:1:17: a value is expected here"),
+        (
+            '{"a": NaN, "a": Infinity}',
+            "x:1:12: 'a' appears twice\nx:1:17: a value is expected here",
+        ),
         ('["a\nb"]', "x:1:4: Invalid control character at"),
         ('["a', "x:1:2: Unterminated string starting at"),
         ('["\\ud800"]', "half of a surrogate pair"),

@@ -484,6 +484,8 @@ def test_what_may_change_on_resume() -> None:
 
 
 def test_one_mistake_is_told_once(tmp_path: Path, folder: Path) -> None:
-    """A default standing in for a bad value, or a configuration not found, brings no further complaints."""
+    """A default standing in for a bad value, or a configuration not found, brings no further
+    complaints.
+    """
     assert len(problems(folder, {"resolution": "big", "resolution_type": "area"})) == 1
     assert len(try_load_config(environ={}, cwd=tmp_path / "empty", env_name="many").problems) == 1

@@ -1,4 +1,6 @@
-"""What is no LoRA has no rank, whatever its header says: those who read it whole tell what is wrong."""
+"""What is no LoRA has no rank, whatever its header says: those who read it whole tell what is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ def file(path: Path, header: bytes) -> Path:
 
 
 def test_the_largest_rank_and_the_largest_of_one_module(tmp_path: Path) -> None:
-    shapes = {"a.lora_A.weight": [4, 64], "b.lora_down.weight": [8, 64], "c.qkv.lora_A.weight": [24, 64]}
+    shapes = {
+        "a.lora_A.weight": [4, 64],
+        "b.lora_down.weight": [8, 64],
+        "c.qkv.lora_A.weight": [24, 64],
+    }
     header = {key: {"dtype": "F32", "shape": shape} for key, shape in shapes.items()}
     assert read_ranks(file(tmp_path / "a.safetensors", json.dumps(header).encode())) == (24, 8)
 

@@ -95,7 +95,9 @@ def situations(declared: Option) -> Iterator[tuple[dict[str, Any], bool]]:
 
 
 def shown(info: Any, values: Mapping[str, Any], table: Mapping[str, Any]) -> bool:
-    """Return what the page computes (web/src/newrun/values.ts, `needed`) from the schema it receives."""
+    """Return what the page computes (web/src/newrun/values.ts, `needed`) from the schema it
+    receives.
+    """
 
     def holds(name: str, allowed: list[Any]) -> bool:
         now = values.get(name, table[name].default)
@@ -113,7 +115,7 @@ def shown(info: Any, values: Mapping[str, Any], table: Mapping[str, Any]) -> boo
 def reported(name: str, values: Mapping[str, Any]) -> bool:
     """Return whether the rules say that the option has no effect, or refuse it for what it needs."""
     run = config_from_resolved({**values, name: other_value(all_options()[name])})
-    given = {key: "here" for key in (*values, name)}
+    given = dict.fromkeys((*values, name), "here")
     errors = [at for at, _ in constraints.find_errors(run, given)]
     warnings = [
         text for text in constraints.find_warnings(run, given) if " no effect with " in text
@@ -134,7 +136,9 @@ def test_form_and_rules_agree_on_every_option(name: str) -> None:
     "name", [name for name in IMAGE_FIELDS if IMAGE_FIELDS[name].needs] + ["missing_caption"]
 )
 def test_form_and_rules_agree_on_every_field_of_a_dataset(name: str, tmp_path: Path) -> None:
-    """A field is judged with the values of its dataset, and the run's options with those of every dataset."""
+    """A field is judged with the values of its dataset, and the run's options with those of every
+    dataset.
+    """
     declared = IMAGE_FIELDS.get(name) or all_options()[name]
     info, table = (FIELD_FORM[name], FIELD_FORM) if name in FIELD_FORM else (FORM[name], FORM)
     defaults = {field: IMAGE_FIELDS[field].default for field in IMAGE_FIELDS}

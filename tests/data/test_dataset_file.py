@@ -98,7 +98,9 @@ def test_prompts_of_the_environment_and_what_the_config_sets_is_told_once(folder
 
 
 def test_blank_is_not_given(folder: Path) -> None:
-    blank = dict.fromkeys({*IMAGE_FIELDS, *COMMON_FIELDS, *REFUSED_FIELDS} - {"id", "instance_data_dir"}, "")
+    blank = dict.fromkeys(
+        {*IMAGE_FIELDS, *COMMON_FIELDS, *REFUSED_FIELDS} - {"id", "instance_data_dir"}, ""
+    )
     assert read(folder, photos(**blank)).train == read(folder, photos()).train
     assert "instance_data_dir is missing" in problems(folder, photos(instance_data_dir=""))[0]
 
@@ -114,11 +116,21 @@ def test_a_typical_file(folder: Path) -> None:
         "skip_file_discovery": "vae,aspect",
         "delete_problematic_images": False,
     }
-    held = {"id": "held", "dataset_type": "eval", "instance_data_dir": "photos", "crop_style": "random"}
+    held = {
+        "id": "held",
+        "dataset_type": "eval",
+        "instance_data_dir": "photos",
+        "crop_style": "random",
+    }
     text = {"id": "text", "type": "local", "dataset_type": "text_embeds", "cache_dir": "cache/text"}
     found = read(
         folder,
-        photos(instance_data_dir="{env:PICTURES}", minimum_image_size=0, crop=True, max_num_samples=None)
+        photos(
+            instance_data_dir="{env:PICTURES}",
+            minimum_image_size=0,
+            crop=True,
+            max_num_samples=None,
+        )
         | {"cache_dir_vae": "cache/vae"}
         | needless,
         held,
@@ -129,7 +141,9 @@ def test_a_typical_file(folder: Path) -> None:
     assert [dataset.id for dataset in found.train] == ["photos"]
     assert found.train[0].resize_crop.crop_style == "random"
     assert found.train[0].resize_crop.minimum_image_size is None
-    assert [(dataset.id, dataset.resize_crop.crop_style) for dataset in found.eval] == [("held", "center")]
+    assert [(dataset.id, dataset.resize_crop.crop_style) for dataset in found.eval] == [
+        ("held", "center")
+    ]
     assert found.text_cache_dir == Path.cwd() / "cache" / "text"
     assert [note.split(" ")[0] for note in found.notices] == [
         "photos.cache_dir_vae", "photos.skip_file_discovery", "held.crop_style", "images.cache_dir",
@@ -164,14 +178,20 @@ def test_all_problems_at_once_with_line_and_column(folder: Path) -> None:
     )
     with pytest.raises(ConfigError) as error:
         read_dataset_file(folder / "multidatabackend.json", DataOptions(), {})
-    found = [str(problem).removeprefix("multidatabackend.json:") for problem in error.value.problems]
+    found = [
+        str(problem).removeprefix("multidatabackend.json:") for problem in error.value.problems
+    ]
     assert found[0] == "3:44: a.repeat: unknown field; did you mean 'repeats'?"
     assert found[1] == '4:4: a.resolution = "wide": must be a number'
     assert found[2].startswith('3:15: a.instance_data_dir = "pics" does not exist (resolved to /')
     assert found[3] == '5:4: id = "a" is already used at multidatabackend.json:3:4'
-    assert found[4].startswith('5:46: a.crop_style = "face": face detection is not supported; allowed: center')
+    assert found[4].startswith(
+        '5:46: a.crop_style = "face": face detection is not supported; allowed: center'
+    )
     assert found[5].startswith('6:3: "id" is missing')
-    assert found[6].startswith("6:4: [2].instance_data_dir: {env:NOWHERE}: the environment variable")
+    assert found[6].startswith(
+        "6:4: [2].instance_data_dir: {env:NOWHERE}: the environment variable"
+    )
     assert len(found) == 7
 
 
@@ -215,7 +235,10 @@ def test_fields_of_other_trainers_are_refused_by_name(name: str, folder: Path) -
         ({"crop_aspect_buckets": [1.0]}, 'needs "crop": true'),
         ({"maximum_image_size": 2048}, "maximum_image_size: needs target_downsample_size"),
         ({"target_downsample_size": 2048}, "target_downsample_size: needs maximum_image_size"),
-        ({"maximum_image_size": 900, "target_downsample_size": 2048}, "must be between resolution (1024)"),
+        (
+            {"maximum_image_size": 900, "target_downsample_size": 2048},
+            "must be between resolution (1024)",
+        ),
         ({"minimum_aspect_ratio": 5}, "above maximum_aspect_ratio"),
         ({"resolution_type": "area"}, 'for the edge in pixels write "pixel_area"'),
         ({"resolution": 1.0}, 'for megapixels write "area"'),

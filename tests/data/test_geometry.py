@@ -50,7 +50,9 @@ def test_area_stays_within_bounds(size, edge) -> None:
 
 
 @given(sizes, edges, kinds, st.sampled_from(["square", "preserve", "closest"]), st.booleans())
-def test_the_picture_covers_its_bucket_and_keeps_its_aspect(size, edge, kind, aspect, cropped) -> None:
+def test_the_picture_covers_its_bucket_and_keeps_its_aspect(
+    size, edge, kind, aspect, cropped
+) -> None:
     window = bucket_size(framing(edge, kind, crop=cropped, crop_aspect=aspect), size, 64)
     large = covering_size(size, window)
     assert large[0] >= window[0]
@@ -74,7 +76,8 @@ def test_the_crop_lies_inside(size, style, draw) -> None:
 
 def test_random_crops_reach_both_ends() -> None:
     places = {
-        crop_position("random", (66, 64), (64, 64), draw * 0x9E3779B97F4A7C15 % 2**63) for draw in range(64)
+        crop_position("random", (66, 64), (64, 64), draw * 0x9E3779B97F4A7C15 % 2**63)
+        for draw in range(64)
     }
     assert places == {(0, 0), (1, 0), (2, 0)}
 
@@ -92,13 +95,23 @@ def test_random_crops_reach_both_ends() -> None:
         ((1600, 900), {"resolution": 512, "crop": True, "crop_aspect": "preserve"}, (704, 384)),
         (
             (1600, 900),
-            {"resolution": 512, "crop": True, "crop_aspect": "closest", "crop_aspect_buckets": (0.5, 1, 1.5)},
+            {
+                "resolution": 512,
+                "crop": True,
+                "crop_aspect": "closest",
+                "crop_aspect_buckets": (0.5, 1, 1.5),
+            },
             (640, 448),
         ),
         ((1300, 1000), {"resolution": 1024, "crop": True, "crop_aspect": "closest"}, (1152, 896)),
         (
             (720, 1000),
-            {"resolution": 512, "crop": True, "crop_aspect": "closest", "crop_aspect_buckets": (0.5, 1)},
+            {
+                "resolution": 512,
+                "crop": True,
+                "crop_aspect": "closest",
+                "crop_aspect_buckets": (0.5, 1),
+            },
             (512, 512),
         ),
     ],
@@ -109,9 +122,16 @@ def test_known_buckets(size, more, expected) -> None:
 
 def test_only_larger_pictures_are_first_shrunk_to_the_target() -> None:
     limits = ResizeCropConfig(
-        resolution=512, crop=True, maximum_image_size=2000, target_downsample_size=1000, crop_style="corner"
+        resolution=512,
+        crop=True,
+        maximum_image_size=2000,
+        target_downsample_size=1000,
+        crop_style="corner",
     )
     assert resized_size(limits, (4000, 1000), (512, 512)) == (2048, 512)
     assert resized_size(limits, (4000, 4000), (512, 512)) == (1000, 1000)
     assert resized_size(limits, (3000, 1500), (512, 512)) == (1414, 707)
-    assert resized_size(replace(limits, target_downsample_size=None), (4000, 4000), (512, 512)) == (512, 512)
+    assert resized_size(replace(limits, target_downsample_size=None), (4000, 4000), (512, 512)) == (
+        512,
+        512,
+    )

@@ -20,7 +20,9 @@ def placed(path: Path, size: tuple[int, int]) -> BucketedSample:
     return BucketedSample(Sample("d/x", "d", LocalFile(path), *size, ("c",)), size, (0, 0), size)
 
 
-def pixels(image: Image.Image, path: Path, background: str = "white", **settings: object) -> np.ndarray:
+def pixels(
+    image: Image.Image, path: Path, background: str = "white", **settings: object
+) -> np.ndarray:
     image.save(path, **settings)
     size = read_image_header(LocalFile(path), 100).size_px
     return load_pixels(placed(path, size), DataOptions(alpha_background=background))
@@ -73,7 +75,9 @@ def test_embedded_profile_becomes_srgb(tmp_path: Path) -> None:
     same = pixels(image, tmp_path / "s.png", icc_profile=ImageCms.ImageCmsProfile(srgb).tobytes())
     assert np.abs(same.astype(int) - np.asarray(image)).max() <= 1
     assert np.array_equal(pixels(image, tmp_path / "p.png"), np.asarray(image))
-    wrong_space = pixels(image, tmp_path / "l.png", icc_profile=ImageCms.ImageCmsProfile(lab).tobytes())
+    wrong_space = pixels(
+        image, tmp_path / "l.png", icc_profile=ImageCms.ImageCmsProfile(lab).tobytes()
+    )
     assert np.array_equal(wrong_space, np.asarray(image))
     swapped = gbr_profile(ImageCms.ImageCmsProfile(srgb).tobytes())
     turned = pixels(image, tmp_path / "g.png", icc_profile=swapped)
@@ -136,12 +140,16 @@ def test_a_picture_that_changed_since_the_scan_is_refused(tmp_path: Path) -> Non
 
 
 def test_the_limit_of_pixels_is_ours_alone(tmp_path: Path) -> None:
-    (tmp_path / "x.png").write_bytes(png_header(20000, 20000))  # over Pillow's own limit of 179 megapixels
+    (tmp_path / "x.png").write_bytes(
+        png_header(20000, 20000)
+    )  # over Pillow's own limit of 179 megapixels
     assert read_image_header(LocalFile(tmp_path / "x.png"), 400).size_px == (20000, 20000)
     with pytest.raises(UnusableFile, match="400 megapixels"):
         read_image_header(LocalFile(tmp_path / "x.png"), 399)
     with pytest.raises(UnusableFile, match="is 20000x20000, but was 8x8") as error:
-        load_pixels(placed(tmp_path / "x.png", (8, 8)), DataOptions())  # without decoding 400 megapixels
+        load_pixels(
+            placed(tmp_path / "x.png", (8, 8)), DataOptions()
+        )  # without decoding 400 megapixels
     assert error.value.reason == "changed"
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.sample_order import SampleOrder
-from simpletuner.data.sample_types import BucketedSample, MicroBatch, Sample
+from simpletuner.data.sample_types import BucketedSample, MicroBatchPlan, Sample
 from simpletuner.data.sources import LocalFile
 from simpletuner.errors import DataError
 from tests.quick import assert_quick
@@ -19,29 +19,38 @@ from tests.quick import assert_quick
 SIZES = ((64, 64), (64, 128), (128, 64))
 
 
-def make(name: str, counts: tuple[int, ...], **fields: object) -> tuple[DatasetConfig, list[BucketedSample]]:
+def make(
+    name: str, counts: tuple[int, ...], **fields: object
+) -> tuple[DatasetConfig, list[BucketedSample]]:
     """A dataset with counts[i] samples in bucket SIZES[i]."""
     placed = []
     for size, count in zip(SIZES, counts):
         for number in range(count):
-            sample = Sample(f"{name}/{size}{number}", name, LocalFile(Path("x")), *size, ("one", "two", "three"))
+            sample = Sample(
+                f"{name}/{size}{number}", name, LocalFile(Path("x")), *size, ("one", "two", "three")
+            )
             placed.append(BucketedSample(sample, size, (0, 0), size))
     return DatasetConfig(name, "image", Path("."), **fields), placed
 
 
 def order(
-    *made: tuple[DatasetConfig, list[BucketedSample]], batch: int = 4, seed: int = 1, **options: object
+    *made: tuple[DatasetConfig, list[BucketedSample]],
+    batch: int = 4,
+    seed: int = 1,
+    **options: object,
 ) -> SampleOrder:
     placed = sorted((item for _, items in made for item in items), key=lambda item: item.sample.id)
-    return SampleOrder(tuple(placed), [dataset for dataset, _ in made], seed, batch, DataOptions(**options))
+    return SampleOrder(
+        tuple(placed), [dataset for dataset, _ in made], seed, batch, DataOptions(**options)
+    )
 
 
-def epoch(found: SampleOrder, number: int) -> list[MicroBatch]:
+def epoch(found: SampleOrder, number: int) -> list[MicroBatchPlan]:
     start = number * found.batches_per_epoch
     return [found.micro_batch(start + at) for at in range(found.batches_per_epoch)]
 
 
-def visited(batches: list[MicroBatch]) -> Counter[int]:
+def visited(batches: list[MicroBatchPlan]) -> Counter[int]:
     return Counter(visit.sample_index for batch in batches for visit in batch.visits)
 
 
@@ -49,7 +58,13 @@ counts = st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9))
 
 
 @settings(max_examples=40, deadline=None)
-@given(counts, counts, st.integers(0, 3), st.integers(1, 5), st.sampled_from(["auto-weighting", "uniform"]))
+@given(
+    counts,
+    counts,
+    st.integers(0, 3),
+    st.integers(1, 5),
+    st.sampled_from(["auto-weighting", "uniform"]),
+)
 def test_an_epoch_holds_every_sample_exactly(first, second, repeats, batch, mixing) -> None:
     a, b = make("a", first, repeats=repeats), make("b", second)
     found = order(a, b, batch=batch, data_backend_sampling=mixing)
@@ -113,7 +128,9 @@ def test_a_small_bucket_trains_with_a_smaller_batch_and_says_so() -> None:
         "a: bucket 128x64 has 1 image per round, fewer than a batch of 4; it is trained with a batch of 1",
     )
     assert order(make("a", (1, 0, 0), repeats=3)).notices == ()
-    assert order(make("a", (6, 0, 0))).notices == ("a: 1 of 2 batches per round are smaller than 4",)
+    assert order(make("a", (6, 0, 0))).notices == (
+        "a: 1 of 2 batches per round are smaller than 4",
+    )
 
 
 def test_a_sample_does_not_meet_itself_in_a_batch_of_one_pass() -> None:
@@ -147,7 +164,9 @@ def test_mixing() -> None:
     def last_of_b(mixing: str) -> float:
         found = order(*made, batch=1, data_backend_sampling=mixing)
         batches = epoch(found, 0)
-        return max(at for at, one in enumerate(batches) if one.visits[0].sample_index >= 200) / len(batches)
+        return max(at for at, one in enumerate(batches) if one.visits[0].sample_index >= 200) / len(
+            batches
+        )
 
     assert last_of_b("auto-weighting") > 0.75
     assert last_of_b("uniform") < 0.4
@@ -169,7 +188,9 @@ def test_captions_and_dropout_are_addressed() -> None:
     kept = {(v.sample_index, v.repeat_index): v.caption_index for v in plain}
     assert all(v.caption_index in (None, kept[v.sample_index, v.repeat_index]) for v in dropped)
     # Another batch size groups the same visits otherwise; what is said to each stays.
-    other = [v for b in epoch(order(made, batch=7, caption_dropout_probability=0.1), 0) for v in b.visits]
+    other = [
+        v for b in epoch(order(made, batch=7, caption_dropout_probability=0.1), 0) for v in b.visits
+    ]
     assert {(v.sample_index, v.repeat_index): v.caption_index for v in other} == {
         (v.sample_index, v.repeat_index): v.caption_index for v in dropped
     }

@@ -65,12 +65,19 @@ def test_ids_order_hidden_files_and_events(dataset: MakeDataset, options: DataOp
 
 def test_textfile_captions(dataset: MakeDataset, options: DataOptions) -> None:
     photos = dataset()
-    write_sample(photos.instance_data_dir, "x.png", PNG, b"\xef\xbb\xbf one \r\n\r\ntwo, caf\xc3\xa9\n")
+    write_sample(
+        photos.instance_data_dir, "x.png", PNG, b"\xef\xbb\xbf one \r\n\r\ntwo, caf\xc3\xa9\n"
+    )
     assert said(photos, options) == {"photos/x.png": ("one", "two, caf\u00e9")}
     whole = dataset(disable_multiline_split=True)
     assert said(whole, options) == {"photos/x.png": ("one \n\ntwo, caf\u00e9",)}
     before = dataset(prepend_instance_prompt=True, instance_prompts=("a", "b"))
-    assert said(before, options)["photos/x.png"] == ("a one", "a two, caf\u00e9", "b one", "b two, caf\u00e9")
+    assert said(before, options)["photos/x.png"] == (
+        "a one",
+        "a two, caf\u00e9",
+        "b one",
+        "b two, caf\u00e9",
+    )
     only = dataset(only_instance_prompt=True, instance_prompts=("a", "b"))
     assert said(only, options) == {"photos/x.png": ("a", "b")}
     held = dataset(dataset_type="eval")
@@ -91,7 +98,10 @@ def test_a_caption_is_found_by_the_whole_stem_in_any_case_of_its_suffix(
     photos = dataset()
     for number, name in enumerate(("IMG 1.v2.JPG", "b.c.png")):
         write_sample(
-            photos.instance_data_dir, name, encode_image(noise_image((64, 64 + number)), "PNG"), None
+            photos.instance_data_dir,
+            name,
+            encode_image(noise_image((64, 64 + number)), "PNG"),
+            None,
         )
     for name in ("IMG 1.v2.TXT", "b.c.Txt", "b.c.txt", "b.txt"):
         (photos.instance_data_dir / name).write_text(name)
@@ -103,14 +113,18 @@ def test_a_caption_is_found_by_the_whole_stem_in_any_case_of_its_suffix(
     }
     assert found == {"photos/IMG 1.v2.JPG": ("IMG 1.v2.TXT",), "photos/b.c.png": ("b.c.txt",)}
     notes = [event.message for event in events if isinstance(event, NoticeIssued)]
-    assert notes[-1] == ("photos: skipped 2 files that cannot be used: 1 .cr2, 1 .txt without an image")
+    assert notes[-1] == (
+        "photos: skipped 2 files that cannot be used: 1 .cr2, 1 .txt without an image"
+    )
 
 
 def test_enlarged_and_shared_pictures_are_told(dataset: MakeDataset, options: DataOptions) -> None:
     photos = dataset()
     (photos.instance_data_dir / "in").mkdir()
     write_sample(photos.instance_data_dir, "big.png", encode_image(noise_image((128, 128)), "PNG"))
-    write_sample(photos.instance_data_dir, "in/tiny.png", encode_image(noise_image((10, 10)), "PNG"))
+    write_sample(
+        photos.instance_data_dir, "in/tiny.png", encode_image(noise_image((10, 10)), "PNG")
+    )
     inner = dataset("inner", instance_data_dir=photos.instance_data_dir / "in")
     events: list[Event] = []
     scan_datasets([photos, inner], options, 1, events.append)
@@ -143,7 +157,9 @@ def test_held_out_pictures_alone_are_nothing_to_train_on(
 
 
 @needs_unicode_names
-def test_a_caption_is_found_across_unicode_spellings(dataset: MakeDataset, options: DataOptions) -> None:
+def test_a_caption_is_found_across_unicode_spellings(
+    dataset: MakeDataset, options: DataOptions
+) -> None:
     photos = dataset()
     write_sample(photos.instance_data_dir, unicodedata.normalize("NFC", "\u00e9.png"), PNG, None)
     (photos.instance_data_dir / unicodedata.normalize("NFD", "\u00e9.txt")).write_text("accent")
@@ -151,7 +167,8 @@ def test_a_caption_is_found_across_unicode_spellings(dataset: MakeDataset, optio
 
 
 @pytest.mark.parametrize(
-    ("policy", "expected"), [("empty", ("",)), ("filename", ("x y",)), ("drop", None), ("error", None)]
+    ("policy", "expected"),
+    [("empty", ("",)), ("filename", ("x y",)), ("drop", None), ("error", None)],
 )
 def test_missing_captions(policy, expected, dataset: MakeDataset, tmp_path: Path) -> None:
     photos = dataset()
@@ -180,14 +197,18 @@ def test_missing_captions(policy, expected, dataset: MakeDataset, tmp_path: Path
     assert len(result.rejected) == (31 if policy == "drop" else 0)
 
 
-def test_file_names_cannot_write_to_the_terminal(dataset: MakeDataset, options: DataOptions) -> None:
+def test_file_names_cannot_write_to_the_terminal(
+    dataset: MakeDataset, options: DataOptions
+) -> None:
     photos = dataset()
     for name in ("a\n\x1b[2J.png", "b\n\x1b[2J.png"):
         write_sample(photos.instance_data_dir, name, PNG)
     (photos.instance_data_dir / "c.\x1b]0;x").write_bytes(b"")
     events: list[Event] = []
     scan_datasets([photos, dataset("again")], options, 1, events.append)
-    messages = [event.message for event in events if isinstance(event, (NoticeIssued, WarningIssued))]
+    messages = [
+        event.message for event in events if isinstance(event, (NoticeIssued, WarningIssued))
+    ]
     assert len(messages) == 6
     (photos.instance_data_dir / "a\n\x1b[2J.txt").unlink()
     with pytest.raises(DataError) as error:
@@ -201,8 +222,15 @@ def test_filters_are_not_bad_samples(dataset: MakeDataset) -> None:
         resolution=128, minimum_image_size=80, maximum_aspect_ratio=2, minimum_aspect_ratio=1
     )
     photos = dataset(resize_crop=framing)
-    for name, size in {"ok": (160, 80), "wide": (161, 80), "tall": (90, 91), "small": (80, 79)}.items():
-        write_sample(photos.instance_data_dir, f"{name}.png", encode_image(noise_image(size), "PNG"))
+    for name, size in {
+        "ok": (160, 80),
+        "wide": (161, 80),
+        "tall": (90, 91),
+        "small": (80, 79),
+    }.items():
+        write_sample(
+            photos.instance_data_dir, f"{name}.png", encode_image(noise_image(size), "PNG")
+        )
     result = scan_datasets([photos], DataOptions(max_bad_sample_fraction=0), 1, ignore)
     assert [placed.sample.id for placed in result.samples] == ["photos/ok.png"]
     assert {item.path: item.reason for item in result.rejected} == {
@@ -215,7 +243,9 @@ def test_too_many_bad_samples(fraction, refused, dataset: MakeDataset) -> None:
     photos = dataset()
     for number in range(4):
         write_sample(
-            photos.instance_data_dir, f"{number}.png", encode_image(noise_image((64 + number, 64)), "PNG")
+            photos.instance_data_dir,
+            f"{number}.png",
+            encode_image(noise_image((64 + number, 64)), "PNG"),
         )
     write_sample(photos.instance_data_dir, "bad.png", b"")
     options = DataOptions(max_bad_sample_fraction=fraction)
@@ -232,7 +262,9 @@ def test_empty_folder_and_nothing_left(dataset: MakeDataset, options: DataOption
     with pytest.raises(DataError, match=r"photos: no images in .*, only 1 \.psb"):
         scan_datasets([photos], options, 1, ignore)
     write_sample(photos.instance_data_dir, "x.png", encode_image(noise_image((1, 300)), "PNG"))
-    with pytest.raises(DataError, match=r"there is no image to train on(.|\n)*x.png: 1x300 has aspect"):
+    with pytest.raises(
+        DataError, match=r"there is no image to train on(.|\n)*x.png: 1x300 has aspect"
+    ):
         scan_datasets([photos], options, 1, ignore)
 
 
@@ -240,7 +272,9 @@ def test_subset_depends_on_names_alone(dataset: MakeDataset, options: DataOption
     photos = dataset(max_num_samples=5)
     for number in range(12):
         write_sample(
-            photos.instance_data_dir, f"{number}.png", encode_image(noise_image((64 + number, 64)), "PNG")
+            photos.instance_data_dir,
+            f"{number}.png",
+            encode_image(noise_image((64 + number, 64)), "PNG"),
         )
     first = set(said(photos, options))
     assert len(first) == 5
@@ -252,11 +286,15 @@ def test_subset_depends_on_names_alone(dataset: MakeDataset, options: DataOption
     }
 
 
-def test_random_crops_follow_the_seed_and_eval_is_centred(dataset: MakeDataset, options: DataOptions) -> None:
+def test_random_crops_follow_the_seed_and_eval_is_centred(
+    dataset: MakeDataset, options: DataOptions
+) -> None:
     random = dataset(resize_crop=ResizeCropConfig(resolution=64, crop=True, crop_style="random"))
     for number in range(8):
         write_sample(
-            random.instance_data_dir, f"{number}.png", encode_image(noise_image((160, 64 + number)), "PNG")
+            random.instance_data_dir,
+            f"{number}.png",
+            encode_image(noise_image((160, 64 + number)), "PNG"),
         )
     crops = [
         [item.crop_px for item in scan_datasets([random], options, seed, ignore).samples]
@@ -269,7 +307,10 @@ def test_random_crops_follow_the_seed_and_eval_is_centred(dataset: MakeDataset, 
 def test_alignment_is_the_models(dataset: MakeDataset, options: DataOptions) -> None:
     photos = dataset(resize_crop=ResizeCropConfig(resolution=80))
     write_sample(photos.instance_data_dir, "x.png", encode_image(noise_image((80, 80)), "PNG"))
-    assert scan_datasets([photos], options, 1, ignore, alignment_px=16).samples[0].bucket_px == (80, 80)
+    assert scan_datasets([photos], options, 1, ignore, alignment_px=16).samples[0].bucket_px == (
+        80,
+        80,
+    )
     assert scan_datasets([photos], options, 1, ignore).samples[0].bucket_px == (64, 64)
 
 
@@ -294,7 +335,9 @@ def test_copies_are_told_and_leaks_refused(
     assert len(scan_datasets([photos, watch], options, 1, ignore).samples) == 4
     shutil.copy(photos.instance_data_dir / "b.png", held / "copy.png")
     write_sample(held, "copy.png", PNG)
-    with pytest.raises(DataError, match=r"1 image of an eval dataset(.|\n)*held/copy.png is photos/a.png"):
+    with pytest.raises(
+        DataError, match=r"1 image of an eval dataset(.|\n)*held/copy.png is photos/a.png"
+    ):
         scan_datasets([photos, watch], options, 1, ignore)
     with pytest.raises(DataError, match="3 images of an eval dataset"):
         scan_datasets([photos, dataset("same", dataset_type="eval")], options, 1, ignore)

@@ -49,15 +49,21 @@ def test_each_row_is_kept_or_rejected_by_name(row: BadFileCase, tmp_path: Path) 
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(GOOD):
-        write_sample(folder, f"good {number}.png", encode_image(noise_image((64, 64 + number)), "PNG"))
+        write_sample(
+            folder, f"good {number}.png", encode_image(noise_image((64, 64 + number)), "PNG")
+        )
     row.make(folder)
     before = fingerprint(folder)
-    dataset = DatasetConfig("d", "image", folder, ResizeCropConfig(resolution=64, minimum_image_size=32))
+    dataset = DatasetConfig(
+        "d", "image", folder, ResizeCropConfig(resolution=64, minimum_image_size=32)
+    )
     options = DataOptions(max_bad_sample_fraction=1.0)
     events: list[Event] = []
     if row.reason == "caption_missing":
         with pytest.raises(DataError, match=r"1 image has no caption"):
-            scan_datasets([dataset], options, 1, events.append, rejected_path=tmp_path / "rejected.jsonl")
+            scan_datasets(
+                [dataset], options, 1, events.append, rejected_path=tmp_path / "rejected.jsonl"
+            )
     else:
         result = scan_datasets(
             [dataset], options, 1, events.append, rejected_path=tmp_path / "rejected.jsonl"
@@ -70,10 +76,16 @@ def test_each_row_is_kept_or_rejected_by_name(row: BadFileCase, tmp_path: Path) 
             assert damage.value.reason == row.decode
         else:
             for placed in bad:
-                assert load_pixels(placed, options).shape == (placed.bucket_px[1], placed.bucket_px[0], 3)
+                assert load_pixels(placed, options).shape == (
+                    placed.bucket_px[1],
+                    placed.bucket_px[0],
+                    3,
+                )
         assert len(result.samples) - len(bad) == GOOD
         assert bool(bad) == (not row.reason and row.name not in IGNORED_CASES)
-    listed = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text("ascii").splitlines()]
+    listed = [
+        json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text("ascii").splitlines()
+    ]
     assert {item["reason"] for item in listed} == ({row.reason} if row.reason else set())
     notes = [event.message for event in events if isinstance(event, NoticeIssued)]
     assert any(row.note in note for note in notes) if row.note else not notes

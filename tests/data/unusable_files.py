@@ -19,9 +19,11 @@ E_ACUTE = "\u00e9"
 
 @dataclass(frozen=True)
 class BadFileCase:
-    """make: fills a folder with the one bad thing. reason: code of the rejection by the scan, "" when kept.
+    """make: fills a folder with the one bad thing. reason: code of the rejection by the scan, ""
+    when kept.
 
-    decode: reason of BadFile when the scan keeps it but the pixels are bad. note: words of an event.
+    decode: reason of BadFile when the scan keeps it but the pixels are bad. note: words of an
+    event.
     Rows named as in PASSED_OVER are no pictures at all.
     """
 
@@ -59,7 +61,9 @@ def flip_byte(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
 
 
-def write_sample(folder: Path, name: str | bytes, data: bytes, caption: bytes | None = b"a thing") -> None:
+def write_sample(
+    folder: Path, name: str | bytes, data: bytes, caption: bytes | None = b"a thing"
+) -> None:
     raw = os.fsencode(folder) + b"/" + (name if isinstance(name, bytes) else name.encode())
     with open(raw, "wb") as file:
         file.write(data)
@@ -79,7 +83,9 @@ def caption_writer(text: bytes | None) -> Callable[[Path], None]:
 def write_unicode_twins(folder: Path) -> None:
     for form in ("NFC", "NFD"):
         write_sample(
-            folder, unicodedata.normalize(form, f"caf{E_ACUTE}.png"), encode_image(noise_image(), "PNG")
+            folder,
+            unicodedata.normalize(form, f"caf{E_ACUTE}.png"),
+            encode_image(noise_image(), "PNG"),
         )
 
 
@@ -89,11 +95,16 @@ def write_same_stem(folder: Path) -> None:
 
 
 def animation_settings() -> dict[str, object]:
-    return {"save_all": True, "append_images": [noise_image((96, 64)).rotate(90 * turn) for turn in (1, 2)]}
+    return {
+        "save_all": True,
+        "append_images": [noise_image((96, 64)).rotate(90 * turn) for turn in (1, 2)],
+    }
 
 
 def float_tiff() -> bytes:
-    return encode_image(Image.fromarray(np.random.default_rng(1).random((64, 96), np.float32)), "TIFF")
+    return encode_image(
+        Image.fromarray(np.random.default_rng(1).random((64, 96), np.float32)), "TIFF"
+    )
 
 
 IGNORED_CASES = ("hidden file", "svg by name", "files of the system")
@@ -123,10 +134,14 @@ BAD_FILE_CASES = (
     ),
     BadFileCase("zero bytes", image_writer("x.jpg", lambda: b""), reason="empty_file"),
     BadFileCase(
-        "html as jpg", image_writer("x.jpg", lambda: b"<html><body>404</body></html>"), reason="not_an_image"
+        "html as jpg",
+        image_writer("x.jpg", lambda: b"<html><body>404</body></html>"),
+        reason="not_an_image",
     ),
     BadFileCase(
-        "eps as png", image_writer("x.png", lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n"), reason="not_an_image"
+        "eps as png",
+        image_writer("x.png", lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+        reason="not_an_image",
     ),
     BadFileCase(
         "header cut off",
@@ -148,10 +163,14 @@ BAD_FILE_CASES = (
         image_writer("x.png", lambda: png_header(20000, 20000)),
         reason="too_many_pixels",
     ),
-    BadFileCase("header without pixels", image_writer("x.png", lambda: png_header(96, 64)), decode="damaged"),
+    BadFileCase(
+        "header without pixels", image_writer("x.png", lambda: png_header(96, 64)), decode="damaged"
+    ),
     BadFileCase(
         "animated gif",
-        image_writer("x.gif", lambda: encode_image(noise_image(mode="P"), "GIF", **animation_settings())),
+        image_writer(
+            "x.gif", lambda: encode_image(noise_image(mode="P"), "GIF", **animation_settings())
+        ),
         note="with animation",
     ),
     BadFileCase(
@@ -181,14 +200,21 @@ BAD_FILE_CASES = (
         image_writer("x.png", lambda: encode_image(noise_image(mode="LA"), "PNG")),
         note="transparency",
     ),
-    BadFileCase("one bit", image_writer("x.png", lambda: encode_image(noise_image(mode="1"), "PNG"))),
-    BadFileCase("palette", image_writer("x.png", lambda: encode_image(noise_image(mode="P"), "PNG"))),
     BadFileCase(
-        "broken exif", image_writer("x.jpg", lambda: encode_image(noise_image(), "JPEG", exif=BROKEN_EXIF))
+        "one bit", image_writer("x.png", lambda: encode_image(noise_image(mode="1"), "PNG"))
+    ),
+    BadFileCase(
+        "palette", image_writer("x.png", lambda: encode_image(noise_image(mode="P"), "PNG"))
+    ),
+    BadFileCase(
+        "broken exif",
+        image_writer("x.jpg", lambda: encode_image(noise_image(), "JPEG", exif=BROKEN_EXIF)),
     ),
     BadFileCase(
         "broken icc",
-        image_writer("x.png", lambda: encode_image(noise_image(), "PNG", icc_profile=b"not a profile")),
+        image_writer(
+            "x.png", lambda: encode_image(noise_image(), "PNG", icc_profile=b"not a profile")
+        ),
     ),
     BadFileCase(
         "one by n",
@@ -200,18 +226,28 @@ BAD_FILE_CASES = (
         image_writer("x.png", lambda: encode_image(noise_image((1, 1)), "PNG")),
         reason="too_small",
     ),
-    BadFileCase("emoji, quotes, newline", image_writer("a \U0001f600 'q' \"d\"\nb.png", lambda: PLAIN_PNG)),
     BadFileCase(
-        "name not utf-8", lambda folder: write_sample(folder, b"\xff.png", PLAIN_PNG), reason="file_name"
+        "emoji, quotes, newline", image_writer("a \U0001f600 'q' \"d\"\nb.png", lambda: PLAIN_PNG)
+    ),
+    BadFileCase(
+        "name not utf-8",
+        lambda folder: write_sample(folder, b"\xff.png", PLAIN_PNG),
+        reason="file_name",
     ),
     BadFileCase("nfc and nfd twins", write_unicode_twins, reason="name_twins"),
     BadFileCase("same stem twice", write_same_stem),
     BadFileCase("no caption", caption_writer(None), reason="caption_missing"),
     BadFileCase("blank caption", caption_writer(b" \r\n\t\n"), reason="caption_missing"),
-    BadFileCase("latin-1 caption", caption_writer("caf\u00e9".encode("latin-1")), reason="caption_encoding"),
-    BadFileCase("utf-16 caption", caption_writer("a cat".encode("utf-16")), reason="caption_encoding"),
     BadFileCase(
-        "utf-16 caption without mark", caption_writer("a cat".encode("utf-16-le")), reason="caption_encoding"
+        "latin-1 caption", caption_writer("caf\u00e9".encode("latin-1")), reason="caption_encoding"
+    ),
+    BadFileCase(
+        "utf-16 caption", caption_writer("a cat".encode("utf-16")), reason="caption_encoding"
+    ),
+    BadFileCase(
+        "utf-16 caption without mark",
+        caption_writer("a cat".encode("utf-16-le")),
+        reason="caption_encoding",
     ),
     BadFileCase("caption with mark and crlf", caption_writer(b"\xef\xbb\xbfone\r\ntwo\r\n")),
     BadFileCase(
@@ -220,10 +256,16 @@ BAD_FILE_CASES = (
         reason="unreadable",
     ),
     BadFileCase("named pipe", lambda folder: os.mkfifo(folder / "x.png"), reason="unreadable"),
-    BadFileCase("link to itself", lambda folder: (folder / "x.png").symlink_to("x.png"), reason="unreadable"),
     BadFileCase(
-        "svg by name", lambda folder: write_sample(folder, "x.svg", b"<svg/>", None), note="cannot be used: 1 .svg"
+        "link to itself", lambda folder: (folder / "x.png").symlink_to("x.png"), reason="unreadable"
     ),
-    BadFileCase("files of the system", lambda folder: write_sample(folder, "Thumbs.db", b"\xd0\xcf", None)),
+    BadFileCase(
+        "svg by name",
+        lambda folder: write_sample(folder, "x.svg", b"<svg/>", None),
+        note="cannot be used: 1 .svg",
+    ),
+    BadFileCase(
+        "files of the system", lambda folder: write_sample(folder, "Thumbs.db", b"\xd0\xcf", None)
+    ),
     BadFileCase("hidden file", lambda folder: write_sample(folder, "._x.png", b"\0" * 40)),
 )

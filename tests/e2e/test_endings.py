@@ -68,7 +68,9 @@ def when(happens: Callable[[Event], bool], act: Callable[[], None]) -> Iterator[
     assert met, "the moment never came"
 
 
-def stopped(workspace: TrainingProject, out: Path, happens: Callable[[Event], bool]) -> SimpleTunerError:
+def stopped(
+    workspace: TrainingProject, out: Path, happens: Callable[[Event], bool]
+) -> SimpleTunerError:
     """Ask for a stop at a moment; hand back how the run ended."""
     with when(happens, lambda: (out / "control" / "stop").touch()):
         return workspace.train_and_expect_error(output_dir=str(out))
@@ -86,7 +88,10 @@ def copy_of(straight: tuple[TrainingProject, Path], name: str) -> tuple[Training
 
 def test_a_refused_run_leaves_the_folder_as_it_was(straight: tuple[TrainingProject, Path]) -> None:
     workspace, out = copy_of(straight, "refused")
-    kept = {name: (out / name).read_bytes() for name in ("config.json", "pytorch_lora_weights.safetensors")}
+    kept = {
+        name: (out / name).read_bytes()
+        for name in ("config.json", "pytorch_lora_weights.safetensors")
+    }
     steps = run_history.read_run_history(out).steps
     assert isinstance(
         workspace.train_and_expect_error(output_dir=str(out), learning_rate=3e-3), CheckpointError
@@ -104,17 +109,27 @@ def test_the_record_of_a_resumed_run_is_whole(straight: tuple[TrainingProject, P
     workspace, _ = straight
     out = workspace.root / "record"
     assert isinstance(
-        stopped(workspace, out, lambda e: isinstance(e, StepCompleted) and e.step == 3), TrainingStopped
+        stopped(workspace, out, lambda e: isinstance(e, StepCompleted) and e.step == 3),
+        TrainingStopped,
     )
     workspace.train(output_dir=str(out))
     happened = read_events(out)
     assert [event.resumed_step for event in happened if isinstance(event, RunStarted)] == [0, 3]
     assert [event.step for event in happened if isinstance(event, RunResumed)] == [3]
     assert sorted(run_history.read_run_history(out).steps) == [1, 2, 3, 4, 5, 6]
-    assert [event.step for event in happened if isinstance(event, StepCompleted)] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in happened if isinstance(event, StepCompleted)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
-def test_a_resume_by_name_makes_the_later_checkpoints_anew(straight: tuple[TrainingProject, Path]) -> None:
+def test_a_resume_by_name_makes_the_later_checkpoints_anew(
+    straight: tuple[TrainingProject, Path],
+) -> None:
     workspace, out = copy_of(straight, "branch")
     before = read_checkpoint_files(out / "checkpoint-6")
     workspace.train(output_dir=str(out), resume_from_checkpoint="checkpoint-2", learning_rate=3e-3)
@@ -125,11 +140,16 @@ def test_a_resume_by_name_makes_the_later_checkpoints_anew(straight: tuple[Train
     assert json.loads((out / "config.json").read_text())["learning_rate"] == 3e-3
 
 
-def test_an_average_begun_late_begins_at_the_trained_weights(straight: tuple[TrainingProject, Path]) -> None:
+def test_an_average_begun_late_begins_at_the_trained_weights(
+    straight: tuple[TrainingProject, Path],
+) -> None:
     workspace, _ = straight
     out = workspace.train(output_dir=str(workspace.root / "late"), use_ema=False, max_train_steps=4)
     workspace.train(
-        output_dir=str(out), use_ema=True, ema_update_interval=100, resume_from_checkpoint="checkpoint-4"
+        output_dir=str(out),
+        use_ema=True,
+        ema_update_interval=100,
+        resume_from_checkpoint="checkpoint-4",
     )
     weights = checkpoint.read_tensors(out / "checkpoint-4")["weights"]
     shadow = checkpoint.read_tensors(out / "checkpoint-6")["ema"]
@@ -146,7 +166,9 @@ def test_a_stop_before_the_first_step(straight: tuple[TrainingProject, Path], st
     assert not checkpoint.list_checkpoints(out)
 
 
-def test_a_stop_while_drawing_loses_no_step_and_no_picture(straight: tuple[TrainingProject, Path]) -> None:
+def test_a_stop_while_drawing_loses_no_step_and_no_picture(
+    straight: tuple[TrainingProject, Path],
+) -> None:
     workspace, run_dir = straight
     out = workspace.root / "drawing"
     done: list[int] = []
@@ -161,9 +183,13 @@ def test_a_stop_while_drawing_loses_no_step_and_no_picture(straight: tuple[Train
     assert not list((out / "images").glob("step-000004/*"))
     workspace.train(output_dir=str(out))
     assert read_losses(out) == read_losses(run_dir)
-    assert read_checkpoint_files(out / "checkpoint-6") == read_checkpoint_files(run_dir / "checkpoint-6")
+    assert read_checkpoint_files(out / "checkpoint-6") == read_checkpoint_files(
+        run_dir / "checkpoint-6"
+    )
     drawn = {event.path for event in read_events(run_dir) if isinstance(event, ImageSaved)}
-    assert drawn == {path.relative_to(out).as_posix() for path in (out / "images").glob("step-*/*.png")}
+    assert drawn == {
+        path.relative_to(out).as_posix() for path in (out / "images").glob("step-*/*.png")
+    }
 
 
 def test_pictures_missing_after_a_kill_are_drawn(straight: tuple[TrainingProject, Path]) -> None:
@@ -200,7 +226,9 @@ def test_a_report_that_cannot_be_written_fails_nothing(
     monkeypatch.setattr(engine, "write_report", refuse)
     workspace.train(output_dir=str(out))
     assert ended(out) == (0, "done")
-    assert any(isinstance(event, WarningIssued) and "report" in event.message for event in read_events(out))
+    assert any(
+        isinstance(event, WarningIssued) and "report" in event.message for event in read_events(out)
+    )
 
 
 def test_a_missing_package_is_in_the_exit_record(
@@ -222,7 +250,9 @@ def test_a_full_disk_is_a_sentence(
     workspace, out = copy_of(straight, "full-disk")
 
     def full(*arguments: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr(exporter.lora_io, "save_adapter", full)
     assert isinstance(workspace.train_and_expect_error(output_dir=str(out)), DiskFull)
@@ -233,16 +263,24 @@ def test_nothing_is_left_to_do(straight: tuple[TrainingProject, Path]) -> None:
     """A finished run again, with fewer steps than it has: the same weights, the best still marked."""
     workspace, out = copy_of(straight, "again")
     (out / "pytorch_lora_weights.safetensors").unlink()
-    best = [event.step for event in run_history.read_run_history(out).evaluations.values() if event.best]
+    best = [
+        event.step for event in run_history.read_run_history(out).evaluations.values() if event.best
+    ]
     workspace.train(output_dir=str(out), max_train_steps=4)
     told = told_since(out, straight[1])
     assert (out / "pytorch_lora_weights.safetensors").is_file()
     assert not any(isinstance(event, (LossEvaluated, StepCompleted)) for event in told)
-    assert any(isinstance(event, NoticeIssued) and "all 4 steps are complete" in event.message for event in told)
+    assert any(
+        isinstance(event, NoticeIssued) and "all 4 steps are complete" in event.message
+        for event in told
+    )
     assert [
         event.step for event in run_history.read_run_history(out).evaluations.values() if event.best
     ] == best
-    assert any(isinstance(event, WarningIssued) and "lr_scheduler cosine" in event.message for event in told)
+    assert any(
+        isinstance(event, WarningIssued) and "lr_scheduler cosine" in event.message
+        for event in told
+    )
 
 
 def test_the_best_step_is_said(straight: tuple[TrainingProject, Path]) -> None:
@@ -252,7 +290,9 @@ def test_the_best_step_is_said(straight: tuple[TrainingProject, Path]) -> None:
     assert said.endswith("checkpoint-6"), said
 
 
-def test_a_best_step_without_a_checkpoint_is_warned_of(straight: tuple[TrainingProject, Path]) -> None:
+def test_a_best_step_without_a_checkpoint_is_warned_of(
+    straight: tuple[TrainingProject, Path],
+) -> None:
     workspace, _ = straight
     out = workspace.train(output_dir=str(workspace.root / "uneven"), eval_steps_interval=3)
     told = [event.message for event in read_events(out) if isinstance(event, WarningIssued)]

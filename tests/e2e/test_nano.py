@@ -70,7 +70,9 @@ def test_the_run_has_scored_itself(trained: tuple[Path, Path]) -> None:
     ]  # fmt: skip
     assert {event.prompts for event in scored} == {4}
     assert scored[0].rates["background"][2] == 4
-    assert scored[0].rates["background"][0] > 0.5, "two steps from noise the ground is there already"
+    assert scored[0].rates["background"][0] > 0.5, (
+        "two steps from noise the ground is there already"
+    )
     assert scored[1].rates == {"zorbo": (0.0, 0.0, 4), "all": (0.0, 0.0, 4)}
     report = (run_dir / "report.html").read_text()
     scores = report[report.index("<h2>Scores") : report.index("<h2>Validation images")]

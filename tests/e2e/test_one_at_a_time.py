@@ -1,4 +1,6 @@
-"""Text encoder, VAE and transformer are loaded one after the other; the earlier ones are gone by then."""
+"""Text encoder, VAE and transformer are loaded one after the other; the earlier ones are gone by
+then.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     for name in PARTS:
         original = getattr(ChromaFamily, name)
 
-        def load(self: ChromaFamily, *given: Any, _name: str = name, _original: Any = original) -> Any:
+        def load(
+            self: ChromaFamily, *given: Any, _name: str = name, _original: Any = original
+        ) -> Any:
             log.append((_name, living()))
             part = _original(self, *given)
             alive.append((_name, weakref.ref(part)))
@@ -39,7 +43,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     train_step = loop.train_step
 
     def first_step(parts: loop.TrainerContext, step: int) -> Any:
-        if log:  # the memory plan steps as well, on tensors without contents, before anything is loaded
+        if (
+            log
+        ):  # the memory plan steps as well, on tensors without contents, before anything is loaded
             log.append(("training", living()))
         return train_step(parts, step)
 

@@ -60,13 +60,17 @@ def test_a_run_on_each(
     assert len(read_losses(run_dir)) == 3
     assert len({loss for loss, _, _ in read_losses(run_dir).values()}) == 3
     assert any(
-        tensor.abs().max() > 0 for name, tensor in load_file(run_dir / LORA).items() if "lora_B" in name
+        tensor.abs().max() > 0
+        for name, tensor in load_file(run_dir / LORA).items()
+        if "lora_B" in name
     )
     assert resolve_model_options(None, [run_dir], {}).base_model_precision == scheme
 
     resumed = interrupted(workspace, 2, f"{scheme}-stopped", **same)
     assert read_losses(resumed) == read_losses(run_dir)
-    assert read_checkpoint_files(resumed / "checkpoint-3") == read_checkpoint_files(run_dir / "checkpoint-3")
+    assert read_checkpoint_files(resumed / "checkpoint-3") == read_checkpoint_files(
+        run_dir / "checkpoint-3"
+    )
     assert f"quantize to {scheme}" not in [
         event.stage for event in read_events(resumed) if isinstance(event, StageStarted)
     ]
@@ -75,15 +79,21 @@ def test_a_run_on_each(
         output_dir=str(workspace.root / f"{scheme}-kept"), gradient_checkpointing=False, **same
     )
     assert read_losses(kept) == read_losses(run_dir)
-    assert read_checkpoint_files(kept / "checkpoint-3") == read_checkpoint_files(run_dir / "checkpoint-3")
+    assert read_checkpoint_files(kept / "checkpoint-3") == read_checkpoint_files(
+        run_dir / "checkpoint-3"
+    )
 
 
 PRODUCTS = ({"algo": "lokr", "linear_dim": 2, "factor": 4}, {"algo": "loha"})
 
 
 @pytest.mark.parametrize("config", PRODUCTS, ids=str)
-def test_a_product_on_a_quantised_base(workspace: TrainingProject, config: dict[str, object]) -> None:
-    """LoKr and LoHa: an average beside them, resumed bit for bit, recomputed or not, and generated from."""
+def test_a_product_on_a_quantised_base(
+    workspace: TrainingProject, config: dict[str, object]
+) -> None:
+    """LoKr and LoHa: an average beside them, resumed bit for bit, recomputed or not, and generated
+    from.
+    """
     algo = str(config["algo"])
     same = {"base_model_precision": "int8", "lora_type": "lycoris", "lycoris_config": config}
     same |= {"lora_rank": None, "use_ema": True}
@@ -94,11 +104,15 @@ def test_a_product_on_a_quantised_base(workspace: TrainingProject, config: dict[
     assert load_file(run_dir / "ema" / LORA).keys() == names.keys()
     resumed = interrupted(workspace, 2, f"{algo}-stopped", **same)
     assert read_losses(resumed) == read_losses(run_dir)
-    assert read_checkpoint_files(resumed / "checkpoint-3") == read_checkpoint_files(run_dir / "checkpoint-3")
+    assert read_checkpoint_files(resumed / "checkpoint-3") == read_checkpoint_files(
+        run_dir / "checkpoint-3"
+    )
     kept = workspace.train(
         output_dir=str(workspace.root / f"{algo}-kept"), gradient_checkpointing=False, **same
     )
-    assert read_checkpoint_files(kept / "checkpoint-3") == read_checkpoint_files(run_dir / "checkpoint-3")
+    assert read_checkpoint_files(kept / "checkpoint-3") == read_checkpoint_files(
+        run_dir / "checkpoint-3"
+    )
     card = (run_dir / "README.md").read_text()
     assert {"lokr": "LoKr", "loha": "LoHa"}[algo] in card
     assert "--format diffusers --rank 64" in card
@@ -122,7 +136,9 @@ def test_full_rank_needs_the_weights_themselves(workspace: TrainingProject) -> N
         workspace.load_config(model_type="full", base_model_precision="nf4")
 
 
-def test_an_unreadable_cache_place_is_told_before_the_weights_are_read(workspace: TrainingProject) -> None:
+def test_an_unreadable_cache_place_is_told_before_the_weights_are_read(
+    workspace: TrainingProject,
+) -> None:
     blocked = workspace.root / "blocked"
     blocked.write_text("")
     error = workspace.train_and_expect_error(
@@ -136,7 +152,9 @@ def test_an_unreadable_cache_place_is_told_before_the_weights_are_read(workspace
 def test_what_was_fitted_is_recorded_and_kept(
     workspace: TrainingProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is room for the plain base, and a checkpoint says what the run began with; a bad one is told."""
+    """There is room for the plain base, and a checkpoint says what the run began with; a bad one is
+    told.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace.root / "plans"))
     folder = workspace.root / "fitted"
     same: dict[str, object] = {"output_dir": str(folder), "max_train_steps": 2}
@@ -149,5 +167,7 @@ def test_what_was_fitted_is_recorded_and_kept(
     assert (now["base_model_precision"], now["text_encoder_1_precision"]) == ("nf4", "int8")
     assert now["gradient_checkpointing"] is False
     assert len(read_losses(folder)) == 3
-    fresh = json.loads((workspace.train("", output_dir=f"{folder}-anew") / "config.json").read_text())
+    fresh = json.loads(
+        (workspace.train("", output_dir=f"{folder}-anew") / "config.json").read_text()
+    )
     assert (fresh["base_model_precision"], fresh["gradient_checkpointing"]) == ("no_change", False)

@@ -48,7 +48,9 @@ def test_every_language_holds_the_same_commands(language: str, kind: str) -> Non
 def test_every_option_is_there(language: str) -> None:
     named = set(re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+)+)`", text(language)))
     assert len(named) > 10
-    assert {name for name in named if name not in all_options() and name not in option_aliases()} == set()
+    assert {
+        name for name in named if name not in all_options() and name not in option_aliases()
+    } == set()
     assert set(re.findall(r"--set (\w+)=", text(language))) <= set(all_options())
 
 
@@ -71,7 +73,10 @@ def test_the_configuration_on_the_page_holds() -> None:
 def test_every_command_runs(tmp_path: Path) -> None:
     """In order, in one folder with a few pictures; the server is asked for its page and ended."""
     make_images(tmp_path / "pictures", 3)
-    environ = {**os.environ, **{f"SIMPLETUNER_{name.upper()}": value for name, value in SMALL.items()}}
+    environ = {
+        **os.environ,
+        **{f"SIMPLETUNER_{name.upper()}": value for name, value in SMALL.items()},
+    }
     environ |= {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home" / "cache")}
     environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
     lines = [line for block in blocks("en", "bash") for line in block.splitlines() if line]
@@ -94,7 +99,9 @@ def test_every_command_runs(tmp_path: Path) -> None:
 
 def serves(folder: Path, environ: dict[str, str]) -> None:
     words = ["simpletuner", "server", "--port", "0"]
-    with subprocess.Popen(words, cwd=folder, env=environ, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        words, cwd=folder, env=environ, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         address = process.stdout.readline().split()[-1]
         try:

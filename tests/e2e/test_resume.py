@@ -48,7 +48,9 @@ def interrupted(workspace: TrainingProject, at: int, name: str, **options: objec
 
         real = engine.build_sinks
         patch.setattr(engine, "build_sinks", lambda *arguments: [*real(*arguments), ask])
-        assert isinstance(workspace.train_and_expect_error(output_dir=str(out), **options), TrainingStopped)
+        assert isinstance(
+            workspace.train_and_expect_error(output_dir=str(out), **options), TrainingStopped
+        )
     assert json.loads((out / "exit.json").read_text())["exit_code"] == 75
     workspace.train(output_dir=str(out), **options)
     return out
@@ -59,7 +61,9 @@ def test_resumed_equals_uninterrupted(straight: tuple[TrainingProject, Path], at
     workspace, run_dir = straight
     resumed = interrupted(workspace, at, f"stopped-at-{at}")
     assert read_losses(resumed) == read_losses(run_dir)
-    assert read_checkpoint_files(resumed / "checkpoint-6") == read_checkpoint_files(run_dir / "checkpoint-6")
+    assert read_checkpoint_files(resumed / "checkpoint-6") == read_checkpoint_files(
+        run_dir / "checkpoint-6"
+    )
     final = "pytorch_lora_weights.safetensors"
     for name in (final, f"ema/{final}"):
         ours, theirs = load_file(resumed / name), load_file(run_dir / name)
@@ -77,10 +81,15 @@ def test_cold_optimizer_is_not_the_same_run(straight: tuple[TrainingProject, Pat
             shutil.rmtree(folder)
     folder = cold / "checkpoint-2"
     tensors = load_file(folder / "optimizer.safetensors")
-    save_file({name: tensor * 0 for name, tensor in tensors.items()}, folder / "optimizer.safetensors")
+    save_file(
+        {name: tensor * 0 for name, tensor in tensors.items()}, folder / "optimizer.safetensors"
+    )
     manifest = json.loads((folder / "manifest.json").read_text())
     path = folder / "optimizer.safetensors"
-    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": checkpoint._sha256(path)}
+    manifest["files"][path.name] = {
+        "bytes": path.stat().st_size,
+        "sha256": checkpoint._sha256(path),
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     workspace.train(output_dir=str(cold))
     assert (
@@ -89,7 +98,9 @@ def test_cold_optimizer_is_not_the_same_run(straight: tuple[TrainingProject, Pat
     )
 
 
-def test_a_damaged_newest_checkpoint_costs_only_its_steps(straight: tuple[TrainingProject, Path]) -> None:
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(
+    straight: tuple[TrainingProject, Path],
+) -> None:
     workspace, run_dir = straight
     out = workspace.root / "damaged"
     shutil.copytree(run_dir, out)
@@ -100,7 +111,9 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(straight: tuple[Traini
     workspace.train(output_dir=str(out))
     assert any(isinstance(event, CheckpointSetAside) for event in read_events(out))
     assert (out / "damaged-checkpoint-6").is_dir()
-    assert read_checkpoint_files(out / "checkpoint-6") == read_checkpoint_files(run_dir / "checkpoint-6")
+    assert read_checkpoint_files(out / "checkpoint-6") == read_checkpoint_files(
+        run_dir / "checkpoint-6"
+    )
 
 
 def test_another_training_is_not_continued_silently(straight: tuple[TrainingProject, Path]) -> None:
@@ -138,10 +151,14 @@ def test_never_moves_earlier_results_aside(straight: tuple[TrainingProject, Path
     assert (out / "checkpoint-2").is_dir()
 
 
-def test_must_resume_refuses_an_empty_folder(tmp_path: Path, straight: tuple[TrainingProject, Path]) -> None:
+def test_must_resume_refuses_an_empty_folder(
+    tmp_path: Path, straight: tuple[TrainingProject, Path]
+) -> None:
     workspace, _ = straight
     assert isinstance(
-        workspace.train_and_expect_error(output_dir=str(tmp_path / "empty"), resume_from_checkpoint="must"),
+        workspace.train_and_expect_error(
+            output_dir=str(tmp_path / "empty"), resume_from_checkpoint="must"
+        ),
         CheckpointError,
     )
 
@@ -157,7 +174,12 @@ def test_divergence_names_the_samples_and_keeps_the_checkpoint(
 ) -> None:
     workspace, _ = straight
     out = workspace.root / "diverged"
-    options = {"learning_rate": 0.9, "lr_scheduler": "constant", "max_grad_norm": 0, "optimizer": "adamw"}
+    options = {
+        "learning_rate": 0.9,
+        "lr_scheduler": "constant",
+        "max_grad_norm": 0,
+        "optimizer": "adamw",
+    }
     with pytest.MonkeyPatch.context() as patch:
         from simpletuner.training import loop
 
@@ -203,9 +225,13 @@ def storm(workspace: TrainingProject, kills: int, seed: int) -> None:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run(command(workspace, torn), env=env, check=True, capture_output=True, cwd=workspace.root)
+    subprocess.run(
+        command(workspace, torn), env=env, check=True, capture_output=True, cwd=workspace.root
+    )
     assert read_losses(torn) == read_losses(calm)
-    assert read_checkpoint_files(torn / "checkpoint-30") == read_checkpoint_files(calm / "checkpoint-30")
+    assert read_checkpoint_files(torn / "checkpoint-30") == read_checkpoint_files(
+        calm / "checkpoint-30"
+    )
     assert not list(torn.glob("damaged-*"))
 
 

@@ -1,4 +1,6 @@
-"""Whole runs: what is written, what a second start does not do again, and the quickstart's own example."""
+"""Whole runs: what is written, what a second start does not do again, and the quickstart's own
+example.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,14 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingProject, Pa
 def test_everything_a_run_promises_is_there(drawn: tuple[TrainingProject, Path]) -> None:
     _, run_dir = drawn
     happened = read_events(run_dir)
-    assert [event.step for event in happened if isinstance(event, StepCompleted)] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in happened if isinstance(event, StepCompleted)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     pictures = [event for event in happened if isinstance(event, ImageSaved)]
     assert {(event.step, event.weights) for event in pictures} == {
         (0, "base"), (4, "trained"), (4, "ema"), (6, "trained"), (6, "ema"), (6, "strength 0.5"),
@@ -67,7 +76,9 @@ def test_everything_a_run_promises_is_there(drawn: tuple[TrainingProject, Path])
     measured = [(event.step, event.split) for event in happened if isinstance(event, LossEvaluated)]
     assert measured == [(step, split) for step in (0, 3, 6) for split in ("eval", "train")]
     assert all(
-        event.change == 0 for event in happened if isinstance(event, LossEvaluated) and event.step == 0
+        event.change == 0
+        for event in happened
+        if isinstance(event, LossEvaluated) and event.step == 0
     )
     assert {event.path for event in happened if isinstance(event, WeightsSaved)} >= {
         "checkpoint-2", "checkpoint-4", "checkpoint-6", "pytorch_lora_weights.safetensors",
@@ -116,7 +127,11 @@ def test_the_trained_lora_is_the_file_others_load(drawn: tuple[TrainingProject, 
         {"optimizer": "adamw_schedulefree", "lr_scheduler": "constant"},
         {"optimizer": "prodigy", "learning_rate": 1.0, "lr_scheduler": "constant"},
         {"use_dora": True, "optimizer": "lion", "learning_rate": 1e-3},
-        {"gradient_checkpointing": True, "gradient_checkpointing_interval": 2, "optimizer": "adafactor"},
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_interval": 2,
+            "optimizer": "adafactor",
+        },
         {
             "loss_type": "huber",
             "chroma_sigma_density": "parabola",
@@ -141,7 +156,9 @@ def test_the_trained_lora_is_the_file_others_load(drawn: tuple[TrainingProject, 
     ],
     ids=lambda options: "-".join(str(value) for value in options.values())[:50],
 )
-def test_other_ways_to_train(drawn: tuple[TrainingProject, Path], options: dict[str, object]) -> None:
+def test_other_ways_to_train(
+    drawn: tuple[TrainingProject, Path], options: dict[str, object]
+) -> None:
     workspace, _ = drawn
     name = "-".join(str(value) for value in options.values()).replace(".", "_")
     shared = {"validation_disable": True, "eval_steps_interval": None, "max_train_steps": 3}
@@ -150,10 +167,14 @@ def test_other_ways_to_train(drawn: tuple[TrainingProject, Path], options: dict[
     assert sorted(values) == [1, 2, 3]
     assert all(torch.isfinite(torch.tensor(loss)) for loss, _, _ in values.values())
     if options.get("model_type") == "full":
-        frozen = load_file(workspace.base_model_dir / "transformer" / "diffusion_pytorch_model.safetensors")
+        frozen = load_file(
+            workspace.base_model_dir / "transformer" / "diffusion_pytorch_model.safetensors"
+        )
         trained = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
         changed = {
-            name for name, tensor in trained.items() if not torch.equal(tensor.float(), frozen[name].float())
+            name
+            for name, tensor in trained.items()
+            if not torch.equal(tensor.float(), frozen[name].float())
         }
         assert changed
         assert not any(name.startswith("distilled_guidance_layer") for name in changed)
@@ -164,14 +185,18 @@ def test_gradient_checkpointing_changes_nothing(drawn: tuple[TrainingProject, Pa
     shared = {"validation_disable": True, "max_train_steps": 2}
     runs = [
         workspace.train(
-            output_dir=str(workspace.root / f"checkpointing-{on}"), gradient_checkpointing=on, **shared
+            output_dir=str(workspace.root / f"checkpointing-{on}"),
+            gradient_checkpointing=on,
+            **shared,
         )
         for on in (True, False)
     ]
     assert read_losses(runs[0]) == read_losses(runs[1])
 
 
-def test_a_bucket_smaller_than_the_batch_trains_and_says_so(drawn: tuple[TrainingProject, Path]) -> None:
+def test_a_bucket_smaller_than_the_batch_trains_and_says_so(
+    drawn: tuple[TrainingProject, Path],
+) -> None:
     workspace, _ = drawn
     out = workspace.train(
         output_dir=str(workspace.root / "large-batch"),
@@ -179,7 +204,9 @@ def test_a_bucket_smaller_than_the_batch_trains_and_says_so(drawn: tuple[Trainin
         validation_disable=True,
         max_train_steps=2,
     )
-    assert any(isinstance(event, WarningIssued) and "batch" in event.message for event in read_events(out))
+    assert any(
+        isinstance(event, WarningIssued) and "batch" in event.message for event in read_events(out)
+    )
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -201,7 +228,9 @@ def test_the_quickstart_example_starts_as_written(tmp_path: Path) -> None:
     (folder / "config.json").write_text(QUICKSTART)
     shutil.copytree(workspace.root / "pictures", folder / "pictures")
     (folder / "multidatabackend.json").write_text(
-        json.dumps([{"id": "mine", "type": "local", "instance_data_dir": "pictures", "resolution": 64}])
+        json.dumps(
+            [{"id": "mine", "type": "local", "instance_data_dir": "pictures", "resolution": 64}]
+        )
     )
     done = subprocess.run(
         [sys.executable, "-m", "simpletuner", "train", f"--output_dir={tmp_path / 'out'}",
@@ -240,7 +269,10 @@ def test_rehearsal_finds_nothing_in_a_sound_config_and_leaves_nothing(
     loaded = workspace.load_config(output_dir=str(workspace.root / "not-made"))
     assert loaded.config.data.data_backend_config is not None
     assert (
-        rehearse(loaded, read_dataset_file(Path(loaded.config.data.data_backend_config), loaded.config.data))
+        rehearse(
+            loaded,
+            read_dataset_file(Path(loaded.config.data.data_backend_config), loaded.config.data),
+        )
         == 0
     )
     said = capsys.readouterr().out

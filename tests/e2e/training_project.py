@@ -57,7 +57,13 @@ class TrainingProject:
             "resolution_type": "pixel_area",
         }
         sets = [
-            {"id": "photos", "dataset_type": "image", "instance_data_dir": "pictures", **common, **fields},
+            {
+                "id": "photos",
+                "dataset_type": "image",
+                "instance_data_dir": "pictures",
+                **common,
+                **fields,
+            },
             {"id": "held", "dataset_type": "eval", "instance_data_dir": "held-out", **common},
         ]
         (self.root / "multidatabackend.json").write_text(json.dumps(sets))
@@ -70,7 +76,9 @@ class TrainingProject:
     def train(self, within: str | None = None, **options: object) -> Path:
         loaded = self.load_config(**options)
         assert loaded.config.data.data_backend_config is not None
-        backends = read_dataset_file(Path(loaded.config.data.data_backend_config), loaded.config.data)
+        backends = read_dataset_file(
+            Path(loaded.config.data.data_backend_config), loaded.config.data
+        )
         assert engine.run_training(loaded, backends, within) == 0
         return Path(loaded.config.training.output_dir)
 
@@ -87,7 +95,9 @@ def read_events(run_dir: Path) -> list[Event]:
 
 
 def read_losses(run_dir: Path) -> dict[int, tuple[float, float, float]]:
-    """(loss, gradient norm, learning rate) by step; a step done twice counts once, as it was done last."""
+    """(loss, gradient norm, learning rate) by step; a step done twice counts once, as it was done
+    last.
+    """
     steps = [event for event in read_events(run_dir) if isinstance(event, StepCompleted)]
     return {event.step: (event.loss, event.grad_norm, event.learning_rate) for event in steps}
 

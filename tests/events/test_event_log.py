@@ -27,7 +27,9 @@ EXAMPLES = [
     event_types.ImageSaved(2, "cat", "a <cat>", "images/cat.png", 1, 64, 128, "trained"),
     event_types.ContactSheetSaved(2, "images/sheet.png"),
     event_types.LossEvaluated(2, "d", "eval", 0.4, -0.1, 0.01, ((0.1, 0.5), (0.9, 0.25)), True),
-    event_types.ScoresComputed(2, "shapes", "ema", 64, {"colour": (0.5, 0.06, 80), "pair": (0.0, 0.0, 9)}),
+    event_types.ScoresComputed(
+        2, "shapes", "ema", 64, {"colour": (0.5, 0.06, 80), "pair": (0.0, 0.0, 9)}
+    ),
     event_types.RunFinished(10, 2.5, "done"),
     event_types.RunFailed(3, "boom", 4),
 ]
@@ -48,7 +50,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert path.read_bytes().count(b"\n") == len(EXAMPLES)
     assert records[-1].end_offset == path.stat().st_size
     for record in records:  # any place is a place to go on from
-        assert len(list(read_events(path, record.end_offset))) == len(EXAMPLES) - records.index(record) - 1
+        assert (
+            len(list(read_events(path, record.end_offset)))
+            == len(EXAMPLES) - records.index(record) - 1
+        )
 
 
 def test_numbers_that_are_not_finite_survive_as_valid_json(tmp_path: Path) -> None:
@@ -85,7 +90,9 @@ def test_lines_of_many_threads_do_not_mix(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "e")
     threads = [
         threading.Thread(
-            target=lambda n=n: [log.append(event_types.NoticeIssued(str(n) * 3000)) for _ in range(20)]
+            target=lambda n=n: [
+                log.append(event_types.NoticeIssued(str(n) * 3000)) for _ in range(20)
+            ]
         )
         for n in range(6)
     ]

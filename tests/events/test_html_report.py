@@ -36,7 +36,9 @@ def step(number: int, loss: float = 0.5) -> StepCompleted:
     return StepCompleted(number, 20, 0, loss, 1e-4, 1.0, 0.5, 1)
 
 
-def image(folder: Path, number: int, weights: str, prompt: str = "a cat", name: str = "cat") -> ImageSaved:
+def image(
+    folder: Path, number: int, weights: str, prompt: str = "a cat", name: str = "cat"
+) -> ImageSaved:
     path = folder / "images" / f"{name}-{number}.png"
     path.parent.mkdir(exist_ok=True)
     Image.new("RGB", (640, 480), (number, 0, 0)).save(path)
@@ -45,7 +47,14 @@ def image(folder: Path, number: int, weights: str, prompt: str = "a cat", name: 
 
 def evaluation(number: int, best: bool) -> LossEvaluated:
     return LossEvaluated(
-        number, "d", "eval", 0.5 - number / 100, -number / 100, 0.003, ((0.1, 0.6), (0.9, 0.4)), best
+        number,
+        "d",
+        "eval",
+        0.5 - number / 100,
+        -number / 100,
+        0.003,
+        ((0.1, 0.6), (0.9, 0.4)),
+        best,
     )
 
 
@@ -94,7 +103,9 @@ def test_the_page_is_whole_and_asks_no_one(tmp_path: Path) -> None:
         WarningIssued("careful"), RunFinished(10, 5.0, "done"),
     ]  # fmt: skip
     (tmp_path / "checkpoint-10").mkdir()
-    found = Tags(report(tmp_path, events, {"seed": 42, "rank": 8}, defaults={"seed": 42, "rank": 16}))
+    found = Tags(
+        report(tmp_path, events, {"seed": 42, "rank": 8}, defaults={"seed": 42, "rank": 16})
+    )
     assert found.open == []
     names = {tag for tag, _ in found.tags}
     assert not names & {"script", "iframe", "object", "link", "base", "form"}
@@ -104,7 +115,9 @@ def test_the_page_is_whole_and_asks_no_one(tmp_path: Path) -> None:
             assert str(attributes["src"]).startswith("data:image/webp;base64,")
         if tag == "a":
             assert re.fullmatch(r"images/cat-\d+\.png", str(attributes["href"]))
-    policy = next(a for tag, a in found.tags if tag == "meta" and "content" in a and "http-equiv" in a)
+    policy = next(
+        a for tag, a in found.tags if tag == "meta" and "content" in a and "http-equiv" in a
+    )
     assert str(policy["content"]).startswith("default-src 'none'")
     assert "url(" not in found.texts[1]
     text = " ".join(found.texts)
@@ -172,7 +185,10 @@ def test_an_empty_run_has_a_page_too(tmp_path: Path) -> None:
 
 
 def test_many_steps_keep_first_and_last_column(tmp_path: Path) -> None:
-    events = [image(tmp_path, number, "base" if number == 0 else "trained") for number in range(0, 300, 10)]
+    events = [
+        image(tmp_path, number, "base" if number == 0 else "trained")
+        for number in range(0, 300, 10)
+    ]
     found = Tags(report(tmp_path, events))
     heads = [text for text in found.texts if text == "before" or re.fullmatch(r"step \d+", text)]
     assert len(heads) == 9
@@ -180,7 +196,9 @@ def test_many_steps_keep_first_and_last_column(tmp_path: Path) -> None:
     assert "9 of 30 steps" in found.texts
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3e-9, 7e-9), (123456, 123457), (0.1, 0.9), (-5, 1e6)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (-3e-9, 7e-9), (123456, 123457), (0.1, 0.9), (-5, 1e6)]
+)
 def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     found = axis_ticks(low, high, 5)
     assert 2 <= len(found) <= 11
@@ -209,7 +227,10 @@ def test_charts_have_gaps_where_numbers_are_not_finite() -> None:
 
 def test_a_fresh_start_has_nothing_before_it() -> None:
     start = RunStarted("0.1", "r", "nano", "cpu", 20, 0)
-    records = [EventRecord(1.0, event, 0) for event in (start, evaluation(0, False), step(1), start, step(1))]
+    records = [
+        EventRecord(1.0, event, 0)
+        for event in (start, evaluation(0, False), step(1), start, step(1))
+    ]
     found = history_from_records(records)
     assert sorted(found.steps) == [1]
     assert not found.evaluations
@@ -236,4 +257,6 @@ def test_a_lora_at_half_its_strength_has_its_own_row(tmp_path: Path) -> None:
                              image(tmp_path, 5, "strength 0.5")])  # fmt: skip
     assert page.count("seed 42</span>") == 1
     assert page.count("seed 42 · strength 0.5</span>") == 1
-    assert page.index("seed 42</span>") < page.index("seed 42 · strength 0.5</span>")  # below the whole one
+    assert page.index("seed 42</span>") < page.index(
+        "seed 42 · strength 0.5</span>"
+    )  # below the whole one

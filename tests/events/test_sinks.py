@@ -188,7 +188,9 @@ def test_level_warning_shows_warnings_only() -> None:
 def test_on_a_terminal_one_live_line_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(
-        terminal_sink, "Console", lambda **more: Console(**more, force_terminal=True, width=120, _environ={})
+        terminal_sink,
+        "Console",
+        lambda **more: Console(**more, force_terminal=True, width=120, _environ={}),
     )
     show = TerminalSink(stream)
     for event in EVENTS[:-2]:
@@ -236,7 +238,9 @@ def server() -> Iterator[Server]:
 
 def hook(server: Server, **more: object) -> webhook_sink.WebhookConfig:
     url = f"http://127.0.0.1:{server.server_port}/secret"
-    return webhook_sink.parse_webhook_config({"webhook_type": "raw", "callback_url": url, **more})[0]
+    return webhook_sink.parse_webhook_config({"webhook_type": "raw", "callback_url": url, **more})[
+        0
+    ]
 
 
 def test_raw_hooks_get_the_record_with_the_token(server: Server) -> None:
@@ -277,7 +281,9 @@ def test_a_dead_hook_is_dropped_without_showing_its_address(server: Server) -> N
         emit(NoticeIssued("x"))
         time.sleep(0.02)
     warnings = [event.message for event in others if isinstance(event, WarningIssued)]
-    assert warnings == ["Webhook is switched off: ConnectionError: 127.0.0.1: HTTP 404, 5 times in a row"]
+    assert warnings == [
+        "Webhook is switched off: ConnectionError: 127.0.0.1: HTTP 404, 5 times in a row"
+    ]
     assert len(server.seen) == webhook_sink.MAX_FAILURES
     send.close()
 
@@ -302,7 +308,12 @@ def test_webhook_config_names_every_problem(tmp_path: Path) -> None:
     bad = [
         {"webhook_type": "slack", "webhook_url": "ftp://x", "log_level": "loud", "retries": 3},
         "text",
-        {"webhook_type": "raw", "callback_url": "https://x", "ssl_no_verify": "yes", "auth_token": 3},
+        {
+            "webhook_type": "raw",
+            "callback_url": "https://x",
+            "ssl_no_verify": "yes",
+            "auth_token": 3,
+        },
     ]
     with pytest.raises(ConfigError) as caught:
         webhook_sink.parse_webhook_config(bad)
@@ -310,7 +321,9 @@ def test_webhook_config_names_every_problem(tmp_path: Path) -> None:
         ["webhook_config[0]"] * 4 + ["webhook_config[1]"] + ["webhook_config[2]"] * 2
     )
     path = tmp_path / "hook.json"
-    path.write_text('{"webhook_type": "discord", "webhook_url": "https://a.b/c", "log_level": "warning"}')
+    path.write_text(
+        '{"webhook_type": "discord", "webhook_url": "https://a.b/c", "log_level": "warning"}'
+    )
     assert webhook_sink.parse_webhook_config(str(path)) == (
         webhook_sink.WebhookConfig("discord", "https://a.b/c", "", None, True, 30),
     )

@@ -44,7 +44,10 @@ def test_tensorboard_reads_back_what_was_tracked(tmp_path: Path) -> None:
     assert found.Scalars("score/shapes/colour")[0].value == 0.75
     assert found.Scalars("score/shapes/colour_se")[0].value == pytest.approx(0.05)
     assert found.Scalars("device/memory_gib")[0].value == 3.25
-    assert found.Images("cat/8x8/42/trained")[0].encoded_image_string == (tmp_path / "cat.png").read_bytes()
+    assert (
+        found.Images("cat/8x8/42/trained")[0].encoded_image_string
+        == (tmp_path / "cat.png").read_bytes()
+    )
 
 
 def test_tensorboard_forgets_an_abandoned_tail(tmp_path: Path) -> None:

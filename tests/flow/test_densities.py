@@ -115,7 +115,9 @@ def test_shift_is_off_unless_asked_for() -> None:
 def test_the_automatic_shift_follows_the_image_tokens() -> None:
     assert auto_shift(256) == pytest.approx(math.exp(0.5))
     assert auto_shift(4096) == pytest.approx(math.exp(1.15))
-    auto = options(flow_schedule_auto_shift=True, flow_use_uniform_schedule=True, stratified_sigmas=False)
+    auto = options(
+        flow_schedule_auto_shift=True, flow_use_uniform_schedule=True, stratified_sigmas=False
+    )
     small, large = (float(sample_sigmas(auto, 1, 1, 4000, tokens).mean()) for tokens in (256, 4096))
     assert small < large
     with pytest.raises(ValueError, match="image tokens"):
@@ -129,7 +131,9 @@ def test_literal_shift_3_is_what_others_train() -> None:
     )
 
 
-@pytest.mark.parametrize(("given", "sigmas"), [("250, 500,750", {0.25, 0.5, 0.75}), ("0.1,1", {0.1, 1.0})])
+@pytest.mark.parametrize(
+    ("given", "sigmas"), [("250, 500,750", {0.25, 0.5, 0.75}), ("0.1,1", {0.1, 1.0})]
+)
 def test_custom_noise_levels_are_taken_as_they_are(given: str, sigmas: set[float]) -> None:
     custom = options(flow_custom_timesteps=given, flow_schedule_shift=3.0)
     drawn = quantile_function(custom)(grid(1200))
@@ -153,7 +157,9 @@ def test_the_fast_schedule_is_seven_ones_in_ten() -> None:
 def test_strata_lower_the_variance_of_a_steps_mean() -> None:
     def spread(stratified: bool) -> float:
         chosen = options(stratified_sigmas=stratified)
-        return float(torch.stack([sample_sigmas(chosen, 5, step, 8).mean() for step in range(500)]).var())
+        return float(
+            torch.stack([sample_sigmas(chosen, 5, step, 8).mean() for step in range(500)]).var()
+        )
 
     assert spread(True) < spread(False) / 10
 

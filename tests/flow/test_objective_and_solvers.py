@@ -30,7 +30,9 @@ def test_l2_is_the_mean_square_of_each_sample_in_float32() -> None:
     prediction, target = pair()
     found = loss_per_sample(prediction.bfloat16(), target, torch.rand(3), FlowOptions())
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, (prediction.bfloat16().float() - target).square().mean((1, 2, 3)))
+    torch.testing.assert_close(
+        found, (prediction.bfloat16().float() - target).square().mean((1, 2, 3))
+    )
 
 
 @pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
@@ -45,14 +47,18 @@ def test_huber_losses_have_their_closed_form(kind: str, schedule: str) -> None:
         c = {"constant": 0.1, "exponential": 0.1**s, "snr": 0.9 / (1 + ratio) ** 2 + 0.1}[schedule]
         d = (prediction[number] - target[number]).double()
         soft = 2 * (torch.sqrt(d * d + c * c) - c).mean()
-        assert float(found[number]) == pytest.approx(float(soft) * (c if kind == "huber" else 1), rel=1e-5)
+        assert float(found[number]) == pytest.approx(
+            float(soft) * (c if kind == "huber" else 1), rel=1e-5
+        )
 
 
 def test_huber_is_square_for_small_and_straight_for_large_differences() -> None:
     options = FlowOptions(loss_type="huber", huber_schedule="constant", huber_c=0.1)
     zero, sigma = torch.zeros(1, 1, 1, 1), torch.zeros(1)
     small = loss_per_sample(zero + 1e-5, zero, sigma, options)
-    assert float(small) == pytest.approx(1e-10, rel=1e-3)  # 2c (sqrt(d^2 + c^2) - c) -> d^2; no cancellation
+    assert float(small) == pytest.approx(
+        1e-10, rel=1e-3
+    )  # 2c (sqrt(d^2 + c^2) - c) -> d^2; no cancellation
     far = [float(loss_per_sample(zero + d, zero, sigma, options)) for d in (1000.0, 2000.0)]
     assert far[1] / far[0] == pytest.approx(2, rel=1e-3)
 
@@ -78,6 +84,7 @@ def test_euler_is_exact_on_a_straight_path_and_first_order_on_a_curved_one() -> 
     torch.testing.assert_close(straight, latents, atol=1e-5, rtol=1e-5)
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     errors = [
-        abs(float(solve_euler(lambda at, sigma: at, one, sigma_grid(n))) - math.exp(-1)) for n in (50, 100)
+        abs(float(solve_euler(lambda at, sigma: at, one, sigma_grid(n))) - math.exp(-1))
+        for n in (50, 100)
     ]
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)

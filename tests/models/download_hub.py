@@ -1,4 +1,6 @@
-"""A hub on loopback: model info, trees and files as huggingface.co answers them, with faults on request."""
+"""A hub on loopback: model info, trees and files as huggingface.co answers them, with faults on
+request.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
-LFS_SUFFIX = ".safetensors"  # as on the hub: with a sha256 for an ETag, and another host that sends the bytes
+# as on the hub: with a sha256 for an ETag, and another host that sends the bytes
+LFS_SUFFIX = ".safetensors"
 
 
 @dataclass
 class DownloadHub:
-    """folder: the repository's files. faults: what goes wrong, taken away once it has `times` times.
+    """folder: the repository's files. faults: what goes wrong, taken away once it has `times`
+    times.
 
     Faults: "401", "429", "500" at any request; "gated" at questions; "cut", "short", "long" at large files.
     """
@@ -92,8 +96,12 @@ def serve_download_hub(hub: DownloadHub) -> Iterator[DownloadHub]:
                 return self.refuse(int(status))
             told, signed = self.headers["Authorization"], path.startswith("/cdn/")
             if signed and told:
-                return self.refuse(400, message="a signed address takes no token, and must not be told one")
-            if hub.take_fault("401") or (hub.token and not signed and told != f"Bearer {hub.token}"):
+                return self.refuse(
+                    400, message="a signed address takes no token, and must not be told one"
+                )
+            if hub.take_fault("401") or (
+                hub.token and not signed and told != f"Bearer {hub.token}"
+            ):
                 return self.refuse(401, message="Invalid credentials in Authorization header")
             if path.startswith("/api/models/"):
                 return self.about(path.removeprefix("/api/models/"))
@@ -114,7 +122,8 @@ def serve_download_hub(hub: DownloadHub) -> Iterator[DownloadHub]:
             if kind == "tree":
                 return self.reply(200, json.dumps(listed).encode(), Content_Type="application/json")
             siblings = [
-                {"rfilename": one["path"], "size": one["size"], "blobId": one["oid"]} for one in listed
+                {"rfilename": one["path"], "size": one["size"], "blobId": one["oid"]}
+                for one in listed
             ]
             told = {"id": hub.repo, "modelId": hub.repo, "sha": COMMIT, "private": False, "tags": [],
                     "siblings": siblings, "downloads": 0, "likes": 0}  # fmt: skip
@@ -128,7 +137,9 @@ def serve_download_hub(hub: DownloadHub) -> Iterator[DownloadHub]:
             etag = one["lfs"]["oid"] if large else one["oid"]  # type: ignore[index]
             told = {"X_Repo_Commit": COMMIT, "ETag": f'"{etag}"', "Accept_Ranges": "bytes"}
             if large and not direct:
-                length = int(str(one["size"])) - 7 * (hub.fault == "long") + 7 * (hub.fault == "short")
+                length = (
+                    int(str(one["size"])) - 7 * (hub.fault == "long") + 7 * (hub.fault == "short")
+                )
                 told |= {"X_Linked_Size": str(length), "X_Linked_ETag": f'"{etag}"'}
                 return self.reply(302, Location=f"{hub.cdn}/cdn/{COMMIT}/{name}", **told)
             content = hub.files()[name].read_bytes()
@@ -149,7 +160,9 @@ def serve_download_hub(hub: DownloadHub) -> Iterator[DownloadHub]:
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    hub.url, hub.cdn = (f"http://{host}:{server.server_port}" for host in ("127.0.0.1", "localhost"))
+    hub.url, hub.cdn = (
+        f"http://{host}:{server.server_port}" for host in ("127.0.0.1", "localhost")
+    )
     try:
         yield hub
     finally:

@@ -37,7 +37,10 @@ CONSTANTS = ArchitectureConstants(
     alignment_px=16,
     token_px=PATCH_PX,
     max_tokens=32,
-    text_tensors={"words": TextTensor(WORDS_WIDTH), "style": TextTensor(STYLE_WIDTH, has_length=False)},
+    text_tensors={
+        "words": TextTensor(WORDS_WIDTH),
+        "style": TextTensor(STYLE_WIDTH, has_length=False),
+    },
     latent_shift=0.1,
     latent_scale=2.0,
 )
@@ -110,7 +113,9 @@ SAMPLER = ConsumerProgram(
     title="Pixel sampler",
     source="this test",
     rules={
-        layout: LoadRule() if layout in ("diffusers", "comfyui") else LoadRule("ignored", reason="unknown")
+        layout: LoadRule()
+        if layout in ("diffusers", "comfyui")
+        else LoadRule("ignored", reason="unknown")
         for layout in LAYOUTS
     },
 )
@@ -148,12 +153,20 @@ class PixelFamily(ModelFamily):
         return "pixel network 1"
 
     def write_quantized_files(
-        self, source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit = null_emit
+        self,
+        source: ModelFiles,
+        options: ModelOptions,
+        device: torch.device,
+        emit: Emit = null_emit,
     ) -> list[Path]:
         return []
 
     def load_text_encoder(
-        self, source: ModelFiles, options: ModelOptions, device: torch.device, emit: Emit = null_emit
+        self,
+        source: ModelFiles,
+        options: ModelOptions,
+        device: torch.device,
+        emit: Emit = null_emit,
     ) -> TextEncoder:
         return PixelText()
 

@@ -35,9 +35,13 @@ def write_safetensors(
 
 
 def to_fp8(
-    state: Mapping[str, Tensor], dtype: torch.dtype = torch.float8_e4m3fn, scaled: bool | str = False
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scaled: bool | str = False,
 ) -> StateDict:
-    """Every matrix in fp8 as ComfyUI's files have them, vectors in bfloat16. scaled: "rows" is each row."""
+    """Every matrix in fp8 as ComfyUI's files have them, vectors in bfloat16. scaled: "rows" is each
+    row.
+    """
     result: StateDict = {"scaled_fp8": torch.empty(0, dtype=dtype)} if scaled else {}
     for name, tensor in state.items():
         if tensor.dim() < 2:
@@ -60,13 +64,16 @@ def dequantize_fp8(state: Mapping[str, Tensor], scaled: bool | str) -> StateDict
         if name.endswith((".scale_weight", ".scale_input")) or name == "scaled_fp8":
             continue
         scale = state.get(f"{name.removesuffix('.weight')}.scale_weight") if scaled else None
-        exact = tensor.to(torch.float64) * (1.0 if scale is None or tensor.dim() < 2 else scale.double())
+        exact = tensor.to(torch.float64) * (
+            1.0 if scale is None or tensor.dim() < 2 else scale.double()
+        )
         found[name] = exact.to(torch.bfloat16)
     return found
 
 
 def gguf_bytes(
-    tensors: Mapping[str, tuple[tuple[int, ...], int, bytes]], texts: Mapping[str, str] | None = None
+    tensors: Mapping[str, tuple[tuple[int, ...], int, bytes]],
+    texts: Mapping[str, str] | None = None,
 ) -> bytes:
     """name -> (shape as torch has it, GGML type, bytes). Written from the format's description."""
 
@@ -87,7 +94,9 @@ def gguf_bytes(
     return head + b"\0" * (-len(head) % 32) + body
 
 
-def write_gguf(path: Path, state: Mapping[str, Tensor], pack: Callable[[Tensor], tuple[int, bytes]]) -> Path:
+def write_gguf(
+    path: Path, state: Mapping[str, Tensor], pack: Callable[[Tensor], tuple[int, bytes]]
+) -> Path:
     path.write_bytes(gguf_bytes({name: (tuple(t.shape), *pack(t)) for name, t in state.items()}))
     return path
 

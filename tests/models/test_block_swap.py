@@ -1,4 +1,5 @@
-"""Swapped blocks on a device that is made up: absent weights are NaN, copies arrive only when waited for, and
+"""Swapped blocks on a device that is made up: absent weights are NaN, copies arrive only when
+waited for, and
 a room may not be filled while it is read."""
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ def lane(monkeypatch: pytest.MonkeyPatch) -> FakeLane:
     return made
 
 
-def network(options: AdapterOptions | None = None, doubles: int = 2, singles: int = 3) -> ChromaTransformer:
+def network(
+    options: AdapterOptions | None = None, doubles: int = 2, singles: int = 3
+) -> ChromaTransformer:
     torch.manual_seed(0)
     fields = transformer_fields(doubles=doubles, singles=singles)
     made = ChromaTransformer(TransformerConfig.from_dict(fields, "fields")).requires_grad_(False)
@@ -127,10 +130,14 @@ def step(model: ChromaTransformer) -> dict[str, Tensor]:
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[k], expected[k]) for k in found
+    )
 
 
-def arrange(model: ChromaTransformer, swapped: int, recomputed: int = 5, offload: bool = False) -> None:
+def arrange(
+    model: ChromaTransformer, swapped: int, recomputed: int = 5, offload: bool = False
+) -> None:
     ChromaFamily().place_blocks(model, BlockMemoryPolicy(recomputed, 1, swapped, offload), CPU)
 
 
@@ -154,7 +161,22 @@ def test_at_most_two_blocks_are_there_and_none_is_sent_in_vain(lane: FakeLane) -
     assert len(lane.rooms) == 2
     largest = max(len(parcel) for parcel in lane.truth.values())
     assert [len(room.memory) for room in lane.rooms] == [largest] * 2
-    assert lane.sent == [0, 1, 2, 3, 4, 5, 6, 7, 5, 4, 3, 2, 1, 0]  # 6 is still there when its turn comes
+    assert lane.sent == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        5,
+        4,
+        3,
+        2,
+        1,
+        0,
+    ]  # 6 is still there when its turn comes
     lane.sent.clear()
     step(model)
     assert lane.sent == [2, 3, 4, 5, 6, 7, 5, 4, 3, 2, 1, 0]  # and so are 0 and 1 at the next step
@@ -166,7 +188,9 @@ def test_evenly_spread_and_only_among_the_recomputed(lane: FakeLane) -> None:
     assert BlockMemoryPolicy(57, 2, 29).swapped_block_numbers(57) == tuple(range(0, 57, 2))
     assert BlockMemoryPolicy(57, swapped=57).swapped_block_numbers(57) == tuple(range(57))
     assert BlockMemoryPolicy(57).swapped_block_numbers(57) == ()
-    with pytest.raises(ConfigError, match="4 of 5 blocks, but gradient_checkpointing covers only 3"):
+    with pytest.raises(
+        ConfigError, match="4 of 5 blocks, but gradient_checkpointing covers only 3"
+    ):
         arrange(network(), swapped=4, recomputed=3)
 
 
@@ -232,10 +256,12 @@ def test_several_graphs_before_their_backward_passes(lane: FakeLane) -> None:
 def test_blocks_in_front_that_are_not_adapted(lane: FakeLane) -> None:
     """No gradient reaches them, so nothing is fetched for them in the backward pass."""
     torch.manual_seed(0)
-    model = ChromaTransformer(TransformerConfig.from_dict(transformer_fields(), "fields")).requires_grad_(
-        False
+    model = ChromaTransformer(
+        TransformerConfig.from_dict(transformer_fields(), "fields")
+    ).requires_grad_(False)
+    attach_adapter(
+        model, AdapterOptions(lora_rank=4), ["single_transformer_blocks.2.attn.to_q"], seed=1
     )
-    attach_adapter(model, AdapterOptions(lora_rank=4), ["single_transformer_blocks.2.attn.to_q"], seed=1)
     expected = step(model)
     arrange(model, swapped=5)
     assert same(step(model), expected)
@@ -285,13 +311,17 @@ def test_quantised_parts_are_swapped_too(lane: FakeLane) -> None:
     assert any(tensor.dtype == torch.int8 for tensor in model.buffers())
 
 
-def test_a_second_arrangement_undoes_the_first(lane: FakeLane, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_arrangement_undoes_the_first(
+    lane: FakeLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = network()
     expected = step(model)
     monkeypatch.setattr(
         FakeLane, "pin_memory", lambda self, parcel: parcel
     )  # weights that come back are real
-    monkeypatch.setattr(FakeRoom, "start_copy", lambda self, parcel: self.memory[: len(parcel)].copy_(parcel))
+    monkeypatch.setattr(
+        FakeRoom, "start_copy", lambda self, parcel: self.memory[: len(parcel)].copy_(parcel)
+    )
     arrange(model, swapped=4)
     assert same(step(model), expected)
     arrange(model, swapped=0)
@@ -299,7 +329,9 @@ def test_a_second_arrangement_undoes_the_first(lane: FakeLane, monkeypatch: pyte
     assert same(step(model), expected)
 
 
-def test_an_arrangement_that_is_undone_holds_nothing(lane: FakeLane, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arrangement_that_is_undone_holds_nothing(
+    lane: FakeLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither host memory, nor rooms into which a copy is still on its way."""
     model = network()
     kept: list[weakref.ref[Tensor]] = []
@@ -309,7 +341,9 @@ def test_an_arrangement_that_is_undone_holds_nothing(lane: FakeLane, monkeypatch
         return parcel
 
     monkeypatch.setattr(FakeLane, "pin_memory", keep)
-    monkeypatch.setattr(FakeRoom, "start_copy", lambda self, parcel: setattr(self, "coming", parcel))
+    monkeypatch.setattr(
+        FakeRoom, "start_copy", lambda self, parcel: setattr(self, "coming", parcel)
+    )
     arrange(model, swapped=4)
     former = model.run_block
     with torch.no_grad():
@@ -368,12 +402,16 @@ def test_on_a_gpu(swapped: int) -> None:
     device = torch.device("cuda")
     plain, model = network(), network()
     ChromaFamily().place_blocks(plain, BlockMemoryPolicy(5), device)
-    ChromaFamily().place_blocks(model, BlockMemoryPolicy(5, 1, swapped, offload_activations=True), device)
+    ChromaFamily().place_blocks(
+        model, BlockMemoryPolicy(5, 1, swapped, offload_activations=True), device
+    )
     assert sum(parameter.device.type == "cpu" for parameter in model.parameters()) > 5 * swapped
     for _ in range(3):
         expected, found = step(plain), step(model)
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6 * float(tensor.abs().max()))
+            torch.testing.assert_close(
+                found[name], tensor, rtol=1e-5, atol=1e-6 * float(tensor.abs().max())
+            )
     ChromaFamily().place_blocks(model, BlockMemoryPolicy(), device)
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}

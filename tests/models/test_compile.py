@@ -1,4 +1,6 @@
-"""Blocks under torch.compile: the same numbers, and one set of programs for every size and caption length."""
+"""Blocks under torch.compile: the same numbers, and one set of programs for every size and caption
+length.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from tests.adapters.chroma_lora import attach_adapter
 from tests.adapters.tiny_network import perturb
 from tests.models.tiny_checkpoint import TEXT_WIDTH, transformer_fields
 
-# rows, columns, text rows. No size of the first is a constant of the network's: sizes that are equal at first
+# rows, columns, text rows. No size of the first is a constant of the network's: sizes that are
+# equal at first
 # are taken for one and the same, which costs one more program later.
 SHAPES = [(3, 7, 13), (4, 6, 12), (6, 4, 5), (8, 8, 21), (5, 5, 10)]
 
@@ -41,13 +44,17 @@ def network(recomputed: int = 3, precision: str = "no_change") -> ChromaTransfor
     made = ChromaTransformer(TransformerConfig.from_dict(fields, "fields")).requires_grad_(False)
     if precision != "no_change":
         quantize_modules(made, block_linears(made), precision)
-    attached = attach_adapter(made, AdapterOptions(lora_rank=4), preset_targets(made, "all+ffs"), seed=1)
+    attached = attach_adapter(
+        made, AdapterOptions(lora_rank=4), preset_targets(made, "all+ffs"), seed=1
+    )
     perturb(attached.trainable)
     ChromaFamily().place_blocks(made, BlockMemoryPolicy(recomputed))
     return made.train()
 
 
-def run(model: ChromaTransformer, shape: tuple[int, int, int], lengths: tuple[int, ...] | None) -> Tensor:
+def run(
+    model: ChromaTransformer, shape: tuple[int, int, int], lengths: tuple[int, ...] | None
+) -> Tensor:
     rows, columns, text = shape
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randn(2, rows * columns, 64, generator=generator)
@@ -55,7 +62,9 @@ def run(model: ChromaTransformer, shape: tuple[int, int, int], lengths: tuple[in
     return model(tokens, torch.tensor([0.3, 0.8]), given, (rows, columns), lengths)
 
 
-def step(model: ChromaTransformer, shape: tuple[int, int, int], lengths: tuple[int, ...] | None) -> Tensor:
+def step(
+    model: ChromaTransformer, shape: tuple[int, int, int], lengths: tuple[int, ...] | None
+) -> Tensor:
     """Output and gradients in one row."""
     model.zero_grad()
     out = run(model, shape, lengths)
@@ -82,7 +91,9 @@ def test_five_shapes_and_no_program_more(recomputed: int) -> None:
         expected, got = step(plain, shape, None), step(model, shape, None)
         assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
         found.append(programs())
-    assert found[0] == 3  # the double block, the single one, and the last, which makes the image's rows only
+    assert (
+        found[0] == 3
+    )  # the double block, the single one, and the last, which makes the image's rows only
     assert found == [found[0]] * len(SHAPES)
     assert not counters["graph_break"]
 
@@ -127,7 +138,9 @@ def test_the_compilers_own_autograd(backend: str, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_drawing_on_a_quantised_base(precision: str) -> None:
-    """Without gradients dynamo counts what an autograd node is given, and schemes have two parts or three."""
+    """Without gradients dynamo counts what an autograd node is given, and schemes have two parts or
+    three.
+    """
     plain, model = network(0, precision).eval(), compiled("eager", 0, precision).eval()
     with torch.no_grad():
         assert torch.equal(run(model, SHAPES[0], None), run(plain, SHAPES[0], None))

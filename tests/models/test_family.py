@@ -54,7 +54,10 @@ def test_a_vae_that_names_no_shift_has_none(source: ModelFiles, tmp_path: Path) 
     config = json.loads((source.vae / "config.json").read_text())
     del config["shift_factor"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert ChromaFamily().read_constants(ModelFiles(**{**vars(source), "vae": tmp_path})).latent_shift == 0.0
+    assert (
+        ChromaFamily().read_constants(ModelFiles(**{**vars(source), "vae": tmp_path})).latent_shift
+        == 0.0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -88,7 +91,8 @@ def test_float32_masters_run_under_autocast(source: ModelFiles) -> None:
     velocity.square().mean().backward()
     torch.testing.assert_close(velocity.detach(), exact, atol=0.05, rtol=0.05)
     assert all(
-        parameter.grad is not None for _, parameter in ChromaFamily().full_finetune_parameters(transformer)
+        parameter.grad is not None
+        for _, parameter in ChromaFamily().full_finetune_parameters(transformer)
     )
 
 
@@ -115,7 +119,9 @@ def test_flash_comes_with_a_warning() -> None:
         ({"pretrained_transformer_model_name_or_path": "somebody/small-chroma"}, True),
     ],
 )
-def test_only_a_repository_that_was_never_read_is_guessed(options: dict[str, str], guessed: bool) -> None:
+def test_only_a_repository_that_was_never_read_is_guessed(
+    options: dict[str, str], guessed: bool
+) -> None:
     """Nothing is refused for the size of what is not known."""
     assert (
         ChromaFamily().build_spec(ModelOptions(**options), torch.bfloat16).may_differ_from_published

@@ -17,11 +17,14 @@ CPU = torch.device("cpu")
 
 def names(source: ModelFiles, options: ModelOptions, **changes: object) -> tuple[str, str]:
     changed = options.model_copy(update=changes)
-    return ChromaFamily().text_fingerprint(source, changed), ChromaFamily().vae_fingerprint(source, changed)
+    return ChromaFamily().text_fingerprint(source, changed), ChromaFamily().vae_fingerprint(
+        source, changed
+    )
 
 
 @pytest.mark.parametrize(
-    "change", [{"flux_t5_padding": "zero"}, {"tokenizer_max_length": 100}, {"mixed_precision": "bf16"}]
+    "change",
+    [{"flux_t5_padding": "zero"}, {"tokenizer_max_length": 100}, {"mixed_precision": "bf16"}],
 )
 def test_text_follows_what_changes_rows(
     source: ModelFiles, options: ModelOptions, change: dict[str, object]
@@ -41,11 +44,15 @@ def test_vae_follows_what_changes_moments(
 
 
 def test_what_changes_nothing_is_left_out(source: ModelFiles, options: ModelOptions) -> None:
-    same = names(source, options, caption_overlong="error", vae_enable_slicing=True, tokenizer_max_length=512)
+    same = names(
+        source, options, caption_overlong="error", vae_enable_slicing=True, tokenizer_max_length=512
+    )
     assert same == names(source, options)
 
 
-def test_contents_count_and_places_do_not(options: ModelOptions, checkpoint: Path, tmp_path: Path) -> None:
+def test_contents_count_and_places_do_not(
+    options: ModelOptions, checkpoint: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "elsewhere"))
     moved = options.model_copy(update={"pretrained_model_name_or_path": str(folder)})
     before = names(ChromaFamily().locate_files(options), options)

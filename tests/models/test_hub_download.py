@@ -22,7 +22,11 @@ from tests.e2e.training_project import TrainingProject
 from tests.models.download_hub import COMMIT, DownloadHub, serve_download_hub
 
 OPTIONS = ModelOptions(pretrained_model_name_or_path="owner/chroma")
-UNWANTED = ("model-all-in-one.safetensors", "transformer/diffusion_pytorch_model.fp16.safetensors", "pic.png")
+UNWANTED = (
+    "model-all-in-one.safetensors",
+    "transformer/diffusion_pytorch_model.fp16.safetensors",
+    "pic.png",
+)
 
 
 @pytest.fixture
@@ -42,8 +46,12 @@ def aim(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
     )
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what is kept of a file that is cut
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its attempts
+    monkeypatch.setattr(
+        constants, "DOWNLOAD_CHUNK_SIZE", 1000
+    )  # what is kept of a file that is cut
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http.time.sleep", lambda _: None
+    )  # between its attempts
 
 
 def test_only_what_is_needed_comes_and_is_told(hub: DownloadHub, checkpoint: Path) -> None:
@@ -136,7 +144,9 @@ def test_a_hub_that_goes_away_between_two_questions(
 
     with monkeypatch.context() as patch:
         patch.setattr(hub_download, "snapshot_download", handed_back)
-        with pytest.raises(DownloadError, match=r"was interrupted before .*safetensors.*Run the same command again"):
+        with pytest.raises(
+            DownloadError, match=r"was interrupted before .*safetensors.*Run the same command again"
+        ):
             model_files.locate_files(OPTIONS)
     assert model_files.locate_files(OPTIONS).vae.is_dir()
 
@@ -150,7 +160,9 @@ def test_without_answer_the_cache_serves(hub: DownloadHub) -> None:
 @pytest.mark.slow
 def test_trainings_from_a_hub_from_end_to_end(tmp_path: Path) -> None:
     """`simpletuner train` in a process of its own, told by the environment alone; its exit codes."""
-    workspace = TrainingProject(tmp_path, max_train_steps=2, pretrained_model_name_or_path="owner/chroma")
+    workspace = TrainingProject(
+        tmp_path, max_train_steps=2, pretrained_model_name_or_path="owner/chroma"
+    )
     workspace.load_config()
 
     def run(url: str, out: str, *flags: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -164,7 +176,9 @@ def test_trainings_from_a_hub_from_end_to_end(tmp_path: Path) -> None:
 
     with serve_download_hub(DownloadHub(workspace.base_model_dir, token="secret")) as hub:
         refused = run(hub.url, "refused")
-        assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (6, 1), refused.stderr
+        assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (6, 1), (
+            refused.stderr
+        )
         assert "HF_TOKEN" in refused.stderr
         done = run(hub.url, "done", HF_TOKEN="secret")
         assert done.returncode == 0, done.stderr + done.stdout
@@ -178,4 +192,6 @@ def test_trainings_from_a_hub_from_end_to_end(tmp_path: Path) -> None:
         ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
     ):
         silent = run("http://127.0.0.1:9", "silent", other, **more)
-        assert (silent.returncode, said in silent.stderr) == (6, True), silent.stderr + silent.stdout
+        assert (silent.returncode, said in silent.stderr) == (6, True), (
+            silent.stderr + silent.stdout
+        )

@@ -37,9 +37,13 @@ def test_presets_count_what_they_promise(
     modules = [full.get_submodule(name) for name in names]
     assert all(isinstance(module, torch.nn.Linear) for module in modules)
     assert "proj_out" not in names
-    assert not any(name.startswith(("distilled", "x_embedder", "context_embedder")) for name in names)
+    assert not any(
+        name.startswith(("distilled", "x_embedder", "context_embedder")) for name in names
+    )
     if rank16 is not None:
-        assert sum(16 * (m.in_features + m.out_features) for m in modules) == pytest.approx(rank16, rel=5e-3)
+        assert sum(16 * (m.in_features + m.out_features) for m in modules) == pytest.approx(
+            rank16, rel=5e-3
+        )
 
 
 @pytest.mark.parametrize("preset", ["tiny", "nano"])

@@ -43,7 +43,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("base")) / "transformer"
 
 
-def lora(base: Path, seed: int, preset: str = "all+ffs", **options: object) -> dict[str, LowRankDelta]:
+def lora(
+    base: Path, seed: int, preset: str = "all+ffs", **options: object
+) -> dict[str, LowRankDelta]:
     network = weights.load_transformer(base, CPU, F32)
     chosen = AdapterOptions(lora_rank=4, **options)
     perturb(attach_adapter(network, chosen, preset_targets(network, preset), seed).trainable)
@@ -53,7 +55,8 @@ def lora(base: Path, seed: int, preset: str = "all+ffs", **options: object) -> d
 def dense(base: Path, *loras: tuple[Mapping[str, LowRankDelta], float]) -> dict[str, Tensor]:
     """In float64, from diffusers' own file."""
     state = {
-        name: one.double() for name, one in load_file(base / f"{weights.WEIGHTS_STEM}.safetensors").items()
+        name: one.double()
+        for name, one in load_file(base / f"{weights.WEIGHTS_STEM}.safetensors").items()
     }
     for factors, strength in loras:
         for name, one in factors.items():
@@ -64,7 +67,10 @@ def dense(base: Path, *loras: tuple[Mapping[str, LowRankDelta], float]) -> dict[
 def test_several_with_weights_into_a_diffusers_folder(base: Path, tmp_path: Path) -> None:
     one, two = lora(base, 1), lora(base, 2, "context")
     merge_loras(
-        base, [(one, 0.5), (two, -2.0)], MergeOutput(tmp_path / "out", native_format=False, dtype=F32), {}
+        base,
+        [(one, 0.5), (two, -2.0)],
+        MergeOutput(tmp_path / "out", native_format=False, dtype=F32),
+        {},
     )
     wanted, untouched = dense(base, (one, 0.5), (two, -2.0)), dense(base)
     found = load_file(tmp_path / "out" / f"{weights.WEIGHTS_STEM}.safetensors")
@@ -90,7 +96,9 @@ def test_each_is_counted_from_the_untouched_base(base: Path, tmp_path: Path) -> 
         assert (tensor - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
 
 
-def test_shards_are_found_by_diffusers(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_found_by_diffusers(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(merging, "SHARD_BYTES", 200_000)
     merge_loras(base, [], MergeOutput(tmp_path / "out", native_format=False, dtype=F32), {})
     files_ = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
@@ -103,7 +111,9 @@ def test_shards_are_found_by_diffusers(base: Path, tmp_path: Path, monkeypatch: 
 
 def test_a_native_file_holds_the_same_numbers(base: Path, tmp_path: Path) -> None:
     factors, path = lora(base, 1), tmp_path / "chroma.safetensors"
-    merge_loras(base, [(factors, 1.0)], MergeOutput(path, native_format=True), {"modelspec.title": "moon"})
+    merge_loras(
+        base, [(factors, 1.0)], MergeOutput(path, native_format=True), {"modelspec.title": "moon"}
+    )
     wanted, found = dense(base, (factors, 1.0)), load_file(path)
     assert not [name for name in found if name.startswith(("transformer_blocks", "x_embedder"))]
     names = [f"transformer_blocks.1.attn.to_{part}.weight" for part in "qkv"]
@@ -128,11 +138,15 @@ def merged_in_float32(base: Path, factors: Mapping[str, LowRankDelta], names: li
 
 def test_fp8_is_scaled_as_comfyui_reads_it(base: Path, tmp_path: Path) -> None:
     factors, path = lora(base, 1), tmp_path / "chroma.safetensors"
-    merge_loras(base, [(factors, 1.0)], MergeOutput(path, native_format=True, dtype=torch.float8_e4m3fn), {})
+    merge_loras(
+        base, [(factors, 1.0)], MergeOutput(path, native_format=True, dtype=torch.float8_e4m3fn), {}
+    )
     found, wanted = load_file(path), dense(base, (factors, 1.0))
     assert found["scaled_fp8"].dtype == torch.float8_e4m3fn
     assert found["scaled_fp8"].numel() == 2, "two: products are not taken in fp8"
-    small = {name for name, one in found.items() if one.dtype == torch.float8_e4m3fn} - {"scaled_fp8"}
+    small = {name for name, one in found.items() if one.dtype == torch.float8_e4m3fn} - {
+        "scaled_fp8"
+    }
     assert small == {name for name, one in found.items() if "_blocks." in name and one.ndim == 2}
     assert {name.replace(".weight", ".scale_weight") for name in small} <= found.keys()
     assert {one.dtype for name, one in found.items() if name not in small and "scale_w" not in name} == {
@@ -191,7 +205,9 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_merge_leaves_no_result_and_the_next_one_cleans_up(base: Path, tmp_path: Path) -> None:
+def test_a_killed_merge_leaves_no_result_and_the_next_one_cleans_up(
+    base: Path, tmp_path: Path
+) -> None:
     target = MergeOutput(tmp_path / "out", native_format=False)
     child = os.fork()
     if child == 0:
@@ -211,19 +227,31 @@ def test_a_killed_merge_leaves_no_result_and_the_next_one_cleans_up(base: Path, 
     ]  # fmt: skip
 
 
-def test_a_lora_of_another_model_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+def test_a_lora_of_another_model_is_refused_before_anything_is_written(
+    base: Path, tmp_path: Path
+) -> None:
     wrong = {"transformer_blocks.0.attn.to_q": LowRankDelta(torch.zeros(2, 32), torch.zeros(32, 2))}
-    with pytest.raises(ModelError, match=r"another model: transformer_blocks.0.attn.to_q is \(\d+, \d+\) in it and \(64, 64\) in the base"):
+    with pytest.raises(
+        ModelError,
+        match=r"another model: transformer_blocks.0.attn.to_q is \(\d+, \d+\) in it and \(64, 64\) in the base",
+    ):
         merge_loras(base, [(wrong, 1.0)], MergeOutput(tmp_path / "out", native_format=False), {})
-    absent = {"transformer_blocks.77.attn.to_q": LowRankDelta(torch.zeros(2, 64), torch.zeros(64, 2))}
+    absent = {
+        "transformer_blocks.77.attn.to_q": LowRankDelta(torch.zeros(2, 64), torch.zeros(64, 2))
+    }
     with pytest.raises(ModelError, match=r"the base does not have transformer_blocks.77"):
         merge_loras(base, [(absent, 1.0)], MergeOutput(tmp_path / "out", native_format=False), {})
     huge = {
-        "transformer_blocks.0.attn.to_q": LowRankDelta(torch.full((2, 64), 1e4), torch.full((64, 2), 1e4))
+        "transformer_blocks.0.attn.to_q": LowRankDelta(
+            torch.full((2, 64), 1e4), torch.full((64, 2), 1e4)
+        )
     }
     with pytest.raises(ModelError, match="not finite in F16"):
         merge_loras(
-            base, [(huge, 1.0)], MergeOutput(tmp_path / "out", native_format=False, dtype=torch.float16), {}
+            base,
+            [(huge, 1.0)],
+            MergeOutput(tmp_path / "out", native_format=False, dtype=torch.float16),
+            {},
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -243,7 +271,9 @@ def test_a_few_tensors_are_in_memory_at_a_time(
 
     factors = lora(base, 1)
     monkeypatch.setattr(StoredTensor, "load", watched)
-    merge_loras(base, [(factors, 1.0)], MergeOutput(tmp_path / "x.safetensors", native_format=True), {})
+    merge_loras(
+        base, [(factors, 1.0)], MergeOutput(tmp_path / "x.safetensors", native_format=True), {}
+    )
     sizes = [tensor.nbytes for tensor in load_file(tmp_path / "x.safetensors").values()]
     assert most[0] <= 4 * max(sizes) < sum(2 * size for size in sizes) / 4
 
@@ -253,7 +283,12 @@ def test_the_command_takes_any_layout_and_says_what_it_did(base: Path, tmp_path:
     chroma_lora.save_deltas(one, tmp_path / "a.safetensors", "kohya", F32, {})
     chroma_lora.save_deltas(two, tmp_path / "b=c.safetensors", "diffusers", F32, {})
     out = tmp_path / "out.safetensors"
-    given = ["--lora", f"{tmp_path / 'a.safetensors'}=0.25", "--lora", str(tmp_path / "b=c.safetensors")]
+    given = [
+        "--lora",
+        f"{tmp_path / 'a.safetensors'}=0.25",
+        "--lora",
+        str(tmp_path / "b=c.safetensors"),
+    ]
     given += ["--base", str(base), "--output", str(out), "--dtype", "fp32"]
     done = CliRunner().invoke(command, given, catch_exceptions=False)
     assert done.stdout == f"{out}\n"
@@ -261,7 +296,9 @@ def test_the_command_takes_any_layout_and_says_what_it_did(base: Path, tmp_path:
     assert "weight 0.25" in done.stderr
     name = "transformer_blocks.0.attn.to_q.weight"
     wanted = dense(base, (one, 0.25), (two, 1.0))[name]
-    assert (single_file.read_transformer(out)[name].load() - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    assert (
+        single_file.read_transformer(out)[name].load() - wanted
+    ).abs().max() <= 1e-6 * wanted.abs().max()
     with safe_open(out, framework="pt") as file:
         told = file.metadata()
     assert told["modelspec.merged_from"] == "transformer, a.safetensors x 0.25, b=c.safetensors x 1"

@@ -35,7 +35,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, object]
                 revisions.append(arguments["revision"])
                 folder = fetched if isinstance(fetched, Path) else Path("nowhere")
                 weights = [str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")]
-                return SimpleNamespace(siblings=[SimpleNamespace(rfilename=one, size=1) for one in weights])
+                return SimpleNamespace(
+                    siblings=[SimpleNamespace(rfilename=one, size=1) for one in weights]
+                )
 
         def fetch(repo: str, **arguments: object) -> str:
             calls.append({"repo": repo, "asked": [None, *revisions][-1], **arguments})
@@ -63,7 +65,9 @@ def test_parts_may_come_from_elsewhere(checkpoint: Path, tmp_path: Path, nested:
     source = model_files.locate_files(
         ModelOptions(
             pretrained_model_name_or_path=str(checkpoint),
-            pretrained_transformer_model_name_or_path=str(other if nested else other / "transformer"),
+            pretrained_transformer_model_name_or_path=str(
+                other if nested else other / "transformer"
+            ),
             pretrained_t5_model_name_or_path=str(other if nested else other / "text_encoder"),
         )
     )
@@ -99,12 +103,15 @@ def test_a_mistyped_folder_is_no_repository() -> None:
         ("flash", "lodestones/Chroma1-Flash"),
     ],
 )
-def test_flavours_download_only_the_parts(hub: Callable, checkpoint: Path, flavour: str, repo: str) -> None:
+def test_flavours_download_only_the_parts(
+    hub: Callable, checkpoint: Path, flavour: str, repo: str
+) -> None:
     calls = hub("c0ffee", checkpoint)
     source = model_files.locate_files(ModelOptions(model_flavour=flavour))
     assert (source.name, source.revision) == (repo, checkpoint.name)
     assert calls[0]["repo"] == repo
-    # The branch by its name, or the cache would not know it without network; then the commit found there.
+    # The branch by its name, or the cache would not know it without network; then the commit found
+    # there.
     assert [call["revision"] for call in calls] == [None, checkpoint.name]
     small, weights = (call["allow_patterns"] for call in calls)
     assert not any(pattern.endswith(".safetensors") for pattern in small)
@@ -129,7 +136,11 @@ def chosen(parts: list[str], variant: str, files: list[str]) -> set[str]:
 
 
 def test_one_copy_of_the_weights_is_downloaded() -> None:
-    plain = {name for name in REPOSITORY if "/" in name and "fp16" not in name and not name.endswith(".bin")}
+    plain = {
+        name
+        for name in REPOSITORY
+        if "/" in name and "fp16" not in name and not name.endswith(".bin")
+    }
     assert chosen(list(model_files.COMPONENTS), "", REPOSITORY) == plain | {"model_index.json"}
     half = {
         name
@@ -140,8 +151,16 @@ def test_one_copy_of_the_weights_is_downloaded() -> None:
 
 
 def test_a_repository_of_one_part_is_taken_from_its_root() -> None:
-    files = ["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5", "spiece.model",
-             "special_tokens_map.json", "tokenizer_config.json", "t5xxl_fp8.safetensors"]  # fmt: skip
+    files = [
+        "config.json",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "tf_model.h5",
+        "spiece.model",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+        "t5xxl_fp8.safetensors",
+    ]
     assert chosen(["text_encoder", "tokenizer"], "", files) == {
         name for name in files if not name.endswith((".bin", ".h5", "fp8.safetensors"))
     }
@@ -153,7 +172,9 @@ def test_what_is_not_chroma_is_refused_before_its_weights_come(
     flux = Path(shutil.copytree(checkpoint, tmp_path / "flux"))
     (flux / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     calls = hub("c0ffee", flux)
-    with pytest.raises(ModelError, match=r"FluxTransformer2DModel.*Chroma's is ChromaTransformer2DModel"):
+    with pytest.raises(
+        ModelError, match=r"FluxTransformer2DModel.*Chroma's is ChromaTransformer2DModel"
+    ):
         model_files.locate_files(ModelOptions(pretrained_model_name_or_path="somebody/flux"))
     assert len(calls) == 1
 
@@ -186,7 +207,9 @@ def test_a_folder_named_nano_is_not_the_bundled_model(
     monkeypatch.setattr(model_files.models_package, "__path__", [str(tmp_path / "wheel")])
     bundled = model_files.locate_files(ModelOptions(model_flavour="nano"))
     assert bundled.vae == tmp_path / "wheel" / "nano" / "vae"
-    mine = model_files.locate_files(ModelOptions(model_flavour="nano", pretrained_model_name_or_path="nano"))
+    mine = model_files.locate_files(
+        ModelOptions(model_flavour="nano", pretrained_model_name_or_path="nano")
+    )
     assert mine.vae == tmp_path / "nano" / "vae"
 
 
@@ -250,7 +273,9 @@ def test_what_was_downloaded_serves_offline(
     assert (source.transformer, source.revision) == (snapshot / "transformer", snapshot.name)
 
 
-def test_a_dead_endpoint_is_noticed_in_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_dead_endpoint_is_noticed_in_seconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A real call, to a port where nobody listens."""
     monkeypatch.setattr(hub_download.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub_download.constants, "HF_HUB_CACHE", str(tmp_path))

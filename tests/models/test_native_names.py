@@ -27,7 +27,9 @@ def test_diffusers_converter_agrees_at_its_one_width() -> None:
 
     def numbered(name: str, shape: torch.Size) -> torch.Tensor:
         """Each row its own number, one column: the rest would be gigabytes."""
-        return torch.tensor([next(count) for _ in range(shape[0])]).view(-1, *[1] * (len(shape) - 1))
+        return torch.tensor([next(count) for _ in range(shape[0])]).view(
+            -1, *[1] * (len(shape) - 1)
+        )
 
     theirs = {name: numbered(name, tensor.shape) for name, tensor in shapes.items()}
     file = single_files.native_state(theirs)
@@ -45,11 +47,14 @@ def test_diffusers_converter_agrees_at_its_one_width() -> None:
 
 def test_the_whole_model_there_and_back_by_name_and_shape() -> None:
     config = TransformerConfig()
-    ours = {name: tuple(t.shape) for name, t in weights.empty_transformer(config).state_dict().items()}
+    ours = {
+        name: tuple(t.shape) for name, t in weights.empty_transformer(config).state_dict().items()
+    }
     files = native_names.group_by_native_name(ours)
     assert len(files) == 19 * 2 * 10 + 38 * 6 + 4 + 5 * 5 + 4 + 2
     shapes = {
-        name: (sum(ours[part][0] for part in parts), *ours[parts[0]][1:]) for name, parts in files.items()
+        name: (sum(ours[part][0] for part in parts), *ours[parts[0]][1:])
+        for name, parts in files.items()
     }
     assert shapes["single_blocks.37.linear1.weight"] == (21504, 3072)
     assert shapes["double_blocks.18.txt_attn.qkv.bias"] == (9216,)

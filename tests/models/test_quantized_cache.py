@@ -1,4 +1,6 @@
-"""Quantised transformers and T5s: converted, found again, and equal to what quantising in memory gives."""
+"""Quantised transformers and T5s: converted, found again, and equal to what quantising in memory
+gives.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def outputs(transformer: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_loaded_equals_quantised_in_memory(source: ModelFiles, options: ModelOptions, scheme: str) -> None:
+def test_loaded_equals_quantised_in_memory(
+    source: ModelFiles, options: ModelOptions, scheme: str
+) -> None:
     chosen = quantised(options, base_model_precision=scheme)
     loaded = ChromaFamily().load_transformer(source, CPU, torch.float32, chosen)
     plain = ChromaFamily().load_transformer(source, CPU, torch.float32)
@@ -125,12 +129,16 @@ def test_other_weights_are_converted_on_their_own(
     (first,) = ChromaFamily().write_quantized_files(source, chosen, CPU)
     folder = Path(shutil.copytree(checkpoint, tmp_path / "elsewhere"))
     moved = chosen.model_copy(update={"pretrained_model_name_or_path": str(folder)})
-    assert ChromaFamily().write_quantized_files(ChromaFamily().locate_files(moved), moved, CPU) == [first]
+    assert ChromaFamily().write_quantized_files(ChromaFamily().locate_files(moved), moved, CPU) == [
+        first
+    ]
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1000] ^= 1
     path.write_bytes(content)
-    assert ChromaFamily().write_quantized_files(ChromaFamily().locate_files(moved), moved, CPU) != [first]
+    assert ChromaFamily().write_quantized_files(ChromaFamily().locate_files(moved), moved, CPU) != [
+        first
+    ]
 
 
 def test_a_damaged_file_is_made_again(source: ModelFiles, options: ModelOptions) -> None:
@@ -144,7 +152,9 @@ def test_a_damaged_file_is_made_again(source: ModelFiles, options: ModelOptions)
     assert file.read_bytes() == content
 
 
-def test_a_damaged_file_that_another_process_removes(source: ModelFiles, options: ModelOptions) -> None:
+def test_a_damaged_file_that_another_process_removes(
+    source: ModelFiles, options: ModelOptions
+) -> None:
     chosen = quantised(options, base_model_precision="nf4")
     (file,) = ChromaFamily().write_quantized_files(source, chosen, CPU)
     content = file.read_bytes()
@@ -162,7 +172,11 @@ def test_a_damaged_file_that_another_process_removes(source: ModelFiles, options
 
 @pytest.mark.parametrize(("via", "expected"), [("accelerator", "cuda"), ("cpu", "cpu")])
 def test_a_base_loaded_to_the_host_for_swapping_is_converted_as_quantize_via_says(
-    source: ModelFiles, options: ModelOptions, monkeypatch: pytest.MonkeyPatch, via: str, expected: str
+    source: ModelFiles,
+    options: ModelOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    via: str,
+    expected: str,
 ) -> None:
     places = []
 
@@ -186,7 +200,11 @@ def test_parts_are_views_of_the_file(source: ModelFiles, options: ModelOptions) 
     chosen = quantised(options, base_model_precision="int8")
     loaded = ChromaFamily().load_transformer(source, CPU, torch.float32, chosen)
     (file,) = ChromaFamily().write_quantized_files(source, chosen, CPU)
-    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+    lines = [
+        line
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(file))
+    ]
     spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
     for module in loaded.modules():
         if isinstance(module, QuantizedLinear):
@@ -202,7 +220,9 @@ def test_t5_quantised(
     texts = ["a red square", "", "two words and more"]
     encoder = ChromaFamily().load_text_encoder(source, chosen, CPU)
     found = encoder.encode(texts)
-    assert ChromaFamily().text_fingerprint(source, chosen) != ChromaFamily().text_fingerprint(source, options)
+    assert ChromaFamily().text_fingerprint(source, chosen) != ChromaFamily().text_fingerprint(
+        source, options
+    )
 
     plain = t5_module._load_unquantized
 

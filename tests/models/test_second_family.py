@@ -52,7 +52,9 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_family_without_vae_and_with_two_text_tensors_trains(tmp_path: Path, checkpointing: bool) -> None:
+def test_a_family_without_vae_and_with_two_text_tensors_trains(
+    tmp_path: Path, checkpointing: bool
+) -> None:
     run = train_pixels(tmp_path, gradient_checkpointing=checkpointing, lora_format="comfyui")
     assert sorted(read_losses(run)) == [1, 2]
     lora = read_lora_file(run / "pytorch_lora_weights.safetensors", NAMES)

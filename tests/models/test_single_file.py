@@ -34,14 +34,21 @@ def told(checkpoint: Path) -> dict[str, str]:
 
 def same(found: torch.nn.Module, expected: StateDict) -> bool:
     state = found.state_dict()
-    return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
+    return state.keys() == expected.keys() and all(
+        torch.equal(state[name], expected[name]) for name in state
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("names", ["native", "diffusers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_plain_files_are_read_to_the_bit(
-    state: StateDict, told: dict[str, str], tmp_path: Path, prefix: str, names: str, dtype: torch.dtype
+    state: StateDict,
+    told: dict[str, str],
+    tmp_path: Path,
+    prefix: str,
+    names: str,
+    dtype: torch.dtype,
 ) -> None:
     cast = {name: tensor.to(dtype) for name, tensor in state.items()}
     held = single_files.native_state(cast) if names == "native" else cast
@@ -79,7 +86,9 @@ def test_quantising_streams_from_any_of_them(
     checkpoint: Path, state: StateDict, told: dict[str, str], options: ModelOptions, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The same numbers, from a folder and from fused rows in one file, few rows at a time: the same codes."""
+    """The same numbers, from a folder and from fused rows in one file, few rows at a time: the same
+    codes.
+    """
     monkeypatch.setattr(convert, "WEIGHTS_PER_CHUNK", 64 * 10)
     cast = {name: tensor.bfloat16() for name, tensor in state.items()}
     folder = Path(shutil.copytree(checkpoint, tmp_path / "folder"))
@@ -100,8 +109,12 @@ def test_quantising_streams_from_any_of_them(
     cache = {"base_model_precision": "int8", "quantized_cache_dir": str(tmp_path / "cache")}
     made = []
     for place in (folder / "transformer", file, folder2 / "transformer", fp8):
-        chosen = options.model_copy(update={"pretrained_transformer_model_name_or_path": str(place), **cache})
-        (one,) = ChromaFamily().write_quantized_files(ChromaFamily().locate_files(chosen), chosen, CPU)
+        chosen = options.model_copy(
+            update={"pretrained_transformer_model_name_or_path": str(place), **cache}
+        )
+        (one,) = ChromaFamily().write_quantized_files(
+            ChromaFamily().locate_files(chosen), chosen, CPU
+        )
         made.append((one, load_file(one)))
     assert len({one for one, _ in made}) == 4  # named by content
     for first, second in ((made[0][1], made[1][1]), (made[2][1], made[3][1])):
@@ -115,7 +128,9 @@ def q8_0(tensor: torch.Tensor) -> tuple[int, bytes]:
         return 0, single_files.raw_bytes(tensor.float())
     blocks = tensor.float().reshape(-1, 32)
     scale = (blocks.abs().amax(1, keepdim=True) / 127).half()
-    codes = torch.where(scale > 0, blocks / scale.float(), 0.0).round().clamp(-127, 127).to(torch.int8)
+    codes = (
+        torch.where(scale > 0, blocks / scale.float(), 0.0).round().clamp(-127, 127).to(torch.int8)
+    )
     return 8, torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], 1).numpy().tobytes()
 
 
@@ -125,7 +140,9 @@ def q8_0_back(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.float()
     blocks = np.frombuffer(content, np.uint8).reshape(-1, 34)
     scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
-    return torch.from_numpy(blocks[:, 2:].copy().view(np.int8) * scale).view(tensor.shape).bfloat16()
+    return (
+        torch.from_numpy(blocks[:, 2:].copy().view(np.int8) * scale).view(tensor.shape).bfloat16()
+    )
 
 
 def gguf_state(checkpoint: Path, tmp_path: Path) -> StateDict:
@@ -139,7 +156,9 @@ def gguf_state(checkpoint: Path, tmp_path: Path) -> StateDict:
 def test_gguf_is_read_row_by_row(checkpoint: Path, tmp_path: Path, options: ModelOptions) -> None:
     pytest.importorskip("gguf")
     state = gguf_state(checkpoint, tmp_path)
-    file = single_files.write_gguf(tmp_path / "chroma-Q8_0.gguf", single_files.native_state(state), q8_0)
+    file = single_files.write_gguf(
+        tmp_path / "chroma-Q8_0.gguf", single_files.native_state(state), q8_0
+    )
     found = weights.load_transformer(file, CPU, torch.bfloat16)
     assert same(found, {name: q8_0_back(tensor).bfloat16() for name, tensor in state.items()})
     chosen = options.model_copy(
@@ -149,7 +168,11 @@ def test_gguf_is_read_row_by_row(checkpoint: Path, tmp_path: Path, options: Mode
             "quantized_cache_dir": str(tmp_path),
         }
     )
-    assert ChromaFamily().write_quantized_files(ChromaFamily().locate_files(chosen), chosen, CPU)[0].exists()
+    assert (
+        ChromaFamily()
+        .write_quantized_files(ChromaFamily().locate_files(chosen), chosen, CPU)[0]
+        .exists()
+    )
 
 
 def test_gguf_without_blocks_needs_no_package(checkpoint: Path, tmp_path: Path) -> None:
@@ -272,12 +295,16 @@ def test_a_vae_in_one_file_draws_the_same(
 def test_a_main_model_in_one_file_takes_the_rest_from_its_flavour(
     state: StateDict, told: dict[str, str], tmp_path: Path
 ) -> None:
-    file = single_files.write_safetensors(tmp_path / "c.safetensors", single_files.native_state(state), told)
+    file = single_files.write_safetensors(
+        tmp_path / "c.safetensors", single_files.native_state(state), told
+    )
     chosen = ModelOptions(pretrained_model_name_or_path=str(file), model_flavour="nano")
     source = model_files.locate_files(chosen)
     assert source.transformer == file
     assert {source.vae.parent.name, source.tokenizer.parent.name} == {"nano"}
-    with pytest.raises(ModelError, match=r"text encoder has width 256, but the transformer expects 48"):
+    with pytest.raises(
+        ModelError, match=r"text encoder has width 256, but the transformer expects 48"
+    ):
         ChromaFamily().build_spec(chosen, torch.bfloat16)
 
 
@@ -323,7 +350,9 @@ def test_another_model_is_named(tmp_path: Path, names: list[str], said: str, opt
     )
     with pytest.raises(ModelError, match=said) as caught:
         model_files.locate_files(
-            ModelOptions(**{f"pretrained_{option}model_name_or_path": str(file), "model_flavour": "nano"})
+            ModelOptions(
+                **{f"pretrained_{option}model_name_or_path": str(file), "model_flavour": "nano"}
+            )
         )
     assert "\n" not in str(caught.value)
 
@@ -341,7 +370,12 @@ def test_another_model_is_named(tmp_path: Path, names: list[str], said: str, opt
     ],
 )
 def test_what_is_wrong_with_a_file_is_listed(
-    state: StateDict, told: dict[str, str], tmp_path: Path, name: str, tensor: torch.Tensor | None, said: str
+    state: StateDict,
+    told: dict[str, str],
+    tmp_path: Path,
+    name: str,
+    tensor: torch.Tensor | None,
+    said: str,
 ) -> None:
     held = single_files.native_state(state)
     if tensor is None:
@@ -373,9 +407,14 @@ def test_a_pickle_is_never_opened(tmp_path: Path, suffix: str, zipped: bool) -> 
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_scale_that_is_no_number_is_refused(state: StateDict, told: dict[str, str], tmp_path: Path) -> None:
+def test_a_scale_that_is_no_number_is_refused(
+    state: StateDict, told: dict[str, str], tmp_path: Path
+) -> None:
     held = single_files.to_fp8(single_files.native_state(state), scaled=True)
-    for scale, said in ((torch.tensor(float("nan")), "not a finite number"), (torch.ones(63), "or one per row")):
+    for scale, said in (
+        (torch.tensor(float("nan")), "not a finite number"),
+        (torch.ones(63), "or one per row"),
+    ):
         held["img_in.scale_weight"] = scale
         file = single_files.write_safetensors(tmp_path / "c.safetensors", held, told)
         with pytest.raises(ModelError, match=said):

@@ -16,7 +16,13 @@ from simpletuner.models.chroma.text_encoder import load_tokenizer
 from simpletuner.models.family import ModelFiles, TextEncoder
 
 CPU = torch.device("cpu")
-CAPTIONS = ["a cat", "", "a very long sentence about nothing at all, really: nothing.", "x" * 700, "a cat"]
+CAPTIONS = [
+    "a cat",
+    "",
+    "a very long sentence about nothing at all, really: nothing.",
+    "x" * 700,
+    "a cat",
+]
 
 
 def rows_of(encoder: TextEncoder, captions: list[str]) -> list[torch.Tensor]:
@@ -39,13 +45,17 @@ def padded_to_512(checkpoint: Path, caption: str) -> tuple[torch.Tensor, int]:
     """The rows of all 512 positions with the tokenizer's own mask, and how many tokens are real."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
     t5 = T5EncoderModel.from_pretrained(checkpoint / "text_encoder").eval()
-    batch = tokenizer(caption, padding="max_length", max_length=512, truncation=True, return_tensors="pt")
+    batch = tokenizer(
+        caption, padding="max_length", max_length=512, truncation=True, return_tensors="pt"
+    )
     with torch.no_grad():
         return t5(**batch).last_hidden_state[0], int(batch["attention_mask"].sum())
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
-def test_rows_are_those_of_the_512_padded_run(encoder: TextEncoder, checkpoint: Path, caption: str) -> None:
+def test_rows_are_those_of_the_512_padded_run(
+    encoder: TextEncoder, checkpoint: Path, caption: str
+) -> None:
     rows = rows_of(encoder, [caption])[0]
     expected, real = padded_to_512(checkpoint, caption)
     assert len(rows) == min(real + 1, 512)
@@ -90,7 +100,9 @@ def test_zero_padding_empties_the_pad_row_only(source: ModelFiles, options: Mode
     assert torch.equal(rows_of(zero, ["x" * 700])[0], rows_of(plain, ["x" * 700])[0])
 
 
-def test_rows_come_in_half_precision_with_mixed_precision(source: ModelFiles, options: ModelOptions) -> None:
+def test_rows_come_in_half_precision_with_mixed_precision(
+    source: ModelFiles, options: ModelOptions
+) -> None:
     rows = rows_of(load(source, options, mixed_precision="bf16"), ["a cat"])[0]
     assert rows.dtype == torch.bfloat16
     assert rows.untyped_storage().nbytes() == rows.numel() * 2  # no view that keeps its batch alive
@@ -108,7 +120,9 @@ def test_a_folder_that_is_no_encoder_is_refused(
 
 
 def test_a_published_tokenizer_folder_needs_no_tokenizer_json(tmp_path: Path) -> None:
-    """spiece.model and a config, as beside the published Chroma; sentencepiece itself is the oracle."""
+    """spiece.model and a config, as beside the published Chroma; sentencepiece itself is the
+    oracle.
+    """
     model = io.BytesIO()
     words = [" ".join(f"{a}{b}" for b in CAPTIONS[2].split()) for a in "abcdefghijklmnopqrstuvwxyz"]
     sentencepiece.SentencePieceTrainer.train(
@@ -116,9 +130,19 @@ def test_a_published_tokenizer_folder_needs_no_tokenizer_json(tmp_path: Path) ->
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
     (tmp_path / "spiece.model").write_bytes(model.getvalue())
-    fields = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "legacy": True}
+    fields = {
+        "tokenizer_class": "T5Tokenizer",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "legacy": True,
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
     tokenizer = load_tokenizer(tmp_path)
     oracle = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    for caption in [*CAPTIONS, "  two  spaces ", "a line\nand another", "na\u00efve, \u201cquoted\u201d"]:
+    for caption in [
+        *CAPTIONS,
+        "  two  spaces ",
+        "a line\nand another",
+        "na\u00efve, \u201cquoted\u201d",
+    ]:
         assert tokenizer(caption)["input_ids"] == [*oracle.encode(caption), 1]

@@ -33,11 +33,15 @@ def test_moments_are_raw_and_make_diffusers_own_posterior(
     torch.testing.assert_close(log_variance.clamp(-30, 20), posterior.logvar)
 
 
-def test_decode_undoes_scale_and_shift(source: ModelFiles, options: ModelOptions, checkpoint: Path) -> None:
+def test_decode_undoes_scale_and_shift(
+    source: ModelFiles, options: ModelOptions, checkpoint: Path
+) -> None:
     raw = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
     facts = ChromaFamily().read_constants(source)
     decoded = (
-        ChromaFamily().load_vae(source, options, CPU).decode((raw - facts.latent_shift) * facts.latent_scale)
+        ChromaFamily()
+        .load_vae(source, options, CPU)
+        .decode((raw - facts.latent_shift) * facts.latent_scale)
     )
     with torch.no_grad():
         expected = AutoencoderKL.from_pretrained(checkpoint / "vae").decode(raw).sample

@@ -21,7 +21,9 @@ from tests.models import single_files
 from tests.quick import assert_quick
 
 ONE = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def safetensors(head: object, data: bytes = b"\0" * 8, length: int | None = None) -> bytes:
@@ -163,14 +165,18 @@ def test_the_samples_are_whole(tmp_path: Path) -> None:
     cut=st.integers(0, 400),
     spots=st.lists(st.tuples(st.integers(0, 700), st.integers(0, 255)), max_size=4),
 )
-def test_flipped_and_cut_bytes(tmp_path: Path, kind: str, cut: int, spots: list[tuple[int, int]]) -> None:
+def test_flipped_and_cut_bytes(
+    tmp_path: Path, kind: str, cut: int, spots: list[tuple[int, int]]
+) -> None:
     content = bytearray(SAMPLES[kind])
     for place, value in spots:
         content[place % len(content)] = value
     survives(tmp_path / "x.safetensors", bytes(content[: len(content) - (cut if cut < 200 else 0)]))
 
 
-numbers = st.one_of(st.integers(-3, 70), st.sampled_from([2**31, 2**63, 2**64, -1, 2.5, "4", None, True]))
+numbers = st.one_of(
+    st.integers(-3, 70), st.sampled_from([2**31, 2**63, 2**64, -1, 2.5, "4", None, True])
+)
 shapes = st.one_of(st.lists(numbers, max_size=5), numbers)
 names = st.sampled_from([
     "distilled_guidance_layer.in_proj.weight", "img_in.weight", "img_in.scale_weight", "scaled_fp8",
@@ -196,9 +202,16 @@ whole = st.tuples(
 
 
 @QUICK
-@example(tensors=[("decoder.conv_in.weight", "F32", []), ("encoder.down.7.block.0.conv1.weight", "F32", [])])
+@example(
+    tensors=[
+        ("decoder.conv_in.weight", "F32", []),
+        ("encoder.down.7.block.0.conv1.weight", "F32", []),
+    ]
+)
 @given(tensors=st.lists(whole, max_size=8, unique_by=lambda one: one[0]))
-def test_well_formed_files_of_anything(tmp_path: Path, tensors: list[tuple[str, str, list[int]]]) -> None:
+def test_well_formed_files_of_anything(
+    tmp_path: Path, tensors: list[tuple[str, str, list[int]]]
+) -> None:
     """Past the header: configs and cuts made of shapes that no model has."""
     head, at = {}, 0
     for name, dtype, shape in tensors:

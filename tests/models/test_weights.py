@@ -25,7 +25,9 @@ def test_what_diffusers_wrote_is_read_bit_for_bit(folder: Path) -> None:
     transformer = load_transformer(folder, CPU, torch.float32)
     theirs = ChromaTransformer2DModel.from_pretrained(folder).state_dict()
     assert transformer.state_dict().keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in transformer.state_dict().items())
+    assert all(
+        torch.equal(tensor, theirs[name]) for name, tensor in transformer.state_dict().items()
+    )
     assert not any(parameter.requires_grad for parameter in transformer.parameters())
     assert not transformer.training
 
@@ -33,7 +35,9 @@ def test_what_diffusers_wrote_is_read_bit_for_bit(folder: Path) -> None:
 def test_the_cast_is_made_while_reading(folder: Path) -> None:
     transformer = load_transformer(folder, CPU, torch.bfloat16)
     stored = load_file(folder / FILE)
-    assert all(torch.equal(t, stored[name].bfloat16()) for name, t in transformer.state_dict().items())
+    assert all(
+        torch.equal(t, stored[name].bfloat16()) for name, t in transformer.state_dict().items()
+    )
     assert transformer.mod_proj.dtype == torch.float32
 
 
@@ -44,7 +48,9 @@ def test_the_file_may_be_rewritten_under_a_loaded_model(folder: Path) -> None:
     with (folder / FILE).open("r+b") as file:
         file.seek(size // 2)
         file.write(b"\0" * (size - size // 2))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items()
+    )
 
 
 def test_saved_weights_load_here_and_in_diffusers(folder: Path, tmp_path: Path) -> None:
@@ -92,7 +98,9 @@ def test_missing_surplus_and_misshapen_tensors_are_listed_together(folder: Path)
 @pytest.mark.parametrize("kept", [0, 5, 300, 0.5, 0.999])
 def test_a_truncated_file_is_named_before_anything_is_read(folder: Path, kept: float) -> None:
     whole = (folder / FILE).read_bytes()
-    (folder / FILE).write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    (folder / FILE).write_bytes(
+        whole[: int(kept * len(whole)) if isinstance(kept, float) else kept]
+    )
     with pytest.raises(ModelError, match=rf"{FILE}.*Download it again"):
         load_transformer(folder, CPU, torch.float32)
 
@@ -118,7 +126,9 @@ def test_a_file_with_a_tail_is_damaged(folder: Path) -> None:
         ({"num_layers": 3}, r"transformer_blocks\.2.* is missing"),
     ],
 )
-def test_a_config_that_is_not_chromas_is_refused(folder: Path, change: dict[str, object], said: str) -> None:
+def test_a_config_that_is_not_chromas_is_refused(
+    folder: Path, change: dict[str, object], said: str
+) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelError, match=said):

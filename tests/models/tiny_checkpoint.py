@@ -1,4 +1,6 @@
-"""A complete, random, tiny Chroma in diffusers' layout: every code path of the real one in milliseconds."""
+"""A complete, random, tiny Chroma in diffusers' layout: every code path of the real one in
+milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def transformer_fields(width: int = 64, doubles: int = 2, singles: int = 3) -> d
 
 
 def make_tokenizer(folder: Path) -> None:
-    """One token per letter, T5's own ids for pad (0), </s> (1) and unknown (2); </s> ends every caption."""
+    """One token per letter, T5's own ids for pad (0), </s> (1) and unknown (2); </s> ends every
+    caption.
+    """
     pieces = [
         ("<pad>", 0.0),
         ("</s>", 0.0),
@@ -40,7 +44,9 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

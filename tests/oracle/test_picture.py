@@ -1,6 +1,8 @@
-"""One LoRA, one prompt, one noise: the picture drawn here and the one that diffusers' own pipeline draws.
+"""One LoRA, one prompt, one noise: the picture drawn here and the one that diffusers' own pipeline
+draws.
 
-On the bundled base in float32, 128 px, 4 steps. diffusers gets our file by `load_lora_weights`, our trimmed
+On the bundled base in float32, 128 px, 4 steps. diffusers gets our file by `load_lora_weights`, our
+trimmed
 text rows with a mask of ones, the same noise and the same sigmas, into its own network.
 """
 
@@ -40,7 +42,8 @@ CPU = torch.device("cpu")
 NANO = ModelOptions(model_flavour="nano", mixed_precision="no", device="cpu", torch_num_threads=1)
 FAMILY = family_named("chroma")
 SOURCE = FAMILY.locate_files(NANO)
-# Levels of 255: what rounding to eight bits may do to two pictures that differ by float32's rounding.
+# Levels of 255: what rounding to eight bits may do to two pictures that differ by float32's
+# rounding.
 LARGEST = 1
 
 
@@ -50,7 +53,10 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = FAMILY.load_transformer(SOURCE, CPU, torch.float32)
     names = FAMILY.lora_targets(network, "all+ffs")
     perturb(
-        attach_adapter(network, AdapterOptions(lora_rank=4, lora_alpha=2.0), names, seed=1).trainable, 0.3
+        attach_adapter(
+            network, AdapterOptions(lora_rank=4, lora_alpha=2.0), names, seed=1
+        ).trainable,
+        0.3,
     )
     chroma_lora.save_adapter(network, folder / LORA_WEIGHTS_NAME)
     return folder / LORA_WEIGHTS_NAME
@@ -58,18 +64,24 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ours(out: Path, lora: Path | None, model: ModelOptions = NANO) -> np.ndarray:
     prompts = (Prompt("star", PROMPT),)
-    request = GenerationRequest(prompts, model, lora, (1.0,), STEPS, 1.0, SEED, str(SIDE_PX), 1, out)
+    request = GenerationRequest(
+        prompts, model, lora, (1.0,), STEPS, 1.0, SEED, str(SIDE_PX), 1, out
+    )
     (path,) = generate_images(request, lambda event: None)
     return np.asarray(Image.open(path)).astype(int)
 
 
 def theirs(lora: Path) -> np.ndarray:
     pipe = ChromaPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(SOURCE.transformer.parent / "scheduler"),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(
+            SOURCE.transformer.parent / "scheduler"
+        ),
         vae=AutoencoderKL.from_pretrained(SOURCE.vae),
         text_encoder=None,
         tokenizer=None,
-        transformer=ChromaTransformer2DModel.from_pretrained(SOURCE.transformer, torch_dtype=torch.float32),
+        transformer=ChromaTransformer2DModel.from_pretrained(
+            SOURCE.transformer, torch_dtype=torch.float32
+        ),
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(lora.parent, weight_name=lora.name)
@@ -98,9 +110,11 @@ def test_merged_weights_draw_the_same_picture_as_base_and_lora(lora: Path, tmp_p
     for native, name in ((False, "folder"), (True, "file.safetensors")):
         target = MergeOutput(tmp_path / name, native_format=native, dtype=torch.float32)
         merge_loras(SOURCE.transformer, [(factors, 1.0)], target, {})
-        model = NANO.model_copy(update={"pretrained_transformer_model_name_or_path": str(target.path)})
+        model = NANO.model_copy(
+            update={"pretrained_transformer_model_name_or_path": str(target.path)}
+        )
         difference = np.abs(ours(tmp_path, None, model) - mine)
         assert difference.max() <= LARGEST
-    assert weights.read_transformer_config(tmp_path / "file.safetensors") == weights.read_transformer_config(
-        SOURCE.transformer
-    )
+    assert weights.read_transformer_config(
+        tmp_path / "file.safetensors"
+    ) == weights.read_transformer_config(SOURCE.transformer)

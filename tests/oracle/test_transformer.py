@@ -16,7 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from simpletuner.models.chroma.family import ChromaFamily
-from simpletuner.models.chroma.transformer import ChromaTransformer, modulate
+from simpletuner.models.chroma.transformer import ChromaTransformer, layer_norm_and_modulate
 from simpletuner.models.chroma.transformer_config import TransformerConfig
 from simpletuner.models.family import BlockMemoryPolicy
 from tests.models.tiny_checkpoint import TEXT_WIDTH, transformer_fields
@@ -69,7 +69,9 @@ def run_theirs(model: nn.Module, tokens: Tensor, text: Tensor, lengths: Sequence
     for row, length in zip(mask, lengths, strict=True):
         row[length:TEXT] = False
     sigma = SIGMA[: len(tokens)].double()
-    return model(tokens, text, sigma, ids.reshape(-1, 3), torch.zeros(TEXT, 3), mask, return_dict=False)[0]
+    return model(
+        tokens, text, sigma, ids.reshape(-1, 3), torch.zeros(TEXT, 3), mask, return_dict=False
+    )[0]
 
 
 def run_ours(model: nn.Module, tokens: Tensor, text: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -92,13 +94,19 @@ def test_state_dicts_load_strictly_both_ways(pair) -> None:
 def test_trimmed_text_equals_512_masked_rows(pair, lengths: tuple[int, ...]) -> None:
     theirs, ours = pair
     tokens, text = inputs(len(lengths))
-    assert distance(run_ours(ours, tokens, text, lengths), run_theirs(theirs, tokens, text, lengths)) < 1e-10
+    assert (
+        distance(run_ours(ours, tokens, text, lengths), run_theirs(theirs, tokens, text, lengths))
+        < 1e-10
+    )
 
 
 def test_as_diffusers_stands_the_rope_rounding_is_all_that_differs(pair) -> None:
     theirs, ours = pair
     tokens, text = inputs(2)
-    assert distance(run_ours(ours, tokens, text, (9, 9)), run_theirs(theirs, tokens, text, (9, 9))) < 1e-6
+    assert (
+        distance(run_ours(ours, tokens, text, (9, 9)), run_theirs(theirs, tokens, text, (9, 9)))
+        < 1e-6
+    )
 
 
 def test_every_sample_of_an_unequal_batch_equals_itself_alone(pair) -> None:
@@ -130,7 +138,10 @@ def test_padded_rows_may_hold_anything(pair, masked: bool) -> None:
     tokens, text = inputs(2)
     other = text.clone()
     other[0, 5:] = 1e3
-    assert distance(run_ours(ours, tokens, other, (5, 30)), run_ours(ours, tokens, text, (5, 30))) < 1e-10
+    assert (
+        distance(run_ours(ours, tokens, other, (5, 30)), run_ours(ours, tokens, text, (5, 30)))
+        < 1e-10
+    )
 
 
 def with_lora(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -139,7 +150,9 @@ def with_lora(model: nn.Module) -> dict[str, nn.Parameter]:
     adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
     for name, parameter in adapters.items():
         generator = torch.Generator().manual_seed(len(name) + parameter.numel())
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = 0.1 * torch.randn(
+            parameter.shape, generator=generator, dtype=torch.float64
+        )
     return adapters
 
 
@@ -196,9 +209,14 @@ def test_checkpointing_drops_the_same_inputs_again(pair) -> None:
 
 
 @pytest.mark.parametrize("kinds", [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
-def test_modulation_of_one_sample_is_that_of_a_batch(kinds: tuple[torch.dtype, torch.dtype]) -> None:
+def test_modulation_of_one_sample_is_that_of_a_batch(
+    kinds: tuple[torch.dtype, torch.dtype],
+) -> None:
     x, (shift, scale) = torch.randn(1, 7, 64).to(kinds[0]), torch.randn(2, 1, 1, 64).to(kinds[1])
-    alone, twice = modulate(x, shift, scale), modulate(*(part.repeat(2, 1, 1) for part in (x, shift, scale)))
+    alone, twice = (
+        layer_norm_and_modulate(x, shift, scale),
+        layer_norm_and_modulate(*(part.repeat(2, 1, 1) for part in (x, shift, scale))),
+    )
     assert alone.dtype == twice.dtype
     assert distance(alone, twice[:1]) < 1e-12
 
@@ -242,7 +260,9 @@ def test_modulations_carry_no_graph_and_need_no_blocks(pair) -> None:
 
 
 def test_time_is_not_rounded_to_the_dtype_of_the_weights(pair) -> None:
-    """bf16 has no number between 652 and 656: 654.3 and 655.6 would be told to the network as one time."""
+    """bf16 has no number between 652 and 656: 654.3 and 655.6 would be told to the network as one
+    time.
+    """
     _, ours = pair
     sigma = torch.tensor([0.6543, 0.6556])
     exact = ours.modulations(sigma)

@@ -1,4 +1,6 @@
-"""The hook that builds the pages when the package is installed: when, with which Node, what it says."""
+"""The hook that builds the pages when the package is installed: when, with which Node, what it
+says.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from types import ModuleType
 import pytest
 
 FILE = Path(__file__).parents[2] / "hatch_build.py"
-# A stand-in for npm: notes how it was called; "run" makes the pages, unless FAKE_FAILS names this word.
+# A stand-in for npm: notes how it was called; "run" makes the pages, unless FAKE_FAILS names this
+# word.
 NPM = """#!/bin/sh
 echo "$@" >> "$FAKE_CALLS"
 ls -A >> "$FAKE_CALLS"
@@ -26,7 +29,9 @@ if [ "$1" = run ]; then mkdir -p "$5/assets" && echo new > "$5/index.html" && ec
 
 @pytest.fixture
 def hook(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """hatch_build.py, with the one class that it takes from hatchling, which is only there during a build."""
+    """hatch_build.py, with the one class that it takes from hatchling, which is only there during a
+    build.
+    """
     interface = ModuleType("hatchling.builders.hooks.plugin.interface")
     interface.BuildHookInterface = type("BuildHookInterface", (), {})  # type: ignore[attr-defined]
     parts = interface.__name__.split(".")
@@ -44,7 +49,11 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    for name, text in {"package.json": "{}", "src/main.ts": "let a = 1\n", "README.md": "read"}.items():
+    for name, text in {
+        "package.json": "{}",
+        "src/main.ts": "let a = 1\n",
+        "README.md": "read",
+    }.items():
         path = tmp_path / "checkout" / "web" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -67,10 +76,18 @@ def environ(tmp_path: Path) -> dict[str, str]:
     return {"PATH": path, "FAKE_CALLS": str(tmp_path / "calls"), "FAKE_FAILS": ""}
 
 
-def test_digest_changes_with_what_is_built_from_and_with_nothing_else(hook: ModuleType, root: Path) -> None:
+def test_digest_changes_with_what_is_built_from_and_with_nothing_else(
+    hook: ModuleType, root: Path
+) -> None:
     web = root / "web"
     before = hook.digest(web)
-    for name in ("node_modules/a/index.js", "dist/index.html", "src/types.d.ts", ".cache", "src/notes.md"):
+    for name in (
+        "node_modules/a/index.js",
+        "dist/index.html",
+        "src/types.d.ts",
+        ".cache",
+        "src/notes.md",
+    ):
         path = web / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("other")
@@ -84,7 +101,9 @@ def test_digest_changes_with_what_is_built_from_and_with_nothing_else(hook: Modu
     assert hook.digest(web) not in (before, changed)
 
 
-def test_unchanged_sources_are_not_built_again(hook: ModuleType, root: Path, environ: dict[str, str]) -> None:
+def test_unchanged_sources_are_not_built_again(
+    hook: ModuleType, root: Path, environ: dict[str, str]
+) -> None:
     assert hook.wanted(root, environ)
     hook.build(root, hook.system_npm(environ), environ)
     assert not hook.wanted(root, environ)
@@ -110,7 +129,11 @@ def test_the_build_runs_in_a_copy_and_replaces_the_old_pages(
 
 @pytest.mark.parametrize("word", ["ci", "run"])
 def test_a_failure_says_what_failed_and_keeps_the_old_pages(
-    hook: ModuleType, root: Path, environ: dict[str, str], word: str, capfd: pytest.CaptureFixture[str]
+    hook: ModuleType,
+    root: Path,
+    environ: dict[str, str],
+    word: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     static = root / hook.STATIC
     static.mkdir(parents=True)
@@ -123,8 +146,12 @@ def test_a_failure_says_what_failed_and_keeps_the_old_pages(
     assert (static / "index.html").read_text() == "old"
 
 
-@pytest.mark.parametrize(("value", "built"), [("1", False), ("true", False), ("0", True), ("", True)])
-def test_skip(hook: ModuleType, root: Path, environ: dict[str, str], value: str, built: bool) -> None:
+@pytest.mark.parametrize(
+    ("value", "built"), [("1", False), ("true", False), ("0", True), ("", True)]
+)
+def test_skip(
+    hook: ModuleType, root: Path, environ: dict[str, str], value: str, built: bool
+) -> None:
     assert hook.wanted(root, {**environ, "SIMPLETUNER_SKIP_UI": value}) is built
 
 
@@ -171,5 +198,7 @@ def test_the_lock_file_names_no_registry() -> None:
 
 def test_building_calls_no_npm_of_its_own() -> None:
     """The npm that pip brings is a program to be run by its path; there is none along PATH."""
-    scripts = json.loads((FILE.parent / "web" / "package.json").read_text(encoding="utf-8"))["scripts"]
+    scripts = json.loads((FILE.parent / "web" / "package.json").read_text(encoding="utf-8"))[
+        "scripts"
+    ]
     assert not re.search(r"\bnp[mx]\b", scripts["build"])

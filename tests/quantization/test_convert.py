@@ -1,4 +1,6 @@
-"""File to file: the parts of each matrix, everything else byte for byte, in little memory, through kills."""
+"""File to file: the parts of each matrix, everything else byte for byte, in little memory, through
+kills.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,8 @@ def test_every_number_lies_at_a_multiple_of_its_width(tmp_path: Path) -> None:
     for scheme in SCHEMES:
         converted(folder, names, scheme, tmp_path / scheme)
         assert all(
-            not one.offset % one.dtype.itemsize for one in read_stored_tensors(tmp_path / scheme).values()
+            not one.offset % one.dtype.itemsize
+            for one in read_stored_tensors(tmp_path / scheme).values()
         )
 
 
@@ -119,7 +122,9 @@ def test_killed_in_the_middle_of_a_write_it_goes_on(tmp_path: Path, at: int) -> 
     converted(folder, names, "nf4", straight)
     root = str(Path(__file__).parents[2])
     script = KILLED.format(root=root, at=at, folder=str(folder), names=names, target=str(target))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not target.exists()
     heard: list[Event] = []
@@ -159,7 +164,9 @@ def test_two_at_once_do_the_work_once(tmp_path: Path) -> None:
     heard: list[Event] = []
     with partial.open("wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        waiting = threading.Thread(target=converted, args=(folder, names, "int8", target, heard.append))
+        waiting = threading.Thread(
+            target=converted, args=(folder, names, "int8", target, heard.append)
+        )
         waiting.start()
         while not heard:
             waiting.join(0.01)
@@ -171,7 +178,9 @@ def test_two_at_once_do_the_work_once(tmp_path: Path) -> None:
     assert len(heard) == 1
 
 
-def test_no_room_is_said_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_is_said_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, names = write_checkpoint(tmp_path / "in")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
@@ -219,7 +228,9 @@ def test_a_write_that_is_refused_is_explained_at_any_place(tmp_path: Path, size:
     folder, names = write_checkpoint(tmp_path / "in")
     arguments = {"root": str(Path(__file__).parents[2]), "folder": str(folder), "names": names}
     script = LIMITED.format(**arguments, target=str(tmp_path / "out"), size=size)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert "run the same command again to resume" in done.stdout, done.stderr[-500:]
 
 
@@ -236,7 +247,9 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     heard: list[Event] = []
     converted(folder, names, "int8", tmp_path / "out", heard.append)
     (done,) = [event for event in heard if isinstance(event, StageCompleted)]
-    total = sum(one.size_bytes for file in folder.iterdir() for one in read_stored_tensors(file).values())
+    total = sum(
+        one.size_bytes for file in folder.iterdir() for one in read_stored_tensors(file).values()
+    )
     assert done.done == total // 1024
     assert all(event.total == done.done for event in heard if isinstance(event, StageProgress))
 
@@ -268,9 +281,15 @@ def test_memory_stays_far_below_the_file(tmp_path: Path, scheme: str) -> None:
     (tmp_path / "in").mkdir()
     save_file({name: weight.clone() for name in names}, tmp_path / "in" / "model.safetensors")
     size = (tmp_path / "in" / "model.safetensors").stat().st_size
-    arguments = {"root": str(Path(__file__).parents[2]), "folder": str(tmp_path / "in"), "names": names}
+    arguments = {
+        "root": str(Path(__file__).parents[2]),
+        "folder": str(tmp_path / "in"),
+        "names": names,
+    }
     script = MEASURED.format(**arguments, scheme=scheme, target=str(tmp_path / "out"))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     before, after = (int(word) * 1024 for word in done.stdout.splitlines()[-1].split())
     unit = 1 if sys.platform == "linux" else 1024  # macOS counts bytes
     assert size > 300e6

@@ -62,7 +62,9 @@ def with_peft(block: Block, **changes: bool) -> list[nn.Parameter]:
 
 
 def with_dora(block: Block) -> list[nn.Parameter]:
-    trainable = attach_adapter(block, AdapterOptions(lora_rank=4, use_dora=True), NAMES, seed=1).trainable
+    trainable = attach_adapter(
+        block, AdapterOptions(lora_rank=4, use_dora=True), NAMES, seed=1
+    ).trainable
     return started([parameter for _, parameter in trainable])
 
 
@@ -70,15 +72,25 @@ def started(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     """B away from zero, so that A has a gradient too."""
     with torch.no_grad():
         for parameter in parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.02)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.02
+            )
     return parameters
 
 
 def gradients(
-    block: Block, parameters: list[nn.Parameter], dtype: torch.dtype, autocast: bool, checkpointed: bool
+    block: Block,
+    parameters: list[nn.Parameter],
+    dtype: torch.dtype,
+    autocast: bool,
+    checkpointed: bool,
 ) -> list[Tensor]:
     """Output, the input's gradient, and every parameter's."""
-    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(4)).to(dtype).requires_grad_()
+    x = (
+        torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(4))
+        .to(dtype)
+        .requires_grad_()
+    )
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         y = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
     y.float().square().sum().backward()
@@ -97,7 +109,9 @@ def identical(found: list[Tensor], wanted: list[Tensor]) -> None:
 @pytest.mark.parametrize(
     ("dtype", "autocast"), [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True)]
 )
-def test_gradients_bit_for_bit(scheme: str, dtype: torch.dtype, autocast: bool, checkpointed: bool) -> None:
+def test_gradients_bit_for_bit(
+    scheme: str, dtype: torch.dtype, autocast: bool, checkpointed: bool
+) -> None:
     plain, quantized = pair(scheme, dtype)
     wanted = gradients(plain, [], dtype, autocast, False)
     identical(gradients(quantized, [], dtype, autocast, checkpointed), wanted)

@@ -16,7 +16,8 @@ from simpletuner.quantization.schemes import SCHEMES, get_scheme
 ERRORS = {"int8": 0.0095, "fp8": 0.027, "int4": 0.093, "nf4": 0.094}
 BYTES_PER_WEIGHT = {"int8": 1.001, "fp8": 1.001, "int4": 0.5625, "nf4": 0.5314}
 
-# The table of bitsandbytes (csrc, `nf4_dequantization_lut`), typed from there and not from our module.
+# The table of bitsandbytes (csrc, `nf4_dequantization_lut`), typed from there and not from our
+# module.
 BITSANDBYTES_NF4 = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -57,7 +58,9 @@ def test_parts_are_what_the_plan_was_told(name: str, columns: int) -> None:
 def test_error_and_size_are_as_stated(name: str) -> None:
     weight = gaussian(512, 1024)
     assert 0.8 * ERRORS[name] < relative(restored(name, weight), weight) < ERRORS[name]
-    assert SCHEMES[name].size_bytes(3072, 3072) / 3072**2 == pytest.approx(BYTES_PER_WEIGHT[name], rel=1e-3)
+    assert SCHEMES[name].size_bytes(3072, 3072) / 3072**2 == pytest.approx(
+        BYTES_PER_WEIGHT[name], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -100,7 +103,9 @@ def test_rows_are_independent(name: str) -> None:
     ),
 )
 def test_nothing_breaks_it(name: str, values: list[float]) -> None:
-    """Zeros, constants, one sign only, tiny numbers: finite, never farther off than a step of the row."""
+    """Zeros, constants, one sign only, tiny numbers: finite, never farther off than a step of the
+    row.
+    """
     weight = torch.tensor([values])
     found = restored(name, weight)
     assert torch.isfinite(found).all()
@@ -115,7 +120,9 @@ def test_zeros_stay_zeros() -> None:
 
 
 def test_nf4_codes_and_absmax_are_those_of_bitsandbytes() -> None:
-    """Its algorithm spelled out: blocks of 64 in memory order, nearest level of x / absmax, two a byte."""
+    """Its algorithm spelled out: blocks of 64 in memory order, nearest level of x / absmax, two a
+    byte.
+    """
     weight = gaussian(48, 320)
     blocks = weight.float().reshape(-1, 64)
     absmax = blocks.abs().max(dim=1).values

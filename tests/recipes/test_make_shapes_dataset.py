@@ -24,12 +24,15 @@ def test_a_scene_depends_on_its_number_alone() -> None:
     assert scenes.compose_scene(2, 7) != SCENES[7]
     assert len({scene.caption for scene in SCENES}) > 290
     assert np.array_equal(
-        np.asarray(draw.render_scene(SCENES[7])), np.asarray(draw.render_scene(scenes.compose_scene(1, 7)))
+        np.asarray(draw.render_scene(SCENES[7])),
+        np.asarray(draw.render_scene(scenes.compose_scene(1, 7))),
     )
 
 
 def test_the_world_is_the_one_that_the_base_was_trained_on() -> None:
-    """Whoever moves a draw makes other pictures of every seed, and the base's training unrepeatable."""
+    """Whoever moves a draw makes other pictures of every seed, and the base's training
+    unrepeatable.
+    """
     text = "\n".join(scene.caption for scene in SCENES)
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "d65220880507bdf0"
     assert SCENES[7].objects[0].angle == 0.010310390576907136
@@ -65,8 +68,12 @@ def test_the_caption_says_what_is_drawn(number: int) -> None:
         assert any(place in scene.caption for place in scenes.POSITION_PHRASES[thing.position])
     if len(scene.objects) == 1:
         (thing,) = scene.objects
-        middle = np.array([columns.min() + columns.max(), rows.min() + rows.max()]) / 2 / scenes.SIDE_PX
-        assert np.abs(middle - thing.centre).max() < 0.11  # a crescent's own middle lies a little aside
+        middle = (
+            np.array([columns.min() + columns.max(), rows.min() + rows.max()]) / 2 / scenes.SIDE_PX
+        )
+        assert (
+            np.abs(middle - thing.centre).max() < 0.11
+        )  # a crescent's own middle lies a little aside
         assert ("small" in scene.caption or "little" in scene.caption) == (thing.size == "small")
         if thing.pattern == "plain":
             assert np.abs(pixels[strange] - thing.rgb).sum(axis=1).min() < 6
@@ -78,7 +85,9 @@ def test_sizes_differ() -> None:
         for thing in scene.objects:
             if thing.shape == "circle" and thing.size:
                 pixels = np.asarray(draw.render_scene(scene)).astype(int)
-                areas[thing.size].append(float((np.abs(pixels - pixels[1, 1]).sum(axis=2) > 60).mean()))
+                areas[thing.size].append(
+                    float((np.abs(pixels - pixels[1, 1]).sum(axis=2) > 60).mean())
+                )
     assert min(areas["big"]) > 2 * max(areas["small"])
 
 
@@ -89,9 +98,12 @@ def test_things_can_be_seen() -> None:
             assert np.linalg.norm(under - scenes.COLOURS[thing.colour]) >= scenes.MIN_CONTRAST
 
 
-def test_files_are_written_as_a_textfile_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_written_as_a_textfile_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
-        "sys.argv", ["make_shapes_dataset.py", "--out", str(tmp_path), "--count", "2", "--seed", "1"]
+        "sys.argv",
+        ["make_shapes_dataset.py", "--out", str(tmp_path), "--count", "2", "--seed", "1"],
     )
     draw.main()
     assert sorted(path.name for path in tmp_path.iterdir()) == [

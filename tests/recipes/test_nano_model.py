@@ -48,7 +48,9 @@ def test_latents_of_a_drawn_picture_are_scaled_to_one() -> None:
     from simpletuner.validation.shapes.scenes import compose_scene
 
     vae = AutoencoderKL.from_pretrained(NANO / "vae").float()
-    pictures = np.stack([np.asarray(draw.render_scene(compose_scene(12, number))) for number in range(24)])
+    pictures = np.stack(
+        [np.asarray(draw.render_scene(compose_scene(12, number))) for number in range(24)]
+    )
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
@@ -64,7 +66,18 @@ def test_known_words_are_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
     tokens = tokenizer.convert_ids_to_tokens(
         tokenizer("A Red circle on the left, navy background")["input_ids"]
     )
-    assert tokens == ["▁a", "▁red", "▁circle", "▁on", "▁the", "▁left", ",", "▁navy", "▁background", "</s>"]
+    assert tokens == [
+        "▁a",
+        "▁red",
+        "▁circle",
+        "▁on",
+        "▁the",
+        "▁left",
+        ",",
+        "▁navy",
+        "▁background",
+        "</s>",
+    ]
 
 
 @settings(max_examples=200, deadline=None)
@@ -77,7 +90,9 @@ def test_any_string_becomes_known_tokens(tokenizer: PreTrainedTokenizerBase, tex
 
 
 def test_words_in_another_order_are_other_rows(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Chroma's text tokens have no positions, so the encoder must tell which colour goes with which shape."""
+    """Chroma's text tokens have no positions, so the encoder must tell which colour goes with which
+    shape.
+    """
     encoder = T5EncoderModel.from_pretrained(NANO / "text_encoder").float()
     one, other = (
         encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].detach()

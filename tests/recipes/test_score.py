@@ -1,4 +1,6 @@
-"""The score's own test: right on the truth, at chance on others' prompts, and no blind spot in between."""
+"""The score's own test: right on the truth, at chance on others' prompts, and no blind spot in
+between.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_the_truth_is_right() -> None:
     told = scene_scoring.compute_rates(
         [scene_scoring.score_scene(scene, reading) for scene, reading in zip(SCENES, READINGS)]
     )
-    assert {"background", "count", "colour", "position", "size", "shape", "pair", "all"} == set(told)
+    assert {"background", "count", "colour", "position", "size", "shape", "pair", "all"} == set(
+        told
+    )
     assert min(figures.rate for figures in told.values()) >= 0.99
 
 
@@ -48,15 +52,21 @@ def test_the_truth_is_right() -> None:
 def test_textures_hide_neither_shape_nor_colour(pattern: str, colour: str) -> None:
     ground = "olive" if colour in ("white", "yellow", "pink") else "cream"
     for shape in (list(scenes.COLOURS).index(colour), 4 + list(scenes.COLOURS).index(colour)):
-        thing = replace(SINGLE.objects[0], pattern=pattern, colour=colour, rgb=scenes.COLOURS[colour])
+        thing = replace(
+            SINGLE.objects[0], pattern=pattern, colour=colour, rgb=scenes.COLOURS[colour]
+        )
         things = (replace(thing, shape=list(scenes.SHAPES)[shape % len(scenes.SHAPES)]),)
-        scene = replace(SINGLE, objects=things, background=ground, background_rgb=scenes.BACKGROUNDS[ground])
+        scene = replace(
+            SINGLE, objects=things, background=ground, background_rgb=scenes.BACKGROUNDS[ground]
+        )
         assert failed(scene, draw.render_scene(scene)) == set(), things
 
 
 def test_a_blurred_and_tinted_picture_is_still_read() -> None:
     right = [
-        not failed(scene, tinted(draw.render_scene(scene).filter(ImageFilter.GaussianBlur(1.2)), number))
+        not failed(
+            scene, tinted(draw.render_scene(scene).filter(ImageFilter.GaussianBlur(1.2)), number)
+        )
         for number, scene in enumerate(SCENES[:24])
     ]
     assert np.mean(right) >= 0.95
@@ -70,7 +80,8 @@ def tinted(picture: Image.Image, number: int) -> Image.Image:
 
 def test_a_wavering_hand_is_still_read() -> None:
     right = [
-        not failed(scene, wavering(draw.render_scene(scene), number)) for number, scene in enumerate(SCENES[:24])
+        not failed(scene, wavering(draw.render_scene(scene), number))
+        for number, scene in enumerate(SCENES[:24])
     ]
     assert np.mean(right) >= 0.95
 
@@ -81,13 +92,16 @@ def wavering(picture: Image.Image, number: int) -> Image.Image:
     coarse = [Image.fromarray(rng.normal(0, 2, (13, 13)).astype(np.float32)) for _ in "yx"]
     moves = [np.asarray(one.resize((128, 128), Image.Resampling.BICUBIC)) for one in coarse]
     rows, columns = (
-        np.clip(np.rint(at + move), 0, 127).astype(int) for at, move in zip(np.mgrid[:128, :128], moves)
+        np.clip(np.rint(at + move), 0, 127).astype(int)
+        for at, move in zip(np.mgrid[:128, :128], moves)
     )
     return Image.fromarray(np.asarray(picture)[rows, columns])
 
 
 def test_another_prompt_is_right_by_chance_only() -> None:
-    """Every prompt against every other picture: 9,900 pairs, against the shares of the drawing program."""
+    """Every prompt against every other picture: 9,900 pairs, against the shares of the drawing
+    program.
+    """
     told = scene_scoring.compute_rates(
         [
             scene_scoring.score_scene(scene, reading)
@@ -114,7 +128,9 @@ def test_shuffling_leaves_no_prompt_with_its_picture() -> None:
     assert not any(ours is theirs for ours, theirs in zip(SCENES, moved))
 
 
-def other(things: tuple[scenes.SceneObject, ...], **changed: object) -> tuple[scenes.SceneObject, ...]:
+def other(
+    things: tuple[scenes.SceneObject, ...], **changed: object
+) -> tuple[scenes.SceneObject, ...]:
     return (replace(things[0], **changed), *things[1:])  # type: ignore[arg-type]
 
 
@@ -136,19 +152,29 @@ def test_only_what_is_wrong_fails(scene: scenes.Scene) -> None:
     shape = "ring" if thing.shape == "circle" else "circle"
     assert failed(scene, draw.render_scene(scene)) == set()
     assert failed(scene, draw.render_scene(replace(scene, background_rgb=ground))) == {"background"}
-    assert failed(scene, draw.render_scene(replace(scene, objects=other(scene.objects, rgb=colour)))) == {"colour"}
-    assert failed(scene, draw.render_scene(replace(scene, objects=other(scene.objects, shape=shape)))) == {"shape"}
+    assert failed(
+        scene, draw.render_scene(replace(scene, objects=other(scene.objects, rgb=colour)))
+    ) == {"colour"}
+    assert failed(
+        scene, draw.render_scene(replace(scene, objects=other(scene.objects, shape=shape)))
+    ) == {"shape"}
 
 
 def test_size_place_and_number_are_seen() -> None:
     (thing,) = SINGLE.objects
-    small = replace(SINGLE, objects=other(SINGLE.objects, radius=scenes.SIZES["small"], pattern="plain"))
+    small = replace(
+        SINGLE, objects=other(SINGLE.objects, radius=scenes.SIZES["small"], pattern="plain")
+    )
     assert failed(SINGLE, draw.render_scene(small)) == {"size"}
     place = scenes.POSITIONS["top" if thing.position != "top" else "left"]
-    assert failed(SINGLE, draw.render_scene(replace(SINGLE, objects=other(SINGLE.objects, centre=place)))) == {
-        "position"
+    assert failed(
+        SINGLE, draw.render_scene(replace(SINGLE, objects=other(SINGLE.objects, centre=place)))
+    ) == {"position"}
+    assert failed(PAIR, draw.render_scene(replace(PAIR, objects=PAIR.objects[:1]))) >= {
+        "count",
+        "colour",
+        "shape",
     }
-    assert failed(PAIR, draw.render_scene(replace(PAIR, objects=PAIR.objects[:1]))) >= {"count", "colour", "shape"}
     twice = replace(SINGLE, objects=(replace(thing, radius=0.15, centre=(0.2, 0.2)),
                                     replace(thing, radius=0.15, centre=(0.8, 0.8))))  # fmt: skip
     assert {"count", "position"} <= failed(SINGLE, draw.render_scene(twice))
@@ -156,7 +182,9 @@ def test_size_place_and_number_are_seen() -> None:
 
 def test_swapped_colours_of_a_pair_are_wrong() -> None:
     first, second = PAIR.objects
-    swapped = replace(PAIR, objects=(replace(first, rgb=second.rgb), replace(second, rgb=first.rgb)))
+    swapped = replace(
+        PAIR, objects=(replace(first, rgb=second.rgb), replace(second, rgb=first.rgb))
+    )
     verdict = scene_scoring.score_scene(PAIR, detect_scene(draw.render_scene(swapped)))
     assert verdict["colour"] == [False, False]
     assert verdict["pair"] == [False]
@@ -214,10 +242,15 @@ def test_prompts_are_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_zorbos_are_found_with_colour_place_and_ground() -> None:
     told = scene_scoring.compute_rates(
-        [scene_scoring.score_zorbo_scene(scene, detect_zorbo(draw.render_scene(scene))) for scene in ZORBOS]
+        [
+            scene_scoring.score_zorbo_scene(scene, detect_zorbo(draw.render_scene(scene)))
+            for scene in ZORBOS
+        ]
     )
     assert min(figures.rate for figures in told.values()) >= 0.99
-    taught = {compose_zorbo_scene(number).caption for number in range(scene_scoring.TRAINED_ZORBO_COUNT)}
+    taught = {
+        compose_zorbo_scene(number).caption for number in range(scene_scoring.TRAINED_ZORBO_COUNT)
+    }
     assert not taught & {scene.caption for scene in ZORBOS}
 
 
@@ -227,13 +260,18 @@ def test_there_is_no_zorbo_in_a_picture_without_one() -> None:
 
 
 def test_an_hourglass_among_the_shapes_is_read_as_none_of_them() -> None:
-    told = [scene_scoring.score_scene(scene, detect_scene(draw.render_scene(scene))) for scene in ZORBOS[:8]]
+    told = [
+        scene_scoring.score_scene(scene, detect_scene(draw.render_scene(scene)))
+        for scene in ZORBOS[:8]
+    ]
     assert not any(verdict["shape"][0] for verdict in told)
 
 
 def test_an_object_is_assigned_to_the_nearest_place() -> None:
-    left, right = (DetectedObject("star", "red", "small", place, centre)
-                   for place, centre in (("left", (0.26, 0.5)), ("right", (0.74, 0.5))))  # fmt: skip
+    left, right = (
+        DetectedObject("star", "red", "small", place, centre)
+        for place, centre in (("left", (0.26, 0.5)), ("right", (0.74, 0.5)))
+    )
     things = tuple(replace(PAIR.objects[0], position=place) for place in ("left", "right"))
     assert scene_scoring.match_objects(things, (right, left)) == [left, right]
     assert scene_scoring.match_objects(things, (right,)) == [None, right]
@@ -241,13 +279,21 @@ def test_an_object_is_assigned_to_the_nearest_place() -> None:
 
 
 def test_the_sheet_has_a_place_for_each() -> None:
-    judged = [scene_scoring.score_scene(scene, reading) for scene, reading in zip(SCENES[:7], READINGS)]
-    page = score.make_score_sheet(SCENES[:7], [draw.render_scene(scene) for scene in SCENES[:7]], judged)
-    green, red = (np.all(np.asarray(page) == colour, axis=2).sum() for colour in (score.GREEN, score.RED))
+    judged = [
+        scene_scoring.score_scene(scene, reading) for scene, reading in zip(SCENES[:7], READINGS)
+    ]
+    page = score.make_score_sheet(
+        SCENES[:7], [draw.render_scene(scene) for scene in SCENES[:7]], judged
+    )
+    green, red = (
+        np.all(np.asarray(page) == colour, axis=2).sum() for colour in (score.GREEN, score.RED)
+    )
     assert green > 50
     assert red == 0
     judged[0]["shape"] = [False]
-    page = score.make_score_sheet(SCENES[:7], [draw.render_scene(scene) for scene in SCENES[:7]], judged)
+    page = score.make_score_sheet(
+        SCENES[:7], [draw.render_scene(scene) for scene in SCENES[:7]], judged
+    )
     assert np.all(np.asarray(page) == score.RED, axis=2).any()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from simpletuner.server.draft_service import DraftService
+from simpletuner.server.draft_store import DraftStore
 from simpletuner.server.job_service import JobService
 from simpletuner.server.run_service import RunService
 from simpletuner.server.schemas.configs import DraftWrite
@@ -47,7 +47,7 @@ class QueueHarness:
 
     def __init__(self, workspace: Path, *devices: str, grace_s: float = 60.0) -> None:
         self.workspace = Workspace(workspace)
-        self.runs, self.drafts = RunService(self.workspace), DraftService(self.workspace)
+        self.runs, self.drafts = RunService(self.workspace), DraftStore(self.workspace)
         self.jobs = JobService(self.workspace, self.runs, self.drafts, FAKE_TRAIN_COMMAND)
         self._devices, self._grace_s = devices or ("cpu",), grace_s
         self.supervisor = Supervisor(

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from simpletuner.server.api import configs
 from simpletuner.server.api_errors import register_error_handlers
-from simpletuner.server.draft_service import DraftService
+from simpletuner.server.draft_store import DraftStore
 from simpletuner.server.plan_service import PlanService
 from simpletuner.server.workspace import Workspace, run_id
 
@@ -32,7 +32,7 @@ def client(tmp_path: Path) -> TestClient:
     plans = PlanService(place, (sys.executable, str(fake)))
     app = FastAPI()
     app.state.services = SimpleNamespace(
-        workspace=place, drafts=DraftService(place), plans=plans, runs=runs
+        workspace=place, drafts=DraftStore(place), plans=plans, runs=runs
     )
     app.include_router(configs.router)
     register_error_handlers(app)

@@ -31,7 +31,9 @@ def snapshot(step: int) -> CheckpointData:
         "b": torch.randn(5, generator=generator).bfloat16(),
     }
     return CheckpointData(
-        step, {"weights": weights, "optimizer": {"0.exp_avg": weights["a.weight"] * 2}}, {"note": "é"}
+        step,
+        {"weights": weights, "optimizer": {"0.exp_avg": weights["a.weight"] * 2}},
+        {"note": "é"},
     )
 
 
@@ -102,7 +104,9 @@ def test_half_written_folders_are_never_seen(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".writing*"))
 
 
-def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint.save_checkpoint(tmp_path, snapshot(1), None, keep=1)
     monkeypatch.setattr(checkpoint, "free_disk_bytes", lambda folder: 10)
     with pytest.raises(DiskFull, match="earlier checkpoints are not affected"):
@@ -116,7 +120,9 @@ def test_a_marked_one_is_never_removed(tmp_path: Path) -> None:
     mark.touch()
     for step in (2, 3, 4):
         checkpoint.save_checkpoint(tmp_path, snapshot(step), None, keep=2)
-    assert [checkpoint.checkpoint_step(folder) for folder in checkpoint.list_checkpoints(tmp_path)] == [
+    assert [
+        checkpoint.checkpoint_step(folder) for folder in checkpoint.list_checkpoints(tmp_path)
+    ] == [
         4,
         3,
         1,
@@ -124,7 +130,9 @@ def test_a_marked_one_is_never_removed(tmp_path: Path) -> None:
     assert load(mark.parent).step == 1
     mark.unlink()
     checkpoint.save_checkpoint(tmp_path, snapshot(5), None, keep=2)
-    assert [checkpoint.checkpoint_step(folder) for folder in checkpoint.list_checkpoints(tmp_path)] == [5, 4]
+    assert [
+        checkpoint.checkpoint_step(folder) for folder in checkpoint.list_checkpoints(tmp_path)
+    ] == [5, 4]
 
 
 CRASH = """
@@ -165,11 +173,17 @@ for limit in range(1, 30):
 
 
 def test_a_crash_at_any_write_loses_nothing(tmp_path: Path) -> None:
-    """The process dies at the k-th write, sync or rename, for every k; a sound checkpoint is always there."""
+    """The process dies at the k-th write, sync or rename, for every k; a sound checkpoint is always
+    there.
+    """
     script = CRASH.format(tests=str(Path(__file__).parent))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], env=env, check=True, capture_output=True, text=True
+        [sys.executable, "-c", script, str(tmp_path)],
+        env=env,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     codes = [int(line.split()[1]) for line in done.stdout.splitlines()]
     assert codes[-1] == 0, "the last attempt ran to its end"

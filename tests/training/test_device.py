@@ -113,7 +113,10 @@ MPS_TEXT = (
     [
         (torch.OutOfMemoryError(CUDA_TEXT), "out of memory: 162.00 MiB requested, 23.19 MiB free"),
         (RuntimeError(MPS_TEXT), "out of memory: 256.00 MiB requested, max allowed: 18.13 GiB"),
-        (RuntimeError("CUDA error: out of memory\nmore"), "out of memory: CUDA error: out of memory"),
+        (
+            RuntimeError("CUDA error: out of memory\nmore"),
+            "out of memory: CUDA error: out of memory",
+        ),
         (MemoryError(), "out of host memory"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (ValueError("out of memory"), None),

@@ -21,7 +21,8 @@ def move(params, step: int) -> None:
     with torch.no_grad():
         for _, param in params:
             param.add_(
-                torch.linspace(0.1, 1, param.numel()).view(param.shape).to(param.dtype) * (1 + step % 3)
+                torch.linspace(0.1, 1, param.numel()).view(param.shape).to(param.dtype)
+                * (1 + step % 3)
             )
 
 
@@ -36,7 +37,10 @@ def test_closed_form(interval):
         if (step + 1) % interval == 0:
             decay = min(0.5, (1 + updates) / (10 + updates))
             updates += 1
-            expected = {name: decay * expected[name] + (1 - decay) * param.detach() for name, param in params}
+            expected = {
+                name: decay * expected[name] + (1 - decay) * param.detach()
+                for name, param in params
+            }
     assert ema.updates == updates
     for name, shadow in ema.shadow.items():
         assert torch.allclose(shadow.double(), expected[name], rtol=1e-5)

@@ -29,7 +29,8 @@ WAIT_S = 120
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
-    # The hub's own storage service speaks a protocol of its own; the one before it is what a stub can speak.
+    # The hub's own storage service speaks a protocol of its own; the one before it is what a stub
+    # can speak.
     monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False)
     with serve_upload_hub() as served:
         yield served
@@ -56,11 +57,14 @@ def publisher(hub: UploadHub, run_dir: Path, told: list[Event], **more: object) 
     return HubPublisher(run_dir, emit=told.append, api=api, **given)  # type: ignore[arg-type]
 
 
-def test_weights_card_and_pictures_arrive_in_a_private_repository(hub: UploadHub, run_dir: Path) -> None:
+def test_weights_card_and_pictures_arrive_in_a_private_repository(
+    hub: UploadHub, run_dir: Path
+) -> None:
     told: list[Event] = []
     one = publisher(hub, run_dir, told)
     one.enqueue(
-        [run_dir / "checkpoint-4" / "weights.safetensors", run_dir / "gone.safetensors"], "checkpoint-4"
+        [run_dir / "checkpoint-4" / "weights.safetensors", run_dir / "gone.safetensors"],
+        "checkpoint-4",
     )
     one.enqueue(list_result_files(run_dir), "weights")
     assert one.wait(WAIT_S)
@@ -190,11 +194,17 @@ def test_a_run_publishes_its_checkpoints_and_its_end(
     assert len([text for text in told if text.startswith("publish")]) == 4, told
 
 
-def test_a_run_is_not_touched_by_a_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_publisher, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token=TOKEN))
+def test_a_run_is_not_touched_by_a_hub_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        hub_publisher, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token=TOKEN)
+    )
     monkeypatch.setattr(hub_publisher, "upload_timeout_s", lambda _: 0.5)
     out = str(tmp_path / "unreachable")
-    run = TrainingProject(tmp_path).train(max_train_steps=1, use_ema=False, push_to_hub=True, output_dir=out)
+    run = TrainingProject(tmp_path).train(
+        max_train_steps=1, use_ema=False, push_to_hub=True, output_dir=out
+    )
     assert (run / "pytorch_lora_weights.safetensors").is_file()
     assert '"done"' in (run / "exit.json").read_text()
     assert "later: simpletuner publish unreachable" in (run / "train.log").read_text()
@@ -239,7 +249,11 @@ def test_the_command_publishes_later(hub: UploadHub, run_dir: Path) -> None:
     assert hub.repos == {"club/moons": False}
     assert len(hub.files["club/moons"]) == 4
     done = subprocess.run(
-        [*command[:4], str(run_dir / "images")], env=environ, capture_output=True, text=True, check=False
+        [*command[:4], str(run_dir / "images")],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert "no finished weights" in done.stderr

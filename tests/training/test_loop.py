@@ -54,9 +54,13 @@ def test_patience_counts_bad_steps_in_a_row(patience: int) -> None:
 
 
 def test_what_is_asked_for_sees_the_weights_that_are_kept() -> None:
-    """Schedule-free: the average while something looks, the training point afterwards, also after a stop."""
+    """Schedule-free: the average while something looks, the training point afterwards, also after a
+    stop.
+    """
     named = [("a", torch.nn.Parameter(torch.ones(2)))]
-    optimizer = optimizers.build_optimizer(OptimizerOptions(optimizer="adamw_schedulefree"), named, seed=1)
+    optimizer = optimizers.build_optimizer(
+        OptimizerOptions(optimizer="adamw_schedulefree"), named, seed=1
+    )
     named[0][1].grad = torch.ones(2)
     optimizer.step()
     run = parts(TrainSchedule(10, 1, 10, 0), optimizer=optimizer)

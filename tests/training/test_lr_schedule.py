@@ -15,7 +15,9 @@ def rates(total: int = 100, **options) -> list[float]:
 
 def test_closed_forms():
     assert rates(lr_scheduler="constant") == [2.0] * 100
-    assert rates(lr_scheduler="linear", lr_end=1.0) == pytest.approx([2 - t / 100 for t in range(100)])
+    assert rates(lr_scheduler="linear", lr_end=1.0) == pytest.approx(
+        [2 - t / 100 for t in range(100)]
+    )
     assert rates(lr_scheduler="cosine") == pytest.approx(
         [1 + math.cos(math.pi * t / 100) for t in range(100)]
     )
@@ -38,7 +40,9 @@ def test_warm_up_then_the_whole_rest(shape):
 def test_ends_at_lr_end_one_step_after_the_last_and_stays(shape):
     options = OptimizerOptions(learning_rate=2.0, lr_end=0.5, lr_scheduler=shape)
     for step in (100, 101, 500):
-        assert learning_rate(options, step, 100) == pytest.approx(2.0 if shape == "constant" else 0.5)
+        assert learning_rate(options, step, 100) == pytest.approx(
+            2.0 if shape == "constant" else 0.5
+        )
 
 
 def test_warm_up_longer_than_the_run():
@@ -49,12 +53,14 @@ def test_warm_up_longer_than_the_run():
 
 def test_scale_by_batch():
     assert effective_learning_rate(OptimizerOptions(learning_rate=0.1), 9) == 0.1
-    assert effective_learning_rate(OptimizerOptions(learning_rate=0.1, lr_scale=True), 9) == pytest.approx(
-        0.9
-    )
+    assert effective_learning_rate(
+        OptimizerOptions(learning_rate=0.1, lr_scale=True), 9
+    ) == pytest.approx(0.9)
     root = OptimizerOptions(learning_rate=0.1, lr_scale_sqrt=True)
     assert effective_learning_rate(root, 9) == pytest.approx(0.3)
 
 
 def test_table_covers_the_option():
-    assert set(LR_SCHEDULERS) == set(OptimizerOptions.model_fields["lr_scheduler"].annotation.__args__)
+    assert set(LR_SCHEDULERS) == set(
+        OptimizerOptions.model_fields["lr_scheduler"].annotation.__args__
+    )

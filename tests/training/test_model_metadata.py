@@ -1,4 +1,6 @@
-"""What a file and its card tell of a run: enough for people, and nothing of the machine it was made on."""
+"""What a file and its card tell of a run: enough for people, and nothing of the machine it was made
+on.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def test_every_file_says_what_it_is(run_dir: Path) -> None:
     for path in loras:
         told = header(path)
         step = path.parent.name if path.parent.name != "ema" else path.parent.parent.name
-        assert told["ss_steps"] == (step.removeprefix("checkpoint-") if "checkpoint" in step else "4")
+        assert told["ss_steps"] == (
+            step.removeprefix("checkpoint-") if "checkpoint" in step else "4"
+        )
         assert told["modelspec.architecture"] == "chroma/lora"
         assert told["modelspec.title"] == "moons"
         assert told["modelspec.author"] == "Ada"
@@ -82,7 +86,9 @@ def test_the_thumbnail_is_the_newest_picture(run_dir: Path) -> None:
         "the untouched base shows nothing of the LoRA"
     )
     address = header(run_dir / "pytorch_lora_weights.safetensors")["modelspec.thumbnail"]
-    shown = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/jpeg;base64,"))))
+    shown = Image.open(
+        io.BytesIO(base64.b64decode(address.removeprefix("data:image/jpeg;base64,")))
+    )
     assert (shown.format, shown.size) == ("JPEG", (64, 64))
 
 
@@ -107,7 +113,14 @@ def test_the_card_shows_how_to_use_it(run_dir: Path) -> None:
     assert fields["widget"]
     for one in fields["widget"]:
         assert (run_dir / one["output"]["url"]).is_file()
-    for words in ("load_lora_weights", "ComfyUI", "Forge", "weights.kohya", "Drawn by hand", "`zorbo moon`"):
+    for words in (
+        "load_lora_weights",
+        "ComfyUI",
+        "Forge",
+        "weights.kohya",
+        "Drawn by hand",
+        "`zorbo moon`",
+    ):
         assert words in body
     assert "| `learning_rate` | `0.01` |" in body
     assert "![a red \\| moon](images/step-000004/" in body
@@ -134,7 +147,9 @@ def test_publishing_is_not_begun_unasked(run_dir: Path) -> None:
 
 
 def test_tags_are_short_and_of_datasets_by_name() -> None:
-    sample = Sample("d/1", "d", LocalFile(Path("/x")), 1, 1, ("moon, night", f"moon, {'long ' * 20}"))
+    sample = Sample(
+        "d/1", "d", LocalFile(Path("/x")), 1, 1, ("moon, night", f"moon, {'long ' * 20}")
+    )
     samples = [BucketedSample(sample, (1, 1), (0, 0), (64, 64))]
     assert model_metadata.tag_frequency(samples * 3) == {"d": {"moon": 3, "night": 3}}
 

@@ -1,4 +1,6 @@
-"""Steps inside the backward pass and states on the host: the ordinary loop's numbers, with less at a time."""
+"""Steps inside the backward pass and states on the host: the ordinary loop's numbers, with less at
+a time.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def train(
     """As the loop does; returns the norms."""
     norms = []
     for number in range(first, first + steps):
-        x = torch.randn(8, 24, generator=torch.Generator().manual_seed(number)).to(net.up.weight.dtype)
+        x = torch.randn(8, 24, generator=torch.Generator().manual_seed(number)).to(
+            net.up.weight.dtype
+        )
         optimizer.param_groups[0]["lr"] = 0.01 * (1 + number % 3)
         update.backward((net(x).float() - 1).square().mean() * 10)
         norms.append(update.clip_gradients())
@@ -68,7 +72,9 @@ def options(name: str, limit: float = 0.0, **more: object) -> OptimizerOptions:
     return OptimizerOptions(optimizer=name, max_grad_norm=limit, grad_clip_method="value", **more)
 
 
-def ready(options: OptimizerOptions, dtype: torch.dtype) -> tuple[Net, OptimizerStep, torch.optim.Optimizer]:
+def ready(
+    options: OptimizerOptions, dtype: torch.dtype
+) -> tuple[Net, OptimizerStep, torch.optim.Optimizer]:
     net = Net(dtype)
     optimizer = build_optimizer(options, list(net.named_parameters()), seed=3)
     name = optimizer_step_name(options, torch.device("cpu"))
@@ -82,7 +88,9 @@ def equal(net: Net, other: Net) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("limit", [0.0, 0.02])
 @pytest.mark.parametrize("name", ALONE)
-def test_released_gradients_are_the_same_training(name: str, limit: float, dtype: torch.dtype) -> None:
+def test_released_gradients_are_the_same_training(
+    name: str, limit: float, dtype: torch.dtype
+) -> None:
     net, update, optimizer = ready(options(name, limit), dtype)
     other, released, its = ready(options(name, limit, optimizer_release_gradients=True), dtype)
     assert isinstance(update, StandardOptimizerStep)
@@ -124,7 +132,9 @@ def test_a_bad_loss_changes_nothing_and_a_bad_gradient_stops_the_run() -> None:
 
 
 class Bus:
-    """A device that is not there: what has been fetched and is still alive, and what lies on the host."""
+    """A device that is not there: what has been fetched and is still alive, and what lies on the
+    host.
+    """
 
     def __init__(self) -> None:
         self.visiting = self.highest = self.kept = 0
@@ -156,7 +166,9 @@ def test_states_on_the_host_are_the_same_training(name: str, releases: bool) -> 
     strategy = OptimizerStepInBackward if releases else PerParameterOptimizerStep
     hosted = strategy(params, its, options(name), states)
     assert train(net, update, optimizer, 1) == train(other, hosted, its, 1)
-    homes = {id(tensor): tensor.data_ptr() for state in its.state.values() for tensor in tensors(state)}
+    homes = {
+        id(tensor): tensor.data_ptr() for state in its.state.values() for tensor in tensors(state)
+    }
     assert train(net, update, optimizer, 4, first=1) == train(other, hosted, its, 4, first=1)
     assert equal(net, other)
     assert same(optimizer.state_dict(), its.state_dict())
@@ -233,7 +245,9 @@ class Driver:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
-def test_the_hosts_memory_is_locked_to_the_byte(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hosts_memory_is_locked_to_the_byte(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensor = (torch.randn(37, 41) * 50).to(dtype)
     driver = Driver(2 * tensor.nbytes)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)

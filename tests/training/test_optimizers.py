@@ -19,10 +19,10 @@ from simpletuner.training.eight_bit_moments import (
     quantize_moments,
     square_codes,
 )
+from simpletuner.training.independent_parameter_optimizer import round_stochastically
 from simpletuner.training.muon import Muon
 from simpletuner.training.optimizer_step import clip_gradients
 from simpletuner.training.optimizers import OPTIMIZERS, build_optimizer, set_optimizer_mode
-from simpletuner.training.per_parameter_optimizer import round_stochastically
 from simpletuner.training.stochastic_adamw import CHUNK_SIZE, SameDtypeMoments, StochasticAdamW
 
 SHAPES = {"down": (4, 9), "up": (7, 4), "bias": (7,)}
@@ -35,7 +35,9 @@ def fresh(name: str, dtype: torch.dtype, config: str | None = None):
         (key, nn.Parameter((torch.randn(shape, generator=generator) * (key != "up")).to(dtype)))
         for key, shape in SHAPES.items()
     ]
-    options = OptimizerOptions(optimizer=name, learning_rate=RATES.get(name, 0.01), optimizer_config=config)
+    options = OptimizerOptions(
+        optimizer=name, learning_rate=RATES.get(name, 0.01), optimizer_config=config
+    )
     return params, build_optimizer(options, params, seed=3)
 
 
@@ -79,7 +81,9 @@ def test_saved_and_resumed_is_uninterrupted_bit_for_bit(name, looks_before_savin
     with torch.no_grad():
         for key, param in resumed:
             param.copy_(saved[key])
-    second.load_state_dict(unflatten_optimizer(tensors, json.loads(json.dumps(rest)), second.state_dict()))
+    second.load_state_dict(
+        unflatten_optimizer(tensors, json.loads(json.dumps(rest)), second.state_dict())
+    )
     for number in range(5, 8):
         step(resumed, second, number)
     for (_, mine), (_, other) in zip(resumed, params):
@@ -169,7 +173,11 @@ def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest():
 
 
 def test_muon_refuses_what_it_cannot_do():
-    for config, word in (("momentum=1.0", "momentum"), ("iterations=0", "iterations"), ("beta=1", "beta")):
+    for config, word in (
+        ("momentum=1.0", "momentum"),
+        ("iterations=0", "iterations"),
+        ("beta=1", "beta"),
+    ):
         with pytest.raises(ConfigError, match=word):
             fresh("muon", torch.float32, config)
 
@@ -202,7 +210,11 @@ def test_rounding_is_unbiased_and_to_a_neighbour():
 def test_rounding_keeps_what_is_not_a_number() -> None:
     """CUDA writes NaN as 0x7fffffff: any noise in the lower half would carry through to the sign."""
     patterns = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).repeat(100)
-    assert round_stochastically(patterns.view(torch.float32), torch.Generator().manual_seed(0)).isnan().all()
+    assert (
+        round_stochastically(patterns.view(torch.float32), torch.Generator().manual_seed(0))
+        .isnan()
+        .all()
+    )
 
 
 def test_updates_below_the_last_bit_accumulate():
@@ -236,10 +248,14 @@ def test_noise_is_addressed_by_seed_step_and_parameter():
 
 
 def test_muon_in_bf16_accumulates_updates_below_the_last_bit():
-    """A constant gradient moves every weight of a matrix of rank 1 alike: 0.2 * lr * sqrt(64) / 64 a step."""
+    """A constant gradient moves every weight of a matrix of rank 1 alike: 0.2 * lr * sqrt(64) / 64
+    a step.
+    """
     param = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
     bias = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
-    optimizer = Muon([param, bias], lr=1 / 256, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=1)
+    optimizer = Muon(
+        [param, bias], lr=1 / 256, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=1
+    )
     for _ in range(100):
         param.grad, bias.grad = torch.ones_like(param), torch.ones_like(bias)
         optimizer.step()
@@ -261,7 +277,10 @@ def test_large_weights_are_stepped_in_chunks():
         nn.Parameter(start.bfloat16()),
     )
     arguments = (0.1, (0.9, 0.999), 1e-8, 0.01, 1, SameDtypeMoments())
-    optimizers_ = StochasticAdamW([mine], *arguments), torch.optim.AdamW([other], 0.1, weight_decay=0.01)
+    optimizers_ = (
+        StochasticAdamW([mine], *arguments),
+        torch.optim.AdamW([other], 0.1, weight_decay=0.01),
+    )
     rounding = StochasticAdamW([small], *arguments)
     gradient = torch.randn_like(start)
     mine.grad = other.grad = gradient
@@ -305,7 +324,9 @@ def test_eight_bits_keep_what_never_had_a_gradient_and_never_lose_the_square():
     for number in range(30):
         param.grad = torch.zeros(300)
         param.grad[:100] = 1.0 + number % 3
-        param.grad[100:200] = 1e-9 * (number == 3)  # nearly always without, and far below the others
+        param.grad[100:200] = 1e-9 * (
+            number == 3
+        )  # nearly always without, and far below the others
         optimizer.step()
     assert (param[200:] == 1).all()
     assert ((param[100:200] - 1).abs() < 0.1 * 3).all()
@@ -319,7 +340,9 @@ def test_eight_bits_keep_what_never_had_a_gradient_and_never_lose_the_square():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_eight_bits_learn_as_adamw_does(dtype):
-    """A noisy least-squares problem, badly scaled; 300 steps; the loss of float32 states is the oracle."""
+    """A noisy least-squares problem, badly scaled; 300 steps; the loss of float32 states is the
+    oracle.
+    """
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(512, 40, generator=generator) * torch.logspace(-1, 0.5, 40)
     goal = torch.randn(40, 30, generator=generator)
@@ -338,14 +361,19 @@ def test_eight_bits_learn_as_adamw_does(dtype):
         return float((inputs @ (param.detach().float() - goal)).square().mean())
 
     begun = float((inputs @ goal).square().mean())
-    exact, small = loss_of("adamw" if dtype == torch.float32 else "adamw_bf16"), loss_of("adamw_8bit")
+    exact, small = (
+        loss_of("adamw" if dtype == torch.float32 else "adamw_bf16"),
+        loss_of("adamw_8bit"),
+    )
     assert exact < 0.01 * begun
     assert small < 1.15 * exact
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_makes_no_copy_of_all_weights(name):
-    """16 matrices of 256 KiB; what a step needs beside states and gradients is a few of one of them."""
+    """16 matrices of 256 KiB; what a step needs beside states and gradients is a few of one of
+    them.
+    """
     params = [(str(number), nn.Parameter(torch.randn(256, 256))) for number in range(16)]
     optimizer = build_optimizer(OptimizerOptions(optimizer=name), params, seed=0)
     for _ in range(2):
@@ -391,7 +419,11 @@ def test_optimizer_config_reaches_the_optimizer(name, config, key, value):
 @pytest.mark.parametrize(
     ("name", "config", "told"),
     [
-        ("prodigy", "dcoef=2", "'dcoef=2' is not an argument of prodigy; it takes beta3=..., d0=..., d_coef="),
+        (
+            "prodigy",
+            "dcoef=2",
+            "'dcoef=2' is not an argument of prodigy; it takes beta3=..., d0=..., d_coef=",
+        ),
         ("adamw_bf16", "r=1", "it takes no further arguments"),
         ("adamw", "amsgrad", "'amsgrad' is not an argument"),
         ("adamw", "amsgrad=maybe", "'maybe' is not true or false"),
@@ -434,7 +466,11 @@ def test_prodigy_is_silent(capsys):
 @pytest.mark.parametrize("method", ["norm", "value"])
 @pytest.mark.parametrize("limit", [0.0, 1.0, 1000.0])
 def test_clipping(method, limit):
-    params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(5))]
+    params = [
+        nn.Parameter(torch.zeros(3)),
+        nn.Parameter(torch.zeros(2, 2)),
+        nn.Parameter(torch.zeros(5)),
+    ]
     params[0].grad = torch.tensor([3.0, -4.0, 0.0])
     params[1].grad = torch.tensor([[12.0, 0.0], [0.0, 0.5]])
     before = [copy.deepcopy(param.grad) for param in params[:2]]
@@ -452,10 +488,14 @@ def test_clipping(method, limit):
 def test_clipping_tells_of_numbers_that_are_not_finite():
     param = nn.Parameter(torch.zeros(2))
     param.grad = torch.tensor([1.0, float("nan")])
-    assert clip_gradients([param], OptimizerOptions()) != clip_gradients([param], OptimizerOptions())
+    assert clip_gradients([param], OptimizerOptions()) != clip_gradients(
+        [param], OptimizerOptions()
+    )
     param.grad = torch.tensor([1.0, float("inf")])
     assert clip_gradients([param], OptimizerOptions()) == float("inf")
 
 
 def test_table_covers_the_option():
-    assert set(optimizers.OPTIMIZERS) == set(OptimizerOptions.model_fields["optimizer"].annotation.__args__)
+    assert set(optimizers.OPTIMIZERS) == set(
+        OptimizerOptions.model_fields["optimizer"].annotation.__args__
+    )

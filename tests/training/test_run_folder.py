@@ -28,7 +28,9 @@ with RunFolder(Path(sys.argv[1])):
 
 
 def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
@@ -66,7 +68,10 @@ def test_exit_record_belongs_to_the_last_process(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written to"), RunFolder(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(ConfigError, match="cannot be written to"),
+        RunFolder(tmp_path / "file" / "run"),
+    ):
         pytest.fail("opened")
 
 
@@ -94,7 +99,9 @@ def test_earlier_results_are_moved_not_lost(tmp_path: Path) -> None:
 def test_a_replaced_folder_is_never_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int
 ) -> None:
-    """Killed while writing, before and between the renames: the earlier weights are there afterwards."""
+    """Killed while writing, before and between the renames: the earlier weights are there
+    afterwards.
+    """
     target = tmp_path / "transformer"
 
     def writes(content: str) -> Callable[[Path], None]:

@@ -1,4 +1,6 @@
-"""A hub on loopback: as much of its upload protocol as huggingface_hub needs, and its faults on demand."""
+"""A hub on loopback: as much of its upload protocol as huggingface_hub needs, and its faults on
+demand.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ COMMIT = "0" * 39 + "1"
 
 
 class UploadHub(ThreadingHTTPServer):
-    """repos: id -> private. files: "owner/name" -> path -> content. faults: taken one for each creation."""
+    """repos: id -> private. files: "owner/name" -> path -> content. faults: taken one for each
+    creation.
+    """
 
     daemon_threads = True
 
@@ -74,7 +78,9 @@ class UploadHubHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         repo = urlsplit(self.path).path.removeprefix("/api/models/")
         if self.check_token() and repo in self.server.repos:
-            self.send_json(200, {"id": repo, "private": self.server.repos[repo], "sha": COMMIT, "tags": []})
+            self.send_json(
+                200, {"id": repo, "private": self.server.repos[repo], "sha": COMMIT, "tags": []}
+            )
 
     def do_PUT(self) -> None:
         self.server.objects[self.path.split("/")[-1]] = self.read_body()
@@ -96,7 +102,9 @@ class UploadHubHandler(BaseHTTPRequestHandler):
             modes = [
                 {
                     "path": one["path"],
-                    "uploadMode": "lfs" if one["path"].endswith((".safetensors", ".png")) else "regular",
+                    "uploadMode": "lfs"
+                    if one["path"].endswith((".safetensors", ".png"))
+                    else "regular",
                     "shouldIgnore": False,
                 }
                 for one in files
@@ -104,7 +112,10 @@ class UploadHubHandler(BaseHTTPRequestHandler):
             self.send_json(200, {"files": modes})
         elif path.endswith("/info/lfs/objects/batch"):
             objects = [
-                {**one, "actions": {"upload": {"href": f"{self.server.endpoint}/objects/{one['oid']}"}}}
+                {
+                    **one,
+                    "actions": {"upload": {"href": f"{self.server.endpoint}/objects/{one['oid']}"}},
+                }
                 for one in json.loads(body)["objects"]
             ]
             self.send_json(200, {"transfer": "basic", "objects": objects})
@@ -120,7 +131,9 @@ class UploadHubHandler(BaseHTTPRequestHandler):
         private = asked.get("visibility", asked.get("private")) in ("private", True)
         known = repo in self.server.repos
         self.server.repos.setdefault(repo, private)
-        self.send_json(409 if known else 200, {"url": f"{self.server.endpoint}/{repo}", "name": repo})
+        self.send_json(
+            409 if known else 200, {"url": f"{self.server.endpoint}/{repo}", "name": repo}
+        )
 
     def create_commit(self, repo: str, body: bytes) -> None:
         held = self.server.files.setdefault(repo, {})
@@ -133,5 +146,6 @@ class UploadHubHandler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 held[value["path"]] = self.server.objects[value["oid"]]
         self.send_json(
-            200, {"commitUrl": f"{self.server.endpoint}/{repo}/commit/{COMMIT}", "commitOid": COMMIT}
+            200,
+            {"commitUrl": f"{self.server.endpoint}/{repo}/commit/{COMMIT}", "commitOid": COMMIT},
         )

@@ -59,7 +59,9 @@ def pixels(paths: Sequence[Path]) -> list[bytes]:
     return [Image.open(path).tobytes() for path in paths]
 
 
-def test_nothing_is_overwritten_and_the_seed_draws_the_same_again(base: Path, tmp_path: Path) -> None:
+def test_nothing_is_overwritten_and_the_seed_draws_the_same_again(
+    base: Path, tmp_path: Path
+) -> None:
     two = generate(base, tmp_path, "--prompt", "a red/cat", "--count", "2", "--seed", "7")
     assert [path.name for path in two] == ["a-red-cat-7-64x64.png", "a-red-cat-8-64x64.png"]
     first, second = pixels(two)
@@ -73,9 +75,13 @@ def test_nothing_is_overwritten_and_the_seed_draws_the_same_again(base: Path, tm
     assert (said["prompt"], said["seed"], said["steps"]) == ("a red/cat", "8", "2")
 
 
-def test_strength_0_is_the_base_and_others_are_not(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_strength_0_is_the_base_and_others_are_not(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
     (plain,) = pixels(generate(base, tmp_path, "--prompt", "a cat"))
-    drawn = generate(base, tmp_path, "--prompt", "a cat", "--lora", str(adapter), "--strength", "0,0.5,1")
+    drawn = generate(
+        base, tmp_path, "--prompt", "a cat", "--lora", str(adapter), "--strength", "0,0.5,1"
+    )
     zero, half, one = pixels(drawn)
     assert zero == plain
     assert len({zero, half, one}) == 3
@@ -87,10 +93,16 @@ def test_a_run_folder_says_its_model(base: Path, adapter: Path, tmp_path: Path) 
     (run / "checkpoint-20").mkdir(parents=True)
     (run / "checkpoint-20" / LORA_FILE).write_bytes(adapter.read_bytes())
     (run / "events.jsonl").touch()
-    options = {"pretrained_model_name_or_path": str(base), "mixed_precision": "no", "future_option": 1}
+    options = {
+        "pretrained_model_name_or_path": str(base),
+        "mixed_precision": "no",
+        "future_option": 1,
+    }
     (run / "config.json").write_text(json.dumps(options))
     ours = pixels(generate(None, tmp_path, "--prompt", "a cat", "--lora", str(run)))
-    same = pixels(generate(None, tmp_path, "--prompt", "a cat", "--lora", str(run / "checkpoint-20")))
+    same = pixels(
+        generate(None, tmp_path, "--prompt", "a cat", "--lora", str(run / "checkpoint-20"))
+    )
     assert ours == same
     assert ours != pixels(
         generate(None, tmp_path, "--prompt", "a cat", "--lora", str(run), "--strength", "0")
@@ -102,7 +114,11 @@ def test_a_run_at_full_rank_draws_with_its_transformer(base: Path, tmp_path: Pat
     make_checkpoint(tmp_path / "other", seed=5)
     shutil.copytree(tmp_path / "other" / "transformer", run / "transformer")
     (run / "events.jsonl").touch()
-    options = {"pretrained_model_name_or_path": str(base), "mixed_precision": "no", "model_type": "full"}
+    options = {
+        "pretrained_model_name_or_path": str(base),
+        "mixed_precision": "no",
+        "model_type": "full",
+    }
     (run / "config.json").write_text(json.dumps(options))
     (drawn,) = generate(None, tmp_path / "a", "--prompt", "a cat", "--lora", str(run))
     tuned = ["--pretrained_transformer_model_name_or_path", str(run / "transformer")]
@@ -126,15 +142,24 @@ def test_where_a_lora_is_found(tmp_path: Path) -> None:
     (tmp_path / LORA_FILE).touch()
     assert find_lora_file(tmp_path) == tmp_path / LORA_FILE
     (tmp_path / "checkpoint-200" / "mine.safetensors").touch()
-    assert find_lora_file(tmp_path / "checkpoint-200") == tmp_path / "checkpoint-200" / "mine.safetensors"
+    assert (
+        find_lora_file(tmp_path / "checkpoint-200")
+        == tmp_path / "checkpoint-200" / "mine.safetensors"
+    )
     (tmp_path / "checkpoint-200" / "other.safetensors").touch()
     with pytest.raises(ConfigError, match="holds 2"):
         find_lora_file(tmp_path / "checkpoint-200")
 
 
 BAD = {
-    "strength word": (["--lora", __file__, "--strength", "strong"], "--strength: 'strong' is not a number"),
-    "strength range": (["--lora", __file__, "--strength", "1,99"], "--strength: '1,99' is not a number"),
+    "strength word": (
+        ["--lora", __file__, "--strength", "strong"],
+        "--strength: 'strong' is not a number",
+    ),
+    "strength range": (
+        ["--lora", __file__, "--strength", "1,99"],
+        "--strength: '1,99' is not a number",
+    ),
     "strength alone": (["--strength", "0.5"], "needs --lora"),
     "size": (["--size", "big"], "--size: 'big' is not a size"),
     "lora": (["--lora", "/nowhere.safetensors"], "/nowhere.safetensors: no such file or folder"),
@@ -157,7 +182,9 @@ def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path) -> None:
         "try: command_group(['generate', '--prompt', 'x', '--size', 'big'])\n"
         "except ConfigError as error: print(error, 'torch' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.stdout.startswith("--size: 'big'"), result.stderr
     assert result.stdout.strip().endswith("False")
 
@@ -177,7 +204,9 @@ def test_chroma_draws_the_same_in_a_batch_as_alone(base: Path) -> None:
     listed = make_image_specs(prompts, [(64, 128)], 1, 42)
     together = list(generate_latents(inference, transformer, listed, rows, steps=3, guidance=2.0))
     for picture, latents in together:
-        ((_, alone),) = generate_latents(inference, transformer, [picture], rows, steps=3, guidance=2.0)
+        ((_, alone),) = generate_latents(
+            inference, transformer, [picture], rows, steps=3, guidance=2.0
+        )
         torch.testing.assert_close(latents, alone, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together[0][1], together[1][1], atol=1e-2)
 

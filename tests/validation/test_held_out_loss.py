@@ -33,7 +33,9 @@ OTHERS = ["pets/x.png", "pets/y.png", "pets/z.png"]
 
 
 def split(name: str, ids: list[str], batch_size: int) -> HeldOutSet:
-    batches = [make_batch(ids[start : start + batch_size]) for start in range(0, len(ids), batch_size)]
+    batches = [
+        make_batch(ids[start : start + batch_size]) for start in range(0, len(ids), batch_size)
+    ]
     return HeldOutSet(name, "pets", len(ids), lambda: batches)
 
 
@@ -47,32 +49,42 @@ def by_hand(sample: str, sigma: float, index: int, gain: float) -> float:
     latents = make_batch([sample]).latents[0]
     noise = fixed_noise(42, sample, index, latents.shape)
     predicted = (
-        gain * ((1 - sigma) * latents + sigma * noise) + mean_embedding(embed_text(sample))[:, None, None]
+        gain * ((1 - sigma) * latents + sigma * noise)
+        + mean_embedding(embed_text(sample))[:, None, None]
     )
     return float((predicted - (noise - latents)).square().mean())
 
 
 def test_the_loss_is_what_it_says() -> None:
-    (event,) = evaluated(HeldOutEvaluator(INFERENCE, [split("eval", IDS, 3)], 4, 42), ToyNetwork(0.5), 0)
+    (event,) = evaluated(
+        HeldOutEvaluator(INFERENCE, [split("eval", IDS, 3)], 4, 42), ToyNetwork(0.5), 0
+    )
     table = [
-        [by_hand(one, sigma, k, 0.5) for one in IDS] for k, sigma in enumerate((0.125, 0.375, 0.625, 0.875))
+        [by_hand(one, sigma, k, 0.5) for one in IDS]
+        for k, sigma in enumerate((0.125, 0.375, 0.625, 0.875))
     ]
     assert event.loss == pytest.approx(sum(map(sum, table)) / 28, rel=1e-5)
     assert [sigma for sigma, _ in event.by_sigma] == [0.125, 0.375, 0.625, 0.875]
-    assert [loss for _, loss in event.by_sigma] == pytest.approx([sum(row) / 7 for row in table], rel=1e-5)
+    assert [loss for _, loss in event.by_sigma] == pytest.approx(
+        [sum(row) / 7 for row in table], rel=1e-5
+    )
     assert (event.change, event.change_se, event.best) == (0.0, 0.0, True)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_batch_size_and_order_do_not_matter(batch_size: int) -> None:
-    expected = evaluated(HeldOutEvaluator(INFERENCE, [split("eval", IDS, 3)], 4, 42), ToyNetwork(), 0)[0]
+    expected = evaluated(
+        HeldOutEvaluator(INFERENCE, [split("eval", IDS, 3)], 4, 42), ToyNetwork(), 0
+    )[0]
     shuffled = random.Random(batch_size).sample(IDS, len(IDS))
     found = evaluated(
         HeldOutEvaluator(INFERENCE, [split("eval", shuffled, batch_size)], 4, 42), ToyNetwork(), 0
     )[0]
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert dict(found.by_sigma) == pytest.approx(dict(expected.by_sigma), rel=1e-6)
-    other = evaluated(HeldOutEvaluator(INFERENCE, [split("eval", IDS, 3)], 4, 43), ToyNetwork(), 0)[0]
+    other = evaluated(HeldOutEvaluator(INFERENCE, [split("eval", IDS, 3)], 4, 43), ToyNetwork(), 0)[
+        0
+    ]
     assert other.loss != expected.loss
 
 
@@ -115,7 +127,10 @@ def test_change_against_step_0_survives_a_restart() -> None:
     worse, _ = evaluated(resumed, ToyNetwork(0.4), 200)
     assert not worse.best
     assert evaluated(held_out, ToyNetwork(0.4), 200)[0] == worse
-    assert json.loads(json.dumps(HeldOutEvaluator(INFERENCE, sets, 4, 42).state_dict()))["best_loss"] is None
+    assert (
+        json.loads(json.dumps(HeldOutEvaluator(INFERENCE, sets, 4, 42).state_dict()))["best_loss"]
+        is None
+    )
 
 
 def test_without_an_eval_set_nothing_is_best() -> None:
@@ -155,6 +170,11 @@ def test_the_frozen_part_stays_when_data_are_added() -> None:
 def test_batches_have_one_bucket_and_the_first_caption() -> None:
     samples = [placed(f"{number}.png", 64 * (1 + number % 2)) for number in range(7)]
     batches = fixed_batches(samples, range(1, 7), 2)
-    assert [[visit.sample_index for visit in batch.visits] for batch in batches] == [[1, 3], [5], [2, 4], [6]]
+    assert [[visit.sample_index for visit in batch.visits] for batch in batches] == [
+        [1, 3],
+        [5],
+        [2, 4],
+        [6],
+    ]
     assert {visit.caption_index for batch in batches for visit in batch.visits} == {0}
     assert len({batch.index for batch in batches}) == 4

@@ -18,7 +18,7 @@ from simpletuner.config.schema import ModelOptions, RunConfig, ValidationOptions
 from simpletuner.events.event_types import Event, ScoresComputed
 from simpletuner.events.formatting import describe_event
 from simpletuner.validation import image_scoring
-from simpletuner.validation.image_scoring import Scorer
+from simpletuner.validation.image_scoring import MetricEvaluator
 from simpletuner.validation.prompts import ImageSpec, Prompt
 from simpletuner.validation.sampler import generate_latents
 from simpletuner.validation.shapes.scene_scoring import Rate
@@ -35,7 +35,8 @@ class Bright:
         self.name = name
         self.unit = unit
         self.image_specs = tuple(
-            ImageSpec(Prompt(str(number), f"prompt {number}"), 0, (16, 16), number) for number in range(COUNT)
+            ImageSpec(Prompt(str(number), f"prompt {number}"), 0, (16, 16), number)
+            for number in range(COUNT)
         )
         self.shown: list[Image.Image] = []
 
@@ -45,8 +46,8 @@ class Bright:
         return {"bright": Rate(bright / len(drawn), 0.25, len(drawn))}
 
 
-def scorer(events: list[Event], *metrics: Bright) -> Scorer:
-    return Scorer(INFERENCE, metrics, 3, 1.0, embed_text, lambda: decode, events.append)
+def scorer(events: list[Event], *metrics: Bright) -> MetricEvaluator:
+    return MetricEvaluator(INFERENCE, metrics, 3, 1.0, embed_text, lambda: decode, events.append)
 
 
 def test_every_picture_is_judged_beside_its_prompt() -> None:
@@ -56,13 +57,17 @@ def test_every_picture_is_judged_beside_its_prompt() -> None:
     alone = [
         pixels_to_image(decode(latents))
         for picture in metric.image_specs
-        for _, latents in generate_latents(INFERENCE, network, [picture], embed_text, steps=3, guidance=1.0)
+        for _, latents in generate_latents(
+            INFERENCE, network, [picture], embed_text, steps=3, guidance=1.0
+        )
     ]
     assert [one.tobytes() for one in metric.shown] == [one.tobytes() for one in alone]
     (told,) = [event for event in events if isinstance(event, ScoresComputed)]
     bright = sum(sum(one.getpixel((0, 0))) > 384 for one in alone)
     assert 0 < bright < COUNT
-    assert told == ScoresComputed(7, "bright", "ema", COUNT, {"bright": (bright / COUNT, 0.25, COUNT)})
+    assert told == ScoresComputed(
+        7, "bright", "ema", COUNT, {"bright": (bright / COUNT, 0.25, COUNT)}
+    )
 
 
 def test_broken_weights_are_no_crash() -> None:
@@ -96,7 +101,9 @@ def test_metrics_by_name(named: str, found: list[str], monkeypatch: pytest.Monke
     assert [metric.name for metric in chosen] == found
     assert all(len(metric.image_specs) == 3 for metric in chosen)
     texts = image_scoring.metric_texts(chosen, 1.0)
-    assert set(texts) == {picture.prompt.text for metric in chosen for picture in metric.image_specs}
+    assert set(texts) == {
+        picture.prompt.text for metric in chosen for picture in metric.image_specs
+    }
     assert ("" in image_scoring.metric_texts(chosen, 2.0)) == bool(found)
 
 

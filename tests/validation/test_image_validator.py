@@ -49,7 +49,14 @@ def test_the_picture_says_how_it_was_made(tmp_path: Path) -> None:
     said = read_image_metadata(path)
     assert said["prompt"] == "a cat\nwith 帽子"
     assert said["negative_prompt"] == "dogs"
-    expected = {"seed": "42", "steps": "4", "guidance": "2", "size": "32x16", "step": "500", "model": "toy"}
+    expected = {
+        "seed": "42",
+        "steps": "4",
+        "guidance": "2",
+        "size": "32x16",
+        "step": "500",
+        "model": "toy",
+    }
     assert {key: said[key] for key in expected} == expected
     first, second, third = said["parameters"].rsplit("\n", 2)
     assert (first, second) == ("a cat\nwith 帽子", "Negative prompt: dogs")
@@ -68,7 +75,10 @@ def test_what_is_there_is_not_drawn_again(tmp_path: Path) -> None:
     network, events = ToyNetwork(), []
     validator(tmp_path, events).generate_images(5, network)
     first = {path: path.read_bytes() for path in (tmp_path / "images/step-000005").iterdir()}
-    drawn, told = len(network.calls), len([event for event in events if isinstance(event, ImageSaved)])
+    drawn, told = (
+        len(network.calls),
+        len([event for event in events if isinstance(event, ImageSaved)]),
+    )
     validator(tmp_path, events).generate_images(5, network)
     assert len(network.calls) == drawn
     assert len([event for event in events if isinstance(event, ImageSaved)]) == 2 * told
@@ -87,7 +97,13 @@ def test_what_is_there_is_not_drawn_again(tmp_path: Path) -> None:
 
 def test_pixels() -> None:
     pixels = torch.tensor([-1.0, 0.0, 1.0, 5.0, float("nan")]).repeat(1, 3, 1, 1)
-    assert [pixels_to_image(pixels).getpixel((x, 0))[0] for x in range(5)] == [0, 128, 255, 255, 128]
+    assert [pixels_to_image(pixels).getpixel((x, 0))[0] for x in range(5)] == [
+        0,
+        128,
+        255,
+        255,
+        128,
+    ]
 
 
 def test_weights_that_are_broken_are_named(tmp_path: Path) -> None:
@@ -112,7 +128,9 @@ def test_sheets_grow_with_the_run(tmp_path: Path) -> None:
     events: list[Event] = []
     drawn = validator(tmp_path, events)
     drawn.generate_images(0, ToyNetwork(0.1), "base")
-    assert [event.path for event in events if isinstance(event, ContactSheetSaved)] == ["images/sheet.png"]
+    assert [event.path for event in events if isinstance(event, ContactSheetSaved)] == [
+        "images/sheet.png"
+    ]
     for step in range(10, 120, 10):
         drawn.generate_images(step, ToyNetwork(step / 50))
     drawn.generate_images(110, ToyNetwork(9.0), "ema")
@@ -121,7 +139,8 @@ def test_sheets_grow_with_the_run(tmp_path: Path) -> None:
     drawn.generate_images(120, ToyNetwork(3.0))
     assert (tmp_path / "images/step-000110/cat-0-32x16-ema.png").is_file()
     with Image.open(tmp_path / "images/before_after.png") as image:
-        # Two pictures side by side, base above and the newest below, scaled to 256 px wide and 128 high.
+        # Two pictures side by side, base above and the newest below, scaled to 256 px wide and 128
+        # high.
         assert image.size == (176 + 2 * 264 + 8, 30 + 2 * 128 + 3 * 8)
         before, after = (image.getpixel((186, top)) for top in (34, 34 + 136))
     cat = tmp_path / "images"
@@ -143,7 +162,9 @@ def test_half_the_strength_is_a_third_row(tmp_path: Path) -> None:
         drawn.generate_images(10, network, strength_label(0.5))
         with Image.open(tmp_path / "images/before_after.png") as image:
             assert image.height == 30 + 3 * 128 + 4 * 8
-    assert sum(network.calls) == 2 * 2 * 4 * 2, "two pictures at two strengths, guided, four steps: once"
+    assert sum(network.calls) == 2 * 2 * 4 * 2, (
+        "two pictures at two strengths, guided, four steps: once"
+    )
     assert (tmp_path / "images/step-000010/cat-0-32x16-strength-0.5.png").is_file()
     drawn.generate_images(20, network)
     with Image.open(tmp_path / "images/before_after.png") as image:
@@ -168,7 +189,9 @@ def test_columns_keep_first_and_last() -> None:
 
 
 def test_a_hole_in_the_sheet_stays_grey(tmp_path: Path) -> None:
-    write_contact_sheet([SheetRow("nothing " * 30, "x" * 4000, {})], {"a": "a" * 300}, tmp_path / "sheet.png")
+    write_contact_sheet(
+        [SheetRow("nothing " * 30, "x" * 4000, {})], {"a": "a" * 300}, tmp_path / "sheet.png"
+    )
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.getpixel((300, 150)) == (0xEC, 0xEC, 0xEC)
 

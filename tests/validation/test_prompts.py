@@ -49,14 +49,23 @@ BAD = {
         '{"Validation": "x"}',
         ":1:2: 'Validation': the file name would be the same as for 'validation_prompt'",
     ),
-    "same file": ('{"a b": "x",\n "a/b": "y"}', ":2:2: 'a/b': the file name would be the same as for 'a b'"),
+    "same file": (
+        '{"a b": "x",\n "a/b": "y"}',
+        ":2:2: 'a/b': the file name would be the same as for 'a b'",
+    ),
     "null": ('{"a": null}', ":1:2: 'a': must be a prompt, or"),
     "list": ('{"a": ["b"]}', ":1:2: 'a': must be a prompt, or"),
     "typo": ('{"a": {"promt": "b"}}', ":1:8: 'a': unknown field 'promt'; did you mean 'prompt'?"),
-    "foreign": ('{"a": {"prompt": "b", "bbox_entities": []}}', "unknown field 'bbox_entities'; allowed are"),
+    "foreign": (
+        '{"a": {"prompt": "b", "bbox_entities": []}}',
+        "unknown field 'bbox_entities'; allowed are",
+    ),
     "both": ('{"a": {"prompt": "b", "caption": "c"}}', "needs the field 'prompt'"),
     "number": ('{"a": {"prompt": 3}}', "prompt must be text, not 3"),
-    "seed": ('{"a": {"prompt": "b", "seed": -1}}', "seed must be a whole number, 0 or larger, not -1"),
+    "seed": (
+        '{"a": {"prompt": "b", "seed": -1}}',
+        "seed must be a whole number, 0 or larger, not -1",
+    ),
     "true seed": ('{"a": {"prompt": "b", "seed": true}}', "not True"),
     "list of prompts": ('["a"]', ":1:1: must be an object"),
     "broken": ('{"a": "b"', ":1:10: "),
@@ -102,14 +111,31 @@ def test_sizes() -> None:
     assert "500x100" in notes[0]
     assert "512x128" in notes[0]
     assert parse_sizes(None, data, 64)[0] == ((512, 512),)
-    assert parse_sizes(None, DataOptions(resolution=1.0, resolution_type="area"), 64)[0] == ((1024, 1024),)
-    for bad in ("", ",", "0", "32", "9999", "512x", "-512", "0.5", "512 512", "x", "512x512x512", "²"):
+    assert parse_sizes(None, DataOptions(resolution=1.0, resolution_type="area"), 64)[0] == (
+        (1024, 1024),
+    )
+    for bad in (
+        "",
+        ",",
+        "0",
+        "32",
+        "9999",
+        "512x",
+        "-512",
+        "0.5",
+        "512 512",
+        "x",
+        "512x512x512",
+        "²",
+    ):
         with pytest.raises(ConfigError, match=r"validation_resolution: .* is not a size"):
             parse_sizes(bad or " ", data, 64)
 
 
 def test_pictures_count_seeds_up() -> None:
-    listed = make_image_specs([Prompt("a", "a"), Prompt("b", "b", seed=7)], [(64, 64), (64, 128)], 2, 42)
+    listed = make_image_specs(
+        [Prompt("a", "a"), Prompt("b", "b", seed=7)], [(64, 64), (64, 128)], 2, 42
+    )
     assert [(one.stem, one.seed) for one in listed] == [
         ("a-0-64x64", 42), ("a-1-64x64", 43), ("b-0-64x64", 7), ("b-1-64x64", 8),
         ("a-0-64x128", 42), ("a-1-64x128", 43), ("b-0-64x128", 7), ("b-1-64x128", 8),

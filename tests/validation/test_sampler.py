@@ -31,9 +31,13 @@ def test_guidance_is_two_separate_passes_mixed() -> None:
     noise = initial_noise(FACTS, 3, (16, 16))[None]
     text, negative = embed_text("a cat"), embed_text("no dogs")
     network = ToyNetwork(0.5)
-    drawn = denoise(INFERENCE, network, [text], noise, steps=5, guidance=2.5, negative_embeddings=[negative])
+    drawn = denoise(
+        INFERENCE, network, [text], noise, steps=5, guidance=2.5, negative_embeddings=[negative]
+    )
     mixed = mean_embedding(negative) + 2.5 * (mean_embedding(text) - mean_embedding(negative))
-    torch.testing.assert_close(drawn[0], exact_euler_result(noise[0], 0.5, mixed, 5), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        drawn[0], exact_euler_result(noise[0], 0.5, mixed, 5), rtol=1e-5, atol=1e-6
+    )
     assert network.calls == [2] * 5
 
 
@@ -42,7 +46,13 @@ def test_without_guidance_the_negative_is_not_looked_at() -> None:
     network = ToyNetwork()
     plain = denoise(INFERENCE, network, [embed_text("a")], noise, steps=3)
     same = denoise(
-        INFERENCE, network, [embed_text("a")], noise, steps=3, guidance=1.0, negative_embeddings=[embed_text("b c")]
+        INFERENCE,
+        network,
+        [embed_text("a")],
+        noise,
+        steps=3,
+        guidance=1.0,
+        negative_embeddings=[embed_text("b c")],
     )
     assert torch.equal(plain, same)
     assert network.calls == [1] * 6
@@ -52,10 +62,16 @@ def test_without_guidance_the_negative_is_not_looked_at() -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_picture_in_a_batch_is_the_picture_alone(guidance: float) -> None:
-    prompts = [Prompt("a", "a", "no"), Prompt("b", "a longer text"), Prompt("c", "cc", "none of it")]
+    prompts = [
+        Prompt("a", "a", "no"),
+        Prompt("b", "a longer text"),
+        Prompt("c", "cc", "none of it"),
+    ]
     listed = make_image_specs(prompts, [(16, 16), (32, 16)], 2, 42)
     network = ToyNetwork()
-    together = list(generate_latents(INFERENCE, network, listed, embed_text, steps=4, guidance=guidance))
+    together = list(
+        generate_latents(INFERENCE, network, listed, embed_text, steps=4, guidance=guidance)
+    )
     assert max(network.calls) > 2
     assert [picture for picture, _ in together] == list(listed)
     for picture, latents in together:

@@ -50,7 +50,9 @@ def embed_text(text: str) -> dict[str, Tensor]:
 
 
 def exact_euler_result(noise: Tensor, gain: float, word: Tensor, steps: int) -> Tensor:
-    """Euler's result for v = gain x + word in closed form: x shrinks by r = 1 - gain / steps each time."""
+    """Euler's result for v = gain x + word in closed form: x shrinks by r = 1 - gain / steps each
+    time.
+    """
     left = (1 - gain / steps) ** steps
     return left * noise - (1 - left) / gain * word[:, None, None]
 
@@ -82,8 +84,12 @@ INFERENCE = Inference(ToyFamily(), FACTS, torch.device("cpu"), torch.float32)
 def make_batch(ids: Sequence[str]) -> Batch:
     """Latents and text that depend on the sample alone."""
     latents = [
-        torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(sum(map(ord, one)))) for one in ids
+        torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(sum(map(ord, one))))
+        for one in ids
     ]
     return Batch(
-        torch.stack(latents), TextBatch.stack([embed_text(one) for one in ids]), tuple(ids), tuple(ids)
+        torch.stack(latents),
+        TextBatch.stack([embed_text(one) for one in ids]),
+        tuple(ids),
+        tuple(ids),
     )

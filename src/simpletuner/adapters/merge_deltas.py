@@ -14,7 +14,7 @@ from simpletuner.errors import ModelError
 DeltasByModule = Mapping[str, Delta]
 
 
-def weighted_sum(parts: Sequence[tuple[DeltasByModule, float]]) -> dict[str, Delta]:
+def sum_weighted_loras(parts: Sequence[tuple[DeltasByModule, float]]) -> dict[str, Delta]:
     """Return the exact weighted sum; ranks add up for modules that occur in several files.
 
     Raises ModelError for a DoRA, whose output is not linear in the strength.

@@ -12,7 +12,7 @@ from torch import Tensor
 from simpletuner.cache.batch_types import Batch, TextBatch
 from simpletuner.cache.tensor_store import TensorStore
 from simpletuner.cache.text_cache import load_text_embedding
-from simpletuner.data.sample_types import BucketedSample, MicroBatch, SampleVisit
+from simpletuner.data.sample_types import BucketedSample, MicroBatchPlan, SampleVisit
 from simpletuner.randomness import seed_at
 
 
@@ -36,7 +36,7 @@ class BatchLoader:
     seed: int
     latent_channels: int
 
-    def load(self, micro: MicroBatch) -> Batch:
+    def load(self, micro: MicroBatchPlan) -> Batch:
         """Load a batch. Raises CacheError for a damaged tensor, KeyError for an unknown caption."""
         visit_keys = tuple(self.visit_key(visit) for visit in micro.visits)
         latents = [

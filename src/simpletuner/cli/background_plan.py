@@ -14,7 +14,7 @@ GB = 1e9
 
 
 class BackgroundPlan:
-    """At most one planning process, and the last finished plan."""
+    """Keep at most one planning process, and the last finished plan."""
 
     def __init__(self, cwd: Path) -> None:
         self._cwd = cwd

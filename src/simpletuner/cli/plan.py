@@ -46,7 +46,7 @@ def build_plan_report(
     from simpletuner.models import registry
     from simpletuner.training.device import select_device
     from simpletuner.training.memory_plan import fit, plan_formatting, step_time
-    from simpletuner.training.memory_plan.memory_budget import detect_budget, reference_budget
+    from simpletuner.training.memory_plan.machine_resources import detect_budget, reference_budget
     from simpletuner.training.memory_plan.prediction import predict_memory
     from simpletuner.training.memory_plan.preflight import smaller_training_message
 

@@ -81,7 +81,7 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
         parse_memory_size(within)
     options = [pair for pair in pairs if pair[0] not in (*CONFIG_SOURCE_FLAGS, *SWITCHES, "fit")]
     tried = try_load_config(options, given.get("config"), given.get("env"), given.get("example"))
-    loaded, backends = check_config_and_datasets(tried)
+    loaded, backends = require_config_and_datasets(tried)
     if "show_config" in given:
         print_config(loaded, backends.notices, click.echo)
         return
@@ -101,7 +101,7 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
         ctx.exit(run.run_training(loaded, backends, within))
 
 
-def check_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, DatasetFile]:
+def require_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, DatasetFile]:
     """Return the configuration and its datasets.
 
     Raises ConfigError with the problems of all files together.

@@ -21,7 +21,7 @@ import numpy as np
 
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset_config import DatasetConfig
-from simpletuner.data.sample_types import BucketedSample, MicroBatch, SampleVisit
+from simpletuner.data.sample_types import BucketedSample, MicroBatchPlan, SampleVisit
 from simpletuner.errors import DataError
 from simpletuner.events.formatting import count_of
 from simpletuner.randomness import seed_at
@@ -85,7 +85,7 @@ class SampleOrder:
         self._rounds: dict[tuple[int, int], ShuffledRound] = {}
         self._mixed_epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def micro_batch(self, number: int) -> MicroBatch:
+    def micro_batch(self, number: int) -> MicroBatchPlan:
         """Return the micro-batch with this global number, from 0.
 
         The first micro-batch of an epoch costs its permutation.
@@ -102,7 +102,7 @@ class SampleOrder:
             current.sample_indices[members].tolist(), current.repeat_indices[members].tolist()
         )
         visits = tuple(self._make_visit(index, turn, pass_) for index, pass_ in pairs)
-        return MicroBatch(number, epoch, visits)
+        return MicroBatchPlan(number, epoch, visits)
 
     def _make_visit(self, index: int, turn: int, pass_: int) -> SampleVisit:
         sample = self._placed[index].sample

@@ -64,7 +64,7 @@ class SampleVisit:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class MicroBatchPlan:
     """Samples of one bucket that are trained together.
 
     index: number of the micro-batch in the run.

@@ -16,7 +16,7 @@ from typing import Literal
 from simpletuner.atomic_io import write_atomically
 from simpletuner.server.api_errors import ApiError, abort
 from simpletuner.server.config_validation import validate_config
-from simpletuner.server.draft_service import DraftService
+from simpletuner.server.draft_store import DraftStore
 from simpletuner.server.file_reader import is_locked, read_json_object
 from simpletuner.server.job_config import JobConfig, job_config_from_draft, job_config_from_run
 from simpletuner.server.job_folder import JobFolder, JobSpec
@@ -51,7 +51,7 @@ class JobService:
         self,
         workspace: Workspace,
         runs: RunService,
-        drafts: DraftService,
+        drafts: DraftStore,
         train_command: tuple[str, ...] = TRAIN_COMMAND,
     ) -> None:
         self.workspace = workspace

@@ -9,7 +9,7 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from simpletuner.server.dataset_service import DatasetService
-from simpletuner.server.draft_service import DraftService
+from simpletuner.server.draft_store import DraftStore
 from simpletuner.server.job_service import JobService
 from simpletuner.server.live_broadcaster import LiveBroadcaster
 from simpletuner.server.plan_service import PlanService
@@ -29,7 +29,7 @@ class Services:
     settings: ServerSettings
     runs: RunService
     jobs: JobService
-    drafts: DraftService
+    drafts: DraftStore
     plans: PlanService
     datasets: DatasetService
     broadcaster: LiveBroadcaster
@@ -38,7 +38,7 @@ class Services:
     def from_settings(cls, settings: ServerSettings) -> Services:
         workspace = settings.workspace
         runs = RunService(workspace)
-        drafts = DraftService(workspace)
+        drafts = DraftStore(workspace)
         jobs = JobService(workspace, runs, drafts, settings.train_command)
         return cls(
             workspace=workspace,

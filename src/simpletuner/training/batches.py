@@ -11,7 +11,7 @@ from threading import Lock
 from simpletuner.cache.batch_types import Batch
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.sample_order import SampleOrder
-from simpletuner.data.sample_types import MicroBatch
+from simpletuner.data.sample_types import MicroBatchPlan
 from simpletuner.training.loop import MicroBatchShape, TrainSchedule
 from simpletuner.training.prepare import PreparedInputs
 
@@ -52,7 +52,7 @@ def build_batch_loader(
     order_lock = Lock()  # the loop and the prefetch thread ask for different numbers at once
 
     @lru_cache(64)
-    def micro_batch(number: int) -> MicroBatch:
+    def micro_batch(number: int) -> MicroBatchPlan:
         with order_lock:
             return order.micro_batch(number)
 

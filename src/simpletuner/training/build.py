@@ -21,9 +21,12 @@ from simpletuner.models import registry
 from simpletuner.models.family import ModelFamily
 from simpletuner.training import optimizers, resume
 from simpletuner.training.batches import build_batch_loader
-from simpletuner.training.callbacks import EvaluationCallbacks, build_evaluation_callbacks
 from simpletuner.training.checkpointer import Checkpointer
 from simpletuner.training.device import ComputeDevice, select_device
+from simpletuner.training.evaluation_callbacks import (
+    EvaluationCallbacks,
+    build_evaluation_callbacks,
+)
 from simpletuner.training.exporter import Exporter
 from simpletuner.training.hub_publisher import HubPublisher, PublishCallback, repository_name
 from simpletuner.training.loop import ScheduledCallback, StepCallback, TrainerContext, TrainSchedule
@@ -69,17 +72,12 @@ def build_trainer_context(
     )
     metadata = describe_run(run, backends, family, prepared, schedule, folder)
     exporter = Exporter(family, state, run, folder, emit, metadata.file_metadata)
-    publishing = build_publishing(run, metadata, stop_requested, emit, closing)
+    publishing = build_publish_callback(run, metadata, stop_requested, emit, closing)
     checkpointer = build_checkpointer(run, prepared, state, evaluations, exporter, folder, emit)
-    if resume_point is not None:
-        checkpointer.restore(resume_point)
-        folder.write_config(resolved_options(run))
-    model = f"{run.model.model_family} {prepared.model_files.name}"
-    resumed_step = emit_run_start(resume_point, folder, model, device, schedule, emit)
-    load_batch, micro_batch_shape = build_batch_loader(run, prepared, order, schedule, closing)
-    callbacks = build_callbacks(
-        run, schedule, checkpointer, evaluations, exporter, publishing, emit
+    resumed_step = start_run(
+        run, prepared, resume_point, checkpointer, folder, device, schedule, emit
     )
+    load_batch, micro_batch_shape = build_batch_loader(run, prepared, order, schedule, closing)
     return TrainerContext(
         family=family,
         transformer=state.transformer,
@@ -96,7 +94,9 @@ def build_trainer_context(
         micro_batch_shape=micro_batch_shape,
         resumed_step=resumed_step,
         save_checkpoint=checkpointer.save,
-        callbacks=callbacks,
+        callbacks=build_callbacks(
+            run, schedule, checkpointer, evaluations, exporter, publishing, emit
+        ),
         requested_callbacks=build_requested_callbacks(folder, checkpointer, evaluations),
         stop_requested=stop_requested,
         emit=emit,
@@ -206,7 +206,7 @@ def build_checkpointer(
     )
 
 
-def build_publishing(
+def build_publish_callback(
     run: RunConfig,
     metadata: RunMetadata,
     stop_requested: Callable[[], bool],
@@ -221,6 +221,24 @@ def build_publishing(
     publisher = HubPublisher(metadata.run_dir, repository, options.model_card_private, emit)
     closing.callback(publisher.close)
     return PublishCallback(metadata, publisher, stop_requested)
+
+
+def start_run(
+    run: RunConfig,
+    prepared: PreparedInputs,
+    resume_point: ResumePoint | None,
+    checkpointer: Checkpointer,
+    folder: RunFolder,
+    device: ComputeDevice,
+    schedule: TrainSchedule,
+    emit: Emit,
+) -> int:
+    """Restore the checkpoint, if there is one, and return the number of completed steps."""
+    if resume_point is not None:
+        checkpointer.restore(resume_point)
+        folder.write_config(resolved_options(run))
+    model = f"{run.model.model_family} {prepared.model_files.name}"
+    return emit_run_start(resume_point, folder, model, device, schedule, emit)
 
 
 def emit_run_start(

@@ -31,7 +31,7 @@ from simpletuner.training.resume import ResumePoint
 from simpletuner.training.run_folder import RunFolder
 from simpletuner.training.train_state import TrainState
 from simpletuner.validation.held_out_loss import HeldOutEvaluator
-from simpletuner.validation.image_scoring import Scorer
+from simpletuner.validation.image_scoring import MetricEvaluator
 
 ExportToCheckpoint = Callable[[Path, int], None]  # folder, step
 
@@ -50,7 +50,7 @@ class Checkpointer:
     train_state: TrainState
     config: dict[str, object]
     identity: Mapping[str, str]
-    stateful_evaluators: Mapping[str, HeldOutEvaluator | Scorer]
+    stateful_evaluators: Mapping[str, HeldOutEvaluator | MetricEvaluator]
     export_to_checkpoint: ExportToCheckpoint
     best_step: Callable[[], int | None]
     emit: Emit

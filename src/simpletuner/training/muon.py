@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpletuner.training.per_parameter_optimizer import PerParameterOptimizer, copy_stochastically
+from simpletuner.training.independent_parameter_optimizer import (
+    IndependentParameterOptimizer,
+    copy_stochastically,
+)
 
 # Coefficients of the odd quintic polynomial that moves singular values to about 1, as Jordan chose
 # them for speed.
@@ -39,7 +42,7 @@ def orthogonalise(matrix: Tensor, iterations: int) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(PerParameterOptimizer):
+class Muon(IndependentParameterOptimizer):
     """Orthogonalised Nesterov momentum for matrices, and AdamW for the other parameters.
 
     Matrices need one number of state per weight. Weight decay is decoupled and the same for both.

@@ -118,7 +118,7 @@ def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None
                 )
             stopping_emit = emit_with_stop_check(stop, emit)
             resize_crops = [dataset.resize_crop for dataset in backends.train]
-            saved_config = None if within is None else resumed_config(run, folder, emit)
+            saved_config = None if within is None else read_checkpoint_options(run, folder, emit)
             run = preflight_check(run, resize_crops, stopping_emit, within, saved_config)
             base_dir = loaded.config_path.parent if loaded.config_path else Path.cwd()
             with ExitStack() as opened:
@@ -185,7 +185,7 @@ def emit_with_stop_check(stop: StopFlag, emit: event_types.Emit) -> event_types.
     return emit_or_stop
 
 
-def resumed_config(
+def read_checkpoint_options(
     run: RunConfig, folder: RunFolder, emit: event_types.Emit
 ) -> Mapping[str, Any] | None:
     """Return the options of the checkpoint that the run resumes from; None without one."""

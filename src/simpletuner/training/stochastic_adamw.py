@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from simpletuner.training.eight_bit_moments import EightBitMoments
-from simpletuner.training.per_parameter_optimizer import PerParameterOptimizer, copy_stochastically
+from simpletuner.training.independent_parameter_optimizer import (
+    IndependentParameterOptimizer,
+    copy_stochastically,
+)
 
 # Numbers that are computed in float32 at a time: about six temporary tensors of 16 MB, whatever the
 # size of the parameter.
@@ -45,7 +48,7 @@ class SameDtypeMoments:
         copy_stochastically(state["exp_avg_sq"].view(-1)[part], square, noise)
 
 
-class StochasticAdamW(PerParameterOptimizer):
+class StochasticAdamW(IndependentParameterOptimizer):
     """AdamW with decoupled weight decay; bf16 weights are rounded stochastically.
 
     Weights of another dtype get the same update as from torch's AdamW.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.cache.batch_types import Batch
-from simpletuner.data.sample_types import BucketedSample, MicroBatch, SampleVisit
+from simpletuner.data.sample_types import BucketedSample, MicroBatchPlan, SampleVisit
 from simpletuner.events.event_types import Emit, LossEvaluated
 from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.flow.objective import add_noise, velocity_target
@@ -52,7 +52,7 @@ def choose_samples(placed: Sequence[BucketedSample], count: int, seed: int) -> l
 
 def fixed_batches(
     placed: Sequence[BucketedSample], indices: Sequence[int], batch_size: int
-) -> list[MicroBatch]:
+) -> list[MicroBatchPlan]:
     """Return micro-batches of samples of one bucket, each sample with its first caption."""
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index in indices:
@@ -63,7 +63,7 @@ def fixed_batches(
         for start in range(0, len(members), batch_size)
     ]
     visits = [tuple(SampleVisit(index, 0, 0, 0) for index in group) for group in groups]
-    return [MicroBatch(number, 0, group) for number, group in enumerate(visits)]
+    return [MicroBatchPlan(number, 0, group) for number, group in enumerate(visits)]
 
 
 def sigma_midpoints(count: int) -> list[float]:

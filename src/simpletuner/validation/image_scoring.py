@@ -99,7 +99,7 @@ def shapes_metric(inputs: MetricInputs) -> Metric:
 
 def zorbo_metric(inputs: MetricInputs) -> Metric:
     """Score the concept of the packaged example, in prompts that the example does not train on."""
-    scenes = scene_scoring.unseen_zorbo_scenes(inputs.prompt_count)
+    scenes = scene_scoring.held_out_zorbo_scenes(inputs.prompt_count)
 
     def score(images: Sequence[Image.Image]) -> Mapping[str, Rate]:
         return scene_scoring.compute_rates(
@@ -139,10 +139,11 @@ def metric_texts(metrics: Sequence[Metric], guidance: float) -> tuple[str, ...]:
 
 
 @dataclass
-class Scorer:
+class MetricEvaluator:
     """Generates the images of the metrics in memory and emits their scores.
 
-    text_embedding: a text to its named tensors. load_decoder: loads the VAE, which is in memory only
+    text_embedding: a text to its named tensors. load_decoder: loads the VAE, which is in memory
+    only
     while it decodes.
     """
 

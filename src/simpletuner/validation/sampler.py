@@ -93,7 +93,8 @@ def generate_latents(
 ) -> Iterator[tuple[ImageSpec, Tensor]]:
     """Yield each image with its latents (1, C, H, W); neighbours of equal size share a batch.
 
-    text_embedding: a text to its named tensors. An image from a batch equals the same image generated
+    text_embedding: a text to its named tensors. An image from a batch equals the same image
+    generated
     alone, up to rounding.
     """
     for size, group in groupby(image_specs, key=lambda image_spec: image_spec.size_px):

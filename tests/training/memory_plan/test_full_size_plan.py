@@ -1,4 +1,5 @@
-"""Chroma 1 itself: the planned bytes against those of another counter and another model of the same network.
+"""Chroma 1 itself: the planned bytes against those of another counter and another model of the same
+network.
 
 That one was diffusers' class with PEFT, bf16 LoRA and bf16 states; ours keeps float32 masters and states,
 which is 0.4 GB more at rank 16 on all linears, and saves other activations.
@@ -26,7 +27,12 @@ MASTERS = 0.39  # GB: 65.4 M parameters, 6 bytes more for each
      ("nf4", 512, False, 6.51), ("nf4", 1024, False, 8.02), ("no_change", 512, True, 28.74)],
 )  # fmt: skip
 def test_as_counted_elsewhere(
-    precision: str, px: int, kept: bool, elsewhere: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str,
+    px: int,
+    kept: bool,
+    elsewhere: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = config_from_resolved(
         {"base_model_precision": precision, "resolution": float(px), "gradient_checkpointing": not kept,

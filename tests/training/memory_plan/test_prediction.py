@@ -20,7 +20,7 @@ from simpletuner.models.block_executor import block_memory_policy
 from simpletuner.models.family import BlockMemoryPolicy
 from simpletuner.training.memory_plan import (
     fit,
-    memory_budget,
+    machine_resources,
     memory_saving,
     plan_cache,
     plan_formatting,
@@ -29,7 +29,7 @@ from simpletuner.training.memory_plan import (
 )
 from simpletuner.training.memory_plan.fake_step import BatchShape
 from simpletuner.training.memory_plan.fit import MemoryConfigSearch
-from simpletuner.training.memory_plan.memory_budget import MemoryBudget, find_disk_shortages
+from simpletuner.training.memory_plan.machine_resources import MachineResources, find_disk_shortages
 from simpletuner.training.memory_plan.prediction import predict_memory
 from tests.training.memory_plan.tiny_family import (
     BATCH_SHAPE,
@@ -41,7 +41,7 @@ from tests.training.memory_plan.tiny_family import (
 
 BLOCKS = CONFIG.num_layers + CONFIG.num_single_layers
 SIZE = (ResizeCropConfig(resolution=256),)
-CARD = MemoryBudget("a card", "cuda", 1e13)
+CARD = MachineResources("a card", "cuda", 1e13)
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +70,8 @@ def test_what_moves_bytes_is_another_key(other: dict[str, object]) -> None:
     def key(
         run: RunConfig,
         feed: BatchShape = BATCH_SHAPE,
-        memory: BlockMemoryPolicy = BlockMemoryPolicy(),
-    ) -> str:  # noqa: B008
+        memory: BlockMemoryPolicy = BlockMemoryPolicy(),  # noqa: B008
+    ) -> str:
         return plan_cache.cache_key(run, make_model_spec(run), memory, feed, 1)
 
     run = make_run_config(**other)
@@ -199,7 +199,7 @@ def test_a_training_that_cannot_fit_is_refused_with_ways_out(
     monkeypatch.setattr(
         preflight,
         "detect_budget",
-        lambda device: MemoryBudget("a card", "cpu", 1e13, total, 10**12),
+        lambda device: MachineResources("a card", "cpu", 1e13, total, 10**12),
     )
     assert plan.tensor_bytes > limit
     with pytest.raises(ConfigError, match=r"needs .* and a card has") as refused:
@@ -222,7 +222,9 @@ def fitted(
     before: dict[str, object] | None = None,
 ) -> tuple[RunConfig, list[str]]:  # fmt: skip
     told = list[Event]()
-    room = MemoryBudget("a card", "cpu", 1e13, free + prediction.HOST_RUNTIME_BYTES["cpu"], 10**12)
+    room = MachineResources(
+        "a card", "cpu", 1e13, free + prediction.HOST_RUNTIME_BYTES["cpu"], 10**12
+    )
     monkeypatch.setattr(preflight.registry, "get_family", lambda name: TinyChroma())
     monkeypatch.setattr(preflight, "detect_budget", lambda device: room)
     run = preflight.preflight_check(run, SIZE, told.append, within, before)
@@ -269,7 +271,7 @@ def test_auto_recomputes_what_memory_demands(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(preflight.registry, "get_family", lambda name: family)
 
     def settled(free: int) -> object:
-        there = MemoryBudget(
+        there = MachineResources(
             "a card", "cpu", 1e13, free + prediction.HOST_RUNTIME_BYTES["cpu"], 10**12
         )
         monkeypatch.setattr(preflight, "detect_budget", lambda device: there)
@@ -312,10 +314,10 @@ def test_cached_files_are_free_memory_in_a_container(
     }
     for name, text in told.items():
         (tmp_path / f"memory.{name}").write_text(text)
-    monkeypatch.setattr(memory_budget, "CGROUP_PATH", tmp_path)
-    assert memory_budget.free_host_bytes() == 7000
+    monkeypatch.setattr(machine_resources, "CGROUP_PATH", tmp_path)
+    assert machine_resources.free_host_bytes() == 7000
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory_budget.free_host_bytes() != 7000
+    assert machine_resources.free_host_bytes() != 7000
 
 
 def test_a_way_replaces_the_one_that_was_set() -> None:

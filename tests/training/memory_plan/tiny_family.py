@@ -1,4 +1,6 @@
-"""A Chroma small enough to be trained for real beside its prediction, and what the allocator says of it."""
+"""A Chroma small enough to be trained for real beside its prediction, and what the allocator says
+of it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from simpletuner.training import loop, train_state
 from simpletuner.training.loop import TrainSchedule
 from simpletuner.training.memory_plan.fake_step import (
     BatchShape,
-    cpu_planning_device,
+    cpu_device_without_gpu_options,
     make_fake_context,
     measure_fake_step,
 )
@@ -45,7 +47,9 @@ def make_run_config(**options: Any) -> RunConfig:
 
 def make_model_spec(run: RunConfig, config: TransformerConfig = CONFIG) -> ModelSpec:
     network = empty_transformer(
-        config, run.model.base_model_precision, cpu_planning_device(run.model).weights_dtype
+        config,
+        run.model.base_model_precision,
+        cpu_device_without_gpu_options(run.model).weights_dtype,
     )
     facts = dataclasses.replace(
         CHROMA_CONSTANTS, text_tensors={"rows": TextTensor(config.joint_attention_dim)}

@@ -58,7 +58,7 @@ def attend_to_real_tokens(q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> 
     return torch.cat(samples)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def layer_norm_and_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return (1 + scale) * LayerNorm(x) + shift. shift, scale: (B, 1, W)."""
     # For one sample, as the norm's own parameters: one kernel instead of two.
     if len(x) == 1 and x.dtype == scale.dtype:
@@ -171,16 +171,20 @@ class DoubleBlock(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = image_mod.split(1, dim=1)
         t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = text_mod.split(1, dim=1)
 
-        image_qkv = self.attn.project_qkv(modulate(image, shift, scale))
-        text_qkv = self.attn.project_text_qkv(modulate(text, t_shift, t_scale))
+        image_qkv = self.attn.project_qkv(layer_norm_and_modulate(image, shift, scale))
+        text_qkv = self.attn.project_text_qkv(layer_norm_and_modulate(text, t_shift, t_scale))
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))
         attended = self.attn(q, k, v, table, padding)
         text_attended, image_attended = attended.split((text.shape[1], image.shape[1]), dim=1)
 
         image = add_gated(image, gate, self.attn.to_out[0](image_attended))
-        image = add_gated(image, ff_gate, self.ff(modulate(image, ff_shift, ff_scale)))
+        image = add_gated(
+            image, ff_gate, self.ff(layer_norm_and_modulate(image, ff_shift, ff_scale))
+        )
         text = add_gated(text, t_gate, self.attn.to_add_out(text_attended))
-        text = add_gated(text, t_ff_gate, self.ff_context(modulate(text, t_ff_shift, t_ff_scale)))
+        text = add_gated(
+            text, t_ff_gate, self.ff_context(layer_norm_and_modulate(text, t_ff_shift, t_ff_scale))
+        )
         return image, text
 
 
@@ -198,7 +202,7 @@ class SingleBlock(nn.Module):
     ) -> Tensor:
         """Return (B, S - unread, W); the first `unread` rows only provide keys and values."""
         shift, scale, gate = modulation.split(1, dim=1)
-        inner = modulate(x, shift, scale)
+        inner = layer_norm_and_modulate(x, shift, scale)
         attended = self.attn(*self.attn.project_qkv(inner, unread), table, padding)
         # Not named, so that the parts are freed before the largest matmul of the step.
         features = torch.cat(
@@ -351,5 +355,7 @@ class ChromaTransformer(nn.Module):
             unread = text.shape[1] if number == singles - 1 else 0
             (x,) = self.run_block(doubles + number, block, (x,), single_mod, table, padding, unread)
         shift, scale = out_mod.split(1, dim=1)
-        result: Tensor = self.proj_out(modulate(x[:, -tokens.shape[1] :], shift, scale))
+        result: Tensor = self.proj_out(
+            layer_norm_and_modulate(x[:, -tokens.shape[1] :], shift, scale)
+        )
         return result

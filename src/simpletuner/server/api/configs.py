@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-from simpletuner.server import draft_service, form_schema
+from simpletuner.server import draft_store, form_schema
 from simpletuner.server.api_errors import abort
 from simpletuner.server.config_validation import validate_config
 from simpletuner.server.schemas import configs as schemas
@@ -76,7 +76,7 @@ def export_datasets(id: str, services: ServicesDep) -> JSONResponse:
 @router.post("/import")
 def import_text(body: schemas.ImportRequest) -> schemas.ImportResult:
     """Parse a configuration file without saving it."""
-    return draft_service.parse_import(body)
+    return draft_store.parse_import(body)
 
 
 @router.post("/plan")

@@ -82,7 +82,7 @@ def measure_fake_step(
             return run_and_measure_step(run, family, spec, feed, net, count)
 
 
-def cpu_planning_device(options: ModelOptions) -> ComputeDevice:
+def cpu_device_without_gpu_options(options: ModelOptions) -> ComputeDevice:
     """Return the CPU with the dtypes of the run, without the options that need a GPU."""
     without_gpu = {
         "device": "cpu",
@@ -186,7 +186,7 @@ def make_fake_context(
     return TrainerContext(
         family=family,
         transformer=net.transformer,
-        device=cpu_planning_device(run.model),
+        device=cpu_device_without_gpu_options(run.model),
         optimizer=net.optimizer,
         optimizer_step=net.optimizer_step,
         ema=net.ema,

@@ -22,8 +22,8 @@ from simpletuner.data.geometry import ResizeCropConfig
 from simpletuner.models.block_swap import DEVICE_BUFFERS
 from simpletuner.models.family import BlockMemoryPolicy, ModelFamily, ModelSpec
 from simpletuner.training.memory_plan import prediction, step_time
-from simpletuner.training.memory_plan.fake_step import cpu_planning_device
-from simpletuner.training.memory_plan.memory_budget import MemoryBudget
+from simpletuner.training.memory_plan.fake_step import cpu_device_without_gpu_options
+from simpletuner.training.memory_plan.machine_resources import MachineResources
 from simpletuner.training.memory_plan.prediction import predict_memory
 
 # Time of a step relative to the unquantised one. Not measured on a GPU: an estimate for reading the
@@ -87,7 +87,7 @@ class MemoryConfigSearch:
         run: RunConfig,
         family: ModelFamily,
         framings: Sequence[ResizeCropConfig],
-        budget: MemoryBudget,
+        budget: MachineResources,
         fixed_precisions: bool = False,
     ) -> None:
         self.run = run
@@ -95,7 +95,7 @@ class MemoryConfigSearch:
         self.framings = framings
         self.budget = budget
         self.fixed_precisions = fixed_precisions
-        dtype = cpu_planning_device(run.model).weights_dtype
+        dtype = cpu_device_without_gpu_options(run.model).weights_dtype
         is_frozen = run.model.model_type == "lora"
         precisions = tuple(DEQUANTIZATION_SLOWDOWN) if is_frozen and not fixed_precisions else ()
         self.own_precision = run.model.base_model_precision

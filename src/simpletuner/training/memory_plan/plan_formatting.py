@@ -10,7 +10,7 @@ from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig
 from simpletuner.training.memory_plan import step_time
 from simpletuner.training.memory_plan.fit import FitResult, MemoryConfig
-from simpletuner.training.memory_plan.memory_budget import MemoryBudget
+from simpletuner.training.memory_plan.machine_resources import MachineResources
 from simpletuner.training.memory_plan.prediction import MemoryPrediction
 
 MAX_ALTERNATIVES = 5
@@ -22,7 +22,7 @@ def format_bytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def format_plan(plan: MemoryPrediction, budget: MemoryBudget) -> list[str]:
+def format_plan(plan: MemoryPrediction, budget: MachineResources) -> list[str]:
     """Return the lines of the full plan."""
     width, height = plan.feed.size_px
     feed = f"{plan.feed.samples} x {width} x {height} px, {plan.feed.text_rows} text tokens"
@@ -57,14 +57,14 @@ def _format_group(title: str, rows: Mapping[str, int], free: int | None) -> list
     ]
 
 
-def format_step_time(plan: MemoryPrediction, budget: MemoryBudget) -> str:
+def format_step_time(plan: MemoryPrediction, budget: MachineResources) -> str:
     """Return the work and the estimated time of a step; minutes where it takes several."""
     seconds = step_time.estimate_seconds(plan.flops, budget.peak_flops, plan.moved)
     time = f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.0f} min"
     return f"step: {plan.flops / 1e12:.3g} TFLOP, about {time} on {budget.name} (estimate)"
 
 
-def format_summary(plan: MemoryPrediction, budget: MemoryBudget) -> str:
+def format_summary(plan: MemoryPrediction, budget: MachineResources) -> str:
     """Return the summary that is logged before a training."""
     parts = ", ".join(
         f"{what} {format_bytes(size)}"

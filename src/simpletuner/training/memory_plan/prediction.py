@@ -19,7 +19,7 @@ from simpletuner.training.memory_plan import plan_cache
 from simpletuner.training.memory_plan.fake_step import (
     BatchShape,
     StepMeasurement,
-    cpu_planning_device,
+    cpu_device_without_gpu_options,
     measure_fake_step,
 )
 from simpletuner.training.memory_plan.memory_tracker import CUDA_ALLOCATION_BYTES
@@ -173,7 +173,7 @@ def planning_inputs(
     memory: BlockMemoryPolicy | None,
 ) -> tuple[ModelSpec, BlockMemoryPolicy, BatchShape, int]:
     """Return spec, memory policy, batch shape and allocation granule for a measurement."""
-    spec = family.build_spec(run.model, cpu_planning_device(run.model).weights_dtype)
+    spec = family.build_spec(run.model, cpu_device_without_gpu_options(run.model).weights_dtype)
     memory = memory or block_memory_policy(run.model, len(spec.blocks))
     return (
         spec,

@@ -22,8 +22,8 @@ from simpletuner.training.memory_plan.fit import (
     find_fitting_config,
     with_options,
 )
-from simpletuner.training.memory_plan.memory_budget import (
-    MemoryBudget,
+from simpletuner.training.memory_plan.machine_resources import (
+    MachineResources,
     detect_budget,
     find_disk_shortages,
 )
@@ -103,7 +103,7 @@ def fit_run(
     run: RunConfig,
     family: ModelFamily,
     framings: Sequence[ResizeCropConfig],
-    budget: MemoryBudget,
+    budget: MachineResources,
     within: str,
     before: Mapping[str, Any] | None,
     emit: Emit,
@@ -183,7 +183,7 @@ def smaller_training_message(search: MemoryConfigSearch, limit: int) -> str:
     return "\n".join(lines)
 
 
-def check_host_and_disks(run: RunConfig, plan: MemoryPrediction, budget: MemoryBudget) -> None:
+def check_host_and_disks(run: RunConfig, plan: MemoryPrediction, budget: MachineResources) -> None:
     """Raise ConfigError when the host memory or a disk has too little space."""
     needed = sum(plan.host.values())
     if (

@@ -47,7 +47,7 @@ def unseen_scenes(count: int) -> tuple[list[Scene], list[bool]]:
     return chosen, [scene_key(scene) not in contents for scene in chosen]
 
 
-def unseen_zorbo_scenes(count: int) -> list[Scene]:
+def held_out_zorbo_scenes(count: int) -> list[Scene]:
     """Return zorbo scenes that are not among the training images of the example."""
     return [compose_zorbo_scene(TRAINED_ZORBO_COUNT + number) for number in range(count)]
 

@@ -22,7 +22,7 @@ CGROUP_PATH = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class MemoryBudget:
+class MachineResources:
     """The device that a run is planned for.
 
     kind: "cuda", "mps" or "cpu". peak_flops: FLOP/s. device_free_bytes: of the accelerator, or of
@@ -42,7 +42,7 @@ class MemoryBudget:
         return None if self.device_free_bytes is None else self.device_free_bytes - runtime
 
 
-def detect_budget(device: ComputeDevice) -> MemoryBudget:
+def detect_budget(device: ComputeDevice) -> MachineResources:
     """Return the budget of this machine.
 
     peak_flops is known by the name of the GPU, measured on a CPU, and else that of REFERENCE_GPU.
@@ -54,7 +54,7 @@ def detect_budget(device: ComputeDevice) -> MemoryBudget:
         else step_time.peak_flops(hardware.name)
     )
     host, free = free_host_bytes(), hardware.free_bytes()
-    return MemoryBudget(
+    return MachineResources(
         hardware.name,
         kind,
         peak or reference_budget(kind).peak_flops,
@@ -63,9 +63,9 @@ def detect_budget(device: ComputeDevice) -> MemoryBudget:
     )
 
 
-def reference_budget(kind: str) -> MemoryBudget:
+def reference_budget(kind: str) -> MachineResources:
     """Return the speed of REFERENCE_GPU, without limits, to plan for a machine that is not here."""
-    return MemoryBudget(
+    return MachineResources(
         step_time.REFERENCE_GPU, kind, step_time.PEAK_TFLOPS[step_time.REFERENCE_GPU] * 1e12
     )
 

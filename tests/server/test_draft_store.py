@@ -14,7 +14,7 @@ from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig
 from simpletuner.server.api_errors import ApiError
 from simpletuner.server.config_validation import validate_config
-from simpletuner.server.draft_service import DraftService, parse_import
+from simpletuner.server.draft_store import DraftStore, parse_import
 from simpletuner.server.schemas.configs import DraftWrite, ImportRequest
 from simpletuner.server.workspace import Workspace
 
@@ -36,19 +36,19 @@ def refused(status: int) -> Iterator[None]:
 
 
 def test_a_draft_is_a_file_that_another_server_reads(workspace: Workspace) -> None:
-    made = DraftService(workspace).create(wanted(lora_rank=8))
+    made = DraftStore(workspace).create(wanted(lora_rank=8))
     assert made.version == 1
-    assert DraftService(workspace).get(made.id) == made
-    again = DraftService(workspace).update(made.id, wanted("other", 1, lora_rank=4))
+    assert DraftStore(workspace).get(made.id) == made
+    again = DraftStore(workspace).update(made.id, wanted("other", 1, lora_rank=4))
     assert (again.version, again.name, again.config) == (2, "other", {"lora_rank": 4})
-    assert [draft.id for draft in DraftService(workspace).list_drafts()] == [made.id]
+    assert [draft.id for draft in DraftStore(workspace).list_drafts()] == [made.id]
     assert [path.name for path in (workspace.server_dir / "drafts").iterdir()] == [
         f"{made.id}.json"
     ]
 
 
 def test_a_stale_version_changes_nothing(workspace: Workspace) -> None:
-    drafts = DraftService(workspace)
+    drafts = DraftStore(workspace)
     made = drafts.create(wanted())
     now = drafts.update(made.id, wanted("second", 1))
     for version, status in ((1, 409), (3, 409), (None, 422)):
@@ -58,7 +58,7 @@ def test_a_stale_version_changes_nothing(workspace: Workspace) -> None:
 
 
 def test_of_many_writers_one_wins(workspace: Workspace) -> None:
-    drafts = DraftService(workspace)
+    drafts = DraftStore(workspace)
     made = drafts.create(wanted())
     won: list[int] = []
 
@@ -79,7 +79,7 @@ def test_of_many_writers_one_wins(workspace: Workspace) -> None:
 
 
 def test_what_is_removed_goes_to_the_trash(workspace: Workspace) -> None:
-    drafts = DraftService(workspace)
+    drafts = DraftStore(workspace)
     made = drafts.create(wanted(seed=3))
     drafts.remove(made.id)
     assert drafts.list_drafts() == []
@@ -93,7 +93,7 @@ def test_what_is_removed_goes_to_the_trash(workspace: Workspace) -> None:
     "id", ["", "x" * 12, "../../../etc", "0" * 13, "A" * 12, "0" * 12, "00000000000\n"]
 )
 def test_ids_that_are_none(workspace: Workspace, id: str) -> None:
-    for act in (DraftService(workspace).get, DraftService(workspace).remove):
+    for act in (DraftStore(workspace).get, DraftStore(workspace).remove):
         with refused(404):
             act(id)
 
@@ -101,11 +101,11 @@ def test_ids_that_are_none(workspace: Workspace, id: str) -> None:
 @pytest.mark.parametrize("name", ["", "  ", ".hidden", "a/b", "a\\b", "a\nb", "x" * 81])
 def test_names_that_are_none(workspace: Workspace, name: str) -> None:
     with refused(422):
-        DraftService(workspace).create(wanted(name))
+        DraftStore(workspace).create(wanted(name))
 
 
 def test_a_damaged_file_does_not_hide_the_others(workspace: Workspace) -> None:
-    drafts = DraftService(workspace)
+    drafts = DraftStore(workspace)
     made = drafts.create(wanted())
     (workspace.server_dir / "drafts" / "0123456789ab.json").write_text('{"id": ')
     assert [draft.id for draft in drafts.list_drafts()] == [made.id]
@@ -172,16 +172,16 @@ def test_a_run_is_copied_without_what_is_its_own(workspace: Workspace) -> None:
         "max_train_steps": 30,
     }
     (run / "config.json").write_text(json.dumps(flat))
-    draft = DraftService(workspace).create_from_run(run)
+    draft = DraftStore(workspace).create_from_run(run)
     assert draft.config == {"lora_rank": 4, "seed": 9, "max_train_steps": 30}
     pictures = str(workspace.root / "config" / "fox" / "pics")
     assert draft.datasets == [{"id": "pics", "instance_data_dir": pictures, "repeats": 2}]
     assert validate_config(workspace, draft.config, draft.datasets).problems == []
     (run / "config.json").write_text(json.dumps(flat | {"data_backend_config": "/etc/passwd"}))
-    assert DraftService(workspace).create_from_run(run).datasets == []
+    assert DraftStore(workspace).create_from_run(run).datasets == []
     (run / "config.json").write_text("{")
     with refused(404):
-        DraftService(workspace).create_from_run(run)
+        DraftStore(workspace).create_from_run(run)
 
 
 @pytest.mark.parametrize("text", ["a = " + "[" * 20_000, "a = " + "9" * 5000])

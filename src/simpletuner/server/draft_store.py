@@ -39,7 +39,7 @@ RUN_SPECIFIC_OPTIONS = (
 )
 
 
-class DraftService:
+class DraftStore:
     """The files of .simpletuner/drafts. A lock makes reading and incrementing a version atomic."""
 
     def __init__(self, workspace: Workspace) -> None:

@@ -22,7 +22,7 @@ from simpletuner.validation.held_out_loss import (
     choose_samples,
     fixed_batches,
 )
-from simpletuner.validation.image_scoring import Metric, Scorer
+from simpletuner.validation.image_scoring import Metric, MetricEvaluator
 from simpletuner.validation.image_validator import BASE_STEP, ImageValidator, strength_label
 from simpletuner.validation.inference import Inference
 from simpletuner.validation.prompts import Prompt, make_image_specs, parse_sizes
@@ -93,7 +93,7 @@ class ImageValidationCallback:
 class ScoringCallback:
     """Scores the untouched base at step 0, later the average where there is one."""
 
-    scorer: Scorer
+    scorer: MetricEvaluator
     train_state: TrainState
 
     def score(self, step: int) -> None:
@@ -146,9 +146,9 @@ class EvaluationCallbacks:
     images: ImageValidationCallback | None
     scoring: ScoringCallback | None
 
-    def stateful_evaluators(self) -> dict[str, HeldOutEvaluator | Scorer]:
+    def stateful_evaluators(self) -> dict[str, HeldOutEvaluator | MetricEvaluator]:
         """Return the evaluators whose state is part of a checkpoint, by their key in state.json."""
-        evaluators: dict[str, HeldOutEvaluator | Scorer] = {}
+        evaluators: dict[str, HeldOutEvaluator | MetricEvaluator] = {}
         if self.held_out is not None:
             evaluators["heldout"] = self.held_out.evaluator
         if self.scoring is not None:
@@ -183,7 +183,7 @@ def build_evaluation_callbacks(
         images = ImageValidationCallback(validator, state, run.optimizer.ema_validation, last_step)
     scoring = None
     if metrics:
-        scorer = Scorer(
+        scorer = MetricEvaluator(
             inference,
             metrics,
             run.validation.validation_num_inference_steps,

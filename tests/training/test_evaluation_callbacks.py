@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from simpletuner.training.callbacks import (
+from simpletuner.training.evaluation_callbacks import (
     HeldOutLossCallback,
     ImageValidationCallback,
     ScoringCallback,
@@ -66,7 +66,9 @@ def test_strengths_are_drawn_at_the_end_alone() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("which", "averaged"), [("comparison", False), ("none", False), ("ema_only", True)])
+@pytest.mark.parametrize(
+    ("which", "averaged"), [("comparison", False), ("none", False), ("ema_only", True)]
+)
 def test_strengths_are_of_the_weights_above_them(which: str, averaged: bool) -> None:
     """The sheet's row "after" shows the trained weights wherever they are drawn."""
     seen = drawn(Net(ema=True), which, LAST)

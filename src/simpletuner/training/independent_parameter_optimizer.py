@@ -38,7 +38,7 @@ def copy_stochastically(target: Tensor, exact: Tensor, noise: torch.Generator) -
     target.copy_(round_stochastically(exact, noise) if target.dtype == torch.bfloat16 else exact)
 
 
-class PerParameterOptimizer(Optimizer, ABC):
+class IndependentParameterOptimizer(Optimizer, ABC):
     """Base class. The number of the step is stored in the parameter group.
 
     Each parameter has its own random numbers in every step, generated on its device. Their address
