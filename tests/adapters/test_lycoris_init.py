@@ -351,8 +351,8 @@ def test_the_nearest_lora_errs_as_much_as_it_says(native, tmp_path):
     assert error == pytest.approx((lost / total) ** 0.5, rel=1e-3)
     layout = "kohya" if native else "diffusers"
     chroma_lora.save_deltas(near, tmp_path / "b.safetensors", layout, torch.float32, {})
-    doubled = merge_deltas.weighted_sum([(whole, 2.0)])
+    doubled = merge_deltas.sum_weighted_loras([(whole, 2.0)])
     for name, one in doubled.items():
         assert torch.allclose(one.to_dense(), 2 * whole[name].to_dense(), rtol=1e-5)
     with pytest.raises(ModelError, match="cannot be added"):
-        merge_deltas.weighted_sum([(whole, 1.0), (whole, 1.0)])
+        merge_deltas.sum_weighted_loras([(whole, 1.0), (whole, 1.0)])

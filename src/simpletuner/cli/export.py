@@ -132,7 +132,7 @@ def export_lora(
         click.echo(
             f"{file.path.name}: {file.to_deltas_and_summary()[1]}; strength {weight:g}", err=True
         )
-    deltas = merge_deltas.weighted_sum([(file.to_deltas(), weight) for file, weight in read])
+    deltas = merge_deltas.sum_weighted_loras([(file.to_deltas(), weight) for file, weight in read])
     if rank is not None:
         fused_names = conventions.names if LAYOUTS[layout].uses_native_names else None
         deltas, error = merge_deltas.truncate_rank(deltas, rank, fused_names)

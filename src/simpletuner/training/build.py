@@ -1,6 +1,6 @@
 """Build the TrainerContext from a configuration: the one module that connects all parts of a run.
 
-Only this module and its parts (callbacks.py, batches.py, train_state.py, prepare.py) see the whole
+Only this module and its parts (evaluation_callbacks.py, batches.py, train_state.py, prepare.py) see the whole
 RunConfig; everything else gets the section of options that it needs.
 """
 
