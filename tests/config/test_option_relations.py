@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,8 @@ from simpletuner.config.option_catalog import Option, all_options, section_optio
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.dataset_fields import COMMON_FIELDS, IMAGE_FIELDS
 from simpletuner.data.dataset_file import try_read_datasets
-from simpletuner.models.family import BlockMemoryPolicy
 from simpletuner.server import form_schema
 from simpletuner.server.plan_service import plan_relevant_options
-from simpletuner.training.memory_plan import plan_cache
-from tests.training.memory_plan.tiny_family import BATCH_SHAPE, make_model_spec, make_run_config
 
 FORM = {info.name: info for info in form_schema.build_form_schema().options}
 FIELD_FORM = {info.name: info for info in form_schema.build_form_schema().dataset_fields}
@@ -39,7 +36,6 @@ VALUES = {
     "validation_resolution": "512",
     "validation_strengths": "0.25",
 }
-SPEC = make_model_spec(make_run_config())
 PAGE_ROWS = [line for line in docs.render_options_page().splitlines() if line.startswith("| ")]
 CONDITIONAL = [name for name, declared in all_options().items() if declared.needs]
 
@@ -190,12 +186,31 @@ def test_the_documentation_says_what_an_option_needs(name: str) -> None:
     assert f"needs {needs}" in format_option(all_options()[name])
 
 
+@pytest.fixture(scope="module")
+def plan_keys() -> tuple[RunConfig, Callable[[RunConfig], str]]:
+    """Return a run with a tiny model, and the function that gives a run's key of the plan."""
+    pytest.importorskip("torch", reason="needs torch")
+    from simpletuner.models.family import BlockMemoryPolicy
+    from simpletuner.training.memory_plan import plan_cache
+    from tests.training.memory_plan.tiny_family import (
+        BATCH_SHAPE,
+        make_model_spec,
+        make_run_config,
+    )
+
+    plain = make_run_config()
+    spec = make_model_spec(plain)
+    return plain, lambda run: plan_cache.cache_key(run, spec, BlockMemoryPolicy(), BATCH_SHAPE, 1)
+
+
 @pytest.mark.parametrize("name", list(all_options()))
-def test_the_plan_depends_on_what_an_option_declares(name: str) -> None:
+def test_the_plan_depends_on_what_an_option_declares(
+    name: str, plan_keys: tuple[RunConfig, Callable[[RunConfig], str]]
+) -> None:
+    plain, plan_key = plan_keys
     declared = all_options()[name]
     assert bool(plan_relevant_options({name: 1})) == bool(declared.affects)
     assert "plan" in declared.affects or not declared.affects
-    plain = make_run_config()
     run = plain.model_copy(
         update={
             declared.section: getattr(plain, declared.section).model_copy(
@@ -204,10 +219,6 @@ def test_the_plan_depends_on_what_an_option_declares(name: str) -> None:
         }
     )
     assert (plan_key(run) != plan_key(plain)) == ("step" in declared.affects)
-
-
-def plan_key(run: RunConfig) -> str:
-    return plan_cache.cache_key(run, SPEC, BlockMemoryPolicy(), BATCH_SHAPE, 1)
 
 
 def changed_value(run: RunConfig, declared: Option) -> Any:
