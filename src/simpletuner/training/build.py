@@ -1,7 +1,7 @@
 """Build the TrainerContext from a configuration: the one module that connects all parts of a run.
 
-Only this module and its parts (evaluation_callbacks.py, batches.py, train_state.py, prepare.py) see the whole
-RunConfig; everything else gets the section of options that it needs.
+Only this module and its parts (evaluation_callbacks.py, batches.py, train_state.py, prepare.py) see
+the whole RunConfig; everything else gets the section of options that it needs.
 """
 
 from __future__ import annotations
