@@ -55,11 +55,8 @@ def build_trainer_context(
     other options is refused before anything is encoded or loaded, and is not changed.
     """
     resume_point = open_run(run, folder, emit)
-    device, family = select_device(run.model), registry.get_family(run.model.model_family)
-    for notice in family.notices(run.model):
-        emit(NoticeIssued(notice))
-    validates = not run.validation.validation_disable
-    prompts = validation_prompts.read_prompts(run.validation, base_dir) if validates else ()
+    device, family = select_device(run.model), get_family_with_notices(run, emit)
+    prompts = read_prompts(run, base_dir)
     metrics = image_scoring.choose_metrics(run.validation, device.device)
     texts = evaluation_texts(run, prompts, metrics)
     prepared = prepare_inputs(run, backends, family, texts, folder, device, emit, closing)
@@ -131,6 +128,21 @@ def open_run(run: RunConfig, folder: RunFolder, emit: Emit) -> ResumePoint | Non
     else:
         resume_point.require_same_config(config, emit)
     return resume_point
+
+
+def get_family_with_notices(run: RunConfig, emit: Emit) -> ModelFamily:
+    """Return the model family, after emitting what it has to say about the chosen model."""
+    family = registry.get_family(run.model.model_family)
+    for notice in family.notices(run.model):
+        emit(NoticeIssued(notice))
+    return family
+
+
+def read_prompts(run: RunConfig, base_dir: Path) -> tuple[validation_prompts.Prompt, ...]:
+    """Return the validation prompts; none with validation_disable."""
+    if run.validation.validation_disable:
+        return ()
+    return validation_prompts.read_prompts(run.validation, base_dir)
 
 
 def evaluation_texts(
