@@ -23,6 +23,7 @@ from benchmarks.gpu.workload import Workload
 
 from simpletuner.config.schema import ModelOptions
 from simpletuner.models.chroma.family import ChromaFamily
+from simpletuner.models.chroma.fingerprints import T5_TENSOR
 
 STEPS = 3
 LEARNING_RATE = 1e-2  # large, so that every step changes the next one noticeably
@@ -107,7 +108,7 @@ def compare_compiled(workload: Workload) -> Outcome:
         seconds.append(time_call(call, workload.device))
         programs.append(counters["stats"]["unique_graphs"])
         for part, tolerance in COMPILED_TOLERANCES.items():
-            label = f"{part}, {batch.text.lengths[0]} rows"
+            label = f"{part}, {batch.text.lengths[T5_TENSOR][0]} rows"
             comparison.expect_close(label, actual[part], expected[part], tolerance)
     comparison.record(first_s=seconds[0], later_s=seconds[1:], programs=programs)
     comparison.expect(programs[0] > 0, "nothing was compiled")

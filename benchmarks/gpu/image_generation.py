@@ -11,6 +11,7 @@ from benchmarks.gpu.timing import count_kernels, peak_memory, reset_peak_memory,
 from benchmarks.gpu.workload import Workload
 from torch import Tensor
 
+from simpletuner.models.chroma.fingerprints import T5_TENSOR
 from simpletuner.models.chroma.model_spec import CHROMA_CONSTANTS
 from simpletuner.models.chroma.weights import empty_transformer
 from simpletuner.validation.inference import Inference
@@ -44,7 +45,9 @@ def measure_sampler(workload: Workload, px: int) -> Outcome:
     fill_with_random_weights(network, device, device)
     network.mod_proj = network.mod_proj.to(device)
     inference = Inference(RandomChroma(config), CHROMA_CONSTANTS, device, torch.bfloat16)
-    embeddings = [torch.randn(workload.text_rows, config.joint_attention_dim) for _ in range(2)]
+    embeddings = [
+        {T5_TENSOR: torch.randn(workload.text_rows, config.joint_attention_dim)} for _ in range(2)
+    ]
     side = workload.scaled_px(px) // 8
     noise = torch.randn(1, 16, side, side)
 
@@ -56,7 +59,7 @@ def measure_sampler(workload: Workload, px: int) -> Outcome:
             noise,
             steps=count,
             guidance=GUIDANCE,
-            negative_rows=embeddings[1:],
+            negative_embeddings=embeddings[1:],
         )
 
     first_s = time_call(lambda: run_steps(1), device)

@@ -28,6 +28,7 @@ from simpletuner.errors import TrainingStopped
 from simpletuner.events.event_log import read_events
 from simpletuner.events.event_types import StepCompleted
 from simpletuner.models.chroma.family import ChromaFamily
+from simpletuner.models.chroma.fingerprints import T5_TENSOR
 from simpletuner.training import run as engine
 from simpletuner.validation.inference import Inference
 from simpletuner.validation.sampler import denoise
@@ -62,7 +63,10 @@ def run_vae_and_sampler(device: torch.device, dtype: torch.dtype) -> dict[str, T
     mean = moments.chunk(2, dim=1)[0]
     pixels = vae.decode((mean - constants.latent_shift) * constants.latent_scale)
     text_encoder = family.load_text_encoder(files, options, device)
-    embeddings = [each.float() for each in text_encoder.encode(CAPTIONS)]
+    embeddings = [
+        {name: tensor.float() for name, tensor in each.items()}
+        for each in text_encoder.encode(CAPTIONS)
+    ]
     side = IMAGE_PX // constants.stride_px
     shape = (1, constants.latent_channels, side, side)
     latents = denoise(
@@ -72,12 +76,12 @@ def run_vae_and_sampler(device: torch.device, dtype: torch.dtype) -> dict[str, T
         torch.randn(shape, generator=torch.Generator().manual_seed(0)),
         steps=SAMPLER_STEPS,
         guidance=GUIDANCE,
-        negative_rows=embeddings[1:],
+        negative_embeddings=embeddings[1:],
     )
     return {
         "moments": moments,
         "pixels": pixels,
-        "text embeddings": embeddings[0],
+        "text embeddings": embeddings[0][T5_TENSOR],
         "denoised latents": latents,
     }
 

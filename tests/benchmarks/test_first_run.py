@@ -171,8 +171,10 @@ def test_a_sample_that_attends_to_padding_is_found(
     forward_and_backward = numerics.forward_and_backward
 
     def without_lengths(network: Any, batch: Any, workload: Any) -> Any:
-        rows = batch.text.embeddings.shape[1]
-        text = dataclasses.replace(batch.text, lengths=(rows,) * len(batch.text.lengths))
+        padded = {
+            name: (tensor.shape[1],) * len(tensor) for name, tensor in batch.text.tensors.items()
+        }
+        text = dataclasses.replace(batch.text, lengths=padded)
         return forward_and_backward(network, dataclasses.replace(batch, text=text), workload)
 
     monkeypatch.setattr(numerics, "forward_and_backward", without_lengths)
