@@ -132,7 +132,7 @@ def test_the_precision_is_part_of_what_a_run_is(
 
 
 def test_full_rank_needs_the_weights_themselves(workspace: TrainingProject) -> None:
-    with pytest.raises(ConfigError, match='use no_change'):
+    with pytest.raises(ConfigError, match="use no_change"):
         workspace.load_config(model_type="full", base_model_precision="nf4")
 
 
