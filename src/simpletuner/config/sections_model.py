@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -258,7 +259,7 @@ class ModelOptions(OptionSection):
 class AdapterOptions(OptionSection):
     """LoRA."""
 
-    shared_needs: ClassVar = LORA
+    shared_needs: ClassVar[Mapping[str, Any]] = LORA
 
     lora_rank: int = option(
         16,
