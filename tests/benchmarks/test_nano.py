@@ -167,7 +167,7 @@ def test_the_product_takes_every_cell_as_it_is_meant(
         unexpected = [
             note
             for note in loaded.notices
-            if "no effect" in note and "they need validation_disable false" not in note
+            if "no effect" in note and "with validation_disable true" not in note
         ]
         assert unexpected == [], cell.name
 
