@@ -22,6 +22,7 @@ from budget import device_named
 from diffusers import AutoencoderKL
 from make_shapes_dataset import render_scene
 from parallel import map_in_order
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -99,9 +100,7 @@ def cache_scenes(
     chunks = [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]
     files = [out / f"{index:05d}.safetensors" for index in range(len(chunks))]
     missing = [
-        (file, chunk)
-        for file, chunk in zip(files, chunks)
-        if not file.exists() or len(chunk) < CHUNK
+        (file, chunk) for file, chunk in zip(files, chunks) if count_rows(file) != len(chunk)
     ]
     if not missing:
         return
@@ -118,6 +117,14 @@ def cache_scenes(
         if index + 1 == len(parts) or parts[index + 1][0] != file:
             write_chunk(file, {name: torch.cat([row[name] for row in rows]) for name in rows[0]})
             rows = []
+
+
+def count_rows(file: Path) -> int:
+    """Return the drawings in a chunk, 0 where there is no file."""
+    if not file.exists():
+        return 0
+    with safe_open(file, framework="pt") as chunk:
+        return int(chunk.get_slice("ids").get_shape()[0])
 
 
 def write_chunk(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -137,6 +137,36 @@ def test_what_the_score_asks_for_is_not_trained_on(monkeypatch: pytest.MonkeyPat
     assert cache_latents.scene_numbers(cache_latents.HELD_SEED, 5) == [0, 1, 2, 3, 4]
 
 
+def test_more_drawings_are_added_to_what_is_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last chunk grows, complete chunks stay, and the result is that of one call."""
+
+    class Encoder:
+        def __init__(self, base: Path, device: torch.device) -> None:
+            pass
+
+        def encode(self, levels: np.ndarray, captions: list[str]) -> dict[str, torch.Tensor]:
+            return {"ids": torch.tensor([[len(caption)] for caption in captions])}
+
+    monkeypatch.setattr(cache_latents, "Encoder", Encoder)
+    monkeypatch.setattr(cache_latents, "CHUNK", 4)
+
+    def cached(name: str, count: int) -> torch.Tensor:
+        seed, cpu = cache_latents.HELD_SEED, torch.device("cpu")
+        cache_latents.cache_scenes(tmp_path, tmp_path / name, count, seed, cpu, 0, 3)
+        return cache_latents.load_chunks(tmp_path / name)["ids"]
+
+    assert len(cached("grown", 6)) == 6
+    first = (tmp_path / "grown" / "00000.safetensors").stat().st_mtime_ns
+    assert torch.equal(cached("grown", 11), cached("whole", 11))
+    assert (tmp_path / "grown" / "00000.safetensors").stat().st_mtime_ns == first
+    captions = [
+        scenes.compose_scene(cache_latents.HELD_SEED, number).caption for number in range(11)
+    ]
+    assert cached("grown", 11)[:, 0].tolist() == [len(caption) for caption in captions]
+
+
 def test_every_epoch_has_every_drawing_once() -> None:
     data = train_transformer.Data.__new__(train_transformer.Data)
     data.latents = torch.zeros(7)
