@@ -21,7 +21,7 @@ from PIL import Image
 from vae_images import UNSEEN_SEED, unseen_images
 
 from simpletuner.validation.shapes.scenes import SHAPES, SIDE_PX, compose_scene
-from simpletuner.validation.validation_images import to_image
+from simpletuner.validation.validation_images import pixels_to_image
 
 ENLARGED, COLUMNS, GAP_PX, TEXTURES = 3, 3, 6, 3
 
@@ -57,12 +57,12 @@ def main() -> None:
     args = parser.parse_args()
     vae = AutoencoderKL.from_pretrained(args.vae).float()
     cpu = torch.device("cpu")
-    textures = [to_image(one) for one in unseen_images(TEXTURES, False, cpu).split(1)]
+    textures = [pixels_to_image(one) for one in unseen_images(TEXTURES, False, cpu).split(1)]
     originals = [*one_of_every_shape(), *textures]
     pixels = [torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8) for one in originals]
     batch = torch.stack(pixels).view(-1, SIDE_PX, SIDE_PX, 3).permute(0, 3, 1, 2) / 127.5 - 1
     decoded = vae.decode(vae.encode(batch).latent_dist.mean).sample
-    pairs = list(zip(originals, [to_image(one) for one in decoded.split(1)]))
+    pairs = list(zip(originals, [pixels_to_image(one) for one in decoded.split(1)]))
     sheet(pairs).save(args.out)
 
 

@@ -16,6 +16,7 @@ import cache_latents
 import numpy as np
 import parallel
 import pytest
+import round_trips
 import torch
 import train_base
 import train_transformer
@@ -24,10 +25,14 @@ import trials
 import vae_images
 from diffusers import AutoencoderKL
 from muon import Muon, orthogonalised
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+import simpletuner.models
 from simpletuner.validation.shapes import scene_scoring, scenes
+
+NANO = Path(simpletuner.models.__path__[0]) / "nano"
 
 
 def test_progress_is_the_larger_share_and_seconds_of_earlier_calls_count() -> None:
@@ -243,3 +248,19 @@ def compare_text_encoders(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(before["shared.weight"].float(), frozen["shared.weight"])
     monkeypatch.setattr(train_transformer, "main", lambda arguments: pytest.fail("run again"))
     assert trials.run(work, "text", 4, "cpu") == first
+
+
+def test_round_trips_show_every_shape_beside_its_reconstruction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.png"
+    monkeypatch.setattr("sys.argv", ["", "--vae", str(NANO / "vae"), "--out", str(page)])
+    round_trips.main()
+    image = np.asarray(Image.open(page)).astype(int)
+    side, gap = scenes.SIDE_PX * round_trips.ENLARGED, round_trips.GAP_PX
+    cells = len(scenes.SHAPES) + round_trips.TEXTURES
+    rows = cells // round_trips.COLUMNS
+    assert image.shape == (rows * (side + gap), round_trips.COLUMNS * (2 * side + 2 * gap), 3)
+    original, decoded = image[:side, :side], image[:side, side : 2 * side]
+    assert np.abs(original - decoded).mean() < 10
+    assert np.abs(original - decoded).max() > 0
