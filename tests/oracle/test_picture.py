@@ -28,6 +28,7 @@ from simpletuner.config.schema import AdapterOptions, ModelOptions
 from simpletuner.flow.solvers import sigma_grid
 from simpletuner.models.chroma import weights
 from simpletuner.models.chroma.family import pack_latents
+from simpletuner.models.chroma.fingerprints import T5_TENSOR
 from simpletuner.models.chroma.merge_loras import merge_loras
 from simpletuner.models.registry import get_family as family_named
 from simpletuner.models.weights.merge_loras import MergeOutput
@@ -85,7 +86,8 @@ def theirs(lora: Path) -> np.ndarray:
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(lora.parent, weight_name=lora.name)
-    rows = FAMILY.load_text_encoder(SOURCE, NANO, CPU).encode([PROMPT])[0][None].float()
+    (embedding,) = FAMILY.load_text_encoder(SOURCE, NANO, CPU).encode([PROMPT])
+    rows = embedding[T5_TENSOR][None].float()
     noise: Tensor = initial_noise(FAMILY.read_constants(SOURCE), SEED, (SIDE_PX, SIDE_PX))[None]
     drawn = pipe(
         prompt_embeds=rows, prompt_attention_mask=torch.ones(rows.shape[:2]), latents=pack_latents(noise),
