@@ -256,5 +256,5 @@ def test_the_command_publishes_later(hub: UploadHub, run_dir: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert "no finished weights" in done.stderr
+    assert "has no final weights" in done.stderr
     assert hub.endpoint != constants.ENDPOINT

@@ -337,7 +337,7 @@ def test_sizes(text: str, size: float) -> None:
 
 
 def test_a_word_that_is_no_size() -> None:
-    with pytest.raises(ConfigError, match="write 12GB"):
+    with pytest.raises(ConfigError, match="use for example 12GB"):
         parse_memory_size("a lot")
 
 
