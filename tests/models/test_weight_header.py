@@ -208,6 +208,9 @@ whole = st.tuples(
         ("encoder.down.7.block.0.conv1.weight", "F32", []),
     ]
 )
+@example(
+    tensors=[("single_blocks.0.linear1.weight", "F32", []), ("img_in.weight", "F32", [0])],
+)
 @given(tensors=st.lists(whole, max_size=8, unique_by=lambda one: one[0]))
 def test_well_formed_files_of_anything(
     tmp_path: Path, tensors: list[tuple[str, str, list[int]]]

@@ -35,6 +35,10 @@ def read_transformer(file: Path) -> dict[str, StoredTensor]:
     for name, stored in tensors.items():
         rows = stored.shape[0] if stored.shape else 1
         pieces = native_names.split_native_tensor(name, rows, width)
+        if len(pieces) > 1 and not stored.shape:
+            raise ModelError(
+                f"{file} is not a complete Chroma transformer: {name} is one number, not a matrix."
+            )
         renamed |= {
             piece: stored.slice_dim0(rows_of_part) if len(pieces) > 1 else stored
             for piece, rows_of_part in pieces
