@@ -306,7 +306,12 @@ def test_the_command_takes_any_layout_and_says_what_it_did(base: Path, tmp_path:
     for wrong, words in {
         ("--format", "diffusers"): "native is one .safetensors file, diffusers a folder",
         ("--lora", "x.safetensors=0,5"): "is not FILE=WEIGHT",
-        ("--output", str(tmp_path / "folder"), "--dtype", "fp8"): "diffusers cannot read scaled fp8",
+        (
+            "--output",
+            str(tmp_path / "folder"),
+            "--dtype",
+            "fp8",
+        ): "diffusers cannot read scaled fp8",
         ("--output", str(tmp_path / "no" / "folder")): "does not exist",
     }.items():
         with pytest.raises(ConfigError, match=words):
