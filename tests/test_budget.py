@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "simpletuner"
 FILE_LINES = 400
+COLUMNS = 100
 FILE_LINES_EXCEPT: dict[str, int] = {}
 FUNCTION_LINES = 60  # and more is too many
 BROAD_EXCEPTS = 3
@@ -48,6 +49,9 @@ def problems(path: Path) -> Iterator[str]:
     size = len(text.splitlines())
     if size > FILE_LINES_EXCEPT.get(path.relative_to(SOURCE).as_posix(), FILE_LINES):
         yield f" has {size} lines"
+    for number, line in enumerate(text.splitlines(), 1):
+        if len(line.partition("  # type: ignore")[0]) > COLUMNS:
+            yield f":{number} has {len(line)} columns"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             size = (node.end_lineno or node.lineno) - node.lineno + 1

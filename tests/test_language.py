@@ -31,8 +31,8 @@ BANNED = {
     r"\berrs\b": "is less accurate",
     r"\bnumber types?\b": "dtype, precision",
     r"\ba comma list\b": "comma-separated list",
-    r"\b(?:recompute|recomputes|recomputed) blocks?\b|\bblocks? (?:are |is )?recomputed\b": "gradient checkpointing, checkpointed blocks",
-    r"\bdraws? (?:the |an? )?(?:image|preview|sample)s?\b|\b(?:images|previews) (?:are|is) drawn\b": "generate",
+    r"\b(?:recompute|recomputes|recomputed) blocks?\b|\bblocks? (?:are |is )?recomputed\b": "gradient checkpointing, checkpointed blocks",  # noqa: E501
+    r"\bdraws? (?:the |an? )?(?:image|preview|sample)s?\b|\b(?:images|previews) (?:are|is) drawn\b": "generate",  # noqa: E501
     r"\bfor ever\b": "permanently, without limit",
     r"\bnobody\b": "no user, no caller",
     r"\b(?:lies|lie|lay) (?:in|on|at|beside|below|there|under|outside|ready|about|where)\b": "is in",
@@ -50,7 +50,7 @@ BANNED = {
     r"\bsuch an? one\b|\bthat one's\b": "name the thing",
     r"\bgives? out\b": "provides",
     r"\bsay(?:s)? (?:it )?again\b": "repeat",
-    r"\b1 (?:images|samples|steps|files|captions|batches|buckets|visits|datasets|blocks)\b": "singular and plural",
+    r"\b1 (?:images|samples|steps|files|captions|batches|buckets|visits|datasets|blocks)\b": "singular and plural",  # noqa: E501
 }
 PATTERNS = [(re.compile(pattern, re.IGNORECASE), better) for pattern, better in BANNED.items()]
 # Words that stand on disk, on the network or in a user's own folder names.

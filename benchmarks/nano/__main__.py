@@ -80,7 +80,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, Benchmark
     shown = [word for word in words if word not in ("--report", "--list")]
     seeds = SEEDS[: 1 if args.corner else args.seeds]
     asked = BenchmarkRequest(
-        ExperimentFolders(out), SMOKE_TEST if args.corner else FULL_EXPERIMENT, seeds, tuple(args.only), args.workers,
+        ExperimentFolders(out), SMOKE_TEST if args.corner else FULL_EXPERIMENT, seeds, tuple(args.only), args.workers,  # noqa: E501
         out / "results" if args.corner else RESULTS, out / "results" if args.corner else DOCS,
         COMMAND if args.corner or not shown else f"{COMMAND} {' '.join(strip_output_option(shown))}",
     )  # fmt: skip

@@ -150,7 +150,7 @@ class CellRunner:
         self._workers = workers
         left = self.queue.unfinished_cells()
         self.print_line(
-            f"{len(self.queue.done)} of {len(self.queue.cells)} cells are finished; {self._format_time_left()}"
+            f"{len(self.queue.done)} of {len(self.queue.cells)} cells are finished; {self._format_time_left()}"  # noqa: E501
         )
         if not left:
             return {}

@@ -97,4 +97,4 @@ def describe_distance(row: TableData, measure: str, reference: str) -> str:
         return f"; one seed says nothing of how far from {reference}"
     away = abs(mean) / se if se else 0.0
     clear = away >= T_CRITICAL[row["finished"]]
-    return f", {away:.1f} standard errors from {reference}: {'clear' if clear else 'not clear'} with these seeds"
+    return f", {away:.1f} standard errors from {reference}: {'clear' if clear else 'not clear'} with these seeds"  # noqa: E501

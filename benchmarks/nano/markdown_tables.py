@@ -66,7 +66,7 @@ PART_COLUMNS: Mapping[str, tuple[Column, ...]] = {
     ),
     "kinds": (*HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, Column("trained, M", "parameters_m", 2),
               Column("file, MB", "file_mb", 2), STEP_COLUMN),
-    "bases": (Column("held-out loss before", "held_out_start", 4), *HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN),
+    "bases": (Column("held-out loss before", "held_out_start", 4), *HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN),  # noqa: E501
     "rows": (*HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN),
 }  # fmt: skip
 

@@ -100,7 +100,7 @@ def _build_part(
 
 
 def _build_row(
-    row: TableRow, variant: experiments.Variant, done: Mapping[str, CellResult], size: ExperimentSize, seeds: Sequence[int],
+    row: TableRow, variant: experiments.Variant, done: Mapping[str, CellResult], size: ExperimentSize, seeds: Sequence[int],  # noqa: E501
     untouched: CellResult | None,
 ) -> TableData:  # fmt: skip
     own = {seed: done.get(experiments.cell_name(row.variant, seed)) for seed in seeds}

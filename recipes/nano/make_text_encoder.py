@@ -8,7 +8,7 @@ bytes.
 The encoder's weights are random, with one thing built in: its relative position biases let each head look
 at one neighbour. Chroma gives text tokens no positions, so "red" must know its "circle" from T5
 alone.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 

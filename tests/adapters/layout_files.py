@@ -145,6 +145,6 @@ def make_all_layouts(width: int, rank: int = 4, alpha: float = 2.0) -> Mapping[s
         "comfyui-peft": make_native_file(lambda n: f"diffusion_model.{n}", AB, alpha, width, rank),
         "comfyui-diffusers": make_diffusers_file(lambda n: f"diffusion_model.{n}", AB, alpha, width, rank),
         "bare": make_diffusers_file(lambda n: n, AB, alpha, width, rank),
-        "onetrainer": make_diffusers_file(lambda n: f"lora_transformer_{underscored(n)}", DOWN_UP, alpha, width, rank),
+        "onetrainer": make_diffusers_file(lambda n: f"lora_transformer_{underscored(n)}", DOWN_UP, alpha, width, rank),  # noqa: E501
         "lycoris": make_diffusers_file(lambda n: f"lycoris_{underscored(n)}", DOWN_UP, alpha, width, rank),
     }  # fmt: skip

@@ -218,7 +218,7 @@ class Comfy:
 
     def __init__(self, width: int, with_bare: bool = True) -> None:
         self.shapes = {
-            **{name: (sum(counts) * width, columns * width) for name, (_, counts, columns) in NATIVE_MODULES.items()},
+            **{name: (sum(counts) * width, columns * width) for name, (_, counts, columns) in NATIVE_MODULES.items()},  # noqa: E501
             "img_in": (width, 64), "final_layer.linear": (64, width),
         }  # fmt: skip
         self.places: dict[str, tuple[str, int, int]] = {}

@@ -242,7 +242,7 @@ def test_an_existing_configuration_is_edited_only_on_demand(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "more").mkdir()
-    own = '{\n// mine\n"network_rank": 32, "huber_c": 0.3, "report_to": "{env:TRACKER}", "max_train_steps": 50}'
+    own = '{\n// mine\n"network_rank": 32, "huber_c": 0.3, "report_to": "{env:TRACKER}", "max_train_steps": 50}'  # noqa: E501
     sets = [
         {"id": "kept", "instance_data_dir": "pictures", "repeats": 3, "resolution": 256},
         {"id": "held", "dataset_type": "eval", "instance_data_dir": "more"},

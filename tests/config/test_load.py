@@ -264,8 +264,8 @@ def test_everything_wrong_at_once(folder: Path) -> None:
         "config.json:5:3: seed = true: must be a whole number",
         "config.json:6:3: validation_guidance: use validation_guidance_real",
         'config.json:7:3: init_lora = "nope.safetensors": does not exist (looked for nope.safetensors)',
-        "config.json:8:3: max_train_steps: num_train_epochs is given too; set the length of the run with one of them",
-        "config.json:10:3: base_model_precision = \"int8-sdnq\": sdnq's layers stop the gradients of earlier layers "
+        "config.json:8:3: max_train_steps: num_train_epochs is given too; set the length of the run with one of them",  # noqa: E501
+        "config.json:10:3: base_model_precision = \"int8-sdnq\": sdnq's layers stop the gradients of earlier layers "  # noqa: E501
         "without an error; use int8; allowed: no_change, int8, int4, nf4, fp8",
         "config.json:11:3: lora_init_type = \"loftq\": LoftQ changes the base's weights; pissa initialises "
         "from the base, quantized or not; allowed: default, gaussian, olora, pissa",

@@ -41,7 +41,7 @@ class TrainingProject:
         make_images(root / "held-out", count=3, first=10)
         self.write_datasets()
         self.options: dict[str, object] = {
-            "model_type": "lora", "model_family": "chroma", "pretrained_model_name_or_path": str(self.base_model_dir),
+            "model_type": "lora", "model_family": "chroma", "pretrained_model_name_or_path": str(self.base_model_dir),  # noqa: E501
             "output_dir": str(root / "run"), "lora_rank": 2, "lora_dropout": 0.1, "learning_rate": 1e-2,
             "mixed_precision": "no", "device": "cpu", "torch_num_threads": 1, "max_train_steps": 6,
             "gradient_accumulation_steps": 2, "train_batch_size": 2, "caption_dropout_probability": 0.2,

@@ -143,7 +143,7 @@ def test_nothing_a_person_writes_becomes_markup(tmp_path: Path) -> None:
         image(tmp_path, 0, "base", HOSTILE), image(tmp_path, 5, "trained", HOSTILE),
         ImageSaved(6, HOSTILE, HOSTILE, 'images/"><script>.png', 1, 8, 8, HOSTILE),
         LossEvaluated(5, HOSTILE, HOSTILE, 0.5, 0.1, 0.1, ((0.1, 0.2), (0.9, 0.3)), True),
-        step(1), WeightsSaved(5, HOSTILE, 1.0, 1), WarningIssued(HOSTILE + " \udcff"), RunFailed(5, HOSTILE, 4),
+        step(1), WeightsSaved(5, HOSTILE, 1.0, 1), WarningIssued(HOSTILE + " \udcff"), RunFailed(5, HOSTILE, 4),  # noqa: E501
     ]  # fmt: skip
     folder = tmp_path
     found = Tags(report(folder, events, {HOSTILE: HOSTILE, "b": 1}, defaults={HOSTILE: "x"}))

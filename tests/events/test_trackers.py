@@ -133,7 +133,7 @@ def test_none_is_none(tmp_path: Path) -> None:
 
 def test_listening_to_events_imports_neither_torch_nor_a_tracker() -> None:
     program = (
-        "import sys, simpletuner.events.event_log, simpletuner.events.sinks, simpletuner.events.terminal_sink,"
+        "import sys, simpletuner.events.event_log, simpletuner.events.sinks, simpletuner.events.terminal_sink,"  # noqa: E501
         "simpletuner.events.webhook_sink, simpletuner.events.trackers, simpletuner.events.html_report;"
         "print([one for one in ('torch', 'tensorboard', 'wandb', 'trackio', 'tqdm') if one in sys.modules])"
     )

@@ -233,7 +233,7 @@ def test_a_lora_of_another_model_is_refused_before_anything_is_written(
     wrong = {"transformer_blocks.0.attn.to_q": LowRankDelta(torch.zeros(2, 32), torch.zeros(32, 2))}
     with pytest.raises(
         ModelError,
-        match=r"another model: transformer_blocks.0.attn.to_q is \(\d+, \d+\) in it and \(64, 64\) in the base",
+        match=r"another model: transformer_blocks.0.attn.to_q is \(\d+, \d+\) in it and \(64, 64\) in the base",  # noqa: E501
     ):
         merge_loras(base, [(wrong, 1.0)], MergeOutput(tmp_path / "out", native_format=False), {})
     absent = {

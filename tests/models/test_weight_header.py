@@ -99,9 +99,9 @@ def entry(**changes: object) -> dict[str, object]:
         (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 4, 2**60), "is incomplete"),
         (single_files.gguf_bytes({"a": ((2**60, 2), 0, b"")}), "describes"),
         (single_files.gguf_bytes({"a": ((1, 1, 1, 1, 1), 0, b"\0" * 4)}), "5 dimensions"),
-        (single_files.gguf_bytes({"a": ((4,), 0, b"\0" * 16), "b": ((40,), 0, b"\0" * 160)})[:-1], "incomplete"),
+        (single_files.gguf_bytes({"a": ((4,), 0, b"\0" * 16), "b": ((40,), 0, b"\0" * 160)})[:-1], "incomplete"),  # noqa: E501
         (single_files.gguf_bytes({"a": ((40,), 0, b"\0" * 16), "b": ((4,), 0, b"\0" * 160)}), "overlap"),
-        (single_files.gguf_bytes(dict.fromkeys(("aa", "ab"), ((4,), 0, b"\0" * 32))).replace(b"b", b"a"), "twice"),
+        (single_files.gguf_bytes(dict.fromkeys(("aa", "ab"), ((4,), 0, b"\0" * 32))).replace(b"b", b"a"), "twice"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_hostile_headers(tmp_path: Path, content: bytes, said: str) -> None:
