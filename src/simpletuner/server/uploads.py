@@ -31,7 +31,8 @@ ACCEPTED_TYPES_TEXT = (
     "allowed are PNG, JPEG, WebP, AVIF, BMP and TIFF images, .txt captions and .zip archives"
 )
 IMAGE_MAGIC = re.compile(
-    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|....ftypavi[fs]|....ftypmif1|BM|II[*+]\0|MM\0[*+]",
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|....ftypavi[fs]|....ftypmif1"
+    rb"|BM|II[*+]\0|MM\0[*+]",
     re.DOTALL,
 )
 # In the dataset's folder, so that a file can be moved without copying; never scanned for images.
