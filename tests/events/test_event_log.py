@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.events import event_types
-from simpletuner.events.event_log import EventLog, read_events
+from simpletuner.events.event_log import EventLog, event_from_dict, event_to_dict, read_events
 
 EXAMPLES = [
     event_types.RunStarted("0.1", "/r", "nano", "cpu", 10, 0),
@@ -32,6 +32,9 @@ EXAMPLES = [
     ),
     event_types.RunFinished(10, 2.5, "done"),
     event_types.RunFailed(3, "boom", 4),
+    event_types.RunStarted(
+        "0.1", "/r", "n", "cpu", 9, 0, event_types.RunWorld(2, "zero3", 1 << 33)
+    ),
 ]
 
 
@@ -54,6 +57,16 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
             len(list(read_events(path, record.end_offset)))
             == len(EXAMPLES) - records.index(record) - 1
         )
+
+
+@pytest.mark.parametrize(
+    "world", [None, {}, {"processes": "2"}, [1], {"processes": 2, "mode": "x"}]
+)
+def test_unknown_processes_leave_the_start_of_the_run_readable(world: object) -> None:
+    start = event_to_dict(EXAMPLES[0], 1.0)
+    del start["world"]  # written before the field existed
+    assert event_from_dict(start) == EXAMPLES[0]
+    assert event_from_dict({**start, "world": world}) == EXAMPLES[0]
 
 
 def test_numbers_that_are_not_finite_survive_as_valid_json(tmp_path: Path) -> None:

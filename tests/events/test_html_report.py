@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -21,11 +22,13 @@ from simpletuner.events.event_types import (
     RunFinished,
     RunResumed,
     RunStarted,
+    RunWorld,
     ScoresComputed,
     StepCompleted,
     WarningIssued,
     WeightsSaved,
 )
+from simpletuner.events.formatting import describe_event
 from simpletuner.events.html_report import write_report
 from simpletuner.events.run_history import history_from_records, read_run_history
 
@@ -134,6 +137,17 @@ def test_the_page_is_whole_and_asks_no_one(tmp_path: Path) -> None:
     changed = text.index("differ from the defaults")
     assert "rank" in text[changed:]
     assert "16" in text[changed:]
+
+
+def test_the_header_names_the_processes_of_the_last_start(tmp_path: Path) -> None:
+    one = RunStarted("0.1", "r", "nano", "cpu", 20, 0)
+    (tmp_path / "one").mkdir()
+    assert "process" not in report(tmp_path / "one", [one])
+    two = dataclasses.replace(one, world=RunWorld(2, "sharded", 3 << 29))
+    text = "2 processes, sharded by FSDP2, 1.5 GiB of base weights in each"
+    (tmp_path / "two").mkdir()
+    assert text in report(tmp_path / "two", [one, two])
+    assert describe_event(two) == f"simpletuner 0.1: nano on cpu, {text}, steps 0 to 20"
 
 
 def test_nothing_a_person_writes_becomes_markup(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -488,6 +489,15 @@ def test_detail(tmp_path: Path) -> None:
         "chroma nano",
     )
     assert detail.events_end == run.events.stat().st_size
+
+
+def test_detail_names_the_processes_of_the_last_start(tmp_path: Path) -> None:
+    run = RunFolderWriter(tmp_path / "run").write_start()
+    known, run_name = RunService(Workspace(tmp_path)), run_id(run.path)
+    assert known.detail(run_name).world is None
+    world = event_types.RunWorld(4, "zero2", 99)
+    run.write_events(event_types.RunStarted("", "", "m", "cpu", 9, 0, world))
+    assert known.detail(run_name).model_dump()["world"] == dataclasses.asdict(world)
 
 
 def test_fifty_long_runs_cost_next_to_nothing(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpletuner.events.event_types import EVENT_CLASSES, Event
+from simpletuner.events.event_types import EVENT_CLASSES, Event, RunWorld
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,16 @@ def event_from_dict(record: dict[str, Any]) -> Event | None:
     kind = EVENT_CLASSES.get(record.get("kind", ""))
     if kind is None:
         return None
-    values = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         if field.name in record:
             value = record[field.name]
-            values[field.name] = (
-                math.nan if value is None and field.type == "float" else _lists_to_tuples(value)
-            )
+            if field.name == "world":
+                values[field.name] = _world_from_json(value)
+            elif value is None and field.type == "float":
+                values[field.name] = math.nan
+            else:
+                values[field.name] = _lists_to_tuples(value)
         elif field.default is dataclasses.MISSING:
             return None
     return kind(**values)
@@ -107,3 +110,15 @@ def _lists_to_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _lists_to_tuples(item) for key, item in value.items()}
     return tuple(_lists_to_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _world_from_json(value: Any) -> RunWorld | None:
+    """Return the processes of a run; None for one process, and where another version wrote them."""
+    match value:
+        case {
+            "processes": int(processes),
+            "mode": str(mode),
+            "base_bytes_per_rank": int(base_bytes_per_rank),
+        }:
+            return RunWorld(processes, mode, base_bytes_per_rank)
+    return None

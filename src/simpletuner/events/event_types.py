@@ -24,8 +24,21 @@ Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
+class RunWorld:
+    """The processes that train a run, as they were started.
+
+    mode: "replicated" (each holds the whole base), "sharded" (FSDP2), or "zero1", "zero2", "zero3"
+    (DeepSpeed). base_bytes_per_rank: bytes of the base's weights that the largest process holds.
+    """
+
+    processes: int
+    mode: str
+    base_bytes_per_rank: int
+
+
+@dataclass(frozen=True)
 class RunStarted(Event, kind="run_started"):
-    """First event of every process that works on a run."""
+    """First event of every start of a run. world: None for one process."""
 
     version: str
     run_dir: str
@@ -33,6 +46,7 @@ class RunStarted(Event, kind="run_started"):
     device: str
     total_steps: int
     resumed_step: int
+    world: RunWorld | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,14 @@ from collections.abc import Sequence
 
 from simpletuner.events import event_types
 
+MODE_NAMES = {
+    "replicated": "replicated",
+    "sharded": "sharded by FSDP2",
+    "zero1": "DeepSpeed ZeRO-1",
+    "zero2": "DeepSpeed ZeRO-2",
+    "zero3": "DeepSpeed ZeRO-3",
+}
+
 
 class SmoothedMean:
     """Exponential moving average without the bias of its start (Adam's correction).
@@ -73,12 +81,20 @@ def count_of(count: int, noun: str, plural: str = "") -> str:
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
+def format_world(world: event_types.RunWorld) -> str:
+    """Return "2 processes, sharded by FSDP2, 4.6 GiB of base weights in each"."""
+    mode = MODE_NAMES.get(world.mode, world.mode)
+    processes = count_of(world.processes, "process", "processes")
+    return f"{processes}, {mode}, {format_bytes(world.base_bytes_per_rank)} of base weights in each"
+
+
 def describe_event(event: event_types.Event) -> str:
     """Return one line of plain text."""
     match event:
         case event_types.RunStarted():
             steps = f"steps {event.resumed_step} to {event.total_steps}"
-            return f"simpletuner {event.version}: {event.model} on {event.device}, {steps}"
+            world = "" if event.world is None else f"{format_world(event.world)}, "
+            return f"simpletuner {event.version}: {event.model} on {event.device}, {world}{steps}"
         case event_types.NoticeIssued() | event_types.WarningIssued():
             return event.message
         case event_types.StageStarted():

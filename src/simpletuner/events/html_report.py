@@ -22,6 +22,7 @@ from simpletuner.events.formatting import (
     describe_event,
     format_duration,
     format_score,
+    format_world,
     pick_evenly,
 )
 from simpletuner.events.run_history import ImageKey, RunHistory, read_run_history
@@ -71,6 +72,7 @@ def _render_header(run_dir: Path, history: RunHistory) -> str:
     line = "no run recorded yet"
     if started:
         line = f"{started.model} on {started.device}, simpletuner {started.version}"
+        line += f"; {format_world(started.world)}" if started.world else ""
     facts: list[tuple[str, str]] = []
     if steps:
         smooth = SmoothedMean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from simpletuner.server.run_finder import RunFinder
 from simpletuner.server.run_reader import RunReader
 from simpletuner.server.schemas.base import JobState
 from simpletuner.server.schemas.jobs import Job
-from simpletuner.server.schemas.runs import RunDetail, RunImage, RunSummary
+from simpletuner.server.schemas.runs import RunDetail, RunImage, RunProcesses, RunSummary
 from simpletuner.server.workspace import Workspace, run_id
 
 READ_BUDGET_S = 0.25  # time per list of runs for reading events that were not read before
@@ -119,6 +120,11 @@ class RunService:
                 summary=summary,
                 model=start.model if start else "",
                 device=start.device if start else "",
+                world=(
+                    RunProcesses(**dataclasses.asdict(start.world))
+                    if start and start.world
+                    else None
+                ),
                 config=config,
                 changed={
                     name: value

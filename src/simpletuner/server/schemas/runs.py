@@ -65,12 +65,21 @@ class OutputFile(ApiModel):
     size_bytes: int
 
 
+class RunProcesses(ApiModel):
+    """The processes of a run. mode, base_bytes_per_rank: as in the event run_started."""
+
+    processes: int
+    mode: str
+    base_bytes_per_rank: int
+
+
 class RunDetail(ApiModel):
-    """Everything about a run except its metrics, images and log."""
+    """Everything about a run except its metrics, images and log. world: None for one process."""
 
     summary: RunSummary
     model: str
     device: str
+    world: RunProcesses | None
     config: dict[str, Any]
     changed: dict[str, Any]
     stages: list[RunStage]

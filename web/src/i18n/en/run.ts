@@ -17,6 +17,14 @@ const stageUnits: Record<string, [string, string]> = {
   samples: ["sample", "samples"],
 };
 const weights: Record<string, string> = { base: "Base model", trained: "Trained", ema: "EMA" };
+/** Mode of the event run_started. */
+const modes: Record<string, string> = {
+  replicated: "replicated",
+  sharded: "sharded (FSDP2)",
+  zero1: "DeepSpeed ZeRO-1",
+  zero2: "DeepSpeed ZeRO-2",
+  zero3: "DeepSpeed ZeRO-3",
+};
 const splits: Record<string, string> = { eval: "Eval (held out)", train: "Subset of the training images" };
 
 export const run = {
@@ -44,6 +52,9 @@ export const run = {
     started: "Started",
     model: "Model",
     device: "Device",
+    processes: "Processes",
+    basePerProcess: "Base weights per process",
+    modes,
   },
   controls: {
     stop: "Stop",

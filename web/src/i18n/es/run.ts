@@ -25,6 +25,15 @@ export const run: Texts["run"] = {
     started: "Inicio",
     model: "Modelo",
     device: "Dispositivo",
+    processes: "Procesos",
+    basePerProcess: "Pesos base por proceso",
+    modes: {
+      replicated: "replicado",
+      sharded: "fragmentado (FSDP2)",
+      zero1: "DeepSpeed ZeRO-1",
+      zero2: "DeepSpeed ZeRO-2",
+      zero3: "DeepSpeed ZeRO-3",
+    },
   },
   controls: {
     stop: "Detener",

@@ -25,6 +25,15 @@ export const run: Texts["run"] = {
     started: "शुरू हुआ",
     model: "मॉडल",
     device: "डिवाइस",
+    processes: "प्रोसेस",
+    basePerProcess: "प्रति प्रोसेस बेस वेट",
+    modes: {
+      replicated: "हर प्रोसेस में पूरी प्रति",
+      sharded: "टुकड़ों में बँटा (FSDP2)",
+      zero1: "DeepSpeed ZeRO-1",
+      zero2: "DeepSpeed ZeRO-2",
+      zero3: "DeepSpeed ZeRO-3",
+    },
   },
   controls: {
     stop: "रोकें",
