@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from simpletuner import __version__
@@ -76,7 +77,7 @@ def build_trainer_context(
     )
     load_batch, micro_batch_shape = build_batch_loader(run, prepared, order, schedule, closing)
     return TrainerContext(
-        family=family,
+        predict_velocity=partial(family.predict_velocity, state.transformer),
         transformer=state.transformer,
         device=device,
         optimizer=state.optimizer,

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from simpletuner.cache.batch_types import Batch
+from simpletuner.cache.batch_types import Batch, TextBatch
 from simpletuner.config.schema import FlowOptions
 from simpletuner.errors import TrainingDiverged, TrainingStopped
 from simpletuner.events.event_types import Emit, StepCompleted, WarningIssued
 from simpletuner.flow.densities import sample_sigmas
 from simpletuner.flow.objective import add_noise, loss_per_sample, sample_noise, velocity_target
-from simpletuner.models.family import ModelFamily
 from simpletuner.randomness import seed_at
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.ema import Ema
@@ -35,6 +34,7 @@ from simpletuner.training.optimizer_step import OptimizerStep
 from simpletuner.training.optimizers import set_optimizer_mode
 
 StepCallback = Callable[[int], None]  # takes the number of completed optimizer steps
+PredictVelocity = Callable[[Tensor, Tensor, TextBatch], Tensor]  # x_sigma, sigma, text
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,14 @@ class MicroBatchShape(NamedTuple):
 class TrainerContext:
     """Everything that the loop works with; build.py makes it.
 
-    learning_rate: from a step, counted from 0. load_batch, micro_batch_shape: from the number of a
-    micro-batch, counted from 0 over the whole run. resumed_step: steps completed by earlier
-    processes. requested_callbacks: what a user asked for since the last call.
-    consecutive_skipped_steps: steps in a row without an update.
+    predict_velocity: the family's function with the transformer, which an engine may wrap; the
+    loop itself only sets the mode of the transformer. learning_rate: from a step, counted from 0.
+    load_batch, micro_batch_shape: from the number of a micro-batch, counted from 0 over the whole
+    run. resumed_step: steps completed by earlier processes. requested_callbacks: what a user asked
+    for since the last call. consecutive_skipped_steps: steps in a row without an update.
     """
 
-    family: ModelFamily
+    predict_velocity: PredictVelocity
     transformer: nn.Module
     device: ComputeDevice
     optimizer: Optimizer
@@ -245,7 +246,7 @@ def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor) -> Tens
     )
     text = batch.text.to(device)
     x_sigma = add_noise(latents, input_noise, sigma)
-    velocity = context.family.predict_velocity(context.transformer, x_sigma, sigma, text)
+    velocity = context.predict_velocity(x_sigma, sigma, text)
     return loss_per_sample(velocity, velocity_target(latents, noise), sigma, options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -184,7 +185,7 @@ def make_fake_context(
 
     tokens = feed.size_px[0] * feed.size_px[1] // constants.token_px**2
     return TrainerContext(
-        family=family,
+        predict_velocity=partial(family.predict_velocity, net.transformer),
         transformer=net.transformer,
         device=cpu_device_without_gpu_options(run.model),
         optimizer=net.optimizer,
