@@ -23,12 +23,14 @@ FORM = {info.name: info for info in form_schema.build_form_schema().options}
 FIELD_FORM = {info.name: info for info in form_schema.build_form_schema().dataset_fields}
 # A value that is not the default, where the declaration alone does not give one that is allowed.
 VALUES = {
+    "accelerate_visible_devices": "0,1",
     "alpha_background": "black",
     "cache_dir": "somewhere",
     "evaluation_type": "shapes",
     "flow_custom_timesteps": "0.5",
     "lr_end": 1e-6,
     "lycoris_config": {"algo": "lokr"},
+    "machine_rank": 1,
     "pretrained_model_name_or_path": ".",
     "report_to": "wandb",
     "user_prompt_library": "prompts.json",
@@ -48,6 +50,8 @@ def other_value(declared: Option) -> Any:
         return not declared.default
     if declared.kind == "amount":
         return False
+    if declared.kind == "count":
+        return 3 if declared.default != 3 else 4
     if declared.kind == "choice":
         others = (
             word for word in declared.choices if word not in (declared.default, declared.idle_value)

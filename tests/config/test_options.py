@@ -63,11 +63,10 @@ preserve_data_backend_cache vae_cache_scan_behaviour delete_unwanted_images
 delete_problematic_images
 delete_nsfw_images ignore_missing_files print_filenames print_sampler_statistics
 debug_aspect_buckets
-debug_dataset_loader scheduled_sampling_max_step_offset scheduled_sampling_reflexflow num_processes
-num_machines machine_rank main_process_ip main_process_port same_network accelerate_config
-accelerate_extra_args find_unused_parameters deepspeed_config offload_param_path fsdp_enable
-fsdp_version
-fsdp_activation_checkpointing context_parallel_size context_parallel_comm_strategy instance_data_dir
+debug_dataset_loader scheduled_sampling_max_step_offset scheduled_sampling_reflexflow
+same_network accelerate_extra_args find_unused_parameters offload_param_path fsdp_state_dict_type
+fsdp_auto_wrap_policy fsdp_cpu_offload fsdp_activation_checkpointing
+context_parallel_size context_parallel_comm_strategy instance_data_dir
 repeats
 crop
 """
@@ -197,7 +196,37 @@ def judge(tmp_path: Path) -> Any:
         ({"lora_rank": 2.5}, "lora_rank"),
         ({"learning_rate": [1]}, "learning_rate"),
         ({"instance_prompt": {}}, "instance_prompt"),
-        ({"num_processes": 2}, "num_processes"),
+        ({"num_processes": 0}, "num_processes"),
+        ({"num_processes": "all"}, "num_processes"),
+        ({"num_processes": 2, "max_restarts": -1}, "max_restarts"),
+        ({"num_machines": 2, "num_processes": 4}, "main_process_ip"),
+        ({"num_machines": 2, "num_processes": 3, "main_process_ip": "a"}, "num_processes"),
+        (
+            {"num_machines": 2, "num_processes": 4, "main_process_ip": "a", "machine_rank": 2},
+            "machine_rank",
+        ),
+        ({"num_machines": 2, "main_process_ip": "a b", "num_processes": 2}, "main_process_ip"),
+        ({"main_process_port": 65536}, "main_process_port"),
+        ({"fsdp_version": 1}, "fsdp_version"),
+        ({"fsdp_enable": True, "deepspeed_config": {"train_batch_size": 1}}, "fsdp_enable"),
+        (
+            {"fsdp_enable": True, "musubi_blocks_to_swap": 2, "num_processes": 2},
+            "fsdp_enable",
+        ),
+        ({"fsdp_cpu_offload": True}, "fsdp_cpu_offload"),
+        ({"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}, "fsdp_auto_wrap_policy"),
+        (
+            {
+                "num_processes": 2,
+                "optimizer_release_gradients": True,
+                "max_grad_norm": 0,
+            },
+            "optimizer_release_gradients",
+        ),
+        ({"accelerate_visible_devices": [0, 0]}, "accelerate_visible_devices"),
+        ({"accelerate_visible_devices": []}, "accelerate_visible_devices"),
+        ({"accelerate_visible_devices": "0,x"}, "accelerate_visible_devices"),
+        ({"accelerate_config": "nowhere.yaml"}, "accelerate_config"),
     ],
 )
 def test_contradictions(judge: Any, config: dict[str, Any], option: str) -> None:
@@ -220,6 +249,10 @@ def test_contradictions(judge: Any, config: dict[str, Any], option: str) -> None
         {"resolution": 1.0, "resolution_type": "area"},
         {"evaluation_type": "zorbo, shapes", "model_flavour": "nano", "evaluation_prompts": 8},
         {"evaluation_type": "shapes", "pretrained_model_name_or_path": "."},
+        {"num_processes": 2},
+        {"num_processes": "auto", "accelerate_visible_devices": [1, 3]},
+        {"num_machines": 2, "num_processes": 4, "main_process_ip": "10.0.0.1", "machine_rank": 1},
+        {"fsdp_enable": True, "fsdp_version": 2, "fsdp_reshard_after_forward": False},
         {"validation_strengths": 0.5},
         {"validation_strengths": "none"},
         {"validation_strengths": "0.25, 0.5"},
@@ -265,6 +298,12 @@ def test_what_agrees_is_let_through(judge: Any, config: dict[str, Any]) -> None:
             "lr_power has no effect with lr_scheduler linear",
         ),
         ({"optimizer": "lion", "adam_beta1": 0.8}, "adam_beta1 has no effect with optimizer lion"),
+        ({"max_restarts": 1}, "max_restarts has no effect with num_processes 1"),
+        (
+            {"fsdp_reshard_after_forward": False},
+            "fsdp_reshard_after_forward has no effect with fsdp_enable false",
+        ),
+        ({"find_unused_parameters": True}, "find_unused_parameters"),
         (
             {"ramtorch": False, "post_upload_script": None},
             "because they are off or change nothing: post_upload_script, ramtorch",
@@ -348,13 +387,13 @@ def test_every_precision_of_others_is_read_or_refused_with_the_alternative(judge
 
 
 def test_harmless_values_are_few(judge: Any) -> None:
-    assert is_harmless_value("num_processes", 1)
-    assert is_harmless_value("fsdp_version", 2)
+    assert is_harmless_value("context_parallel_size", 1)
+    assert is_harmless_value("fsdp_state_dict_type", "SHARDED_STATE_DICT")
     assert is_harmless_value("snr_weight", 1.0)
     for name, value in {
-        "num_processes": 2,
-        "fsdp_enable": True,
-        "deepspeed_config": {"a": 1},
+        "context_parallel_size": 2,
+        "fsdp_cpu_offload": True,
+        "accelerate_extra_args": "--multi_gpu",
     }.items():
         assert not is_harmless_value(name, value)
     _, notes = judge(

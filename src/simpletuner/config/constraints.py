@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config import lycoris_config
+from simpletuner.config.distributed_constraints import find_distributed_errors
 from simpletuner.config.image_metrics import IMAGE_METRICS
 from simpletuner.config.optimizer_arguments import parse_optimizer_arguments
 from simpletuner.config.option import (
@@ -83,6 +84,7 @@ def _compare_values(run: RunConfig, given: GivenOrigins) -> Iterator[ConstraintF
     yield from _check_flow(run.flow, given)
     yield from _check_validation(run)
     yield from _check_logging(run)
+    yield from find_distributed_errors(run)
 
 
 def _check_adapter(run: RunConfig) -> Iterator[ConstraintFinding]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from simpletuner.config import (
+    accelerate_config,
     constraints,
     discovery,
     environment,
@@ -129,6 +130,7 @@ def _validate_and_build(
     if layers.values.get("lycoris_config") == lycoris_config.UNUSED_DEFAULT_PATH and standard:
         layers.skipped_names.append("lycoris_config")
         del layers.values["lycoris_config"]
+    _read_accelerate_file(layers, cwd)
     for option in all_options().values():
         if option.path and option.name in layers.values:
             _resolve_path_option(layers, option, cwd)
@@ -201,6 +203,26 @@ def _set_default_dataset_file(
             f"data_backend_config: {paths.display_path(default, cwd)} does not exist; list your "
             "datasets in it, or set this option to your dataset file",
         )
+
+
+def _read_accelerate_file(layers: OptionLayers, cwd: Path) -> None:
+    """Put the settings of accelerate's file under the options."""
+    name = "accelerate_config"
+    if name not in layers.values:
+        return
+    found, _ = paths.find_path(layers.values[name], layers.base_folders[name], cwd)
+    if found is None or not os.path.isfile(found):
+        return  # reported with the other paths
+    path = Path(found)
+    try:
+        file = accelerate_config.AccelerateFile(path, paths.display_path(path, cwd))
+        layers.add_lower_layer(
+            WrittenOption(key.option, key.value, key.location, path.parent)
+            for key in file.options()
+        )
+        layers.problems.extend(file.problems)
+    except ConfigError as error:
+        layers.problems.extend(error.problems)
 
 
 def _inline_lycoris_config(layers: OptionLayers) -> None:

@@ -7,14 +7,14 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic.fields import FieldInfo
 
 from simpletuner.config.option import OptionNeeds, OptionSection, describe_needs, parse_needs
 from simpletuner.config.schema import RunConfig
 
-OptionKind = Literal["flag", "amount", "integer", "number", "choice", "text"]
+OptionKind = Literal["flag", "amount", "count", "integer", "number", "choice", "text"]
 BOUND_PHRASES = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
@@ -59,6 +59,8 @@ class Option:
         kind = " | ".join(self.choices) or ("true | false" if self.kind == "flag" else self.kind)
         if self.kind == "amount":
             kind = f"true | false | {kind} | integer"
+        if self.kind == "count":
+            kind = f"integer | {kind}"
         parts = [kind + (", list or object" if self.structured else "")]
         if self.bounds:
             parts.append(self.bounds)
@@ -133,8 +135,13 @@ def _option_kind(kinds: list[Any], literals: list[Any]) -> OptionKind:
     if bool in kinds or any(isinstance(value, bool) for value in literals):
         return "flag"
     if literals:
-        return "choice"
+        return "count" if any(_is_integer(kind) for kind in kinds) else "choice"
     return "integer" if int in kinds else "number" if float in kinds else "text"
+
+
+def _is_integer(kind: Any) -> bool:
+    """Return whether a type is int, with or without bounds."""
+    return kind is int or (typing.get_origin(kind) is Annotated and typing.get_args(kind)[0] is int)
 
 
 def _format_bounds(field: FieldInfo) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,22 @@ class OptionLayers:
             if name in written and name in self.values and replaced:
                 self.notices.append(f"{self.origins[name]}: {name} replaces {other}")
                 del self.values[other], self.origins[other]
+
+    def add_lower_layer(self, layer: Iterable[WrittenOption]) -> None:
+        """Put one source under those before it: it counts where they say nothing."""
+        for entry in layer:
+            name = self._resolve_name(entry)
+            if name is None:
+                continue
+            if name not in self.values:
+                self._set_value(all_options()[name], entry)
+                continue
+            with contextlib.suppress(option_values.InvalidOptionValue):
+                if (
+                    option_values.parse_value(all_options()[name], entry.raw_value)
+                    != (self.values[name])
+                ):
+                    self.notices.append(f"{self.origins[name]}: {name} replaces {entry.location}")
 
     def _set_value(self, option: Option, entry: WrittenOption) -> None:
         name, raw = option.name, entry.raw_value

@@ -64,6 +64,17 @@ def _parse_amount(option: Option, raw: Any) -> bool | int | str:
         raise InvalidOptionValue(f"must be {option.takes}") from None
 
 
+def _parse_count(option: Option, raw: Any) -> int | str:
+    """Parse a choice or a whole number."""
+    word = str(raw).strip().lower()
+    if word in option.choices:
+        return word
+    try:
+        return _parse_integer(option, raw)
+    except InvalidOptionValue:
+        raise InvalidOptionValue(f"must be {option.takes}") from None
+
+
 def _parse_integer(option: Option, raw: Any) -> int:
     if isinstance(raw, int) and not isinstance(raw, bool):
         return raw
@@ -86,6 +97,8 @@ def _parse_number(option: Option, raw: Any, wanted: str = "a number") -> float:
 
 
 def _parse_choice(option: Option, raw: Any) -> str:
+    if isinstance(raw, int) and not isinstance(raw, bool):
+        raw = str(raw)  # the version of something
     if not isinstance(raw, str):
         raise InvalidOptionValue(f"must be one of {', '.join(option.choices)}")
     word = raw.strip().lower()
@@ -126,6 +139,7 @@ def _parse_structure(raw: str) -> Any:
 PARSERS: dict[str, Callable[[Option, Any], Any]] = {
     "flag": _parse_flag,
     "amount": _parse_amount,
+    "count": _parse_count,
     "integer": _parse_integer,
     "number": _parse_number,
     "choice": _parse_choice,

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from simpletuner.config.option import OptionSection
 from simpletuner.config.sections_data import CacheOptions, DataOptions
+from simpletuner.config.sections_distributed import DistributedOptions
 from simpletuner.config.sections_model import AdapterOptions, ModelOptions
 from simpletuner.config.sections_output import (
     LoggingOptions,
@@ -24,6 +25,7 @@ __all__ = [
     "CacheOptions",
     "CheckpointOptions",
     "DataOptions",
+    "DistributedOptions",
     "FlowOptions",
     "LoggingOptions",
     "ModelOptions",
@@ -49,6 +51,7 @@ class RunConfig(OptionSection):
     flow: FlowOptions = Field(default_factory=FlowOptions)
     optimizer: OptimizerOptions = Field(default_factory=OptimizerOptions)
     training: TrainingOptions = Field(default_factory=TrainingOptions)
+    distributed: DistributedOptions = Field(default_factory=DistributedOptions)
     checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
     validation: ValidationOptions = Field(default_factory=ValidationOptions)
     logging: LoggingOptions = Field(default_factory=LoggingOptions)

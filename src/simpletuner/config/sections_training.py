@@ -299,7 +299,12 @@ class TrainingOptions(OptionSection):
         le=1024,
     )
     gradient_accumulation_steps: int = option(
-        1, "Batches per optimizer step.", level="common", unit="batches", ge=1, le=4096
+        1,
+        "Batches of each process per optimizer step.",
+        level="common",
+        unit="batches",
+        ge=1,
+        le=4096,
     )
     max_train_steps: int | None = option(
         None,

@@ -18,6 +18,13 @@ from simpletuner.server.schemas.configs import FormSchema, OptionInfo, Preset
 NOT_SETTABLE: Mapping[str, str] = {
     "webhook_config": "sends events to a URL; set it in a config file and train from a terminal",
     "data_backend_config": "is written by the server from the list of datasets",
+    **dict.fromkeys(
+        ("num_machines", "machine_rank", "main_process_ip", "main_process_port"),
+        "connects this machine to others; set it in a config file and train from a terminal",
+    ),
+    "accelerate_config": (
+        "may connect this machine to others; set the options themselves, or train from a terminal"
+    ),
 }
 
 BASIC_DATASET_FIELDS = ("id", "dataset_type", "instance_data_dir", "caption_strategy", "repeats")

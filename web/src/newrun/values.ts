@@ -19,6 +19,7 @@ export function fromText(option: OptionInfo, text: string): unknown {
     const exact = !Number.isInteger(value) || Number.isSafeInteger(value);
     return NUMBER.test(word) && exact ? value : word;
   }
+  if (option.kind === "count" && /^\d{1,15}$/.test(word)) return Number(word);
   if (option.structured && /^[[{]/.test(word)) return parseJson(word) ?? text;
   return text;
 }

@@ -39,7 +39,7 @@ DatasetEntries = Annotated[list[dict[str, Any]], AfterValidator(_check_writable)
 class OptionInfo(ApiModel):
     """One option of the schema.
 
-    kind: flag, amount, integer, number, choice or text. level: basic, common or advanced.
+    kind: flag, amount, count, integer, number, choice or text. level: basic, common or advanced.
     needs: the option has an effect only if every option named here has one of these values;
     {"not": value} stands for all other values. needs_any: the same for at least one of the options
     named here; empty means no condition.

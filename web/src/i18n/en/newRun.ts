@@ -95,6 +95,7 @@ export const newRun = {
   group_flow: "Noise schedule and loss",
   group_optimizer: "Optimizer and learning rate",
   group_training: "Training length and batch size",
+  group_distributed: "Several GPUs and machines",
   group_checkpoint: "Checkpoints and resuming",
   group_validation: "Validation images and eval loss",
   group_logging: "Logging",

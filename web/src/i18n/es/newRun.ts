@@ -96,6 +96,7 @@ export const newRun: NewRunTexts = {
   group_flow: "Programa de ruido y pérdida",
   group_optimizer: "Optimizador y tasa de aprendizaje",
   group_training: "Duración del entrenamiento y tamaño de batch",
+  group_distributed: "Varias GPU y máquinas",
   group_checkpoint: "Checkpoints y reanudación",
   group_validation: "Imágenes de validación y pérdida de evaluación",
   group_logging: "Registro",

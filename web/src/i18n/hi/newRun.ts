@@ -96,6 +96,7 @@ export const newRun: NewRunTexts = {
   group_flow: "Noise schedule और loss",
   group_optimizer: "Optimizer और learning rate",
   group_training: "प्रशिक्षण की अवधि और batch size",
+  group_distributed: "कई GPU और मशीनें",
   group_checkpoint: "Checkpoints और फिर से शुरू करना",
   group_validation: "वैलिडेशन इमेज और eval loss",
   group_logging: "लॉग",
