@@ -6,7 +6,7 @@
 The network is one single block of Chroma at `width` (the model's is 3072), with gradients of its
 size. Extra is the allocator's highest sum beyond weights, gradients and states during a step, as a
 share of the weights'; adamw_bf16 and adamw_8bit work on 4 M numbers at a time, so theirs stays
-below 0.14 and 0.22 GB at any size. Released is the highest sum of gradients in a backward pass
+below 0.16 and 0.23 GB at any size. Released is the highest sum of gradients in a backward pass
 with optimizer_release_gradients, as a share of all. A step's time is CPU time of the process, one
 thread: the median in nanoseconds per weight, and the ratio to torch's own AdamW on the same
 gradients (the row `adamw` compares it with itself, which shows what the method can tell apart),

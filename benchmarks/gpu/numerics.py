@@ -31,7 +31,11 @@ from simpletuner.models.chroma.transformer import ChromaTransformer
 from simpletuner.models.chroma.weights import empty_transformer
 from simpletuner.quantization.quantized_linear import QuantizedLinear
 from simpletuner.quantization.schemes import SCHEMES, get_scheme
-from simpletuner.training.independent_parameter_optimizer import round_stochastically
+from simpletuner.training.rounding_noise import (
+    RoundingNoise,
+    chunk_lanes,
+    round_stochastically,
+)
 
 # Of the output, the loss, and the LoRA gradient with the largest error. Those of bf16 are about
 # four times the difference between bf16 and float32 on a CPU, at this size.
@@ -234,19 +238,23 @@ def check_stochastic_rounding(workload: Workload) -> Outcome:
     """Expect NaN and infinities to stay, and the mean of many roundings to be the number itself."""
     comparison = Comparison()
     device = workload.device
-    generator = torch.Generator(device).manual_seed(0)
+    noise = RoundingNoise(chunk_lanes(device), 0, 1, 0)
+
+    def rounded_with_noise(exact: Tensor) -> Tensor:
+        return round_stochastically(exact, noise.bits(0, slice(0, exact.numel())))
+
     bits = [0x7FFFFFFF, 0x7FC00000, -1, -(1 << 22)]  # NaN as CUDA, as a CPU, and negative ones
     patterns = torch.tensor(bits, dtype=torch.int32, device=device).view(torch.float32)
     nan = torch.cat([patterns, torch.zeros(4, device=device) / 0.0]).repeat(64)
-    lost = int((~round_stochastically(nan, generator).isnan()).sum())
+    lost = int((~rounded_with_noise(nan).isnan()).sum())
     comparison.record(nan_lost=lost, of=nan.numel())
     comparison.expect(lost == 0, f"{lost} of {nan.numel()} NaN became numbers")
     infinite = torch.tensor([float("inf"), float("-inf")], device=device).repeat(64)
-    rounded = round_stochastically(infinite, generator).float()
+    rounded = rounded_with_noise(infinite).float()
     comparison.expect(torch.equal(rounded, infinite), "infinities changed")
     fraction = 2**-10
     exact = torch.full((1 << 16,), 1 + fraction, device=device)
-    mean = (float(round_stochastically(exact, generator).double().mean()) - 1) / fraction
+    mean = (float(rounded_with_noise(exact).double().mean()) - 1) / fraction
     comparison.record(mean_over_exact=mean)
     comparison.expect(0.9 < mean < 1.1, f"the mean fraction is {mean:.3f} of the exact one")
     return comparison.outcome()

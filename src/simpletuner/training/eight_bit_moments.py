@@ -8,9 +8,14 @@ it were rounded to the nearest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from simpletuner.training.rounding_noise import RoundingNoise
 
 BLOCK_SIZE = 256
 CODE_DECADES = 7
@@ -47,17 +52,20 @@ def square_codes() -> Tensor:
     return torch.cat([code_magnitudes(128), torch.ones(1)]).square().float()
 
 
-def quantize_moments(exact: Tensor, table: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+def quantize_moments(
+    exact: Tensor, table: Tensor, draw_uniform: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor]:
     """Return codes (rows, 256) uint8 and scales (rows,) float32 for (rows, 256) float32 numbers.
 
-    Each code is that of one of the two neighbours in `table`.
+    Each code is that of one of the two neighbours in `table`. draw_uniform: returns as
+    many random numbers in [0, 1), which choose; it is called late, to need less memory.
     """
     scales = exact.abs().amax(1)
     scaled = exact / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     upper = torch.bucketize(scaled, table, out_int32=True).clamp_(1, len(table) - 1)
     below = table[upper - 1]
     probability = scaled.sub_(below).div_(table[upper].sub_(below))
-    uniform = torch.rand(exact.shape, generator=noise, device=exact.device)
+    uniform = draw_uniform().view(exact.shape)
     return (upper - (uniform >= probability).int()).to(torch.uint8), scales
 
 
@@ -98,13 +106,14 @@ class EightBitMoments:
         part: slice,
         mean: Tensor,
         square: Tensor,
-        noise: torch.Generator,
+        noise: RoundingNoise,
     ) -> None:
         rows = slice(part.start // BLOCK_SIZE, -(-part.stop // BLOCK_SIZE))
         exact = {"mean": mean, "square": square}
-        for which, table in self._code_tables(mean.device).items():
+        padded = slice(part.start, part.stop + -len(mean) % BLOCK_SIZE)
+        for number, (which, table) in enumerate(self._code_tables(mean.device).items(), 1):
             full = F.pad(exact[which], (0, -len(mean) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
-            codes, scales = quantize_moments(full, table, noise)
+            codes, scales = quantize_moments(full, table, partial(noise.uniform, number, padded))
             state[f"{which}_codes"][rows], state[f"{which}_scales"][rows] = codes, scales
 
     def _code_tables(self, device: torch.device) -> dict[str, Tensor]:

@@ -1,9 +1,4 @@
-"""Optimizers that update each parameter independently, and stochastic rounding to bf16.
-
-A bf16 number has 8 significant bits, so rounding to the nearest would lose every update below 1/256
-of the weight. Rounding up with a probability equal to the lost fraction is right on average
-(arXiv 2010.06192).
-"""
+"""Optimizers that update each parameter independently, with noise for stochastic rounding."""
 
 from __future__ import annotations
 
@@ -15,34 +10,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from simpletuner.randomness import seed_at
-
-
-def round_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 to bf16, up or down, with the probability that makes the mean exact.
-
-    Infinities and NaN do not change.
-    """
-    noise = torch.randint(
-        0, 1 << 16, exact.shape, generator=generator, device=exact.device, dtype=torch.int32
-    )
-    bits = exact.contiguous().view(torch.int32)
-    # bf16 is the upper half of a float32, so a carry from the lower half rounds up.
-    rounded = ((bits + noise) & -65536).view(torch.float32)
-    # The carry of a NaN may reach the sign and leave -0.0: CUDA's NaN has every lower bit set.
-    return torch.where(exact.isfinite(), rounded, exact).to(torch.bfloat16)
-
-
-def copy_stochastically(target: Tensor, exact: Tensor, noise: torch.Generator) -> None:
-    """Copy float32 numbers into a tensor; into a bf16 tensor they are rounded stochastically."""
-    target.copy_(round_stochastically(exact, noise) if target.dtype == torch.bfloat16 else exact)
+from simpletuner.training.rounding_noise import RoundingNoise, chunk_lanes
 
 
 class IndependentParameterOptimizer(Optimizer, ABC):
     """Base class. The number of the step is stored in the parameter group.
 
-    Each parameter has its own random numbers in every step, generated on its device. Their address
-    is (seed, step, index of the parameter), so a resumed run rounds like an uninterrupted one.
+    Each parameter has its own random bits in every step, addressed by (seed, step, index of the
+    parameter, position in the flat parameter), so a resumed run rounds like an uninterrupted one
+    and a shard like the whole parameter. first_number: parameter -> position of its first number,
+    for parameters that are shards.
     """
 
     def __init__(self, params: Iterable[Tensor], seed: int, defaults: dict[str, Any]) -> None:
@@ -50,6 +27,8 @@ class IndependentParameterOptimizer(Optimizer, ABC):
         self.seed = seed
         params_in_order = (param for group in self.param_groups for param in group["params"])
         self.parameter_index = {param: number for number, param in enumerate(params_in_order)}
+        self.first_number: dict[Tensor, int] = {}
+        self._lanes: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -59,14 +38,18 @@ class IndependentParameterOptimizer(Optimizer, ABC):
             group["step"] += 1
             for param in group["params"]:
                 if param.grad is not None:
-                    seed = seed_at(
-                        self.seed, "stochastic_rounding", group["step"], self.parameter_index[param]
-                    )
-                    noise = torch.Generator(param.device).manual_seed(seed)
+                    noise = self._noise_of(param, group["step"])
                     self.update_parameter(param, param.grad, group, noise)
+
+    def _noise_of(self, param: Tensor, step: int) -> RoundingNoise:
+        device = param.device
+        if device not in self._lanes:
+            self._lanes[device] = chunk_lanes(device)
+        index, first = self.parameter_index[param], self.first_number.get(param, 0)
+        return RoundingNoise(self._lanes[device], self.seed, step, index, first)
 
     @abstractmethod
     def update_parameter(
-        self, param: Tensor, grad: Tensor, group: dict[str, Any], noise: torch.Generator
+        self, param: Tensor, grad: Tensor, group: dict[str, Any], noise: RoundingNoise
     ) -> None:
-        """Update one parameter in place. noise: the generator for stochastic rounding."""
+        """Update one parameter in place. noise: the random bits for stochastic rounding."""

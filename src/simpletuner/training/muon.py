@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpletuner.training.independent_parameter_optimizer import (
-    IndependentParameterOptimizer,
-    copy_stochastically,
-)
+from simpletuner.training.independent_parameter_optimizer import IndependentParameterOptimizer
+from simpletuner.training.rounding_noise import RoundingNoise, copy_stochastically
 
 # Coefficients of the odd quintic polynomial that moves singular values to about 1, as Jordan chose
 # them for speed.
@@ -67,7 +65,7 @@ class Muon(IndependentParameterOptimizer):
         super().__init__(params, seed, {**defaults, "momentum": momentum, "iterations": iterations})
 
     def update_parameter(
-        self, param: Tensor, grad: Tensor, group: dict[str, Any], noise: torch.Generator
+        self, param: Tensor, grad: Tensor, group: dict[str, Any], noise: RoundingNoise
     ) -> None:
         exact = param.float()  # no copy where the parameter is float32
         exact.mul_(1 - group["lr"] * group["weight_decay"])
@@ -79,9 +77,10 @@ class Muon(IndependentParameterOptimizer):
             state.update({key: torch.zeros_like(param) for key in keys})
         means = {key: state[key].float() for key in keys}
         update(exact, grad.float(), means, group)
-        copy_stochastically(param, exact, noise)
-        for key in keys:
-            copy_stochastically(state[key], means[key], noise)
+        whole = slice(0, param.numel())
+        copy_stochastically(param, exact, noise, 0, whole)
+        for number, key in enumerate(keys, 1):
+            copy_stochastically(state[key], means[key], noise, number, whole)
 
     def _update_matrix(
         self, exact: Tensor, grad: Tensor, means: dict[str, Tensor], group: dict[str, Any]

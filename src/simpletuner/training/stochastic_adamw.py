@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from simpletuner.training.eight_bit_moments import EightBitMoments
-from simpletuner.training.independent_parameter_optimizer import (
-    IndependentParameterOptimizer,
-    copy_stochastically,
-)
+from simpletuner.training.independent_parameter_optimizer import IndependentParameterOptimizer
+from simpletuner.training.rounding_noise import RoundingNoise, copy_stochastically
 
-# Numbers that are computed in float32 at a time: about six temporary tensors of 16 MB, whatever the
-# size of the parameter.
+# Numbers that are computed in float32 at a time: about nine temporary tensors of 16 MB, for a
+# parameter of any size.
 CHUNK_SIZE = 1 << 22
 
 
@@ -42,10 +40,10 @@ class SameDtypeMoments:
         part: slice,
         mean: Tensor,
         square: Tensor,
-        noise: torch.Generator,
+        noise: RoundingNoise,
     ) -> None:
-        copy_stochastically(state["exp_avg"].view(-1)[part], mean, noise)
-        copy_stochastically(state["exp_avg_sq"].view(-1)[part], square, noise)
+        copy_stochastically(state["exp_avg"].view(-1)[part], mean, noise, 1, part)
+        copy_stochastically(state["exp_avg_sq"].view(-1)[part], square, noise, 2, part)
 
 
 class StochasticAdamW(IndependentParameterOptimizer):
@@ -70,7 +68,7 @@ class StochasticAdamW(IndependentParameterOptimizer):
         self.moments = moments
 
     def update_parameter(
-        self, param: Tensor, grad: Tensor, group: dict[str, Any], noise: torch.Generator
+        self, param: Tensor, grad: Tensor, group: dict[str, Any], noise: RoundingNoise
     ) -> None:
         state = self.state[param]
         if not state:
@@ -89,7 +87,7 @@ class StochasticAdamW(IndependentParameterOptimizer):
         state: dict[str, Tensor],
         part: slice,
         group: dict[str, Any],
-        noise: torch.Generator,
+        noise: RoundingNoise,
     ) -> None:
         beta1, beta2 = group["betas"]
         mean, square = self.moments.read(state, part)
@@ -98,5 +96,5 @@ class StochasticAdamW(IndependentParameterOptimizer):
         denominator = square.sqrt().div_(math.sqrt(1 - beta2 ** group["step"])).add_(group["eps"])
         new = weights.float().mul_(1 - group["lr"] * group["weight_decay"])
         new.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1 ** group["step"]))
-        copy_stochastically(weights, new, noise)
+        copy_stochastically(weights, new, noise, 0, part)
         self.moments.write(state, part, mean, square, noise)
