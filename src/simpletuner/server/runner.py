@@ -15,7 +15,10 @@ normal end. The protocol:
 3. Signal handlers are installed before the training starts. A signal that arrives in between is
    stored and forwarded afterwards, so no stop request is lost.
 4. state.json publishes the process ids, after which signals can be sent to the job.
-5. exit.json is written last and while the lock is still held.
+5. A training on several GPUs starts a process for each. They are in sessions of their own and end
+   together with the training; those that do not are adopted by the runner, which kills them after
+   ORPHAN_GRACE_S. So the devices are free when the lock is.
+6. exit.json is written last and while the lock is still held.
 
     job.json    the command: argv, cwd                     state.json  {pid, trainer, started_t}
     output.log  the output, output.1.log before that       exit.json   {code, signal, t}
@@ -35,10 +38,13 @@ from pathlib import Path
 from types import FrameType
 
 from simpletuner.atomic_io import write_atomically
+from simpletuner.server import process_tree
 
 MAX_OUTPUT_BYTES = 20 * 2**20
 POLL_INTERVAL_S = 2.0
 NOT_STARTED_CODE = 127
+ORPHAN_GRACE_S = 10.0  # for processes of a training that has ended
+ORPHAN_POLL_S = 0.05
 
 
 class SignalRelay:
@@ -77,6 +83,18 @@ def write_record(path: Path, **fields: object) -> None:
         write_atomically(path, json.dumps(fields) + "\n")
 
 
+def end_orphans(grace_s: float = ORPHAN_GRACE_S) -> None:
+    """Wait until the processes that the training left behind have ended; kill them after grace_s.
+
+    A process that cannot be killed at once, because the kernel waits for its GPU, is waited for.
+    """
+    deadline = time.monotonic() + grace_s
+    while orphans := process_tree.descendants([os.getpid()]):
+        if time.monotonic() > deadline:
+            process_tree.kill(orphans)
+        time.sleep(ORPHAN_POLL_S)
+
+
 def run_job(folder: Path, lock: int) -> None:
     """Run the command of job.json to its end.
 
@@ -85,6 +103,7 @@ def run_job(folder: Path, lock: int) -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     output = folder / "output.log"
     relay = SignalRelay()
+    process_tree.become_subreaper()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, relay)
     with output.open("ab") as log:
@@ -109,6 +128,7 @@ def run_job(folder: Path, lock: int) -> None:
             break
         with contextlib.suppress(OSError):
             rotate_output(output)
+    end_orphans()
     name = signal.Signals(-code).name if code < 0 else None
     write_record(folder / "exit.json", code=None if name else code, signal=name, t=time.time())
 
