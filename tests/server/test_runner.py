@@ -147,6 +147,75 @@ def test_a_training_whose_runner_was_killed_still_counts(tmp_path: Path, start: 
     until(lambda: not is_locked(tmp_path / "runner.lock"), "it has ended")
 
 
+RANKS = """
+import os, subprocess
+rank = "import time; time.sleep({seconds})"
+ranks = [
+    subprocess.Popen([sys.executable, "-c", rank], start_new_session=True) for _ in range(2)
+]
+print("ranks", *(one.pid for one in ranks), flush=True)
+"""
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """The processes that the training has started in sessions of their own, as torchrun does."""
+    until(lambda: "ranks" in output(folder) and output(folder).endswith("\n"), "they run")
+    return [int(word) for word in output(folder).split("ranks ")[1].split()]
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+def test_a_kill_reaches_processes_in_sessions_of_their_own(tmp_path: Path, start: Start) -> None:
+    process = start(RANKS.format(seconds=600) + "time.sleep(600)")
+    ranks = ranks_of(tmp_path)
+    assert not any(map(has_ended, ranks))
+    assert JobFolder(tmp_path).send_signal(signal.SIGKILL)
+    process.wait(PATIENCE_S)
+    until(lambda: all(map(has_ended, ranks)), "all are gone")
+    assert not is_locked(tmp_path / "runner.lock")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+def test_the_devices_are_free_when_the_last_process_has_ended(tmp_path: Path, start: Start) -> None:
+    process = start(RANKS.format(seconds=2) + "time.sleep(600)")
+    ranks = ranks_of(tmp_path)
+    os.kill(trainer_of(tmp_path), signal.SIGKILL)
+    until(lambda: has_ended(trainer_of(tmp_path)), "the training has ended")
+    while is_locked(tmp_path / "runner.lock"):
+        assert not (tmp_path / "exit.json").exists() or all(map(has_ended, ranks))
+        time.sleep(0.01)
+    process.wait(PATIENCE_S)
+    assert all(map(has_ended, ranks)), "they had their time to end"
+    assert exited(tmp_path)["signal"] == "SIGKILL"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+def test_what_outlives_a_training_is_killed() -> None:
+    """In a process of its own, because end_orphans waits for all that this process has started."""
+    code = (
+        "import os, subprocess, sys\n"
+        "from simpletuner.server import process_tree, runner\n"
+        "process_tree.become_subreaper()\n"
+        "again = 'import subprocess, sys; subprocess.Popen(' \\\n"
+        '    \'[sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)\'\n'
+        "subprocess.run([sys.executable, '-c', again], check=True)\n"
+        "(left,) = process_tree.descendants([os.getpid()])\n"
+        "runner.end_orphans(0.2)\n"
+        "print(left)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert found.returncode == 0, found.stderr
+    assert has_ended(int(found.stdout))
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signals_are_passed_on_once(tmp_path: Path, start: Start, name: str) -> None:
     count = f"signal.signal(signal.{name}, lambda *_: print('{name}', flush=True))\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,13 +19,21 @@ import pytest
 
 from simpletuner.config.option_catalog import all_options
 from simpletuner.errors import SimpleTunerError
-from simpletuner.server import failure_advice, job_folder
+from simpletuner.events.event_log import EventLog
+from simpletuner.events.event_types import RunStarted, RunWorld
+from simpletuner.server import failure_advice, job_folder, queue_order
 from simpletuner.server.api_errors import ApiError
 from simpletuner.server.file_reader import is_locked
+from simpletuner.server.job_config import JobConfig
 from simpletuner.server.job_folder import JobFolder
-from simpletuner.server.schemas.jobs import JobRequest, QueueWrite
+from simpletuner.server.schemas.jobs import Job, JobRequest, QueueWrite
 from simpletuner.server.schemas.runs import ResumeRequest
-from simpletuner.server.supervisor import device_sets, job_environment
+from simpletuner.server.supervisor import (
+    job_devices,
+    job_environment,
+    join_devices,
+    split_devices,
+)
 from simpletuner.server.workspace import run_id
 from simpletuner.training.run_folder import RunFolder
 from tests.server.queue_harness import (
@@ -351,6 +360,121 @@ def test_one_job_for_one_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         end_all(bench)
 
 
+def enqueue_wide(bench: QueueHarness, name: str, count: int | None) -> Job:
+    job = bench.enqueue(name)
+    folder = JobFolder(bench.jobs.jobs_dir / job.id)
+    spec = folder.read_spec()
+    assert spec is not None
+    folder.write_spec(dataclasses.replace(spec, device_count=count))
+    return job
+
+
+def devices_of(bench: QueueHarness, *jobs: Job) -> list[str]:
+    return [bench.jobs.get_job(job.id).devices for job in jobs]
+
+
+def test_a_job_gets_a_set_of_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forever(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,GPU-8a,2,3")
+    monkeypatch.setenv("FAKE_STEP_S", "0.05")
+    bench = QueueHarness(Path(os.path.realpath(tmp_path)), *["cuda"] * 4)
+    try:
+        one, three = bench.enqueue("one"), enqueue_wide(bench, "three", 3)
+        everything, more = enqueue_wide(bench, "all", None), enqueue_wide(bench, "more", 99)
+        assert bench.jobs.get_job(three.id).device_count == 3
+        bench.supervisor.run_once()
+        assert devices_of(bench, one, three) == ["cuda:7", "cuda:GPU-8a,2,3"]
+        assert devices_of(bench, everything, more) == ["gpu", "gpu"]
+        wait_until((bench.jobs.jobs_dir / three.id / "state.json").exists, "it has a process")
+        trainer = bench.read_job_file(three, "state.json")["trainer"]
+        environ = Path(f"/proc/{trainer}/environ").read_bytes().split(b"\0")
+        assert b"CUDA_VISIBLE_DEVICES=GPU-8a,2,3" in environ
+        for ending, beginning in ((three, one), (one, everything), (everything, more)):
+            assert bench.job_state(ending) not in ("queued", *ENDED_STATES)
+            bench.jobs.stop(ending.run, insist=True)
+            bench.wait_for_state(ending, "stopped")
+            bench.supervisor.run_once()
+            assert bench.job_state(beginning) != "queued"
+        assert devices_of(bench, everything, more) == ["cuda:7,GPU-8a,2,3"] * 2
+    finally:
+        end_all(bench)
+
+
+def test_a_wide_job_waits_for_its_set_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its overtakings are counted over restarts of the server."""
+    monkeypatch.setattr(queue_order, "MAX_OVERTAKES", 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    forever(monkeypatch)
+    monkeypatch.setenv("FAKE_STEP_S", "0.05")
+    bench = QueueHarness(Path(os.path.realpath(tmp_path)), "cuda", "cuda")
+    try:
+        first, wide = bench.enqueue("first"), enqueue_wide(bench, "wide", 2)
+        second, third = bench.enqueue("second"), bench.enqueue("third")
+        bench.supervisor.run_once()
+        assert devices_of(bench, first, wide, second) == ["cuda:0", "gpu", "cuda:1"]
+        bench = bench.restart()
+        bench.jobs.stop(second.run, insist=True)
+        bench.wait_for_state(second, "stopped")
+        bench.supervisor.run_once()
+        assert bench.job_state(third) == "queued", "the free one is reserved"
+        bench.jobs.stop(first.run, insist=True)
+        bench.wait_for_state(first, "stopped")
+        bench.supervisor.run_once()
+        assert devices_of(bench, wide, third) == ["cuda:0,1", "gpu"]
+    finally:
+        end_all(bench)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_was_started_by_hand_has_a_card_for_each_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setenv("FAKE_STEPS", "3")
+    bench = QueueHarness(Path(os.path.realpath(tmp_path)), *["cuda"] * 3)
+    try:
+        with RunFolder(bench.workspace.output_dir / "by-hand") as folder:
+            folder.write_config({})
+            world = RunWorld(processes, "replicated", 1) if processes > 1 else None
+            log = EventLog(folder.events_path)
+            log(RunStarted("", "", "m", "cuda", 9, 0, world))
+            log.close()
+            id = run_id(folder.path)
+            wait_until(lambda: bench.runs.summary(id).state == "running", "it is seen")
+            job = bench.enqueue()
+            bench.supervisor.run_once()
+            assert devices_of(bench, job) == [f"cuda:{processes}"]
+        bench.wait_for_state(job, *ENDED_STATES)
+    finally:
+        end_all(bench)
+
+
+def test_devices_are_written_as_one_text() -> None:
+    for names in (["cuda:0"], ["cuda:1", "cuda:GPU-8a"], ["cpu"], ["mps"]):
+        assert split_devices(join_devices(names)) == names
+    assert join_devices(["cuda:1", "cuda:3"]) == "cuda:1,3"
+
+
+@pytest.mark.parametrize(("written", "count"), [({}, 1), (4, 4), ("2", 2), ("auto", None)])
+def test_processes_are_the_cards_that_a_job_asks_for(written: object, count: int | None) -> None:
+    config = {} if written == {} else {"num_processes": written}
+    assert JobConfig(config, ()).device_count == count
+
+
+def test_a_job_of_an_older_server_asks_for_one_card(harness: QueueHarness) -> None:
+    job = harness.enqueue()
+    path = harness.jobs.jobs_dir / job.id / "job.json"
+    old = json.loads(path.read_text())
+    del old["device_count"], old["overtaken"]
+    path.write_text(json.dumps(old))
+    assert harness.jobs.get_job(job.id) == job
+    del old["argv"]
+    path.write_text(json.dumps(old))
+    assert JobFolder(path.parent).read_spec() is None
+
+
 def test_a_run_that_was_started_by_hand_has_the_device(
     harness: QueueHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,15 +510,15 @@ def test_the_environment_of_a_job() -> None:
     assert job_environment("cpu", environ)["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
-def test_device_sets() -> None:
+def test_job_devices() -> None:
     cards = [make_device("cuda"), make_device("cuda")]
-    assert device_sets(cards, {}) == ("cuda:0", "cuda:1")
-    assert device_sets(cards, {"CUDA_VISIBLE_DEVICES": "1"}) == ("cuda:1",)
-    assert device_sets(cards, {"CUDA_VISIBLE_DEVICES": "GPU-8a, 3"}) == ("cuda:GPU-8a", "cuda:3")
-    assert device_sets(cards, {"CUDA_VISIBLE_DEVICES": ""}) == ()
-    assert device_sets([make_device("rocm")], {}) == ("cuda:0",)
-    assert device_sets([make_device("mps")], {}) == ("mps",)
-    assert device_sets([make_device("cpu")], {}) == ()
+    assert job_devices(cards, {}) == ("cuda:0", "cuda:1")
+    assert job_devices(cards, {"CUDA_VISIBLE_DEVICES": "1"}) == ("cuda:1",)
+    assert job_devices(cards, {"CUDA_VISIBLE_DEVICES": "GPU-8a, 3"}) == ("cuda:GPU-8a", "cuda:3")
+    assert job_devices(cards, {"CUDA_VISIBLE_DEVICES": ""}) == ()
+    assert job_devices([make_device("rocm")], {}) == ("cuda:0",)
+    assert job_devices([make_device("mps")], {}) == ("mps",)
+    assert job_devices([make_device("cpu")], {}) == ()
 
 
 ADVICE = [

@@ -50,6 +50,12 @@ class JobConfig:
     def run_dir(self) -> Path:
         return Path(self.config["output_dir"])
 
+    @property
+    def device_count(self) -> int | None:
+        """The number of GPUs that the job asks for; None for all."""
+        processes = self.config.get("num_processes", 1)
+        return None if processes == "auto" else int(processes)
+
     def write(self, folder: Path) -> Path:
         """Write config.json and multidatabackend.json; return the path of config.json."""
         folder.mkdir(parents=True)

@@ -34,12 +34,13 @@ import json
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from simpletuner.atomic_io import write_atomically
 from simpletuner.errors import TrainingStopped
+from simpletuner.server import process_tree
 from simpletuner.server.failure_advice import FailureExplanation, explain_failure
 from simpletuner.server.file_reader import is_locked, read_json_object, read_log_part
 from simpletuner.server.job_states import ENDED_STATES, ObservedJob, Outcome, derive_state
@@ -58,8 +59,10 @@ LOST_ADVICE = "Resume the run: it continues from its last checkpoint"
 class JobSpec:
     """The content of job.json.
 
-    devices: "gpu" or "cpu" while queued, then the device it runs on, such as "cuda:0". run_dir,
+    devices: "gpu" or "cpu" while queued, then the devices it runs on, such as "cuda:0,1". run_dir,
     run: the run folder and its id, "" for a dry run, which keeps no files. queued_t: unix seconds.
+    device_count: number of GPUs that it asks for, None for all. overtaken: how often a later job
+    was started before it.
     """
 
     name: str
@@ -70,6 +73,8 @@ class JobSpec:
     run: str
     devices: str
     queued_t: float
+    device_count: int | None = 1
+    overtaken: int = 0
 
 
 class JobFolder:
@@ -83,7 +88,11 @@ class JobFolder:
         """Return the content of job.json, or None if the server was killed while writing it."""
         content = read_json_object(self.path / "job.json") or {}
         try:
-            values = {field.name: content[field.name] for field in fields(JobSpec)}
+            values = {
+                field.name: content[field.name]
+                for field in fields(JobSpec)
+                if field.name in content or field.default is MISSING
+            }
             return JobSpec(**{**values, "argv": tuple(values["argv"])})
         except (KeyError, TypeError):
             return None
@@ -118,19 +127,24 @@ class JobFolder:
         write_atomically(self.path / "stop.json", json.dumps(request) + "\n")
 
     def send_signal(self, number: signal.Signals) -> bool:
-        """Signal the runner, which forwards it to the training; SIGKILL goes to the whole group.
+        """Signal the runner, which forwards it to the training; SIGKILL goes to all processes.
 
-        Returns False if the job has no process yet, or has ended.
+        The processes of a training on several GPUs have groups of their own, so they are found as
+        descendants. Returns False if the job has no process yet, or has ended.
         """
         process = read_json_object(self.path / "state.json")
         if process is None or not self.is_alive:
             return False
+        group = process["pid"]
         with contextlib.suppress(ProcessLookupError):
             if number != signal.SIGKILL:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(process["pid"], number)
+                    os.kill(group, number)
                     return True
-            os.killpg(process["pid"], number)
+            members = process_tree.group_members(group)
+            descendants = process_tree.descendants(members)
+            os.killpg(group, number)
+            process_tree.kill(descendants)
         return True
 
     def read_state(self) -> JobState:
@@ -205,6 +219,7 @@ class JobFolder:
             kind=spec.kind,
             state=state,
             devices=spec.devices,
+            device_count=spec.device_count,
             queued_t=spec.queued_t,
             started_t=self._started_t(),
             ended_t=exit_record.get("t", time.time()) if ended else None,

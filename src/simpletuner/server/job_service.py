@@ -100,11 +100,13 @@ class JobService:
         )
         return {job.run: job for job in jobs if job.run}
 
-    def count_external_runs(self) -> int:
-        """Count the active runs of the workspace that were not started by a job."""
+    def count_external_processes(self) -> int:
+        """Count the processes of the active runs that were not started by a job."""
         own_runs = {run for run, job in self.newest_by_run().items() if job.state in ACTIVE_STATES}
         return sum(
-            run.state in ACTIVE_STATES and run.id not in own_runs for run in self._runs.summaries()
+            self._runs.process_count(run.id)
+            for run in self._runs.summaries()
+            if run.state in ACTIVE_STATES and run.id not in own_runs
         )
 
     def enqueue(self, request: JobRequest) -> Job:
@@ -260,6 +262,7 @@ class JobService:
 
     def _create_job(self, name: str, kind: Literal["train", "rehearse"], config: JobConfig) -> Job:
         dry_run = kind == "rehearse"
+        uses_cpu = dry_run or config.config.get("device") == "cpu"
         run = run_id(config.run_dir)
         with self.lock:
             if not dry_run:
@@ -278,8 +281,9 @@ class JobService:
                 cwd=str(self.workspace.root),
                 run_dir="" if dry_run else str(config.run_dir),
                 run="" if dry_run else run,
-                devices="cpu" if dry_run or config.config.get("device") == "cpu" else "gpu",
+                devices="cpu" if uses_cpu else "gpu",
                 queued_t=time.time(),
+                device_count=1 if uses_cpu else config.device_count,
             )
             folder.write_spec(spec)
             order = self.queue_order.read()

@@ -1,15 +1,60 @@
-"""The order of the queue and its flags, stored in queue.json."""
+"""The order of the queue and its flags, stored in queue.json; which jobs start on which devices.
+
+Jobs start in the order of the queue as soon as there are enough free devices. A job that needs more
+devices than are free waits, and a later job that needs fewer may start before it, which uses devices
+that would be idle. How long a training takes is not known, so every such overtaking may delay the
+waiting job. A job is therefore overtaken at most MAX_OVERTAKES times; from then on all devices that
+become free are reserved for it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from simpletuner.atomic_io import write_atomically
 from simpletuner.server.file_reader import read_json_object
+
+MAX_OVERTAKES = 4
+
+
+@dataclass(frozen=True)
+class DeviceRequest:
+    """A job that is ready to start.
+
+    count: number of devices that it needs. overtaken: how often a later job started before it.
+    """
+
+    job: str
+    count: int
+    overtaken: int = 0
+
+
+@dataclass(frozen=True)
+class DeviceAssignment:
+    """The jobs to start, with their devices, and the new number of overtakings of waiting jobs."""
+
+    started: dict[str, tuple[str, ...]]
+    overtaken: dict[str, int]
+
+
+def assign_devices(waiting: Iterable[DeviceRequest], free: Sequence[str]) -> DeviceAssignment:
+    """Assign the free devices to the waiting jobs, which are in the order of the queue."""
+    free = tuple(free)
+    started: dict[str, tuple[str, ...]] = {}
+    overtaken: dict[str, int] = {}
+    skipped: dict[str, int] = {}
+    for request in waiting:
+        if request.count > len(free):
+            skipped[request.job] = request.overtaken
+        elif all(times < MAX_OVERTAKES for times in skipped.values()):
+            started[request.job], free = free[: request.count], free[request.count :]
+            skipped = {job: times + 1 for job, times in skipped.items()}
+            overtaken |= skipped
+    return DeviceAssignment(started, overtaken)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,13 @@ class RunService:
                 return []
             return run_artifacts.list_images(self._readers[id].summary.history)
 
+    def process_count(self, id: str) -> int:
+        """Return the number of processes of a run; 1 until it has started its training."""
+        with self._lock:
+            reader = self._readers.get(id)
+            start = reader.summary.history.start_event if reader else None
+        return start.world.processes if start and start.world else 1
+
     def detail(self, id: str) -> RunDetail:
         """Return all details of a run. Raises ApiError 404 for an unknown id."""
         summary = self.summary(id)

@@ -33,23 +33,39 @@ from simpletuner.server.file_reader import is_locked
 from simpletuner.server.job_folder import JobFolder
 from simpletuner.server.job_service import JobService
 from simpletuner.server.job_states import ENDED_STATES
+from simpletuner.server.queue_order import DeviceRequest, assign_devices
 from simpletuner.server.schemas.system import DeviceInfo
 
 POLL_INTERVAL_S = 0.5
 TERM_GRACE_S = 20.0
 # Caused by a full disk, or by folders that something else changes: the next round may succeed.
 EXPECTED_ERRORS = (OSError, SimpleTunerError, ValueError, KeyError, TypeError)
+CUDA_PREFIX = "cuda:"
 VISIBLE_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"  # ROCm respects it as well
 
 
-def device_sets(devices: Sequence[DeviceInfo], environ: Mapping[str, str]) -> tuple[str, ...]:
+def job_devices(devices: Sequence[DeviceInfo], environ: Mapping[str, str]) -> tuple[str, ...]:
     """Return the devices that one job at a time can use: each visible GPU, () if there is none."""
     gpus = [device for device in devices if device.kind in ("cuda", "rocm")]
     if not gpus:
         return tuple(device.kind for device in devices if device.kind == "mps")
     visible = environ.get(VISIBLE_DEVICES_VARIABLE)
     names = [str(at) for at in range(len(gpus))] if visible is None else visible.split(",")
-    return tuple(f"cuda:{name.strip()}" for name in names if name.strip() not in ("", "-1"))
+    return tuple(CUDA_PREFIX + name.strip() for name in names if name.strip() not in ("", "-1"))
+
+
+def join_devices(devices: Sequence[str]) -> str:
+    """Return the devices of one job as one text: "cuda:0,2" for "cuda:0" and "cuda:2"."""
+    if devices[0].startswith(CUDA_PREFIX):
+        return CUDA_PREFIX + ",".join(device.removeprefix(CUDA_PREFIX) for device in devices)
+    return ",".join(devices)
+
+
+def split_devices(text: str) -> list[str]:
+    """Return the devices that join_devices has joined."""
+    if text.startswith(CUDA_PREFIX):
+        return [CUDA_PREFIX + name for name in text.removeprefix(CUDA_PREFIX).split(",")]
+    return [text]
 
 
 def job_environment(devices: str, environ: Mapping[str, str]) -> dict[str, str]:
@@ -62,7 +78,7 @@ def job_environment(devices: str, environ: Mapping[str, str]) -> dict[str, str]:
     removed = {SERVER_TOKEN_VARIABLE, *option_variables}
     result = {name: value for name, value in environ.items() if name not in removed}
     result |= {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
-    if devices.startswith("cuda:"):
+    if devices.startswith(CUDA_PREFIX):
         result[VISIBLE_DEVICES_VARIABLE] = devices.partition(":")[2]
     return result
 
@@ -82,7 +98,7 @@ class Supervisor:
         self._jobs = jobs
         self._devices = devices
         self._grace_s = grace_s
-        self._device_sets: tuple[str, ...] | None = None
+        self._job_devices: tuple[str, ...] | None = None
         self._runners: list[subprocess.Popen[bytes]] = []
         # Job -> the signals that were sent, and the time of the last one.
         self._stop_progress: dict[str, tuple[list[str], float]] = {}
@@ -145,7 +161,7 @@ class Supervisor:
         if request is not None:
             with suppress(OSError):  # the device is occupied in any case
                 self._escalate_stop(folder, request, Path(spec.run_dir) if spec.run_dir else None)
-        return [spec.devices]
+        return split_devices(spec.devices)
 
     def _acquire_leadership(self) -> bool:
         """Return True if this server holds supervisor.lock, trying to take it if necessary."""
@@ -202,25 +218,41 @@ class Supervisor:
         folder.write_stop_request({**request, "sent": sent})
 
     def _launch_queued(self, busy: list[str]) -> None:
-        """Launch the queued jobs in order on the devices that are not in `busy`."""
+        """Launch the queued jobs on the devices that are not in `busy`, see queue_order.py.
+
+        A job whose run folder is still in use is left out, and reserves nothing. A job that asks
+        for more GPUs than there are gets all of them, so that the training can say what is wrong.
+        """
         queued = self._jobs.queued_folders()
-        if queued and self._device_sets is None:
-            self._device_sets = device_sets(self._devices(), copy_process_environment())
-        if queued:
-            # The device of a run that was started from a terminal is unknown: assume the first
-            # ones.
-            busy += (self._device_sets or ("cpu",))[: self._jobs.count_external_runs()]
-        for folder in queued:
+        if not queued:
+            return
+        if self._job_devices is None:
+            self._job_devices = job_devices(self._devices(), copy_process_environment())
+        # The devices of a run that was started from a terminal are unknown: assume the first ones.
+        busy += (self._job_devices or ("cpu",))[: self._jobs.count_external_processes()]
+        folders = {folder.id: folder for folder in queued}
+        requests: dict[bool, list[DeviceRequest]] = {True: [], False: []}
+        for id, folder in folders.items():
             spec = folder.read_spec()
-            if spec is None:
+            if spec is None or (spec.run_dir and is_locked(Path(spec.run_dir) / "run.lock")):
                 continue
-            uses_cpu = spec.devices == "cpu" or not self._device_sets
-            usable = ("cpu",) if uses_cpu else self._device_sets or ()
-            device = next((name for name in usable if name not in busy), None)
-            if device is None or (spec.run_dir and is_locked(Path(spec.run_dir) / "run.lock")):
-                continue
-            busy.append(device)
-            self._launch(folder, device)
+            uses_cpu = spec.devices == "cpu" or not self._job_devices
+            total = 1 if uses_cpu else len(self._job_devices)
+            count = min(spec.device_count or total, total)
+            requests[uses_cpu].append(DeviceRequest(id, count, spec.overtaken))
+        for uses_cpu, waiting in requests.items():
+            usable = ("cpu",) if uses_cpu else self._job_devices
+            assignment = assign_devices(waiting, [name for name in usable if name not in busy])
+            for id, times in assignment.overtaken.items():
+                self._record_overtaken(folders[id], times)
+            for id, devices in assignment.started.items():
+                self._launch(folders[id], join_devices(devices))
+
+    def _record_overtaken(self, folder: JobFolder, times: int) -> None:
+        with self._jobs.lock:  # keeps a request from cancelling the job at the same time
+            spec = folder.read_spec()
+            if spec is not None:
+                folder.write_spec(replace(spec, overtaken=times))
 
     def _launch(self, folder: JobFolder, devices: str) -> None:
         with self._jobs.lock:  # keeps a request from cancelling the job at the same time

@@ -21,7 +21,8 @@ class Job(ApiModel):
     """One training process: queued, running or ended.
 
     advice: what to change after a failure, or "". run_dir: the run folder, "" for a dry run. begun:
-    true if the run folder existed when this message was made.
+    true if the run folder existed when this message was made. device_count: number of GPUs that it
+    asks for, None for all.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Job(ApiModel):
     last_lines: list[str]
     run_dir: str = ""
     begun: bool = False
+    device_count: int | None = 1
 
 
 class Queue(ApiModel):

@@ -20,6 +20,8 @@ export const runs = {
     resume: "Resume queue",
     continueOnError: "Continue after a failed run",
     dryRun: "dry run",
+    gpus: (count: number) => `${count} GPUs`,
+    allGpus: "all GPUs",
     earlier: (name: string) => `Move ${name} up`,
     later: (name: string) => `Move ${name} down`,
     remove: "Remove",

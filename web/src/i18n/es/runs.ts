@@ -22,6 +22,8 @@ export const runs: Texts["runs"] = {
     resume: "Reanudar la cola",
     continueOnError: "Continuar si un entrenamiento falla",
     dryRun: "prueba",
+    gpus: (count) => `${count} GPU`,
+    allGpus: "todas las GPU",
     earlier: (name) => `Subir ${name}`,
     later: (name) => `Bajar ${name}`,
     remove: "Quitar",

@@ -22,6 +22,8 @@ export const runs: Texts["runs"] = {
     resume: "कतार फिर से शुरू करें",
     continueOnError: "कोई रन विफल हो तो भी जारी रखें",
     dryRun: "dry run",
+    gpus: (count) => `${count} GPU`,
+    allGpus: "सभी GPU",
     earlier: (name) => `${name} को ऊपर ले जाएँ`,
     later: (name) => `${name} को नीचे ले जाएँ`,
     remove: "हटाएँ",
