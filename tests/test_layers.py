@@ -14,18 +14,25 @@ ALLOWED = {
     "errors": set(),
     "randomness": set(),
     "atomic_io": set(),
-    "events": {"errors", "atomic_io"},
+    "image_decoding": set(),
+    "events": {"errors", "atomic_io", "image_decoding"},
     "config": {"errors", "events", "randomness"},
-    "data": {"errors", "atomic_io", "events", "randomness", "config"},
+    "data": {"errors", "atomic_io", "image_decoding", "events", "randomness", "config"},
     "flow": {"errors", "randomness", "config"},
     "quantization": {"errors", "atomic_io", "events", "config"},
     "adapters": {"errors", "atomic_io", "events", "randomness", "config"},
     "cache": {"errors", "atomic_io", "events", "randomness", "config", "data"},
 }
-ALLOWED["models"] = ALLOWED["cache"] | {"flow", "quantization", "adapters", "cache"}
+ALLOWED["models"] = ALLOWED["cache"] | {
+    "image_decoding",
+    "flow",
+    "quantization",
+    "adapters",
+    "cache",
+}
 ALLOWED["validation"] = ALLOWED["models"] | {"models"}
 ALLOWED["training"] = ALLOWED["validation"] | {"validation"}
-ALLOWED["server"] = {"errors", "atomic_io", "events", "config", "data"}
+ALLOWED["server"] = {"errors", "atomic_io", "image_decoding", "events", "config", "data"}
 ALLOWED["cli"] = set(ALLOWED) | {"cli"}
 
 FORBIDDEN_THIRD_PARTY = {

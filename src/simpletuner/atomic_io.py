@@ -6,7 +6,9 @@ the target. A rename within one file system is atomic.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -34,3 +36,10 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def os_error_of(error: Exception) -> OSError:
+    """Return the OSError whose number is in the message, as the safetensors library writes it."""
+    match = re.search(r"os error (\d+)", str(error))
+    number = int(match.group(1)) if match else errno.EIO
+    return OSError(number, os.strerror(number))

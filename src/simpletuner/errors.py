@@ -11,13 +11,17 @@ SimpleTunerError            1   root of the tree; its text is the whole message,
 ├── CheckpointError         9   no checkpoint to resume from, or it does not fit this configuration
 ├── CacheError             10   a cache that cannot be used and cannot be rebuilt
 ├── MissingExtra           11   an optional package is not installed
+├── StorageError           12   the file system failed: read-only, I/O error, a file vanished
 └── TrainingStopped        75   stopped on request after saving a checkpoint; the command resumes
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+MAX_LISTED_PROBLEMS = 50
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,10 @@ class ConfigError(SimpleTunerError, code=2):
 
     def __init__(self, problems: Sequence[Problem] | str) -> None:
         self.problems = (Problem("", problems),) if isinstance(problems, str) else tuple(problems)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        lines = [str(problem) for problem in self.problems[:MAX_LISTED_PROBLEMS]]
+        if len(self.problems) > MAX_LISTED_PROBLEMS:
+            lines.append(f"and {len(self.problems) - MAX_LISTED_PROBLEMS} more")
+        super().__init__("\n".join(lines))
 
 
 class DataError(SimpleTunerError, code=3):
@@ -87,6 +94,40 @@ class CacheError(SimpleTunerError, code=10):
 
 class MissingExtra(SimpleTunerError, code=11):
     """An optional package that is not installed; the message holds the command that installs it."""
+
+
+class StorageError(SimpleTunerError, code=12):
+    """A file system that fails: read-only, an I/O error, a file or folder that vanished."""
+
+
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+# What a person can do about the errors that occur most.
+STORAGE_HINTS = {
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EACCES: "check the permissions of the file and of its folder",
+    errno.EPERM: "check the permissions of the file and of its folder",
+    errno.EIO: "the disk or the network connection to it failed; check the device",
+    errno.ENOENT: "it was removed or renamed meanwhile",
+    errno.ESTALE: "the network file system was unmounted or replaced",
+    errno.EISDIR: "a folder has the name of this file; rename the folder",
+    errno.ENOTDIR: "a file has the name of this folder; rename the file",
+    errno.EEXIST: "a file has the name of this folder; rename the file",
+    errno.ELOOP: "a symbolic link points to itself; remove it",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "too many files are open; raise the limit with ulimit -n",
+}
+
+
+def storage_error(what: str, error: OSError) -> SimpleTunerError:
+    """Return the error for users: DiskFull for a full disk, otherwise StorageError.
+
+    what: a sentence part such as "checkpoint-5 cannot be written".
+    """
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno in DISK_FULL_ERRNOS:
+        return DiskFull(f"{what}: {reason}. Free some space and run the same command again")
+    hint = STORAGE_HINTS.get(error.errno or 0)
+    return StorageError(f"{what}: {reason}{f'; {hint}' if hint else ''}")
 
 
 class TrainingStopped(SimpleTunerError, code=75):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.pixels import load_pixels, read_image_header
@@ -164,3 +165,26 @@ def test_headers_are_read_without_decoding(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(kind, "load", refuse)
     for path in tmp_path.iterdir():
         assert read_image_header(LocalFile(path), 100).size_px == (96, 64)
+
+
+@pytest.mark.parametrize(
+    "kind", [RuntimeError, MemoryError, AssertionError, KeyError, RecursionError]
+)
+@pytest.mark.parametrize("where", ["open", "load"])
+def test_whatever_a_decoder_raises_rejects_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], where: str
+) -> None:
+    """AVIF raises RuntimeError; which classes other decoders raise is no contract."""
+    noise_image().save(tmp_path / "x.png")
+    file = LocalFile(tmp_path / "x.png")
+
+    def fail(*arguments: object, **named: object) -> None:
+        raise kind
+
+    target = Image if where == "open" else PngImageFile
+    monkeypatch.setattr(target, where, fail)
+    with pytest.raises(UnusableFile, match=f"cannot be decoded: {kind.__name__}"):
+        load_pixels(placed(file.path, (96, 64)), DataOptions())
+    if where == "open":
+        with pytest.raises(UnusableFile, match=f"cannot be decoded: {kind.__name__}"):
+            read_image_header(file, 100)

@@ -3,13 +3,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import threading
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from simpletuner.events import event_types
-from simpletuner.events.event_log import EventLog, event_from_dict, event_to_dict, read_events
+from simpletuner.events.event_log import (
+    EventLog,
+    count_damaged_lines,
+    event_from_dict,
+    event_to_dict,
+    read_events,
+)
 
 EXAMPLES = [
     event_types.RunStarted("0.1", "/r", "nano", "cpu", 10, 0),
@@ -114,3 +122,68 @@ def test_lines_of_many_threads_do_not_mix(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(list(read_events(tmp_path / "e"))) == 120
+
+
+def test_a_failed_write_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk writes a part of a line, then nothing; later there is room again."""
+    path = tmp_path / "e"
+    log = EventLog(path)
+    log.append(EXAMPLES[0])
+    real, calls = os.write, iter((5, None, None))
+
+    def fail(handle: int, data: bytes) -> int:
+        part = next(calls)
+        if part is None:
+            raise OSError(28, "No space left on device")
+        return real(handle, data[:part])
+
+    monkeypatch.setattr(os, "write", fail)
+    for event in EXAMPLES[1:3]:
+        with pytest.raises(OSError, match="No space"):
+            log.append(event)
+    monkeypatch.setattr(os, "write", real)
+    log.append(EXAMPLES[3])
+    log.close()
+    assert [record.event for record in read_events(path)] == EXAMPLES[:4]
+
+
+def test_every_flipped_bit_of_a_log_is_skipped_or_read_with_the_right_types(tmp_path: Path) -> None:
+    path = tmp_path / "e"
+    log = EventLog(path)
+    for event in EXAMPLES:
+        log.append(event)
+    log.close()
+    sound = path.read_bytes()
+    hints = {kind: get_type_hints(kind) for kind in event_types.EVENT_CLASSES.values()}
+    for at in range(0, len(sound) * 8, 5):
+        content = bytearray(sound)
+        content[at // 8] ^= 1 << at % 8
+        path.write_bytes(content)
+        events = [record.event for record in read_events(path)]
+        assert len(events) >= len(EXAMPLES) - 2  # a flipped line end costs two lines
+        for event in events:
+            for name, wanted in hints[type(event)].items():
+                if wanted in (int, str, bool, dict) and name != "kind":
+                    assert type(getattr(event, name)) is wanted
+    path.write_bytes(sound)
+    assert count_damaged_lines(path) == 0
+    path.write_bytes(sound.replace(b'"message"', b'"mossage"', 1))
+    assert count_damaged_lines(path) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"t": 1, "kind": "noted", "message": 5}',
+        '{"t": 1, "kind": "saved", "step": "2", "path": "a", "seconds": 1, "bytes": 1}',
+        '{"t": 1, "kind": "dataset_scanned", "dataset": "d", "samples": 1, "buckets": [[1]], "rejected": {}}',
+        '{"t": 1, "kind": "dataset_scanned", "dataset": "d", "samples": 1, "buckets": [], "rejected": []}',
+        "[" * 100_000,
+        "1",
+        '{"t": 1, "kind": []}',
+        '{"t": [], "kind": "noted", "message": "x"}',
+    ],
+)
+def test_a_line_of_other_types_is_no_event(tmp_path: Path, line: str) -> None:
+    (tmp_path / "e").write_text(line + "\n")
+    assert list(read_events(tmp_path / "e")) == []

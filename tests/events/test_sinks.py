@@ -58,6 +58,26 @@ def test_a_failing_sink_is_reported_once_and_dropped() -> None:
     assert after == before
 
 
+def test_a_sink_that_must_stay_is_tried_again() -> None:
+    """Reported once for each series of failures."""
+
+    class Log(Broken):
+        def __call__(self, event: Event) -> None:
+            numbers.append(event)
+            if now in (1, 2, 4):
+                raise OSError("disk full")
+
+    numbers: list[Event] = []
+    seen: list[Event] = []
+    log = Log()
+    emit = fan_out([log, seen.append], never_removed=[log])
+    for now in range(6):
+        emit(NoticeIssued(str(now)))
+    warnings = [event.message for event in seen if isinstance(event, WarningIssued)]
+    assert warnings == ["Log failed and is tried again: OSError: disk full"] * 2
+    assert [event.message for event in numbers if isinstance(event, NoticeIssued)] == list("012345")
+
+
 def test_a_sink_that_cannot_close_does_not_keep_others_open() -> None:
     class Stuck(Broken):
         def close(self) -> None:

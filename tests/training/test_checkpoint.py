@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simpletuner.errors import CheckpointError, DiskFull
+from simpletuner.errors import CheckpointError, DiskFull, StorageError
 from simpletuner.events.event_types import CheckpointSetAside, Event
 from simpletuner.training import checkpoint
 from simpletuner.training.checkpoint import CheckpointData
@@ -84,6 +85,109 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, h
     assert (tmp_path / "damaged-checkpoint-2").is_dir(), "set aside, not deleted"
     with pytest.raises(CheckpointError):
         load(tmp_path / "damaged-checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b'{"files": []}',
+        b'{"files": {}}',
+        b'{"files": null}',
+        b'{"fxles": {}}',
+        b"[]",
+        b"1",
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"files": {"state.json": {}, "weights.safetensors": {}}}',
+        b'{"files": {"state.json": 1, "weights.safetensors": 2}}',
+        b'{"files": {"state.json": {"bytes": "1", "sha256": ""}, "weights.safetensors": {}}}',
+    ],
+)
+def test_a_manifest_of_any_content_is_damage_and_no_exception(
+    tmp_path: Path, manifest: bytes
+) -> None:
+    checkpoint.save_checkpoint(tmp_path, snapshot(1), None, keep=5)
+    newest = checkpoint.save_checkpoint(tmp_path, snapshot(2), None, keep=5)
+    (newest / "manifest.json").write_bytes(manifest)
+    told: list[Event] = []
+    found = checkpoint.find_latest_valid(tmp_path, told.append)
+    assert found is not None
+    assert found.name == "checkpoint-1"
+    assert isinstance(told[0], CheckpointSetAside)
+
+
+@pytest.mark.parametrize("name", ["../state.json", "/etc/passwd", "a/../../b", "", "a\0b"])
+def test_a_manifest_names_files_of_its_checkpoint_only(tmp_path: Path, name: str) -> None:
+    newest = checkpoint.save_checkpoint(tmp_path, snapshot(2), None, keep=5)
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    files[name] = {"bytes": 1, "sha256": "0"}
+    (newest / "manifest.json").write_text(json.dumps({"files": files}))
+    assert checkpoint.find_damage(newest) is not None
+
+
+def test_every_single_flipped_bit_of_a_manifest_is_harmless(tmp_path: Path) -> None:
+    """Either nothing was lost (white space), or the damage is described; nothing is raised."""
+    folder = checkpoint.save_checkpoint(tmp_path, snapshot(2), None, keep=5)
+    sound = (folder / "manifest.json").read_bytes()
+    found = 0
+    for at in range(0, len(sound) * 8, 3):
+        content = bytearray(sound)
+        content[at // 8] ^= 1 << at % 8
+        (folder / "manifest.json").write_bytes(content)
+        found += checkpoint.find_damage(folder) is not None
+    assert found > len(sound) * 8 / 3 * 0.8
+
+
+def test_a_checkpoint_that_cannot_be_read_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint.save_checkpoint(tmp_path, snapshot(2), None, keep=5)
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "_sha256", fail)
+    assert "Input/output error" in (checkpoint.find_damage(folder) or "")
+
+
+def test_a_checkpoint_that_is_a_link_is_pruned_as_a_link(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").touch()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint-1").symlink_to(elsewhere, target_is_directory=True)
+    checkpoint.save_checkpoint(run, snapshot(2), None, keep=1)
+    assert [path.name for path in checkpoint.list_checkpoints(run)] == ["checkpoint-2"]
+    assert (elsewhere / "precious").exists()
+    assert not list(run.glob(".removing*"))
+
+
+def test_leftovers_do_not_count_against_the_free_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leftover = tmp_path / ".writing-checkpoint-2-999"
+    leftover.mkdir()
+    monkeypatch.setattr(
+        checkpoint, "free_disk_bytes", lambda folder: 10 if leftover.exists() else 1 << 40
+    )
+    assert checkpoint.save_checkpoint(tmp_path, snapshot(2), None, keep=1).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.ENOSPC, DiskFull), (errno.EIO, StorageError), (errno.EROFS, StorageError)],
+)
+def test_a_failing_disk_is_one_message_with_its_own_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "fsync_path", fail)
+    with pytest.raises(kind, match=os.strerror(number)):
+        checkpoint.save_checkpoint(tmp_path, snapshot(2), None, keep=1)
 
 
 def test_oldest_goes_first_and_the_best_stays(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.errors import ConfigError, RunLocked
+from simpletuner.errors import RunLocked, StorageError
 from simpletuner.training import run_folder
 from simpletuner.training.run_folder import RunFolder, replace_folder
 
@@ -69,10 +70,56 @@ def test_exit_record_belongs_to_the_last_process(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(ConfigError, match="cannot be written to"),
+        pytest.raises(StorageError, match="cannot be written to"),
         RunFolder(tmp_path / "file" / "run"),
     ):
         pytest.fail("opened")
+
+
+@pytest.mark.parametrize("name", ["run.lock", "exit.json", "control/stop"])
+def test_a_folder_where_a_file_should_be_is_one_message(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(StorageError, match=name.split("/")[-1]), RunFolder(tmp_path):
+        pytest.fail("opened")
+    with contextlib.suppress(StorageError), RunFolder(tmp_path):
+        pass  # the lock was released
+
+
+def test_a_file_or_a_dangling_link_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "control").touch()
+    (tmp_path / "b").symlink_to(tmp_path / "nowhere")
+    for name in ("a", "b"):
+        with pytest.raises(StorageError, match="a file has the name of this folder"):
+            RunFolder(tmp_path / name).__enter__()
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    names = (
+        ".validation-0.12.tmp",
+        "images/.sheet.12.tmp",
+        "images/step-000002/.validation-0-64x64.12.tmp",
+        ".pytorch_lora_weights.safetensors.12.tmp",
+        ".rejected.jsonl.12-34.tmp",
+        ".writing-checkpoint-4-12/state.json",
+        ".removing-checkpoint-2/state.json",
+        ".writing-transformer/config.json",
+        ".replaced-transformer/config.json",
+    )
+    for name in (*names, "notes.tmp.txt", ".hidden", "transformer/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with RunFolder(tmp_path):
+        left = {
+            path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+        }
+    assert left == {"notes.tmp.txt", ".hidden", "transformer/config.json", "run.lock"}
+
+
+def test_a_folder_put_aside_without_a_successor_gets_its_name_back(tmp_path: Path) -> None:
+    (tmp_path / ".replaced-transformer").mkdir()
+    with RunFolder(tmp_path):
+        assert (tmp_path / "transformer").is_dir()
 
 
 def test_requests_are_taken_once(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from simpletuner.adapters.fused_modules import fuse_modules
 from simpletuner.adapters.layouts import LAYOUTS
 from simpletuner.adapters.lora_file import LoraFile, LoraFileSummary, read_lora_file
 from simpletuner.adapters.module_names import ModuleNames
-from simpletuner.atomic_io import fsync_path
-from simpletuner.errors import DiskFull, ModelError
+from simpletuner.atomic_io import fsync_path, os_error_of
+from simpletuner.errors import ModelError, storage_error
 
 PROBE_VECTORS = 8
 # Largest rounding error of a dtype, relative to the larger terms of a delta.
@@ -113,9 +113,10 @@ def _save_verified(
         written = _verify_file(temporary, expected, conventions, layout, TOLERANCES[dtype])
         os.replace(temporary, path)
         fsync_path(path.parent)
-    # save_file reports a full disk as SafetensorError.
-    except (OSError, SafetensorError) as error:
-        raise DiskFull(f"{path} could not be written ({error})") from error
+    except OSError as error:
+        raise storage_error(f"{path} cannot be written", error) from error
+    except SafetensorError as error:  # so save_file reports a full disk
+        raise storage_error(f"{path} cannot be written", os_error_of(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
     return written.to_deltas_and_summary()[1]

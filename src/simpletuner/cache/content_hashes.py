@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 from pathlib import Path
 
-from simpletuner.cache.sqlite_index import SqliteIndex
+from simpletuner.cache.sqlite_index import SqliteIndex, row_checksum
 from simpletuner.data.sources import SourceFile
 from simpletuner.errors import CacheError
 from simpletuner.events.event_types import Emit
@@ -13,13 +14,17 @@ from simpletuner.events.sinks import null_emit
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
-  path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, sha256 TEXT NOT NULL
+  path TEXT PRIMARY KEY, size INTEGER, ctime_ns INTEGER, inode INTEGER, sha256 TEXT NOT NULL,
+  checksum INTEGER NOT NULL
 ) WITHOUT ROWID;
 """
+SCHEMA_VERSION = 2
 
 
 class ContentHashes:
-    """SHA-256 of files, remembered by (path, size, mtime_ns, inode). May be used from many threads.
+    """SHA-256 of files, remembered by (path, size, ctime_ns, inode). May be used from many threads.
+
+    The change time of a file (ctime) cannot be set by programs, unlike its modification time.
 
     folder: holds `content.sqlite`. hashed_files: how many files had to be read.
     """
@@ -33,7 +38,11 @@ class ContentHashes:
                 " another folder"
             ) from error
         self._index = SqliteIndex(
-            folder / "content.sqlite", SCHEMA, emit, "every image is read and hashed again"
+            folder / "content.sqlite",
+            SCHEMA,
+            SCHEMA_VERSION,
+            emit,
+            "every image is read and hashed again",
         )
         self.hashed_files = 0
 
@@ -42,20 +51,25 @@ class ContentHashes:
         name = file.cache_key
         stamp = file.stamp()
         rows = self._index.query(
-            "SELECT size, mtime_ns, inode, sha256 FROM files WHERE path = ?", (name,)
+            "SELECT size, ctime_ns, inode, sha256, checksum FROM files WHERE path = ?", (name,)
         )
-        if rows and rows[0][:3] == stamp:
+        # A damaged row is not believed; the file is hashed again and its row replaced.
+        if rows and rows[0][:3] == stamp and rows[0][4] == row_checksum(name, *rows[0][:4]):
             return str(rows[0][3])
         digest = hashlib.sha256()
         with file.open() as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
         unchanged = file.stamp() == stamp
-        with self._index.transaction() as index:
+        row = (name, *stamp, digest.hexdigest())
+
+        def remember(index: sqlite3.Connection) -> None:
             self.hashed_files += 1
             if unchanged:  # a file that changed while it was read is not remembered
-                row = (name, *stamp, digest.hexdigest())
-                index.execute("INSERT OR REPLACE INTO files VALUES (?,?,?,?,?)", row)
+                values = (*row, row_checksum(*row))
+                index.execute("INSERT OR REPLACE INTO files VALUES (?,?,?,?,?,?)", values)
+
+        self._index.transaction(remember)
         return digest.hexdigest()
 
     def close(self) -> None:

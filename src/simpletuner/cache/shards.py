@@ -9,6 +9,7 @@ a memory map would cause SIGBUS. Any safetensors reader can open the file.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import zlib
@@ -52,6 +53,15 @@ class ShardEntry:
     crc32: int
     dtype: str
     shape: tuple[int, ...]
+
+    def is_consistent(self) -> bool:
+        """Return whether the types are right and the shape needs exactly `length` bytes."""
+        numbers = (self.offset, self.length, self.crc32, *self.shape)
+        if any(type(number) is not int or number < 0 for number in numbers):
+            return False
+        if not isinstance(self.dtype, str) or self.dtype not in SAFETENSORS_DTYPES:
+            return False
+        return self.length == math.prod(self.shape) * SAFETENSORS_DTYPES[self.dtype].itemsize
 
 
 def write_shard(final: Path, tensors: Mapping[str, Tensor], fingerprint: str) -> None:
@@ -125,11 +135,34 @@ def read_shard_entries(path: Path) -> list[ShardEntry]:
             )
             for name, fields in header.items()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        end = base
+        for entry in sorted(entries, key=lambda entry: (entry.offset, entry.length)):
+            if not entry.is_consistent() or entry.offset != end:
+                raise DamagedShard(f"its header describes '{entry.name}' wrongly")
+            end += entry.length
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+    ) as error:
         raise DamagedShard(f"its header cannot be read ({type(error).__name__})") from error
-    end = max((entry.offset + entry.length for entry in entries), default=base)
     if end != size:
         raise DamagedShard(f"it is {size} bytes long, its header says {end}")
+    return entries
+
+
+def verify_shard(path: Path) -> list[ShardEntry]:
+    """Return the entries after every tensor was read and its checksum compared.
+
+    Raises DamagedShard, and OSError when the file cannot be read.
+    """
+    entries = read_shard_entries(path)
+    with path.open("rb") as file:
+        for entry in entries:
+            read_shard_tensor(file.fileno(), entry)
     return entries
 
 

@@ -12,10 +12,15 @@ leaves one of three states, and opening the store repairs each. (1) A `*.tmp` fi
 never referenced, and it is deleted, but only by a process that holds `in-use.lock` alone, since
 another process may be writing it right now. (2) A named shard without rows in the index: its header
 lists its tensors, and it is added to the index. (3) Rows whose shard is missing or has another
-length: the rows are deleted and the shard is renamed to `*.damaged`, so that its keys are missing
-and the next run encodes them again. At most the tensors of the open shard are lost. A bit error
-inside a shard is found by the checksum when the tensor is read and handled like (3). A lost or
-damaged index is rebuilt from the shards' headers. A finished shard is never deleted.
+length: the shard is verified, and if it is damaged its rows are deleted and it is renamed to
+`*.damaged`, so that its keys are missing and the next run encodes them again. At most the tensors
+of the open shard are lost.
+
+Damage. A shard that was changed since it was indexed (another length or change time, as after a
+copy) is read once and compared with its checksums. A bit error that leaves no such trace is found
+by the checksum when the tensor is read. Every row of the index has a checksum of its own; a
+damaged row, or a damaged database, makes the index be rebuilt from the shards at once. A finished
+shard is never deleted.
 """
 
 from __future__ import annotations
@@ -24,12 +29,14 @@ import errno
 import fcntl
 import hashlib
 import os
+import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -38,9 +45,10 @@ from simpletuner.cache.shards import (
     ShardEntry,
     read_shard_entries,
     read_shard_tensor,
+    verify_shard,
     write_shard,
 )
-from simpletuner.cache.sqlite_index import SqliteIndex
+from simpletuner.cache.sqlite_index import SqliteIndex, row_checksum
 from simpletuner.errors import CacheError, DiskFull
 from simpletuner.events.event_types import Emit, WarningIssued
 from simpletuner.events.sinks import null_emit
@@ -49,13 +57,22 @@ MAX_OPEN_SHARDS = 32
 # Errors of network file systems that do not support locks.
 LOCK_UNSUPPORTED_ERRNOS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS shards (name TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS shards (
+  name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, ctime_ns INTEGER NOT NULL,
+  checksum INTEGER NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS entries (
   key TEXT, tensor TEXT, shard TEXT NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL,
-  crc32 INTEGER NOT NULL, dtype TEXT NOT NULL, shape TEXT NOT NULL, PRIMARY KEY (key, tensor)
+  crc32 INTEGER NOT NULL, dtype TEXT NOT NULL, shape TEXT NOT NULL, checksum INTEGER NOT NULL,
+  PRIMARY KEY (key, tensor)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_shard ON entries (shard);
 """
+SCHEMA_VERSION = 2
+
+
+class DamagedIndex(Exception):
+    """A row of the index that differs from what was written; the text says which."""
 
 
 class TensorStore:
@@ -88,9 +105,18 @@ class TensorStore:
                 f"the cache folder {self.folder} is not writable ({error.strerror}); set cache_dir"
                 " to a writable folder"
             ) from error
-        rebuild_note = "it is rebuilt from the shards' headers"
-        self._index = SqliteIndex(self.folder / "index.sqlite", SCHEMA, emit, rebuild_note)
-        self._reconcile_index()
+        self._index = SqliteIndex(
+            self.folder / "index.sqlite",
+            SCHEMA,
+            SCHEMA_VERSION,
+            emit,
+            "it is rebuilt from the shards",
+            self._reconcile_index,
+        )
+        try:
+            self._reconcile_index()
+        except DamagedIndex as error:
+            self._index.replace_damaged(str(error))
 
     def missing_keys(self, keys: Iterable[str]) -> list[str]:
         """Return the keys that are not cached, without duplicates, in order."""
@@ -124,24 +150,35 @@ class TensorStore:
         with self._lock:
             if key in self._pending:
                 return dict(self._pending[key])
-            rows = self._index.query(
-                "SELECT shard, tensor, offset, length, crc32, dtype, shape FROM entries WHERE"
-                " key = ?",
-                (key,),
-            )
+            rows = self._entry_rows(key)
         if not rows:
             raise KeyError(key)
         try:
-            return {row[1]: self._read_entry(row[0], _entry_from_row(key, row[1:])) for row in rows}
+            return {row[0]: self._read_entry(row[1], _entry_from_row(key, row)) for row in rows}
+        except DamagedIndex as error:
+            self._index.replace_damaged(str(error))
+            if not self._entry_rows(key):
+                raise CacheError(
+                    f"{self.folder} no longer has the entry {key}; run the same command again to"
+                    " encode it again"
+                ) from error
+            return self.get(key)
         except (DamagedShard, FileNotFoundError) as error:
-            shard = rows[0][0]
+            shard = rows[0][1]
             self._set_aside(shard, str(error))
             raise CacheError(
                 f"cache shard {self.folder / shard} is damaged: {error}. It was renamed to"
                 " *.damaged; run the same command again to encode its entries again."
             ) from error
         except OSError as error:
-            raise CacheError(f"cannot read {self.folder / rows[0][0]}: {error}") from error
+            raise CacheError(f"cannot read {self.folder / rows[0][1]}: {error}") from error
+
+    def _entry_rows(self, key: str) -> list[Any]:
+        return self._index.query(
+            "SELECT tensor, shard, offset, length, crc32, dtype, shape, checksum FROM entries"
+            " WHERE key = ?",
+            (key,),
+        )
 
     def flush(self) -> None:
         """Write the buffered tensors as one shard. Raises DiskFull or CacheError."""
@@ -166,7 +203,7 @@ class TensorStore:
                         f" {self.folder}; free some, or set cache_dir to another disk"
                     ) from error
                 raise CacheError(f"cannot write {path}: {error}") from error
-            self._index_shard(path)
+            self._index_shard(path, read_shard_entries(path))
             self._pending = {}
             self._pending_bytes = 0
 
@@ -219,60 +256,72 @@ class TensorStore:
         fcntl.flock(self._in_use_lock, fcntl.LOCK_SH)
 
     def _reconcile_index(self) -> None:
-        """Make the index match the folder, comparing lengths only: one stat per shard."""
-        indexed: dict[str, int] = dict(self._index.query("SELECT name, bytes FROM shards"))
+        """Make the index match the folder, comparing lengths and change times: a stat per shard.
+
+        Raises DamagedIndex.
+        """
+        indexed: dict[str, tuple[int, int]] = {}
+        for name, size, changed, checksum in self._index.query("SELECT * FROM shards"):
+            if checksum != row_checksum(name, size, changed):
+                raise DamagedIndex(f"the row of {name!r} is wrong")
+            indexed[name] = (size, changed)
         present = {
-            path.name: path.stat().st_size
+            path.name: _shard_stamp(path)
             for path in sorted(self.folder.glob("shard-*.safetensors"))
         }
-        for name, size in indexed.items():
-            if present.get(name) != size:
-                reason = (
-                    f"it has {present[name]} bytes instead of {size}"
-                    if name in present
-                    else "it is missing"
-                )
-                self._set_aside(name, reason)
-        for name in present.keys() - indexed.keys():
-            try:
-                self._index_shard(self.folder / name)
-            except DamagedShard as error:
-                self._set_aside(name, str(error))
+        for name in indexed.keys() - present.keys():
+            self._set_aside(name, "it is missing")
+        for name, stamp in present.items():
+            if indexed.get(name) != stamp:
+                try:
+                    self._index_shard(self.folder / name, verify_shard(self.folder / name))
+                except DamagedShard as error:
+                    self._set_aside(name, str(error))
+                except OSError as error:
+                    raise CacheError(f"cannot read {self.folder / name}: {error}") from error
 
-    def _index_shard(self, path: Path) -> None:
+    def _index_shard(self, path: Path, entries: Sequence[ShardEntry]) -> None:
         rows = []
-        for entry in read_shard_entries(path):
+        for entry in entries:
             key, _, tensor = entry.name.partition("/")
             shape = ",".join(map(str, entry.shape))
-            rows.append(
-                (
-                    key,
-                    tensor,
-                    path.name,
-                    entry.offset,
-                    entry.length,
-                    entry.crc32,
-                    entry.dtype,
-                    shape,
-                )
+            row = (
+                key,
+                tensor,
+                path.name,
+                entry.offset,
+                entry.length,
+                entry.crc32,
+                entry.dtype,
+                shape,
             )
-        with self._index.transaction() as index:
-            index.executemany("INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?)", rows)
-            shard = (path.name, path.stat().st_size)
-            index.execute("INSERT OR REPLACE INTO shards VALUES (?,?)", shard)
+            rows.append((*row, row_checksum(*row)))
+        shard = (path.name, *_shard_stamp(path))
+
+        def write(index: sqlite3.Connection) -> None:
+            index.execute("DELETE FROM entries WHERE shard = ?", (path.name,))
+            index.executemany("INSERT OR REPLACE INTO entries VALUES (?,?,?,?,?,?,?,?,?)", rows)
+            values = (*shard, row_checksum(*shard))
+            index.execute("INSERT OR REPLACE INTO shards VALUES (?,?,?,?)", values)
+
+        self._index.transaction(write)
 
     def _set_aside(self, shard: str, reason: str) -> None:
         path = self.folder / shard
-        with self._lock, self._index.transaction() as index:
-            self._files.pop(shard, None)
-            if on_disk := path.exists():
-                path.replace(path.with_name(f"{shard}.damaged"))
+
+        def forget(index: sqlite3.Connection) -> tuple[int, int]:
             cursor = index.execute(
                 "SELECT COUNT(DISTINCT key) FROM entries WHERE shard = ?", (shard,)
             )
-            count = cursor.fetchone()[0]
+            count = int(cursor.fetchone()[0])
             index.execute("DELETE FROM entries WHERE shard = ?", (shard,))
-            indexed = index.execute("DELETE FROM shards WHERE name = ?", (shard,)).rowcount
+            return count, index.execute("DELETE FROM shards WHERE name = ?", (shard,)).rowcount
+
+        with self._lock:
+            self._files.pop(shard, None)
+            if on_disk := path.exists():
+                path.replace(path.with_name(f"{shard}.damaged"))
+            count, indexed = self._index.transaction(forget)
         if indexed or on_disk:  # otherwise another thread has already renamed it
             self._emit(
                 WarningIssued(
@@ -283,10 +332,18 @@ class TensorStore:
 
     def _next_shard_number(self) -> int:
         last = self._index.query("SELECT MAX(name) FROM shards")[0][0]
-        return int(last.split("-")[1]) + 1 if last else 0
+        number = str(last).split("-")[1:2]
+        return int(number[0]) + 1 if number and number[0].isdecimal() else 0
 
 
-def _entry_from_row(key: str, row: tuple[str, int, int, int, str, str]) -> ShardEntry:
-    tensor, offset, length, crc32, dtype, shape = row
+def _shard_stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_ctime_ns
+
+
+def _entry_from_row(key: str, row: Sequence[Any]) -> ShardEntry:
+    tensor, shard, offset, length, crc32, dtype, shape, checksum = row
+    if checksum != row_checksum(key, tensor, shard, offset, length, crc32, dtype, shape):
+        raise DamagedIndex(f"a row of the key {key} is wrong")
     dimensions = tuple(int(size) for size in shape.split(",")) if shape else ()
     return ShardEntry(f"{key}/{tensor}", offset, length, crc32, dtype, dimensions)

@@ -5,13 +5,20 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import click
 
 from simpletuner import __version__
-from simpletuner.errors import SimpleTunerError
+from simpletuner.errors import (
+    DISK_FULL_ERRNOS,
+    STORAGE_HINTS,
+    ConfigError,
+    Problem,
+    SimpleTunerError,
+    storage_error,
+)
 
 # command -> (module with an attribute `command`, one line of help)
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -81,7 +88,37 @@ def main() -> None:
     Errors that a user can fix are printed as sentences, with an exit code and without a traceback.
     """
     try:
+        refuse_undecodable_arguments(sys.argv[1:])
         command_group(prog_name="simpletuner")
     except SimpleTunerError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        end_with_message(error)
+    except OSError as error:
+        # The outermost edge: what no command expected of the file system. Errors of the network
+        # have no number among these, and keep their traceback.
+        if error.errno not in (*DISK_FULL_ERRNOS, *STORAGE_HINTS):
+            raise
+        end_with_message(storage_error(str(error.filename or "a file"), error))
+
+
+def end_with_message(error: SimpleTunerError) -> NoReturn:
+    """Print the message, without control characters that it may quote, and exit."""
+    text = "".join(
+        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1]
+        for character in str(error)
+    )
+    print(text, file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def refuse_undecodable_arguments(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for an argument that is not valid text in the encoding of the terminal.
+
+    Configurations, prompts and logs are UTF-8 and cannot hold it.
+    """
+    problems = [
+        Problem(f"argument {number}", f"{word!a} is not valid UTF-8")
+        for number, word in enumerate(arguments, 1)
+        if any("\ud800" <= character <= "\udfff" for character in word)
+    ]
+    if problems:
+        raise ConfigError(problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import groupby
@@ -94,7 +95,7 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
             from simpletuner.cli.serve_while_training import serve_while_training
 
             beside.enter_context(
-                serve_while_training(Path(loaded.config.training.output_dir).expanduser())
+                serve_while_training(Path(os.path.expanduser(loaded.config.training.output_dir)))
             )
         from simpletuner.training import run
 

@@ -31,12 +31,13 @@ def resolve_path(text: str, kind: str, folder: Path | None, cwd: Path) -> tuple[
     kind: "file" must be a file, "hub" may be a repository, "new" need not exist and stays relative.
     """
     if kind == "new":
-        broken = any(
-            character < " " for character in text
-        )  # "C:\new" in JSON is a line break and "ew"
-        return os.path.expanduser(
-            text
-        ), r"has control characters; write \\ or / between folders" * broken
+        expanded = os.path.expanduser(text)
+        if any(character < " " for character in text):  # "C:\new" in JSON is a line break and "ew"
+            return expanded, r"has control characters; write \\ or / between folders"
+        if expanded.startswith("~"):
+            name = text.split("/")[0]
+            return expanded, f"{name} is not the home folder of a user; write ./{name} for a folder"
+        return expanded, ""
     found, tried = find_path(text, folder, cwd)
     if found is not None:
         return found, "is a folder, not a file" if kind == "file" and os.path.isdir(found) else ""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import struct
-import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from simpletuner.config.schema import DataOptions
 from simpletuner.data.rejections import UnusableFile
 from simpletuner.data.sample_types import BucketedSample
 from simpletuner.data.sources import SourceFile
+from simpletuner.image_decoding import UndecodableImage, decoder_errors
 
 if TYPE_CHECKING:
     import numpy as np  # at run time only where pixels are decoded; headers need none
@@ -56,19 +56,6 @@ SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I"})
 Image.MAX_IMAGE_PIXELS = (
     None  # max_image_megapixels is the limit, also where it is above Pillow's own
 )
-# What Pillow's decoders raise on damaged files, besides OSError.
-DECODER_ERRORS = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    OverflowError,
-    ZeroDivisionError,
-    struct.error,
-    zlib.error,
-)
 EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -95,25 +82,26 @@ def read_image_header(file: SourceFile, max_megapixels: float) -> ImageHeader:
 
     Raises UnusableFile if the file is unreadable, unsupported or larger than the limit.
     """
-    try:
-        with file.open() as stream, Image.open(stream, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if width * height > max_megapixels * 1e6:
-                what = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
-                raise UnusableFile(
-                    "too_many_pixels", f"{what}; max_image_megapixels is {max_megapixels:g}"
-                )
-            _check_mode(image)
-            # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode
-            # the image.
-            turned = image.format != "TIFF" and _read_orientation(image) >= 5
-            animated = (
-                isinstance(image, (GifImageFile, PngImageFile, WebPImageFile)) and image.is_animated
+    with (
+        _errors_as_unusable(file),
+        file.open() as stream,
+        Image.open(stream, formats=IMAGE_FORMATS) as image,
+    ):
+        width, height = image.size
+        if width * height > max_megapixels * 1e6:
+            what = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
+            raise UnusableFile(
+                "too_many_pixels", f"{what}; max_image_megapixels is {max_megapixels:g}"
             )
-            size = (height, width) if turned else (width, height)
-            return ImageHeader(size, image.mode, animated, image.has_transparency_data)
-    except DECODER_ERRORS as error:
-        raise _to_unusable_file(file, error) from error
+        _check_mode(image)
+        # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode
+        # the image.
+        turned = image.format != "TIFF" and _read_orientation(image) >= 5
+        animated = (
+            isinstance(image, (GifImageFile, PngImageFile, WebPImageFile)) and image.is_animated
+        )
+        size = (height, width) if turned else (width, height)
+        return ImageHeader(size, image.mode, animated, image.has_transparency_data)
 
 
 def load_pixels(placed: BucketedSample, options: DataOptions) -> np.ndarray:
@@ -128,23 +116,24 @@ def load_pixels(placed: BucketedSample, options: DataOptions) -> np.ndarray:
 
     sample = placed.sample
     scanned = f"but was {sample.width_px}x{sample.height_px} when the dataset was scanned"
-    try:
-        with sample.file.open() as stream, Image.open(stream, formats=IMAGE_FORMATS) as image:
-            _check_mode(image)
-            if (
-                image.width * image.height != sample.width_px * sample.height_px
-            ):  # checked before the image is decoded
-                raise UnusableFile("changed", f"is {image.width}x{image.height}, {scanned}")
-            image.load()
-            upright = EXIF_TRANSPOSES.get(_read_orientation(image))
-            upright_image = image.transpose(upright) if upright is not None else image
-            if upright_image.size != (sample.width_px, sample.height_px):
-                raise UnusableFile(
-                    "changed", f"is {upright_image.width}x{upright_image.height}, {scanned}"
-                )
-            upright_image = _to_srgb(upright_image, ImageColor.getrgb(options.alpha_background)[:3])
-    except DECODER_ERRORS as error:
-        raise _to_unusable_file(sample.file, error) from error
+    with (
+        _errors_as_unusable(sample.file),
+        sample.file.open() as stream,
+        Image.open(stream, formats=IMAGE_FORMATS) as image,
+    ):
+        _check_mode(image)
+        if (
+            image.width * image.height != sample.width_px * sample.height_px
+        ):  # checked before the image is decoded
+            raise UnusableFile("changed", f"is {image.width}x{image.height}, {scanned}")
+        image.load()
+        upright = EXIF_TRANSPOSES.get(_read_orientation(image))
+        upright_image = image.transpose(upright) if upright is not None else image
+        if upright_image.size != (sample.width_px, sample.height_px):
+            raise UnusableFile(
+                "changed", f"is {upright_image.width}x{upright_image.height}, {scanned}"
+            )
+        upright_image = _to_srgb(upright_image, ImageColor.getrgb(options.alpha_background)[:3])
     left, top = placed.crop_px
     width, height = placed.bucket_px
     upright_image = upright_image.resize(placed.resize_px, Image.Resampling.LANCZOS)
@@ -171,7 +160,7 @@ def _to_srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
 
 def _convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
     if profile:
-        with contextlib.suppress(ImageCms.PyCMSError, OSError):
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
             source = ImageCms.ImageCmsProfile(BytesIO(profile))
             turned = ImageCms.profileToProfile(
                 image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
@@ -183,8 +172,9 @@ def _convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 def _read_orientation(image: Image.Image) -> int:
     try:
-        return int(Image.Image.getexif(image).get(0x0112, 1))
-    except DECODER_ERRORS:
+        with decoder_errors():
+            return int(Image.Image.getexif(image).get(0x0112, 1))
+    except UndecodableImage:
         return 1  # with unreadable EXIF data the pixels are still usable
 
 
@@ -199,7 +189,16 @@ def _check_mode(image: Image.Image) -> None:
         )
 
 
-def _to_unusable_file(file: SourceFile, error: Exception) -> UnusableFile:
+@contextlib.contextmanager
+def _errors_as_unusable(file: SourceFile) -> Iterator[None]:
+    try:
+        with decoder_errors(UnusableFile):
+            yield
+    except UndecodableImage as error:
+        raise _to_unusable_file(file, error.__cause__ or error) from error
+
+
+def _to_unusable_file(file: SourceFile, error: BaseException) -> UnusableFile:
     if isinstance(error, UnidentifiedImageError):
         with file.open() as stream:
             start = stream.read(16)
@@ -212,4 +211,4 @@ def _to_unusable_file(file: SourceFile, error: Exception) -> UnusableFile:
         )
     if isinstance(error, OSError) and error.errno is not None:
         return UnusableFile("unreadable", f"cannot be read: {error.strerror}")
-    return UnusableFile("damaged", f"cannot be decoded: {error}")
+    return UnusableFile("damaged", f"cannot be decoded: {str(error) or type(error).__name__}")

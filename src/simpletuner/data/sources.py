@@ -47,9 +47,10 @@ class SourceFile(ABC):
 
     @abstractmethod
     def stamp(self) -> ContentStamp:
-        """Return (bytes, modification time in ns, inode or 0). Raises OSError.
+        """Return (bytes, time of the last change in ns, inode or 0). Raises OSError.
 
-        A hash of the content that was stored with an equal stamp is still valid.
+        A hash of the content that was stored with an equal stamp is still valid. The time is one
+        that programs cannot set back, where the source has such a time.
         """
 
     @property
@@ -113,7 +114,7 @@ class LocalFile(SourceFile):
 
     def stamp(self) -> ContentStamp:
         status = self.path.stat()
-        return status.st_size, status.st_mtime_ns, status.st_ino
+        return status.st_size, status.st_ctime_ns, status.st_ino
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,14 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from simpletuner.events.event_types import EVENT_CLASSES, Event, RunWorld
+
+MAX_PENDING_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ def event_from_dict(record: dict[str, Any]) -> Event | None:
     kind = EVENT_CLASSES.get(record.get("kind", ""))
     if kind is None:
         return None
+    types = _field_types_by_kind()[kind.kind]
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         if field.name in record:
@@ -48,17 +53,49 @@ def event_from_dict(record: dict[str, Any]) -> Event | None:
                 values[field.name] = math.nan
             else:
                 values[field.name] = _lists_to_tuples(value)
+            if not _has_type(values[field.name], types[field.name]):
+                return None
         elif field.default is dataclasses.MISSING:
             return None
     return kind(**values)
 
 
+@cache
+def _field_types_by_kind() -> dict[str, dict[str, Any]]:
+    return {kind: get_type_hints(event) for kind, event in EVENT_CLASSES.items()}
+
+
+def _has_type(value: Any, wanted: Any) -> bool:
+    """Return whether a value read from JSON has the type of an event's field."""
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return any(_has_type(value, one) for one in arguments)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return all(_has_type(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(_has_type, value, arguments))
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            isinstance(key, str) and _has_type(item, arguments[1]) for key, item in value.items()
+        )
+    if wanted is float:
+        return type(value) in (int, float)
+    return type(value) is wanted
+
+
 class EventLog:
-    """Sink that appends to the file; each line is written in one call, so that it is never torn."""
+    """Sink that appends to the file; each line is written in one call, so that it is never torn.
+
+    When a write fails, as on a full disk, append raises OSError, and the next call writes what is
+    missing before its own line; up to MAX_PENDING_BYTES are remembered.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
+        self._pending = b""
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         size = os.fstat(self._handle).st_size
         if size and os.pread(self._handle, 1, size - 1) != b"\n":
@@ -67,7 +104,10 @@ class EventLog:
     def append(self, event: Event) -> None:
         line = json.dumps(event_to_dict(event, time.time()), ensure_ascii=False, allow_nan=False)
         with self._lock:
-            os.write(self._handle, line.encode("utf-8", "backslashreplace") + b"\n")
+            if len(self._pending) < MAX_PENDING_BYTES:
+                self._pending += line.encode("utf-8", "backslashreplace") + b"\n"
+            while self._pending:
+                self._pending = self._pending[os.write(self._handle, self._pending) :]
 
     __call__ = append
 
@@ -90,10 +130,28 @@ def read_events(path: Path, since: int = 0) -> Iterator[EventRecord]:
             try:
                 record = json.loads(line)
                 event, t = event_from_dict(record), float(record["t"])
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
             if event is not None:
                 yield EventRecord(t, event, end)
+
+
+def count_damaged_lines(path: Path) -> int:
+    """Return how many lines hold no event; those that another version wrote do not count."""
+    if not path.exists():
+        return 0
+    damaged = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                known = record["kind"] in EVENT_CLASSES
+                damaged += known and event_from_dict(record) is None
+            except (ValueError, KeyError, TypeError, RecursionError):
+                damaged += 1
+    return damaged
 
 
 def _replace_nonfinite(value: Any) -> Any:

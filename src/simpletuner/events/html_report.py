@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from simpletuner.atomic_io import write_atomically
 from simpletuner.events.charts import ChartLine, render_line_chart
@@ -26,6 +26,7 @@ from simpletuner.events.formatting import (
     pick_evenly,
 )
 from simpletuner.events.run_history import ImageKey, RunHistory, read_run_history
+from simpletuner.image_decoding import UndecodableImage, decoder_errors
 
 MAX_COLUMNS = 9  # steps of the images that are shown: the first, the last and some between
 THUMBNAIL_PX = 448
@@ -241,10 +242,10 @@ def _render_thumbnail(run_dir: Path, event: ImageSaved) -> str:
     if not path.resolve().is_relative_to(run_dir.resolve()):
         return '<span class="soft">outside the run folder</span>'
     try:
-        with Image.open(path) as image:
+        with decoder_errors(), Image.open(path) as image:
             small = image.convert("RGB")
             small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
-    except (OSError, UnidentifiedImageError):
+    except UndecodableImage:
         return '<span class="soft">missing</span>'
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=86)

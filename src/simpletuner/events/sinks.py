@@ -46,12 +46,15 @@ def null_emit(event: Event) -> None:
     """Emit nothing: the default of code without a listener."""
 
 
-def fan_out(sinks: Sequence[Sink]) -> Emit:
+def fan_out(sinks: Sequence[Sink], never_removed: Sequence[Sink] = ()) -> Emit:
     """Return one Emit for all sinks, safe to call from several threads.
 
-    A sink that raises is removed, and the others receive one WarningIssued about it.
+    A sink that raises is removed, and the others receive one WarningIssued about it. Those of
+    `never_removed`, which must be among the sinks, are tried again with every event; the warning is
+    given once for each series of failures.
     """
     listening = list(sinks)
+    failing: list[Sink] = []
     lock = threading.RLock()
 
     def emit(event: Event) -> None:
@@ -59,10 +62,17 @@ def fan_out(sinks: Sequence[Sink]) -> Emit:
             failed = [
                 (sink, why) for sink in listening if (why := call_and_catch(partial(sink, event)))
             ]
-            for sink, _ in failed:
-                listening.remove(sink)
+            broken = [sink for sink, _ in failed]
+            reported = list(failing)
+            failing[:] = [sink for sink in broken if sink in never_removed]
+            listening[:] = [
+                sink for sink in listening if sink not in broken or sink in never_removed
+            ]
             for sink, why in failed:
-                emit(WarningIssued(f"{_sink_name(sink)} is switched off: {why}"))
+                if sink not in never_removed:
+                    emit(WarningIssued(f"{_sink_name(sink)} is switched off: {why}"))
+                elif sink not in reported:
+                    emit(WarningIssued(f"{_sink_name(sink)} failed and is tried again: {why}"))
 
     return emit
 

@@ -50,6 +50,7 @@ EXIT_CODE_ADVICE: Mapping[int, str] = {
     9: "Choose another output_dir to start from scratch, or resume from the checkpoint by its name",
     10: "Delete the cache folder named in the message (cache_dir); it is rebuilt automatically",
     11: "Install the package named in the message, or set report_to = none",
+    12: "Check the disk that the message names: permissions, free space, whether it is mounted",
     127: "The training could not be started: check that simpletuner is still installed",
 }
 SIGNAL_ADVICE: Mapping[str, str] = {"SIGKILL": HOST_MEMORY_ADVICE} | dict.fromkeys(

@@ -11,7 +11,8 @@ from io import BytesIO
 from pathlib import Path
 
 from simpletuner.atomic_io import write_atomically
-from simpletuner.server.api_errors import abort
+from simpletuner.image_decoding import UndecodableImage, decoder_errors
+from simpletuner.server.api_errors import ApiError, abort
 
 # A fixed set of widths, so that requests for every possible width cannot fill the cache.
 THUMBNAIL_WIDTHS_PX = (96, 192, 384, 768)
@@ -75,17 +76,12 @@ def prune_cache(cache: Path, max_bytes: int) -> None:
 
 
 def _render_thumbnail(source: Path, side: int) -> bytes:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
-    from simpletuner.data.pixels import (
-        DECODER_ERRORS,
-        IMAGE_FORMATS,
-        PIXEL_MODES,
-        SIXTEEN_BIT_MODES,
-    )
+    from simpletuner.data.pixels import IMAGE_FORMATS, PIXEL_MODES, SIXTEEN_BIT_MODES
 
     try:
-        with Image.open(source, formats=IMAGE_FORMATS) as image:
+        with decoder_errors(ApiError), Image.open(source, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 abort(
                     413,
@@ -107,10 +103,8 @@ def _render_thumbnail(source: Path, side: int) -> bytes:
             # Reduce before rotating, because exif_transpose copies the image.
             thumb.thumbnail((side * 2, side * 4), Image.Resampling.BOX)
             thumb = ImageOps.exif_transpose(thumb)
-    except UnidentifiedImageError:
+    except UndecodableImage:
         abort(415, "this file is damaged or not an image")
-    except DECODER_ERRORS as error:
-        abort(415, f"the image cannot be decoded: {error}")
     thumb.thumbnail((side, side * 2), Image.Resampling.LANCZOS)
     if alpha:
         opaque = Image.new("RGB", thumb.size, BACKGROUND_GREY)

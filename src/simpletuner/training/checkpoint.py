@@ -27,6 +27,7 @@ checkpoint-500/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -34,18 +35,20 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simpletuner.atomic_io import fsync_path
-from simpletuner.errors import CheckpointError, DiskFull
+from simpletuner.atomic_io import fsync_path, os_error_of
+from simpletuner.errors import CheckpointError, DiskFull, storage_error
 from simpletuner.events.event_types import CheckpointSetAside, Emit
+from simpletuner.training.leftovers import remove_checkpoint_leftovers
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)$")
 FORMAT_VERSION = 1
+REQUIRED_FILES = {"state.json", "weights.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def _sync(path: Path) -> None:
         fsync_path(path)
     except OSError as error:
         if path.is_file():  # some file systems cannot sync a folder, but all can sync a file
-            raise DiskFull(f"{path} could not be written to the disk: {error.strerror}") from error
+            raise storage_error(f"{path} cannot be written to the disk", error) from error
 
 
 def free_disk_bytes(folder: Path) -> int:
@@ -97,21 +100,52 @@ def free_disk_bytes(folder: Path) -> int:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Describe the damage of a checkpoint; None when every file is as in the manifest."""
+    """Describe the damage of a checkpoint; None when every file is as in the manifest.
+
+    Never raises: a file that cannot be read is damage too.
+    """
+    try:
+        expected_files = read_manifest(folder)
+        for name, (size, digest) in expected_files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if _sha256(path) != digest:
+                return f"{name} does not have the content that was saved (its SHA-256 differs)"
+    except ValueError as error:  # among them are invalid JSON, invalid UTF-8 and a NUL in a name
+        return f"manifest.json is unreadable ({error})"
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return file name -> (bytes, SHA-256) of a checkpoint. Raises OSError and ValueError."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files: dict[str, dict[str, object]] = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json is unreadable ({error})"
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _sha256(path) != expected["sha256"]:
-            return f"{name} does not have the content that was saved (its SHA-256 differs)"
-    return None
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not files.keys() >= REQUIRED_FILES:
+        raise ValueError(f"it does not list {' and '.join(sorted(REQUIRED_FILES))}")
+    entries = {}
+    for name, fields in files.items():
+        size = fields.get("bytes") if isinstance(fields, dict) else None
+        digest = fields.get("sha256") if isinstance(fields, dict) else None
+        if type(size) is not int or not isinstance(digest, str):
+            raise ValueError(f"its entry of {name!r} has no length or no hash")
+        if not is_inside(name):
+            raise ValueError(f"{name!r} is not the name of a file in the checkpoint")
+        entries[name] = (size, digest)
+    return entries
+
+
+def is_inside(name: str) -> bool:
+    """Return whether a relative POSIX path stays inside its folder."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts
 
 
 def save_checkpoint(
@@ -132,6 +166,7 @@ def save_checkpoint(
     target = run_dir / f"checkpoint-{snapshot.step}"
     if target.exists() and find_damage(target) is None:
         return target
+    remove_checkpoint_leftovers(run_dir)
     needed = sum(
         t.numel() * t.element_size() for group in snapshot.tensors.values() for t in group.values()
     )
@@ -141,7 +176,6 @@ def save_checkpoint(
             f"{free_disk_bytes(run_dir) / 1e9:.2f} GB free; earlier checkpoints are not affected. "
             "Free some space and run the same command to resume"
         )
-    remove_leftovers(run_dir)
     work = run_dir / f".writing-checkpoint-{snapshot.step}-{os.getpid()}"
     work.mkdir()
     try:
@@ -151,14 +185,30 @@ def save_checkpoint(
         os.replace(work, target)
     except (OSError, SafetensorError) as error:  # save_file raises the latter for a full disk
         shutil.rmtree(work, ignore_errors=True)
-        raise DiskFull(
-            f"{target} could not be written ({error}); earlier checkpoints are not affected"
-        ) from error
+        failure = error if isinstance(error, OSError) else os_error_of(error)
+        what = f"{target} cannot be written; earlier checkpoints are not affected"
+        raise storage_error(what, failure) from error
     _sync(run_dir)
     for old in list_checkpoints(run_dir)[keep:]:
         if old != target and checkpoint_step(old) != best and not (old / "keep").exists():
-            shutil.rmtree(old.rename(run_dir / f".removing-{old.name}"))
+            remove_checkpoint(old)
     return target
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint; of a symbolic link only the link, which leads outside the run folder.
+
+    What cannot be deleted is left behind under a name that no reader looks for.
+    """
+    if folder.is_symlink():
+        with contextlib.suppress(OSError):
+            folder.unlink()
+        return
+    try:
+        removing = folder.rename(folder.with_name(f".removing-{folder.name}"))
+    except OSError:
+        return  # the checkpoint stays complete
+    shutil.rmtree(removing, ignore_errors=True)
 
 
 def _write(work: Path, snapshot: CheckpointData, extra: Callable[[Path], None] | None) -> None:
@@ -179,16 +229,6 @@ def _write(work: Path, snapshot: CheckpointData, extra: Callable[[Path], None] |
     (work / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
     _sync(work / "manifest.json")
     _sync(work)
-
-
-def remove_leftovers(run_dir: Path) -> None:
-    """Remove folders that a killed process had half written or half removed.
-
-    The caller must hold the run lock.
-    """
-    for pattern in (".writing-checkpoint-*", ".removing-checkpoint-*"):
-        for leftover in run_dir.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def set_aside_damaged(folder: Path) -> Path:
@@ -225,8 +265,12 @@ def verify_checkpoint(folder: Path) -> None:
 
 def read_state(folder: Path) -> dict[str, object]:
     """Return state.json of a verified checkpoint; CheckpointError when its format is unknown."""
-    state: dict[str, object] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT_VERSION:
+    try:
+        state: dict[str, object] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        known = state.keys() >= {"format", "step"}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: state.json cannot be read ({error})") from error
+    if not known or state["format"] != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has format {state.get('format')}; this version reads format {FORMAT_VERSION}"
         )

@@ -24,6 +24,7 @@ from simpletuner.config.load import resolved_options
 from simpletuner.config.paths import HUB_ID_PATTERN
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.sample_types import BucketedSample
+from simpletuner.image_decoding import UndecodableImage, decoder_errors
 
 THUMBNAIL_BYTES = 64 << 10  # of the whole data: URL
 THUMBNAIL_PX = 512
@@ -174,9 +175,9 @@ def thumbnail_data_url(image_path: Path | None) -> str:
     if image_path is None:
         return ""
     try:
-        with Image.open(image_path) as opened:
+        with decoder_errors(), Image.open(image_path) as opened:
             image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError):  # Pillow raises one of three for a damaged PNG
+    except UndecodableImage:
         return ""
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     for quality in (85, 60, 35, 10):

@@ -10,6 +10,7 @@ warning.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def find_resume_point(run_dir: Path, wanted: str, emit: Emit) -> ResumePoint | N
         if newest is None and wanted == "must":
             raise CheckpointError(f"resume_from_checkpoint = must, and {run_dir} has no checkpoint")
         return None if newest is None else ResumePoint(newest, checkpoint.read_state(newest), False)
-    for folder in (run_dir / wanted, Path(wanted).expanduser()):
+    for folder in (run_dir / wanted, Path(os.path.expanduser(wanted))):
         if folder.is_dir():
             checkpoint.verify_checkpoint(folder)
             return ResumePoint(folder.resolve(), checkpoint.read_state(folder), True)

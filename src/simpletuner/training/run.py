@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
+import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -16,12 +16,20 @@ from typing import Any, cast
 
 from safetensors import SafetensorError
 
+from simpletuner.atomic_io import os_error_of
 from simpletuner.config.load import LoadedConfig, resolved_options
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.dataset_config import DatasetFile
-from simpletuner.errors import DiskFull, SimpleTunerError, TrainingStopped
+from simpletuner.errors import (
+    DISK_FULL_ERRNOS,
+    STORAGE_HINTS,
+    SimpleTunerError,
+    StorageError,
+    TrainingStopped,
+    storage_error,
+)
 from simpletuner.events import event_types, trackers, webhook_sink
-from simpletuner.events.event_log import EventLog
+from simpletuner.events.event_log import EventLog, count_damaged_lines
 from simpletuner.events.html_report import write_report
 from simpletuner.events.sinks import (
     CloseableSink,
@@ -99,7 +107,7 @@ def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None
     recorded in events.jsonl and exit.json.
     """
     run = loaded.config
-    folder = RunFolder(Path(run.training.output_dir).expanduser().absolute())
+    folder = RunFolder(Path(os.path.expanduser(run.training.output_dir)).absolute())
     stop, position, started = StopFlag(folder), LastStepSink(), time.monotonic()
     emit: event_types.Emit = null_emit
     with stop.signal_handlers_installed(), folder, ExitStack() as closing:
@@ -107,7 +115,12 @@ def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None
             earlier = None
             if run.checkpoint.resume_from_checkpoint == "never":
                 earlier = folder.set_aside_earlier_results()
-            emit = fan_out([position, *build_sinks(run, folder, closing)])
+            damaged_lines = count_damaged_lines(folder.events_path)
+            sinks = build_sinks(run, folder, closing)
+            emit = fan_out([position, *sinks], [one for one in sinks if isinstance(one, EventLog)])
+            if damaged_lines:
+                lines = "1 line" if damaged_lines == 1 else f"{damaged_lines} lines"
+                emit(event_types.WarningIssued(f"{folder.events_path}: {lines} cannot be read"))
             for notice in (*loaded.notices, *backends.notices):
                 emit(event_types.NoticeIssued(notice))
             if earlier is not None:
@@ -130,9 +143,8 @@ def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None
         # The outermost edge catches everything, because exit.json must say how every run ended.
         except BaseException as error:
             known = to_user_error(error, run)
-            if known is None:
-                with folder.log_path.open("a", encoding="utf-8") as log:
-                    traceback.print_exception(error, file=log)
+            if known is None or isinstance(known, StorageError):
+                append_traceback(folder.log_path, error)
             finalize_run(folder, position.step, time.monotonic() - started, known or error, emit)
             if known is None or known is error:
                 raise
@@ -244,10 +256,15 @@ def to_user_error(error: BaseException, run: RunConfig) -> SimpleTunerError | No
         return SimpleTunerError(
             f"{short}. The last checkpoint is not affected. {suggest_next_setting(run)}"
         )
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or (isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)):
-        return DiskFull(
-            f"the disk is full ({error}); checkpoints are not affected. Free some space and run "
-            "the same command to resume"
-        )
+    if isinstance(error, SafetensorError) and "os error" in str(error):
+        error = os_error_of(error)
+    if isinstance(error, OSError) and error.errno in (*DISK_FULL_ERRNOS, *STORAGE_HINTS):
+        name = error.filename if isinstance(error.filename, str) else "a file of the run"
+        return storage_error(f"{name} (checkpoints are not affected)", error)
     return None
+
+
+def append_traceback(path: Path, error: BaseException) -> None:
+    """Append the traceback to the log, if that is possible."""
+    with suppress(OSError), path.open("a", encoding="utf-8") as log:
+        traceback.print_exception(error, file=log)

@@ -12,7 +12,6 @@ control/        a file named stop, save or validate is a request to the running 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -23,7 +22,8 @@ from pathlib import Path
 from types import TracebackType
 
 from simpletuner.atomic_io import write_atomically
-from simpletuner.errors import ConfigError, DiskFull, RunLocked
+from simpletuner.errors import RunLocked, storage_error
+from simpletuner.training.leftovers import remove_all_leftovers
 
 CONTROL_REQUESTS = ("stop", "save", "validate")
 NEVER_SET_ASIDE = ("cache", "run.lock", "control")
@@ -66,7 +66,7 @@ def _lock_file(descriptor: int) -> None:
 class RunFolder:
     """The folder of a run; `with RunFolder(path) as folder` takes and releases its lock.
 
-    Raises RunLocked when another process trains there, and DiskFull or ConfigError when the folder
+    Raises RunLocked when another process trains there, and DiskFull or StorageError when the folder
     cannot be written.
     """
 
@@ -82,12 +82,8 @@ class RunFolder:
             (self.path / "control").mkdir(exist_ok=True)
             probe = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise DiskFull(f"output_dir = {self.path}: no space left on the disk") from error
-            raise ConfigError(
-                f"output_dir = {self.path} cannot be written to: {error.strerror}; "
-                "choose another folder"
-            ) from error
+            what = f"output_dir = {self.path} cannot be written to ({error.filename})"
+            raise storage_error(what, error) from error
         try:
             _lock_file(probe)
         except OSError as error:
@@ -98,15 +94,20 @@ class RunFolder:
                 "wait for it, stop it, or choose another output_dir"
             ) from error
         self._lock = probe
+        remove_all_leftovers(self.path)
         with contextlib.suppress(OSError):  # only information; other writes report a full disk
             os.ftruncate(probe, 0)
             os.write(
                 probe,
                 f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode(),
             )
-        for name in CONTROL_REQUESTS:
-            (self.path / "control" / name).unlink(missing_ok=True)
-        (self.path / "exit.json").unlink(missing_ok=True)
+        try:
+            for name in CONTROL_REQUESTS:
+                (self.path / "control" / name).unlink(missing_ok=True)
+            (self.path / "exit.json").unlink(missing_ok=True)
+        except OSError as error:
+            self.__exit__(None, None, None)
+            raise storage_error(f"{error.filename} cannot be removed", error) from error
         return self
 
     def __exit__(
@@ -131,9 +132,12 @@ class RunFolder:
     def consume_control_request(self, name: str) -> bool:
         """Return whether the request was made, and remove it."""
         request = self.path / "control" / name
-        if not request.exists():
+        if not request.is_file():
             return False
-        request.unlink(missing_ok=True)
+        try:
+            request.unlink(missing_ok=True)
+        except OSError as error:  # it would be repeated after every step
+            raise storage_error(f"{request} cannot be removed", error) from error
         return True
 
     def set_aside_earlier_results(self) -> Path | None:

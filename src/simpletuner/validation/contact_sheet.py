@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
+from simpletuner.image_decoding import UndecodableImage, decoder_errors
 from simpletuner.validation.fonts import Font, renderable_text
 from simpletuner.validation.validation_images import save_png
 
@@ -75,8 +76,12 @@ def write_contact_sheet(rows: Sequence[SheetRow], columns: Mapping[Any, str], pa
 
 
 def _thumbnail(path: Path, cell: int) -> Image.Image:
-    with Image.open(path) as image:
-        return ImageOps.contain(image.convert("RGB"), (cell, cell), Image.Resampling.LANCZOS)
+    """Return the image in a square of `cell` pixels; grey where the file cannot be decoded."""
+    try:
+        with decoder_errors(), Image.open(path) as image:
+            return ImageOps.contain(image.convert("RGB"), (cell, cell), Image.Resampling.LANCZOS)
+    except UndecodableImage:
+        return Image.new("RGB", (cell, cell), MISSING_COLOUR)
 
 
 def _truncate(text: str, font: Font, width: int) -> str:

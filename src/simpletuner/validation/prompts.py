@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -129,7 +130,7 @@ def _default_size(data: DataOptions) -> str:
 
 
 def _read_library(name: str, base_dir: Path, negative: str) -> list[Prompt]:
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name))
     candidates = (base_dir / given, given)
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from simpletuner import __version__
 from simpletuner.errors import DiskFull
+from simpletuner.image_decoding import UndecodableImage, decoder_errors
 from simpletuner.validation.prompts import ImageSpec
 
 
@@ -75,12 +76,12 @@ def image_metadata(
 def read_image_metadata(path: Path) -> dict[str, str]:
     """Return the text chunks of a PNG; empty when the file is not a readable image."""
     try:
-        with Image.open(path) as image:
+        with decoder_errors(), Image.open(path) as image:
             image.load()
             return {
                 str(key): str(value) for key, value in image.info.items() if isinstance(value, str)
             }
-    except (OSError, SyntaxError, ValueError):  # Pillow raises one of three for a damaged PNG
+    except UndecodableImage:
         return {}
 
 

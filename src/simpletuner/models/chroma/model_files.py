@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import simpletuner.models as models_package
@@ -94,7 +95,7 @@ def main_model_names(options: ModelOptions) -> dict[str, str]:
     That is the main model; components that a single file lacks come from the flavour's repository.
     """
     main = options.pretrained_model_name_or_path or FLAVOURS[options.model_flavour]
-    file = Path(main).expanduser()
+    file = Path(os.path.expanduser(main))
     if not file.is_file():
         return dict.fromkeys(COMPONENTS, main)
     available = components_in_file(file, CHROMA_FORMAT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def _local_component_path(component: str, options: ModelOptions) -> Path | None:
     separate_name = model_files.separate_component_names(options).get(component)
     name = separate_name or model_files.main_model_names(options)[component]
     revision = None if separate_name else options.revision
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name == model_files.NANO and not path.is_dir():
         return Path(models_package.__path__[0]) / model_files.NANO / component
     if path.exists() or not HUB_ID_PATTERN.fullmatch(name):

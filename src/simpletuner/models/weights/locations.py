@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def resolve_root(
     name: a path or a hub id, whose `components` are downloaded. check_transformer: see
     download_components.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path.resolve(), ""
     if path.is_file():

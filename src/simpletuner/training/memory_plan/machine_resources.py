@@ -98,12 +98,12 @@ def find_disk_shortages(run: RunConfig, needed: Mapping[str, int]) -> list[tuple
     needed: as in MemoryPrediction.disk. Files that exist already are subtracted: a resumed run
     replaces its checkpoints, and a base that was quantised before is read again.
     """
-    output = Path(run.training.output_dir).expanduser()
+    output = Path(os.path.expanduser(run.training.output_dir))
     checkpoint_bytes = sum(
         file.stat().st_size for file in output.glob("checkpoint-*/**/*") if file.is_file()
     )
     chosen = run.model.quantized_cache_dir
-    quantised = Path(chosen).expanduser() if chosen else user_cache_dir() / "quantized"
+    quantised = Path(os.path.expanduser(chosen)) if chosen else user_cache_dir() / "quantized"
     converted = quantised.glob(f"*-{run.model.base_model_precision}-*")  # complete or partial
     written = {
         "checkpoints": checkpoint_bytes,
