@@ -33,6 +33,7 @@ VALUES = {
     "machine_rank": 1,
     "pretrained_model_name_or_path": ".",
     "report_to": "wandb",
+    "scheduled_sampling_prob_end": 0.75,
     "user_prompt_library": "prompts.json",
     "validation_guidance_real": 2.0,
     "validation_resolution": "512",

@@ -34,8 +34,7 @@ group_offload_type group_offload_blocks_per_group ramtorch ramtorch_target_modul
 musubi_block_swap_device attention_mechanism sageattention_usage accelerator_cache_clear_interval
 set_grads_to_none dynamo_fullgraph peft_lora_mode singlora_ramp_up_steps slider_lora_target
 init_lora_ema init_lora_step init_lokr_norm assistant_lora_path
-disable_assistant_lora validation_lycoris_strength flow_cubic_schedule_weights mixflow_enabled
-mixflow_gamma
+disable_assistant_lora validation_lycoris_strength flow_cubic_schedule_weights
 flux_guidance_value flux_guidance_min flux_guidance_max flux_attention_masked_training
 input_perturbation_steps noise_offset offset_noise timestep_bias_strategy snr_gamma use_soft_min_snr
 snr_weight soft_min_snr_sigma_data masked_loss_probability slider_strength optimizer_beta1
@@ -63,7 +62,8 @@ preserve_data_backend_cache vae_cache_scan_behaviour delete_unwanted_images
 delete_problematic_images
 delete_nsfw_images ignore_missing_files print_filenames print_sampler_statistics
 debug_aspect_buckets
-debug_dataset_loader scheduled_sampling_max_step_offset scheduled_sampling_reflexflow
+debug_dataset_loader scheduled_sampling_sampler scheduled_sampling_order
+scheduled_sampling_reflexflow scheduled_sampling_reflexflow_alpha
 same_network accelerate_extra_args find_unused_parameters offload_param_path fsdp_state_dict_type
 fsdp_auto_wrap_policy fsdp_cpu_offload fsdp_activation_checkpointing
 context_parallel_size context_parallel_comm_strategy instance_data_dir
@@ -227,6 +227,32 @@ def judge(tmp_path: Path) -> Any:
         ({"accelerate_visible_devices": []}, "accelerate_visible_devices"),
         ({"accelerate_visible_devices": "0,x"}, "accelerate_visible_devices"),
         ({"accelerate_config": "nowhere.yaml"}, "accelerate_config"),
+        (
+            {"scheduled_sampling_probability": 0.5, "scheduled_sampling_max_step_offset": 0},
+            "scheduled_sampling_max_step_offset",
+        ),
+        (
+            {
+                "scheduled_sampling_probability": 0.5,
+                "scheduled_sampling_ramp_steps": 100,
+                "scheduled_sampling_prob_start": 0.6,
+            },
+            "scheduled_sampling_prob_start",
+        ),
+        (
+            {"scheduled_sampling_probability": 0.5, "mixflow_enabled": True},
+            "scheduled_sampling_probability",
+        ),
+        ({"mixflow_enabled": True, "input_perturbation": 0.1}, "mixflow_enabled"),
+        ({"mixflow_enabled": True, "mixflow_gamma": 0}, "mixflow_gamma"),
+        (
+            {"scheduled_sampling_probability": 0.5, "scheduled_sampling_sampler": "dpm"},
+            "scheduled_sampling_sampler",
+        ),
+        (
+            {"scheduled_sampling_probability": 0.5, "scheduled_sampling_reflexflow": True},
+            "scheduled_sampling_reflexflow",
+        ),
     ],
 )
 def test_contradictions(judge: Any, config: dict[str, Any], option: str) -> None:
@@ -253,6 +279,16 @@ def test_contradictions(judge: Any, config: dict[str, Any], option: str) -> None
         {"num_processes": "auto", "accelerate_visible_devices": [1, 3]},
         {"num_machines": 2, "num_processes": 4, "main_process_ip": "10.0.0.1", "machine_rank": 1},
         {"fsdp_enable": True, "fsdp_version": 2, "fsdp_reshard_after_forward": False},
+        {"scheduled_sampling_probability": 0.5},
+        {
+            "scheduled_sampling_probability": 1,
+            "scheduled_sampling_ramp_steps": 1000,
+            "scheduled_sampling_prob_start": 0.1,
+            "scheduled_sampling_prob_end": 0.5,
+            "scheduled_sampling_ramp_shape": "cosine",
+            "scheduled_sampling_strategy": "biased_late",
+        },
+        {"mixflow_enabled": True, "mixflow_gamma": 0.4},
         {"validation_strengths": 0.5},
         {"validation_strengths": "none"},
         {"validation_strengths": "0.25, 0.5"},
@@ -296,6 +332,25 @@ def test_what_agrees_is_let_through(judge: Any, config: dict[str, Any]) -> None:
         (
             {"lr_power": 2, "lr_scheduler": "linear"},
             "lr_power has no effect with lr_scheduler linear",
+        ),
+        (
+            {"scheduled_sampling_probability": 0.5, "scheduled_sampling_max_step_offset": 10},
+            "shorter than a step of any usual sampler",
+        ),
+        (
+            {
+                "scheduled_sampling_max_step_offset": 40,
+                "scheduled_sampling_strategy": "biased_late",
+            },
+            "have no effect with scheduled_sampling_probability 0.0",
+        ),
+        (
+            {"scheduled_sampling_probability": 0.5, "scheduled_sampling_prob_end": 0.8},
+            "scheduled_sampling_prob_end has no effect with scheduled_sampling_ramp_steps 0",
+        ),
+        (
+            {"scheduled_sampling_probability": 0.5, "scheduled_sampling_sampler": "euler"},
+            "because they are off or change nothing: scheduled_sampling_sampler",
         ),
         ({"optimizer": "lion", "adam_beta1": 0.8}, "adam_beta1 has no effect with optimizer lion"),
         ({"max_restarts": 1}, "max_restarts has no effect with num_processes 1"),

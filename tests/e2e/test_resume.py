@@ -71,6 +71,32 @@ def test_resumed_equals_uninterrupted(straight: tuple[TrainingProject, Path], at
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_rollouts_change_the_training_and_resume_exactly(
+    straight: tuple[TrainingProject, Path],
+) -> None:
+    """Their draws are addressed by the visit, and their ramp by the step."""
+    workspace, plain = straight
+    options = {
+        "scheduled_sampling_probability": 1.0,
+        "scheduled_sampling_ramp_steps": 4,
+        "scheduled_sampling_start_step": 1,
+    }
+    rolled = workspace.train(output_dir=str(workspace.root / "rolled"), **options)
+    assert read_losses(rolled)[1] == read_losses(plain)[1], "the ramp has not begun"
+    weights = "pytorch_lora_weights.safetensors"
+    assert (rolled / weights).read_bytes() != (plain / weights).read_bytes()
+    resumed = interrupted(workspace, 3, "rolled-stopped", **options)
+    assert read_losses(resumed) == read_losses(rolled)
+    assert read_checkpoint_files(resumed / "checkpoint-6") == read_checkpoint_files(
+        rolled / "checkpoint-6"
+    )
+    off = {"scheduled_sampling_probability": 0.0, "scheduled_sampling_max_step_offset": 40}
+    unchanged = workspace.train(output_dir=str(workspace.root / "rollouts-off"), **off)
+    assert read_checkpoint_files(unchanged / "checkpoint-6") == read_checkpoint_files(
+        plain / "checkpoint-6"
+    )
+
+
 def test_cold_optimizer_is_not_the_same_run(straight: tuple[TrainingProject, Path]) -> None:
     """The test above can fail: without the optimizer's state the run is another one."""
     workspace, run_dir = straight

@@ -138,6 +138,8 @@ def test_the_trained_lora_is_the_file_others_load(drawn: tuple[TrainingProject, 
             "input_perturbation": 0.1,
             "use_rslora": True,
         },
+        {"mixflow_enabled": True, "mixflow_gamma": 0.4, "gradient_checkpointing": True},
+        {"scheduled_sampling_probability": 1.0, "gradient_checkpointing": True},
         {
             "model_type": "full",
             "learning_rate": 1e-3,

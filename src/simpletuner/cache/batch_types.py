@@ -34,6 +34,18 @@ class TextBatch:
         """Return whether no sample of this tensor is padded, so that no mask is needed."""
         return all(length == self.tensors[name].shape[1] for length in self.lengths[name])
 
+    def select(self, rows: Sequence[int]) -> TextBatch:
+        """Return the text of these samples, padded to the longest caption among them."""
+        chosen = list(rows)
+        lengths = {
+            name: tuple(values[row] for row in chosen) for name, values in self.lengths.items()
+        }
+        tensors = {
+            name: tensor[chosen, : max(lengths[name])] if name in lengths else tensor[chosen]
+            for name, tensor in self.tensors.items()
+        }
+        return TextBatch(tensors, lengths)
+
     @staticmethod
     def stack(embeddings: Sequence[TextEmbedding]) -> TextBatch:
         """Pad and stack the embeddings of the samples, which have the same names."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from simpletuner.config import lycoris_config
+from simpletuner.config import flow_constraints, lycoris_config
 from simpletuner.config.distributed_constraints import find_distributed_errors
 from simpletuner.config.image_metrics import IMAGE_METRICS
 from simpletuner.config.optimizer_arguments import parse_optimizer_arguments
@@ -25,7 +25,7 @@ from simpletuner.config.option import (
     join_words,
 )
 from simpletuner.config.option_catalog import Option, all_options
-from simpletuner.config.schema import DataOptions, FlowOptions, RunConfig
+from simpletuner.config.schema import DataOptions, RunConfig
 from simpletuner.config.sections_output import SCORABLE_BASE_REASON
 from simpletuner.errors import ConfigError
 from simpletuner.events.trackers import TRACKER_NAMES
@@ -81,7 +81,7 @@ def _compare_values(run: RunConfig, given: GivenOrigins) -> Iterator[ConstraintF
     except ConfigError as error:
         yield "optimizer_config", str(error)
     yield from check_sizes_and_captions(run.data)
-    yield from _check_flow(run.flow, given)
+    yield from flow_constraints.find_errors(run.flow, given)
     yield from _check_validation(run)
     yield from _check_logging(run)
     yield from find_distributed_errors(run)
@@ -211,38 +211,6 @@ def check_sizes_and_captions(data: DataOptions) -> Iterator[ConstraintFinding]:
         yield "only_instance_prompt", "prepend_instance_prompt is given too; use one of them"
 
 
-def _check_flow(flow: FlowOptions, given: GivenOrigins) -> Iterator[ConstraintFinding]:
-    choices = {
-        "flow_custom_timesteps": flow.flow_custom_timesteps is not None,
-        "flow_use_uniform_schedule": flow.flow_use_uniform_schedule,
-        "flow_use_beta_schedule": flow.flow_use_beta_schedule,
-        "flux_fast_schedule": flow.flux_fast_schedule,
-        "chroma_sigma_density": "chroma_sigma_density" in given,
-    }
-    chosen = [name for name, is_given in choices.items() if is_given]
-    alias = {"uniform": "flow_use_uniform_schedule", "beta": "flow_use_beta_schedule"}
-    agree = len(chosen) == 2 and alias.get(flow.chroma_sigma_density) == chosen[0]
-    if len(chosen) > 1 and not agree:
-        others = join_words(chosen[1:], "and")
-        yield (
-            chosen[0],
-            f"{others} {'is' if len(chosen) == 2 else 'are'} given too; choose the noise levels "
-            "with one of them",
-        )
-    if flow.flow_schedule_shift is not None and flow.flow_schedule_auto_shift:
-        yield "flow_schedule_auto_shift", "flow_schedule_shift is given too; use one of them"
-    if flow.flow_custom_timesteps is not None:
-        try:
-            levels = [float(text) for text in flow.flow_custom_timesteps.split(",")]
-        except ValueError:
-            levels = [-1.0]
-        if not all(0 <= level <= 1000 for level in levels):
-            yield (
-                "flow_custom_timesteps",
-                "must be a comma-separated list of sigmas (0 to 1) or timesteps (0 to 1000)",
-            )
-
-
 def _check_validation(run: RunConfig) -> Iterator[ConstraintFinding]:
     for size in (run.validation.validation_resolution or "").replace(" ", "").split(","):
         match = RESOLUTION_PATTERN.fullmatch(size)
@@ -302,18 +270,7 @@ def find_warnings(run: RunConfig, given: GivenOrigins) -> Iterator[str]:
         yield "vae_dtype fp16 overflows easily in this VAE; use bf16"
     if "fp8" in (model.base_model_precision, model.text_encoder_1_precision):
         yield "the rounding error of fp8 is three times that of int8, which needs as much memory"
-    if flow.flux_fast_schedule:
-        yield (
-            "flux_fast_schedule trains sigma 1.0 in seven of ten samples and skips the remap; "
-            "leave it off"
-        )
-    if flow.chroma_sigma_density == "quadratic-literal":
-        yield (
-            "chroma_sigma_density quadratic-literal never trains sigma in [0.25, 0.75); "
-            "quadratic does"
-        )
-    if flow.flow_schedule_shift is not None or flow.flow_schedule_auto_shift:
-        yield "a schedule shift is on; Chroma needs none"
+    yield from flow_constraints.find_warnings(flow)
     if optimizer.optimizer == "prodigy" and optimizer.learning_rate < 0.1:
         yield (
             f"prodigy multiplies its estimate by learning_rate {optimizer.learning_rate:g}; 1.0 "

@@ -7,6 +7,7 @@ from pydantic import Field
 from simpletuner.config.option import OptionSection
 from simpletuner.config.sections_data import CacheOptions, DataOptions
 from simpletuner.config.sections_distributed import DistributedOptions
+from simpletuner.config.sections_flow import FlowOptions
 from simpletuner.config.sections_model import AdapterOptions, ModelOptions
 from simpletuner.config.sections_output import (
     LoggingOptions,
@@ -15,7 +16,6 @@ from simpletuner.config.sections_output import (
 )
 from simpletuner.config.sections_training import (
     CheckpointOptions,
-    FlowOptions,
     OptimizerOptions,
     TrainingOptions,
 )

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,11 +28,13 @@ from simpletuner.errors import TrainingDiverged, TrainingStopped
 from simpletuner.events.event_types import Emit, StepCompleted, WarningIssued
 from simpletuner.flow.densities import sample_sigmas
 from simpletuner.flow.objective import add_noise, loss_per_sample, sample_noise, velocity_target
+from simpletuner.flow.rollout import choose_rollouts, mixflow_sigma, roll_out
 from simpletuner.randomness import seed_at
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.ema import Ema
 from simpletuner.training.optimizer_step import OptimizerStep
 from simpletuner.training.optimizers import set_optimizer_mode
+from simpletuner.validation.inference import eval_mode
 
 StepCallback = Callable[[int], None]  # takes the number of completed optimizer steps
 PredictVelocity = Callable[[Tensor, Tensor, TextBatch], Tensor]  # x_sigma, sigma, text
@@ -218,18 +221,18 @@ def backward_micro_batch(
     if context.uses_dropout:
         torch.manual_seed(seed_at(context.seed, "dropout", number))
     context.transformer.train()
-    with context.device.autocast():
-        sample_losses = compute_losses(context, batch, sigma)
+    step = number // context.schedule.accumulation_steps
+    sample_losses = compute_losses(context, batch, sigma, step)
     loss = sample_losses.sum() / sample_count
     context.optimizer_step.backward(loss)
     return loss.detach()
 
 
-def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor) -> Tensor:
+def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor, step: int) -> Tensor:
     """Return the loss of every sample, (B,) float32 on the device: the flow matching objective.
 
     batch: latents (B, C, H, W), text embeddings, and one visit key per sample, the address of its
-    noise. sigma: (B,) float32.
+    noise. sigma: (B,) float32. step: decides how many samples are rolled out.
 
     With input_perturbation p the network's input is built from noise + p * other noise, while the
     target keeps the noise itself (Ning et al. 2023, Input Perturbation Reduces Exposure Bias).
@@ -240,14 +243,34 @@ def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor) -> Tens
     if options.input_perturbation > 0:
         other = sample_noise(batch.visit_keys, batch.latents.shape, seed, "perturbation")
         input_noise = noise + options.input_perturbation * other
-    latents, noise, input_noise, sigma = (
+    input_sigma = mixflow_sigma(options, seed, batch.visit_keys, sigma)
+    rollouts = choose_rollouts(options, seed, step, batch.visit_keys, sigma)
+    latents, noise, input_noise, sigma, input_sigma = (
         tensor.to(device, non_blocking=True)
-        for tensor in (batch.latents, noise, input_noise, sigma)
+        for tensor in (batch.latents, noise, input_noise, sigma, input_sigma)
     )
     text = batch.text.to(device)
-    x_sigma = add_noise(latents, input_noise, sigma)
-    velocity = context.predict_velocity(x_sigma, sigma, text)
-    return loss_per_sample(velocity, velocity_target(latents, noise), sigma, options)
+    x_sigma = add_noise(latents, input_noise, input_sigma)
+    target = velocity_target(latents, noise)
+    if rollouts.rows:
+        rows = list(rollouts.rows)
+        predict = partial(predict_rows, context, text)
+        x_sigma[rows], target[rows] = roll_out(rollouts, latents, noise, sigma, predict)
+    with context.device.autocast():
+        velocity = context.predict_velocity(x_sigma, sigma, text)
+    return loss_per_sample(velocity, target, sigma, options)
+
+
+def predict_rows(
+    context: TrainerContext, text: TextBatch, x_sigma: Tensor, sigma: Tensor, rows: Sequence[int]
+) -> Tensor:
+    """Return the velocity of some samples of a batch without gradient and without dropout.
+
+    text: of the whole batch. This has an autocast context of its own, so that the training pass
+    does not find weights in the cache of casts that were cast here, without gradient.
+    """
+    with eval_mode(context.transformer), context.device.autocast():
+        return context.predict_velocity(x_sigma, sigma, text.select(rows))
 
 
 def update_weights(context: TrainerContext, step: int) -> None:

@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "schedule-free": {"optimizer": "adamw_schedulefree"},
     "step in backward": {**FULL, "optimizer_release_gradients": True, "grad_clip_method": "value"},
     "lion": {"model_type": "full", "optimizer": "lion"},
+    "rollouts": {"scheduled_sampling_probability": 1.0, "gradient_checkpointing": False},
 }
 
 

@@ -91,7 +91,7 @@ def train_two_steps(run: RunConfig, config: TransformerConfig, feed: BatchShape)
         text = TextBatch({"rows": rows}, shapes.text.lengths)
         return dataclasses.replace(shapes, latents=torch.randn_like(shapes.latents), text=text)
 
-    parts = dataclasses.replace(parts, load_batch=batch)
+    parts = dataclasses.replace(parts, load_batch=batch, flow_options=run.flow)
     for step in range(2):
         loop.train_step(parts, step)
 

@@ -36,7 +36,9 @@ class BatchShape:
 class StepMeasurement:
     """The memory and work of one optimizer step.
 
-    peak: bytes by part at the highest moment. flops: of all micro-batches. trained, trained_bytes:
+    peak: bytes by part at the highest moment. flops: of all micro-batches, without rollouts.
+    rollout_flops: of one forward pass without gradient over all samples; 0 where none are rolled
+    out. Such a pass stores no activations, so it does not raise the peak. trained, trained_bytes:
     the trainable parameters. optimizer: bytes of the optimizer's state.
     """
 
@@ -45,6 +47,7 @@ class StepMeasurement:
     trained: int
     trained_bytes: int
     optimizer: int
+    rollout_flops: float = 0.0
 
 
 def measure_fake_step(
@@ -150,10 +153,20 @@ def run_and_measure_step(
     count.reset_peak()
     with count.track_step():
         loop.train_step(parts, 0)
+    peak, flops = dict(count.peak_bytes), count.flops
+    if run.flow.scheduled_sampling_probability:
+        batch = parts.load_batch(0)
+        sigma = torch.ones(feed.samples)
+        loop.predict_rows(parts, batch.text, batch.latents, sigma, range(feed.samples))
     trained = sum(parameter.numel() for parameter in net.trainable_parameters.values())
     size = sum(parameter.nbytes for parameter in net.trainable_parameters.values())
     return StepMeasurement(
-        dict(count.peak_bytes), count.flops * accumulation / micro, trained, size, state_bytes
+        peak,
+        flops * accumulation / micro,
+        trained,
+        size,
+        state_bytes,
+        (count.flops - flops) * accumulation,
     )
 
 
@@ -166,7 +179,10 @@ def make_fake_context(
     plan: TrainSchedule,
     count: MemoryTrackerMode,
 ) -> TrainerContext:
-    """Return a context that feeds batches without data to the step, and emits nothing."""
+    """Return a context that feeds batches without data to the step, and emits nothing.
+
+    It has no rollouts: which samples they are depends on numbers, and these tensors have none.
+    """
     constants = spec.constants
     width, height = (side // constants.stride_px for side in feed.size_px)
     names = tuple(str(number) for number in range(feed.samples))
@@ -193,7 +209,7 @@ def make_fake_context(
         ema=net.ema,
         schedule=plan,
         seed=run.training.seed,
-        flow_options=run.flow,
+        flow_options=run.flow.model_copy(update={"scheduled_sampling_probability": 0.0}),
         uses_dropout=run.adapter.lora_dropout > 0 and net.uses_lora,
         learning_rate=lambda step: net.optimizer_options.learning_rate,
         load_batch=batch,

@@ -61,7 +61,12 @@ def format_step_time(plan: MemoryPrediction, budget: MachineResources) -> str:
     """Return the work and the estimated time of a step; minutes where it takes several."""
     seconds = step_time.estimate_seconds(plan.flops, budget.peak_flops, plan.moved)
     time = f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-    return f"step: {plan.flops / 1e12:.3g} TFLOP, about {time} on {budget.name} (estimate)"
+    rollouts = (
+        f", of which rollouts up to {plan.rollout_flops / 1e12:.3g}" if plan.rollout_flops else ""
+    )
+    return (
+        f"step: {plan.flops / 1e12:.3g} TFLOP{rollouts}, about {time} on {budget.name} (estimate)"
+    )
 
 
 def format_summary(plan: MemoryPrediction, budget: MachineResources) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from simpletuner.config.image_metrics import metric_device_bytes
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_size
+from simpletuner.flow.rollout import final_probability
 from simpletuner.models.block_executor import block_memory_policy
 from simpletuner.models.block_swap import ALIGNMENT, DEVICE_BUFFERS
 from simpletuner.models.family import BlockMemoryPolicy, ModelFamily, ModelSpec
@@ -45,7 +46,8 @@ class MemoryPrediction:
 
     parts: of the device, counted exactly. allowances: constants of this module. before: device
     bytes of models that are loaded and dropped before training. host, disk: bytes by use. moved:
-    bytes copied between host and device in a step. flops: of a step. trained: number of parameters.
+    bytes copied between host and device in a step. flops: of a step, with its rollouts.
+    rollout_flops: the largest part of rollouts in it. trained: number of parameters.
     feed: the assumed batch. assumed: whether the published shape was used, because the model's own
     config is not on this machine yet.
     """
@@ -62,6 +64,7 @@ class MemoryPrediction:
     feed: BatchShape
     memory: BlockMemoryPolicy
     assumed: bool
+    rollout_flops: float = 0.0
 
     @property
     def tensor_bytes(self) -> int:
@@ -115,6 +118,7 @@ def predict_memory(
     parts["optimizer"] += average - on_host["average"] - on_host["optimizer"]
     if swapped:
         on_host["swapped blocks"] = model_bytes  # the whole model is loaded on the host first
+    rollouts = final_probability(run.flow) * measured.rollout_flops
     before = {"text encoder": spec.text_encoder_bytes, "VAE": spec.vae_bytes}
     return MemoryPrediction(
         kind,
@@ -123,12 +127,14 @@ def predict_memory(
         before,
         host_memory_by_use(kind, on_host, before, sum(parts.values())),
         disk_space_by_use(run, spec, measured, model_bytes, average),
-        measured.flops,
-        2 * sum(swapped) * run.training.gradient_accumulation_steps,
+        measured.flops + rollouts,
+        # A rollout is one more forward pass, for which the blocks are copied again.
+        (3 if rollouts else 2) * sum(swapped) * run.training.gradient_accumulation_steps,
         measured.trained,
         feed,
         memory,
         spec.uses_published_shape,
+        rollouts,
     )
 
 
