@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import groupby
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import click
 
-from simpletuner.config import flags
+from simpletuner.config import environment, flags, launch_environment
 from simpletuner.config.constraints import FP16_REFUSAL
+from simpletuner.config.distributed_constraints import visible_devices
+from simpletuner.config.launch_environment import LaunchedProcess
 from simpletuner.config.load import (
     ConfigLoadResult,
     LoadedConfig,
@@ -86,20 +89,64 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
     if "show_config" in given:
         print_config(loaded, backends.notices, click.echo)
         return
+    process = join_launcher(loaded)
     if "rehearse" in given:
+        if process is not None and process.size > 1:
+            raise ConfigError("--rehearse runs in one process; start it without a launcher")
         from simpletuner.training.rehearse import rehearse
 
         ctx.exit(rehearse(loaded, backends))
     with ExitStack() as beside:
-        if "serve" in given:
+        if "serve" in given and (process is None or process.rank == 0):
             from simpletuner.cli.serve_while_training import serve_while_training
 
             beside.enter_context(
                 serve_while_training(Path(os.path.expanduser(loaded.config.training.output_dir)))
             )
+        if process is None and loaded.config.distributed.num_processes != 1:
+            from simpletuner.training import launcher
+
+            count = launcher.count_processes(loaded.config)
+            if count > 1:
+                ctx.exit(launcher.launch(loaded.config, count, rank_command(pairs)))
         from simpletuner.training import run
 
         ctx.exit(run.run_training(loaded, backends, within))
+
+
+def join_launcher(loaded: LoadedConfig) -> LaunchedProcess | None:
+    """Return this process among those of a launcher; None where none has started it.
+
+    Must be called before torch is imported. Raises ConfigError where the configuration contradicts
+    what was started.
+    """
+    environ = environment.copy_process_environment()
+    options = loaded.config.distributed
+    process = launch_environment.read_launched_process(environ, options)
+    launch_environment.check_agreement(loaded.config, process, loaded.origins)
+    gpus = visible_devices(options)
+    if gpus is not None:
+        environment.restrict_visible_gpus(gpus)
+    if process is not None:
+        environment.set_missing_variables(
+            launch_environment.variables_of_ranks(process, sys.platform)
+        )
+        parent = environ.get(launch_environment.LAUNCHER_VARIABLE)
+        if parent is not None:
+            from simpletuner.training.parent_watch import end_with_parent
+
+            end_with_parent(int(parent))
+    return process
+
+
+def rank_command(pairs: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Return the command of each process: the flags as given, without those for the terminal."""
+    flags_of_ranks = [
+        f"--{name}" if value is None else f"--{name}={value}"
+        for name, value in pairs
+        if name != "serve"
+    ]
+    return [sys.executable, "-m", "simpletuner", "train", *flags_of_ranks]
 
 
 def require_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, DatasetFile]:

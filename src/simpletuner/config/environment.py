@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from simpletuner.errors import ConfigError
 
 PLACEHOLDER_PATTERN = re.compile(r"\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 VARIABLE_PREFIX = "SIMPLETUNER_"
+GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 SERVER_TOKEN_VARIABLE = (
     f"{VARIABLE_PREFIX}SERVER_TOKEN"  # the access token of `simpletuner server`; not an option
 )
@@ -20,6 +21,32 @@ SERVER_TOKEN_VARIABLE = (
 def copy_process_environment() -> Mapping[str, str]:
     """Return a copy of the environment as it is now."""
     return dict(os.environ)
+
+
+def set_missing_variables(variables: Mapping[str, str]) -> None:
+    """Set variables that are not set yet, for this process and those that it starts."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def set_variables(variables: Mapping[str, str]) -> None:
+    """Set variables for this process and those that it starts."""
+    os.environ.update(variables)
+
+
+def restrict_visible_gpus(numbers: Sequence[int]) -> None:
+    """Let torch see these GPUs only, in this order; must be called before torch is imported.
+
+    Raises ConfigError where CUDA_VISIBLE_DEVICES is set to others already.
+    """
+    wanted = ",".join(map(str, numbers))
+    current = os.environ.get(GPU_VARIABLE)
+    if current is not None and current.replace(" ", "") != wanted:
+        raise ConfigError(
+            f"accelerate_visible_devices: {wanted} contradicts {GPU_VARIABLE}={current}; remove "
+            "one of them"
+        )
+    os.environ[GPU_VARIABLE] = wanted
 
 
 def user_cache_dir() -> Path:
