@@ -12,6 +12,7 @@ SimpleTunerError            1   root of the tree; its text is the whole message,
 ├── CacheError             10   a cache that cannot be used and cannot be rebuilt
 ├── MissingExtra           11   an optional package is not installed
 ├── StorageError           12   the file system failed: read-only, I/O error, a file vanished
+├── ProcessLost            13   another process of the run ended without a reason
 └── TrainingStopped        75   stopped on request after saving a checkpoint; the command resumes
 """
 
@@ -128,6 +129,10 @@ def storage_error(what: str, error: OSError) -> SimpleTunerError:
         return DiskFull(f"{what}: {reason}. Free some space and run the same command again")
     hint = STORAGE_HINTS.get(error.errno or 0)
     return StorageError(f"{what}: {reason}{f'; {hint}' if hint else ''}")
+
+
+class ProcessLost(SimpleTunerError, code=13):
+    """Another process of the same run ended without giving a reason, or is out of reach."""
 
 
 class TrainingStopped(SimpleTunerError, code=75):

@@ -40,7 +40,7 @@ from simpletuner.config import environment
 from simpletuner.config.distributed_constraints import check_process_count
 from simpletuner.config.launch_environment import LAUNCHER_VARIABLE
 from simpletuner.config.schema import RunConfig
-from simpletuner.errors import ConfigError, TrainingStopped
+from simpletuner.errors import ConfigError, ProcessLost, TrainingStopped
 from simpletuner.training.rendezvous import LoopbackRendezvous, make_rendezvous
 from simpletuner.training.world import FAILURE_KEY, Failure
 
@@ -49,7 +49,6 @@ POLL_S = 0.1
 FAILURE_GRACE_S = 30.0  # for the others to end by themselves after one has failed
 KILL_GRACE_S = 10.0  # after a second signal, which asks every process to exit at once
 LOG_TAIL_LINES = 40
-LOST_EXIT_CODE = 12
 OUT_OF_MEMORY_HINT = "; the kernel does that when the memory of the host runs out"
 
 
@@ -129,11 +128,9 @@ class PatientAgent(LocalElasticAgent):
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        running = self._poll(worker_group)
-        if self.first_ended is not None and running and not self._patience_is_over():
+        # The base class terminates the others as soon as it sees that one has failed.
+        if self._poll(worker_group) and not self._patience_is_over():
             return RunResult(state=WorkerState.HEALTHY)
-        if self._stop.count > 1 and running and self._kill_is_due():
-            self._kill_all()
         result: RunResult = super()._monitor_workers(worker_group)
         return result
 
@@ -153,20 +150,19 @@ class PatientAgent(LocalElasticAgent):
             # Of several that ended at once, a killed one is the cause, and a lost connection the
             # consequence.
             self.first_ended = min(
-                ended, key=lambda one: (one.code >= 0, one.code == LOST_EXIT_CODE, one.rank)
+                ended, key=lambda one: (one.code >= 0, one.code == ProcessLost.exit_code, one.rank)
             )
             if self.first_ended.code < 0 and self._server is not None:
                 record_killed(self._server, self.first_ended)
         return len(self._ended) < len(handlers)
 
     def _patience_is_over(self) -> bool:
-        if self._stop.count > 1:
-            return self._kill_is_due()
+        """Return whether processes that still run are to be terminated."""
+        now = time.monotonic()
+        if self._stop.count > 1 and now - self._stop.last_at > KILL_GRACE_S:
+            self._kill_all()
         stopping = all(one.code in (0, TrainingStopped.exit_code) for one in self._ended.values())
-        return not stopping and time.monotonic() - self._failed_at > FAILURE_GRACE_S
-
-    def _kill_is_due(self) -> bool:
-        return time.monotonic() - self._stop.last_at > KILL_GRACE_S
+        return not stopping and now - self._failed_at > FAILURE_GRACE_S
 
     def _kill_all(self) -> None:
         for pid in self._stop.pids:
@@ -182,7 +178,7 @@ def run_store(server: dist.Store) -> dist.Store:  # type: ignore[name-defined]
 def record_killed(server: dist.Store, ended: EndedProcess) -> None:  # type: ignore[name-defined]
     """Store why a process has ended, for the others, unless one of them has given a reason."""
     message = f"{ended.describe()}. Run the same command to resume from the last checkpoint"
-    reason = [ended.rank, "ProcessLost", message, LOST_EXIT_CODE]
+    reason = [ended.rank, "ProcessLost", message, ProcessLost.exit_code]
     run_store(server).compare_set(FAILURE_KEY, "", json.dumps(reason))
 
 
@@ -272,7 +268,7 @@ def exit_code_of(ended: EndedProcess, stop: StopRequests) -> int:
 
 def may_restart(ended: EndedProcess, failure: Failure | None) -> bool:
     """Return whether another attempt may succeed: a process was killed, or crashed by itself."""
-    if ended.code < 0 or ended.code == LOST_EXIT_CODE:
+    if ended.code < 0 or ended.code == ProcessLost.exit_code:
         return True
     return ended.code == 1 and (failure is None or failure.kind not in vars(errors))
 
