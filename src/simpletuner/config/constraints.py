@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config import flow_constraints, lycoris_config
+from simpletuner.config.deepspeed_config import find_deepspeed_notices
 from simpletuner.config.distributed_constraints import find_distributed_errors
 from simpletuner.config.image_metrics import IMAGE_METRICS
 from simpletuner.config.optimizer_arguments import parse_optimizer_arguments
@@ -281,6 +282,7 @@ def find_warnings(run: RunConfig, given: GivenOrigins) -> Iterator[str]:
             f"lr_warmup_steps ({optimizer.lr_warmup_steps}) >= max_train_steps "
             f"({training.max_train_steps}): the learning rate never reaches its target"
         )
+    yield from find_deepspeed_notices(run)
     yield from _warn_about_ineffective(run, given)
 
 

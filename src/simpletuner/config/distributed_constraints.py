@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from simpletuner.config import deepspeed_config
 from simpletuner.config.schema import DistributedOptions, RunConfig
 from simpletuner.errors import ConfigError
 
@@ -29,6 +30,8 @@ def find_distributed_errors(run: RunConfig) -> Iterator[Finding]:
             f"cannot be combined with musubi_blocks_to_swap {run.model.musubi_blocks_to_swap:g}: "
             "each process holds a part of every block already; use one of them",
         )
+    for reason in deepspeed_config.find_deepspeed_errors(run):
+        yield "deepspeed_config", reason
 
 
 def _check_machines(options: DistributedOptions) -> Iterator[Finding]:

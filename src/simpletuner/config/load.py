@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from typing import Any, cast
 from simpletuner.config import (
     accelerate_config,
     constraints,
+    deepspeed_config,
     discovery,
     environment,
     lora_header,
@@ -136,7 +137,8 @@ def _validate_and_build(
             _resolve_path_option(layers, option, cwd)
     data_expected = needs_data and (config_path is not None or not layers.problems)
     _set_default_dataset_file(layers, config_path, cwd, data_expected)
-    _inline_lycoris_config(layers)
+    _inline_file(layers, "lycoris_config", lycoris_config.read_lycoris_file)
+    _inline_file(layers, "deepspeed_config", deepspeed_config.read_deepspeed_file)
     _infer_rank_from_init_lora(layers)
     run = _build_config(layers)
     given = {name: layers.origins[name] for name in layers.values if name in layers.origins}
@@ -225,13 +227,12 @@ def _read_accelerate_file(layers: OptionLayers, cwd: Path) -> None:
         layers.problems.extend(error.problems)
 
 
-def _inline_lycoris_config(layers: OptionLayers) -> None:
-    """Replace the path of a LyCORIS file by its content, which is what a run records."""
-    name = "lycoris_config"
+def _inline_file(layers: OptionLayers, name: str, read: Callable[[str], dict[str, Any]]) -> None:
+    """Replace the path that an option gives by the file's content, which is what a run records."""
     path = layers.values.get(name)
     if isinstance(path, str) and name not in layers.invalid_names:
         try:
-            layers.values[name] = lycoris_config.read_lycoris_file(path)
+            layers.values[name] = read(path)
         except ConfigError as error:
             layers.add_problem(layers.origins[name], f"{name}: {error}", name)
 
