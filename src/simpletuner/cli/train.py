@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import click
 
 from simpletuner.config import environment, flags, launch_environment
 from simpletuner.config.constraints import FP16_REFUSAL
+from simpletuner.config.deepspeed_config import uses_deepspeed
 from simpletuner.config.distributed_constraints import visible_devices
 from simpletuner.config.launch_environment import LaunchedProcess
 from simpletuner.config.load import (
@@ -26,7 +28,7 @@ from simpletuner.config.option_catalog import all_options
 from simpletuner.config.option_values import parse_memory_size
 from simpletuner.data.dataset_config import DatasetFile
 from simpletuner.data.dataset_file import read_dataset_file
-from simpletuner.errors import ConfigError, Problem
+from simpletuner.errors import ConfigError, MissingExtra, Problem
 from simpletuner.events import webhook_sink
 from simpletuner.validation.prompts import read_prompts
 
@@ -96,6 +98,7 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
         from simpletuner.training.rehearse import rehearse
 
         ctx.exit(rehearse(loaded, backends))
+    require_extras(loaded)
     with ExitStack() as beside:
         if "serve" in given and (process is None or process.rank == 0):
             from simpletuner.cli.serve_while_training import serve_while_training
@@ -147,6 +150,12 @@ def rank_command(pairs: Sequence[tuple[str, str | None]]) -> list[str]:
         if name != "serve"
     ]
     return [sys.executable, "-m", "simpletuner", "train", *flags_of_ranks]
+
+
+def require_extras(loaded: LoadedConfig) -> None:
+    """Raise MissingExtra if the run needs DeepSpeed and it is not installed."""
+    if uses_deepspeed(loaded.config) and find_spec("deepspeed") is None:
+        raise MissingExtra("deepspeed_config needs: pip install 'simpletuner[deepspeed]'")
 
 
 def require_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, DatasetFile]:
