@@ -127,6 +127,7 @@ def smoke_test_cells(asked: BenchmarkRequest) -> list[Cell]:
     """A cell of every program and of every kind of data, and one that waits for others."""
     wanted = {"base", "lesson", "lesson-uniform", "trial-0.0001", "full-bf16-stochastic", "padded",
               "padded-used-trimmed", "shapes", "scratch-quadratic", "still-stratified",
+              "rollout-50", "mixflow-0.8", "at-4-rollout-50",
               "still-independent"}  # fmt: skip
     return [
         cell

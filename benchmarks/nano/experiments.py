@@ -20,6 +20,32 @@ REFERENCE_VARIANT = "lesson"
 # The preset's blocks 7 and 20 of 38, at the same depth of chroma-nano's 8.
 TINY_TARGETS = ["single_transformer_blocks.1.proj_out", "single_transformer_blocks.4.proj_out"]
 PADDED_ROWS = 512
+# Exposure bias would show with few sampling steps, which leave the path the most.
+SAMPLING_STEPS = (20, 10, 4)
+EXPOSURE_PROMPTS = 64  # per score, where rows differ by little
+# Label, variant, options.
+EXPOSURE_ROWS: tuple[tuple[str, str, Mapping[str, object]], ...] = (
+    ("plain", REFERENCE_VARIANT, {}),
+    *(
+        (
+            f"rollout, up to {length / 1000:g}",
+            f"rollout-{length}",
+            {
+                "scheduled_sampling_probability": 0.5,
+                "scheduled_sampling_max_step_offset": length,
+            },
+        )
+        for length in (50, 100)
+    ),
+    *(
+        (
+            f"MixFlow, gamma {gamma}",
+            f"mixflow-{gamma}",
+            {"mixflow_enabled": True, "mixflow_gamma": gamma},
+        )
+        for gamma in (0.4, 0.8)
+    ),
+)
 
 # Seconds of one core while the other is as busy: to start, per sample of a training step, of a
 # held-out
@@ -151,6 +177,7 @@ def build_variants(size: ExperimentSize) -> dict[str, Variant]:
             Variant(f"scratch-{name}", "shapes", {"chroma_sigma_density": name})
             for name in DENSITIES
         ),
+        *_exposure_variants(size),
         Variant("padded", "lesson", {"evaluation_type": "zorbo"}, "padded", "padded"),
         Variant(
             "padded-used-trimmed", "lesson", _frozen_weights_options(1), init_lora_variant="padded"
@@ -201,6 +228,24 @@ def _full_rank_variants(size: ExperimentSize) -> Iterator[Variant]:
         yield Variant(name, "lesson", {**FULL_RANK_OPTIONS, **options}, learning_rate_trials=trials)
 
 
+def _exposure_variants(size: ExperimentSize) -> Iterator[Variant]:
+    """Train on rollouts or MixFlow, then score every LoRA at several numbers of sampling steps."""
+    for _, name, options in EXPOSURE_ROWS:
+        if name != REFERENCE_VARIANT:
+            yield Variant(name, "lesson", {**options, "evaluation_type": "none"})
+    for steps in SAMPLING_STEPS:
+        scored = {
+            **_frozen_weights_options(1),
+            "evaluation_type": "shapes,zorbo",
+            "evaluation_prompts": min(EXPOSURE_PROMPTS, 2 * size.prompts),
+            "validation_num_inference_steps": min(steps, size.sampling_steps),
+            "num_eval_images": 1,
+        }
+        yield Variant(f"at-{steps}-base", "lesson", scored, seeds=(SEEDS[0],))
+        for _, name, _ in EXPOSURE_ROWS:
+            yield Variant(f"at-{steps}-{name}", "lesson", scored, init_lora_variant=name)
+
+
 TABLES: dict[str, tuple[TablePart, ...]] = {
     "density": (
         TablePart(
@@ -246,6 +291,24 @@ TABLES: dict[str, tuple[TablePart, ...]] = {
             "bases",
             "the example's lesson on a quantised base",
             (TableRow("bf16", REFERENCE_VARIANT), *(TableRow(name, f"on-{name}") for name in PRECISIONS)),
+        ),
+    ),
+    "exposure": (
+        TablePart(
+            "exposure",
+            "training on the network's own inputs (rollout), or on noisier ones (MixFlow)",
+            tuple(TableRow(label, name) for label, name, _ in EXPOSURE_ROWS),
+        ),
+        *(
+            TablePart(
+                f"at-{steps}",
+                f"the same LoRAs at {steps} sampling steps",
+                (
+                    *(TableRow(label, f"at-{steps}-{name}") for label, name, _ in EXPOSURE_ROWS),
+                    TableRow("base without a LoRA", f"at-{steps}-base"),
+                ),
+            )
+            for steps in SAMPLING_STEPS
         ),
     ),
     "text": (
@@ -303,15 +366,20 @@ def estimate_seconds(cell: Cell, size: ExperimentSize) -> float:
         + (MUON_STEP_S if scratch else 0)
     )
     measuring = 2 * 2 * unseen * size.sigmas * HELD_OUT_S * forward
-    one_picture = size.sampling_steps * IMAGE_STEP_S * forward + IMAGE_DECODE_S
-    drawing = metrics * size.prompts * one_picture
+    sampling_steps = int(
+        str(one.options.get("validation_num_inference_steps", size.sampling_steps))
+    )
+    prompts = int(str(one.options.get("evaluation_prompts", size.prompts)))
+    one_picture = sampling_steps * IMAGE_STEP_S * forward + IMAGE_DECODE_S
+    drawing = metrics * prompts * one_picture
     return START_S + training + measuring + drawing
 
 
 # What is told together is trained together, seed by seed, so that an early end leaves whole
 # comparisons.
 VARIANT_GROUPS = (
-    ("base",), ("lesson",), ("on-",), ("still",), ("trial",), ("rank", "all", "context", "tiny"), ("full",),
+    ("base",), ("lesson",), ("rollout", "mixflow", "at-"), ("on-",), ("still",), ("trial",),
+    ("rank", "all", "context", "tiny"), ("full",),
     ("shapes",), ("scratch", "padded"),
 )  # fmt: skip
 

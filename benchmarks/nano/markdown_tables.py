@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.nano.experiments import EXPOSURE_PROMPTS, SAMPLING_STEPS
 from benchmarks.nano.result_tables import TableData
 
 EMPTY_CELL = "-"
@@ -47,6 +48,14 @@ SHAPES_COLUMNS = tuple(
 SAME_FOR_ALL_SEEDS = ("parameters_m", "file_mb")  # for every seed
 STEP_COLUMN = Column("s a step", "step_seconds", 2)
 
+SAMPLED_COLUMNS = (
+    *ZORBO_COLUMNS,
+    Column("zorbo, against the first row", "zorbo_zorbo", 1, 100.0, True),
+    percent_column("shapes, all right", "shapes_all"),
+    percent_column("shapes, shape right", "shapes_shape"),
+    Column("shapes, all right, against the first row", "shapes_all", 1, 100.0, True),
+)
+
 PARTS_WITH_BUNDLED_BASE = (
     "lesson",
     "kinds",
@@ -68,6 +77,8 @@ PART_COLUMNS: Mapping[str, tuple[Column, ...]] = {
               Column("file, MB", "file_mb", 2), STEP_COLUMN),
     "bases": (Column("held-out loss before", "held_out_start", 4), *HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN),  # noqa: E501
     "rows": (*HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN),
+    "exposure": (*HELD_OUT_COLUMNS, STEP_COLUMN),
+    **{f"at-{steps}": SAMPLED_COLUMNS for steps in SAMPLING_STEPS},
 }  # fmt: skip
 
 PART_NOTES: Mapping[str, str] = {
@@ -83,6 +94,14 @@ PART_NOTES: Mapping[str, str] = {
     "compare them within the table only.",
     "bases": "The blocks' linears are quantised; the LoRA is trained, measured and drawn on them. Lost: "
     "against the untouched bf16 base, so that what quantisation alone costs is in it. Step times: CPU.",
+    "exposure": "Rollouts have probability 0.5 from the first step. Held-out loss is measured on the plain "
+    "path for every row. Seconds a step are medians of single-threaded runs, on a machine that also did "
+    "other work: compare them within the table only.",
+    **{
+        f"at-{steps}": "Scores of {exposure_prompts} unseen prompts each. Shapes: what the base could do "
+        "before; the distance to its row is what the training lost."
+        for steps in SAMPLING_STEPS
+    },
     "rows": "Padded: {padded} text rows in training, all of them visible. Its LoRA is measured as it was "
     "trained, and with trimmed text as a correct program uses it. The step times are medians of "
     "single-threaded runs, two side by side.",
@@ -180,7 +199,12 @@ def render_page(tables: Sequence[TableData]) -> str:
     ]
     for table in tables:
         size = table["size"]
-        words = {**size, "rates": ", ".join(f"{one:g}" for one in size["rates"]), "padded": 512}
+        words = {
+            **size,
+            "rates": ", ".join(f"{one:g}" for one in size["rates"]),
+            "padded": 512,
+            "exposure_prompts": EXPOSURE_PROMPTS,
+        }
         told += ["", f"## {table['table']}", "", f"`{table['command']}`, {table['date']}, "
                  f"simpletuner {table['versions']['simpletuner']}, torch {table['versions']['torch']}, "
                  f"base {table['base']}."]  # fmt: skip
