@@ -10,29 +10,23 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "simpletuner"
 
+FILES = {"atomic_io", "bounded_files", "image_decoding"}  # what every layer may do with files
 ALLOWED = {
     "errors": set(),
     "randomness": set(),
-    "atomic_io": set(),
-    "image_decoding": set(),
-    "events": {"errors", "atomic_io", "image_decoding"},
-    "config": {"errors", "events", "randomness"},
-    "data": {"errors", "atomic_io", "image_decoding", "events", "randomness", "config"},
+    **{name: set() for name in FILES},
+    "events": FILES | {"errors"},
+    "config": FILES | {"errors", "events", "randomness"},
+    "data": FILES | {"errors", "events", "randomness", "config"},
     "flow": {"errors", "randomness", "config"},
-    "quantization": {"errors", "atomic_io", "events", "config"},
-    "adapters": {"errors", "atomic_io", "events", "randomness", "config"},
-    "cache": {"errors", "atomic_io", "events", "randomness", "config", "data"},
+    "quantization": FILES | {"errors", "events", "config"},
+    "adapters": FILES | {"errors", "events", "randomness", "config"},
+    "cache": FILES | {"errors", "events", "randomness", "config", "data"},
 }
-ALLOWED["models"] = ALLOWED["cache"] | {
-    "image_decoding",
-    "flow",
-    "quantization",
-    "adapters",
-    "cache",
-}
+ALLOWED["models"] = ALLOWED["cache"] | {"flow", "quantization", "adapters", "cache"}
 ALLOWED["validation"] = ALLOWED["models"] | {"models"}
 ALLOWED["training"] = ALLOWED["validation"] | {"validation"}
-ALLOWED["server"] = {"errors", "atomic_io", "image_decoding", "events", "config", "data"}
+ALLOWED["server"] = FILES | {"errors", "events", "config", "data"}
 ALLOWED["cli"] = set(ALLOWED) | {"cli"}
 
 FORBIDDEN_THIRD_PARTY = {

@@ -41,5 +41,6 @@ def fsync_path(path: Path) -> None:
 def os_error_of(error: Exception) -> OSError:
     """Return the OSError whose number is in the message, as the safetensors library writes it."""
     match = re.search(r"os error (\d+)", str(error))
-    number = int(match.group(1)) if match else errno.EIO
+    full = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+    number = int(match.group(1)) if match else full
     return OSError(number, os.strerror(number))

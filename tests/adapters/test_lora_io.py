@@ -15,6 +15,7 @@ from simpletuner.adapters.attachment import set_strength
 from simpletuner.adapters.safetensors_reader import LORA_WEIGHTS_NAME
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError, DiskFull, ModelError
+from simpletuner.models.chroma.module_names import CHROMA_MODULE_NAMES
 from tests.adapters import chroma_lora
 from tests.adapters.chroma_lora import attach_adapter
 from tests.adapters.tiny_network import (
@@ -317,7 +318,7 @@ def test_a_full_disk_says_so_and_keeps_the_file_before(error, tmp_path, monkeypa
     network, _ = trained(KINDS["plain"])
     (tmp_path / "a.safetensors").write_bytes(b"the one before")
     monkeypatch.setattr(lora_io, "save_file", full)
-    with pytest.raises(DiskFull, match=r"a\.safetensors could not be written.*No space left"):
+    with pytest.raises(DiskFull, match=r"a\.safetensors cannot be written: No space left"):
         chroma_lora.save_adapter(network, tmp_path / "a.safetensors")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the one before"]
 
@@ -327,3 +328,28 @@ def test_saves_beside_nothing_but_itself(tmp_path: Path):
     for _ in range(2):
         chroma_lora.save_adapter(network, tmp_path / "a.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("suffix", [".lora_A.weight", ".lora_B.weight"])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float, suffix: str) -> None:
+    module = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{module}{name}": torch.ones(4, 4) for name in (".lora_A.weight", ".lora_B.weight")}
+    tensors[module + suffix][1, 2] = value
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(
+        ModelError, match=r"bad\.safetensors: 1 of 16 values of .* are NaN or infinite"
+    ):
+        lora_io.read_summary(tmp_path / "bad.safetensors", CHROMA_MODULE_NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool])
+def test_integers_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    module = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {
+        f"{module}{name}": torch.ones(4, 4).to(dtype)
+        for name in (".lora_A.weight", ".lora_B.weight")
+    }
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(ModelError, match=r"bad\.safetensors .*dtype torch\..*floating-point"):
+        lora_io.read_summary(tmp_path / "bad.safetensors", CHROMA_MODULE_NAMES)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from simpletuner.config import documents
 from simpletuner.config.compare_configs import training_differences
 from simpletuner.config.flags import parse_flags
 from simpletuner.config.load import (
@@ -399,7 +400,7 @@ def test_files_that_cannot_be_read(
         def refuse(*_: Any, **__: Any) -> str:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(Path, "read_text", refuse)
+        monkeypatch.setattr(documents, "read_bounded_text", refuse)
     (problem,) = problems(folder)
     assert problem.startswith("config.json:")
     assert message in problem
@@ -408,7 +409,7 @@ def test_files_that_cannot_be_read(
 def test_weights_named_as_the_configuration_are_not_read(folder: Path) -> None:
     with (folder / "model.safetensors").open("wb") as file:
         file.truncate(10 * 2**30)
-    with pytest.raises(ConfigError, match="10240 MiB is too large"):
+    with pytest.raises(ConfigError, match="is larger than 16 MiB"):
         load_config((), "model.safetensors", environ={}, cwd=folder)
 
 
@@ -489,3 +490,26 @@ def test_one_mistake_is_told_once(tmp_path: Path, folder: Path) -> None:
     """
     assert len(problems(folder, {"resolution": "big", "resolution_type": "area"})) == 1
     assert len(try_load_config(environ={}, cwd=tmp_path / "empty", env_name="many").problems) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" + ".a" * 16_000 + " = 1",
+        "[" + "a" + ".a" * 16_000 + "]",
+        "x = " + "[" * 5_000 + "]" * 5_000,
+        "x = " + "{a = " * 5_000 + "1" + "}" * 5_000,
+        "# large\n" * 40_000,
+        "a . a" + " . a" * 5_000 + " = 1",
+    ],
+)
+def test_toml_is_bounded_before_it_is_parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents.tomllib, "loads", lambda text: pytest.fail("parsed"))
+    with pytest.raises(ConfigError, match=r"levels|too large"):
+        documents.parse_document(text, ".toml", "x.toml")
+
+
+def test_dots_and_brackets_in_toml_strings_are_not_counted() -> None:
+    text = "validation_prompt = '" + "a." * 100 + "[" * 100 + "'\n# " + "[" * 100 + "\n"
+    text += 'b = """' + "[{" * 100 + '"""\n'
+    assert documents.parse_document(text, ".toml", "x.toml").value["b"] == "[{" * 100

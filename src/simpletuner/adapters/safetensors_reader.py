@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from simpletuner.bounded_files import open_regular_file
 from simpletuner.errors import ModelError
 
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -52,24 +53,42 @@ def read_keys_and_metadata(path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors in float32. Raises ModelError for what cannot be read."""
+    """Return all tensors in float32.
+
+    Raises ModelError for what cannot be read, for factors that are not floating-point numbers, and
+    for NaN and infinities.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: _to_float32(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+            tensors = {
+                key: _to_float32(key, file.get_tensor(key))
+                for key in file.keys()  # noqa: SIM118
+            }
     except (SafetensorError, OSError, TypeError, RuntimeError, ValueError) as error:
         raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+    for key, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            count = int((~tensor.isfinite()).sum())
+            raise ModelError(
+                f"{path}: {count} of {tensor.numel()} values of {key} are NaN or infinite; the"
+                " training that wrote it diverged, or the file is damaged"
+            )
+    return tensors
 
 
-def _to_float32(tensor: Any) -> Tensor:
-    if not isinstance(tensor, Tensor) or tensor.is_complex():
-        raise TypeError("it holds a tensor of a dtype that LoRA files do not use")
+def _to_float32(key: str, tensor: Any) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{key} has a dtype that LoRA files do not use")
+    # Some programs write alpha, a single number, as an integer.
+    if not tensor.is_floating_point() and not (key.endswith(".alpha") and tensor.numel() == 1):
+        raise TypeError(f"{key} has dtype {tensor.dtype}; LoRA weights are floating-point numbers")
     return tensor.to(torch.float32)
 
 
 def _check_is_safetensors(path: Path) -> None:
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular_file(path) as file:
             start = file.read(24)
     except OSError as error:
         raise ModelError(f"{path} is not a readable safetensors file: {error}") from error

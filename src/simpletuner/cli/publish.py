@@ -23,7 +23,7 @@ def command(run: Path, repo: str | None, public: bool) -> None:
 
     The configuration and the log stay on this machine.
     """
-    from simpletuner.config.jsonc import parse_jsonc
+    from simpletuner.config.documents import read_document
     from simpletuner.config.load import config_from_resolved
     from simpletuner.config.schema import PublishingOptions
     from simpletuner.events.formatting import describe_event
@@ -37,9 +37,7 @@ def command(run: Path, repo: str | None, public: bool) -> None:
     run, options = run.resolve(), PublishingOptions()
     if (run / "config.json").is_file():
         file = run / "config.json"
-        options = config_from_resolved(
-            parse_jsonc(file.read_text(encoding="utf-8"), str(file)).value
-        ).publishing
+        options = config_from_resolved(read_document(file, str(file)).value).publishing
     files = list_result_files(run)
     if not any(path.suffix == ".safetensors" for path in files):
         raise ConfigError(

@@ -26,6 +26,7 @@ from simpletuner.config.option import (
     join_words,
 )
 from simpletuner.config.option_catalog import Option, all_options
+from simpletuner.config.patterns import pattern_problem
 from simpletuner.config.schema import DataOptions, RunConfig
 from simpletuner.config.sections_output import SCORABLE_BASE_REASON
 from simpletuner.errors import ConfigError
@@ -116,10 +117,9 @@ def _check_adapter(run: RunConfig) -> Iterator[ConstraintFinding]:
             "and lora_init_type both specify the initial values of A and B; remove one of them",
         )
     if isinstance(adapter.lora_target_modules, str):
-        try:
-            re.compile(adapter.lora_target_modules)
-        except (re.error, OverflowError, RecursionError) as error:
-            yield "lora_target_modules", f"is not a regular expression: {error}"
+        problem = pattern_problem(adapter.lora_target_modules)
+        if problem:
+            yield "lora_target_modules", problem
 
 
 def _check_learning_rate(run: RunConfig) -> Iterator[ConstraintFinding]:

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+from simpletuner.bounded_files import read_bounded_text
 from simpletuner.config import jsonc
 from simpletuner.config.jsonc import Document
 from simpletuner.errors import ConfigError, Problem
@@ -15,7 +16,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-MAX_FILE_MIB = 64
+MAX_TOML_KIB = 256
+MAX_TOML_DEPTH = 32
+# Strings and comments of TOML, so that only keys and brackets remain.
+TOML_TEXT_PATTERN = re.compile(
+    r"""\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*""", re.DOTALL
+)
+TOML_DOTTED_PATTERN = re.compile(r"[\w-]+(?:[ \t]*\.[ \t]*[\w-]+)+")
 TOML_KEY_PATTERN = re.compile(r"^[ \t]*([\"']?)([\w-]+)\1[ \t]*=", re.MULTILINE)
 TOML_POSITION_PATTERN = re.compile(r" \(at line (\d+), column (\d+)\)$")
 
@@ -26,12 +33,7 @@ def read_document(path: Path, name: str) -> Document:
     name: how messages call the file. Raises ConfigError.
     """
     try:
-        size_mib = path.stat().st_size / 2**20
-        if size_mib > MAX_FILE_MIB:  # weights named by mistake would fill the memory first
-            raise ConfigError(
-                [Problem(name, f"{size_mib:.0f} MiB is too large for a configuration file")]
-            )
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bounded_text(path).removeprefix("\ufeff")
     except OSError as error:
         raise ConfigError([Problem(name, f"cannot be read: {error.strerror}")]) from None
     except UnicodeDecodeError as error:
@@ -47,7 +49,27 @@ def parse_document(text: str, suffix: str, name: str) -> Document:
     return _parse_toml(text, name) if suffix.lower() == ".toml" else jsonc.parse_jsonc(text, name)
 
 
+def _toml_excess(text: str) -> str:
+    """Describe what is too large to be parsed in time; "" for a usual text.
+
+    The library needs time quadratic in the parts of a dotted key, and recurses once per bracket.
+    """
+    if len(text) > MAX_TOML_KIB << 10:
+        return f"{len(text) >> 10} KiB is too large for a TOML file; the limit is {MAX_TOML_KIB}"
+    plain = TOML_TEXT_PATTERN.sub(lambda match: "" if match[0].startswith("#") else "s", text)
+    parts = max((match[0].count(".") for match in TOML_DOTTED_PATTERN.finditer(plain)), default=0)
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", plain):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    if max(parts, deepest) > MAX_TOML_DEPTH:
+        return f"more than {MAX_TOML_DEPTH} levels"
+    return ""
+
+
 def _parse_toml(text: str, name: str) -> Document:
+    if problem := _toml_excess(text):
+        raise ConfigError([Problem(name, problem)])
     try:
         value = tomllib.loads(text)
     except (ValueError, RecursionError) as error:

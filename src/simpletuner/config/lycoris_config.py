@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simpletuner.bounded_files import read_bounded_text
 from simpletuner.config.sections_model import AdapterOptions
 from simpletuner.errors import ConfigError
 
@@ -102,10 +103,8 @@ def parse_lycoris_config(config: Mapping[str, Any]) -> LycorisConfig:
 
 def read_lycoris_file(path: str) -> dict[str, Any]:
     """Return the object in a file, unchecked; see `parse_lycoris_config`."""
-    if not Path(path).is_file() or Path(path).stat().st_size > MAX_FILE_BYTES:
-        raise ConfigError(f"{path} is not a JSON file of at most 1 MiB")
     try:
-        config = json.loads(Path(path).read_text("utf-8"))
+        config = json.loads(read_bounded_text(Path(path), MAX_FILE_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):

@@ -9,6 +9,8 @@ from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.rejections import UnusableFile
 from simpletuner.data.sources import SourceFile
 
+MAX_CAPTION_BYTES = 256 << 10  # 512 tokens are about 2,500 bytes
+
 
 def read_captions(
     dataset: DatasetConfig, image: SourceFile, text: SourceFile | None, options: DataOptions
@@ -46,7 +48,7 @@ def _caption_from_filename(image: SourceFile) -> tuple[str, ...]:
 
 def _captions_from_text_file(file: SourceFile, whole: bool) -> tuple[str, ...]:
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = file.read_bytes(MAX_CAPTION_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         detail = f"{file.name} is not UTF-8 (byte {error.start + 1}); save it as UTF-8"
         raise UnusableFile("caption_encoding", detail) from error

@@ -41,7 +41,11 @@ def _size(file: SourceFile) -> int:
 
 
 def _content_hash(file: SourceFile) -> bytes:
-    return hashlib.sha256(file.read_bytes()).digest()
+    digest = hashlib.sha256()
+    with file.open() as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
 
 
 def check_no_leaks(

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from simpletuner.bounded_files import open_regular_file
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.errors import DataError
 
@@ -62,10 +62,13 @@ class SourceFile(ABC):
         """Return the length of the content. Raises OSError."""
         return self.stamp()[0]
 
-    def read_bytes(self) -> bytes:
-        """Return the whole content. Raises OSError."""
+    def read_bytes(self, max_bytes: int) -> bytes:
+        """Return the whole content. Raises OSError, also for a larger file."""
         with self.open() as stream:
-            return stream.read()
+            content = stream.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise OSError(errno.EFBIG, f"is larger than {max_bytes} bytes", self.address)
+        return content
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,7 @@ class LocalFile(SourceFile):
         return str(self.path.absolute()).encode("utf-8", "surrogateescape").hex()
 
     def open(self) -> BinaryIO:
-        """Open a regular file; opening a named pipe would wait for a writer."""
-        if not stat.S_ISREG(self.path.stat().st_mode):
-            raise OSError(errno.EINVAL, "is not a regular file")
-        return self.path.open("rb")
+        return open_regular_file(self.path)
 
     def stamp(self) -> ContentStamp:
         status = self.path.stat()

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from simpletuner.bounded_files import open_regular_file
 from simpletuner.events.event_types import EVENT_CLASSES, Event, RunWorld
 
 MAX_PENDING_BYTES = 8 << 20
@@ -120,7 +121,7 @@ def read_events(path: Path, since: int = 0) -> Iterator[EventRecord]:
     """Yield the events from byte offset `since`. Incomplete and unknown lines are skipped."""
     if not path.exists():
         return
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         file.seek(since)
         end = since
         for line in file:
@@ -141,7 +142,7 @@ def count_damaged_lines(path: Path) -> int:
     if not path.exists():
         return 0
     damaged = 0
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         for line in file:
             if not line.strip():
                 continue

@@ -15,6 +15,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from simpletuner.atomic_io import write_atomically
+from simpletuner.bounded_files import read_bounded_text
 from simpletuner.events.charts import ChartLine, render_line_chart
 from simpletuner.events.event_types import ImageSaved, LossEvaluated, RunFailed, ScoresComputed
 from simpletuner.events.formatting import (
@@ -269,8 +270,10 @@ def _render_settings(run_dir: Path, defaults: Mapping[str, Any] | None) -> str:
     if not path.exists():
         return ""
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError:
+        config = json.loads(read_bounded_text(path))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    if not isinstance(config, dict):
         return ""
     known = defaults or {}
     differs = [key for key, value in config.items() if key in known and value != known[key]]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simpletuner.bounded_files import read_bounded_text
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.events.event_log import event_to_dict
 from simpletuner.events.event_types import Event
@@ -26,6 +27,7 @@ from simpletuner.events.sinks import LOG_LEVELS, event_level
 MAX_FAILURES = 5  # failures in a row
 DISCORD_MAX_CHARS = 2000  # characters of a message
 TEXT_FIELDS = ("message_prefix", "auth_token")
+MAX_CONFIG_BYTES = 1 << 20
 WEBHOOK_FIELDS = {
     "webhook_type",
     "webhook_url",
@@ -66,8 +68,8 @@ def parse_webhook_config(
     if isinstance(config, (str, Path)):
         where = str(config)
         try:
-            config = json.loads(Path(config).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            config = json.loads(read_bounded_text(Path(config), MAX_CONFIG_BYTES))
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError([Problem(where, f"cannot be read as JSON: {error}")]) from error
     problems: list[Problem] = []
     hooks = []

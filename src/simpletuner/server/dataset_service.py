@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.atomic_io import write_atomically
+from simpletuner.bounded_files import read_bounded_bytes
 from simpletuner.config.model_families import BUCKET_ALIGNMENT_PX, DEFAULT_FAMILY
 from simpletuner.config.schema import RunConfig
+from simpletuner.data.captions import MAX_CAPTION_BYTES
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_size
 from simpletuner.data.image_files import IMAGE_SUFFIXES, ImageFile
 from simpletuner.errors import DataError
@@ -318,7 +320,11 @@ class DatasetService:
 def read_caption(path: Path | None) -> str | None:
     """Return the text of a caption file, or None if it is missing or not UTF-8."""
     try:
-        return None if path is None else path.read_bytes().decode("utf-8-sig")
+        return (
+            None
+            if path is None
+            else read_bounded_bytes(path, MAX_CAPTION_BYTES).decode("utf-8-sig")
+        )
     except (OSError, UnicodeDecodeError):
         return None
 

@@ -42,12 +42,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from simpletuner.atomic_io import fsync_path, os_error_of
+from simpletuner.bounded_files import open_regular_file, read_bounded_text
 from simpletuner.errors import CheckpointError, DiskFull, storage_error
 from simpletuner.events.event_types import CheckpointSetAside, Emit
 from simpletuner.training.leftovers import remove_checkpoint_leftovers
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)$")
 FORMAT_VERSION = 1
+MAX_STATE_BYTES = 256 << 20
 REQUIRED_FILES = {"state.json", "weights.safetensors"}
 
 
@@ -80,7 +82,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -124,7 +126,7 @@ def find_damage(folder: Path) -> str | None:
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """Return file name -> (bytes, SHA-256) of a checkpoint. Raises OSError and ValueError."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(read_bounded_text(folder / "manifest.json"))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     files = manifest.get("files") if isinstance(manifest, dict) else None
@@ -266,7 +268,9 @@ def verify_checkpoint(folder: Path) -> None:
 def read_state(folder: Path) -> dict[str, object]:
     """Return state.json of a verified checkpoint; CheckpointError when its format is unknown."""
     try:
-        state: dict[str, object] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state: dict[str, object] = json.loads(
+            read_bounded_text(folder / "state.json", MAX_STATE_BYTES)
+        )
         known = state.keys() >= {"format", "step"}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: state.json cannot be read ({error})") from error

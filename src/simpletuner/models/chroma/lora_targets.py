@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from simpletuner.config.option_values import did_you_mean
+from simpletuner.config.patterns import full_matches
 from simpletuner.errors import ConfigError
 
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -52,7 +53,10 @@ def matching_targets(transformer: nn.Module, chosen: str | Sequence[str]) -> lis
     """
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     if isinstance(chosen, str):
-        matched = {chosen: [name for name in names if re.fullmatch(chosen, name)]}
+        try:
+            matched = {chosen: full_matches(chosen, names)}
+        except ValueError as error:
+            raise ConfigError(f"lora_target_modules: {chosen[:100]!r} {error}") from error
     else:
         matched = {
             entry: [n for n in names if n == entry or n.endswith(f".{entry}")] for entry in chosen

@@ -6,6 +6,8 @@ import hashlib
 from importlib.metadata import version
 from pathlib import Path
 
+from simpletuner.bounded_files import open_regular_file
+
 SAMPLE_BYTES = 64 * 1024
 SAMPLE_COUNT = 32
 
@@ -19,7 +21,7 @@ def fingerprint_file(path: Path) -> str:
     """
     size = path.stat().st_size
     digest = hashlib.sha256(f"{path.name}:{size}".encode())
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         if size <= SAMPLE_BYTES * (SAMPLE_COUNT + 1):
             digest.update(file.read())
         else:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from simpletuner.bounded_files import read_bounded_text
 from simpletuner.errors import ModelError
 
 
 def read_json(path: Path) -> dict[str, object]:
     """Return a JSON object. Raises ModelError with the file's path."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded_text(path))
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist.") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.adapters.safetensors_reader import FILE_KIND_BY_MAGIC
+from simpletuner.bounded_files import open_regular_file
 from simpletuner.errors import ModelError
 from simpletuner.models.weights.gguf_header import parse_gguf_header
 from simpletuner.quantization.stored_tensor import SAFETENSORS_DTYPES, StoredTensor
@@ -46,7 +47,7 @@ def read_weight_header(path: Path) -> WeightHeader:
         )
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular_file(path) as file:
             start = file.read(24)
             if start.startswith(b"GGUF"):
                 file.seek(0)
