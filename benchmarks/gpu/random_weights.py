@@ -66,12 +66,13 @@ def fill_with_random_weights(
     Quantised linears get what quantising random weights gives. One tensor is generated at a time.
     """
     for module in network.modules():
+        quantized = set(module.buffer_shapes()) if isinstance(module, QuantizedLinear) else ()
         for name, tensor in list(module._parameters.items()):
-            if tensor is not None:
+            if tensor is not None and name not in quantized:
                 value = random_tensor(name, tensor.shape, tensor.dtype, device).to(storage)
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
         if isinstance(module, QuantizedLinear):
             shape = torch.Size((module.out_features, module.in_features))
             weight = random_tensor("weight", shape, module.weight_dtype, device)
             for name, buffer in get_scheme(module.scheme).quantize(weight).items():
-                module._buffers[name] = buffer.to(storage)
+                module._parameters[name] = nn.Parameter(buffer.to(storage), requires_grad=False)

@@ -233,13 +233,27 @@ def test_state_dict_round_trip(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_another_dtype_leaves_the_parts(scheme: str) -> None:
     linear = pair(scheme)[1].first
-    before = {key: one.clone() for key, one in linear.named_buffers()}
+    parts = list(linear.buffer_shapes())
+    before = {key: linear.get_parameter(key).clone() for key in parts}
     linear.to(torch.float32)
     assert linear.weight.dtype == linear.bias.dtype == torch.float32
-    assert all(torch.equal(before[key], one) for key, one in linear.named_buffers())
+    assert all(torch.equal(before[key], linear.get_parameter(key)) for key in parts)
     assert linear.half().weight.dtype == torch.float16
-    assert [one.dtype for one in linear.buffers()] == [one.dtype for one in before.values()]
-    assert {one.device.type for one in copy.deepcopy(linear).to("meta").buffers()} == {"meta"}
+    assert all(before[key].dtype == linear.get_parameter(key).dtype for key in parts)
+    assert {one.device.type for one in copy.deepcopy(linear).to("meta").parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_parts_are_frozen_parameters(scheme: str) -> None:
+    """FSDP2 shards parameters only. None of them may be trained, saved as an adapter or cast."""
+    block = pair(scheme)[1]
+    trained = {id(parameter) for parameter in with_ours(block)}
+    frozen = [one for one in block.parameters() if id(one) not in trained]
+    assert not any(one.requires_grad for one in frozen)
+    assert not list(block.buffers())
+    codes = block.first.base_layer.codes
+    assert isinstance(codes, nn.Parameter)
+    assert any(one is codes for one in frozen)
 
 
 def test_a_dora_starts_as_the_base() -> None:

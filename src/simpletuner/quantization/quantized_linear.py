@@ -54,6 +54,7 @@ def _dequantize(scheme: str, columns: int, dtype: torch.dtype, *buffers: Tensor)
 class QuantizedLinear(nn.Linear):
     """An nn.Linear (PEFT checks for that type) with a scheme's buffers instead of a weight.
 
+    The buffers are frozen parameters, also those of integers, because FSDP2 shards parameters only.
     The gradients are bit for bit those of an nn.Linear that holds the dequantized weight. `weight`
     is a new tensor at each access, in `weight_dtype`, so writing to it has no effect. Conversion to
     another dtype changes weight_dtype and the bias, never the buffers.
@@ -73,7 +74,7 @@ class QuantizedLinear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.weight_dtype = get_scheme(scheme).name, dtype
         for name, (shape, kind) in self.buffer_shapes().items():
-            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+            self._set_buffer(name, torch.empty(shape, dtype=kind, device=device))
         value = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter(
             "bias", None if value is None else nn.Parameter(value, requires_grad=False)
@@ -93,7 +94,7 @@ class QuantizedLinear(nn.Linear):
         )
         if not weight.is_meta:
             for name, buffer in get_scheme(scheme).quantize(weight).items():
-                quantized._buffers[name] = buffer
+                quantized._set_buffer(name, buffer)
         if bias is not None:
             quantized.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return quantized.train(linear.training)
@@ -133,16 +134,20 @@ class QuantizedLinear(nn.Linear):
         return None if bias is None else bias.to(dtype)
 
     def _scheme_buffers(self) -> list[Tensor]:
-        return [self.get_buffer(name) for name in SCHEMES[self.scheme].buffer_shapes(1, 1)]
+        return [self.get_parameter(name) for name in SCHEMES[self.scheme].buffer_shapes(1, 1)]
+
+    def _set_buffer(self, name: str, value: Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        buffers = dict(zip(self.buffer_shapes(), self._scheme_buffers(), strict=True))
+        # Detached, because a parameter's data may be replaced in place.
+        buffers = {name: self.get_parameter(name).detach() for name in self.buffer_shapes()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in buffers.items():
-            moved = self.get_buffer(name)
+            moved = self.get_parameter(name)
             # .to(dtype) and .half() must not change the stored codes and scales.
             if moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
+                self._set_buffer(name, buffer.to(moved.device))
         self.weight_dtype = fn(
             torch.empty(0, dtype=self.weight_dtype, device=self._scheme_buffers()[0].device)
         ).dtype
