@@ -51,7 +51,11 @@ EXIT_CODE_ADVICE: Mapping[int, str] = {
     10: "Delete the cache folder named in the message (cache_dir); it is rebuilt automatically",
     11: "Install the package named in the message, or set report_to = none",
     12: "Check the disk that the message names: permissions, free space, whether it is mounted",
+    13: "Resume from the last checkpoint. If it happens again, see train.log and the system's log",
     127: "The training could not be started: check that simpletuner is still installed",
+    # Of several processes, one was killed by SIGABRT, SIGBUS, SIGKILL or SIGSEGV.
+    **dict.fromkeys((128 + 6, 128 + 7, 128 + 11), CRASH_ADVICE),
+    128 + 9: HOST_MEMORY_ADVICE,
 }
 SIGNAL_ADVICE: Mapping[str, str] = {"SIGKILL": HOST_MEMORY_ADVICE} | dict.fromkeys(
     ("SIGSEGV", "SIGBUS", "SIGABRT"), CRASH_ADVICE
