@@ -266,7 +266,7 @@ for limit in range(1, 30):
         dying = Dying(limit)
         for name in ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir"):
             setattr(os, name, dying.wrap(getattr(os, name)))
-        checkpoint.save_file = dying.wrap(checkpoint.save_file)
+        checkpoint.write_tensors = dying.wrap(checkpoint.write_tensors)
         checkpoint.save_checkpoint(run_dir, snapshot(2), None, keep=1)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from simpletuner.atomic_io import fsync_path, os_error_of
@@ -46,6 +45,14 @@ from simpletuner.bounded_files import open_regular_file, read_bounded_text
 from simpletuner.errors import CheckpointError, DiskFull, storage_error
 from simpletuner.events.event_types import CheckpointSetAside, Emit
 from simpletuner.training.leftovers import remove_checkpoint_leftovers
+from simpletuner.training.tensor_files import (
+    FileTensors,
+    StoredSlice,
+    iter_stored,
+    write_tensors,
+)
+
+PickTensor = Callable[[str, StoredSlice], Tensor | None]  # takes file stem and stored tensor
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)$")
 FORMAT_VERSION = 1
@@ -58,7 +65,7 @@ class CheckpointData:
     """All state of a run. tensors: file stem -> name -> tensor. state: for JSON."""
 
     step: int
-    tensors: Mapping[str, Mapping[str, Tensor]]
+    tensors: Mapping[str, FileTensors]
     state: Mapping[str, object]
 
 
@@ -169,9 +176,7 @@ def save_checkpoint(
     if target.exists() and find_damage(target) is None:
         return target
     remove_checkpoint_leftovers(run_dir)
-    needed = sum(
-        t.numel() * t.element_size() for group in snapshot.tensors.values() for t in group.values()
-    )
+    needed = sum(tensor.nbytes for group in snapshot.tensors.values() for tensor in group.values())
     if free_disk_bytes(run_dir) < 1.2 * needed + (1 << 20):
         raise DiskFull(
             f"checkpoint-{snapshot.step} needs {needed / 1e9:.2f} GB and {run_dir} has "
@@ -185,7 +190,7 @@ def save_checkpoint(
         if target.exists():
             set_aside_damaged(target)
         os.replace(work, target)
-    except (OSError, SafetensorError) as error:  # save_file raises the latter for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises the latter for a full disk
         shutil.rmtree(work, ignore_errors=True)
         failure = error if isinstance(error, OSError) else os_error_of(error)
         what = f"{target} cannot be written; earlier checkpoints are not affected"
@@ -215,8 +220,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 def _write(work: Path, snapshot: CheckpointData, extra: Callable[[Path], None] | None) -> None:
     for stem, tensors in snapshot.tensors.items():
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, work / f"{stem}.safetensors")
+        write_tensors(work / f"{stem}.safetensors", tensors)
     state = json.dumps(
         {"format": FORMAT_VERSION, "step": snapshot.step, **snapshot.state}, ensure_ascii=False
     )
@@ -281,16 +285,20 @@ def read_state(folder: Path) -> dict[str, object]:
     return state
 
 
-def read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a verified checkpoint: file stem -> name -> tensor."""
-    try:
-        return {
-            stem: load_file(folder / f"{stem}.safetensors")
-            for stem in ("weights", "optimizer", "ema")
-            if (folder / f"{stem}.safetensors").is_file()
-        }
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+def read_tensors(
+    folder: Path, pick: PickTensor = lambda stem, stored: stored.read()
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a verified checkpoint: file stem -> name -> tensor.
+
+    pick: returns what this process needs of a stored tensor; None leaves it out.
+    """
+    picked: dict[str, dict[str, Tensor]] = {}
+    for stem in ("weights", "optimizer", "ema"):
+        path = folder / f"{stem}.safetensors"
+        if path.is_file():
+            parts = ((stored.name, pick(stem, stored)) for stored in iter_stored(path))
+            picked[stem] = {name: part for name, part in parts if part is not None}
+    return picked
 
 
 def flatten_optimizer(
