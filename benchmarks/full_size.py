@@ -52,6 +52,7 @@ from simpletuner.models.chroma.transformer_config import CLASS_NAME, Transformer
 from simpletuner.models.chroma.weights import block_linears, empty_transformer
 from simpletuner.models.family import ModelFamily, ModelFiles, ModelSpec
 from simpletuner.quantization.schemes import get_scheme
+from simpletuner.training.world import World
 
 if TYPE_CHECKING:
     from simpletuner.training.loop import TrainerContext
@@ -291,7 +292,9 @@ def train(folder: Path, size: Size) -> Figures:
             )
         trained = train_state.attach_trainable_parameters(run, family, transformer, null_emit)
         train_state.configure_blocks(run, family, transformer, device.device)
-        net = train_state.assemble_train_state(run, transformer, trained)
+        net = train_state.assemble_train_state(
+            run, transformer, trained, World(), run.training.gradient_accumulation_steps
+        )
         parts = parts_of(run, family, net, size.config)
         for step in range(STEPS):
             started = time.process_time()

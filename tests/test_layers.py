@@ -14,6 +14,7 @@ FILES = {"atomic_io", "bounded_files", "image_decoding"}  # what every layer may
 ALLOWED = {
     "errors": set(),
     "randomness": set(),
+    "peers": set(),
     **{name: set() for name in FILES},
     "events": FILES | {"errors"},
     "config": FILES | {"errors", "events", "randomness"},
@@ -21,7 +22,7 @@ ALLOWED = {
     "flow": {"errors", "randomness", "config"},
     "quantization": FILES | {"errors", "events", "config"},
     "adapters": FILES | {"errors", "events", "randomness", "config"},
-    "cache": FILES | {"errors", "events", "randomness", "config", "data"},
+    "cache": FILES | {"errors", "peers", "events", "randomness", "config", "data"},
 }
 ALLOWED["models"] = ALLOWED["cache"] | {"flow", "quantization", "adapters", "cache"}
 ALLOWED["validation"] = ALLOWED["models"] | {"models"}

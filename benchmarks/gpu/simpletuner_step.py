@@ -25,6 +25,7 @@ from simpletuner.training.loop import TrainerContext, TrainSchedule
 from simpletuner.training.memory_plan.fake_step import BatchShape, make_fake_context
 from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
 from simpletuner.training.memory_plan.prediction import predict_memory
+from simpletuner.training.world import World
 
 SCHEDULE_STEPS = 1000
 LORA = {"lora_rank": 16, "flux_lora_target": "all+ffs"}
@@ -108,7 +109,7 @@ def build_training(
     trained = train_state.attach_trainable_parameters(run, family, network, null_emit)
     train_state.configure_blocks(run, family, network, device.device)
     family.compile_blocks(network, run.model)
-    state = train_state.assemble_train_state(run, network, trained)
+    state = train_state.assemble_train_state(run, network, trained, World(), 1)
 
     shape = BatchShape(run.training.train_batch_size, (px, px), workload.text_rows)
     schedule = TrainSchedule(SCHEDULE_STEPS, 1, SCHEDULE_STEPS, 0)

@@ -73,6 +73,7 @@ def test_the_second_file_acts_as_the_first(layout, tmp_path):
         RunConfig(adapter=options),
         None,
         None,
+        None,
         lambda step, weights: {"weights": weights, "ss_steps": str(step)},
     )
     exporter.export_to_checkpoint(tmp_path, 7)

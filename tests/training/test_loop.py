@@ -12,8 +12,10 @@ from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import TrainingDiverged
 from simpletuner.events.event_types import Event
 from simpletuner.training import loop, optimizers
+from simpletuner.training.gradient_sum import GradientSum
 from simpletuner.training.loop import ScheduledCallback, TrainerContext, TrainSchedule
 from simpletuner.training.optimizer_step import StandardOptimizerStep
+from simpletuner.training.world import World
 
 
 def parts(
@@ -22,9 +24,9 @@ def parts(
     """Only what these tests look at; the rest of the fields is never asked."""
     fields = dict.fromkeys(TrainerContext.__dataclass_fields__, None)
     emit = (told if told is not None else []).append
-    update = StandardOptimizerStep((), optimizer, OptimizerOptions())  # type: ignore[arg-type]
+    update = StandardOptimizerStep((), optimizer, OptimizerOptions(), GradientSum((), World()))  # type: ignore[arg-type]
     given = {"schedule": plan, "optimizer": optimizer, "optimizer_step": update, "emit": emit}
-    given |= {"callbacks": (), "consecutive_skipped_steps": 0}
+    given |= {"world": World(), "callbacks": (), "consecutive_skipped_steps": 0}
     return TrainerContext(**{**fields, **given})  # type: ignore[arg-type]
 
 

@@ -18,6 +18,7 @@ from simpletuner.config.constraints import find_errors
 from simpletuner.config.schema import OptimizerOptions, RunConfig, TrainingOptions
 from simpletuner.errors import ConfigError, TrainingDiverged
 from simpletuner.training import loop
+from simpletuner.training.gradient_sum import GradientSum
 from simpletuner.training.optimizer_offload import OffloadedOptimizerState, copy_to_pinned_host
 from simpletuner.training.optimizer_step import (
     OPTIMIZER_STEPS,
@@ -29,6 +30,7 @@ from simpletuner.training.optimizer_step import (
     optimizer_step_name,
 )
 from simpletuner.training.optimizers import OPTIMIZERS, build_optimizer
+from simpletuner.training.world import World
 from tests.training.test_loop import TrainSchedule, parts
 from tests.training.test_optimizers import same
 
@@ -61,7 +63,7 @@ def train(
             net.up.weight.dtype
         )
         optimizer.param_groups[0]["lr"] = 0.01 * (1 + number % 3)
-        update.backward((net(x).float() - 1).square().mean() * 10)
+        update.backward((net(x).float() - 1).square().mean() * 10, 0)
         norms.append(update.clip_gradients())
         update.apply()
         update.zero_grad()
@@ -78,7 +80,16 @@ def ready(
     net = Net(dtype)
     optimizer = build_optimizer(options, list(net.named_parameters()), seed=3)
     name = optimizer_step_name(options, torch.device("cpu"))
-    return net, make_optimizer_step(name, list(net.parameters()), optimizer, options), optimizer
+    return net, make_step(name, list(net.parameters()), optimizer, options), optimizer
+
+
+def make_step(
+    name: str,
+    params: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    options: OptimizerOptions,
+) -> OptimizerStep:
+    return make_optimizer_step(name, params, optimizer, options, GradientSum(params, World()))
 
 
 def equal(net: Net, other: Net) -> bool:
@@ -116,7 +127,7 @@ def test_a_bad_loss_changes_nothing_and_a_bad_gradient_stops_the_run() -> None:
     net, update, _ = ready(options("adamw", optimizer_release_gradients=True), torch.float32)
     before = copy.deepcopy(net.state_dict())
     total = net(torch.randn(8, 24)).mean()
-    update.backward(total * math.nan)
+    update.backward(total * math.nan, 0)
     assert math.isnan(update.clip_gradients())
     run = parts(TrainSchedule(100, 1, 10, 5), told=[])
     run.optimizer_step = update
@@ -124,7 +135,7 @@ def test_a_bad_loss_changes_nothing_and_a_bad_gradient_stops_the_run() -> None:
     update.zero_grad()
     assert same(dict(net.state_dict()), dict(before))
 
-    update.backward((net.down.weight.sum() * 0).sqrt())  # 0, and its slope is 0 times infinity
+    update.backward((net.down.weight.sum() * 0).sqrt(), 0)  # 0, and its slope is 0 times infinity
     assert update.weights_modified
     assert not math.isfinite(update.clip_gradients())
     with pytest.raises(TrainingDiverged, match="last checkpoint is not affected"):
@@ -164,7 +175,7 @@ def test_states_on_the_host_are_the_same_training(name: str, releases: bool) -> 
     bus = Bus()
     states = OffloadedOptimizerState(its, bus.fetch, bus.keep)
     strategy = OptimizerStepInBackward if releases else PerParameterOptimizerStep
-    hosted = strategy(params, its, options(name), states)
+    hosted = strategy(params, its, options(name), GradientSum(params, World()), states)
     assert train(net, update, optimizer, 1) == train(other, hosted, its, 1)
     homes = {
         id(tensor): tensor.data_ptr() for state in its.state.values() for tensor in tensors(state)
@@ -213,18 +224,18 @@ def test_a_new_strategy_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     class Half(StandardOptimizerStep):
         """Halves every loss."""
 
-        def backward(self, loss: Tensor) -> None:
-            super().backward(loss / 2)
+        def backward(self, loss: Tensor, place: int) -> None:
+            super().backward(loss / 2, place)
 
     monkeypatch.setitem(OPTIMIZER_STEPS, "half", Half)
     net, ordinary, _ = ready(options("adamw"), torch.float32)
     params = list(net.parameters())
-    half = make_optimizer_step("half", params, ordinary.optimizer, options("adamw"))
+    half = make_step("half", params, ordinary.optimizer, options("adamw"))
     loss = net(torch.ones(2, 24)).mean()
-    ordinary.backward(loss)
+    ordinary.backward(loss, 0)
     whole_norm = ordinary.clip_gradients()
     ordinary.zero_grad()
-    half.backward(net(torch.ones(2, 24)).mean())
+    half.backward(net(torch.ones(2, 24)).mean(), 0)
     assert half.clip_gradients() == pytest.approx(whole_norm / 2)
 
 

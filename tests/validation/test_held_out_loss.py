@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,9 @@ def split(name: str, ids: list[str], batch_size: int) -> HeldOutSet:
     batches = [
         make_batch(ids[start : start + batch_size]) for start in range(0, len(ids), batch_size)
     ]
-    return HeldOutSet(name, "pets", len(ids), lambda: batches)
+    return HeldOutSet(
+        name, "pets", len(ids), [partial(list.__getitem__, batches, i) for i in range(len(batches))]
+    )
 
 
 def evaluated(held_out: HeldOutEvaluator, network: ToyNetwork, step: int) -> list[LossEvaluated]:

@@ -6,6 +6,7 @@ stores them unscaled, so that a change of scale or shift does not invalidate the
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import deque
@@ -26,6 +27,7 @@ from simpletuner.data.sample_types import BucketedSample, RejectedFile
 from simpletuner.errors import DataError
 from simpletuner.events.event_types import Emit
 from simpletuner.events.stage_reporter import StageReporter
+from simpletuner.peers import ALONE, Peers
 
 EncodeImages = Callable[[Tensor], Tensor]
 DECODER_THREADS = 4
@@ -57,12 +59,16 @@ def encode_missing_latents(
     store: TensorStore,
     placed: Sequence[BucketedSample],
     options: DataOptions,
-    hashes: ContentHashes,
+    hashes: ContentHashes | None,
     encoder: Callable[[], EncodeImages],
     emit: Emit,
     batch_size: int = 4,
+    peers: Peers = ALONE,
 ) -> LatentCacheResult:
     """Encode the images that are not cached, bucket by bucket.
+
+    The main process hashes the images (hashes: None on the others). Several processes share out
+    whole batches; afterwards the store of each has all latents.
 
     A few threads decode images ahead of the encoder. encoder: makes the function (B, 3, H, W) in
     [-1, 1] -> moments (B, 2C, h, w); it is called only after a missing image was decoded. An image
@@ -70,16 +76,16 @@ def encode_missing_latents(
     options.max_bad_sample_fraction fail.
     """
     with ThreadPoolExecutor(DECODER_THREADS, "pixels") as pool:
-        keys, rejected = _compute_latent_keys(
-            placed, options, hashes, store.fingerprint, pool, emit
-        )
-        missing = set(store.missing_keys(key for key in keys if key))
+        keys, rejected, missing = _find_missing(placed, options, hashes, store, pool, emit, peers)
         jobs = {key: sample for key, sample in zip(keys, placed, strict=True) if key in missing}
-        failed = (
-            _encode_images(store, list(jobs.items()), options, encoder, pool, emit, batch_size)
-            if jobs
-            else {}
-        )
+        batches = list(_iter_bucket_batches(list(jobs.items()), batch_size))
+        own = [batch for _, batch in peers.share(batches)]
+        failed = _encode_images(store, own, options, encoder, pool, emit) if own else {}
+    if batches:
+        failed = {
+            key: tuple(why) for part in peers.gather_json(failed) for key, why in part.items()
+        }
+        store.adopt_new_shards()
     usable = []
     usable_keys = []
     for key, sample in zip(keys, placed, strict=True):
@@ -95,6 +101,27 @@ def encode_missing_latents(
             f" {rejected[0].path}: {rejected[0].detail}"
         )
     return LatentCacheResult(tuple(usable), tuple(usable_keys), tuple(rejected))
+
+
+def _find_missing(
+    placed: Sequence[BucketedSample],
+    options: DataOptions,
+    hashes: ContentHashes | None,
+    store: TensorStore,
+    pool: ThreadPoolExecutor,
+    emit: Emit,
+    peers: Peers,
+) -> tuple[list[str], list[RejectedFile], set[str]]:
+    """Return one key per image, the rejected files and the keys that are not cached."""
+    found: tuple[list[str], list[dict[str, str]], list[str]] | None = None
+    if hashes is not None:
+        keys, rejected = _compute_latent_keys(
+            placed, options, hashes, store.fingerprint, pool, emit
+        )
+        missing = store.missing_keys(key for key in keys if key)
+        found = keys, [dataclasses.asdict(file) for file in rejected], missing
+    keys, records, missing = peers.broadcast_json(found)
+    return keys, [RejectedFile(**record) for record in records], set(missing)
 
 
 def _compute_latent_keys(
@@ -135,18 +162,18 @@ def _compute_latent_keys(
 
 def _encode_images(
     store: TensorStore,
-    jobs: Sequence[EncodeJob],
+    batches: Sequence[list[EncodeJob]],
     options: DataOptions,
     encoder: Callable[[], EncodeImages],
     pool: ThreadPoolExecutor,
     emit: Emit,
-    batch_size: int,
 ) -> dict[str, tuple[str, str]]:
     """Return key -> (reason, detail) of the images that could not be encoded."""
     failed: dict[str, tuple[str, str]] = {}
     encode: EncodeImages | None = None
-    with StageReporter(emit, "encode images", len(jobs), "images") as stage, store.flush_on_exit():
-        for batch in _decode_ahead(_iter_bucket_batches(jobs, batch_size), options, pool):
+    count = sum(map(len, batches))
+    with StageReporter(emit, "encode images", count, "images") as stage, store.flush_on_exit():
+        for batch in _decode_ahead(iter(batches), options, pool):
             decoded = []
             for (key, _), pixels in batch:
                 if isinstance(pixels, UnusableFile):

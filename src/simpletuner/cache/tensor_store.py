@@ -54,6 +54,7 @@ from simpletuner.events.event_types import Emit, WarningIssued
 from simpletuner.events.sinks import null_emit
 
 MAX_OPEN_SHARDS = 32
+IN_MEMORY = Path(":memory:")  # SQLite's name for a database without a file
 # Errors of network file systems that do not support locks.
 LOCK_UNSUPPORTED_ERRNOS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 SCHEMA = """
@@ -80,11 +81,19 @@ class TensorStore:
 
     fingerprint: everything except the key that determines the stored tensors; each fingerprint has
     its own subfolder. shard_mib: put() buffers this much before it writes a shard; close() writes
-    the rest.
+    the rest. shares_index: False for one of several processes that train together: its index is in
+    memory and is read from the shards' headers, so that a file system without reliable locks, such
+    as NFS, needs only one process that writes index.sqlite.
     """
 
     def __init__(
-        self, folder: Path, fingerprint: str, emit: Emit = null_emit, shard_mib: float = 256.0
+        self,
+        folder: Path,
+        fingerprint: str,
+        emit: Emit = null_emit,
+        shard_mib: float = 256.0,
+        *,
+        shares_index: bool = True,
     ) -> None:
         self.fingerprint = fingerprint
         self.folder = folder / hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
@@ -106,7 +115,7 @@ class TensorStore:
                 " to a writable folder"
             ) from error
         self._index = SqliteIndex(
-            self.folder / "index.sqlite",
+            self.folder / "index.sqlite" if shares_index else IN_MEMORY,
             SCHEMA,
             SCHEMA_VERSION,
             emit,
@@ -117,6 +126,11 @@ class TensorStore:
             self._reconcile_index()
         except DamagedIndex as error:
             self._index.replace_damaged(str(error))
+
+    def adopt_new_shards(self) -> None:
+        """Add the shards to the index that other processes have written since it was opened."""
+        with self._lock:
+            self._reconcile_index()
 
     def missing_keys(self, keys: Iterable[str]) -> list[str]:
         """Return the keys that are not cached, without duplicates, in order."""

@@ -12,6 +12,7 @@ from simpletuner.cache.tensor_store import TensorStore
 from simpletuner.errors import CacheError
 from simpletuner.events.event_types import Emit
 from simpletuner.events.stage_reporter import StageReporter
+from simpletuner.peers import ALONE, Peers
 
 EncodeText = Callable[[Sequence[str]], Sequence[TextEmbedding]]
 
@@ -34,26 +35,32 @@ def encode_missing_captions(
     encoder: Callable[[], EncodeText],
     emit: Emit,
     batch_size: int = 4,
+    peers: Peers = ALONE,
 ) -> None:
     """Encode the captions that are not cached, and always the empty one, for dropped captions.
 
+    Several processes share out whole batches; afterwards the store of each has all captions.
     encoder: makes the encoding function; it is called only when something is missing. The
     embeddings are stored in the dtype that it returns. Raises CacheError for embeddings that are
     not finite.
     """
     by_key = {text_key(caption, store.fingerprint): caption for caption in ("", *captions)}
     # Sorted by length, because the encoder pads each batch to its longest caption.
-    missing = sorted(store.missing_keys(by_key), key=lambda key: (len(by_key[key]), key))
+    missing = peers.broadcast_json(
+        sorted(store.missing_keys(by_key), key=lambda key: (len(by_key[key]), key))
+    )
     if not missing:
         return
-    encode = encoder()
+    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+    own = [keys for _, keys in peers.share(batches)]
     with (
-        StageReporter(emit, "encode text", len(missing), "captions") as stage,
+        StageReporter(emit, "encode text", sum(map(len, own)), "captions") as stage,
         store.flush_on_exit(),
     ):
         stage.summary = f"{len(by_key) - len(missing)} already cached"
-        for start in range(0, len(missing), batch_size):
-            keys = missing[start : start + batch_size]
+        encode = encoder() if own else None
+        for keys in own:
+            assert encode is not None
             for key, embedding in zip(keys, encode([by_key[key] for key in keys]), strict=True):
                 tensors = embedding.values()
                 if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
@@ -63,3 +70,5 @@ def encode_missing_captions(
                     )
                 store.put(key, embedding)
             stage.advance(len(keys))
+    peers.gather_json(None)  # every process has written its shards
+    store.adopt_new_shards()

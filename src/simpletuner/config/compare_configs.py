@@ -21,11 +21,13 @@ def training_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     return [f"{name} was {json.dumps(was[name])}, is {json.dumps(now[name])}" for name in differing]
 
 
-def training_config_hash(resolved: Mapping[str, Any]) -> str:
-    """Return 16 hex digits that change with every option that would change the training."""
-    return hashlib.sha256(
-        json.dumps(_options_fixed_on_resume(resolved), sort_keys=True).encode()
-    ).hexdigest()[:16]
+def training_config_hash(resolved: Mapping[str, Any], micro_batches: int) -> str:
+    """Return 16 hex digits that change with every option that would change the training.
+
+    micro_batches: of one optimizer step, over all processes, however they are divided.
+    """
+    fixed = {**_options_fixed_on_resume(resolved), "gradient_accumulation_steps": micro_batches}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _options_fixed_on_resume(resolved: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,26 +14,34 @@ from simpletuner.data.sample_order import SampleOrder
 from simpletuner.data.sample_types import MicroBatchPlan
 from simpletuner.training.loop import MicroBatchShape, TrainSchedule
 from simpletuner.training.prepare import PreparedInputs
+from simpletuner.training.world import World
 
 PREFETCH_DEPTH = 4
 
 
 class BatchPrefetcher:
-    """Loads the next PREFETCH_DEPTH micro-batches on one thread.
+    """Loads the next PREFETCH_DEPTH micro-batches of this process on one thread.
 
+    next_number: the number that this process asks for after a number; None at the end of the run.
     Which samples a number stands for is a pure function, so a stopped run loses nothing.
     """
 
-    def __init__(self, load: Callable[[int], Batch], last: int) -> None:
+    def __init__(
+        self, load: Callable[[int], Batch], next_number: Callable[[int], int | None]
+    ) -> None:
         self._load = load
-        self._last = last
+        self._next_number = next_number
         self._pool = ThreadPoolExecutor(1, "prefetch")
         self._pending: dict[int, Future[Batch]] = {}
 
     def __call__(self, number: int) -> Batch:
-        for ahead in range(number, min(number + PREFETCH_DEPTH, self._last + 1)):
+        ahead: int | None = number
+        for _ in range(PREFETCH_DEPTH):
+            if ahead is None:
+                break
             if ahead not in self._pending:
                 self._pending[ahead] = self._pool.submit(self._load, ahead)
+            ahead = self._next_number(ahead)
         return self._pending.pop(number).result()
 
     def close(self) -> None:
@@ -46,6 +54,7 @@ def build_batch_loader(
     prepared: PreparedInputs,
     order: SampleOrder,
     schedule: TrainSchedule,
+    world: World,
     closing: ExitStack,
 ) -> tuple[BatchPrefetcher, Callable[[int], MicroBatchShape]]:
     """Return two functions of a micro-batch's number: its batch, and its shape."""
@@ -62,7 +71,15 @@ def build_batch_loader(
         return MicroBatchShape(len(visits), width * height // prepared.constants.token_px**2)
 
     loader = prepared.make_batches(prepared.train, run.cache.vae_cache_sample, run.training.seed)
-    last = schedule.total_steps * schedule.accumulation_steps - 1
-    prefetcher = BatchPrefetcher(lambda number: loader.load(micro_batch(number)), last)
+    per_step = schedule.accumulation_steps
+    own = world.shares(per_step)[world.rank]
+
+    def next_number(number: int) -> int | None:
+        step, place = divmod(number, per_step)
+        if place + 1 not in own:
+            step, place = step + 1, own.start - 1
+        return step * per_step + place + 1 if step < schedule.total_steps else None
+
+    prefetcher = BatchPrefetcher(lambda number: loader.load(micro_batch(number)), next_number)
     closing.callback(prefetcher.close)
     return prefetcher, shape

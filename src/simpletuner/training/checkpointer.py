@@ -30,6 +30,7 @@ from simpletuner.training.optimizers import set_optimizer_mode
 from simpletuner.training.resume import ResumePoint
 from simpletuner.training.run_folder import RunFolder
 from simpletuner.training.train_state import TrainState
+from simpletuner.training.world import World
 from simpletuner.validation.held_out_loss import HeldOutEvaluator
 from simpletuner.validation.image_scoring import MetricEvaluator
 
@@ -40,15 +41,18 @@ ExportToCheckpoint = Callable[[Path, int], None]  # folder, step
 class Checkpointer:
     """Saves and restores one run.
 
-    identity: what must not change when a run is resumed, besides the options: base weights and
-    data. stateful_evaluators: evaluators whose state is saved too, by their key in state.json.
-    best_step: the step whose checkpoint is not deleted.
+    micro_batches_per_step: over all processes; a resumed run keeps it. identity: what must not
+    change when a run is resumed, besides the options: base weights and data. stateful_evaluators:
+    evaluators whose state is saved too, by their key in state.json. best_step: the step whose
+    checkpoint is not deleted.
     """
 
     folder: RunFolder
+    world: World
     options: CheckpointOptions
     train_state: TrainState
     config: dict[str, object]
+    micro_batches_per_step: int
     identity: Mapping[str, str]
     stateful_evaluators: Mapping[str, HeldOutEvaluator | MetricEvaluator]
     export_to_checkpoint: ExportToCheckpoint
@@ -59,9 +63,13 @@ class Checkpointer:
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`; does nothing if it was the last one saved or restored.
 
-        A schedule-free optimizer is switched to the training weights, because these are the state.
+        Every process calls it, and the main one writes. A schedule-free optimizer is switched to
+        the training weights, because these are the state.
         """
         if step == self._saved_step:
+            return
+        if not self.world.is_main:
+            self._saved_step = step
             return
         started = time.perf_counter()
         set_optimizer_mode(self.train_state.optimizer, training=True)
@@ -75,6 +83,7 @@ class Checkpointer:
         state: dict[str, object] = {
             "optimizer": rest,
             "config": self.config,
+            "micro_batches_per_step": self.micro_batches_per_step,
             "identity": dict(self.identity),
         }
         if self.train_state.ema is not None:
@@ -111,12 +120,13 @@ class Checkpointer:
         )
         is_own = resume_point.folder.parent == self.folder.path.resolve()
         self._saved_step = resume_point.step if is_own else None
+        self.world.wait_for_all("restore")  # nothing is moved while another process reads it
         later = [
             folder
             for folder in checkpoint.list_checkpoints(self.folder.path)
             if checkpoint.checkpoint_step(folder) >= resume_point.step + is_own
         ]
-        if later:
+        if later and self.world.is_main:
             names = ", ".join(folder.name for folder in later)
             self.emit(
                 WarningIssued(

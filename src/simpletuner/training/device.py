@@ -117,8 +117,10 @@ class ComputeDevice:
         return f"{self.hardware.name}, {str(self.weights_dtype).removeprefix('torch.')} weights"
 
 
-def select_device(options: ModelOptions) -> ComputeDevice:
+def select_device(options: ModelOptions, index: int = 0) -> ComputeDevice:
     """Return the device of the options, or for "auto" the best one of this machine.
+
+    index: which GPU, for one of several processes. It becomes the current one.
 
     Raises ConfigError when it is not available, or does not support what the options need.
     """
@@ -138,6 +140,14 @@ def select_device(options: ModelOptions) -> ComputeDevice:
         available = ", ".join(kind for kind, is_present in present.items() if is_present)
         raise ConfigError(f'device = "{kind}" is not available; torch has: {available}')
     device = torch.device(kind)
+    if kind == "cuda" and index:
+        if index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {index} of this machine needs a GPU of its own, and torch sees "
+                f"{torch.cuda.device_count()}; lower num_processes"
+            )
+        device = torch.device(kind, index)
+        torch.cuda.set_device(device)
     if missing := list(unsupported_by_hardware(HARDWARE_BY_TYPE[kind](device), options)):
         raise ConfigError("\n".join(missing))
     if kind == "cuda":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from simpletuner.cache.latent_cache import LatentCacheResult
@@ -13,9 +14,11 @@ from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig
 from simpletuner.events.event_types import Emit, NoticeIssued
 from simpletuner.training.device import ComputeDevice
+from simpletuner.training.loop import TrainSchedule
 from simpletuner.training.model_metadata import public_name
 from simpletuner.training.prepare import PreparedInputs, select_samples
 from simpletuner.training.train_state import TrainState
+from simpletuner.training.world import World
 from simpletuner.validation.held_out_loss import (
     HeldOutEvaluator,
     HeldOutSet,
@@ -167,7 +170,8 @@ def build_evaluation_callbacks(
     prompts: tuple[Prompt, ...],
     metrics: tuple[Metric, ...],
     device: ComputeDevice,
-    last_step: int,
+    schedule: TrainSchedule,
+    world: World,
     run_dir: Path,
     emit: Emit,
 ) -> EvaluationCallbacks:
@@ -175,12 +179,16 @@ def build_evaluation_callbacks(
     inference = Inference(
         prepared.family, prepared.constants, device.device, device.weights_dtype, device.autocast
     )
-    evaluator = build_held_out_evaluator(run, prepared, inference)
+    evaluator = build_held_out_evaluator(run, prepared, inference, world)
     held_out = None if evaluator is None else HeldOutLossCallback(evaluator, state, run_dir, emit)
     images = None
     if prompts:
-        validator = build_image_validator(run, prepared, state, inference, prompts, run_dir, emit)
-        images = ImageValidationCallback(validator, state, run.optimizer.ema_validation, last_step)
+        validator = build_image_validator(
+            run, prepared, state, inference, prompts, schedule, world, run_dir, emit
+        )
+        images = ImageValidationCallback(
+            validator, state, run.optimizer.ema_validation, schedule.total_steps
+        )
     scoring = None
     if metrics:
         scorer = MetricEvaluator(
@@ -191,6 +199,7 @@ def build_evaluation_callbacks(
             prepared.text_embedding,
             prepared.decoder_loader(run.model, inference.device),
             emit,
+            world,
         )
         scoring = ScoringCallback(scorer, state)
     return EvaluationCallbacks(held_out, images, scoring)
@@ -202,6 +211,8 @@ def build_image_validator(
     state: TrainState,
     inference: Inference,
     prompts: tuple[Prompt, ...],
+    schedule: TrainSchedule,
+    world: World,
     run_dir: Path,
     emit: Emit,
 ) -> ImageValidator:
@@ -217,7 +228,8 @@ def build_image_validator(
         options.validation_num_inference_steps,
         options.validation_guidance_real,
         public_name(prepared.model_files.name),  # images are published, so no path of this machine
-        prepared.identity_hash() + training_config_hash(resolved_options(run)),
+        prepared.identity_hash()
+        + training_config_hash(resolved_options(run), schedule.accumulation_steps),
     )
     strengths = options.validation_strengths.split(",") if state.uses_lora else ["none"]
     return ImageValidator(
@@ -229,11 +241,12 @@ def build_image_validator(
         run_dir,
         emit,
         tuple(float(strength) for strength in strengths if strength != "none"),
+        world,
     )
 
 
 def build_held_out_evaluator(
-    run: RunConfig, prepared: PreparedInputs, inference: Inference
+    run: RunConfig, prepared: PreparedInputs, inference: Inference, world: World
 ) -> HeldOutEvaluator | None:
     """Measure the eval datasets and a fixed, equally large part of the training set.
 
@@ -251,7 +264,9 @@ def build_held_out_evaluator(
         make_held_out_set(run, prepared, chosen, "eval", count),
         make_held_out_set(run, prepared, prepared.train, "train", train_count),
     ]
-    return HeldOutEvaluator(inference, sets, run.validation.eval_sigma_count, run.training.seed)
+    return HeldOutEvaluator(
+        inference, sets, run.validation.eval_sigma_count, run.training.seed, world
+    )
 
 
 def make_held_out_set(
@@ -264,6 +279,4 @@ def make_held_out_set(
     )
     loader = prepared.make_batches(cached, "mean", seed)
     name = ", ".join(sorted({item.sample.dataset for item in placed}))
-    return HeldOutSet(
-        split, name, count, lambda: (loader.load(micro_batch) for micro_batch in micro_batches)
-    )
+    return HeldOutSet(split, name, count, [partial(loader.load, plan) for plan in micro_batches])

@@ -15,6 +15,7 @@ from simpletuner.events.event_types import Emit, WeightsSaved
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.run_folder import RunFolder, replace_folder
 from simpletuner.training.train_state import TrainState
+from simpletuner.training.world import World
 
 LORA_FILENAME = "pytorch_lora_weights.safetensors"
 
@@ -30,6 +31,7 @@ class Exporter:
     train_state: TrainState
     run: RunConfig
     folder: RunFolder
+    world: World
     emit: Emit
     file_metadata: Callable[[int, str], dict[str, str]]
 
@@ -42,7 +44,9 @@ class Exporter:
             self._export_lora(folder, step)
 
     def export_final(self, step: int) -> None:
-        """Write the weights into the run folder itself."""
+        """Write the weights into the run folder itself; only the main process does."""
+        if not self.world.is_main:
+            return
         started = time.perf_counter()
         written = (
             self._export_lora(self.folder.path, step)

@@ -34,6 +34,7 @@ from simpletuner.training.device import ComputeDevice
 from simpletuner.training.ema import Ema
 from simpletuner.training.optimizer_step import OptimizerStep
 from simpletuner.training.optimizers import set_optimizer_mode
+from simpletuner.training.world import World
 from simpletuner.validation.inference import eval_mode
 
 StepCallback = Callable[[int], None]  # takes the number of completed optimizer steps
@@ -44,6 +45,7 @@ PredictVelocity = Callable[[Tensor, Tensor, TextBatch], Tensor]  # x_sigma, sigm
 class TrainSchedule:
     """Length of a run, in optimizer steps and micro-batches.
 
+    accumulation_steps: micro-batches of one optimizer step, over all processes together.
     nonfinite_patience: how many steps in a row may be skipped for a loss that is not finite.
     """
 
@@ -89,8 +91,9 @@ class TrainerContext:
     predict_velocity: the family's function with the transformer, which an engine may wrap; the
     loop itself only sets the mode of the transformer. learning_rate: from a step, counted from 0.
     load_batch, micro_batch_shape: from the number of a micro-batch, counted from 0 over the whole
-    run. resumed_step: steps completed by earlier processes. requested_callbacks: what a user asked
-    for since the last call. consecutive_skipped_steps: steps in a row without an update.
+    run. world: the processes, among which the micro-batches of a step are shared out.
+    resumed_step: steps completed by earlier processes. requested_callbacks: what a user asked for
+    since the last call. consecutive_skipped_steps: steps in a row without an update.
     """
 
     predict_velocity: PredictVelocity
@@ -100,6 +103,7 @@ class TrainerContext:
     optimizer_step: OptimizerStep
     ema: Ema | None
     schedule: TrainSchedule
+    world: World
     seed: int
     flow_options: FlowOptions
     uses_dropout: bool
@@ -161,14 +165,15 @@ def train_step(context: TrainerContext, step: int) -> StepCompleted:
     learning_rate = set_learning_rate(context, step)
     micro_batches = split_into_micro_batches(context, step)
     sample_count = sum(len(sigma) for _, sigma in micro_batches)
-    losses: list[Tensor] = []
+    losses: dict[int, Tensor] = {}
     trained_samples: list[tuple[str, float]] = []
-    for number, sigma in micro_batches:
+    for place, (number, sigma) in context.world.share(micro_batches):
         batch = context.load_batch(number)
-        losses.append(backward_micro_batch(context, batch, sigma, sample_count, number))
+        losses[place] = backward_micro_batch(context, batch, sigma, sample_count, number, place)
         trained_samples += zip(batch.sample_ids, sigma.tolist(), strict=True)
     # Reading the losses makes the host wait for the device: once a step, not once a micro-batch.
-    loss = sum(torch.stack(losses).tolist())
+    device = context.device.device
+    loss = sum(context.world.sum_by_place(losses, len(micro_batches), device).tolist())
     gradient_norm = context.optimizer_step.clip_gradients()
     if math.isfinite(loss) and math.isfinite(gradient_norm):
         update_weights(context, step)
@@ -211,12 +216,13 @@ def split_into_micro_batches(context: TrainerContext, step: int) -> list[tuple[i
 
 
 def backward_micro_batch(
-    context: TrainerContext, batch: Batch, sigma: Tensor, sample_count: int, number: int
+    context: TrainerContext, batch: Batch, sigma: Tensor, sample_count: int, number: int, place: int
 ) -> Tensor:
     """Add the gradient of one micro-batch, and return its part of the loss of the step.
 
     The sum over its samples is divided by the samples of the whole step (sample_count). The mean of
-    the means would give the samples of a smaller micro-batch a larger weight.
+    the means would give the samples of a smaller micro-batch a larger weight. number: of the
+    micro-batch in the run; place: within its step.
     """
     if context.uses_dropout:
         torch.manual_seed(seed_at(context.seed, "dropout", number))
@@ -224,7 +230,7 @@ def backward_micro_batch(
     step = number // context.schedule.accumulation_steps
     sample_losses = compute_losses(context, batch, sigma, step)
     loss = sample_losses.sum() / sample_count
-    context.optimizer_step.backward(loss)
+    context.optimizer_step.backward(loss, place)
     return loss.detach()
 
 
@@ -288,13 +294,16 @@ def handle_nonfinite_step(
     gradient_norm: float,
     trained_samples: list[tuple[str, float]],
 ) -> None:
-    """Skip the update and name the samples of the step with their sigmas.
+    """Skip the update and name the samples of the step, of all processes, with their sigmas.
+
+    trained_samples: those of this process.
 
     Raises TrainingDiverged after more than `nonfinite_loss_patience` such steps in a row, and where
     part of the update is already in the weights.
     """
     context.consecutive_skipped_steps += 1
-    samples = ", ".join(f"{name} (sigma {sigma:.4f})" for name, sigma in trained_samples)
+    of_all = [pair for part in context.world.gather_json(trained_samples) for pair in part]
+    samples = ", ".join(f"{name} (sigma {sigma:.4f})" for name, sigma in of_all)
     summary = f"step {step + 1}: loss {loss}, gradient norm {gradient_norm}; samples: {samples}"
     if (
         context.consecutive_skipped_steps > context.schedule.nonfinite_patience

@@ -37,7 +37,8 @@ class RunMetadata:
     """The facts about a run that file headers and the model card contain.
 
     base_model: the name of the model files. samples: those that are trained on. instance_prompts:
-    of the datasets. epoch_at: the epoch of a step. run_dir: its images/ has the validation images.
+    of the datasets. epoch_at: the epoch of a step. micro_batches_per_step: over all processes.
+    run_dir: its images/ has the validation images.
     """
 
     run: RunConfig
@@ -46,6 +47,7 @@ class RunMetadata:
     samples: Sequence[BucketedSample]
     instance_prompts: Sequence[str]
     epoch_at: Callable[[int], int]
+    micro_batches_per_step: int
     run_dir: Path
 
     @property
@@ -92,7 +94,9 @@ class RunMetadata:
             "base_model_precision": run.model.base_model_precision,
             "model_family": self.family,
             "optimizer": run.optimizer.optimizer,
-            "training_config_hash": training_config_hash(resolved_options(run)),
+            "training_config_hash": training_config_hash(
+                resolved_options(run), self.micro_batches_per_step
+            ),
             "ss_sd_model_name": self.base_model_name,
             "ss_base_model_version": self.family,
             "ss_output_name": self.title,
@@ -102,7 +106,7 @@ class RunMetadata:
             "ss_steps": step,
             "ss_epoch": self.epoch_at(step),
             "ss_num_train_images": len(self.samples),
-            "ss_gradient_accumulation_steps": run.training.gradient_accumulation_steps,
+            "ss_gradient_accumulation_steps": self.micro_batches_per_step,
             "ss_seed": run.training.seed,
             "ss_tag_frequency": json.dumps(tag_frequency(self.samples), ensure_ascii=False),
         }

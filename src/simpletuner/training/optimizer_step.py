@@ -4,6 +4,7 @@ The order of one step, and why (loop.py runs it):
 
 1. `backward` for every micro-batch. Gradients accumulate in `param.grad`; each loss is already
    divided by the samples of the whole step, so the sum is the gradient of the step's mean loss.
+   Over several processes, and in a fixed order: gradient_sum.py.
 2. `clip_gradients` once, on the whole gradient: the norm of one micro-batch says nothing about the
    step. It returns the norm before clipping, because that is what is logged and checked.
 3. If the loss and the norm are finite, `apply`. If not, the step is skipped: the optimizer's
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simpletuner.config.schema import OptimizerOptions
+from simpletuner.training.gradient_sum import GradientSum
 from simpletuner.training.optimizer_offload import OffloadedOptimizerState
 from simpletuner.training.optimizers import is_state_offloaded
 
@@ -46,20 +48,25 @@ class OptimizerStep(ABC):
         params: Sequence[nn.Parameter],
         optimizer: Optimizer,
         options: OptimizerOptions,
+        gradient_sum: GradientSum,
         offloaded_state: OffloadedOptimizerState | None = None,
     ) -> None:
         self.params = params
         self.optimizer = optimizer
         self.options = options
+        self.gradient_sum = gradient_sum
         self.offloaded_state = offloaded_state
 
     @abstractmethod
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch's part of the loss."""
+    def backward(self, loss: Tensor, place: int) -> None:
+        """Add the gradients of one micro-batch's part of the loss.
+
+        place: number of the micro-batch within the step.
+        """
 
     @abstractmethod
     def clip_gradients(self) -> float:
-        """Clip as the options say.
+        """Complete the sum of the gradients, and clip it as the options say.
 
         Returns the norm of the whole gradient before clipping, which may not be finite.
         """
@@ -76,10 +83,12 @@ class OptimizerStep(ABC):
 class StandardOptimizerStep(OptimizerStep):
     """Compute all gradients, then step all parameters together."""
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, place: int) -> None:
         loss.backward()
+        self.gradient_sum.add(place)
 
     def clip_gradients(self) -> float:
+        self.gradient_sum.finish()
         return clip_gradients(self.params, self.options)
 
     def apply(self) -> None:
@@ -117,9 +126,10 @@ class OptimizerStepInBackward(OptimizerStep):
         params: Sequence[nn.Parameter],
         optimizer: Optimizer,
         options: OptimizerOptions,
+        gradient_sum: GradientSum,
         offloaded_state: OffloadedOptimizerState | None = None,
     ) -> None:
-        super().__init__(params, optimizer, options, offloaded_state)
+        super().__init__(params, optimizer, options, gradient_sum, offloaded_state)
         self.stepper = SingleParameterStepper(optimizer, offloaded_state)
         self.gradient_norms: dict[nn.Parameter, Tensor] = {}
         for param in params:
@@ -135,7 +145,7 @@ class OptimizerStepInBackward(OptimizerStep):
         self.stepper.step(param)
         param.grad = None
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, place: int) -> None:
         self.weights_modified = math.isfinite(loss.item())
         if self.weights_modified:
             loss.backward()
@@ -173,12 +183,16 @@ def optimizer_step_name(options: OptimizerOptions, device: torch.device) -> str:
 
 
 def make_optimizer_step(
-    name: str, params: Sequence[nn.Parameter], optimizer: Optimizer, options: OptimizerOptions
+    name: str,
+    params: Sequence[nn.Parameter],
+    optimizer: Optimizer,
+    options: OptimizerOptions,
+    gradient_sum: GradientSum,
 ) -> OptimizerStep:
     """Build the strategy of that name, with offloaded state where the options ask for it."""
     offloaded = is_state_offloaded(options, params[0].device)
     state = OffloadedOptimizerState(optimizer) if offloaded else None
-    return OPTIMIZER_STEPS[name](params, optimizer, options, state)
+    return OPTIMIZER_STEPS[name](params, optimizer, options, gradient_sum, state)
 
 
 class SingleParameterStepper:

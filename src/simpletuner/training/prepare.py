@@ -35,6 +35,7 @@ from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
 from simpletuner.models.family import ArchitectureConstants, ModelFamily, ModelFiles, TextEncoder
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.run_folder import RunFolder
+from simpletuner.training.world import World
 
 MAX_LISTED_CAPTIONS = 20
 
@@ -113,14 +114,16 @@ def prepare_inputs(
     texts: Sequence[str],
     folder: RunFolder,
     device: ComputeDevice,
+    world: World,
     emit: Emit,
     closing: ExitStack,
 ) -> PreparedInputs:
     """Scan the datasets, and encode what is not cached yet.
 
-    texts: what must be encoded in addition to the captions. closing: receives the caches.
+    texts: what must be encoded in addition to the captions. closing: receives the caches. Every
+    process scans the datasets; DataError where they do not see the same.
     """
-    rejected_path = folder.path / "rejected.jsonl"
+    rejected_path = folder.path / "rejected.jsonl" if world.is_main else None
     scanned = scan_datasets(
         [*backends.train, *backends.eval],
         run.data,
@@ -129,7 +132,8 @@ def prepare_inputs(
         alignment_px=family.alignment_px,
         rejected_path=rejected_path,
     )
-    if scanned.rejected:
+    require_same_scan(scanned, world)
+    if scanned.rejected and rejected_path is not None:
         listed = format_rejected(scanned.rejected, rejected_path)
         emit(WarningIssued(f"not trained on ({len(scanned.rejected)}):\n{listed}"))
     files = family.locate_files(run.model, emit)
@@ -139,17 +143,22 @@ def prepare_inputs(
     text_fingerprint = family.text_fingerprint(files, run.model)
     vae_fingerprint = family.vae_fingerprint(files, run.model)
     text_dir = backends.text_cache_dir or root / "text"
-    text_store = closing.enter_context(TensorStore(text_dir, text_fingerprint, emit, shard_mib))
-    latent_store = closing.enter_context(
-        TensorStore(root / "vae", vae_fingerprint, emit, shard_mib)
-    )
+    with world.main_first("cache"):  # it repairs what a killed process has left
+        text_store, latent_store = (
+            closing.enter_context(
+                TensorStore(path, fingerprint, emit, shard_mib, shares_index=world.is_main)
+            )
+            for path, fingerprint in ((text_dir, text_fingerprint), (root / "vae", vae_fingerprint))
+        )
 
     captions = sorted(
         {"", *texts, *(caption for item in scanned.samples for caption in item.sample.captions)}
     )
-    encode_captions(run, family, files, constants.max_tokens, text_store, captions, device, emit)
+    encode_captions(
+        run, family, files, constants.max_tokens, text_store, captions, device, world, emit
+    )
     cached = encode_images(
-        run, family, files, latent_store, scanned, root, rejected_path, device, emit
+        run, family, files, latent_store, scanned, root, rejected_path, device, world, emit
     )
     held_out = {dataset.id for dataset in backends.eval}
     train = select_samples(cached, lambda item: item.sample.dataset not in held_out)
@@ -157,6 +166,19 @@ def prepare_inputs(
     return PreparedInputs(
         family, files, constants, backends.train, train, evaluated, latent_store, text_store
     )
+
+
+def require_same_scan(scanned: ScanResult, world: World) -> None:
+    """Raise DataError unless all processes have found the same samples."""
+    lines = [f"{item.sample.id}|{item.bucket_px}|{item.crop_px}" for item in scanned.samples]
+    digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    found = world.gather_json([len(lines), digest])
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise DataError(
+                f"process {rank} finds other images than process 0 ({other[0]} and {found[0][0]} "
+                "samples): every machine must see the same datasets, unchanged while the run starts"
+            )
 
 
 def encode_captions(
@@ -167,6 +189,7 @@ def encode_captions(
     store: TensorStore,
     captions: Sequence[str],
     device: ComputeDevice,
+    world: World,
     emit: Emit,
 ) -> None:
     """Encode the captions that are not cached; the text encoder is loaded only if there are any."""
@@ -177,7 +200,7 @@ def encode_captions(
         return encoder.encode
 
     text_cache.encode_missing_captions(
-        store, captions, load_encoder, emit, run.cache.text_encoder_batch_size
+        store, captions, load_encoder, emit, run.cache.text_encoder_batch_size, world
     )
     free_memory(device)
 
@@ -189,8 +212,9 @@ def encode_images(
     store: TensorStore,
     scanned: ScanResult,
     cache_root: Path,
-    rejected_path: Path,
+    rejected_path: Path | None,
     device: ComputeDevice,
+    world: World,
     emit: Emit,
 ) -> LatentCacheResult:
     """Encode the images that are not cached; the VAE is loaded only if there are any."""
@@ -199,14 +223,22 @@ def encode_images(
     def load_encoder() -> Callable[[Tensor], Tensor]:
         return family.load_vae(files, run.model, device.device).encode
 
-    hashes = ContentHashes(cache_root, emit)
+    hashes = ContentHashes(cache_root, emit) if world.is_main else None
     cached = latent_cache.encode_missing_latents(
-        store, scanned.samples, run.data, hashes, load_encoder, emit, run.cache.vae_batch_size
+        store,
+        scanned.samples,
+        run.data,
+        hashes,
+        load_encoder,
+        emit,
+        run.cache.vae_batch_size,
+        world,
     )
-    hashes.close()
+    if hashes is not None:
+        hashes.close()
     load_encoder.cache_clear()
     free_memory(device)
-    if cached.rejected:
+    if cached.rejected and rejected_path is not None:
         write_rejected(rejected_path, [*scanned.rejected, *cached.rejected])
         listed = format_rejected(cached.rejected, rejected_path)
         emit(WarningIssued(f"{len(cached.rejected)} more cannot be decoded:\n{listed}"))

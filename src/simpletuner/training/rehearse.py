@@ -25,6 +25,7 @@ from simpletuner.events.trackers import tracker_classes
 from simpletuner.training import loop
 from simpletuner.training.build import build_trainer_context
 from simpletuner.training.run_folder import RunFolder
+from simpletuner.training.world import World
 
 STEPS = 4
 STOP_AFTER = 2
@@ -196,7 +197,9 @@ def train_until(
             return bool(last) and last[-1].step == stop_after
 
         try:
-            loop.train(build_trainer_context(run, backends, base_dir, folder, stop, emit, closing))
+            loop.train(
+                build_trainer_context(run, backends, base_dir, folder, World(), stop, emit, closing)
+            )
         except TrainingStopped:
             return f"{', '.join(stages)}; loss {last[-1].loss:.3f}"
     return f"loss {last[-1].loss:.3f}"

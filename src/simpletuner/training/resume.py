@@ -18,8 +18,9 @@ from pathlib import Path
 from simpletuner.config.compare_configs import training_differences
 from simpletuner.config.option_layers import RUN_LENGTH_OPTIONS
 from simpletuner.errors import CheckpointError
-from simpletuner.events.event_types import Emit, WarningIssued
+from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
 from simpletuner.training import checkpoint
+from simpletuner.training.world import World
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,38 @@ class ResumePoint:
     @property
     def step(self) -> int:
         return int(str(self.state["step"]))
+
+    def micro_batches_per_step(self, accumulation: int, processes: int, emit: Emit) -> int:
+        """Return how many micro-batches a step has, over all processes: as many as before.
+
+        accumulation: gradient_accumulation_steps, per process. Another number of processes keeps
+        the step as it was and divides its micro-batches differently; only a changed
+        gradient_accumulation_steps is a difference to the checkpoint.
+        """
+        old: Mapping[str, int] = self.state["config"]  # type: ignore[assignment]
+        saved_accumulation = old["gradient_accumulation_steps"]
+        saved = int(str(self.state.get("micro_batches_per_step", saved_accumulation)))
+        wanted = accumulation * processes
+        if wanted == saved:
+            return saved
+        if accumulation == saved_accumulation:
+            shares = ", ".join(str(len(share)) for share in World(size=processes).shares(saved))
+            emit(
+                NoticeIssued(
+                    f"a step has {saved} micro-batches, as in the checkpoint, and not "
+                    f"gradient_accumulation_steps x processes = {wanted}; the processes compute "
+                    f"{shares} of them"
+                )
+            )
+            return saved
+        self._require_no_differences(
+            [
+                f"gradient_accumulation_steps x processes (micro-batches of a step) was {saved}, "
+                f"is {accumulation} x {processes} = {wanted}"
+            ],
+            emit,
+        )
+        return wanted
 
     def require_same_config(self, config: Mapping[str, object], emit: Emit) -> None:
         """Refuse other options that change the result; warn where the length of the run changed."""
@@ -78,6 +111,24 @@ class ResumePoint:
                 f"resuming from {self.folder}, which was trained with different settings:{listed}"
             )
         )
+
+
+def find_common_resume_point(
+    run_dir: Path, wanted: str, world: World, emit: Emit
+) -> ResumePoint | None:
+    """Return the checkpoint that all processes resume from; the main one chooses and verifies it.
+
+    Raises the errors of find_resume_point.
+    """
+    found: tuple[str, bool] | None = None
+    if world.is_main:
+        chosen = find_resume_point(run_dir, wanted, emit)
+        found = None if chosen is None else (str(chosen.folder), chosen.chosen_explicitly)
+    found = world.broadcast_json(found)
+    if found is None:
+        return None
+    folder = Path(found[0])
+    return ResumePoint(folder, checkpoint.read_state(folder), found[1])
 
 
 def find_resume_point(run_dir: Path, wanted: str, emit: Emit) -> ResumePoint | None:

@@ -23,6 +23,7 @@ from simpletuner.data.dataset_config import DatasetFile
 from simpletuner.errors import (
     DISK_FULL_ERRNOS,
     STORAGE_HINTS,
+    ConfigError,
     SimpleTunerError,
     StorageError,
     TrainingStopped,
@@ -43,9 +44,11 @@ from simpletuner.events.terminal_sink import TerminalSink
 from simpletuner.training import loop, resume
 from simpletuner.training.build import build_trainer_context
 from simpletuner.training.device import describe_out_of_memory
+from simpletuner.training.memory_plan.fit import with_options
 from simpletuner.training.memory_plan.memory_saving import suggest_next_setting
 from simpletuner.training.memory_plan.preflight import preflight_check
-from simpletuner.training.run_folder import RunFolder
+from simpletuner.training.run_folder import FollowerRunFolder, RunFolder
+from simpletuner.training.world import World, join_world
 
 DEFAULT_CONFIG = resolved_options(RunConfig())
 
@@ -107,20 +110,18 @@ def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None
     recorded in events.jsonl and exit.json.
     """
     run = loaded.config
-    folder = RunFolder(Path(os.path.expanduser(run.training.output_dir)).absolute())
+    world = join_world(run)
+    path = Path(os.path.expanduser(run.training.output_dir)).absolute()
+    folder = RunFolder(path) if world.is_main else FollowerRunFolder(path)
     stop, position, started = StopFlag(folder), LastStepSink(), time.monotonic()
     emit: event_types.Emit = null_emit
-    with stop.signal_handlers_installed(), folder, ExitStack() as closing:
+    with stop.signal_handlers_installed(), world, ExitStack() as closing:
+        open_run_folder(folder, world, closing)
         try:
             earlier = None
             if run.checkpoint.resume_from_checkpoint == "never":
                 earlier = folder.set_aside_earlier_results()
-            damaged_lines = count_damaged_lines(folder.events_path)
-            sinks = build_sinks(run, folder, closing)
-            emit = fan_out([position, *sinks], [one for one in sinks if isinstance(one, EventLog)])
-            if damaged_lines:
-                lines = "1 line" if damaged_lines == 1 else f"{damaged_lines} lines"
-                emit(event_types.WarningIssued(f"{folder.events_path}: {lines} cannot be read"))
+            emit = open_sinks(run, folder, position, closing) if world.is_main else position
             for notice in (*loaded.notices, *backends.notices):
                 emit(event_types.NoticeIssued(notice))
             if earlier is not None:
@@ -129,28 +130,80 @@ def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None
                         f"resume_from_checkpoint = never: earlier results were moved to {earlier}"
                     )
                 )
-            stopping_emit = emit_with_stop_check(stop, emit)
-            resize_crops = [dataset.resize_crop for dataset in backends.train]
-            saved_config = None if within is None else read_checkpoint_options(run, folder, emit)
-            run = preflight_check(run, resize_crops, stopping_emit, within, saved_config)
+            stopping_emit = emit_with_stop_check(stop, world, emit)
+            run = preflight_once(run, backends, folder, world, within, stopping_emit)
             base_dir = loaded.config_path.parent if loaded.config_path else Path.cwd()
             with ExitStack() as opened:
                 loop.train(
                     build_trainer_context(
-                        run, backends, base_dir, folder, stop, stopping_emit, opened
+                        run, backends, base_dir, folder, world, stop, stopping_emit, opened
                     )
                 )
+            world.wait_for_all("end")
         # The outermost edge catches everything, because exit.json must say how every run ended.
         except BaseException as error:
-            known = to_user_error(error, run)
-            if known is None or isinstance(known, StorageError):
+            known = world.explain(to_user_error(error, run) or error)
+            if not isinstance(known, SimpleTunerError) or isinstance(known, StorageError):
                 append_traceback(folder.log_path, error)
-            finalize_run(folder, position.step, time.monotonic() - started, known or error, emit)
-            if known is None or known is error:
+            if world.is_main:
+                finalize_run(folder, position.step, time.monotonic() - started, known, emit)
+            if known is error:
                 raise
             raise known from error
-        finalize_run(folder, position.step, time.monotonic() - started, None, emit)
+        if world.is_main:
+            finalize_run(folder, position.step, time.monotonic() - started, None, emit)
     return 0
+
+
+def open_sinks(
+    run: RunConfig, folder: RunFolder, position: LastStepSink, closing: ExitStack
+) -> event_types.Emit:
+    """Return the emit of the main process, after reporting damage in events.jsonl."""
+    damaged_lines = count_damaged_lines(folder.events_path)
+    sinks = build_sinks(run, folder, closing)
+    emit = fan_out([position, *sinks], [one for one in sinks if isinstance(one, EventLog)])
+    if damaged_lines:
+        lines = "1 line" if damaged_lines == 1 else f"{damaged_lines} lines"
+        emit(event_types.WarningIssued(f"{folder.events_path}: {lines} cannot be read"))
+    return emit
+
+
+def open_run_folder(folder: RunFolder, world: World, closing: ExitStack) -> None:
+    """Lock the run folder in the main process, and check that the others see the same folder."""
+    try:
+        with world.main_first("run folder"):
+            closing.enter_context(folder)
+        holder = world.broadcast_json(folder.read_lock_holder())
+        if folder.read_lock_holder() != holder:
+            raise ConfigError(
+                f"output_dir = {folder.path} is another folder for process {world.rank} than for "
+                "process 0; put it on a file system that all machines share"
+            )
+    except SimpleTunerError as error:
+        raise world.explain(error) from error
+
+
+def preflight_once(
+    run: RunConfig,
+    backends: DatasetFile,
+    folder: RunFolder,
+    world: World,
+    within: str | None,
+    emit: event_types.Emit,
+) -> RunConfig:
+    """Check memory and disk in the main process; every process gets the options that it chose."""
+    changes: dict[str, object] = {}
+    with world.main_first("plan"):
+        if world.is_main:
+            resize_crops = [dataset.resize_crop for dataset in backends.train]
+            saved_config = None if within is None else read_checkpoint_options(run, folder, emit)
+            before = resolved_options(run)
+            planned = resolved_options(
+                preflight_check(run, resize_crops, emit, within, saved_config)
+            )
+            changes = {name: value for name, value in planned.items() if value != before[name]}
+    changes = world.broadcast_json(changes)
+    return with_options(run, changes) if changes else run
 
 
 def build_sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[Sink]:
@@ -183,14 +236,20 @@ def build_sinks(run: RunConfig, folder: RunFolder, closing: ExitStack) -> list[S
     return [*sinks]
 
 
-def emit_with_stop_check(stop: StopFlag, emit: event_types.Emit) -> event_types.Emit:
+def emit_with_stop_check(stop: StopFlag, world: World, emit: event_types.Emit) -> event_types.Emit:
     """Return an emit that raises TrainingStopped on progress events when a stop was requested.
 
-    In this way every long stage can be stopped without checking for it.
+    In this way every long stage can be stopped without checking for it. Several processes that
+    train stop together, between two steps.
     """
+    started = False
 
     def emit_or_stop(event: event_types.Event) -> None:
+        nonlocal started
         emit(event)
+        started = started or isinstance(event, event_types.RunStarted)
+        if started and world.size > 1:
+            return
         if isinstance(event, (event_types.StageStarted, event_types.StageProgress)) and stop():
             raise TrainingStopped("stopped before the first step. Run the same command to resume")
 

@@ -12,6 +12,7 @@ control/        a file named stop, save or validate is a request to the running 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -22,12 +23,13 @@ from pathlib import Path
 from types import TracebackType
 
 from simpletuner.atomic_io import write_atomically
-from simpletuner.errors import RunLocked, storage_error
+from simpletuner.errors import ConfigError, RunLocked, storage_error
 from simpletuner.training.leftovers import remove_all_leftovers
 
 CONTROL_REQUESTS = ("stop", "save", "validate")
 NEVER_SET_ASIDE = ("cache", "run.lock", "control")
 LOCK_RETRY_S = 0.5
+LOCK_UNSUPPORTED_ERRNOS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
@@ -87,6 +89,13 @@ class RunFolder:
         try:
             _lock_file(probe)
         except OSError as error:
+            if error.errno in LOCK_UNSUPPORTED_ERRNOS:
+                os.close(probe)
+                raise ConfigError(
+                    f"output_dir = {self.path} is on a file system without file locks "
+                    f"({error.strerror}), so two runs could destroy each other's results; choose "
+                    "a folder on a local disk or on a file system with locks"
+                ) from error
             holder = os.read(probe, 200).decode("utf-8", "replace").strip()
             os.close(probe)
             raise RunLocked(
@@ -119,6 +128,13 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def read_lock_holder(self) -> str:
+        """Return the content of run.lock, which names the process that trains; "" without one."""
+        try:
+            return (self.path / "run.lock").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
 
     def write_config(self, resolved: dict[str, object]) -> None:
         write_atomically(
@@ -167,3 +183,24 @@ class RunFolder:
         for entry in entries:
             entry.rename(target / entry.name)
         return target
+
+
+class FollowerRunFolder(RunFolder):
+    """The run folder as the other processes of a run see it: they read it and write nothing."""
+
+    def __enter__(self) -> FollowerRunFolder:
+        return self
+
+    def write_config(self, resolved: dict[str, object]) -> None:
+        """Leave it to the main process."""
+
+    def write_exit_status(self, exit_code: int, status: str, step: int, message: str = "") -> None:
+        """Leave it to the main process."""
+
+    def consume_control_request(self, name: str) -> bool:
+        """Leave requests to the main process; the loop passes them on."""
+        return False
+
+    def set_aside_earlier_results(self) -> Path | None:
+        """Leave it to the main process."""
+        return None

@@ -20,12 +20,14 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.training import optimizers
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.ema import Ema
+from simpletuner.training.gradient_sum import GradientSum, TreeSum
 from simpletuner.training.optimizer_step import (
     OptimizerStep,
     make_optimizer_step,
     optimizer_step_name,
 )
 from simpletuner.training.prepare import PreparedInputs
+from simpletuner.training.world import World
 
 # A context in which the network has the averaged weights; afterwards the trained ones are back.
 AveragedWeights = Callable[[], AbstractContextManager[None]]
@@ -58,9 +60,17 @@ class TrainState:
 
 
 def build_train_state(
-    run: RunConfig, prepared: PreparedInputs, device: ComputeDevice, emit: Emit
+    run: RunConfig,
+    prepared: PreparedInputs,
+    device: ComputeDevice,
+    world: World,
+    micro_batches: int,
+    emit: Emit,
 ) -> TrainState:
-    """Load the network, attach what is trained, place the blocks, and build the optimizer."""
+    """Load the network, attach what is trained, place the blocks, and build the optimizer.
+
+    micro_batches: of one optimizer step, over all processes.
+    """
     # A model with swapped blocks need not fit on the device even once, so it is loaded on the host.
     load_device = torch.device("cpu") if run.model.musubi_blocks_to_swap else device.device
     transformer = prepared.family.load_transformer(
@@ -76,7 +86,7 @@ def build_train_state(
                 f"the memory of {device.device.type} is the host's memory"
             )
         )
-    return assemble_train_state(run, transformer, trainable)
+    return assemble_train_state(run, transformer, trainable, world, micro_batches)
 
 
 def configure_blocks(
@@ -106,22 +116,31 @@ def attach_trainable_parameters(
 
 
 def assemble_train_state(
-    run: RunConfig, transformer: nn.Module, trainable: dict[str, nn.Parameter]
+    run: RunConfig,
+    transformer: nn.Module,
+    trainable: dict[str, nn.Parameter],
+    world: World,
+    micro_batches: int,
 ) -> TrainState:
     """Build the optimizer, its step strategy and the average for the trainable parameters."""
-    samples = run.training.train_batch_size * run.training.gradient_accumulation_steps
+    samples = run.training.train_batch_size * micro_batches
     rate = optimizers.effective_learning_rate(run.optimizer, samples)
     options = run.optimizer.model_copy(update={"learning_rate": rate})
     named, parameters = list(trainable.items()), list(trainable.values())
     optimizer = optimizers.build_optimizer(options, named, run.training.seed)
     step_name = optimizer_step_name(options, parameters[0].device)
+    gradient_sum = (
+        TreeSum(parameters, world, micro_batches)
+        if run.model.model_type == "lora"
+        else GradientSum(parameters, world)
+    )
     return TrainState(
         transformer,
         trainable,
         run.model.model_type == "lora",
         options,
         optimizer,
-        make_optimizer_step(step_name, parameters, optimizer, options),
+        make_optimizer_step(step_name, parameters, optimizer, options, gradient_sum),
         Ema(named, run.optimizer) if run.optimizer.use_ema else None,
     )
 

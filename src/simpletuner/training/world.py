@@ -13,25 +13,47 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from simpletuner import errors
-from simpletuner.errors import SimpleTunerError
-
-Item = TypeVar("Item")
+from simpletuner.config.schema import RunConfig
+from simpletuner.errors import ProcessLost, SimpleTunerError
+from simpletuner.peers import Item, Peers
 
 POLL_S = 0.05  # between two looks into the store
 FAILURE_KEY = "failure"
+LEAVE_WAIT_S = 60.0  # how long rank 0 waits at the end of a run for ranks that are still leaving
+FAILURE_WAIT_S = 5.0  # how long the reason for a broken connection is waited for
 DEFAULT_TIMEOUT_S = 1800.0
+
+
+def is_transport_error(error: BaseException) -> bool:
+    """Return whether an exchange with another process failed inside torch.distributed."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def has_ended(process: int) -> bool:
+    """Return whether a process of this machine no longer runs; a zombie does not."""
+    try:
+        os.kill(process, 0)
+        with open(f"/proc/{process}/stat", encoding="utf-8") as stat:
+            return stat.read().rpartition(")")[2].split()[0] == "Z"
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,7 @@ class Failure:
         return (cls if is_known else SimpleTunerError)(f"process {self.rank}: {self.message}")
 
 
-class World:
+class World(Peers):
     """The processes of a run.
 
     rank: 0 to size - 1. local_rank, local_size: the same among the processes of this machine.
@@ -62,21 +84,16 @@ class World:
         size: int = 1,
         local_rank: int = 0,
         local_size: int = 1,
-        store: dist.Store | None = None,
+        store: dist.Store | None = None,  # type: ignore[name-defined]
     ) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.is_main = rank, size, rank == 0
         self.local_rank, self.local_size = local_rank, local_size
         self._store = store
         self._names: dict[str, int] = {}
 
     @property
-    def is_main(self) -> bool:
-        """Whether this process writes the run folder and reports."""
-        return self.rank == 0
-
-    @property
     def is_local_main(self) -> bool:
-        """Whether this process is the first one of its machine."""
+        """Return whether this process is the first one of its machine."""
         return self.local_rank == 0
 
     # What each process does
@@ -88,8 +105,14 @@ class World:
         return [range(start, end) for start, end in pairwise(ends)]
 
     def share(self, items: Sequence[Item]) -> list[tuple[int, Item]]:
-        """Return this rank's items, each with its place among all."""
         return [(place, items[place]) for place in self.shares(len(items))[self.rank]]
+
+    def share_passes(self, items: Sequence[Item]) -> list[tuple[int | None, Item]]:
+        own: list[tuple[int | None, Item]] = [*self.share(items)]
+        if self.equal_passes and items:
+            longest = len(self.shares(len(items))[0])
+            own += [(None, items[0])] * (longest - len(own))
+        return own
 
     # What they exchange
 
@@ -103,7 +126,8 @@ class World:
         for place, value in own.items():
             values[place] = value
         if self.size > 1:
-            dist.all_reduce(values)
+            with self._exchange():
+                dist.all_reduce(values)
         return values
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
@@ -111,49 +135,64 @@ class World:
         if self.size == 1:
             return list(flags)
         votes = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)
-        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        with self._exchange():
+            dist.all_reduce(votes, dist.ReduceOp.MAX)
         return [bool(vote) for vote in votes.tolist()]
 
-    def gather_json(self, value: Any) -> list[Any]:
-        """Return the value of every rank, in the order of the ranks; a value is what JSON holds."""
+    def gather_bytes(self, data: bytes) -> list[bytes]:
         if self.size == 1:
-            return [value]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+            return [data]
+        own = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(data)]))
-        longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(data)] = data
-        gathered = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(gathered, padded)
+        with self._exchange():
+            dist.all_gather(sizes, torch.tensor([len(data)]))
+            padded = torch.zeros(max(1, *map(int, sizes)), dtype=torch.uint8)
+            padded[: len(own)] = own
+            gathered = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(gathered, padded)
         return [
-            json.loads(part[: int(size)].numpy().tobytes())
-            for part, size in zip(gathered, sizes, strict=True)
+            part[: int(size)].numpy().tobytes() for part, size in zip(gathered, sizes, strict=True)
         ]
 
+    def gather_json(self, value: Any) -> list[Any]:
+        if self.size == 1:
+            return [value]
+        return [json.loads(part) for part in self.gather_bytes(json.dumps(value).encode())]
+
     def broadcast_json(self, value: Any) -> Any:
-        """Return rank 0's value on every rank; the value of the others is not used."""
         return self.gather_json(value if self.is_main else None)[0]
 
     def send(self, tensor: Tensor, to: int) -> None:
         """Send a contiguous tensor to a rank, which must receive it."""
-        dist.send(tensor, to)
+        with self._exchange():
+            dist.send(tensor, to)
 
     def receive(self, like: Tensor, source: int) -> Tensor:
         """Return a tensor that another rank sends, with the shape and dtype of `like`."""
         received = torch.empty_like(like)
-        dist.recv(received, source)
+        with self._exchange():
+            dist.recv(received, source)
         return received
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite a contiguous tensor with that of rank 0."""
         if self.size > 1:
-            dist.broadcast(tensor, 0)
+            with self._exchange():
+                dist.broadcast(tensor, 0)
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Overwrite a contiguous tensor with the sum over all ranks, in an unspecified order."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self._exchange():
+                dist.all_reduce(tensor)
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Turn the errors of the transport into one that says which process is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise ProcessLost(str(error).splitlines()[0]) from error
 
     # Waiting, and failing together
 
@@ -162,8 +201,9 @@ class World:
         if self._store is None:
             return
         key = self._unique(f"all {name}")
-        if self._store.add(key, 1) == self.size:
-            self._store.set(f"{key} done", "1")
+        with self._exchange():
+            if self._store.add(key, 1) == self.size:
+                self._store.set(f"{key} done", "1")
         self._wait_for(f"{key} done")
 
     @contextlib.contextmanager
@@ -183,24 +223,67 @@ class World:
 
     def _wait_for(self, key: str) -> None:
         assert self._store is not None
-        while not self._store.check([key]):
-            if (failure := self.first_failure()) is not None:
-                raise failure.to_error()
-            time.sleep(POLL_S)
+        with self._exchange():
+            while not self._store.check([key]):
+                if (failure := self.first_failure()) is not None:
+                    raise failure.to_error()
+                time.sleep(POLL_S)
 
-    def record_failure(self, error: BaseException) -> Failure | None:
-        """Store why this rank fails, unless another one has failed before; return the first.
+    def explain(self, error: BaseException) -> BaseException:
+        """Return the error that the whole run ends with, after storing it if it is the first.
 
-        None where the store is out of reach: its process has ended.
+        An own error of the same class as the first is returned as it is. A broken connection is the
+        consequence of another rank's error, so that one is waited for; where none comes, its
+        process was killed before it could say anything.
         """
         if self._store is None:
-            return None
+            return error
+        lost = isinstance(error, ProcessLost) or is_transport_error(error)
+        first = self._wait_for_failure(FAILURE_WAIT_S) if lost else None
+        if lost and first is None:
+            error = ProcessLost(self._describe_loss(error))
+        first = first or self._record_failure(error)
+        if first is None or first.rank == self.rank or first.kind == type(error).__name__:
+            return error
+        return first.to_error()
+
+    def _record_failure(self, error: BaseException) -> Failure | None:
+        """Store why this rank fails, unless another one has failed before; return the first."""
+        assert self._store is not None
         code = error.exit_code if isinstance(error, SimpleTunerError) else 1
         own = json.dumps([self.rank, type(error).__name__, str(error) or repr(error), code])
         try:
             return Failure(*json.loads(self._store.compare_set(FAILURE_KEY, "", own)))
         except (RuntimeError, ValueError):
-            return None
+            return None  # the process that holds the store has ended
+
+    def _wait_for_failure(self, seconds: float) -> Failure | None:
+        deadline = time.monotonic() + seconds
+        while (failure := self.first_failure()) is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return failure
+
+    def _describe_loss(self, error: BaseException) -> str:
+        """Name the processes of this machine that have ended without a reason."""
+        assert self._store is not None
+        gone = []
+        with contextlib.suppress(RuntimeError, ValueError):
+            for rank in range(self.size):
+                if not self._store.check([f"process {rank}"]):
+                    continue
+                host, process = json.loads(self._store.get(f"process {rank}"))
+                if host == socket.gethostname() and has_ended(process):
+                    gone.append(f"process {rank} (pid {process})")
+        if gone:
+            return (
+                f"{' and '.join(gone)} ended without giving a reason; it was probably killed, as "
+                "the kernel does when the memory of the host runs out. Run the same command to "
+                "resume from the last checkpoint"
+            )
+        return (
+            f"the connection to another process of this run was lost ({error}). Run the same "
+            "command to resume from the last checkpoint"
+        )
 
     def first_failure(self) -> Failure | None:
         """Return why the first rank failed; None if none has, or the store is out of reach."""
@@ -211,9 +294,26 @@ class World:
         except (RuntimeError, ValueError):
             return None
 
-    def close(self) -> None:
-        """Leave the process group. A rank that fails does not wait for the others here."""
-        if self.size > 1 and dist.is_initialized():
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Leave the run. Rank 0 may hold the store, so it stays until the others have left it.
+
+        A rank that fails does not take part in anything that could wait for the others forever.
+        """
+        if self._store is None:
+            return
+        with contextlib.suppress(RuntimeError):
+            self._store.add("left", 1)
+            deadline = time.monotonic() + (LEAVE_WAIT_S if kind is None else FAILURE_WAIT_S)
+            while (
+                self.is_main
+                and self._store.add("left", 0) < self.size
+                and time.monotonic() < deadline
+            ):
+                time.sleep(POLL_S)
+        if kind is None:
             dist.destroy_process_group()
 
 
@@ -222,11 +322,11 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join_world(device_type: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
+def join_world(run: RunConfig, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
     """Join the processes that a launcher has started with RANK, WORLD_SIZE and MASTER_ADDR.
 
-    device_type: "cuda" exchanges tensors with NCCL, everything else with gloo. timeout_s: how long
-    a rank waits for another one within one exchange.
+    On GPUs of NVIDIA and AMD tensors are exchanged with NCCL, on other devices with gloo.
+    timeout_s: how long a rank waits for another one within one exchange.
     """
     size = world_size_from_environment()
     if size == 1:
@@ -243,7 +343,8 @@ def join_world(device_type: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
     )
     # A prefix for each attempt: after a restart the addresses of the dead processes are still there.
     store = dist.PrefixStore(f"simpletuner {attempt}", server)  # type: ignore[attr-defined]
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    on_gpu = run.model.device in ("auto", "cuda") and torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     dist.init_process_group(
         backend,
@@ -251,7 +352,8 @@ def join_world(device_type: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
         rank=rank,
         world_size=size,
         timeout=timeout,
-        device_id=torch.device("cuda", local_rank) if device_type == "cuda" else None,
+        device_id=torch.device("cuda", local_rank) if on_gpu else None,
     )
+    store.set(f"process {rank}", json.dumps([socket.gethostname(), os.getpid()]))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return World(rank, size, local_rank, local_size, store)

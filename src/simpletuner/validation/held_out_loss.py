@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from simpletuner.data.sample_types import BucketedSample, MicroBatchPlan, Sample
 from simpletuner.events.event_types import Emit, LossEvaluated
 from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.flow.objective import add_noise, velocity_target
+from simpletuner.peers import ALONE, Peers
 from simpletuner.randomness import seed_at
 from simpletuner.validation.inference import Inference, eval_mode
 
@@ -29,14 +30,14 @@ class HeldOutSet:
     """Samples that are measured together.
 
     split: "eval" decides which step is the best; "train" is a fixed part of the training set, and
-    the distance between the two is overfitting. dataset: its name for users. load_batches: yields
-    the batches, with posterior-mean latents and the first caption of each sample.
+    the distance between the two is overfitting. dataset: its name for users. batches: functions
+    that load one batch each, with posterior-mean latents and the first caption of each sample.
     """
 
     split: str
     dataset: str
     sample_count: int
-    load_batches: Callable[[], Iterable[Batch]]
+    batches: Sequence[Callable[[], Batch]]
 
 
 def choose_samples(placed: Sequence[BucketedSample], count: int, seed: int) -> list[int]:
@@ -97,14 +98,20 @@ def paired_change(
 class HeldOutEvaluator:
     """Measures sets of samples; stores the losses of the first measurement, and the best step.
 
-    The loss is the mean squared error of the velocity, whatever loss_type trains, so that runs can
-    be compared.
+    Several processes share out the batches, and each has all losses afterwards. The loss is the
+    mean squared error of the velocity, whatever loss_type trains, so that runs can be compared.
     """
 
     def __init__(
-        self, inference: Inference, sets: Sequence[HeldOutSet], sigma_count: int, seed: int
+        self,
+        inference: Inference,
+        sets: Sequence[HeldOutSet],
+        sigma_count: int,
+        seed: int,
+        peers: Peers = ALONE,
     ) -> None:
         self.inference = inference
+        self.peers = peers
         self.sets = tuple(sets)
         self.sigmas = sigma_midpoints(sigma_count)
         self.seed = seed
@@ -183,22 +190,24 @@ class HeldOutEvaluator:
     ) -> dict[str, list[float]]:
         """Return the losses of each sample id, one per sigma; they do not depend on the batch."""
         losses: dict[str, list[float]] = {}
+        own = self.peers.share_passes(held_out_set.batches)
+        count = held_out_set.sample_count * len(own) // len(held_out_set.batches)
         with (
             eval_mode(transformer),
-            StageReporter(
-                emit, f"evaluate {held_out_set.split}", held_out_set.sample_count, "samples"
-            ) as stage,
+            StageReporter(emit, f"evaluate {held_out_set.split}", count, "samples") as stage,
         ):
-            for batch in held_out_set.load_batches():
+            for place, load_batch in own:
+                batch = load_batch()
                 columns = [
                     self._losses(transformer, batch, index) for index in range(len(self.sigmas))
                 ]
-                for sample, row in zip(
-                    batch.sample_ids, torch.stack(columns, dim=1).tolist(), strict=True
-                ):
-                    losses[sample] = row
+                rows = torch.stack(columns, dim=1).tolist()
+                if place is not None:
+                    losses.update(zip(batch.sample_ids, rows, strict=True))
                 stage.advance(len(batch.sample_ids))
-        return losses
+        return {
+            sample: row for part in self.peers.gather_json(losses) for sample, row in part.items()
+        }
 
     def _losses(self, transformer: nn.Module, batch: Batch, index: int) -> Tensor:
         """Return the losses of a batch at the index-th sigma, (B,) float64."""

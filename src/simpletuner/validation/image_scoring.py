@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from simpletuner.config.image_metrics import (
 from simpletuner.config.schema import ValidationOptions
 from simpletuner.events.event_types import Emit, ScoresComputed
 from simpletuner.events.stage_reporter import StageReporter
+from simpletuner.peers import ALONE, Peers
 from simpletuner.validation.inference import Inference
 from simpletuner.validation.prompts import ImageSpec, Prompt, prompt_texts
 from simpletuner.validation.sampler import MAX_BATCH_IMAGES, generate_latents
@@ -31,7 +33,7 @@ from simpletuner.validation.shapes.detection import detect_scene
 from simpletuner.validation.shapes.scene_scoring import Rate
 from simpletuner.validation.shapes.scenes import SIDE_PX, Scene
 from simpletuner.validation.shapes.zorbo import detect_zorbo
-from simpletuner.validation.validation_images import pixels_to_image
+from simpletuner.validation.validation_images import gather_images, pixels_to_image
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class MetricEvaluator:
     text_embedding: Callable[[str], TextEmbedding]
     load_decoder: Callable[[], Callable[[Tensor], Tensor]]
     emit: Emit
+    peers: Peers = ALONE
     _last_scored_step: dict[str, int] = field(default_factory=dict, init=False)
 
     def score(self, step: int, transformer: nn.Module, weights: str) -> None:
@@ -173,29 +176,32 @@ class MetricEvaluator:
             self._last_scored_step[metric.name] = step
 
     def _generate_images(self, metric: Metric, transformer: nn.Module) -> list[Image.Image]:
-        """Generate all latents first, which are small; then decode them in batches."""
-        all_latents = []
+        """Return the images of all processes, each of which generates and decodes a share."""
+        own = []
         with StageReporter(
             self.emit, f"score {metric.name}", len(metric.image_specs), "pictures"
         ) as stage:
-            for _, latents in generate_latents(
+            # All latents first, which are small; the VAE is then loaded once.
+            generated = []
+            for image_spec, latents in generate_latents(
                 self.inference,
                 transformer,
                 metric.image_specs,
                 self.text_embedding,
                 steps=self.steps,
                 guidance=self.guidance,
+                peers=self.peers,
             ):
-                all_latents.append(torch.nan_to_num(latents))
+                generated.append((image_spec, torch.nan_to_num(latents)))
                 stage.advance()
-            decode = self.load_decoder()
-            return [
-                pixels_to_image(pixels)
-                for start in range(0, len(all_latents), MAX_BATCH_IMAGES)
-                for pixels in decode(
-                    torch.cat(all_latents[start : start + MAX_BATCH_IMAGES])
-                ).split(1)
-            ]
+            decode = self.load_decoder() if generated else None
+            for _, group in groupby(generated, key=lambda pair: pair[0].size_px):
+                same_size = [latents for _, latents in group]
+                for start in range(0, len(same_size), MAX_BATCH_IMAGES):
+                    batch = torch.cat(same_size[start : start + MAX_BATCH_IMAGES])
+                    assert decode is not None
+                    own += [pixels_to_image(pixels) for pixels in decode(batch).split(1)]
+        return gather_images(own, self.peers)
 
     def state_dict(self) -> dict[str, object]:
         """Return the last scored step of each metric, so that a resumed run repeats none (JSON)."""

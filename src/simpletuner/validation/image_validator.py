@@ -7,18 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from simpletuner.cache.batch_types import TextEmbedding
 from simpletuner.events.event_types import ContactSheetSaved, Emit, ImageSaved, WarningIssued
 from simpletuner.events.formatting import pick_evenly
 from simpletuner.events.stage_reporter import StageReporter
+from simpletuner.peers import ALONE, Peers
 from simpletuner.validation.contact_sheet import MAX_COLUMNS, SheetRow, write_contact_sheet
 from simpletuner.validation.inference import Inference
 from simpletuner.validation.prompts import ImageSpec
 from simpletuner.validation.sampler import generate_latents
 from simpletuner.validation.validation_images import (
     GenerationSettings,
+    gather_images,
     image_metadata,
     image_path,
     is_generated,
@@ -37,7 +40,7 @@ class ImageValidator:
     the text cache. load_decoder: returns the function from latents (1, C, H, W) to pixels (1, 3, H
     px, W px). Its VAE is loaded only while images are generated, so that training has the memory in
     between. extra_strengths: strengths of the LoRA other than 1, at which the images of the last
-    step are generated too.
+    step are generated too. Several processes share out the images; the main one writes all files.
     """
 
     inference: Inference
@@ -48,6 +51,7 @@ class ImageValidator:
     run_dir: Path
     emit: Emit
     extra_strengths: Sequence[float] = ()
+    peers: Peers = ALONE
     _verified: set[Path] = field(default_factory=set, init=False, repr=False)
 
     def generate_images(self, step: int, transformer: nn.Module, weights: str = "trained") -> None:
@@ -59,48 +63,75 @@ class ImageValidator:
         """
         if not self.image_specs:
             return
+        on_disk = [
+            is_generated(self.run_dir, image_spec, self.settings, step, weights)
+            for image_spec in self.image_specs
+        ]
+        on_disk = self.peers.broadcast_json(on_disk)
         missing = []
-        for image_spec in self.image_specs:
-            if is_generated(self.run_dir, image_spec, self.settings, step, weights):
+        for image_spec, exists in zip(self.image_specs, on_disk, strict=True):
+            if exists:
                 self._emit_image(image_spec, step, weights)
             else:
                 missing.append(image_spec)
         if missing:
             self._generate_missing(missing, transformer, step, weights)
-        self._update_sheets(step)
+        if self.peers.is_main:
+            self._update_sheets(step)
 
     def _generate_missing(
         self, missing: Sequence[ImageSpec], transformer: nn.Module, step: int, weights: str
     ) -> None:
         """Generate the missing images; they are decoded one by one, to bound the VAE's memory."""
-        steps, guidance = self.settings.steps, self.settings.guidance
         generated = generate_latents(
             self.inference,
             transformer,
             missing,
             self.text_embedding,
-            steps=steps,
-            guidance=guidance,
+            steps=self.settings.steps,
+            guidance=self.settings.guidance,
+            peers=self.peers,
         )
+        own: list[tuple[ImageSpec, Image.Image, bool]] = []
         with StageReporter(self.emit, "draw", len(missing), "pictures") as stage:
             decode = self.load_decoder()
             for image_spec, latents in generated:
-                path = image_path(self.run_dir, image_spec, step, weights)
-                if not torch.isfinite(latents).all():
-                    self.emit(
-                        WarningIssued(
-                            f"step {step}: {path.name} has values that are not finite; the weights "
-                            "are damaged, or the dtype has too small a range"
-                        )
-                    )
                 image = pixels_to_image(decode(torch.nan_to_num(latents)))
-                save_png(
-                    image,
-                    path,
-                    image_metadata(image_spec, self.settings, step=str(step), weights=weights),
-                )
-                self._emit_image(image_spec, step, weights)
+                is_finite = bool(torch.isfinite(latents).all())
+                if self.peers.is_main:  # written at once, so that it can be looked at meanwhile
+                    self._save_image(image_spec, image, is_finite, step, weights)
+                else:
+                    own.append((image_spec, image, is_finite))
                 stage.advance()
+        self._save_images_of_others(own, step, weights)
+
+    def _save_images_of_others(
+        self, own: Sequence[tuple[ImageSpec, Image.Image, bool]], step: int, weights: str
+    ) -> None:
+        """Send the images of this process to the main one, which writes them."""
+        indices = {id(spec): index for index, spec in enumerate(self.image_specs)}
+        described = [(indices[id(spec)], is_finite) for spec, _, is_finite in own]
+        parts = self.peers.gather_json(described)
+        images = gather_images([image for _, image, _ in own], self.peers)
+        if self.peers.is_main:
+            flat = [entry for part in parts for entry in part]
+            for (index, is_finite), image in zip(flat, images, strict=True):
+                self._save_image(self.image_specs[index], image, is_finite, step, weights)
+
+    def _save_image(
+        self, image_spec: ImageSpec, image: Image.Image, is_finite: bool, step: int, weights: str
+    ) -> None:
+        path = image_path(self.run_dir, image_spec, step, weights)
+        if not is_finite:
+            self.emit(
+                WarningIssued(
+                    f"step {step}: {path.name} has values that are not finite; the weights "
+                    "are damaged, or the dtype has too small a range"
+                )
+            )
+        description = image_metadata(image_spec, self.settings, step=str(step), weights=weights)
+        save_png(image, path, description)
+        self._emit_image(image_spec, step, weights)
 
     def _emit_image(self, image_spec: ImageSpec, step: int, weights: str) -> None:
         path = image_path(self.run_dir, image_spec, step, weights)

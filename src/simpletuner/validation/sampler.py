@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from simpletuner.cache.batch_types import TextBatch, TextEmbedding
 from simpletuner.flow.solvers import sigma_grid, solve_euler
 from simpletuner.models.family import ArchitectureConstants
+from simpletuner.peers import ALONE, Peers
 from simpletuner.randomness import seed_at
 from simpletuner.validation.inference import Inference, eval_mode
 from simpletuner.validation.prompts import ImageSpec
@@ -90,35 +91,40 @@ def generate_latents(
     *,
     steps: int,
     guidance: float,
+    peers: Peers = ALONE,
 ) -> Iterator[tuple[ImageSpec, Tensor]]:
     """Yield each image with its latents (1, C, H, W); neighbours of equal size share a batch.
 
     text_embedding: a text to its named tensors. An image from a batch equals the same image
-    generated
-    alone, up to rounding.
+    generated alone, up to rounding. Several processes share out whole batches, so each yields its
+    own images only, with the same bits as one process.
     """
-    for size, group in groupby(image_specs, key=lambda image_spec: image_spec.size_px):
-        same_size = list(group)
-        pixels = size[0] * size[1] * (2 if guidance > 1 else 1)
-        per_pass = max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // pixels))
-        for start in range(0, len(same_size), per_pass):
-            batch = same_size[start : start + per_pass]
-            latents = denoise(
-                inference,
-                transformer,
-                [text_embedding(image_spec.prompt.text) for image_spec in batch],
-                torch.stack(
-                    [
-                        initial_noise(inference.constants, image_spec.seed, size)
-                        for image_spec in batch
-                    ]
-                ),
-                steps=steps,
-                guidance=guidance,
-                negative_embeddings=[
-                    text_embedding(image_spec.prompt.negative) for image_spec in batch
-                ]
-                if guidance > 1
-                else None,
-            )
+    batches = [
+        (size, batch)
+        for size, group in groupby(image_specs, key=lambda image_spec: image_spec.size_px)
+        for batch in _split_into_batches(list(group), size, guidance)
+    ]
+    for place, (size, batch) in peers.share_passes(batches):
+        noise = [initial_noise(inference.constants, spec.seed, size) for spec in batch]
+        latents = denoise(
+            inference,
+            transformer,
+            [text_embedding(image_spec.prompt.text) for image_spec in batch],
+            torch.stack(noise),
+            steps=steps,
+            guidance=guidance,
+            negative_embeddings=[text_embedding(image_spec.prompt.negative) for image_spec in batch]
+            if guidance > 1
+            else None,
+        )
+        if place is not None:
             yield from zip(batch, latents.split(1), strict=True)
+
+
+def _split_into_batches(
+    image_specs: Sequence[ImageSpec], size: tuple[int, int], guidance: float
+) -> Iterator[Sequence[ImageSpec]]:
+    pixels = size[0] * size[1] * (2 if guidance > 1 else 1)
+    per_pass = max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // pixels))
+    for start in range(0, len(image_specs), per_pass):
+        yield image_specs[start : start + per_pass]

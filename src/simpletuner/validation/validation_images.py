@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from simpletuner import __version__
 from simpletuner.errors import DiskFull
 from simpletuner.image_decoding import UndecodableImage, decoder_errors
+from simpletuner.peers import Peers
 from simpletuner.validation.prompts import ImageSpec
 
 
@@ -40,6 +41,20 @@ def pixels_to_image(pixels: Tensor) -> Image.Image:
     """
     levels = (torch.nan_to_num(pixels[0].float(), nan=0.0).clamp(-1, 1) + 1) * 127.5
     return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+
+
+def gather_images(own: Sequence[Image.Image], peers: Peers) -> list[Image.Image]:
+    """Return the images of all processes on every process, in the order of the processes."""
+    sizes = peers.gather_json([image.size for image in own])
+    parts = peers.gather_bytes(b"".join(image.tobytes() for image in own))
+    images = []
+    for process_sizes, data in zip(sizes, parts, strict=True):
+        start = 0
+        for width, height in process_sizes:
+            end = start + 3 * width * height
+            images.append(Image.frombytes("RGB", (width, height), data[start:end]))
+            start = end
+    return images
 
 
 def image_metadata(

@@ -29,6 +29,7 @@ from simpletuner.training.memory_plan.fake_step import (
     measure_fake_step,
 )
 from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
+from simpletuner.training.world import World
 from tests.training.memory_plan.allocator import Allocated, allocated
 
 CONFIG = TransformerConfig(
@@ -78,8 +79,8 @@ def train_two_steps(run: RunConfig, config: TransformerConfig, feed: BatchShape)
         tensor.zero_() if tensor.itemsize == 1 else tensor.normal_(std=0.02)
     trained = train_state.attach_trainable_parameters(run, FAMILY, sketch.transformer, null_emit)
     train_state.configure_blocks(run, FAMILY, sketch.transformer, torch.device("cpu"))
-    net = train_state.assemble_train_state(run, sketch.transformer, trained)
     micro = run.training.gradient_accumulation_steps
+    net = train_state.assemble_train_state(run, sketch.transformer, trained, World(), micro)
     parts = make_fake_context(
         run, FAMILY, sketch, feed, net, TrainSchedule(9, micro, 1, 0), MemoryTrackerMode(1)
     )

@@ -15,11 +15,14 @@ from simpletuner.events.sinks import null_emit
 from simpletuner.models.family import BlockMemoryPolicy, ModelFamily, ModelSpec
 from simpletuner.training import loop, train_state
 from simpletuner.training.device import ComputeDevice, select_device
+from simpletuner.training.gradient_sum import held_sums
 from simpletuner.training.loop import MicroBatchShape, TrainerContext, TrainSchedule
 from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
 from simpletuner.training.train_state import TrainState
+from simpletuner.training.world import World
 
-# The second micro-batch has the gradients of the first in memory; a third one is like the second.
+# The second micro-batch has the gradients of the first in memory; a third one is like the second,
+# but for the sums that an adapter's gradients are kept in (gradient_sum.held_sums).
 MEASURED_MICRO_BATCHES = 2
 
 
@@ -81,7 +84,8 @@ def measure_fake_step(
         with FakeTensorMode(allow_non_fake_inputs=True), count:
             named = materialise_parameters(network, trained, part, count)
             count.current_part = "optimizer"
-            net = train_state.assemble_train_state(without_ema(run), network, named)
+            micro = min(run.training.gradient_accumulation_steps, MEASURED_MICRO_BATCHES)
+            net = train_state.assemble_train_state(without_ema(run), network, named, World(), micro)
             create_optimizer_state(net)
             return run_and_measure_step(run, family, spec, feed, net, count)
 
@@ -160,6 +164,8 @@ def run_and_measure_step(
         loop.predict_rows(parts, batch.text, batch.latents, sigma, range(feed.samples))
     trained = sum(parameter.numel() for parameter in net.trainable_parameters.values())
     size = sum(parameter.nbytes for parameter in net.trainable_parameters.values())
+    if net.uses_lora:
+        peak["temporaries"] += (held_sums(accumulation) - held_sums(micro)) * size
     return StepMeasurement(
         peak,
         flops * accumulation / micro,
@@ -208,6 +214,7 @@ def make_fake_context(
         optimizer_step=net.optimizer_step,
         ema=net.ema,
         schedule=plan,
+        world=World(),
         seed=run.training.seed,
         flow_options=run.flow.model_copy(update={"scheduled_sampling_probability": 0.0}),
         uses_dropout=run.adapter.lora_dropout > 0 and net.uses_lora,

@@ -1,0 +1,131 @@
+"""The callbacks of a run: evaluations, checkpoints, uploads, and requests of a user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from simpletuner.config.schema import RunConfig
+from simpletuner.events.event_types import Emit, WarningIssued
+from simpletuner.training.checkpointer import Checkpointer
+from simpletuner.training.evaluation_callbacks import EvaluationCallbacks
+from simpletuner.training.exporter import Exporter
+from simpletuner.training.hub_publisher import HubPublisher, PublishCallback, repository_name
+from simpletuner.training.loop import ScheduledCallback, StepCallback, TrainSchedule
+from simpletuner.training.model_metadata import RunMetadata
+from simpletuner.training.run_folder import RunFolder
+from simpletuner.training.world import World
+
+
+def build_callbacks(
+    run: RunConfig,
+    schedule: TrainSchedule,
+    checkpointer: Checkpointer,
+    evaluations: EvaluationCallbacks,
+    exporter: Exporter,
+    publishing: PublishCallback | None,
+    emit: Emit,
+) -> tuple[ScheduledCallback, ...]:
+    """Return the callbacks in their order within a step.
+
+    The held-out loss comes first, because it decides which checkpoint is the best and must not be
+    deleted by the save that follows. Then come the scores, the checkpoint and its upload, and the
+    validation images. After the last step the weights are exported, and then published.
+    """
+
+    def every(interval: int) -> Callable[[int], int]:
+        return lambda step: step // interval
+
+    def at_the_end(step: int) -> int:
+        return 0
+
+    callbacks = []
+    save_interval = run.checkpoint.checkpoint_step_interval
+    with_baseline = not run.validation.disable_benchmark
+    if evaluations.held_out is not None:
+        interval = run.validation.eval_steps_interval or save_interval
+        warn_if_best_step_is_not_saved(interval, save_interval, emit)
+        evaluate = evaluations.held_out.evaluate
+        callbacks.append(ScheduledCallback(every(interval), evaluate, at_start=True))
+    if evaluations.scoring is not None:
+        interval = run.validation.evaluation_step_interval or schedule.total_steps
+        score = evaluations.scoring.score
+        callbacks.append(ScheduledCallback(every(interval), score, at_start=with_baseline))
+    callbacks.append(ScheduledCallback(every(save_interval), checkpointer.save))
+    epochs = run.checkpoint.checkpoint_epoch_interval
+    if epochs is not None:
+        callbacks.append(
+            ScheduledCallback(lambda step: schedule.epoch_at(step) // epochs, checkpointer.save)
+        )
+    if run.publishing.push_checkpoints_to_hub and publishing is not None:
+        callbacks.append(ScheduledCallback(every(save_interval), publishing.publish_checkpoint))
+    if evaluations.images is not None:
+        interval = run.validation.validation_step_interval
+        generate = evaluations.images.generate_images
+        callbacks.append(ScheduledCallback(every(interval), generate, at_start=with_baseline))
+    callbacks.append(ScheduledCallback(at_the_end, exporter.export_final))
+    if publishing is not None:
+        callbacks.append(ScheduledCallback(at_the_end, publishing.publish_final))
+    if evaluations.held_out is not None:
+        callbacks.append(ScheduledCallback(at_the_end, evaluations.held_out.report_best_step))
+    return tuple(callbacks)
+
+
+def build_requested_callbacks(
+    folder: RunFolder,
+    world: World,
+    checkpointer: Checkpointer,
+    evaluations: EvaluationCallbacks,
+) -> Callable[[], list[StepCallback]]:
+    """Return a function that lists what a user asked for, by files in control/, since last time.
+
+    The main process reads them, and every process runs the same callbacks.
+    """
+    offered: dict[str, StepCallback] = {"save": checkpointer.save}
+    if evaluations.images is not None:
+        offered["validate"] = evaluations.images.generate_images
+
+    def requested() -> list[StepCallback]:
+        wanted = world.agree([folder.consume_control_request(name) for name in offered])
+        return [
+            callback
+            for callback, is_wanted in zip(offered.values(), wanted, strict=True)
+            if is_wanted
+        ]
+
+    return requested
+
+
+def build_publish_callback(
+    run: RunConfig,
+    metadata: RunMetadata,
+    world: World,
+    stop_requested: Callable[[], bool],
+    emit: Emit,
+    closing: ExitStack,
+) -> PublishCallback | None:
+    """Return the callback that writes the model card and, with push_to_hub, uploads the results.
+
+    None except in the main process.
+    """
+    options = run.publishing
+    if not world.is_main:
+        return None
+    if not options.push_to_hub:
+        return PublishCallback(metadata, None, stop_requested)
+    repository = repository_name(options, metadata.run_dir)
+    publisher = HubPublisher(metadata.run_dir, repository, options.model_card_private, emit)
+    closing.callback(publisher.close)
+    return PublishCallback(metadata, publisher, stop_requested)
+
+
+def warn_if_best_step_is_not_saved(eval_interval: int, save_interval: int, emit: Emit) -> None:
+    """Warn when a step can be evaluated without being saved."""
+    if eval_interval % save_interval:
+        emit(
+            WarningIssued(
+                f"eval_steps_interval {eval_interval} is not a multiple of "
+                f"checkpoint_step_interval {save_interval}: the step with the lowest held-out loss "
+                "may have no checkpoint"
+            )
+        )
