@@ -53,7 +53,7 @@ def _running_processes() -> Iterator[tuple[int, int, int]]:
     names = os.listdir(PROC) if PROC.is_dir() else ()
     for name in filter(str.isdigit, names):
         with contextlib.suppress(OSError):  # it ended in the meantime
-            # The name of the program stands in parentheses and may contain spaces and parentheses.
+            # The name of the program is in parentheses and may contain spaces and parentheses.
             stat = (PROC / name / "stat").read_text(encoding="utf-8", errors="replace")
             state, parent, group = stat.rpartition(")")[2].split()[:3]
             if state not in "ZX":

@@ -1,10 +1,10 @@
 """The order of the queue and its flags, stored in queue.json; which jobs start on which devices.
 
 Jobs start in the order of the queue as soon as there are enough free devices. A job that needs more
-devices than are free waits, and a later job that needs fewer may start before it, which uses devices
-that would be idle. How long a training takes is not known, so every such overtaking may delay the
-waiting job. A job is therefore overtaken at most MAX_OVERTAKES times; from then on all devices that
-become free are reserved for it.
+devices than are free waits, and a later job that needs fewer may start before it, which uses
+devices that would be idle. How long a training takes is not known, so every such overtaking may
+delay the waiting job. A job is therefore overtaken at most MAX_OVERTAKES times; from then on all
+devices that become free are reserved for it.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def inner_nodes(first: int, end: int) -> Iterator[TreeNode]:
 class GradientSum:
     """The sum in the order in which the passes run, and then over all ranks in one all-reduce.
 
-    It needs no memory in addition to the gradients, as full fine-tuning requires. Over several ranks its
-    rounding depends on their number.
+    It needs no memory in addition to the gradients, as full fine-tuning requires. Over several
+    ranks its rounding depends on their number.
     """
 
     def __init__(self, params: Sequence[nn.Parameter], world: World) -> None:

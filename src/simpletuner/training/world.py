@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simpletuner import errors
 from simpletuner.config.schema import RunConfig
 from simpletuner.errors import ProcessLost, SimpleTunerError
 from simpletuner.peers import Item, Peers
@@ -67,9 +66,9 @@ class Failure:
 
     def to_error(self) -> SimpleTunerError:
         """Return the error again, with the class that it had, so that the exit code is the same."""
-        cls = getattr(errors, self.kind, SimpleTunerError)
-        is_known = isinstance(cls, type) and issubclass(cls, SimpleTunerError)
-        return (cls if is_known else SimpleTunerError)(f"process {self.rank}: {self.message}")
+        classes = {cls.__name__: cls for cls in SimpleTunerError.__subclasses__()}
+        cls = classes.get(self.kind, SimpleTunerError)
+        return cls(f"process {self.rank}: {self.message}")
 
 
 class World(Peers):
@@ -341,7 +340,7 @@ def join_world(run: RunConfig, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
         is_master=rank == 0 and not agent_has_store,
         timeout=timeout,
     )
-    # A prefix for each attempt: after a restart the addresses of the dead processes are still there.
+    # A prefix for each attempt: after a restart the addresses of dead processes are still there.
     store = dist.PrefixStore(f"simpletuner {attempt}", server)  # type: ignore[attr-defined]
     on_gpu = run.model.device in ("auto", "cuda") and torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
