@@ -93,7 +93,8 @@ def model_options(args: argparse.Namespace) -> ModelOptions:
 
 def generate_images(scenes: Sequence[Scene], args: argparse.Namespace) -> list[Image.Image]:
     """What `simpletuner generate` draws for the captions."""
-    from simpletuner.cli.generate import GenerationRequest, find_lora_file, generate_images
+    from simpletuner.cli.generation import GenerationRequest, generate_images
+    from simpletuner.cli.trained_weights import find_lora_file
     from simpletuner.events.terminal_sink import TerminalSink
     from simpletuner.validation.prompts import Prompt
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from simpletuner.cli.generate import resolve_model_options
+from simpletuner.cli.trained_weights import resolve_model_options
 from simpletuner.errors import CheckpointError, ConfigError
 from simpletuner.events.event_types import CheckpointSetAside, StageStarted
 from simpletuner.quantization.schemes import SCHEMES

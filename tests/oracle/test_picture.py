@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from simpletuner.adapters.safetensors_reader import LORA_WEIGHTS_NAME
-from simpletuner.cli.generate import GenerationRequest, generate_images
+from simpletuner.cli.generation import GenerationRequest, generate_images
 from simpletuner.config.schema import AdapterOptions, ModelOptions
 from simpletuner.flow.solvers import sigma_grid
 from simpletuner.models.chroma import weights

@@ -12,7 +12,8 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from simpletuner.cli.generate import LORA_FILE, command, find_lora_file
+from simpletuner.cli.generate import command
+from simpletuner.cli.trained_weights import LORA_FILE, find_lora_file
 from simpletuner.config.schema import AdapterOptions, ModelOptions
 from simpletuner.errors import ConfigError, SimpleTunerError
 from simpletuner.models.registry import get_family as family_named

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from simpletuner import __version__
-from simpletuner.cli.generate import find_lora_file
 from simpletuner.cli.merge import parse_weighted_lora
+from simpletuner.cli.trained_weights import find_lora_file
 from simpletuner.config.schema import AdapterOptions, ModelOptions
 from simpletuner.errors import ConfigError, Problem
 

@@ -2,59 +2,36 @@
 
 from __future__ import annotations
 
-import gc
-import re
 import sys
 from contextlib import closing
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import click
 
+from simpletuner.cli.generation import GenerationRequest, generate_images
+from simpletuner.cli.trained_weights import (
+    find_finished_transformer,
+    find_lora_file,
+    resolve_model_options,
+)
 from simpletuner.config.schema import DataOptions, ModelOptions
+from simpletuner.data.start_image import (
+    StartImageRequest,
+    check_request,
+)
 from simpletuner.errors import ConfigError, Problem
-from simpletuner.events.event_types import Emit, NoticeIssued
-from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.events.terminal_sink import TerminalSink
 from simpletuner.validation.prompts import (
-    ImageSpec,
     Prompt,
-    make_image_specs,
     parse_sizes,
-    prompt_texts,
     safe_file_name,
 )
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from simpletuner.cache.batch_types import TextEmbedding
-    from simpletuner.models.family import ModelFamily, ModelFiles
-    from simpletuner.training.device import ComputeDevice
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 FLAVOURS = get_args(ModelOptions.model_fields["model_flavour"].annotation)
 PRECISIONS = get_args(ModelOptions.model_fields["base_model_precision"].annotation)
 DEFAULT_SIZE = {"nano": "128"}
 PATH_TYPE = click.Path(path_type=Path)
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """A request to generate images, checked as far as possible without loading anything."""
-
-    prompts: tuple[Prompt, ...]
-    model: ModelOptions
-    lora_path: Path | None
-    strengths: tuple[float, ...]
-    steps: int
-    guidance: float
-    seed: int
-    size: str
-    count: int
-    output_dir: Path
 
 
 @click.command(
@@ -121,6 +98,26 @@ class GenerationRequest:
     help="Images per prompt; each has the next seed.",
 )
 @click.option(
+    "--image",
+    type=PATH_TYPE,
+    help="Start from this image. --size: a square is an area in which it keeps its aspect ratio; "
+    "it is cropped to any other size.",
+)
+@click.option(
+    "--denoise",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="How much of --image is replaced: the noise level at which sampling starts. 1 ignores the "
+    "image.  [default: 0.5]",
+)
+@click.option(
+    "--mask",
+    type=PATH_TYPE,
+    help="Keep the part of --image that is white in this image, and generate the rest.",
+)
+@click.option(
+    "--invert_mask", is_flag=True, help="Generate what is white in --mask, and keep the rest."
+)
+@click.option(
     "--out", type=PATH_TYPE, default="generated", show_default=True, help="Folder for the images."
 )
 def command(
@@ -134,6 +131,10 @@ def command(
     seed: int,
     size: str | None,
     count: int,
+    image: Path | None,
+    denoise: float | None,
+    mask: Path | None,
+    invert_mask: bool,
     out: Path,
     **model: str | None,
 ) -> None:
@@ -150,6 +151,7 @@ def command(
         found = find_lora_file(lora)
         runs = [*found.resolve().parents[:3]]
     options = resolve_model_options(config, runs, flags)
+    start = _parse_start(image, denoise, mask, invert_mask)
     size = size or DEFAULT_SIZE.get(options.model_flavour, "1024")
     parse_sizes(size, DataOptions(), 1, "--size")
     prompts = tuple(
@@ -166,6 +168,7 @@ def command(
         size,
         count,
         out,
+        start,
     )
     with closing(TerminalSink(sys.stderr)) as shown:
         paths = generate_images(request, shown)
@@ -173,41 +176,21 @@ def command(
         click.echo(path)
 
 
-def find_finished_transformer(given: Path) -> Path | None:
-    """Return the transformer in the folder of a full-rank run, or None."""
-    folder = given.resolve() / "transformer"
-    return (
-        folder if (folder / "config.json").is_file() and not (given / LORA_FILE).exists() else None
-    )
-
-
-def find_lora_file(given: Path) -> Path:
-    """Return the LoRA file of a path: the file itself, or that of a checkpoint or a run.
-
-    A run gives its final LoRA, else that of its newest checkpoint.
-    """
-    if given.is_file():
-        return given
-    if not given.is_dir():
-        raise ConfigError([Problem(str(given), "no such file or folder")])
-    checkpoints = [
-        (int(match[1]), folder)
-        for folder in given.iterdir()
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))
-    ]
-    for folder in (given, *(folder for _, folder in sorted(checkpoints, reverse=True))):
-        if (folder / LORA_FILE).is_file():
-            return folder / LORA_FILE
-    files = sorted(given.glob("*.safetensors"))
-    if len(files) == 1:
-        return files[0]
-    what = (
-        f"holds {len(files)} .safetensors files; name one of them"
-        if files
-        else f"holds no {LORA_FILE}; for a full transformer use "
-        "--pretrained_transformer_model_name_or_path"
-    )
-    raise ConfigError([Problem(str(given), what)])
+def _parse_start(
+    image: Path | None, denoise: float | None, mask: Path | None, invert_mask: bool
+) -> StartImageRequest | None:
+    """Return what --image and its companions ask for, after the headers of both files were read."""
+    if image is None:
+        given = {"--denoise": denoise is not None, "--mask": mask is not None}
+        for option in (name for name, is_given in given.items() if is_given):
+            raise ConfigError([Problem(option, "needs --image: the image to start from")])
+    if mask is None and invert_mask:
+        raise ConfigError([Problem("--invert_mask", "needs --mask: the mask that is inverted")])
+    if image is None:
+        return None
+    request = StartImageRequest(image, 0.5 if denoise is None else denoise, mask, invert_mask)
+    check_request(request, "--image", "--mask")
+    return request
 
 
 def _parse_strengths(text: str, lora: Path | None) -> tuple[float, ...]:
@@ -223,134 +206,3 @@ def _parse_strengths(text: str, lora: Path | None) -> tuple[float, ...]:
     if lora is None and strengths != (1.0,):
         raise ConfigError([Problem("--strength", "needs --lora: it is the strength of a LoRA")])
     return strengths
-
-
-def resolve_model_options(
-    config: Path | None, runs: list[Path], flags: dict[str, str]
-) -> ModelOptions:
-    """Return the model options: flags over --config, else over the run that wrote the weights.
-
-    Without either, the configuration found in the working directory is used.
-    """
-    from simpletuner.config.documents import read_document
-    from simpletuner.config.load import config_from_resolved, load_config
-
-    for run in runs if config is None else ():
-        if (run / "events.jsonl").is_file() and (run / "config.json").is_file():
-            known = read_document(run / "config.json", str(run / "config.json")).value
-            if "model_flavour" in flags:  # the run's own base would hide the flavour asked for
-                known = {
-                    name: value
-                    for name, value in known.items()
-                    if not name.startswith("pretrained_")
-                }
-            return config_from_resolved({**known, **flags}).model
-    return load_config(tuple(flags.items()), config, needs_data=False).config.model
-
-
-def generate_images(request: GenerationRequest, emit: Emit) -> list[Path]:
-    """Generate and save all images; return the paths in order of strength, size, prompt and seed.
-
-    Text encoder, transformer and VAE are in memory one after the other, never together.
-    """
-    from simpletuner.adapters.lora_io import read_summary as describe_lora
-    from simpletuner.models.registry import get_family as family_named
-    from simpletuner.training.device import select_device
-    from simpletuner.validation.validation_images import (
-        GenerationSettings,
-        image_metadata,
-        pixels_to_image,
-        save_png,
-    )
-
-    family = family_named(request.model.model_family)
-    names = family.lora_conventions.names
-    if request.lora_path is not None:  # reports a file that is not a LoRA before anything is loaded
-        emit(NoticeIssued(f"{request.lora_path.name}: {describe_lora(request.lora_path, names)}"))
-    source = family.locate_files(request.model, emit)
-    device = select_device(request.model)
-    sizes, notes = parse_sizes(
-        request.size, DataOptions(), family.read_constants(source).alignment_px, "--size"
-    )
-    for note in notes:
-        emit(NoticeIssued(note))
-    texts = prompt_texts(request.prompts, request.guidance)
-    emit(NoticeIssued(f"encoding {len(texts)} text{'s' * (len(texts) > 1)}"))
-    encoded = family.load_text_encoder(source, request.model, device.device, emit).encode(texts)
-    gc.collect()  # a reference cycle may keep the network; the next one needs its memory
-    wanted = make_image_specs(request.prompts, sizes, request.count, request.seed)
-    drawn = _generate_latents(
-        request, family, source, device, dict(zip(texts, encoded, strict=True)), wanted, emit
-    )
-    gc.collect()
-    vae = family.load_vae(source, request.model, device.device)
-    paths = []
-    for strength, spec, latents in drawn:
-        added = {}
-        if tuned := request.model.pretrained_transformer_model_name_or_path:
-            added = {"transformer": "/".join(Path(tuned).parts[-2:])}
-        if request.lora_path is not None:
-            name = "/".join(request.lora_path.resolve().parts[-2:])
-            added.update({"lora": name, "strength": f"{strength:g}"})
-        settings = GenerationSettings(
-            request.steps, request.guidance, " x ".join([source.name, *added.values()])
-        )
-        path = _unused_path(request.output_dir, spec)
-        save_png(
-            pixels_to_image(vae.decode(latents)), path, image_metadata(spec, settings, **added)
-        )
-        paths.append(path)
-    return paths
-
-
-def _generate_latents(
-    request: GenerationRequest,
-    family: ModelFamily,
-    source: ModelFiles,
-    device: ComputeDevice,
-    embeddings: dict[str, TextEmbedding],
-    wanted: tuple[ImageSpec, ...],
-    emit: Emit,
-) -> list[tuple[float, ImageSpec, Tensor]]:
-    """Generate the latents of every image at every strength."""
-    import torch
-
-    from simpletuner.adapters.attachment import set_strength
-    from simpletuner.adapters.lora_io import load_adapter
-    from simpletuner.models.block_executor import block_memory_policy
-    from simpletuner.validation.inference import Inference
-    from simpletuner.validation.sampler import generate_latents
-
-    emit(NoticeIssued(f"loading {source.name}"))
-    at = torch.device("cpu") if request.model.musubi_blocks_to_swap else device.device
-    transformer = family.load_transformer(source, at, device.weights_dtype, request.model, emit)
-    dtype = device.autocast_dtype or device.weights_dtype
-    inference = Inference(
-        family, family.read_constants(source), device.device, dtype, device.autocast
-    )
-    if request.lora_path is not None:
-        load_adapter(
-            transformer, request.lora_path, family.lora_conventions.names, request.strengths[0]
-        )
-    memory = block_memory_policy(request.model, family.block_count(transformer))
-    family.place_blocks(transformer, memory, device.device)
-    family.compile_blocks(transformer, request.model)
-    again = partial(generate_latents, inference, transformer, wanted, embeddings.__getitem__)
-    drawn = []
-    with StageReporter(emit, "generate", len(wanted) * len(request.strengths), "images") as stage:
-        for strength in request.strengths:
-            if request.lora_path is not None:
-                set_strength(transformer, strength)
-            for spec, latents in again(steps=request.steps, guidance=request.guidance):
-                drawn.append((strength, spec, latents))
-                stage.advance()
-    return drawn
-
-
-def _unused_path(folder: Path, spec: ImageSpec) -> Path:
-    """Return <prompt>-<seed>-<W>x<H>.png, with the first number appended that gives a new file."""
-    stem = f"{spec.prompt.id}-{spec.seed}-{spec.size_px[0]}x{spec.size_px[1]}"
-    path, number = folder / f"{stem}.png", 2
-    while path.exists():
-        path, number = folder / f"{stem}-{number}.png", number + 1
-    return path

@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from simpletuner import __version__
-from simpletuner.cli.generate import FLAVOURS, find_lora_file, resolve_model_options
+from simpletuner.cli.generate import FLAVOURS
+from simpletuner.cli.trained_weights import find_lora_file, resolve_model_options
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.events.terminal_sink import TerminalSink

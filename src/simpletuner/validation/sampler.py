@@ -1,4 +1,4 @@
-"""Generate latents from noise: Euler steps along the training path, classifier-free guidance.
+"""Generate latents from noise or from an image: Euler steps and classifier-free guidance.
 
 B batch · C latent channels · H W latent side (image px / stride) · L text tokens · D text width
 """
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.cache.batch_types import TextBatch, TextEmbedding
+from simpletuner.flow.objective import add_noise
 from simpletuner.flow.solvers import sigma_grid, solve_euler
 from simpletuner.models.family import ArchitectureConstants
 from simpletuner.peers import ALONE, Peers
 from simpletuner.randomness import seed_at
 from simpletuner.validation.inference import Inference, eval_mode
 from simpletuner.validation.prompts import ImageSpec
+from simpletuner.validation.start_latents import StartLatents, keep_covered_part
 
 # Small images share a forward pass as long as it holds no more pixels than one image of
 # 1024 x 1024: a batch then never needs more memory than the largest common image.
@@ -49,12 +51,14 @@ def denoise(
     steps: int,
     guidance: float = 1.0,
     negative_embeddings: Sequence[TextEmbedding] | None = None,
+    starts: Sequence[StartLatents] = (),
 ) -> Tensor:
     """Return latents (B, C, H, W) float32 on the CPU, by Euler steps from sigma 1 to 0.
 
     noise: (B, C, H, W). text_embeddings, negative_embeddings: one per image. Guidance above 1 uses
     v = v_negative + guidance (v_text - v_negative), both halves in one batch (Ho & Salimans 2022).
-    At 1 and below the negative embeddings are not used.
+    At 1 and below the negative embeddings are not used. starts: one per image, with the same
+    noise level, which is where sampling then begins; and either all with a mask, or none.
 
     Raises ValueError when guidance is above 1 and negative_embeddings is None.
     """
@@ -77,10 +81,17 @@ def denoise(
         positive, negative = predicted.chunk(2)
         return negative + guidance * (positive - negative)
 
+    x = noise.to(inference.device, torch.float32)
     with eval_mode(transformer):
-        return solve_euler(
-            velocity, noise.to(inference.device, torch.float32), sigma_grid(steps)
-        ).cpu()
+        if not starts:
+            return solve_euler(velocity, x, sigma_grid(steps)).cpu()
+        latents = torch.stack([start.latents for start in starts]).to(x)
+        masks = [start.keep for start in starts if start.keep is not None]
+        keep = torch.stack(masks).to(x) if masks else torch.zeros_like(x[:, :1])
+        sigmas = sigma_grid(steps, starts[0].denoise)
+        x_start = add_noise(latents, x, torch.full((len(x),), sigmas[0], device=x.device))
+        blend = keep_covered_part(latents, x, keep)
+        return solve_euler(velocity, x_start, sigmas, blend).cpu()
 
 
 def generate_latents(
@@ -91,17 +102,26 @@ def generate_latents(
     *,
     steps: int,
     guidance: float,
+    start_of: Callable[[ImageSpec], StartLatents | None] = lambda image_spec: None,
     peers: Peers = ALONE,
 ) -> Iterator[tuple[ImageSpec, Tensor]]:
     """Yield each image with its latents (1, C, H, W); neighbours of equal size share a batch.
 
-    text_embedding: a text to its named tensors. An image from a batch equals the same image
-    generated alone, up to rounding. Several processes share out whole batches, so each yields its
-    own images only, with the same bits as one process.
+    text_embedding: a text to its named tensors. start_of: what an image starts from; None for pure
+    noise. An image from a batch equals the same image generated alone, up to rounding. Several
+    processes share out whole batches, so each yields its own images only, with the same bits as one
+    process.
     """
+
+    def batch_key(image_spec: ImageSpec) -> tuple[tuple[int, int], float, bool]:
+        start = start_of(image_spec)
+        if start is None:
+            return image_spec.size_px, 0.0, False
+        return image_spec.size_px, start.denoise, start.keep is not None
+
     batches = [
         (size, batch)
-        for size, group in groupby(image_specs, key=lambda image_spec: image_spec.size_px)
+        for (size, _, _), group in groupby(image_specs, key=batch_key)
         for batch in _split_into_batches(list(group), size, guidance)
     ]
     for place, (size, batch) in peers.share_passes(batches):
@@ -116,6 +136,7 @@ def generate_latents(
             negative_embeddings=[text_embedding(image_spec.prompt.negative) for image_spec in batch]
             if guidance > 1
             else None,
+            starts=[start for each in batch if (start := start_of(each)) is not None],
         )
         if place is not None:
             yield from zip(batch, latents.split(1), strict=True)

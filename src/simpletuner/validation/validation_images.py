@@ -72,6 +72,7 @@ def image_metadata(
         f"\nSteps: {settings.steps}, Sampler: Euler, CFG scale: {settings.guidance:g}, "
         f"Seed: {image_spec.seed}, Size: {width}x{height}, Model: {settings.model}, "
         f"Version: simpletuner {__version__}"
+        + (f", Denoising strength: {more['denoise']}" if "denoise" in more else "")
     )
     metadata = {
         "parameters": parameters,
