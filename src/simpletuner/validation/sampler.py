@@ -120,11 +120,17 @@ def generate_latents(
         return image_spec.size_px, start.denoise, start.keep is not None
 
     batches = [
-        (size, batch)
-        for (size, _, _), group in groupby(image_specs, key=batch_key)
+        (size, level, batch)
+        for (size, level, _), group in groupby(image_specs, key=batch_key)
         for batch in _split_into_batches(list(group), size, guidance)
     ]
-    for place, (size, batch) in peers.share_passes(batches):
+    # What is shared out together has the same number of sampling steps.
+    shared = [
+        item
+        for _, same_level in groupby(batches, key=lambda batch: batch[1])
+        for item in peers.share_passes(list(same_level))
+    ]
+    for place, (size, _, batch) in shared:
         noise = [initial_noise(inference.constants, spec.seed, size) for spec in batch]
         latents = denoise(
             inference,
