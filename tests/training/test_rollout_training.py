@@ -22,6 +22,7 @@ from simpletuner.training.memory_plan.fake_step import (
 )
 from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
 from simpletuner.training.memory_plan.prediction import predict_memory
+from simpletuner.training.world import World
 from tests.training.memory_plan.tiny_family import (
     BATCH_SHAPE,
     FAMILY,
@@ -47,7 +48,7 @@ def make_context(**options: object) -> TrainerContext:
     trained = train_state.attach_trainable_parameters(run, FAMILY, network, null_emit)
     for parameter in trained.values():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    state = train_state.assemble_train_state(run, network, trained)
+    state = train_state.assemble_train_state(run, network, trained, World(), 1)
     context = make_fake_context(
         run, FAMILY, spec, SHAPE, state, TrainSchedule(9, 1, 1, 0), MemoryTrackerMode(1)
     )
@@ -113,6 +114,33 @@ def test_a_rollout_does_not_depend_on_its_batch() -> None:
     torch.testing.assert_close(torch.cat(halves), whole)
 
 
+def test_processes_that_share_the_network_run_it_equally_often() -> None:
+    """A process without a rollout runs the pass too: the others wait for its part of the network."""
+
+    class Sharded(World):
+        equal_passes = True
+
+    calls: dict[str, int] = {}
+    for name, world, sigma in (
+        ("rollouts", Sharded(), SIGMA),
+        ("below the floor", Sharded(), SIGMA * 0),
+        ("alone", World(), SIGMA * 0),
+    ):
+        context = make_context(scheduled_sampling_probability=1.0)
+        calls[name] = 0
+
+        def counted(
+            *arguments: Tensor, name: str = name, real: object = context.predict_velocity
+        ) -> Tensor:
+            calls[name] += 1
+            return real(*arguments)  # type: ignore[operator,no-any-return]
+
+        context = dataclasses.replace(context, world=world, predict_velocity=counted)
+        losses = loop.compute_losses(context, make_batch(), sigma, 0)
+        assert losses.requires_grad
+    assert calls == {"rollouts": 2, "below the floor": 2, "alone": 1}
+
+
 def test_the_ramp_follows_the_step() -> None:
     context = make_context(scheduled_sampling_probability=1.0, scheduled_sampling_ramp_steps=10)
     batch = make_batch()
@@ -146,7 +174,7 @@ def test_weights_keep_their_gradient_under_autocast() -> None:
     context = make_context(scheduled_sampling_probability=1.0, **run)
     assert context.device.autocast_dtype == torch.bfloat16
     batch = make_batch()
-    loop.backward_micro_batch(context, batch, SIGMA, 4, 0)
+    loop.backward_micro_batch(context, batch, SIGMA, 4, 0, 0)
     without = [
         name
         for name, parameter in FAMILY.full_finetune_parameters(context.transformer)

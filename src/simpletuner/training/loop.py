@@ -28,7 +28,12 @@ from simpletuner.errors import TrainingDiverged, TrainingStopped
 from simpletuner.events.event_types import Emit, StepCompleted, WarningIssued
 from simpletuner.flow.densities import sample_sigmas
 from simpletuner.flow.objective import add_noise, loss_per_sample, sample_noise, velocity_target
-from simpletuner.flow.rollout import choose_rollouts, mixflow_sigma, roll_out
+from simpletuner.flow.rollout import (
+    choose_rollouts,
+    mixflow_sigma,
+    roll_out,
+    rollout_probability,
+)
 from simpletuner.randomness import seed_at
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.ema import Ema
@@ -262,6 +267,9 @@ def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor, step: i
         rows = list(rollouts.rows)
         predict = partial(predict_rows, context, text)
         x_sigma[rows], target[rows] = roll_out(rollouts, latents, noise, sigma, predict)
+    elif context.world.equal_passes and rollout_probability(options, step):
+        # Another process may have a rollout now, and needs the part of the network that is here.
+        predict_rows(context, text, x_sigma[:1], sigma[:1], (0,))
     with context.device.autocast():
         velocity = context.predict_velocity(x_sigma, sigma, text)
     return loss_per_sample(velocity, target, sigma, options)
