@@ -216,12 +216,13 @@ class Comfy:
     endings.
     """
 
-    def __init__(self, width: int, with_bare: bool = True) -> None:
+    def __init__(self, width: int, with_bare: bool = True, native_only: bool = False) -> None:
         self.shapes = {
             **{name: (sum(counts) * width, columns * width) for name, (_, counts, columns) in NATIVE_MODULES.items()},  # noqa: E501
             "img_in": (width, 64), "final_layer.linear": (64, width),
         }  # fmt: skip
         self.places: dict[str, tuple[str, int, int]] = {}
+        self.native_only = native_only
         outer = {"x_embedder": "img_in", "proj_out": "final_layer.linear"}
         for name, (rows, _) in self.shapes.items():
             for key in (f"lora_unet_{name.replace('.', '_')}", f"diffusion_model.{name}"):
@@ -235,6 +236,8 @@ class Comfy:
             self._diffusers(part, (native, 0, self.shapes[native][0]), with_bare)
 
     def _diffusers(self, part: str, place: tuple[str, int, int], with_bare: bool) -> None:
+        if self.native_only:
+            return
         under = part.replace(".", "_")
         keys = [f"transformer.{part}", f"lycoris_{under}", f"lora_transformer_{under}"]
         for key in [*keys, part] if with_bare else keys:
@@ -299,6 +302,14 @@ def test_comfyui_does_what_is_written_of_it(row, tmp_path):
 
 
 @pytest.mark.parametrize("row", SHALLOW)
+def test_an_older_comfyui_does_what_is_written_of_it(row, tmp_path):
+    held = files_of(SMALL)[row]
+    path = write(held, tmp_path / "x.safetensors")
+    deltas, _ = Comfy(SMALL, with_bare=False).load(path)
+    compare("comfyui-0.8.0", path, by_module(deltas, SMALL), held, refused=False)
+
+
+@pytest.mark.parametrize("row", SHALLOW)
 @pytest.mark.parametrize("few", [False, True])
 def test_forge_does_what_is_written_of_it(row, few, tmp_path):
     held = files_of(SMALL)[row]
@@ -314,7 +325,7 @@ def test_forge_does_what_is_written_of_it(row, few, tmp_path):
         }
         held.expected_deltas = {name: held.expected_deltas[name] for name in kept}
     path = write(held, tmp_path / "x.safetensors")
-    deltas, unmatched = Comfy(SMALL, with_bare=False).load(path)
+    deltas, unmatched = Comfy(SMALL, native_only=True).load(path)
     compare("forge", path, by_module(deltas, SMALL), held, refused=unmatched > 12)
 
 
@@ -363,4 +374,5 @@ def test_every_rule_has_its_source_and_every_layout_its_rule():
     for program in chroma_lora.CONSUMER_PROGRAMS.values():
         assert set(program.rules) == set(layouts.LAYOUTS)
         assert ".py" in program.source or "." in program.source
+        assert program.version
         assert all(rule.reason for rule in program.rules.values() if rule.outcome != "applied")

@@ -23,7 +23,7 @@ from simpletuner.errors import ConfigError, ModelError
 from simpletuner.models.chroma.lora_targets import preset_targets
 from simpletuner.quantization.quantized_linear import QuantizedLinear
 from tests.adapters import chroma_lora
-from tests.adapters.chroma_lora import attach_adapter, check_compatibility
+from tests.adapters.chroma_lora import NAMES, attach_adapter, check_compatibility
 from tests.adapters.tiny_network import (
     attention_names,
     make_pipeline,
@@ -195,9 +195,17 @@ def test_what_each_program_does(kind, tmp_path):
     outcomes = {one.program: one for one in check_compatibility(tmp_path / "a.safetensors")[1]}
     said = {program: (one.outcome, one.modules) for program, one in outcomes.items()}
     assert said == {
-        "diffusers": ("refused", 0), "ComfyUI": ("applied", 22), "Forge": ("applied", 22),
+        "diffusers": ("refused", 0), "ComfyUI": ("applied", 22), "Forge": ("refused", 0),
         "kohya sd-scripts": ("ignored", 0),
     }  # fmt: skip
+    chroma_lora.save_adapter(network, tmp_path / "a.kohya.safetensors", layout="kohya")
+    outcomes = {
+        one.program: one for one in check_compatibility(tmp_path / "a.kohya.safetensors")[1]
+    }
+    assert {name for name, one in outcomes.items() if one.outcome == "applied"} == {
+        "ComfyUI",
+        "Forge",
+    }
     assert outcomes["kohya sd-scripts"].why
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
         make_pipeline(tiny_chroma()).load_lora_weights(tmp_path / "a.safetensors")
@@ -309,9 +317,64 @@ def test_a_file_that_would_act_differently_never_gets_its_name(tmp_path, monkeyp
         chroma_lora.save_adapter(network, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
-    for layout in ("diffusers", "kohya", "comfyui"):
-        with pytest.raises(ModelError, match="LoKr"):
-            chroma_lora.save_adapter(network, tmp_path / "a.safetensors", layout=layout)
+    with pytest.raises(ModelError, match="LoKr"):
+        chroma_lora.save_adapter(network, tmp_path / "a.safetensors", layout="diffusers")
+
+
+@pytest.mark.parametrize("layout", ["kohya", "comfyui"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chosen", ["all", "some parts of fused matrices"])
+def test_native_names_hold_the_same_delta(kind, layout, chosen, tmp_path):
+    """LyCORIS' own formula on the tensors of the file, against the network's deltas."""
+    network = tiny_chroma()
+    names = attention_names(network)
+    if chosen != "all":
+        names = [name for name in names if not name.endswith(("to_k", "add_v_proj"))]
+    result = attach_adapter(network, lycoris(KINDS[kind]), names, 5)
+    perturb(result.trainable)
+    path = tmp_path / "a.safetensors"
+    chroma_lora.save_adapter(network, path, layout=layout)
+    expected = {
+        name: module.to_delta().to_dense() for name, module in adapted_modules(network).items()
+    }
+    stored = load_file(path)
+    keys = {key.rsplit(".", 1)[0] for key in stored}
+    assert all(key.startswith(("lora_unet_", "diffusion_model.")) for key in keys)
+    found = {}
+    for key in keys:
+        part = {
+            name[len(key) + 1 :]: value.double()
+            for name, value in stored.items()
+            if name.startswith(f"{key}.")
+        }
+        alpha = part.pop("alpha")
+        if "hada_w1_a" in part:
+            rank = part["hada_w1_b"].shape[0]
+            assert part["hada_w2_b"].shape[0] == rank, "programs divide alpha by either"
+            whole = (part["hada_w1_a"] @ part["hada_w1_b"]) * (
+                part["hada_w2_a"] @ part["hada_w2_b"]
+            )
+            whole = whole * alpha / rank
+        else:
+            w1 = part.get("lokr_w1")
+            w1 = w1 if w1 is not None else part["lokr_w1_a"] @ part["lokr_w1_b"]
+            scale = alpha / part["lokr_w2_b"].shape[0] if "lokr_w2_b" in part else 1.0
+            if "lokr_w2_b" not in part and "lokr_w1_b" in part:
+                scale = alpha / part["lokr_w1_b"].shape[0]
+            w2 = part["lokr_w2"] if "lokr_w2" in part else part["lokr_w2_a"] @ part["lokr_w2_b"]
+            whole = torch.kron(w1.contiguous(), w2.contiguous()) * scale
+        dotted = key.removeprefix("diffusion_model.")
+        if layout == "kohya":
+            dotted = NAMES.underscores_to_dots(key.removeprefix("lora_unet_"), True)
+        rows = NAMES.fused_row_slices(dotted, *whole.shape)
+        found |= {name: whole[part] for name, part in zip(NAMES.diffusers_names(dotted), rows)}
+    for name, delta in found.items():
+        if name in expected:
+            scale = expected[name].abs().max()
+            assert (delta - expected[name]).abs().max() <= 1e-6 * scale, name
+        else:
+            assert not delta.any()
+    assert found.keys() >= expected.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)

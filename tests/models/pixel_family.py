@@ -110,6 +110,7 @@ NAMES = ModuleNames(
     },
 )
 SAMPLER = ConsumerProgram(
+    version="1",
     title="Pixel sampler",
     source="this test",
     rules={

@@ -187,8 +187,14 @@ def test_a_run_publishes_its_checkpoints_and_its_end(
     run = workspace.train(max_train_steps=4, use_ema=False, **options)
     held = hub.files["ada/moons"]
     lora = "pytorch_lora_weights.safetensors"
-    assert held.keys() == {lora, "README.md", f"checkpoint-2/{lora}", f"checkpoint-4/{lora}"}
+    both = (lora, "pytorch_lora_weights.kohya.safetensors")
+    folders = ("", "checkpoint-2/", "checkpoint-4/")
+    assert held.keys() == {"README.md", *(f"{place}{name}" for place in folders for name in both)}
     assert held[lora] == (run / lora).read_bytes()
+    assert read_events(run)[-1] == NoticeIssued(
+        f"{both[1]}: for kohya sd-scripts, Forge and ComfyUI"
+    )
+    assert read_events(run)[-2] == NoticeIssued(f"{lora}: for diffusers and ComfyUI")
     assert not any(str(tmp_path).encode() in content for content in held.values())
     told = [event.message for event in read_events(run) if isinstance(event, NoticeIssued)]
     assert len([text for text in told if text.startswith("publish")]) == 4, told

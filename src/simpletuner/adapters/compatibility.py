@@ -41,8 +41,9 @@ class PredictedLoad:
 
 @dataclass(frozen=True)
 class ConsumerProgram:
-    """A program that loads LoRA files. source: version and functions its rules were read in.
+    """A program that loads LoRA files.
 
+    version: which one the rules hold for. source: revision and functions that they were read in.
     rules: by layout. refusal_checks: each returns why a file is refused as a whole, or None.
     skips_module: takes whether the layout has native names, and the module. magnitude_layouts:
     layouts whose lora_magnitude_vector is applied. predict_lycoris_load: for LoHa and LoKr, if they
@@ -50,6 +51,7 @@ class ConsumerProgram:
     """
 
     title: str
+    version: str
     source: str
     rules: Mapping[str, LoadRule]
     refusal_checks: tuple[RefusalCheck, ...] = ()
@@ -63,11 +65,13 @@ class LoraConventions:
     """LoRA files of one architecture: module names and the programs that load them.
 
     verified_programs: layout that can be written -> programs that must apply it as trained.
+    lycoris_programs: those that apply LoHa and LoKr at all.
     """
 
     names: ModuleNames
     programs: Mapping[str, ConsumerProgram]
     verified_programs: Mapping[str, tuple[str, ...]]
+    lycoris_programs: tuple[str, ...] = ()
 
 
 def predict_load(program: ConsumerProgram, file: LoraFile) -> PredictedLoad:

@@ -21,7 +21,7 @@ Outcome = Literal["applied", "in part", "ignored", "wrong strength", "refused"]
 
 @dataclass(frozen=True)
 class ProgramCompatibility:
-    """Result for one program.
+    """Result for one program. version: the version of the program that it holds for.
 
     modules: number of modules applied as the file intends, out of `of`. strength: applied relative
     to intended strength, so 1 is correct; None if the modules differ. why: the reason unless
@@ -34,6 +34,7 @@ class ProgramCompatibility:
     of: int
     strength: float | None
     why: str
+    version: str = ""
 
 
 def check_compatibility(
@@ -74,7 +75,13 @@ def assess_program(program: ConsumerProgram, file: LoraFile) -> ProgramCompatibi
     if outcome == "wrong strength" and None in ratios.values():
         why = "the magnitudes of this DoRA are ignored, or normalized in another way"
     return ProgramCompatibility(
-        program.title, outcome, correct, len(deltas), strength, "" if outcome == "applied" else why
+        program.title,
+        outcome,
+        correct,
+        len(deltas),
+        strength,
+        "" if outcome == "applied" else why,
+        program.version,
     )
 
 

@@ -120,7 +120,7 @@ class LoraFile:
                 magnitude = module.dora_scale.flatten()
             deltas |= self.split_module(name, self.module_scale(name), magnitude)
         kinds = sorted({delta.kind for delta in deltas.values()})
-        if len(kinds) != 1:
+        if len(kinds) != 1 and kinds != ["LoHa", "LoKr"]:
             problem = f"mixes {' and '.join(kinds)} modules" if deltas else "holds no LoRA weights"
             raise ModelError(f"{self.path} {problem}")
         return dict(sorted(deltas.items()))
@@ -133,7 +133,7 @@ class LoraFile:
         }
         summary = LoraFileSummary(
             layout=LAYOUTS[self.layout].title,
-            kind=next(iter(deltas.values())).kind,
+            kind=" and ".join(sorted({delta.kind for delta in deltas.values()})),
             modules=tuple(deltas),
             ranks=tuple(sorted({delta.rank for delta in deltas.values()})),
             alphas=tuple(sorted(alphas)),

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from simpletuner.adapters import compatibility, layouts
-from simpletuner.adapters.adapted_linear import AdaptedLinear, adapted_modules
+from simpletuner.adapters.adapted_linear import AdaptedLinear, LowRankLinear, adapted_modules
 from simpletuner.adapters.attachment import attach_adapter_from_file
 from simpletuner.adapters.compatibility import LoraConventions
-from simpletuner.adapters.deltas import Delta, LycorisDelta
+from simpletuner.adapters.deltas import Delta, LowRankDelta, LycorisDelta
 from simpletuner.adapters.fused_modules import fuse_modules
 from simpletuner.adapters.layouts import LAYOUTS
 from simpletuner.adapters.lora_file import LoraFile, LoraFileSummary, read_lora_file
@@ -29,6 +29,8 @@ PROBE_VECTORS = 8
 # Largest rounding error of a dtype, relative to the larger terms of a delta.
 TOLERANCES = MappingProxyType({torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2})
 
+# Layouts that hold a LoHa or LoKr; the native ones hold fused matrices as LoHa.
+LYCORIS_LAYOUTS = ("lycoris", "kohya", "comfyui")
 ExpectedDeltas = Mapping[str, Delta | AdaptedLinear]  # a saved file is compared with them
 
 
@@ -54,7 +56,7 @@ def save_adapter(
         raise ModelError(f"cannot save {path}: the network does not have an adapter")
     deltas = {name: module.to_delta() for name, module in modules.items()}
     is_lycoris = any(isinstance(delta, LycorisDelta) for delta in deltas.values())
-    layout = layout or ("lycoris" if is_lycoris else "diffusers")
+    layout = layout or default_layout("LoKr" if is_lycoris else "LoRA")
     return _save_verified(path, deltas, modules, conventions, layout, torch.float32, metadata or {})
 
 
@@ -68,6 +70,11 @@ def save_deltas(
 ) -> LoraFileSummary:
     """Write deltas that do not belong to a network, in the same verified way."""
     return _save_verified(path, deltas, deltas, conventions, layout, dtype, metadata)
+
+
+def default_layout(kind: str) -> str:
+    """Return the layout of the default file of an adapter: LoRA, DoRA, LoHa or LoKr."""
+    return "diffusers" if kind in ("LoRA", "DoRA") else "lycoris"
 
 
 def path_with_layout(path: Path, layout: str) -> Path:
@@ -153,10 +160,10 @@ def _lycoris_tensors(
 
     alpha is 1 when the rank is 0, where it has no effect.
     """
-    if layout != "lycoris" or delta.shape[0] < delta.total_rows:
+    if layout not in LYCORIS_LAYOUTS or delta.shape[0] < delta.total_rows:
         reason = (
             f"the {LAYOUTS[layout].title} layout cannot hold a {delta.kind} exactly"
-            if layout != "lycoris"
+            if layout not in LYCORIS_LAYOUTS
             else f"rows of a fused matrix cannot be written as a {delta.kind} exactly"
         )
         raise ModelError(
@@ -184,7 +191,10 @@ def _verify_file(
     except ModelError as error:
         raise ModelError(f"the saved LoRA cannot be read back: {error}") from error
     is_dora = any(delta.magnitude is not None for delta in expected.values())
-    for name in ("diffusers",) if is_dora else conventions.verified_programs[layout]:
+    verified = conventions.verified_programs[layout]
+    if file.is_lycoris:
+        verified = tuple(name for name in verified if name in conventions.lycoris_programs)
+    for name in ("diffusers",) if is_dora else verified:
         program = conventions.programs[name]
         if refusal := compatibility.predict_load(program, file).refusal:
             raise ModelError(f"the saved LoRA would be refused by {program.title}: {refusal}")
@@ -249,9 +259,14 @@ def _relative_error(expected: Delta | AdaptedLinear, applied: Delta) -> float:
 
 
 def _probe_outputs(delta: Delta | AdaptedLinear) -> list[Tensor]:
+    """Return the terms of delta W p for a few random p.
+
+    Two for LoHa and LoKr: the fused LoHa of a block costs 50 times as much as a LoRA.
+    """
     generator = torch.Generator().manual_seed(0)
+    count = PROBE_VECTORS if isinstance(delta, (LowRankDelta, LowRankLinear)) else 2
     return delta.output_terms(
-        torch.randn(delta.shape[1], PROBE_VECTORS, generator=generator, dtype=torch.float64)
+        torch.randn(delta.shape[1], count, generator=generator, dtype=torch.float64)
     )
 
 

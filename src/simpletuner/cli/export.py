@@ -6,14 +6,14 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import click
 
 from simpletuner import __version__
 from simpletuner.cli.merge import parse_weighted_lora
 from simpletuner.cli.trained_weights import find_lora_file
-from simpletuner.config.schema import AdapterOptions, ModelOptions
+from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from simpletuner.adapters.lora_file import LoraFile
 
 PATH_TYPE = click.Path(path_type=Path)
-FORMATS = (*get_args(AdapterOptions.model_fields["lora_format"].annotation), "lycoris")
+FORMATS = ("diffusers", "kohya", "comfyui", "lycoris")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Metadata about the numbers of a file is not valid for the converted one.
 STALE_METADATA_PREFIXES = (
@@ -177,6 +177,7 @@ def _compatibility_text(file: LoraFile, verdicts: tuple[ProgramCompatibility, ..
             else ""
         )
         loaded = f"{verdict.modules} of {verdict.of}"
-        line = f"  {verdict.program:<16}  {verdict.outcome:<14}  {loaded}  {strength}{verdict.why}"
+        program = f"{verdict.program} {verdict.version}"
+        line = f"  {program:<28}  {verdict.outcome:<14}  {loaded}  {strength}{verdict.why}"
         lines.append(line.rstrip())
     return "\n".join(lines)

@@ -96,12 +96,16 @@ def _check_adapter(run: RunConfig) -> Iterator[ConstraintFinding]:
             lycoris_config.require_lycoris_config(adapter)
         except ConfigError as error:
             yield "lycoris_config", str(error)
-    if adapter.use_dora and adapter.lora_format != "diffusers" and adapter.lora_type == "standard":
+    if (
+        adapter.use_dora
+        and adapter.lora_format in ("kohya", "comfyui")
+        and adapter.lora_type == "standard"
+    ):
         yield (
             "lora_format",
             f"{adapter.lora_format} cannot hold a DoRA, because ComfyUI, Forge and kohya's tools "
             "scale the "
-            'magnitudes differently; use "diffusers", or turn use_dora off',
+            'magnitudes differently; use "none", or turn use_dora off',
         )
     derived = adapter.lora_init_type in BASE_DERIVED_INITS
     if derived and adapter.use_dora:

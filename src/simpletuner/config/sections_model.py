@@ -349,17 +349,12 @@ class AdapterOptions(OptionSection):
         unmet_errors={"model_type": 'needs model_type "lora"'},
         affects={"plan"},
     )
-    lora_format: Literal["diffusers", "kohya", "comfyui"] = option(
-        "diffusers",
-        "Layout of a second file, written in addition to the diffusers LoRA (which ComfyUI reads "
-        "too): kohya for Forge and kohya's tools, comfyui for native names.",
+    lora_format: Literal["auto", "kohya", "comfyui", "none", "diffusers"] = option(
+        "auto",
+        "Second file with native names, written in addition to the default file, which diffusers "
+        "and ComfyUI load: kohya for Forge and kohya's tools, comfyui for dotted native names, none "
+        "(or diffusers) for no second file; auto is kohya wherever it can hold the adapter.",
         level="common",
         resume_policy="free",
-        needs=STANDARD_LORA,
-        unmet_errors={
-            "lora_type": (
-                "no other layout can hold a LoHa or LoKr; convert with simpletuner export --rank N"
-            ),
-        },
         affects=set(),
     )

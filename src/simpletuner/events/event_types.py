@@ -126,12 +126,16 @@ class StepCompleted(Event, kind="step"):
 
 @dataclass(frozen=True)
 class WeightsSaved(Event, kind="saved"):
-    """A checkpoint, or at the end the weights, completely written to disk."""
+    """A checkpoint, or at the end the weights, completely written to disk.
+
+    programs: the programs that load the file, "" for a checkpoint.
+    """
 
     step: int
     path: str
     seconds: float
     size_bytes: int
+    programs: str = ""
 
 
 @dataclass(frozen=True)

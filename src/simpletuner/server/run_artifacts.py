@@ -74,17 +74,25 @@ def checkpoint_step(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def list_outputs(folder: Path) -> list[OutputFile]:
+def list_outputs(folder: Path, history: RunHistory | None = None) -> list[OutputFile]:
     """Return the weight files that the training wrote."""
+    saved = {} if history is None else history.saved_weights
     files = [*folder.glob("*.safetensors"), *folder.glob("transformer/*.safetensors")]
     return [
         OutputFile(
             path=replace_surrogates(file.relative_to(folder).as_posix()),
             size_bytes=file.stat().st_size,
+            programs=saved[name].programs if (name := _name_in(folder, file)) in saved else "",
         )
         for file in sorted(files)
         if file.is_file()
     ]
+
+
+def _name_in(folder: Path, file: Path) -> str:
+    """Return the name by which the training saved a file: a transformer is a folder."""
+    name = file.relative_to(folder).as_posix()
+    return "transformer" if name.startswith("transformer/") else name
 
 
 def mark_checkpoint(workspace: Workspace, folder: Path, name: str, marked: bool) -> None:

@@ -141,7 +141,7 @@ class RunService:
                 stages=list(events.stages.values()) if summary.stage else [],
                 stages_done=list(events.stages_done),
                 checkpoints=run_artifacts.list_checkpoints(reader.path, events.best_step),
-                outputs=run_artifacts.list_outputs(reader.path),
+                outputs=run_artifacts.list_outputs(reader.path, events.history),
                 resumes=list(events.history.resume_steps),
                 problems=[describe_event(event) for _, event in warnings],
                 notes=list(events.notes),

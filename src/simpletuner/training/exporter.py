@@ -9,15 +9,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from simpletuner.adapters import lora_io
-from simpletuner.config.schema import RunConfig
+from simpletuner.adapters.adapted_linear import adapted_modules
+from simpletuner.adapters.compatibility import LoraConventions
+from simpletuner.config.schema import AdapterOptions, RunConfig
 from simpletuner.events.event_types import Emit, WeightsSaved
 from simpletuner.models.family import ModelFamily
+from simpletuner.training.model_metadata import uses_bundled_base
 from simpletuner.training.run_folder import RunFolder, replace_folder
 from simpletuner.training.train_state import TrainState
 from simpletuner.training.world import World
 
 LORA_FILENAME = "pytorch_lora_weights.safetensors"
+ONLY_THIS_PROGRAM = "this program alone (the bundled model has sizes that others do not support)"
 
 
 @dataclass
@@ -38,10 +44,12 @@ class Exporter:
     def export_to_checkpoint(self, folder: Path, step: int) -> None:
         """Write the LoRA into a checkpoint, so that it can be tried in other programs.
 
-        The weights of a full fine-tuning are too large for that.
+        The weights of a full fine-tuning are too large for that, and so is the native file of a
+        LoHa or LoKr, whose fused matrices are several times as large.
         """
         if self.train_state.uses_lora:
-            self._export_lora(folder, step)
+            is_lycoris = self.run.adapter.lora_type == "lycoris"
+            self._export_lora(folder, step, with_second=not is_lycoris)
 
     def export_final(self, step: int) -> None:
         """Write the weights into the run folder itself; only the main process does."""
@@ -53,38 +61,46 @@ class Exporter:
             if self.train_state.uses_lora
             else self._export_transformers(step)
         )
-        for path in written:
+        for path, programs in written.items():
             size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
             name = path.relative_to(self.folder.path).as_posix()
-            self.emit(WeightsSaved(step, name, time.perf_counter() - started, size))
+            seconds = time.perf_counter() - started
+            self.emit(WeightsSaved(step, name, seconds, size, programs))
 
-    def _export_lora(self, folder: Path, step: int) -> list[Path]:
+    def _export_lora(self, folder: Path, step: int, with_second: bool = True) -> dict[Path, str]:
         written = self._save_lora_layouts(
-            folder / LORA_FILENAME, self.file_metadata(step, "trained")
+            folder / LORA_FILENAME, self.file_metadata(step, "trained"), with_second
         )
         if self.train_state.averaged_weights is not None:
             (folder / "ema").mkdir(exist_ok=True)
             with self.train_state.averaged_weights():
-                written += self._save_lora_layouts(
-                    folder / "ema" / LORA_FILENAME, self.file_metadata(step, "average")
+                written |= self._save_lora_layouts(
+                    folder / "ema" / LORA_FILENAME, self.file_metadata(step, "average"), with_second
                 )
         return written
 
-    def _save_lora_layouts(self, path: Path, metadata: dict[str, str]) -> list[Path]:
-        """Write the LoRA in diffusers' layout and, with lora_format, in another one too."""
-        layout = self.run.adapter.lora_format
+    def _save_lora_layouts(
+        self, path: Path, metadata: dict[str, str], with_second: bool
+    ) -> dict[Path, str]:
+        """Write the default file and the second one; return path -> programs that load it."""
         conventions = self.family.lora_conventions
-        lora_io.save_adapter(self.train_state.transformer, path, conventions, metadata)
-        if layout == "diffusers":
-            return [path]
-        second_path = lora_io.path_with_layout(path, layout)
-        lora_io.save_adapter(
-            self.train_state.transformer, second_path, conventions, metadata, layout
-        )
-        return [path, second_path]
+        layouts: dict[Path, str | None] = {path: None}
+        second = second_layout(self.run.adapter, self.train_state.transformer, conventions)
+        if second is not None and with_second:
+            layouts[lora_io.path_with_layout(path, second)] = second
+        written = {}
+        for target, layout in layouts.items():
+            summary = lora_io.save_adapter(
+                self.train_state.transformer, target, conventions, metadata, layout
+            )
+            written[target] = programs_that_load(
+                self.run, layout or lora_io.default_layout(summary.kind), summary.kind, conventions
+            )
+        return written
 
-    def _export_transformers(self, step: int) -> list[Path]:
-        written = []
+    def _export_transformers(self, step: int) -> dict[Path, str]:
+        bundled = uses_bundled_base(self.run)
+        written = {}
         for name, weights in (
             ("transformer", nullcontext),
             ("transformer_ema", self.train_state.averaged_weights),
@@ -95,11 +111,41 @@ class Exporter:
                     replace_folder(
                         folder, partial(self.family.save_transformer, self.train_state.transformer)
                     )
-                written.append(folder)
+                written[folder] = ONLY_THIS_PROGRAM if bundled else "diffusers"
                 if self.run.publishing.save_native_file:
-                    written.append(folder.with_name(f"{name}_native.safetensors"))
+                    native = folder.with_name(f"{name}_native.safetensors")
+                    written[native] = ONLY_THIS_PROGRAM if bundled else "ComfyUI and Forge"
                     described = self.file_metadata(
                         step, "trained" if name == "transformer" else "average"
                     )
-                    self.family.save_native_file(folder, written[-1], described)
+                    self.family.save_native_file(folder, native, described)
         return written
+
+
+def second_layout(
+    adapter: AdapterOptions, transformer: nn.Module, conventions: LoraConventions
+) -> str | None:
+    """Return the layout of the second LoRA file; None without one.
+
+    "auto" is kohya, except for a DoRA and for modules outside the blocks, which it cannot hold, and
+    for architectures that no program loads by it.
+    """
+    if adapter.lora_format in ("none", "diffusers"):
+        return None
+    if adapter.lora_format != "auto":
+        return adapter.lora_format
+    outside = conventions.names.modules_outside_blocks
+    holds_all = not any(name in outside for name in adapted_modules(transformer))
+    known = "kohya" in conventions.verified_programs
+    return "kohya" if known and holds_all and not adapter.use_dora else None
+
+
+def programs_that_load(run: RunConfig, layout: str, kind: str, conventions: LoraConventions) -> str:
+    """Return the programs that apply such a file as it was trained: "diffusers and ComfyUI"."""
+    if uses_bundled_base(run):
+        return ONLY_THIS_PROGRAM
+    names = ("diffusers",) if kind == "DoRA" else conventions.verified_programs[layout]
+    if kind not in ("LoRA", "DoRA"):
+        names = tuple(name for name in names if name in conventions.lycoris_programs)
+    titles = list(dict.fromkeys(conventions.programs[name].title for name in names))
+    return " and ".join([", ".join(titles[:-1]), titles[-1]] if len(titles) > 1 else titles)

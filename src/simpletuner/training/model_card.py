@@ -17,7 +17,7 @@ from simpletuner.config.lycoris_config import describe_adapter
 from simpletuner.config.option_catalog import all_options
 from simpletuner.config.paths import HUB_ID_PATTERN
 from simpletuner.config.schema import RunConfig
-from simpletuner.training.model_metadata import RunMetadata
+from simpletuner.training.model_metadata import RunMetadata, uses_bundled_base
 from simpletuner.validation.validation_images import read_image_metadata
 
 MAX_CARD_IMAGES = 12
@@ -72,7 +72,8 @@ Forge: into `models/Stable-diffusion`.
 
 LYCORIS_USAGE = """
 ComfyUI: put `pytorch_lora_weights.safetensors` into `models/loras` and add the node
-"LoraLoaderModelOnly" between the Chroma model and the sampler. Forge: into `models/Lora`.
+"LoraLoaderModelOnly" between the Chroma model and the sampler. Forge: put {forge}
+into `models/Lora`.
 
 diffusers cannot load LyCORIS files into Chroma. This command writes a LoRA that approximates it,
 and reports the error:
@@ -141,8 +142,16 @@ def _usage_values(metadata: RunMetadata, prompt: str) -> dict[str, str]:
         "prompt": prompt,
     }
     values = {name: json.dumps(value, ensure_ascii=False) for name, value in json_values.items()}
-    if run.adapter.lora_format == "kohya":
-        values["forge"] = "`pytorch_lora_weights.kohya.safetensors`"
+    second = second_file(metadata.run_dir)
+    if second is not None:
+        values["forge"] = f"`{second}`"
+    elif run.adapter.lora_type == "lycoris":
+        values["forge"] = (
+            "the file that `simpletuner export pytorch_lora_weights.safetensors --format kohya` "
+            "writes"
+        )
+    elif run.adapter.use_dora:
+        values["forge"] = "nothing: it scales the magnitudes of a DoRA in another way"
     else:
         values["forge"] = (
             "the file that `simpletuner export pytorch_lora_weights.safetensors --format kohya` "
@@ -158,13 +167,18 @@ def _usage_values(metadata: RunMetadata, prompt: str) -> dict[str, str]:
     return values
 
 
+def second_file(run_dir: Path) -> str | None:
+    """Return the name of the LoRA file with native names, if the run wrote one."""
+    names = (f"pytorch_lora_weights.{layout}.safetensors" for layout in ("kohya", "comfyui"))
+    return next((name for name in names if (run_dir / name).is_file()), None)
+
+
 def _usage_section(run: RunConfig) -> str:
     if run.model.model_type != "lora":
         return FULL_RANK_USAGE
-    bundled = run.model.model_flavour == "nano" and run.model.pretrained_model_name_or_path is None
     return (
         NANO_USAGE
-        if bundled
+        if uses_bundled_base(run)
         else LYCORIS_USAGE
         if run.adapter.lora_type == "lycoris"
         else LORA_USAGE

@@ -191,3 +191,8 @@ def thumbnail_data_url(image_path: Path | None) -> str:
         if len(url) <= THUMBNAIL_BYTES:
             return url
     return ""
+
+
+def uses_bundled_base(run: RunConfig) -> bool:
+    """Return whether the run trains the small bundled model, which other programs cannot load."""
+    return run.model.model_flavour == "nano" and run.model.pretrained_model_name_or_path is None

@@ -93,14 +93,20 @@ class StopFlag:
 
 
 class LastStepSink:
-    """Sink that stores the last completed step, for exit.json."""
+    """Sink that stores the last completed step, for exit.json, and the final weight files.
+
+    programs: name of the file -> programs that load it.
+    """
 
     def __init__(self) -> None:
         self.step = 0
+        self.programs: dict[str, str] = {}
 
     def __call__(self, event: event_types.Event) -> None:
         if isinstance(event, (event_types.StepCompleted, event_types.RunResumed)):
             self.step = event.step
+        if isinstance(event, event_types.WeightsSaved) and event.programs:
+            self.programs[event.path] = event.programs
 
 
 def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None = None) -> int:
@@ -152,6 +158,8 @@ def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None
             raise known from error
         if world.is_main:
             finalize_run(folder, position.step, time.monotonic() - started, None, emit)
+            for name, programs in position.programs.items():
+                emit(event_types.NoticeIssued(f"{name}: for {programs}"))
     return 0
 
 

@@ -58,8 +58,20 @@ COMFYUI_RULES: Mapping[str, LoadRule] = MappingProxyType(
         for layout in LAYOUTS
     }
 )
-FORGE_RULES: Mapping[str, LoadRule] = MappingProxyType(
+# Up to this version no key without a prefix is matched.
+OLDER_COMFYUI_RULES: Mapping[str, LoadRule] = MappingProxyType(
     {**COMFYUI_RULES, "bare": NO_MATCHING_KEY_RULE}
+)
+# Forge matches diffusers' names only where its name of the model has "flux" in it; since
+# 2025-06-23 it calls this one Chroma. Native names are read from the weights themselves.
+FORGE_LAYOUTS = ("kohya", "comfyui", "comfyui-peft")
+FORGE_RULES: Mapping[str, LoadRule] = MappingProxyType(
+    {
+        layout: COMFYUI_RULES[layout]
+        if layout in FORGE_LAYOUTS
+        else LoadRule("ignored", reason="it only matches native names; use --format kohya")
+        for layout in LAYOUTS
+    }
 )
 KOHYA_RULES: Mapping[str, LoadRule] = MappingProxyType(
     {
@@ -153,6 +165,7 @@ CHROMA_LORA = LoraConventions(
         {
             "diffusers": ConsumerProgram(
                 title="diffusers",
+                version="0.42.1",
                 source=(
                     "diffusers 0.42.1: FluxLoraLoaderMixin.lora_state_dict,"
                     " _convert_kohya_flux_lora_to_diffusers, PeftAdapterMixin.load_lora_adapter"
@@ -170,23 +183,32 @@ CHROMA_LORA = LoraConventions(
             ),
             "comfyui": ConsumerProgram(
                 title="ComfyUI",
+                version="17358c8",
                 source=(
                     "ComfyUI 17358c8: comfy/lora.py load_lora, model_lora_keys_unet;"
                     " comfy/weight_adapter/lora.py, loha.py, lokr.py"
                 ),
                 rules=COMFYUI_RULES,
             ),
+            "comfyui-0.8.0": ConsumerProgram(
+                title="ComfyUI",
+                version="0.3.64-0.8.0",
+                source="ComfyUI 0.3.64 and 0.8.0: comfy/lora.py load_lora, model_lora_keys_unet",
+                rules=OLDER_COMFYUI_RULES,
+            ),
             "forge": ConsumerProgram(
                 title="Forge",
+                version="2025-06-26",
                 source=(
-                    "Forge b6cfd7f: sd_forge_lora/networks.py load_lora_for_models; ersatzForge"
-                    " 5eb0bb5: comfyui_lora_collection/lora.py model_lora_keys_unet"
+                    "Forge of 2025-06-26: sd_forge_lora/networks.py load_lora_for_models;"
+                    " comfyui_lora_collection/lora.py load_lora, model_lora_keys_unet"
                 ),
                 rules=FORGE_RULES,
                 refusal_checks=(_refuse_many_unmatched_keys,),
             ),
             "kohya": ConsumerProgram(
                 title="kohya sd-scripts",
+                version="0087a46",
                 source=(
                     "sd-scripts 0087a46: networks/lora_flux.py create_network_from_weights,"
                     " LoRANetwork"
@@ -200,10 +222,11 @@ CHROMA_LORA = LoraConventions(
     ),
     verified_programs=MappingProxyType(
         {
-            "diffusers": ("diffusers", "comfyui"),
-            "kohya": ("kohya", "forge", "comfyui"),
-            "comfyui": ("comfyui", "forge"),
-            "lycoris": ("comfyui", "forge"),
+            "diffusers": ("diffusers", "comfyui", "comfyui-0.8.0"),
+            "kohya": ("kohya", "forge", "comfyui", "comfyui-0.8.0"),
+            "comfyui": ("comfyui", "comfyui-0.8.0", "forge"),
+            "lycoris": ("comfyui", "comfyui-0.8.0"),
         }
     ),
+    lycoris_programs=("comfyui", "comfyui-0.8.0", "forge"),
 )

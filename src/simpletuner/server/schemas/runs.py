@@ -59,10 +59,14 @@ class CheckpointInfo(ApiModel):
 
 
 class OutputFile(ApiModel):
-    """A weight file that the training wrote to the run folder, such as the LoRA."""
+    """A weight file that the training wrote to the run folder, such as the LoRA.
+
+    programs: those that load it, such as "diffusers and ComfyUI"; "" if unknown.
+    """
 
     path: str
     size_bytes: int
+    programs: str
 
 
 class RunProcesses(ApiModel):

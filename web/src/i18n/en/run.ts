@@ -159,6 +159,7 @@ export const run = {
   files: {
     empty: { title: "Nothing saved yet", text: "A checkpoint is saved every checkpoint_step_interval steps, and when you press “Save now”." },
     outputs: "Result",
+    loads: (programs: string) => `for ${programs}`,
     checkpoints: "Checkpoints",
     marking: "Older checkpoints are deleted automatically (checkpoints_total_limit). “Keep” protects a checkpoint from that.",
     step: (step: string) => `Step ${step}`,

@@ -152,6 +152,7 @@ export const run: Texts["run"] = {
   files: {
     empty: { title: "Todavía no se ha guardado nada", text: "Se guarda un checkpoint cada checkpoint_step_interval pasos, y al pulsar «Guardar ahora»." },
     outputs: "Resultado",
+    loads: (programs) => `para ${programs}`,
     checkpoints: "Checkpoints",
     marking: "Los checkpoints antiguos se borran automáticamente (checkpoints_total_limit). «Conservar» protege un checkpoint.",
     step: (step) => `Paso ${step}`,

@@ -152,6 +152,7 @@ export const run: Texts["run"] = {
   files: {
     empty: { title: "अभी कुछ सहेजा नहीं गया", text: "Checkpoint हर checkpoint_step_interval steps पर सहेजा जाता है, और जब आप “अभी सहेजें” दबाते हैं।" },
     outputs: "परिणाम",
+    loads: (programs) => `${programs} के लिए`,
     checkpoints: "Checkpoints",
     marking: "पुराने checkpoints अपने-आप हटा दिए जाते हैं (checkpoints_total_limit)। “रखें” किसी checkpoint को इससे बचाता है।",
     step: (step) => `Step ${step}`,
