@@ -352,8 +352,8 @@ class AdapterOptions(OptionSection):
     lora_format: Literal["auto", "kohya", "comfyui", "none", "diffusers"] = option(
         "auto",
         "Second file with native names, written in addition to the default file, which diffusers "
-        "and ComfyUI load: kohya for Forge and kohya's tools, comfyui for dotted native names, none "
-        "(or diffusers) for no second file; auto is kohya wherever it can hold the adapter.",
+        "and ComfyUI load: kohya for Forge and kohya's tools, comfyui for dotted native names, "
+        "none (or diffusers) for no second file; auto is kohya wherever it can hold the adapter.",
         level="common",
         resume_policy="free",
         affects=set(),
