@@ -36,6 +36,7 @@ VALUES = {
     "scheduled_sampling_prob_end": 0.75,
     "user_prompt_library": "prompts.json",
     "validation_guidance_real": 2.0,
+    "validation_image": "image.png",
     "validation_resolution": "512",
     "validation_strengths": "0.25",
 }

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from simpletuner.cli.train import require_config_and_datasets
+from simpletuner.config.load import try_load_config
 from simpletuner.errors import ConfigError
 from simpletuner.events.event_types import (
     ImageSaved,
@@ -111,6 +113,54 @@ def test_second_start_loads_no_encoder_and_draws_nothing_again(
     monkeypatch.setattr(ChromaFamily, "load_vae", forbidden)
     workspace.train()
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_validation_images_start_from_images(drawn: tuple[TrainingProject, Path]) -> None:
+    """From one image for every prompt, and from images of the eval dataset with their captions."""
+    workspace, plain = drawn
+    image = workspace.root / "held-out" / "picture-11.png"  # 80x64
+    shared = {"max_train_steps": 1, "validation_step_interval": 1, "validation_strengths": "none"}
+    runs = {}
+    for level in (0.5, 1.0):
+        options = {"validation_image": str(image), "validation_denoise": level, **shared}
+        out = workspace.root / f"from-image-{level}"
+        runs[level] = workspace.train(
+            output_dir=str(out), validation_using_datasets=True, **options
+        )
+    step = "images/step-000000"
+    named = "validation-0-64x64.png"
+    half, full, text = (
+        Image.open(folder / step / named) for folder in (runs[0.5], runs[1.0], plain)
+    )
+    assert full.tobytes() == text.tobytes(), "denoise 1 ignores the image"
+    assert half.tobytes() != text.tobytes()
+    assert half.info["image"].startswith("picture-11.png (")
+    assert half.info["denoise"] == "0.5"
+    assert "image" not in text.info
+    saved = [event for event in read_events(runs[0.5]) if isinstance(event, ImageSaved)]
+    names = {event.prompt_id for event in saved if event.step == 0}
+    assert names == {
+        "validation", "from-1-picture-10", "from-2-picture-11", "from-3-picture-12",
+    }  # fmt: skip
+    (from_sample,) = [e for e in saved if (e.prompt_id, e.step) == ("from-2-picture-11", 0)]
+    assert from_sample.prompt.startswith("a red square")
+    with Image.open(runs[0.5] / from_sample.path) as shown:
+        assert shown.info["image"] == "held/picture-11.png"
+        assert shown.info["prompt"] == from_sample.prompt
+
+
+def test_a_validation_image_that_is_none_is_refused_first(
+    drawn: tuple[TrainingProject, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, _ = drawn
+    note = workspace.root / "note.png"
+    note.write_text("no image")
+    monkeypatch.chdir(workspace.root)
+    tried = try_load_config(
+        [("validation_image", str(note))], workspace.root / "config.json", environ={}
+    )
+    with pytest.raises(ConfigError, match=r"--validation_image: .*note\.png: not an image"):
+        require_config_and_datasets(tried)
 
 
 def test_the_trained_lora_is_the_file_others_load(drawn: tuple[TrainingProject, Path]) -> None:

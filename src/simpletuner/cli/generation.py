@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,6 +73,9 @@ def generate_images(request: GenerationRequest, emit: Emit) -> list[Path]:
     starts = _encode_starts(request, family, source, device, placed)
     gc.collect()
     wanted = make_image_specs(request.prompts, tuple(placed), request.count, request.seed)
+    if (start := request.start) is not None:
+        name = start.image_path.name
+        wanted = tuple(replace(spec, start=name, denoise=start.denoise) for spec in wanted)
     drawn = _generate_latents(request, family, source, device, embeddings, starts, wanted, emit)
     gc.collect()
     vae = family.load_vae(source, request.model, device.device)
@@ -144,18 +147,13 @@ def _save_image(
         weights |= {"lora": name, "strength": f"{strength:g}"}
     model = " x ".join([source.name, *weights.values()])
     image, start, sample = pixels_to_image(pixels), request.start, placed[spec.size_px]
-    origin = {}
+    mask = ""
     if start is not None and sample is not None:
         image = paste_kept_part(image, start, sample, feather_px)
         mask = "" if start.mask_path is None else start.mask_path.name
-        origin = {
-            "image": start.image_path.name,
-            "mask": mask,
-            "denoise": f"{start.denoise:g}",
-        }
     settings = GenerationSettings(request.steps, request.guidance, model)
     path = _unused_path(request.output_dir, spec)
-    save_png(image, path, image_metadata(spec, settings, **weights, **origin))
+    save_png(image, path, image_metadata(spec, settings, **weights, mask=mask))
     return path
 
 

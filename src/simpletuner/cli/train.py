@@ -28,6 +28,7 @@ from simpletuner.config.option_catalog import all_options
 from simpletuner.config.option_values import parse_memory_size
 from simpletuner.data.dataset_config import DatasetFile
 from simpletuner.data.dataset_file import read_dataset_file
+from simpletuner.data.start_image import read_size
 from simpletuner.errors import ConfigError, MissingExtra, Problem
 from simpletuner.events import webhook_sink
 from simpletuner.validation.prompts import read_prompts
@@ -178,6 +179,10 @@ def require_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, 
             problems.append(Problem(tried.loaded.origins["mixed_precision"], FP16_REFUSAL))
         try:
             read_prompts(run.validation, source.parent if source else Path.cwd())
+            if run.validation.validation_image is not None:
+                read_size(
+                    Path(run.validation.validation_image), tried.loaded.origins["validation_image"]
+                )
             if run.logging.webhook_config is not None:
                 webhook_sink.parse_webhook_config(run.logging.webhook_config)
         except ConfigError as error:

@@ -18,6 +18,8 @@ SCORABLE_BASE_REASON = (
     "scores images of chroma-nano's world; use model_flavour nano, or a local folder with such a "
     "model"
 )
+PROMPTS = {"validation_prompt": Not(None), "user_prompt_library": Not(None)}
+START_IMAGES = {"validation_image": Not(None), "validation_using_datasets": True}
 TRACKERS = {"report_to": Not("none")}
 
 
@@ -122,6 +124,31 @@ class ValidationOptions(OptionSection):
         "Skip the images and scores of the base model at step 0.",
         resume_policy="free",
         needs_any=IMAGES_OR_SCORES,
+    )
+    validation_image: str | None = option(
+        None,
+        "Start the validation images of all prompts from this image instead of pure noise; a "
+        "square validation_resolution is an area in which it keeps its aspect ratio.",
+        resume_policy="free",
+        path="file",
+        needs=IMAGES,
+        needs_any=PROMPTS,
+    )
+    validation_denoise: float = option(
+        0.5,
+        "Noise level at which validation images start that start from an image: how much of it is "
+        "replaced; 1 ignores it.",
+        resume_policy="free",
+        needs_any=START_IMAGES,
+        gt=0,
+        le=1,
+    )
+    validation_using_datasets: bool = option(
+        False,
+        "Also generate validation images that start from four images of the eval datasets (or of "
+        "eval_dataset_id; the training images without one), with their captions as prompts.",
+        resume_policy="free",
+        needs=IMAGES,
     )
     validation_strengths: str = option(
         "0.5",

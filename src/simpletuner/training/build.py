@@ -165,7 +165,9 @@ def read_evaluation_inputs(
     prompts = read_prompts(run, base_dir)
     metrics = image_scoring.choose_metrics(run.validation, device.device)
     guidance = run.validation.validation_guidance_real
+    negative = run.validation.validation_negative_prompt if guidance > 1 else ""
     texts = (
+        negative,  # of images that start from a dataset's; an empty caption is always encoded
         *validation_prompts.prompt_texts(prompts, guidance),
         *image_scoring.metric_texts(metrics, guidance),
     )

@@ -18,6 +18,7 @@ from simpletuner.training.loop import TrainSchedule
 from simpletuner.training.model_metadata import public_name
 from simpletuner.training.prepare import PreparedInputs, select_samples
 from simpletuner.training.train_state import TrainState
+from simpletuner.training.validation_starts import plan_validation_images
 from simpletuner.training.world import World
 from simpletuner.validation.held_out_loss import (
     HeldOutEvaluator,
@@ -28,7 +29,7 @@ from simpletuner.validation.held_out_loss import (
 from simpletuner.validation.image_scoring import Metric, MetricEvaluator
 from simpletuner.validation.image_validator import BASE_STEP, ImageValidator, strength_label
 from simpletuner.validation.inference import Inference
-from simpletuner.validation.prompts import Prompt, make_image_specs, parse_sizes
+from simpletuner.validation.prompts import Prompt, parse_sizes
 from simpletuner.validation.validation_images import GenerationSettings
 
 
@@ -182,7 +183,10 @@ def build_evaluation_callbacks(
     evaluator = build_held_out_evaluator(run, prepared, inference, world)
     held_out = None if evaluator is None else HeldOutLossCallback(evaluator, state, run_dir, emit)
     images = None
-    if prompts:
+    uses_datasets = (
+        run.validation.validation_using_datasets and not run.validation.validation_disable
+    )
+    if prompts or uses_datasets:
         validator = build_image_validator(
             run, prepared, state, inference, prompts, schedule, world, run_dir, emit
         )
@@ -232,9 +236,12 @@ def build_image_validator(
         + training_config_hash(resolved_options(run), schedule.accumulation_steps),
     )
     strengths = options.validation_strengths.split(",") if state.uses_lora else ["none"]
+    image_specs, start_of = plan_validation_images(
+        run, prepared, prompts, sizes, seed, inference.device
+    )
     return ImageValidator(
         inference,
-        make_image_specs(prompts, sizes, options.num_validation_images, seed),
+        image_specs,
         settings,
         prepared.text_embedding,
         prepared.decoder_loader(run.model, inference.device),
@@ -242,6 +249,7 @@ def build_image_validator(
         emit,
         tuple(float(strength) for strength in strengths if strength != "none"),
         world,
+        start_of,
     )
 
 

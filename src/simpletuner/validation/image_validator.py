@@ -19,6 +19,7 @@ from simpletuner.validation.contact_sheet import MAX_COLUMNS, SheetRow, write_co
 from simpletuner.validation.inference import Inference
 from simpletuner.validation.prompts import ImageSpec
 from simpletuner.validation.sampler import generate_latents
+from simpletuner.validation.start_latents import StartLatents
 from simpletuner.validation.validation_images import (
     GenerationSettings,
     gather_images,
@@ -40,7 +41,8 @@ class ImageValidator:
     the text cache. load_decoder: returns the function from latents (1, C, H, W) to pixels (1, 3, H
     px, W px). Its VAE is loaded only while images are generated, so that training has the memory in
     between. extra_strengths: strengths of the LoRA other than 1, at which the images of the last
-    step are generated too. Several processes share out the images; the main one writes all files.
+    step are generated too. start_of: what an image starts from, None for pure noise. Several
+    processes share out the images; the main one writes all files.
     """
 
     inference: Inference
@@ -52,6 +54,7 @@ class ImageValidator:
     emit: Emit
     extra_strengths: Sequence[float] = ()
     peers: Peers = ALONE
+    start_of: Callable[[ImageSpec], StartLatents | None] = lambda image_spec: None
     _verified: set[Path] = field(default_factory=set, init=False, repr=False)
 
     def generate_images(self, step: int, transformer: nn.Module, weights: str = "trained") -> None:
@@ -91,6 +94,7 @@ class ImageValidator:
             steps=self.settings.steps,
             guidance=self.settings.guidance,
             peers=self.peers,
+            start_of=self.start_of,
         )
         own: list[tuple[ImageSpec, Image.Image, bool]] = []
         with StageReporter(self.emit, "draw", len(missing), "pictures") as stage:

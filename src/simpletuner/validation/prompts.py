@@ -38,13 +38,16 @@ class ImageSpec:
     """One image to generate.
 
     Its noise depends only on seed and size, so `generate --seed` can generate it again. number:
-    counts the images of the same prompt and size from 0. size_px: (width, height).
+    counts the images of the same prompt and size from 0. size_px: (width, height). start: the name
+    of the image that it starts from, at the noise level `denoise`; "" is none.
     """
 
     prompt: Prompt
     number: int
     size_px: tuple[int, int]
     seed: int
+    start: str = ""
+    denoise: float = 1.0
 
     @property
     def stem(self) -> str:

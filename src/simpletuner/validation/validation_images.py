@@ -72,7 +72,7 @@ def image_metadata(
         f"\nSteps: {settings.steps}, Sampler: Euler, CFG scale: {settings.guidance:g}, "
         f"Seed: {image_spec.seed}, Size: {width}x{height}, Model: {settings.model}, "
         f"Version: simpletuner {__version__}"
-        + (f", Denoising strength: {more['denoise']}" if "denoise" in more else "")
+        + (f", Denoising strength: {image_spec.denoise:g}" if image_spec.start else "")
     )
     metadata = {
         "parameters": parameters,
@@ -84,6 +84,8 @@ def image_metadata(
         "size": f"{width}x{height}",
         "model": settings.model,
         "identity": settings.identity,
+        "image": image_spec.start,
+        "denoise": f"{image_spec.denoise:g}" if image_spec.start else "",
         **more,
     }
     return {key: value for key, value in metadata.items() if value}
