@@ -61,6 +61,16 @@ def test_srun() -> None:
     assert (process.address, process.port) == ("10.0.0.7", 12345)
 
 
+def test_a_process_that_sees_one_gpu_uses_it() -> None:
+    for visible, index in (("3", 0), ("0,1,2,3", 1)):
+        process = read_launched_process({**SRUN, "CUDA_VISIBLE_DEVICES": visible}, DEFAULTS)
+        assert process is not None
+        assert process.gpu_index == index
+    process = read_launched_process(TORCHRUN, DEFAULTS)
+    assert process is not None
+    assert process.gpu_index == 1
+
+
 def test_srun_on_one_machine_stays_on_loopback() -> None:
     one = {
         **SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",

@@ -156,7 +156,7 @@ def test_a_killed_process_is_named_and_costs_one_restart(launch: Any) -> None:
     lines = launched.output().splitlines()
     assert len(lines) == 1
     assert "process 1 (pid " in lines[0]
-    assert "was killed by SIGKILL; the kernel does that when the memory of the host" in lines[0]
+    assert "killed by SIGKILL; the kernel does that when the memory of the host" in lines[0]
     assert lines[0].endswith("restarting from the last checkpoint (1 of 3)")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from simpletuner.config.distributed_constraints import check_process_count
+from simpletuner.config.environment import GPU_VARIABLE
 from simpletuner.config.schema import DistributedOptions, RunConfig
 from simpletuner.errors import ConfigError, Problem
 
@@ -26,7 +27,8 @@ class LaunchedProcess:
 
     rank: 0 to size - 1. local_rank, local_size: the same among the processes of this machine.
     address, port: where the processes find each other. launcher_has_store: the launcher listens
-    there itself, so rank 0 must not.
+    there itself, so rank 0 must not. gpu_index: the GPU of this process among those that it sees.
+    attempt: how often the launcher has started the processes again.
     """
 
     rank: int
@@ -36,7 +38,9 @@ class LaunchedProcess:
     address: str
     port: int
     launcher: str
+    gpu_index: int = 0
     launcher_has_store: bool = False
+    attempt: str = "0"
 
     @property
     def on_one_machine(self) -> bool:
@@ -78,7 +82,9 @@ def _read_torchrun(environ: Mapping[str, str]) -> LaunchedProcess:
         environ.get("MASTER_ADDR", LOOPBACK),
         _read_number(environ, "MASTER_PORT", DEFAULT_PORT),
         "simpletuner train" if ours else "the launcher (RANK, WORLD_SIZE)",
+        local_rank,
         environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
 
 
@@ -102,15 +108,18 @@ def _read_slurm(environ: Mapping[str, str], options: DistributedOptions) -> Laun
             [Problem("SLURM_STEP_NODELIST", "is empty; set main_process_ip to the first machine")]
         )
     job, step = (_read_number(environ, name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    size = _slurm_tasks(environ)
+    size, local_rank = _slurm_tasks(environ), _read_number(environ, "SLURM_LOCALID")
+    # With --gpus-per-task a process sees its own GPU alone.
+    sees_one_gpu = len(environ.get(GPU_VARIABLE, "").split(",")) == 1 and environ.get(GPU_VARIABLE)
     return LaunchedProcess(
         _read_number(environ, "SLURM_PROCID"),
         size,
-        _read_number(environ, "SLURM_LOCALID"),
+        local_rank,
         local_sizes[node],
         LOOPBACK if size == local_sizes[node] else address,
         options.main_process_port or SLURM_PORTS[(job * 31 + step) % len(SLURM_PORTS)],
         "srun (SLURM_NTASKS)",
+        0 if sees_one_gpu else local_rank,
     )
 
 
@@ -158,10 +167,11 @@ def check_agreement(
 
     Raises ConfigError with both values where they contradict each other.
     """
-    problems = [
-        Problem(origins.get(name, ""), f"{name}: {reason}")
-        for name, reason in _find_contradictions(run, process, origins)
-    ]
+    problems = []
+    for name, reason in _find_contradictions(run, process, origins):
+        location = origins.get(name, "")
+        is_named = location == f"--{name}"
+        problems.append(Problem(location, reason if is_named else f"{name}: {reason}"))
     if problems:
         raise ConfigError(problems)
 

@@ -63,7 +63,7 @@ def build_trainer_context(
     other options is refused before anything is encoded or loaded, and is not changed.
     """
     resume_point, micro_batches = open_run(run, folder, world, emit)
-    device = select_device(run.model, world.local_rank)
+    device = select_device(run.model, world.gpu_index)
     family = get_family_with_notices(run, emit)
     prompts, metrics, texts = read_evaluation_inputs(run, base_dir, device)
     prepared = prepare_inputs(run, backends, family, texts, folder, device, world, emit, closing)

@@ -25,7 +25,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     WorkerGroup,
@@ -42,7 +41,7 @@ from simpletuner.config.launch_environment import LAUNCHER_VARIABLE
 from simpletuner.config.schema import RunConfig
 from simpletuner.errors import ConfigError, ProcessLost, TrainingStopped
 from simpletuner.training.rendezvous import LoopbackRendezvous, make_rendezvous
-from simpletuner.training.world import FAILURE_KEY, Failure
+from simpletuner.training.world import FAILURE_KEY, Failure, Store, run_store
 
 FORWARDED_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 POLL_S = 0.1
@@ -60,13 +59,17 @@ class EndedProcess:
     pid: int
     code: int
 
-    def describe(self) -> str:
-        """Return "process 1 (pid 123) was killed by SIGKILL"."""
-        who = f"process {self.rank} (pid {self.pid})"
+    @property
+    def end(self) -> str:
+        """Return "killed by SIGKILL" or "ended with exit code 1"."""
         if self.code >= 0:
-            return f"{who} ended with exit code {self.code}"
+            return f"ended with exit code {self.code}"
         name = signal.Signals(-self.code).name
-        return f"{who} was killed by {name}{OUT_OF_MEMORY_HINT if name == 'SIGKILL' else ''}"
+        return f"killed by {name}{OUT_OF_MEMORY_HINT if name == 'SIGKILL' else ''}"
+
+    def describe(self) -> str:
+        """Return "process 1 (pid 123) killed by SIGKILL"."""
+        return f"process {self.rank} (pid {self.pid}) {self.end}"
 
 
 class StopRequests:
@@ -111,7 +114,7 @@ class PatientAgent(LocalElasticAgent):
         spec: WorkerSpec,
         logs: DefaultLogsSpecs,
         stop: StopRequests,
-        server: dist.Store | None,  # type: ignore[name-defined]
+        server: Store | None,
     ) -> None:
         super().__init__(spec, logs)
         self.first_ended: EndedProcess | None = None
@@ -170,19 +173,14 @@ class PatientAgent(LocalElasticAgent):
                 os.kill(pid, signal.SIGKILL)
 
 
-def run_store(server: dist.Store) -> dist.Store:  # type: ignore[name-defined]
-    """Return the part of the store that the processes of an attempt write to."""
-    return dist.PrefixStore("simpletuner 0", server)  # type: ignore[attr-defined]
-
-
-def record_killed(server: dist.Store, ended: EndedProcess) -> None:  # type: ignore[name-defined]
+def record_killed(server: Store, ended: EndedProcess) -> None:
     """Store why a process has ended, for the others, unless one of them has given a reason."""
-    message = f"{ended.describe()}. Run the same command to resume from the last checkpoint"
+    message = f"{ended.end}. Run the same command to resume from the last checkpoint"
     reason = [ended.rank, "ProcessLost", message, ProcessLost.exit_code]
     run_store(server).compare_set(FAILURE_KEY, "", json.dumps(reason))
 
 
-def read_failure(server: dist.Store) -> Failure | None:  # type: ignore[name-defined]
+def read_failure(server: Store) -> Failure | None:
     """Return why the first process failed, if one of them said so."""
     store = run_store(server)
     return Failure(*json.loads(store.get(FAILURE_KEY))) if store.check([FAILURE_KEY]) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from simpletuner.config.launch_environment import DEFAULT_PORT, LOOPBACK
 from simpletuner.config.schema import DistributedOptions
 from simpletuner.errors import ConfigError
+from simpletuner.training.world import serve_store
 
 STORE_TIMEOUT = timedelta(seconds=60)
 RUN_ID = "simpletuner"
@@ -30,21 +30,12 @@ class LoopbackRendezvous(RendezvousHandler):
 
     def __init__(self, port: int | None) -> None:
         try:
-            listener = socket.create_server((LOOPBACK, port or 0))
+            self.server = serve_store(port or 0, STORE_TIMEOUT)
         except OSError as error:
             raise ConfigError(
                 f"main_process_port = {port}: cannot be used: {error.strerror}; choose another "
                 "one, or leave it out for a free one"
             ) from error
-        self.port = int(listener.getsockname()[1])
-        self.server = dist.TCPStore(  # type: ignore[attr-defined]
-            LOOPBACK,
-            self.port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=STORE_TIMEOUT,
-            master_listen_fd=listener.detach(),
-        )
 
     def get_backend(self) -> str:
         return "loopback"
@@ -55,7 +46,7 @@ class LoopbackRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         store = dist.PrefixStore("agent", self.server)  # type: ignore[attr-defined]
-        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(LOOPBACK, self.port))
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(LOOPBACK, self.server.port))
 
     def is_closed(self) -> bool:
         return False

@@ -19,21 +19,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from simpletuner.config.environment import copy_process_environment
+from simpletuner.config.launch_environment import (
+    LOOPBACK,
+    LaunchedProcess,
+    read_launched_process,
+)
 from simpletuner.config.schema import RunConfig
-from simpletuner.errors import ProcessLost, SimpleTunerError
+from simpletuner.errors import ProcessLost, SimpleTunerError, TrainingStopped
 from simpletuner.peers import Item, Peers
 
 POLL_S = 0.05  # between two looks into the store
 FAILURE_KEY = "failure"
-LEAVE_WAIT_S = 60.0  # how long rank 0 waits at the end of a run for ranks that are still leaving
+LEAVE_WAIT_S = 300.0  # how long a rank waits at the end of a run for ranks that still work
 FAILURE_WAIT_S = 5.0  # how long the reason for a broken connection is waited for
-DEFAULT_TIMEOUT_S = 1800.0
+Store: TypeAlias = "dist.Store"  # type: ignore[name-defined]
 
 
 def is_transport_error(error: BaseException) -> bool:
@@ -75,6 +81,7 @@ class World(Peers):
     """The processes of a run.
 
     rank: 0 to size - 1. local_rank, local_size: the same among the processes of this machine.
+    gpu_index: the GPU of this process, among those that torch sees.
     """
 
     def __init__(
@@ -83,10 +90,12 @@ class World(Peers):
         size: int = 1,
         local_rank: int = 0,
         local_size: int = 1,
-        store: dist.Store | None = None,  # type: ignore[name-defined]
+        store: Store | None = None,
+        gpu_index: int = 0,
     ) -> None:
         self.rank, self.size, self.is_main = rank, size, rank == 0
         self.local_rank, self.local_size = local_rank, local_size
+        self.gpu_index = gpu_index
         self._store = store
         self._names: dict[str, int] = {}
 
@@ -242,9 +251,9 @@ class World(Peers):
         if lost and first is None:
             error = ProcessLost(self._describe_loss(error))
         first = first or self._record_failure(error)
-        if first is None or first.rank == self.rank or first.kind == type(error).__name__:
+        if first is None or first.rank == self.rank:
             return error
-        return first.to_error()
+        return error if first.kind == type(error).__name__ and not lost else first.to_error()
 
     def _record_failure(self, error: BaseException) -> Failure | None:
         """Store why this rank fails, unless another one has failed before; return the first."""
@@ -297,62 +306,83 @@ class World(Peers):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Leave the run. Rank 0 may hold the store, so it stays until the others have left it.
+        """Leave the run together with the others.
 
-        A rank that fails does not take part in anything that could wait for the others forever.
+        A launcher terminates the others when one process ends with an error, and a stop ends with
+        an exit code of its own; rank 0 may hold the store. A rank that fails does not take part in
+        anything that could wait for the others forever.
         """
         if self._store is None:
             return
-        with contextlib.suppress(RuntimeError):
+        stopped = kind is None or issubclass(kind, TrainingStopped)
+        deadline = time.monotonic() + (LEAVE_WAIT_S if stopped else FAILURE_WAIT_S)
+        with contextlib.suppress(RuntimeError):  # rank 0 has left, and its store with it
             self._store.add("left", 1)
-            deadline = time.monotonic() + (LEAVE_WAIT_S if kind is None else FAILURE_WAIT_S)
-            while (
-                self.is_main
-                and self._store.add("left", 0) < self.size
-                and time.monotonic() < deadline
-            ):
+            while self._store.add("left", 0) < self.size and time.monotonic() < deadline:
                 time.sleep(POLL_S)
         if kind is None:
             dist.destroy_process_group()
 
 
-def world_size_from_environment() -> int:
-    """Return how many processes the launcher has started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def run_store(server: Store, attempt: str = "0") -> Store:
+    """Return the part of a store that belongs to one attempt of a run.
+
+    After a restart the addresses of dead processes are still in the store.
+    """
+    return dist.PrefixStore(f"simpletuner {attempt}", server)  # type: ignore[attr-defined]
 
 
-def join_world(run: RunConfig, timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
-    """Join the processes that a launcher has started with RANK, WORLD_SIZE and MASTER_ADDR.
+def serve_store(port: int, timeout: timedelta) -> Store:
+    """Return a store that listens on the loopback interface alone; port 0 is a free one.
+
+    torch's own would listen on every interface. Raises OSError when the port is in use.
+    """
+    listener = socket.create_server((LOOPBACK, port))
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        LOOPBACK,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timeout,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def _open_store(process: LaunchedProcess, timeout: timedelta) -> Store:
+    """Return the store where the processes of a run find each other."""
+    serves = process.rank == 0 and not process.launcher_has_store
+    if serves and process.address == LOOPBACK:
+        return serve_store(process.port, timeout)
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        process.address, process.port, is_master=serves, wait_for_workers=False, timeout=timeout
+    )
+
+
+def join_world(run: RunConfig) -> World:
+    """Join the processes that a launcher has started, if one has.
 
     On GPUs of NVIDIA and AMD tensors are exchanged with NCCL, on other devices with gloo.
-    timeout_s: how long a rank waits for another one within one exchange.
     """
-    size = world_size_from_environment()
-    if size == 1:
+    process = read_launched_process(copy_process_environment(), run.distributed)
+    if process is None or process.size == 1:
         return World()
-    rank = int(os.environ["RANK"])
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    timeout = timedelta(seconds=timeout_s)
-    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    server = dist.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0 and not agent_has_store,
-        timeout=timeout,
-    )
-    # A prefix for each attempt: after a restart the addresses of dead processes are still there.
-    store = dist.PrefixStore(f"simpletuner {attempt}", server)  # type: ignore[attr-defined]
+    timeout = timedelta(seconds=run.distributed.ddp_timeout)
+    store = run_store(_open_store(process, timeout), process.attempt)
     on_gpu = run.model.device in ("auto", "cuda") and torch.cuda.is_available()
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     dist.init_process_group(
-        backend,
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("group", store),  # type: ignore[attr-defined]
-        rank=rank,
-        world_size=size,
+        rank=process.rank,
+        world_size=process.size,
         timeout=timeout,
-        device_id=torch.device("cuda", local_rank) if on_gpu else None,
+        device_id=torch.device("cuda", process.gpu_index) if on_gpu else None,
     )
-    store.set(f"process {rank}", json.dumps([socket.gethostname(), os.getpid()]))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return World(rank, size, local_rank, local_size, store)
+    store.set(f"process {process.rank}", json.dumps([socket.gethostname(), os.getpid()]))
+    return World(
+        process.rank,
+        process.size,
+        process.local_rank,
+        process.local_size,
+        store,
+        process.gpu_index,
+    )
