@@ -46,9 +46,11 @@ def build_plan_report(
     from simpletuner.models import registry
     from simpletuner.training.device import select_device
     from simpletuner.training.memory_plan import fit, plan_formatting, step_time
+    from simpletuner.training.memory_plan.communication import sent_bytes
     from simpletuner.training.memory_plan.machine_resources import detect_budget, reference_budget
     from simpletuner.training.memory_plan.prediction import predict_memory
     from simpletuner.training.memory_plan.preflight import smaller_training_message
+    from simpletuner.training.memory_plan.world_layout import read_layout
 
     family = registry.get_family(run.model.model_family)
     asked = parse_memory_size(limit) if limit else None
@@ -65,6 +67,7 @@ def build_plan_report(
     room = (
         reference_budget("cuda" if wanted == "auto" else wanted) if away else detect_budget(device)
     )
+    room = room.for_process(read_layout(run).local)
     plan = predict_memory(run, family, kind=room.kind)
     lines = plan_formatting.format_plan(plan, room)
     report: dict[str, Any] = {
@@ -73,13 +76,13 @@ def build_plan_report(
         "peak": plan.peak,
         "seconds": step_time.estimate_seconds(plan.flops, room.peak_flops, plan.moved),
         "seconds_on": room.name,
+        "sent_bytes": sent_bytes(plan.communication),
     }
     if fits:
         size = room.available_for_tensors if asked is None else asked
         if size is None:
             raise ConfigError("the free memory of this device is not known; write --fit 12GB")
-        ladder = fit.MemoryConfigSearch(run, family, (), room)
-        best = fit.find_fitting_config(ladder, size)
+        ladder, best = fit.find_fitting_mode(fit.MemoryConfigSearch(run, family, (), room), size)
         lines += ["", *plan_formatting.format_fit(run, best)]
         report["fit"] = dataclasses.asdict(best)
         if best.chosen is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -42,7 +42,8 @@ class StepMeasurement:
     peak: bytes by part at the highest moment. flops: of all micro-batches, without rollouts.
     rollout_flops: of one forward pass without gradient over all samples; 0 where none are rolled
     out. Such a pass stores no activations, so it does not raise the peak. trained, trained_bytes:
-    the trainable parameters. optimizer: bytes of the optimizer's state.
+    the trainable parameters. optimizer: bytes of the optimizer's state. trained_tensors: bytes of
+    each trainable parameter. activations: the most bytes of activations at one moment.
     """
 
     peak: dict[str, int]
@@ -51,6 +52,8 @@ class StepMeasurement:
     trained_bytes: int
     optimizer: int
     rollout_flops: float = 0.0
+    trained_tensors: list[int] = field(default_factory=list)
+    activations: int = 0
 
 
 def measure_fake_step(
@@ -158,6 +161,7 @@ def run_and_measure_step(
     with count.track_step():
         loop.train_step(parts, 0)
     peak, flops = dict(count.peak_bytes), count.flops
+    activations = count.peak_activation_bytes
     if run.flow.scheduled_sampling_probability:
         batch = parts.load_batch(0)
         sigma = torch.ones(feed.samples)
@@ -173,6 +177,8 @@ def run_and_measure_step(
         size,
         state_bytes,
         (count.flops - flops) * accumulation,
+        [parameter.nbytes for parameter in net.trainable_parameters.values()],
+        activations,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from simpletuner.config.distributed_constraints import find_distributed_errors
 from simpletuner.config.load import config_from_resolved, resolved_options
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import ResizeCropConfig
@@ -25,6 +26,7 @@ from simpletuner.training.memory_plan import prediction, step_time
 from simpletuner.training.memory_plan.fake_step import cpu_device_without_gpu_options
 from simpletuner.training.memory_plan.machine_resources import MachineResources
 from simpletuner.training.memory_plan.prediction import predict_memory
+from simpletuner.training.memory_plan.world_layout import read_layout, weight_bytes_by_block
 
 # Time of a step relative to the unquantised one. Not measured on a GPU: an estimate for reading the
 # weights of each block once more.
@@ -49,6 +51,7 @@ class MemoryConfig:
     seconds: float
     exact: bool = False
     text_encoder: str | None = None  # its precision, if it must differ from that of the run
+    shards: bool = False  # fsdp_enable
 
     def options(self) -> dict[str, Any]:
         """Return all options of this combination, also those that are at their defaults."""
@@ -63,6 +66,7 @@ class MemoryConfig:
             "chroma_approximator_device": "cpu"
             if self.memory.approximator_on_host
             else "accelerator",
+            "fsdp_enable": self.shards,
         }
         if self.text_encoder is not None:
             options["text_encoder_1_precision"] = self.text_encoder
@@ -108,6 +112,12 @@ class MemoryConfigSearch:
         self.weight_bytes = {
             name: prediction.weight_bytes(spec) for name, spec in self.model_specs.items()
         }
+        # What one process holds of them.
+        self.world = read_layout(run)
+        self.held_bytes = {
+            name: weight_bytes_by_block(spec).per_process(self.world)
+            for name, spec in self.model_specs.items()
+        }
         self.blocks = len(self.model_specs[self.own_precision].blocks)
         self.uncheckpointed_prediction = predict_memory(
             run, family, framings, budget.kind, BlockMemoryPolicy()
@@ -122,9 +132,10 @@ class MemoryConfigSearch:
         host_limit = (
             math.inf
             if budget.host_free_bytes is None
-            else budget.host_free_bytes - prediction.HOST_RUNTIME_BYTES[budget.kind]
+            else budget.host_free_bytes // self.world.local
+            - prediction.HOST_RUNTIME_BYTES[budget.kind]
         )
-        can_offload = is_frozen and budget.kind == "cuda"
+        can_offload = is_frozen and budget.kind == "cuda" and self.world.mode == "replicated"
         self.offloadable_precisions = [
             name for name, size in self.weight_bytes.items() if can_offload and size <= host_limit
         ]
@@ -137,7 +148,7 @@ class MemoryConfigSearch:
             size = self.checkpointed_prediction.training + self.bytes_per_block * (
                 self.blocks - count
             )
-        size += self.weight_bytes[precision] - self.weight_bytes[self.own_precision]
+        size += self.held_bytes[precision] - self.held_bytes[self.own_precision]
         fetched = [
             prediction.aligned_block_bytes(spec.blocks[number])
             for number in memory.swapped_block_numbers(self.blocks)
@@ -161,7 +172,8 @@ class MemoryConfigSearch:
             flops * DEQUANTIZATION_SLOWDOWN.get(precision, 1.05), self.budget.peak_flops, moved
         )
         seconds += HOST_APPROXIMATOR_S * memory.approximator_on_host
-        return MemoryConfig(precision, memory, self.blocks, int(size), seconds)
+        shards = self.run.distributed.fsdp_enable
+        return MemoryConfig(precision, memory, self.blocks, int(size), seconds, shards=shards)
 
     def fitting_configs(self, limit: int) -> list[MemoryConfig]:
         """Return the fastest configuration that fits for each precision, the fastest first.
@@ -261,6 +273,28 @@ def find_fitting_config(search: MemoryConfigSearch, limit: int) -> FitResult:
         if verified is not None:
             return FitResult(limit, verified, tuple(configs[:position] + configs[position + 1 :]))
     return FitResult(limit, None, ())
+
+
+def find_fitting_mode(
+    search: MemoryConfigSearch, limit: int
+) -> tuple[MemoryConfigSearch, FitResult]:
+    """Return the best configuration over the modes of several processes, with its search.
+
+    Whole copies of the base are faster than shards, so shards are chosen where the copies do not
+    fit without swapping blocks.
+    """
+    replicated = find_fitting_config(search, limit)
+    fits = replicated.chosen is not None and replicated.chosen.memory.swapped == 0
+    if fits or search.world.processes == 1 or search.world.mode != "replicated":
+        return search, replicated
+    run = with_options(search.run, {"fsdp_enable": True, "musubi_blocks_to_swap": 0.0})
+    if any(find_distributed_errors(run)):  # another option does not allow it
+        return search, replicated
+    other = MemoryConfigSearch(
+        run, search.family, search.framings, search.budget, search.fixed_precisions
+    )
+    sharded = find_fitting_config(other, limit)
+    return (search, replicated) if sharded.chosen is None else (other, sharded)
 
 
 def with_options(run: RunConfig, options: Mapping[str, Any]) -> RunConfig:

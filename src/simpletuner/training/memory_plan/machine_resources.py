@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -34,6 +34,12 @@ class MachineResources:
     peak_flops: float
     device_free_bytes: int | None = None
     host_free_bytes: int | None = None
+
+    def for_process(self, local_processes: int) -> MachineResources:
+        """Return what one of several processes of a machine has: each its own GPU."""
+        if self.kind == "cuda" or self.device_free_bytes is None:
+            return self
+        return replace(self, device_free_bytes=self.device_free_bytes // local_processes)
 
     @property
     def available_for_tensors(self) -> int | None:

@@ -32,6 +32,10 @@ def memory_saving_options(run: RunConfig) -> Iterator[dict[str, Any]]:
     lora = model.model_type == "lora"
     if model.gradient_checkpointing is not True or (model.gradient_checkpointing_interval or 1) > 1:
         yield {"gradient_checkpointing": True, "gradient_checkpointing_interval": 1}
+    world = run.distributed
+    replicated = not world.fsdp_enable and world.deepspeed_config is None
+    if world.num_processes != 1 and replicated and model.musubi_blocks_to_swap == 0:
+        yield {"fsdp_enable": True}
     if training.train_batch_size > 1:
         samples = training.train_batch_size * training.gradient_accumulation_steps
         yield {"train_batch_size": 1, "gradient_accumulation_steps": samples}

@@ -35,8 +35,11 @@ class MemoryTrackerMode(TorchDispatchMode):
     """Counts each storage from the operation that creates it until its last reference is gone.
 
     current_part: the part of new storages outside of `track_step`. peak_bytes: bytes by part at the
-    highest moment since `reset_peak`. Reading a number from a tensor gives 1, because the tensors
-    have no data; the branches of a step depend only on numbers being finite.
+    highest moment since `reset_peak`. peak_activation_bytes: the most activations at one moment,
+    which is another moment than the highest one where the gradients are larger than they.
+
+    Reading a number from a tensor gives 1, because the tensors have no data; the branches of a step
+    depend only on numbers being finite.
     """
 
     def __init__(self, granule: int) -> None:
@@ -53,6 +56,7 @@ class MemoryTrackerMode(TorchDispatchMode):
         self.flops = 0
         self.peak_total_bytes = self.total_bytes
         self.peak_bytes = dict(self.live_bytes)
+        self.peak_activation_bytes = self.live_bytes["activations"]
 
     @contextmanager
     def track_step(self) -> Iterator[None]:
@@ -96,6 +100,7 @@ class MemoryTrackerMode(TorchDispatchMode):
         self._tracked.add(key)
         self.live_bytes[part] += size
         self.total_bytes += size
+        self.peak_activation_bytes = max(self.peak_activation_bytes, self.live_bytes["activations"])
         if self.total_bytes > self.peak_total_bytes:
             self.peak_total_bytes, self.peak_bytes = self.total_bytes, dict(self.live_bytes)
         weakref.finalize(storage, self._untrack, key, part, size).atexit = False

@@ -8,7 +8,9 @@ from typing import Any
 
 from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig
+from simpletuner.events.formatting import MODE_NAMES
 from simpletuner.training.memory_plan import step_time
+from simpletuner.training.memory_plan.communication import sent_bytes
 from simpletuner.training.memory_plan.fit import FitResult, MemoryConfig
 from simpletuner.training.memory_plan.machine_resources import MachineResources
 from simpletuner.training.memory_plan.prediction import MemoryPrediction
@@ -30,16 +32,30 @@ def format_plan(plan: MemoryPrediction, budget: MachineResources) -> list[str]:
     lines = [f"{plan.trained / 1e6:.1f} M trainable parameters; {feed}; {blocks}"]
     if plan.assumed:
         lines.append("planned for Chroma 1 as published: the base model is not on this machine yet")
+    each = " of each process" if plan.world.processes > 1 else ""
+    if each:
+        lines.append(f"{format_layout(plan)}; {format_bytes(plan.base_bytes)} of the base in each")
     lines += _format_group(
-        f"{MEMORY_LABELS[plan.kind]} while training",
+        f"{MEMORY_LABELS[plan.kind]}{each} while training",
         {**plan.parts, **plan.allowances},
         budget.device_free_bytes,
     )
     for what, size in plan.before.items():
         lines.append(f"  {what + ', before training':<34}{format_bytes(size):>9}")
-    lines += _format_group("host memory", plan.host, budget.host_free_bytes)
+    local = f" of {plan.world.local} processes" if plan.world.local > 1 else ""
+    lines += _format_group(f"host memory{local}", plan.host, budget.host_free_bytes)
     lines += _format_group("disk", plan.disk, None)
+    if each:
+        calls = {
+            f"{use.operation}, {use.calls} calls": use.sent_bytes for use in plan.communication
+        }
+        lines += _format_group("sent by each process in a step", calls, None)
     return [*lines, format_step_time(plan, budget)]
+
+
+def format_layout(plan: MemoryPrediction) -> str:
+    """Return "4 processes, sharded by FSDP2"."""
+    return f"{plan.world.processes} processes, {MODE_NAMES[plan.world.mode]}"
 
 
 def _format_group(title: str, rows: Mapping[str, int], free: int | None) -> list[str]:
@@ -83,7 +99,12 @@ def format_summary(plan: MemoryPrediction, budget: MachineResources) -> str:
     )
     device = f"{MEMORY_LABELS[plan.kind]} {format_bytes(plan.training)} ({parts}){free}"
     host, disk = format_bytes(sum(plan.host.values())), format_bytes(sum(plan.disk.values()))
-    return f"plan: {device}; host {host}; disk {disk}; {format_step_time(plan, budget)}"
+    each = sends = ""
+    if plan.world.processes > 1:
+        each = f"{format_layout(plan)}, each: "
+        sends = f"; each process sends {format_bytes(sent_bytes(plan.communication))} in a step"
+    step = format_step_time(plan, budget)
+    return f"plan: {each}{device}; host {host}; disk {disk}; {step}{sends}"
 
 
 def format_fit(run: RunConfig, fit: FitResult) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from simpletuner.models.block_swap import ALIGNMENT, DEVICE_BUFFERS
 from simpletuner.models.family import BlockMemoryPolicy, ModelFamily, ModelSpec
 from simpletuner.training.device import select_device
 from simpletuner.training.memory_plan import plan_cache
+from simpletuner.training.memory_plan.communication import CollectiveUse, step_communication
 from simpletuner.training.memory_plan.fake_step import (
     BatchShape,
     StepMeasurement,
@@ -24,6 +25,14 @@ from simpletuner.training.memory_plan.fake_step import (
     measure_fake_step,
 )
 from simpletuner.training.memory_plan.memory_tracker import CUDA_ALLOCATION_BYTES
+from simpletuner.training.memory_plan.world_layout import (
+    WeightBytes,
+    WorldLayout,
+    offloaded_by_engine,
+    parts_per_process,
+    read_layout,
+    weight_bytes_by_block,
+)
 from simpletuner.training.optimizers import is_state_offloaded
 
 # Allowances in bytes: they are not counted, but observed in such programs.
@@ -42,14 +51,15 @@ ASSUMED_ASPECT = (3, 2)  # where the resolution is only the shorter edge
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Bytes by their use.
+    """Bytes by their use, on the device of each process.
 
-    parts: of the device, counted exactly. allowances: constants of this module. before: device
-    bytes of models that are loaded and dropped before training. host, disk: bytes by use. moved:
-    bytes copied between host and device in a step. flops: of a step, with its rollouts.
-    rollout_flops: the largest part of rollouts in it. trained: number of parameters.
-    feed: the assumed batch. assumed: whether the published shape was used, because the model's own
-    config is not on this machine yet.
+    parts: of the device, counted exactly for one process, and on paper for several. allowances:
+    constants of this module. before: device bytes of models that are loaded and dropped before
+    training. host: of all processes of one machine. host, disk: bytes by use. moved: bytes copied
+    between host and device in a step. flops: of a step, with its rollouts. rollout_flops: the
+    largest part of rollouts in it. trained: number of parameters. feed: the assumed batch. assumed:
+    whether the published shape was used, because the model's own config is not on this machine yet.
+    base_bytes: of the transformer's weights in each process. communication: of an optimizer step.
     """
 
     kind: str
@@ -65,6 +75,9 @@ class MemoryPrediction:
     memory: BlockMemoryPolicy
     assumed: bool
     rollout_flops: float = 0.0
+    world: WorldLayout = field(default_factory=WorldLayout)
+    base_bytes: int = 0
+    communication: tuple[CollectiveUse, ...] = ()
 
     @property
     def tensor_bytes(self) -> int:
@@ -103,21 +116,18 @@ def predict_memory(
         aligned_block_bytes(spec.blocks[number])
         for number in memory.swapped_block_numbers(block_count)
     ]
-    model_bytes = weight_bytes(spec)
+    model_bytes, block_weights = weight_bytes(spec), weight_bytes_by_block(spec)
     cache_key = plan_cache.cache_key(run, spec, memory, feed, granule)
     measured = plan_cache.get_or_measure(
         cache_key, lambda: measure_fake_step(run, family, spec, memory, feed, granule)
     )
+    world, is_lora = read_layout(run), run.model.model_type == "lora"
     average = 4 * measured.trained if run.optimizer.use_ema else 0
     on_host = offloaded_bytes(run, kind, spec, memory, feed, measured, average)
-    parts = dict(measured.peak)
-    # Swapped blocks share the device buffers; each buffer has the size of the largest block.
-    parts["weights"] -= sum(swapped) - DEVICE_BUFFERS * max(swapped, default=0)
-    parts["weights"] -= on_host["approximator"]
-    parts["activations"] = max(0, parts["activations"] - on_host["inputs"])
-    parts["optimizer"] += average - on_host["average"] - on_host["optimizer"]
+    parts = device_parts(measured, on_host, swapped, average)
     if swapped:
         on_host["swapped blocks"] = model_bytes  # the whole model is loaded on the host first
+    parts, on_host = share_among_processes(parts, on_host, world, block_weights, measured, is_lora)
     rollouts = final_probability(run.flow) * measured.rollout_flops
     before = {"text encoder": spec.text_encoder_bytes, "VAE": spec.vae_bytes}
     return MemoryPrediction(
@@ -125,7 +135,7 @@ def predict_memory(
         parts,
         device_allowances(run, kind, parts),
         before,
-        host_memory_by_use(kind, on_host, before, sum(parts.values())),
+        host_memory_by_use(kind, on_host, before, sum(parts.values()), world.local),
         disk_space_by_use(run, spec, measured, model_bytes, average),
         measured.flops + rollouts,
         # A rollout is one more forward pass, for which the blocks are copied again.
@@ -135,6 +145,15 @@ def predict_memory(
         memory,
         spec.uses_published_shape,
         rollouts,
+        world,
+        block_weights.per_process(world),
+        step_communication(
+            world,
+            block_weights,
+            measured.trained_tensors,
+            run.training.gradient_accumulation_steps,
+            is_lora,
+        ),
     )
 
 
@@ -158,6 +177,42 @@ def offloaded_bytes(
     if kind != "cpu" and run.optimizer.ema_device == "cpu":
         on_host["average"] = average
     return on_host
+
+
+def device_parts(
+    measured: StepMeasurement, on_host: dict[str, int], swapped: Sequence[int], average: int
+) -> dict[str, int]:
+    """Return the measured bytes by part, without what is in host memory.
+
+    swapped: bytes of each swapped block. They share the device buffers; each buffer has the size of
+    the largest block.
+    """
+    parts = dict(measured.peak)
+    parts["weights"] -= sum(swapped) - DEVICE_BUFFERS * max(swapped, default=0)
+    parts["weights"] -= on_host["approximator"]
+    parts["activations"] = max(0, parts["activations"] - on_host["inputs"])
+    parts["optimizer"] += average - on_host["average"] - on_host["optimizer"]
+    return parts
+
+
+def share_among_processes(
+    parts: dict[str, int],
+    on_host: dict[str, int],
+    world: WorldLayout,
+    weights: WeightBytes,
+    measured: StepMeasurement,
+    is_lora: bool,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return device and host bytes of one of several processes, from those of a single process."""
+    parts = parts_per_process(parts, world, weights, measured, is_lora)
+    on_host = dict(on_host)
+    if world.shards("optimizer", is_lora):
+        for use in ("optimizer", "average"):
+            on_host[use] = -(-on_host[use] // world.processes)
+    for part, size in offloaded_by_engine(parts, world, weights).items():
+        parts[part] -= size
+        on_host[part] = on_host.get(part, 0) + size
+    return parts, on_host
 
 
 def device_allowances(run: RunConfig, kind: str, parts: dict[str, int]) -> dict[str, int]:
@@ -246,17 +301,19 @@ def checkpointed_input_bytes(spec: ModelSpec, memory: BlockMemoryPolicy, feed: B
 
 
 def host_memory_by_use(
-    kind: str, offloaded: dict[str, int], before: dict[str, int], tensors: int
+    kind: str, offloaded: dict[str, int], before: dict[str, int], tensors: int, processes: int
 ) -> dict[str, int]:
-    """Return the host memory by use.
+    """Return the host memory by use, of all processes of one machine.
 
     On a CPU it is the training itself. Else it is what is offloaded, and at first the text encoder.
     """
-    runtime = {"Python and libraries": HOST_RUNTIME_BYTES[kind]}
+    uses = {"Python and libraries": HOST_RUNTIME_BYTES[kind]}
     if kind == "cpu":
-        return {**runtime, "training": max(tensors, *before.values())}
-    loading = max(0, before["text encoder"] - sum(offloaded.values()))
-    return {**runtime, **{use: size for use, size in offloaded.items() if size}, "loading": loading}
+        uses["training"] = max(tensors, *before.values())
+    else:
+        uses |= {use: size for use, size in offloaded.items() if size}
+        uses["loading"] = max(0, before["text encoder"] - sum(offloaded.values()))
+    return {use: size * processes for use, size in uses.items()}
 
 
 def disk_space_by_use(

@@ -19,7 +19,7 @@ from simpletuner.training.memory_plan.fit import (
     MemoryConfigSearch,
     blocks_to_checkpoint,
     checkpointing_option,
-    find_fitting_config,
+    find_fitting_mode,
     with_options,
 )
 from simpletuner.training.memory_plan.machine_resources import (
@@ -33,6 +33,7 @@ from simpletuner.training.memory_plan.prediction import (
     is_worth_planning,
     predict_memory,
 )
+from simpletuner.training.memory_plan.world_layout import read_layout
 
 MAX_SUGGESTIONS = 3  # configurations that an error message names
 # Options that a resumed run takes from its checkpoint, because they change the result.
@@ -55,7 +56,7 @@ def preflight_check(
     Raises ConfigError when the device, the host or a disk has too little space.
     """
     family = registry.get_family(run.model.model_family)
-    budget = detect_budget(select_device(run.model))
+    budget = detect_budget(select_device(run.model)).for_process(read_layout(run).local)
     limit = budget.available_for_tensors
     if within is not None:
         run = fit_run(run, family, framings, budget, within, before, emit)
@@ -125,7 +126,7 @@ def fit_run(
         run = with_options(run, {name: before[name] for name in FIXED_BY_CHECKPOINT})
     limit = min(limits)
     search = MemoryConfigSearch(run, family, framings, budget, fixed_precisions=before is not None)
-    best = find_fitting_config(search, limit)
+    search, best = find_fitting_mode(search, limit)
     if best.chosen is None:
         raise ConfigError(
             f"nothing fits {format_bytes(limit)}. {smaller_training_message(search, limit)}"

@@ -1,0 +1,118 @@
+"""Bytes that the processes of a run send each other in an optimizer step, counted on paper.
+
+The counts follow training/gradient_sum.py and training/sharding.py. A few bytes more are exchanged
+for the losses and for requests to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from simpletuner.training.gradient_sum import inner_nodes, make_buckets
+from simpletuner.training.memory_plan.world_layout import WeightBytes, WorldLayout
+from simpletuner.training.world import World
+
+# What one GPU sends for a byte of the message, with N processes on a ring
+# (Thakur et al. 2005, Optimization of Collective Communication Operations in MPICH).
+SENT_PER_BYTE: dict[str, Callable[[int], float]] = {
+    "all_gather": lambda count: (count - 1) / count,
+    "reduce_scatter": lambda count: (count - 1) / count,
+    "all_reduce": lambda count: 2 * (count - 1) / count,
+    "broadcast": lambda count: 1.0,
+    "send": lambda count: 1.0,
+}
+
+
+@dataclass(frozen=True)
+class CollectiveUse:
+    """The use of one operation of torch.distributed in an optimizer step.
+
+    calls: how often; a send counts once for the two processes that it connects. message_bytes: of
+    all calls; the gathered size of an all_gather, the size before it of a reduce_scatter.
+    sent_bytes: the most that one GPU sends.
+    """
+
+    operation: str
+    calls: int
+    message_bytes: int
+    sent_bytes: int
+
+
+def step_communication(
+    layout: WorldLayout,
+    weights: WeightBytes,
+    trained_tensors: Sequence[int],
+    passes: int,
+    is_lora: bool,
+) -> tuple[CollectiveUse, ...]:
+    """Return what is exchanged in an optimizer step.
+
+    trained_tensors: bytes of each trained parameter. passes: micro-batches of each process.
+    """
+    if layout.processes == 1:
+        return ()
+    trained = sum(trained_tensors)
+    uses: list[CollectiveUse] = []
+    gathers = passes * (2 if layout.reshards else 1)
+    groups = len(weights.blocks) + 1
+    if layout.shards("weights"):
+        gathered = weights.total + (trained if is_lora and layout.mode == "zero3" else 0)
+        uses.append(_use("all_gather", groups * gathers, gathered * gathers, layout))
+    if is_lora and not layout.uses_deepspeed:
+        return (*uses, *tree_communication(layout, trained_tensors, passes))
+    buckets = count_buckets(trained_tensors)
+    if layout.mode == "replicated":
+        uses.append(_use("all_reduce", buckets, trained, layout))
+    elif layout.mode == "sharded":
+        uses.append(_use("reduce_scatter", groups * passes, trained * passes, layout))
+    else:
+        # From stage 2 on no process holds all gradients, so every pass scatters its own.
+        times = 1 if layout.mode == "zero1" else passes
+        uses.append(_use("reduce_scatter", buckets * times, trained * times, layout))
+        if layout.mode != "zero3":
+            uses.append(_use("all_gather", buckets, trained, layout))
+    return tuple(uses)
+
+
+def tree_communication(
+    layout: WorldLayout, trained_tensors: Sequence[int], passes: int
+) -> tuple[CollectiveUse, ...]:
+    """Return the transfers that sum the gradients of adapters in a fixed tree.
+
+    Before each transfer goes a mask of one byte per parameter.
+    """
+    count, micro_batches = layout.processes, layout.processes * passes
+    owner = [
+        rank for rank, share in enumerate(World(size=count).shares(micro_batches)) for _ in share
+    ]
+    senders = [
+        owner[node.middle]
+        for node in inner_nodes(0, micro_batches)
+        if owner[node.first] != owner[node.middle]
+    ]
+    messages = 1 + count_buckets(trained_tensors)
+    size = sum(trained_tensors) + len(trained_tensors)
+    most = max((senders.count(rank) for rank in set(senders)), default=0)
+    return (
+        CollectiveUse("send", len(senders) * messages, len(senders) * size, most * size),
+        _use("broadcast", messages, size, layout),
+    )
+
+
+def count_buckets(tensors: Sequence[int]) -> int:
+    """Return in how many transfers gradients of these sizes in bytes are sent."""
+    stand_ins = [torch.empty(size, dtype=torch.uint8, device="meta") for size in tensors]
+    return sum(1 for _ in make_buckets(stand_ins))
+
+
+def _use(operation: str, calls: int, size: int, layout: WorldLayout) -> CollectiveUse:
+    sent = SENT_PER_BYTE[operation](layout.processes)
+    return CollectiveUse(operation, calls, size, int(size * sent))
+
+
+def sent_bytes(uses: Sequence[CollectiveUse]) -> int:
+    """Return the most that one GPU sends in a step."""
+    return sum(use.sent_bytes for use in uses)

@@ -1,0 +1,179 @@
+"""Device memory of each process of a run by its mode, on paper, from the bytes of one process.
+
+Replicated: every process holds everything. Sharded (FSDP2): every process holds its part of the
+transformer, and gathers one block after the other; adapters stay whole. ZeRO 1, 2 and 3 (DeepSpeed)
+shard the state of the optimizer, then also the gradients, then also the weights
+(Rajbhandari et al. 2020, ZeRO: Memory Optimizations Toward Training Trillion Parameter Models).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from simpletuner.config.deepspeed_config import parse_zero_config, uses_deepspeed
+from simpletuner.config.schema import RunConfig
+from simpletuner.models.family import ModelSpec
+from simpletuner.training.memory_plan.fake_step import StepMeasurement
+from simpletuner.training.world import world_size_from_environment
+
+# What is divided by the number of processes.
+SHARDED_STATE: dict[str, tuple[str, ...]] = {
+    "replicated": (),
+    "sharded": ("optimizer", "gradients", "weights"),
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer", "gradients"),
+    "zero3": ("optimizer", "gradients", "weights"),
+}
+GATHERED_BLOCKS = 2  # the one that computes, and the one that is gathered for the next
+# DeepSpeed's defaults, in numbers: reduce_bucket_size and stage3_max_live_parameters.
+ZERO_BUCKET, ZERO_LIVE = 500_000_000, 1_000_000_000
+ITEM_BYTES = 2  # of a number in bf16
+
+
+@dataclass(frozen=True)
+class WorldLayout:
+    """The processes of a run.
+
+    local: those of one machine. mode: a key of SHARDED_STATE. sharded: what is divided among the
+    processes. reshards: whether the weights of a block are freed between its forward and its
+    backward pass. bucket_bytes: in which the engine collects gradients. live_bytes: of weights that
+    the engine keeps gathered for later use. offloaded: what the engine has in host memory.
+    """
+
+    processes: int = 1
+    local: int = 1
+    mode: str = "replicated"
+    sharded: tuple[str, ...] = ()
+    reshards: bool = True
+    bucket_bytes: int = 0
+    live_bytes: int = 0
+    offloaded: tuple[str, ...] = ()
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        return self.mode.startswith("zero")
+
+    def shards(self, state: str, of_adapters: bool = False) -> bool:
+        """Return whether weights, gradients or optimizer are divided among several processes."""
+        whole = of_adapters and not self.uses_deepspeed
+        return self.processes > 1 and state in self.sharded and not whole
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of the transformer's weights. blocks: of each block. rest: outside of the blocks."""
+
+    blocks: tuple[int, ...]
+    rest: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.blocks) + self.rest
+
+    def per_process(self, layout: WorldLayout) -> int:
+        """Return the bytes that a process holds while it trains, gathered blocks included."""
+        if not layout.shards("weights"):
+            return self.total
+        own = -(-self.total // layout.processes)
+        if not layout.reshards:
+            return own + self.total
+        gathered = sum(sorted(self.blocks)[-GATHERED_BLOCKS:])
+        return min(self.total, own + max(gathered, layout.live_bytes))
+
+
+def read_layout(run: RunConfig, processes: int | None = None) -> WorldLayout:
+    """Return the layout of a run.
+
+    processes: their number; by default that of the launcher, where one has started this process,
+    and else that of the options, where auto is one for each GPU of this machine.
+    """
+    options = run.distributed
+    count = processes or count_processes(run)
+    local = -(-count // options.num_machines)
+    if uses_deepspeed(run):
+        zero = parse_zero_config(run)
+        mode = f"zero{zero.stage}"
+        sharded = SHARDED_STATE[mode]
+        if run.model.base_model_precision != "no_change":  # ZeRO shards only floats
+            sharded = tuple(state for state in sharded if state != "weights")
+        offloaded = tuple(
+            state
+            for state, key in (("optimizer", "offload_optimizer"), ("weights", "offload_param"))
+            if key in zero.section
+        )
+        bucket = int(zero.section.get("reduce_bucket_size", ZERO_BUCKET))
+        live = int(zero.section.get("stage3_max_live_parameters", ZERO_LIVE))
+        return WorldLayout(
+            count, local, mode, sharded, True, ITEM_BYTES * bucket, ITEM_BYTES * live, offloaded
+        )
+    if options.fsdp_enable:
+        reshards = options.fsdp_reshard_after_forward
+        return WorldLayout(count, local, "sharded", SHARDED_STATE["sharded"], reshards)
+    return WorldLayout(count, local)
+
+
+def count_processes(run: RunConfig) -> int:
+    """Return how many processes the options ask for, or the launcher has started."""
+    started, wanted = world_size_from_environment(), run.distributed.num_processes
+    if started > 1 or wanted != "auto":
+        return started if started > 1 else int(wanted)
+    uses_gpus = run.model.device in ("auto", "cuda")
+    return max(1, torch.cuda.device_count() if uses_gpus else 1) * run.distributed.num_machines
+
+
+def weight_bytes_by_block(spec: ModelSpec) -> WeightBytes:
+    """Return the bytes of the transformer's weights, with those of each block."""
+    blocks = tuple(
+        sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
+        for block in spec.blocks
+    )
+    total = sum(tensor.nbytes for tensor in spec.transformer.state_dict().values())
+    return WeightBytes(blocks, total - sum(blocks))
+
+
+def parts_per_process(
+    parts: Mapping[str, int],
+    layout: WorldLayout,
+    weights: WeightBytes,
+    measured: StepMeasurement,
+    is_lora: bool,
+) -> dict[str, int]:
+    """Return the device bytes by part of one process, from those of a run with one process.
+
+    Gradients are counted among the temporaries.
+    """
+    result, count, trained_bytes = dict(parts), layout.processes, measured.trained_bytes
+    if count == 1:
+        return result
+    result["weights"] += weights.per_process(layout) - weights.total
+    if layout.shards("optimizer", is_lora):
+        result["optimizer"] = -(-result["optimizer"] // count)
+    if layout.shards("gradients", is_lora):
+        freed = trained_bytes - -(-trained_bytes // count)
+        result["temporaries"] = max(0, result["temporaries"] - freed)
+        if not is_lora:
+            result["temporaries"] += max(weights.blocks, default=0)  # before it is scattered
+            # With all gradients, the highest moment may have been one without activations.
+            result["activations"] = measured.activations
+    if layout.uses_deepspeed:
+        # The engine updates float32 copies of the parameters, each process its own part.
+        result["optimizer"] += -(-4 * measured.trained // count)
+        result["communication buffers"] = min(trained_bytes, layout.bucket_bytes)
+    if is_lora and layout.shards("weights", of_adapters=True):
+        result["adapters"] = -(-result["adapters"] // count)
+    return result
+
+
+def offloaded_by_engine(
+    parts: Mapping[str, int], layout: WorldLayout, weights: WeightBytes
+) -> dict[str, int]:
+    """Return the bytes that DeepSpeed moves from the parts of a process to host memory."""
+    moved: dict[str, int] = {}
+    if layout.processes > 1 and "optimizer" in layout.offloaded:
+        moved["optimizer"] = parts["optimizer"]
+    if layout.shards("weights") and "weights" in layout.offloaded:
+        moved["weights"] = -(-weights.total // layout.processes)
+    return moved
