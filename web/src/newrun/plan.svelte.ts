@@ -20,6 +20,9 @@ export interface Plan {
   peak: number;
   seconds: number;
   seconds_on: string;
+  world: { processes: number; local: number; mode: string };
+  base_bytes: number;
+  sent_bytes: number;
   fit?: { limit: number; chosen: { size: number; seconds: number } | null };
   options?: Values;
 }

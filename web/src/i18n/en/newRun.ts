@@ -122,6 +122,8 @@ export const newRun = {
   planTight: "Close to the limit of this device ({total}).",
   planBefore: "Before training: {what}",
   planHost: "RAM",
+  planSent: "Sent by each process per step",
+  planEach: "Memory and step time are of each process; RAM is of the {local} processes of this machine.",
   planDisk: "Disk",
   planStep: "Time per step",
   planWhole: "Total time",

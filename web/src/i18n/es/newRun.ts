@@ -123,6 +123,8 @@ export const newRun: NewRunTexts = {
   planTight: "Cerca del límite de este dispositivo ({total}).",
   planBefore: "Antes de entrenar: {what}",
   planHost: "RAM",
+  planSent: "Enviado por cada proceso en cada paso",
+  planEach: "La memoria y el tiempo por paso son de cada proceso; la RAM, de los {local} procesos de esta máquina.",
   planDisk: "Disco",
   planStep: "Tiempo por paso",
   planWhole: "Tiempo total",

@@ -123,6 +123,8 @@ export const newRun: NewRunTexts = {
   planTight: "इस डिवाइस की सीमा ({total}) के करीब।",
   planBefore: "प्रशिक्षण से पहले: {what}",
   planHost: "RAM",
+  planSent: "हर step में हर प्रोसेस द्वारा भेजा गया",
+  planEach: "मेमोरी और step का समय हर प्रोसेस के लिए हैं; RAM इस मशीन के {local} प्रोसेस के लिए है।",
   planDisk: "डिस्क",
   planStep: "प्रति step समय",
   planWhole: "कुल समय",
