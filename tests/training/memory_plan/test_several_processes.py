@@ -86,8 +86,12 @@ def test_machines_and_automatic_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     auto = make_run_config(num_processes="auto", **machines, device="auto")
     assert (read_layout(auto).processes, read_layout(auto).local) == (6, 3)
     assert read_layout(make_run_config(num_processes="auto")).processes == 1, "on a CPU"
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    assert read_layout(make_run_config()).processes == 5, "a launcher has decided"
+    for name, value in {"RANK": 3, "WORLD_SIZE": 5, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    found = read_layout(make_run_config())
+    assert (found.processes, found.local) == (5, 2), "a launcher has decided"
 
 
 def test_weights_of_each_process() -> None:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from simpletuner.config.deepspeed_config import parse_zero_config, uses_deepspeed
+from simpletuner.config.environment import copy_process_environment
+from simpletuner.config.launch_environment import read_launched_process
 from simpletuner.config.schema import RunConfig
 from simpletuner.models.family import ModelSpec
 from simpletuner.training.memory_plan.fake_step import StepMeasurement
-from simpletuner.training.world import world_size_from_environment
 
 # What is divided by the number of processes.
 SHARDED_STATE: dict[str, tuple[str, ...]] = {
@@ -84,15 +85,14 @@ class WeightBytes:
         return min(self.total, own + max(gathered, layout.live_bytes))
 
 
-def read_layout(run: RunConfig, processes: int | None = None) -> WorldLayout:
+def read_layout(run: RunConfig) -> WorldLayout:
     """Return the layout of a run.
 
-    processes: their number; by default that of the launcher, where one has started this process,
-    and else that of the options, where auto is one for each GPU of this machine.
+    The number of processes is that of the launcher, where one has started this process, and else
+    that of the options, where auto is one for each GPU of this machine.
     """
     options = run.distributed
-    count = processes or count_processes(run)
-    local = -(-count // options.num_machines)
+    count, local = count_processes(run)
     if uses_deepspeed(run):
         zero = parse_zero_config(run)
         mode = f"zero{zero.stage}"
@@ -115,13 +115,17 @@ def read_layout(run: RunConfig, processes: int | None = None) -> WorldLayout:
     return WorldLayout(count, local)
 
 
-def count_processes(run: RunConfig) -> int:
-    """Return how many processes the options ask for, or the launcher has started."""
-    started, wanted = world_size_from_environment(), run.distributed.num_processes
-    if started > 1 or wanted != "auto":
-        return started if started > 1 else int(wanted)
+def count_processes(run: RunConfig) -> tuple[int, int]:
+    """Return how many processes a run has over all machines, and on this machine."""
+    options = run.distributed
+    launched = read_launched_process(copy_process_environment(), options)
+    if launched is not None:
+        return launched.size, launched.local_size
+    if options.num_processes != "auto":
+        return options.num_processes, options.num_processes // options.num_machines
     uses_gpus = run.model.device in ("auto", "cuda")
-    return max(1, torch.cuda.device_count() if uses_gpus else 1) * run.distributed.num_machines
+    local = max(1, torch.cuda.device_count() if uses_gpus else 1)
+    return local * options.num_machines, local
 
 
 def weight_bytes_by_block(spec: ModelSpec) -> WeightBytes:
