@@ -115,7 +115,6 @@ def read_layout(run: RunConfig) -> WorldLayout:
     return WorldLayout(count, local)
 
 
-<<<<<<< Updated upstream
 def count_processes(run: RunConfig) -> tuple[int, int]:
     """Return how many processes a run has over all machines, and on this machine."""
     options = run.distributed
@@ -124,16 +123,6 @@ def count_processes(run: RunConfig) -> tuple[int, int]:
         return launched.size, launched.local_size
     if options.num_processes != "auto":
         return options.num_processes, options.num_processes // options.num_machines
-=======
-def count_processes(run: RunConfig) -> int:
-    """Return how many processes the options ask for, or the launcher has started."""
-    process = read_launched_process(copy_process_environment(), run.distributed)
-    wanted = run.distributed.num_processes
-    if process is not None and process.size > 1:
-        return process.size
-    if wanted != "auto":
-        return int(wanted)
->>>>>>> Stashed changes
     uses_gpus = run.model.device in ("auto", "cuda")
     local = max(1, torch.cuda.device_count() if uses_gpus else 1)
     return local * options.num_machines, local
