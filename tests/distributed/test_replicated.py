@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 
+from simpletuner.events.event_types import Event
 from tests.distributed.harness import run_ranks, values
-from tests.e2e.training_project import TrainingProject, read_checkpoint_files, read_losses
+from tests.e2e.training_project import (
+    TrainingProject,
+    read_checkpoint_files,
+    read_events,
+    read_losses,
+)
 
 STEPS = 3
 
@@ -57,7 +63,7 @@ def on_one(trainings: Trainings) -> dict[int, Path]:
     """Micro-batches of a step -> the run on one process."""
     return {
         count: trainings.train(f"one-{count}", 1, gradient_accumulation_steps=count)
-        for count in (2, 3, 4, 8)
+        for count in (1, 2, 3, 4, 8)
     }
 
 
@@ -74,9 +80,7 @@ def test_a_run_on_several_processes_equals_one(
     assert outcome(run_dir) == outcome(on_one[micro_batches])
 
 
-@pytest.mark.parametrize(
-    ("micro_batches", "processes"), [(2, 3), (2, 4), (3, 2), (3, 4), (4, 3), (8, 3)]
-)
+@pytest.mark.parametrize(("micro_batches", "processes"), [(1, 2), (2, 3), (3, 2), (4, 3), (8, 3)])
 def test_a_resumed_run_keeps_the_micro_batches_of_its_step(
     micro_batches: int, processes: int, trainings: Trainings, on_one: dict[int, Path]
 ) -> None:
@@ -84,3 +88,77 @@ def test_a_resumed_run_keeps_the_micro_batches_of_its_step(
     trainings.copy_checkpoint(on_one[micro_batches], 1, name)
     run_dir = trainings.train(name, processes, gradient_accumulation_steps=micro_batches)
     assert outcome(run_dir) == outcome(on_one[micro_batches])
+
+
+def test_a_run_goes_from_two_processes_to_one_to_three(
+    trainings: Trainings, on_one: dict[int, Path]
+) -> None:
+    """Each part trains one step, with its own division of the four micro-batches."""
+    name = "two-one-three"
+    for step, (processes, accumulation) in enumerate([(2, 2), (1, 4), (3, 4)], start=1):
+        run_dir = trainings.train(
+            name, processes, gradient_accumulation_steps=accumulation, max_train_steps=step,
+            lr_scheduler="constant",
+        )  # fmt: skip
+    expected = trainings.train(
+        "constant", 1, gradient_accumulation_steps=4, lr_scheduler="constant"
+    )
+    assert outcome(run_dir) == outcome(expected)
+
+
+def test_another_accumulation_is_another_training(
+    trainings: Trainings, on_one: dict[int, Path]
+) -> None:
+    trainings.copy_checkpoint(on_one[4], 1, "other-step")
+    options = {**trainings.options, "gradient_accumulation_steps": 3}
+    options["output_dir"] = str(trainings.root / "other-step")
+    results = run_ranks(2, train_project, str(trainings.root), options)
+    assert {result.error[0] for result in results if result.error} == {"CheckpointError"}
+    assert "was 4, is 3 x 2 = 6" in str(results[0].error)
+
+
+EVALUATIONS = {
+    "validation_disable": False,
+    "validation_prompt": "a red square",
+    "num_validation_images": 3,
+    "validation_resolution": "64,64x96",
+    "validation_num_inference_steps": 2,
+    "validation_guidance_real": 2.0,
+    "validation_step_interval": 2,
+    "eval_steps_interval": 1,
+    "evaluation_type": "shapes",
+    "evaluation_prompts": 5,
+    "evaluation_step_interval": 2,
+}
+
+
+def test_evaluations_are_shared_out_and_equal(tmp_path: Path) -> None:
+    """Encoding, held-out loss, scores and images of three processes, with caches of their own."""
+    trainings = Trainings(tmp_path)
+    one, three = (
+        trainings.train(
+            f"evaluated-{processes}", processes, **EVALUATIONS, cache_dir=str(tmp_path / f"{processes}"),
+            max_train_steps=2, gradient_accumulation_steps=3 // processes,
+        )
+        for processes in (1, 3)
+    )  # fmt: skip
+    assert read_losses(one) == read_losses(three)
+    assert evaluations(one) == evaluations(three)
+    assert len(evaluations(one)["scored"]) == 2
+    images = sorted(path.relative_to(one) for path in one.glob("images/step-*/*.png"))
+    assert len(images) == 24  # two sizes, three seeds, two steps, with the average
+    for image in images:
+        assert (one / image).read_bytes() == (three / image).read_bytes(), image
+    # Every process has encoded a share: each has written a shard of its own.
+    for kind in ("text", "vae"):
+        shards = [len(list((tmp_path / count / kind).glob("*/shard-*"))) for count in ("1", "3")]
+        assert shards == [1, 3], kind
+        assert not list((tmp_path / "3" / kind).glob("*/*.damaged"))
+
+
+def evaluations(run_dir: Path) -> dict[str, list[Event]]:
+    found: dict[str, list[Event]] = {"evaluated": [], "scored": [], "image": []}
+    for event in read_events(run_dir):
+        if event.kind in found:
+            found[event.kind].append(event)
+    return {kind: sorted(events, key=repr) for kind, events in found.items()}

@@ -201,6 +201,8 @@ class TrainingOptions(OptionSection):
         1,
         "Batches of each process per optimizer step.",
         level="common",
+        # Compared together with the number of processes: training/resume.py.
+        resume_policy="free",
         unit="batches",
         ge=1,
         le=4096,

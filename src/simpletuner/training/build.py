@@ -12,12 +12,11 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from simpletuner import __version__
 from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.dataset_config import DatasetFile
 from simpletuner.data.sample_order import SampleOrder
-from simpletuner.events.event_types import Emit, NoticeIssued, RunResumed, RunStarted, WarningIssued
+from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
 from simpletuner.models import registry
 from simpletuner.models.family import ModelFamily
 from simpletuner.training import optimizers, resume
@@ -39,6 +38,7 @@ from simpletuner.training.model_metadata import RunMetadata
 from simpletuner.training.prepare import PreparedInputs, prepare_inputs
 from simpletuner.training.resume import ResumePoint
 from simpletuner.training.run_folder import RunFolder
+from simpletuner.training.run_start import start_run
 from simpletuner.training.train_state import TrainState, build_train_state
 from simpletuner.training.world import World
 from simpletuner.validation import image_scoring
@@ -78,11 +78,11 @@ def build_trainer_context(
     exporter, checkpointer = build_exporter_and_checkpointer(
         run, prepared, state, metadata, evaluations, folder, world, emit
     )
-    step = start_run(run, prepared, resume_point, checkpointer, folder, device, schedule, emit)
-    load_batch, batch_shape = build_batch_loader(run, prepared, order, schedule, world, closing)
-    callbacks = build_callbacks(
-        run, schedule, checkpointer, evaluations, exporter, publishing, emit
+    step = start_run(
+        run, prepared, resume_point, checkpointer, state, folder, device, schedule, world, emit
     )
+    load_batch, batch_shape = build_batch_loader(run, prepared, order, schedule, world, closing)
+    outputs = checkpointer, evaluations, exporter, publishing
     return TrainerContext(
         predict_velocity=partial(family.predict_velocity, state.transformer),
         transformer=state.transformer,
@@ -100,7 +100,7 @@ def build_trainer_context(
         micro_batch_shape=batch_shape,
         resumed_step=step,
         save_checkpoint=checkpointer.save,
-        callbacks=callbacks,
+        callbacks=build_callbacks(run, schedule, *outputs, emit),
         requested_callbacks=build_requested_callbacks(folder, world, checkpointer, evaluations),
         stop_requested=lambda: world.agree([stop_requested()])[0],
         emit=emit,
@@ -242,41 +242,3 @@ def build_exporter_and_checkpointer(
         emit,
     )
     return exporter, checkpointer
-
-
-def start_run(
-    run: RunConfig,
-    prepared: PreparedInputs,
-    resume_point: ResumePoint | None,
-    checkpointer: Checkpointer,
-    folder: RunFolder,
-    device: ComputeDevice,
-    schedule: TrainSchedule,
-    emit: Emit,
-) -> int:
-    """Restore the checkpoint, if there is one, and return the number of completed steps."""
-    if resume_point is not None:
-        checkpointer.restore(resume_point)
-        folder.write_config(resolved_options(run))
-    model = f"{run.model.model_family} {prepared.model_files.name}"
-    return emit_run_start(resume_point, folder, model, device, schedule, emit)
-
-
-def emit_run_start(
-    resume_point: ResumePoint | None,
-    folder: RunFolder,
-    model: str,
-    device: ComputeDevice,
-    schedule: TrainSchedule,
-    emit: Emit,
-) -> int:
-    """Emit where the run begins, and return the number of steps that are already complete."""
-    step = 0 if resume_point is None else resume_point.step
-    total = schedule.total_steps
-    emit(RunStarted(__version__, str(folder.path), model, str(device), total, step))
-    if resume_point is not None:
-        emit(RunResumed(step, resume_point.folder.name))
-        if step >= total:
-            steps = "the one step is" if total == 1 else f"all {total} steps are"
-            emit(NoticeIssued(f"{steps} complete; to train further, raise max_train_steps"))
-    return step
