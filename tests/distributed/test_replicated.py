@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from simpletuner.events.event_types import Event
 from tests.distributed.harness import run_ranks, values
@@ -162,3 +164,22 @@ def evaluations(run_dir: Path) -> dict[str, list[Event]]:
         if event.kind in found:
             found[event.kind].append(event)
     return {kind: sorted(events, key=repr) for kind, events in found.items()}
+
+
+def test_full_fine_tuning_on_two_processes(tmp_path: Path) -> None:
+    """The sum over processes rounds differently, so the weights agree to 1e-6 and not bit for bit."""
+    trainings = Trainings(tmp_path)
+    full = {"model_type": "full", "use_ema": False, "max_train_steps": 2, "learning_rate": 1e-4}
+    one, two = (
+        trainings.train(f"full-{count}", count, **full, gradient_accumulation_steps=4 // count)
+        for count in (1, 2)
+    )
+    for step, found in read_losses(one).items():
+        assert found == pytest.approx(read_losses(two)[step], rel=1e-6)
+    weights = [
+        load_file(run_dir / "checkpoint-2" / "weights.safetensors") for run_dir in (one, two)
+    ]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-6)
+    start = load_file(one / "checkpoint-1" / "weights.safetensors")
+    assert any(not torch.equal(start[name], weights[0][name]) for name in start)

@@ -95,7 +95,7 @@ class StoredSlice:
     file: Any
 
     def read(self, rows: slice | None = None) -> Tensor:
-        """Return the tensor on the CPU, or some of its rows; it may be a private view of the file."""
+        """Return the tensor on the CPU, or some of its rows; possibly a private view of it."""
         if rows is None:
             whole: Tensor = self.file.get_tensor(self.name)
             return whole

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -309,11 +310,13 @@ class World(Peers):
         """Leave the run together with the others.
 
         A launcher terminates the others when one process ends with an error, and a stop ends with
-        an exit code of its own; rank 0 may hold the store. A rank that fails does not take part in
-        anything that could wait for the others forever.
+        an exit code of its own; rank 0 may hold the store. A rank that fails first closes its
+        connections, so that the others, which may be waiting for it, fail too and read the reason.
         """
         if self._store is None:
             return
+        if kind is not None:  # in a thread, because an exchange that hangs must not keep this alive
+            threading.Thread(target=dist.destroy_process_group, daemon=True).start()
         stopped = kind is None or issubclass(kind, TrainingStopped)
         deadline = time.monotonic() + (LEAVE_WAIT_S if stopped else FAILURE_WAIT_S)
         with contextlib.suppress(RuntimeError):  # rank 0 has left, and its store with it
