@@ -22,6 +22,10 @@ NOT_SETTABLE: Mapping[str, str] = {
         ("num_machines", "machine_rank", "main_process_ip", "main_process_port"),
         "connects this machine to others; set it in a config file and train from a terminal",
     ),
+    "accelerate_visible_devices": (
+        "chooses GPUs, which the server does for each job; set CUDA_VISIBLE_DEVICES where the server "
+        "is started"
+    ),
     "accelerate_config": (
         "may connect this machine to others; set the options themselves, or train from a terminal"
     ),
