@@ -23,8 +23,7 @@ NOT_SETTABLE: Mapping[str, str] = {
         "connects this machine to others; set it in a config file and train from a terminal",
     ),
     "accelerate_visible_devices": (
-        "chooses GPUs, which the server does for each job; set CUDA_VISIBLE_DEVICES where the server "
-        "is started"
+        "chooses GPUs, which the server does for each job; set CUDA_VISIBLE_DEVICES for the server"
     ),
     "accelerate_config": (
         "may connect this machine to others; set the options themselves, or train from a terminal"

@@ -59,7 +59,8 @@ class MemoryPrediction:
     between host and device in a step. flops: of a step, with its rollouts. rollout_flops: the
     largest part of rollouts in it. trained: number of parameters. feed: the assumed batch. assumed:
     whether the published shape was used, because the model's own config is not on this machine yet.
-    base_bytes: of the transformer's weights in each process. communication: of an optimizer step.
+    base_bytes: of the transformer's weights that each process holds at any time. communication: of
+    an optimizer step.
     """
 
     kind: str
@@ -146,7 +147,7 @@ def predict_memory(
         spec.uses_published_shape,
         rollouts,
         world,
-        block_weights.per_process(world),
+        block_weights.own_part(world),
         step_communication(
             world,
             block_weights,

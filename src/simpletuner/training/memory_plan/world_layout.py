@@ -74,15 +74,19 @@ class WeightBytes:
     def total(self) -> int:
         return sum(self.blocks) + self.rest
 
+    def own_part(self, layout: WorldLayout) -> int:
+        """Return the bytes that a process holds at any time."""
+        return -(-self.total // layout.processes) if layout.shards("weights") else self.total
+
     def per_process(self, layout: WorldLayout) -> int:
         """Return the bytes that a process holds while it trains, gathered blocks included."""
+        own = self.own_part(layout)
         if not layout.shards("weights"):
-            return self.total
-        own = -(-self.total // layout.processes)
+            return own
         if not layout.reshards:
             return own + self.total
         gathered = sum(sorted(self.blocks)[-GATHERED_BLOCKS:])
-        return min(self.total, own + max(gathered, layout.live_bytes))
+        return own + min(self.total, max(gathered, layout.live_bytes))
 
 
 def read_layout(run: RunConfig) -> WorldLayout:
