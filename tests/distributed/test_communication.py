@@ -1,0 +1,125 @@
+"""What two processes really send each other in a step, beside what the plan says on paper."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner.models import registry
+from simpletuner.training import gradient_sum
+from simpletuner.training.memory_plan.prediction import predict_memory
+from tests.distributed.harness import run_ranks, values
+from tests.distributed.test_replicated import train_project
+from tests.e2e.training_project import TrainingProject
+
+PROCESSES = 2
+SMALL_BYTES = 32  # of a message with losses, flags or sizes
+# Operation of the plan -> functions of torch.distributed with the number of the argument that holds
+# the message, and the name by which the profiler counts it.
+FUNCTIONS = {
+    "send": {"send": 0},
+    "broadcast": {"broadcast": 0},
+    "all_reduce": {"all_reduce": 0},
+    "all_gather": {"all_gather_into_tensor": 0},
+    "reduce_scatter": {"reduce_scatter_tensor": 1},
+}
+PROFILED = {
+    "send": ("gloo:send",),
+    "broadcast": ("gloo:broadcast",),
+    "all_reduce": ("gloo:all_reduce",),
+    "all_gather": ("gloo:_all_gather_base",),
+    "reduce_scatter": ("gloo:_reduce_scatter_base",),
+}
+
+
+def count_step(root: str, options: dict[str, Any], bucket_bytes: int) -> dict[str, Any]:
+    """Train two steps; return the messages of the second one: operation -> bytes, and profiled."""
+    import torch.distributed as dist
+    from torch.profiler import ProfilerActivity, profile
+
+    from simpletuner.training import loop
+
+    gradient_sum.BUCKET_BYTES = bucket_bytes
+    sent: list[tuple[str, int]] = []
+    profiled: Counter[str] = Counter()
+    for operation, functions in FUNCTIONS.items():
+        for name, place in functions.items():
+            setattr(dist, name, counting(getattr(dist, name), operation, place, sent))
+    train_step = loop.train_step
+
+    def count(context: Any, step: int) -> Any:
+        if step != 1:
+            return train_step(context, step)
+        sent.clear()
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            completed = train_step(context, step)
+        messages.extend(sent)
+        for event in recorded.events() or ():
+            profiled.update([event.name] if event.name.startswith("gloo:") else [])
+        return completed
+
+    messages: list[tuple[str, int]] = []
+    loop.train_step = count
+    train_project(root, options)
+    return {"messages": messages, "profiled": dict(profiled)}
+
+
+def counting(function: Any, operation: str, place: int, sent: list[tuple[str, int]]) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
+        message = arguments[place] if len(arguments) > place else next(iter(named.values()))
+        tensors = message if isinstance(message, list) else [message]
+        sent.append((operation, sum(tensor.nbytes for tensor in tensors)))
+        return function(*arguments, **named)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> TrainingProject:
+    root = tmp_path_factory.mktemp("communication")
+    return TrainingProject(
+        root, max_train_steps=2, checkpoint_step_interval=9, cache_dir=str(root / "cache"),
+        use_ema=False, eval_steps_interval=9,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "bucket_bytes"),
+    [
+        pytest.param({"gradient_accumulation_steps": 1}, 64 << 20, id="LoRA"),
+        pytest.param(
+            {"gradient_accumulation_steps": 3}, 4096, id="LoRA, uneven tree, many buckets"
+        ),
+        pytest.param({"model_type": "full"}, 4096, id="full rank, many buckets"),
+    ],
+)
+def test_the_plan_counts_what_is_sent(
+    project: TrainingProject,
+    options: dict[str, Any],
+    bucket_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(gradient_sum, "BUCKET_BYTES", bucket_bytes)
+    chosen = {**project.options, **options, "output_dir": str(tmp_path), "num_processes": PROCESSES}
+    run = project.load_config(**chosen).config
+    plan = predict_memory(run, registry.get_family(run.model.model_family), kind="cpu")
+    counted = values(run_ranks(PROCESSES, count_step, str(project.root), chosen, bucket_bytes))
+    calls: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    for rank, found in enumerate(counted):
+        for operation, message in found["messages"]:
+            if operation != "send" and rank > 0:
+                continue  # the same call as on the first one
+            if message > SMALL_BYTES or operation in ("send", "broadcast"):
+                calls[operation] += 1
+                size[operation] += message
+    assert calls == {use.operation: use.calls for use in plan.communication}
+    assert size == {use.operation: use.message_bytes for use in plan.communication}
+    for operation, names in PROFILED.items():
+        for found in counted:
+            seen = sum(found["profiled"].get(name, 0) for name in names)
+            assert seen == sum(name == operation for name, _ in found["messages"]), operation
