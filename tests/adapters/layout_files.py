@@ -125,6 +125,14 @@ def make_native_file(key, ends, alpha, width, rank, seed=0) -> LayoutFile:
     return held
 
 
+def numbered(name: str) -> str:
+    """OneTrainer's original names: the native matrix, and the number of the part in it."""
+    for native, (parts, _, _) in NATIVE_MODULES.items():
+        if name in parts:
+            return f"transformer.{native}" + f".{parts.index(name)}" * (len(parts) > 1)
+    raise KeyError(name)
+
+
 AB, DOWN_UP = ("lora_A", "lora_B"), ("lora_down", "lora_up")
 
 
@@ -146,5 +154,6 @@ def make_all_layouts(width: int, rank: int = 4, alpha: float = 2.0) -> Mapping[s
         "comfyui-diffusers": make_diffusers_file(lambda n: f"diffusion_model.{n}", AB, alpha, width, rank),
         "bare": make_diffusers_file(lambda n: n, AB, alpha, width, rank),
         "onetrainer": make_diffusers_file(lambda n: f"lora_transformer_{underscored(n)}", DOWN_UP, alpha, width, rank),  # noqa: E501
+        "onetrainer-original": make_diffusers_file(numbered, DOWN_UP, alpha, width, rank),
         "lycoris": make_diffusers_file(lambda n: f"lycoris_{underscored(n)}", DOWN_UP, alpha, width, rank),
     }  # fmt: skip

@@ -6,17 +6,30 @@ import contextlib
 import json
 import pickle
 import struct
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import Tensor
 
 from simpletuner.adapters.deltas import LowRankDelta
+from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ModelError
+from simpletuner.models.weights.merge_loras import _merge_tensor
 from tests.adapters import chroma_lora
-from tests.adapters.layout_files import make_all_layouts, split_factors
+from tests.adapters.chroma_lora import attach_adapter
+from tests.adapters.layout_files import (
+    AB,
+    DOWN_UP,
+    make_all_layouts,
+    numbered,
+    split_factors,
+    underscored,
+)
+from tests.adapters.tiny_network import tiny_chroma
 
 WIDTH = 32
 ROWS = tuple(make_all_layouts(8))
@@ -118,7 +131,7 @@ def test_an_untrained_lora_keeps_its_rank(tmp_path):
         )
 
 
-def test_dora_scale_per_output_is_a_magnitude(tmp_path):
+def test_dora_scale_is_a_magnitude_per_output_or_per_input(tmp_path):
     name, (a, b) = next(iter(split_factors(WIDTH, 4).items()))
     tensors = {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
     scale = torch.rand(WIDTH, 1)
@@ -131,8 +144,8 @@ def test_dora_scale_per_output_is_a_magnitude(tmp_path):
         {**tensors, f"transformer.{name}.dora_scale": scale.t().contiguous()},
         tmp_path / "x.safetensors",
     )
-    with pytest.raises(ModelError, match="per input"):
-        chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()
+    delta = chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()[name]
+    assert delta.magnitude.shape == (1, WIDTH)
 
 
 KEY = "transformer.transformer_blocks.0.attn.to_q"
@@ -150,7 +163,7 @@ KEY = "transformer.transformer_blocks.0.attn.to_q"
         ),
         (
             {"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "lora_magnitude_vector": (3,)},
-            "rows, not 8",
+            r"shape \(3,\), not \(8,\)",
         ),
         ({"lora_A.weight": (4, 8), "lora_B.weight": (8, 4), "dora_scale": ()}, "no rows"),
     ],
@@ -253,3 +266,107 @@ def test_damage_of_any_kind_is_told_as_such(tmp_path_factory, data):
     path.write_bytes(content)
     with contextlib.suppress(ModelError):  # anything else is the failure
         chroma_lora.read_lora_file(path).to_deltas_and_summary()
+
+
+def write_dora(
+    path: Path, layout: str, per_input: bool
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """A DoRA as OneTrainer writes it, of attention; module -> (A, B scaled by alpha / rank, norms)."""
+    generator = torch.Generator().manual_seed(4)
+    key = {
+        "diffusers": lambda name: f"transformer.{name}",
+        "onetrainer": lambda name: f"lora_transformer_{underscored(name)}",
+        "original": numbered,
+    }[layout]
+    ends, suffix = (
+        (DOWN_UP, "dora_scale") if layout != "diffusers" else (AB, "lora_magnitude_vector.weight")
+    )
+    tensors, meant = {}, {}
+    for name, (a, b) in split_factors(32, 4).items():
+        if ".attn." not in name:
+            continue
+        shape = (1, a.shape[1]) if per_input else (b.shape[0], 1)
+        norms = torch.rand(shape, generator=generator) + 0.5
+        tensors |= {
+            f"{key(name)}.{ends[0]}.weight": a,
+            f"{key(name)}.{ends[1]}.weight": b,
+            f"{key(name)}.alpha": torch.tensor(2.0),
+            f"{key(name)}.{suffix}": norms,
+        }
+        meant[name] = (a, b / 2, norms)
+    save_file(tensors, path)
+    return meant
+
+
+@pytest.mark.parametrize("per_input", [True, False])
+@pytest.mark.parametrize("layout", ["diffusers", "onetrainer", "original"])
+def test_a_dora_of_onetrainer_is_exact_against_its_formula(
+    tmp_path: Path, layout: str, per_input: bool
+) -> None:
+    """Read, trained on and merged; W' = m (W + dW) / |W + dW| by rows or by columns."""
+    path = tmp_path / "dora.safetensors"
+    meant = write_dora(path, layout, per_input)
+    network = tiny_chroma().double()
+    bases = {name: module for name, module in network.named_modules() if name in meant}
+    weights = {name: module.weight.detach().clone() for name, module in bases.items()}
+    closed = {}
+    for name, (a, b, norms) in meant.items():
+        adapted = weights[name] + b.double() @ a.double()
+        closed[name] = adapted * norms / adapted.norm(dim=0 if per_input else 1, keepdim=True)
+    x = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = {
+        name: x @ closed[name].t() + (0 if bases[name].bias is None else bases[name].bias)
+        for name in meant
+    }
+    attached = tiny_chroma().double()
+    chroma_lora.load_adapter(attached, path)
+    options = AdapterOptions(lora_rank=4, lora_alpha=1.0, use_dora=True, init_lora=str(path))
+    trained = tiny_chroma().double()
+    names = list(meant)
+    attach_adapter(trained, options, names, 0)
+    for built in (attached.double(), trained.double()):
+        for name in meant:
+            got = built.get_submodule(name)(x)
+            assert (got - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max(), name
+    deltas = chroma_lora.read_lora_file(path).to_deltas()
+    for name in meant:
+        stored = StoredTensorOf(weights[name])
+        merged = _merge_tensor(f"{name}.weight", stored, [(deltas, 1.0)])
+        assert (merged - closed[name]).abs().max() <= 1e-6 * closed[name].abs().max(), name
+    chroma_lora.save_adapter(trained.float(), tmp_path / "again.safetensors")
+    again = chroma_lora.read_lora_file(tmp_path / "again.safetensors").to_deltas()
+    for name in meant:
+        assert torch.equal(again[name].magnitude, deltas[name].magnitude)
+    applied = {
+        program
+        for program, one in zip(
+            chroma_lora.CONSUMER_PROGRAMS,
+            chroma_lora.check_compatibility(tmp_path / "again.safetensors")[1],
+        )
+        if one.outcome == "applied"
+    }
+    assert applied == ({"comfyui", "comfyui-0.8.0"} if per_input else {"diffusers"})
+
+
+class StoredTensorOf:
+    """A tensor of a base, as merging reads it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def load(self) -> Tensor:
+        return self._tensor
+
+
+def test_columns_of_a_fused_matrix_cannot_be_split(tmp_path: Path) -> None:
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    save_file(
+        {
+            f"{key}.lora_down.weight": torch.ones(2, 32),
+            f"{key}.lora_up.weight": torch.ones(96, 2),
+            f"{key}.dora_scale": torch.ones(1, 32),
+        },
+        tmp_path / "x.safetensors",
+    )
+    with pytest.raises(ModelError, match="columns of a fused matrix"):
+        chroma_lora.read_lora_file(tmp_path / "x.safetensors").to_deltas()

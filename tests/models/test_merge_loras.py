@@ -147,7 +147,10 @@ def test_fp8_is_scaled_as_comfyui_reads_it(base: Path, tmp_path: Path) -> None:
     small = {name for name, one in found.items() if one.dtype == torch.float8_e4m3fn} - {
         "scaled_fp8"
     }
-    assert small == {name for name, one in found.items() if "_blocks." in name and one.ndim == 2}
+    assert small == {
+        name for name, one in found.items() if name.endswith(".weight") and one.ndim == 2
+    }
+    assert any("distilled_guidance_layer" in name for name in small)
     assert {name.replace(".weight", ".scale_weight") for name in small} <= found.keys()
     assert {one.dtype for name, one in found.items() if name not in small and "scale_w" not in name} == {
         torch.bfloat16, torch.float8_e4m3fn,

@@ -24,7 +24,7 @@ from simpletuner.adapters.deltas import (
     is_loha,
     multiply_factors,
 )
-from simpletuner.adapters.layouts import DOWN_SUFFIX, MAGNITUDE_SUFFIX, UP_SUFFIX
+from simpletuner.adapters.layouts import DORA_SCALE_SUFFIX, DOWN_SUFFIX, MAGNITUDE_SUFFIX, UP_SUFFIX
 
 Dequantize = Callable[..., Tensor]
 
@@ -270,7 +270,9 @@ class DoraLinear(LowRankLinear):
     """DoRA (arXiv 2402.09353): the rows of W + scale B A, rescaled to trained norms.
 
     The norm of each row is a constant in the backward pass (section 4.3 of the paper). strength
-    interpolates between the base's output and the adapted one.
+    interpolates between the base's output and the adapted one. row_norms: (out,), by default the
+    norms of the rows of W; of the shape (1, in) they are norms of the columns, as in files of
+    OneTrainer.
     """
 
     def __init__(
@@ -294,13 +296,16 @@ class DoraLinear(LowRankLinear):
         return self.row_norms
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        return {**super().adapter_parameters(), MAGNITUDE_SUFFIX: self.row_norms}
+        suffix = MAGNITUDE_SUFFIX if self.row_norms.ndim == 1 else DORA_SCALE_SUFFIX
+        return {**super().adapter_parameters(), suffix: self.row_norms}
 
     def forward(self, x: Tensor) -> Tensor:
         base = cast(nn.Linear, self.base_layer)
         base_y = base(x)
         if self.strength == 0.0:
             return cast(Tensor, base_y)
+        if self.row_norms.ndim == 2:
+            return self._forward_per_input(base, base_y, x)
         weight, x = base.weight.to(self.down.dtype), x.to(self.down.dtype)
         # Without autocast, because bf16 is too coarse for norms.
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -316,6 +321,20 @@ class DoraLinear(LowRankLinear):
             F.linear(x, self.down), self.up
         ) * self.scale
         return cast(Tensor, base_y + (change * self.strength).to(base_y.dtype))
+
+    def _forward_per_input(self, base: nn.Linear, base_y: Tensor, x: Tensor) -> Tensor:
+        """Rescale the columns of W + scale B A, which is the same as rescaling x."""
+        weight, x = base.weight.to(self.down.dtype), x.to(self.down.dtype)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            adapted = torch.addmm(weight, self.up, self.down, alpha=self.scale)
+            norms = torch.linalg.vector_norm(adapted, dim=0, keepdim=True)
+        rescaled = self.dropout(x) * (self.row_norms / norms)
+        y = (
+            F.linear(rescaled, weight)
+            + F.linear(F.linear(rescaled, self.down), self.up) * self.scale
+        )
+        base_product = base_y if base.bias is None else base_y - base.bias
+        return cast(Tensor, base_y + ((y - base_product) * self.strength).to(base_y.dtype))
 
 
 class LycorisLinear(AdaptedLinear):

@@ -40,6 +40,53 @@ class PredictedLoad:
 
 
 @dataclass(frozen=True)
+class KeyLookup:
+    """A program's lookup of keys, module by module.
+
+    native_prefixes, diffusers_prefixes: what precedes a native name, or one of diffusers; one that
+    ends with "_" is followed by underscores. forms: of key_forms.py that it knows. attached:
+    endings that it takes with a delta. tolerated_keys: it refuses a file with more unmatched keys;
+    None without a limit. needs_both: B without A ends the loading with an exception. needs_alpha:
+    so does a module without alpha. only_matrices: so do shapes of convolutions.
+    applies_input_magnitudes: a dora_scale per input is applied as it was trained.
+    other_native_modules: native modules that no LoRA here adapts, by their start.
+    """
+
+    native_prefixes: tuple[str, ...]
+    diffusers_prefixes: tuple[str, ...]
+    forms: tuple[str, ...]
+    attached: frozenset[str]
+    tolerated_keys: int | None = None
+    needs_both: bool = True
+    needs_alpha: bool = False
+    only_matrices: bool = False
+    applies_input_magnitudes: bool = False
+    other_native_modules: tuple[str, ...] = ()
+
+    def finds(self, module: str, names: ModuleNames) -> bool:
+        """Return whether the key of a module, without its ending, names a weight."""
+        for prefix in self.native_prefixes:
+            written = module.removeprefix(prefix)
+            if module.startswith(prefix):
+                if any(written.startswith(other) for other in self.other_native_modules):
+                    return True
+                dotted = (
+                    names.underscores_to_dots(written, True) if prefix.endswith("_") else written
+                )
+                if dotted is not None and names.diffusers_names(dotted):
+                    return True
+        for prefix in self.diffusers_prefixes:
+            written = module.removeprefix(prefix)
+            if module.startswith(prefix):
+                dotted = (
+                    names.underscores_to_dots(written, False) if prefix.endswith("_") else written
+                )
+                if dotted is not None and names.locate_in_native(dotted):
+                    return True
+        return False
+
+
+@dataclass(frozen=True)
 class ConsumerProgram:
     """A program that loads LoRA files.
 
@@ -47,7 +94,8 @@ class ConsumerProgram:
     rules: by layout. refusal_checks: each returns why a file is refused as a whole, or None.
     skips_module: takes whether the layout has native names, and the module. magnitude_layouts:
     layouts whose lora_magnitude_vector is applied. predict_lycoris_load: for LoHa and LoKr, if they
-    are treated differently from LoRA.
+    are treated differently from LoRA. key_lookup: for files of other keys than these layouts; None
+    if that was not examined.
     """
 
     title: str
@@ -58,6 +106,7 @@ class ConsumerProgram:
     skips_module: Callable[[bool, str], bool] = lambda native, module: False
     magnitude_layouts: tuple[str, ...] = ()
     predict_lycoris_load: Callable[[LoraFile], PredictedLoad] | None = None
+    key_lookup: KeyLookup | None = None
 
 
 @dataclass(frozen=True)
@@ -65,13 +114,15 @@ class LoraConventions:
     """LoRA files of one architecture: module names and the programs that load them.
 
     verified_programs: layout that can be written -> programs that must apply it as trained.
-    lycoris_programs: those that apply LoHa and LoKr at all.
+    lycoris_programs: those that apply LoHa and LoKr at all. width: of the published models, the only
+    one that other programs support; None if they support any.
     """
 
     names: ModuleNames
     programs: Mapping[str, ConsumerProgram]
     verified_programs: Mapping[str, tuple[str, ...]]
     lycoris_programs: tuple[str, ...] = ()
+    width: int | None = None
 
 
 def predict_load(program: ConsumerProgram, file: LoraFile) -> PredictedLoad:
@@ -100,6 +151,8 @@ def applied_deltas(program: ConsumerProgram, file: LoraFile) -> dict[str, Delta]
         magnitude = None
         if file.layout in program.magnitude_layouts:
             magnitude = file.modules[name].magnitude
+        if _applies_dora_scale(program, file, name):
+            magnitude = file.modules[name].dora_scale
         deltas |= file.split_module(name, strength, magnitude)
     return deltas
 
@@ -107,11 +160,19 @@ def applied_deltas(program: ConsumerProgram, file: LoraFile) -> dict[str, Delta]
 def loses_magnitude(program: ConsumerProgram, file: LoraFile, name: str) -> bool:
     """Return whether a program ignores or misreads the magnitude of a DoRA module.
 
-    ComfyUI and Forge divide dora_scale by other norms than LyCORIS and PEFT train with.
+    ComfyUI and Forge divide a dora_scale per output by other norms than LyCORIS and PEFT train
+    with; for one per input ComfyUI takes the norms that it was trained with.
     """
     module = file.modules[name]
     ignored = module.magnitude is not None and file.layout not in program.magnitude_layouts
-    return ignored or module.dora_scale is not None
+    misread = module.dora_scale is not None and not _applies_dora_scale(program, file, name)
+    return ignored or misread
+
+
+def _applies_dora_scale(program: ConsumerProgram, file: LoraFile, name: str) -> bool:
+    dora_scale, lookup = file.modules[name].dora_scale, program.key_lookup
+    per_input = dora_scale is not None and dora_scale.ndim == 2
+    return per_input and lookup is not None and lookup.applies_input_magnitudes
 
 
 def _module_strength(rule: LoadRule, file: LoraFile, name: str) -> float:

@@ -16,7 +16,7 @@ from simpletuner.adapters.compatibility import (
 )
 from simpletuner.adapters.lora_file import LoraFile, read_lora_file
 
-Outcome = Literal["applied", "in part", "ignored", "wrong strength", "refused"]
+Outcome = Literal["applied", "in part", "ignored", "wrong strength", "refused", "unknown"]
 
 
 @dataclass(frozen=True)

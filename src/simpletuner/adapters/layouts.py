@@ -17,6 +17,7 @@ PEFT_CONFIG_KEY = "lora_adapter_metadata"
 DOWN_SUFFIX = ".lora_A.weight"
 UP_SUFFIX = ".lora_B.weight"
 MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
+ONETRAINER_MAGNITUDE_SUFFIX = ".lora_magnitude_vector.weight"
 ALPHA_SUFFIX = ".alpha"
 DORA_SCALE_SUFFIX = ".dora_scale"  # LyCORIS' name of the magnitude, (out, 1)
 
@@ -26,6 +27,8 @@ class Layout:
     """A key is prefix + module + suffix. title: the name that people use for the layout.
 
     underscored: the dots of the module's name are written as underscores. suffixes: of A and B.
+    numbered_parts: a native name is followed by the number of the part, "img_attn.qkv.0", where it
+    has several; such modules are diffusers'.
     """
 
     title: str
@@ -33,6 +36,7 @@ class Layout:
     uses_native_names: bool
     underscored: bool = False
     suffixes: tuple[str, str] = (DOWN_SUFFIX, UP_SUFFIX)
+    numbered_parts: bool = False
 
     @property
     def down_suffix(self) -> str:
@@ -50,6 +54,8 @@ class Layout:
 
     def parse_module(self, written: str, names: ModuleNames) -> str | None:
         """Return the dotted name in the middle of a key; None if the architecture lacks it."""
+        if self.numbered_parts:
+            return names.numbered_part_to_diffusers(written)
         if self.underscored:
             return names.underscores_to_dots(written, self.uses_native_names)
         known = (
@@ -64,6 +70,7 @@ class Layout:
         suffixes = (
             *self.suffixes,
             ALPHA_SUFFIX,
+            ONETRAINER_MAGNITUDE_SUFFIX,
             MAGNITUDE_SUFFIX,
             DORA_SCALE_SUFFIX,
             *(f".{factor}" for factor in LYCORIS_FACTOR_NAMES),
@@ -72,13 +79,23 @@ class Layout:
         if suffix is None or not key.startswith(self.prefix):
             return None
         module = self.parse_module(key[len(self.prefix) : -len(suffix)], names)
+        if suffix == ONETRAINER_MAGNITUDE_SUFFIX:
+            suffix = MAGNITUDE_SUFFIX
         return None if module is None else (module, suffix)
 
 
 _KOHYA_SUFFIXES = (".lora_down.weight", ".lora_up.weight")
-# Twelve layouts are in use; the first of these nine occurs with and without alphas and header.
+# Thirteen layouts are in use; "diffusers" occurs with and without alphas and header. The order
+# decides between layouts that match all keys: transformer. may precede any name.
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
+        "onetrainer-original": Layout(
+            "OneTrainer's original names",
+            "transformer.",
+            uses_native_names=False,
+            suffixes=_KOHYA_SUFFIXES,
+            numbered_parts=True,
+        ),
         "diffusers": Layout("diffusers", "transformer.", uses_native_names=False),
         "transformer-kohya": Layout(
             "transformer. with lora_down/up",

@@ -63,7 +63,10 @@ class LoraFileSummary:
 
 @dataclass(frozen=True)
 class StoredModule:
-    """One module as the file stores it. magnitude: PEFT's; dora_scale: LyCORIS'."""
+    """One module as the file stores it. magnitude: PEFT's; dora_scale: LyCORIS'.
+
+    Both are (out,), or (1, in) per input, as in LowRankDelta.
+    """
 
     delta: Delta
     alpha: float | None = None
@@ -111,13 +114,7 @@ class LoraFile:
         for name, module in self.modules.items():
             magnitude = module.magnitude
             if module.dora_scale is not None:
-                rows = module.delta.shape[0]
-                if module.dora_scale.shape[0] != rows or module.dora_scale.numel() != rows:
-                    raise ModelError(
-                        f"{self.path}: the dora_scale of {name} is per input, which is not"
-                        " supported"
-                    )
-                magnitude = module.dora_scale.flatten()
+                magnitude = module.dora_scale
             deltas |= self.split_module(name, self.module_scale(name), magnitude)
         kinds = sorted({delta.kind for delta in deltas.values()})
         if len(kinds) != 1 and kinds != ["LoHa", "LoKr"]:
@@ -185,6 +182,7 @@ class LoraFile:
         impossible sizes.
         """
         fused = self.modules[name].delta.scaled(scale)
+        per_input = magnitude is not None and magnitude.ndim == 2
         parts: tuple[str, ...] = (name,)
         slices = [slice(0, fused.shape[0])]
         if self.uses_native_names:
@@ -195,6 +193,11 @@ class LoraFile:
                 raise ModelError(
                     f"{self.path}: {name}: {error}; it was trained on another model"
                 ) from None
+        if per_input and len(parts) > 1:
+            raise ModelError(
+                f"{self.path}: the magnitudes of {name} are norms of the columns of a fused matrix,"
+                " which cannot be split into its parts"
+            )
         deltas: dict[str, Delta] = {}
         for part, rows in zip(parts, slices):
             if isinstance(fused, LycorisDelta):
@@ -205,7 +208,7 @@ class LoraFile:
                 continue  # a module that the file does not adapt
             keep_all = len(parts) == 1 or bool(used_columns.all()) or not used_columns.any()
             columns = slice(None) if keep_all else used_columns
-            row_norms = None if magnitude is None else magnitude[rows]
+            row_norms = magnitude if magnitude is None or per_input else magnitude[rows]
             deltas[part] = LowRankDelta(fused.down[columns], fused.up[rows][:, columns], row_norms)
         return deltas
 
@@ -246,7 +249,6 @@ def _build_stored_module(
     path: Path, layout: str, name: str, tensors: Mapping[str, Tensor]
 ) -> StoredModule:
     alpha = tensors.get(ALPHA_SUFFIX)
-    magnitude = tensors.get(MAGNITUDE_SUFFIX)
     factors = {
         factor: tensors[f".{factor}"] for factor in LYCORIS_FACTOR_NAMES if f".{factor}" in tensors
     }
@@ -260,13 +262,23 @@ def _build_stored_module(
     for suffix in (MAGNITUDE_SUFFIX, DORA_SCALE_SUFFIX):
         if suffix in tensors and (tensors[suffix].ndim == 0 or not tensors[suffix].numel()):
             raise ModelError(f"{path}: the magnitude of {name} has no rows")
-    if magnitude is not None and magnitude.numel() != delta.shape[0]:
-        raise ModelError(
-            f"{path}: the magnitude of {name} has {magnitude.numel()} rows, not {delta.shape[0]}"
-        )
-    row_norms = None if magnitude is None else magnitude.flatten()
-    return StoredModule(
-        delta, None if alpha is None else float(alpha), row_norms, tensors.get(DORA_SCALE_SUFFIX)
+    norms = [
+        None if suffix not in tensors else _normalize_magnitude(path, name, tensors[suffix], delta)
+        for suffix in (MAGNITUDE_SUFFIX, DORA_SCALE_SUFFIX)
+    ]
+    return StoredModule(delta, None if alpha is None else float(alpha), *norms)
+
+
+def _normalize_magnitude(path: Path, name: str, magnitude: Tensor, delta: Delta) -> Tensor:
+    """Return norms of rows as (out,), or norms of columns as (1, in)."""
+    rows, columns = delta.shape
+    if magnitude.ndim == 2 and magnitude.shape == (1, columns):
+        return magnitude
+    if magnitude.numel() == rows and magnitude.shape[0] == rows:
+        return magnitude.flatten()
+    raise ModelError(
+        f"{path}: the magnitude of {name} has the shape {tuple(magnitude.shape)}, not ({rows},) or"
+        f" (1, {columns})"
     )
 
 

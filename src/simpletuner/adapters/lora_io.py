@@ -149,7 +149,10 @@ def _delta_tensors(
         if target.suffixes != LAYOUTS["diffusers"].suffixes:
             tensors[key + layouts.ALPHA_SUFFIX] = torch.tensor(float(delta.rank))
         if delta.magnitude is not None:
-            tensors[key + layouts.MAGNITUDE_SUFFIX] = delta.magnitude.contiguous()
+            suffix = layouts.MAGNITUDE_SUFFIX
+            if delta.magnitude.ndim == 2:  # per input: only ComfyUI applies it, under this name
+                suffix = layouts.DORA_SCALE_SUFFIX
+            tensors[key + suffix] = delta.magnitude.contiguous()
     return tensors
 
 
@@ -190,11 +193,13 @@ def _verify_file(
         file = read_lora_file(temporary, conventions.names)
     except ModelError as error:
         raise ModelError(f"the saved LoRA cannot be read back: {error}") from error
-    is_dora = any(delta.magnitude is not None for delta in expected.values())
+    magnitudes = [delta.magnitude for delta in expected.values() if delta.magnitude is not None]
     verified = conventions.verified_programs[layout]
     if file.is_lycoris:
         verified = tuple(name for name in verified if name in conventions.lycoris_programs)
-    for name in ("diffusers",) if is_dora else verified:
+    if magnitudes:
+        verified = ("diffusers",) if magnitudes[0].ndim == 1 else ("comfyui",)
+    for name in verified:
         program = conventions.programs[name]
         if refusal := compatibility.predict_load(program, file).refusal:
             raise ModelError(f"the saved LoRA would be refused by {program.title}: {refusal}")
@@ -250,8 +255,8 @@ def _relative_error(expected: Delta | AdaptedLinear, applied: Delta) -> float:
     scale = max(float(term.abs().max()) for term in terms)
     error = float(torch.stack([*applied_terms, *(-term for term in terms)]).sum(0).abs().max())
     if expected.magnitude is not None:
-        row_norms = expected.magnitude.cpu().flatten()
-        equal = applied.magnitude is not None and torch.equal(applied.magnitude, row_norms)
+        norms = expected.magnitude.cpu()
+        equal = applied.magnitude is not None and torch.equal(applied.magnitude, norms)
         error = error if equal else float("inf")
     if error == 0.0:
         return 0.0

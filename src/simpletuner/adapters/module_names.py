@@ -70,6 +70,20 @@ class ModuleNames:
         location = self._native_by_diffusers_name.get(template)
         return None if location is None else (location[0].format(number), location[1])
 
+    def numbered_part_to_diffusers(self, written: str) -> str | None:
+        """Return diffusers' name: double_blocks.3.img_attn.qkv.1 -> ...attn.to_k.
+
+        A native module of one part has no number. None if unknown.
+        """
+        parts = self.diffusers_names(written)
+        if len(parts) == 1:
+            return parts[0]
+        native, _, number = written.rpartition(".")
+        parts = self.diffusers_names(native)
+        if len(parts) > 1 and number.isdecimal() and int(number) < len(parts):
+            return parts[int(number)]
+        return None
+
     def underscores_to_dots(self, underscored: str, native: bool) -> str | None:
         """Return the dotted name: double_blocks_3_img_attn_qkv -> double_blocks.3.img_attn.qkv.
 

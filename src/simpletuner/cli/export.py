@@ -14,7 +14,7 @@ from simpletuner import __version__
 from simpletuner.cli.merge import parse_weighted_lora
 from simpletuner.cli.trained_weights import find_lora_file
 from simpletuner.config.schema import ModelOptions
-from simpletuner.errors import ConfigError, Problem
+from simpletuner.errors import ConfigError, ModelError, Problem
 
 if TYPE_CHECKING:
     from simpletuner.adapters.compatibility_check import ProgramCompatibility
@@ -151,25 +151,52 @@ def export_lora(
 def print_compatibility(path: Path, as_json: bool, err: bool = False) -> None:
     """Print how every program loads the file."""
     from simpletuner.adapters.compatibility_check import check_compatibility
+    from simpletuner.adapters.key_survey import predict_from_keys, survey_keys
     from simpletuner.models.registry import get_family
 
     conventions = get_family(ModelOptions().model_family).lora_conventions
-    file, verdicts = check_compatibility(path, conventions)
-    click.echo(
-        _compatibility_json(file, verdicts) if as_json else _compatibility_text(file, verdicts),
-        err=err,
+    try:
+        file, verdicts = check_compatibility(path, conventions)
+    except ModelError as error:
+        survey = survey_keys(path)
+        verdicts = predict_from_keys(survey, conventions)
+        reason = f"not read by this program: {error}"
+        summary: dict[str, object] = {"file": str(path), "keys": survey.keys, "unread": str(error)}
+        heading = f"{path.name}: {survey}\n  {reason}"
+    else:
+        summary = _summary_fields(file)
+        heading = f"{file.path.name}: {file.to_deltas_and_summary()[1]}"
+        if note := _width_note(file, conventions.width):
+            summary["note"] = note
+            heading = f"{heading}\n  {note}"
+    text = _compatibility_json(summary, verdicts) if as_json else _text(heading, verdicts)
+    click.echo(text, err=err)
+
+
+def _width_note(file: LoraFile, width: int | None) -> str:
+    """Say that the file is not of a published model, which is all that other programs load."""
+    if width is None or any(width in delta.shape for delta in file.to_deltas().values()):
+        return ""
+    return (
+        f"it was trained on a model whose width is not {width}, such as the bundled one: only this "
+        "program can use it; the lines below tell how the names would be treated"
     )
 
 
-def _compatibility_json(file: LoraFile, verdicts: tuple[ProgramCompatibility, ...]) -> str:
+def _summary_fields(file: LoraFile) -> dict[str, object]:
     summary = asdict(file.to_deltas_and_summary()[1])
     fields = {name: summary[name] for name in ("layout", "kind", "ranks", "alphas", "parameters")}
-    report = {"file": str(file.path), **fields, "modules": len(summary["modules"])}
-    return json.dumps({**report, "programs": [asdict(verdict) for verdict in verdicts]}, indent=2)
+    return {"file": str(file.path), **fields, "modules": len(summary["modules"])}
 
 
-def _compatibility_text(file: LoraFile, verdicts: tuple[ProgramCompatibility, ...]) -> str:
-    lines = [f"{file.path.name}: {file.to_deltas_and_summary()[1]}"]
+def _compatibility_json(
+    summary: dict[str, object], verdicts: tuple[ProgramCompatibility, ...]
+) -> str:
+    return json.dumps({**summary, "programs": [asdict(verdict) for verdict in verdicts]}, indent=2)
+
+
+def _text(heading: str, verdicts: tuple[ProgramCompatibility, ...]) -> str:
+    lines = [heading]
     for verdict in verdicts:
         strength = (
             f"strength {verdict.strength:g}: "

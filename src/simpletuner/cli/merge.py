@@ -148,3 +148,16 @@ def merge_loras(
         family.merge_loras(source, loras, target, metadata, shown)
     finally:
         shown.close()
+    if uses_bundled_transformer(options):
+        click.echo(
+            "the bundled model has sizes that other programs do not support: this file is for "
+            "this program alone",
+            err=True,
+        )
+
+
+def uses_bundled_transformer(options: ModelOptions) -> bool:
+    """Return whether the base is the small bundled model."""
+    return options.model_flavour == "nano" and not (
+        options.pretrained_model_name_or_path or options.pretrained_transformer_model_name_or_path
+    )

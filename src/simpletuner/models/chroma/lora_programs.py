@@ -7,15 +7,18 @@ reimplementations of the other programs' rules.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from simpletuner.adapters.compatibility import (
     ConsumerProgram,
+    KeyLookup,
     LoadRule,
     LoraConventions,
     PredictedLoad,
 )
 from simpletuner.adapters.deltas import LycorisDelta
+from simpletuner.adapters.key_forms import OTHER_FORMS, PAIR_FORMS
 from simpletuner.adapters.layouts import LAYOUTS
 from simpletuner.adapters.lora_file import LoraFile
 from simpletuner.adapters.module_names import split_block_number
@@ -45,6 +48,9 @@ DIFFUSERS_RULES: Mapping[str, LoadRule] = MappingProxyType(
         "comfyui-diffusers": NO_TRANSFORMER_PREFIX_RULE,
         "bare": NO_TRANSFORMER_PREFIX_RULE,
         "onetrainer": LoadRule(),
+        "onetrainer-original": LoadRule(
+            "refused", reason="NoMatchingPeftModuleError: it finds none of the modules"
+        ),
         "lycoris": LoadRule(
             "refused", reason="ValueError: its converter does not recognize any of the keys"
         ),
@@ -53,7 +59,7 @@ DIFFUSERS_RULES: Mapping[str, LoadRule] = MappingProxyType(
 COMFYUI_RULES: Mapping[str, LoadRule] = MappingProxyType(
     {
         layout: NO_MATCHING_KEY_RULE
-        if layout == "comfyui-diffusers"
+        if layout in ("comfyui-diffusers", "onetrainer-original")
         else LoadRule(reason="it does not read alpha from the header")
         for layout in LAYOUTS
     }
@@ -80,6 +86,45 @@ KOHYA_RULES: Mapping[str, LoadRule] = MappingProxyType(
         else LoadRule("ignored", reason="it only recognizes lora_unet_* keys; use --format kohya")
         for layout in LAYOUTS
     }
+)
+
+APPROXIMATOR = ("distilled_guidance_layer",)
+COMFYUI_LOOKUP = KeyLookup(
+    native_prefixes=("lora_unet_", "diffusion_model."),
+    diffusers_prefixes=("transformer.", "lycoris_", "lora_transformer_", ""),
+    forms=(*PAIR_FORMS, *OTHER_FORMS),
+    attached=frozenset({".alpha", ".dora_scale", ".lora_mid.weight", ".reshape_weight"}),
+    applies_input_magnitudes=True,
+    other_native_modules=APPROXIMATOR,
+)
+OLDER_COMFYUI_LOOKUP = replace(
+    COMFYUI_LOOKUP, diffusers_prefixes=("transformer.", "lycoris_", "lora_transformer_")
+)
+FORGE_LOOKUP = KeyLookup(
+    native_prefixes=("lora_unet_", "diffusion_model."),
+    diffusers_prefixes=(),
+    forms=(
+        "lora_down/up",
+        "lora_A/B",
+        ".lora.down/up",
+        "_lora.down/up",
+        "lora_linear_layer",
+        "LoHa",
+        "LoKr",
+        "full delta",
+    ),
+    attached=frozenset({".alpha", ".dora_scale", ".lora_mid.weight"}),
+    tolerated_keys=FORGE_TOLERATED_KEYS,
+    other_native_modules=APPROXIMATOR,
+)
+KOHYA_LOOKUP = KeyLookup(
+    native_prefixes=("lora_unet_",),
+    diffusers_prefixes=(),
+    forms=("lora_down/up",),
+    attached=frozenset({".alpha"}),
+    needs_both=False,
+    needs_alpha=True,
+    only_matrices=True,
 )
 
 
@@ -189,12 +234,14 @@ CHROMA_LORA = LoraConventions(
                     " comfy/weight_adapter/lora.py, loha.py, lokr.py"
                 ),
                 rules=COMFYUI_RULES,
+                key_lookup=COMFYUI_LOOKUP,
             ),
             "comfyui-0.8.0": ConsumerProgram(
                 title="ComfyUI",
                 version="0.3.64-0.8.0",
                 source="ComfyUI 0.3.64 and 0.8.0: comfy/lora.py load_lora, model_lora_keys_unet",
                 rules=OLDER_COMFYUI_RULES,
+                key_lookup=OLDER_COMFYUI_LOOKUP,
             ),
             "forge": ConsumerProgram(
                 title="Forge",
@@ -205,6 +252,7 @@ CHROMA_LORA = LoraConventions(
                 ),
                 rules=FORGE_RULES,
                 refusal_checks=(_refuse_many_unmatched_keys,),
+                key_lookup=FORGE_LOOKUP,
             ),
             "kohya": ConsumerProgram(
                 title="kohya sd-scripts",
@@ -217,6 +265,7 @@ CHROMA_LORA = LoraConventions(
                 refusal_checks=(_refuse_missing_alpha,),
                 skips_module=lambda native, module: _is_outside_blocks(module),
                 predict_lycoris_load=_predict_lycoris_in_kohya,
+                key_lookup=KOHYA_LOOKUP,
             ),
         }
     ),
@@ -229,4 +278,5 @@ CHROMA_LORA = LoraConventions(
         }
     ),
     lycoris_programs=("comfyui", "comfyui-0.8.0", "forge"),
+    width=FLUX_WIDTH,
 )

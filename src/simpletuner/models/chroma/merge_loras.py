@@ -26,7 +26,6 @@ CHROMA_MERGE = MergeFormat(
     read_config=_read_config,
     native_metadata=_native_metadata,
     group_by_native_name=native_names.group_by_native_name,
-    block_prefixes=weights.BLOCK_PREFIXES,
     weights_stem=WEIGHTS_STEM,
 )
 merge_loras = partial(merge_loras_of, CHROMA_MERGE)

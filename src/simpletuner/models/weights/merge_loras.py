@@ -39,8 +39,9 @@ class MergeOutput:
     """Path and form of the result.
 
     native_format: one file with the author's names, else a diffusers folder. dtype: None keeps the
-    stored dtypes. float8_e4m3fn, only for the native format, quantizes the matrices of the blocks
-    with one scale each; the rest is bfloat16. overwrite: an existing file or folder may be
+    stored dtypes. float8_e4m3fn, only for the native format, quantizes every matrix with one scale
+    each, and vectors are bfloat16: ComfyUI up to 0.3.64 casts all linears of a file with scaled fp8
+    to fp8, so that one without a scale would be rounded without it. overwrite: an existing file or folder may be
     replaced.
     """
 
@@ -57,15 +58,13 @@ class MergeFormat:
     read_tensors: takes a transformer's folder or file and a variant, and checks that it is
     complete. read_config: the fields of config.json. native_metadata: the metadata of a native
     file, made of these fields. group_by_native_name: diffusers' names -> native name with its parts
-    in the order of rows. block_prefixes: of tensors inside the blocks. weights_stem: name of weight
-    files.
+    in the order of rows. weights_stem: name of weight files.
     """
 
     read_tensors: Callable[[Path, str], Mapping[str, StoredTensor]]
     read_config: Callable[[Path], dict[str, object]]
     native_metadata: Callable[[Path], dict[str, str]]
     group_by_native_name: Callable[[Iterable[str]], dict[str, tuple[str, ...]]]
-    block_prefixes: tuple[str, ...]
     weights_stem: str
 
 
@@ -164,11 +163,7 @@ def _plan_output_tensors(
     for name, parts in groups.items():
         first = base_tensors[parts[0]]
         shape = (sum(base_tensors[part].shape[0] for part in parts), *first.shape[1:])
-        scaled = (
-            destination.dtype == FP8
-            and len(shape) == 2
-            and parts[0].startswith(model.block_prefixes)
-        )
+        scaled = destination.dtype == FP8 and len(shape) == 2 and name.endswith(".weight")
         dtype = (
             FP8
             if scaled
@@ -312,11 +307,15 @@ def _merge_tensor(name: str, stored: StoredTensor, loras: WeightedLoras) -> Tens
         if delta.magnitude is None:
             delta.add_to(merged, strength)
             continue
-        # DoRA (arXiv 2402.09353): rows of the adapted matrix are rescaled to trained norms.
+        # DoRA (arXiv 2402.09353): rows, or columns, of the adapted matrix are rescaled to trained
+        # norms.
         adapted = base.clone()
         delta.add_to(adapted, 1.0)
-        norms = torch.linalg.vector_norm(adapted, dim=1, keepdim=True)
-        merged += strength * (adapted * (delta.magnitude.to(base)[:, None] / norms) - base)
+        wanted = delta.magnitude.to(base)
+        per_input = wanted.ndim == 2
+        norms = torch.linalg.vector_norm(adapted, dim=0 if per_input else 1, keepdim=True)
+        wanted = wanted if per_input else wanted[:, None]
+        merged += strength * (adapted * (wanted / norms) - base)
     return merged
 
 
