@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -513,3 +515,12 @@ def test_dots_and_brackets_in_toml_strings_are_not_counted() -> None:
     text = "validation_prompt = '" + "a." * 100 + "[" * 100 + "'\n# " + "[" * 100 + "\n"
     text += 'b = """' + "[{" * 100 + '"""\n'
     assert documents.parse_document(text, ".toml", "x.toml").value["b"] == "[{" * 100
+
+
+def test_long_toml_texts_take_linear_time() -> None:
+    """Each of these needs minutes with a pattern that backtracks at every start."""
+    for text in ("a='''" + "'" * 250_000, '"' * 250_000, "a = " + "1_" * 100_000, "#" * 250_000):
+        before = time.process_time()
+        with contextlib.suppress(ConfigError):
+            documents.parse_document(text, ".toml", "x.toml")
+        assert time.process_time() - before < 5

@@ -334,7 +334,7 @@ class DoraLinear(LowRankLinear):
             + F.linear(F.linear(rescaled, self.down), self.up) * self.scale
         )
         base_product = base_y if base.bias is None else base_y - base.bias
-        return cast(Tensor, base_y + ((y - base_product) * self.strength).to(base_y.dtype))
+        return base_y + ((y - base_product) * self.strength).to(base_y.dtype)
 
 
 class LycorisLinear(AdaptedLinear):

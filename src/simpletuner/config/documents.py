@@ -22,7 +22,7 @@ MAX_TOML_DEPTH = 32
 TOML_TEXT_PATTERN = re.compile(
     r"""\"{3}.*?\"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*""", re.DOTALL
 )
-TOML_DOTTED_PATTERN = re.compile(r"[\w-]+(?:[ \t]*\.[ \t]*[\w-]+)+")
+TOML_DOTTED_PATTERN = re.compile(r"(?<![\w-])[\w-]+(?:[ \t]*\.[ \t]*[\w-]+)+")
 TOML_KEY_PATTERN = re.compile(r"^[ \t]*([\"']?)([\w-]+)\1[ \t]*=", re.MULTILINE)
 TOML_POSITION_PATTERN = re.compile(r" \(at line (\d+), column (\d+)\)$")
 

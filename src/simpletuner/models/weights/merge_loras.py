@@ -41,8 +41,8 @@ class MergeOutput:
     native_format: one file with the author's names, else a diffusers folder. dtype: None keeps the
     stored dtypes. float8_e4m3fn, only for the native format, quantizes every matrix with one scale
     each, and vectors are bfloat16: ComfyUI up to 0.3.64 casts all linears of a file with scaled fp8
-    to fp8, so that one without a scale would be rounded without it. overwrite: an existing file or folder may be
-    replaced.
+    to fp8, so that one without a scale would be rounded without it. overwrite: an existing file or
+    folder may be replaced.
     """
 
     path: Path
