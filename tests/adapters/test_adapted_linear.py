@@ -12,7 +12,8 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from simpletuner.adapters.adapted_linear import DoraLinear, LoraLinear
+from simpletuner.adapters.adapted_linear import LoraLinear
+from simpletuner.adapters.dora_linear import DoraLinear
 
 
 def pair(

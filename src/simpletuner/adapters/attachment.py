@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.adapted_linear import (
     AdaptedLinear,
-    DoraLinear,
     LoraLinear,
     LycorisLinear,
     adapted_modules,
 )
 from simpletuner.adapters.deltas import Delta, DeltaT, LowRankDelta, LycorisDelta
+from simpletuner.adapters.dora_linear import DoraLinear
 from simpletuner.adapters.lora_file import LoraFileSummary, read_lora_file
 from simpletuner.adapters.lycoris_init import init_lycoris, warm_start_lycoris
 from simpletuner.adapters.module_names import ModuleNames

@@ -114,8 +114,8 @@ class LoraConventions:
     """LoRA files of one architecture: module names and the programs that load them.
 
     verified_programs: layout that can be written -> programs that must apply it as trained.
-    lycoris_programs: those that apply LoHa and LoKr at all. width: of the published models, the only
-    one that other programs support; None if they support any.
+    lycoris_programs: those that apply LoHa and LoKr at all. width: of the published models, the
+    only one that other programs support; None if they support any.
     """
 
     names: ModuleNames

@@ -31,8 +31,8 @@ LYCORIS_FACTOR_NAMES = (
 class LowRankDelta:
     """delta W = up @ down, with alpha folded into `up`.
 
-    down: (r, in). up: (out, r). magnitude: with DoRA, else None; (out,) are norms of the rows of W +
-    delta W, one per output, and (1, in) are norms of its columns, one per input, as OneTrainer
+    down: (r, in). up: (out, r). magnitude: with DoRA, else None; (out,) are norms of the rows of
+    W + delta W, one per output, and (1, in) are norms of its columns, one per input, as OneTrainer
     trains them by default. All float32 on the CPU.
     """
 

@@ -179,7 +179,7 @@ def _width_note(file: LoraFile, width: int | None) -> str:
         return ""
     return (
         f"it was trained on a model whose width is not {width}, such as the bundled one: only this "
-        "program can use it; the lines below tell how the names would be treated"
+        "program can use it; the lines below show how the names would be treated"
     )
 
 
