@@ -285,6 +285,35 @@ def listening_addresses(pid: int) -> list[str]:
     return found
 
 
+def join_by_srun(answer: Any, number: int) -> None:
+    """Join as a task of srun, and answer what every task knows."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    os.environ.update(
+        SLURM_JOB_ID=str(os.getppid()), SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2",
+        SLURM_PROCID=str(number), SLURM_LOCALID=str(number), SLURM_NODEID="0",
+        SLURM_STEP_NODELIST="localhost", SLURM_STEP_TASKS_PER_NODE="2", GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    from simpletuner.training.world import join_world
+
+    with join_world(config_from_resolved({"device": "cpu"})) as world:
+        known = world.gather_json([world.rank, world.local_rank, world.local_size])
+        answer.put((number, known, set(listening_addresses(os.getpid()))))
+
+
+def test_tasks_of_srun_join_without_torchrun() -> None:
+    answer = CONTEXT.Queue()
+    tasks = [CONTEXT.Process(target=join_by_srun, args=(answer, number)) for number in range(2)]
+    for task in tasks:
+        task.start()
+    answers = sorted(answer.get(timeout=TIMEOUT_S) for _ in tasks)
+    for task in tasks:
+        task.join(TIMEOUT_S)
+        assert task.exitcode == 0
+    known = [[0, 0, 2], [1, 1, 2]]
+    assert answers == [(0, known, {"127.0.0.1"}), (1, known, {"127.0.0.1"})]
+
+
 @pytest.mark.parametrize(
     ("wanted", "own", "expected"),
     [

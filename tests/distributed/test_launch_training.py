@@ -187,24 +187,36 @@ def test_what_trains_nothing_starts_no_process(run: Run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_frozen_process_is_ended_after_the_timeout(run: Run) -> None:
+    run.launch("--ddp_timeout=5")
+    run.wait_for_step(3)
+    run.kill(1, signal.SIGSTOP)
+    assert run.wait() == 0, run.log.read_text()
+    assert "ended with exit code 13; restarting" in run.log.read_text()
+    assert_equal_to_one_process(run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(8))
 def test_a_storm_of_signals_costs_no_bit(run: Run, seed: int) -> None:
     """At random moments a process, or the launcher, is killed, stopped or frozen for a while."""
     chance = random.Random(seed)
+    allowed = {0, 75, 13, 128 + 9, *(-number for number in (9, 10, 15))}
     for _ in range(6):
-        run.launch("--max_restarts=1", "--ddp_timeout=20")
-        time.sleep(chance.uniform(2, 14))
-        pids = ranks_of(run.process.pid) if run.process.poll() is None else {}
-        target = chance.choice([*pids.values(), run.process.pid])
+        run.launch("--max_restarts=1", "--ddp_timeout=60")
+        time.sleep(chance.uniform(2, 20))
+        ranks = ranks_of(run.process.pid) if run.process.poll() is None else {}
+        target = chance.choice([*ranks.values(), run.process.pid])
         number = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGSTOP])
-        if run.process.poll() is None:
+        if is_running(target):
             os.kill(target, number)
-        if number == signal.SIGSTOP:
-            time.sleep(3)
-            os.kill(target, signal.SIGCONT)
-        code = run.wait()
-        assert code in (0, 75, 13, 137, -signal.SIGKILL, -signal.SIGUSR1, -signal.SIGTERM), code
-        wait_until_gone(list(pids.values()))
+            if number == signal.SIGSTOP:
+                time.sleep(3)
+                os.kill(target, signal.SIGCONT)
+        assert run.wait() in allowed, run.log.read_text()
+        wait_until_gone(list(ranks.values()))
         with RunFolder(run.folder):
             pass
     run.launch()
