@@ -6,9 +6,11 @@ the same with a training.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -260,6 +262,37 @@ def test_a_process_whose_parent_is_gone_already_ends(launch: Any) -> None:
     assert not (launched.folder / "alive-1").exists()
 
 
+def test_two_machines_find_each_other_by_address(tmp_path: Path) -> None:
+    """Two launchers, as on two machines; the processes join and exchange their ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    machines = []
+    for number in (1, 0):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        machines.append(
+            Launched(
+                folder, JOIN, 2, num_machines=2, machine_rank=number, main_process_ip="127.0.0.1",
+                main_process_port=port, device="cpu",
+            )
+        )  # fmt: skip
+    assert [machine.wait() for machine in machines] == [0, 0]
+    for number in range(2):
+        assert (tmp_path / str(number) / f"told-{number}").read_text() == "[0, 1] 0 1"
+
+
+JOIN = """
+from simpletuner.config.load import config_from_resolved
+from simpletuner.training.world import join_world
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+with join_world(config_from_resolved({"device": "cpu"})) as world:
+    known = world.gather_json(world.rank)
+    told = f"{known} {world.local_rank} {world.local_size}"
+(folder / f"told-{rank}").write_text(told)
+"""
+
+
 def test_everything_listens_on_loopback(launch: Any) -> None:
     launched = launch("(folder / f'ready-{rank}').touch()\ntime.sleep(60)")
     launched.wait_for("ready-0", "ready-1")
@@ -272,9 +305,10 @@ def listening_addresses(pid: int) -> list[str]:
     """Return the addresses on which a process listens, from /proc."""
     sockets = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        target = os.readlink(entry)
-        if target.startswith("socket:["):
-            sockets.add(target[len("socket:[") : -1])
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            target = os.readlink(entry)
+            if target.startswith("socket:["):
+                sockets.add(target[len("socket:[") : -1])
     found = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:

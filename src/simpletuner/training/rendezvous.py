@@ -69,10 +69,12 @@ def make_rendezvous(options: DistributedOptions) -> RendezvousHandler:
     if options.num_machines == 1:
         return LoopbackRendezvous(options.main_process_port)
     port = options.main_process_port or DEFAULT_PORT
+    address = options.main_process_ip or ""
+    host = f"[{address}]" if ":" in address else address  # IPv6
     return get_rendezvous_handler(
         RendezvousParameters(
             backend="static",
-            endpoint=f"{options.main_process_ip}:{port}",
+            endpoint=f"{host}:{port}",
             run_id=RUN_ID,
             min_nodes=options.num_machines,
             max_nodes=options.num_machines,
