@@ -26,7 +26,7 @@ VALUES = {
     "accelerate_visible_devices": "0,1",
     "alpha_background": "black",
     "cache_dir": "somewhere",
-    "evaluation_type": "shapes",
+    "evaluation_type": "clip",
     "flow_custom_timesteps": "0.5",
     "lr_end": 1e-6,
     "lycoris_config": {"algo": "lokr"},

@@ -50,8 +50,8 @@ validation_guidance_rescale validation_seed_source validation_randomize validati
 validation_guidance_skip_layers validation_preview validation_preview_steps validation_method
 validation_external_script validation_external_background validation_adapter_path
 validation_adapter_strength validation_multigpu validation_image_format validation_image_quality
-validation_stitch_input_location eval_epoch_interval eval_timesteps
-eval_dataset_pooling eval_loss_disable pretrained_evaluation_model_name_or_path
+validation_stitch_input_location eval_timesteps
+eval_dataset_pooling
 push_to_hub_background publishing_config post_upload_script custom_tracker tracker_image_layout
 webhook_reporting_interval aspect_bucket_rounding aspect_bucket_alignment max_upscale_threshold
 metadata_update_interval write_batch_size read_batch_size image_processing_batch_size max_workers
@@ -177,7 +177,15 @@ def judge(tmp_path: Path) -> Any:
         ({"validation_resolution": "1.0"}, "validation_resolution"),
         ({"report_to": "wandb,swanlab"}, "report_to"),
         ({"webhook_config": "https://x/y"}, "webhook_config"),
-        ({"evaluation_type": "clip"}, "evaluation_type"),
+        ({"evaluation_type": "fid"}, "evaluation_type"),
+        (
+            {
+                "evaluation_type": "shapes",
+                "model_flavour": "nano",
+                "pretrained_evaluation_model_name_or_path": "who/what",
+            },
+            "pretrained_evaluation_model_name_or_path",
+        ),
         ({"evaluation_type": "shapes", "model_flavour": "hd"}, "evaluation_type"),
         (
             {"evaluation_type": "zorbo", "pretrained_model_name_or_path": "who/what"},
@@ -189,7 +197,6 @@ def judge(tmp_path: Path) -> Any:
         ({"validation_strengths": -1}, "validation_strengths"),
         ({"alpha_background": "red"}, "alpha_background"),
         ({"output_dir": ""}, "output_dir"),
-        ({"validation_prompt_library": True}, "validation_prompt_library"),
         ({"flux_guidance_mode": "random-range"}, "flux_guidance_mode"),
         ({"flux_lora_target": "all+ffs+embedder"}, "flux_lora_target"),
         ({"device": 3}, "device"),
@@ -273,6 +280,10 @@ def test_contradictions(judge: Any, config: dict[str, Any], option: str) -> None
         {"report_to": "wandb,tensorboard"},
         {"optimizer": "lion", "optimizer_config": "beta1=0.8, kahan_sum=true"},
         {"resolution": 1.0, "resolution_type": "area"},
+        {"evaluation_type": "clip,likeness,diversity"},
+        {"evaluation_type": "likeness", "pretrained_evaluation_model_name_or_path": "who/what"},
+        {"validation_prompt_library": True},
+        {"eval_loss_disable": True, "eval_epoch_interval": 0.5},
         {"evaluation_type": "zorbo, shapes", "model_flavour": "nano", "evaluation_prompts": 8},
         {"evaluation_type": "shapes", "pretrained_model_name_or_path": "."},
         {"num_processes": 2},

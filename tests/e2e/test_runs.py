@@ -22,6 +22,7 @@ from simpletuner.errors import ConfigError
 from simpletuner.events.event_types import (
     ImageSaved,
     LossEvaluated,
+    ScoresComputed,
     StageCompleted,
     StepCompleted,
     WarningIssued,
@@ -30,6 +31,7 @@ from simpletuner.events.event_types import (
 from simpletuner.models.chroma.family import ChromaFamily
 from tests.e2e.training_project import TrainingProject, read_events, read_losses
 from tests.models.tiny_checkpoint import make_checkpoint
+from tests.models.tiny_evaluation_models import make_clip
 
 QUICKSTART = """{
   "model_type": "lora",
@@ -147,6 +149,40 @@ def test_validation_images_start_from_images(drawn: tuple[TrainingProject, Path]
     with Image.open(runs[0.5] / from_sample.path) as shown:
         assert shown.info["image"] == "held/picture-11.png"
         assert shown.info["prompt"] == from_sample.prompt
+
+
+def test_scores_of_the_base_and_of_checkpoints(drawn: tuple[TrainingProject, Path]) -> None:
+    """CLIP scores twice per epoch of three steps; the held-out loss is switched off."""
+    workspace, _ = drawn
+    clip = make_clip(workspace.root / "clip")
+    out = workspace.train(
+        output_dir=str(workspace.root / "scored"),
+        evaluation_type="clip,likeness,diversity",
+        pretrained_evaluation_model_name_or_path=str(clip),
+        eval_epoch_interval=2 / 3,
+        eval_loss_disable=True,
+        eval_steps_interval=None,
+        max_train_steps=3,
+        train_batch_size=1,
+        validation_prompt=None,
+        instance_prompt="zwx",
+        evaluation_prompts=2,
+    )
+    happened = read_events(out)
+    scored = [event for event in happened if isinstance(event, ScoresComputed)]
+    # Six images and two to a step: an epoch is three steps, 2/3 of it two.
+    assert [(event.metric, event.step, event.weights) for event in scored] == [
+        (metric, step, weights)
+        for step, weights in ((0, "base"), (2, "ema"), (3, "ema"))
+        for metric in ("clip", "likeness", "diversity")
+    ]
+    assert set(scored[1].rates) == {"mean", "nearest"}
+    assert all(event.rates["mean"][1] > 0 for event in scored), "standard errors over two prompts"
+    assert scored[0].rates != scored[6].rates
+    assert not any(isinstance(event, LossEvaluated) for event in happened)
+    report = (out / "report.html").read_text(encoding="utf-8")
+    for name in ("clip", "likeness", "diversity"):
+        assert name in report
 
 
 def test_a_validation_image_that_is_none_is_refused_first(

@@ -31,6 +31,8 @@ COUNT = 20  # more than one batch of the sampler
 class Bright:
     """How many pictures are bright; keeps what it was shown."""
 
+    uses_references = False
+
     def __init__(self, name: str, unit: str = "share") -> None:
         self.name = name
         self.unit = unit
@@ -112,7 +114,9 @@ def test_every_metric_is_declared_once_and_described() -> None:
     options = all_options()
     for name, spec in IMAGE_METRICS.items():
         assert name in options["evaluation_type"].text
-        assert f"{spec.default_prompts} for {name}" in options["evaluation_prompts"].text
+        assert f"{spec.default_prompts} for {name}" in options["evaluation_prompts"].text.replace(
+            f"for {name}.", f"for {name}"
+        )
         assert set(spec.options) <= ValidationOptions.model_fields.keys()
 
 

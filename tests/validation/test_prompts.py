@@ -140,3 +140,19 @@ def test_pictures_count_seeds_up() -> None:
         ("a-0-64x64", 42), ("a-1-64x64", 43), ("b-0-64x64", 7), ("b-1-64x64", 8),
         ("a-0-64x128", 42), ("a-1-64x128", 43), ("b-0-64x128", 7), ("b-1-64x128", 8),
     ]  # fmt: skip
+
+
+def test_built_in_prompts_come_last_and_the_users_own_win(tmp_path: Path) -> None:
+    (tmp_path / "library.json").write_text('{"subject-dog": "my dog"}')
+    options = ValidationOptions(
+        validation_prompt="mine",
+        user_prompt_library="library.json",
+        validation_prompt_library=True,
+        validation_negative_prompt="blurry",
+    )
+    prompts = read_prompts(options, tmp_path, "zwx")
+    assert [prompt.text for prompt in prompts[:3]] == ["mine", "my dog", "zwx"]
+    assert len(prompts) == 2 + 50 - 1
+    assert len({prompt.id for prompt in prompts}) == len(prompts)
+    assert {prompt.negative for prompt in prompts} == {"blurry"}
+    assert all(prompt.id == safe_file_name(prompt.id) for prompt in prompts)

@@ -6,16 +6,13 @@ config/option.py); here are the rules that compare values.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from simpletuner.config import flow_constraints, lycoris_config
 from simpletuner.config.deepspeed_config import find_deepspeed_notices
 from simpletuner.config.distributed_constraints import find_distributed_errors
-from simpletuner.config.image_metrics import IMAGE_METRICS
 from simpletuner.config.optimizer_arguments import parse_optimizer_arguments
 from simpletuner.config.option import (
     NeedGroup,
@@ -28,13 +25,12 @@ from simpletuner.config.option import (
 from simpletuner.config.option_catalog import Option, all_options
 from simpletuner.config.patterns import pattern_problem
 from simpletuner.config.schema import DataOptions, RunConfig
-from simpletuner.config.sections_output import SCORABLE_BASE_REASON
+from simpletuner.config.validation_constraints import find_validation_errors
 from simpletuner.errors import ConfigError
 from simpletuner.events.trackers import TRACKER_NAMES
 
 GivenOrigins = Mapping[str, str]  # option -> where it was given; defaults are absent
 ConstraintFinding = tuple[str, str]  # the option that is reported, and what is wrong
-RESOLUTION_PATTERN = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
 # These initialise A and B from the base's principal components, so the delta is not zero at the
 # start.
 BASE_DERIVED_INITS = ("olora", "pissa")
@@ -84,7 +80,7 @@ def _compare_values(run: RunConfig, given: GivenOrigins) -> Iterator[ConstraintF
         yield "optimizer_config", str(error)
     yield from check_sizes_and_captions(run.data)
     yield from flow_constraints.find_errors(run.flow, given)
-    yield from _check_validation(run)
+    yield from find_validation_errors(run)
     yield from _check_logging(run)
     yield from find_distributed_errors(run)
 
@@ -214,36 +210,6 @@ def check_sizes_and_captions(data: DataOptions) -> Iterator[ConstraintFinding]:
         yield "target_downsample_size", f"{target:g} must be between {limits}"
     if data.prepend_instance_prompt and data.only_instance_prompt:
         yield "only_instance_prompt", "prepend_instance_prompt is given too; use one of them"
-
-
-def _check_validation(run: RunConfig) -> Iterator[ConstraintFinding]:
-    for size in (run.validation.validation_resolution or "").replace(" ", "").split(","):
-        match = RESOLUTION_PATTERN.fullmatch(size)
-        if size and (match is None or any(int(side) < 64 for side in match.groups() if side)):
-            yield (
-                "validation_resolution",
-                f'{size!r} is not a size; write "512" or "512x768" (pixels, at least 64)',
-            )
-    names = [name.strip() for name in run.validation.evaluation_type.split(",")]
-    for name in names:
-        if name == "clip":
-            yield (
-                "evaluation_type",
-                "clip needs a second model and is not supported; use the held-out loss of an "
-                "eval dataset",
-            )
-        elif name not in IMAGE_METRICS and names != ["none"]:
-            yield (
-                "evaluation_type",
-                f"{name!r} is not supported; allowed: none, or a list of "
-                f"{', '.join(IMAGE_METRICS)}",
-            )
-    base = run.model.pretrained_model_name_or_path
-    hosted_base = run.model.model_flavour != "nano" and base is not None and not Path(base).is_dir()
-    if hosted_base and any(
-        IMAGE_METRICS[name].nano_only for name in names if name in IMAGE_METRICS
-    ):
-        yield "evaluation_type", f"{run.validation.evaluation_type} {SCORABLE_BASE_REASON}"
 
 
 def _check_logging(run: RunConfig) -> Iterator[ConstraintFinding]:

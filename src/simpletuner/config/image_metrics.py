@@ -18,7 +18,9 @@ class ImageMetricSpec:
     number, such as "similarity". default_prompts: how many prompts it scores when its options do
     not say. needs_device: whether it runs a model of its own on the accelerator. device_bytes: the
     memory of that model, which is on the device together with the training. nano_only: whether it
-    can read only the images of chroma-nano's world. options: its options of the validation section.
+    can read only the images of chroma-nano's world. models: the kinds of model that it can use, by
+    model_type; the metrics share one model, which is on the device only while it scores.
+    options: its options of the validation section.
     """
 
     unit: str
@@ -26,10 +28,19 @@ class ImageMetricSpec:
     needs_device: bool = False
     device_bytes: int = 0
     nano_only: bool = False
+    models: tuple[str, ...] = ()
     options: tuple[str, ...] = ("evaluation_prompts",)
 
 
+MODEL_OPTIONS = ("evaluation_prompts", "pretrained_evaluation_model_name_or_path")
 IMAGE_METRICS: dict[str, ImageMetricSpec] = {
+    "clip": ImageMetricSpec("similarity", 40, True, models=("clip",), options=MODEL_OPTIONS),
+    "likeness": ImageMetricSpec(
+        "similarity", 40, True, models=("clip", "dinov2"), options=MODEL_OPTIONS
+    ),
+    "diversity": ImageMetricSpec(
+        "distance", 10, True, models=("clip", "dinov2"), options=MODEL_OPTIONS
+    ),
     "shapes": ImageMetricSpec(unit="share", default_prompts=64, nano_only=True),
     "zorbo": ImageMetricSpec(unit="share", default_prompts=32, nano_only=True),
 }

@@ -12,13 +12,12 @@ from simpletuner.config.option import Effect, Not, OptionSection, option
 IMAGES = {"validation_disable": False}
 IMAGES_OR_SCORES = {**IMAGES, "evaluation_type": Not("none")}
 SCORES = {"evaluation_type": Not("none")}
-# A local base is accepted too: it may be one of chroma-nano's kind.
-SCORABLE_BASE = {"model_flavour": "nano", "pretrained_model_name_or_path": Not(None)}
-SCORABLE_BASE_REASON = (
-    "scores images of chroma-nano's world; use model_flavour nano, or a local folder with such a "
-    "model"
-)
-PROMPTS = {"validation_prompt": Not(None), "user_prompt_library": Not(None)}
+PROMPTS = {
+    "validation_prompt": Not(None),
+    "user_prompt_library": Not(None),
+    "validation_prompt_library": True,
+}
+HELD_OUT = {"eval_loss_disable": False}
 START_IMAGES = {"validation_image": Not(None), "validation_using_datasets": True}
 TRACKERS = {"report_to": Not("none")}
 
@@ -56,15 +55,12 @@ class ValidationOptions(OptionSection):
         path="file",
         needs=IMAGES,
     )
-    validation_prompt_library: Literal[False] = option(
+    validation_prompt_library: bool = option(
         False,
-        "Built-in prompt lists are not available; use user_prompt_library.",
+        "Also generate the forty built-in prompts, and ten about the trigger word where "
+        "modelspec_trigger or instance_prompt names one.",
         resume_policy="free",
-        refused_values={
-            "true": (
-                "there is no built-in prompt list; use user_prompt_library for a list of your own"
-            ),
-        },
+        needs=IMAGES,
     )
     validation_negative_prompt: str = option(
         "",
@@ -159,39 +155,72 @@ class ValidationOptions(OptionSection):
         needs={"model_type": "lora", **IMAGES},
         pattern=r"^(none|\d(\.\d+)?( *, *\d(\.\d+)?)*)$",
     )
+    eval_loss_disable: bool = option(
+        False,
+        "Do not measure the held-out loss; eval datasets are held out all the same.",
+        resume_policy="free",
+    )
     eval_steps_interval: int | None = option(
         None,
-        "Steps between measurements of the held-out loss; null is at every checkpoint.",
+        "Steps between measurements of the held-out loss; null is at every checkpoint, or as "
+        "eval_epoch_interval says.",
         level="common",
         unit="steps",
         resume_policy="free",
+        needs=HELD_OUT,
         ge=1,
+    )
+    eval_epoch_interval: float | None = option(
+        None,
+        "Epochs between measurements of the held-out loss, and between scores where no "
+        "evaluation_step_interval is given; 0.5 is twice per epoch.",
+        unit="epochs",
+        resume_policy="free",
+        zero_is_null=True,
+        gt=0,
     )
     num_eval_images: int = option(
         64,
         "Number of images for the held-out loss.",
         unit="images",
         resume_policy="free",
+        needs=HELD_OUT,
         ge=1,
     )
     eval_sigma_count: int = option(
-        8, "Number of noise levels per image for the held-out loss.", unit="levels", ge=1, le=64
+        8,
+        "Number of noise levels per image for the held-out loss.",
+        unit="levels",
+        needs=HELD_OUT,
+        ge=1,
+        le=64,
     )
     eval_dataset_id: str | None = option(
         None, "Measure the held-out loss on this eval dataset only.", resume_policy="free"
     )
     evaluation_type: str = option(
         "none",
-        "Scores of images of unseen prompts, computed by a program: none, or a comma-separated "
-        "list of shapes (chroma-nano's world) and zorbo (the concept of the example).",
+        "Scores of generated images, of the base and during training: none, or a comma-separated "
+        "list of clip (agreement with the prompt), likeness (to the training images), diversity "
+        "(of the samples of one prompt), shapes (chroma-nano's world) and zorbo (the concept of "
+        "the example).",
         resume_policy="free",
-        needs_any=SCORABLE_BASE,
         affects={"plan"},
-        unmet_errors={"model_flavour": SCORABLE_BASE_REASON},
+    )
+    pretrained_evaluation_model_name_or_path: str | None = option(
+        None,
+        "Model of clip, likeness and diversity: a CLIP, or for the last two a DINOv2 (folder or "
+        "repository with safetensors files); null is openai/clip-vit-large-patch14.",
+        resume_policy="free",
+        path="hub",
+        needs=SCORES,
+        affects={"plan"},
     )
     evaluation_prompts: int | None = option(
         None,
-        "Number of prompts per score; null is 64 for shapes, 32 for zorbo.",
+        "Number of prompts per score; null is 40 for clip, 40 for likeness, 10 for diversity, 64 "
+        "for shapes, 32 for zorbo. The first three use the validation prompts, else the built-in "
+        "ones.",
         unit="prompts",
         resume_policy="free",
         needs=SCORES,
@@ -200,7 +229,8 @@ class ValidationOptions(OptionSection):
     )
     evaluation_step_interval: int | None = option(
         None,
-        "Steps between scores; null is at the start (base model) and at the end.",
+        "Steps between scores; null is at the start (base model) and at the end, or as "
+        "eval_epoch_interval says.",
         unit="steps",
         resume_policy="free",
         needs=SCORES,

@@ -34,6 +34,7 @@ from simpletuner.training.evaluation_callbacks import (
 )
 from simpletuner.training.exporter import Exporter
 from simpletuner.training.loop import TrainerContext, TrainSchedule
+from simpletuner.training.metric_inputs import read_metric_prompts, trigger_word
 from simpletuner.training.model_metadata import RunMetadata
 from simpletuner.training.prepare import PreparedInputs, prepare_inputs
 from simpletuner.training.resume import ResumePoint
@@ -65,7 +66,7 @@ def build_trainer_context(
     resume_point, micro_batches = open_run(run, folder, world, emit)
     device = select_device(run.model, world.gpu_index)
     family = get_family_with_notices(run, emit)
-    prompts, metrics, texts = read_evaluation_inputs(run, base_dir, device)
+    prompts, metrics, texts = read_evaluation_inputs(run, base_dir, family, device, emit)
     prepared = prepare_inputs(run, backends, family, texts, folder, device, world, emit, closing)
     order = make_sample_order(run, prepared, emit)
     schedule = make_train_schedule(run, micro_batches, order.batches_per_epoch)
@@ -153,17 +154,18 @@ def read_prompts(run: RunConfig, base_dir: Path) -> tuple[validation_prompts.Pro
     """Return the validation prompts; none with validation_disable."""
     if run.validation.validation_disable:
         return ()
-    return validation_prompts.read_prompts(run.validation, base_dir)
+    return validation_prompts.read_prompts(run.validation, base_dir, trigger_word(run))
 
 
 def read_evaluation_inputs(
-    run: RunConfig, base_dir: Path, device: ComputeDevice
+    run: RunConfig, base_dir: Path, family: ModelFamily, device: ComputeDevice, emit: Emit
 ) -> tuple[
     tuple[validation_prompts.Prompt, ...], tuple[image_scoring.Metric, ...], tuple[str, ...]
 ]:
     """Return the validation prompts, the metrics, and the texts to encode for both."""
     prompts = read_prompts(run, base_dir)
-    metrics = image_scoring.choose_metrics(run.validation, device.device)
+    metric_prompts = read_metric_prompts(run, base_dir, family.alignment_px, emit)
+    metrics = image_scoring.choose_metrics(run.validation, device.device, metric_prompts)
     guidance = run.validation.validation_guidance_real
     negative = run.validation.validation_negative_prompt if guidance > 1 else ""
     texts = (

@@ -33,24 +33,9 @@ def build_callbacks(
     validation images. After the last step the weights are exported, and then published.
     """
 
-    def every(interval: int) -> Callable[[int], int]:
-        return lambda step: step // interval
-
-    def at_the_end(step: int) -> int:
-        return 0
-
-    callbacks = []
-    save_interval = run.checkpoint.checkpoint_step_interval
+    callbacks = build_measurements(run, schedule, evaluations, emit)
     with_baseline = not run.validation.disable_benchmark
-    if evaluations.held_out is not None:
-        interval = run.validation.eval_steps_interval or save_interval
-        warn_if_best_step_is_not_saved(interval, save_interval, emit)
-        evaluate = evaluations.held_out.evaluate
-        callbacks.append(ScheduledCallback(every(interval), evaluate, at_start=True))
-    if evaluations.scoring is not None:
-        interval = run.validation.evaluation_step_interval or schedule.total_steps
-        score = evaluations.scoring.score
-        callbacks.append(ScheduledCallback(every(interval), score, at_start=with_baseline))
+    save_interval = run.checkpoint.checkpoint_step_interval
     callbacks.append(ScheduledCallback(every(save_interval), checkpointer.save))
     epochs = run.checkpoint.checkpoint_epoch_interval
     if epochs is not None:
@@ -69,6 +54,49 @@ def build_callbacks(
     if evaluations.held_out is not None:
         callbacks.append(ScheduledCallback(at_the_end, evaluations.held_out.report_best_step))
     return tuple(callbacks)
+
+
+def build_measurements(
+    run: RunConfig, schedule: TrainSchedule, evaluations: EvaluationCallbacks, emit: Emit
+) -> list[ScheduledCallback]:
+    """Return the callbacks of the held-out loss and of the scores, by steps or by epochs."""
+
+    def every_epochs(epochs: float) -> Callable[[int], int]:
+        return lambda step: int(
+            step * schedule.accumulation_steps / (schedule.batches_per_epoch * epochs)
+        )
+
+    options = run.validation
+    epochs = options.eval_epoch_interval
+    callbacks = []
+    if evaluations.held_out is not None:
+        evaluate = evaluations.held_out.evaluate
+        if epochs is not None:
+            callbacks.append(ScheduledCallback(every_epochs(epochs), evaluate, at_start=True))
+        if options.eval_steps_interval is not None or epochs is None:
+            save_interval = run.checkpoint.checkpoint_step_interval
+            interval = options.eval_steps_interval or save_interval
+            warn_if_best_step_is_not_saved(interval, save_interval, emit)
+            callbacks.append(ScheduledCallback(every(interval), evaluate, at_start=True))
+    if evaluations.scoring is not None:
+        index = every(options.evaluation_step_interval or schedule.total_steps)
+        if epochs is not None and options.evaluation_step_interval is None:
+            index = every_epochs(epochs)
+        with_baseline = not options.disable_benchmark
+        callbacks.append(
+            ScheduledCallback(index, evaluations.scoring.score, at_start=with_baseline)
+        )
+    return callbacks
+
+
+def every(interval: int) -> Callable[[int], int]:
+    """Return the index of a callback that runs every so many steps."""
+    return lambda step: step // interval
+
+
+def at_the_end(step: int) -> int:
+    """Return the index of a callback that runs after the last step only."""
+    return 0
 
 
 def build_requested_callbacks(

@@ -15,6 +15,7 @@ from simpletuner.config.schema import RunConfig
 from simpletuner.events.event_types import Emit, NoticeIssued
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.loop import TrainSchedule
+from simpletuner.training.metric_inputs import reference_loader
 from simpletuner.training.model_metadata import public_name
 from simpletuner.training.prepare import PreparedInputs, select_samples
 from simpletuner.training.train_state import TrainState
@@ -204,6 +205,7 @@ def build_evaluation_callbacks(
             prepared.decoder_loader(run.model, inference.device),
             emit,
             world,
+            reference_loader(run, prepared.train.placed_samples),
         )
         scoring = ScoringCallback(scorer, state)
     return EvaluationCallbacks(held_out, images, scoring)
@@ -258,8 +260,10 @@ def build_held_out_evaluator(
 ) -> HeldOutEvaluator | None:
     """Measure the eval datasets and a fixed, equally large part of the training set.
 
-    None without an eval dataset.
+    None without an eval dataset, and with eval_loss_disable.
     """
+    if run.validation.eval_loss_disable:
+        return None
     dataset_id = run.validation.eval_dataset_id
     chosen = select_samples(
         prepared.eval, lambda placed: dataset_id in (None, placed.sample.dataset)

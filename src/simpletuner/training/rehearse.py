@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from simpletuner.config.evaluation_models import needs_evaluation_model
+from simpletuner.config.image_metrics import IMAGE_METRICS, parse_metric_names
 from simpletuner.config.load import LoadedConfig, config_from_resolved, resolved_options
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.dataset_config import DatasetConfig, DatasetFile
@@ -113,6 +115,15 @@ def reduce_config(run: RunConfig, output_dir: Path, findings: RehearsalFindings)
         findings.warnings.append(
             "lora_target_modules is used as it is, but the small model has fewer blocks"
         )
+    metrics = [
+        name
+        for name in parse_metric_names(run.validation.evaluation_type)
+        if not IMAGE_METRICS[name].models
+    ]
+    if needs_evaluation_model(run.validation.evaluation_type):
+        findings.warnings.append(
+            "clip, likeness and diversity are not part of the dry run, which loads no other model"
+        )
     training = run.training
     return config_from_resolved(
         {
@@ -141,6 +152,8 @@ def reduce_config(run: RunConfig, output_dir: Path, findings: RehearsalFindings)
             "eval_steps_interval": STEPS,
             "validation_num_inference_steps": 2,
             "validation_resolution": str(SIDE_PX),
+            "evaluation_type": ",".join(metrics) or "none",
+            "pretrained_evaluation_model_name_or_path": None,
             "evaluation_prompts": 2,
             "num_validation_images": 1,
             "num_eval_images": 4,

@@ -1,7 +1,8 @@
 """Image metrics: scores that a program computes from images of prompts that are not trained on.
 
-A metric has its own prompts and its own way to read an image. The two metrics here need no second
-model: an image either shows what its prompt asks for, or it does not. They do not measure beauty.
+A metric has its own prompts and its own way to read an image. shapes and zorbo need no second
+model: an image either shows what its prompt asks for, or it does not. clip, likeness and diversity
+(model_metrics.py) compare embeddings of a second model. None measures beauty.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +28,14 @@ from simpletuner.events.event_types import Emit, ScoresComputed
 from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.peers import ALONE, Peers
 from simpletuner.validation.inference import Inference
-from simpletuner.validation.prompts import ImageSpec, Prompt, prompt_texts
+from simpletuner.validation.model_metrics import (
+    ScoreImages,
+    diversity_of_samples,
+    likeness_to_references,
+    make_score,
+    text_agreement,
+)
+from simpletuner.validation.prompts import ImageSpec, Prompt, make_image_specs, prompt_texts
 from simpletuner.validation.sampler import MAX_BATCH_IMAGES, generate_latents
 from simpletuner.validation.shapes import scene_scoring
 from simpletuner.validation.shapes.detection import detect_scene
@@ -35,18 +44,37 @@ from simpletuner.validation.shapes.scenes import SIDE_PX, Scene
 from simpletuner.validation.shapes.zorbo import detect_zorbo
 from simpletuner.validation.validation_images import gather_images, pixels_to_image
 
+SAMPLES_PER_PROMPT = 4  # where diversity is measured
+
+
+@dataclass(frozen=True)
+class EvaluationPrompts:
+    """The prompts of a run, for metrics that have none of their own.
+
+    samples: images per prompt, with consecutive seeds. folder: of the evaluation model. emit: for
+    warnings.
+    """
+
+    prompts: tuple[Prompt, ...]
+    size_px: tuple[int, int]
+    seed: int
+    samples: int
+    folder: Path
+    emit: Emit
+
 
 @dataclass(frozen=True)
 class MetricInputs:
     """The inputs of a metric.
 
     options: the values of the options that its row of IMAGE_METRICS names. device: where its model
-    runs; None for a metric that needs no device.
+    runs; None for a metric that needs no device. prompts: None for a metric with its own prompts.
     """
 
     spec: ImageMetricSpec
     options: Mapping[str, Any]
     device: torch.device | None
+    prompts: EvaluationPrompts | None = None
 
     @property
     def prompt_count(self) -> int:
@@ -58,13 +86,15 @@ class Metric:
     """One way to score images.
 
     name: as in evaluation_type. unit: of the values. image_specs: the images to generate, the same
-    at every step. score: values by name from the images, given in the order of image_specs.
+    at every step. score: values by name from the images, given in the order of image_specs, and,
+    with uses_references, from training images.
     """
 
     name: str
     unit: str
     image_specs: tuple[ImageSpec, ...]
-    score: Callable[[Sequence[Image.Image]], Mapping[str, Rate]]
+    score: Callable[..., Mapping[str, Rate]]
+    uses_references: bool = False
 
 
 def _scene_image_specs(scenes: Sequence[Scene]) -> tuple[ImageSpec, ...]:
@@ -114,22 +144,45 @@ def zorbo_metric(inputs: MetricInputs) -> Metric:
     return Metric("zorbo", inputs.spec.unit, _scene_image_specs(scenes), score)
 
 
+def model_metric(
+    name: str, score_images: ScoreImages, uses_references: bool = False
+) -> Callable[[MetricInputs], Metric]:
+    """Return the builder of a metric that scores the run's prompts with the evaluation model."""
+
+    def build(inputs: MetricInputs) -> Metric:
+        run = inputs.prompts
+        if run is None or inputs.device is None:
+            raise ValueError(f"{name} needs prompts, an evaluation model and a device")
+        prompts = run.prompts[: inputs.prompt_count]
+        specs = make_image_specs(prompts, [run.size_px], run.samples, run.seed)
+        score = make_score(score_images, specs, run.folder, inputs.device, run.emit)
+        return Metric(name, inputs.spec.unit, specs, score, uses_references)
+
+    return build
+
+
 # The code of each metric; IMAGE_METRICS has its unit, memory and options under the same name.
 METRICS: dict[str, Callable[[MetricInputs], Metric]] = {
+    "clip": model_metric("clip", text_agreement),
+    "likeness": model_metric("likeness", likeness_to_references, uses_references=True),
+    "diversity": model_metric("diversity", diversity_of_samples),
     "shapes": shapes_metric,
     "zorbo": zorbo_metric,
 }
 
 
-def choose_metrics(options: ValidationOptions, device: torch.device) -> tuple[Metric, ...]:
-    """Build the metrics of evaluation_type, each once. device: for those that need one."""
+def choose_metrics(
+    options: ValidationOptions, device: torch.device, prompts: EvaluationPrompts | None = None
+) -> tuple[Metric, ...]:
+    """Build the metrics of evaluation_type, each once. device, prompts: for those that need any."""
     values = options.model_dump()
     metrics = []
     for name in parse_metric_names(options.evaluation_type):
         spec = IMAGE_METRICS[name]
         own_options = {option: values[option] for option in spec.options}
         own_device = device if spec.needs_device else None
-        metrics.append(METRICS[name](MetricInputs(spec, own_options, own_device)))
+        own_prompts = prompts if spec.models else None
+        metrics.append(METRICS[name](MetricInputs(spec, own_options, own_device, own_prompts)))
     return tuple(metrics)
 
 
@@ -145,8 +198,9 @@ class MetricEvaluator:
     """Generates the images of the metrics in memory and emits their scores.
 
     text_embedding: a text to its named tensors. load_decoder: loads the VAE, which is in memory
-    only
-    while it decodes.
+    only while it decodes. load_references: decodes the training images that images are compared
+    with. Metrics with the same images share them. Several processes share out the images; the main
+    one scores them.
     """
 
     inference: Inference
@@ -157,6 +211,7 @@ class MetricEvaluator:
     load_decoder: Callable[[], Callable[[Tensor], Tensor]]
     emit: Emit
     peers: Peers = ALONE
+    load_references: Callable[[], Sequence[Image.Image]] = tuple
     _last_scored_step: dict[str, int] = field(default_factory=dict, init=False)
 
     def score(self, step: int, transformer: nn.Module, weights: str) -> None:
@@ -164,16 +219,28 @@ class MetricEvaluator:
 
         weights: the name of these weights, "base", "trained" or "ema".
         """
+        generated: dict[tuple[ImageSpec, ...], list[Image.Image]] = {}
         for metric in self.metrics:
             if self._last_scored_step.get(metric.name) == step:
                 continue
-            rates = {
-                name: (rate.rate, rate.standard_error, rate.total)
-                for name, rate in metric.score(self._generate_images(metric, transformer)).items()
-            }
-            prompts = len(metric.image_specs)
-            self.emit(ScoresComputed(step, metric.name, weights, prompts, rates, metric.unit))
+            specs = tuple(metric.image_specs)
+            if specs not in generated:
+                generated[specs] = self._generate_images(metric, transformer)
+            if self.peers.is_main:
+                self._score_images(metric, generated[specs], step, weights)
             self._last_scored_step[metric.name] = step
+
+    def _score_images(
+        self, metric: Metric, images: list[Image.Image], step: int, weights: str
+    ) -> None:
+        """Score the images of one metric and emit the values."""
+        inputs = (images, self.load_references()) if metric.uses_references else (images,)
+        rates = {
+            name: (rate.rate, rate.standard_error, rate.total)
+            for name, rate in metric.score(*inputs).items()
+        }
+        prompts = len({spec.prompt.id for spec in metric.image_specs})
+        self.emit(ScoresComputed(step, metric.name, weights, prompts, rates, metric.unit))
 
     def _generate_images(self, metric: Metric, transformer: nn.Module) -> list[Image.Image]:
         """Return the images of all processes, each of which generates and decodes a share."""

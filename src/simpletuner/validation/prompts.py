@@ -15,22 +15,15 @@ from simpletuner.config.documents import read_document
 from simpletuner.config.option_values import did_you_mean
 from simpletuner.config.schema import DataOptions, ValidationOptions
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.validation.prompt_library import Prompt, library_prompts
+
+__all__ = ["ImageSpec", "Prompt", "make_image_specs", "parse_sizes", "prompt_texts", "read_prompts"]
 
 PROMPT_FIELDS = ("prompt", "caption", "negative_prompt", "seed")
 # Characters. With the rest of the name, a file name has less than 255 bytes even when every letter
 # takes four bytes in UTF-8.
 MAX_ID_LENGTH = 48
 MAX_SIDE_PX = 4096
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt. id: unique, safe as the start of a file name. seed: None for the run's seed."""
-
-    id: str
-    text: str
-    negative: str = ""
-    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,11 +47,14 @@ class ImageSpec:
         return f"{self.prompt.id}-{self.number}-{self.size_px[0]}x{self.size_px[1]}"
 
 
-def read_prompts(options: ValidationOptions, base_dir: Path) -> tuple[Prompt, ...]:
-    """Return validation_prompt (id "validation"), then the prompts of the library in its order.
+def read_prompts(
+    options: ValidationOptions, base_dir: Path, trigger: str | None = None
+) -> tuple[Prompt, ...]:
+    """Return validation_prompt (id "validation"), then those of the libraries in their order.
 
-    The ids are unique. base_dir: the folder in which a relative user_prompt_library is looked up,
-    before the working directory.
+    The ids are unique: a prompt of user_prompt_library replaces the built-in one of its name.
+    base_dir: the folder in which a relative user_prompt_library is looked up, before the working
+    directory. trigger: the trigger word, for the built-in prompts about it.
 
     Raises ConfigError with all problems of the library at once, each with line and column.
     """
@@ -70,6 +66,10 @@ def read_prompts(options: ValidationOptions, base_dir: Path) -> tuple[Prompt, ..
     if options.user_prompt_library:
         negative = options.validation_negative_prompt
         prompts.extend(_read_library(options.user_prompt_library, base_dir, negative))
+    if options.validation_prompt_library:
+        taken = {prompt.id.casefold() for prompt in prompts}
+        built_in = library_prompts(trigger, options.validation_negative_prompt)
+        prompts.extend(prompt for prompt in built_in if prompt.id not in taken)
     return tuple(prompts)
 
 

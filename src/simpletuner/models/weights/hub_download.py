@@ -80,6 +80,28 @@ def download_components(
     is called before gigabytes of weights are downloaded.
     """
     small, weights = file_patterns(parts, variant, model)
+
+    def check(folder: Path) -> None:
+        if "transformer" in parts:
+            nested = folder / "transformer"
+            check_transformer(nested if nested.is_dir() else folder)
+
+    return download_files(repo, small, weights, revision, check, emit)
+
+
+def download_files(
+    repo: str,
+    small: list[str],
+    weights: list[str],
+    revision: str | None,
+    check: Callable[[Path], None],
+    emit: Emit,
+) -> tuple[Path, str]:
+    """Download what matches the patterns and is not in the hub's cache; return (folder, commit).
+
+    small: patterns of configuration files, which are downloaded first. check: raises for a folder
+    of the wrong model; it is called before the weights are downloaded.
+    """
     try:
         info = HfApi().model_info(
             repo, revision=revision, timeout=HUB_TIMEOUT_S, files_metadata=True
@@ -98,9 +120,7 @@ def download_components(
             )
         )
         commit = folder.name
-        if "transformer" in parts:
-            nested = folder / "transformer"
-            check_transformer(nested if nested.is_dir() else folder)
+        check(folder)
         needed = list(filter_repo_objects(sizes, allow_patterns=weights))
         _download_weights(repo, commit, {name: sizes[name] for name in needed}, emit)
     except GatedRepoError as error:

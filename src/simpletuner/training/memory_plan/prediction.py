@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from simpletuner.config.evaluation_models import needs_evaluation_model
 from simpletuner.config.image_metrics import metric_device_bytes
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_size
@@ -15,6 +16,10 @@ from simpletuner.flow.rollout import final_probability
 from simpletuner.models.block_executor import block_memory_policy
 from simpletuner.models.block_swap import ALIGNMENT, DEVICE_BUFFERS
 from simpletuner.models.family import BlockMemoryPolicy, ModelFamily, ModelSpec
+from simpletuner.models.weights.evaluation_files import (
+    EvaluationModelSize,
+    measure_evaluation_model,
+)
 from simpletuner.training.device import select_device
 from simpletuner.training.memory_plan import plan_cache
 from simpletuner.training.memory_plan.communication import CollectiveUse, step_communication
@@ -224,7 +229,17 @@ def device_allowances(run: RunConfig, kind: str, parts: dict[str, int]) -> dict[
         "fragmentation": 0 if kind == "cpu" else lost,
     }
     metrics = metric_device_bytes(run.validation.evaluation_type)
+    model = evaluation_model_size(run)
+    metrics += model.weights if model is not None else 0
     return allowances | ({"image metrics": metrics} if metrics else {})
+
+
+def evaluation_model_size(run: RunConfig) -> EvaluationModelSize | None:
+    """Return the size of the model that scores images; None if no metric needs one."""
+    options = run.validation
+    if not needs_evaluation_model(options.evaluation_type):
+        return None
+    return measure_evaluation_model(options.pretrained_evaluation_model_name_or_path)
 
 
 def planning_inputs(
@@ -322,8 +337,9 @@ def disk_space_by_use(
 ) -> dict[str, int]:
     """Return the disk space by use; the caches of images and captions are small and not counted."""
     checkpoint_bytes = measured.trained_bytes + measured.optimizer + average
+    model = evaluation_model_size(run)
     return {
-        "download": spec.download_bytes,
+        "download": spec.download_bytes + (model.download if model is not None else 0),
         "quantised base": 0 if run.model.base_model_precision == "no_change" else model_bytes,
         "checkpoints": run.checkpoint.checkpoints_total_limit * checkpoint_bytes,
         "result": measured.trained_bytes + average,
