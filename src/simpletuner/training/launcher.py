@@ -229,7 +229,7 @@ def launch(run: RunConfig, count: int, command: Sequence[str]) -> int:
     local_size = count // options.num_machines
     environment.set_variables(variables_of_launcher())
     if run.model.torch_num_threads is None:
-        threads = max(1, (os.cpu_count() or 1) // local_size)
+        threads = max(1, torch.get_num_threads() // local_size)
         environment.set_missing_variables({"OMP_NUM_THREADS": str(threads)})
     stop = StopRequests()
     began = time.time()
