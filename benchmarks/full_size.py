@@ -293,7 +293,11 @@ def train(folder: Path, size: Size) -> Figures:
         trained = train_state.attach_trainable_parameters(run, family, transformer, null_emit)
         train_state.configure_blocks(run, family, transformer, device.device)
         net = train_state.assemble_train_state(
-            run, transformer, trained, World(), run.training.gradient_accumulation_steps
+            run,
+            transformer,
+            trained,
+            train_state.make_sharding(run, World()),
+            run.training.gradient_accumulation_steps,
         )
         parts = parts_of(run, family, net, size.config)
         for step in range(STEPS):

@@ -24,8 +24,10 @@ from benchmarks.paired import add_pairs, compare, environment
 from torch import Tensor, nn
 
 from simpletuner.config.schema import OptimizerOptions
+from simpletuner.training.gradient_sum import GradientSum
 from simpletuner.training.optimizer_step import OptimizerStep, make_optimizer_step
 from simpletuner.training.optimizers import OPTIMIZERS, build_optimizer
+from simpletuner.training.world import World
 
 UNRELEASED = ("prodigy",)
 
@@ -58,8 +60,17 @@ def peak_bytes(act: Callable[[], object]) -> int:
     return peak
 
 
+def make_step(
+    name: str,
+    params: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    options: OptimizerOptions,
+) -> OptimizerStep:
+    return make_optimizer_step(name, params, optimizer, options, GradientSum(params, World()))
+
+
 def one_step(update: OptimizerStep, layers: nn.ModuleList, width: int, dtype: torch.dtype) -> None:
-    update.backward(loss_of(layers, width, dtype))
+    update.backward(loss_of(layers, width, dtype), 0)
     update.clip_gradients()
     update.apply()
     update.zero_grad()
@@ -71,7 +82,7 @@ def prepare(
     """Return the optimizer after one step, so that its states are there."""
     options = OptimizerOptions(optimizer=name, max_grad_norm=0)
     optimizer = build_optimizer(options, list(layers.named_parameters()), seed=0)
-    update = make_optimizer_step("standard", list(layers.parameters()), optimizer, options)
+    update = make_step("standard", list(layers.parameters()), optimizer, options)
     one_step(update, layers, width, dtype)
     return optimizer, update
 
@@ -87,7 +98,7 @@ def measure(name: str, width: int, dtype: torch.dtype, pairs: int) -> dict[str, 
         for value in values.values()
         if torch.is_tensor(value)
     )
-    update.backward(loss_of(layers, width, dtype))
+    update.backward(loss_of(layers, width, dtype), 0)
     extra = peak_bytes(update.apply)
     reference_layers = block(width, dtype)
     _, reference = prepare("adamw", reference_layers, width, dtype)
@@ -116,7 +127,7 @@ def released(name: str, width: int, dtype: torch.dtype) -> dict[str, float]:
     optimizer.register_step_pre_hook(
         lambda *_: live.append(sum(param.grad.nbytes for param in params if param.grad is not None))
     )
-    one_step(make_optimizer_step("in_backward", params, optimizer, options), layers, width, dtype)
+    one_step(make_step("in_backward", params, optimizer, options), layers, width, dtype)
     return {"released": round(max(live) / sum(param.nbytes for param in params), 3)}
 
 

@@ -109,7 +109,9 @@ def build_training(
     trained = train_state.attach_trainable_parameters(run, family, network, null_emit)
     train_state.configure_blocks(run, family, network, device.device)
     family.compile_blocks(network, run.model)
-    state = train_state.assemble_train_state(run, network, trained, World(), 1)
+    state = train_state.assemble_train_state(
+        run, network, trained, train_state.make_sharding(run, World()), 1
+    )
 
     shape = BatchShape(run.training.train_batch_size, (px, px), workload.text_rows)
     schedule = TrainSchedule(SCHEDULE_STEPS, 1, SCHEDULE_STEPS, 0)

@@ -27,6 +27,8 @@ from simpletuner.models.family import (
     TextEncoder,
     TextTensor,
     Vae,
+    WholeTensorOf,
+    as_it_is,
 )
 from simpletuner.models.weights.merge_loras import MergeOutput, WeightedLoras
 
@@ -196,6 +198,9 @@ class PixelFamily(ModelFamily):
     def block_count(self, transformer: nn.Module) -> int:
         return 3
 
+    def shard_units(self, transformer: nn.Module) -> list[nn.Module]:
+        return []
+
     def place_blocks(
         self, transformer: nn.Module, memory: BlockMemoryPolicy, device: torch.device | None = None
     ) -> None:
@@ -217,7 +222,10 @@ class PixelFamily(ModelFamily):
         endings = (".query", ".value", ".out")
         return [name for name, _ in transformer.named_modules() if name.endswith(endings)]
 
-    def save_transformer(self, transformer: nn.Module, folder: Path) -> None:
+    def save_transformer(
+        self, transformer: nn.Module, folder: Path | None, whole: WholeTensorOf = as_it_is
+    ) -> None:
+        assert folder is not None
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"width": WIDTH}))
         save_file(transformer.state_dict(), folder / "model.safetensors")

@@ -48,7 +48,9 @@ def make_context(**options: object) -> TrainerContext:
     trained = train_state.attach_trainable_parameters(run, FAMILY, network, null_emit)
     for parameter in trained.values():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    state = train_state.assemble_train_state(run, network, trained, World(), 1)
+    state = train_state.assemble_train_state(
+        run, network, trained, train_state.make_sharding(run, World()), 1
+    )
     context = make_fake_context(
         run, FAMILY, spec, SHAPE, state, TrainSchedule(9, 1, 1, 0), MemoryTrackerMode(1)
     )

@@ -8,7 +8,7 @@ B batch · C latent channels · H W latent side (image px / stride) · L text to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,13 @@ from simpletuner.errors import ConfigError
 from simpletuner.events.event_types import Emit
 from simpletuner.events.sinks import null_emit
 from simpletuner.models.weights.merge_loras import MergeOutput, WeightedLoras
+
+WholeTensorOf = Callable[[Tensor], Tensor]
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    """Return the tensor: it is whole already."""
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -283,6 +290,10 @@ class ModelFamily(ABC):
         """Return the number of transformer blocks."""
 
     @abstractmethod
+    def shard_units(self, transformer: nn.Module) -> list[nn.Module]:
+        """Return the modules that a sharded network gathers one at a time, such as its blocks."""
+
+    @abstractmethod
     def place_blocks(
         self, transformer: nn.Module, memory: BlockMemoryPolicy, device: torch.device | None = None
     ) -> None:
@@ -312,8 +323,14 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def save_transformer(self, transformer: nn.Module, folder: Path) -> None:
-        """Write a diffusers `transformer` folder (config.json and safetensors files)."""
+    def save_transformer(
+        self, transformer: nn.Module, folder: Path | None, whole: WholeTensorOf = as_it_is
+    ) -> None:
+        """Write a diffusers `transformer` folder (config.json and safetensors files).
+
+        whole: returns a parameter of a sharded network as one tensor; it is called for one after
+        the other, by every process. folder: None in a process that only takes part in that.
+        """
 
     @abstractmethod
     def save_native_file(self, folder: Path, file: Path, metadata: Mapping[str, str]) -> None:

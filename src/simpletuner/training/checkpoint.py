@@ -44,13 +44,13 @@ from simpletuner.atomic_io import fsync_path, os_error_of
 from simpletuner.bounded_files import open_regular_file, read_bounded_text
 from simpletuner.errors import CheckpointError, DiskFull, storage_error
 from simpletuner.events.event_types import CheckpointSetAside, Emit
-from simpletuner.training.leftovers import remove_checkpoint_leftovers
-from simpletuner.training.tensor_files import (
+from simpletuner.models.weights.tensor_files import (
     FileTensors,
     StoredSlice,
     iter_stored,
     write_tensors,
 )
+from simpletuner.training.leftovers import remove_checkpoint_leftovers
 
 PickTensor = Callable[[str, StoredSlice], Tensor | None]  # takes file stem and stored tensor
 
@@ -157,6 +157,12 @@ def is_inside(name: str) -> bool:
     return bool(parts) and not name.startswith("/") and ".." not in parts
 
 
+def is_saved(run_dir: Path, step: int) -> bool:
+    """Return whether the run folder has an undamaged checkpoint of the step."""
+    target = run_dir / f"checkpoint-{step}"
+    return target.exists() and find_damage(target) is None
+
+
 def save_checkpoint(
     run_dir: Path,
     snapshot: CheckpointData,
@@ -173,7 +179,7 @@ def save_checkpoint(
     the size of the tensors.
     """
     target = run_dir / f"checkpoint-{snapshot.step}"
-    if target.exists() and find_damage(target) is None:
+    if is_saved(run_dir, snapshot.step):
         return target
     remove_checkpoint_leftovers(run_dir)
     needed = sum(tensor.nbytes for group in snapshot.tensors.values() for tensor in group.values())

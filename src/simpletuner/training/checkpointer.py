@@ -25,6 +25,7 @@ from torch import Tensor
 from simpletuner.config.schema import CheckpointOptions
 from simpletuner.errors import CheckpointError
 from simpletuner.events.event_types import Emit, WarningIssued, WeightsSaved
+from simpletuner.models.weights.tensor_files import FileTensors, send_tensors
 from simpletuner.training import checkpoint
 from simpletuner.training.optimizers import set_optimizer_mode
 from simpletuner.training.resume import ResumePoint
@@ -66,42 +67,59 @@ class Checkpointer:
         Every process calls it, and the main one writes. A schedule-free optimizer is switched to
         the training weights, because these are the state.
         """
-        if step == self._saved_step:
+        if step != self._saved_step:
+            self._write(step)
+            self._saved_step = step
+
+    def _write(self, step: int) -> None:
+        set_optimizer_mode(self.train_state.optimizer, training=True)
+        if self.train_state.sharding.is_sharded and self._all_know_it_is_saved(step):
             return
         if not self.world.is_main:
-            self._saved_step = step
+            if self.train_state.sharding.is_sharded:
+                for tensors in self._collect(step).tensors.values():
+                    send_tensors(tensors)
             return
         started = time.perf_counter()
-        set_optimizer_mode(self.train_state.optimizer, training=True)
-        parameters = self.train_state.trainable_parameters
-        tensors: dict[str, dict[str, Tensor]] = {
-            "weights": {name: param.data for name, param in parameters.items()}
-        }
-        tensors["optimizer"], rest = checkpoint.flatten_optimizer(
-            self.train_state.optimizer.state_dict()
+        path = checkpoint.save_checkpoint(
+            self.folder.path,
+            self._collect(step),
+            partial(self._export_in_eval_mode, step=step),
+            self.options.checkpoints_total_limit,
+            self.best_step(),
         )
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        self.emit(WeightsSaved(step, path.name, time.perf_counter() - started, size))
+
+    def _all_know_it_is_saved(self, step: int) -> bool:
+        """Return on every process what the main one finds, because all take part in writing."""
+        is_saved = self.world.is_main and checkpoint.is_saved(self.folder.path, step)
+        return bool(self.world.broadcast_json(is_saved))
+
+    def _collect(self, step: int) -> checkpoint.CheckpointData:
+        """Return all state; every process of a sharded network must call it."""
+        train_state, sharding = self.train_state, self.train_state.sharding
+        parameters = train_state.trainable_parameters
+        tensors: dict[str, FileTensors] = {
+            "weights": sharding.whole_tensors(
+                {name: param.data for name, param in parameters.items()}
+            )
+        }
+        tensors["optimizer"], rest = sharding.whole_optimizer_state(train_state.optimizer)
         state: dict[str, object] = {
             "optimizer": rest,
             "config": self.config,
             "micro_batches_per_step": self.micro_batches_per_step,
             "identity": dict(self.identity),
         }
-        if self.train_state.ema is not None:
-            shadow = self.train_state.ema.state_dict()
-            tensors["ema"] = shadow["shadow"]
+        if train_state.ema is not None:
+            shadow = train_state.ema.state_dict()
+            tensors["ema"] = sharding.whole_tensors(shadow["shadow"])
             state["ema"] = {key: value for key, value in shadow.items() if key != "shadow"}
         state["companions"] = {
             name: evaluator.state_dict() for name, evaluator in self.stateful_evaluators.items()
         }
-        snapshot = checkpoint.CheckpointData(step, tensors, state)
-        best = self.best_step()
-        keep = self.options.checkpoints_total_limit
-        path = checkpoint.save_checkpoint(
-            self.folder.path, snapshot, partial(self._export_in_eval_mode, step=step), keep, best
-        )
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        self._saved_step = step
-        self.emit(WeightsSaved(step, path.name, time.perf_counter() - started, size))
+        return checkpoint.CheckpointData(step, tensors, state)
 
     def _export_in_eval_mode(self, folder: Path, step: int) -> None:
         set_optimizer_mode(self.train_state.optimizer, training=False)
@@ -115,9 +133,9 @@ class Checkpointer:
         moved to earlier-N/.
         """
         resume_point.require_same_identity(self.identity, self.emit)
-        self._load_state(
-            resume_point.folder, resume_point.state, checkpoint.read_tensors(resume_point.folder)
-        )
+        folder = resume_point.folder
+        tensors = checkpoint.read_tensors(folder, self.train_state.sharding.pick_stored)
+        self._load_state(folder, resume_point.state, tensors)
         is_own = resume_point.folder.parent == self.folder.path.resolve()
         self._saved_step = resume_point.step if is_own else None
         self.world.wait_for_all("restore")  # nothing is moved while another process reads it

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -19,7 +18,7 @@ from simpletuner.events.event_types import Emit, WeightsSaved
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.model_metadata import uses_bundled_base
 from simpletuner.training.run_folder import RunFolder, replace_folder
-from simpletuner.training.train_state import TrainState
+from simpletuner.training.train_state import AveragedWeights, TrainState
 from simpletuner.training.world import World
 
 LORA_FILENAME = "pytorch_lora_weights.safetensors"
@@ -52,8 +51,13 @@ class Exporter:
             self._export_lora(folder, step, with_second=not is_lycoris)
 
     def export_final(self, step: int) -> None:
-        """Write the weights into the run folder itself; only the main process does."""
+        """Write the weights into the run folder itself; only the main process does.
+
+        The others send it their parts of a sharded network.
+        """
         if not self.world.is_main:
+            if self.train_state.sharding.is_sharded and not self.train_state.uses_lora:
+                self._send_transformers()
             return
         started = time.perf_counter()
         written = (
@@ -98,27 +102,37 @@ class Exporter:
             )
         return written
 
+    def _kinds_of_weights(self) -> list[tuple[str, AveragedWeights]]:
+        """Return folder name -> context in which the network has the weights to export."""
+        average = self.train_state.averaged_weights
+        kinds: list[tuple[str, AveragedWeights]] = [("transformer", nullcontext)]
+        return kinds if average is None else [*kinds, ("transformer_ema", average)]
+
+    def _save_transformer(self, folder: Path | None) -> None:
+        state = self.train_state
+        self.family.save_transformer(state.transformer, folder, state.sharding.whole)
+
+    def _send_transformers(self) -> None:
+        """Take part in _export_transformers of the main process."""
+        for _, weights in self._kinds_of_weights():
+            with weights():
+                self._save_transformer(None)
+
     def _export_transformers(self, step: int) -> dict[Path, str]:
         bundled = uses_bundled_base(self.run)
         written = {}
-        for name, weights in (
-            ("transformer", nullcontext),
-            ("transformer_ema", self.train_state.averaged_weights),
-        ):
-            if weights is not None:
-                folder = self.folder.path / name
-                with weights():
-                    replace_folder(
-                        folder, partial(self.family.save_transformer, self.train_state.transformer)
-                    )
-                written[folder] = ONLY_THIS_PROGRAM if bundled else "diffusers"
-                if self.run.publishing.save_native_file:
-                    native = folder.with_name(f"{name}_native.safetensors")
-                    written[native] = ONLY_THIS_PROGRAM if bundled else "ComfyUI and Forge"
-                    described = self.file_metadata(
-                        step, "trained" if name == "transformer" else "average"
-                    )
-                    self.family.save_native_file(folder, native, described)
+        for name, weights in self._kinds_of_weights():
+            folder = self.folder.path / name
+            with weights():
+                replace_folder(folder, self._save_transformer)
+            written[folder] = ONLY_THIS_PROGRAM if bundled else "diffusers"
+            if self.run.publishing.save_native_file:
+                native = folder.with_name(f"{name}_native.safetensors")
+                written[native] = ONLY_THIS_PROGRAM if bundled else "ComfyUI and Forge"
+                described = self.file_metadata(
+                    step, "trained" if name == "transformer" else "average"
+                )
+                self.family.save_native_file(folder, native, described)
         return written
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class StandardOptimizerStep(OptimizerStep):
 
     def clip_gradients(self) -> float:
         self.gradient_sum.finish()
-        return clip_gradients(self.params, self.options)
+        return clip_gradients(self.params, self.options, self.gradient_sum.sum_over_ranks)
 
     def apply(self) -> None:
         self.optimizer.step()
@@ -231,24 +231,41 @@ class SingleParameterStepper:
 
 
 def gradient_norm(gradient: Tensor) -> Tensor:
-    """Return the norm, computed in float32 also where the gradient is bf16."""
-    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    """Return the norm of one gradient, summed in float64.
+
+    A float32 sum would depend on how a gradient is divided among processes. MPS has no float64.
+    """
+    dtype = torch.float32 if gradient.device.type == "mps" else torch.float64
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=dtype)
     return norm
 
 
-def total_norm(norms: Sequence[Tensor]) -> Tensor:
-    """Return the norm of the whole gradient from the norms of its parts."""
-    return torch.linalg.vector_norm(torch.stack(list(norms))) if norms else torch.zeros(())
+def total_norm(
+    norms: Sequence[Tensor], sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value
+) -> Tensor:
+    """Return the norm of the whole gradient from the norms of its parts, (,) float32.
+
+    sum_over_ranks: sums the squares of the parts that other processes hold.
+    """
+    if not norms:
+        return torch.zeros(())
+    squares = torch.stack(list(norms)).square().sum()
+    return sum_over_ranks(squares).sqrt().float()
 
 
-def clip_gradients(params: Sequence[nn.Parameter], options: OptimizerOptions) -> float:
+def clip_gradients(
+    params: Sequence[nn.Parameter],
+    options: OptimizerOptions,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
+) -> float:
     """Clip the gradients in place, by their total norm or number by number.
 
     Returns their total norm before clipping, which may not be finite.
     """
     with_gradient = [param for param in params if param.grad is not None]
     norm = total_norm(
-        [gradient_norm(param.grad) for param in with_gradient if param.grad is not None]
+        [gradient_norm(param.grad) for param in with_gradient if param.grad is not None],
+        sum_over_ranks,
     )
     if options.max_grad_norm > 0 and options.grad_clip_method == "norm":
         nn.utils.clip_grads_with_norm_(with_gradient, options.max_grad_norm, norm, foreach=False)

@@ -20,13 +20,9 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.training import optimizers
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.ema import Ema
-from simpletuner.training.gradient_sum import GradientSum, TreeSum
-from simpletuner.training.optimizer_step import (
-    OptimizerStep,
-    make_optimizer_step,
-    optimizer_step_name,
-)
+from simpletuner.training.optimizer_step import OptimizerStep, optimizer_step_name
 from simpletuner.training.prepare import PreparedInputs
+from simpletuner.training.sharding import Sharding, require_equal_passes
 from simpletuner.training.world import World
 
 # A context in which the network has the averaged weights; afterwards the trained ones are back.
@@ -37,7 +33,8 @@ AveragedWeights = Callable[[], AbstractContextManager[None]]
 class TrainState:
     """The network with its trainable parameters, and the objects that change them.
 
-    trainable_parameters: by name; those of the LoRA, or nearly all of the network.
+    trainable_parameters: by name; those of the LoRA, or nearly all of the network; in a sharded
+    full fine-tuning this process's rows of them.
     optimizer_options: with learning_rate already multiplied as lr_scale asks.
     """
 
@@ -48,6 +45,7 @@ class TrainState:
     optimizer: Optimizer
     optimizer_step: OptimizerStep
     ema: Ema | None
+    sharding: Sharding
 
     @property
     def averaged_weights(self) -> AveragedWeights | None:
@@ -71,12 +69,18 @@ def build_train_state(
 
     micro_batches: of one optimizer step, over all processes.
     """
-    # A model with swapped blocks need not fit on the device even once, so it is loaded on the host.
-    load_device = torch.device("cpu") if run.model.musubi_blocks_to_swap else device.device
+    sharding = make_sharding(run, world)
+    require_equal_passes(sharding, micro_batches)
+    # A model with swapped blocks, or one that is sharded, need not fit on the device even once, so
+    # it is loaded on the host.
+    stays_on_host = run.model.musubi_blocks_to_swap or sharding.is_sharded
+    load_device = torch.device("cpu") if stays_on_host else device.device
     transformer = prepared.family.load_transformer(
         prepared.model_files, load_device, device.weights_dtype, run.model, emit
     )
     trainable = attach_trainable_parameters(run, prepared.family, transformer, emit)
+    units = prepared.family.shard_units(transformer)
+    trainable = sharding.shard(transformer, units, trainable, device.device)
     configure_blocks(run, prepared.family, transformer, device.device)
     prepared.family.compile_blocks(transformer, run.model)
     if run.optimizer.optimizer_cpu_offload_method != "none" and device.device.type != "cuda":
@@ -86,7 +90,18 @@ def build_train_state(
                 f"the memory of {device.device.type} is the host's memory"
             )
         )
-    return assemble_train_state(run, transformer, trainable, world, micro_batches)
+    return assemble_train_state(run, transformer, trainable, sharding, micro_batches)
+
+
+def make_sharding(run: RunConfig, world: World) -> Sharding:
+    """Return the layout of the network over the ranks that fsdp_enable asks for."""
+    trains_adapter = run.model.model_type == "lora"
+    if not run.distributed.fsdp_enable or world.size == 1:
+        return Sharding(world, trains_adapter, run.optimizer)
+    from simpletuner.training.fsdp import Fsdp  # importing FSDP2 takes a second
+
+    reshard = run.distributed.fsdp_reshard_after_forward
+    return Fsdp(world, trains_adapter, run.optimizer, reshard)
 
 
 def configure_blocks(
@@ -119,7 +134,7 @@ def assemble_train_state(
     run: RunConfig,
     transformer: nn.Module,
     trainable: dict[str, nn.Parameter],
-    world: World,
+    sharding: Sharding,
     micro_batches: int,
 ) -> TrainState:
     """Build the optimizer, its step strategy and the average for the trainable parameters."""
@@ -129,19 +144,16 @@ def assemble_train_state(
     named, parameters = list(trainable.items()), list(trainable.values())
     optimizer = optimizers.build_optimizer(options, named, run.training.seed)
     step_name = optimizer_step_name(options, parameters[0].device)
-    gradient_sum = (
-        TreeSum(parameters, world, micro_batches)
-        if run.model.model_type == "lora"
-        else GradientSum(parameters, world)
-    )
+    gradient_sum = sharding.gradient_sum(parameters, micro_batches)
     return TrainState(
         transformer,
         trainable,
         run.model.model_type == "lora",
         options,
         optimizer,
-        make_optimizer_step(step_name, parameters, optimizer, options, gradient_sum),
+        sharding.optimizer_step(step_name, parameters, optimizer, options, gradient_sum),
         Ema(named, run.optimizer) if run.optimizer.use_ema else None,
+        sharding,
     )
 
 

@@ -80,7 +80,9 @@ def train_two_steps(run: RunConfig, config: TransformerConfig, feed: BatchShape)
     trained = train_state.attach_trainable_parameters(run, FAMILY, sketch.transformer, null_emit)
     train_state.configure_blocks(run, FAMILY, sketch.transformer, torch.device("cpu"))
     micro = run.training.gradient_accumulation_steps
-    net = train_state.assemble_train_state(run, sketch.transformer, trained, World(), micro)
+    net = train_state.assemble_train_state(
+        run, sketch.transformer, trained, train_state.make_sharding(run, World()), micro
+    )
     parts = make_fake_context(
         run, FAMILY, sketch, feed, net, TrainSchedule(9, micro, 1, 0), MemoryTrackerMode(1)
     )

@@ -179,6 +179,10 @@ class ChromaFamily(ModelFamily):
     def block_count(self, transformer: nn.Module) -> int:
         return len(_as_chroma(transformer).blocks)
 
+    def shard_units(self, transformer: nn.Module) -> list[nn.Module]:
+        chroma = _as_chroma(transformer)
+        return [*chroma.blocks, chroma.distilled_guidance_layer]
+
     def place_blocks(
         self, transformer: nn.Module, memory: BlockMemoryPolicy, device: torch.device | None = None
     ) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import nn
 
 from simpletuner.errors import ModelError
@@ -14,8 +15,15 @@ from simpletuner.models.chroma import native_names, single_file
 from simpletuner.models.chroma.model_format import CHROMA_FORMAT, WEIGHTS_STEM
 from simpletuner.models.chroma.transformer import ChromaTransformer
 from simpletuner.models.chroma.transformer_config import CLASS_NAME, TransformerConfig
+from simpletuner.models.family import WholeTensorOf, as_it_is
 from simpletuner.models.weights.components import component_tensors
 from simpletuner.models.weights.model_folder import read_json
+from simpletuner.models.weights.tensor_files import (
+    WholeTensor,
+    send_tensors,
+    split_into_files,
+    write_tensors,
+)
 from simpletuner.models.weights.tensor_loading import (
     check_tensors,
     load_from_file,
@@ -26,6 +34,7 @@ from simpletuner.models.weights.weight_header import read_weight_header
 from simpletuner.quantization.quantized_linear import quantize_modules
 from simpletuner.quantization.stored_tensor import StoredTensor
 
+SHARD_BYTES = 10 * 10**9
 BLOCK_PREFIXES = ("transformer_blocks.", "single_transformer_blocks.")
 
 
@@ -111,8 +120,13 @@ def load_quantized_transformer(
     return transformer
 
 
-def save_transformer(transformer: nn.Module, folder: Path) -> None:
-    """Write config.json and safetensors shards of at most 10 GB, which diffusers reads as well."""
+def save_transformer(
+    transformer: nn.Module, folder: Path | None, whole: WholeTensorOf = as_it_is
+) -> None:
+    """Write config.json and safetensors shards of at most 10 GB, which diffusers reads as well.
+
+    One tensor after the other is made whole and written. folder: None takes part in that only.
+    """
     if not isinstance(transformer, ChromaTransformer):
         raise TypeError(f"not Chroma's transformer: {type(transformer).__name__}")
     expected = set(_expected_names(transformer.config))
@@ -122,18 +136,33 @@ def save_transformer(transformer: nn.Module, folder: Path) -> None:
             "A transformer with an adapter cannot be saved as a full model; save the adapter"
             " instead."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    fields = {"_class_name": CLASS_NAME, **transformer.config.__dict__}
-    (folder / "config.json").write_text(
-        json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
-    save_torch_state_dict(
-        state,
-        folder,
-        filename_pattern=f"{WEIGHTS_STEM}{{suffix}}.safetensors",
-        max_shard_size="10GB",
-        safe_serialization=True,
-    )
+    tensors = {
+        name: WholeTensor(tuple(tensor.shape), tensor.dtype, partial(whole, tensor))
+        for name, tensor in state.items()
+    }
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    files = split_into_files(WEIGHTS_STEM, sizes, SHARD_BYTES)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(
+            folder / "config.json", {"_class_name": CLASS_NAME, **transformer.config.__dict__}
+        )
+        if len(files) > 1:
+            index = {
+                "metadata": {"total_size": sum(sizes.values())},
+                "weight_map": {name: file for file, names in files.items() for name in names},
+            }
+            _write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", index)
+    for file, names in files.items():
+        parts = {name: tensors[name] for name in names}
+        if folder is None:
+            send_tensors(parts)
+        else:
+            write_tensors(folder / file, parts, {"format": "pt"})
+
+
+def _write_json(path: Path, fields: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _expected_names(config: TransformerConfig) -> list[str]:

@@ -24,6 +24,7 @@ from simpletuner.errors import ConfigError, DiskFull, ModelError
 from simpletuner.events.event_types import Emit
 from simpletuner.events.sinks import null_emit
 from simpletuner.events.stage_reporter import StageReporter
+from simpletuner.models.weights.tensor_files import split_into_files
 from simpletuner.quantization.stored_tensor import DTYPE_NAMES, StoredTensor
 
 WeightedLoras = Sequence[tuple[Mapping[str, Delta], float]]  # (deltas by module, weight)
@@ -194,7 +195,8 @@ def _write_output(
         header_metadata |= model.native_metadata(base)
         writer.write(folder / destination.path.name, list(writer.outputs), header_metadata)
         return
-    shards = _split_into_shards(model.weights_stem, writer.outputs)
+    sizes = {name: output.size_bytes for name, output in writer.outputs.items()}
+    shards = split_into_files(model.weights_stem, sizes, SHARD_BYTES)
     file_by_name = {name: file for file, names in shards.items() for name in names}
     _write_json(folder / "config.json", model.read_config(base))
     if len(shards) > 1:
@@ -203,26 +205,6 @@ def _write_output(
         _write_json(folder / f"{model.weights_stem}.safetensors.index.json", index)
     for file, names in shards.items():
         writer.write(folder / file, names, header_metadata)
-
-
-def _split_into_shards(
-    weights_stem: str, outputs: Mapping[str, OutputTensor]
-) -> dict[str, list[str]]:
-    """Return file -> tensors in order, named and split as diffusers does."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, output in outputs.items():
-        if groups[-1] and size + output.size_bytes > SHARD_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += output.size_bytes
-    suffixes = [f"-{number:05d}-of-{len(groups):05d}" for number in range(1, len(groups) + 1)]
-    shard_suffixes = suffixes if len(groups) > 1 else [""]
-    return {
-        f"{weights_stem}{name}.safetensors": group
-        for name, group in zip(shard_suffixes, groups, strict=True)
-    }
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,10 @@ def measure_fake_step(
             named = materialise_parameters(network, trained, part, count)
             count.current_part = "optimizer"
             micro = min(run.training.gradient_accumulation_steps, MEASURED_MICRO_BATCHES)
-            net = train_state.assemble_train_state(without_ema(run), network, named, World(), micro)
+            sharding = train_state.make_sharding(run, World())
+            net = train_state.assemble_train_state(
+                without_ema(run), network, named, sharding, micro
+            )
             create_optimizer_state(net)
             return run_and_measure_step(run, family, spec, feed, net, count)
 

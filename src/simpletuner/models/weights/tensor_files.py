@@ -54,10 +54,12 @@ def order_in_file(tensors: FileTensors) -> list[str]:
     )
 
 
-def write_tensors(path: Path, tensors: FileTensors) -> None:
+def write_tensors(
+    path: Path, tensors: FileTensors, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file; every rank that holds a part must call send_tensors meanwhile."""
     order = order_in_file(tensors)
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
         start, end = end, end + tensors[name].nbytes
@@ -84,6 +86,27 @@ def send_tensors(tensors: FileTensors) -> None:
         tensor = tensors[name]
         if isinstance(tensor, WholeTensor):
             tensor.load()
+
+
+def split_into_files(stem: str, sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """Return file -> names of its tensors in order, named and split as diffusers does.
+
+    sizes: bytes of each tensor. limit: bytes of a file, unless it holds a single tensor.
+    """
+    groups: list[list[str]] = [[]]
+    total = 0
+    for name, size in sizes.items():
+        if groups[-1] and total + size > limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += size
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    return {
+        f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors": group
+        for number, group in enumerate(groups, 1)
+    }
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simpletuner.errors import CheckpointError
-from simpletuner.quantization.stored_tensor import SAFETENSORS_DTYPES
-from simpletuner.training.tensor_files import (
+from simpletuner.models.weights.tensor_files import (
     WholeTensor,
     iter_stored,
     order_in_file,
     send_tensors,
     write_tensors,
 )
+from simpletuner.quantization.stored_tensor import SAFETENSORS_DTYPES
 
 
 def tensors_of_every_dtype() -> dict[str, Tensor]:
