@@ -123,7 +123,8 @@ def test_bare_flags_and_negative_numbers() -> None:
 @pytest.mark.parametrize("alias", list(option_aliases()))
 def test_aliases(folder: Path, alias: str) -> None:
     option = all_options()[option_aliases()[alias]]
-    value = {"integer": 7, "number": 7.0, "choice": "".join(option.choices[-1:]), "text": "x"}
+    number = 0.5 if "less than 1" in option.bounds else 7.0
+    value = {"integer": 7, "number": number, "choice": "".join(option.choices[-1:]), "text": "x"}
     loaded = read(folder, {alias: value[option.kind]})
     assert resolved_options(loaded.config)[option.name] == value[option.kind]
     assert f"{alias} is read as {option.name}" in loaded.notices[0]
@@ -244,11 +245,11 @@ def test_everything_wrong_at_once(folder: Path) -> None:
   "network_rank": 0,
   "lr_scheduler": "cosin",
   "seed": true,
-  "validation_guidance": 7.5,
+  "tread_config": {"routes": []},
   "init_lora": "nope.safetensors",
   "max_train_steps": 5,
   "num_train_epochs": 5,
-  "base_model_precision": "int8-sdnq",
+  "base_model_precision": "int2-quanto",
   "lora_init_type": "loftq",
   "learning_rate": 1e400
 }"""
@@ -265,17 +266,17 @@ def test_everything_wrong_at_once(folder: Path) -> None:
         'config.json:4:3: lr_scheduler = "cosin": allowed: constant, linear, cosine, polynomial; '
         "did you mean 'cosine'?",
         "config.json:5:3: seed = true: must be a whole number",
-        "config.json:6:3: validation_guidance: use validation_guidance_real",
+        "config.json:6:3: tread_config: is a method of other models: it does not exist for Chroma",
         'config.json:7:3: init_lora = "nope.safetensors": does not exist (looked for nope.safetensors)',
         "config.json:8:3: max_train_steps: num_train_epochs is given too; set the length of the run with one of them",  # noqa: E501
-        "config.json:10:3: base_model_precision = \"int8-sdnq\": sdnq's layers stop the gradients of earlier layers "  # noqa: E501
-        "without an error; use int8; allowed: no_change, int8, int4, nf4, fp8",
+        'config.json:10:3: base_model_precision = "int2-quanto": two bits lose too much of Chroma; '
+        "nf4 is the smallest; allowed: no_change, int8, int4, nf4, fp8",
         "config.json:11:3: lora_init_type = \"loftq\": LoftQ changes the base's weights; pissa initialises "
         "from the base, quantized or not; allowed: default, gaussian, olora, pissa",
         "config.json:12:3: learning_rate = nan: must be a finite number",
         "SIMPLETUNER_LORA_RNK: lora_rnk: unknown option; did you mean 'lora_rank'?",
-        "--sed: unknown option; did you mean 'seed'?",
         "--lora_alpha: needs a value",
+        "--sed: unknown option; did you mean 'seed'?",
     ]  # fmt: skip
 
 

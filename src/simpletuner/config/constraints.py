@@ -65,11 +65,6 @@ def _compare_values(run: RunConfig, given: GivenOrigins) -> Iterator[ConstraintF
             "base_model_default_dtype",
             f"bf16 weights cannot be used with mixed_precision {model.mixed_precision}",
         )
-    if "sdxl" in (model.pretrained_vae_model_name_or_path or "").lower():
-        yield (
-            "pretrained_vae_model_name_or_path",
-            "is the VAE of another model; leave it out to use Chroma's own",
-        )
     yield from _check_block_swap(run)
     yield from _check_adapter(run)
     yield from _check_learning_rate(run)

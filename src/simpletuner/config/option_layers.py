@@ -15,6 +15,14 @@ from simpletuner.config.schema import RunConfig
 from simpletuner.errors import ConfigError, Problem
 
 RUN_LENGTH_OPTIONS = ("max_train_steps", "num_train_epochs")
+# SimpleTuner's forms save each of these together with the option that it stands for. Its value
+# counts there, unless only the other one differs from the default.
+OVERRIDING_ALIASES = (
+    "validation_guidance",
+    "optimizer_beta1",
+    "optimizer_beta2",
+    "optimizer_weight_decay",
+)
 ENVIRONMENT_NAME_LIKENESS = 0.85  # similarity from which a variable is a misspelt option
 
 
@@ -56,7 +64,7 @@ class OptionLayers:
         problem.
         """
         written: dict[str, str] = {}
-        for entry in layer:
+        for entry in self._drop_overridden(list(layer)):
             name = self._resolve_name(entry)
             if name is None:
                 continue
@@ -72,6 +80,27 @@ class OptionLayers:
             if name in written and name in self.values and replaced:
                 self.notices.append(f"{self.origins[name]}: {name} replaces {other}")
                 del self.values[other], self.origins[other]
+
+    def _drop_overridden(self, layer: list[WrittenOption]) -> list[WrittenOption]:
+        """Remove one of an overriding alias and its option, where the layer has both."""
+        entries = {entry.name.lstrip("-").replace("-", "_"): entry for entry in layer}
+        dropped: list[WrittenOption] = []
+        for alias in OVERRIDING_ALIASES:
+            option = all_options()[option_aliases()[alias]]
+            if alias not in entries or option.name not in entries:
+                continue
+            is_default = {
+                name: _means_default(option, entries[name].raw_value)
+                for name in (alias, option.name)
+            }
+            lesser = alias if is_default[alias] and not is_default[option.name] else option.name
+            other = option.name if lesser == alias else alias
+            dropped.append(entries[lesser])
+            if not is_default[lesser]:
+                self.notices.append(
+                    f"{entries[lesser].location}: {lesser} is not read, because {other} is given"
+                )
+        return [entry for entry in layer if entry not in dropped]
 
     def add_lower_layer(self, layer: Iterable[WrittenOption]) -> None:
         """Put one source under those before it: it counts where they say nothing."""
@@ -121,6 +150,8 @@ class OptionLayers:
         reason = unsupported_options.unsupported_reason(name)
         if reason and unsupported_options.is_harmless_value(name, entry.raw_value):
             self.skipped_names.append(name)
+        elif reason and unsupported_options.is_noted(name):
+            self.notices.append(f"{entry.location}: {name} {reason}")
         elif reason:
             self.add_problem(entry.location, f"{name}: {reason}")
         elif name in RunConfig.model_fields and isinstance(entry.raw_value, dict):
@@ -187,6 +218,14 @@ class OptionLayers:
                 self.add_problem(f"--{name}", "needs a value")
             else:
                 yield WrittenOption(name, "true" if raw is None else raw, f"--{name}")
+
+
+def _means_default(option: Option, raw: Any) -> bool:
+    """Return whether a written value is the default of its option, or not given."""
+    try:
+        return option_values.parse_value(option, raw) in (None, option.default)
+    except option_values.InvalidOptionValue:
+        return False
 
 
 def _unwrap_saved_form(content: Any) -> tuple[Any, JsonPath]:

@@ -21,6 +21,7 @@ TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 NULL_WORDS = ("", "null", "none")
 MAX_VALUE_CHARS = 60
+OPTIONS_WITH_LINES = ("modelspec_comment",)  # texts that may be written as a list of lines
 SIZE_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(G|M)(i?)B?)?", re.IGNORECASE)
 
 
@@ -118,6 +119,8 @@ def _parse_text(option: Option, raw: Any) -> Any:
         return str(raw)
     if option.structured and isinstance(raw, (list, dict)):
         return raw
+    if option.name in OPTIONS_WITH_LINES and isinstance(raw, list):
+        return "\n".join(map(str, raw))
     raise InvalidOptionValue(
         "must be text" + (", a list or an object" if option.structured else "")
     )

@@ -28,20 +28,22 @@ PRECISION_ALIASES: Mapping[str, Precision] = {
     "fp8-torchao": "fp8",
     "fp8wo-torchao": "fp8",
     "fp8-native": "fp8",
+    "fp8-transformerengine": "fp8",
+    # Only the weights are quantized here: rounding activations as well makes gradients wrong.
+    "int8dq-torchao": "int8",
+    "int8dq-int4-torchao": "int4",
+    "fp8-int4-torchao": "int4",
+    "fp4-bnb": "nf4",  # fp4 has a third more error than nf4 at the same size
+    # Sizes that are not here are read as the next larger one.
+    **dict.fromkeys(("int8-sdnq", "uint8-sdnq", "int6-sdnq", "int5-sdnq", "uint5-sdnq"), "int8"),
+    "uint4-sdnq": "int4",
+    "fp8-sdnq": "fp8",
+    **dict.fromkeys(("int16-sdnq", "uint16-sdnq", "fp16-sdnq"), "no_change"),
 }
 
-_SDNQ_REASON = "sdnq's layers stop the gradients of earlier layers without an error"
-_DYNAMIC_REASON = "rounding activations as well makes the gradients wrong"
+_TOO_SMALL_REASON = "{} bits lose too much of Chroma; nf4 is the smallest"
 REFUSED_PRECISIONS: Mapping[str, str] = {
-    "int2-quanto": "two bits lose too much of Chroma; nf4 is the smallest",
-    "fp4-bnb": "fp4 has a third more error than nf4 at the same size; use nf4",
-    "int8dq-torchao": f"{_DYNAMIC_REASON}; use int8",
-    "int8dq-int4-torchao": f"{_DYNAMIC_REASON}; use int4",
-    "fp8-int4-torchao": f"{_DYNAMIC_REASON}; use int4",
-    "fp8-transformerengine": "fp8 matrix products are not supported; fp8 stores weights only",
-    **dict.fromkeys(("int8-sdnq", "uint8-sdnq", "int6-sdnq"), f"{_SDNQ_REASON}; use int8"),
-    **dict.fromkeys(("int5-sdnq", "uint5-sdnq", "uint4-sdnq"), f"{_SDNQ_REASON}; use nf4"),
-    **dict.fromkeys(("uint3-sdnq", "uint2-sdnq"), f"{_SDNQ_REASON}; nf4 is the smallest"),
-    **dict.fromkeys(("int16-sdnq", "uint16-sdnq", "fp16-sdnq"), f"{_SDNQ_REASON}; use no_change"),
-    "fp8-sdnq": f"{_SDNQ_REASON}; use fp8",
+    "int2-quanto": _TOO_SMALL_REASON.format("two"),
+    "uint2-sdnq": _TOO_SMALL_REASON.format("two"),
+    "uint3-sdnq": _TOO_SMALL_REASON.format("three"),
 }

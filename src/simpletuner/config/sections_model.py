@@ -143,10 +143,8 @@ class ModelOptions(OptionSection):
         "Where the inputs of checkpointed blocks are kept: on the GPU (torch) or in host memory "
         "(offload).",
         resume_policy="free",
-        value_aliases={"unsloth": "offload"},
-        refused_values=dict.fromkeys(
-            ("torch-ffn", "unsloth-ffn"), "whole blocks are checkpointed, not parts of them"
-        ),
+        # Whole blocks are checkpointed, not their feed-forward layers alone: the same numbers.
+        value_aliases={"unsloth": "offload", "torch-ffn": "torch", "unsloth-ffn": "offload"},
         needs={"gradient_checkpointing": Not(False), "device": DISCRETE_MEMORY},
         unmet_errors={"device": SHARED_MEMORY_REASON},
         affects={"plan"},
@@ -191,10 +189,11 @@ class ModelOptions(OptionSection):
         None,
         "torch.compile mode of inductor; null is default.",
         resume_policy="free",
-        refused_values=dict.fromkeys(
-            ("reduce-overhead", "max-autotune"),
-            "CUDA graphs need fixed shapes and addresses, and batches differ in both",
-        ),
+        # CUDA graphs need fixed shapes and addresses, and batches differ in both.
+        value_aliases={
+            "reduce-overhead": "default",
+            "max-autotune": "max-autotune-no-cudagraphs",
+        },
         needs={"dynamo_backend": "inductor"},
         affects={"plan"},
     )
@@ -304,10 +303,12 @@ class AdapterOptions(OptionSection):
         "Modules that get a LoRA: all attention layers, feed-forward layers too (+ffs), the text "
         "stream only (context), two single blocks (tiny), one single block (nano).",
         level="common",
+        value_aliases={"ai-toolkit": "all+ffs", "mmdit": "all"},
         refused_values={
-            "ai-toolkit": "in Chroma these are the modules of all+ffs",
-            "mmdit": "in Chroma these are the modules of all",
-            "controlnet": "Chroma has no ControlNet here",
+            "controlnet": "there is no ControlNet for Chroma",
+            "all+ffs+embedder": "add x_embedder to a list in lora_target_modules",
+            "tiny+embedder": "add x_embedder to a list in lora_target_modules",
+            "all+ffs+embedder+controlnet": "there is no ControlNet for Chroma",
         },
         needs={**LORA, "lora_target_modules": None},
     )

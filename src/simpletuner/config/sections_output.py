@@ -75,6 +75,7 @@ class ValidationOptions(OptionSection):
         "closely and take twice as long.",
         level="common",
         resume_policy="free",
+        aliases=("validation_guidance",),
         needs_any=IMAGES_OR_SCORES,
         ge=1,
         le=30,
@@ -300,7 +301,7 @@ class PublishingOptions(OptionSection):
         resume_policy="free",
     )
     modelspec_comment: str | None = option(
-        None, "Description in the file metadata.", resume_policy="free"
+        None, "Description in the file metadata: a text or a list of lines.", resume_policy="free"
     )
     model_card_note: str | None = option(
         None, "Text for the model card (README.md).", resume_policy="free"
@@ -334,6 +335,7 @@ class PublishingOptions(OptionSection):
         "folder's name.",
         level="common",
         resume_policy="free",
+        aliases=("hub_model_name",),
         pattern=r"^[\w.-]+(/[\w.-]+)?$",
     )
     model_card_private: bool = option(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from simpletuner.config import optimizer_names
 from simpletuner.config.option import Effect, Not, OptionSection, option
 
 # Read this file as a table: name, type and default; one sentence of help; level, bounds, other
 # names, and the relations to other options.
 
-STATE_TOO_SMALL_REASON = (
-    "optimizer states below 8 bits are not supported; adamw_8bit and adafactor are the smallest"
-)
 ADAM_OPTIMIZERS = ("adamw", "adamw_bf16", "adamw_8bit", "prodigy", "adamw_schedulefree", "muon")
 EMA = {"use_ema": True}
 
@@ -33,22 +31,8 @@ class OptimizerOptions(OptionSection):
         "Optimizer. For full-rank training adamw_bf16 needs 4 bytes of state per weight and rounds "
         "stochastically, adamw_8bit needs 2 bytes, and muon learns in fewer steps.",
         level="basic",
-        value_aliases={
-            "torch-adamw": "adamw",
-            "optimi-adamw": "adamw",
-            "torch-adafactor": "adafactor",
-            "optimi-lion": "lion",
-            **dict.fromkeys(
-                ("ao-adamw8bit", "bnb-adamw8bit", "bnb-adamw8bit-paged", "adamw8bit"), "adamw_8bit"
-            ),
-        },
-        refused_values={
-            "ao-adamw4bit": STATE_TOO_SMALL_REASON,
-            "bnb-lion8bit": (
-                "lion with 8-bit states is not supported; use adamw_8bit, which needs half the "
-                "memory of lion in bf16"
-            ),
-        },
+        value_aliases=optimizer_names.OPTIMIZER_ALIASES,
+        refused_values=optimizer_names.REFUSED_OPTIMIZERS,
     )
     optimizer_config: str | None = option(
         None, "More arguments of the optimizer: key=value,key=value."
@@ -57,6 +41,7 @@ class OptimizerOptions(OptionSection):
     adam_beta1: float = option(
         0.9,
         "Decay of the running mean of the gradient.",
+        aliases=("optimizer_beta1",),
         needs={"optimizer": ADAM_OPTIMIZERS},
         affects=set(),
         ge=0,
@@ -65,13 +50,20 @@ class OptimizerOptions(OptionSection):
     adam_beta2: float = option(
         0.999,
         "Decay of the running mean of the squared gradient.",
+        aliases=("optimizer_beta2",),
         needs={"optimizer": ADAM_OPTIMIZERS},
         affects=set(),
         ge=0,
         lt=1,
     )
     adam_weight_decay: float = option(
-        0.01, "Weight decay.", level="common", affects=set(), ge=0, le=10
+        0.01,
+        "Weight decay.",
+        level="common",
+        aliases=("optimizer_weight_decay",),
+        affects=set(),
+        ge=0,
+        le=10,
     )
     adam_epsilon: float = option(
         1e-8,

@@ -29,7 +29,8 @@ OFF_VALUES = ("", "0", "0.0", "false", "no", "no_change", "none", "null", "[]", 
 class UnsupportedOption:
     """A row of the table.
 
-    name: may contain *. skipped_values: values that change nothing; "*" is any.
+    name: may contain *. skipped_values: values that change nothing; "*" is any, "+" is any with a
+    notice.
     """
 
     name: str
@@ -77,6 +78,12 @@ def is_harmless_value(name: str, value: object) -> bool:
     skipped = () if row is None else row.skipped_values
     text = f"{value:g}" if isinstance(value, float) else str(value).strip().lower()
     return text in OFF_VALUES or text in skipped or "*" in skipped
+
+
+def is_noted(name: str) -> bool:
+    """Return whether any value of an unsupported option is skipped with a notice of the reason."""
+    row = _find_row(name)
+    return row is not None and "+" in row.skipped_values
 
 
 def unsupported_names_by_reason() -> tuple[tuple[str, tuple[str, ...]], ...]:
