@@ -97,7 +97,7 @@ def test_machines_and_automatic_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_of_each_process() -> None:
     assert WEIGHTS.per_process(layout("replicated", 4)) == 660
     assert WEIGHTS.per_process(layout("sharded", 1)) == 660
-    assert WEIGHTS.per_process(layout("sharded", 4)) == 165 + 120 + 200
+    assert WEIGHTS.per_process(layout("sharded", 4)) == 165 + 120 + 200 + 60
     assert WEIGHTS.per_process(layout("sharded", 4, reshards=False)) == 165 + 660
     assert WEIGHTS.per_process(layout("zero3", 12, live_bytes=400)) == 55 + 400
     assert WEIGHTS.per_process(layout("zero3", 12, live_bytes=600)) == 55 + 600
@@ -108,12 +108,12 @@ def test_weights_of_each_process() -> None:
     ("mode", "changed"),
     [
         ("replicated", {}),
-        ("sharded", {"weights": 165 + 320, "optimizer": 330, "activations": 70,
+        ("sharded", {"weights": 165 + 320 + 60, "optimizer": 330, "activations": 70,
                      "temporaries": 700 - 495 + 200}),
-        ("zero1", {"optimizer": 330 + 330, "communication buffers": 50}),
-        ("zero2", {"optimizer": 330 + 330, "communication buffers": 50, "activations": 70,
+        ("zero1", {"optimizer": 2 * 330 + 330, "communication buffers": 50}),
+        ("zero2", {"optimizer": 2 * 330 + 330, "communication buffers": 50, "activations": 70,
                    "temporaries": 700 - 495 + 200}),
-        ("zero3", {"weights": 165 + 320, "optimizer": 330 + 330, "communication buffers": 50,
+        ("zero3", {"weights": 165 + 320 + 60, "optimizer": 2 * 330 + 330, "communication buffers": 50,
                    "activations": 70, "temporaries": 700 - 495 + 200}),
     ],
 )  # fmt: skip
@@ -128,11 +128,11 @@ def test_parts_at_full_rank(mode: str, changed: dict[str, int]) -> None:
 def test_adapters_stay_whole_unless_the_engine_shards_them() -> None:
     parts = {"weights": 660, "adapters": 40, "optimizer": 80, "activations": 70, "temporaries": 90}
     found = parts_per_process(parts, layout("sharded", 4), WEIGHTS, LORA_STEP, is_lora=True)
-    assert found == {**parts, "weights": 485}
+    assert found == {**parts, "weights": 545}
     world = layout("zero3", 4, bucket_bytes=500)
     found = parts_per_process(parts, world, WEIGHTS, LORA_STEP, is_lora=True)
     assert found == {
-        "weights": 485, "adapters": 10, "optimizer": 30, "activations": 70, "temporaries": 60,
+        "weights": 545, "adapters": 10, "optimizer": 30, "activations": 70, "temporaries": 60,
         "communication buffers": 40,
     }  # fmt: skip
 
@@ -176,18 +176,25 @@ def test_gradients_of_adapters_go_up_the_tree(
     ("mode", "fields", "expected"),
     [
         ("replicated", {}, {"all_reduce": (1, 660, 990)}),
-        ("sharded", {}, {"all_gather": (28, 2640, 1980), "reduce_scatter": (14, 1320, 990)}),
+        ("sharded", {}, {"all_gather": (26, 2520, 1890), "reduce_scatter": (14, 1320, 990)}),
         ("sharded", {"reshards": False},
          {"all_gather": (14, 1320, 990), "reduce_scatter": (14, 1320, 990)}),
         ("zero1", {}, {"reduce_scatter": (1, 660, 495), "all_gather": (1, 660, 495)}),
         ("zero2", {}, {"reduce_scatter": (2, 1320, 990), "all_gather": (1, 660, 495)}),
-        ("zero3", {}, {"all_gather": (28, 2640, 1980), "reduce_scatter": (2, 1320, 990)}),
+        ("zero3", {}, {"all_gather": (26, 2520, 1890), "reduce_scatter": (2, 1320, 990)}),
     ],
 )  # fmt: skip
 def test_communication_of_two_passes_at_full_rank(
     mode: str, fields: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     assert operations(layout(mode, 4, **fields), 2, False, FULL_STEP) == expected
+
+
+def test_vectors_stay_whole() -> None:
+    weights = WeightBytes((100, 100, 100), 60, whole=7)
+    assert weights.own_part(layout("sharded", 4)) == 90 + 7
+    assert weights.per_process(layout("sharded", 4)) == 90 + 7 + 200 + 60
+    assert weights.per_process(layout("replicated", 4)) == 367
 
 
 def test_nothing_is_sent_by_one_process() -> None:
@@ -197,9 +204,9 @@ def test_nothing_is_sent_by_one_process() -> None:
 
 def test_shards_and_adapters_are_both_sent() -> None:
     found = operations(layout("sharded", 2), 1, True, LORA_STEP)
-    assert found == {"all_gather": (14, 1320, 660), "send": (2, 42, 42), "broadcast": (2, 42, 42)}
+    assert found == {"all_gather": (13, 1260, 630), "send": (2, 42, 42), "broadcast": (2, 42, 42)}
     found = operations(layout("zero3", 2), 1, True, LORA_STEP)
-    assert found == {"all_gather": (14, 1400, 700), "reduce_scatter": (1, 40, 20)}
+    assert found == {"all_gather": (13, 1340, 670), "reduce_scatter": (1, 40, 20)}
 
 
 def test_a_whole_plan_of_several_processes() -> None:
@@ -208,9 +215,10 @@ def test_a_whole_plan_of_several_processes() -> None:
     assert two.host == {use: 2 * size for use, size in one.host.items()}
     assert (one.communication, one.base_bytes) == ((), two.base_bytes)
     sharded = [plan(count, fsdp_enable=True) for count in (2, 4, 8)]
-    assert [found.base_bytes for found in sharded] == [
-        -(-one.base_bytes // count) for count in (2, 4, 8)
-    ]
+    whole = one.base_bytes - 2 * (one.base_bytes - sharded[0].base_bytes)
+    assert 0 < whole < 0.02 * one.base_bytes, "vectors"
+    for count, found in zip((2, 4, 8), sharded, strict=True):
+        assert found.base_bytes == whole + -(-(one.base_bytes - whole) // count)
     gathered = [found.parts["weights"] - found.base_bytes for found in sharded]
     assert gathered[0] < one.base_bytes
     assert gathered == [gathered[0]] * 3, "two blocks, whatever the number of processes"
@@ -263,7 +271,7 @@ def test_a_person_reads_the_mode_and_what_is_sent(monkeypatch: pytest.MonkeyPatc
     assert "GPU memory of each process while training" in text
     assert "host memory of 2 processes" in text
     assert "sent by each process in a step" in text
-    assert "  all_gather, 10 calls" in text
+    assert "  all_gather, 9 calls" in text
     summary = plan_formatting.format_summary(found, CARD)
     assert summary.startswith("plan: 2 processes, sharded by FSDP2, each: GPU memory ")
     assert "each process sends" in summary

@@ -56,18 +56,21 @@ def step_communication(
         return ()
     trained = sum(trained_tensors)
     uses: list[CollectiveUse] = []
-    gathers = passes * (2 if layout.reshards else 1)
-    groups = len(weights.blocks) + 1
+    blocks = len(weights.blocks)
     if layout.shards("weights"):
-        gathered = weights.total + (trained if is_lora and layout.mode == "zero3" else 0)
-        uses.append(_use("all_gather", groups * gathers, gathered * gathers, layout))
+        # Blocks are gathered for the forward and the backward pass, the rest once for both.
+        times = 2 if layout.reshards else 1
+        gathered = times * sum(weights.blocks) + weights.rest
+        if is_lora and layout.uses_deepspeed:
+            gathered += times * trained
+        uses.append(_use("all_gather", (times * blocks + 1) * passes, gathered * passes, layout))
     if is_lora and not layout.uses_deepspeed:
         return (*uses, *tree_communication(layout, trained_tensors, passes))
     buckets = count_buckets(trained_tensors)
     if layout.mode == "replicated":
         uses.append(_use("all_reduce", buckets, trained, layout))
     elif layout.mode == "sharded":
-        uses.append(_use("reduce_scatter", groups * passes, trained * passes, layout))
+        uses.append(_use("reduce_scatter", (blocks + 1) * passes, trained * passes, layout))
     else:
         # From stage 2 on no process holds all gradients, so every pass scatters its own.
         times = 1 if layout.mode == "zero1" else passes

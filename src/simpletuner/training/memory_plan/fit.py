@@ -115,7 +115,7 @@ class MemoryConfigSearch:
         # What one process holds of them.
         self.world = read_layout(run)
         self.held_bytes = {
-            name: weight_bytes_by_block(spec).per_process(self.world)
+            name: weight_bytes_by_block(spec, is_frozen).per_process(self.world)
             for name, spec in self.model_specs.items()
         }
         self.blocks = len(self.model_specs[self.own_precision].blocks)

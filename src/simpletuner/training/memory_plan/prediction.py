@@ -116,18 +116,18 @@ def predict_memory(
     """
     kind = kind or select_device(run.model).device.type
     spec, memory, feed, granule = planning_inputs(run, family, framings, kind, memory)
+    world, is_lora = read_layout(run), run.model.model_type == "lora"
     # The measurement changes the network of the spec, so its sizes are read before.
     block_count = len(spec.blocks)
     swapped = [
         aligned_block_bytes(spec.blocks[number])
         for number in memory.swapped_block_numbers(block_count)
     ]
-    model_bytes, block_weights = weight_bytes(spec), weight_bytes_by_block(spec)
+    model_bytes, block_weights = weight_bytes(spec), weight_bytes_by_block(spec, is_lora)
     cache_key = plan_cache.cache_key(run, spec, memory, feed, granule)
     measured = plan_cache.get_or_measure(
         cache_key, lambda: measure_fake_step(run, family, spec, memory, feed, granule)
     )
-    world, is_lora = read_layout(run), run.model.model_type == "lora"
     average = 4 * measured.trained if run.optimizer.use_ema else 0
     on_host = offloaded_bytes(run, kind, spec, memory, feed, measured, average)
     parts = device_parts(measured, on_host, swapped, average)

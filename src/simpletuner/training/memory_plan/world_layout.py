@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from simpletuner.config.deepspeed_config import parse_zero_config, uses_deepspeed
 from simpletuner.config.environment import copy_process_environment
@@ -65,28 +66,40 @@ class WorldLayout:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of the transformer's weights. blocks: of each block. rest: outside of the blocks."""
+    """Bytes of the transformer's weights.
+
+    blocks: of each block. rest: outside of the blocks. whole: of vectors that are never sharded.
+    """
 
     blocks: tuple[int, ...]
     rest: int
+    whole: int = 0
+
+    @property
+    def sharded(self) -> int:
+        """Return the bytes that a mode that shards weights divides."""
+        return sum(self.blocks) + self.rest
 
     @property
     def total(self) -> int:
-        return sum(self.blocks) + self.rest
+        return self.sharded + self.whole
 
     def own_part(self, layout: WorldLayout) -> int:
         """Return the bytes that a process holds at any time."""
-        return -(-self.total // layout.processes) if layout.shards("weights") else self.total
+        if not layout.shards("weights"):
+            return self.total
+        return self.whole + -(-self.sharded // layout.processes)
 
     def per_process(self, layout: WorldLayout) -> int:
-        """Return the bytes that a process holds while it trains, gathered blocks included."""
+        """Return the bytes that a process holds while it trains, with what is gathered."""
         own = self.own_part(layout)
         if not layout.shards("weights"):
             return own
         if not layout.reshards:
-            return own + self.total
-        gathered = sum(sorted(self.blocks)[-GATHERED_BLOCKS:])
-        return own + min(self.total, max(gathered, layout.live_bytes))
+            return own + self.sharded
+        # What is outside of the blocks is gathered for the whole pass.
+        gathered = sum(sorted(self.blocks)[-GATHERED_BLOCKS:]) + self.rest
+        return own + min(self.sharded, max(gathered, layout.live_bytes))
 
 
 def read_layout(run: RunConfig) -> WorldLayout:
@@ -132,14 +145,19 @@ def count_processes(run: RunConfig) -> tuple[int, int]:
     return local * options.num_machines, local
 
 
-def weight_bytes_by_block(spec: ModelSpec) -> WeightBytes:
-    """Return the bytes of the transformer's weights, with those of each block."""
-    blocks = tuple(
-        sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
-        for block in spec.blocks
-    )
-    total = sum(tensor.nbytes for tensor in spec.transformer.state_dict().values())
-    return WeightBytes(blocks, total - sum(blocks))
+def weight_bytes_by_block(spec: ModelSpec, is_lora: bool) -> WeightBytes:
+    """Return the bytes of the transformer's weights, with those of each block.
+
+    Vectors are sharded only where they are trained.
+    """
+
+    def nbytes(module: nn.Module, vectors: bool) -> int:
+        tensors = (*module.parameters(), *module.buffers())
+        return sum(tensor.nbytes for tensor in tensors if (tensor.ndim < 2 and is_lora) == vectors)
+
+    blocks = tuple(nbytes(block, False) for block in spec.blocks)
+    outside = nbytes(spec.transformer, False) - sum(blocks)
+    return WeightBytes(blocks, outside, nbytes(spec.transformer, True))
 
 
 def parts_per_process(
@@ -167,7 +185,10 @@ def parts_per_process(
             # With all gradients, the highest moment may have been one without activations.
             result["activations"] = measured.activations
     if layout.uses_deepspeed:
-        # The engine updates float32 copies of the parameters, each process its own part.
+        # The engine updates float32 copies of the parameters, each process its own part, and the
+        # state of its optimizer has their dtype.
+        if not is_lora:
+            result["optimizer"] *= 4 * measured.trained // trained_bytes
         result["optimizer"] += -(-4 * measured.trained // count)
         result["communication buffers"] = min(trained_bytes, layout.bucket_bytes)
     if is_lora and layout.shards("weights", of_adapters=True):
