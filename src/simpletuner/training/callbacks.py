@@ -32,7 +32,6 @@ def build_callbacks(
     deleted by the save that follows. Then come the scores, the checkpoint and its upload, and the
     validation images. After the last step the weights are exported, and then published.
     """
-
     callbacks = build_measurements(run, schedule, evaluations, emit)
     with_baseline = not run.validation.disable_benchmark
     save_interval = run.checkpoint.checkpoint_step_interval
