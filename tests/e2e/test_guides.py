@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.e2e.test_quickstart import PATIENCE_S, SMALL, serves
 from tests.e2e.training_project import make_images
+from tests.models.tiny_evaluation_models import make_clip
 
 DOCS = Path(__file__).parents[2] / "docs"
 # The tutorial makes the run that the others use.
@@ -23,6 +25,8 @@ OTHER_GUIDES = (
     "memory",
     "lora-files",
     "validation",
+    "metrics",
+    "rollout",
     "troubleshooting",
 )
 
@@ -38,6 +42,8 @@ def commands(guide: str) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("guides")
     make_images(path / "pictures", 3)
+    Image.new("L", (64, 64), 255).save(path / "mask.png")
+    make_clip(path / "clip")
     return path
 
 
