@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
@@ -32,6 +33,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
     # The hub's own storage service speaks a protocol of its own; the one before it is what a stub
     # can speak.
     monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False)
+    # All clients of the process share one session. A connection in it to an earlier server, which had
+    # the same port by chance, would make the first request fail.
+    huggingface_hub.close_session()
     with serve_upload_hub() as served:
         yield served
 
