@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,24 @@ def test_full_fine_tuning_on_two_processes(tmp_path: Path) -> None:
         torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-6)
     start = load_file(one / "checkpoint-1" / "weights.safetensors")
     assert any(not torch.equal(start[name], weights[0][name]) for name in start)
+
+
+def train_with_a_drifting_replica(root: str, options: dict[str, Any]) -> None:
+    from simpletuner.training import loop
+
+    def update(context: Any, step: int) -> None:
+        original(context, step)
+        if os.environ["RANK"] == "1":
+            with torch.no_grad():
+                next(iter(context.optimizer_step.params)).view(-1)[0] += 1e-6
+
+    original, loop.update_weights = loop.update_weights, update
+    train_project(root, options)
+
+
+def test_replicas_that_differ_are_reported(trainings: Trainings) -> None:
+    run_dir = trainings.root / "drifting"
+    options = {**trainings.options, "max_train_steps": 1, "output_dir": str(run_dir)}
+    values(run_ranks(2, train_with_a_drifting_replica, str(trainings.root), options))
+    messages = [str(event) for event in read_events(run_dir) if event.kind == "warned"]
+    assert [text for text in messages if "process 1 differ from those of process 0" in text]

@@ -75,6 +75,7 @@ class Checkpointer:
         set_optimizer_mode(self.train_state.optimizer, training=True)
         if self.train_state.sharding.is_sharded and self._all_know_it_is_saved(step):
             return
+        self._warn_if_replicas_differ()
         if not self.world.is_main:
             if self.train_state.sharding.is_sharded:
                 for tensors in self._collect(step).tensors.values():
@@ -90,6 +91,25 @@ class Checkpointer:
         )
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         self.emit(WeightsSaved(step, path.name, time.perf_counter() - started, size))
+
+    def _warn_if_replicas_differ(self) -> None:
+        """Warn where the processes no longer have the same weights, which each computes by itself.
+
+        The same sums give the same weights on equal hardware; GPUs of different kinds may round
+        differently.
+        """
+        if self.world.size == 1 or self.train_state.sharding.is_sharded:
+            return
+        parameters = self.train_state.trainable_parameters.values()
+        digest = [str(torch.hash_tensor(param.detach()).tolist()) for param in parameters]
+        for rank, other in enumerate(self.world.gather_json(digest)):
+            if self.world.is_main and other != digest:
+                self.emit(
+                    WarningIssued(
+                        f"the weights of process {rank} differ from those of process 0, which are "
+                        "saved: do all processes run on the same kind of device?"
+                    )
+                )
 
     def _all_know_it_is_saved(self, step: int) -> bool:
         """Return on every process what the main one finds, because all take part in writing."""

@@ -5,8 +5,9 @@ by the numbers of the micro-batches alone: the sum of micro-batches [first, end)
 left part, the largest power of two below their count, plus that of its right part. Every number of
 processes, one included, computes this same tree, so all of them get the same bits.
 
-torch's DistributedDataParallel is not used: it would send the buffers of the frozen base at every
-step, and its mean over ranks weights the samples wrongly when micro-batches have different sizes.
+torch's DistributedDataParallel is not used: its mean over ranks weights the samples wrongly when
+micro-batches have different sizes, its order of summation depends on the number of ranks, and it
+would check and send the frozen base at the start.
 """
 
 from __future__ import annotations
