@@ -115,6 +115,7 @@ def run_server(settings: ServerSettings, listening: socket.socket, opens: bool) 
     import uvicorn
 
     from simpletuner.server.app import create_app
+    from simpletuner.server.http_protocol import ConnectionCounter, make_protocol
 
     app = create_app(settings)
     launch = "" if app.state.token_auth is None else f"#/login/{app.state.token_auth.login_code}"
@@ -133,6 +134,7 @@ def run_server(settings: ServerSettings, listening: socket.socket, opens: bool) 
         proxy_headers=False,
         ws_max_size=MAX_MESSAGE_BYTES,
         limit_concurrency=MAX_CONNECTIONS,
+        http=make_protocol(ConnectionCounter()),
         timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
     )
     with contextlib.suppress(KeyboardInterrupt):

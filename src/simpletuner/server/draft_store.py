@@ -23,7 +23,7 @@ from simpletuner.server.config_validation import canonical_name, has_env_placeho
 from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.form_schema import NOT_SETTABLE
 from simpletuner.server.job_config import load_run_datasets
-from simpletuner.server.schemas.base import ErrorDetail
+from simpletuner.server.schemas.base import UNSHOWN_CHARACTERS, ErrorDetail
 from simpletuner.server.schemas.configs import Draft, DraftWrite, ImportRequest, ImportResult
 from simpletuner.server.workspace import Workspace
 
@@ -115,10 +115,11 @@ class DraftStore:
 
     def _write(self, id: str, version: int, wanted: DraftWrite) -> Draft:
         name = wanted.name.strip()
-        if not DRAFT_NAME.fullmatch(name):
+        if not DRAFT_NAME.fullmatch(name) or UNSHOWN_CHARACTERS.search(name):
             abort(
                 422,
-                "a name has 1 to 80 characters, no slash, and does not start with a dot",
+                "a name has 1 to 80 characters, all of them visible, no slash, and does not start "
+                "with a dot",
                 "name",
             )
         draft = Draft(

@@ -28,6 +28,7 @@ import asyncio
 import ipaddress
 import re
 import socket
+import time
 from collections.abc import Iterable
 
 from fastapi.responses import JSONResponse
@@ -46,6 +47,7 @@ UPLOAD_PATH = re.compile(r"/api/v1/datasets/[^/]+/files/.+", re.DOTALL)
 ALLOWED_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 WILDCARD_HOSTS = ("0.0.0.0", "::", "")
 BODY_CHUNK_TIMEOUT_S = 60.0
+MIN_BODY_BYTES_PER_S = 1024  # averaged over the body, after the first minute
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; style-src 'self'; "
     "script-src 'self'; connect-src 'self'; object-src 'none'; base-uri 'none'; "
@@ -216,14 +218,17 @@ def _check_auth(
 def check_token(connection: HTTPConnection, token_auth: TokenAuth, secret: str) -> None:
     """Check a token or login code.
 
-    Raises ApiError: 401 if it is wrong, 429 after too many wrong ones.
+    Raises ApiError: 401 if it is wrong, 429 after too many wrong ones. The right one is accepted at
+    any time: clients behind one address (a proxy, this machine) must not be able to lock each other
+    out, and a token of at least 16 characters is not found by guessing.
     """
     address = connection.client.host if connection.client else ""
     delay_s = token_auth.retry_delay_s(address)
+    if token_auth.accepts_token(address, secret):
+        return
     if delay_s:
         abort(429, f"too many wrong tokens; try again in {delay_s:.0f} s")
-    if not token_auth.accepts_token(address, secret):
-        abort(401, "the token is wrong")
+    abort(401, "the token is wrong")
 
 
 def _add_security_headers(send: Send, api: bool) -> Send:
@@ -238,16 +243,23 @@ def _add_security_headers(send: Send, api: bool) -> Send:
 
 
 def _limit_body(receive: Receive, limit: int) -> Receive:
-    """Limit the size of a body of undeclared length, and the time to wait for its next part."""
+    """Limit the size of a body of undeclared length, and the time that it may take.
+
+    The next part must arrive in time, and all parts at MIN_BODY_BYTES_PER_S on average: a byte a
+    minute would otherwise hold a connection for years.
+    """
     received_bytes = 0
     ended = False
+    started = time.monotonic()
 
     async def read() -> Message:
         nonlocal received_bytes, ended
         if ended:
             return await receive()
+        allowed_s = BODY_CHUNK_TIMEOUT_S + received_bytes / MIN_BODY_BYTES_PER_S
+        left_s = min(BODY_CHUNK_TIMEOUT_S, started + allowed_s - time.monotonic())
         try:
-            message = await asyncio.wait_for(receive(), BODY_CHUNK_TIMEOUT_S)
+            message = await asyncio.wait_for(receive(), max(0.001, left_s))
         except asyncio.TimeoutError as error:
             raise HTTPException(408, "the rest of the body did not arrive in time") from error
         received_bytes += len(message.get("body", b""))

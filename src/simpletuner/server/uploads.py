@@ -20,7 +20,12 @@ from typing import IO
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.rejections import UnusableFile, make_printable
 from simpletuner.data.sources import IGNORED_FILES
-from simpletuner.server.api_errors import DISK_ERROR_ADVICE, ApiError, abort
+from simpletuner.server.api_errors import (
+    DISK_ERROR_ADVICE,
+    ApiError,
+    abort,
+)
+from simpletuner.server.schemas.base import UNSHOWN_CHARACTERS
 from simpletuner.server.schemas.datasets import RefusedFile
 from simpletuner.server.workspace import PathOutsideWorkspace, Workspace
 
@@ -64,11 +69,11 @@ def safe_name(name: str) -> str:
     for part in name.split("/"):
         if part in ("", ".", "..") or part.startswith("."):
             abort(422, "the name is empty, hidden, absolute or leads out of the folder")
-        if any(
-            char in '\\:*?"<>|' or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
-            for char in part
-        ):
-            abort(422, 'the name has a control character or one of \\ : * ? " < > |')
+        if any(char in '\\:*?"<>|' or UNSHOWN_CHARACTERS.match(char) for char in part):
+            abort(
+                422,
+                'the name has a hidden character or one of \\ : * ? " < > |',
+            )
         if part != part.strip() or part.endswith(".") or RESERVED_NAMES.fullmatch(part):
             abort(
                 422,

@@ -7,9 +7,10 @@ use "/".
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 JobState = Literal[
     "draft",
@@ -25,10 +26,36 @@ JobState = Literal[
 ]
 
 
+# Cc, Cs, and of Cf those that change the direction or hide text. Joiners of scripts and emoji stay.
+UNSHOWN_CHARACTERS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff"
+    r"\ud800-\udfff]"
+)
+
+
+def escape_control_characters(text: str) -> str:
+    """Return the text with escapes for characters that are not shown, except tab and line break."""
+    return UNSHOWN_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
 class ApiModel(BaseModel):
     """Base class of all messages. Unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_half_surrogates(cls, data: Any) -> Any:
+        """Refuse half of a surrogate pair, which JSON can hold and UTF-8 cannot.
+
+        It can be written neither to a file nor to a response. UnicodeEncodeError is a ValueError.
+        """
+        if isinstance(data, dict):
+            for name, value in data.items():
+                for text in (name, value):
+                    if isinstance(text, str):
+                        text.encode("utf-8")
+        return data
 
 
 class ErrorDetail(ApiModel):
@@ -41,6 +68,17 @@ class ErrorDetail(ApiModel):
     loc: str
     message: str
     where: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_half_surrogates(cls, data: Any) -> Any:
+        """Escape what a request may hold and a message quote, instead of refusing it."""
+        if isinstance(data, dict):
+            return {
+                name: escape_control_characters(text) if isinstance(text, str) else text
+                for name, text in data.items()
+            }
+        return data
 
 
 class ErrorResponse(ApiModel):
