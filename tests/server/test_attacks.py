@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import pickle
 import stat
@@ -11,11 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 
 from simpletuner.server.api_errors import ApiError
+from simpletuner.server.app import create_app
 from simpletuner.server.config_validation import validate_config
-from simpletuner.server.schemas.configs import DraftWrite
+from simpletuner.server.job_config import job_config_from_draft
+from simpletuner.server.schemas.configs import Draft, DraftWrite
 from simpletuner.server.schemas.jobs import JobRequest
+from simpletuner.server.settings import ServerSettings
 from simpletuner.server.workspace import Workspace
 from tests.server.queue_harness import QueueHarness, wait_until
 
@@ -278,3 +283,76 @@ def test_a_job_s_folder_is_not_a_draft_s(harness: QueueHarness) -> None:
             harness.jobs.get_job(id)
         with pytest.raises(ApiError):
             harness.drafts.update(id, DraftWrite(name="a", config={}, datasets=[]))
+
+
+HALF = "\ud800"
+BODIES = [
+    ("/api/v1/drafts", {"name": HALF, "config": {}, "datasets": []}),
+    ("/api/v1/drafts", {"name": "x", "config": {HALF: 1}, "datasets": []}),
+    ("/api/v1/drafts", {"name": "x", "config": {}, "datasets": [{"id": HALF}]}),
+    ("/api/v1/drafts", {"name": "x", "config": {}, "datasets": [], HALF: 1}),
+    ("/api/v1/import", {"name": HALF, "text": "{}"}),
+    ("/api/v1/import", {"name": "x.json", "text": HALF}),
+    ("/api/v1/login", {"token": HALF}),
+    ("/api/v1/validate", {"config": {HALF: HALF}, "datasets": []}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES)
+def test_half_a_surrogate_is_refused(tmp_path: Path, path: str, body: dict[str, object]) -> None:
+    settings = ServerSettings(Workspace(tmp_path), token="t" * 20, host="0.0.0.0")
+    client = TestClient(
+        create_app(settings), base_url="http://127.0.0.1", raise_server_exceptions=False
+    )
+    answer = client.post(
+        path,
+        content=json.dumps(body),
+        headers={"content-type": "application/json", "authorization": f"Bearer {'t' * 20}"},
+    )
+    assert answer.status_code == 422, answer.text
+    answer.json()
+
+
+@pytest.mark.parametrize("name", ["a\u202egpj.exe", "a\x1b[2Jb", "a\u200bb", "a\u2066b"])
+def test_what_is_not_shown_is_in_no_name_and_no_message(tmp_path: Path, name: str) -> None:
+    client = TestClient(
+        create_app(ServerSettings(Workspace(tmp_path))), base_url="http://127.0.0.1"
+    )
+    refused = client.post("/api/v1/drafts", json={"name": name, "config": {}, "datasets": []})
+    assert refused.status_code == 422
+    answer = client.post("/api/v1/validate", json={"config": {name: 1}, "datasets": []})
+    assert answer.status_code in (200, 422)
+    for character in "\u202e\x1b\u2066":
+        assert character not in refused.text
+
+
+@pytest.mark.parametrize(
+    ("output_dir", "said"),
+    [
+        (".", "belongs to the server"),
+        ("pictures", "contains the images"),
+        ("pictures/run", "is inside"),
+        ("mine", "holds files"),
+    ],
+)
+def test_validation_and_the_queue_refuse_the_same_folders(
+    tmp_path: Path, output_dir: str, said: str
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    workspace = Workspace(tmp_path)
+    datasets = [
+        {
+            "id": "p",
+            "type": "local",
+            "instance_data_dir": "pictures",
+            "caption_strategy": "filename",
+        }
+    ]
+    config = {"output_dir": output_dir, "max_train_steps": 1}
+    problems = validate_config(workspace, config, datasets).problems
+    assert any(said in problem.message and problem.loc == "output_dir" for problem in problems)
+    draft = Draft(id="0" * 12, name="x", version=1, changed_t=0.0, config=config, datasets=datasets)
+    with pytest.raises(ApiError, match=said):
+        job_config_from_draft(draft, workspace)

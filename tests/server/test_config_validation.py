@@ -134,10 +134,11 @@ def test_what_lies_outside_is_not_told(workspace: Workspace) -> None:
 
 
 def test_other_roots_and_repositories_are_allowed(workspace: Workspace, tmp_path: Path) -> None:
-    wider = Workspace(workspace.root, ((tmp_path / "outside").resolve(),))
+    roots = ((tmp_path / "outside").resolve(), (tmp_path / "elsewhere").resolve())
+    wider = Workspace(workspace.root, roots)
     sets = [{"id": "a", "instance_data_dir": str(tmp_path / "outside")}]
     config = {
-        "output_dir": str(tmp_path / "outside" / "run"),
+        "output_dir": str(tmp_path / "elsewhere" / "run"),
         "pretrained_model_name_or_path": "some/base",
     }
     assert validate_config(wider, config, sets).problems == []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner.config.output_folder import RUN_MARKER
 from simpletuner.server.api_errors import ApiError
 from simpletuner.server.job_config import run_folder_name
 from simpletuner.server.job_folder import JobFolder
@@ -297,10 +298,10 @@ def test_a_config_by_hand_is_not_written_over(harness: QueueHarness) -> None:
     mine = harness.workspace.root / "config" / "fox"
     mine.mkdir(parents=True)
     (mine / "config.json").write_text("{}")
-    with pytest.raises(ApiError, match="is not from a run") as caught:
+    with pytest.raises(ApiError, match="holds files that no run has written") as caught:
         harness.enqueue(output_dir="config/fox")
     assert [complaint.loc for complaint in caught.value.details] == ["output_dir"]
-    (mine / "run.lock").write_text("")
+    (mine / RUN_MARKER).write_text("{}")
     assert harness.enqueue(output_dir="config/fox").state == "queued", "a run's own is"
 
 
@@ -330,6 +331,8 @@ def test_a_done_run_whose_folder_was_removed_is_gone(harness: QueueHarness) -> N
 def test_results_of_a_run_are_not_trained_over_unasked(harness: QueueHarness) -> None:
     """Found when the draft is queued, not by a training that has loaded everything."""
     folder = harness.workspace.output_dir / "zorbo"
+    folder.mkdir(parents=True)
+    (folder / RUN_MARKER).write_text("{}")
     for result in ("checkpoint-20/manifest.json", "pytorch_lora_weights.safetensors"):
         (folder / result).parent.mkdir(parents=True, exist_ok=True)
         (folder / result).write_text("{}")

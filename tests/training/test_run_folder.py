@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner.config.output_folder import RUN_MARKER
 from simpletuner.errors import RunLocked, StorageError
 from simpletuner.training import run_folder
+from simpletuner.training.own_files import write_marker
 from simpletuner.training.run_folder import RunFolder, replace_folder
 
 HOLD = """
@@ -78,6 +80,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["run.lock", "exit.json", "control/stop"])
 def test_a_folder_where_a_file_should_be_is_one_message(tmp_path: Path, name: str) -> None:
+    write_marker(tmp_path)
     (tmp_path / name).mkdir(parents=True)
     with pytest.raises(StorageError, match=name.split("/")[-1]), RunFolder(tmp_path):
         pytest.fail("opened")
@@ -87,6 +90,7 @@ def test_a_folder_where_a_file_should_be_is_one_message(tmp_path: Path, name: st
 
 def test_a_file_or_a_dangling_link_where_a_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
+    write_marker(tmp_path / "a")
     (tmp_path / "a" / "control").touch()
     (tmp_path / "b").symlink_to(tmp_path / "nowhere")
     for name in ("a", "b"):
@@ -106,6 +110,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
         ".writing-transformer/config.json",
         ".replaced-transformer/config.json",
     )
+    write_marker(tmp_path)
     for name in (*names, "notes.tmp.txt", ".hidden", "transformer/config.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -113,7 +118,8 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
         left = {
             path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
         }
-    assert left == {"notes.tmp.txt", ".hidden", "transformer/config.json", "run.lock"}
+    own = {RUN_MARKER, "run.lock"}
+    assert left == {"notes.tmp.txt", ".hidden", "transformer/config.json"} | own
 
 
 def test_a_folder_put_aside_without_a_successor_gets_its_name_back(tmp_path: Path) -> None:
@@ -131,6 +137,8 @@ def test_requests_are_taken_once(tmp_path: Path) -> None:
 
 
 def test_earlier_results_are_moved_not_lost(tmp_path: Path) -> None:
+    write_marker(tmp_path)
+    (tmp_path / "thesis.txt").touch()
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / "checkpoint-5" / "weights").write_text("w")
     (tmp_path / "cache").mkdir()
@@ -139,6 +147,7 @@ def test_earlier_results_are_moved_not_lost(tmp_path: Path) -> None:
         assert moved == tmp_path / "earlier-1"
         assert (moved / "checkpoint-5" / "weights").read_text() == "w"
         assert (tmp_path / "cache").is_dir()
+        assert (tmp_path / "thesis.txt").exists(), "a file of the user stays"
         assert folder.set_aside_earlier_results() is None
 
 

@@ -26,6 +26,7 @@ from simpletuner.config.load import (
 )
 from simpletuner.config.option_catalog import all_options
 from simpletuner.config.option_values import parse_memory_size
+from simpletuner.config.output_folder import find_output_dir_problems
 from simpletuner.data.dataset_config import DatasetFile
 from simpletuner.data.dataset_file import read_dataset_file
 from simpletuner.data.start_image import read_size
@@ -187,9 +188,24 @@ def require_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, 
                 webhook_sink.parse_webhook_config(run.logging.webhook_config)
         except ConfigError as error:
             problems.extend(error.problems)
+        if backends is not None:
+            problems += output_dir_problems(tried.loaded, backends)
     if problems or tried.loaded is None or backends is None:
         raise ConfigError(problems)
     return tried.loaded, backends
+
+
+def output_dir_problems(loaded: LoadedConfig, backends: DatasetFile) -> list[Problem]:
+    """Return why the run may not use its output_dir."""
+    run = loaded.config
+    caches = [run.cache.cache_dir, backends.text_cache_dir]
+    found = find_output_dir_problems(
+        Path(os.path.expanduser(run.training.output_dir)).absolute(),
+        {dataset.id: dataset.instance_data_dir for dataset in (*backends.train, *backends.eval)},
+        loaded.config_path,
+        [Path(cache) for cache in caches if cache],
+    )
+    return [Problem(loaded.origins["output_dir"], text) for text in found]
 
 
 def print_config(

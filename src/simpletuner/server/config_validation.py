@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from simpletuner.config import constraints
@@ -19,6 +20,7 @@ from simpletuner.config.load import (
     try_load_mapping,
 )
 from simpletuner.config.option_catalog import all_options, option_aliases
+from simpletuner.config.output_folder import find_output_dir_problems
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset_file import try_read_datasets
 from simpletuner.errors import Problem
@@ -42,6 +44,12 @@ def validate_config(
     data_options = result.data_options or DataOptions()
     dataset_problems, notes = _validate_datasets(workspace, datasets, data_options)
     problems = [*option_problems, *dataset_problems]
+    output_dir = {canonical_name(name): value for name, value in config.items()}.get("output_dir")
+    if isinstance(output_dir, str) and (run_dir := workspace.resolve_or_none(output_dir)):
+        problems += [
+            ErrorDetail(loc="output_dir", message=text)
+            for text in output_dir_problems(workspace, run_dir, datasets)
+        ]
     loaded = result.loaded
     if loaded is None:
         return ConfigValidationResult(problems=problems, notes=notes, changed={})
@@ -50,6 +58,21 @@ def validate_config(
         notes=[*loaded.notices, *notes],
         changed=changed_options(loaded),
     )
+
+
+def output_dir_problems(workspace: Workspace, run_dir: Path, datasets: Sequence[Any]) -> list[str]:
+    """Return why a run may not use the folder: the refusals of `simpletuner train`, and one more.
+
+    run_dir: resolved.
+    """
+    if run_dir == workspace.root or workspace.server_dir in (run_dir, *run_dir.parents):
+        return [f"output_dir = {run_dir}: this folder belongs to the server; choose another one"]
+    folders = {}
+    for at, entry in enumerate(datasets):
+        given = entry.get("instance_data_dir") if isinstance(entry, Mapping) else None
+        if isinstance(given, str) and (folder := workspace.resolve_or_none(given)):
+            folders[str(entry.get("id", f"[{at}]"))] = folder
+    return list(find_output_dir_problems(run_dir, folders))
 
 
 def validate_options(

@@ -17,11 +17,13 @@ from simpletuner.server.api_errors import ApiError, abort
 from simpletuner.server.config_validation import (
     DATASET_FOLDER_FIELDS,
     canonical_name,
+    output_dir_problems,
     validate_config,
 )
 from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.form_schema import NOT_SETTABLE
 from simpletuner.server.run_artifacts import checkpoint_step, list_outputs
+from simpletuner.server.schemas.base import ErrorDetail
 from simpletuner.server.schemas.configs import Draft
 from simpletuner.server.workspace import PathOutsideWorkspace, Workspace
 
@@ -83,18 +85,8 @@ def job_config_from_draft(draft: Draft, workspace: Workspace, trains: bool = Tru
     loc = "output_dir" if config.get("output_dir") else "name"
     given = config.get("output_dir") or workspace.output_dir / run_folder_name(draft.name)
     run_dir = _resolve_or_abort(workspace, given, "output_dir")
-    if run_dir == workspace.root or workspace.server_dir in (run_dir, *run_dir.parents):
-        abort(
-            422,
-            f"output_dir = {given}: this folder belongs to the server; a run needs its own folder",
-            "output_dir",
-        )
-    if (run_dir / "config.json").exists() and not (run_dir / "run.lock").exists():
-        abort(
-            422,
-            f"output_dir = {given}: its config.json is not from a run; choose another folder",
-            "output_dir",
-        )
+    if problems := output_dir_problems(workspace, run_dir, draft.datasets):
+        raise ApiError(422, [ErrorDetail(loc="output_dir", message=text) for text in problems])
     if trains and config.get("resume_from_checkpoint", "latest") == "latest":
         _require_no_results(run_dir, loc)
     return JobConfig(

@@ -51,6 +51,7 @@ from simpletuner.models.weights.tensor_files import (
     write_tensors,
 )
 from simpletuner.training.leftovers import remove_checkpoint_leftovers
+from simpletuner.training.own_files import move_to_earlier
 
 PickTensor = Callable[[str, StoredSlice], Tensor | None]  # takes file stem and stored tensor
 
@@ -211,6 +212,7 @@ def save_checkpoint(
 def remove_checkpoint(folder: Path) -> None:
     """Delete a checkpoint; of a symbolic link only the link, which leads outside the run folder.
 
+    Files that a person has put into it, such as notes, are moved to earlier-N/.
     What cannot be deleted is left behind under a name that no reader looks for.
     """
     if folder.is_symlink():
@@ -218,9 +220,17 @@ def remove_checkpoint(folder: Path) -> None:
             folder.unlink()
         return
     try:
+        known = {*read_manifest(folder), "manifest.json"}
+        notes = [
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and path.relative_to(folder).as_posix() not in known
+        ]
+        if notes:
+            move_to_earlier(folder.parent, notes)
         removing = folder.rename(folder.with_name(f".removing-{folder.name}"))
-    except OSError:
-        return  # the checkpoint stays complete
+    except (OSError, ValueError):
+        return  # it stays, also a damaged one, whose manifest does not separate notes from state
     shutil.rmtree(removing, ignore_errors=True)
 
 

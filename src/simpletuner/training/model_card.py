@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from simpletuner.atomic_io import write_atomically
 from simpletuner.config.load import resolved_options
 from simpletuner.config.lycoris_config import describe_adapter
 from simpletuner.config.option_catalog import all_options
 from simpletuner.config.paths import HUB_ID_PATTERN
 from simpletuner.config.schema import RunConfig
 from simpletuner.training.model_metadata import RunMetadata, uses_bundled_base
+from simpletuner.training.own_files import replace_own_file
 from simpletuner.validation.validation_images import read_image_metadata
 
 MAX_CARD_IMAGES = 12
@@ -85,7 +85,7 @@ simpletuner export pytorch_lora_weights.safetensors --format diffusers --rank 64
 
 
 def write_model_card(run_dir: Path, metadata: RunMetadata, step: int) -> Path:
-    """Write README.md and return its path.
+    """Write README.md and return its path; one that was edited is moved to earlier-N/.
 
     It has the front matter for the hub, the images of the last validation, how each program loads
     the weights, and the settings.
@@ -108,9 +108,8 @@ def write_model_card(run_dir: Path, metadata: RunMetadata, step: int) -> Path:
         ),
         "",
     ]
-    target = run_dir / "README.md"
-    write_atomically(target, "\n".join(lines))
-    return target
+    replace_own_file(run_dir, "README.md", "\n".join(lines))
+    return run_dir / "README.md"
 
 
 def _introduction(metadata: RunMetadata, step: int, images: list[tuple[str, str]]) -> list[str]:

@@ -20,6 +20,7 @@ from simpletuner.config.option_layers import RUN_LENGTH_OPTIONS
 from simpletuner.errors import CheckpointError
 from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
 from simpletuner.training import checkpoint
+from simpletuner.training.own_files import list_results
 from simpletuner.training.world import World
 
 
@@ -113,6 +114,23 @@ class ResumePoint:
         )
 
 
+def _refuse_to_replace_results(run_dir: Path) -> None:
+    """Raise CheckpointError where a start from step 0 would replace what an earlier run made."""
+    damaged = sorted(run_dir.glob("damaged-checkpoint-*"))
+    results = list_results(run_dir)
+    if damaged:
+        what = f"all checkpoints are damaged ({', '.join(path.name for path in damaged)})"
+    elif results:
+        what = f"there is no checkpoint, but the result of a finished run ({results[0].name})"
+    else:
+        return
+    raise CheckpointError(
+        f"{run_dir}: {what}. To train from step 0, add --resume_from_checkpoint=never (earlier "
+        "results are moved to a subfolder), or choose another output_dir; to continue, put a "
+        "checkpoint from a backup back"
+    )
+
+
 def find_common_resume_point(
     run_dir: Path, wanted: str, world: World, emit: Emit
 ) -> ResumePoint | None:
@@ -145,6 +163,8 @@ def find_resume_point(run_dir: Path, wanted: str, emit: Emit) -> ResumePoint | N
         newest = checkpoint.find_latest_valid(run_dir, emit)
         if newest is None and wanted == "must":
             raise CheckpointError(f"resume_from_checkpoint = must, and {run_dir} has no checkpoint")
+        if newest is None:
+            _refuse_to_replace_results(run_dir)
         return None if newest is None else ResumePoint(newest, checkpoint.read_state(newest), False)
     for folder in (run_dir / wanted, Path(os.path.expanduser(wanted))):
         if folder.is_dir():

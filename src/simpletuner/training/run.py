@@ -47,6 +47,7 @@ from simpletuner.training.device import describe_out_of_memory
 from simpletuner.training.memory_plan.fit import with_options
 from simpletuner.training.memory_plan.memory_saving import suggest_next_setting
 from simpletuner.training.memory_plan.preflight import preflight_check
+from simpletuner.training.own_files import remember_own_file, set_edited_aside
 from simpletuner.training.run_folder import FollowerRunFolder, RunFolder
 from simpletuner.training.world import World, join_world
 
@@ -297,7 +298,7 @@ def finalize_run(
         if status == "failed"
         else event_types.RunFinished(step, seconds, status)
     )
-    why = call_and_catch(partial(write_report, folder.path, DEFAULT_CONFIG))
+    why = call_and_catch(partial(replace_report, folder.path))
     if why:
         emit(event_types.WarningIssued(f"report.html was not written: {why}"))
     elif status != "failed":
@@ -308,6 +309,13 @@ def finalize_run(
     why = call_and_catch(partial(folder.write_exit_status, code, status, step, message))
     if why:
         emit(event_types.WarningIssued(f"exit.json was not written: {why}"))
+
+
+def replace_report(run_dir: Path) -> None:
+    """Write report.html; one that was edited is moved to earlier-N/."""
+    set_edited_aside(run_dir, "report.html")
+    write_report(run_dir, DEFAULT_CONFIG)
+    remember_own_file(run_dir, "report.html")
 
 
 def to_user_error(error: BaseException, run: RunConfig) -> SimpleTunerError | None:

@@ -6,6 +6,8 @@ train.log       the same as text
 checkpoint-500/ images/ report.html and, at the end, the weights
 run.lock        locked by the process that trains here; its content is only information
 exit.json       how the last process ended
+.simpletuner-run.json   the marker: this folder belongs to a run; written before anything else
+earlier-1/      what an earlier run left, and files that were edited and would be replaced
 control/        a file named stop, save or validate is a request to the running process
 """
 
@@ -23,11 +25,18 @@ from pathlib import Path
 from types import TracebackType
 
 from simpletuner.atomic_io import write_atomically
+from simpletuner.config.output_folder import describe_foreign_folder, foreign_entries
 from simpletuner.errors import ConfigError, RunLocked, storage_error
 from simpletuner.training.leftovers import remove_all_leftovers
+from simpletuner.training.own_files import (
+    list_own_entries,
+    list_results,
+    move_to_earlier,
+    replace_own_file,
+    write_marker,
+)
 
 CONTROL_REQUESTS = ("stop", "save", "validate")
-NEVER_SET_ASIDE = ("cache", "run.lock", "control")
 LOCK_RETRY_S = 0.5
 LOCK_UNSUPPORTED_ERRNOS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
@@ -68,8 +77,9 @@ def _lock_file(descriptor: int) -> None:
 class RunFolder:
     """The folder of a run; `with RunFolder(path) as folder` takes and releases its lock.
 
-    Raises RunLocked when another process trains there, and DiskFull or StorageError when the folder
-    cannot be written.
+    Raises ConfigError for a folder that holds anything else than a run, before anything is written;
+    RunLocked when another process trains there, and DiskFull or StorageError when the folder cannot
+    be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +90,11 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         try:
+            entries = foreign_entries(self.path)
+            if entries:
+                raise ConfigError(describe_foreign_folder(self.path, entries))
             self.path.mkdir(parents=True, exist_ok=True)
+            write_marker(self.path)
             (self.path / "control").mkdir(exist_ok=True)
             probe = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -137,9 +151,9 @@ class RunFolder:
             return ""
 
     def write_config(self, resolved: dict[str, object]) -> None:
-        write_atomically(
-            self.path / "config.json", json.dumps(resolved, indent=2, ensure_ascii=False) + "\n"
-        )
+        """Write config.json; one that was edited since the last process is moved to earlier-N/."""
+        content = json.dumps(resolved, indent=2, ensure_ascii=False) + "\n"
+        replace_own_file(self.path, "config.json", content)
 
     def write_exit_status(self, exit_code: int, status: str, step: int, message: str = "") -> None:
         record = {"exit_code": exit_code, "status": status, "step": step, "message": message}
@@ -159,30 +173,16 @@ class RunFolder:
     def set_aside_earlier_results(self) -> Path | None:
         """Move the results of an earlier run into earlier-N/, but not the caches.
 
-        Returns the new folder, or None when there was nothing to move.
+        Files that a person has added to the folder stay where they are. Returns the new folder, or
+        None when there was nothing to move.
         """
-        earlier = [
-            entry
-            for entry in self.path.iterdir()
-            if entry.name not in NEVER_SET_ASIDE and not entry.name.startswith("earlier-")
-        ]
-        names = [entry.name for entry in earlier]
-        if not any(
-            name.startswith("checkpoint-") or name.endswith(".safetensors") for name in names
-        ):
-            return None
-        return self.set_aside(earlier)
+        earlier = list_own_entries(self.path)
+        has_results = list_results(self.path) or any("checkpoint-" in path.name for path in earlier)
+        return self.set_aside(earlier) if has_results else None
 
     def set_aside(self, entries: Sequence[Path]) -> Path:
         """Move entries of this folder into a new earlier-N/, and return it."""
-        number = 1
-        while (self.path / f"earlier-{number}").exists():
-            number += 1
-        target = self.path / f"earlier-{number}"
-        target.mkdir()
-        for entry in entries:
-            entry.rename(target / entry.name)
-        return target
+        return move_to_earlier(self.path, entries)
 
 
 class FollowerRunFolder(RunFolder):

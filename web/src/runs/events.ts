@@ -22,7 +22,6 @@ interface Scored {
   step: number;
   metric: string;
   rates: Record<string, [number, number, number]>;
-  unit?: string;
 }
 type ImageSaved = { kind: "image" } & RunImage;
 interface StageStarted {

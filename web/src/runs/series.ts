@@ -34,12 +34,11 @@ export function append(metrics: RunMetrics, events: RunEvent[]): RunMetrics {
       ...scored
         .filter((event) => !seenScores.has(`${event.step} ${event.metric}`))
         .flatMap((event) =>
-          Object.entries(event.rates).map(([name, [rate]]): [number, string, string, number, string] => [
+          Object.entries(event.rates).map(([name, [rate]]): [number, string, string, number] => [
             event.step,
             event.metric,
             name,
             rate,
-            event.unit ?? "share",
           ]),
         ),
     ],

@@ -108,7 +108,6 @@ export const run: Texts["run"] = {
     memory: "Pico de memoria",
     gradient: "Norma del gradiente",
     scores: "Puntuaciones",
-    similarities: "Similitud de las imágenes",
     label: (title, value, where) => `${title}: ${value} al final, ${where}`,
   },
   images: {
