@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner.adapters.lycoris_targets import choose_lycoris_modules
 from simpletuner.config.load import config_from_resolved, resolved_options, try_load_config
 from simpletuner.config.lycoris_config import (
     LycorisConfig,
@@ -59,10 +60,24 @@ def test_what_simpletuner_users_write_is_read() -> None:
     ("config", "named"),
     [
         ({"algo": "lora"}, 'use lora_type "standard"'),
-        ({"algo": "boft"}, "allowed: lokr, loha"),
+        ({"algo": "boft", "block_size": 4}, "the nearest is algo"),
+        ({"algo": "full"}, "full_matrix true"),
+        ({"algo": ["lokr"]}, "allowed: lokr, loha"),
         ({}, "allowed: lokr, loha"),
         ({**LOKR, "multiplier": 0.5}, "strength is linear_alpha"),
-        ({**LOKR, "apply_preset": {"target_module": ["Attention"]}}, "flux_lora_target"),
+        ({**LOKR, "apply_preset": "attn-mlp"}, "must be an object such as"),
+        ({**LOKR, "apply_preset": {"target_modules": ["Attention"]}}, "target_modules: unknown"),
+        ({**LOKR, "apply_preset": {"target_module": "Attention"}}, "must be a list of names"),
+        ({**LOKR, "apply_preset": {"target_name": ["(a"]}}, "is not a regular expression"),
+        ({**LOKR, "apply_preset": {"module_algo_map": ["Attention"]}}, "must be an object of name"),
+        (
+            {**LOKR, "apply_preset": {"module_algo_map": {"Attention": 4}}},
+            "must be an object of set",
+        ),
+        (
+            {**LOKR, "apply_preset": {"module_algo_map": {"Attention": {"algo": "ia3"}}}},
+            "module_algo_map.Attention: algo 'ia3' is not supported; the nearest",
+        ),
         ({**LOKR, "weight_decompose": True}, "magnitudes"),
         ({**LOKR, "linear_dims": 4}, "linear_dims: unknown"),
         ({**LOKR, "linear_dim": 0}, "linear_dim"),
@@ -76,6 +91,112 @@ def test_what_simpletuner_users_write_is_read() -> None:
 def test_what_cannot_be_is_refused_with_its_reason(config: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         parse_lycoris_config(config)
+
+
+PRESET = {
+    "target_module": ["Attention", "FeedForward"],
+    "module_algo_map": {
+        "Attention": {"factor": 16},
+        "FeedForward": {"factor": 8, "dim": 4, "alpha": 2},
+    },
+    "name_algo_map": {"single_.*to_q": {"algo": "loha", "dim": 8}},
+}
+
+
+BASES = [
+    {"linear_dim": 10000, "linear_alpha": 1, "factor": 16},
+    {"linear_dim": 16, "linear_alpha": 16, "factor": 10, "full_matrix": True},
+    {"linear_dim": 64, "linear_alpha": 32, "factor": 4, "use_scalar": False, "bypass_mode": True},
+    {"linear_dim": 1000000, "linear_alpha": 1, "factor": 12, "use_tucker": True, "conv_dim": 8},
+    {"linear_dim": 32, "linear_alpha": 1, "decompose_both": True, "dropout": 0.0, "rs_lora": False},
+]
+PRESETS: list[dict[str, object]] = [
+    {"target_module": ["Attention"]},
+    {"target_module": ["Attention", "FeedForward"]},
+    PRESET,
+    {"target_module": ["Attention"], "module_algo_map": {"Attention": {"factor": 6}}},
+    {"target_module": ["FeedForward"], "module_algo_map": {"FeedForward": {"algo": "loha", "dim": 8}}},
+    {"target_module": ["Attention", "JointTransformerBlock"], "module_algo_map": {}},
+    {"target_name": ["transformer_blocks.*attn.*"], "use_fnmatch": True, "enable_conv": False},
+]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("base", BASES)
+def test_objects_of_the_usual_forms_are_read(
+    base: dict[str, object], preset: dict[str, object], tmp_path: Path
+) -> None:
+    written = {"algo": "lokr", "multiplier": 1.0, **base, "apply_preset": preset}
+    problems, loaded = judged(tmp_path, lora_type="lycoris", lycoris_config=written)
+    assert not problems
+    assert loaded is not None
+
+
+def test_a_preset_replaces_single_settings() -> None:
+    preset = parse_lycoris_config({**LOKR, "factor": 10, "apply_preset": PRESET}).preset
+    assert preset is not None
+    assert preset.classes == ("Attention", "FeedForward")
+    assert dict(preset.by_class) == {
+        "Attention": LycorisConfig("lokr", 8, 4.0, 16),
+        "FeedForward": LycorisConfig("lokr", 4, 2.0, 8),
+    }
+    assert dict(preset.by_name) == {"single_.*to_q": LycorisConfig("loha", 8, 4.0)}
+    assert parse_lycoris_config({**LOKR, "apply_preset": {}}).preset is None
+
+
+def test_the_settings_of_a_name_count_before_those_of_a_class() -> None:
+    linears = {
+        "blocks.0.attn.to_q": ("Attention", "Block"),
+        "blocks.0.ff.net.2": ("FeedForward", "Block"),
+        "single_blocks.0.attn.to_q": ("Attention", "Single"),
+        "single_blocks.0.proj_mlp": ("Single",),
+        "proj_out": (),
+    }
+
+    def choose(**preset: object) -> dict[str, LycorisConfig]:
+        config = parse_lycoris_config({**LOKR, "apply_preset": preset})
+        assert config.preset is not None
+        return choose_lycoris_modules(config, config.preset, linears)
+
+    whole = choose(**PRESET)
+    assert {name: (config.algo, config.factor) for name, config in whole.items()} == {
+        "blocks.0.attn.to_q": ("lokr", 16),
+        "blocks.0.ff.net.2": ("lokr", 8),
+        "single_blocks.0.attn.to_q": ("loha", -1),
+    }
+    assert list(choose(module_algo_map={"FeedForward": {"factor": 4}})) == [
+        "blocks.0.attn.to_q",
+        "single_blocks.0.attn.to_q",
+    ]
+    assert list(choose(target_module=["Block", "Single"], exclude_name=["single_blocks"])) == [
+        "blocks.0.attn.to_q",
+        "blocks.0.ff.net.2",
+    ]
+    assert list(choose(target_name=["*proj*"], use_fnmatch=True)) == [
+        "single_blocks.0.proj_mlp",
+        "proj_out",
+    ]
+    inner = choose(target_module=["Block"], module_algo_map={"Block": {"factor": 2}})
+    assert [config.factor for config in inner.values()] == [2, 2]
+    with pytest.raises(ConfigError, match=r"target_name 'nothing' matches no linear"):
+        choose(target_name=["nothing"])
+    with pytest.raises(ConfigError, match="chooses no linear"):
+        choose(target_module=["Block"], exclude_name=["blocks"])
+
+
+def test_classes_of_other_models_are_named(tmp_path: Path) -> None:
+    def with_classes(*classes: str, **options: object) -> tuple[list[str], object]:
+        config = {**LOKR, "apply_preset": {"target_module": classes}}
+        return judged(tmp_path, lora_type="lycoris", lycoris_config=config, **options)
+
+    problems, _ = with_classes("WanAttention")
+    assert "names classes of other models; chroma has Attention, FeedForward" in problems[0]
+    problems, loaded = with_classes("Attention", "WanAttention", flux_lora_target="tiny")
+    assert not problems
+    assert "lycoris_config: chroma has no module of class WanAttention" in loaded.notices
+    assert any("flux_lora_target has no effect" in notice for notice in loaded.notices)
+    problems, _ = with_classes("Attention", lora_target_modules=["to_q"])
+    assert "use one of them" in problems[0]
 
 
 def test_options_of_a_lora_are_refused_beside_it(tmp_path: Path) -> None:

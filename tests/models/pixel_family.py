@@ -222,6 +222,9 @@ class PixelFamily(ModelFamily):
         endings = (".query", ".value", ".out")
         return [name for name, _ in transformer.named_modules() if name.endswith(endings)]
 
+    def linear_classes(self, transformer: nn.Module) -> dict[str, tuple[str, ...]]:
+        return dict.fromkeys(self.lora_targets(transformer, ""), ())
+
     def save_transformer(
         self, transformer: nn.Module, folder: Path | None, whole: WholeTensorOf = as_it_is
     ) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from simpletuner.config.model_families import LYCORIS_CLASSES
 from simpletuner.errors import ConfigError
 from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.transformer import ChromaTransformer
@@ -64,3 +65,16 @@ def test_an_unknown_family_lists_the_known() -> None:
     assert get_family("chroma").name == "chroma"
     with pytest.raises(ConfigError, match=r'"flux" is unknown; the known families are: chroma'):
         get_family("flux")
+
+
+def test_every_class_of_a_lycoris_preset_is_found(full: ChromaTransformer) -> None:
+    """As in diffusers: the feed-forward layers of single blocks belong to no FeedForward."""
+    classes = ChromaFamily().linear_classes(full)
+    assert set(LYCORIS_CLASSES["chroma"]) == set().union(*classes.values())
+    assert not any(name.startswith("distilled_guidance_layer") for name in classes)
+    attention = [name for name, kinds in classes.items() if "Attention" in kinds]
+    assert attention == ChromaFamily().lora_targets(full, "all")
+    feed_forward = [name for name, kinds in classes.items() if "FeedForward" in kinds]
+    assert len(feed_forward) == 19 * 4
+    assert classes["single_transformer_blocks.0.proj_mlp"] == ("ChromaSingleTransformerBlock",)
+    assert classes["x_embedder"] == ()

@@ -22,6 +22,7 @@ from simpletuner.adapters.lycoris_init import init_lycoris, warm_start_lycoris
 from simpletuner.adapters.module_names import ModuleNames
 from simpletuner.config import lycoris_config
 from simpletuner.config.constraints import BASE_DERIVED_INITS
+from simpletuner.config.lycoris_config import LycorisConfig
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError, ModelError
 from simpletuner.randomness import seed_at
@@ -50,6 +51,7 @@ def attach_adapter(
     seed: int,
     names: ModuleNames,
     dtype: torch.dtype = torch.float32,
+    lycoris_settings: Mapping[str, LycorisConfig] | None = None,
 ) -> AttachedAdapter:
     """Adapt the linears `target_names` (full module names) in place and freeze the rest.
 
@@ -58,20 +60,26 @@ def attach_adapter(
     and B and subtracted, so that the exported file (of twice the rank) and strength 0 are correct
     for the original base.
 
-    names: the architecture's name table. dtype: of the trained parameters. Raises ConfigError or
+    names: the architecture's name table. dtype: of the trained parameters. lycoris_settings: those
+    of each module with lora_type lycoris; None is lycoris_config for all. Raises ConfigError or
     ModelError for unknown modules, a network that already has an adapter, and modules that no file
     of lora_format can hold.
     """
     _check_combinations(options, target_names, names)
+    lycoris: Mapping[str, LycorisConfig] = lycoris_settings or {}
+    if options.lora_type == "lycoris" and lycoris_settings is None:
+        lycoris = dict.fromkeys(target_names, lycoris_config.require_lycoris_config(options))
     bases = _find_base_linears(transformer, target_names)
     initial_deltas: dict[str, Delta] = {}
     initialized_from = None
     if options.init_lora is not None:
         initial_deltas, initialized_from = _load_init_lora(
-            Path(options.init_lora), bases, options, names
+            Path(options.init_lora), bases, options, names, lycoris
         )
     adapters = {
-        name: _build_adapter(name, base, options, initial_deltas.get(name), seed, dtype)
+        name: _build_adapter(
+            name, base, options, initial_deltas.get(name), seed, dtype, lycoris.get(name)
+        )
         for name, base in bases.items()
     }
     _install_adapters(transformer, adapters)
@@ -172,15 +180,12 @@ def _build_adapter(
     initial_delta: Delta | None,
     seed: int,
     dtype: torch.dtype,
+    lycoris: LycorisConfig | None,
 ) -> AdaptedLinear:
     """Build the adapter of one linear. initial_delta: from init_lora, or None."""
     generator = torch.Generator().manual_seed(seed_at(seed, "lora_init", name))
-    if options.lora_type == "lycoris":
-        initial = init_lycoris(
-            lycoris_config.require_lycoris_config(options),
-            (base.out_features, base.in_features),
-            generator,
-        )
+    if lycoris is not None:
+        initial = init_lycoris(lycoris, (base.out_features, base.in_features), generator)
         initial = (
             warm_start_lycoris(initial_delta, initial, name)
             if isinstance(initial_delta, LycorisDelta)
@@ -247,7 +252,11 @@ def _init_from_base_weight(
 
 
 def _load_init_lora(
-    path: Path, bases: Mapping[str, nn.Linear], options: AdapterOptions, names: ModuleNames
+    path: Path,
+    bases: Mapping[str, nn.Linear],
+    options: AdapterOptions,
+    names: ModuleNames,
+    lycoris: Mapping[str, LycorisConfig],
 ) -> tuple[dict[str, Delta], LoraFileSummary]:
     """Load init_lora. Ranks below lora_rank are zero-padded later, in _build_adapter."""
     deltas, summary = read_lora_file(path, names).to_deltas_and_summary()
@@ -261,7 +270,7 @@ def _load_init_lora(
         )
     expected_kind = "dora" if options.use_dora else "lora"
     if options.lora_type == "lycoris":
-        expected_kind = lycoris_config.require_lycoris_config(options).algo
+        expected_kind = " and ".join(sorted({config.algo for config in lycoris.values()}))
     if summary.kind.lower() != expected_kind:
         prefix = 'lora_type = "standard" and use_dora = '
         settings = {"LoRA": f"{prefix}false", "DoRA": f"{prefix}true"}

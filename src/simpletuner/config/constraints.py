@@ -84,7 +84,15 @@ def _check_adapter(run: RunConfig) -> Iterator[ConstraintFinding]:
     adapter = run.adapter
     if adapter.lora_type == "lycoris":
         try:
-            lycoris_config.require_lycoris_config(adapter)
+            parsed = lycoris_config.require_lycoris_config(adapter)
+            problem, _ = lycoris_config.find_class_problems(parsed, run.model.model_family)
+            if problem:
+                yield "lycoris_config", problem
+            if parsed.preset is not None and adapter.lora_target_modules is not None:
+                yield (
+                    "lora_target_modules",
+                    "apply_preset in lycoris_config chooses the modules too; use one of them",
+                )
         except ConfigError as error:
             yield "lycoris_config", str(error)
     if (
@@ -248,7 +256,20 @@ def find_warnings(run: RunConfig, given: GivenOrigins) -> Iterator[str]:
             f"({training.max_train_steps}): the learning rate never reaches its target"
         )
     yield from find_deepspeed_notices(run)
+    yield from _warn_about_lycoris_preset(run, given)
     yield from _warn_about_ineffective(run, given)
+
+
+def _warn_about_lycoris_preset(run: RunConfig, given: GivenOrigins) -> Iterator[str]:
+    if run.adapter.lora_type != "lycoris":
+        return
+    parsed = lycoris_config.require_lycoris_config(run.adapter)
+    _, unknown = lycoris_config.find_class_problems(parsed, run.model.model_family)
+    if unknown:
+        names = ", ".join(unknown)
+        yield f"lycoris_config: {run.model.model_family} has no module of class {names}"
+    if parsed.preset is not None and "flux_lora_target" in given:
+        yield "flux_lora_target has no effect: apply_preset in lycoris_config chooses the modules"
 
 
 def _warn_about_ineffective(run: RunConfig, given: GivenOrigins) -> Iterator[str]:

@@ -8,3 +8,16 @@ from types import MappingProxyType
 DEFAULT_FAMILY = "chroma"
 # Bucket sides are multiples of it.
 BUCKET_ALIGNMENT_PX: Mapping[str, int] = MappingProxyType({"chroma": 64})
+
+# Names that apply_preset in lycoris_config may give to groups of linears: the classes of diffusers.
+LYCORIS_CLASSES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "chroma": (
+            "Attention",
+            "FeedForward",
+            "ChromaTransformerBlock",
+            "ChromaSingleTransformerBlock",
+        )
+    }
+)
+DEFAULT_LYCORIS_CLASSES = ("Attention",)  # of a preset that chooses no modules

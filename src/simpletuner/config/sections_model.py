@@ -292,7 +292,8 @@ class AdapterOptions(OptionSection):
     lycoris_config: str | dict[str, Any] | None = option(
         None,
         "LyCORIS settings: a JSON file or the object itself, with algo (lokr or loha), linear_dim, "
-        "linear_alpha, and for lokr factor, full_matrix, decompose_both.",
+        "linear_alpha, and for lokr factor, full_matrix, decompose_both; apply_preset chooses "
+        "modules by class or name, with settings of their own.",
         level="common",
         path="file",
         needs={**LORA, "lora_type": "lycoris"},

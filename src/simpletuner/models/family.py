@@ -323,6 +323,13 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
+    def linear_classes(self, transformer: nn.Module) -> dict[str, tuple[str, ...]]:
+        """Return every linear that may be adapted, with the classes of the modules around it.
+
+        The innermost class comes first; the names are those in config/model_families.py.
+        """
+
+    @abstractmethod
     def save_transformer(
         self, transformer: nn.Module, folder: Path | None, whole: WholeTensorOf = as_it_is
     ) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from simpletuner.adapters import attachment
-from simpletuner.config.lycoris_config import describe_adapter
+from simpletuner.adapters.lycoris_targets import choose_lycoris_modules
+from simpletuner.config.lycoris_config import describe_adapter, require_lycoris_config
 from simpletuner.config.schema import OptimizerOptions, RunConfig
 from simpletuner.events.event_types import Emit, NoticeIssued
 from simpletuner.models.block_executor import block_memory_policy
@@ -161,9 +162,24 @@ def _attach_lora(
     run: RunConfig, family: ModelFamily, transformer: nn.Module, emit: Emit
 ) -> dict[str, nn.Parameter]:
     options = run.adapter
-    names = family.lora_targets(transformer, options.flux_lora_target, options.lora_target_modules)
+    settings = None
+    if options.lora_type == "lycoris":
+        lycoris = require_lycoris_config(options)
+        if lycoris.preset is not None:
+            classes = family.linear_classes(transformer)
+            settings = choose_lycoris_modules(lycoris, lycoris.preset, classes)
+    names = (
+        list(settings)
+        if settings is not None
+        else family.lora_targets(transformer, options.flux_lora_target, options.lora_target_modules)
+    )
     attached = attachment.attach_adapter(
-        transformer, options, names, run.training.seed, family.lora_conventions.names
+        transformer,
+        options,
+        names,
+        run.training.seed,
+        family.lora_conventions.names,
+        lycoris_settings=settings,
     )
     modules = "1 module" if attached.modules == 1 else f"{attached.modules} modules"
     emit(

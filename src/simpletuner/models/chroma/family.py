@@ -209,6 +209,9 @@ class ChromaFamily(ModelFamily):
             return lora_targets.preset_targets(transformer, preset)
         return lora_targets.matching_targets(transformer, chosen)
 
+    def linear_classes(self, transformer: nn.Module) -> dict[str, tuple[str, ...]]:
+        return lora_targets.linear_classes(transformer)
+
     def save_native_file(self, folder: Path, file: Path, metadata: Mapping[str, str]) -> None:
         from simpletuner.models.chroma.merge_loras import merge_loras
 

@@ -25,6 +25,14 @@ PRESET_MODULES = {
     "tiny": ("single_transformer_blocks.7.proj_out", "single_transformer_blocks.20.proj_out"),
     "nano": ("single_transformer_blocks.7.proj_out",),
 }
+# Class of diffusers -> how the names of its modules are recognised, the innermost class first.
+CLASS_PATTERNS = {
+    "Attention": re.compile(r".*\.attn\."),
+    "FeedForward": re.compile(r".*\.(ff|ff_context)\."),
+    "ChromaTransformerBlock": re.compile(r"transformer_blocks\."),
+    "ChromaSingleTransformerBlock": re.compile(r"single_transformer_blocks\."),
+}
+APPROXIMATOR_PREFIX = "distilled_guidance_layer."
 BLOCK_PREFIXES = ("transformer_blocks.", "single_transformer_blocks.")
 
 
@@ -79,10 +87,19 @@ def matching_targets(transformer: nn.Module, chosen: str | Sequence[str]) -> lis
             )
     matched_names = {name for matches in matched.values() for name in matches}
     if approximator_names := sorted(
-        name for name in matched_names if name.startswith("distilled_guidance_layer.")
+        name for name in matched_names if name.startswith(APPROXIMATOR_PREFIX)
     ):
         raise ConfigError(
             f"lora_target_modules matches {approximator_names[0]}, but the approximator must not be"
             " adapted, because that breaks the model"
         )
     return [name for name in names if name in matched_names]
+
+
+def linear_classes(transformer: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return every linear outside the approximator, with its classes from CLASS_PATTERNS."""
+    return {
+        name: tuple(kind for kind, pattern in CLASS_PATTERNS.items() if pattern.match(name))
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(APPROXIMATOR_PREFIX)
+    }
