@@ -308,7 +308,7 @@ def test_lookup(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(environ={}, cwd=tmp_path)
     assert str(caught.value).startswith(
-        "no configuration: none of config.json, config.jsonc, config.toml, config/config.json"
+        "no configuration: none of config.json, config.jsonc, config.toml, config.env, config/config.json"
     )
     assert "\n" not in str(caught.value)
     assert load_config(environ={}, cwd=tmp_path, needs_data=False).config_path is None

@@ -115,7 +115,10 @@ PRESETS: list[dict[str, object]] = [
     {"target_module": ["Attention", "FeedForward"]},
     PRESET,
     {"target_module": ["Attention"], "module_algo_map": {"Attention": {"factor": 6}}},
-    {"target_module": ["FeedForward"], "module_algo_map": {"FeedForward": {"algo": "loha", "dim": 8}}},
+    {
+        "target_module": ["FeedForward"],
+        "module_algo_map": {"FeedForward": {"algo": "loha", "dim": 8}},
+    },
     {"target_module": ["Attention", "JointTransformerBlock"], "module_algo_map": {}},
     {"target_name": ["transformer_blocks.*attn.*"], "use_fnmatch": True, "enable_conv": False},
 ]

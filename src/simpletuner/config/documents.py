@@ -1,4 +1,4 @@
-"""Configuration files: JSON with comments, or TOML, read into a document with positions."""
+"""Configuration files: JSON with comments, TOML or KEY=value, as a document with positions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from simpletuner.bounded_files import read_bounded_text
 from simpletuner.config import jsonc
+from simpletuner.config.env_file import parse_env_file
 from simpletuner.config.jsonc import Document
 from simpletuner.errors import ConfigError, Problem
 
@@ -28,7 +29,7 @@ TOML_POSITION_PATTERN = re.compile(r" \(at line (\d+), column (\d+)\)$")
 
 
 def read_document(path: Path, name: str) -> Document:
-    """Read a .json, .jsonc or .toml file.
+    """Read a .json, .jsonc, .toml or .env file.
 
     name: how messages call the file. Raises ConfigError.
     """
@@ -42,10 +43,12 @@ def read_document(path: Path, name: str) -> Document:
 
 
 def parse_document(text: str, suffix: str, name: str) -> Document:
-    """Parse a text that was read already: TOML by its suffix, else JSON with comments.
+    """Parse a text that was read already: TOML or .env by its suffix, else JSON with comments.
 
     Raises ConfigError.
     """
+    if suffix.lower() == ".env":
+        return parse_env_file(text, name)
     return _parse_toml(text, name) if suffix.lower() == ".toml" else jsonc.parse_jsonc(text, name)
 
 

@@ -16,6 +16,8 @@ GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 SERVER_TOKEN_VARIABLE = (
     f"{VARIABLE_PREFIX}SERVER_TOKEN"  # the access token of `simpletuner server`; not an option
 )
+BACKEND_OPTION = "config_backend"
+BACKEND_VARIABLES = ("SIMPLETUNER_CONFIG_BACKEND", "CONFIG_BACKEND")
 
 
 def copy_process_environment() -> Mapping[str, str]:

@@ -97,7 +97,8 @@ def try_load_config(
     layers = OptionLayers()
     path = None
     try:
-        path = discovery.find_config(config_path, env_name, example, cwd)
+        backend, argv_pairs = _take_config_backend(argv_pairs, environ)
+        path = discovery.find_config(config_path, env_name, example, cwd, backend)
         if path is not None:
             document = read_document(path, paths.display_path(path, cwd))
             layers.add_layer(layers.read_file(document, path.parent, environ))
@@ -109,6 +110,17 @@ def try_load_config(
     if is_empty and needs_data:
         return ConfigLoadResult((Problem("", discovery.no_config_message(cwd)),), None, None)
     return _validate_and_build(layers, path, cwd, needs_data)
+
+
+def _take_config_backend(
+    argv_pairs: Sequence[tuple[str, str | None]], environ: Mapping[str, str]
+) -> tuple[str | None, Sequence[tuple[str, str | None]]]:
+    """Return the kind of configuration file that a flag or a variable names, and other flags."""
+    flags = [value for name, value in argv_pairs if name == environment.BACKEND_OPTION]
+    variables = [environ.get(name, "") for name in environment.BACKEND_VARIABLES]
+    named = next(filter(None, [*flags[-1:], *variables]), None)
+    rest = [pair for pair in argv_pairs if pair[0] != environment.BACKEND_OPTION]
+    return (named.strip().lower() if named else None), rest
 
 
 def try_load_mapping(

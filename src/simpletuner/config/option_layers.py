@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simpletuner.config import environment, option_values, unsupported_options
+from simpletuner.config import env_file, environment, option_values, unsupported_options
 from simpletuner.config.jsonc import Document, JsonPath
 from simpletuner.config.option_catalog import Option, all_options, option_aliases
 from simpletuner.config.schema import RunConfig
@@ -180,6 +180,12 @@ class OptionLayers:
             location = document.location_of((*prefix, key))
             if key == "$schema":
                 continue
+            if env_file.FOREIGN_VARIABLE_PATTERN.fullmatch(key):
+                self.notices.append(
+                    f"{location}: {key} is a variable of another program and is not set; set it "
+                    "where you start the training"
+                )
+                continue
             try:
                 value = environment.expand_placeholders(raw, environ)
             except ConfigError as error:
@@ -195,6 +201,8 @@ class OptionLayers:
         """
         for variable in sorted(environ):
             if not variable.startswith(environment.VARIABLE_PREFIX):
+                continue
+            if variable in environment.BACKEND_VARIABLES:
                 continue
             if not environ[variable].strip():
                 continue
