@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy as copy_module
+import hashlib
 import json
 import os
 import random
@@ -14,14 +16,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from simpletuner.errors import CheckpointError, RunLocked, TrainingDiverged, TrainingStopped
-from simpletuner.events.event_types import CheckpointSetAside, StepCompleted
+from simpletuner.events import run_history
+from simpletuner.events.event_types import CheckpointSetAside, StepCompleted, WarningIssued
+from simpletuner.events.formatting import describe_event
 from simpletuner.training import checkpoint
 from simpletuner.training.run_folder import RunFolder
 from tests.e2e.training_project import (
     TrainingProject,
+    make_images,
     read_checkpoint_files,
     read_events,
     read_losses,
@@ -163,7 +169,129 @@ def test_changed_data_is_not_continued_silently(
     finally:
         workspace.write_datasets()
     assert isinstance(error, CheckpointError)
+    assert "dataset photos: '6 samples" in str(error)
+    assert "--resume_with_changes" in str(error)
+
+
+@pytest.fixture
+def own(straight: tuple[TrainingProject, Path], tmp_path: Path) -> tuple[TrainingProject, Path]:
+    """A copy of the project with its finished run, to change its files."""
+    workspace, run_dir = straight
+    copy = copy_module.copy(workspace)
+    copy.root = tmp_path
+    for name in ("pictures", "held-out"):
+        shutil.copytree(workspace.root / name, tmp_path / name)
+    copy.write_datasets()
+    out = shutil.copytree(run_dir, tmp_path / "run")
+    copy.options = {**workspace.options, "output_dir": str(out), "max_train_steps": 6}
+    return copy, out
+
+
+def repaint(path: Path) -> None:
+    """Another content of the same name, size and length in bytes where that is possible."""
+    with Image.open(path) as image:
+        turned = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    turned.save(path)
+
+
+def rename_caption(root: Path) -> None:
+    (root / "pictures" / "picture-3.txt").write_text("something else\nanother caption 3")
+
+
+def remove_image(root: Path) -> None:
+    (root / "pictures" / "picture-3.png").unlink()
+    (root / "pictures" / "picture-3.txt").unlink()
+
+
+def change_image(root: Path) -> None:
+    repaint(root / "pictures" / "picture-3.png")
+
+
+CHANGES = {
+    "content": (change_image, "images that have changed: photos/picture-3.png"),
+    "captions": (rename_caption, "captions that have changed: photos/picture-3.png"),
+    "removed": (remove_image, "samples that are missing: photos/picture-3.png"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_changed_sample_is_noticed_and_named(
+    own: tuple[TrainingProject, Path], kind: str
+) -> None:
+    workspace, out = own
+    change, named = CHANGES[kind]
+    workspace.train()  # the copy itself is the same training
+    change(workspace.root)
+    error = workspace.train_and_expect_error()
+    assert isinstance(error, CheckpointError)
+    assert named in str(error)
+    workspace.train(resume_with_changes=True)
+    told = [event.message for event in read_events(out) if isinstance(event, WarningIssued)]
+    assert any("with changes to checkpoint-6" in text and named in text for text in told)
+    in_history = [describe_event(event) for _, event in run_history.read_run_history(out).warnings]
+    assert any(named in text for text in in_history), "what report and page show"
+
+
+def test_a_dataset_that_is_added_or_moved_is_noticed(own: tuple[TrainingProject, Path]) -> None:
+    workspace, _ = own
+    file = workspace.root / "multidatabackend.json"
+    photos, held = json.loads(file.read_text())
+    make_images(workspace.root / "more", count=2, first=20)
+    more = {**photos, "id": "more", "instance_data_dir": "more"}
+    file.write_text(json.dumps([photos, held, more]))
+    error = workspace.train_and_expect_error()
+    assert "datasets: 'photos' in the checkpoint, now 'photos, more'" in str(error)
+    assert "dataset more: None in the checkpoint, now '2 samples" in str(error)
+
+
+def test_options_that_change_bits_are_noticed(own: tuple[TrainingProject, Path]) -> None:
+    workspace, out = own
+    error = workspace.train_and_expect_error(torch_num_threads=2)
+    assert "torch_num_threads was 1, is 2" in str(error)
+    workspace.train(vae_batch_size=1)  # with the cache as it was it changes nothing
+    shutil.rmtree(out / "cache")
+    error = workspace.train_and_expect_error(vae_batch_size=2)
+    assert "vae_batch_size was 4, is 2" in str(error)
+
+
+def test_lowering_the_learning_rate_is_one_flag(own: tuple[TrainingProject, Path]) -> None:
+    workspace, out = own
+    error = workspace.train_and_expect_error(learning_rate=1e-3, max_train_steps=8)
+    assert "learning_rate was 0.01, is 0.001" in str(error)
+    workspace.train(learning_rate=1e-3, max_train_steps=8, resume_with_changes=True)
+    assert read_losses(out).keys() == set(range(1, 9))
+    workspace.train(learning_rate=1e-3, max_train_steps=8)  # it is the run's own now
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(own: tuple[TrainingProject, Path]) -> None:
+    workspace, out = own
+    checkpoint_dir = out / "checkpoint-6"
+    state = json.loads((checkpoint_dir / "state.json").read_text())
+    digest = state["identity"].pop("dataset photos")
+    assert digest.startswith("6 samples")
+    state.pop("samples")
+    state["identity"].pop("datasets")
+    state["identity"]["pictures and captions"] = "6 samples, of another version"
+    write_state(checkpoint_dir, state)
+    error = workspace.train_and_expect_error()
+    now = str(error).split("now '")[1].split("'")[0]
     assert "pictures and captions" in str(error)
+    assert "dataset photos" not in str(error)
+    state["identity"]["pictures and captions"] = now
+    state["identity"]["base weights"] = state["identity"]["base weights"][:120]
+    write_state(checkpoint_dir, state)
+    workspace.train()
+
+
+def write_state(folder: Path, state: dict[str, object]) -> None:
+    data = json.dumps(state).encode()
+    (folder / "state.json").write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_never_moves_earlier_results_aside(straight: tuple[TrainingProject, Path]) -> None:

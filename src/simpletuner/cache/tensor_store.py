@@ -103,6 +103,7 @@ class TensorStore:
         self._files: OrderedDict[str, FileIO] = OrderedDict()
         self._pending: dict[str, dict[str, Tensor]] = {}
         self._pending_bytes = 0
+        self.put_count = 0  # entries that this process has added
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Held shared as long as the store is open: it protects unfinished files from being
@@ -151,6 +152,7 @@ class TensorStore:
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         with self._lock:
             self._pending[key] = copies
+            self.put_count += 1
             self._pending_bytes += sum(tensor.nbytes for tensor in copies.values())
             if self._pending_bytes >= self._shard_bytes:
                 self.flush()

@@ -182,13 +182,11 @@ class ModelOptions(OptionSection):
         "torch.compile backend for the blocks: minutes at the start, then faster steps on a GPU "
         "(inductor). eager and aot_eager are for debugging.",
         level="common",
-        resume_policy="free",
         affects={"plan"},
     )
     dynamo_mode: Literal["default", "max-autotune-no-cudagraphs"] | None = option(
         None,
         "torch.compile mode of inductor; null is default.",
-        resume_policy="free",
         # CUDA graphs need fixed shapes and addresses, and batches differ in both.
         value_aliases={
             "reduce-overhead": "default",
@@ -206,9 +204,9 @@ class ModelOptions(OptionSection):
     )
     torch_num_threads: int | None = option(
         None,
-        "Number of CPU threads of torch; null is torch's default.",
+        "Number of CPU threads of torch; null is torch's default. Sums depend on it in their last "
+        "bits.",
         unit="threads",
-        resume_policy="free",
         affects={"plan"},
         ge=1,
         le=1024,
@@ -216,7 +214,6 @@ class ModelOptions(OptionSection):
     disable_tf32: bool = option(
         False,
         "Compute fp32 matrix products in full precision instead of TF32 on NVIDIA GPUs.",
-        resume_policy="free",
     )
     flux_t5_padding: Literal["unmodified", "zero"] = option(
         "unmodified",

@@ -244,6 +244,13 @@ class CheckpointOptions(OptionSection):
         path="new",
         min_length=1,
     )
+    resume_with_changes: bool = option(
+        False,
+        "Resume although options, images, captions or base weights differ from the checkpoint: take "
+        "the new ones, and record each change in the history of the run.",
+        level="common",
+        resume_policy="free",
+    )
     checkpoint_step_interval: int = option(
         500,
         "Steps between checkpoints.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from simpletuner.training.loop import TrainerContext, TrainSchedule
 from simpletuner.training.metric_inputs import read_metric_prompts, trigger_word
 from simpletuner.training.model_metadata import RunMetadata
 from simpletuner.training.prepare import PreparedInputs, prepare_inputs
-from simpletuner.training.resume import ResumePoint
+from simpletuner.training.resume import ResumePoint, TrainingInputs
 from simpletuner.training.run_folder import RunFolder
 from simpletuner.training.run_start import start_run
 from simpletuner.training.train_state import TrainState, build_train_state
@@ -138,6 +139,8 @@ def open_run(
     if resume_point is None:
         folder.write_config(config)
         return None, accumulation * world.size
+    if run.checkpoint.resume_with_changes:
+        resume_point = replace(resume_point, chosen_explicitly=True)
     resume_point.require_same_config(config, emit)
     return resume_point, resume_point.micro_batches_per_step(accumulation, world.size, emit)
 
@@ -237,7 +240,16 @@ def build_exporter_and_checkpointer(
         state,
         resolved_options(run),
         metadata.micro_batches_per_step,
-        prepared.identity(),
+        TrainingInputs(
+            prepared.identity(),
+            prepared.older_identity(),
+            prepared.sample_hashes(),
+            prepared.encoded_now(),
+            {
+                "text_encoder_batch_size": run.cache.text_encoder_batch_size,
+                "vae_batch_size": run.cache.vae_batch_size,
+            },
+        ),
         evaluations.stateful_evaluators(),
         exporter.export_to_checkpoint,
         evaluations.best_step,

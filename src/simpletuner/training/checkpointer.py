@@ -28,7 +28,7 @@ from simpletuner.events.event_types import Emit, WarningIssued, WeightsSaved
 from simpletuner.models.weights.tensor_files import FileTensors, send_tensors
 from simpletuner.training import checkpoint
 from simpletuner.training.optimizers import set_optimizer_mode
-from simpletuner.training.resume import ResumePoint
+from simpletuner.training.resume import ResumePoint, TrainingInputs
 from simpletuner.training.run_folder import RunFolder
 from simpletuner.training.train_state import TrainState
 from simpletuner.training.world import World
@@ -42,7 +42,7 @@ ExportToCheckpoint = Callable[[Path, int], None]  # folder, step
 class Checkpointer:
     """Saves and restores one run.
 
-    micro_batches_per_step: over all processes; a resumed run keeps it. identity: what must not
+    micro_batches_per_step: over all processes; a resumed run keeps it. inputs: what must not
     change when a run is resumed, besides the options: base weights and data. stateful_evaluators:
     evaluators whose state is saved too, by their key in state.json. best_step: the step whose
     checkpoint is not deleted.
@@ -54,7 +54,7 @@ class Checkpointer:
     train_state: TrainState
     config: dict[str, object]
     micro_batches_per_step: int
-    identity: Mapping[str, str]
+    inputs: TrainingInputs
     stateful_evaluators: Mapping[str, HeldOutEvaluator | MetricEvaluator]
     export_to_checkpoint: ExportToCheckpoint
     best_step: Callable[[], int | None]
@@ -130,7 +130,8 @@ class Checkpointer:
             "optimizer": rest,
             "config": self.config,
             "micro_batches_per_step": self.micro_batches_per_step,
-            "identity": dict(self.identity),
+            "identity": dict(self.inputs.identity),
+            "samples": dict(self.inputs.sample_hashes),
         }
         if train_state.ema is not None:
             shadow = train_state.ema.state_dict()
@@ -152,7 +153,7 @@ class Checkpointer:
         Later checkpoints in this run folder belong to steps that will be trained again; they are
         moved to earlier-N/.
         """
-        resume_point.require_same_identity(self.identity, self.emit)
+        resume_point.require_same_inputs(self.inputs, self.emit)
         folder = resume_point.folder
         tensors = checkpoint.read_tensors(folder, self.train_state.sharding.pick_stored)
         self._load_state(folder, resume_point.state, tensors)

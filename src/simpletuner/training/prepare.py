@@ -38,6 +38,7 @@ from simpletuner.training.run_folder import RunFolder
 from simpletuner.training.world import World
 
 MAX_LISTED_CAPTIONS = 20
+MAX_NAMED_SAMPLES = 20_000
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,62 @@ class PreparedInputs:
 
     def identity_hash(self) -> str:
         """Return 16 hex digits for the whole identity."""
-        return hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.older_identity()).encode()).hexdigest()[:16]
 
     def identity(self) -> dict[str, str]:
         """Return what must not change when a run is resumed: base weights, encoders and data.
 
-        The keys are stored in checkpoints and shown to users.
+        The keys are stored in checkpoints and shown to users. An image counts by its id, content,
+        size and crop: its key in the latent cache is a hash of them.
+        """
+        identity = {
+            "base weights": self._base_weights(),
+            "text encoder": self.text_cache.fingerprint,
+            "VAE": self.latent_cache.fingerprint,
+            "datasets": ", ".join(dataset.id for dataset in self.train_sets),
+        }
+        for dataset in self.train_sets:
+            images, captions, count = hashlib.sha256(), hashlib.sha256(), 0
+            for item, key in zip(self.train.placed_samples, self.train.latent_keys, strict=True):
+                if item.sample.dataset == dataset.id:
+                    count += 1
+                    name = item.sample.id.encode("utf-8", "surrogateescape")
+                    images.update(name + f"|{key}|{item.crop_px}\n".encode())
+                    text = json.dumps(item.sample.captions)
+                    captions.update(name + f"|{text}\n".encode())
+            identity[f"dataset {dataset.id}"] = (
+                f"{count} samples, images {images.hexdigest()[:12]}, "
+                f"captions {captions.hexdigest()[:12]}, repeats {dataset.repeats}, "
+                f"probability {dataset.probability:g}"
+            )
+        return identity
+
+    def sample_hashes(self) -> dict[str, str]:
+        """Return sample id -> hashes of image and captions, to name those that have changed.
+
+        Empty above MAX_NAMED_SAMPLES, where the table would be larger than a small LoRA.
+        """
+        if len(self.train.placed_samples) > MAX_NAMED_SAMPLES:
+            return {}
+        return {
+            item.sample.id: f"{key[:8]} {_short_hash(json.dumps(item.sample.captions))}"
+            for item, key in zip(self.train.placed_samples, self.train.latent_keys, strict=True)
+        }
+
+    def encoded_now(self) -> dict[str, int]:
+        """Return option of a batch size -> how many entries this process has encoded with it."""
+        return {
+            "text_encoder_batch_size": self.text_cache.put_count,
+            "vae_batch_size": self.latent_cache.put_count,
+        }
+
+    def _base_weights(self) -> str:
+        return f"{self.model_files.name} {self.family.transformer_fingerprint(self.model_files)}"
+
+    def older_identity(self) -> dict[str, str]:
+        """Return the identity as checkpoints of earlier versions store it.
+
+        It does not see the content of an image, and cuts a long name of the base off.
         """
         digest = hashlib.sha256()
         for dataset in self.train_sets:
@@ -98,13 +149,16 @@ class PreparedInputs:
             line = f"{item.sample.id}|{item.bucket_px}|{item.crop_px}|{item.sample.captions}"
             digest.update(line.encode("utf-8", "surrogateescape"))
         sample_count = len(self.train.placed_samples)
-        fingerprint = self.family.transformer_fingerprint(self.model_files)
         return {
-            "base weights": f"{self.model_files.name} {fingerprint}"[:120],
+            "base weights": self._base_weights()[:120],
             "text encoder": self.text_cache.fingerprint,
             "VAE": self.latent_cache.fingerprint,
             "pictures and captions": f"{sample_count} samples, {digest.hexdigest()[:16]}",
         }
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def prepare_inputs(

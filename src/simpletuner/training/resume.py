@@ -23,10 +23,50 @@ from simpletuner.training import checkpoint
 from simpletuner.training.own_files import list_results
 from simpletuner.training.world import World
 
+OLDER_DATA_KEY = "pictures and captions"  # in the identity of checkpoints of earlier versions
+MAX_NAMED_SAMPLES = 5
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a resumed run compares besides its options; see PreparedInputs.
+
+    batch_sizes: value of each option in encoded_now.
+    """
+
+    identity: Mapping[str, str]
+    older_identity: Mapping[str, str]
+    sample_hashes: Mapping[str, str]
+    encoded_now: Mapping[str, int]
+    batch_sizes: Mapping[str, int]
+
+
+def _changed_samples(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return one line per kind of change with the first samples; none where nothing was stored."""
+    if not saved or not now:
+        return []
+    common = [(name, saved[name].split(), now[name].split()) for name in saved if name in now]
+    kinds = {
+        "images that have changed": [name for name, old, new in common if old[0] != new[0]],
+        "captions that have changed": [name for name, old, new in common if old[1] != new[1]],
+        "samples that were added": sorted(now.keys() - saved.keys()),
+        "samples that are missing": sorted(saved.keys() - now.keys()),
+    }
+    lines = []
+    for kind, names in kinds.items():
+        if names:
+            more = len(names) - MAX_NAMED_SAMPLES
+            listed = ", ".join(ascii(name)[1:-1] for name in names[:MAX_NAMED_SAMPLES])
+            lines.append(f"{kind}: {listed}{f' and {more} more' if more > 0 else ''}")
+    return lines
+
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A verified checkpoint. chosen_explicitly: the user named it, so options may differ."""
+    """A verified checkpoint.
+
+    chosen_explicitly: the user named it, or set resume_with_changes, so options may differ.
+    """
 
     folder: Path
     state: Mapping[str, object]
@@ -86,13 +126,27 @@ class ResumePoint:
                 )
             )
 
-    def require_same_identity(self, identity: Mapping[str, str], emit: Emit) -> None:
-        """Refuse base weights, images or captions other than those of the checkpoint."""
+    def require_same_inputs(self, inputs: TrainingInputs, emit: Emit) -> None:
+        """Refuse base weights, images or captions other than those of the checkpoint.
+
+        A checkpoint of an earlier version is compared by what that version stored.
+        """
         saved: Mapping[str, str] = self.state["identity"]  # type: ignore[assignment]
+        identity = inputs.older_identity if OLDER_DATA_KEY in saved else inputs.identity
         differences = [
-            f"{name}: {saved.get(name)!r} in the checkpoint, now {value!r}"
-            for name, value in identity.items()
-            if saved.get(name) != value
+            f"{name}: {saved.get(name)!r} in the checkpoint, now {identity.get(name)!r}"
+            for name in dict.fromkeys((*identity, *saved))
+            if saved.get(name) != identity.get(name)
+        ]
+        if differences:
+            samples: Mapping[str, str] = self.state.get("samples", {})  # type: ignore[assignment]
+            differences += _changed_samples(samples, inputs.sample_hashes)
+        config: Mapping[str, object] = self.state["config"]  # type: ignore[assignment]
+        differences += [
+            f"{name} was {config.get(name)}, is {inputs.batch_sizes[name]}, and {count} entries of "
+            "the cache were encoded again with it"
+            for name, count in inputs.encoded_now.items()
+            if count and config.get(name) not in (None, inputs.batch_sizes[name])
         ]
         self._require_no_differences(differences, emit)
 
@@ -104,12 +158,13 @@ class ResumePoint:
             raise CheckpointError(
                 f"{self.folder} was trained with different settings:{listed}\n"
                 "Start over: choose another output_dir, or --resume_from_checkpoint=never (earlier "
-                "results are moved to a subfolder). Resume with the new settings: "
+                "results are moved to a subfolder). Resume with the new settings, which is recorded "
+                "in the history of the run: --resume_with_changes, or "
                 f"--resume_from_checkpoint={self.folder.name}"
             )
         emit(
             WarningIssued(
-                f"resuming from {self.folder}, which was trained with different settings:{listed}"
+                f"resumed at step {self.step} with changes to {self.folder.name}:{listed}"
             )
         )
 
