@@ -11,15 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 from simpletuner.config.schema import ModelOptions
-from simpletuner.errors import DiskFull, DownloadError, ModelError
+from simpletuner.errors import ConfigError, DiskFull, DownloadError, ModelError
 from simpletuner.events.event_types import StageCompleted, StageStarted
 from simpletuner.models.chroma import model_files
 from simpletuner.models.weights import hub_download
+from simpletuner.models.weights.evaluation_files import (
+    locate_evaluation_model,
+    measure_evaluation_model,
+)
+from simpletuner.validation.evaluation_model import EvaluationModel
 from tests.e2e.training_project import TrainingProject
 from tests.models.download_hub import COMMIT, DownloadHub, serve_download_hub
+from tests.models.tiny_evaluation_models import make_clip
 
 OPTIONS = ModelOptions(pretrained_model_name_or_path="owner/chroma")
 UNWANTED = (
@@ -149,6 +156,43 @@ def test_a_hub_that_goes_away_between_two_questions(
         ):
             model_files.locate_files(OPTIONS)
     assert model_files.locate_files(OPTIONS).vae.is_dir()
+
+
+def test_an_evaluation_model_comes_once_and_without_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_clip(tmp_path / "repository")
+    for name in ("pytorch_model.bin", "flax_model.msgpack", "modeling_clip.py"):
+        (folder / name).write_bytes(b"x" * 1000)
+    name = "owner/clip"
+    with serve_download_hub(DownloadHub(folder, repo=name)) as hub:
+        aim(monkeypatch, hub.url, tmp_path / "cache")
+        assert measure_evaluation_model(name).is_assumed
+        found = locate_evaluation_model(name, "clip", lambda event: None)
+        assert (found / "model.safetensors").is_file()
+        assert "model.safetensors" in hub.fetched_files()
+        assert not hub.fetched_files() & {
+            "pytorch_model.bin", "flax_model.msgpack", "modeling_clip.py",
+        }  # fmt: skip
+        hub.requests.clear()
+        assert locate_evaluation_model(name, "clip", lambda event: None) == found
+        assert hub.fetched_files() == set()
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+    # The hub is gone.
+    assert locate_evaluation_model(name, "clip", lambda event: None) == found
+    assert EvaluationModel(found, torch.device("cpu")).max_tokens == 77
+
+
+def test_an_evaluation_model_of_another_kind_costs_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_clip(tmp_path / "repository")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    with serve_download_hub(DownloadHub(folder, repo="owner/bert")) as hub:
+        aim(monkeypatch, hub.url, tmp_path / "cache")
+        with pytest.raises(ConfigError, match="owner/bert is a model of type 'bert'"):
+            locate_evaluation_model("owner/bert", "clip", lambda event: None)
+        assert "model.safetensors" not in hub.fetched_files()
 
 
 def test_without_answer_the_cache_serves(hub: DownloadHub) -> None:

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from simpletuner.cli.plan import command
+from simpletuner.config.evaluation_models import DEFAULT_MODEL_BYTES
 from simpletuner.config.load import resolved_options
 from simpletuner.config.option_catalog import all_options
 from simpletuner.config.option_values import parse_memory_size
@@ -31,6 +32,7 @@ from simpletuner.training.memory_plan.fake_step import BatchShape
 from simpletuner.training.memory_plan.fit import MemoryConfigSearch
 from simpletuner.training.memory_plan.machine_resources import MachineResources, find_disk_shortages
 from simpletuner.training.memory_plan.prediction import predict_memory
+from tests.models.tiny_evaluation_models import make_clip
 from tests.training.memory_plan.tiny_family import (
     BATCH_SHAPE,
     CONFIG,
@@ -372,3 +374,25 @@ def test_what_needs_a_gpu_is_planned_without_one() -> None:
         assert done.exit_code == 0, done.output
         assert "GPU memory while training" in done.output
     assert "musubi_blocks_to_swap = 0" in done.output
+
+
+def test_the_evaluation_model_is_part_of_the_plan(tmp_path: Path) -> None:
+    clip = make_clip(tmp_path / "clip")
+    size = (clip / "model.safetensors").stat().st_size
+    plain = predict_memory(make_run_config(), TinyChroma(), SIZE, "cuda")
+    local = predict_memory(
+        make_run_config(
+            evaluation_type="clip,likeness",
+            pretrained_evaluation_model_name_or_path=str(clip),
+        ),
+        TinyChroma(),
+        SIZE,
+        "cuda",
+    )
+    assert local.allowances["image metrics"] == size, "once, however many metrics share it"
+    assert local.training == plain.training + size
+    assert local.disk["download"] == plain.disk["download"]
+    remote = predict_memory(
+        make_run_config(evaluation_type="diversity"), TinyChroma(), SIZE, "cuda"
+    )
+    assert remote.disk["download"] == plain.disk["download"] + DEFAULT_MODEL_BYTES

@@ -231,8 +231,7 @@ def _unreachable_reason(error: Exception) -> str:
     return (
         f"{constants.ENDPOINT} cannot be reached ({_first_line(error)}). Behind a blocked"
         " network set"
-        " HF_ENDPOINT=https://hf-mirror.com, or give a local folder as"
-        " pretrained_model_name_or_path."
+        " HF_ENDPOINT=https://hf-mirror.com, or give a local folder instead."
     )
 
 
