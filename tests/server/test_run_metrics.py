@@ -46,13 +46,20 @@ def test_columns(tmp_path: Path) -> None:
             4, "chroma-nano", "trained", 8, {"shape": (0.5, 0.1, 8), "colour": (1.0, 0.0, 8)}
         )
     )
+    run.write_events(
+        event_types.ScoresComputed(4, "clip", "trained", 8, {"mean": (0.25, 0.1, 8)}, "similarity")
+    )
     found = RunReader(run.path).metrics(100)
     assert found.step == [1, 2, 3, 4]
     assert found.t == [START_T + 6, START_T + 8, START_T + 10, START_T + 12]
     assert found.loss == [1.0, 0.5, pytest.approx(1 / 3), None]
     assert (found.grad_norm[-1], found.memory_gib) == (None, [None, None, None, 7.25])
     assert found.held_out == [(4, "eval", 0.25)]
-    assert found.scores == [(4, "chroma-nano", "shape", 0.5), (4, "chroma-nano", "colour", 1.0)]
+    assert found.scores == [
+        (4, "chroma-nano", "shape", 0.5, "share"),
+        (4, "chroma-nano", "colour", 1.0, "share"),
+        (4, "clip", "mean", 0.25, "similarity"),
+    ]
     assert found.end == run.events.stat().st_size
     found.model_dump_json()
 

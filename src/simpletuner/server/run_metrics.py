@@ -52,7 +52,7 @@ class MetricsTable:
             name: [self._rows[step][at] for step in steps] for at, name in enumerate(names)
         }
         scores = [
-            (event.step, event.metric, name, rate)
+            (event.step, event.metric, name, rate, event.unit)
             for event in self._history.scores.values()
             for name, (rate, _, _) in event.rates.items()
         ]

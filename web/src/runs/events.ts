@@ -22,6 +22,7 @@ interface Scored {
   step: number;
   metric: string;
   rates: Record<string, [number, number, number]>;
+  unit?: string;
 }
 type ImageSaved = { kind: "image" } & RunImage;
 interface StageStarted {

@@ -34,11 +34,12 @@ export function append(metrics: RunMetrics, events: RunEvent[]): RunMetrics {
       ...scored
         .filter((event) => !seenScores.has(`${event.step} ${event.metric}`))
         .flatMap((event) =>
-          Object.entries(event.rates).map(([name, [rate]]): [number, string, string, number] => [
+          Object.entries(event.rates).map(([name, [rate]]): [number, string, string, number, string] => [
             event.step,
             event.metric,
             name,
             rate,
+            event.unit ?? "share",
           ]),
         ),
     ],

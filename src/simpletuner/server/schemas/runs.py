@@ -101,8 +101,8 @@ class RunMetrics(ApiModel):
     """The steps of a run as columns of equal length, at most max_points long.
 
     Downsampling keeps the minima and maxima of the loss. held_out: (step, split, loss). scores:
-    (step, metric, name, rate). end: byte offset in events.jsonl up to which the events are
-    included, from which the live connection continues.
+    (step, metric, name, value, unit), unit "share" for parts of 1. end: byte offset in events.jsonl
+    up to which the events are included, from which the live connection continues.
     """
 
     step: list[int]
@@ -113,7 +113,7 @@ class RunMetrics(ApiModel):
     seconds: list[float]
     memory_gib: list[float | None]
     held_out: list[tuple[int, str, float]]
-    scores: list[tuple[int, str, str, float]]
+    scores: list[tuple[int, str, str, float, str]]
     resumes: list[int]
     end: int
 

@@ -115,6 +115,7 @@ export const run = {
     memory: "Peak memory",
     gradient: "Gradient norm",
     scores: "Scores",
+    similarities: "Similarity of images",
     label: (title: string, value: string, where: string) => `${title}: ${value} at the end, ${where}`,
   },
   images: {

@@ -108,6 +108,7 @@ export const run: Texts["run"] = {
     memory: "Pico de memoria",
     gradient: "Norma del gradiente",
     scores: "Puntuaciones",
+    similarities: "Similitud de las imágenes",
     label: (title, value, where) => `${title}: ${value} al final, ${where}`,
   },
   images: {

@@ -108,6 +108,7 @@ export const run: Texts["run"] = {
     memory: "अधिकतम मेमोरी",
     gradient: "Gradient norm",
     scores: "स्कोर",
+    similarities: "images की समानता",
     label: (title, value, where) => `${title}: अंत में ${value}, ${where}`,
   },
   images: {
