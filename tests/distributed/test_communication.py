@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,27 @@ from tests.distributed.test_replicated import train_project
 from tests.e2e.training_project import TrainingProject
 
 PROCESSES = 2
+SHARDED = {"fsdp_enable": True}
 SMALL_BYTES = 32  # of a message with losses, flags or sizes
-# Operation of the plan -> functions of torch.distributed with the number of the argument that holds
-# the message, and the name by which the profiler counts it.
-FUNCTIONS = {
-    "send": {"send": 0},
-    "broadcast": {"broadcast": 0},
-    "all_reduce": {"all_reduce": 0},
-    "all_gather": {"all_gather_into_tensor": 0},
-    "reduce_scatter": {"reduce_scatter_tensor": 1},
-}
+# Operation of the plan -> the functions of torch.distributed that do it, and the argument that holds
+# the message: its place and its names.
+FUNCTIONS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
+    "send": (("send",), 0, ("tensor",)),
+    "broadcast": (("broadcast",), 0, ("tensor",)),
+    "all_reduce": (("all_reduce",), 0, ("tensor",)),
+    "all_gather": (
+        ("all_gather_into_tensor", "all_gather_single"), 0, ("output_tensor", "output")
+    ),
+    "reduce_scatter": (
+        ("reduce_scatter_tensor", "reduce_scatter_single"), 1, ("input_tensor", "input")
+    ),
+}  # fmt: skip
+# What the profiler counts under gloo, which reduces and scatters by an all_reduce.
 PROFILED = {
-    "send": ("gloo:send",),
-    "broadcast": ("gloo:broadcast",),
-    "all_reduce": ("gloo:all_reduce",),
-    "all_gather": ("gloo:_all_gather_base",),
-    "reduce_scatter": ("gloo:_reduce_scatter_base",),
+    "gloo:send": ("send",),
+    "gloo:broadcast": ("broadcast",),
+    "gloo:all_reduce": ("all_reduce", "reduce_scatter"),
+    "gloo:all_gather": ("all_gather",),
 }
 
 
@@ -45,9 +51,10 @@ def count_step(root: str, options: dict[str, Any], bucket_bytes: int) -> dict[st
     gradient_sum.BUCKET_BYTES = bucket_bytes
     sent: list[tuple[str, int]] = []
     profiled: Counter[str] = Counter()
-    for operation, functions in FUNCTIONS.items():
-        for name, place in functions.items():
-            setattr(dist, name, counting(getattr(dist, name), operation, place, sent))
+    for operation, (functions, place, names) in FUNCTIONS.items():
+        for function in functions:
+            called = counting(getattr(dist, function), operation, place, names, sent)
+            setattr(dist, function, called)
     train_step = loop.train_step
 
     def count(context: Any, step: int) -> Any:
@@ -67,11 +74,13 @@ def count_step(root: str, options: dict[str, Any], bucket_bytes: int) -> dict[st
     return {"messages": messages, "profiled": dict(profiled)}
 
 
-def counting(function: Any, operation: str, place: int, sent: list[tuple[str, int]]) -> Any:
+def counting(
+    function: Any, operation: str, place: int, names: Sequence[str], sent: list[tuple[str, int]]
+) -> Any:
     def call(*arguments: Any, **named: Any) -> Any:
-        message = arguments[place] if len(arguments) > place else next(iter(named.values()))
-        tensors = message if isinstance(message, list) else [message]
-        sent.append((operation, sum(tensor.nbytes for tensor in tensors)))
+        given = [named[name] for name in names if name in named]
+        message = given[0] if given else arguments[place]
+        sent.append((operation, message.nbytes))
         return function(*arguments, **named)
 
     return call
@@ -94,6 +103,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> TrainingProject:
             {"gradient_accumulation_steps": 3}, 4096, id="LoRA, uneven tree, many buckets"
         ),
         pytest.param({"model_type": "full"}, 4096, id="full rank, many buckets"),
+        pytest.param({**SHARDED, "base_model_precision": "int8"}, 64 << 20, id="LoRA, sharded"),
+        pytest.param({**SHARDED, "model_type": "full"}, 64 << 20, id="full rank, sharded"),
+        pytest.param(
+            {**SHARDED, "model_type": "full", "fsdp_reshard_after_forward": False},
+            64 << 20,
+            id="full rank, sharded, gathered once",
+        ),
     ],
 )
 def test_the_plan_counts_what_is_sent(
@@ -118,8 +134,12 @@ def test_the_plan_counts_what_is_sent(
                 calls[operation] += 1
                 size[operation] += message
     assert calls == {use.operation: use.calls for use in plan.communication}
-    assert size == {use.operation: use.message_bytes for use in plan.communication}
-    for operation, names in PROFILED.items():
+    # FSDP2 pads matrices whose rows it cannot divide evenly.
+    tolerance = 0.02 if run.distributed.fsdp_enable else 0
+    assert size == pytest.approx(
+        {use.operation: use.message_bytes for use in plan.communication}, rel=tolerance
+    )
+    for name, operations in PROFILED.items():
         for found in counted:
-            seen = sum(found["profiled"].get(name, 0) for name in names)
-            assert seen == sum(name == operation for name, _ in found["messages"]), operation
+            seen = sum(operation in operations for operation, _ in found["messages"])
+            assert found["profiled"].get(name, 0) == seen, name

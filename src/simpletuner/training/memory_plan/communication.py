@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from simpletuner.training.gradient_sum import inner_nodes, make_buckets
+from simpletuner.training.memory_plan.fake_step import StepMeasurement
 from simpletuner.training.memory_plan.world_layout import WeightBytes, WorldLayout
 from simpletuner.training.world import World
 
@@ -44,33 +45,33 @@ class CollectiveUse:
 def step_communication(
     layout: WorldLayout,
     weights: WeightBytes,
-    trained_tensors: Sequence[int],
+    measured: StepMeasurement,
     passes: int,
     is_lora: bool,
 ) -> tuple[CollectiveUse, ...]:
-    """Return what is exchanged in an optimizer step.
-
-    trained_tensors: bytes of each trained parameter. passes: micro-batches of each process.
-    """
+    """Return what is exchanged in an optimizer step. passes: micro-batches of each process."""
     if layout.processes == 1:
         return ()
-    trained = sum(trained_tensors)
+    trained_tensors, trained = measured.trained_tensors, measured.trained_bytes
     uses: list[CollectiveUse] = []
-    blocks = len(weights.blocks)
     if layout.shards("weights"):
-        # Blocks are gathered for the forward and the backward pass, the rest once for both.
+        # Units are gathered for the forward and the backward pass, the rest once for both.
         times = 2 if layout.reshards else 1
-        gathered = times * sum(weights.blocks) + weights.rest
+        gathered = times * sum(weights.units) + weights.rest
         if is_lora and layout.uses_deepspeed:
             gathered += times * trained
-        uses.append(_use("all_gather", (times * blocks + 1) * passes, gathered * passes, layout))
+        uses.append(
+            _use("all_gather", (times * len(weights.units) + 1) * passes, gathered * passes, layout)
+        )
     if is_lora and not layout.uses_deepspeed:
         return (*uses, *tree_communication(layout, trained_tensors, passes))
     buckets = count_buckets(trained_tensors)
     if layout.mode == "replicated":
         uses.append(_use("all_reduce", buckets, trained, layout))
     elif layout.mode == "sharded":
-        uses.append(_use("reduce_scatter", (blocks + 1) * passes, trained * passes, layout))
+        uses.append(
+            _use("reduce_scatter", measured.trained_units * passes, trained * passes, layout)
+        )
     else:
         # From stage 2 on no process holds all gradients, so every pass scatters its own.
         times = 1 if layout.mode == "zero1" else passes

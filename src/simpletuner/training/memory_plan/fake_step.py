@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -44,6 +45,7 @@ class StepMeasurement:
     out. Such a pass stores no activations, so it does not raise the peak. trained, trained_bytes:
     the trainable parameters. optimizer: bytes of the optimizer's state. trained_tensors: bytes of
     each trainable parameter. activations: the most bytes of activations at one moment.
+    trained_units: units of the family's shard_units that are trained, and 1 for what is outside.
     """
 
     peak: dict[str, int]
@@ -54,6 +56,7 @@ class StepMeasurement:
     rollout_flops: float = 0.0
     trained_tensors: list[int] = field(default_factory=list)
     activations: int = 0
+    trained_units: int = 0
 
 
 def measure_fake_step(
@@ -182,7 +185,15 @@ def run_and_measure_step(
         (count.flops - flops) * accumulation,
         [parameter.nbytes for parameter in net.trainable_parameters.values()],
         activations,
+        count_trained_units(net.transformer, family.shard_units(net.transformer)),
     )
+
+
+def count_trained_units(transformer: nn.Module, units: Sequence[nn.Module]) -> int:
+    """Return how many units have trained parameters, and 1 more where others have some."""
+    trained = [sum(p.requires_grad for p in unit.parameters()) for unit in units]
+    outside = sum(p.requires_grad for p in transformer.parameters()) - sum(trained)
+    return sum(map(bool, (*trained, outside)))
 
 
 def make_fake_context(

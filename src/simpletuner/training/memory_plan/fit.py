@@ -26,7 +26,7 @@ from simpletuner.training.memory_plan import prediction, step_time
 from simpletuner.training.memory_plan.fake_step import cpu_device_without_gpu_options
 from simpletuner.training.memory_plan.machine_resources import MachineResources
 from simpletuner.training.memory_plan.prediction import predict_memory
-from simpletuner.training.memory_plan.world_layout import read_layout, weight_bytes_by_block
+from simpletuner.training.memory_plan.world_layout import read_layout, weight_bytes_by_unit
 
 # Time of a step relative to the unquantised one. Not measured on a GPU: an estimate for reading the
 # weights of each block once more.
@@ -115,7 +115,9 @@ class MemoryConfigSearch:
         # What one process holds of them.
         self.world = read_layout(run)
         self.held_bytes = {
-            name: weight_bytes_by_block(spec, is_frozen).per_process(self.world)
+            name: weight_bytes_by_unit(
+                spec.transformer, family.shard_units(spec.transformer), is_frozen
+            ).per_process(self.world)
             for name, spec in self.model_specs.items()
         }
         self.blocks = len(self.model_specs[self.own_precision].blocks)

@@ -36,7 +36,7 @@ from simpletuner.training.memory_plan.world_layout import (
     offloaded_by_engine,
     parts_per_process,
     read_layout,
-    weight_bytes_by_block,
+    weight_bytes_by_unit,
 )
 from simpletuner.training.optimizers import is_state_offloaded
 
@@ -123,7 +123,9 @@ def predict_memory(
         aligned_block_bytes(spec.blocks[number])
         for number in memory.swapped_block_numbers(block_count)
     ]
-    model_bytes, block_weights = weight_bytes(spec), weight_bytes_by_block(spec, is_lora)
+    model_bytes = weight_bytes(spec)
+    units = family.shard_units(spec.transformer)
+    unit_weights = weight_bytes_by_unit(spec.transformer, units, is_lora)
     cache_key = plan_cache.cache_key(run, spec, memory, feed, granule)
     measured = plan_cache.get_or_measure(
         cache_key, lambda: measure_fake_step(run, family, spec, memory, feed, granule)
@@ -133,7 +135,7 @@ def predict_memory(
     parts = device_parts(measured, on_host, swapped, average)
     if swapped:
         on_host["swapped blocks"] = model_bytes  # the whole model is loaded on the host first
-    parts, on_host = share_among_processes(parts, on_host, world, block_weights, measured, is_lora)
+    parts, on_host = share_among_processes(parts, on_host, world, unit_weights, measured, is_lora)
     rollouts = final_probability(run.flow) * measured.rollout_flops
     before = {"text encoder": spec.text_encoder_bytes, "VAE": spec.vae_bytes}
     return MemoryPrediction(
@@ -152,11 +154,11 @@ def predict_memory(
         spec.uses_published_shape,
         rollouts,
         world,
-        block_weights.own_part(world),
+        unit_weights.own_part(world),
         step_communication(
             world,
-            block_weights,
-            measured.trained_tensors,
+            unit_weights,
+            measured,
             run.training.gradient_accumulation_steps,
             is_lora,
         ),

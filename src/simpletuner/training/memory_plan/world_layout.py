@@ -8,7 +8,7 @@ shard the state of the optimizer, then also the gradients, then also the weights
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,6 @@ from simpletuner.config.deepspeed_config import parse_zero_config, uses_deepspee
 from simpletuner.config.environment import copy_process_environment
 from simpletuner.config.launch_environment import read_launched_process
 from simpletuner.config.schema import RunConfig
-from simpletuner.models.family import ModelSpec
 from simpletuner.training.memory_plan.fake_step import StepMeasurement
 
 # What is divided by the number of processes.
@@ -29,7 +28,7 @@ SHARDED_STATE: dict[str, tuple[str, ...]] = {
     "zero2": ("optimizer", "gradients"),
     "zero3": ("optimizer", "gradients", "weights"),
 }
-GATHERED_BLOCKS = 2  # the one that computes, and the one that is gathered for the next
+GATHERED_UNITS = 2  # the one that computes, and the one that is gathered for the next
 # DeepSpeed's defaults, in numbers: reduce_bucket_size and stage3_max_live_parameters.
 ZERO_BUCKET, ZERO_LIVE = 500_000_000, 1_000_000_000
 ITEM_BYTES = 2  # of a number in bf16
@@ -68,17 +67,18 @@ class WorldLayout:
 class WeightBytes:
     """Bytes of the transformer's weights.
 
-    blocks: of each block. rest: outside of the blocks. whole: of vectors that are never sharded.
+    units: of each part that is gathered at once, such as a block. rest: outside of these. whole: of
+    vectors that are never sharded.
     """
 
-    blocks: tuple[int, ...]
+    units: tuple[int, ...]
     rest: int
     whole: int = 0
 
     @property
     def sharded(self) -> int:
         """Return the bytes that a mode that shards weights divides."""
-        return sum(self.blocks) + self.rest
+        return sum(self.units) + self.rest
 
     @property
     def total(self) -> int:
@@ -97,8 +97,8 @@ class WeightBytes:
             return own
         if not layout.reshards:
             return own + self.sharded
-        # What is outside of the blocks is gathered for the whole pass.
-        gathered = sum(sorted(self.blocks)[-GATHERED_BLOCKS:]) + self.rest
+        # What is outside of the units is gathered for the whole pass.
+        gathered = sum(sorted(self.units)[-GATHERED_UNITS:]) + self.rest
         return own + min(self.sharded, max(gathered, layout.live_bytes))
 
 
@@ -145,19 +145,21 @@ def count_processes(run: RunConfig) -> tuple[int, int]:
     return local * options.num_machines, local
 
 
-def weight_bytes_by_block(spec: ModelSpec, is_lora: bool) -> WeightBytes:
-    """Return the bytes of the transformer's weights, with those of each block.
+def weight_bytes_by_unit(
+    transformer: nn.Module, units: Sequence[nn.Module], is_lora: bool
+) -> WeightBytes:
+    """Return the bytes of the transformer's weights, with those of each unit.
 
     Vectors are sharded only where they are trained.
     """
 
     def nbytes(module: nn.Module, vectors: bool) -> int:
         tensors = (*module.parameters(), *module.buffers())
-        return sum(tensor.nbytes for tensor in tensors if (tensor.ndim < 2 and is_lora) == vectors)
+        return sum(tensor.nbytes for tensor in tensors if (is_lora and tensor.ndim < 2) == vectors)
 
-    blocks = tuple(nbytes(block, False) for block in spec.blocks)
-    outside = nbytes(spec.transformer, False) - sum(blocks)
-    return WeightBytes(blocks, outside, nbytes(spec.transformer, True))
+    sizes = tuple(nbytes(unit, False) for unit in units)
+    rest = nbytes(transformer, False) - sum(sizes)
+    return WeightBytes(sizes, rest, nbytes(transformer, True))
 
 
 def parts_per_process(
@@ -181,7 +183,7 @@ def parts_per_process(
         freed = trained_bytes - -(-trained_bytes // count)
         result["temporaries"] = max(0, result["temporaries"] - freed)
         if not is_lora:
-            result["temporaries"] += max(weights.blocks, default=0)  # before it is scattered
+            result["temporaries"] += max(weights.units, default=0)  # before it is scattered
             # With all gradients, the highest moment may have been one without activations.
             result["activations"] = measured.activations
     if layout.uses_deepspeed:
