@@ -136,6 +136,7 @@ def predict_memory(
     if swapped:
         on_host["swapped blocks"] = model_bytes  # the whole model is loaded on the host first
     parts, on_host = share_among_processes(parts, on_host, world, unit_weights, measured, is_lora)
+    passes = run.training.gradient_accumulation_steps
     rollouts = final_probability(run.flow) * measured.rollout_flops
     before = {"text encoder": spec.text_encoder_bytes, "VAE": spec.vae_bytes}
     return MemoryPrediction(
@@ -147,7 +148,7 @@ def predict_memory(
         disk_space_by_use(run, spec, measured, model_bytes, average),
         measured.flops + rollouts,
         # A rollout is one more forward pass, for which the blocks are copied again.
-        (3 if rollouts else 2) * sum(swapped) * run.training.gradient_accumulation_steps,
+        (3 if rollouts else 2) * sum(swapped) * passes,
         measured.trained,
         feed,
         memory,
@@ -155,13 +156,7 @@ def predict_memory(
         rollouts,
         world,
         unit_weights.own_part(world),
-        step_communication(
-            world,
-            unit_weights,
-            measured,
-            run.training.gradient_accumulation_steps,
-            is_lora,
-        ),
+        step_communication(world, unit_weights, measured, passes, is_lora),
     )
 
 
