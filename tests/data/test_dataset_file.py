@@ -70,6 +70,7 @@ def test_every_field_arrives(folder: Path) -> None:
         "minimum_image_size": 0.1,
         "maximum_image_size": 4,
         "target_downsample_size": 1.5,
+        "max_upscale_threshold": 0.2,
         "repeats": 9,
         "probability": 0.25,
         "max_num_samples": 7,
@@ -89,6 +90,7 @@ def test_every_field_arrives(folder: Path) -> None:
     assert (framing.minimum_aspect_ratio, framing.maximum_aspect_ratio) == (0.4, 3)
     assert (framing.minimum_image_size, framing.maximum_image_size) == (0.1, 4)
     assert framing.target_downsample_size == 1.5
+    assert framing.max_upscale_threshold == 0.2
 
 
 def test_prompts_of_the_environment_and_what_the_config_sets_is_told_once(folder: Path) -> None:
@@ -106,7 +108,7 @@ def test_blank_is_not_given(folder: Path) -> None:
 
 
 def test_a_folder_in_place_of_the_dataset_file(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="photos: cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="photos: cannot be read: is not a regular file"):
         read_dataset_file(folder / "photos", DataOptions(), {})
 
 
@@ -114,7 +116,7 @@ def test_a_typical_file(folder: Path) -> None:
     needless = {
         "metadata_backend": "discovery",
         "skip_file_discovery": "vae,aspect",
-        "delete_problematic_images": False,
+        "delete_nsfw_images": False,
     }
     held = {
         "id": "held",
@@ -254,8 +256,40 @@ def test_one_problem_each(fields: dict[str, object], message: str, folder: Path)
     assert message in problem
 
 
+def test_placeholders_in_paths_are_filled_in(folder: Path) -> None:
+    path = folder / "multidatabackend.json"
+    entries = [
+        photos(),
+        {
+            "id": "texts",
+            "dataset_type": "text_embeds",
+            "cache_dir": "{output_dir}/{env:PICTURES}/{model_family}/{id}",
+        },
+    ]
+    path.write_text(json.dumps(entries))
+    found = read_dataset_file(path, DataOptions(), {"PICTURES": "p"}, output_dir="/runs/one")
+    assert found.text_cache_dir == Path("/runs/one/p/chroma/texts")
+
+
+@pytest.mark.parametrize("storage", ["aws", "memory"])
+def test_a_cache_elsewhere_is_read_as_local(folder: Path, storage: str) -> None:
+    cache = {
+        "id": "texts",
+        "type": storage,
+        "dataset_type": "text_embeds",
+        "cache_dir": "texts",
+        "aws_bucket_name": "mine",
+        "memory_filesystem_size": "8G",
+    }
+    found = read(folder, photos(), cache)
+    assert found.text_cache_dir is not None
+    assert any(f"texts.type {storage} is not used" in note for note in found.notices)
+    (problem,) = problems(folder, photos(type="memory"))
+    assert "images are not read from memory" in problem
+
+
 def test_other_mistakes(folder: Path) -> None:
-    text = {"id": "t", "dataset_type": "text_embeds", "cache_dir": "{model_family}/x", "repeats": 1}
+    text = {"id": "t", "dataset_type": "text_embeds", "cache_dir": "{family}/x", "repeats": 1}
     assert len(problems(folder, photos(), text)) == 2
     twice = [{"id": name, "dataset_type": "text_embeds", "cache_dir": name} for name in "ab"]
     assert 'exactly one of them needs "default": true' in problems(folder, photos(), *twice)[0]

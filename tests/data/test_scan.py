@@ -13,7 +13,8 @@ from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.duplicates import find_identical_files
 from simpletuner.data.geometry import ResizeCropConfig
-from simpletuner.data.scan import scan_datasets
+from simpletuner.data.rejections import UnusableFile
+from simpletuner.data.scan import assign_bucket, scan_datasets
 from simpletuner.data.sources import LocalFile
 from simpletuner.errors import DataError
 from simpletuner.events.event_types import (
@@ -359,3 +360,17 @@ def test_an_unreadable_folder_is_not_passed_over(
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match="locked: Permission denied"):
         scan_datasets([photos], options, 1, ignore)
+
+
+def test_images_that_would_be_enlarged_too_much_are_rejected() -> None:
+    """A 100x100 image in a 128 px bucket grows by 28 percent."""
+
+    def assign(limit: float | None) -> object:
+        framing = ResizeCropConfig(resolution=128, max_upscale_threshold=limit)
+        return assign_bucket(framing, (100, 100), "a", 0, 64)
+
+    assert assign(None) == assign(0.3)
+    with pytest.raises(
+        UnusableFile, match=r"enlarged by 28%, more than max_upscale_threshold 0\.2"
+    ):
+        assign(0.2)

@@ -170,7 +170,9 @@ def require_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, 
     if tried.data_options is not None and tried.data_options.data_backend_config is not None:
         try:
             backends = read_dataset_file(
-                Path(tried.data_options.data_backend_config), tried.data_options
+                Path(tried.data_options.data_backend_config),
+                tried.data_options,
+                output_dir=tried.loaded.config.training.output_dir if tried.loaded else "",
             )
         except ConfigError as error:
             problems.extend(error.problems)

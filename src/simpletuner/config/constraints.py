@@ -261,7 +261,7 @@ def find_warnings(run: RunConfig, given: GivenOrigins) -> Iterator[str]:
 
 
 def _warn_about_lycoris_preset(run: RunConfig, given: GivenOrigins) -> Iterator[str]:
-    if run.adapter.lora_type != "lycoris":
+    if run.adapter.lora_type != "lycoris" or run.adapter.lycoris_config is None:
         return
     parsed = lycoris_config.require_lycoris_config(run.adapter)
     _, unknown = lycoris_config.find_class_problems(parsed, run.model.model_family)

@@ -30,11 +30,14 @@ class CommonDatasetFields(OptionSection):
     type: Literal["local"] = option(
         "local",
         "Storage of the images.",
-        refused_values=dict.fromkeys(
-            ("aws", "csv", "huggingface", "memory", "webshart"), LOCAL_ONLY_REASON
-        ),
+        refused_values={
+            **dict.fromkeys(("aws", "csv", "huggingface", "webshart"), LOCAL_ONLY_REASON),
+            "memory": "images are not read from memory; use a folder",
+        },
     )
-    dataset_type: Literal["image", "eval", "text_embeds", "image_embeds"] = option(
+    dataset_type: Literal[
+        "image", "eval", "text_embeds", "image_embeds", "conditioning_image_embeds"
+    ] = option(
         "image",
         "Images to train on (image), or images for the held-out loss (eval).",
         refused_values={
@@ -42,7 +45,6 @@ class CommonDatasetFields(OptionSection):
             "audio": "Chroma generates images",
             "caption": "datasets of captions without images are not supported",
             "conditioning": NO_PAIRS_REASON,
-            "conditioning_image_embeds": NO_PAIRS_REASON,
         },
     )
     disabled: bool = option(False, "Ignore this dataset.")
@@ -112,20 +114,32 @@ class ImageDatasetFields(OptionSection):
         gt=0,
         le=16384,
     )
+    max_upscale_threshold: float | None = option(
+        None,
+        "Skip images that would be enlarged by more than this fraction of their size (0.2 is 20 "
+        "percent); null keeps all.",
+        ge=0,
+        le=100,
+    )
     max_num_samples: int | None = option(
         None, "Maximum number of images; null is all.", zero_is_null=True, ge=1, le=10**6
     )
 
 
 class CacheDatasetFields(OptionSection):
-    """Entries of dataset_type text_embeds and image_embeds."""
+    """Entries of dataset_type text_embeds, image_embeds and conditioning_image_embeds."""
 
     default: bool = option(False, "Use this entry when several are listed.")
     cache_dir: str | None = option(
-        None, "must be a folder; {env:NAME} is the only placeholder", pattern=r"^[^{]*$"
+        None,
+        "must be a folder; the placeholders are {env:NAME}, {model_family}, {output_dir} and {id}",
+        pattern=r"^[^{]*$",
     )
 
 
+# The kinds of entries that hold a cache and no images.
+CACHE_DATASET_TYPES = ("text_embeds", "image_embeds", "conditioning_image_embeds")
+CACHE_STORAGES = ("aws", "memory")  # other values of their type; caches are always local files
 COMMON_FIELDS: Mapping[str, Option] = section_options("dataset", CommonDatasetFields)
 CACHE_FIELDS: Mapping[str, Option] = section_options("dataset", CacheDatasetFields)
 _IMAGE_ONLY_FIELDS = section_options("dataset", ImageDatasetFields)
@@ -149,6 +163,7 @@ IMAGE_FIELDS: Mapping[str, Option] = {
         "minimum_image_size",
         "maximum_image_size",
         "target_downsample_size",
+        "max_upscale_threshold",
         "repeats",
         "probability",
         "max_num_samples",
@@ -159,25 +174,31 @@ RUN_OPTION_FIELDS = tuple(name for name in IMAGE_FIELDS if name not in _IMAGE_ON
 
 # Fields that are read without any effect on the training; a notice gives the reason.
 UNNEEDED_BY_REASON: Mapping[str, tuple[str, ...]] = {
-    ONE_CACHE_REASON: ("cache_dir_vae", "text_embeds", "image_embeds"),
+    ONE_CACHE_REASON: (
+        "cache_dir_vae",
+        "text_embeds",
+        "image_embeds",
+        "conditioning_image_embeds",
+        "cache_dir_conditioning_image_embeds",
+        "conditioning_image_embed_batch_size",
+        "cache_file_suffix",
+    ),
+    "caches are files in cache_dir, which may be on a RAM disk such as /dev/shm": (
+        "memory_filesystem_path",
+        "memory_filesystem_size",
+        "memory_filesystem_sudo",
+    ),
     "scanning writes no files": ("preserve_data_backend_cache", "metadata_update_interval"),
     "folders are always scanned, and unchanged files are not encoded again": (
         "skip_file_discovery",
     ),
     "the size of cache files is cache_shard_mib in the config": ("write_batch_size",),
     "cache entries are always named by their content": ("hash_filenames",),
-}
-
-# Fields of SimpleTuner that are refused; HARMLESS_VALUES ask for what is done anyway.
-REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
-    "images and captions are found by scanning the folder": ("metadata_backend",),
-    "set it once in the config, for all datasets": ("train_batch_size", "text_encoder_batch_size"),
-    "use minimum_image_size to skip small images": ("max_upscale_threshold",),
     "buckets follow from the exact aspect ratio and the model": (
         "aspect_bucket_rounding",
         "aspect_bucket_alignment",
     ),
-    "images are encoded once, before training": (
+    "images are encoded once, before training, and again where they changed": (
         "vae_cache_clear_each_epoch",
         "vae_cache_ondemand",
         "vae_cache_disable",
@@ -186,7 +207,17 @@ REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
     "files in a dataset folder are never deleted; a list of rejected files is written": (
         "delete_unwanted_images",
         "delete_problematic_images",
-        "delete_nsfw_images",
+    ),
+}
+
+# Fields of SimpleTuner that are refused; HARMLESS_VALUES ask for what is done anyway.
+REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
+    "images and captions are found by scanning the folder": ("metadata_backend",),
+    "set it once in the config, for all datasets": ("train_batch_size", "text_encoder_batch_size"),
+    "needs a second model that classifies images; no file is ever deleted": ("delete_nsfw_images",),
+    "needs a model that reads boxes; Chroma reads captions only": (
+        "grounding",
+        "bbox",
     ),
     "regularisation datasets are not supported yet": (
         "is_regularisation_data",
@@ -194,7 +225,13 @@ REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
     ),
     "slider training is not supported yet": ("slider_strength",),
     "noise levels have the same density for all datasets": ("timestep_sampling_offset",),
-    "a dataset takes part in the whole run": ("start_epoch", "start_step", "end_epoch", "end_step"),
+    "a dataset takes part in the whole run": (
+        "start_epoch",
+        "start_step",
+        "end_epoch",
+        "end_step",
+        "ignore_epochs",
+    ),
     "captions are used as written; several lines are alternatives": (
         "caption_shuffle",
         "caption_filter_list",
@@ -203,13 +240,17 @@ REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
         "conditioning",
         "conditioning_data",
         "conditioning_type",
-        "conditioning_image_embeds",
         "source_dataset_id",
-        "cache_dir_conditioning_image_embeds",
-        "conditioning_image_embed_batch_size",
     ),
     "caption tables are not supported yet": ("parquet",),
-    "Chroma generates single images": ("video", "audio", "bbox", "num_frames", "s2v_datasets"),
+    "Chroma generates single images": (
+        "video",
+        "audio",
+        "audio_column",
+        "config",
+        "num_frames",
+        "s2v_datasets",
+    ),
     LOCAL_ONLY_REASON: (
         "aws_bucket_name",
         "aws_data_prefix",
@@ -229,26 +270,23 @@ REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
         "num_proc",
         "streaming",
         "huggingface",
-        "memory_filesystem_path",
-        "memory_filesystem_size",
-        "memory_filesystem_sudo",
+        "source",
+        "metadata",
+        "webshart",
     ),
 }
 REFUSED_FIELDS = {name: reason for reason, names in REFUSED_BY_REASON.items() for name in names}
 UNNEEDED_FIELDS = {name: reason for reason, names in UNNEEDED_BY_REASON.items() for name in names}
 HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
     "metadata_backend": ("discovery", "json"),
-    "aspect_bucket_alignment": (64,),
     "timestep_sampling_offset": (0,),
     "start_epoch": (0, 1),
     "start_step": (0,),
     "conditioning": ([],),
+    "grounding": ({"enabled": False},),
+    "ignore_epochs": (False,),
     "caption_shuffle": ({"enable": False},),
-    **{
-        name: (False,)
-        for name in REFUSED_FIELDS
-        if name.startswith(("vae_", "text_cache", "delete_", "is_reg"))
-    },
+    **{name: (False,) for name in REFUSED_FIELDS if name.startswith(("delete_", "is_reg"))},
 }
 
 ALL_FIELD_NAMES = (*COMMON_FIELDS, *IMAGE_FIELDS, *CACHE_FIELDS, *UNNEEDED_FIELDS, *REFUSED_FIELDS)

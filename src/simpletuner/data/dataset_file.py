@@ -19,6 +19,7 @@ from simpletuner.config.constraints import (
 )
 from simpletuner.config.documents import read_document
 from simpletuner.config.environment import expand_placeholders
+from simpletuner.config.model_families import DEFAULT_FAMILY
 from simpletuner.config.option import find_unmet_need
 from simpletuner.config.option_catalog import Option, all_options
 from simpletuner.config.option_values import SectionT, did_you_mean, validate_section
@@ -27,7 +28,9 @@ from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset_config import DatasetConfig, DatasetFile
 from simpletuner.data.dataset_fields import (
     ALL_FIELD_NAMES,
+    CACHE_DATASET_TYPES,
     CACHE_FIELDS,
+    CACHE_STORAGES,
     COMMON_FIELDS,
     HARMLESS_VALUES,
     IMAGE_FIELDS,
@@ -41,23 +44,28 @@ from simpletuner.data.geometry import ResizeCropConfig
 from simpletuner.errors import ConfigError, Problem
 
 EXAMPLE_DATASET_FILE = '[{"id": "photos", "instance_data_dir": "datasets/photos"}]'
+PATH_FIELDS = ("cache_dir", "instance_data_dir")  # the fields that may have placeholders
 
 
 def read_dataset_file(
-    path: Path, options: DataOptions, environ: Mapping[str, str] | None = None
+    path: Path,
+    options: DataOptions,
+    environ: Mapping[str, str] | None = None,
+    output_dir: str = "",
 ) -> DatasetFile:
     """Read and check a dataset file.
 
     options: the values of fields that a dataset does not set. environ: for {env:NAME} in texts;
-    None is the environment of the process. Relative folders are looked for in the folder of the
-    file, then in the working directory. Raises ConfigError with every problem of the file.
+    None is the environment of the process. output_dir: for {output_dir} in paths. Relative folders
+    are looked for in the folder of the file, then in the working directory. Raises ConfigError with
+    every problem of the file.
     """
     if not os.path.lexists(path):
         message = f"no such dataset file; the smallest possible one is {EXAMPLE_DATASET_FILE}"
         raise ConfigError([Problem(str(path), message)])
     document = read_document(path, path.name)
     reader = _DatasetFileReader(
-        path.resolve().parent, document.value, document.location_of, options, environ
+        path.resolve().parent, document.value, document.location_of, options, environ, output_dir
     )
     datasets = reader.read_entries()
     if reader.problems:
@@ -97,6 +105,7 @@ class _DatasetFileReader:
     locate: Callable[[jsonc.JsonPath], str]
     run_options: DataOptions
     environ: Mapping[str, str] | None
+    output_dir: str = ""
     problems: list[Problem] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     dataset_values: list[dict[str, Any]] = field(default_factory=list)
@@ -119,6 +128,7 @@ class _DatasetFileReader:
                 continue
             name = self.read_id(at, entry, indexes)
             given = {key: entry[key] for key in COMMON_FIELDS if entry.get(key) not in (None, "")}
+            self.replace_cache_storage(name, given)
             common = self.read_fields(at, name, given, COMMON_FIELDS)
             if common.get("disabled") or common.get("disable") or common.keys() != given.keys():
                 continue
@@ -128,7 +138,8 @@ class _DatasetFileReader:
                 dataset = self.build_dataset(at, name, kind, fields)
                 datasets += [dataset] if dataset is not None else []
             else:
-                fields = self.read_fields(at, name, entry, CACHE_FIELDS)
+                known = {key: raw for key, raw in entry.items() if not key.startswith("aws_")}
+                fields = self.read_fields(at, name, known, CACHE_FIELDS)
                 cache = self.validate_fields(at, name, CacheDatasetFields, fields)
                 folder = self.resolve_folder(cache.cache_dir) if cache.cache_dir else None
                 if kind == "text_embeds":
@@ -148,6 +159,14 @@ class _DatasetFileReader:
             self.choose_text_cache(text_caches),
             tuple(self.notices),
         )
+
+    def replace_cache_storage(self, name: str, given: dict[str, Any]) -> None:
+        """Read a cache in memory or in an object store as one in files of this machine."""
+        if given.get("dataset_type") in CACHE_DATASET_TYPES and given.get("type") in CACHE_STORAGES:
+            self.notices.append(
+                f"{name}.type {given['type']} is not used: caches are files of this machine"
+            )
+            given["type"] = "local"
 
     def choose_text_cache(self, caches: list[tuple[bool, Path | None]]) -> Path | None:
         default = [folder for is_default, folder in caches if is_default]
@@ -210,6 +229,13 @@ class _DatasetFileReader:
         """Add one value to `values`, or a problem."""
         try:
             expanded = expand_placeholders(raw, self.environ)
+            if option.name in PATH_FIELDS and isinstance(expanded, str):
+                for placeholder, value in {
+                    "{model_family}": DEFAULT_FAMILY,
+                    "{output_dir}": self.output_dir,
+                    "{id}": name,
+                }.items():
+                    expanded = expanded.replace(placeholder, value)
             values[option.name] = option_values.parse_value(option, expanded)
         except option_values.InvalidOptionValue as error:
             assignment = option_values.format_assignment(option, raw)
@@ -333,6 +359,7 @@ def _build_resize_crop(kind: str, fields: ImageDatasetFields, own: DataOptions) 
         crop=fields.crop,
         crop_style=fields.crop_style if kind != "eval" and style_counts else "center",
         crop_aspect=fields.crop_aspect,
+        max_upscale_threshold=fields.max_upscale_threshold,
         crop_aspect_buckets=tuple(fields.crop_aspect_buckets or ()),
         **own.model_dump(include=shared_names),
     )

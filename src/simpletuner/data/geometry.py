@@ -34,6 +34,8 @@ class ResizeCropConfig:
 
     maximum_image_size with target_downsample_size: a larger image is first shrunk to the target,
     and the bucket is cropped out of that. All other images are resized to just cover their bucket.
+
+    max_upscale_threshold: images that would be enlarged by more than this fraction are not used.
     """
 
     resolution: float = 1024.0
@@ -47,6 +49,7 @@ class ResizeCropConfig:
     minimum_image_size: float | None = None
     maximum_image_size: float | None = None
     target_downsample_size: float | None = None
+    max_upscale_threshold: float | None = None
 
 
 def limit_in_pixels(value: float, resolution_type: str) -> int:

@@ -172,6 +172,7 @@ def assign_bucket(
     _check_limits(framing, size)
     bucket = geometry.bucket_size(framing, size, alignment_px)
     resize = geometry.resized_size(framing, size, bucket)
+    _check_enlargement(framing, size, resize)
     draw = seed_at(seed, "crop", sample_id)
     return resize, geometry.crop_position(framing.crop_style, resize, bucket, draw), bucket
 
@@ -190,6 +191,19 @@ def _check_limits(framing: geometry.ResizeCropConfig, size: tuple[int, int]) -> 
     ):
         raise UnusableFile(
             "too_small", f"{size[0]}x{size[1]} is below minimum_image_size {least:g} ({kind})"
+        )
+
+
+def _check_enlargement(
+    framing: geometry.ResizeCropConfig, size: geometry.ImageSize, resize: geometry.ImageSize
+) -> None:
+    limit = framing.max_upscale_threshold
+    growth = max(after / before for after, before in zip(resize, size)) - 1
+    if limit is not None and growth > limit:
+        raise UnusableFile(
+            "too_small",
+            f"{size[0]}x{size[1]} would be enlarged by {growth:.0%}, more than "
+            f"max_upscale_threshold {limit:g}",
         )
 
 

@@ -1,0 +1,114 @@
+"""Every field of SimpleTuner's dataset examples that needed attention, and what happens to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner.config.schema import DataOptions
+from simpletuner.data.dataset_config import DatasetFile
+from simpletuner.data.dataset_file import read_dataset_file
+from simpletuner.errors import ConfigError
+
+IMAGES = {"id": "photos", "instance_data_dir": "photos"}
+TEXTS = {"id": "texts", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache"}
+SOURCE = "only local folders are read"
+TABLES = "caption tables are not supported yet"
+PAIRS = "paired images are not supported yet"
+SINGLE = "Chroma generates single images"
+WHOLE = "a dataset takes part in the whole run"
+WRITTEN = "captions are used as written"
+
+# (entry, fields, outcome). outcome: "works", "noted" (a notice names the field) or a part of the
+# message that refuses it.
+FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (TEXTS, {"cache_dir": "cache/text/{model_family}"}, "works"),
+    (TEXTS, {"type": "aws", "aws_bucket_name": "mine", "aws_endpoint_url": "https://x/"}, "noted"),
+    (TEXTS, {"type": "memory", "memory_filesystem_path": "/ram"}, "noted"),
+    (TEXTS, {"dataset_type": "conditioning_image_embeds"}, "noted"),
+    (IMAGES, {"type": "aws"}, SOURCE),
+    (IMAGES, {"aws_bucket_name": "mine"}, SOURCE),
+    (IMAGES, {"aws_endpoint_url": "https://x/"}, SOURCE),
+    (IMAGES, {"aws_access_key_id": "id"}, SOURCE),
+    (IMAGES, {"aws_secret_access_key": "key"}, SOURCE),
+    (IMAGES, {"type": "huggingface"}, SOURCE),
+    (IMAGES, {"dataset_name": "username/dataset-name"}, SOURCE),
+    (IMAGES, {"huggingface": {"caption_column": ["title", "tags"]}}, SOURCE),
+    (IMAGES, {"caption_column": "caption"}, SOURCE),
+    (IMAGES, {"image_column": "image"}, SOURCE),
+    (IMAGES, {"split": "train"}, SOURCE),
+    (IMAGES, {"type": "csv"}, SOURCE),
+    (IMAGES, {"csv_caption_column": "caption"}, SOURCE),
+    (IMAGES, {"csv_file": "list.csv"}, SOURCE),
+    (IMAGES, {"csv_cache_dir": "cache/csv"}, SOURCE),
+    (IMAGES, {"type": "webshart"}, SOURCE),
+    (IMAGES, {"source": "owner/shards"}, SOURCE),
+    (IMAGES, {"metadata": "owner/shards-metadata"}, SOURCE),
+    (IMAGES, {"webshart": {"cache_dir": "cache/webshart"}}, SOURCE),
+    (IMAGES, {"type": "memory"}, "images are not read from memory"),
+    (IMAGES, {"memory_filesystem_path": "/ram"}, "noted"),
+    (IMAGES, {"memory_filesystem_size": "512G"}, "noted"),
+    (IMAGES, {"memory_filesystem_sudo": False}, "noted"),
+    (IMAGES, {"metadata_backend": "parquet"}, "found by scanning the folder"),
+    (IMAGES, {"caption_strategy": "parquet"}, TABLES),
+    (IMAGES, {"parquet": {"path": "t.parquet", "filename_column": "id"}}, TABLES),
+    (IMAGES, {"vae_cache_clear_each_epoch": True}, "noted"),
+    (IMAGES, {"vae_cache_ondemand": True}, "noted"),
+    (IMAGES, {"cache_file_suffix": "controlnet-sdxl"}, "noted"),
+    (IMAGES, {"conditioning_image_embeds": "embeds"}, "noted"),
+    (IMAGES, {"delete_problematic_images": True}, "noted"),
+    (IMAGES, {"delete_nsfw_images": True}, "needs a second model"),
+    (IMAGES, {"conditioning": [{"type": "canny"}]}, PAIRS),
+    (IMAGES, {"conditioning": [{"type": "superresolution", "blur_radius": 2.0}]}, PAIRS),
+    (IMAGES, {"conditioning_data": "pairs"}, PAIRS),
+    (IMAGES, {"conditioning_type": "mask"}, PAIRS),
+    (IMAGES, {"dataset_type": "conditioning"}, PAIRS),
+    (IMAGES, {"source_dataset_id": "preferred"}, PAIRS),
+    (IMAGES, {"video": {"num_frames": 125}}, SINGLE),
+    (IMAGES, {"dataset_type": "video"}, SINGLE),
+    (IMAGES, {"dataset_type": "audio"}, "Chroma generates images"),
+    (IMAGES, {"audio": {"auto_split": True}}, SINGLE),
+    (IMAGES, {"audio_column": "audio"}, SINGLE),
+    (IMAGES, {"config": {"lyrics_column": "lyrics"}}, SINGLE),
+    (IMAGES, {"crop_style": "random|center|corner"}, "allowed: center, random, corner"),
+    (IMAGES, {"crop_aspect": "square|preserve"}, "allowed: square, preserve, closest"),
+    (IMAGES, {"resolution_type": "area|pixel"}, "allowed: pixel, area, pixel_area"),
+    (IMAGES, {"caption_strategy": "filename|parquet"}, "allowed: textfile, filename"),
+    (IMAGES, {"crop": True, "crop_aspect": "random"}, "a random aspect ratio per image"),
+    (IMAGES, {"crop": True, "crop_aspect": "closest", "crop_aspect_buckets": [1.0, 0.5]}, "works"),
+    (IMAGES, {"resolution": 1.0, "resolution_type": "area"}, "works"),
+    (IMAGES, {"grounding": {"enabled": True}}, "needs a model that reads boxes"),
+    (IMAGES, {"ignore_epochs": False}, "works"),
+    (IMAGES, {"caption_shuffle": {"enable": True, "count": 3}}, WRITTEN),
+    (IMAGES, {"caption_filter_list": "filter.txt"}, WRITTEN),
+    (IMAGES, {"max_upscale_threshold": 0.2}, "works"),
+    (IMAGES, {"start_step": 300}, WHOLE),
+    (IMAGES, {"end_step": 300}, WHOLE),
+    (IMAGES, {"is_regularisation_data": True}, "regularisation datasets are not supported yet"),
+    (IMAGES, {"slider_strength": 0.5}, "slider training is not supported yet"),
+]
+
+
+def read(folder: Path, *entries: dict[str, Any]) -> DatasetFile:
+    (folder / "photos").mkdir(exist_ok=True)
+    path = folder / "multidatabackend.json"
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return read_dataset_file(path, DataOptions(), {})
+
+
+@pytest.mark.parametrize(("entry", "fields", "outcome"), FIELDS)
+def test_every_field_has_its_outcome(
+    entry: dict[str, Any], fields: dict[str, Any], outcome: str, tmp_path: Path
+) -> None:
+    others = [] if entry is IMAGES else [IMAGES]
+    if outcome in ("works", "noted"):
+        notices = read(tmp_path, *others, {**entry, **fields}).notices
+        assert bool(notices) == (outcome == "noted"), notices
+        return
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, *others, {**entry, **fields})
+    assert any(outcome in problem.message for problem in caught.value.problems)
+    assert "unknown field" not in str(caught.value)
