@@ -11,12 +11,13 @@ import pytest
 from simpletuner.config import deepspeed_keys
 from simpletuner.config.deepspeed_config import (
     ELEMENTWISE_OPTIMIZERS,
-    check_global_batch_size,
+    find_batch_size_error,
     find_deepspeed_errors,
     find_deepspeed_notices,
     parse_zero_config,
     uses_deepspeed,
 )
+from simpletuner.config.launch_environment import LaunchedProcess, check_agreement
 from simpletuner.config.load import config_from_resolved, resolved_options, try_load_mapping
 from simpletuner.config.schema import RunConfig
 from simpletuner.config.sections_training import OptimizerOptions
@@ -165,6 +166,8 @@ def test_each_contradiction_is_told_with_both_values() -> None:
         ({}, {"musubi_blocks_to_swap": 2}, "use stage 3 with zero_optimization.offload_param"),
         ({}, {"device": "mps"}, "needs CUDA or the CPU"),
         (zero(stage=3), {"dynamo_backend": "inductor"}, "dynamo_backend"),
+        (zero(stage=3), {"base_model_precision": "fp8"}, "cannot gather fp8 weights"),
+        (zero(stage=1, overlap_comm=True), {}, "needs stage 2 or 3"),
         *(
             ({}, {"optimizer": name}, f"and optimizer {name} {reason}")
             for name, reason in deepspeed_keys.UNSUITABLE_OPTIMIZERS.items()
@@ -202,9 +205,14 @@ def test_stage_0_is_the_replicated_mode() -> None:
 def test_the_global_batch_is_compared_when_the_processes_are_known() -> None:
     run = run_with({**ZERO_2, "train_batch_size": 8}, train_batch_size=2)
     assert list(find_deepspeed_errors(run)) == []
-    check_global_batch_size(run, 4)
-    with pytest.raises(ConfigError, match=r"train_batch_size = 8, but .* 2 processes is 4"):
-        check_global_batch_size(run, 2)
+    assert list(find_batch_size_error(run, 4)) == []
+    (problem,) = find_batch_size_error(run, 2)
+    assert "train_batch_size = 8, but" in problem
+    assert "2 processes is 4" in problem
+    with pytest.raises(ConfigError, match="2 processes is 4"):
+        check_agreement(run, LaunchedProcess(1, 2, 1, 2, "127.0.0.1", 1, "torchrun"), {})
+    with pytest.raises(ConfigError, match="1 process is 2"):
+        check_agreement(run, None, {})
 
 
 def test_a_file_is_read_and_a_broken_one_is_told(tmp_path: Path) -> None:

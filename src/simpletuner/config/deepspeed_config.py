@@ -109,12 +109,6 @@ def find_deepspeed_notices(run: RunConfig) -> Iterator[str]:
             "deepspeed_config: activation_checkpointing has no effect; gradient_checkpointing "
             "decides"
         )
-    if stage == 3 and run.model.base_model_precision != "no_change":
-        yield (
-            "deepspeed_config: with stage 3 each process holds the whole base in "
-            f"{run.model.base_model_precision}, because ZeRO shards only floats; fsdp_enable "
-            "shards it"
-        )
 
 
 def find_deepspeed_errors(run: RunConfig) -> Iterator[str]:
@@ -134,7 +128,7 @@ def find_deepspeed_errors(run: RunConfig) -> Iterator[str]:
     if stage == 0:
         return
     yield from _compare_options(config, run)
-    yield from _check_zero_section(_section(config, "zero_optimization"))
+    yield from _check_zero_section(_section(config, "zero_optimization"), stage)
     yield from _check_other_options(run, stage)
 
 
@@ -177,7 +171,7 @@ def _check_keys(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} = {json.dumps(value)}: must be {keys.PASSED_KEYS[key].described}"
 
 
-def _check_zero_section(section: Mapping[str, Any]) -> Iterator[str]:
+def _check_zero_section(section: Mapping[str, Any], stage: int) -> Iterator[str]:
     keys, path = deepspeed_keys, "zero_optimization."
     known = {*keys.ZERO_KEYS, *keys.REFUSED_ZERO_KEYS}
     for key, value in section.items():
@@ -190,6 +184,8 @@ def _check_zero_section(section: Mapping[str, Any]) -> Iterator[str]:
             yield f"{path}{key}: is not a key of DeepSpeed that is read here{hint}"
         elif value not in (AUTO, None) and not keys.ZERO_KEYS[key].accepts(value):
             yield f"{path}{key} = {json.dumps(value)}: must be {keys.ZERO_KEYS[key].described}"
+    if stage == 1 and section.get("overlap_comm") is True:
+        yield f"{path}overlap_comm = true: needs stage 2 or 3; with stage 1 leave it out"
     for name in keys.OFFLOAD_KEYS:
         if isinstance(section.get(name), dict):
             yield from _check_offload(f"{path}{name}", section[name])
@@ -250,14 +246,14 @@ def _compare_batch_size(config: Mapping[str, Any], run: RunConfig) -> Iterator[s
         )
 
 
-def check_global_batch_size(run: RunConfig, processes: int) -> None:
-    """Raise ConfigError if train_batch_size is another than that of so many processes."""
+def find_batch_size_error(run: RunConfig, processes: int) -> Iterator[str]:
+    """Yield both values where train_batch_size is another than that of so many processes."""
     config = run.distributed.deepspeed_config
-    assert isinstance(config, dict)
-    own = run.training.train_batch_size * run.training.gradient_accumulation_steps * processes
-    name = f"train_batch_size * gradient_accumulation_steps * {processes} processes"
-    for problem in _difference(config, "train_batch_size", name, own):
-        raise ConfigError(f"deepspeed_config: {problem}")
+    if isinstance(config, dict) and uses_deepspeed(run):
+        own = run.training.train_batch_size * run.training.gradient_accumulation_steps * processes
+        count = "1 process" if processes == 1 else f"{processes} processes"
+        name = f"train_batch_size * gradient_accumulation_steps * {count}"
+        yield from _difference(config, "train_batch_size", name, own)
 
 
 def _difference(
@@ -372,6 +368,10 @@ def _check_other_options(run: RunConfig, stage: int) -> Iterator[str]:
             lambda: stage == 3 and model.dynamo_backend != "no",
             "compiled blocks do not run the hooks with which stage 3 gathers weights; use no, or "
             "stage 2",
+        ),
+        "base_model_precision fp8": (
+            lambda: stage == 3 and model.base_model_precision == "fp8",
+            "stage 3 cannot gather fp8 weights from all processes; use int8, or stage 2",
         ),
         "device": (lambda: model.device == "mps", "DeepSpeed needs CUDA or the CPU"),
     }

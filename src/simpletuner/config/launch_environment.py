@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from simpletuner.config import deepspeed_config
 from simpletuner.config.distributed_constraints import check_process_count
 from simpletuner.config.environment import GPU_VARIABLE
 from simpletuner.config.schema import DistributedOptions, RunConfig
@@ -187,7 +188,11 @@ def _find_contradictions(
                 "shards the transformer over several processes and num_processes is 1; set "
                 "num_processes to the number of GPUs, or to auto",
             )
+        for reason in deepspeed_config.find_batch_size_error(run, 1) if wanted == 1 else ():
+            yield "deepspeed_config", reason
         return
+    for reason in deepspeed_config.find_batch_size_error(run, process.size):
+        yield "deepspeed_config", reason
     given = origins.get("num_processes", "default") != "default"
     if given and wanted not in ("auto", process.size):
         yield (

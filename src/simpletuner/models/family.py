@@ -22,13 +22,15 @@ from simpletuner.errors import ConfigError
 from simpletuner.events.event_types import Emit
 from simpletuner.events.sinks import null_emit
 from simpletuner.models.weights.merge_loras import MergeOutput, WeightedLoras
+from simpletuner.models.weights.tensor_files import WholeTensor
 
-WholeTensorOf = Callable[[Tensor], Tensor]
+PredictVelocity = Callable[[Tensor, Tensor, TextBatch], Tensor]  # x_sigma, sigma, text
+WholeTensorOf = Callable[[Tensor], WholeTensor]
 
 
-def as_it_is(tensor: Tensor) -> Tensor:
-    """Return the tensor: it is whole already."""
-    return tensor
+def as_it_is(tensor: Tensor) -> WholeTensor:
+    """Describe a tensor that is whole already."""
+    return WholeTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 @dataclass(frozen=True)
@@ -335,8 +337,9 @@ class ModelFamily(ABC):
     ) -> None:
         """Write a diffusers `transformer` folder (config.json and safetensors files).
 
-        whole: returns a parameter of a sharded network as one tensor; it is called for one after
-        the other, by every process. folder: None in a process that only takes part in that.
+        whole: describes a parameter or buffer of a sharded network as one tensor, which is loaded
+        by every process together, one after the other. folder: None in a process that only takes
+        part in that.
         """
 
     @abstractmethod

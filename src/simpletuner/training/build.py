@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from simpletuner.config.load import resolved_options
@@ -71,7 +70,7 @@ def build_trainer_context(
     prepared = prepare_inputs(run, backends, family, texts, folder, device, world, emit, closing)
     order = make_sample_order(run, prepared, emit)
     schedule = make_train_schedule(run, micro_batches, order.batches_per_epoch)
-    state = build_train_state(run, prepared, device, world, micro_batches, emit)
+    state = build_train_state(run, prepared, device, world, micro_batches, emit, closing)
     evaluations = build_evaluation_callbacks(
         run, prepared, state, prompts, metrics, device, schedule, world, folder.path, emit
     )
@@ -86,7 +85,7 @@ def build_trainer_context(
     load_batch, batch_shape = build_batch_loader(run, prepared, order, schedule, world, closing)
     outputs = checkpointer, evaluations, exporter, publishing
     return TrainerContext(
-        predict_velocity=partial(family.predict_velocity, state.transformer),
+        predict_velocity=state.sharding.velocity_predictor(family, state.transformer),
         transformer=state.transformer,
         device=device,
         optimizer=state.optimizer,

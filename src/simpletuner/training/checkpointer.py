@@ -68,7 +68,8 @@ class Checkpointer:
         the training weights, because these are the state.
         """
         if step != self._saved_step:
-            self._write(step)
+            with self.train_state.sharding.whole_adapter():
+                self._write(step)
             self._saved_step = step
 
     def _write(self, step: int) -> None:
@@ -178,18 +179,16 @@ class Checkpointer:
         self, folder: Path, state: Mapping[str, Any], tensors: dict[str, dict[str, Tensor]]
     ) -> None:
         train_state, weights = self.train_state, tensors["weights"]
-        require_same_tensors(folder, weights, train_state.trainable_parameters)
-        with torch.no_grad():
-            for name, parameter in train_state.trainable_parameters.items():
-                parameter.copy_(weights[name])
+        parameters, sharding = train_state.trainable_parameters, train_state.sharding
+        shapes = {name: sharding.stored_shape(param) for name, param in parameters.items()}
+        require_same_tensors(folder, weights, shapes)
+        sharding.load_weights(parameters, weights)
+        fresh = train_state.optimizer.state_dict()
         try:
-            train_state.optimizer.load_state_dict(
-                checkpoint.unflatten_optimizer(
-                    tensors.get("optimizer", {}),
-                    state["optimizer"],
-                    train_state.optimizer.state_dict(),
-                )
+            saved = checkpoint.unflatten_optimizer(
+                tensors.get("optimizer", {}), state["optimizer"], fresh
             )
+            sharding.load_optimizer_state(train_state.optimizer, saved, self.emit)
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{folder} has the state of another optimizer ({error})"
@@ -204,15 +203,13 @@ class Checkpointer:
 
 
 def require_same_tensors(
-    folder: Path, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    folder: Path, weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
 ) -> None:
     """Raise CheckpointError if the saved weights differ from the parameters in name or shape."""
     different = sorted(
         name
-        for name in weights.keys() | parameters.keys()
-        if name not in weights
-        or name not in parameters
-        or weights[name].shape != parameters[name].shape
+        for name in weights.keys() | shapes.keys()
+        if name not in weights or name not in shapes or weights[name].shape != shapes[name]
     )
     if different:
         count = "1 tensor differs" if len(different) == 1 else f"{len(different)} tensors differ"

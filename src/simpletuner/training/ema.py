@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import CheckpointError
+
+
+class WholeParams(Protocol):
+    """Return a context in which parameters can be read, or written by every process equally."""
+
+    def __call__(
+        self, params: Sequence[nn.Parameter], write: bool = False
+    ) -> AbstractContextManager[None]: ...
+
+
+def params_as_they_are(
+    params: Sequence[nn.Parameter], write: bool = False
+) -> AbstractContextManager[None]:
+    """Do nothing: every process holds them."""
+    return nullcontext()
 
 
 class Ema:
@@ -22,16 +37,30 @@ class Ema:
     """
 
     def __init__(
-        self, params: Sequence[tuple[str, nn.Parameter]], options: OptimizerOptions
+        self,
+        params: Sequence[tuple[str, nn.Parameter]],
+        options: OptimizerOptions,
+        whole_params: WholeParams = params_as_they_are,
     ) -> None:
         self.params = list(params)
+        self._whole_params = whole_params
         self.decay, self.interval = options.ema_decay, options.ema_update_interval
         self.updates = 0
         on_cpu = options.ema_device == "cpu"
-        self.shadow: dict[str, Tensor] = {
-            name: param.detach().to("cpu" if on_cpu else param.device, torch.float32, copy=True)
-            for name, param in self.params
-        }
+        self.shadow: dict[str, Tensor] = {}
+        for name, param in self.params:
+            target = torch.device("cpu") if on_cpu else param.device
+            self.shadow[name] = self._copy(param, target, torch.float32)
+
+    def _copy(
+        self, param: nn.Parameter, device: torch.device, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        with self._whole_params([param]):
+            return param.detach().to(device, dtype or param.dtype, copy=True)
+
+    def _write(self, param: nn.Parameter, weights: Tensor) -> None:
+        with self._whole_params([param], write=True):
+            param.copy_(weights)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -42,7 +71,8 @@ class Ema:
         self.updates += 1
         for name, param in self.params:
             shadow = self.shadow[name]
-            shadow.lerp_(param.detach().to(shadow.device, torch.float32), 1 - decay)
+            with self._whole_params([param]):
+                shadow.lerp_(param.detach().to(shadow.device, torch.float32), 1 - decay)
 
     @contextmanager
     def swapped_weights(self) -> Iterator[None]:
@@ -51,18 +81,16 @@ class Ema:
         Meanwhile the trained weights are stored on the device of the average, because in full
         fine-tuning a GPU may not have memory for both.
         """
-        trained = [
-            param.detach().to(self.shadow[name].device, copy=True) for name, param in self.params
-        ]
+        trained = [self._copy(param, self.shadow[name].device) for name, param in self.params]
         with torch.no_grad():
             for name, param in self.params:
-                param.copy_(self.shadow[name])
+                self._write(param, self.shadow[name])
         try:
             yield
         finally:
             with torch.no_grad():
                 for (_, param), weights in zip(self.params, trained):
-                    param.copy_(weights)
+                    self._write(param, weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Return {"updates": int, "shadow": {name: float32 tensor}}; the tensors are not copied."""

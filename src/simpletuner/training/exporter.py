@@ -55,6 +55,10 @@ class Exporter:
 
         The others send it their parts of a sharded network.
         """
+        with self.train_state.sharding.whole_adapter():
+            self._export_final(step)
+
+    def _export_final(self, step: int) -> None:
         if not self.world.is_main:
             if self.train_state.sharding.is_sharded and not self.train_state.uses_lora:
                 self._send_transformers()

@@ -51,6 +51,7 @@ class Fsdp(Sharding):
     average, checkpoint and export of a LoRA are those of one process.
     """
 
+    option = "fsdp_enable"
     is_sharded = True
 
     def __init__(
@@ -208,8 +209,19 @@ class Fsdp(Sharding):
             return torch.empty(stored.shape, device="meta")  # the caller compares the shapes
         return stored.read(shard.stored_rows(stored.shape, self.world.rank))
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    def whole(self, tensor: Tensor) -> WholeTensor:
+        if not isinstance(tensor, DTensor):
+            return super().whole(tensor)
+
+        def load() -> Tensor:
+            with torch.no_grad():
+                whole: Tensor = tensor.full_tensor()
+            return whole
+
+        return WholeTensor(tuple(tensor.shape), tensor.dtype, load)
+
+    def local_part(self, tensor: Tensor) -> Tensor:
+        return local_part(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def reshard_without_gradient(network: nn.Module, inputs: object, output: object) -> None:

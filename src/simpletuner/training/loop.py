@@ -34,6 +34,7 @@ from simpletuner.flow.rollout import (
     roll_out,
     rollout_probability,
 )
+from simpletuner.models.family import PredictVelocity
 from simpletuner.randomness import seed_at
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.ema import Ema
@@ -43,7 +44,6 @@ from simpletuner.training.world import World
 from simpletuner.validation.inference import eval_mode
 
 StepCallback = Callable[[int], None]  # takes the number of completed optimizer steps
-PredictVelocity = Callable[[Tensor, Tensor, TextBatch], Tensor]  # x_sigma, sigma, text
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-
 from simpletuner import __version__
 from simpletuner.config.deepspeed_config import parse_zero_config, uses_deepspeed
 from simpletuner.config.load import resolved_options
@@ -78,9 +75,4 @@ def base_bytes(state: TrainState) -> int:
     adapters = set(map(id, state.trainable_parameters.values())) if state.uses_lora else set()
     tensors = [*network.parameters(), *network.buffers()]
     held = {id(tensor): tensor for tensor in tensors if id(tensor) not in adapters}
-    return sum(local_part(tensor).nbytes for tensor in held.values())
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return the part of a sharded tensor that this process holds; other tensors as they are."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return sum(state.sharding.local_part(tensor).nbytes for tensor in held.values())

@@ -8,6 +8,9 @@ fine-tuning are this rank's rows. Optimizer, average and clipping do not know th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +18,26 @@ from torch.optim import Optimizer
 
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import ConfigError
-from simpletuner.models.weights.tensor_files import FileTensors, StoredSlice
+from simpletuner.events.event_types import Emit, WarningIssued
+from simpletuner.models.family import ModelFamily, PredictVelocity, as_it_is
+from simpletuner.models.weights.tensor_files import FileTensors, StoredSlice, WholeTensor
 from simpletuner.training import checkpoint
 from simpletuner.training.gradient_sum import GradientSum, TreeSum
 from simpletuner.training.optimizer_step import OptimizerStep, make_optimizer_step
 from simpletuner.training.world import World
 
+# Key in a saved optimizer state of the float32 copy of a bf16 weight, which only DeepSpeed holds.
+MASTER_WEIGHT = "master_weight"
+
 
 class Sharding:
     """Every rank has all of the network; gradients of the trained parameters are summed.
 
-    is_sharded: whether ranks hold parts of the network, so that all of them must run it equally
-    often.
+    option: the one that chooses it. is_sharded: whether ranks hold parts of the network or of its
+    optimizer's state, so that all of them must run it equally often.
     """
 
+    option = ""
     is_sharded = False
 
     def __init__(self, world: World, trains_adapter: bool, optimizer_options: OptimizerOptions):
@@ -68,6 +77,56 @@ class Sharding:
         """Return the strategy of that name (optimizer_step.py) for these parameters."""
         return make_optimizer_step(name, params, optimizer, options, gradient_sum)
 
+    def velocity_predictor(self, family: ModelFamily, network: nn.Module) -> PredictVelocity:
+        """Return the function that the loop calls for a training pass."""
+        return partial(family.predict_velocity, network)
+
+    def whole_params(
+        self, params: Sequence[nn.Parameter], write: bool = False
+    ) -> AbstractContextManager[None]:
+        """Return a context in which these trained parameters are as pick_stored gives them.
+
+        write: keep what the main process writes into them; every rank writes the same. Every rank
+        must enter it; only one with `write` is left together.
+        """
+        return nullcontext()
+
+    def whole_adapter(self) -> AbstractContextManager[None]:
+        """Return such a context for all parameters of an adapter, to be read."""
+        return nullcontext()
+
+    def stored_shape(self, param: nn.Parameter) -> torch.Size:
+        """Return the shape that pick_stored gives a parameter of this rank."""
+        return param.shape
+
+    def load_weights(
+        self, params: Mapping[str, nn.Parameter], stored: Mapping[str, Tensor]
+    ) -> None:
+        """Set the trained weights to what pick_stored returned; every rank must call it."""
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(stored[name])
+
+    def load_optimizer_state(
+        self, optimizer: Optimizer, saved: Mapping[str, Any], emit: Emit
+    ) -> None:
+        """Load a state_dict of the optimizer, after the weights.
+
+        That of float32 copies of bf16 weights, which DeepSpeed holds, does not fit the weights
+        here: the optimizer then starts from scratch. Raises ValueError and KeyError for the state
+        of another optimizer.
+        """
+        if any(MASTER_WEIGHT in state for state in saved["state"].values()):
+            emit(
+                WarningIssued(
+                    "the checkpoint has the optimizer state of float32 copies of the weights, "
+                    "which only DeepSpeed holds: without deepspeed_config the optimizer starts "
+                    "from scratch"
+                )
+            )
+            return
+        optimizer.load_state_dict(dict(saved))
+
     def whole_tensors(self, tensors: Mapping[str, Tensor]) -> FileTensors:
         """Return tensors that have the parameters' names and shapes, as rank 0 stores them."""
         return tensors
@@ -80,9 +139,16 @@ class Sharding:
         """Return this rank's part of a tensor in a checkpoint; None where it needs none."""
         return stored.read()
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """Return a parameter of the network as one tensor; every rank must call it."""
+    def whole(self, tensor: Tensor) -> WholeTensor:
+        """Describe a parameter or buffer of the network as one tensor."""
+        return as_it_is(tensor.detach())
+
+    def local_part(self, tensor: Tensor) -> Tensor:
+        """Return what this rank holds of a parameter or buffer of the network."""
         return tensor
+
+    def close(self) -> None:
+        """Release what is held besides the network."""
 
 
 def require_equal_passes(sharding: Sharding, micro_batches: int) -> None:
@@ -92,8 +158,8 @@ def require_equal_passes(sharding: Sharding, micro_batches: int) -> None:
         return
     possible = [str(count) for count in range(1, micro_batches + 1) if micro_batches % count == 0]
     raise ConfigError(
-        f"fsdp_enable: an optimizer step has {micro_batches} micro-batches, which {ranks} "
+        f"{sharding.option}: an optimizer step has {micro_batches} micro-batches, which {ranks} "
         "processes cannot share out equally, and every process of a sharded model must run it "
         "equally often. "
-        f"Use {' or '.join(possible)} processes, or set fsdp_enable to false"
+        f"Use {' or '.join(possible)} processes, or leave {sharding.option} out"
     )

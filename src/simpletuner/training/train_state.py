@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from simpletuner.adapters import attachment
 from simpletuner.adapters.lycoris_targets import choose_lycoris_modules
+from simpletuner.config.deepspeed_config import uses_deepspeed
 from simpletuner.config.lycoris_config import describe_adapter, require_lycoris_config
 from simpletuner.config.schema import OptimizerOptions, RunConfig
 from simpletuner.events.event_types import Emit, NoticeIssued
@@ -65,12 +66,15 @@ def build_train_state(
     world: World,
     micro_batches: int,
     emit: Emit,
+    closing: ExitStack,
 ) -> TrainState:
     """Load the network, attach what is trained, place the blocks, and build the optimizer.
 
-    micro_batches: of one optimizer step, over all processes.
+    micro_batches: of one optimizer step, over all processes. closing: receives what must be
+    released after the training.
     """
     sharding = make_sharding(run, world)
+    closing.callback(sharding.close)
     require_equal_passes(sharding, micro_batches)
     # A model with swapped blocks, or one that is sharded, need not fit on the device even once, so
     # it is loaded on the host.
@@ -95,7 +99,11 @@ def build_train_state(
 
 
 def make_sharding(run: RunConfig, world: World) -> Sharding:
-    """Return the layout of the network over the ranks that fsdp_enable asks for."""
+    """Return the layout of the network over the ranks that the options ask for."""
+    if uses_deepspeed(run):
+        from simpletuner.training.zero import Zero  # DeepSpeed may not be installed
+
+        return Zero(run, world)
     trains_adapter = run.model.model_type == "lora"
     if not run.distributed.fsdp_enable or world.size == 1:
         return Sharding(world, trains_adapter, run.optimizer)
@@ -153,7 +161,7 @@ def assemble_train_state(
         options,
         optimizer,
         sharding.optimizer_step(step_name, parameters, optimizer, options, gradient_sum),
-        Ema(named, run.optimizer) if run.optimizer.use_ema else None,
+        Ema(named, run.optimizer, sharding.whole_params) if run.optimizer.use_ema else None,
         sharding,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from simpletuner.models.family import WholeTensorOf, as_it_is
 from simpletuner.models.weights.components import component_tensors
 from simpletuner.models.weights.model_folder import read_json
 from simpletuner.models.weights.tensor_files import (
-    WholeTensor,
     send_tensors,
     split_into_files,
     write_tensors,
@@ -130,16 +128,14 @@ def save_transformer(
     if not isinstance(transformer, ChromaTransformer):
         raise TypeError(f"not Chroma's transformer: {type(transformer).__name__}")
     expected = set(_expected_names(transformer.config))
-    state = {name: tensor for name, tensor in transformer.state_dict().items() if name in expected}
+    held = transformer.state_dict(keep_vars=True)
+    state = {name: tensor for name, tensor in held.items() if name in expected}
     if len(state) != len(expected):
         raise ModelError(
             "A transformer with an adapter cannot be saved as a full model; save the adapter"
             " instead."
         )
-    tensors = {
-        name: WholeTensor(tuple(tensor.shape), tensor.dtype, partial(whole, tensor))
-        for name, tensor in state.items()
-    }
+    tensors = {name: whole(tensor) for name, tensor in state.items()}
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     files = split_into_files(WEIGHTS_STEM, sizes, SHARD_BYTES)
     if folder is not None:

@@ -1,0 +1,236 @@
+"""DeepSpeed's engine on two processes against one process without it, and its checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from simpletuner.events.event_types import NoticeIssued, RunStarted, WarningIssued
+from tests.distributed.harness import RankResult, run_ranks, values
+from tests.distributed.test_replicated import train_project
+from tests.e2e.training_project import TrainingProject, read_events, read_losses
+
+pytestmark = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="needs pip install 'simpletuner[deepspeed]'"
+)
+Train = Callable[[str, dict[str, Any]], None]  # root of a project, options
+STEPS = 3
+MICRO_BATCHES = 2  # of a step, over all processes
+TOLERANCE = 5e-7
+FULL = {"model_type": "full", "learning_rate": 1e-3, "use_ema": False}
+LORA = {"model_type": "lora"}
+
+
+CPU = {"device": "cpu", "pin_memory": False}
+BAD_STEP = 2
+
+
+def train_with_a_bad_gradient(root: str, options: dict[str, Any]) -> None:
+    """Train, with a gradient that is not finite in the second process at one step."""
+    from simpletuner.training.deepspeed_engine import ZeroOptimizerStep
+
+    backward, passes = ZeroOptimizerStep.backward, itertools.count(1)
+
+    def bad_backward(self: ZeroOptimizerStep, loss: Tensor, place: int) -> None:
+        is_bad = next(passes) == BAD_STEP and os.environ["RANK"] == "1"
+        backward(self, loss * math.inf if is_bad else loss, place)
+
+    ZeroOptimizerStep.backward = bad_backward  # type: ignore[method-assign]
+    train_project(root, options)
+
+
+def zero(stage: int, **section: Any) -> dict[str, Any]:
+    return {"deepspeed_config": {"zero_optimization": {"stage": stage, **section}}}
+
+
+class Trainings:
+    """Runs of one project, each in a folder of its own, with a shared cache."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.options = TrainingProject(
+            root, max_train_steps=STEPS, checkpoint_step_interval=2, lora_dropout=0.0,
+            cache_dir=str(root / "cache"), max_grad_norm=0.5,
+        ).options  # fmt: skip
+        self._alone: dict[str, Path] = {}
+
+    def try_train(
+        self, name: str, processes: int, train: Train = train_project, **options: Any
+    ) -> list[RankResult]:
+        accumulation = {"gradient_accumulation_steps": MICRO_BATCHES // processes}
+        chosen = {**self.options, "output_dir": str(self.root / name), **accumulation, **options}
+        return run_ranks(processes, train, str(self.root), chosen)
+
+    def train(self, name: str, processes: int, **options: Any) -> Path:
+        values(self.try_train(name, processes, **options))
+        return self.root / name
+
+    def alone(self, kind: dict[str, Any]) -> Path:
+        """Return the run of one process without DeepSpeed."""
+        name = f"alone-{kind['model_type']}"
+        if name not in self._alone:
+            self._alone[name] = self.train(name, 1, **kind)
+        return self._alone[name]
+
+    def copy_checkpoint(self, source: Path, name: str, step: int = 2) -> None:
+        shutil.copytree(source / f"checkpoint-{step}", self.root / name / f"checkpoint-{step}")
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    return Trainings(tmp_path_factory.mktemp("deepspeed"))
+
+
+def assert_equal_runs(run_dir: Path, expected: Path, tolerance: float = TOLERANCE) -> None:
+    """Compare losses, norms and rates, and every tensor of the last checkpoint."""
+    found, wanted = read_losses(run_dir), read_losses(expected)
+    assert found[STEPS] == pytest.approx(wanted[STEPS], rel=tolerance, abs=0)
+    for step in found:
+        assert found[step] == pytest.approx(wanted[step], rel=tolerance, abs=0), step
+    folders = [folder / f"checkpoint-{STEPS}" for folder in (run_dir, expected)]
+    names = [sorted(path.name for path in folder.glob("*.safetensors")) for folder in folders]
+    assert names[0] == names[1]
+    for name in names[0]:
+        ours, theirs = (load_file(folder / name) for folder in folders)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert tensor.shape == theirs[key].shape
+            assert tensor.dtype == theirs[key].dtype
+            difference = (tensor.double() - theirs[key].double()).abs().max()
+            assert difference <= tolerance, (name, key)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [(LORA, 1), (LORA, 2), (LORA, 3), (FULL, 2), (FULL, 3)])
+def test_two_processes_equal_one_without_deepspeed(
+    kind: dict[str, Any], stage: int, trainings: Trainings
+) -> None:
+    alone = trainings.alone(kind)
+    # By default stage 3 keeps small weights whole, and this network has no others.
+    section = {"stage3_param_persistence_threshold": 0} if (kind, stage) == (LORA, 3) else {}
+    name = f"{kind['model_type']}-{stage}"
+    assert_equal_runs(trainings.train(name, 2, **kind, **zero(stage, **section)), alone)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [(LORA, 3), (FULL, 2)])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    kind: dict[str, Any], stage: int, trainings: Trainings
+) -> None:
+    whole = trainings.root / f"{kind['model_type']}-{stage}"
+    name = f"resumed-{whole.name}"
+    trainings.copy_checkpoint(whole, name)
+    run_dir = trainings.train(name, 2, **kind, **zero(stage))
+    assert_equal_runs(run_dir, whole, tolerance=0)
+
+
+@pytest.mark.parametrize("kind", [LORA, FULL], ids=["lora", "full"])
+def test_a_checkpoint_goes_on_with_another_stage_and_without_deepspeed(
+    kind: dict[str, Any], trainings: Trainings
+) -> None:
+    """2 processes with stage 3 -> 1 process without DeepSpeed, and back with stage 2."""
+    alone, name = trainings.alone(kind), kind["model_type"]
+    trainings.copy_checkpoint(trainings.root / f"{name}-3", f"{name}-3-to-1")
+    run_dir = trainings.train(f"{name}-3-to-1", 1, **kind, gradient_accumulation_steps=1)
+    assert_equal_runs(run_dir, alone)
+    trainings.copy_checkpoint(alone, f"{name}-1-to-2")
+    options = {**kind, **zero(2), "gradient_accumulation_steps": 2}
+    assert_equal_runs(trainings.train(f"{name}-1-to-2", 2, **options), alone)
+
+
+def test_stage_3_divides_the_base(trainings: Trainings) -> None:
+    worlds = [
+        next(
+            event.world
+            for event in read_events(trainings.root / name)
+            if isinstance(event, RunStarted)
+        )
+        for name in ("lora-2", "lora-3")
+    ]
+    assert [world.mode for world in worlds if world] == ["zero2", "zero3"]
+    whole, part = (world.base_bytes_per_rank for world in worlds if world)
+    assert 0.5 * whole <= part < 0.6 * whole
+
+
+def test_the_exported_transformer_is_whole(trainings: Trainings) -> None:
+    files = [
+        trainings.root / name / "transformer" / "diffusion_pytorch_model.safetensors"
+        for name in ("full-3", "full-2", "alone-full")
+    ]
+    sharded, _, alone = map(load_file, files)
+    assert {key: tensor.shape for key, tensor in sharded.items()} == {
+        key: tensor.shape for key, tensor in alone.items()
+    }
+    assert all((sharded[key] - alone[key]).abs().max() <= TOLERANCE for key in alone)
+    folders = [trainings.root / "full-3" / f"checkpoint-{STEPS}", trainings.root / "full-3"]
+    trained = load_file(folders[0] / "weights.safetensors")
+    assert all(tensor.equal(sharded[key]) for key, tensor in trained.items())
+
+
+def messages(run_dir: Path) -> str:
+    events = read_events(run_dir)
+    return "\n".join(e.message for e in events if isinstance(e, (NoticeIssued, WarningIssued)))
+
+
+def test_bf16_weights_have_float32_copies_which_only_deepspeed_resumes(
+    trainings: Trainings,
+) -> None:
+    kind = {**FULL, "mixed_precision": "bf16"}
+    whole = trainings.train("bf16", 2, **kind, **zero(3))
+    optimizer, weights = (
+        load_file(whole / f"checkpoint-{STEPS}" / f"{name}.safetensors")
+        for name in ("optimizer", "weights")
+    )
+    copies = [tensor for name, tensor in optimizer.items() if name.endswith(".master_weight")]
+    assert len(copies) == len(weights)
+    for tensor in copies:
+        assert tensor.dtype == torch.float32
+        assert any(tensor.bfloat16().equal(weight) for weight in weights.values())
+    trainings.copy_checkpoint(whole, "bf16-resumed")
+    run_dir = trainings.train("bf16-resumed", 2, **kind, **zero(2))
+    assert read_losses(run_dir)[STEPS] == pytest.approx(read_losses(whole)[STEPS], rel=TOLERANCE)
+    trainings.copy_checkpoint(whole, "bf16-alone")
+    alone = trainings.train("bf16-alone", 1, **kind, gradient_accumulation_steps=1)
+    assert "without deepspeed_config the optimizer starts from scratch" in messages(alone)
+
+
+def test_offloaded_weights_and_states_train_the_same(trainings: Trainings) -> None:
+    section = {"offload_optimizer": CPU, "offload_param": CPU}
+    run_dir = trainings.train("offloaded", 2, **FULL, **zero(3, **section))
+    assert_equal_runs(run_dir, trainings.alone(FULL))
+
+
+def test_one_process_may_use_the_engine(trainings: Trainings) -> None:
+    run_dir = trainings.train("one", 1, **LORA, **zero(2))
+    assert_equal_runs(run_dir, trainings.alone(LORA))
+
+
+def test_a_bad_step_is_skipped_on_every_process(trainings: Trainings) -> None:
+    """The gradient is infinite in one process alone."""
+    options = {**LORA, **zero(3), "nonfinite_loss_patience": 1, "checkpoint_step_interval": 1}
+    values(trainings.try_train("skipped", 2, train=train_with_a_bad_gradient, **options))
+    run_dir = trainings.root / "skipped"
+    assert "the update of this step was skipped" in messages(run_dir)
+    weights = [
+        load_file(run_dir / f"checkpoint-{step}" / "weights.safetensors")
+        for step in (BAD_STEP - 1, BAD_STEP)
+    ]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_processes_that_cannot_share_a_step_are_told(trainings: Trainings) -> None:
+    trainings.copy_checkpoint(trainings.root / "lora-2", "three")
+    options = {**LORA, **zero(2), "gradient_accumulation_steps": 1}
+    for result in trainings.try_train("three", 3, **options):
+        assert result.error is not None
+        assert result.error[0] == "ConfigError"
+        assert "deepspeed_config: an optimizer step has 2 micro-batches" in result.error[1]
