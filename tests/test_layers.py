@@ -154,6 +154,10 @@ def test_no_pickle_and_no_shell() -> None:
                 if name.startswith("yaml."):
                     assert name == "yaml.safe_load" or "SafeLoader" in ast.unparse(node), path
                 assert name not in ("torch.load", "eval", "exec", "os.system"), f"{path}: {name}"
+                if name.endswith(".from_pretrained") and "okenizer" not in name:
+                    given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                    safe = given.get("use_safetensors") == "True"
+                    assert safe, f"{path}: {name} may open a pickle"
 
 
 def test_a_forbidden_import_is_seen(tmp_path: Path) -> None:
