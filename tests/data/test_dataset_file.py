@@ -58,6 +58,7 @@ def test_every_field_arrives(folder: Path) -> None:
         "instance_prompt": ["a", "b"],
         "prepend_instance_prompt": True,
         "only_instance_prompt": False,
+        "caption_table": "t.csv",
         "disable_multiline_split": True,
         "resolution": 0.5,
         "resolution_type": "area",
@@ -114,7 +115,6 @@ def test_a_folder_in_place_of_the_dataset_file(folder: Path) -> None:
 
 def test_a_typical_file(folder: Path) -> None:
     needless = {
-        "metadata_backend": "discovery",
         "skip_file_discovery": "vae,aspect",
         "delete_nsfw_images": False,
     }
@@ -228,7 +228,7 @@ def test_fields_of_other_trainers_are_refused_by_name(name: str, folder: Path) -
         ({"type": "aws"}, "only local folders are read; allowed: local"),
         ({"dataset_type": "conditioning"}, "paired images are not supported yet"),
         ({"crop_aspect": "random"}, "a random aspect ratio per image is not supported"),
-        ({"caption_strategy": "csv"}, "caption tables are not supported yet"),
+        ({"caption_strategy": "csv"}, "caption_table: is missing: caption_strategy csv"),
         ({"caption_strategy": "txt"}, "allowed: textfile, filename, instanceprompt"),
         ({"caption_strategy": "instanceprompt"}, "instance_prompt is missing"),
         ({"prepend_instance_prompt": True}, "instance_prompt is missing"),

@@ -16,7 +16,15 @@ from simpletuner.errors import ConfigError
 IMAGES = {"id": "photos", "instance_data_dir": "photos"}
 TEXTS = {"id": "texts", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache"}
 SOURCE = "only local folders are read"
-TABLES = "caption tables are not supported yet"
+TABLE_BLOCK = {
+    "path": "photos/captions.parquet",
+    "filename_column": "id",
+    "caption_column": "caption",
+    "fallback_caption_column": "tags",
+    "width_column": "width",
+    "height_column": "height",
+    "identifier_includes_extension": True,
+}
 PAIRS = "paired images are not supported yet"
 SINGLE = "Chroma generates single images"
 WHOLE = "a dataset takes part in the whole run"
@@ -52,9 +60,11 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (IMAGES, {"memory_filesystem_path": "/ram"}, "noted"),
     (IMAGES, {"memory_filesystem_size": "512G"}, "noted"),
     (IMAGES, {"memory_filesystem_sudo": False}, "noted"),
-    (IMAGES, {"metadata_backend": "parquet"}, "found by scanning the folder"),
-    (IMAGES, {"caption_strategy": "parquet"}, TABLES),
-    (IMAGES, {"parquet": {"path": "t.parquet", "filename_column": "id"}}, TABLES),
+    (IMAGES, {"metadata_backend": "parquet"}, "noted"),
+    (IMAGES, {"caption_strategy": "parquet"}, "caption_table: is missing"),
+    (IMAGES, {"caption_strategy": "parquet", "parquet": {"path": "t.parquet"}}, "is not a file"),
+    (IMAGES, {"caption_strategy": "parquet", "parquet": TABLE_BLOCK}, "works"),
+    (IMAGES, {"parquet": {"bbox_column": "bounding_boxes"}}, "noted"),
     (IMAGES, {"vae_cache_clear_each_epoch": True}, "noted"),
     (IMAGES, {"vae_cache_ondemand": True}, "noted"),
     (IMAGES, {"cache_file_suffix": "controlnet-sdxl"}, "noted"),
@@ -94,6 +104,7 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 def read(folder: Path, *entries: dict[str, Any]) -> DatasetFile:
     (folder / "photos").mkdir(exist_ok=True)
+    (folder / "photos/captions.parquet").write_bytes(b"")
     path = folder / "multidatabackend.json"
     path.write_text(json.dumps(entries), encoding="utf-8")
     return read_dataset_file(path, DataOptions(), {})

@@ -9,7 +9,11 @@ from simpletuner.config.option import Effect, OptionSection, option
 # Read this file as a table: name, type and default; one sentence of help; level, bounds, other
 # names, and the relations to other options.
 
-PER_IMAGE_CAPTIONS = {"caption_strategy": ("textfile", "filename"), "only_instance_prompt": False}
+CAPTION_TABLES = ("csv", "jsonl", "parquet")
+PER_IMAGE_CAPTIONS = {
+    "caption_strategy": ("textfile", "filename", *CAPTION_TABLES),
+    "only_instance_prompt": False,
+}
 
 
 class DataOptions(OptionSection):
@@ -38,14 +42,16 @@ class DataOptions(OptionSection):
         "of the square of that area (1024 = 1024x1024).",
         level="basic",
     )
-    caption_strategy: Literal["textfile", "filename", "instanceprompt"] = option(
+    caption_strategy: Literal[
+        "textfile", "filename", "instanceprompt", "csv", "jsonl", "parquet"
+    ] = option(
         "textfile",
-        "Source of captions: a .txt file next to each image, the image's file name, or "
-        "instance_prompt for all images.",
+        "Source of captions: a .txt file next to each image, the image's file name, "
+        "instance_prompt for all images, or the rows of a table (caption_table of a dataset).",
         level="basic",
         value_aliases={"instance_prompt": "instanceprompt"},
         refused_values=dict.fromkeys(
-            ("parquet", "huggingface", "csv", "webshart"), "caption tables are not supported yet"
+            ("huggingface", "webshart"), "only captions of local folders are read"
         ),
         affects=set(),
     )

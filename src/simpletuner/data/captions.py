@@ -13,21 +13,27 @@ MAX_CAPTION_BYTES = 256 << 10  # 512 tokens are about 2,500 bytes
 
 
 def read_captions(
-    dataset: DatasetConfig, image: SourceFile, text: SourceFile | None, options: DataOptions
+    dataset: DatasetConfig,
+    image: SourceFile,
+    text: SourceFile | None,
+    options: DataOptions,
+    from_table: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
     """Return the alternative captions of one image; one of them is used each time it is trained.
 
     text: the .txt file of the same stem, None when there is none. textfile: every line that is not
     blank is an alternative; with disable_multiline_split the whole file is one. filename: the stem,
-    underscores as spaces. instanceprompt, only_instance_prompt: the instance prompts.
-    prepend_instance_prompt: every prompt before every alternative. A blank caption counts as
-    missing; missing_caption decides.
+    underscores as spaces. instanceprompt, only_instance_prompt: the instance prompts. csv, jsonl,
+    parquet: from_table, which are the captions of the image's row. prepend_instance_prompt: every
+    prompt before every alternative. A blank caption counts as missing; missing_caption decides.
     """
     if dataset.only_instance_prompt or dataset.caption_strategy == "instanceprompt":
         return dataset.instance_prompts
     captions: tuple[str, ...] = ()
     if dataset.caption_strategy == "filename":
         captions = _caption_from_filename(image)
+    elif dataset.caption_table is not None:
+        captions, text = from_table, None
     elif text is not None:
         captions = _captions_from_text_file(text, dataset.disable_multiline_split)
     if not captions:
@@ -72,6 +78,8 @@ def _missing_caption_fallback(
         return captions
     if text is not None:
         missing = f"{text.name} is empty"
+    elif dataset.caption_table is not None:
+        missing = f"{dataset.caption_table.path.name} has no caption for it"
     elif dataset.caption_strategy == "textfile":
         missing = f"there is no {image.stem}.txt next to it"
     else:

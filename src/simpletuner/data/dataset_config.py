@@ -9,6 +9,21 @@ from simpletuner.data.geometry import ResizeCropConfig
 
 
 @dataclass(frozen=True)
+class CaptionTable:
+    """A table of captions. format: "csv", "jsonl" or "parquet".
+
+    filename_column, caption_columns: None and empty are the usual names. fallback_column: read
+    where the captions of a row are empty.
+    """
+
+    path: Path
+    format: str
+    filename_column: str | None = None
+    caption_columns: tuple[str, ...] = ()
+    fallback_column: str | None = None
+
+
+@dataclass(frozen=True)
 class DatasetConfig:
     """A dataset of images.
 
@@ -17,7 +32,7 @@ class DatasetConfig:
     instance_prompts: alternatives; empty when the dataset has none. repeats: extra passes over
     every sample in an epoch; 0 is one pass. probability: fraction of the dataset per epoch,
     relative to the largest of the run (see sample_order.py). max_num_samples: a subset that depends
-    only on the dataset's id and the file names.
+    only on the dataset's id and the file names. caption_table: None with captions elsewhere.
     """
 
     id: str
@@ -32,6 +47,7 @@ class DatasetConfig:
     repeats: int = 0
     probability: float = 1.0
     max_num_samples: int | None = None
+    caption_table: CaptionTable | None = None
 
 
 @dataclass(frozen=True)

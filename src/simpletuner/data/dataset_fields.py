@@ -9,10 +9,12 @@ from pydantic import Field, StringConstraints
 
 from simpletuner.config.option import OptionSection, option
 from simpletuner.config.option_catalog import Option, all_options, section_options
+from simpletuner.config.sections_data import CAPTION_TABLES
 
 LOCAL_ONLY_REASON = "only local folders are read"
 ONE_CACHE_REASON = "a run has one cache, addressed by content; set cache_dir in the config"
 NO_PAIRS_REASON = "paired images are not supported yet"
+TABLE_BLOCK = "parquet"  # SimpleTuner's name of caption_table
 PromptText = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 AspectRatio = Annotated[float, Field(ge=0.01, le=100)]
 TRAINED = {"dataset_type": "image"}
@@ -66,6 +68,12 @@ class ImageDatasetFields(OptionSection):
             "only_instance_prompt": True,
         },
         min_length=1,
+    )
+    caption_table: str | dict[str, Any] | None = option(
+        None,
+        "Table of captions (.csv, .jsonl or .parquet) with a row per image: its path, or an object "
+        "with path, filename_column, caption_column and fallback_caption_column.",
+        needs={"caption_strategy": CAPTION_TABLES, "only_instance_prompt": False},
     )
     disable_multiline_split: bool = option(
         False,
@@ -151,6 +159,7 @@ IMAGE_FIELDS: Mapping[str, Option] = {
         "instance_prompt",
         "prepend_instance_prompt",
         "only_instance_prompt",
+        "caption_table",
         "disable_multiline_split",
         "resolution",
         "resolution_type",
@@ -188,6 +197,9 @@ UNNEEDED_BY_REASON: Mapping[str, tuple[str, ...]] = {
         "memory_filesystem_size",
         "memory_filesystem_sudo",
     ),
+    "images are found by scanning the folder, and their sizes are read from the files": (
+        "metadata_backend",
+    ),
     "scanning writes no files": ("preserve_data_backend_cache", "metadata_update_interval"),
     "folders are always scanned, and unchanged files are not encoded again": (
         "skip_file_discovery",
@@ -212,7 +224,6 @@ UNNEEDED_BY_REASON: Mapping[str, tuple[str, ...]] = {
 
 # Fields of SimpleTuner that are refused; HARMLESS_VALUES ask for what is done anyway.
 REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
-    "images and captions are found by scanning the folder": ("metadata_backend",),
     "set it once in the config, for all datasets": ("train_batch_size", "text_encoder_batch_size"),
     "needs a second model that classifies images; no file is ever deleted": ("delete_nsfw_images",),
     "needs a model that reads boxes; Chroma reads captions only": (
@@ -242,7 +253,6 @@ REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
         "conditioning_type",
         "source_dataset_id",
     ),
-    "caption tables are not supported yet": ("parquet",),
     "Chroma generates single images": (
         "video",
         "audio",
@@ -278,7 +288,6 @@ REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
 REFUSED_FIELDS = {name: reason for reason, names in REFUSED_BY_REASON.items() for name in names}
 UNNEEDED_FIELDS = {name: reason for reason, names in UNNEEDED_BY_REASON.items() for name in names}
 HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "metadata_backend": ("discovery", "json"),
     "timestep_sampling_offset": (0,),
     "start_epoch": (0, 1),
     "start_step": (0,),
@@ -289,4 +298,11 @@ HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
     **{name: (False,) for name in REFUSED_FIELDS if name.startswith(("delete_", "is_reg"))},
 }
 
-ALL_FIELD_NAMES = (*COMMON_FIELDS, *IMAGE_FIELDS, *CACHE_FIELDS, *UNNEEDED_FIELDS, *REFUSED_FIELDS)
+ALL_FIELD_NAMES = (
+    TABLE_BLOCK,
+    *COMMON_FIELDS,
+    *IMAGE_FIELDS,
+    *CACHE_FIELDS,
+    *UNNEEDED_FIELDS,
+    *REFUSED_FIELDS,
+)

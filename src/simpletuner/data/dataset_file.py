@@ -25,7 +25,8 @@ from simpletuner.config.option_catalog import Option, all_options
 from simpletuner.config.option_values import SectionT, did_you_mean, validate_section
 from simpletuner.config.paths import find_path
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.dataset_config import DatasetConfig, DatasetFile
+from simpletuner.data.caption_table_field import read_table_field
+from simpletuner.data.dataset_config import CaptionTable, DatasetConfig, DatasetFile
 from simpletuner.data.dataset_fields import (
     ALL_FIELD_NAMES,
     CACHE_DATASET_TYPES,
@@ -36,6 +37,7 @@ from simpletuner.data.dataset_fields import (
     IMAGE_FIELDS,
     REFUSED_FIELDS,
     RUN_OPTION_FIELDS,
+    TABLE_BLOCK,
     UNNEEDED_FIELDS,
     CacheDatasetFields,
     ImageDatasetFields,
@@ -203,6 +205,8 @@ class _DatasetFileReader:
         for key, raw in entry.items():
             if key in COMMON_FIELDS and table is not COMMON_FIELDS:
                 continue
+            if key == TABLE_BLOCK:
+                key = "caption_table"
             if key not in ALL_FIELD_NAMES:
                 hint = did_you_mean(key, ALL_FIELD_NAMES)
                 self.add_problem(f"{name}.{key}: unknown field{hint}", at, key)
@@ -269,6 +273,7 @@ class _DatasetFileReader:
         self.report_ineffective_fields(
             at, name, {"dataset_type": kind, **dict(own), **dict(fields)}, given
         )
+        table = self.read_caption_table(at, name, fields, own)
         run_prompt = (self.run_options.instance_prompt or "").strip()
         dataset = DatasetConfig(
             id=name,
@@ -283,11 +288,23 @@ class _DatasetFileReader:
             repeats=fields.repeats,
             probability=fields.probability,
             max_num_samples=fields.max_num_samples,
+            caption_table=table,
         )
         uses_prompt = own.caption_strategy == "instanceprompt" or own.prepend_instance_prompt
         if (uses_prompt or own.only_instance_prompt) and not dataset.instance_prompts:
             self.add_problem(f"{name}.instance_prompt is missing: the captions need it", at)
         return dataset if folder is not None and len(self.problems) == before else None
+
+    def read_caption_table(
+        self, at: int, name: str, fields: ImageDatasetFields, own: DataOptions
+    ) -> CaptionTable | None:
+        if own.only_instance_prompt:
+            return None
+        try:
+            return read_table_field(fields.caption_table, own.caption_strategy, self.resolve_folder)
+        except ConfigError as error:
+            self.add_problem(f"{name}.caption_table: {error}", at)
+            return None
 
     def report_ineffective_fields(
         self, at: int, name: str, values: dict[str, Any], given: Mapping[str, Any]

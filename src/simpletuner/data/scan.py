@@ -6,7 +6,7 @@ Nothing is decoded, and nothing is written to the dataset folders.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from pathlib import Path
 from simpletuner.config.model_families import BUCKET_ALIGNMENT_PX, DEFAULT_FAMILY
 from simpletuner.config.schema import DataOptions
 from simpletuner.data import geometry
+from simpletuner.data.caption_tables import read_caption_table
 from simpletuner.data.captions import read_captions
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.duplicates import check_no_leaks, find_identical_files
@@ -70,7 +71,9 @@ def scan_datasets(
     remarks: Counter[tuple[str, str]] = Counter()
     placed: list[BucketedSample] = []
     with StageReporter(emit, "scan", len(found), "images") as stage:
-        for read in _read_files(found, partial(_read_file, options, seed, alignment_px), stage):
+        tables = _read_tables(datasets, found, notes)
+        read_one = partial(_read_file, options, seed, alignment_px, tables)
+        for read in _read_files(found, read_one, stage):
             if isinstance(read, RejectedFile):
                 rejected.append(read)
                 continue
@@ -136,7 +139,27 @@ def _read_files(
         pool.shutdown(cancel_futures=True)
 
 
-def _read_file(options: DataOptions, seed: int, alignment_px: int, found: ImageFile) -> ReadResult:
+def _read_tables(
+    datasets: Sequence[DatasetConfig], found: Sequence[ImageFile], notes: list[str]
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return dataset id -> relative path -> captions, for datasets with a table of captions."""
+    tables: dict[str, dict[str, tuple[str, ...]]] = {}
+    for dataset in datasets:
+        if dataset.caption_table is None:
+            continue
+        paths = [image.relative_path for image in found if image.dataset.id == dataset.id]
+        tables[dataset.id], notice = read_caption_table(dataset.caption_table, paths)
+        notes += [f"{dataset.id}: {notice}"] if notice else []
+    return tables
+
+
+def _read_file(
+    options: DataOptions,
+    seed: int,
+    alignment_px: int,
+    tables: Mapping[str, Mapping[str, tuple[str, ...]]],
+    found: ImageFile,
+) -> ReadResult:
     dataset = found.dataset
     sample_id = f"{dataset.id}/{found.relative_path}"
     try:
@@ -144,7 +167,8 @@ def _read_file(options: DataOptions, seed: int, alignment_px: int, found: ImageF
         resize, corner, bucket = assign_bucket(
             dataset.resize_crop, header.size_px, sample_id, seed, alignment_px
         )
-        captions = read_captions(dataset, found.file, found.caption_file, options)
+        from_table = tables.get(dataset.id, {}).get(found.relative_path, ())
+        captions = read_captions(dataset, found.file, found.caption_file, options, from_table)
     except UnusableFile as error:
         return RejectedFile(found.relative_path, dataset.id, error.reason, str(error))
     sample = Sample(
