@@ -246,8 +246,8 @@ class CheckpointOptions(OptionSection):
     )
     resume_with_changes: bool = option(
         False,
-        "Resume although options, images, captions or base weights differ from the checkpoint: take "
-        "the new ones, and record each change in the history of the run.",
+        "Resume although options, images, captions or base weights differ from the checkpoint: "
+        "take the new ones, and record each change in the history of the run.",
         level="common",
         resume_policy="free",
     )
