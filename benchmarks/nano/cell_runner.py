@@ -193,8 +193,9 @@ class CellRunner:
             / LORA_FILE
         )
         paths = self.folders.inputs.path_options(cell, run_dir, lora or None)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        config = run_dir / "asked.json"
+        # Next to the run folder, which belongs to the run alone.
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        config = run_dir.with_name(f"{run_dir.name}-asked.json")
         config.write_text(json.dumps({**options, **paths}, indent=2), encoding="utf-8")
         self._run_child([*PROGRAMS[cell.variant.program], "--config", str(config)], run_dir)
         seconds = time.monotonic() - started
@@ -222,7 +223,8 @@ class CellRunner:
 
     def _run_child(self, arguments: Sequence[str], run_dir: Path) -> None:
         """A session of its own: an interrupt reaches it once, through _stop."""
-        with (run_dir / "output.txt").open("wb") as told:
+        output = run_dir.with_name(f"{run_dir.name}-output.txt")
+        with output.open("wb") as told:
             child = subprocess.Popen(
                 [sys.executable, *arguments], cwd=ROOT, env=self._env, stdout=told, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
@@ -231,12 +233,7 @@ class CellRunner:
             code = child.wait()
             self._children.discard(child)
         if code:
-            words = (
-                (run_dir / "output.txt")
-                .read_text(encoding="utf-8", errors="replace")
-                .strip()
-                .splitlines()
-            )
+            words = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise RuntimeError(
                 f"ended with {code}: {words[-1] if words else 'no word'} (see {told.name})"
             )
