@@ -158,8 +158,8 @@ class ResumePoint:
             raise CheckpointError(
                 f"{self.folder} was trained with different settings:{listed}\n"
                 "Start over: choose another output_dir, or --resume_from_checkpoint=never (earlier "
-                "results are moved to a subfolder). Resume with the new settings, which the history "
-                "of the run records: --resume_with_changes, or "
+                "results are moved to a subfolder). Resume with the new settings, which the "
+                "history of the run records: --resume_with_changes, or "
                 f"--resume_from_checkpoint={self.folder.name}"
             )
         emit(
