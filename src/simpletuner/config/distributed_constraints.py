@@ -30,8 +30,33 @@ def find_distributed_errors(run: RunConfig) -> Iterator[Finding]:
             f"cannot be combined with musubi_blocks_to_swap {run.model.musubi_blocks_to_swap:g}: "
             "each process holds a part of every block already; use one of them",
         )
+    if options.fsdp_enable:
+        yield from _check_sharding(run)
     for reason in deepspeed_config.find_deepspeed_errors(run):
         yield "deepspeed_config", reason
+
+
+def _check_sharding(run: RunConfig) -> Iterator[Finding]:
+    """Yield what cannot be used with fsdp_enable."""
+    if run.model.model_type == "full" and run.optimizer.optimizer == "prodigy":
+        yield (
+            "optimizer",
+            "prodigy estimates one rate from all weights at once, and with fsdp_enable no process "
+            "has all of them; use adamw, adamw_bf16, adamw_8bit, adafactor, lion, muon or "
+            "adamw_schedulefree",
+        )
+    if run.model.dynamo_backend != "no":
+        yield (
+            "dynamo_backend",
+            f"{run.model.dynamo_backend} cannot be combined with fsdp_enable, which runs code "
+            "around every block to gather its weights; use no",
+        )
+    if run.model.chroma_approximator_device == "cpu":
+        yield (
+            "chroma_approximator_device",
+            "cpu cannot be combined with fsdp_enable, which divides the approximator among the "
+            "GPUs; use accelerator",
+        )
 
 
 def _check_machines(options: DistributedOptions) -> Iterator[Finding]:
@@ -62,7 +87,7 @@ def check_process_count(run: RunConfig, count: int) -> Iterator[Finding]:
         yield (
             "optimizer_release_gradients",
             f"gradients cannot be used and freed in the backward pass when those of {count} "
-            "processes (num_processes) are summed first; use fsdp_enable or one process",
+            "processes (num_processes) are summed first; use one process",
         )
 
 
