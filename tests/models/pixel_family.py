@@ -183,6 +183,7 @@ class PixelFamily(ModelFamily):
         dtype: torch.dtype,
         options: ModelOptions | None = None,
         emit: Emit = null_emit,
+        as_views: bool = False,
     ) -> nn.Module:
         torch.manual_seed(0)
         return PixelNetwork().to(device, dtype).requires_grad_(False).eval()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ChromaTransformer2DModel
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from simpletuner.errors import ModelError
@@ -14,6 +15,7 @@ from simpletuner.models.chroma.weights import load_transformer, save_transformer
 
 CPU = torch.device("cpu")
 FILE = "diffusion_pytorch_model.safetensors"
+INDEX = f"{FILE}.index.json"
 
 
 @pytest.fixture
@@ -53,6 +55,18 @@ def test_the_file_may_be_rewritten_under_a_loaded_model(folder: Path) -> None:
     )
 
 
+def test_views_share_the_memory_of_the_file_and_casts_do_not(folder: Path) -> None:
+    size = (folder / FILE).stat().st_size
+    copies = load_transformer(folder, CPU, torch.float32).state_dict()
+    views = load_transformer(folder, CPU, torch.float32, as_views=True).state_dict()
+    assert all(torch.equal(tensor, copies[name]) for name, tensor in views.items())
+    assert {tensor.untyped_storage().nbytes() for tensor in views.values()} == {size}
+    assert len({tensor.untyped_storage().data_ptr() for tensor in views.values()}) == 1
+    assert size not in {tensor.untyped_storage().nbytes() for tensor in copies.values()}
+    cast = load_transformer(folder, CPU, torch.bfloat16, as_views=True).state_dict()
+    assert all(torch.equal(tensor, copies[name].bfloat16()) for name, tensor in cast.items())
+
+
 def test_saved_weights_load_here_and_in_diffusers(folder: Path, tmp_path: Path) -> None:
     transformer = load_transformer(folder, CPU, torch.float32)
     save_transformer(transformer, tmp_path / "saved")
@@ -72,6 +86,35 @@ def test_sharded_weights_are_read(folder: Path, tmp_path: Path) -> None:
     next((tmp_path / "sharded").glob("*-00002-*.safetensors")).unlink()
     with pytest.raises(ModelError, match="00002-of"):
         load_transformer(tmp_path / "sharded", CPU, torch.float32)
+
+
+def test_large_models_are_saved_in_several_files(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are those of huggingface_hub, which diffusers writes with."""
+    transformer = load_transformer(folder, CPU, torch.float32)
+    monkeypatch.setattr("simpletuner.models.chroma.weights.SHARD_BYTES", 100_000)
+    save_transformer(transformer, tmp_path / "ours")
+    (tmp_path / "theirs").mkdir()
+    save_torch_state_dict(
+        transformer.state_dict(),
+        tmp_path / "theirs",
+        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        max_shard_size=100_000,
+    )
+    files = sorted(path.name for path in (tmp_path / "theirs").iterdir())
+    assert len(files) > 3
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["config.json", *files]
+    for file in files:
+        if file != INDEX:
+            assert (tmp_path / "ours" / file).read_bytes() == (
+                tmp_path / "theirs" / file
+            ).read_bytes()
+    ours, theirs = (json.loads((tmp_path / who / INDEX).read_text()) for who in ("ours", "theirs"))
+    assert ours["weight_map"] == theirs["weight_map"]
+    assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
+    read = load_transformer(tmp_path / "ours", CPU, torch.float32).state_dict()
+    assert all(torch.equal(t, read[name]) for name, t in transformer.state_dict().items())
 
 
 def test_a_variant_is_read_by_its_name(folder: Path) -> None:

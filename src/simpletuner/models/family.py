@@ -271,11 +271,13 @@ class ModelFamily(ABC):
         dtype: torch.dtype,
         options: ModelOptions | None = None,
         emit: Emit = null_emit,
+        as_views: bool = False,
     ) -> nn.Module:
         """Load the transformer in eval mode with every parameter frozen.
 
         dtype: of every weight that is not quantized. options: base_model_precision and the options
-        of the conversion; None loads the files as they are.
+        of the conversion; None loads the files as they are. as_views: weights on the CPU may be
+        views of the files, which processes share; the caller moves them soon.
         """
 
     @abstractmethod

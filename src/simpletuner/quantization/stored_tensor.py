@@ -87,6 +87,16 @@ class StoredTensor:
         values = raw.view(self.dtype) if self.decode is None else self.decode(raw)
         return values.view(count, self.columns)
 
+    def view_of(self, content: Tensor) -> Tensor | None:
+        """Return the tensor as a view of the whole file's bytes (uint8); None where it is not one.
+
+        Encoded tensors are not, nor are those that are not aligned to their element size.
+        """
+        if self.decode is not None or self.offset % self.dtype.itemsize:
+            return None
+        raw = content[self.offset : self.offset + self.size_bytes]
+        return raw.view(self.dtype).view(self.shape)
+
     def load(self) -> Tensor:
         """Read the whole tensor."""
         with self.file.open("rb") as file:

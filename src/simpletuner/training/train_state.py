@@ -81,7 +81,12 @@ def build_train_state(
     stays_on_host = run.model.musubi_blocks_to_swap or sharding.is_sharded
     load_device = torch.device("cpu") if stays_on_host else device.device
     transformer = prepared.family.load_transformer(
-        prepared.model_files, load_device, device.weights_dtype, run.model, emit
+        prepared.model_files,
+        load_device,
+        device.weights_dtype,
+        run.model,
+        emit,
+        as_views=sharding.is_sharded,
     )
     trainable = attach_trainable_parameters(run, prepared.family, transformer, emit)
     units = prepared.family.shard_units(transformer)

@@ -157,9 +157,12 @@ class ChromaFamily(ModelFamily):
         dtype: torch.dtype,
         options: ModelOptions | None = None,
         emit: Emit = null_emit,
+        as_views: bool = False,
     ) -> nn.Module:
         if options is None or options.base_model_precision == "no_change":
-            return weights.load_transformer(source.transformer, device, dtype, source.variant)
+            return weights.load_transformer(
+                source.transformer, device, dtype, source.variant, as_views
+            )
         file = quantized_cache.quantized_transformer_file(source, options, device, emit)
         config = weights.read_transformer_config(source.transformer)
         return weights.load_quantized_transformer(

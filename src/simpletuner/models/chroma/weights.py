@@ -93,16 +93,20 @@ def transformer_tensors(path: Path, variant: str = "") -> dict[str, StoredTensor
 
 
 def load_transformer(
-    path: Path, device: torch.device, dtype: torch.dtype, variant: str = ""
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    variant: str = "",
+    as_views: bool = False,
 ) -> ChromaTransformer:
     """Load a `transformer` folder or single file, in eval mode and frozen.
 
     Nothing is loaded before all headers are checked. Peak memory is the model plus its largest
-    tensor, because each tensor is cast and moved separately.
+    tensor, because each tensor is cast and moved separately. as_views: see load_stored_tensors.
     """
     tensors = transformer_tensors(path, variant)
     transformer = empty_transformer(read_transformer_config(path), dtype=dtype)
-    load_stored_tensors(transformer, tensors, device)
+    load_stored_tensors(transformer, tensors, device, as_views)
     transformer.mod_proj = transformer.mod_proj.to(device)
     return transformer
 

@@ -57,15 +57,30 @@ def check_tensors(
 
 
 def load_stored_tensors(
-    network: nn.Module, tensors: Mapping[str, StoredTensor], device: torch.device
+    network: nn.Module,
+    tensors: Mapping[str, StoredTensor],
+    device: torch.device,
+    as_views: bool = False,
 ) -> None:
-    """Copy tensors one by one into a network on the meta device, in the network's dtypes.
+    """Load tensors one by one into a network on the meta device, in the network's dtypes.
 
-    They are never views of the file, which would change when another program rewrites it.
+    They are copies, because a file changes when another program rewrites it. as_views: those that
+    can be are views of the file, for a network that is copied at once from the host to devices.
     """
     dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
-    state = {name: stored.load().to(device, dtypes[name]) for name, stored in tensors.items()}
+    files = {stored.file for stored in tensors.values()} if as_views else set()
+    contents = {file: _map_file(file) for file in files}
+    state = {}
+    for name, stored in tensors.items():
+        view = stored.view_of(contents[stored.file]) if as_views else None
+        state[name] = (stored.load() if view is None else view).to(device, dtypes[name])
     network.load_state_dict(state, strict=False, assign=True)
+
+
+def _map_file(file: Path) -> Tensor:
+    """Return the bytes of a file (uint8), read on use and shared by all processes that map it."""
+    size = file.stat().st_size
+    return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8, device="cpu")
 
 
 def load_from_file(network: nn.Module, file: Path, device: torch.device) -> None:
