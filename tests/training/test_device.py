@@ -139,3 +139,11 @@ def test_the_next_setting_down_is_told() -> None:
     assert "23.19 MiB free. The last checkpoint is not affected" in str(known)
     assert "gradient_checkpointing = true" in str(known)
     assert to_user_error(RuntimeError("a mistake of ours"), run) is None
+
+
+def test_casts_of_a_sharded_network_are_not_kept() -> None:
+    options = ModelOptions(device="cpu", mixed_precision="bf16", base_model_default_dtype="fp32")
+    for caches in (True, False):
+        with select_device(options, caches_casts=caches).autocast():
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.is_autocast_cache_enabled() is caches

@@ -64,7 +64,7 @@ def build_trainer_context(
     other options is refused before anything is encoded or loaded, and is not changed.
     """
     resume_point, micro_batches = open_run(run, folder, world, emit)
-    device = select_device(run.model, world.gpu_index)
+    device = select_device(run.model, world.gpu_index, not run.distributed.fsdp_enable)
     family = get_family_with_notices(run, emit)
     prompts, metrics, texts = read_evaluation_inputs(run, base_dir, family, device, emit)
     prepared = prepare_inputs(run, backends, family, texts, folder, device, world, emit, closing)

@@ -93,11 +93,13 @@ class ComputeDevice:
     """The device and dtypes of a run.
 
     weights_dtype: of the network's weights. autocast_dtype: None where the weights have it already.
+    caches_casts: whether autocast keeps the weights that it has cast until the forward pass ends.
     """
 
     device: torch.device
     weights_dtype: torch.dtype
     autocast_dtype: torch.dtype | None
+    caches_casts: bool = True
 
     @property
     def hardware(self) -> Hardware:
@@ -106,7 +108,9 @@ class ComputeDevice:
     def autocast(self) -> AbstractContextManager[object]:
         if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        return torch.autocast(
+            self.device.type, self.autocast_dtype, cache_enabled=self.caches_casts
+        )
 
     def peak_memory_gib(self) -> float | None:
         """Return the peak of the allocator since the start; None where it is not counted."""
@@ -117,10 +121,13 @@ class ComputeDevice:
         return f"{self.hardware.name}, {str(self.weights_dtype).removeprefix('torch.')} weights"
 
 
-def select_device(options: ModelOptions, index: int = 0) -> ComputeDevice:
+def select_device(
+    options: ModelOptions, index: int = 0, caches_casts: bool = True
+) -> ComputeDevice:
     """Return the device of the options, or for "auto" the best one of this machine.
 
-    index: which GPU, for one of several processes. It becomes the current one.
+    index: which GPU, for one of several processes. It becomes the current one. caches_casts: false
+    for a sharded network, of which autocast would keep every block that it has cast.
 
     Raises ConfigError when it is not available, or does not support what the options need.
     """
@@ -157,7 +164,8 @@ def select_device(options: ModelOptions, index: int = 0) -> ComputeDevice:
     weights = (
         DTYPES[options.base_model_default_dtype] if options.base_model_default_dtype else compute
     )
-    return ComputeDevice(device, weights, compute if compute != weights else None)
+    autocast = compute if compute != weights else None
+    return ComputeDevice(device, weights, autocast, caches_casts)
 
 
 def unsupported_by_hardware(hardware: Hardware, options: ModelOptions) -> Iterator[str]:
