@@ -1,8 +1,9 @@
 """Every key of SimpleTuner's example configurations that needed attention, and what happens to it.
 
 One row per key and value. outcome: "works" (read as an option of ours), "noted" (the run starts, a
-notice says why the key changes nothing), or a part of the message that refuses it, which names
-another model, another device, a method that is not here, or a file that does not exist.
+notice says why the key changes nothing), "skipped" (listed as changing nothing), or a part of the
+message that refuses it, which names another model, another device, a method that is not here, or a
+file that does not exist.
 """
 
 from __future__ import annotations
@@ -12,6 +13,54 @@ from typing import Any
 NO_REGULARISER = "regularisers and distillation are not supported"
 OTHER_MODEL = "is a method of other models"
 SECOND_MODEL = "needs features of a second model"
+
+# A complete configuration of a LoRA for Chroma, with the options and values that the preset for it
+# sets in SimpleTuner.
+COMPLETE: dict[str, Any] = {
+    "model_family": "chroma",
+    "model_type": "lora",
+    "lora_type": "standard",
+    "lora_rank": 16,
+    "lora_alpha": 16,
+    "mixed_precision": "bf16",
+    "base_model_precision": "int8-quanto",
+    "quantize_via": "cpu",
+    "vae_batch_size": 1,
+    "optimizer": "adamw_bf16",
+    "learning_rate": 1e-4,
+    "lr_scheduler": "constant",
+    "train_batch_size": 1,
+    "gradient_checkpointing": "true",
+    "grad_clip_method": "value",
+    "max_train_steps": 100,
+    "num_train_epochs": 0,
+    "seed": 42,
+    "use_ema": False,
+    "flow_schedule_shift": 3,
+    "checkpoint_step_interval": 10,
+    "validation_steps": 50,
+    "validation_num_inference_steps": 16,
+    "validation_guidance": 4.0,
+    "validation_guidance_rescale": "0.0",
+    "validation_resolution": "1024x1024",
+    "validation_seed": 42,
+    "validation_disable_unconditional": "true",
+    "validation_negative_prompt": "blurry",
+    "validation_prompt": "a photo",
+    "disable_bucket_pruning": True,
+    "report_to": "none",
+    "push_to_hub": False,
+    "push_checkpoints_to_hub": False,
+    "tracker_project_name": "lora-training",
+    "tracker_run_name": "example-training-run",
+    "output_dir": "output/examples/one",
+    "resume_from_checkpoint": "latest",
+    "aspect_bucket_rounding": 2,
+    "caption_dropout_probability": 0.0,
+    "minimum_image_size": 0,
+    "resolution": 1024,
+    "resolution_type": "pixel_area",
+}
 
 CONFIG_KEYS: list[tuple[str, Any, str]] = [
     ("validation_guidance", 3.0, "works"),
@@ -82,6 +131,12 @@ CONFIG_KEYS: list[tuple[str, Any, str]] = [
     ("pretrained_vae_model_name_or_path", "madebyollin/sdxl-vae-fp16-fix", "noted"),
     ("flux_lora_target", "mmdit", "works"),
     ("flux_lora_target", "ai-toolkit", "works"),
+    ("evaluation_type", "clip", "works"),
+    ("eval_epoch_interval", 0.5, "works"),
+    ("eval_loss_disable", True, "works"),
+    ("allow_tf32", True, "skipped"),
+    ("user_config_name", "mine", "skipped"),
+    ("enable_xformers_memory_efficient_attention", True, "noted"),
     ("keep_vae_loaded", True, "noted"),
     ("max_workers", 16, "noted"),
     ("read_batch_size", 10, "noted"),
