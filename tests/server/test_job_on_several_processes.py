@@ -65,6 +65,10 @@ def test_stopped_resumed_and_killed_without_leaving_a_process(tmp_path: Path) ->
         assert harness.wait_for_state(again, *ENDED_STATES).state == "stopped"
         wait_until(lambda: not set(processes) & all_processes(), "every process is gone")
         assert not is_locked(Path(job.run_dir) / "run.lock")
+        world = harness.runs.detail(job.run).world
+        assert world is not None
+        assert (world.processes, world.mode) == (2, "replicated")
+        assert world.base_bytes_per_rank > 100_000
     finally:
         harness.supervisor.close()
         for path in harness.jobs.jobs_dir.glob("*/runner.lock"):
