@@ -19,6 +19,7 @@ from simpletuner.training.device import ComputeDevice, select_device
 from simpletuner.training.gradient_sum import held_sums
 from simpletuner.training.loop import MicroBatchShape, TrainerContext, TrainSchedule
 from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
+from simpletuner.training.sharding import Sharding
 from simpletuner.training.train_state import TrainState
 from simpletuner.training.world import World
 
@@ -91,7 +92,8 @@ def measure_fake_step(
             named = materialise_parameters(network, trained, part, count)
             count.current_part = "optimizer"
             micro = min(run.training.gradient_accumulation_steps, MEASURED_MICRO_BATCHES)
-            sharding = train_state.make_sharding(run, World())
+            # One process, without an engine: the plan divides its bytes (world_layout.py).
+            sharding = Sharding(World(), run.model.model_type == "lora", run.optimizer)
             net = train_state.assemble_train_state(
                 without_ema(run), network, named, sharding, micro
             )
