@@ -225,7 +225,7 @@ def test_fields_of_other_trainers_are_refused_by_name(name: str, folder: Path) -
         ({"instance_data_dir": "~nobody/x"}, "does not exist"),
         ({"instance_prompt": ["{env:NOWHERE}"]}, "NOWHERE is not set"),
         ({"crop": "rather"}, 'photos.crop = "rather": must be true or false'),
-        ({"type": "aws"}, "only local folders are read; allowed: local"),
+        ({"type": "aws"}, "only local folders and tar files are read; allowed: local, webdataset"),
         ({"dataset_type": "conditioning"}, "paired images are not supported yet"),
         ({"crop_aspect": "random"}, "a random aspect ratio per image is not supported"),
         ({"caption_strategy": "csv"}, "caption_table: is missing: caption_strategy csv"),

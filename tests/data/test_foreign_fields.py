@@ -15,7 +15,7 @@ from simpletuner.errors import ConfigError
 
 IMAGES = {"id": "photos", "instance_data_dir": "photos"}
 TEXTS = {"id": "texts", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache"}
-SOURCE = "only local folders are read"
+SOURCE = "only local folders and tar files are read"
 TABLE_BLOCK = {
     "path": "photos/captions.parquet",
     "filename_column": "id",

@@ -32,7 +32,8 @@ class DatasetConfig:
     instance_prompts: alternatives; empty when the dataset has none. repeats: extra passes over
     every sample in an epoch; 0 is one pass. probability: fraction of the dataset per epoch,
     relative to the largest of the run (see sample_order.py). max_num_samples: a subset that depends
-    only on the dataset's id and the file names. caption_table: None with captions elsewhere.
+    only on the dataset's id and the file names. type: "local", or "webdataset" for tar files in the
+    folder. caption_table: None with captions elsewhere.
     """
 
     id: str
@@ -47,6 +48,7 @@ class DatasetConfig:
     repeats: int = 0
     probability: float = 1.0
     max_num_samples: int | None = None
+    type: str = "local"
     caption_table: CaptionTable | None = None
 
 

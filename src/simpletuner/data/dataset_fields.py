@@ -11,7 +11,7 @@ from simpletuner.config.option import OptionSection, option
 from simpletuner.config.option_catalog import Option, all_options, section_options
 from simpletuner.config.sections_data import CAPTION_TABLES
 
-LOCAL_ONLY_REASON = "only local folders are read"
+LOCAL_ONLY_REASON = "only local folders and tar files are read"
 ONE_CACHE_REASON = "a run has one cache, addressed by content; set cache_dir in the config"
 NO_PAIRS_REASON = "paired images are not supported yet"
 TABLE_BLOCK = "parquet"  # SimpleTuner's name of caption_table
@@ -29,9 +29,9 @@ class CommonDatasetFields(OptionSection):
     """All datasets."""
 
     id: str = option("", "Name of the dataset, unique in the run.")
-    type: Literal["local"] = option(
+    type: Literal["local", "webdataset"] = option(
         "local",
-        "Storage of the images.",
+        "Images in a folder (local), or in every .tar file below it (webdataset).",
         refused_values={
             **dict.fromkeys(("aws", "csv", "huggingface", "webshart"), LOCAL_ONLY_REASON),
             "memory": "images are not read from memory; use a folder",

@@ -137,7 +137,7 @@ class _DatasetFileReader:
             kind = common.get("dataset_type", "image")
             if kind in ("image", "eval"):
                 fields = self.read_fields(at, name, entry, IMAGE_FIELDS)
-                dataset = self.build_dataset(at, name, kind, fields)
+                dataset = self.build_dataset(at, name, kind, fields, common.get("type", "local"))
                 datasets += [dataset] if dataset is not None else []
             else:
                 known = {key: raw for key, raw in entry.items() if not key.startswith("aws_")}
@@ -255,7 +255,7 @@ class _DatasetFileReader:
         )
 
     def build_dataset(
-        self, at: int, name: str, kind: str, given: dict[str, Any]
+        self, at: int, name: str, kind: str, given: dict[str, Any], storage: str
     ) -> DatasetConfig | None:
         before = len(self.problems)
         folder = self.resolve_data_dir(at, name, given)
@@ -288,6 +288,7 @@ class _DatasetFileReader:
             repeats=fields.repeats,
             probability=fields.probability,
             max_num_samples=fields.max_num_samples,
+            type=storage,
             caption_table=table,
         )
         uses_prompt = own.caption_strategy == "instanceprompt" or own.prepend_instance_prompt

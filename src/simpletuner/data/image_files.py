@@ -10,7 +10,8 @@ from pathlib import Path
 
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.sample_types import RejectedFile
-from simpletuner.data.sources import LocalFile, SourceFile, SourceFolder, dataset_source
+from simpletuner.data.source_types import dataset_source
+from simpletuner.data.sources import LocalFile, SourceFile, SourceFolder
 
 # Image suffixes. Formats that cannot be decoded are among them, so that their files are listed as
 # rejected instead of being ignored.

@@ -2,7 +2,7 @@
 
 A source lists folders of files; a file can be opened, and has a size, an address and a stamp that
 changes with its content. Everything that reads images or captions does so through these two
-classes. A folder of this machine is the only kind of source so far.
+classes. A folder of this machine is here, tar files in tar_source.py; source_types.py chooses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from simpletuner.bounded_files import open_regular_file
-from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.errors import DataError
 
 ContentStamp = tuple[int, int, int]
@@ -142,8 +141,3 @@ class LocalFolder(DatasetSource):
                 if not name.startswith(".") and name not in IGNORED_FILES
             }
             yield SourceFolder("" if inside == "." else inside, files)
-
-
-def dataset_source(dataset: DatasetConfig) -> DatasetSource:
-    """Return the source of a dataset's files."""
-    return LocalFolder(dataset.instance_data_dir)

@@ -31,7 +31,7 @@ NOT_SETTABLE: Mapping[str, str] = {
 }
 
 BASIC_DATASET_FIELDS = ("id", "dataset_type", "instance_data_dir", "caption_strategy", "repeats")
-HIDDEN_DATASET_FIELDS = ("type", "disable")  # has only one value; an alias of `disabled`
+HIDDEN_DATASET_FIELDS = ("type", "disable")  # pages show local folders; an alias of `disabled`
 
 PRESET_MEMORY_GB = (8, 12, 16, 24, 80)
 
