@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -98,15 +99,16 @@ class PreparedInputs:
             "VAE": self.latent_cache.fingerprint,
             "datasets": ", ".join(dataset.id for dataset in self.train_sets),
         }
+        by_dataset: dict[str, list[tuple[BucketedSample, str]]] = defaultdict(list)
+        for item, key in zip(self.train.placed_samples, self.train.latent_keys, strict=True):
+            by_dataset[item.sample.dataset].append((item, key))
         for dataset in self.train_sets:
-            images, captions, count = hashlib.sha256(), hashlib.sha256(), 0
-            for item, key in zip(self.train.placed_samples, self.train.latent_keys, strict=True):
-                if item.sample.dataset == dataset.id:
-                    count += 1
-                    name = item.sample.id.encode("utf-8", "surrogateescape")
-                    images.update(name + f"|{key}|{item.crop_px}\n".encode())
-                    text = json.dumps(item.sample.captions)
-                    captions.update(name + f"|{text}\n".encode())
+            images, captions = hashlib.sha256(), hashlib.sha256()
+            count = len(by_dataset[dataset.id])
+            for item, key in by_dataset[dataset.id]:
+                name = item.sample.id.encode("utf-8", "surrogateescape")
+                images.update(name + f"|{key}|{item.crop_px}\n".encode())
+                captions.update(name + f"|{json.dumps(item.sample.captions)}\n".encode())
             identity[f"dataset {dataset.id}"] = (
                 f"{count} samples, images {images.hexdigest()[:12]}, "
                 f"captions {captions.hexdigest()[:12]}, repeats {dataset.repeats}, "
