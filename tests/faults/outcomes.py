@@ -49,7 +49,7 @@ class Tally:
         except Lost as error:
             kind, text = "lost", str(error)
         except Exception:  # what this campaign looks for
-            kind, text = "traceback", traceback.format_exc(limit=-4)
+            kind, text = "traceback", traceback.format_exc(limit=-8)
         self.counts[kind] += 1
         if kind != "clean":
             self.examples.setdefault(kind, f"{label}: {text}")

@@ -14,6 +14,8 @@ from simpletuner.errors import CacheError, DiskFull
 from simpletuner.events.event_types import Emit, WarningIssued
 
 Result = TypeVar("Result")
+# The module decodes names in a damaged schema, and fails before it raises an error of its own.
+DATABASE_ERRORS = (sqlite3.Error, UnicodeDecodeError, OverflowError)
 # Messages of SQLite that are about the disk or about other processes. Every other message means
 # that the file does not hold what was written: also "no such column", after a damaged schema.
 NO_DAMAGE = ("locked", "full", "unable to open", "readonly", "disk I/O error")
@@ -52,7 +54,7 @@ class SqliteIndex:
         self._lock = threading.RLock()
         try:
             self._connection = _open_database(path, schema, version)
-        except sqlite3.DatabaseError as error:
+        except DATABASE_ERRORS as error:
             self._raise_unless_damaged(error)
             self._set_aside(str(error))
 
@@ -84,7 +86,7 @@ class SqliteIndex:
                 raise CacheError(f"{self._path} is damaged again ({reason}); check the disk")
             self._rebuilding = True
             try:
-                with suppress(sqlite3.Error):
+                with suppress(*DATABASE_ERRORS):
                     self._connection.close()
                 self._set_aside(reason)
                 if self._rebuild is not None:
@@ -93,22 +95,22 @@ class SqliteIndex:
                 self._rebuilding = False
 
     def close(self) -> None:
-        with suppress(sqlite3.DatabaseError):  # a checkpoint of a damaged log is not needed
+        with suppress(*DATABASE_ERRORS):  # a checkpoint of a damaged log is not needed
             self._connection.close()
 
     def _run(self, attempt: Callable[[], Result]) -> Result:
         with self._lock:
             try:
                 return attempt()
-            except sqlite3.DatabaseError as error:
+            except DATABASE_ERRORS as error:
                 self._raise_unless_damaged(error)
                 self.replace_damaged(str(error))
             try:
                 return attempt()
-            except sqlite3.DatabaseError as error:
+            except DATABASE_ERRORS as error:
                 raise CacheError(f"cannot use {self._path}: {error}") from error
 
-    def _raise_unless_damaged(self, error: sqlite3.DatabaseError) -> None:
+    def _raise_unless_damaged(self, error: Exception) -> None:
         if "full" in str(error):
             raise DiskFull(f"no disk space left for {self._path}: {error}") from error
         if isinstance(error, sqlite3.OperationalError) and any(
@@ -123,7 +125,7 @@ class SqliteIndex:
             for suffix in ("-wal", "-shm"):
                 self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
             self._connection = _open_database(self._path, self._schema, self._version)
-        except (OSError, sqlite3.DatabaseError) as error:
+        except (OSError, *DATABASE_ERRORS) as error:
             raise CacheError(f"cannot replace the damaged {self._path}: {error}") from error
         self._emit(WarningIssued(f"{self._path} is damaged ({reason}); {self._rebuild_note}"))
 
@@ -144,7 +146,7 @@ def _open_database(path: Path, schema: str, version: int) -> sqlite3.Connection:
             _empty(connection)
             connection.execute(f"PRAGMA user_version = {version}")
         connection.executescript(schema)
-    except sqlite3.DatabaseError:
+    except DATABASE_ERRORS:
         connection.close()
         raise
     return connection
