@@ -69,7 +69,7 @@ def safe_name(name: str) -> str:
     for part in name.split("/"):
         if part in ("", ".", "..") or part.startswith("."):
             abort(422, "the name is empty, hidden, absolute or leads out of the folder")
-        if any(char in '\\:*?"<>|' or UNSHOWN_CHARACTERS.match(char) for char in part):
+        if any(char in '\\:*?"<>|\t\n' or UNSHOWN_CHARACTERS.match(char) for char in part):
             abort(
                 422,
                 'the name has a hidden character or one of \\ : * ? " < > |',
