@@ -63,7 +63,7 @@ class Trainings:
             root, max_train_steps=STEPS, checkpoint_step_interval=2, lora_dropout=0.0,
             cache_dir=str(root / "cache"), max_grad_norm=0.5,
         ).options  # fmt: skip
-        self._alone: dict[str, Path] = {}
+        self._finished: dict[str, Path] = {}
 
     def try_train(
         self, name: str, processes: int, train: Train = train_project, **options: Any
@@ -78,10 +78,19 @@ class Trainings:
 
     def alone(self, kind: dict[str, Any]) -> Path:
         """Return the run of one process without DeepSpeed."""
-        name = f"alone-{kind['model_type']}"
-        if name not in self._alone:
-            self._alone[name] = self.train(name, 1, **kind)
-        return self._alone[name]
+        return self._once(f"{kind['model_type']}-alone", 1, kind)
+
+    def sharded(self, kind: dict[str, Any], stage: int) -> Path:
+        """Return the run of two processes with DeepSpeed."""
+        # By default stage 3 keeps small weights whole, and this network has no others.
+        section = {"stage3_param_persistence_threshold": 0} if (kind, stage) == (LORA, 3) else {}
+        options = {**kind, **zero(stage, **section)}
+        return self._once(f"{kind['model_type']}-{stage}", 2, options)
+
+    def _once(self, name: str, processes: int, options: dict[str, Any]) -> Path:
+        if name not in self._finished:
+            self._finished[name] = self.train(name, processes, **options)
+        return self._finished[name]
 
     def copy_checkpoint(self, source: Path, name: str, step: int = 2) -> None:
         shutil.copytree(source / f"checkpoint-{step}", self.root / name / f"checkpoint-{step}")
@@ -115,18 +124,14 @@ def assert_equal_runs(run_dir: Path, expected: Path, tolerance: float = TOLERANC
 def test_two_processes_equal_one_without_deepspeed(
     kind: dict[str, Any], stage: int, trainings: Trainings
 ) -> None:
-    alone = trainings.alone(kind)
-    # By default stage 3 keeps small weights whole, and this network has no others.
-    section = {"stage3_param_persistence_threshold": 0} if (kind, stage) == (LORA, 3) else {}
-    name = f"{kind['model_type']}-{stage}"
-    assert_equal_runs(trainings.train(name, 2, **kind, **zero(stage, **section)), alone)
+    assert_equal_runs(trainings.sharded(kind, stage), trainings.alone(kind))
 
 
 @pytest.mark.parametrize(("kind", "stage"), [(LORA, 3), (FULL, 2)])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     kind: dict[str, Any], stage: int, trainings: Trainings
 ) -> None:
-    whole = trainings.root / f"{kind['model_type']}-{stage}"
+    whole = trainings.sharded(kind, stage)
     name = f"resumed-{whole.name}"
     trainings.copy_checkpoint(whole, name)
     run_dir = trainings.train(name, 2, **kind, **zero(stage))
@@ -139,7 +144,7 @@ def test_a_checkpoint_goes_on_with_another_stage_and_without_deepspeed(
 ) -> None:
     """2 processes with stage 3 -> 1 process without DeepSpeed, and back with stage 2."""
     alone, name = trainings.alone(kind), kind["model_type"]
-    trainings.copy_checkpoint(trainings.root / f"{name}-3", f"{name}-3-to-1")
+    trainings.copy_checkpoint(trainings.sharded(kind, 3), f"{name}-3-to-1")
     run_dir = trainings.train(f"{name}-3-to-1", 1, **kind, gradient_accumulation_steps=1)
     assert_equal_runs(run_dir, alone)
     trainings.copy_checkpoint(alone, f"{name}-1-to-2")
@@ -151,10 +156,10 @@ def test_stage_3_divides_the_base(trainings: Trainings) -> None:
     worlds = [
         next(
             event.world
-            for event in read_events(trainings.root / name)
+            for event in read_events(trainings.sharded(LORA, stage))
             if isinstance(event, RunStarted)
         )
-        for name in ("lora-2", "lora-3")
+        for stage in (2, 3)
     ]
     assert [world.mode for world in worlds if world] == ["zero2", "zero3"]
     whole, part = (world.base_bytes_per_rank for world in worlds if world)
@@ -162,17 +167,14 @@ def test_stage_3_divides_the_base(trainings: Trainings) -> None:
 
 
 def test_the_exported_transformer_is_whole(trainings: Trainings) -> None:
-    files = [
-        trainings.root / name / "transformer" / "diffusion_pytorch_model.safetensors"
-        for name in ("full-3", "full-2", "alone-full")
-    ]
-    sharded, _, alone = map(load_file, files)
+    runs = [trainings.sharded(FULL, 3), trainings.alone(FULL)]
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    sharded, alone = (load_file(run_dir / file) for run_dir in runs)
     assert {key: tensor.shape for key, tensor in sharded.items()} == {
         key: tensor.shape for key, tensor in alone.items()
     }
     assert all((sharded[key] - alone[key]).abs().max() <= TOLERANCE for key in alone)
-    folders = [trainings.root / "full-3" / f"checkpoint-{STEPS}", trainings.root / "full-3"]
-    trained = load_file(folders[0] / "weights.safetensors")
+    trained = load_file(runs[0] / f"checkpoint-{STEPS}" / "weights.safetensors")
     assert all(tensor.equal(sharded[key]) for key, tensor in trained.items())
 
 
@@ -228,7 +230,7 @@ def test_a_bad_step_is_skipped_on_every_process(trainings: Trainings) -> None:
 
 
 def test_processes_that_cannot_share_a_step_are_told(trainings: Trainings) -> None:
-    trainings.copy_checkpoint(trainings.root / "lora-2", "three")
+    trainings.copy_checkpoint(trainings.sharded(LORA, 2), "three")
     options = {**LORA, **zero(2), "gradient_accumulation_steps": 1}
     for result in trainings.try_train("three", 3, **options):
         assert result.error is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -70,7 +71,10 @@ class TrainingProject:
 
     def load_config(self, **options: object) -> LoadedConfig:
         config = self.root / "config.json"
-        config.write_text(json.dumps({**self.options, **options}))
+        # In one piece: the processes of a run write and read it at the same time.
+        written = self.root / f"config-{os.getpid()}.json"
+        written.write_text(json.dumps({**self.options, **options}))
+        os.replace(written, config)
         return load_config(config_path=config, environ={}, cwd=self.root)
 
     def train(self, within: str | None = None, **options: object) -> Path:
