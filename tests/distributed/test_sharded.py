@@ -21,6 +21,13 @@ from tests.distributed.test_replicated import Trainings, train_project
 from tests.e2e.training_project import read_checkpoint_files, read_events, read_losses
 
 STEPS = 2
+
+
+def slow(*values: str) -> list[Any]:
+    """Return values whose cases run with -m slow only."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 BF16 = {"mixed_precision": "bf16"}
 FULL = {
     **BF16, "model_type": "full", "lr_scheduler": "constant", "lr_warmup_steps": 0, "learning_rate": 1e-3,
@@ -64,7 +71,7 @@ def base_bytes(run_dir: Path) -> tuple[str, int]:
     return started.world.mode, started.world.base_bytes_per_rank
 
 
-@pytest.mark.parametrize("precision", ["no_change", "int8", "nf4"])
+@pytest.mark.parametrize("precision", ["no_change", "int8", "nf4", *slow("fp8", "int4")])
 def test_a_lora_on_a_sharded_base_has_the_bits_of_one_process(
     precision: str, trainings: Trainings
 ) -> None:
@@ -80,7 +87,13 @@ def test_a_lora_on_a_sharded_base_has_the_bits_of_one_process(
 
 @pytest.mark.parametrize(
     "optimizer",
-    ["adamw", "adamw_bf16", "adamw_8bit", "adafactor", "lion", "adamw_schedulefree", "muon"],
+    [
+        "adamw_bf16",
+        "adamw_8bit",
+        "adafactor",
+        "muon",
+        *slow("adamw", "lion", "adamw_schedulefree"),
+    ],
 )
 def test_full_fine_tuning_has_the_bits_of_one_process(optimizer: str, trainings: Trainings) -> None:
     """Also the exported weights and those of the average."""
@@ -114,7 +127,7 @@ def evaluations(run_dir: Path) -> list[Event]:
     return found
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_bf16", "muon", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw_8bit", *slow("adamw_bf16")])
 def test_any_number_of_processes_resumes_any_checkpoint(
     optimizer: str, trainings: Trainings
 ) -> None:
@@ -131,7 +144,7 @@ def test_any_number_of_processes_resumes_any_checkpoint(
     assert outcome(train(trainings, back.name, 1, 2, **options)) == outcome(one)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", *slow("adafactor")])
 def test_three_processes_go_on_where_one_has_stopped(optimizer: str, trainings: Trainings) -> None:
     """Rows do not divide evenly, and three processes sum gradients in another order than one."""
     options = {**FULL, "mixed_precision": "no", "optimizer": optimizer, "learning_rate": 1e-4}
@@ -140,6 +153,13 @@ def test_three_processes_go_on_where_one_has_stopped(optimizer: str, trainings: 
     three = train(trainings, f"uneven-{optimizer}-3", 3, 3, **options)
     assert largest_difference(three, one) < 1e-6
     assert read_losses(three)[STEPS] == pytest.approx(read_losses(one)[STEPS], rel=1e-6)
+
+
+def test_several_passes_of_each_process_add_up(trainings: Trainings) -> None:
+    options = {**FULL, "mixed_precision": "no", "learning_rate": 1e-4}
+    one, two = (train(trainings, f"passes-{count}", count, 4, **options) for count in (1, 2))
+    assert largest_difference(two, one) < 1e-6
+    assert read_losses(two)[STEPS] == pytest.approx(read_losses(one)[STEPS], rel=1e-6)
 
 
 def test_unequal_shares_are_refused_with_the_numbers_that_work(trainings: Trainings) -> None:
