@@ -10,7 +10,7 @@ from typing import Any
 
 from simpletuner.config.option_catalog import Option, all_options
 from simpletuner.config.schema import RunConfig
-from simpletuner.config.unsupported_options import unsupported_names_by_reason
+from simpletuner.config.unsupported_options import is_noted, unsupported_names_by_reason
 
 PAGE_HEADER = """# Options
 
@@ -25,7 +25,7 @@ UNSUPPORTED_HEADER = """
 ## Options of SimpleTuner that are not supported
 
 Setting one is an error. It is skipped with a notice if it is off, at SimpleTuner's default, or
-without effect.
+without effect. Those marked N are never an error: a notice gives the reason.
 
 | option | reason or replacement |
 |---|---|"""
@@ -47,10 +47,14 @@ def render_options_page() -> str:
         parts.extend(_render_row(option) for option in options)
     parts.append(UNSUPPORTED_HEADER)
     parts.extend(
-        f"| {', '.join(f'`{name}`' for name in names)} | {reason} |"
+        f"| {', '.join(f'`{name}`{_mark(name)}' for name in names)} | {reason} |"
         for reason, names in unsupported_names_by_reason()
     )
     return "\n".join(parts) + "\n"
+
+
+def _mark(name: str) -> str:
+    return " N" if is_noted(name) else ""
 
 
 def _render_row(option: Option) -> str:
