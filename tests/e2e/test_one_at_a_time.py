@@ -32,10 +32,14 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
         original = getattr(ChromaFamily, name)
 
         def load(
-            self: ChromaFamily, *given: Any, _name: str = name, _original: Any = original
+            self: ChromaFamily,
+            *given: Any,
+            _name: str = name,
+            _original: Any = original,
+            **named: Any,
         ) -> Any:
             log.append((_name, living()))
-            part = _original(self, *given)
+            part = _original(self, *given, **named)
             alive.append((_name, weakref.ref(part)))
             return part
 
