@@ -9,7 +9,15 @@ from __future__ import annotations
 import re
 from importlib import metadata
 
-NEED_TORCH = {"diffusers", "peft", "prodigyopt", "schedulefree", "torch-optimi", "transformers"}
+NEED_TORCH = {
+    "deepspeed",
+    "diffusers",
+    "peft",
+    "prodigyopt",
+    "schedulefree",
+    "torch-optimi",
+    "transformers",
+}
 BROWSER = {"playwright"}  # for tests/e2e/web, which train
 TEST = re.compile(r"""\s*extra == ["']test["']$""")
 
