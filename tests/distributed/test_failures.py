@@ -35,6 +35,7 @@ MAIN_ONLY = ("save", "export")
 
 
 def train_with_fault(root: str, options: dict[str, Any], rank: int, phase: str, kind: str) -> None:
+    os.environ["RUN_DIR"] = options["output_dir"]
     if int(os.environ["RANK"]) == rank:
         path, name, call = PHASES[phase]
         parent, _, last = path.rpartition(".")
@@ -55,6 +56,8 @@ def fail_in_call(function: Callable[..., Any], call: int, kind: str) -> Callable
         if count == call:
             if kind == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "requested":
+                (Path(os.environ["RUN_DIR"]) / "control" / "stop").touch()
             if kind == "stopped":
                 os.kill(os.getpid(), signal.SIGTERM)
             if kind == "bug":
@@ -137,10 +140,26 @@ def test_a_killed_process_costs_the_steps_since_the_checkpoint(
     assert_next_start_completes(trainings, run_dir, whole)
 
 
-def test_a_stop_on_any_process_stops_all_after_the_same_step(
-    trainings: Trainings, whole: Path
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["killed", "bug", "disk full"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", PHASES)
+def test_any_fault_in_any_phase_loses_nothing(
+    phase: str, rank: int, kind: str, trainings: Trainings, whole: Path
 ) -> None:
-    run_dir, results = run_with_fault(trainings, "stopped", 1, "forward", "stopped")
+    if phase in MAIN_ONLY and rank == 1:
+        pytest.skip("only the main process does this")
+    run_dir, results = run_with_fault(trainings, f"any-{phase}-{rank}-{kind}", rank, phase, kind)
+    assert all(result.error or result.exit_code for result in results), results
+    assert not list(run_dir.glob("checkpoint-*/.writing*"))
+    assert_next_start_completes(trainings, run_dir, whole)
+
+
+@pytest.mark.parametrize("kind", ["stopped", "requested"])
+def test_a_stop_on_any_process_stops_all_after_the_same_step(
+    kind: str, trainings: Trainings, whole: Path
+) -> None:
+    run_dir, results = run_with_fault(trainings, kind, 1, "forward", kind)
     message = f"stopped after step 2 of {STEPS}. Run the same command to resume"
     assert [result.error for result in results] == [("TrainingStopped", message)] * 2
     end = json.loads((run_dir / "exit.json").read_text())
