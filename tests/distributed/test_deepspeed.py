@@ -54,6 +54,9 @@ def zero(stage: int, **section: Any) -> dict[str, Any]:
     return {"deepspeed_config": {"zero_optimization": {"stage": stage, **section}}}
 
 
+SLOW_LORA_1 = pytest.param(LORA, 1, marks=pytest.mark.slow)
+
+
 class Trainings:
     """Runs of one project, each in a folder of its own, with a shared cache."""
 
@@ -61,7 +64,7 @@ class Trainings:
         self.root = root
         self.options = TrainingProject(
             root, max_train_steps=STEPS, checkpoint_step_interval=2, lora_dropout=0.0,
-            cache_dir=str(root / "cache"), max_grad_norm=0.5,
+            cache_dir=str(root / "cache"), max_grad_norm=0.5, eval_sigma_count=1, lora_format="none",
         ).options  # fmt: skip
         self._finished: dict[str, Path] = {}
 
@@ -120,14 +123,18 @@ def assert_equal_runs(run_dir: Path, expected: Path, tolerance: float = TOLERANC
             assert difference <= tolerance, (name, key)
 
 
-@pytest.mark.parametrize(("kind", "stage"), [(LORA, 1), (LORA, 2), (LORA, 3), (FULL, 2), (FULL, 3)])
+@pytest.mark.parametrize(
+    ("kind", "stage"), [SLOW_LORA_1, (LORA, 2), (LORA, 3), (FULL, 2), (FULL, 3)]
+)
 def test_two_processes_equal_one_without_deepspeed(
     kind: dict[str, Any], stage: int, trainings: Trainings
 ) -> None:
     assert_equal_runs(trainings.sharded(kind, stage), trainings.alone(kind))
 
 
-@pytest.mark.parametrize(("kind", "stage"), [(LORA, 3), (FULL, 2)])
+@pytest.mark.parametrize(
+    ("kind", "stage"), [(LORA, 3), pytest.param(FULL, 2, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     kind: dict[str, Any], stage: int, trainings: Trainings
 ) -> None:
@@ -138,7 +145,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert_equal_runs(run_dir, whole, tolerance=0)
 
 
-@pytest.mark.parametrize("kind", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(LORA, id="lora"), pytest.param(FULL, id="full", marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_goes_on_with_another_stage_and_without_deepspeed(
     kind: dict[str, Any], trainings: Trainings
 ) -> None:
@@ -183,6 +192,7 @@ def messages(run_dir: Path) -> str:
     return "\n".join(e.message for e in events if isinstance(e, (NoticeIssued, WarningIssued)))
 
 
+@pytest.mark.slow
 def test_bf16_weights_have_float32_copies_which_only_deepspeed_resumes(
     trainings: Trainings,
 ) -> None:
@@ -205,12 +215,14 @@ def test_bf16_weights_have_float32_copies_which_only_deepspeed_resumes(
     assert "without deepspeed_config the optimizer starts from scratch" in messages(alone)
 
 
+@pytest.mark.slow
 def test_offloaded_weights_and_states_train_the_same(trainings: Trainings) -> None:
     section = {"offload_optimizer": CPU, "offload_param": CPU}
     run_dir = trainings.train("offloaded", 2, **FULL, **zero(3, **section))
     assert_equal_runs(run_dir, trainings.alone(FULL))
 
 
+@pytest.mark.slow
 def test_one_process_may_use_the_engine(trainings: Trainings) -> None:
     run_dir = trainings.train("one", 1, **LORA, **zero(2))
     assert_equal_runs(run_dir, trainings.alone(LORA))

@@ -38,7 +38,7 @@ class Trainings:
         self.root = root
         self.options = TrainingProject(
             root, max_train_steps=STEPS, checkpoint_step_interval=1, checkpoints_total_limit=9,
-            cache_dir=str(root / "cache"),
+            cache_dir=str(root / "cache"), eval_sigma_count=2, lora_format="none",
         ).options  # fmt: skip
 
     def train(self, name: str, processes: int, **options: Any) -> Path:

@@ -29,7 +29,7 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_roll_out_like_one(sharded: bool, tmp_path: Path) -> None:
     trainings = Trainings(tmp_path)
     options = {**ROLLOUTS, **IMAGES}
