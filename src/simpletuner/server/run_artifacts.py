@@ -75,7 +75,7 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def list_outputs(folder: Path, history: RunHistory | None = None) -> list[OutputFile]:
-    """Return the weight files that the training wrote."""
+    """Return the weight files that the training wrote, the one for most programs first."""
     saved = {} if history is None else history.saved_weights
     files = [*folder.glob("*.safetensors"), *folder.glob("transformer/*.safetensors")]
     return [
@@ -84,7 +84,7 @@ def list_outputs(folder: Path, history: RunHistory | None = None) -> list[Output
             size_bytes=file.stat().st_size,
             programs=saved[name].programs if (name := _name_in(folder, file)) in saved else "",
         )
-        for file in sorted(files)
+        for file in sorted(files, key=lambda file: (file.name != LORA_FILE, file))
         if file.is_file()
     ]
 
