@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simpletuner.events.event_types import NoticeIssued, RunStarted, WarningIssued
 from tests.distributed.harness import RankResult, run_ranks, values
-from tests.distributed.test_replicated import train_project
+from tests.distributed.test_replicated import slow, train_project
 from tests.e2e.training_project import TrainingProject, read_events, read_losses
 
 pytestmark = pytest.mark.skipif(
@@ -52,9 +52,6 @@ def train_with_a_bad_gradient(root: str, options: dict[str, Any]) -> None:
 
 def zero(stage: int, **section: Any) -> dict[str, Any]:
     return {"deepspeed_config": {"zero_optimization": {"stage": stage, **section}}}
-
-
-SLOW_LORA_1 = pytest.param(LORA, 1, marks=pytest.mark.slow)
 
 
 class Trainings:
@@ -124,7 +121,7 @@ def assert_equal_runs(run_dir: Path, expected: Path, tolerance: float = TOLERANC
 
 
 @pytest.mark.parametrize(
-    ("kind", "stage"), [SLOW_LORA_1, (LORA, 2), (LORA, 3), (FULL, 2), (FULL, 3)]
+    ("kind", "stage"), [(LORA, 3), (FULL, 2), *slow((LORA, 1), (LORA, 2), (FULL, 3))]
 )
 def test_two_processes_equal_one_without_deepspeed(
     kind: dict[str, Any], stage: int, trainings: Trainings
@@ -228,6 +225,7 @@ def test_one_process_may_use_the_engine(trainings: Trainings) -> None:
     assert_equal_runs(run_dir, trainings.alone(LORA))
 
 
+@pytest.mark.slow
 def test_a_bad_step_is_skipped_on_every_process(trainings: Trainings) -> None:
     """The gradient is infinite in one process alone."""
     options = {**LORA, **zero(3), "nonfinite_loss_patience": 1, "checkpoint_step_interval": 1}

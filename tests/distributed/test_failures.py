@@ -17,7 +17,7 @@ import torch
 from simpletuner.errors import DiskFull
 from simpletuner.events.event_types import RunFailed, RunFinished, WarningIssued
 from tests.distributed.harness import RankResult, run_ranks
-from tests.distributed.test_replicated import STEPS, Trainings, outcome, train_project
+from tests.distributed.test_replicated import STEPS, Trainings, outcome, slow, train_project
 from tests.e2e.training_project import read_events
 
 # Phase -> module, what it calls in that phase, and the number of the call in which the fault occurs.
@@ -97,7 +97,7 @@ def assert_next_start_completes(trainings: Trainings, run_dir: Path, whole: Path
 @pytest.mark.parametrize(
     ("phase", "rank", "kind"),
     [
-        ("encode", 1, "disk full"),
+        *slow(("encode", 1, "disk full")),
         ("forward", 1, "bug"),
         ("save", 0, "disk full"),
     ],
@@ -121,7 +121,7 @@ def test_an_error_of_one_process_ends_all_with_its_reason(
     assert_next_start_completes(trainings, run_dir, whole)
 
 
-@pytest.mark.parametrize(("phase", "rank"), [("reduce", 1), ("save", 0)])
+@pytest.mark.parametrize(("phase", "rank"), [("reduce", 1), *slow(("save", 0))])
 def test_a_killed_process_costs_the_steps_since_the_checkpoint(
     phase: str, rank: int, trainings: Trainings, whole: Path
 ) -> None:
@@ -150,7 +150,7 @@ def test_any_fault_in_any_phase_loses_nothing(
     assert_next_start_completes(trainings, run_dir, whole)
 
 
-@pytest.mark.parametrize("kind", ["stopped", "requested"])
+@pytest.mark.parametrize("kind", ["stopped", *slow(("requested",))])
 def test_a_stop_on_any_process_stops_all_after_the_same_step(
     kind: str, trainings: Trainings, whole: Path
 ) -> None:
