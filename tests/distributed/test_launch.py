@@ -230,6 +230,7 @@ def test_after_a_second_signal_stuck_processes_are_killed(launch: Any) -> None:
     wait_until_gone(launched.pids())
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_training_is_a_stop(launch: Any) -> None:
     launched = launch("(folder / f'ready-{rank}').touch()\ntime.sleep(60)")
     launched.wait_for("ready-0", "ready-1")
