@@ -16,6 +16,8 @@ from simpletuner.server.schemas.runs import ResumeRequest
 from simpletuner.server.settings import TRAIN_COMMAND
 from tests.server.queue_harness import ENDED_STATES, QueueHarness, wait_until
 
+pytest.importorskip("torch", reason="the processes train")
+
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
 
 
