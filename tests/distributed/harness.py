@@ -16,9 +16,15 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 TIMEOUT_S = 240.0
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["tests.distributed.harness", "tests.e2e.training_project", "torch.distributed.fsdp"]
+# There is one server for all tests of a process, and one list of what it imports.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "tests.distributed.harness",
+        "tests.e2e.training_project",
+        "simpletuner.training.launcher",
+        "torch.distributed.fsdp",
+    ]
 )
 
 
@@ -48,7 +54,7 @@ def start_ranks(
     port = free_port()
     processes, answers = [], []
     for rank in range(count):
-        ours, theirs = _context.Pipe(duplex=False)
+        ours, theirs = CONTEXT.Pipe(duplex=False)
         variables = {
             "RANK": str(rank),
             "WORLD_SIZE": str(count),
@@ -60,7 +66,7 @@ def start_ranks(
             "OMP_NUM_THREADS": "1",
             **(environment or {}),
         }
-        process = _context.Process(
+        process = CONTEXT.Process(
             target=_run_rank, args=(theirs, variables, function, tuple(arguments)), daemon=True
         )
         process.start()

@@ -7,7 +7,6 @@ the same with a training.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import socket
@@ -20,11 +19,10 @@ from typing import Any
 import pytest
 
 from simpletuner.config.load import config_from_resolved
+from tests.distributed.harness import CONTEXT
 
 pytest.importorskip("torch")
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["simpletuner.training.launcher"])
 TIMEOUT_S = 60.0
 # Every script starts with its rank, and a file that counts how often it was started.
 PRELUDE = """\
@@ -97,10 +95,27 @@ def run_launcher(
     os.dup2(output, 2)
     from simpletuner.training import launcher
 
+    if settings.pop("SIGNAL_DURING_START", False):
+        signal_during_start(launcher, folder)
     for name, value in settings.items():
         setattr(launcher, name, value)
     run = config_from_resolved({"num_processes": count, "output_dir": folder, **options})
     sys.exit(launcher.launch(run, count, [sys.executable, f"{folder}/script.py", folder]))
+
+
+def signal_during_start(launcher: Any, folder: str) -> None:
+    """Signal this process from within the start of the others, when both of them are ready."""
+    base = launcher.LocalElasticAgent
+    original = base._start_workers
+
+    def start(self: Any, group: Any) -> Any:
+        pids = original(self, group)
+        while not all(Path(folder, f"ready-{rank}").exists() for rank in (0, 1)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return pids
+
+    base._start_workers = start
 
 
 @pytest.fixture
@@ -230,13 +245,19 @@ def test_after_a_second_signal_stuck_processes_are_killed(launch: Any) -> None:
     wait_until_gone(launched.pids())
 
 
-@pytest.mark.slow
 def test_a_signal_before_the_training_is_a_stop(launch: Any) -> None:
     launched = launch("(folder / f'ready-{rank}').touch()\ntime.sleep(60)")
     launched.wait_for("ready-0", "ready-1")
     launched.signal(signal.SIGTERM)
     assert launched.wait() == 75
     assert "stopped before the training began" in launched.output()
+
+
+def test_a_signal_while_the_processes_are_started_is_a_stop(launch: Any) -> None:
+    """It arrives when they run already, and before the launcher knows their numbers."""
+    launched = launch("stop_after(0.0)", SIGNAL_DURING_START=True)
+    assert launched.wait() == 75
+    assert [launched.read(f"signals-{rank}") for rank in (0, 1)] == ["15", "15"]
 
 
 def test_no_process_outlives_a_killed_launcher(launch: Any) -> None:

@@ -73,20 +73,41 @@ class EndedProcess:
 
 
 class StopRequests:
-    """Signals to the launcher, each forwarded once to every process of this machine."""
+    """Signals to the launcher, each forwarded once to every process of this machine.
+
+    A signal that arrives while there is no process is forwarded as soon as there are any.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self.last_at = 0.0
-        self.pids: Sequence[int] = ()
+        self._pids: Sequence[int] = ()
+        self._waiting: int | None = None  # the signal that no process has received yet
 
     def handle_signal(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         self.last_at = time.monotonic()
-        for pid in self.pids:
+        # A third one does not wait for processes that cannot react.
+        number = number if self.count < 3 else signal.SIGKILL
+        if self._pids:
+            self._send(number)
+        else:
+            self._waiting = number
+
+    def forward_to(self, pids: Sequence[int]) -> None:
+        """Forward signals to these processes from now on; to none, until they are started."""
+        self._pids = tuple(pids)
+        if self._pids and self._waiting is not None:
+            self._send(self._waiting)
+            self._waiting = None
+
+    def kill_all(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        for pid in self._pids:
             with contextlib.suppress(ProcessLookupError):
-                # A third one does not wait for processes that cannot react.
-                os.kill(pid, number if self.count < 3 else signal.SIGKILL)
+                os.kill(pid, number)
 
     @contextlib.contextmanager
     def handlers_installed(self) -> Iterator[None]:
@@ -125,9 +146,7 @@ class PatientAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         pids: dict[int, Any] = super()._start_workers(worker_group)
-        self._stop.pids = tuple(pids.values())
-        if self._stop.count:  # requested between two attempts
-            self._kill_all()
+        self._stop.forward_to(tuple(pids.values()))
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -163,14 +182,9 @@ class PatientAgent(LocalElasticAgent):
         """Return whether processes that still run are to be terminated."""
         now = time.monotonic()
         if self._stop.count > 1 and now - self._stop.last_at > KILL_GRACE_S:
-            self._kill_all()
+            self._stop.kill_all()
         stopping = all(one.code in (0, TrainingStopped.exit_code) for one in self._ended.values())
         return not stopping and now - self._failed_at > FAILURE_GRACE_S
-
-    def _kill_all(self) -> None:
-        for pid in self._stop.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 def record_killed(server: Store, ended: EndedProcess) -> None:
@@ -309,7 +323,7 @@ def run_attempt(
         )
         agent = PatientAgent(spec, DefaultLogsSpecs(logs, redirects=others), stop, server)
         agent.run()
-        stop.pids = ()
+        stop.forward_to(())
         ended = agent.first_ended
         failure = read_failure(server) if ended and server is not None else None
         explained = ended is not None and ended.code > 1
