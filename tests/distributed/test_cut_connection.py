@@ -87,9 +87,7 @@ def whole(trainings: Trainings) -> Path:
     return trainings.train("whole", 1, gradient_accumulation_steps=2)
 
 
-@pytest.mark.parametrize(
-    "way", ["cut", *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way != "cut")]
-)
+@pytest.mark.parametrize("way", list(WAYS))
 def test_both_processes_end_and_the_next_start_completes(
     way: str, trainings: Trainings, whole: Path
 ) -> None:

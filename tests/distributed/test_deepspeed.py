@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simpletuner.events.event_types import NoticeIssued, RunStarted, WarningIssued
 from tests.distributed.harness import RankResult, run_ranks, values
-from tests.distributed.test_replicated import slow, train_project
+from tests.distributed.test_replicated import train_project
 from tests.e2e.training_project import TrainingProject, read_events, read_losses
 
 pytestmark = pytest.mark.skipif(
@@ -120,18 +120,14 @@ def assert_equal_runs(run_dir: Path, expected: Path, tolerance: float = TOLERANC
             assert difference <= tolerance, (name, key)
 
 
-@pytest.mark.parametrize(
-    ("kind", "stage"), [(LORA, 3), (FULL, 2), *slow((LORA, 1), (LORA, 2), (FULL, 3))]
-)
+@pytest.mark.parametrize(("kind", "stage"), [(LORA, 1), (LORA, 2), (LORA, 3), (FULL, 2), (FULL, 3)])
 def test_two_processes_equal_one_without_deepspeed(
     kind: dict[str, Any], stage: int, trainings: Trainings
 ) -> None:
     assert_equal_runs(trainings.sharded(kind, stage), trainings.alone(kind))
 
 
-@pytest.mark.parametrize(
-    ("kind", "stage"), [(LORA, 3), pytest.param(FULL, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("kind", "stage"), [(LORA, 3), (FULL, 2)])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     kind: dict[str, Any], stage: int, trainings: Trainings
 ) -> None:
@@ -142,9 +138,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert_equal_runs(run_dir, whole, tolerance=0)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(LORA, id="lora"), pytest.param(FULL, id="full", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", [pytest.param(LORA, id="lora"), pytest.param(FULL, id="full")])
 def test_a_checkpoint_goes_on_with_another_stage_and_without_deepspeed(
     kind: dict[str, Any], trainings: Trainings
 ) -> None:
@@ -189,7 +183,6 @@ def messages(run_dir: Path) -> str:
     return "\n".join(e.message for e in events if isinstance(e, (NoticeIssued, WarningIssued)))
 
 
-@pytest.mark.slow
 def test_bf16_weights_have_float32_copies_which_only_deepspeed_resumes(
     trainings: Trainings,
 ) -> None:
@@ -212,20 +205,17 @@ def test_bf16_weights_have_float32_copies_which_only_deepspeed_resumes(
     assert "without deepspeed_config the optimizer starts from scratch" in messages(alone)
 
 
-@pytest.mark.slow
 def test_offloaded_weights_and_states_train_the_same(trainings: Trainings) -> None:
     section = {"offload_optimizer": CPU, "offload_param": CPU}
     run_dir = trainings.train("offloaded", 2, **FULL, **zero(3, **section))
     assert_equal_runs(run_dir, trainings.alone(FULL))
 
 
-@pytest.mark.slow
 def test_one_process_may_use_the_engine(trainings: Trainings) -> None:
     run_dir = trainings.train("one", 1, **LORA, **zero(2))
     assert_equal_runs(run_dir, trainings.alone(LORA))
 
 
-@pytest.mark.slow
 def test_a_bad_step_is_skipped_on_every_process(trainings: Trainings) -> None:
     """The gradient is infinite in one process alone."""
     options = {**LORA, **zero(3), "nonfinite_loss_patience": 1, "checkpoint_step_interval": 1}

@@ -17,7 +17,7 @@ import torch
 from simpletuner.errors import DiskFull
 from simpletuner.events.event_types import RunFailed, RunFinished, WarningIssued
 from tests.distributed.harness import RankResult, run_ranks
-from tests.distributed.test_replicated import STEPS, Trainings, outcome, slow, train_project
+from tests.distributed.test_replicated import STEPS, Trainings, outcome, train_project
 from tests.e2e.training_project import read_events
 
 # Phase -> module, what it calls in that phase, and the number of the call in which the fault occurs.
@@ -97,9 +97,11 @@ def assert_next_start_completes(trainings: Trainings, run_dir: Path, whole: Path
 @pytest.mark.parametrize(
     ("phase", "rank", "kind"),
     [
-        *slow(("encode", 1, "disk full")),
+        ("scan", 1, "bug"),
+        ("encode", 1, "disk full"),
         ("forward", 1, "bug"),
         ("save", 0, "disk full"),
+        ("evaluate", 1, "disk full"),
     ],
 )
 def test_an_error_of_one_process_ends_all_with_its_reason(
@@ -121,7 +123,9 @@ def test_an_error_of_one_process_ends_all_with_its_reason(
     assert_next_start_completes(trainings, run_dir, whole)
 
 
-@pytest.mark.parametrize(("phase", "rank"), [("reduce", 1), *slow(("save", 0))])
+@pytest.mark.parametrize(
+    ("phase", "rank"), [("encode", 1), ("load", 0), ("forward", 1), ("reduce", 0), ("save", 0)]
+)
 def test_a_killed_process_costs_the_steps_since_the_checkpoint(
     phase: str, rank: int, trainings: Trainings, whole: Path
 ) -> None:
@@ -150,7 +154,7 @@ def test_any_fault_in_any_phase_loses_nothing(
     assert_next_start_completes(trainings, run_dir, whole)
 
 
-@pytest.mark.parametrize("kind", ["stopped", *slow(("requested",))])
+@pytest.mark.parametrize("kind", ["stopped", "requested"])
 def test_a_stop_on_any_process_stops_all_after_the_same_step(
     kind: str, trainings: Trainings, whole: Path
 ) -> None:

@@ -21,6 +21,7 @@ from tests.e2e.training_project import (
 )
 
 STEPS = 3
+LONG_STEP_3, LONG_STEP_4 = (pytest.param(8, count, marks=pytest.mark.slow) for count in (3, 4))
 
 
 def train_project(root: str, options: dict[str, Any]) -> None:
@@ -28,11 +29,6 @@ def train_project(root: str, options: dict[str, Any]) -> None:
     project = TrainingProject.__new__(TrainingProject)
     project.root, project.options = Path(root), options
     project.train()
-
-
-def slow(*cases: tuple[Any, ...]) -> list[Any]:
-    """Return cases that run with -m slow only."""
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 class Trainings:
@@ -84,7 +80,7 @@ def on_one(trainings: Trainings) -> dict[int, Path]:
 
 
 @pytest.mark.parametrize(
-    ("micro_batches", "processes"), [(2, 2), (3, 3), (4, 4), *slow((4, 2), (8, 4))]
+    ("micro_batches", "processes"), [(2, 2), (4, 2), (4, 4), (3, 3), LONG_STEP_4]
 )
 def test_a_run_on_several_processes_equals_one(
     micro_batches: int, processes: int, trainings: Trainings, on_one: dict[int, Path]
@@ -98,7 +94,7 @@ def test_a_run_on_several_processes_equals_one(
     assert outcome(run_dir) == outcome(on_one[micro_batches])
 
 
-@pytest.mark.parametrize(("micro_batches", "processes"), [(1, 2), (3, 2), *slow((4, 3), (8, 3))])
+@pytest.mark.parametrize(("micro_batches", "processes"), [(1, 2), (3, 2), (4, 3), LONG_STEP_3])
 def test_a_resumed_run_keeps_the_micro_batches_of_its_step(
     micro_batches: int, processes: int, trainings: Trainings, on_one: dict[int, Path]
 ) -> None:
@@ -214,7 +210,6 @@ def train_with_a_drifting_replica(root: str, options: dict[str, Any]) -> None:
     train_project(root, options)
 
 
-@pytest.mark.slow
 def test_replicas_that_differ_are_reported(trainings: Trainings) -> None:
     run_dir = trainings.root / "drifting"
     options = {**trainings.options, "max_train_steps": 1, "output_dir": str(run_dir)}
