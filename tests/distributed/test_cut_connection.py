@@ -77,16 +77,6 @@ def train_until_disconnected(root: str, options: dict[str, Any], way: str) -> No
     train_project(root, options)
 
 
-@pytest.fixture(scope="module")
-def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    return Trainings(tmp_path_factory.mktemp("trainings"))
-
-
-@pytest.fixture(scope="module")
-def whole(trainings: Trainings) -> Path:
-    return trainings.train("whole", 1, gradient_accumulation_steps=2)
-
-
 @pytest.mark.parametrize("way", list(WAYS))
 def test_both_processes_end_and_the_next_start_completes(
     way: str, trainings: Trainings, whole: Path

@@ -69,16 +69,6 @@ def fail_in_call(function: Callable[..., Any], call: int, kind: str) -> Callable
     return wrapped
 
 
-@pytest.fixture(scope="module")
-def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    return Trainings(tmp_path_factory.mktemp("trainings"))
-
-
-@pytest.fixture(scope="module")
-def whole(trainings: Trainings) -> Path:
-    return trainings.train("whole", 1, gradient_accumulation_steps=2)
-
-
 def run_with_fault(
     trainings: Trainings, name: str, rank: int, phase: str, kind: str
 ) -> tuple[Path, list[RankResult]]:

@@ -57,11 +57,6 @@ def outcome(run_dir: Path) -> tuple[Any, ...]:
     return read_losses(run_dir)[STEPS], read_checkpoint_files(run_dir / f"checkpoint-{STEPS}")
 
 
-@pytest.fixture(scope="module")
-def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    return Trainings(tmp_path_factory.mktemp("trainings"))
-
-
 class RunsOnOne(dict[int, Path]):
     """Micro-batches of a step -> the run on one process, trained when it is first asked for."""
 

@@ -135,6 +135,12 @@ def test_texts_that_are_no_captions(photos: DatasetService, text: str) -> None:
     assert (caught.value.status, caught.value.details[0].loc) == (422, "text")
 
 
+def test_half_a_surrogate_is_no_caption(photos: DatasetService) -> None:
+    """The check of requests refuses it, which the API answers with 422."""
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        write(photos, "b.png", "\ud800", None)
+
+
 @pytest.mark.parametrize("file", ["none.png", "a.txt", "../photos/a.png", "", "in", "/etc/passwd"])
 def test_only_beside_a_picture_of_the_dataset(photos: DatasetService, file: str) -> None:
     with pytest.raises(ApiError) as caught:

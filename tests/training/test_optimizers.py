@@ -20,7 +20,7 @@ from simpletuner.training.eight_bit_moments import (
     square_codes,
 )
 from simpletuner.training.muon import Muon
-from simpletuner.training.optimizer_step import clip_gradients
+from simpletuner.training.optimizer_step import CPU_NORM_PART, clip_gradients
 from simpletuner.training.optimizers import OPTIMIZERS, build_optimizer, set_optimizer_mode
 from simpletuner.training.stochastic_adamw import CHUNK_SIZE, SameDtypeMoments, StochasticAdamW
 
@@ -356,6 +356,13 @@ def test_clipping_makes_no_copy(method):
     options = OptimizerOptions(max_grad_norm=0.5, grad_clip_method=method)
     one = 256 * 256 * 4  # one gradient in float32
     assert peak_bytes(lambda: clip_gradients(params, options)) < 1.1 * one
+
+
+def test_the_norm_of_a_long_gradient_has_all_of_its_parts():
+    param = nn.Parameter(torch.zeros(2 * CPU_NORM_PART + 7))
+    param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
+    expected = float(param.grad.double().square().sum().sqrt())
+    assert clip_gradients([param], OptimizerOptions()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_norm_of_bf16_gradients_is_exact():
