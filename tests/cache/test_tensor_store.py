@@ -445,3 +445,29 @@ def test_killed_at_any_moment_it_loses_the_open_shard_only(tmp_path: Path) -> No
                 torch.equal(store.get(f"k{n}")["x"], tensor(n)) for n in range(0, present, 37)
             )
         had = present
+
+
+def test_a_process_without_a_shared_index_reads_headers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main process has read every byte; the others would do so again at each start."""
+    with TensorStore(tmp_path, "f") as store:
+        store.put("a", {"x": torch.arange(5.0)})
+    monkeypatch.setattr("simpletuner.cache.tensor_store.verify_shard", None)
+    with TensorStore(tmp_path, "f", shares_index=False) as follower:
+        assert follower.get("a")["x"].tolist() == [0, 1, 2, 3, 4]
+        assert follower.missing_keys(["a", "b"]) == ["b"]
+
+
+def test_shards_of_other_processes_are_adopted(tmp_path: Path) -> None:
+    with (
+        TensorStore(tmp_path, "f") as main,
+        TensorStore(tmp_path, "f", shares_index=False) as follower,
+    ):
+        follower.put("a", {"x": torch.ones(2)})
+        main.put("b", {"x": torch.zeros(2)})
+        for store in (main, follower):
+            store.flush()
+        for store in (main, follower):
+            store.adopt_new_shards()
+            assert store.missing_keys(["a", "b"]) == []

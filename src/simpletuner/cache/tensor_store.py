@@ -82,7 +82,7 @@ class TensorStore:
     fingerprint: everything except the key that determines the stored tensors; each fingerprint has
     its own subfolder. shard_mib: put() buffers this much before it writes a shard; close() writes
     the rest. shares_index: False for one of several processes that train together: its index is in
-    memory and is read from the shards' headers, so that a file system without reliable locks, such
+    memory and is read from the shards' headers alone, so that a file system without reliable locks, such
     as NFS, needs only one process that writes index.sqlite.
     """
 
@@ -115,6 +115,8 @@ class TensorStore:
                 f"the cache folder {self.folder} is not writable ({error.strerror}); set cache_dir"
                 " to a writable folder"
             ) from error
+        # The process that shares its index has compared the shards with their checksums.
+        self._read_shard = verify_shard if shares_index else read_shard_entries
         self._index = SqliteIndex(
             self.folder / "index.sqlite" if shares_index else IN_MEMORY,
             SCHEMA,
@@ -290,7 +292,7 @@ class TensorStore:
         for name, stamp in present.items():
             if indexed.get(name) != stamp:
                 try:
-                    self._index_shard(self.folder / name, verify_shard(self.folder / name))
+                    self._index_shard(self.folder / name, self._read_shard(self.folder / name))
                 except DamagedShard as error:
                     self._set_aside(name, str(error))
                 except OSError as error:
