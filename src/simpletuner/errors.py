@@ -119,16 +119,16 @@ STORAGE_HINTS = {
 }
 
 
-def storage_error(what: str, error: OSError) -> SimpleTunerError:
+def storage_error(failure: str, error: OSError) -> SimpleTunerError:
     """Return the error for users: DiskFull for a full disk, otherwise StorageError.
 
-    what: a sentence part such as "checkpoint-5 cannot be written".
+    failure: a sentence part such as "checkpoint-5 cannot be written".
     """
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno in DISK_FULL_ERRNOS:
-        return DiskFull(f"{what}: {reason}. Free some space and run the same command again")
+        return DiskFull(f"{failure}: {reason}. Free some space and run the same command again")
     hint = STORAGE_HINTS.get(error.errno or 0)
-    return StorageError(f"{what}: {reason}{f'; {hint}' if hint else ''}")
+    return StorageError(f"{failure}: {reason}{f'; {hint}' if hint else ''}")
 
 
 class ProcessLost(SimpleTunerError, code=13):

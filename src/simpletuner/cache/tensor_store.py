@@ -82,8 +82,8 @@ class TensorStore:
     fingerprint: everything except the key that determines the stored tensors; each fingerprint has
     its own subfolder. shard_mib: put() buffers this much before it writes a shard; close() writes
     the rest. shares_index: False for one of several processes that train together: its index is in
-    memory and is read from the shards' headers alone, so that a file system without reliable locks, such
-    as NFS, needs only one process that writes index.sqlite.
+    memory and is read from the shards' headers alone, so that a file system without reliable locks,
+    such as NFS, needs only one process that writes index.sqlite.
     """
 
     def __init__(

@@ -92,8 +92,8 @@ def command(
     """
     source = find_lora_file(source)
     if checking == (layout is not None) or (as_json and not checking):
-        what = "either --format (to write a file) or --check (optionally with --json)"
-        raise ConfigError([Problem("export", f"needs {what}")])
+        choices = "either --format (to write a file) or --check (optionally with --json)"
+        raise ConfigError([Problem("export", f"needs {choices}")])
     if checking or layout is None:
         print_compatibility(source, as_json)
         return

@@ -199,10 +199,10 @@ def _parse_strengths(text: str, lora: Path | None) -> tuple[float, ...]:
     except ValueError:
         strengths = (float("nan"),)
     if not all(-10 <= strength <= 10 for strength in strengths):
-        what = (
+        problem = (
             f"{text!r} is not a number from -10 to 10, nor a comma-separated list of such numbers"
         )
-        raise ConfigError([Problem("--strength", what)])
+        raise ConfigError([Problem("--strength", problem)])
     if lora is None and strengths != (1.0,):
         raise ConfigError([Problem("--strength", "needs --lora: it is the strength of a LoRA")])
     return strengths

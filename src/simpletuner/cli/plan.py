@@ -53,7 +53,7 @@ def build_plan_report(
     from simpletuner.training.memory_plan.world_layout import read_layout
 
     family = registry.get_family(run.model.model_family)
-    asked = parse_memory_size(limit) if limit else None
+    limit_bytes = parse_memory_size(limit) if limit else None
     # Only the type of this device matters: what needs a GPU is planned for a reference GPU.
     anywhere = {
         "device": "auto",
@@ -79,7 +79,7 @@ def build_plan_report(
         "sent_bytes": sent_bytes(plan.communication),
     }
     if fits:
-        size = room.available_for_tensors if asked is None else asked
+        size = room.available_for_tensors if limit_bytes is None else limit_bytes
         if size is None:
             raise ConfigError("the free memory of this device is not known; write --fit 12GB")
         ladder, best = fit.find_fitting_mode(fit.MemoryConfigSearch(run, family, (), room), size)

@@ -41,13 +41,13 @@ def find_lora_file(given: Path) -> Path:
     files = sorted(given.glob("*.safetensors"))
     if len(files) == 1:
         return files[0]
-    what = (
+    problem = (
         f"holds {len(files)} .safetensors files; name one of them"
         if files
         else f"holds no {LORA_FILE}; for a full transformer use "
         "--pretrained_transformer_model_name_or_path"
     )
-    raise ConfigError([Problem(str(given), what)])
+    raise ConfigError([Problem(str(given), problem)])
 
 
 def resolve_model_options(

@@ -271,21 +271,21 @@ class ConfigWizard:
 
     def _propose_options(self) -> dict[str, Any]:
         """Return proposals for a new file; for an existing one only what another model needs."""
-        said = {**self.existing_options, **self.answers, **self.chosen_options}
-        flavour = said.get("model_flavour")
+        known_options = {**self.existing_options, **self.answers, **self.chosen_options}
+        flavour = known_options.get("model_flavour")
         if flavour is None:
             flavour = "base" if self.is_editing or self._largest_accelerator() else "nano"
         found: dict[str, Any] = {} if self.is_editing else {"model_flavour": flavour}
         if flavour == "nano" and self.existing_options.get("model_flavour") != "nano":
             found = dict(NANO_PRESET)
-            if said.get("model_type") == "full":
+            if known_options.get("model_type") == "full":
                 del found["learning_rate"]  # a LoRA's
         elif not self.is_editing:
-            found |= self._propose_for_images(int(said.get("train_batch_size", 1)))
+            found |= self._propose_for_images(int(known_options.get("train_batch_size", 1)))
             found |= (
                 FULL_RANK_PRESET
-                if said.get("model_type") == "full"
-                else self._propose_for_device(said)
+                if known_options.get("model_type") == "full"
+                else self._propose_for_device(known_options)
             )
         if self.is_editing:
             return found
@@ -314,7 +314,7 @@ class ConfigWizard:
             "max_train_steps": int(min(STEP_LIMITS[1], max(STEP_LIMITS[0], steps))),
         }
 
-    def _propose_for_device(self, said: Mapping[str, Any]) -> dict[str, Any]:
+    def _propose_for_device(self, known_options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the preset that fits, or the next one if the plan needs more than the preset."""
         device = self._largest_accelerator()
         if device is None:
@@ -327,15 +327,15 @@ class ConfigWizard:
             fitting = (each for each, size in MEMORY_PRESETS if size <= gb and size + more <= total)
             row = next(fitting, MEMORY_PRESETS[-1][0])
             precision = row["base_model_precision"]
-        if said.get("base_model_precision", precision) != precision:
+        if known_options.get("base_model_precision", precision) != precision:
             return {"base_model_precision": precision}
-        hosted = device.kind != "mps" and said.get("gradient_checkpointing") is not False
+        hosted = device.kind != "mps" and known_options.get("gradient_checkpointing") is not False
         return {name: value for name, value in row.items() if hosted or name.endswith("precision")}
 
     def _largest_accelerator(self) -> DeviceInfo | None:
         """Return the largest accelerator, None without one."""
-        cards = [one for one in self._device_detection.result() if one.kind != "cpu"]
-        return max(cards, key=lambda one: one.memory_total_bytes or 0, default=None)
+        cards = [device for device in self._device_detection.result() if device.kind != "cpu"]
+        return max(cards, key=lambda device: device.memory_total_bytes or 0, default=None)
 
     def _describe_hardware(self) -> str:
         device, planned = self._largest_accelerator(), self._planned_memory_gb()

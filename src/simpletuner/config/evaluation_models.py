@@ -33,8 +33,8 @@ def find_model_problem(name: str, folder: Path, evaluation_type: str) -> str | N
     """Return why the model in this folder cannot score these metrics; None if it can."""
     kind = read_model_type(folder)
     if kind not in MODEL_TITLES:
-        what = f"is a model of type {kind!r}" if kind else "has no config.json with a model_type"
-        return f"{name} {what}; scores are computed by CLIP or DINOv2"
+        content = f"is a model of type {kind!r}" if kind else "has no config.json with a model_type"
+        return f"{name} {content}; scores are computed by CLIP or DINOv2"
     for metric in parse_metric_names(evaluation_type):
         models = IMAGE_METRICS[metric].models if metric in IMAGE_METRICS else ()
         if models and kind not in models:

@@ -72,10 +72,12 @@ def _choose_columns(table: CaptionTable, row: Row) -> tuple[str, Sequence[str]]:
     captions = table.caption_columns or tuple(islice((n for n in CAPTION_COLUMNS if n in row), 1))
     missing = [name for name in (filename, *captions) if name is not None and name not in row]
     if filename is None or not captions or missing:
-        what = f"column {', '.join(missing)}" if missing else "columns of file names and captions"
+        lacking = (
+            f"column {', '.join(missing)}" if missing else "columns of file names and captions"
+        )
         raise DataError(
-            f"{table.path}: has no {what}; it has {', '.join(map(str, row))}. Set filename_column "
-            "and caption_column in caption_table"
+            f"{table.path}: has no {lacking}; it has {', '.join(map(str, row))}. "
+            "Set filename_column and caption_column in caption_table"
         )
     return filename, captions
 

@@ -330,7 +330,9 @@ class _DatasetFileReader:
                 continue
             if dict(self.run_options)[option.name] == option.idle_value:
                 continue
-            unmet = [find_unmet_need(option.needs, one.__getitem__) for one in self.dataset_values]
+            unmet = [
+                find_unmet_need(option.needs, values.__getitem__) for values in self.dataset_values
+            ]
             if unmet[0] is not None and all(unmet):
                 first = self.dataset_values[0]
                 self.notices.append(format_no_effect([option.name], unmet[0], first.__getitem__))

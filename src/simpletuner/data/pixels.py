@@ -89,9 +89,9 @@ def read_image_header(file: SourceFile, max_megapixels: float) -> ImageHeader:
     ):
         width, height = image.size
         if width * height > max_megapixels * 1e6:
-            what = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
+            described_size = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
             raise UnusableFile(
-                "too_many_pixels", f"{what}; max_image_megapixels is {max_megapixels:g}"
+                "too_many_pixels", f"{described_size}; max_image_megapixels is {max_megapixels:g}"
             )
         _check_mode(image)
         # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode

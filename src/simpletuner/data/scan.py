@@ -279,19 +279,19 @@ def _emit_results(
         grown = sorted(pair for pair in grown if pair[0] >= ENLARGEMENT_THRESHOLD)
         if grown:
             most = f"{grown[-1][1]} by {grown[-1][0]:.1f}"
-            what = (
+            problem = (
                 f"{dataset.id}: {count_of(len(grown), 'image')} "
                 f"{'is' if len(grown) == 1 else 'are'} enlarged, {most}; see minimum_image_size"
             )
-            emit(NoticeIssued(make_printable(what)))
+            emit(NoticeIssued(make_printable(problem)))
     for note in notes:
         emit(NoticeIssued(make_printable(note)))
     if copies:
         first, second = copies[0][:2]
         extra = sum(len(group) - 1 for group in copies)
         verb = "is a copy of another" if extra == 1 else "are copies of others"
-        what = f"{count_of(extra, 'image')} {verb}, such as {second.name} of {first.name}"
-        emit(WarningIssued(make_printable(what)))
+        problem = f"{count_of(extra, 'image')} {verb}, such as {second.name} of {first.name}"
+        emit(WarningIssued(make_printable(problem)))
 
 
 def _shared_file_notices(placed: Sequence[BucketedSample]) -> list[str]:

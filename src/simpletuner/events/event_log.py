@@ -70,7 +70,7 @@ def _has_type(value: Any, wanted: Any) -> bool:
     """Return whether a value read from JSON has the type of an event's field."""
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
-        return any(_has_type(value, one) for one in arguments)
+        return any(_has_type(value, argument) for argument in arguments)
     if origin is tuple:
         if not isinstance(value, tuple):
             return False

@@ -76,7 +76,7 @@ def parse_webhook_config(
     for number, item in enumerate(config if isinstance(config, list) else [config]):
         place = f"{where}[{number}]" if isinstance(config, list) else where
         found = _find_problems(item)
-        problems += [Problem(place, what) for what in found]
+        problems += [Problem(place, message) for message in found]
         if not found and isinstance(item, dict):
             hooks.append(_make_webhook_config(item))
     if problems:

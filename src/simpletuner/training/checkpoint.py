@@ -200,8 +200,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:  # safetensors raises the latter for a full disk
         shutil.rmtree(work, ignore_errors=True)
         failure = error if isinstance(error, OSError) else os_error_of(error)
-        what = f"{target} cannot be written; earlier checkpoints are not affected"
-        raise storage_error(what, failure) from error
+        problem = f"{target} cannot be written; earlier checkpoints are not affected"
+        raise storage_error(problem, failure) from error
     _sync(run_dir)
     for old in list_checkpoints(run_dir)[keep:]:
         if old != target and checkpoint_step(old) != best and not (old / "keep").exists():

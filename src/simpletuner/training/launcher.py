@@ -172,7 +172,12 @@ class PatientAgent(LocalElasticAgent):
             # Of several that ended at once, a killed one is the cause, and a lost connection the
             # consequence.
             self.first_ended = min(
-                ended, key=lambda one: (one.code >= 0, one.code == ProcessLost.exit_code, one.rank)
+                ended,
+                key=lambda process: (
+                    process.code >= 0,
+                    process.code == ProcessLost.exit_code,
+                    process.rank,
+                ),
             )
             if self.first_ended.code < 0 and self._server is not None:
                 record_killed(self._server, self.first_ended)
@@ -183,7 +188,9 @@ class PatientAgent(LocalElasticAgent):
         now = time.monotonic()
         if self._stop.count > 1 and now - self._stop.last_at > KILL_GRACE_S:
             self._stop.kill_all()
-        stopping = all(one.code in (0, TrainingStopped.exit_code) for one in self._ended.values())
+        stopping = all(
+            process.code in (0, TrainingStopped.exit_code) for process in self._ended.values()
+        )
         return not stopping and now - self._failed_at > FAILURE_GRACE_S
 
 

@@ -192,7 +192,8 @@ def prepare_inputs(
     if scanned.rejected and rejected_path is not None:
         listed = format_rejected(scanned.rejected, rejected_path)
         emit(WarningIssued(f"not trained on ({len(scanned.rejected)}):\n{listed}"))
-    files = family.locate_files(run.model, emit)
+    with world.main_first("model files"):  # rank 0 downloads what is missing
+        files = family.locate_files(run.model, emit)
     constants = family.read_constants(files)
     root = Path(run.cache.cache_dir) if run.cache.cache_dir else folder.path / "cache"
     shard_mib = run.cache.cache_shard_mib

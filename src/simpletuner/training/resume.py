@@ -174,13 +174,13 @@ def _refuse_to_replace_results(run_dir: Path) -> None:
     damaged = sorted(run_dir.glob("damaged-checkpoint-*"))
     results = list_results(run_dir)
     if damaged:
-        what = f"all checkpoints are damaged ({', '.join(path.name for path in damaged)})"
+        problem = f"all checkpoints are damaged ({', '.join(path.name for path in damaged)})"
     elif results:
-        what = f"there is no checkpoint, but the result of a finished run ({results[0].name})"
+        problem = f"there is no checkpoint, but the result of a finished run ({results[0].name})"
     else:
         return
     raise CheckpointError(
-        f"{run_dir}: {what}. To train from step 0, add --resume_from_checkpoint=never (earlier "
+        f"{run_dir}: {problem}. To train from step 0, add --resume_from_checkpoint=never (earlier "
         "results are moved to a subfolder), or choose another output_dir; to continue, put a "
         "checkpoint from a backup back"
     )

@@ -170,7 +170,7 @@ def open_sinks(
     """Return the emit of the main process, after reporting damage in events.jsonl."""
     damaged_lines = count_damaged_lines(folder.events_path)
     sinks = build_sinks(run, folder, closing)
-    emit = fan_out([position, *sinks], [one for one in sinks if isinstance(one, EventLog)])
+    emit = fan_out([position, *sinks], [sink for sink in sinks if isinstance(sink, EventLog)])
     if damaged_lines:
         lines = "1 line" if damaged_lines == 1 else f"{damaged_lines} lines"
         emit(event_types.WarningIssued(f"{folder.events_path}: {lines} cannot be read"))

@@ -98,8 +98,8 @@ class RunFolder:
             (self.path / "control").mkdir(exist_ok=True)
             probe = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            what = f"output_dir = {self.path} cannot be written to ({error.filename})"
-            raise storage_error(what, error) from error
+            problem = f"output_dir = {self.path} cannot be written to ({error.filename})"
+            raise storage_error(problem, error) from error
         try:
             _lock_file(probe)
         except OSError as error:

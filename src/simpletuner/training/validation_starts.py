@@ -86,8 +86,8 @@ def _images_from_one(
         if name not in loaders:
             loaders[name] = partial(encode, placed)
             count = run.validation.num_validation_images
-            made = make_image_specs(prompts, [placed.bucket_px], count, seed)
-            specs += [replace(spec, start=name, denoise=level) for spec in made]
+            image_specs = make_image_specs(prompts, [placed.bucket_px], count, seed)
+            specs += [replace(spec, start=name, denoise=level) for spec in image_specs]
     return specs, loaders
 
 

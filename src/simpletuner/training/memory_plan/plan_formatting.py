@@ -40,8 +40,8 @@ def format_plan(plan: MemoryPrediction, budget: MachineResources) -> list[str]:
         {**plan.parts, **plan.allowances},
         budget.device_free_bytes,
     )
-    for what, size in plan.before.items():
-        lines.append(f"  {what + ', before training':<34}{format_bytes(size):>9}")
+    for part, size in plan.before.items():
+        lines.append(f"  {part + ', before training':<34}{format_bytes(size):>9}")
     local = f" of {plan.world.local} processes" if plan.world.local > 1 else ""
     lines += _format_group(f"host memory{local}", plan.host, budget.host_free_bytes)
     lines += _format_group("disk", plan.disk, None)
@@ -66,8 +66,8 @@ def _format_group(title: str, rows: Mapping[str, int], free: int | None) -> list
     return [
         total,
         *(
-            f"  {what + ' (allowance)' * (what in allowed):<34}{format_bytes(size):>9}"
-            for what, size in rows.items()
+            f"  {part + ' (allowance)' * (part in allowed):<34}{format_bytes(size):>9}"
+            for part, size in rows.items()
             if size
         ),
     ]
@@ -88,8 +88,8 @@ def format_step_time(plan: MemoryPrediction, budget: MachineResources) -> str:
 def format_summary(plan: MemoryPrediction, budget: MachineResources) -> str:
     """Return the summary that is logged before a training."""
     parts = ", ".join(
-        f"{what} {format_bytes(size)}"
-        for what, size in {**plan.parts, **plan.allowances}.items()
+        f"{part} {format_bytes(size)}"
+        for part, size in {**plan.parts, **plan.allowances}.items()
         if size
     )
     free = (
