@@ -15,7 +15,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.rejections import UnusableFile
-from simpletuner.data.sample_types import BucketedSample
+from simpletuner.data.sample_types import BucketedSample, Sample
 from simpletuner.data.sources import SourceFile
 from simpletuner.image_decoding import UndecodableImage, decoder_errors
 
@@ -114,7 +114,22 @@ def load_pixels(placed: BucketedSample, options: DataOptions) -> np.ndarray:
     """
     import numpy as np
 
-    sample = placed.sample
+    upright_image = load_upright(placed.sample, options)
+    left, top = placed.crop_px
+    width, height = placed.bucket_px
+    upright_image = upright_image.resize(placed.resize_px, Image.Resampling.LANCZOS)
+    return np.array(upright_image.crop((left, top, left + width, top + height)))
+
+
+def load_upright(
+    sample: Sample, options: DataOptions, least_px: tuple[int, int] | None = None
+) -> Image.Image:
+    """Return the whole image, upright and in sRGB, as `load_pixels` reads it.
+
+    least_px: (width, height) that suffice. A JPEG is then decoded at a half, a quarter or an eighth
+    of its size where the result covers them, which is faster; other formats have no such decoder.
+    Raises UnusableFile like `load_pixels`.
+    """
     scanned = f"but was {sample.width_px}x{sample.height_px} when the dataset was scanned"
     with (
         _errors_as_unusable(sample.file),
@@ -126,18 +141,20 @@ def load_pixels(placed: BucketedSample, options: DataOptions) -> np.ndarray:
             image.width * image.height != sample.width_px * sample.height_px
         ):  # checked before the image is decoded
             raise UnusableFile("changed", f"is {image.width}x{image.height}, {scanned}")
+        turned = (image.height, image.width) == (sample.width_px, sample.height_px)
+        if least_px is not None and image.mode in ("L", "RGB"):
+            image.draft(None, least_px[::-1] if turned else least_px)
+        reduced = (sample.width_px, sample.height_px) != (
+            (image.height, image.width) if turned else image.size
+        )
         image.load()
         upright = EXIF_TRANSPOSES.get(_read_orientation(image))
         upright_image = image.transpose(upright) if upright is not None else image
-        if upright_image.size != (sample.width_px, sample.height_px):
+        if not reduced and upright_image.size != (sample.width_px, sample.height_px):
             raise UnusableFile(
                 "changed", f"is {upright_image.width}x{upright_image.height}, {scanned}"
             )
-        upright_image = _to_srgb(upright_image, ImageColor.getrgb(options.alpha_background)[:3])
-    left, top = placed.crop_px
-    width, height = placed.bucket_px
-    upright_image = upright_image.resize(placed.resize_px, Image.Resampling.LANCZOS)
-    return np.array(upright_image.crop((left, top, left + width, top + height)))
+        return _to_srgb(upright_image, ImageColor.getrgb(options.alpha_background)[:3])
 
 
 def _to_srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
