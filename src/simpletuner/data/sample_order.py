@@ -104,6 +104,16 @@ class SampleOrder:
         visits = tuple(self._make_visit(index, turn, pass_) for index, pass_ in pairs)
         return MicroBatchPlan(number, epoch, visits)
 
+    def passes_per_epoch(self) -> list[tuple[str, float]]:
+        """Return for each dataset how often an epoch uses one of its samples, on average."""
+        return [
+            (
+                source.dataset.id,
+                (source.dataset.repeats + 1) * source.batches_per_epoch / source.batches_per_round,
+            )
+            for source in self._sources
+        ]
+
     def _make_visit(self, index: int, turn: int, pass_: int) -> SampleVisit:
         sample = self._placed[index].sample
         dropped = seed_at(self._seed, "caption_dropout", sample.id, turn, pass_) / 2**63
