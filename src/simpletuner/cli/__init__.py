@@ -24,6 +24,10 @@ from simpletuner.errors import (
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "configure": ("simpletuner.cli.configure", "Create a config interactively."),
     "train": ("simpletuner.cli.train", "Train. Run the same command again to resume."),
+    "inspect": (
+        "simpletuner.cli.inspect",
+        "Look at a dataset: sizes, buckets, captions, copies, blurred images.",
+    ),
     "plan": (
         "simpletuner.cli.plan",
         "Estimate memory, disk and time, and find settings that fit.",

@@ -17,11 +17,13 @@ KINDS_WITH_OPTIONAL_VALUE = ("flag", "amount")
 FLAG_PATTERN = re.compile(r"--([A-Za-z][\w-]*)")
 
 
-def parse_flags(argv: Sequence[str], switches: Sequence[str] = ()) -> list[tuple[str, str | None]]:
+def parse_flags(
+    argv: Sequence[str], switches: Sequence[str] = (), arguments: list[str] | None = None
+) -> list[tuple[str, str | None]]:
     """Return (name, value) in the order typed, names with underscores; a flag alone has None.
 
-    switches: names that never take the next argument. Raises ConfigError for an argument in none of
-    these forms.
+    switches: names that never take the next argument. arguments: receives what is in none of these
+    forms; without it such an argument raises ConfigError.
     """
     found: list[tuple[str, str | None]] = []
     problems: list[Problem] = []
@@ -39,6 +41,8 @@ def parse_flags(argv: Sequence[str], switches: Sequence[str] = ()) -> list[tuple
                     words.pop(0) if words and _takes_next_word(name, words[0], switches) else None,
                 )
             )
+        elif arguments is not None and not word.startswith("-"):
+            arguments.append(word)
         else:
             problems.append(
                 Problem(

@@ -34,6 +34,7 @@ __all__ = [
     "RunConfig",
     "TrainingOptions",
     "ValidationOptions",
+    "trigger_word",
 ]
 
 
@@ -56,3 +57,9 @@ class RunConfig(OptionSection):
     validation: ValidationOptions = Field(default_factory=ValidationOptions)
     logging: LoggingOptions = Field(default_factory=LoggingOptions)
     publishing: PublishingOptions = Field(default_factory=PublishingOptions)
+
+
+def trigger_word(run: RunConfig) -> str | None:
+    """Return the word or phrase that stands for the trained concept, where one is given."""
+    given = run.publishing.modelspec_trigger or run.data.instance_prompt
+    return given.strip() if isinstance(given, str) and given.strip() else None

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from simpletuner.config.load import resolved_options
-from simpletuner.config.schema import RunConfig
+from simpletuner.config.schema import RunConfig, trigger_word
 from simpletuner.data.dataset_config import DatasetFile
 from simpletuner.data.sample_order import SampleOrder
 from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
@@ -34,7 +34,7 @@ from simpletuner.training.evaluation_callbacks import (
 )
 from simpletuner.training.exporter import Exporter
 from simpletuner.training.loop import TrainerContext, TrainSchedule
-from simpletuner.training.metric_inputs import read_metric_prompts, trigger_word
+from simpletuner.training.metric_inputs import read_metric_prompts
 from simpletuner.training.model_metadata import RunMetadata
 from simpletuner.training.prepare import PreparedInputs, prepare_inputs
 from simpletuner.training.resume import ResumePoint, TrainingInputs

@@ -9,7 +9,7 @@ from PIL import Image
 
 from simpletuner.config.evaluation_models import needs_evaluation_model
 from simpletuner.config.image_metrics import parse_metric_names
-from simpletuner.config.schema import RunConfig
+from simpletuner.config.schema import RunConfig, trigger_word
 from simpletuner.data.pixels import load_pixels
 from simpletuner.data.sample_types import BucketedSample
 from simpletuner.events.event_types import Emit
@@ -20,12 +20,6 @@ from simpletuner.validation.prompt_library import library_prompts
 from simpletuner.validation.prompts import parse_sizes, read_prompts
 
 REFERENCE_IMAGES = 64  # training images that likeness compares with, or fewer where there are fewer
-
-
-def trigger_word(run: RunConfig) -> str | None:
-    """Return the word or phrase that stands for the trained concept, where one is given."""
-    given = run.publishing.modelspec_trigger or run.data.instance_prompt
-    return given.strip() if isinstance(given, str) and given.strip() else None
 
 
 def read_metric_prompts(
