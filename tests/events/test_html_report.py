@@ -266,11 +266,22 @@ def test_scores_stand_side_by_side(tmp_path: Path) -> None:
     assert "<h2>Scores" not in report(tmp_path / "none", [step(1)])
 
 
-def test_a_lora_at_half_its_strength_has_its_own_row(tmp_path: Path) -> None:
-    page = report(tmp_path, [image(tmp_path, 0, "base"), image(tmp_path, 5, "trained"),
-                             image(tmp_path, 5, "strength 0.5")])  # fmt: skip
-    assert page.count("seed 42</span>") == 1
-    assert page.count("seed 42 · strength 0.5</span>") == 1
-    assert page.index("seed 42</span>") < page.index(
-        "seed 42 · strength 0.5</span>"
-    )  # below the whole one
+def test_a_strength_is_a_column_of_its_prompt_and_not_a_row(tmp_path: Path) -> None:
+    events = [
+        image(tmp_path, 0, "base"),
+        image(tmp_path, 10, "trained"),
+        image(tmp_path, 10, "strength 0.5"),
+    ]
+    page = report(tmp_path, events)
+    images = page.partition("Validation images")[2].partition("</table>")[0]
+    assert images.count('<th scope="row">') == 1
+    assert '<th scope="col">strength 0.5</th>' in images
+    assert images.count("<img ") == 3
+
+
+def test_settings_stack_on_a_phone(tmp_path: Path) -> None:
+    """An option's name is never broken in its middle: name and values are below each other."""
+    (tmp_path / "config.json").write_text(json.dumps({"a_rather_long_option_name": 1}))
+    page = report(tmp_path, [image(tmp_path, 0, "base")])
+    assert '<table class="plain settings">' in page
+    assert "grid-column: 1 / -1" in page

@@ -31,6 +31,7 @@ from simpletuner.image_decoding import UndecodableImage, decoder_errors
 
 MAX_COLUMNS = 9  # steps of the images that are shown: the first, the last and some between
 THUMBNAIL_PX = 448
+ImageColumn = tuple[int, str]  # step and "", or step and "strength 0.5"
 SERIES_STYLES = ("line", "second", "third")
 # The browser must fetch nothing at all, whatever a caption or a file name may contain.
 CONTENT_SECURITY_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -202,28 +203,31 @@ def _format_cell(event: ScoresComputed, name: str) -> str:
 
 
 def _render_images(run_dir: Path, history: RunHistory) -> str:
-    rows: dict[ImageKey, dict[int, ImageSaved]] = {}
-    for ((prompt, width, height, seed, weights), step), event in history.images.items():
-        kinds = {other[4] for (other, _) in history.images if other[4] != "base"} or {"trained"}
-        for kind in kinds if weights == "base" else {weights}:
-            rows.setdefault((prompt, width, height, seed, kind), {})[step] = event
-    steps = sorted({step for row in rows.values() for step in row})
-    shown = pick_evenly(steps, MAX_COLUMNS)
+    rows = _image_rows(history)
+    columns = sorted({column for row in rows.values() for column in row})
+    steps = [column for column in columns if not column[1]]
+    strengths = [column for column in columns if column[1]]
+    shown = [*(steps[at] for at in pick_evenly(range(len(steps)), MAX_COLUMNS)), *strengths]
     bases = {
-        step for row in rows.values() for step, event in row.items() if event.weights == "base"
+        column[0]
+        for row in rows.values()
+        for column, event in row.items()
+        if event.weights == "base"
     }
-    heads = "".join(f'<th scope="col">{_step_heading(step, step in bases)}</th>' for step in shown)
+    heads = "".join(
+        f'<th scope="col">{_escape_text(strength) or _step_heading(step, step in bases)}</th>'
+        for step, strength in shown
+    )
     lines = []
-    order = {"trained": 0, "ema": 1}  # then the weaker LoRAs
     for (_, width, height, seed, kind), row in sorted(
-        rows.items(), key=lambda row: (row[0][:4], order.get(row[0][4], 2), row[0][4])
+        rows.items(), key=lambda row: (row[0][:4], row[0][4] != "trained")
     ):
         event = next(iter(row.values()))
-        which = {"trained": "", "ema": " · EMA"}.get(kind, f" · {kind}")
+        which = " · EMA" if kind == "ema" else ""
         about = f'<span class="soft">{width} x {height} · seed {seed}{_escape_text(which)}</span>'
         cells = "".join(
-            f"<td>{_render_thumbnail(run_dir, row[step]) if step in row else ''}</td>"
-            for step in shown
+            f"<td>{_render_thumbnail(run_dir, row[column]) if column in row else ''}</td>"
+            for column in shown
         )
         lines.append(
             f'<tr><th scope="row">{_escape_text(event.prompt) or "(empty prompt)"}<br>{about}</th>'
@@ -232,9 +236,28 @@ def _render_images(run_dir: Path, history: RunHistory) -> str:
     start = f'<div class="scroll"><table class="pictures" style="--columns: {len(shown)}">'
     table = f"{start}<tr><th></th>{heads}</tr>{''.join(lines)}</table></div>"
     note = (
-        f'<p class="soft">{len(shown)} of {len(steps)} steps</p>' if len(shown) < len(steps) else ""
+        f'<p class="soft">{MAX_COLUMNS} of {len(steps)} steps</p>'
+        if len(steps) > MAX_COLUMNS
+        else ""
     )
     return _render_section("Validation images", note + table if rows else "")
+
+
+def _image_rows(history: RunHistory) -> dict[ImageKey, dict[ImageColumn, ImageSaved]]:
+    """Return a row per prompt, size, seed and kind of weights: its columns with their images.
+
+    The image of the base model comes first in each row of its prompt; images of the LoRA at other
+    strengths are further columns of the row of the trained weights, not rows of their own.
+    """
+    kinds = {key[4] for key, _ in history.images} & {"ema"} | {"trained"}
+    rows: dict[ImageKey, dict[ImageColumn, ImageSaved]] = {}
+    for ((prompt, width, height, seed, weights), step), event in history.images.items():
+        strength = weights if weights not in ("base", "trained", "ema") else ""
+        row_kinds = kinds if weights == "base" else {"trained" if strength else weights}
+        for kind in row_kinds:
+            row = rows.setdefault((prompt, width, height, seed, kind), {})
+            row[step, strength] = event
+    return rows
 
 
 def _render_thumbnail(run_dir: Path, event: ImageSaved) -> str:
@@ -279,13 +302,13 @@ def _render_settings(run_dir: Path, defaults: Mapping[str, Any] | None) -> str:
     differs = [key for key, value in config.items() if key in known and value != known[key]]
     changed = [(key, _format_value(config[key]), _format_value(known[key])) for key in differs]
     others = [(key, _format_value(value)) for key, value in config.items() if key not in differs]
-    rest = _render_table(("option", "value"), others)
+    rest = _render_table(("option", "value"), others, "settings")
     if not changed:
         return _render_section("Settings", rest)
     summary = f"<details><summary>{len(others)} more at their defaults</summary>{rest}</details>"
     return _render_section(
         "Settings that differ from the defaults",
-        _render_table(("option", "value", "default"), changed) + summary,
+        _render_table(("option", "value", "default"), changed, "settings") + summary,
     )
 
 
@@ -297,14 +320,14 @@ def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _render_table(heads: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
+def _render_table(heads: Iterable[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
     if not rows:
         return ""
     head = "".join(f'<th scope="col">{_escape_text(name)}</th>' for name in heads)
     lines = "".join(
         "<tr>" + "".join(f"<td>{_escape_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f'<div class="scroll"><table class="plain"><tr>{head}</tr>{lines}</table></div>'
+    return f'<div class="scroll"><table class="plain {kind}"><tr>{head}</tr>{lines}</table></div>'
 
 
 def _render_section(title: str, content: str) -> str:
