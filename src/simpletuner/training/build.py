@@ -16,7 +16,7 @@ from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig, trigger_word
 from simpletuner.data.dataset_config import DatasetFile
 from simpletuner.data.sample_order import SampleOrder
-from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
+from simpletuner.events.event_types import Emit, NoticeIssued
 from simpletuner.models import registry
 from simpletuner.models.family import ModelFamily
 from simpletuner.training import optimizers, resume
@@ -109,7 +109,7 @@ def build_trainer_context(
 
 
 def make_sample_order(run: RunConfig, prepared: PreparedInputs, emit: Emit) -> SampleOrder:
-    """Return the order of the training samples, and warn of batches that are not full."""
+    """Return the order of the training samples, and note batches that are not full."""
     order = SampleOrder(
         prepared.train.placed_samples,
         prepared.train_sets,
@@ -117,8 +117,8 @@ def make_sample_order(run: RunConfig, prepared: PreparedInputs, emit: Emit) -> S
         run.training.train_batch_size,
         run.data,
     )
-    for warning in order.notices:
-        emit(WarningIssued(warning))
+    for notice in order.notices:
+        emit(NoticeIssued(notice))
     return order
 
 
