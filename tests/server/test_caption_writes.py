@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from simpletuner.server.api_errors import ApiError
+from simpletuner.server.caption_files import MAX_CAPTION_CHARS, read_caption
 from simpletuner.server.dataset_service import (
-    MAX_CAPTION_CHARS,
     CropSettings,
     DatasetService,
-    read_caption,
 )
 from simpletuner.server.schemas.datasets import CaptionWrite, DatasetItem
 from simpletuner.server.workspace import PathOutsideWorkspace
@@ -116,7 +115,7 @@ def test_a_full_or_locked_disk_is_told(
     def full(path: Path, text: str) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("simpletuner.server.dataset_service.write_atomically", full)
+    monkeypatch.setattr("simpletuner.server.caption_files.write_atomically", full)
     with pytest.raises(OSError, match="Read-only"):
         write(photos, "a.png", "new", "first\r\nsecond")
     assert (folder(photos) / "a.txt").read_bytes() == b"first\r\nsecond"

@@ -12,9 +12,12 @@ from starlette.testclient import TestClient
 
 from simpletuner.server.api import configs
 from simpletuner.server.api_errors import register_error_handlers
+from simpletuner.server.dataset_service import DatasetService
 from simpletuner.server.draft_store import DraftStore
 from simpletuner.server.plan_service import PlanService
+from simpletuner.server.start_checks import StartChecks
 from simpletuner.server.workspace import Workspace, run_id
+from tests.server.queue_harness import make_device
 
 V1 = "/api/v1"
 
@@ -31,8 +34,14 @@ def client(tmp_path: Path) -> TestClient:
     runs = SimpleNamespace(find_folder=lambda id: run if id == run_id(run) else None)
     plans = PlanService(place, (sys.executable, str(fake)))
     app = FastAPI()
+    datasets = DatasetService(place)
     app.state.services = SimpleNamespace(
-        workspace=place, drafts=DraftStore(place), plans=plans, runs=runs
+        workspace=place,
+        drafts=DraftStore(place),
+        plans=plans,
+        runs=runs,
+        checks=StartChecks(place, datasets, lambda: [make_device("cuda")]),
+        step_times=SimpleNamespace(correction=lambda flavour: (0.5, "fox")),
     )
     app.include_router(configs.router)
     register_error_handlers(app)

@@ -23,7 +23,7 @@ from simpletuner.server.api_errors import ApiError
 from simpletuner.server.dataset_service import CropSettings, DatasetService
 from simpletuner.server.schemas.datasets import DatasetInfo
 from simpletuner.server.workspace import PathOutsideWorkspace
-from tests.data.unusable_files import png_header
+from tests.data.unusable_files import encode_image, png_header
 from tests.quick import assert_quick
 from tests.server.dataset_app import PNG, make_workspace
 
@@ -385,3 +385,22 @@ def test_importing_brings_neither_numpy_nor_pillow() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
     code = "import sys, simpletuner.server.image_index as _; print('numpy' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_identical_and_tiny_images_are_found(tmp_path: Path) -> None:
+    where = make_workspace(tmp_path / "w")
+    folder = where.datasets_dir / "a"
+    (folder / "sub").mkdir(parents=True)
+    large = encode_image(Image.effect_noise((300, 300), 50).convert("RGB"), "PNG")
+    for name, content in (("one.png", PNG), ("two.png", large), ("sub/copy.png", large)):
+        (folder / name).write_bytes(content)
+    service = DatasetService(where)
+    found = service.findings("a")
+    assert found.duplicates == [["sub/copy.png", "two.png"]]
+    assert found.small == ["one.png"]
+
+    def page(only: str) -> list[str]:
+        return [one.file for one in service.list_items("a", 0, 9, only, CropSettings()).items]
+
+    assert page("duplicate") == ["sub/copy.png", "two.png"]
+    assert page("small") == ["one.png"]

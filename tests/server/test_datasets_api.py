@@ -100,7 +100,7 @@ def test_refusals_say_what_is_wrong(web: TestClient) -> None:
     put(web, "a.png", PNG)
     for file, data, status, word in [
         ("a.png", OTHER_PNG, 409, "rename"),
-        ("b.png", b"<html>", 415, "starts with"),
+        ("b.png", b"<html>", 415, "is a web page, not an image"),
         ("b.svg", b"<svg/>", 415, ".svg"),
         ("%2e%2e%2fb.png", PNG, 422, "leads out"),
         ("c.zip", b"PK", 415, "archive"),
@@ -233,7 +233,7 @@ def test_a_disk_that_takes_nothing_is_told(
     def full(path: Path, text: str) -> None:
         raise OSError(code, os.strerror(code), str(path))
 
-    monkeypatch.setattr("simpletuner.server.dataset_service.write_atomically", full)
+    monkeypatch.setattr("simpletuner.server.caption_files.write_atomically", full)
     asked = make_client(where)
     answer = asked.put("/api/v1/datasets/photos/captions/a.png", json={"text": "x", "before": None})
     assert answer.status_code == 507

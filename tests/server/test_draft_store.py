@@ -18,6 +18,8 @@ from simpletuner.server.draft_store import DraftStore, parse_import
 from simpletuner.server.schemas.configs import DraftWrite, ImportRequest
 from simpletuner.server.workspace import Workspace
 
+WORKSPACE = Workspace(Path("/nowhere"))
+
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
@@ -123,7 +125,7 @@ def test_options_are_imported_under_their_own_names() -> None:
       "max_train_steps": "many",
       "tracker_run_name": "{env:HOME}",
     }"""
-    found = parse_import(ImportRequest(name="config.jsonc", text=text))
+    found = parse_import(ImportRequest(name="config.jsonc", text=text), WORKSPACE)
     kept = {
         "lora_rank": 32,
         "base_model_precision": "int8",
@@ -141,19 +143,24 @@ def test_options_are_imported_under_their_own_names() -> None:
 
 
 def test_toml_datasets_and_broken_files_are_told_apart() -> None:
-    assert parse_import(ImportRequest(name="a.toml", text="seed = 7\n")).config == {"seed": 7}
-    sets = parse_import(ImportRequest(name="multidatabackend.json", text='[{"id": "a"}, 3] // two'))
+    assert parse_import(ImportRequest(name="a.toml", text="seed = 7\n"), WORKSPACE).config == {
+        "seed": 7
+    }
+    sets = parse_import(
+        ImportRequest(name="multidatabackend.json", text='[{"id": "a"}, 3] // two'), WORKSPACE
+    )
     assert sets.datasets == [{"id": "a"}]
     assert len(sets.problems) == 1
     wrapped = parse_import(
-        ImportRequest(name="c.json", text='{"_metadata": {}, "config": {"seed": 7}}')
+        ImportRequest(name="c.json", text='{"_metadata": {}, "config": {"seed": 7}}'),
+        WORKSPACE,
     )
     assert wrapped.config == {"seed": 7}
-    broken = parse_import(ImportRequest(name="../../config.json", text='{\n  "seed": }'))
+    broken = parse_import(ImportRequest(name="../../config.json", text='{\n  "seed": }'), WORKSPACE)
     assert broken.config is None
     assert broken.problems[0].where == "config.json:2:11"
     for text in ("", "3", "null", '"x"'):
-        assert parse_import(ImportRequest(name="x.json", text=text)).problems
+        assert parse_import(ImportRequest(name="x.json", text=text), WORKSPACE).problems
 
 
 def test_a_run_is_copied_without_what_is_its_own(workspace: Workspace) -> None:
@@ -186,4 +193,30 @@ def test_a_run_is_copied_without_what_is_its_own(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("text", ["a = " + "[" * 20_000, "a = " + "9" * 5000])
 def test_an_import_beyond_all_bounds_is_a_complaint(text: str) -> None:
-    assert parse_import(ImportRequest(name="config.toml", text=text)).problems
+    assert parse_import(ImportRequest(name="config.toml", text=text), WORKSPACE).problems
+
+
+def test_an_output_dir_elsewhere_becomes_a_folder_of_the_workspace(workspace: Workspace) -> None:
+    """The configuration of the quickstart imports and starts as it is."""
+    guide = Path(__file__).parents[2] / "docs" / "quickstart" / "README.md"
+    text = guide.read_text(encoding="utf-8").partition("```jsonc\n")[2].partition("```")[0]
+    assert '"output_dir": "/workspace/chroma-output"' in text
+    found = parse_import(ImportRequest(name="config.json", text=text), workspace)
+    assert found.problems == []
+    assert found.config is not None
+    assert found.config["output_dir"] == "output/chroma-output"
+    assert any("/workspace/chroma-output is outside" in note for note in found.notes)
+    workspace.datasets_dir.mkdir()
+    datasets = [{"id": "a", "instance_data_dir": str(workspace.datasets_dir)}]
+    problems = validate_config(workspace, found.config, datasets).problems
+    assert [one for one in problems if one.loc == "output_dir"] == []
+
+
+def test_prompts_are_kept_and_their_names_are_unique(workspace: Workspace) -> None:
+    entry = {"name": "red", "prompt": "a red zorbo", "seed": 3}
+    made = DraftStore(workspace).create(
+        DraftWrite(name="fox", config={}, datasets=[], prompts=[entry])
+    )
+    assert DraftStore(workspace).get(made.id).prompts[0].seed == 3
+    with pytest.raises(ValueError, match="same name"):
+        DraftWrite(name="a", config={}, datasets=[], prompts=[entry, {**entry, "name": "RED"}])

@@ -13,7 +13,7 @@ from simpletuner.config.output_folder import RUN_MARKER
 from simpletuner.server.api_errors import ApiError
 from simpletuner.server.job_config import run_folder_name
 from simpletuner.server.job_folder import JobFolder
-from simpletuner.server.schemas.configs import DraftWrite
+from simpletuner.server.schemas.configs import DraftWrite, PromptEntry
 from simpletuner.server.schemas.jobs import JobRequest, Queue, QueueWrite
 from simpletuner.server.schemas.runs import ResumeRequest
 from simpletuner.server.workspace import run_id
@@ -455,3 +455,25 @@ def test_a_run_with_a_folder_is_not_withdrawn(harness: QueueHarness) -> None:
     (harness.jobs.jobs_dir / job.id / "end.json").write_text(ended.model_dump_json())
     with pytest.raises(ApiError, match="delete that folder"):
         harness.jobs.cancel(job.id)
+
+
+def test_a_lower_learning_rate_is_possible_on_resume(harness: QueueHarness) -> None:
+    """It is what the advice after a loss that is not finite says."""
+    folder = run_folder(harness, "hand")
+    job = harness.jobs.resume(run_id(folder), ResumeRequest(learning_rate=1e-5))
+    config = harness.read_job_file(job, "config/config.json")
+    assert (config["learning_rate"], config["resume_with_changes"]) == (1e-5, True)
+
+
+def test_the_prompts_of_a_draft_are_a_library_of_the_job(harness: QueueHarness) -> None:
+    draft = harness.drafts.get(harness.create_draft())
+    prompts = [PromptEntry(name="red", prompt="a red zorbo", negative_prompt="blue", seed=3)]
+    harness.drafts.update(
+        draft.id,
+        DraftWrite(**draft.model_dump(exclude={"id", "changed_t", "prompts"}), prompts=prompts),
+    )
+    job = harness.jobs.enqueue(JobRequest(draft=draft.id))
+    assert job.draft == draft.id
+    library = Path(harness.read_job_file(job, "config/config.json")["user_prompt_library"])
+    entry = {"prompt": "a red zorbo", "negative_prompt": "blue", "seed": 3}
+    assert json.loads(library.read_text()) == {"red": entry}

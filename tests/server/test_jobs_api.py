@@ -12,6 +12,8 @@ from fastapi.testclient import TestClient
 
 from simpletuner.server.api import jobs
 from simpletuner.server.api_errors import register_error_handlers
+from simpletuner.server.plan_service import PlanService
+from simpletuner.server.step_times import StepTimes
 from simpletuner.server.workspace import run_id
 from simpletuner.training.run_folder import RunFolder
 from tests.server.queue_harness import QueueHarness
@@ -27,7 +29,13 @@ def harness(tmp_path: Path) -> QueueHarness:
 @pytest.fixture
 def client(harness: QueueHarness) -> TestClient:
     app = FastAPI()
-    app.state.services = SimpleNamespace(jobs=harness.jobs, runs=harness.runs)
+    app.state.services = SimpleNamespace(
+        jobs=harness.jobs,
+        runs=harness.runs,
+        drafts=harness.drafts,
+        plans=PlanService(harness.workspace),
+        step_times=StepTimes(harness.jobs, harness.runs),
+    )
     register_error_handlers(app)
     app.include_router(jobs.router)
     return TestClient(app)

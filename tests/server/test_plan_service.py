@@ -23,6 +23,8 @@ FAKE = """
 import json, os, pathlib, sys, time
 with open("started", "a") as log:
     log.write(f"{os.getpid()}\\n")
+if os.path.exists("wait"):
+    print("trying settings", file=sys.stderr, flush=True)
 words = sys.argv[1:]
 config = json.loads(pathlib.Path(words[words.index("--config") + 1]).read_text())
 while os.path.exists("wait"):
@@ -182,3 +184,29 @@ def test_modules_in_the_workspace_are_not_the_planner_s(tmp_path: Path) -> None:
     while not process.has_ended(1.0):
         pass
     assert process.result()[0] == {"safe": "1"}
+
+
+def test_a_plan_can_be_cancelled_and_says_how_far_it_is(
+    plans: PlanService, workspace: Workspace
+) -> None:
+    (workspace.root / "wait").touch()
+    asked = PlanRequest(config={"lora_rank": 4}, fit="12GB")
+    plans.get_or_start(asked)
+    until(lambda: plans.get_or_start(asked).progress == "trying settings")
+    assert plans.get_or_start(asked).running_s > 0
+    plans.cancel()
+    (workspace.root / "wait").unlink()
+    assert plans.get_or_start(asked).state == "pending"  # it was started anew
+    until(lambda: len((workspace.root / "started").read_text().split()) == 2)
+
+
+def test_the_plan_takes_the_size_of_the_images(workspace: Workspace, tmp_path: Path) -> None:
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+    command = (sys.executable, str(script))
+    plans = PlanService(workspace, command, lambda config, datasets: (192, 128))
+    config = {"resolution": 128, "resolution_type": "pixel"}
+    planned = answer(plans, PlanRequest(config=config)).plan
+    assert planned is not None
+    assert planned["config"] == {"resolution": 156.767, "resolution_type": "pixel_area"}
+    plans.close()

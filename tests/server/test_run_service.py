@@ -527,3 +527,27 @@ def test_fifty_long_runs_cost_next_to_nothing(
     assert len(parsed) < 50 * 25_000 / 5
     # 2 ms each where nothing else runs.
     assert_quick(lambda: [known.summaries() for _ in range(10)], 0.5)
+
+
+def test_a_failure_is_told_once_and_not_after_a_successful_resume(tmp_path: Path) -> None:
+    """The state and its message tell of it; the list of warnings is for what needs attention."""
+    run = RunFolderWriter(tmp_path / "run").write_start()
+    run.write_events(event_types.WarningIssued("look"), event_types.RunFailed(0, "no captions", 3))
+    known, id = RunService(Workspace(tmp_path)), run_id(run.path)
+    assert known.detail(id).problems == ["look"]
+    run.write_start().write_steps(1, 2)
+    assert known.detail(id).problems == ["look"]
+
+
+def test_the_documents_and_the_datasets_of_a_run(tmp_path: Path) -> None:
+    run = RunFolderWriter(tmp_path / "output" / "run").write_start()
+    photos = tmp_path / "datasets" / "photos"
+    photos.mkdir(parents=True)
+    sets = tmp_path / "sets.json"
+    sets.write_text(json.dumps([{"id": "x", "instance_data_dir": str(photos)}]))
+    (run.path / "config.json").write_text(json.dumps({"data_backend_config": str(sets)}))
+    (run.path / "report.html").write_text("<p>")
+    (run.path / "README.md").write_text("# LoRA")
+    detail = RunService(Workspace(tmp_path)).detail(run_id(run.path))
+    assert [one.path for one in detail.documents] == ["report.html", "README.md"]
+    assert detail.datasets == ["photos"]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from simpletuner.server import uploads
 from simpletuner.server.api_errors import ApiError
 from simpletuner.server.schemas.datasets import RefusedFile
-from simpletuner.server.uploads import IncomingUpload, safe_name
+from simpletuner.server.uploads import IncomingUpload, describe_content, safe_name
 from simpletuner.server.workspace import Workspace
 from tests.data.unusable_files import encode_image, noise_image, png_header
 from tests.server.dataset_app import OTHER_PNG, PNG, make_workspace
@@ -394,3 +394,20 @@ def test_names_beyond_ascii_cost_no_look_at_the_whole_folder(
     monkeypatch.setattr(os, "listdir", listed)
     saved, not_saved = send(folder, "a.zip", packed({"चित्र.png": PNG, "é.png": PNG}))
     assert (len(saved), not_saved) == (2, [])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<!DOCTYPE html><p>not found</p>", "a web page"),
+        (b"GIF89a\1\0", "a GIF"),
+        (b"....ftypheic....", "HEIC"),
+        (b"plain words", "text, not an image"),
+        (b"\0\1\2\xff", "damaged, or not an image"),
+        (b"", "empty"),
+    ],
+)
+def test_a_message_names_the_content_and_holds_no_raw_bytes(content: bytes, said: str) -> None:
+    message = describe_content(content)
+    assert said in message
+    assert "\\x" not in message

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
 from simpletuner.config import constraints
@@ -22,6 +23,7 @@ from simpletuner.config.load import (
 from simpletuner.config.option_catalog import all_options, option_aliases
 from simpletuner.config.output_folder import find_output_dir_problems
 from simpletuner.config.schema import DataOptions
+from simpletuner.data.dataset_config import DatasetFile
 from simpletuner.data.dataset_file import try_read_datasets
 from simpletuner.errors import Problem
 from simpletuner.server.form_schema import NOT_SETTABLE
@@ -33,6 +35,18 @@ ENV_PLACEHOLDER = "{env:"
 DATASET_FOLDER_FIELDS = ("instance_data_dir", "cache_dir")
 
 
+@dataclass(frozen=True)
+class ValidatedConfig:
+    """A validation result with the options and datasets that it loaded.
+
+    loaded: None if the options have problems. datasets: those without problems.
+    """
+
+    result: ConfigValidationResult
+    loaded: LoadedConfig | None
+    datasets: DatasetFile
+
+
 def validate_config(
     workspace: Workspace, config: Mapping[str, Any], datasets: Sequence[Any]
 ) -> ConfigValidationResult:
@@ -40,10 +54,18 @@ def validate_config(
 
     Relative paths start at the workspace.
     """
+    return read_and_validate(workspace, config, datasets).result
+
+
+def read_and_validate(
+    workspace: Workspace, config: Mapping[str, Any], datasets: Sequence[Any]
+) -> ValidatedConfig:
+    """Validate like validate_config, and return the loaded options and datasets as well."""
     option_problems, result = validate_options(workspace, config)
     data_options = result.data_options or DataOptions()
-    dataset_problems, notes = _validate_datasets(workspace, datasets, data_options)
+    dataset_problems, read = _validate_datasets(workspace, datasets, data_options)
     problems = [*option_problems, *dataset_problems]
+    notes = list(read.notices)
     output_dir = {canonical_name(name): value for name, value in config.items()}.get("output_dir")
     if isinstance(output_dir, str) and (run_dir := workspace.resolve_or_none(output_dir)):
         problems += [
@@ -52,12 +74,15 @@ def validate_config(
         ]
     loaded = result.loaded
     if loaded is None:
-        return ConfigValidationResult(problems=problems, notes=notes, changed={})
-    return ConfigValidationResult(
+        return ValidatedConfig(
+            ConfigValidationResult(problems=problems, notes=notes, changed={}), None, read
+        )
+    valid = ConfigValidationResult(
         problems=problems,
         notes=[*loaded.notices, *notes],
         changed=changed_options(loaded),
     )
+    return ValidatedConfig(valid, loaded, read)
 
 
 def output_dir_problems(workspace: Workspace, run_dir: Path, datasets: Sequence[Any]) -> list[str]:
@@ -118,6 +143,13 @@ def to_error_detail(problem: Problem) -> ErrorDetail:
     return ErrorDetail(loc=name if known else "", message=message if known else problem.message)
 
 
+def folder_in_workspace(workspace: Workspace, path: str) -> str:
+    """Return a run folder below output/ with the last name of a path that is not allowed."""
+    name = PurePath(path.strip().replace("\\", "/")).name.lstrip(".")
+    candidate = f"{workspace.output_dir.name}/{name or 'run'}"
+    return candidate if workspace.resolve_or_none(candidate) is not None else ""
+
+
 def has_env_placeholder(value: Any) -> bool:
     """Return True if any string in the value, including keys, contains a placeholder."""
     return ENV_PLACEHOLDER in json.dumps(value, default=str)
@@ -143,13 +175,14 @@ def _forbidden_options(workspace: Workspace, config: Mapping[str, Any]) -> Itera
             try:
                 workspace.resolve(value)
             except PathOutsideWorkspace as error:
-                yield ErrorDetail(loc=name, message=str(error))
+                suggestion = folder_in_workspace(workspace, value) if name == "output_dir" else ""
+                yield ErrorDetail(loc=name, message=str(error), suggestion=suggestion)
 
 
 def _validate_datasets(
     workspace: Workspace, datasets: Sequence[Any], options: DataOptions
-) -> tuple[list[ErrorDetail], list[str]]:
-    """Return the problems of the datasets, and notices.
+) -> tuple[list[ErrorDetail], DatasetFile]:
+    """Return the problems of the datasets, and the datasets without problems.
 
     Folders are resolved to absolute paths. A folder that is not allowed is replaced by the
     workspace, so that the remaining fields are still checked.
@@ -183,7 +216,7 @@ def _validate_datasets(
     if not resolved:
         return [
             ErrorDetail(loc="datasets", message="there is no dataset; add a folder of images")
-        ], []
+        ], DatasetFile((), (), None)
     backends, dataset_problems = try_read_datasets(resolved, workspace.root, options)
     problems += [
         ErrorDetail(
@@ -191,4 +224,4 @@ def _validate_datasets(
         )
         for problem in dataset_problems
     ]
-    return problems, list(backends.notices)
+    return problems, backends

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import threading
 import time
 from collections import Counter
@@ -14,24 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.atomic_io import write_atomically
-from simpletuner.bounded_files import read_bounded_bytes
 from simpletuner.config.model_families import BUCKET_ALIGNMENT_PX, DEFAULT_FAMILY
 from simpletuner.config.schema import RunConfig
-from simpletuner.data.captions import MAX_CAPTION_BYTES
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_size
 from simpletuner.data.image_files import IMAGE_SUFFIXES, ImageFile
 from simpletuner.errors import DataError
 from simpletuner.server.api_errors import abort
+from simpletuner.server.caption_files import read_caption, write_caption
 from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.schemas.datasets import (
     BucketCount,
     CaptionWrite,
+    DatasetFindings,
     DatasetInfo,
     DatasetItem,
     DatasetItemPage,
     FolderListing,
 )
-from simpletuner.server.workspace import Workspace
+from simpletuner.server.workspace import Workspace, run_id
 
 if TYPE_CHECKING:
     from simpletuner.server.image_index import ImageIndex
@@ -42,7 +41,7 @@ ALIGNMENT_PX = BUCKET_ALIGNMENT_PX[DEFAULT_FAMILY]
 READ_WAIT_S = (
     0.5  # time to read changed files per request; the response has the number of unread ones
 )
-MAX_CAPTION_CHARS = 20_000  # characters of a caption; 512 tokens are some 2,500
+SMALL_IMAGE_PX = 256  # shorter edge; training at the usual resolutions enlarges it
 DEFAULT_SEED: int = RunConfig().training.seed
 
 
@@ -148,14 +147,20 @@ class DatasetService:
     def list_items(
         self, name: str, offset: int, limit: int, only: str, crop_settings: CropSettings
     ) -> DatasetItemPage:
-        """Return a page of images, sorted by name. only: all, captioned, uncaptioned or refused."""
+        """Return a page of images, sorted by name.
+
+        only: all, captioned, uncaptioned, refused, duplicate or small.
+        """
         index = self._refreshed_index(name)
         rows = index.rows()
-        shown = (
-            list(index.images)
-            if only == "all"
-            else [key for key, row in rows if row.status == only]
-        )
+        if only == "all":
+            shown = list(index.images)
+        elif only == "duplicate":
+            shown = [key for group in self.findings(name).duplicates for key in group]
+        elif only == "small":
+            shown = self.findings(name).small
+        else:
+            shown = [key for key, row in rows if row.status == only]
         shown += sorted(index.rejected_names) if only in ("all", "refused") else []
         page = [
             self._build_item(index, key, crop_settings) for key in shown[offset : offset + limit]
@@ -175,6 +180,24 @@ class DatasetService:
             BucketCount(width_px=w, height_px=h, pictures=count)
             for (w, h), count in sorted(totals.items())
         ]
+
+    def findings(self, name: str) -> DatasetFindings:
+        """Return identical and very small images. Files of the same size are read completely."""
+        from simpletuner.data.duplicates import find_identical_files
+
+        index = self._refreshed_index(name)
+        names = {image.file: key for key, image in index.images.items()}
+        groups = find_identical_files(names)
+        small = [
+            key
+            for key, row in index.rows()
+            if row.problem is None and min(row.size_px) < SMALL_IMAGE_PX
+        ]
+        return DatasetFindings(
+            duplicates=sorted(sorted(names[file] for file in group) for group in groups),
+            small=sorted(small),
+            small_px=SMALL_IMAGE_PX,
+        )
 
     def image_path(self, name: str, file: str) -> Path:
         """Return the path of an image of the dataset.
@@ -197,11 +220,34 @@ class DatasetService:
             self.workspace.resolve(image.path)
             caption_path = image.caption_path or image.path.with_suffix(".txt")
             self.workspace.resolve(caption_path)
-            _write_caption(caption_path, request, self.workspace)
+            write_caption(caption_path, request, self.workspace)
             index.caption_changed(caption_path)
         return DatasetItemPage(
             total=1, offset=0, items=[self._build_item(index, file, crop_settings)]
         )
+
+    def uncaptioned_files(self, folder: Path) -> list[str]:
+        """Return the images without a caption among those that have been read, sorted."""
+        return sorted(
+            name for name, row in self._index_of(folder).rows() if row.status == "uncaptioned"
+        )
+
+    def image_sizes(self, folder: Path) -> set[ImageSize]:
+        """Return the sizes in px of the usable images that have been read."""
+        return {row.size_px for _, row in self._index_of(folder).rows() if row.problem is None}
+
+    def some_captions(self, folder: Path, limit: int = 4) -> list[str]:
+        """Return the captions of a few images, evenly spread over the dataset."""
+        captions = [row.captions[0] for _, row in self._index_of(folder).rows() if row.captions]
+        stride = max(1, len(captions) // limit)
+        return captions[::stride][:limit]
+
+    def _index_of(self, folder: Path) -> ImageIndex:
+        """Return the index of a folder, which need not be a dataset of the workspace."""
+        real = self.workspace.resolve(folder)
+        known = (name for (name, path) in self._indexes if path == real)
+        name = next(known, f"folder-{run_id(real)}")
+        return self._refreshed_index_of(name, real, READ_WAIT_S)
 
     def is_owned(self, name: str) -> bool:
         """Return True if the folder of the dataset is in the workspace's datasets folder."""
@@ -270,9 +316,11 @@ class DatasetService:
         return index.images.get(file) or abort(404, "there is no such image")
 
     def _refreshed_index(self, name: str, wait_s: float = READ_WAIT_S) -> ImageIndex:
+        return self._refreshed_index_of(name, self._require_folder(name), wait_s)
+
+    def _refreshed_index_of(self, name: str, folder: Path, wait_s: float) -> ImageIndex:
         from simpletuner.server.image_index import ImageIndex
 
-        folder = self._require_folder(name)
         with self._lock:
             header_cache = self.workspace.server_dir / "datasets" / f"{name}.json"
             new_index = ImageIndex(self.workspace, name, folder, header_cache)
@@ -315,39 +363,6 @@ class DatasetService:
             bucket_px=window,
             crop_px=crop,
         )
-
-
-def read_caption(path: Path | None) -> str | None:
-    """Return the text of a caption file, or None if it is missing or not UTF-8."""
-    try:
-        return (
-            None
-            if path is None
-            else read_bounded_bytes(path, MAX_CAPTION_BYTES).decode("utf-8-sig")
-        )
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def _write_caption(path: Path, request: CaptionWrite, workspace: Workspace) -> None:
-    """Write a caption file after moving its old version to the trash.
-
-    A blank text removes the file.
-    """
-    if (
-        len(request.text) > MAX_CAPTION_CHARS
-        or "\0" in request.text
-        or any("\ud800" <= char <= "\udfff" for char in request.text)
-    ):
-        abort(422, f"a caption must be text of at most {MAX_CAPTION_CHARS} characters", "text")
-    if read_caption(path) != request.before:
-        abort(409, "the caption has been changed elsewhere; reload it before you write", "before")
-    if path.is_file():
-        shutil.copyfile(path, workspace.make_trash_folder() / path.name)
-    if request.text.strip():
-        write_atomically(path, request.text)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _crop_in_image(

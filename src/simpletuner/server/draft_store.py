@@ -19,10 +19,14 @@ from simpletuner.config.documents import parse_document
 from simpletuner.config.option_catalog import all_options
 from simpletuner.errors import ConfigError
 from simpletuner.server.api_errors import ApiError, abort
-from simpletuner.server.config_validation import canonical_name, has_env_placeholder
+from simpletuner.server.config_validation import (
+    canonical_name,
+    folder_in_workspace,
+    has_env_placeholder,
+)
 from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.form_schema import NOT_SETTABLE
-from simpletuner.server.job_config import load_run_datasets
+from simpletuner.server.job_config import load_run_datasets, read_prompt_file
 from simpletuner.server.schemas.base import UNSHOWN_CHARACTERS, ErrorDetail
 from simpletuner.server.schemas.configs import Draft, DraftWrite, ImportRequest, ImportResult
 from simpletuner.server.workspace import Workspace
@@ -99,8 +103,17 @@ class DraftStore:
             ]
         except (ApiError, ConfigError):
             datasets = []
+        prompts, own = read_prompt_file(options.get("user_prompt_library"), self._workspace)
+        if own:
+            del options["user_prompt_library"]
         name = folder.name if DRAFT_NAME.fullmatch(folder.name) else "copy"
-        return self.create(DraftWrite(name=f"{name[:73]} copy", config=options, datasets=datasets))
+        wanted = DraftWrite(
+            name=f"{name[:73]} copy",
+            config=options,
+            datasets=datasets,
+            prompts=prompts if own else [],
+        )
+        return self.create(wanted)
 
     def _path(self, id: str) -> Path:
         if not DRAFT_ID.fullmatch(id):
@@ -129,17 +142,18 @@ class DraftStore:
             changed_t=time.time(),
             config=wanted.config,
             datasets=wanted.datasets,
+            prompts=wanted.prompts,
         )
         self._folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path(id), draft.model_dump_json(indent=1))
         return draft
 
 
-def parse_import(given: ImportRequest) -> ImportResult:
+def parse_import(given: ImportRequest, workspace: Workspace) -> ImportResult:
     """Parse a file of options or of datasets into the form of a draft.
 
     The result has canonical option names, and neither default values nor options that cannot be set
-    here.
+    here. An output_dir outside the allowed folders becomes one of the same name below output/.
     """
     try:
         value = parse_document(
@@ -166,7 +180,20 @@ def parse_import(given: ImportRequest) -> ImportResult:
     if "_metadata" in value and isinstance(value.get("config"), dict):
         value = value["config"]
     config, problems, notes = _normalize_options(value)
+    notes += _move_output_dir(config, workspace)
     return ImportResult(config=config, datasets=None, problems=problems, notes=notes)
+
+
+def _move_output_dir(config: dict[str, Any], workspace: Workspace) -> list[str]:
+    """Replace an output_dir that is not allowed; return notes about it."""
+    given = config.get("output_dir")
+    if not isinstance(given, str) or workspace.resolve_or_none(given) is not None:
+        return []
+    moved = folder_in_workspace(workspace, given)
+    if not moved:
+        return []
+    config["output_dir"] = moved
+    return [f"output_dir is {moved} in the workspace, because {given} is outside of it"]
 
 
 def _normalize_options(

@@ -6,6 +6,7 @@ for the list of runs, which shows no single step.
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from typing import Any
 
@@ -19,6 +20,7 @@ from simpletuner.server.schemas.runs import RunStage
 
 STEP_MARKER = b'"kind": "step"'
 MAX_SAMPLED_STEPS = 256  # steps parsed per chunk, besides the last ones
+MIN_MEASURED_STEPS = 3  # the first steps of a process are slower than the others
 SPEED_WINDOW_STEPS = 50  # steps over which the speed is measured
 MAX_CURVE_POINTS = 60
 MAX_NOTES = 200
@@ -78,6 +80,7 @@ class EventSummary:
         self.stages_done: list[str] = []
         self.notes: deque[str] = deque(maxlen=MAX_NOTES)
         self.loss_curve = LossCurve()
+        self._step_seconds: deque[float] = deque(maxlen=SPEED_WINDOW_STEPS)
         self._recent_steps: deque[tuple[int, float]] = deque(maxlen=SPEED_WINDOW_STEPS)
 
     @property
@@ -116,6 +119,13 @@ class EventSummary:
         if last_step > first_step and last_t > first_t:  # otherwise the clock was set back
             seconds_per_step = (last_t - first_t) / (last_step - first_step)
         return max(0.0, seconds_per_step * (self.total_steps - last_step))
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The median time of the recent steps, None before the third one."""
+        if len(self._step_seconds) < MIN_MEASURED_STEPS:
+            return None
+        return statistics.median(self._step_seconds)
 
     @property
     def best_step(self) -> int | None:
@@ -172,6 +182,7 @@ class EventSummary:
         self.history.last_event_time = t
         self.stages.clear()
         self._recent_steps.append((event.step, t))
+        self._step_seconds.append(event.seconds)
         self.loss_curve.add(event.step, event.loss)
 
     def _apply_event(self, event: event_types.Event) -> None:

@@ -72,6 +72,7 @@ def _option_info(option: Option) -> OptionInfo:
     info = {key: value for key, value in vars(option).items() if key in OptionInfo.model_fields}
     settable = option.name not in NOT_SETTABLE
     info["choices"] = list(option.choices)
+    info["aliases"] = list(option.aliases)
     info["needs"] = _needs_to_json(group for group in option.needs if len(group) == 1)
     info["needs_any"] = _needs_to_json(group for group in option.needs if len(group) > 1)
     return OptionInfo(**info, takes=option.takes, settable=settable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import subprocess
@@ -28,6 +29,12 @@ def list_devices() -> list[DeviceInfo]:
     if not devices and platform.system() == "Darwin" and platform.machine() == "arm64":
         devices = parse_sysctl(run_tool(SYSCTL))
     return devices or [cpu_device()]
+
+
+@functools.cache
+def known_devices() -> tuple[DeviceInfo, ...]:
+    """Return list_devices() as it was at the first call: which devices there are never changes."""
+    return tuple(list_devices())
 
 
 def run_tool(argv: tuple[str, ...]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from simpletuner.atomic_io import write_atomically
 from simpletuner.config import paths
@@ -24,11 +27,13 @@ from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.form_schema import NOT_SETTABLE
 from simpletuner.server.run_artifacts import checkpoint_step, list_outputs
 from simpletuner.server.schemas.base import ErrorDetail
-from simpletuner.server.schemas.configs import Draft
+from simpletuner.server.schemas.configs import Draft, PromptEntry
+from simpletuner.server.schemas.runs import ResumeRequest
 from simpletuner.server.workspace import PathOutsideWorkspace, Workspace
 
 LENGTH_OPTIONS = ("max_train_steps", "num_train_epochs")
 MAX_NAME_LENGTH = 64
+PROMPTS_FILE = "prompts.json"
 
 
 def run_folder_name(name: str) -> str:
@@ -40,13 +45,15 @@ def run_folder_name(name: str) -> str:
 class JobConfig:
     """The frozen configuration of a job.
 
-    config: has an absolute output_dir. datasets: have absolute folders. omitted_options: options of
+    config: has an absolute output_dir. datasets: have absolute folders. prompts: replace
+    user_prompt_library if there are any. omitted_options: options of
     a run's own configuration that the server does not accept, with the reason.
     """
 
     config: Mapping[str, Any]
     datasets: Sequence[Mapping[str, Any]]
     omitted_options: tuple[str, ...] = ()
+    prompts: Sequence[PromptEntry] = ()
 
     @property
     def run_dir(self) -> Path:
@@ -59,14 +66,39 @@ class JobConfig:
         return None if processes == "auto" else int(processes)
 
     def write(self, folder: Path) -> Path:
-        """Write config.json and multidatabackend.json; return the path of config.json."""
+        """Write config.json, its datasets and prompts; return the path of config.json."""
         folder.mkdir(parents=True)
         datasets_path = folder / "multidatabackend.json"
         config_path = folder / "config.json"
         config = {**self.config, "data_backend_config": str(datasets_path)}
+        if self.prompts:
+            config["user_prompt_library"] = str(folder / PROMPTS_FILE)
+            write_prompts(folder / PROMPTS_FILE, self.prompts)
         write_atomically(datasets_path, _to_json(self.datasets))
         write_atomically(config_path, _to_json(config))
         return config_path
+
+
+def write_prompts(path: Path, prompts: Iterable[PromptEntry]) -> None:
+    """Write a prompt library as `user_prompt_library` reads it."""
+    library = {
+        entry.name: entry.model_dump(exclude={"name"}, exclude_defaults=True) for entry in prompts
+    }
+    write_atomically(path, _to_json(library))
+
+
+def read_prompt_file(path: Any, workspace: Workspace) -> tuple[list[PromptEntry], bool]:
+    """Return the prompts of a library, and True if the server wrote it for a job."""
+    real = workspace.resolve_or_none(path) if isinstance(path, str) else None
+    content = (read_json_object(real) if real is not None else None) or {}
+    prompts = []
+    for name, value in content.items():
+        fields = {"prompt": value} if isinstance(value, str) else value
+        if isinstance(fields, dict):
+            with contextlib.suppress(ValidationError):
+                prompts.append(PromptEntry(name=name, **fields))
+    own = real is not None and workspace.server_dir in real.parents
+    return prompts, own and bool(prompts)
 
 
 def _to_json(value: object) -> str:
@@ -90,7 +122,9 @@ def job_config_from_draft(draft: Draft, workspace: Workspace, trains: bool = Tru
     if trains and config.get("resume_from_checkpoint", "latest") == "latest":
         _require_no_results(run_dir, loc)
     return JobConfig(
-        {**config, "output_dir": str(run_dir)}, _with_absolute_paths(draft.datasets, workspace)
+        {**config, "output_dir": str(run_dir)},
+        _with_absolute_paths(draft.datasets, workspace),
+        prompts=draft.prompts,
     )
 
 
@@ -139,8 +173,7 @@ def job_config_from_run(
     run_dir: Path,
     source: Path,
     workspace: Workspace,
-    max_train_steps: int | None,
-    checkpoint: str | None,
+    request: ResumeRequest,
 ) -> JobConfig:
     """Return the configuration to resume a run with.
 
@@ -155,15 +188,20 @@ def job_config_from_run(
     unset = [
         name for name in NOT_SETTABLE if config.pop(name, None) and name != "data_backend_config"
     ]
+    max_train_steps = request.max_train_steps
     if max_train_steps is not None:
         config = {key: value for key, value in config.items() if key not in LENGTH_OPTIONS}
         config["max_train_steps"] = max_train_steps
-    config |= {"output_dir": str(run_dir), "resume_from_checkpoint": checkpoint or "latest"}
+    config |= {"output_dir": str(run_dir), "resume_from_checkpoint": request.checkpoint or "latest"}
+    if request.learning_rate is not None:
+        config |= {"learning_rate": request.learning_rate, "resume_with_changes": True}
     problems = validate_config(workspace, config, datasets).problems
     if problems:
         raise ApiError(422, problems)
+    prompts, own = read_prompt_file(config.get("user_prompt_library"), workspace)
     omitted = tuple(f"{name} was omitted: it {NOT_SETTABLE[name]}" for name in unset)
-    return JobConfig(config, _with_absolute_paths(datasets, workspace), omitted)
+    absolute = _with_absolute_paths(datasets, workspace)
+    return JobConfig(config, absolute, omitted, prompts if own else ())
 
 
 def load_run_datasets(config: Mapping[str, Any], workspace: Workspace) -> list[Any]:

@@ -62,7 +62,7 @@ class JobSpec:
     devices: "gpu" or "cpu" while queued, then the devices it runs on, such as "cuda:0,1". run_dir,
     run: the run folder and its id, "" for a dry run, which keeps no files. queued_t: unix seconds.
     device_count: number of GPUs that it asks for, None for all. overtaken: how often a later job
-    was started before it.
+    was started before it. draft: id of the draft that it was made from, "" for a resumed run.
     """
 
     name: str
@@ -75,6 +75,7 @@ class JobSpec:
     queued_t: float
     device_count: int | None = 1
     overtaken: int = 0
+    draft: str = ""
 
 
 class JobFolder:
@@ -215,6 +216,7 @@ class JobFolder:
             id=self.id,
             run_dir=spec.run_dir,
             run=spec.run,
+            draft=spec.draft,
             name=spec.name,
             kind=spec.kind,
             state=state,

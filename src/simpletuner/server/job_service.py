@@ -8,10 +8,11 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from simpletuner.atomic_io import write_atomically
 from simpletuner.server.api_errors import ApiError, abort
@@ -24,6 +25,7 @@ from simpletuner.server.job_states import ACTIVE_STATES, ENDED_STATES, PHASES
 from simpletuner.server.queue_order import QueueOrder, QueueOrderStore
 from simpletuner.server.run_artifacts import CHECKPOINT_NAME, checkpoint_step
 from simpletuner.server.run_service import RunService
+from simpletuner.server.schemas.configs import ConfigValidationResult
 from simpletuner.server.schemas.jobs import Job, JobRequest, Queue, QueueWrite
 from simpletuner.server.schemas.runs import ResumeRequest, RunSummary
 from simpletuner.server.settings import TRAIN_COMMAND
@@ -32,6 +34,7 @@ from simpletuner.server.workspace import Workspace, run_id
 ControlFile = Literal["stop", "save", "validate"]  # files in control/ that a training watches
 ID_PATTERN = re.compile(r"[0-9a-f]{12}")
 MAX_ENDED_SHOWN = 200
+Validate = Callable[[Mapping[str, Any], Sequence[Any]], ConfigValidationResult]
 
 
 def queued_in_order(jobs: Iterable[Job], order: QueueOrder) -> list[Job]:
@@ -44,7 +47,8 @@ def queued_in_order(jobs: Iterable[Job], order: QueueOrder) -> list[Job]:
 class JobService:
     """The jobs of one workspace. Thread-safe.
 
-    train_command: as in ServerSettings. changed_event: set when the supervisor has something to do.
+    train_command: as in ServerSettings. validate: returns the problems of options and datasets;
+    None for those of validate_config. changed_event: set when the supervisor has something to do.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class JobService:
         runs: RunService,
         drafts: DraftStore,
         train_command: tuple[str, ...] = TRAIN_COMMAND,
+        validate: Validate | None = None,
     ) -> None:
         self.workspace = workspace
         self.jobs_dir = workspace.server_dir / "jobs"
@@ -62,6 +67,7 @@ class JobService:
         self._runs = runs
         self._drafts = drafts
         self._train_command = train_command
+        self._validate = validate or partial(validate_config, workspace)
         # The final messages of ended jobs: end.json is written once and never changes.
         self._ended_jobs: dict[str, Job] = {}
         runs.set_job_lookup(self.newest_by_run)
@@ -112,11 +118,11 @@ class JobService:
     def enqueue(self, request: JobRequest) -> Job:
         """Queue a job with a copy of the draft's current configuration."""
         draft = self._drafts.get(request.draft)
-        problems = validate_config(self.workspace, draft.config, draft.datasets).problems
+        problems = self._validate(draft.config, draft.datasets).problems
         if problems:
             raise ApiError(422, problems)
         config = job_config_from_draft(draft, self.workspace, request.kind == "train")
-        return self._create_job(draft.name, request.kind, config)
+        return self._create_job(draft.name, request.kind, config, draft.id)
 
     def resume(self, run: str, request: ResumeRequest) -> Job:
         """Queue a run again with its last configuration.
@@ -133,8 +139,7 @@ class JobService:
             run_dir,
             job_dir / "config.json",
             self.workspace,
-            request.max_train_steps,
-            request.checkpoint,
+            request,
         )
         job = self._create_job(summary.name, "train", config)
         return job.model_copy(update={"message": "; ".join(config.omitted_options)})
@@ -260,7 +265,9 @@ class JobService:
             if failed and not order.continue_on_error and self.queued_folders():
                 self._write_order(replace(order, paused=True))
 
-    def _create_job(self, name: str, kind: Literal["train", "rehearse"], config: JobConfig) -> Job:
+    def _create_job(
+        self, name: str, kind: Literal["train", "rehearse"], config: JobConfig, draft: str = ""
+    ) -> Job:
         dry_run = kind == "rehearse"
         uses_cpu = dry_run or config.config.get("device") == "cpu"
         run = run_id(config.run_dir)
@@ -284,6 +291,7 @@ class JobService:
                 devices="cpu" if uses_cpu else "gpu",
                 queued_t=time.time(),
                 device_count=1 if uses_cpu else config.device_count,
+                draft=draft,
             )
             folder.write_spec(spec)
             order = self.queue_order.read()

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from simpletuner.config import environment
+from simpletuner.config.load import LoadedConfig
 from simpletuner.config.option_catalog import all_options
+from simpletuner.data.geometry import ImageSize
 from simpletuner.server.api_errors import abort
 from simpletuner.server.config_validation import changed_options, validate_options
+from simpletuner.server.file_reader import read_log_part
 from simpletuner.server.schemas.base import ErrorDetail
 from simpletuner.server.schemas.configs import PlanRequest, PlanResponse
 from simpletuner.server.workspace import Workspace
@@ -26,7 +30,10 @@ PLAN_COMMAND = (sys.executable, "-m", "simpletuner", "plan")
 PLAN_TIMEOUT_S = 300.0
 ABANDONED_AFTER_S = 3.0  # while pages wait for a plan, they repeat the request every second
 MAX_CACHED_PLANS = 64
+MAX_PROGRESS_BYTES = 4096
+MAX_PROGRESS_CHARS = 200
 MAX_USER_ERROR_EXIT_CODE = 11  # exit codes of errors.py that come with a message for the user
+LargestBucket = Callable[[Mapping[str, Any], Sequence[Any]], ImageSize | None]
 SIZE_PATTERN = re.compile(r"\d{1,5}(\.\d{1,3})?\s*[GM]i?B?", re.IGNORECASE)
 
 
@@ -37,6 +44,11 @@ def plan_relevant_options(config: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in config.items()
         if name in all_options() and all_options()[name].affects
     }
+
+
+def _plan_key(config: Mapping[str, Any], flags: Sequence[str]) -> str:
+    text = json.dumps([config, list(flags)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class PlanProcess:
@@ -71,9 +83,21 @@ class PlanProcess:
             self._process = subprocess.Popen(
                 argv, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err
             )
+        self._started = time.monotonic()
         self._timer = threading.Timer(PLAN_TIMEOUT_S, self._process.kill)
         self._timer.daemon = True
         self._timer.start()
+
+    @property
+    def running_s(self) -> float:
+        """The seconds since the process was started."""
+        return time.monotonic() - self._started
+
+    def last_line(self) -> str:
+        """Return the last complete line that the process has printed to stderr, or ""."""
+        part = read_log_part(self._err, -MAX_PROGRESS_BYTES, MAX_PROGRESS_BYTES).text
+        lines = [line.strip() for line in part.rpartition("\n")[0].split("\n") if line.strip()]
+        return lines[-1][-MAX_PROGRESS_CHARS:] if lines else ""
 
     def has_ended(self, timeout_s: float = 0.0) -> bool:
         """Wait for at most `timeout_s`; return True if the process has ended."""
@@ -129,8 +153,19 @@ class PlanService:
     ABANDONED_AFTER_S.
     """
 
-    def __init__(self, workspace: Workspace, command: Sequence[str] = PLAN_COMMAND) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        command: Sequence[str] = PLAN_COMMAND,
+        largest_bucket: LargestBucket | None = None,
+    ) -> None:
+        """Create the service.
+
+        largest_bucket: returns the largest size that the images of a configuration and its datasets
+        are trained at, or None; without it, the plan assumes the size that the options give.
+        """
         self._workspace = workspace
+        self._largest_bucket = largest_bucket
         self._command = tuple(command)
         self._lock = threading.Lock()
         self._cached: dict[str, PlanResponse] = {}
@@ -146,9 +181,13 @@ class PlanService:
             abort(422, f"{request.fit!r} is not a size; use for example 12GB", "fit")
         problems, result = validate_options(self._workspace, request.config)
         loaded = result.loaded
-        config = plan_relevant_options(changed_options(loaded)) if loaded is not None else {}
+        config = (
+            self._planned_options(loaded, request.config, request.datasets)
+            if loaded is not None
+            else {}
+        )
         flags = [] if request.fit is None else ["--fit", request.fit.strip()]
-        key = hashlib.sha256(json.dumps([config, flags], sort_keys=True).encode()).hexdigest()[:16]
+        key = _plan_key(config, flags)
         if problems or loaded is None:
             return PlanResponse(state="failed", key=key, problems=problems)
         with self._lock:
@@ -156,10 +195,45 @@ class PlanService:
             cached = self._cached.pop(key, None)
             if cached is None:
                 self._ensure_running(key, config, flags)
-                return PlanResponse(state="pending", key=key)
+                return self._pending_response(key)
             if cached.state == "ready":
                 self._cached[key] = cached  # insert it again as the newest
             return cached
+
+    def _pending_response(self, key: str) -> PlanResponse:
+        if self._running is None or self._running[0] != key:
+            return PlanResponse(state="pending", key=key)
+        process = self._running[1]
+        return PlanResponse(
+            state="pending", key=key, progress=process.last_line(), running_s=process.running_s
+        )
+
+    def estimated_seconds(self, config: Mapping[str, Any], datasets: Sequence[Any]) -> float | None:
+        """Return the estimated time of a step if the plan of this configuration is known."""
+        _, result = validate_options(self._workspace, config)
+        if result.loaded is None:
+            return None
+        key = _plan_key(self._planned_options(result.loaded, config, datasets), [])
+        with self._lock:
+            cached = self._cached.get(key)
+        plan = cached.plan if cached is not None else None
+        seconds = (plan or {}).get("seconds")
+        return float(seconds) if isinstance(seconds, (int, float)) else None
+
+    def _planned_options(
+        self, loaded: LoadedConfig, config: Mapping[str, Any], datasets: Sequence[Any]
+    ) -> dict[str, Any]:
+        """Return the options for the planning process, with the size of the actual images."""
+        options = plan_relevant_options(changed_options(loaded))
+        bucket = self._largest_bucket(config, datasets) if self._largest_bucket else None
+        if bucket is not None:
+            edge = math.sqrt(bucket[0] * bucket[1])
+            options |= {"resolution": round(edge, 3), "resolution_type": "pixel_area"}
+        return options
+
+    def cancel(self) -> None:
+        """Kill the running process; its plan is not known then."""
+        self.close()
 
     def close(self) -> None:
         """Kill the running process, when the server stops."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from simpletuner.server.schemas.runs import CheckpointInfo, OutputFile, RunImage
 from simpletuner.server.workspace import PathOutsideWorkspace, Workspace
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+DOCUMENT_NAMES = ("report.html", "before_after.png", "README.md")
 KEEP_MARKER = "keep"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -87,6 +89,17 @@ def list_outputs(folder: Path, history: RunHistory | None = None) -> list[Output
         for file in sorted(files, key=lambda file: (file.name != LORA_FILE, file))
         if file.is_file()
     ]
+
+
+def list_documents(folder: Path) -> list[OutputFile]:
+    """Return the report, the contact sheet and the model card, as far as they exist."""
+    found = []
+    for name in DOCUMENT_NAMES:
+        with contextlib.suppress(OSError):
+            found.append(
+                OutputFile(path=name, size_bytes=(folder / name).stat().st_size, programs="")
+            )
+    return found
 
 
 def _name_in(folder: Path, file: Path) -> str:

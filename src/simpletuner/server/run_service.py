@@ -7,13 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from simpletuner.config.option_catalog import all_options
+from simpletuner.errors import ConfigError
+from simpletuner.events import event_types
 from simpletuner.events.formatting import describe_event
 from simpletuner.server import run_artifacts
-from simpletuner.server.api_errors import abort
+from simpletuner.server.api_errors import ApiError, abort
 from simpletuner.server.event_summary import MAX_NOTES
 from simpletuner.server.file_reader import replace_surrogates
+from simpletuner.server.job_config import load_run_datasets
 from simpletuner.server.job_states import ACTIVE_STATES, ENDED_STATES
 from simpletuner.server.run_finder import RunFinder
 from simpletuner.server.run_reader import RunReader
@@ -113,6 +117,15 @@ class RunService:
             start = reader.summary.history.start_event if reader else None
         return start.world.processes if start and start.world else 1
 
+    def seconds_per_step(self, id: str) -> float | None:
+        """Return the measured time of a step, None before the first steps."""
+        reader = self.find_reader(id)
+        if reader is None:
+            return None
+        with self._lock:
+            reader.refresh(time.monotonic() + READ_BUDGET_S)
+            return reader.summary.seconds_per_step
+
     def detail(self, id: str) -> RunDetail:
         """Return all details of a run. Raises ApiError 404 for an unknown id."""
         summary = self.summary(id)
@@ -120,7 +133,12 @@ class RunService:
             reader = self._readers.get(id) or RunReader(Path(summary.path))
             events = reader.summary
             start = events.history.start_event
-            warnings = events.history.warnings[-MAX_NOTES:]
+            # How the run ended is its state and message; an earlier failure is history.
+            warnings = [
+                event
+                for _, event in events.history.warnings
+                if not isinstance(event, event_types.RunFailed)
+            ][-MAX_NOTES:]
             config = reader.config()
             options = all_options()
             return RunDetail(
@@ -142,12 +160,25 @@ class RunService:
                 stages_done=list(events.stages_done),
                 checkpoints=run_artifacts.list_checkpoints(reader.path, events.best_step),
                 outputs=run_artifacts.list_outputs(reader.path, events.history),
+                documents=run_artifacts.list_documents(reader.path),
+                datasets=self._dataset_names(config),
                 resumes=list(events.history.resume_steps),
-                problems=[describe_event(event) for _, event in warnings],
+                problems=[describe_event(event) for event in warnings],
                 notes=list(events.notes),
                 exit=reader.exit_record,
                 events_end=reader.events_end,
             )
+
+    def _dataset_names(self, config: Mapping[str, Any]) -> list[str]:
+        """Return the names of the workspace's datasets in a configuration."""
+        try:
+            datasets = load_run_datasets(config, self.workspace)
+        except (ApiError, ConfigError):
+            return []
+        folders = (entry.get("instance_data_dir") for entry in datasets if isinstance(entry, dict))
+        paths = (Path(folder) for folder in folders if isinstance(folder, str))
+        names = (path.name for path in paths if path.parent == self.workspace.datasets_dir)
+        return list(dict.fromkeys(names))
 
     def _jobs_by_run(self) -> Mapping[str, Job]:
         """Return the newest jobs.

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
+from simpletuner.server import hardware
 from simpletuner.server.dataset_service import DatasetService
 from simpletuner.server.draft_store import DraftStore
 from simpletuner.server.job_service import JobService
@@ -15,6 +16,8 @@ from simpletuner.server.live_broadcaster import LiveBroadcaster
 from simpletuner.server.plan_service import PlanService
 from simpletuner.server.run_service import RunService
 from simpletuner.server.settings import ServerSettings
+from simpletuner.server.start_checks import StartChecks
+from simpletuner.server.step_times import StepTimes
 from simpletuner.server.workspace import Workspace
 
 
@@ -32,6 +35,8 @@ class Services:
     drafts: DraftStore
     plans: PlanService
     datasets: DatasetService
+    checks: StartChecks
+    step_times: StepTimes
     broadcaster: LiveBroadcaster
 
     @classmethod
@@ -39,15 +44,19 @@ class Services:
         workspace = settings.workspace
         runs = RunService(workspace)
         drafts = DraftStore(workspace)
-        jobs = JobService(workspace, runs, drafts, settings.train_command)
+        datasets = DatasetService(workspace)
+        checks = StartChecks(workspace, datasets, hardware.known_devices)
+        jobs = JobService(workspace, runs, drafts, settings.train_command, checks.check)
         return cls(
             workspace=workspace,
             settings=settings,
             runs=runs,
             jobs=jobs,
             drafts=drafts,
-            plans=PlanService(workspace),
-            datasets=DatasetService(workspace),
+            plans=PlanService(workspace, largest_bucket=checks.largest_bucket),
+            step_times=StepTimes(jobs, runs),
+            datasets=datasets,
+            checks=checks,
             broadcaster=LiveBroadcaster(runs, jobs.get_queue, settings.max_sockets),
         )
 

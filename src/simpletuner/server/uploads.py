@@ -40,6 +40,16 @@ IMAGE_MAGIC = re.compile(
     rb"|BM|II[*+]\0|MM\0[*+]",
     re.DOTALL,
 )
+OTHER_CONTENT: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (re.compile(rb"(?i)\s*<(!doctype|html)"), "a web page, not an image"),
+    (re.compile(rb"(?i)\s*<(\?xml|svg)"), "an SVG drawing"),
+    (re.compile(rb"GIF8[79]a"), "a GIF"),
+    (re.compile(rb"(?s)....ftyp(heic|heix|hevc|mif1|msf1)"), "a HEIC photo; export it as JPEG"),
+    (re.compile(rb"8BPS"), "a Photoshop document"),
+    (re.compile(rb"%PDF"), "a PDF"),
+    (re.compile(rb"PK\x03\x04"), "a zip archive with the suffix of an image"),
+    (re.compile(rb"[\t\n\r\x20-\x7e]+\Z"), "text, not an image"),
+)
 # In the dataset's folder, so that a file can be moved without copying; never scanned for images.
 INCOMING_FOLDER = ".incoming"
 ABANDONED_AFTER_S = 86_400
@@ -188,17 +198,21 @@ def _check_image(part: Path) -> None:
     from simpletuner.data.sources import LocalFile
 
     with part.open("rb") as file:
-        start = file.read(16)
+        start = file.read(64)
     if not IMAGE_MAGIC.match(start):
-        abort(
-            415,
-            "this file is damaged or not an image (it starts with "
-            f"{ascii(start)[1:]}); {ACCEPTED_TYPES_TEXT}",
-        )
+        abort(415, f"this file is {describe_content(start)}; {ACCEPTED_TYPES_TEXT}")
     try:
         read_image_header(LocalFile(part), DataOptions().max_image_megapixels)
     except UnusableFile as error:
         abort(415, str(error))
+
+
+def describe_content(start: bytes) -> str:
+    """Return the kind of content of a file that is not an image, from its first 64 bytes."""
+    for pattern, name in OTHER_CONTENT:
+        if pattern.match(start):
+            return name
+    return "damaged, or not an image" if start else "empty"
 
 
 def _check_caption(part: Path) -> None:

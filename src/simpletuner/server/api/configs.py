@@ -9,7 +9,6 @@ from fastapi.responses import JSONResponse
 
 from simpletuner.server import draft_store, form_schema
 from simpletuner.server.api_errors import abort
-from simpletuner.server.config_validation import validate_config
 from simpletuner.server.schemas import configs as schemas
 from simpletuner.server.schemas.base import ERROR_RESPONSES
 from simpletuner.server.services import ServicesDep
@@ -28,7 +27,7 @@ def validate_draft_config(
     body: schemas.ValidateRequest, services: ServicesDep
 ) -> schemas.ConfigValidationResult:
     """Validate a configuration."""
-    return validate_config(services.workspace, body.config, body.datasets)
+    return services.checks.check(body.config, body.datasets, body.name)
 
 
 @router.get("/drafts")
@@ -74,15 +73,26 @@ def export_datasets(id: str, services: ServicesDep) -> JSONResponse:
 
 
 @router.post("/import")
-def import_text(body: schemas.ImportRequest) -> schemas.ImportResult:
+def import_text(body: schemas.ImportRequest, services: ServicesDep) -> schemas.ImportResult:
     """Parse a configuration file without saving it."""
-    return draft_store.parse_import(body)
+    return draft_store.parse_import(body, services.workspace)
 
 
 @router.post("/plan")
 def get_plan(body: schemas.PlanRequest, services: ServicesDep) -> schemas.PlanResponse:
     """Return the memory plan of a configuration, or start planning."""
-    return services.plans.get_or_start(body)
+    response = services.plans.get_or_start(body)
+    if response.state != "ready":
+        return response
+    flavour = body.config.get("model_flavour")
+    factor, run = services.step_times.correction(flavour if isinstance(flavour, str) else "base")
+    return response.model_copy(update={"correction": factor, "corrected_by": run})
+
+
+@router.delete("/plan", status_code=204)
+def cancel_plan(services: ServicesDep) -> None:
+    """End the planning process that is running."""
+    services.plans.cancel()
 
 
 @router.post("/runs/{id}/draft", status_code=201)

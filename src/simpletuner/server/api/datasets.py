@@ -72,10 +72,16 @@ def list_items(
     crop: CropSettingsDep,
     offset: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=1, le=200)] = 60,
-    only: Literal["all", "captioned", "uncaptioned", "refused"] = "all",
+    only: Literal["all", "captioned", "uncaptioned", "refused", "duplicate", "small"] = "all",
 ) -> schemas.DatasetItemPage:
     """Return a page of the images of a dataset."""
     return services.datasets.list_items(name, offset, limit, only, crop)
+
+
+@router.get("/datasets/{name}/findings")
+def find_conspicuous_images(name: str, services: ServicesDep) -> schemas.DatasetFindings:
+    """Return the images that are copies of others, and those that are very small."""
+    return services.datasets.findings(name)
 
 
 @router.get("/datasets/{name}/buckets")

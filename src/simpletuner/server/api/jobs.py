@@ -28,7 +28,12 @@ def update_queue(body: QueueWrite, services: ServicesDep) -> Queue:
 @router.post("/jobs", tags=["jobs"], status_code=201)
 def enqueue_job(body: JobRequest, services: ServicesDep) -> Job:
     """Queue a draft for training or for a dry run."""
-    return services.jobs.enqueue(body)
+    job = services.jobs.enqueue(body)
+    draft = services.drafts.get(body.draft)
+    seconds = services.plans.estimated_seconds(draft.config, draft.datasets)
+    if job.kind == "train" and seconds is not None:
+        services.step_times.record_estimate(job.id, seconds)
+    return job
 
 
 @router.get("/jobs/{id}", tags=["jobs"])

@@ -62,12 +62,14 @@ class ErrorDetail(ApiModel):
     """One problem with a request.
 
     loc: the option ("learning_rate") or dataset field ("photos.resolution") it concerns, "" for the
-    whole request. where: the file and line, if the value was read from a file.
+    whole request. where: the file and line, if the value was read from a file. suggestion: a value
+    that the option can have instead, "" for none.
     """
 
     loc: str
     message: str
     where: str = ""
+    suggestion: str = ""
 
     @model_validator(mode="before")
     @classmethod

@@ -32,6 +32,13 @@ def _check_writable(value: T) -> T:
     return value
 
 
+def _check_unique_names(prompts: list[PromptEntry]) -> list[PromptEntry]:
+    names = [prompt.name.casefold() for prompt in prompts]
+    if len(set(names)) != len(names):
+        raise ValueError("two prompts have the same name")
+    return prompts
+
+
 OptionValues = Annotated[dict[str, Any], AfterValidator(_check_writable)]
 DatasetEntries = Annotated[list[dict[str, Any]], AfterValidator(_check_writable)]
 
@@ -40,9 +47,9 @@ class OptionInfo(ApiModel):
     """One option of the schema.
 
     kind: flag, amount, count, integer, number, choice or text. level: basic, common or advanced.
-    needs: the option has an effect only if every option named here has one of these values;
-    {"not": value} stands for all other values. needs_any: the same for at least one of the options
-    named here; empty means no condition.
+    aliases: other names that are accepted. needs: the option has an effect only if every option
+    named here has one of these values; {"not": value} stands for all other values. needs_any: the
+    same for at least one of the options named here; empty means no condition.
     """
 
     name: str
@@ -59,6 +66,7 @@ class OptionInfo(ApiModel):
     level: str
     unit: str
     path: str
+    aliases: list[str]
     settable: bool
     needs: dict[str, list[Any]]
     needs_any: dict[str, list[Any]]
@@ -86,24 +94,51 @@ class FormSchema(ApiModel):
 
 
 class ValidateRequest(ApiModel):
-    """A configuration: the options that differ from the defaults, and the datasets."""
+    """A configuration: the options that differ from the defaults, and the datasets.
+
+    name: the name of the draft, from which the run folder gets its name.
+    """
 
     config: OptionValues
     datasets: DatasetEntries = Field(default_factory=list)
+    name: str = ""
 
 
 class ConfigValidationResult(ApiModel):
-    """Result of validating a configuration. changed: the options that differ from their default."""
+    """Result of validating a configuration.
+
+    problems: prevent the start. warnings: the user should know them before the start. changed: the
+    options that differ from their default. run_dir: the folder that the run will be written to, ""
+    if it is not known. captions: some captions of the datasets, as suggestions for prompts.
+    """
 
     problems: list[ErrorDetail]
     notes: list[str]
     changed: dict[str, Any]
+    warnings: list[ErrorDetail] = Field(default_factory=list)
+    run_dir: str = ""
+    captions: list[str] = Field(default_factory=list)
+
+
+class PromptEntry(ApiModel):
+    """A prompt of the validation images. seed: None for that of the run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,48}$")
+    prompt: str = Field(min_length=1, max_length=4000)
+    negative_prompt: str = Field(default="", max_length=4000)
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
+
+
+PromptEntries = Annotated[
+    list[PromptEntry], Field(max_length=200), AfterValidator(_check_unique_names)
+]
 
 
 class Draft(ApiModel):
     """A configuration being edited.
 
-    version grows with every change; PUT sends the version it is based on.
+    version grows with every change; PUT sends the version it is based on. prompts: of the
+    validation images, besides validation_prompt.
     """
 
     id: str
@@ -112,6 +147,7 @@ class Draft(ApiModel):
     changed_t: float
     config: dict[str, Any]
     datasets: list[dict[str, Any]]
+    prompts: list[PromptEntry] = Field(default_factory=list)
 
 
 class DraftWrite(ApiModel):
@@ -121,6 +157,7 @@ class DraftWrite(ApiModel):
     config: OptionValues
     datasets: DatasetEntries
     version: int | None = None
+    prompts: PromptEntries = Field(default_factory=list)
 
 
 class ImportRequest(ApiModel):
@@ -150,10 +187,17 @@ class PlanRequest(ApiModel):
 class PlanResponse(ApiModel):
     """A memory plan.
 
-    state "pending": request it again. plan: the output of `simpletuner plan --json`.
+    state "pending": request it again. plan: the output of `simpletuner plan --json`. progress: the
+    last line that the planning process has printed. running_s: seconds since it started.
+    correction: measured by estimated time of a step, in the newest run of the same flavour, or
+    None. corrected_by: the name of that run.
     """
 
     state: Literal["pending", "ready", "failed"]
     key: str
     plan: dict[str, Any] | None = None
+    progress: str = ""
+    running_s: float = 0.0
+    correction: float | None = None
+    corrected_by: str = ""
     problems: list[ErrorDetail] = Field(default_factory=list)

@@ -93,6 +93,18 @@ class BucketCount(ApiModel):
     pictures: int
 
 
+class DatasetFindings(ApiModel):
+    """Images of a dataset that a person should look at.
+
+    duplicates: groups of files with the same content. small: files whose shorter edge is less than
+    small_px.
+    """
+
+    duplicates: list[list[str]]
+    small: list[str]
+    small_px: int
+
+
 class CaptionWrite(ApiModel):
     """A caption to write.
 

@@ -22,7 +22,7 @@ class Job(ApiModel):
 
     advice: what to change after a failure, or "". run_dir: the run folder, "" for a dry run. begun:
     true if the run folder existed when this message was made. device_count: number of GPUs that it
-    asks for, None for all.
+    asks for, None for all. draft: id of the draft that it was made from, "" for a resumed run.
     """
 
     id: str
@@ -41,6 +41,7 @@ class Job(ApiModel):
     run_dir: str = ""
     begun: bool = False
     device_count: int | None = 1
+    draft: str = ""
 
 
 class Queue(ApiModel):

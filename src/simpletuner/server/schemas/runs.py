@@ -78,7 +78,11 @@ class RunProcesses(ApiModel):
 
 
 class RunDetail(ApiModel):
-    """Everything about a run except its metrics, images and log. world: None for one process."""
+    """Everything about a run except its metrics, images and log.
+
+    world: None for one process. datasets: names of the datasets of the workspace that it uses.
+    documents: other files to read, such as report.html.
+    """
 
     summary: RunSummary
     model: str
@@ -90,6 +94,8 @@ class RunDetail(ApiModel):
     stages_done: list[str]
     checkpoints: list[CheckpointInfo]
     outputs: list[OutputFile]
+    documents: list[OutputFile]
+    datasets: list[str]
     resumes: list[int]
     problems: list[str]
     notes: list[str]
@@ -153,11 +159,13 @@ class StopRequest(ApiModel):
 class ResumeRequest(ApiModel):
     """A request to resume a run.
 
-    checkpoint: None for the newest. max_train_steps: a new length, or None.
+    checkpoint: None for the newest. max_train_steps: a new length, or None. learning_rate: another
+    one from here on, which the run records, or None.
     """
 
     checkpoint: str | None = None
     max_train_steps: int | None = None
+    learning_rate: float | None = None
 
 
 class MarkRequest(ApiModel):
