@@ -6,7 +6,7 @@ import type { DatasetItem, DatasetItemPage } from "../lib/types";
 import { fill } from "../lib/fill";
 import { i18n } from "../lib/i18n.svelte";
 
-export type ImageFilter = "all" | "uncaptioned" | "captioned" | "refused";
+export type ImageFilter = "all" | "uncaptioned" | "captioned" | "refused" | "duplicate" | "small";
 export interface CropOptions {
   resolution: number;
   resolution_type: "pixel_area" | "pixel" | "area";
@@ -32,6 +32,8 @@ export class Gallery {
   unread = $state(0);
   only = $state<ImageFilter>("all");
   cropOptions = $state.raw<CropOptions>({ resolution: 1024, resolution_type: "pixel_area", crop: true, crop_aspect: "preserve", crop_style: "center" });
+  /** The draft or run whose settings the preview starts with. */
+  cropSource = $state("");
   why = $state("");
   /** The image with the keyboard focus, and the focus to set when that card is in the page. */
   active = $state(0);
@@ -63,6 +65,21 @@ export class Gallery {
     this.total = null;
     this.#pages.clear();
     this.refresh();
+  }
+
+  /** Preview the crops of the newest draft with this dataset. */
+  async adoptCropOptions(): Promise<void> {
+    const drafts = await api.get("/api/v1/drafts");
+    const draft = drafts.find(({ datasets }) => datasets.some((set) => set.id === this.name));
+    const set = draft?.datasets.find(({ id }) => id === this.name);
+    if (draft === undefined || set === undefined) return;
+    const given = { ...draft.config, ...Object.fromEntries(Object.entries(set).filter(([, value]) => value !== null)) };
+    const options: Record<string, unknown> = { ...this.cropOptions };
+    // these are the names and the defaults of a run, which differ from those of the preview
+    Object.assign(options, { resolution: 1024, resolution_type: "pixel_area", crop: false, crop_aspect: "square", crop_style: "random" });
+    for (const name of Object.keys(options)) if (typeof given[name] === typeof options[name]) options[name] = given[name];
+    this.cropSource = draft.name;
+    this.setCropOptions(options as unknown as CropOptions);
   }
 
   setCropOptions(options: CropOptions): void {
@@ -177,7 +194,7 @@ export class Gallery {
     if (page?.[at % PAGE]?.file !== item.file) return this.refresh();
     this.#pages.set(Math.floor(at / PAGE), page.with(at % PAGE, item));
     const captioned = item.captions.length > 0;
-    const matches = this.only === "all" || this.only === "refused" || captioned === (this.only === "captioned");
+    const matches = !["captioned", "uncaptioned"].includes(this.only) || captioned === (this.only === "captioned");
     if (matches) this.#filteredOut.delete(item.file);
     else this.#filteredOut.set(item.file, at);
   }

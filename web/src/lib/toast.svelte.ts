@@ -1,4 +1,4 @@
-/** Short messages: a success disappears by itself, an error stays until it is closed. */
+/** Short messages. All disappear by themselves, an error later; not while the pointer or the focus is on them. */
 import { ApiError } from "./api";
 import { i18n } from "./i18n.svelte";
 
@@ -6,15 +6,20 @@ export interface Toast {
   id: number;
   kind: "success" | "error";
   text: string;
+  /** A button of the message, such as an undo. */
+  action?: { label: string; run: () => unknown };
 }
+
+const SHOWN_MS = { success: 5000, error: 12_000 };
+const ACTION_MS = 12_000;
 
 class Toasts {
   shown = $state.raw<Toast[]>([]);
   #next = 1;
+  readonly #timers = new Map<number, number>();
 
-  success(text: string): void {
-    const id = this.#add("success", text);
-    setTimeout(() => this.close(id), 5000);
+  success(text: string, action?: Toast["action"]): void {
+    this.#add("success", text, action);
   }
 
   error(text: string): void {
@@ -22,13 +27,27 @@ class Toasts {
   }
 
   close(id: number): void {
+    this.hold(id);
     this.shown = this.shown.filter((toast) => toast.id !== id);
   }
 
-  #add(kind: Toast["kind"], text: string): number {
-    const id = this.#next++;
-    this.shown = [...this.shown.slice(-3), { id, kind, text }];
-    return id;
+  /** Keep a message in view. */
+  hold(id: number): void {
+    clearTimeout(this.#timers.get(id));
+    this.#timers.delete(id);
+  }
+
+  /** Let a message disappear after its time. */
+  release(toast: Toast): void {
+    this.hold(toast.id);
+    const shown_ms = toast.action === undefined ? SHOWN_MS[toast.kind] : ACTION_MS;
+    this.#timers.set(toast.id, window.setTimeout(() => this.close(toast.id), shown_ms));
+  }
+
+  #add(kind: Toast["kind"], text: string, action?: Toast["action"]): void {
+    const toast: Toast = { id: this.#next++, kind, text, action };
+    this.shown = [...this.shown.slice(-2), toast];
+    this.release(toast);
   }
 }
 

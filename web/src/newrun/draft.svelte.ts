@@ -1,7 +1,7 @@
 /** The draft being edited: every change is saved, validated and planned. */
 import { api, ApiError, url } from "../lib/api";
 import { explain } from "../lib/toast.svelte";
-import type { ErrorDetail, Draft, OptionInfo, FormSchema, ConfigValidationResult } from "../lib/types";
+import type { ErrorDetail, Draft, OptionInfo, FormSchema, ConfigValidationResult, PromptEntry } from "../lib/types";
 import { PlanPoller } from "./plan.svelte";
 import { isEqual, withValue, type Values } from "./values";
 
@@ -9,6 +9,8 @@ type Saving = "saved" | "unsaved" | "saving" | "failed" | "conflict";
 const SAVE_MS = 400;
 const CHECK_MS = 300;
 const RETRY_MS = 5000;
+const SUGGESTED_PROMPTS = 2;
+const DEFAULT_STEPS = 1000;
 
 export class DraftForm {
   readonly options: Map<string, OptionInfo>;
@@ -16,6 +18,7 @@ export class DraftForm {
   name = $state("");
   config = $state.raw<Values>({});
   datasets = $state.raw<Values[]>([]);
+  prompts = $state.raw<PromptEntry[]>([]);
   saving = $state<Saving>("saved");
   why = $state("");
   validation = $state.raw<ConfigValidationResult | null>(null);
@@ -24,6 +27,8 @@ export class DraftForm {
   startErrors = $state.raw<ErrorDetail[]>([]);
   checkErrors = $state.raw<ErrorDetail[]>([]);
   theirs = $state.raw<Draft | null>(null);
+  /** A dataset was added to a draft without prompts: its captions become prompts once they are known. */
+  wantsPrompts = false;
   #draft: Draft;
   #dirty = false;
   #running: Promise<boolean> | null = null;
@@ -50,6 +55,41 @@ export class DraftForm {
 
   readonly problems = $derived.by(() => this.validation?.problems ?? []);
   readonly general = $derived.by(() => [...this.startErrors, ...this.checkErrors, ...this.problems.filter((problem) => !this.#hasField(problem.loc))]);
+
+  readonly warnings = $derived.by(() => this.validation?.warnings ?? []);
+  /** The folder that the run will be written to. */
+  readonly runDir = $derived.by(() => this.validation?.run_dir ?? "");
+  /** The number of steps, null if it follows from the epochs. */
+  readonly steps = $derived.by(() => {
+    const given = this.config.max_train_steps;
+    if (typeof given === "number") return given;
+    return this.config.num_train_epochs === undefined ? DEFAULT_STEPS : null;
+  });
+
+  warningsOf(loc: string): string[] {
+    return this.warnings.filter((warning) => warning.loc === loc).map((warning) => warning.message);
+  }
+
+  /** A value that would solve the problem of a field, "" if none is known. */
+  suggestionOf(loc: string): string {
+    return [...this.startErrors, ...this.problems].find((problem) => problem.loc === loc)?.suggestion ?? "";
+  }
+
+  /** Take captions of the datasets as prompts. */
+  usePromptsFromCaptions(): void {
+    const taken = new Set(this.prompts.map((entry) => entry.prompt));
+    const captions = (this.validation?.captions ?? []).filter((caption) => !taken.has(caption)).slice(0, SUGGESTED_PROMPTS);
+    if (captions.length === 0) return;
+    const names = new Set(this.prompts.map((entry) => entry.name));
+    const added = captions.map((prompt): PromptEntry => {
+      let number = 1;
+      while (names.has(`caption-${number}`)) number += 1;
+      names.add(`caption-${number}`);
+      return { name: `caption-${number}`, prompt, negative_prompt: "", seed: null };
+    });
+    this.prompts = [...this.prompts, ...added];
+    this.touch();
+  }
 
   /** The problems of a field, from the last validation and from the start. */
   problemsOf(loc: string): string[] {
@@ -101,16 +141,21 @@ export class DraftForm {
 
   async #check(): Promise<void> {
     const check = ++this.#checks;
-    const body = { config: this.config, datasets: this.datasets };
+    const body = { config: this.config, datasets: this.datasets, name: this.name };
     try {
       const validation = await api.post("/api/v1/validate", { body });
       if (check !== this.#checks) return;
-      this.validation = validation;
+      const warnings = (validation.warnings ?? []).filter((warning) => warning.loc !== "validation_prompt" || this.prompts.length === 0);
+      this.validation = { ...validation, warnings };
+      if (this.wantsPrompts && validation.captions?.length) {
+        this.wantsPrompts = false;
+        if (this.prompts.length === 0 && !this.config.validation_prompt) this.usePromptsFromCaptions();
+      }
       this.checkErrors = [];
       if (validation.problems.some((problem) => this.options.has(problem.loc))) this.plan.wait();
       else this.plan.ask(body.config, body.datasets);
     } catch (error) {
-      if (check === this.#checks) this.checkErrors = [{ loc: "", message: explain(error), where: "" }];
+      if (check === this.#checks) this.checkErrors = [{ loc: "", message: explain(error), where: "", suggestion: "" }];
     }
     if (check === this.#checks) this.checking = false;
   }
@@ -144,14 +189,14 @@ export class DraftForm {
   }
 
   #body() {
-    return { name: this.name.trim() || this.#draft.name, config: this.config, datasets: this.datasets, version: this.version };
+    return { name: this.name.trim() || this.#draft.name, config: this.config, datasets: this.datasets, prompts: this.prompts, version: this.version };
   }
 
   /** Load the version that was saved elsewhere; the same content is not a conflict. */
   async #loadConflict(): Promise<boolean> {
     try {
       const theirs = await api.get("/api/v1/drafts/{id}", { path: { id: this.id } });
-      if (isEqual([theirs.name, theirs.config, theirs.datasets], [this.name, this.config, this.datasets])) {
+      if (isEqual([theirs.name, theirs.config, theirs.datasets, theirs.prompts], [this.name, this.config, this.datasets, this.prompts])) {
         this.#draft = theirs;
         this.#dirty = false;
         this.saving = "saved";
@@ -197,6 +242,7 @@ export class DraftForm {
     this.name = draft.name;
     this.config = draft.config;
     this.datasets = draft.datasets;
+    this.prompts = draft.prompts ?? [];
     this.saving = "saved";
     this.check();
   }

@@ -32,10 +32,11 @@ const MAX_POLL_MS = 1500;
 const wait = (ms: number) => new Promise((done) => setTimeout(done, ms));
 
 /** Request a plan until it is ready. Returns null when `isCurrent` becomes false. */
-export async function pollPlan(body: { config: Values; datasets: Values[]; fit?: string }, isCurrent: () => boolean): Promise<PlanResponse | null> {
+export async function pollPlan(body: { config: Values; datasets: Values[]; fit?: string }, isCurrent: () => boolean, onpending: (pending: PlanResponse) => void = () => undefined): Promise<PlanResponse | null> {
   for (let pause = 500; isCurrent(); pause = Math.min(MAX_POLL_MS, pause * 1.5)) {
     const state = await api.post("/api/v1/plan", { body });
     if (state.state !== "pending") return isCurrent() ? state : null;
+    if (isCurrent()) onpending(state);
     await wait(pause);
   }
   return null;
@@ -48,11 +49,20 @@ export function planOf(state: PlanResponse): Plan | null {
 export class PlanPoller {
   plan = $state.raw<Plan | null>(null);
   problems = $state.raw<ErrorDetail[]>([]);
+  /** Measured by estimated time of a step in an earlier run, and the name of that run. */
+  correction = $state<number | null>(null);
+  correctedBy = $state("");
+  progress = $state("");
   pending = $state(false);
   waiting = $state(false);
   #requests = 0;
   #timer = 0;
   #last = "";
+
+  /** The expected time of a step: the estimate, corrected by what an earlier run has measured. */
+  get seconds(): number {
+    return (this.plan?.seconds ?? 0) * (this.correction ?? 1);
+  }
 
   /** Wait for valid settings; the present ones cannot be planned. */
   wait(): void {
@@ -74,15 +84,16 @@ export class PlanPoller {
   async #run(request: number, config: Values, datasets: Values[]): Promise<void> {
     const isCurrent = () => request === this.#requests;
     try {
-      const state = await pollPlan({ config, datasets }, isCurrent);
+      const state = await pollPlan({ config, datasets }, isCurrent, (pending) => (this.progress = pending.progress ?? ""));
       if (state === null) return;
       this.plan = planOf(state);
+      [this.correction, this.correctedBy] = [state.correction ?? null, state.corrected_by ?? ""];
       this.problems = state.problems ?? [];
     } catch (error) {
       const message = explain(error);
       if (!isCurrent()) return;
       this.plan = null;
-      this.problems = [{ loc: "", message, where: "" }];
+      this.problems = [{ loc: "", message, where: "", suggestion: "" }];
     }
     this.pending = false;
   }

@@ -1,5 +1,6 @@
 /** Conversion of option values between the draft and the controls. Invalid text is stored in the draft as it is,
  * and the server reports the problem. */
+import { optionHelp } from "../i18n/options";
 import type { OptionInfo } from "../lib/types";
 
 export type Values = Record<string, unknown>;
@@ -59,8 +60,9 @@ export function meetsNeeds(option: OptionInfo, values: Values, options: Map<stri
   return Object.entries(option.needs).every(isMet) && (alternatives.length === 0 || alternatives.some(isMet));
 }
 
-/** True if the name or help of the option contains all words. */
+/** True if the name, another accepted name or the help of the option contains all words. */
 export function matches(option: OptionInfo, words: string): boolean {
-  const text = `${option.name} ${option.name.replaceAll("_", " ")} ${option.text}`.toLowerCase();
+  const names = [option.name, ...option.aliases];
+  const text = [...names, ...names.map((name) => name.replaceAll("_", " ")), option.text, optionHelp(option)].join(" ").toLowerCase();
   return words.toLowerCase().split(/\s+/).every((word) => text.includes(word));
 }

@@ -57,6 +57,9 @@ export const run = {
     modes,
   },
   controls: {
+    again: "Start again",
+    correct: "Correct the settings",
+    noPrompts: "This run has no validation prompts, so it generates no images.",
     stop: "Stop",
     kill: "Stop without saving",
     killTitle: "Stop without saving a checkpoint?",
@@ -72,6 +75,11 @@ export const run = {
     duplicateHint: "Creates a draft with the same settings; this run is not changed",
   },
   resume: {
+    againTitle: (name: string) => `Start ${name} again`,
+    fromStart: "No checkpoint was saved, so the run starts from the beginning.",
+    learningRate: "Learning rate from here on",
+    learningRateHint: "Leave it empty to keep it. The change is recorded in the run.",
+    learningRateBad: "Enter a number greater than 0.",
     title: (name: string) => `Resume ${name}`,
     from: "Resume from",
     newest: "newest checkpoint",
@@ -81,6 +89,7 @@ export const run = {
     queued: (name: string) => `${name} was queued.`,
   },
   failure: {
+    openDataset: "Open the dataset {name}",
     failed: "The run failed",
     lost: "The run was interrupted",
     lostText: "The process ended unexpectedly (for example a power cut). Resume the run from its last checkpoint.",
@@ -158,6 +167,8 @@ export const run = {
     default: "Default",
   },
   files: {
+    documents: "About this run",
+    about: { "report.html": "Report", "before_after.png": "Before and after", "README.md": "Model card" } as Record<string, string>,
     empty: { title: "Nothing saved yet", text: "A checkpoint is saved every checkpoint_step_interval steps, and when you press “Save now”." },
     outputs: "Result",
     loads: (programs: string) => `for ${programs}`,

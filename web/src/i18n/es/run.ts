@@ -36,6 +36,9 @@ export const run: Texts["run"] = {
     },
   },
   controls: {
+    again: "Empezar de nuevo",
+    correct: "Corregir los ajustes",
+    noPrompts: "Este entrenamiento no tiene prompts de validación, así que no genera imágenes.",
     stop: "Detener",
     kill: "Detener sin guardar",
     killTitle: "¿Detener sin guardar un checkpoint?",
@@ -51,6 +54,11 @@ export const run: Texts["run"] = {
     duplicateHint: "Crea un borrador con los mismos ajustes; este entrenamiento no cambia",
   },
   resume: {
+    againTitle: (name) => `Empezar ${name} de nuevo`,
+    fromStart: "No se guardó ningún checkpoint, así que el entrenamiento empieza desde el principio.",
+    learningRate: "Tasa de aprendizaje desde aquí",
+    learningRateHint: "Déjalo vacío para conservarla. El cambio queda registrado en el entrenamiento.",
+    learningRateBad: "Escribe un número mayor que 0.",
     title: (name) => `Reanudar ${name}`,
     from: "Reanudar desde",
     newest: "último checkpoint",
@@ -60,6 +68,7 @@ export const run: Texts["run"] = {
     queued: (name) => `${name} se añadió a la cola.`,
   },
   failure: {
+    openDataset: "Abrir el dataset {name}",
     failed: "El entrenamiento falló",
     lost: "El entrenamiento se interrumpió",
     lostText: "El proceso terminó de forma inesperada (por ejemplo, por un corte de luz). Reanúdalo desde su último checkpoint.",
@@ -151,6 +160,8 @@ export const run: Texts["run"] = {
     default: "Por defecto",
   },
   files: {
+    documents: "Sobre este entrenamiento",
+    about: { "report.html": "Informe", "before_after.png": "Antes y después", "README.md": "Ficha del modelo" },
     empty: { title: "Todavía no se ha guardado nada", text: "Se guarda un checkpoint cada checkpoint_step_interval pasos, y al pulsar «Guardar ahora»." },
     outputs: "Resultado",
     loads: (programs) => `para ${programs}`,

@@ -36,6 +36,9 @@ export const run: Texts["run"] = {
     },
   },
   controls: {
+    again: "फिर से शुरू करें",
+    correct: "सेटिंग सुधारें",
+    noPrompts: "इस रन में सत्यापन प्रॉम्प्ट नहीं हैं, इसलिए कोई छवि नहीं बनती।",
     stop: "रोकें",
     kill: "बिना सहेजे रोकें",
     killTitle: "Checkpoint सहेजे बिना रोकें?",
@@ -51,6 +54,11 @@ export const run: Texts["run"] = {
     duplicateHint: "इन्हीं सेटिंग्स का ड्राफ़्ट बनाता है; यह रन नहीं बदलता",
   },
   resume: {
+    againTitle: (name) => `${name} फिर से शुरू करें`,
+    fromStart: "कोई चेकपॉइंट सहेजा नहीं गया, इसलिए रन शुरुआत से चलेगा।",
+    learningRate: "यहाँ से लर्निंग रेट",
+    learningRateHint: "वही रखने के लिए खाली छोड़ें। बदलाव रन में दर्ज होता है।",
+    learningRateBad: "0 से बड़ी संख्या लिखें।",
     title: (name) => `${name} फिर से शुरू करें`,
     from: "कहाँ से",
     newest: "सबसे नया checkpoint",
@@ -60,6 +68,7 @@ export const run: Texts["run"] = {
     queued: (name) => `${name} कतार में जोड़ा गया।`,
   },
   failure: {
+    openDataset: "डेटासेट {name} खोलें",
     failed: "रन विफल हुआ",
     lost: "रन बीच में बंद हो गया",
     lostText: "प्रोसेस अचानक बंद हो गई (जैसे बिजली जाने से)। रन को उसके आख़िरी checkpoint से फिर से शुरू करें।",
@@ -151,6 +160,8 @@ export const run: Texts["run"] = {
     default: "डिफ़ॉल्ट",
   },
   files: {
+    documents: "इस रन के बारे में",
+    about: { "report.html": "रिपोर्ट", "before_after.png": "पहले और बाद में", "README.md": "मॉडल कार्ड" },
     empty: { title: "अभी कुछ सहेजा नहीं गया", text: "Checkpoint हर checkpoint_step_interval steps पर सहेजा जाता है, और जब आप “अभी सहेजें” दबाते हैं।" },
     outputs: "परिणाम",
     loads: (programs) => `${programs} के लिए`,
