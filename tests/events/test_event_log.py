@@ -35,6 +35,8 @@ EXAMPLES = [
     event_types.ImageSaved(2, "cat", "a <cat>", "images/cat.png", 1, 64, 128, "trained"),
     event_types.ContactSheetSaved(2, "images/sheet.png"),
     event_types.LossEvaluated(2, "d", "eval", 0.4, -0.1, 0.01, ((0.1, 0.5), (0.9, 0.25)), True),
+    event_types.VerdictReached(2, "flat", 1, 1, 8, -0.1, 0.01),
+    event_types.SampleLossesMeasured(2, "d", "train", {"d/a.png": (0.5, 0.25)}, ("d/a.png",)),
     event_types.ScoresComputed(
         2, "shapes", "ema", 64, {"colour": (0.5, 0.06, 80), "pair": (0.0, 0.0, 9)}
     ),

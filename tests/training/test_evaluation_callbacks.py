@@ -14,6 +14,7 @@ from simpletuner.training.evaluation_callbacks import (
     ImageValidationCallback,
     ScoringCallback,
 )
+from simpletuner.validation.convergence import LossTrajectory
 
 LAST = 6
 
@@ -94,6 +95,7 @@ def test_held_out_loss_starts_from_the_lora_that_is_gone_on_from(ema: bool) -> N
 
     class HeldOut:
         last_step = None
+        trajectory = LossTrajectory()
 
         def evaluate(self, net: Net, step: int, emit: object) -> None:
             seen.append((step, net.strength, net.averaged))

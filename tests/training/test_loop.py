@@ -27,6 +27,7 @@ def parts(
     update = StandardOptimizerStep((), optimizer, OptimizerOptions(), GradientSum((), World()))  # type: ignore[arg-type]
     given = {"schedule": plan, "optimizer": optimizer, "optimizer_step": update, "emit": emit}
     given |= {"world": World(), "callbacks": (), "consecutive_skipped_steps": 0}
+    given["ends_after"] = lambda step: False
     return TrainerContext(**{**fields, **given})  # type: ignore[arg-type]
 
 

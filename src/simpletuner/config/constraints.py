@@ -25,6 +25,7 @@ from simpletuner.config.option import (
 from simpletuner.config.option_catalog import Option, all_options
 from simpletuner.config.patterns import pattern_problem
 from simpletuner.config.schema import DataOptions, RunConfig
+from simpletuner.config.tuning_constraints import find_tuning_errors
 from simpletuner.config.validation_constraints import find_validation_errors
 from simpletuner.errors import ConfigError
 from simpletuner.events.trackers import TRACKER_NAMES
@@ -76,6 +77,7 @@ def _compare_values(run: RunConfig, given: GivenOrigins) -> Iterator[ConstraintF
     yield from check_sizes_and_captions(run.data)
     yield from flow_constraints.find_errors(run.flow, given)
     yield from find_validation_errors(run)
+    yield from find_tuning_errors(run)
     yield from _check_logging(run)
     yield from find_distributed_errors(run)
 

@@ -19,6 +19,7 @@ from simpletuner.config.sections_training import (
     OptimizerOptions,
     TrainingOptions,
 )
+from simpletuner.config.sections_tuning import TuningOptions
 
 __all__ = [
     "AdapterOptions",
@@ -33,6 +34,7 @@ __all__ = [
     "PublishingOptions",
     "RunConfig",
     "TrainingOptions",
+    "TuningOptions",
     "ValidationOptions",
     "trigger_word",
 ]
@@ -54,6 +56,7 @@ class RunConfig(OptionSection):
     training: TrainingOptions = Field(default_factory=TrainingOptions)
     distributed: DistributedOptions = Field(default_factory=DistributedOptions)
     checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
+    tuning: TuningOptions = Field(default_factory=TuningOptions)
     validation: ValidationOptions = Field(default_factory=ValidationOptions)
     logging: LoggingOptions = Field(default_factory=LoggingOptions)
     publishing: PublishingOptions = Field(default_factory=PublishingOptions)

@@ -198,6 +198,39 @@ class LossEvaluated(Event, kind="evaluated"):
 
 
 @dataclass(frozen=True)
+class VerdictReached(Event, kind="verdict"):
+    """The verdict on the held-out losses.
+
+    verdict: "learning" (still falling), "flat" (no improvement since since_step), "overfitting"
+    (rising since since_step) or "unknown" (too few measurements). change, change_se: of the loss
+    since since_step, paired over `samples` images, and its standard error.
+    """
+
+    step: int
+    verdict: str
+    since_step: int
+    best_step: int
+    samples: int
+    change: float
+    change_se: float
+
+
+@dataclass(frozen=True)
+class SampleLossesMeasured(Event, kind="sample_losses"):
+    """Loss of each image on fixed noise, at the first measurement and at the last one.
+
+    split: "eval" or "train". losses: sample id -> (before, after). resisting: images of the
+    training set whose loss fell far less than that of the others, the worst first.
+    """
+
+    step: int
+    dataset: str
+    split: str
+    losses: dict[str, tuple[float, float]]
+    resisting: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ScoresComputed(Event, kind="scored"):
     """Scores of generated images of `prompts` unseen prompts.
 

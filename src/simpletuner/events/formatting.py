@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from simpletuner.events import event_types
+from simpletuner.events import event_types, findings
 
 MODE_NAMES = {
     "replicated": "replicated",
@@ -145,4 +145,4 @@ def describe_event(event: event_types.Event) -> str:
             when = f"at step {event.step}" if event.step else "before the first step"
             return f"failed {when}: {event.error}"
         case _:
-            return event.kind
+            return findings.describe_finding(event)

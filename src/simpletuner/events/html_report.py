@@ -6,8 +6,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,6 +25,8 @@ from simpletuner.events.formatting import (
     format_world,
     pick_evenly,
 )
+from simpletuner.events.html_parts import escape_text, render_section, render_table
+from simpletuner.events.report_findings import render_findings
 from simpletuner.events.run_history import ImageKey, RunHistory, read_run_history
 from simpletuner.image_decoding import UndecodableImage, decoder_errors
 
@@ -50,6 +51,7 @@ def write_report(run_dir: Path, defaults: Mapping[str, Any] | None = None) -> Pa
         [
             _render_header(run_dir, history),
             _render_training(history),
+            render_findings(history),
             _render_held_out(history),
             _render_scores(history),
             _render_images(run_dir, history),
@@ -59,7 +61,7 @@ def write_report(run_dir: Path, defaults: Mapping[str, Any] | None = None) -> Pa
     )
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{_escape_text(title)}</title>"
+        f"<title>{escape_text(title)}</title>"
         f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{style}</style></head>"
@@ -98,12 +100,12 @@ def _render_header(run_dir: Path, history: RunHistory) -> str:
     )
     style = "failed" if isinstance(history.end_event, RunFailed) else "soft"
     items = "".join(
-        f'<li><span class="soft">{name}</span><b>{_escape_text(text)}</b></li>'
+        f'<li><span class="soft">{name}</span><b>{escape_text(text)}</b></li>'
         for name, text in facts
     )
     return (
-        f"<header><h1>{_escape_text(run_dir.resolve().name)}</h1><p>{_escape_text(line)}</p>"
-        f'<p class="{style}">{_escape_text(status)}, '
+        f"<header><h1>{escape_text(run_dir.resolve().name)}</h1><p>{escape_text(line)}</p>"
+        f'<p class="{style}">{escape_text(status)}, '
         f"last event {_format_time(history.last_event_time)}</p>"
         f'<ul class="facts">{items}</ul></header>'
     )
@@ -129,7 +131,7 @@ def _render_training(history: RunHistory) -> str:
             [ChartLine([(float(step.step), step.grad_norm) for step in steps], "", "second")],
         ),
     ]
-    return _render_section(
+    return render_section(
         "Training", f'<div class="charts three">{"".join(charts)}</div>' if steps else ""
     )
 
@@ -174,7 +176,7 @@ def _render_held_out(history: RunHistory) -> str:
         render_line_chart("Held-out loss", losses),
         render_line_chart("Change since step 0, ± standard error", changes, zero=True),
     ]
-    return _render_section(
+    return render_section(
         "Held-out loss", f'<div class="charts">{"".join(charts + by_sigma)}</div>' if series else ""
     )
 
@@ -190,8 +192,8 @@ def _render_scores(history: RunHistory) -> str:
         when = [_step_heading(event.step, event.weights == "base") for event in shown]
         names = dict.fromkeys(name for event in shown for name in event.rates)
         rows = [(name, *(_format_cell(event, name) for event in shown)) for name in names]
-        tables.append(_render_table((f"{metric}, {shown[-1].prompts} prompts", *when), rows))
-    return _render_section("Scores on unseen prompts", "".join(tables))
+        tables.append(render_table((f"{metric}, {shown[-1].prompts} prompts", *when), rows))
+    return render_section("Scores on unseen prompts", "".join(tables))
 
 
 def _format_cell(event: ScoresComputed, name: str) -> str:
@@ -215,7 +217,7 @@ def _render_images(run_dir: Path, history: RunHistory) -> str:
         if event.weights == "base"
     }
     heads = "".join(
-        f'<th scope="col">{_escape_text(strength) or _step_heading(step, step in bases)}</th>'
+        f'<th scope="col">{escape_text(strength) or _step_heading(step, step in bases)}</th>'
         for step, strength in shown
     )
     lines = []
@@ -224,13 +226,13 @@ def _render_images(run_dir: Path, history: RunHistory) -> str:
     ):
         event = next(iter(row.values()))
         which = " · EMA" if kind == "ema" else ""
-        about = f'<span class="soft">{width} x {height} · seed {seed}{_escape_text(which)}</span>'
+        about = f'<span class="soft">{width} x {height} · seed {seed}{escape_text(which)}</span>'
         cells = "".join(
             f"<td>{_render_thumbnail(run_dir, row[column]) if column in row else ''}</td>"
             for column in shown
         )
         lines.append(
-            f'<tr><th scope="row">{_escape_text(event.prompt) or "(empty prompt)"}<br>{about}</th>'
+            f'<tr><th scope="row">{escape_text(event.prompt) or "(empty prompt)"}<br>{about}</th>'
             f"{cells}</tr>"
         )
     start = f'<div class="scroll"><table class="pictures" style="--columns: {len(shown)}">'
@@ -240,7 +242,7 @@ def _render_images(run_dir: Path, history: RunHistory) -> str:
         if len(steps) > MAX_COLUMNS
         else ""
     )
-    return _render_section("Validation images", note + table if rows else "")
+    return render_section("Validation images", note + table if rows else "")
 
 
 def _image_rows(history: RunHistory) -> dict[ImageKey, dict[ImageColumn, ImageSaved]]:
@@ -274,7 +276,7 @@ def _render_thumbnail(run_dir: Path, event: ImageSaved) -> str:
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=86)
     data = base64.b64encode(buffer.getvalue()).decode()
-    about = _escape_text(f"{event.prompt} (step {event.step}, seed {event.seed})")
+    about = escape_text(f"{event.prompt} (step {event.step}, seed {event.seed})")
     source = f"data:image/webp;base64,{data}"
     return f'<a href="{quote(event.path)}"><img src="{source}" alt="{about}" title="{about}"></a>'
 
@@ -285,7 +287,7 @@ def _render_warnings(history: RunHistory) -> str:
         rows.append(
             ("", f"resumed from a checkpoint at step {', '.join(map(str, history.resume_steps))}")
         )
-    return _render_section("Warnings and restarts", _render_table(("when", "what"), rows))
+    return render_section("Warnings and restarts", render_table(("when", "what"), rows))
 
 
 def _render_settings(run_dir: Path, defaults: Mapping[str, Any] | None) -> str:
@@ -302,13 +304,13 @@ def _render_settings(run_dir: Path, defaults: Mapping[str, Any] | None) -> str:
     differs = [key for key, value in config.items() if key in known and value != known[key]]
     changed = [(key, _format_value(config[key]), _format_value(known[key])) for key in differs]
     others = [(key, _format_value(value)) for key, value in config.items() if key not in differs]
-    rest = _render_table(("option", "value"), others, "settings")
+    rest = render_table(("option", "value"), others, "settings")
     if not changed:
-        return _render_section("Settings", rest)
+        return render_section("Settings", rest)
     summary = f"<details><summary>{len(others)} more at their defaults</summary>{rest}</details>"
-    return _render_section(
+    return render_section(
         "Settings that differ from the defaults",
-        _render_table(("option", "value", "default"), changed, "settings") + summary,
+        render_table(("option", "value", "default"), changed, "settings") + summary,
     )
 
 
@@ -318,25 +320,6 @@ def _step_heading(step: int, base: bool) -> str:
 
 def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _render_table(heads: Iterable[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    if not rows:
-        return ""
-    head = "".join(f'<th scope="col">{_escape_text(name)}</th>' for name in heads)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{_escape_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f'<div class="scroll"><table class="plain {kind}"><tr>{head}</tr>{lines}</table></div>'
-
-
-def _render_section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
-
-
-def _escape_text(text: str) -> str:
-    """Escape the text for HTML; a stray byte of a file name becomes a question mark."""
-    return escape(text.encode("utf-8", "replace").decode())
 
 
 def _format_time(t: float) -> str:

@@ -17,8 +17,8 @@ class RunHistory:
     """Events of a run that the present weights descend from.
 
     images: ((prompt id, width, height, seed, weights), step) -> event. warnings: (unix seconds,
-    event). resume_steps: steps at which a later process resumed. end_event: how the last process
-    ended, None while it runs.
+    event). verdict: the last one. sample_losses: split -> event of the end. resume_steps: steps at
+    which a later process resumed. end_event: how the last process ended, None while it runs.
     """
 
     start_event: event_types.RunStarted | None = None
@@ -26,6 +26,8 @@ class RunHistory:
     evaluations: dict[tuple[str, str, int], event_types.LossEvaluated] = field(default_factory=dict)
     scores: dict[tuple[str, int], event_types.ScoresComputed] = field(default_factory=dict)
     images: dict[tuple[ImageKey, int], event_types.ImageSaved] = field(default_factory=dict)
+    verdict: event_types.VerdictReached | None = None
+    sample_losses: dict[str, event_types.SampleLossesMeasured] = field(default_factory=dict)
     saved_weights: dict[str, event_types.WeightsSaved] = field(default_factory=dict)
     warnings: list[
         tuple[
@@ -51,6 +53,10 @@ class RunHistory:
                 self.steps[event.step] = event
             case event_types.LossEvaluated():
                 self.evaluations[event.dataset, event.split, event.step] = event
+            case event_types.VerdictReached():
+                self.verdict = event
+            case event_types.SampleLossesMeasured():
+                self.sample_losses[event.split] = event
             case event_types.ScoresComputed():
                 self.scores[event.metric, event.step] = event
             case event_types.ImageSaved():
@@ -76,6 +82,11 @@ class RunHistory:
         }
         self.scores = {key: event for key, event in self.scores.items() if event.step <= step}
         self.images = {key: event for key, event in self.images.items() if event.step <= step}
+        self.sample_losses = {
+            split: event for split, event in self.sample_losses.items() if event.step <= step
+        }
+        if self.verdict is not None and self.verdict.step > step:
+            self.verdict = None
 
 
 def history_from_records(records: Iterable[EventRecord]) -> RunHistory:

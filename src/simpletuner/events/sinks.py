@@ -12,6 +12,7 @@ from simpletuner.events.event_types import (
     Emit,
     Event,
     RunFailed,
+    SampleLossesMeasured,
     StageProgress,
     StepCompleted,
     WarningIssued,
@@ -35,11 +36,10 @@ def event_level(event: Event) -> int:
     """Return the log level of an event, one of the values of LOG_LEVELS."""
     if isinstance(event, (WarningIssued, RunFailed, CheckpointSetAside)):
         return LOG_LEVELS["warning"]
-    return (
-        LOG_LEVELS["debug"]
-        if isinstance(event, (StageProgress, StepCompleted))
-        else LOG_LEVELS["info"]
+    is_detail = isinstance(event, (StageProgress, StepCompleted)) or (
+        isinstance(event, SampleLossesMeasured) and not event.resisting
     )
+    return LOG_LEVELS["debug"] if is_detail else LOG_LEVELS["info"]
 
 
 def null_emit(event: Event) -> None:

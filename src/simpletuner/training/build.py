@@ -56,26 +56,24 @@ def build_trainer_context(
     emit: Emit,
     closing: ExitStack,
 ) -> TrainerContext:
-    """Return everything that the loop needs.
+    """Return everything that the loop needs; every process calls this with the same run.
 
-    base_dir: the folder of the configuration file, where relative paths are looked up first. Every
-    process of the world calls this with the same run; only the main one writes files and reports.
-    closing: receives whatever must be closed after the training. The run folder of a training with
-    other options is refused before anything is encoded or loaded, and is not changed.
+    base_dir: of the configuration file, for relative paths. closing: receives what must be closed.
+    The folder of a training with other options is refused before anything is loaded.
     """
     resume_point, micro_batches = open_run(run, folder, world, emit)
     device = select_device(run.model, world.gpu_index, not run.distributed.fsdp_enable)
     family = get_family_with_notices(run, emit)
     prompts, metrics, texts = read_evaluation_inputs(run, base_dir, family, device, emit)
-    prepared = prepare_inputs(run, backends, family, texts, folder, device, world, emit, closing)
-    order = make_sample_order(run, prepared, emit)
-    schedule = make_train_schedule(run, micro_batches, order.batches_per_epoch)
+    prepared = prepare_inputs(
+        run, backends, family, texts, folder, device, world, emit, closing, resume_point
+    )
+    order, schedule = make_order_and_schedule(run, prepared, micro_batches, emit)
     state = build_train_state(run, prepared, device, world, micro_batches, emit, closing)
     evaluations = build_evaluation_callbacks(
         run, prepared, state, prompts, metrics, device, schedule, world, folder.path, emit
     )
     metadata = describe_run(run, backends, family, prepared, schedule, folder)
-    publishing = build_publish_callback(run, metadata, world, stop_requested, emit, closing)
     exporter, checkpointer = build_exporter_and_checkpointer(
         run, prepared, state, metadata, evaluations, folder, world, emit
     )
@@ -83,7 +81,9 @@ def build_trainer_context(
         run, prepared, resume_point, checkpointer, state, folder, device, schedule, world, emit
     )
     load_batch, batch_shape = build_batch_loader(run, prepared, order, schedule, world, closing)
-    outputs = checkpointer, evaluations, exporter, publishing
+    publishing = build_publish_callback(run, metadata, world, stop_requested, emit, closing)
+    outputs = exporter, checkpointer, publishing
+    callbacks, ends_after = build_callbacks(run, schedule, evaluations, *outputs, emit)
     return TrainerContext(
         predict_velocity=state.sharding.velocity_predictor(family, state.transformer),
         transformer=state.transformer,
@@ -101,11 +101,20 @@ def build_trainer_context(
         micro_batch_shape=batch_shape,
         resumed_step=step,
         save_checkpoint=checkpointer.save,
-        callbacks=build_callbacks(run, schedule, *outputs, emit),
+        callbacks=callbacks,
         requested_callbacks=build_requested_callbacks(folder, world, checkpointer, evaluations),
         stop_requested=lambda: world.agree([stop_requested()])[0],
+        ends_after=ends_after,
         emit=emit,
     )
+
+
+def make_order_and_schedule(
+    run: RunConfig, prepared: PreparedInputs, micro_batches: int, emit: Emit
+) -> tuple[SampleOrder, TrainSchedule]:
+    """Return the order of the training samples, and the length of the run."""
+    order = make_sample_order(run, prepared, emit)
+    return order, make_train_schedule(run, micro_batches, order.batches_per_epoch)
 
 
 def make_sample_order(run: RunConfig, prepared: PreparedInputs, emit: Emit) -> SampleOrder:
@@ -248,6 +257,7 @@ def build_exporter_and_checkpointer(
                 "text_encoder_batch_size": run.cache.text_encoder_batch_size,
                 "vae_batch_size": run.cache.vae_batch_size,
             },
+            sorted(prepared.held_out),
         ),
         evaluations.stateful_evaluators(),
         exporter.export_to_checkpoint,

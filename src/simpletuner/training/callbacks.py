@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from simpletuner.config.schema import RunConfig
 from simpletuner.events.event_types import Emit, WarningIssued
 from simpletuner.training.checkpointer import Checkpointer
+from simpletuner.training.early_stopping import EarlyStopping
 from simpletuner.training.evaluation_callbacks import EvaluationCallbacks
 from simpletuner.training.exporter import Exporter
 from simpletuner.training.hub_publisher import HubPublisher, PublishCallback, repository_name
@@ -20,19 +21,21 @@ from simpletuner.training.world import World
 def build_callbacks(
     run: RunConfig,
     schedule: TrainSchedule,
-    checkpointer: Checkpointer,
     evaluations: EvaluationCallbacks,
     exporter: Exporter,
+    checkpointer: Checkpointer,
     publishing: PublishCallback | None,
     emit: Emit,
-) -> tuple[ScheduledCallback, ...]:
-    """Return the callbacks in their order within a step.
+) -> tuple[tuple[ScheduledCallback, ...], Callable[[int], bool]]:
+    """Return the callbacks in their order within a step, and whether the run ends after a step.
 
     The held-out loss comes first, because it decides which checkpoint is the best and must not be
-    deleted by the save that follows. Then come the scores, the checkpoint and its upload, and the
-    validation images. After the last step the weights are exported, and then published.
+    deleted by the save that follows, and whether the run ends. Then come the scores, the checkpoint
+    and its upload, and the validation images. After the last step the weights are exported, with
+    early stopping those of the best step, and then published.
     """
-    callbacks = build_measurements(run, schedule, evaluations, emit)
+    early_stopping = build_early_stopping(run, schedule, checkpointer, evaluations, emit)
+    callbacks = build_measurements(run, schedule, evaluations, early_stopping, emit)
     with_baseline = not run.validation.disable_benchmark
     save_interval = run.checkpoint.checkpoint_step_interval
     callbacks.append(ScheduledCallback(every(save_interval), checkpointer.save))
@@ -47,16 +50,29 @@ def build_callbacks(
         interval = run.validation.validation_step_interval
         generate = evaluations.images.generate_images
         callbacks.append(ScheduledCallback(every(interval), generate, at_start=with_baseline))
-    callbacks.append(ScheduledCallback(at_the_end, exporter.export_final))
+    export: StepCallback = exporter.export_final
+    if early_stopping is not None:
+        callbacks.append(ScheduledCallback(at_the_end, early_stopping.use_best_weights))
+        export = early_stopping.exporting(export)
+    callbacks.append(ScheduledCallback(at_the_end, export))
     if publishing is not None:
         callbacks.append(ScheduledCallback(at_the_end, publishing.publish_final))
     if evaluations.held_out is not None:
         callbacks.append(ScheduledCallback(at_the_end, evaluations.held_out.report_best_step))
-    return tuple(callbacks)
+    return tuple(callbacks), early_stopping.ends_after if early_stopping else never
+
+
+def never(step: int) -> bool:
+    """Return that the run does not end before its last step."""
+    return False
 
 
 def build_measurements(
-    run: RunConfig, schedule: TrainSchedule, evaluations: EvaluationCallbacks, emit: Emit
+    run: RunConfig,
+    schedule: TrainSchedule,
+    evaluations: EvaluationCallbacks,
+    early_stopping: EarlyStopping | None,
+    emit: Emit,
 ) -> list[ScheduledCallback]:
     """Return the callbacks of the held-out loss and of the scores, by steps or by epochs."""
 
@@ -69,14 +85,23 @@ def build_measurements(
     epochs = options.eval_epoch_interval
     callbacks = []
     if evaluations.held_out is not None:
-        evaluate = evaluations.held_out.evaluate
+        indices = []
         if epochs is not None:
-            callbacks.append(ScheduledCallback(every_epochs(epochs), evaluate, at_start=True))
+            indices.append(every_epochs(epochs))
         if options.eval_steps_interval is not None or epochs is None:
             save_interval = run.checkpoint.checkpoint_step_interval
             interval = options.eval_steps_interval or save_interval
-            warn_if_best_step_is_not_saved(interval, save_interval, emit)
-            callbacks.append(ScheduledCallback(every(interval), evaluate, at_start=True))
+            if early_stopping is None:
+                warn_if_best_step_is_not_saved(interval, save_interval, emit)
+            else:
+                warn_if_it_cannot_stop(interval, schedule, early_stopping.patience, emit)
+            indices.append(every(interval))
+        at_start = run.tuning.eval_at_start
+        for index in indices:
+            evaluate = evaluations.held_out.evaluate
+            callbacks.append(ScheduledCallback(index, evaluate, at_start))
+            if early_stopping is not None:
+                callbacks.append(ScheduledCallback(index, early_stopping.check))
     if evaluations.scoring is not None:
         index = every(options.evaluation_step_interval or schedule.total_steps)
         if epochs is not None and options.evaluation_step_interval is None:
@@ -86,6 +111,41 @@ def build_measurements(
             ScheduledCallback(index, evaluations.scoring.score, at_start=with_baseline)
         )
     return callbacks
+
+
+def build_early_stopping(
+    run: RunConfig,
+    schedule: TrainSchedule,
+    checkpointer: Checkpointer,
+    evaluations: EvaluationCallbacks,
+    emit: Emit,
+) -> EarlyStopping | None:
+    """Return what ends the run early; None without early_stopping."""
+    if not run.tuning.early_stopping or evaluations.held_out is None:
+        return None
+    return EarlyStopping(
+        evaluations.held_out.evaluator,
+        run.tuning.early_stopping_patience,
+        schedule.total_steps,
+        checkpointer.save,
+        checkpointer.load_weights,
+        emit,
+    )
+
+
+def warn_if_it_cannot_stop(
+    interval: int, schedule: TrainSchedule, patience: int, emit: Emit
+) -> None:
+    """Warn where the run has too few measurements for early stopping."""
+    if schedule.total_steps // interval <= patience:
+        advised = max(1, schedule.total_steps // (4 * (patience + 1)))
+        emit(
+            WarningIssued(
+                f"early_stopping cannot end this run early: the held-out loss is measured every "
+                f"{interval} steps, and it waits for {patience} measurements without an "
+                f"improvement; set eval_steps_interval {advised}"
+            )
+        )
 
 
 def every(interval: int) -> Callable[[int], int]:

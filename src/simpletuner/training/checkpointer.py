@@ -133,6 +133,7 @@ class Checkpointer:
             "micro_batches_per_step": self.micro_batches_per_step,
             "identity": dict(self.inputs.identity),
             "samples": dict(self.inputs.sample_hashes),
+            "held_out": list(self.inputs.held_out),
         }
         if train_state.ema is not None:
             shadow = train_state.ema.state_dict()
@@ -174,6 +175,23 @@ class Checkpointer:
                     f"{self.folder.set_aside(later)}"
                 )
             )
+
+    def load_weights(self, step: int) -> bool:
+        """Load weights, average and optimizer state of a checkpoint of this run, for an export.
+
+        The evaluators keep their state. Returns False, on every process, where it is missing or
+        damaged. The weights are those that are evaluated: of a schedule-free optimizer the average.
+        """
+        is_there = self.world.is_main and checkpoint.is_saved(self.folder.path, step)
+        if not self.world.broadcast_json(is_there):
+            return False
+        folder = self.folder.path / f"checkpoint-{step}"
+        tensors = checkpoint.read_tensors(folder, self.train_state.sharding.pick_stored)
+        set_optimizer_mode(self.train_state.optimizer, training=True)
+        state = {**checkpoint.read_state(folder), "companions": {}}
+        self._load_state(folder, state, tensors)
+        set_optimizer_mode(self.train_state.optimizer, training=False)
+        return True
 
     def _load_state(
         self, folder: Path, state: Mapping[str, Any], tensors: dict[str, dict[str, Tensor]]

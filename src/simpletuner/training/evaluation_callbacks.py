@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from simpletuner.cache.latent_cache import LatentCacheResult
 from simpletuner.config.compare_configs import training_config_hash
 from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig
+from simpletuner.errors import DataError
 from simpletuner.events.event_types import Emit, NoticeIssued
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.loop import TrainSchedule
@@ -21,6 +22,7 @@ from simpletuner.training.prepare import PreparedInputs, select_samples
 from simpletuner.training.train_state import TrainState
 from simpletuner.training.validation_starts import plan_validation_images
 from simpletuner.training.world import World
+from simpletuner.validation.convergence import DEFAULT_PATIENCE
 from simpletuner.validation.held_out_loss import (
     HeldOutEvaluator,
     HeldOutSet,
@@ -110,13 +112,16 @@ class ScoringCallback:
 class HeldOutLossCallback:
     """Measures the held-out loss, of the averaged weights where there are any.
 
-    The average is what is exported for use, so its loss decides which step is the best.
+    The average is what is exported for use, so its loss decides which step is the best. patience:
+    measurements without an improvement after which the loss counts as flat.
     """
 
     evaluator: HeldOutEvaluator
     train_state: TrainState
     run_dir: Path
     emit: Emit
+    patience: int = DEFAULT_PATIENCE
+    _last_verdict: str = field(default="unknown", init=False)
 
     def evaluate(self, step: int) -> None:
         if step == self.evaluator.last_step:
@@ -126,12 +131,18 @@ class HeldOutLossCallback:
         # it is not switched off at step 0.
         with nullcontext() if average is None else average():
             self.evaluator.evaluate(self.train_state.transformer, step, self.emit)
+        if self.evaluator.trajectory.steps:
+            verdict = self.evaluator.trajectory.judge(self.patience)
+            if verdict.verdict not in (self._last_verdict, "unknown"):
+                self.emit(verdict)
+            self._last_verdict = verdict.verdict
 
     def best_step(self) -> int | None:
         return self.evaluator.best_step
 
     def report_best_step(self, step: int) -> None:
-        """Emit the step with the lowest loss, and where its checkpoint is."""
+        """Emit the losses of each sample, the best step with its checkpoint, and the verdict."""
+        self.evaluator.emit_sample_losses(step, self.emit)
         best, loss = self.evaluator.best_step, self.evaluator.best_loss
         if best is None:
             return
@@ -141,6 +152,8 @@ class HeldOutLossCallback:
         else:
             remark = "; training did not lower it" if best == BASE_STEP else ""
         self.emit(NoticeIssued(f"lowest held-out loss {loss:.4f} at step {best}{remark}"))
+        if self.evaluator.trajectory.steps:
+            self.emit(self.evaluator.trajectory.judge(self.patience))
 
 
 @dataclass(frozen=True)
@@ -182,7 +195,10 @@ def build_evaluation_callbacks(
         prepared.family, prepared.constants, device.device, device.weights_dtype, device.autocast
     )
     evaluator = build_held_out_evaluator(run, prepared, inference, world)
-    held_out = None if evaluator is None else HeldOutLossCallback(evaluator, state, run_dir, emit)
+    held_out = None
+    if evaluator is not None:
+        patience = run.tuning.early_stopping_patience
+        held_out = HeldOutLossCallback(evaluator, state, run_dir, emit, patience)
     images = None
     uses_datasets = (
         run.validation.validation_using_datasets and not run.validation.validation_disable
@@ -258,9 +274,10 @@ def build_image_validator(
 def build_held_out_evaluator(
     run: RunConfig, prepared: PreparedInputs, inference: Inference, world: World
 ) -> HeldOutEvaluator | None:
-    """Measure the eval datasets and a fixed, equally large part of the training set.
+    """Measure the held-out images and a fixed part of the training set, equally large by default.
 
-    None without an eval dataset, and with eval_loss_disable.
+    None without either, and with eval_loss_disable. Raises DataError where early_stopping has no
+    held-out images to decide by.
     """
     if run.validation.eval_loss_disable:
         return None
@@ -268,14 +285,21 @@ def build_held_out_evaluator(
     chosen = select_samples(
         prepared.eval, lambda placed: dataset_id in (None, placed.sample.dataset)
     )
-    if not chosen.placed_samples:
-        return None
     count = min(run.validation.num_eval_images, len(chosen.placed_samples))
-    train_count = min(count, len(prepared.train.placed_samples))
-    sets = [
-        make_held_out_set(run, prepared, chosen, "eval", count),
-        make_held_out_set(run, prepared, prepared.train, "train", train_count),
-    ]
+    if run.tuning.early_stopping and not count:
+        raise DataError(
+            "early_stopping needs held-out images: add a dataset with dataset_type eval, or set "
+            "validation_split (0.1 holds out one image in ten)"
+        )
+    wanted = run.tuning.num_train_loss_images
+    train_count = min(count if wanted is None else wanted, len(prepared.train.placed_samples))
+    sets = []
+    if count:
+        sets.append(make_held_out_set(run, prepared, chosen, "eval", count))
+    if train_count:
+        sets.append(make_held_out_set(run, prepared, prepared.train, "train", train_count))
+    if not sets:
+        return None
     return HeldOutEvaluator(
         inference, sets, run.validation.eval_sigma_count, run.training.seed, world
     )

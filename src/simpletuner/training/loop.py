@@ -98,7 +98,8 @@ class TrainerContext:
     load_batch, micro_batch_shape: from the number of a micro-batch, counted from 0 over the whole
     run. world: the processes, among which the micro-batches of a step are shared out.
     resumed_step: steps completed by earlier processes. requested_callbacks: what a user asked for
-    since the last call. consecutive_skipped_steps: steps in a row without an update.
+    since the last call. ends_after: whether early stopping ends the run with a step.
+    consecutive_skipped_steps: steps in a row without an update.
     """
 
     predict_velocity: PredictVelocity
@@ -121,6 +122,7 @@ class TrainerContext:
     requested_callbacks: Callable[[], list[StepCallback]]
     stop_requested: Callable[[], bool]
     emit: Emit
+    ends_after: Callable[[int], bool] = lambda step: False
     consecutive_skipped_steps: int = 0
 
 
@@ -133,12 +135,12 @@ def train(context: TrainerContext) -> int:
     step, total = context.resumed_step, context.schedule.total_steps
     try:
         run_due_callbacks(context, step)
-        while step < total:
+        while step < total and not context.ends_after(step):
             completed = train_step(context, step)
             step += 1
             context.emit(completed)
             run_due_callbacks(context, step)
-            if context.stop_requested() and step < total:
+            if context.stop_requested() and step < total and not context.ends_after(step):
                 raise TrainingStopped
     except TrainingStopped:
         if step:
@@ -150,11 +152,14 @@ def train(context: TrainerContext) -> int:
 
 
 def run_due_callbacks(context: TrainerContext, step: int) -> None:
-    """Run the callbacks that are due or requested after `step` steps, on the evaluation weights."""
+    """Run the callbacks that are due or requested after `step` steps, on the evaluation weights.
+
+    Where one of them ends the run, those of the last step follow.
+    """
+    ended = context.ends_after(step)
+    last_step = step if ended else context.schedule.total_steps
     due = [
-        scheduled.callback
-        for scheduled in context.callbacks
-        if scheduled.is_due(step, context.schedule.total_steps)
+        scheduled.callback for scheduled in context.callbacks if scheduled.is_due(step, last_step)
     ]
     try:
         for callback in (*due, *context.requested_callbacks()):
@@ -162,6 +167,8 @@ def run_due_callbacks(context: TrainerContext, step: int) -> None:
             callback(step)
     finally:
         set_optimizer_mode(context.optimizer, training=True)
+    if context.ends_after(step) and not ended and step < last_step:
+        run_due_callbacks(context, step)
 
 
 def train_step(context: TrainerContext, step: int) -> StepCompleted:

@@ -35,6 +35,8 @@ from simpletuner.errors import DataError
 from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
 from simpletuner.models.family import ArchitectureConstants, ModelFamily, ModelFiles, TextEncoder
 from simpletuner.training.device import ComputeDevice
+from simpletuner.training.hold_out import choose_held_out_ids
+from simpletuner.training.resume import ResumePoint
 from simpletuner.training.run_folder import RunFolder
 from simpletuner.training.world import World
 
@@ -46,7 +48,8 @@ MAX_NAMED_SAMPLES = 20_000
 class PreparedInputs:
     """The inputs of a run, all on disk.
 
-    train, eval: the samples whose latents are cached, with their keys.
+    train, eval: the samples whose latents are cached, with their keys. held_out: ids of the samples
+    of training datasets that are in eval.
     """
 
     family: ModelFamily
@@ -57,6 +60,7 @@ class PreparedInputs:
     eval: LatentCacheResult
     latent_cache: TensorStore
     text_cache: TensorStore
+    held_out: frozenset[str] = frozenset()
 
     def text_embedding(self, caption: str) -> TextEmbedding:
         """Return the text embedding of a caption that is in the cache."""
@@ -173,8 +177,9 @@ def prepare_inputs(
     world: World,
     emit: Emit,
     closing: ExitStack,
+    resume_point: ResumePoint | None = None,
 ) -> PreparedInputs:
-    """Scan the datasets, and encode what is not cached yet.
+    """Scan the datasets, encode what is not cached yet, and hold images out.
 
     texts: what must be encoded in addition to the captions. closing: receives the caches. Every
     process scans the datasets; DataError where they do not see the same.
@@ -197,17 +202,18 @@ def prepare_inputs(
     constants = family.read_constants(files)
     root = Path(run.cache.cache_dir) if run.cache.cache_dir else folder.path / "cache"
     shard_mib = run.cache.cache_shard_mib
-    text_fingerprint = family.text_fingerprint(files, run.model)
-    vae_fingerprint = family.vae_fingerprint(files, run.model)
     text_dir = backends.text_cache_dir or root / "text"
+    fingerprints = (
+        (text_dir, family.text_fingerprint(files, run.model)),
+        (root / "vae", family.vae_fingerprint(files, run.model)),
+    )
     with world.main_first("cache"):  # it repairs what a killed process has left
         text_store, latent_store = (
             closing.enter_context(
                 TensorStore(path, fingerprint, emit, shard_mib, shares_index=world.is_main)
             )
-            for path, fingerprint in ((text_dir, text_fingerprint), (root / "vae", vae_fingerprint))
+            for path, fingerprint in fingerprints
         )
-
     captions = sorted(
         {"", *texts, *(caption for item in scanned.samples for caption in item.sample.captions)}
     )
@@ -217,12 +223,37 @@ def prepare_inputs(
     cached = encode_images(
         run, family, files, latent_store, scanned, root, rejected_path, device, world, emit
     )
-    held_out = {dataset.id for dataset in backends.eval}
-    train = select_samples(cached, lambda item: item.sample.dataset not in held_out)
-    evaluated = select_samples(cached, lambda item: item.sample.dataset in held_out)
+    train, evaluated, split = divide_samples(run, backends, cached, root, resume_point, world, emit)
     return PreparedInputs(
-        family, files, constants, backends.train, train, evaluated, latent_store, text_store
+        family, files, constants, backends.train, train, evaluated, latent_store, text_store, split
     )
+
+
+def divide_samples(
+    run: RunConfig,
+    backends: DatasetFile,
+    cached: LatentCacheResult,
+    cache_root: Path,
+    resume_point: ResumePoint | None,
+    world: World,
+    emit: Emit,
+) -> tuple[LatentCacheResult, LatentCacheResult, frozenset[str]]:
+    """Return the samples to train on, those that are held out, and which of these were split off.
+
+    Held out are the eval datasets, and the part of the training datasets that validation_split
+    sets aside.
+    """
+    eval_sets = {dataset.id for dataset in backends.eval}
+    candidates = [item for item in cached.placed_samples if item.sample.dataset not in eval_sets]
+    split = choose_held_out_ids(
+        run, candidates, bool(eval_sets), cache_root, resume_point, world, emit
+    )
+
+    def is_held_out(item: BucketedSample) -> bool:
+        return item.sample.dataset in eval_sets or item.sample.id in split
+
+    train = select_samples(cached, lambda item: not is_held_out(item))
+    return train, select_samples(cached, is_held_out), split
 
 
 def require_same_scan(scanned: ScanResult, world: World) -> None:

@@ -31,7 +31,8 @@ MAX_NAMED_SAMPLES = 5
 class TrainingInputs:
     """Inputs that a resumed run compares in addition to its options; see PreparedInputs.
 
-    batch_sizes: value of each option in encoded_now.
+    batch_sizes: value of each option in encoded_now. held_out: ids of the training images that are
+    held out, which a resumed run keeps.
     """
 
     identity: Mapping[str, str]
@@ -39,6 +40,7 @@ class TrainingInputs:
     sample_hashes: Mapping[str, str]
     encoded_now: Mapping[str, int]
     batch_sizes: Mapping[str, int]
+    held_out: Sequence[str] = ()
 
 
 def _changed_samples(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from simpletuner.cache.batch_types import Batch
 from simpletuner.data.sample_types import BucketedSample, MicroBatchPlan, SampleVisit
-from simpletuner.events.event_types import Emit, LossEvaluated
+from simpletuner.events.event_types import Emit, LossEvaluated, SampleLossesMeasured
 from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.flow.objective import add_noise, velocity_target
 from simpletuner.peers import ALONE, Peers
 from simpletuner.randomness import seed_at
+from simpletuner.validation.convergence import LossTrajectory, find_resisting, paired_change
 from simpletuner.validation.inference import Inference, eval_mode
 
 
@@ -78,21 +79,8 @@ def fixed_noise(seed: int, sample_id: str, index: int, shape: torch.Size) -> Ten
     return torch.randn(shape, generator=generator)
 
 
-def paired_change(
-    losses: Mapping[str, float], baseline: Mapping[str, float]
-) -> tuple[float, float]:
-    """Return the mean of loss - baseline over the samples in both, and its standard error.
-
-    The spread between easy and hard images cancels in the pairs. The standard error of a single
-    pair is given as 0.
-    """
-    differences = [loss - baseline[sample] for sample, loss in losses.items() if sample in baseline]
-    if not differences:
-        return 0.0, 0.0
-    error = (
-        statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-    )
-    return statistics.fmean(differences), error
+def _key_of(held_out_set: HeldOutSet) -> str:
+    return f"{held_out_set.split}/{held_out_set.dataset}"
 
 
 class HeldOutEvaluator:
@@ -118,6 +106,8 @@ class HeldOutEvaluator:
         self.best_step: int | None = None
         self.best_loss = math.inf
         self.last_step: int | None = None
+        self.trajectory = LossTrajectory()
+        self._last: dict[str, dict[str, float]] = {}
         self._baseline: dict[str, dict[str, float]] = {}
         self._best_step_samples: list[str] = []
 
@@ -143,6 +133,8 @@ class HeldOutEvaluator:
         self.last_step = step
         if is_best:
             self.best_step, self.best_loss = step, loss
+        if eval_losses:
+            self.trajectory.add(step, eval_losses)
         for held_out_set, losses in measured:
             if losses:
                 best = is_best and held_out_set.split == "eval"
@@ -158,19 +150,39 @@ class HeldOutEvaluator:
             "best_loss": loss,
             "last_step": self.last_step,
             "among": self._best_step_samples,
+            "last": self._last,
+            "trajectory": self.trajectory.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._baseline, self.best_step = state["baseline"], state["best_step"]
         self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
         self.last_step, self._best_step_samples = state.get("last_step"), state.get("among", [])
+        self._last = state.get("last", {})  # checkpoints of earlier versions have neither
+        if "trajectory" in state:
+            self.trajectory.load_state_dict(state["trajectory"])
+
+    def emit_sample_losses(self, step: int, emit: Emit) -> None:
+        """Emit the losses of each sample at the first measurement and at the last one."""
+        for held_out_set in self.sets:
+            key = _key_of(held_out_set)
+            first, last = self._baseline.get(key, {}), self._last.get(key, {})
+            losses = {name: (first[name], last[name]) for name in last if name in first}
+            if losses:
+                names = tuple(find_resisting(losses)) if held_out_set.split == "train" else ()
+                emit(
+                    SampleLossesMeasured(
+                        step, held_out_set.dataset, held_out_set.split, losses, names
+                    )
+                )
 
     def _summary(
         self, held_out_set: HeldOutSet, samples: Mapping[str, list[float]], step: int, best: bool
     ) -> LossEvaluated:
         means = {sample: statistics.fmean(losses) for sample, losses in samples.items()}
-        key = f"{held_out_set.split}/{held_out_set.dataset}"
+        key = _key_of(held_out_set)
         baseline = self._baseline.setdefault(key, means)
+        self._last[key] = means
         by_sigma = zip(
             self.sigmas, map(statistics.fmean, zip(*samples.values(), strict=True)), strict=True
         )

@@ -98,6 +98,7 @@ export const newRun: NewRunTexts = {
   group_training: "प्रशिक्षण की अवधि और batch size",
   group_distributed: "कई GPU और मशीनें",
   group_checkpoint: "Checkpoints और फिर से शुरू करना",
+  group_tuning: "अलग रखी इमेज और कब रुकना है",
   group_validation: "वैलिडेशन इमेज और eval loss",
   group_logging: "लॉग",
   group_publishing: "फ़ाइल का metadata और प्रकाशन",

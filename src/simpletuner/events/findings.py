@@ -1,0 +1,72 @@
+"""Findings of a run in words, with what to change: for the terminal, train.log and the report."""
+
+from __future__ import annotations
+
+from simpletuner.events.event_types import Event, SampleLossesMeasured, VerdictReached
+
+MAX_NAMED_IMAGES = 5
+
+
+def describe_finding(event: Event) -> str:
+    """Return one line about an event that holds a finding; of another event its kind."""
+    match event:
+        case VerdictReached():
+            return describe_verdict(event)
+        case SampleLossesMeasured():
+            return describe_sample_losses(event)
+        case _:
+            return event.kind
+
+
+def describe_verdict(event: VerdictReached) -> str:
+    """Return one or two sentences: what the held-out losses say, and what to do."""
+    change = f"{event.change:+.4f} ± {event.change_se:.4f}"
+    at = f"step {event.step}"
+    match event.verdict:
+        case "learning":
+            return (
+                f"still learning at {at}: the held-out loss changed by {change} since step "
+                f"{event.since_step}. More steps should help (max_train_steps)"
+            )
+        case "flat" if event.since_step == 0:
+            return (
+                f"not learning: the held-out loss changed by {change} since step 0. If the images "
+                "do not change either, raise learning_rate (simpletuner tune finds one) or look at "
+                "the captions"
+            )
+        case "flat":
+            return (
+                f"flat since step {event.since_step}: the held-out loss changed by {change} from "
+                f"there to {at}. Steps after {event.since_step} have no measurable effect; train "
+                "that many, or stop by early_stopping"
+            )
+        case "overfitting":
+            return (
+                f"overfitting since step {event.since_step}: the held-out loss changed by {change} "
+                f"from there to {at}. Use checkpoint-{event.best_step} where it was saved, or "
+                f"train {event.best_step} steps; more images, a lower learning_rate or a lower "
+                "lora_rank move that point"
+            )
+    return (
+        f"too few measurements of the held-out loss at {at} to say whether it still learns; "
+        "a lower eval_steps_interval gives more"
+    )
+
+
+def describe_sample_losses(event: SampleLossesMeasured) -> str:
+    """Return which images resist, with their losses before and after."""
+    count = len(event.losses)
+    if not event.resisting:
+        return f"loss of {count} images ({event.split}): none resists"
+    named = [
+        f"{name} ({event.losses[name][0]:.4f} to {event.losses[name][1]:.4f})"
+        for name in event.resisting[:MAX_NAMED_IMAGES]
+        if name in event.losses
+    ]
+    more = len(event.resisting) - len(named)
+    listed = ", ".join(named) + (f" and {more} more" if more > 0 else "")
+    verb = "image resists" if len(event.resisting) == 1 else "images resist"
+    return (
+        f"{len(event.resisting)} of {count} training {verb}: the loss fell far less than that of "
+        f"the others. Does the caption describe the image? {listed}"
+    )
