@@ -59,7 +59,6 @@ def build_trainer_context(
     """Return everything that the loop needs; every process calls this with the same run.
 
     base_dir: of the configuration file, for relative paths. closing: receives what must be closed.
-    The folder of a training with other options is refused before anything is loaded.
     """
     resume_point, micro_batches = open_run(run, folder, world, emit)
     device = select_device(run.model, world.gpu_index, not run.distributed.fsdp_enable)
@@ -136,8 +135,8 @@ def open_run(
 ) -> tuple[ResumePoint | None, int]:
     """Return the checkpoint to resume from, if there is one, and the micro-batches of a step.
 
-    The options of the checkpoint are compared. A new run writes config.json at once; a resumed one
-    only after its state is restored.
+    The options of the checkpoint are compared before anything is loaded. A new run writes
+    config.json at once; a resumed one only after its state is restored.
     """
     config = resolved_options(run)
     resume_point = resume.find_common_resume_point(
