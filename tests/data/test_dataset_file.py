@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.dataset_config import DatasetFile
+from simpletuner.data.caption_variants import CaptionVariants
+from simpletuner.data.dataset_config import ActivePeriod, DatasetFile
 from simpletuner.data.dataset_fields import (
     COMMON_FIELDS,
     HARMLESS_VALUES,
@@ -75,6 +76,17 @@ def test_every_field_arrives(folder: Path) -> None:
         "repeats": 9,
         "probability": 0.25,
         "max_num_samples": 7,
+        "resolution_buckets": ["512x768", [768, 512]],
+        "crops_per_image": 1,
+        "train_batch_size": 3,
+        "timestep_sampling_offset": -0.5,
+        "start_epoch": 0,
+        "start_step": 0,
+        "end_epoch": 5,
+        "end_step": 300,
+        "caption_shuffle": {"enable": True, "count": 3, "split_on": "space", "position_start": 1},
+        "caption_filter_list": ["x"],
+        "caption_weights": [2],
     }
     assert set(fields) | {"id", "instance_data_dir"} == set(COMMON_FIELDS) | set(IMAGE_FIELDS)
     (dataset,) = read(folder, photos(**fields)).train
@@ -92,6 +104,12 @@ def test_every_field_arrives(folder: Path) -> None:
     assert (framing.minimum_image_size, framing.maximum_image_size) == (0.1, 4)
     assert framing.target_downsample_size == 1.5
     assert framing.max_upscale_threshold == 0.2
+    assert framing.resolution_buckets == ((512, 768), (768, 512))
+    assert (framing.crops_per_image, framing.train_batch_size) == (1, 3)
+    assert dataset.timestep_sampling_offset == -0.5
+    assert dataset.active == ActivePeriod(1, 5, 0, 300)
+    assert dataset.caption_variants == CaptionVariants(3, "space", 1)
+    assert (dataset.caption_filters, dataset.caption_weights) == (("x",), (2.0,))
 
 
 def test_prompts_of_the_environment_and_what_the_config_sets_is_told_once(folder: Path) -> None:
@@ -227,7 +245,18 @@ def test_fields_of_other_trainers_are_refused_by_name(name: str, folder: Path) -
         ({"crop": "rather"}, 'photos.crop = "rather": must be true or false'),
         ({"type": "aws"}, "only local folders and tar files are read; allowed: local, webdataset"),
         ({"dataset_type": "conditioning"}, "paired images are not supported yet"),
-        ({"crop_aspect": "random"}, "a random aspect ratio per image is not supported"),
+        ({"resolution_buckets": ["64x64"]}, 'needs "crop": true'),
+        (
+            {"crop": True, "crop_aspect": "random", "resolution_buckets": ["64x100"]},
+            "multiples of 64",
+        ),
+        ({"crop": True, "crop_aspect": "random", "resolution_buckets": [[64]]}, "is not a size"),
+        ({"crop": True, "crop_aspect": "random", "resolution_buckets": "x.json"}, "cannot be read"),
+        ({"start_epoch": 3, "end_epoch": 2}, "end_epoch 2 is before start_epoch 3"),
+        ({"start_step": 3, "end_step": 3}, "end_step 3 is not after start_step 3"),
+        ({"start_epoch": 2}, "no dataset is active at first"),
+        ({"crops_per_image": 65}, "at most 64"),
+        ({"train_batch_size": -1}, "train_batch_size = -1: must be at least 1"),
         ({"caption_strategy": "csv"}, "caption_table: is missing: caption_strategy csv"),
         ({"caption_strategy": "txt"}, "allowed: textfile, filename, instanceprompt"),
         ({"caption_strategy": "instanceprompt"}, "instance_prompt is missing"),

@@ -27,8 +27,6 @@ TABLE_BLOCK = {
 }
 PAIRS = "paired images are not supported yet"
 SINGLE = "Chroma generates single images"
-WHOLE = "a dataset takes part in the whole run"
-WRITTEN = "captions are used as written"
 
 # (entry, fields, outcome). outcome: "works", "noted" (a notice names the field) or a part of the
 # message that refuses it.
@@ -84,19 +82,27 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (IMAGES, {"audio_column": "audio"}, SINGLE),
     (IMAGES, {"config": {"lyrics_column": "lyrics"}}, SINGLE),
     (IMAGES, {"crop_style": "random|center|corner"}, "allowed: center, random, corner"),
-    (IMAGES, {"crop_aspect": "square|preserve"}, "allowed: square, preserve, closest"),
+    (IMAGES, {"crop_aspect": "square|preserve"}, "allowed: square, preserve, closest, random"),
     (IMAGES, {"resolution_type": "area|pixel"}, "allowed: pixel, area, pixel_area"),
     (IMAGES, {"caption_strategy": "filename|parquet"}, "allowed: textfile, filename"),
-    (IMAGES, {"crop": True, "crop_aspect": "random"}, "a random aspect ratio per image"),
+    (IMAGES, {"crop": True, "crop_aspect": "random"}, "works"),
     (IMAGES, {"crop": True, "crop_aspect": "closest", "crop_aspect_buckets": [1.0, 0.5]}, "works"),
     (IMAGES, {"resolution": 1.0, "resolution_type": "area"}, "works"),
     (IMAGES, {"grounding": {"enabled": True}}, "needs a model that reads boxes"),
     (IMAGES, {"ignore_epochs": False}, "works"),
-    (IMAGES, {"caption_shuffle": {"enable": True, "count": 3}}, WRITTEN),
-    (IMAGES, {"caption_filter_list": "filter.txt"}, WRITTEN),
+    (
+        IMAGES,
+        {"caption_shuffle": {"enable": True, "count": 3, "seed": 42, "split_on": "comma"}},
+        "works",
+    ),
+    (IMAGES, {"caption_filter_list": "none.txt"}, "cannot be read"),
+    (IMAGES, {"caption_filter_list": ["blurry", "s/cat/dog/"]}, "works"),
+    (TEXTS, {"caption_filter_list": ["blurry"]}, "works"),
     (IMAGES, {"max_upscale_threshold": 0.2}, "works"),
-    (IMAGES, {"start_step": 300}, WHOLE),
-    (IMAGES, {"end_step": 300}, WHOLE),
+    (IMAGES, {"start_step": 300}, "no dataset is active at first"),
+    (IMAGES, {"start_step": 0, "end_step": 300, "start_epoch": 0, "end_epoch": 0}, "works"),
+    (IMAGES, {"train_batch_size": 2, "timestep_sampling_offset": 0.5}, "works"),
+    (IMAGES, {"ignore_epochs": True}, "counts in an epoch"),
     (IMAGES, {"is_regularisation_data": True}, "regularisation datasets are not supported yet"),
     (IMAGES, {"slider_strength": 0.5}, "slider training is not supported yet"),
 ]

@@ -168,3 +168,26 @@ def test_steps_and_seeds_are_independent() -> None:
     plain = options()
     assert not torch.equal(sample_sigmas(plain, 1, 1, 8), sample_sigmas(plain, 1, 2, 8))
     assert not torch.equal(sample_sigmas(plain, 1, 1, 8), sample_sigmas(plain, 2, 1, 8))
+
+
+@pytest.mark.parametrize("name", ["logit-normal", "quadratic", "uniform", "parabola", "beta"])
+def test_an_offset_moves_the_logit_of_its_samples_before_the_remap(name: str) -> None:
+    chosen = options(chroma_sigma_density=name, flow_schedule_shift=2.0)
+    u = grid(1000)
+    moved = quantile_function(chosen, offsets=[0.7] * 1000)(u)
+    shifted = options(chroma_sigma_density=name, flow_schedule_shift=2.0 * math.exp(0.7))
+    torch.testing.assert_close(moved, quantile_function(shifted)(u))
+    if name == "logit-normal":
+        plain = quantile_function(options(chroma_sigma_density=name))(u)
+        offset = quantile_function(options(chroma_sigma_density=name), offsets=[0.7] * 1000)(u)
+        torch.testing.assert_close(torch.logit(offset), torch.logit(plain) + 0.7)
+
+
+def test_an_offset_is_of_its_own_samples_and_none_changes_nothing() -> None:
+    plain = options()
+    assert torch.equal(
+        sample_sigmas(plain, 1, 5, 8, offsets=[0.0] * 8), sample_sigmas(plain, 1, 5, 8)
+    )
+    mixed = sample_sigmas(plain, 1, 5, 8, offsets=[0.0, 1.0] * 4)
+    assert torch.equal(mixed[::2], sample_sigmas(plain, 1, 5, 8)[::2])
+    assert (mixed[1::2] > sample_sigmas(plain, 1, 5, 8)[1::2]).all()

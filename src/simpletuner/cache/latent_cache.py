@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -86,21 +86,44 @@ def encode_missing_latents(
             key: tuple(why) for part in peers.gather_json(failed) for key, why in part.items()
         }
         store.adopt_new_shards()
-    usable = []
-    usable_keys = []
-    for key, sample in zip(keys, placed, strict=True):
-        if key in failed:
-            rejected.append(_make_rejected(sample, *failed[key]))
-        elif key:
-            usable.append(sample)
-            usable_keys.append(key)
-    if len(rejected) > options.max_bad_sample_fraction * len(placed):
+    return _usable_samples(placed, keys, rejected, failed, options.max_bad_sample_fraction)
+
+
+def _usable_samples(
+    placed: Sequence[BucketedSample],
+    keys: Sequence[str],
+    unreadable: Sequence[RejectedFile],
+    failed: Mapping[str, tuple[str, ...]],
+    max_bad_fraction: float,
+) -> LatentCacheResult:
+    """Return what is cached; an image of which one crop fails is not used at all.
+
+    unreadable: the images without a key. failed: see _encode_images.
+    """
+    bad = {
+        sample.sample.id: _make_rejected(sample, *failed[key])
+        for key, sample in zip(keys, placed, strict=True)
+        if key in failed
+    }
+    rejected = [*unreadable, *bad.values()]
+    unusable = bad.keys() | {
+        sample.sample.id for key, sample in zip(keys, placed, strict=True) if not key
+    }
+    images = sum(sample.crop_index == 0 for sample in placed)
+    if len(rejected) > max_bad_fraction * images:
         raise DataError(
-            f"{len(rejected)} of {len(placed)} images cannot be used, more than"
-            f" max_bad_sample_fraction = {options.max_bad_sample_fraction:g} allows. The first:"
+            f"{len(rejected)} of {images} images cannot be used, more than"
+            f" max_bad_sample_fraction = {max_bad_fraction:g} allows. The first:"
             f" {rejected[0].path}: {rejected[0].detail}"
         )
-    return LatentCacheResult(tuple(usable), tuple(usable_keys), tuple(rejected))
+    pairs = [
+        (sample, key)
+        for key, sample in zip(keys, placed, strict=True)
+        if sample.sample.id not in unusable
+    ]
+    return LatentCacheResult(
+        tuple(sample for sample, _ in pairs), tuple(key for _, key in pairs), tuple(rejected)
+    )
 
 
 def _find_missing(
@@ -141,23 +164,20 @@ def _compute_latent_keys(
             return error
 
     keys = []
-    rejected = []
+    rejected: dict[str, RejectedFile] = {}
     with StageReporter(emit, "hash", len(placed), "files") as stage:
         # In parts, because map() submits all its jobs at once.
         for start in range(0, len(placed), 1000):
             part = placed[start : start + 1000]
             for sample, digest in zip(part, pool.map(content, part), strict=True):
                 if isinstance(digest, OSError):
-                    rejected.append(
-                        _make_rejected(
-                            sample, "unreadable", f"cannot be read: {digest.strerror or digest}"
-                        )
-                    )
+                    detail = f"cannot be read: {digest.strerror or digest}"
+                    rejected[sample.sample.id] = _make_rejected(sample, "unreadable", detail)
                     keys.append("")
                 else:
                     keys.append(latent_key(digest, sample, options, fingerprint))
                 stage.advance()
-    return keys, rejected
+    return keys, list(rejected.values())
 
 
 def _encode_images(

@@ -27,6 +27,7 @@ from simpletuner.config.load import (
 from simpletuner.config.option_catalog import all_options
 from simpletuner.config.option_values import parse_memory_size
 from simpletuner.config.output_folder import find_output_dir_problems
+from simpletuner.config.schema import RunConfig
 from simpletuner.data.dataset_config import DatasetFile
 from simpletuner.data.dataset_file import read_dataset_file
 from simpletuner.data.start_image import read_size
@@ -192,6 +193,7 @@ def require_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, 
             problems.extend(error.problems)
         if backends is not None:
             problems += output_dir_problems(tried.loaded, backends)
+            problems += noise_level_problems(run, backends)
     if problems or tried.loaded is None or backends is None:
         raise ConfigError(problems)
     return tried.loaded, backends
@@ -208,6 +210,23 @@ def output_dir_problems(loaded: LoadedConfig, backends: DatasetFile) -> list[Pro
         [Path(cache) for cache in caches if cache],
     )
     return [Problem(loaded.origins["output_dir"], text) for text in found]
+
+
+def noise_level_problems(run: RunConfig, backends: DatasetFile) -> list[Problem]:
+    """Return which datasets move noise levels of a list, which cannot be moved."""
+    flow = run.flow
+    if flow.flow_custom_timesteps is None and not flow.flux_fast_schedule:
+        return []
+    name = "flux_fast_schedule" if flow.flow_custom_timesteps is None else "flow_custom_timesteps"
+    return [
+        Problem(
+            str(run.data.data_backend_config),
+            f"{dataset.id}.timestep_sampling_offset moves a density of noise levels, and {name} is "
+            "a list of them; leave out one of the two",
+        )
+        for dataset in backends.train
+        if dataset.timestep_sampling_offset
+    ]
 
 
 def print_config(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 from simpletuner.config.schema import DataOptions
+from simpletuner.data.caption_filters import apply_filters
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.rejections import UnusableFile
 from simpletuner.data.sources import SourceFile
@@ -18,6 +20,7 @@ def read_captions(
     text: SourceFile | None,
     options: DataOptions,
     from_table: tuple[str, ...] = (),
+    seed: int = 0,
 ) -> tuple[str, ...]:
     """Return the alternative captions of one image; one of them is used each time it is trained.
 
@@ -26,9 +29,13 @@ def read_captions(
     underscores as spaces. instanceprompt, only_instance_prompt: the instance prompts. csv, jsonl,
     parquet: from_table, which are the captions of the image's row. prepend_instance_prompt: every
     prompt before every alternative. A blank caption counts as missing; missing_caption decides.
+
+    caption_filter_list is applied to all captions except instance prompts. Then come the
+    variants of caption_shuffle, which stand together for each alternative; a prompt that is put
+    before a caption stays first. seed: of the run, for the variants.
     """
     if dataset.only_instance_prompt or dataset.caption_strategy == "instanceprompt":
-        return dataset.instance_prompts
+        return _add_variants(dataset, dataset.instance_prompts, seed)
     captions: tuple[str, ...] = ()
     if dataset.caption_strategy == "filename":
         captions = _caption_from_filename(image)
@@ -36,8 +43,12 @@ def read_captions(
         captions, text = from_table, None
     elif text is not None:
         captions = _captions_from_text_file(text, dataset.disable_multiline_split)
+    if dataset.caption_filters:
+        filtered = (apply_filters(caption, dataset.caption_filters) for caption in captions)
+        captions = tuple(caption for caption in filtered if caption)
     if not captions:
         captions = _missing_caption_fallback(dataset, image, text, options.missing_caption)
+    captions = _add_variants(dataset, captions, seed)
     if dataset.prepend_instance_prompt:
         return tuple(
             f"{prompt} {caption}".strip()
@@ -45,6 +56,41 @@ def read_captions(
             for caption in captions
         )
     return captions
+
+
+def _add_variants(dataset: DatasetConfig, captions: tuple[str, ...], seed: int) -> tuple[str, ...]:
+    variants = dataset.caption_variants
+    if variants is None:
+        return captions
+    return tuple(text for caption in captions for text in variants.of_caption(caption, seed))
+
+
+def caption_weights(dataset: DatasetConfig, count: int) -> tuple[float, ...]:
+    """Return the weight of each of the `count` captions that read_captions returned; or none.
+
+    The variants of an alternative share its weight, and every instance prompt has all alternatives.
+    """
+    weights = dataset.caption_weights
+    if not weights:
+        return ()
+    prompted = dataset.prepend_instance_prompt and not (
+        dataset.only_instance_prompt or dataset.caption_strategy == "instanceprompt"
+    )
+    prompts = len(dataset.instance_prompts) if prompted else 1
+    variants = dataset.caption_variants
+    return _spread_weights(
+        weights, count, prompts, 1 if variants is None else variants.captions_per_caption
+    )
+
+
+@cache
+def _spread_weights(
+    weights: tuple[float, ...], count: int, prompts: int, variants: int
+) -> tuple[float, ...]:
+    """Return the weights; samples with as many captions share one tuple."""
+    alternatives = count // prompts // variants
+    own = [weights[min(number, len(weights) - 1)] for number in range(alternatives)]
+    return tuple(weight for weight in own for _ in range(variants)) * prompts
 
 
 def _caption_from_filename(image: SourceFile) -> tuple[str, ...]:

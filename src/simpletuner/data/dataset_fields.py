@@ -10,6 +10,7 @@ from pydantic import Field, StringConstraints
 from simpletuner.config.option import OptionSection, option
 from simpletuner.config.option_catalog import Option, all_options, section_options
 from simpletuner.config.sections_data import CAPTION_TABLES
+from simpletuner.data.variation_fields import TRAINED, VariationFields
 
 LOCAL_ONLY_REASON = "only local folders and tar files are read"
 ONE_CACHE_REASON = "a run has one cache, addressed by content; set cache_dir in the config"
@@ -17,9 +18,8 @@ NO_PAIRS_REASON = "paired images are not supported yet"
 TABLE_BLOCK = "parquet"  # SimpleTuner's name of caption_table
 PromptText = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 AspectRatio = Annotated[float, Field(ge=0.01, le=100)]
-TRAINED = {"dataset_type": "image"}
 CROPPED = {"crop": True}
-BUCKETS_REASON = 'needs "crop": true and "crop_aspect": "closest"'
+BUCKETS_REASON = 'needs "crop": true and "crop_aspect": "closest" or "random"'
 
 # Read this file as a table: name, type and default; one sentence of help; bounds, other values, and
 # the relations to other fields.
@@ -53,7 +53,7 @@ class CommonDatasetFields(OptionSection):
     disable: bool = option(False, "Alias for disabled.")
 
 
-class ImageDatasetFields(OptionSection):
+class ImageDatasetFields(VariationFields):
     """Datasets of images, image and eval; RUN_OPTION_FIELDS are theirs too."""
 
     instance_data_dir: str = option(
@@ -91,21 +91,37 @@ class ImageDatasetFields(OptionSection):
         needs=TRAINED,
         idle_value="center",
     )
-    crop_aspect: Literal["square", "preserve", "closest"] = option(
+    crop_aspect: Literal["square", "preserve", "closest", "random"] = option(
         "square",
-        "Shape of the crop: square, the image's own aspect ratio, or the closest of "
-        "crop_aspect_buckets.",
-        refused_values={"random": "a random aspect ratio per image is not supported"},
+        "Shape of the crop: square, the image's own aspect ratio, the closest of "
+        "crop_aspect_buckets, or a random one of them.",
         needs=CROPPED,
         idle_value="preserve",
     )
     crop_aspect_buckets: list[AspectRatio] | None = option(
         None,
-        "Aspect ratios (width / height), from 0.01 to 100, for crop_aspect closest; null is a "
-        "list of common ratios.",
-        needs={**CROPPED, "crop_aspect": "closest"},
+        "Aspect ratios (width / height), from 0.01 to 100, for crop_aspect closest and random; "
+        "null is a list of common ratios.",
+        needs={**CROPPED, "crop_aspect": ("closest", "random"), "resolution_buckets": None},
         unmet_errors={"crop": BUCKETS_REASON, "crop_aspect": BUCKETS_REASON},
         min_length=1,
+    )
+    resolution_buckets: str | list[Any] | dict[str, Any] | None = option(
+        None,
+        "Sizes to crop to, in place of resolution: a list of texts such as 832x1216, an object of "
+        "ratios and sizes, or a .json file with either; crop_aspect closest or random chooses.",
+        needs={**CROPPED, "crop_aspect": ("closest", "random")},
+        unmet_errors={"crop": BUCKETS_REASON, "crop_aspect": BUCKETS_REASON},
+    )
+    crops_per_image: int = option(
+        1,
+        "How many random crops of each image are encoded; each use of the image takes the next "
+        "one, of another position and, with crop_aspect random, of another shape.",
+        unit="crops",
+        needs={**TRAINED, **CROPPED},
+        needs_any={"crop_style": "random", "crop_aspect": "random"},
+        ge=1,
+        le=64,
     )
     repeats: int = option(
         0,
@@ -143,6 +159,9 @@ class CacheDatasetFields(OptionSection):
         "must be a folder; the placeholders are {env:NAME}, {model_family}, {output_dir} and {id}",
         pattern=r"^[^{]*$",
     )
+    caption_filter_list: str | list[str] | None = option(
+        None, "caption_filter_list of the datasets that have none of their own."
+    )
 
 
 # The kinds of entries that hold a cache and no images.
@@ -161,12 +180,15 @@ IMAGE_FIELDS: Mapping[str, Option] = {
         "only_instance_prompt",
         "caption_table",
         "disable_multiline_split",
+        *VariationFields.model_fields,
         "resolution",
         "resolution_type",
         "crop",
         "crop_style",
         "crop_aspect",
         "crop_aspect_buckets",
+        "resolution_buckets",
+        "crops_per_image",
         "minimum_aspect_ratio",
         "maximum_aspect_ratio",
         "minimum_image_size",
@@ -210,7 +232,8 @@ UNNEEDED_BY_REASON: Mapping[str, tuple[str, ...]] = {
         "aspect_bucket_rounding",
         "aspect_bucket_alignment",
     ),
-    "images are encoded once, before training, and again where they changed": (
+    "images are encoded once, before training, and again where they changed; crops_per_image gives "
+    "each epoch another random crop": (
         "vae_cache_clear_each_epoch",
         "vae_cache_ondemand",
         "vae_cache_disable",
@@ -224,7 +247,7 @@ UNNEEDED_BY_REASON: Mapping[str, tuple[str, ...]] = {
 
 # Fields of SimpleTuner that are refused; HARMLESS_VALUES ask for what is done anyway.
 REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
-    "set it once in the config, for all datasets": ("train_batch_size", "text_encoder_batch_size"),
+    "set it once in the config, for all datasets": ("text_encoder_batch_size",),
     "needs a second model that classifies images; no file is ever deleted": ("delete_nsfw_images",),
     "needs a model that reads boxes; Chroma reads captions only": (
         "grounding",
@@ -235,18 +258,7 @@ REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
         "is_regularization_data",
     ),
     "slider training is not supported yet": ("slider_strength",),
-    "noise levels have the same density for all datasets": ("timestep_sampling_offset",),
-    "a dataset takes part in the whole run": (
-        "start_epoch",
-        "start_step",
-        "end_epoch",
-        "end_step",
-        "ignore_epochs",
-    ),
-    "captions are used as written; several lines are alternatives": (
-        "caption_shuffle",
-        "caption_filter_list",
-    ),
+    "every dataset that is active counts in an epoch": ("ignore_epochs",),
     NO_PAIRS_REASON: (
         "conditioning",
         "conditioning_data",
@@ -288,15 +300,22 @@ REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
 REFUSED_FIELDS = {name: reason for reason, names in REFUSED_BY_REASON.items() for name in names}
 UNNEEDED_FIELDS = {name: reason for reason, names in UNNEEDED_BY_REASON.items() for name in names}
 HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "timestep_sampling_offset": (0,),
-    "start_epoch": (0, 1),
-    "start_step": (0,),
     "conditioning": ([],),
     "grounding": ({"enabled": False},),
     "ignore_epochs": (False,),
-    "caption_shuffle": ({"enable": False},),
     **{name: (False,) for name in REFUSED_FIELDS if name.startswith(("delete_", "is_reg"))},
 }
+
+
+def is_harmless(key: str, raw: Any) -> bool:
+    """Return whether a refused field asks for what is done anyway.
+
+    False and 0 are different values.
+    """
+    return any(
+        raw == value and isinstance(raw, type(value)) for value in HARMLESS_VALUES.get(key, ())
+    )
+
 
 ALL_FIELD_NAMES = (
     TABLE_BLOCK,

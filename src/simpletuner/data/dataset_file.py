@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -12,28 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config import jsonc, option_values
-from simpletuner.config.constraints import (
-    check_sizes_and_captions,
-    format_no_effect,
-    unmet_error,
-)
+from simpletuner.config.constraints import check_sizes_and_captions
 from simpletuner.config.documents import read_document
 from simpletuner.config.environment import expand_placeholders
 from simpletuner.config.model_families import DEFAULT_FAMILY
-from simpletuner.config.option import find_unmet_need
-from simpletuner.config.option_catalog import Option, all_options
+from simpletuner.config.option_catalog import Option
 from simpletuner.config.option_values import SectionT, did_you_mean, validate_section
 from simpletuner.config.paths import find_path
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.caption_table_field import read_table_field
-from simpletuner.data.dataset_config import CaptionTable, DatasetConfig, DatasetFile
+from simpletuner.data.dataset_config import DatasetConfig, DatasetFile
 from simpletuner.data.dataset_fields import (
     ALL_FIELD_NAMES,
     CACHE_DATASET_TYPES,
     CACHE_FIELDS,
     CACHE_STORAGES,
     COMMON_FIELDS,
-    HARMLESS_VALUES,
     IMAGE_FIELDS,
     REFUSED_FIELDS,
     RUN_OPTION_FIELDS,
@@ -41,8 +33,17 @@ from simpletuner.data.dataset_fields import (
     UNNEEDED_FIELDS,
     CacheDatasetFields,
     ImageDatasetFields,
+    is_harmless,
 )
-from simpletuner.data.geometry import ResizeCropConfig
+from simpletuner.data.dataset_objects import read_dataset_objects
+from simpletuner.data.ineffective_fields import (
+    find_ineffective_fields,
+    find_ineffective_run_options,
+)
+from simpletuner.data.text_sets import TextSet, with_filters_of_text_set
+from simpletuner.data.variation_fields import (
+    read_filter_field,
+)
 from simpletuner.errors import ConfigError, Problem
 
 EXAMPLE_DATASET_FILE = '[{"id": "photos", "instance_data_dir": "datasets/photos"}]'
@@ -123,7 +124,8 @@ class _DatasetFileReader:
             return DatasetFile((), (), None)
         datasets: list[DatasetConfig] = []
         indexes: dict[str, int] = {}
-        text_caches: list[tuple[bool, Path | None]] = []
+        text_sets: list[TextSet] = []
+        links: dict[str, Any] = {}
         for at, entry in enumerate(self.entries):
             if not isinstance(entry, dict):
                 self.add_problem("a dataset must be an object of fields, {...}", at)
@@ -139,28 +141,39 @@ class _DatasetFileReader:
                 fields = self.read_fields(at, name, entry, IMAGE_FIELDS)
                 dataset = self.build_dataset(at, name, kind, fields, common.get("type", "local"))
                 datasets += [dataset] if dataset is not None else []
+                links[name] = entry.get("text_embeds")
             else:
                 known = {key: raw for key, raw in entry.items() if not key.startswith("aws_")}
                 fields = self.read_fields(at, name, known, CACHE_FIELDS)
                 cache = self.validate_fields(at, name, CacheDatasetFields, fields)
                 folder = self.resolve_folder(cache.cache_dir) if cache.cache_dir else None
                 if kind == "text_embeds":
-                    text_caches.append((cache.default, folder))
+                    filters = self.read_filters(at, name, cache)
+                    text_sets.append(TextSet(name, cache.default, folder, filters))
                 elif folder is not None:
                     reason = UNNEEDED_FIELDS["image_embeds"]
                     self.notices.append(f"{name}.cache_dir is not used: {reason}")
-        train = tuple(dataset for dataset in datasets if dataset.dataset_type == "image")
-        if not train and not self.problems:
+        trains = any(dataset.dataset_type == "image" for dataset in datasets)
+        if not trains and not self.problems:
             self.add_problem(
                 "no dataset of dataset_type image is enabled, so there is nothing to train on"
             )
-        self.report_ineffective_run_options()
-        return DatasetFile(
-            train,
-            tuple(dataset for dataset in datasets if dataset.dataset_type == "eval"),
-            self.choose_text_cache(text_caches),
-            tuple(self.notices),
+        elif trains and not any(
+            dataset.dataset_type == "image" and dataset.active.holds(0, 0) for dataset in datasets
+        ):
+            self.add_problem("no dataset is active at first: one needs start_step 0, start_epoch 1")
+        self.notices += find_ineffective_run_options(self.run_options, self.dataset_values)
+        default = self.choose_text_set(text_sets)
+        train, held_out = (
+            tuple(
+                with_filters_of_text_set(dataset, links, text_sets, default)
+                for dataset in datasets
+                if dataset.dataset_type == kind
+            )
+            for kind in ("image", "eval")
         )
+        folder = None if default is None else default.folder
+        return DatasetFile(train, held_out, folder, tuple(self.notices))
 
     def replace_cache_storage(self, name: str, given: dict[str, Any]) -> None:
         """Read a cache in memory or in an object store as one in files of this machine."""
@@ -170,13 +183,13 @@ class _DatasetFileReader:
             )
             given["type"] = "local"
 
-    def choose_text_cache(self, caches: list[tuple[bool, Path | None]]) -> Path | None:
-        default = [folder for is_default, folder in caches if is_default]
-        if len(default) > 1 or (len(caches) > 1 and not default):
+    def choose_text_set(self, text_sets: list[TextSet]) -> TextSet | None:
+        default = [text_set for text_set in text_sets if text_set.is_default]
+        if len(default) > 1 or (len(text_sets) > 1 and not default):
             self.add_problem(
                 'several text_embeds entries: exactly one of them needs "default": true'
             )
-        return (default or [folder for _, folder in caches] or [None])[0]
+        return next(iter(default or text_sets), None)
 
     def read_id(self, at: int, entry: dict[str, Any], indexes: dict[str, int]) -> str:
         name = entry.get("id")
@@ -215,7 +228,7 @@ class _DatasetFileReader:
             elif key in table:
                 self.read_value(at, name, table[key], raw, values)
             elif key in REFUSED_FIELDS:
-                if not _is_harmless(key, raw):
+                if not is_harmless(key, raw):
                     self.add_problem(
                         f"{name}.{key} is not supported: {REFUSED_FIELDS[key]}", at, key
                     )
@@ -273,13 +286,18 @@ class _DatasetFileReader:
         self.report_ineffective_fields(
             at, name, {"dataset_type": kind, **dict(own), **dict(fields)}, given
         )
-        table = self.read_caption_table(at, name, fields, own)
+        objects = read_dataset_objects(
+            kind,
+            fields,
+            own,
+            self.resolve_folder,
+            lambda key, error: self.add_problem(f"{name}.{key}: {error}", at, key),
+        )
         run_prompt = (self.run_options.instance_prompt or "").strip()
         dataset = DatasetConfig(
             id=name,
             dataset_type=kind,
             instance_data_dir=folder or Path(),
-            resize_crop=_build_resize_crop(kind, fields, own),
             caption_strategy=own.caption_strategy,
             instance_prompts=tuple(fields.instance_prompt or filter(None, [run_prompt])),
             prepend_instance_prompt=own.prepend_instance_prompt,
@@ -289,53 +307,32 @@ class _DatasetFileReader:
             probability=fields.probability,
             max_num_samples=fields.max_num_samples,
             type=storage,
-            caption_table=table,
+            caption_weights=tuple(fields.caption_weights or ()),
+            timestep_sampling_offset=fields.timestep_sampling_offset,
+            **vars(objects),
         )
         uses_prompt = own.caption_strategy == "instanceprompt" or own.prepend_instance_prompt
         if (uses_prompt or own.only_instance_prompt) and not dataset.instance_prompts:
             self.add_problem(f"{name}.instance_prompt is missing: the captions need it", at)
         return dataset if folder is not None and len(self.problems) == before else None
 
-    def read_caption_table(
-        self, at: int, name: str, fields: ImageDatasetFields, own: DataOptions
-    ) -> CaptionTable | None:
-        if own.only_instance_prompt:
-            return None
+    def read_filters(self, at: int, name: str, cache: CacheDatasetFields) -> tuple[str, ...]:
         try:
-            return read_table_field(fields.caption_table, own.caption_strategy, self.resolve_folder)
+            return read_filter_field(cache.caption_filter_list, self.resolve_folder)
         except ConfigError as error:
-            self.add_problem(f"{name}.caption_table: {error}", at)
-            return None
+            self.add_problem(f"{name}.caption_filter_list: {error}", at, "caption_filter_list")
+            return ()
 
     def report_ineffective_fields(
         self, at: int, name: str, values: dict[str, Any], given: Mapping[str, Any]
     ) -> None:
         """Report the given fields that have no effect with the values of the others."""
         self.dataset_values.append(values)
-        for key in given:
-            option = IMAGE_FIELDS[key]
-            group = find_unmet_need(option.needs, values.__getitem__)
-            if group is None or values[key] == option.idle_value:
-                continue
-            error = unmet_error(option, group)
+        for key, error, notice in find_ineffective_fields(values, given):
             if error is not None:
                 self.add_problem(f"{name}.{key} {error}", at, key)
             else:
-                self.notices.append(f"{name}.{format_no_effect([key], group, values.__getitem__)}")
-
-    def report_ineffective_run_options(self) -> None:
-        """Report the run's data options that have an effect on none of the datasets."""
-        for option in all_options().values():
-            if option.section != "data" or not option.needs or not self.dataset_values:
-                continue
-            if dict(self.run_options)[option.name] == option.idle_value:
-                continue
-            unmet = [
-                find_unmet_need(option.needs, values.__getitem__) for values in self.dataset_values
-            ]
-            if unmet[0] is not None and all(unmet):
-                first = self.dataset_values[0]
-                self.notices.append(format_no_effect([option.name], unmet[0], first.__getitem__))
+                self.notices.append(f"{name}.{notice}")
 
     def resolve_data_dir(self, at: int, name: str, given: dict[str, Any]) -> Path | None:
         if "instance_data_dir" not in given:
@@ -360,26 +357,3 @@ class _DatasetFileReader:
         """
         found, tried = find_path(written, self.base_folder, Path.cwd())
         return Path(found or tried[-1])
-
-
-def _is_harmless(key: str, raw: Any) -> bool:
-    """Return whether a refused field asks for what is done anyway.
-
-    False and 0 are different values.
-    """
-    return any(
-        raw == value and isinstance(raw, type(value)) for value in HARMLESS_VALUES.get(key, ())
-    )
-
-
-def _build_resize_crop(kind: str, fields: ImageDatasetFields, own: DataOptions) -> ResizeCropConfig:
-    style_counts = fields.crop or "crop_style" in fields.model_fields_set
-    shared_names = {item.name for item in dataclasses.fields(ResizeCropConfig)}
-    return ResizeCropConfig(
-        crop=fields.crop,
-        crop_style=fields.crop_style if kind != "eval" and style_counts else "center",
-        crop_aspect=fields.crop_aspect,
-        max_upscale_threshold=fields.max_upscale_threshold,
-        crop_aspect_buckets=tuple(fields.crop_aspect_buckets or ()),
-        **own.model_dump(include=shared_names),
-    )

@@ -17,7 +17,7 @@ COMMON_RATIOS = (0.5, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2, 16 
 
 @dataclass(frozen=True)
 class ResizeCropConfig:
-    """Settings that resize and crop the images of a dataset.
+    """Settings that resize and crop the images of a dataset, and divide its buckets into batches.
 
     Names and units are those of the dataset file. resolution and the three *_size fields have the
     unit of resolution_type: "pixel" is the shorter edge, "pixel_area" the edge of a square of the
@@ -26,16 +26,20 @@ class ResizeCropConfig:
     crop false: the bucket has the image's own aspect ratio, whatever crop_aspect is. The image is
     resized to cover the bucket, and the few pixels beyond the alignment are trimmed; nothing is
     ever stretched. crop true: crop_aspect "square" crops squares, "preserve" is the same as crop
-    false, "closest" takes the nearest ratio (by quotient) of crop_aspect_buckets.
+    false, "closest" takes the nearest ratio (by quotient) of crop_aspect_buckets, and "random" one
+    of them for each crop. With resolution_buckets, "closest" and "random" choose among these sizes,
+    (width, height) in px, and resolution only counts for the limits.
 
     crop_style chooses the window of the covering image: "center", "corner" (top left) or "random"
-    (one position per sample, derived from the run's seed and the sample id, the same in every
-    epoch).
+    (positions derived from the run's seed, the sample id and the number of the crop).
+    crops_per_image: how many crops are used in turn, one at each use of the image.
 
     maximum_image_size with target_downsample_size: a larger image is first shrunk to the target,
     and the bucket is cropped out of that. All other images are resized to just cover their bucket.
 
     max_upscale_threshold: images that would be enlarged by more than this fraction are not used.
+
+    train_batch_size: samples of one bucket that form a batch; None is that of the run.
     """
 
     resolution: float = 1024.0
@@ -44,12 +48,15 @@ class ResizeCropConfig:
     crop_style: str = "center"
     crop_aspect: str = "square"
     crop_aspect_buckets: tuple[float, ...] = ()
+    resolution_buckets: tuple[ImageSize, ...] = ()
+    crops_per_image: int = 1
     minimum_aspect_ratio: float = 0.25
     maximum_aspect_ratio: float = 4.0
     minimum_image_size: float | None = None
     maximum_image_size: float | None = None
     target_downsample_size: float | None = None
     max_upscale_threshold: float | None = None
+    train_batch_size: int | None = None
 
 
 def limit_in_pixels(value: float, resolution_type: str) -> int:
@@ -67,12 +74,41 @@ def bucket_size(framing: ResizeCropConfig, size: ImageSize, alignment_px: int) -
     """Return the size an image is trained at: multiples of alignment_px, at least one each.
 
     Each side is the ideal one (aspect ratio unchanged, area or shorter edge as configured) rounded
-    to the nearest multiple, so it differs by at most half of alignment_px.
+    to the nearest multiple, so it differs by at most half of alignment_px. The first of
+    bucket_sizes.
     """
+    return bucket_sizes(framing, size, alignment_px)[0]
+
+
+def bucket_sizes(
+    framing: ResizeCropConfig, size: ImageSize, alignment_px: int
+) -> tuple[ImageSize, ...]:
+    """Return the sizes an image may be trained at: one, or several with crop_aspect random."""
+    listed = framing.resolution_buckets if framing.crop else ()
+    is_random = framing.crop and framing.crop_aspect == "random"
+    if listed:
+        return listed if is_random else (_closest_bucket(listed, size),)
     kind = framing.resolution_type
-    return _scale_to_target(
-        _target_aspect(framing, size), limit_in_pixels(framing.resolution, kind), kind, alignment_px
-    )
+    target = limit_in_pixels(framing.resolution, kind)
+    aspects = _listed_aspects(framing) if is_random else [_target_aspect(framing, size)]
+    found = (_scale_to_target(aspect, target, kind, alignment_px) for aspect in aspects)
+    return tuple(dict.fromkeys(found))
+
+
+def _closest_bucket(listed: tuple[ImageSize, ...], size: ImageSize) -> ImageSize:
+    """Return the bucket of the nearest aspect ratio, by quotient.
+
+    Of several with the same ratio, the largest that does not enlarge the image, else the smallest.
+    """
+    own = Fraction(*size)
+
+    def rank(bucket: ImageSize) -> tuple[Fraction, bool, int]:
+        ratio = Fraction(*bucket)
+        area = bucket[0] * bucket[1]
+        enlarges = bucket[0] > size[0] or bucket[1] > size[1]
+        return max(ratio / own, own / ratio), enlarges, area if enlarges else -area
+
+    return min(listed, key=rank)
 
 
 def _scale_to_target(aspect: ImageSize, target: int, kind: str, step: int) -> ImageSize:
@@ -131,12 +167,18 @@ def _target_aspect(framing: ResizeCropConfig, size: ImageSize) -> ImageSize:
     if framing.crop_aspect == "square":
         return 1, 1
     own = Fraction(*size)
-    ratios = [
-        Fraction(ratio).limit_denominator(1000)
-        for ratio in framing.crop_aspect_buckets or COMMON_RATIOS
-    ]
-    nearest = min(ratios, key=lambda ratio: (max(ratio / own, own / ratio), ratio))
-    return nearest.numerator, nearest.denominator
+    return min(
+        _listed_aspects(framing),
+        key=lambda aspect: (
+            max(Fraction(*aspect) / own, own / Fraction(*aspect)),
+            Fraction(*aspect),
+        ),
+    )
+
+
+def _listed_aspects(framing: ResizeCropConfig) -> list[ImageSize]:
+    ratios = framing.crop_aspect_buckets or COMMON_RATIOS
+    return [Fraction(ratio).limit_denominator(1000).as_integer_ratio() for ratio in ratios]
 
 
 def _round_division(numerator: int, denominator: int) -> int:

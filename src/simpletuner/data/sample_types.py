@@ -13,6 +13,7 @@ class Sample:
 
     id: "<dataset id>/<path inside it>", POSIX separators, NFC: unique in a run, stable between
     runs. captions: alternatives, at least one; one of them is used each time the sample is trained.
+    caption_weights: one per caption, or empty where all are used equally often.
     """
 
     id: str
@@ -21,6 +22,7 @@ class Sample:
     width_px: int
     height_px: int
     captions: tuple[str, ...]
+    caption_weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,15 @@ class BucketedSample:
 
     resize_px: (width, height) that covers the bucket with the sample's own aspect ratio. crop_px:
     (left, top) of the bucket-sized window inside the resized image. bucket_px: (width, height),
-    multiples of the family's alignment.
+    multiples of the family's alignment. crop_index: a sample with several crops (crops_per_image)
+    stands once for each, one after the other.
     """
 
     sample: Sample
     resize_px: tuple[int, int]
     crop_px: tuple[int, int]
     bucket_px: tuple[int, int]
+    crop_index: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from simpletuner.config.model_families import BUCKET_ALIGNMENT_PX, DEFAULT_FAMIL
 from simpletuner.config.schema import DataOptions
 from simpletuner.data import geometry
 from simpletuner.data.caption_tables import read_caption_table
-from simpletuner.data.captions import read_captions
+from simpletuner.data.captions import caption_weights, read_captions
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.duplicates import check_no_leaks, find_identical_files
 from simpletuner.data.image_files import ImageFile, find_image_files
@@ -40,12 +40,17 @@ READER_THREADS = 8
 FILES_PER_CHUNK = 64
 MAX_SUFFIXES_LISTED = 8
 ENLARGEMENT_THRESHOLD = 1.25  # factor of the side from which a notice is given
-ReadResult = tuple[BucketedSample, ImageHeader] | RejectedFile
+Crop = tuple[geometry.ImageSize, tuple[int, int], geometry.ImageSize]
+ReadResult = tuple[list[BucketedSample], ImageHeader] | RejectedFile
 
 
 @dataclass(frozen=True)
 class ScanResult:
-    """Result of a scan. samples: sorted by id. rejected: sorted by dataset and path."""
+    """Result of a scan.
+
+    samples: sorted by id; one with several crops stands once for each crop. rejected: sorted by
+    dataset and path.
+    """
 
     samples: tuple[BucketedSample, ...]
     rejected: tuple[RejectedFile, ...]
@@ -77,25 +82,28 @@ def scan_datasets(
             if isinstance(read, RejectedFile):
                 rejected.append(read)
                 continue
-            item, header = read
-            placed.append(item)
-            remarks.update((item.sample.dataset, remark) for remark in _header_notices(header))
-        placed = _limit_samples(datasets, sorted(placed, key=lambda item: item.sample.id))
+            crops, header = read
+            placed += crops
+            name = crops[0].sample.dataset
+            remarks.update((name, remark) for remark in _header_notices(header))
+        placed.sort(key=lambda item: (item.sample.id, item.crop_index))
+        placed = _limit_samples(datasets, placed)
+        images = [item for item in placed if item.crop_index == 0]
         rejected.sort(key=lambda item: (item.dataset, item.path))
-        stage.summary = f"{len(placed)} kept, {len(rejected)} rejected"
+        stage.summary = f"{len(images)} kept, {len(rejected)} rejected"
     notes += [
         f"{name}: {count_of(count, 'image')} {remark}"
         for (name, remark), count in sorted(remarks.items())
     ]
-    copies = find_identical_files(item.sample.file for item in placed)
-    _emit_results(datasets, placed, rejected, (*notes, *_shared_file_notices(placed)), copies, emit)
+    copies = find_identical_files(item.sample.file for item in images)
+    _emit_results(datasets, images, rejected, (*notes, *_shared_file_notices(images)), copies, emit)
     if rejected_path is not None:
         write_rejected(rejected_path, rejected)
     held = {dataset.id for dataset in datasets if dataset.dataset_type == "eval"}
-    trained = [item for item in placed if item.sample.dataset not in held]
+    trained = [item for item in images if item.sample.dataset not in held]
     idle = not trained and len(held) < len(datasets)
-    _check_results(len(placed), idle or not placed, rejected, options, rejected_path)
-    check_no_leaks(trained, [item for item in placed if item.sample.dataset in held], copies)
+    _check_results(len(images), idle or not images, rejected, options, rejected_path)
+    check_no_leaks(trained, [item for item in images if item.sample.dataset in held], copies)
     return ScanResult(tuple(placed), tuple(rejected))
 
 
@@ -164,11 +172,9 @@ def _read_file(
     sample_id = f"{dataset.id}/{found.relative_path}"
     try:
         header = read_image_header(found.file, options.max_image_megapixels)
-        resize, corner, bucket = assign_bucket(
-            dataset.resize_crop, header.size_px, sample_id, seed, alignment_px
-        )
+        crops = assign_crops(dataset.resize_crop, header.size_px, sample_id, seed, alignment_px)
         from_table = tables.get(dataset.id, {}).get(found.relative_path, ())
-        captions = read_captions(dataset, found.file, found.caption_file, options, from_table)
+        captions = read_captions(dataset, found.file, found.caption_file, options, from_table, seed)
     except UnusableFile as error:
         return RejectedFile(found.relative_path, dataset.id, error.reason, str(error))
     sample = Sample(
@@ -178,8 +184,9 @@ def _read_file(
         width_px=header.size_px[0],
         height_px=header.size_px[1],
         captions=captions[:1] if dataset.dataset_type == "eval" else captions,
+        caption_weights=caption_weights(dataset, len(captions)),
     )
-    return BucketedSample(sample, resize, corner, bucket), header
+    return [BucketedSample(sample, *crop, number) for number, crop in enumerate(crops)], header
 
 
 def assign_bucket(
@@ -188,17 +195,40 @@ def assign_bucket(
     sample_id: str,
     seed: int,
     alignment_px: int,
-) -> tuple[geometry.ImageSize, tuple[int, int], geometry.ImageSize]:
-    """Return resize_px, crop_px and bucket_px (see BucketedSample) of one image.
+) -> Crop:
+    """Return the first crop of an image. Raises UnusableFile, see assign_crops."""
+    return assign_crops(framing, size, sample_id, seed, alignment_px)[0]
 
-    Raises UnusableFile if the image is outside the limits.
+
+def assign_crops(
+    framing: geometry.ResizeCropConfig,
+    size: geometry.ImageSize,
+    sample_id: str,
+    seed: int,
+    alignment_px: int,
+) -> list[Crop]:
+    """Return crops_per_image times resize_px, crop_px and bucket_px (see BucketedSample).
+
+    With crop_aspect random the first crop has one of the sizes that do not enlarge the image too
+    much, and each further crop has the next one. Raises UnusableFile if the image is outside the
+    limits.
     """
     _check_limits(framing, size)
-    bucket = geometry.bucket_size(framing, size, alignment_px)
-    resize = geometry.resized_size(framing, size, bucket)
-    _check_enlargement(framing, size, resize)
-    draw = seed_at(seed, "crop", sample_id)
-    return resize, geometry.crop_position(framing.crop_style, resize, bucket, draw), bucket
+    buckets = geometry.bucket_sizes(framing, size, alignment_px)
+    sizes = [(geometry.resized_size(framing, size, bucket), bucket) for bucket in buckets]
+    usable = [pair for pair in sizes if _enlargement_problem(framing, size, pair[0]) is None]
+    if not usable:
+        problem = _enlargement_problem(framing, size, sizes[0][0])
+        raise UnusableFile("too_small", str(problem))
+    first = seed_at(seed, "crop aspect", sample_id) if len(usable) > 1 else 0
+    crops = []
+    for number in range(framing.crops_per_image):
+        resize, bucket = usable[(first + number) % len(usable)]
+        address = (sample_id, number) if number else (sample_id,)
+        draw = seed_at(seed, "crop", *address)
+        corner = geometry.crop_position(framing.crop_style, resize, bucket, draw)
+        crops.append((resize, corner, bucket))
+    return crops
 
 
 def _check_limits(framing: geometry.ResizeCropConfig, size: tuple[int, int]) -> None:
@@ -218,17 +248,17 @@ def _check_limits(framing: geometry.ResizeCropConfig, size: tuple[int, int]) -> 
         )
 
 
-def _check_enlargement(
+def _enlargement_problem(
     framing: geometry.ResizeCropConfig, size: geometry.ImageSize, resize: geometry.ImageSize
-) -> None:
+) -> str | None:
     limit = framing.max_upscale_threshold
     growth = max(after / before for after, before in zip(resize, size)) - 1
-    if limit is not None and growth > limit:
-        raise UnusableFile(
-            "too_small",
-            f"{size[0]}x{size[1]} would be enlarged by {growth:.0%}, more than "
-            f"max_upscale_threshold {limit:g}",
-        )
+    if limit is None or growth <= limit:
+        return None
+    return (
+        f"{size[0]}x{size[1]} would be enlarged by {growth:.0%}, more than "
+        f"max_upscale_threshold {limit:g}"
+    )
 
 
 def _header_notices(header: ImageHeader) -> list[str]:
@@ -250,7 +280,11 @@ def _limit_samples(
     """
     chosen: set[str] = set()
     for dataset in datasets:
-        ids = [item.sample.id for item in placed if item.sample.dataset == dataset.id]
+        ids = [
+            item.sample.id
+            for item in placed
+            if item.sample.dataset == dataset.id and item.crop_index == 0
+        ]
         if dataset.max_num_samples is not None:
             ids = sorted(ids, key=lambda name: seed_at(0, "max_num_samples", name))[
                 : dataset.max_num_samples

@@ -226,7 +226,15 @@ def _scan(
     if options.missing_caption == "error":
         lenient["missing_caption"] = "empty"
     # A held-out image that is also trained on is a finding here, not an error.
-    as_trained = [dataclasses.replace(dataset, dataset_type="image") for dataset in datasets]
+    as_trained = [
+        dataclasses.replace(
+            dataset,
+            dataset_type="image",
+            caption_variants=None,
+            resize_crop=dataclasses.replace(dataset.resize_crop, crops_per_image=1),
+        )
+        for dataset in datasets
+    ]
     scanned = scan_datasets(
         as_trained, options.model_copy(update=lenient), seed, collect, alignment_px=alignment_px
     )
@@ -309,12 +317,12 @@ def _describe_datasets(
     passes: Mapping[str, float] = {}
     steps = None
     if used:
-        order = SampleOrder(used, trained, seed, length.batch_size, options)
-        per_epoch = order.batches_per_epoch / length.micro_batches
-        steps = length.steps or math.ceil((length.epochs or 1) * per_epoch)
-        passes = {
-            name: round(each * steps / per_epoch, 2) for name, each in order.passes_per_epoch()
-        }
+        per_step = length.micro_batches
+        order = SampleOrder(used, trained, seed, length.batch_size, options, per_step)
+        end = order.timeline.first_number(length.epochs or 1) or order.timeline.end_number or 0
+        steps = length.steps or math.ceil(end / per_step)
+        before = order.passes_before(steps * per_step)
+        passes = {name: round(count, 2) for name, count in before.items()}
     return steps, tuple(
         DatasetFacts(
             dataset.id,

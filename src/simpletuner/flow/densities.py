@@ -8,7 +8,7 @@ moves the noise levels of large images up, belongs to the density; it is off for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,13 +22,19 @@ BETA_TABLE_POINTS = 8192
 
 
 def sample_sigmas(
-    options: FlowOptions, seed: int, step: int, count: int, image_tokens: int | None = None
+    options: FlowOptions,
+    seed: int,
+    step: int,
+    count: int,
+    image_tokens: int | None = None,
+    offsets: Sequence[float] = (),
 ) -> Tensor:
     """Return the noise levels of all samples of one optimizer step, (count,) float32.
 
     They are a pure function of (seed, step). With stratified_sigmas each of `count` equal slices of
     probability gives one sigma, in random order: the density is the same, and the loss of a step
-    varies less. image_tokens: 2x2 patches of one sample; the automatic shift needs them.
+    varies less. image_tokens: 2x2 patches of one sample; the automatic shift needs them. offsets:
+    one per sample (timestep_sampling_offset), or empty; lists of noise levels do not have them.
     """
     values = custom_sigmas(options)
     if values and options.flow_timesteps_mode == "round-robin":
@@ -39,24 +45,29 @@ def sample_sigmas(
     u = torch.rand(count, generator=generator, dtype=torch.float64)
     if options.stratified_sigmas:
         u = (torch.randperm(count, generator=generator) + u) / count
-    return quantile_function(options, image_tokens)(u).float()
+    return quantile_function(options, image_tokens, offsets)(u).float()
 
 
-def quantile_function(options: FlowOptions, image_tokens: int | None = None) -> QuantileFunction:
+def quantile_function(
+    options: FlowOptions, image_tokens: int | None = None, offsets: Sequence[float] = ()
+) -> QuantileFunction:
     """Return the density that the options describe: a map of u in (0, 1) to sigma in [0, 1].
 
-    It is float64 and never decreasing. A shift is applied before the remap of the density.
+    It is float64 and never decreasing. A shift is applied before the remap of the density. offsets:
+    one per u, added to logit(sigma) before the remap, which is a shift of exp(offset).
     """
     values = custom_sigmas(options) or (FAST_SCHEDULE_SIGMAS if options.flux_fast_schedule else ())
     if values:
         return discrete_quantile(values)
-    shift = resolve_shift(options, image_tokens)
+    shift: float | Tensor = resolve_shift(options, image_tokens)
+    if any(offsets):
+        shift = shift * torch.tensor(offsets, dtype=torch.float64).exp()
     base, remap = DENSITIES[density_name(options)]
     quantile = base(options)
     return lambda u: remap(shift_sigma(quantile(u.double().clamp(1e-12, 1 - 1e-12)), shift))
 
 
-def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+def shift_sigma(sigma: Tensor, shift: float | Tensor) -> Tensor:
     """Return s x / (1 + (s - 1) x), eq. 23 of Esser et al. 2024; a shift of 1 changes nothing."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 

@@ -65,10 +65,14 @@ def build_batch_loader(
         with order_lock:
             return order.micro_batch(number)
 
+    offsets = {dataset.id: dataset.timestep_sampling_offset for dataset in prepared.train_sets}
+
     def shape(number: int) -> MicroBatchShape:
         visits = micro_batch(number).visits
-        width, height = prepared.train.placed_samples[visits[0].sample_index].bucket_px
-        return MicroBatchShape(len(visits), width * height // prepared.constants.token_px**2)
+        first = prepared.train.placed_samples[visits[0].sample_index]
+        width, height = first.bucket_px
+        image_tokens = width * height // prepared.constants.token_px**2
+        return MicroBatchShape(len(visits), image_tokens, offsets[first.sample.dataset])
 
     loader = prepared.make_batches(prepared.train, run.cache.vae_cache_sample, run.training.seed)
     per_step = schedule.accumulation_steps

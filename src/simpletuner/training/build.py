@@ -16,6 +16,7 @@ from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig, trigger_word
 from simpletuner.data.dataset_config import DatasetFile
 from simpletuner.data.sample_order import SampleOrder
+from simpletuner.errors import DataError
 from simpletuner.events.event_types import Emit, NoticeIssued
 from simpletuner.models import registry
 from simpletuner.models.family import ModelFamily
@@ -111,12 +112,17 @@ def build_trainer_context(
 def make_order_and_schedule(
     run: RunConfig, prepared: PreparedInputs, micro_batches: int, emit: Emit
 ) -> tuple[SampleOrder, TrainSchedule]:
-    """Return the order of the training samples, and the length of the run."""
-    order = make_sample_order(run, prepared, emit)
-    return order, make_train_schedule(run, micro_batches, order.batches_per_epoch)
+    """Return the order of the training samples, and the length of the run.
+
+    micro_batches: of one optimizer step, over all processes.
+    """
+    order = make_sample_order(run, prepared, micro_batches, emit)
+    return order, make_train_schedule(run, micro_batches, order)
 
 
-def make_sample_order(run: RunConfig, prepared: PreparedInputs, emit: Emit) -> SampleOrder:
+def make_sample_order(
+    run: RunConfig, prepared: PreparedInputs, micro_batches: int, emit: Emit
+) -> SampleOrder:
     """Return the order of the training samples, and note batches that are not full."""
     order = SampleOrder(
         prepared.train.placed_samples,
@@ -124,6 +130,7 @@ def make_sample_order(run: RunConfig, prepared: PreparedInputs, emit: Emit) -> S
         run.training.seed,
         run.training.train_batch_size,
         run.data,
+        micro_batches,
     )
     for notice in order.notices:
         emit(NoticeIssued(notice))
@@ -186,17 +193,34 @@ def read_evaluation_inputs(
     return prompts, metrics, texts
 
 
-def make_train_schedule(
-    run: RunConfig, micro_batches: int, batches_per_epoch: int
-) -> TrainSchedule:
+def make_train_schedule(run: RunConfig, micro_batches: int, order: SampleOrder) -> TrainSchedule:
     """Return the length of the run, from max_train_steps or else num_train_epochs.
 
-    micro_batches: of one optimizer step, over all processes.
+    micro_batches: of one optimizer step, over all processes. Raises DataError where no dataset is
+    active so late.
     """
-    training = run.training
-    epochs = (training.num_train_epochs or 1) * batches_per_epoch / micro_batches
-    steps = training.max_train_steps or math.ceil(epochs)
-    return TrainSchedule(steps, micro_batches, batches_per_epoch, training.nonfinite_loss_patience)
+    training, timeline = run.training, order.timeline
+    steps = training.max_train_steps
+    if steps is None:
+        end = timeline.first_number(training.num_train_epochs or 1)
+        steps = None if end is None else math.ceil(end / micro_batches)
+    if timeline.end_number is not None and (
+        steps is None or steps * micro_batches > timeline.end_number
+    ):
+        wanted = f"{steps} steps" if steps else f"{training.num_train_epochs} epochs"
+        raise DataError(
+            f"no dataset is active after step {timeline.end_number // micro_batches} (epoch "
+            f"{timeline.end_epoch}), but the run has {wanted}: leave out end_step or end_epoch of "
+            "a dataset, or shorten the run"
+        )
+    assert steps is not None
+    return TrainSchedule(
+        steps,
+        micro_batches,
+        order.batches_per_epoch,
+        training.nonfinite_loss_patience,
+        timeline if len(timeline.segments) > 1 else None,
+    )
 
 
 def learning_rate_of(state: TrainState, schedule: TrainSchedule) -> Callable[[int], float]:
@@ -216,11 +240,12 @@ def describe_run(
 ) -> RunMetadata:
     """Collect what the headers of exported files and the model card say about the run."""
     instance_prompts = [prompt for dataset in backends.train for prompt in dataset.instance_prompts]
+    images = [sample for sample in prepared.train.placed_samples if sample.crop_index == 0]
     return RunMetadata(
         run,
         family.name,
         prepared.model_files.name,
-        prepared.train.placed_samples,
+        images,
         instance_prompts,
         schedule.epoch_at,
         schedule.accumulation_steps,

@@ -77,9 +77,7 @@ def build_measurements(
     """Return the callbacks of the held-out loss and of the scores, by steps or by epochs."""
 
     def every_epochs(epochs: float) -> Callable[[int], int]:
-        return lambda step: int(
-            step * schedule.accumulation_steps / (schedule.batches_per_epoch * epochs)
-        )
+        return lambda step: int(schedule.epochs_at(step) / epochs)
 
     options = run.validation
     epochs = options.eval_epoch_interval

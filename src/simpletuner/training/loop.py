@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from simpletuner.cache.batch_types import Batch, TextBatch
 from simpletuner.config.schema import FlowOptions
+from simpletuner.data.epoch_timeline import EpochTimeline
 from simpletuner.errors import TrainingDiverged, TrainingStopped
 from simpletuner.events.event_types import Emit, StepCompleted, WarningIssued
 from simpletuner.flow.densities import sample_sigmas
@@ -52,16 +53,26 @@ class TrainSchedule:
 
     accumulation_steps: micro-batches of one optimizer step, over all processes together.
     nonfinite_patience: how many steps in a row may be skipped for a loss that is not finite.
+    timeline: the epochs where datasets start or end within the run; None where all epochs have
+    batches_per_epoch micro-batches.
     """
 
     total_steps: int
     accumulation_steps: int
     batches_per_epoch: int
     nonfinite_patience: int
+    timeline: EpochTimeline | None = None
 
     def epoch_at(self, step: int) -> int:
         """Return how many epochs are complete after `step` steps."""
-        return step * self.accumulation_steps // self.batches_per_epoch
+        return int(self.epochs_at(step))
+
+    def epochs_at(self, step: int) -> float:
+        """Return how many epochs are complete after `step` steps, with the part of the next one."""
+        micro_batches = step * self.accumulation_steps
+        if self.timeline is not None:
+            return self.timeline.progress(micro_batches)
+        return micro_batches / self.batches_per_epoch
 
 
 @dataclass(frozen=True)
@@ -83,10 +94,14 @@ class ScheduledCallback:
 
 
 class MicroBatchShape(NamedTuple):
-    """Size of a micro-batch. image_tokens: 2x2 patches of one sample."""
+    """Size of a micro-batch, and the noise levels of its dataset.
+
+    image_tokens: 2x2 patches of one sample. sigma_offset: timestep_sampling_offset.
+    """
 
     samples: int
     image_tokens: int
+    sigma_offset: float = 0.0
 
 
 @dataclass
@@ -223,7 +238,8 @@ def split_into_micro_batches(context: TrainerContext, step: int) -> list[tuple[i
     shapes = [context.micro_batch_shape(number) for number in numbers]
     count = sum(shape.samples for shape in shapes)
     mean_tokens = sum(shape.samples * shape.image_tokens for shape in shapes) // count
-    sigmas = sample_sigmas(context.flow_options, context.seed, step, count, mean_tokens)
+    offsets = [shape.sigma_offset for shape in shapes for _ in range(shape.samples)]
+    sigmas = sample_sigmas(context.flow_options, context.seed, step, count, mean_tokens, offsets)
     return list(zip(numbers, torch.split(sigmas, [shape.samples for shape in shapes]), strict=True))
 
 

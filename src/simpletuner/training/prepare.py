@@ -108,7 +108,7 @@ class PreparedInputs:
             by_dataset[item.sample.dataset].append((item, key))
         for dataset in self.train_sets:
             images, captions = hashlib.sha256(), hashlib.sha256()
-            count = len(by_dataset[dataset.id])
+            count = sum(item.crop_index == 0 for item, _ in by_dataset[dataset.id])
             for item, key in by_dataset[dataset.id]:
                 name = item.sample.id.encode("utf-8", "surrogateescape")
                 images.update(name + f"|{key}|{item.crop_px}\n".encode())
@@ -116,7 +116,7 @@ class PreparedInputs:
             identity[f"dataset {dataset.id}"] = (
                 f"{count} samples, images {images.hexdigest()[:12]}, "
                 f"captions {captions.hexdigest()[:12]}, repeats {dataset.repeats}, "
-                f"probability {dataset.probability:g}"
+                f"probability {dataset.probability:g}{_describe_variation(dataset)}"
             )
         return identity
 
@@ -161,6 +161,19 @@ class PreparedInputs:
             "VAE": self.latent_cache.fingerprint,
             "pictures and captions": f"{sample_count} samples, {digest.hexdigest()[:16]}",
         }
+
+
+def _describe_variation(dataset: DatasetConfig) -> str:
+    """Return the fields that decide when and how a sample is used; "" where all have no effect."""
+    plain = DatasetConfig("", "", Path())
+    fields = {
+        "weights": (dataset.caption_weights, plain.caption_weights),
+        "batch size": (dataset.resize_crop.train_batch_size, None),
+        "timestep offset": (dataset.timestep_sampling_offset, plain.timestep_sampling_offset),
+        "active": (dataset.active, plain.active),
+    }
+    changed = [f", {name} {value}" for name, (value, usual) in fields.items() if value != usual]
+    return "".join(changed)
 
 
 def _short_hash(text: str) -> str:

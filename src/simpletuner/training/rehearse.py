@@ -173,13 +173,18 @@ def shrink_datasets(backends: DatasetFile) -> DatasetFile:
     """Return every dataset with a few samples, at a small size."""
 
     def shrink(dataset: DatasetConfig) -> DatasetConfig:
+        own = dataset.resize_crop
+        ratios = tuple(width / height for width, height in own.resolution_buckets)
         resize_crop = dataclasses.replace(
-            dataset.resize_crop,
+            own,
+            resolution_buckets=(),
+            crop_aspect_buckets=ratios or own.crop_aspect_buckets,
             resolution=float(SIDE_PX),
             resolution_type="pixel_area",
             minimum_image_size=None,
             maximum_image_size=None,
             target_downsample_size=None,
+            train_batch_size=own.train_batch_size and min(own.train_batch_size, 2),
         )
         limit = min(dataset.max_num_samples or MAX_SAMPLES_PER_SET, MAX_SAMPLES_PER_SET)
         return dataclasses.replace(dataset, resize_crop=resize_crop, max_num_samples=limit)

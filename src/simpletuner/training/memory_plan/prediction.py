@@ -11,7 +11,7 @@ from torch import nn
 from simpletuner.config.evaluation_models import needs_evaluation_model
 from simpletuner.config.image_metrics import metric_device_bytes
 from simpletuner.config.schema import RunConfig
-from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_size
+from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_sizes
 from simpletuner.flow.rollout import final_probability
 from simpletuner.models.block_executor import block_memory_policy
 from simpletuner.models.block_swap import ALIGNMENT, DEVICE_BUFFERS
@@ -277,17 +277,26 @@ def is_worth_planning(
 def largest_batch_shape(
     run: RunConfig, framings: Sequence[ResizeCropConfig], spec: ModelSpec
 ) -> BatchShape:
-    """Return the largest batch: the largest bucket, and captions of the maximal length."""
+    """Return the largest batch of any dataset, with captions of the maximal length."""
     from_options = ResizeCropConfig(run.data.resolution, run.data.resolution_type)
 
     def size(framing: ResizeCropConfig) -> ImageSize:
         aspect = ASSUMED_ASPECT if framing.resolution_type == "pixel" else (1, 1)
-        return bucket_size(framing, aspect, spec.constants.alignment_px)
+        sizes = framing.resolution_buckets or bucket_sizes(
+            framing, aspect, spec.constants.alignment_px
+        )
+        return max(sizes, key=lambda px: px[0] * px[1])
 
-    largest = max(map(size, framings or (from_options,)), key=lambda px: px[0] * px[1])
+    samples, largest = max(
+        (
+            (framing.train_batch_size or run.training.train_batch_size, size(framing))
+            for framing in framings or (from_options,)
+        ),
+        key=lambda batch: batch[0] * batch[1][0] * batch[1][1],
+    )
     limit = spec.constants.max_tokens
     rows = min(limit, run.model.tokenizer_max_length or limit)
-    return BatchShape(run.training.train_batch_size, largest, rows)
+    return BatchShape(samples, largest, rows)
 
 
 def weight_bytes(spec: ModelSpec) -> int:

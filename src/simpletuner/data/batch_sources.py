@@ -1,0 +1,155 @@
+"""Batches of a dataset: its buckets, the rounds through them, and the order of a round."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simpletuner.data.dataset_config import DatasetConfig
+from simpletuner.data.geometry import ImageSize
+from simpletuner.data.sample_types import BucketedSample
+from simpletuner.errors import DataError
+from simpletuner.events.formatting import count_of
+from simpletuner.randomness import seed_at
+
+BucketSizes = tuple[ImageSize, ...]  # of the crops of a sample
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """A dataset divided into batches.
+
+    buckets: (width, height) in px of each crop -> int32 indices of the first crops in the run's
+    tuple of samples. crops: how many crops each sample has; they follow each other in the tuple.
+    batch_size: samples of a batch. batches_per_epoch: how many of a round's batches an epoch takes.
+    """
+
+    dataset: DatasetConfig
+    buckets: dict[BucketSizes, np.ndarray]
+    crops: int
+    batch_size: int
+    batches_per_round: int
+    batches_per_epoch: int
+
+    @property
+    def passes(self) -> int:
+        """Return how often a round uses each sample."""
+        return self.dataset.repeats + 1
+
+
+@dataclass(frozen=True)
+class ShuffledRound:
+    """One round of a dataset: batch i is sample_indices[batch_spans[i, 0] : batch_spans[i, 1]].
+
+    sample_indices: int32, into the run's samples. repeat_indices: which repeat each use is.
+    batch_spans: shuffled.
+    """
+
+    sample_indices: np.ndarray
+    repeat_indices: np.ndarray
+    batch_spans: np.ndarray
+
+
+def make_sources(
+    placed: Sequence[BucketedSample], datasets: Sequence[DatasetConfig], batch_size: int
+) -> list[BatchSource]:
+    """Return one source per dataset with samples. Raises DataError where there is none."""
+    members: dict[str, dict[BucketSizes, list[int]]] = defaultdict(lambda: defaultdict(list))
+    crops: dict[str, int] = {}
+    firsts = [index for index, item in enumerate(placed) if item.crop_index == 0]
+    for index, end in zip(firsts, [*firsts, len(placed)][1:], strict=True):
+        name = placed[index].sample.dataset
+        sizes = tuple(item.bucket_px for item in placed[index:end])
+        members[name][sizes].append(index)
+        crops[name] = end - index
+    used = [dataset for dataset in datasets if dataset.id in members]
+    if not used:
+        raise DataError("there is no image to train on")
+    largest = max(dataset.probability for dataset in used)
+    sources = []
+    for dataset in used:
+        own_size = dataset.resize_crop.train_batch_size or batch_size
+        buckets = {
+            sizes: np.array(indices, np.int32)
+            for sizes, indices in sorted(members[dataset.id].items())
+        }
+        batches = sum(
+            len(_batch_starts(sizes, len(bucket), dataset.repeats + 1, own_size))
+            for sizes, bucket in buckets.items()
+        )
+        share = max(1, round(batches * dataset.probability / largest))
+        sources.append(BatchSource(dataset, buckets, crops[dataset.id], own_size, batches, share))
+    return sources
+
+
+def _batch_starts(sizes: BucketSizes, count: int, passes: int, batch_size: int) -> np.ndarray:
+    """Return where the batches of one bucket begin, in `passes` passes over `count` samples.
+
+    A batch crosses from one pass into the next, unless the crops have several sizes: then the
+    samples have another size in the next pass.
+    """
+    if len(set(sizes)) == 1:
+        return np.arange(0, count * passes, batch_size)
+    return np.concatenate(
+        [np.arange(0, count, batch_size) + number * count for number in range(passes)]
+    )
+
+
+def shuffle_round(source: BatchSource, seed: int, turn: int) -> ShuffledRound:
+    """Return the round number `turn` of a dataset, a pure function of the seed.
+
+    Each use of a sample takes its next crop, so that all of them are used equally often.
+    """
+    rng = np.random.Generator(np.random.Philox(seed_at(seed, "order", source.dataset.id, turn)))
+    passes = source.passes
+    visits, which_pass, spans = [], [], []
+    begin = 0
+    for sizes, bucket in source.buckets.items():
+        count = len(bucket) * passes
+        # Pass after pass, so that a batch holds a sample twice only where a small bucket leaves no
+        # choice.
+        visits += [rng.permutation(bucket) for _ in range(passes)]
+        which_pass.append(np.repeat(np.arange(passes, dtype=np.int32), len(bucket)))
+        starts = _batch_starts(sizes, len(bucket), passes, source.batch_size)
+        ends = np.minimum(starts + source.batch_size, np.append(starts[1:], count))
+        spans.append(np.stack([starts, ends], axis=1) + begin)
+        begin += count
+    order = rng.permutation(source.batches_per_round)
+    repeat_indices = np.concatenate(which_pass)
+    crops = (turn * passes + repeat_indices) % source.crops
+    return ShuffledRound(
+        np.concatenate(visits) + crops.astype(np.int32),
+        repeat_indices,
+        np.concatenate(spans)[order],
+    )
+
+
+def batch_notices(source: BatchSource) -> list[str]:
+    """Return what a user should know about batches that are not full, and about probability."""
+    name, batch_size = source.dataset.id, source.batch_size
+    notes = []
+    short = 0
+    for sizes, bucket in source.buckets.items():
+        width, height = sizes[0]
+        crosses = len(set(sizes)) == 1
+        visits = len(bucket) * (source.passes if crosses else 1)
+        short += (visits % batch_size > 0) * (1 if crosses else source.passes)
+        if visits < batch_size:
+            notes.append(
+                f"{name}: bucket {width}x{height} has {count_of(visits, 'image')} per round, "
+                f"fewer than a batch of {batch_size}; it is trained with a batch of {visits}"
+            )
+    if short > len(notes):
+        notes.append(
+            f"{name}: {short} of {source.batches_per_round} batches per round are smaller than "
+            f"{batch_size}"
+        )
+    if source.batches_per_epoch < source.batches_per_round:
+        notes.append(
+            f"{name}: probability gives {source.batches_per_epoch} of its "
+            f"{source.batches_per_round} batches to an epoch"
+        )
+    return notes
