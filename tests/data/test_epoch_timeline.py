@@ -156,6 +156,14 @@ def test_a_run_ends_before_its_sets_do() -> None:
         order(make("a", 4, ActivePeriod(start_step=1)))
 
 
+def test_passes_before_a_micro_batch_are_those_of_the_order() -> None:
+    made = make("a", 7), make("b", 4, ActivePeriod(start_step=5, end_step=17), repeats=1)
+    found = order(*made)
+    for number in (1, 5, 6, 16, 17, 40):
+        used = names(made, batches(found, 0, number))
+        assert found.passes_before(number) == {"a": used["a"] / 7, "b": used["b"] / 4}
+
+
 def test_a_set_has_batches_of_its_own_size() -> None:
     made = make("low", 12, train_batch_size=6), make("high", 4)
     found = order(*made, batch=2)

@@ -152,6 +152,16 @@ def test_the_largest_set_decides() -> None:
     assert prediction.largest_batch_shape(make_run_config(), framings, sketch) == BatchShape(
         1, (1024, 1024), 512
     )
+    own_size = (ResizeCropConfig(resolution=512, train_batch_size=5), *framings)
+    assert prediction.largest_batch_shape(make_run_config(), own_size, sketch) == BatchShape(
+        5, (512, 512), 512
+    )
+    listed = (
+        ResizeCropConfig(
+            crop=True, crop_aspect="closest", resolution_buckets=((64, 64), (640, 960))
+        ),
+    )
+    assert prediction.largest_batch_shape(make_run_config(), listed, sketch).size_px == (640, 960)
     wide = (ResizeCropConfig(resolution=512, resolution_type="pixel"),)
     assert prediction.largest_batch_shape(
         make_run_config(tokenizer_max_length=77), wide, sketch
