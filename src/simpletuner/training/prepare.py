@@ -257,7 +257,11 @@ def divide_samples(
     sets aside.
     """
     eval_sets = {dataset.id for dataset in backends.eval}
-    candidates = [item for item in cached.placed_samples if item.sample.dataset not in eval_sets]
+    candidates = [
+        item
+        for item in cached.placed_samples
+        if item.sample.dataset not in eval_sets and item.crop_index == 0
+    ]
     split = choose_held_out_ids(
         run, candidates, bool(eval_sets), cache_root, resume_point, world, emit
     )
@@ -266,7 +270,8 @@ def divide_samples(
         return item.sample.dataset in eval_sets or item.sample.id in split
 
     train = select_samples(cached, lambda item: not is_held_out(item))
-    return train, select_samples(cached, is_held_out), split
+    held_out = select_samples(cached, lambda item: is_held_out(item) and item.crop_index == 0)
+    return train, held_out, split
 
 
 def require_same_scan(scanned: ScanResult, world: World) -> None:
