@@ -8,7 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.pixels import IMAGE_FORMATS, load_pixels, read_image_header
+from simpletuner.data.image_plugins import IMAGE_FORMATS
+from simpletuner.data.pixels import load_pixels, read_image_header
 from simpletuner.data.rejections import UnusableFile
 from simpletuner.data.sample_types import BucketedSample, Sample
 from simpletuner.data.sources import LocalFile

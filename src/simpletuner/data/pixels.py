@@ -6,14 +6,21 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
-from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError, features
+from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
 from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from simpletuner.config.schema import DataOptions
+from simpletuner.data.image_plugins import (
+    MissingDecoder,
+    identify_format,
+    load_decoder,
+    open_image,
+)
+from simpletuner.data.jxl_header import read_jxl_size
 from simpletuner.data.rejections import UnusableFile
 from simpletuner.data.sample_types import BucketedSample, Sample
 from simpletuner.data.sources import SourceFile
@@ -22,18 +29,6 @@ from simpletuner.image_decoding import UndecodableImage, decoder_errors
 if TYPE_CHECKING:
     import numpy as np  # at run time only where pixels are decoded; headers need none
 
-# What may be decoded, by content and not by name. Formats that run programs (EPS) are not among
-# them.
-IMAGE_FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "PPM",
-    *(("AVIF",) if features.check("avif") else ()),
-)
 PIXEL_MODES = frozenset(
     {
         "1",
@@ -82,26 +77,31 @@ def read_image_header(file: SourceFile, max_megapixels: float) -> ImageHeader:
 
     Raises UnusableFile if the file is unreadable, unsupported or larger than the limit.
     """
-    with (
-        _errors_as_unusable(file),
-        file.open() as stream,
-        Image.open(stream, formats=IMAGE_FORMATS) as image,
-    ):
-        width, height = image.size
-        if width * height > max_megapixels * 1e6:
-            described_size = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
-            raise UnusableFile(
-                "too_many_pixels", f"{described_size}; max_image_megapixels is {max_megapixels:g}"
+    with _errors_as_unusable(file), file.open() as stream:
+        if identify_format(stream) == "JXL" and load_decoder("JXL"):
+            size = read_jxl_size(stream)  # its plugin would decode the image
+            _check_pixel_count(size, max_megapixels)
+            return ImageHeader(size, "RGB", is_animated=False, has_alpha=False)
+        with open_image(stream) as image:
+            _check_pixel_count(image.size, max_megapixels)
+            _check_mode(image)
+            # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode
+            # the image.
+            turned = image.format != "TIFF" and _read_orientation(image) >= 5
+            animated = (
+                isinstance(image, (GifImageFile, PngImageFile, WebPImageFile)) and image.is_animated
             )
-        _check_mode(image)
-        # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode
-        # the image.
-        turned = image.format != "TIFF" and _read_orientation(image) >= 5
-        animated = (
-            isinstance(image, (GifImageFile, PngImageFile, WebPImageFile)) and image.is_animated
+            size = image.size[::-1] if turned else image.size
+            return ImageHeader(size, image.mode, animated, image.has_transparency_data)
+
+
+def _check_pixel_count(size: tuple[int, int], max_megapixels: float) -> None:
+    width, height = size
+    if width * height > max_megapixels * 1e6:
+        described_size = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
+        raise UnusableFile(
+            "too_many_pixels", f"{described_size}; max_image_megapixels is {max_megapixels:g}"
         )
-        size = (height, width) if turned else (width, height)
-        return ImageHeader(size, image.mode, animated, image.has_transparency_data)
 
 
 def load_pixels(placed: BucketedSample, options: DataOptions) -> np.ndarray:
@@ -134,7 +134,7 @@ def load_upright(
     with (
         _errors_as_unusable(sample.file),
         sample.file.open() as stream,
-        Image.open(stream, formats=IMAGE_FORMATS) as image,
+        _open_as_scanned(stream, sample, scanned) as image,
     ):
         _check_mode(image)
         if (
@@ -155,6 +155,15 @@ def load_upright(
                 "changed", f"is {upright_image.width}x{upright_image.height}, {scanned}"
             )
         return _to_srgb(upright_image, ImageColor.getrgb(options.alpha_background)[:3])
+
+
+def _open_as_scanned(stream: BinaryIO, sample: Sample, scanned: str) -> Image.Image:
+    """Open an image; one that has grown since the scan is refused before it is decoded."""
+    if identify_format(stream) == "JXL":
+        size = read_jxl_size(stream)
+        if size != (sample.width_px, sample.height_px):
+            raise UnusableFile("changed", f"is {size[0]}x{size[1]}, {scanned}")
+    return open_image(stream)
 
 
 def _to_srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
@@ -188,6 +197,8 @@ def _convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _read_orientation(image: Image.Image) -> int:
+    if image.format == "JXL" and not vars(image)["jpeg"]:
+        return 1  # its decoder has turned the pixels, except those of a packed JPEG
     try:
         with decoder_errors():
             return int(Image.Image.getexif(image).get(0x0112, 1))
@@ -209,8 +220,10 @@ def _check_mode(image: Image.Image) -> None:
 @contextlib.contextmanager
 def _errors_as_unusable(file: SourceFile) -> Iterator[None]:
     try:
-        with decoder_errors(UnusableFile):
+        with decoder_errors(UnusableFile, MissingDecoder):
             yield
+    except MissingDecoder as error:
+        raise UnusableFile("no_decoder", str(error)) from error
     except UndecodableImage as error:
         raise _to_unusable_file(file, error.__cause__ or error) from error
 

@@ -9,10 +9,14 @@ import os
 import stat
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from simpletuner.atomic_io import write_atomically
 from simpletuner.image_decoding import UndecodableImage, decoder_errors
 from simpletuner.server.api_errors import ApiError, abort
+
+if TYPE_CHECKING:
+    from PIL import Image  # at run time only where a thumbnail is rendered
 
 # A fixed set of widths, so that requests for every possible width cannot fill the cache.
 THUMBNAIL_WIDTHS_PX = (96, 192, 384, 768)
@@ -75,18 +79,34 @@ def prune_cache(cache: Path, max_bytes: int) -> None:
         used_bytes -= size
 
 
+def _open_bounded(stream: BinaryIO) -> Image.Image:
+    """Open an image; a JPEG XL, whose decoder would read all of it, only after its size."""
+    from simpletuner.data.image_plugins import identify_format, open_image
+    from simpletuner.data.jxl_header import read_jxl_size
+
+    if identify_format(stream) == "JXL":
+        _check_pixel_count(read_jxl_size(stream))
+    return open_image(stream)
+
+
+def _check_pixel_count(size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        abort(413, f"{size[0]}x{size[1]} is more than {MAX_PIXELS // 10**6} megapixels")
+
+
 def _render_thumbnail(source: Path, side: int) -> bytes:
     from PIL import Image, ImageOps
 
-    from simpletuner.data.pixels import IMAGE_FORMATS, PIXEL_MODES, SIXTEEN_BIT_MODES
+    from simpletuner.data.image_plugins import MissingDecoder
+    from simpletuner.data.pixels import PIXEL_MODES, SIXTEEN_BIT_MODES
 
     try:
-        with decoder_errors(ApiError), Image.open(source, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                abort(
-                    413,
-                    f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels",
-                )
+        with (
+            decoder_errors(ApiError, MissingDecoder),
+            source.open("rb") as stream,
+            _open_bounded(stream) as image,
+        ):
+            _check_pixel_count(image.size)
             if image.mode not in PIXEL_MODES:
                 abort(415, f"images of mode {image.mode} cannot be shown; export it as 8-bit RGB")
             image.draft(
@@ -103,6 +123,8 @@ def _render_thumbnail(source: Path, side: int) -> bytes:
             # Reduce before rotating, because exif_transpose copies the image.
             thumb.thumbnail((side * 2, side * 4), Image.Resampling.BOX)
             thumb = ImageOps.exif_transpose(thumb)
+    except MissingDecoder as error:
+        abort(415, str(error))
     except UndecodableImage:
         abort(415, "this file is damaged or not an image")
     thumb.thumbnail((side, side * 2), Image.Resampling.LANCZOS)
