@@ -77,6 +77,8 @@ def dequantize_moments(codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
 class EightBitMoments:
     """Moments in 2.03 bytes per parameter; the largest of each 256 numbers is exact."""
 
+    per_weight = False
+
     def __init__(self) -> None:
         self.code_tables: dict[torch.device, dict[str, Tensor]] = {}
 

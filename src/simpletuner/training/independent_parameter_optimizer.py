@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,17 +36,22 @@ class IndependentParameterOptimizer(Optimizer, ABC):
             raise TypeError(f"{type(self).__name__} takes no closure")
         for group in self.param_groups:
             group["step"] += 1
-            for param in group["params"]:
-                if param.grad is not None:
-                    noise = self._noise_of(param, group["step"])
-                    self.update_parameter(param, param.grad, group, noise)
+            self.update_parameters([p for p in group["params"] if p.grad is not None], group)
 
-    def _noise_of(self, param: Tensor, step: int) -> RoundingNoise:
-        device = param.device
+    def lanes(self, device: torch.device) -> Tensor:
+        """Return the constants of the random bits on a device."""
         if device not in self._lanes:
             self._lanes[device] = chunk_lanes(device)
-        index, first = self.parameter_index[param], self.first_number.get(param, 0)
-        return RoundingNoise(self._lanes[device], self.seed, step, index, first)
+        return self._lanes[device]
+
+    def update_parameters(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters that have gradients, one by one."""
+        for param in params:
+            index, first = self.parameter_index[param], self.first_number.get(param, 0)
+            lanes = self.lanes(param.device)
+            noise = RoundingNoise(lanes, self.seed, group["step"], index, first)
+            assert param.grad is not None
+            self.update_parameter(param, param.grad, group, noise)
 
     @abstractmethod
     def update_parameter(

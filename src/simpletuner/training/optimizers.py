@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from optimi import Lion
-from prodigyopt import Prodigy
 from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 from torch.optim import Adafactor, AdamW, Optimizer
@@ -24,6 +23,8 @@ from simpletuner.config.optimizer_arguments import parse_optimizer_arguments
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import ConfigError
 from simpletuner.training.eight_bit_moments import EightBitMoments
+from simpletuner.training.gradient_sum import make_buckets
+from simpletuner.training.grouped_prodigy import GroupedProdigy
 from simpletuner.training.muon import Muon
 from simpletuner.training.optimizer_offload import copy_to_pinned_host
 from simpletuner.training.stochastic_adamw import SameDtypeMoments, StochasticAdamW
@@ -70,13 +71,48 @@ def effective_learning_rate(options: OptimizerOptions, effective_batch: int) -> 
     return options.learning_rate * (math.sqrt(effective_batch) if options.lr_scale_sqrt else factor)
 
 
+def step_in_buckets(optimizer: Optimizer, step: Callable[[], object]) -> None:
+    """Let the library's step see the parameters bucket by bucket, in its foreach implementation.
+
+    An operation on a bucket replaces one for each parameter, and a bucket bounds the temporary
+    copies. Counters of a group advance once. The saved settings do not name the implementation, so
+    that checkpoints of both are equal.
+    """
+    groups = optimizer.param_groups
+    for group in groups:
+        before = dict(group)
+        with_gradient = [param for param in group["params"] if param.grad is not None]
+        optimizer.param_groups = [group]
+        try:
+            for bucket in list(make_buckets(with_gradient)) or [[]]:
+                group.update({**before, "params": bucket, "foreach": True})
+                step()
+        finally:
+            optimizer.param_groups = groups
+            group.update({"params": before["params"], "foreach": before["foreach"]})
+
+
+class ForeachLion(Lion):  # type: ignore[misc]  # the library is untyped
+    """The library's optimizer on many parameters at a time; the numbers are the same."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None, param: None = None) -> None:
+        step_in_buckets(self, super().step)
+
+
 class ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]  # the library is untyped
-    """The library's optimizer with exact changes of mode: eval() and train() restore every bit.
+    """The library's optimizer on many parameters at a time, with exact changes of mode.
+
+    eval() and train() restore every bit.
 
     The library interpolates between its two points, which rounds. Here the training point is stored
     in the state while the averaged weights are in use. A state that is saved in either mode resumes
     training exactly.
     """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        step_in_buckets(self, super().step)
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -156,14 +192,12 @@ def _lion(spec: OptimizerSpec) -> Optimizer:
         "weight_decay": spec.options.adam_weight_decay,
         **extra,
     }
-    optimizer: Optimizer = Lion(spec.params, spec.options.learning_rate, betas=betas, **arguments)
-    return optimizer
+    return ForeachLion(spec.params, spec.options.learning_rate, betas=betas, **arguments)
 
 
 def _prodigy(spec: OptimizerSpec) -> Optimizer:
     with contextlib.redirect_stdout(io.StringIO()):  # the library prints its kind of weight decay
-        optimizer: Optimizer = Prodigy(spec.params, **spec.adam_arguments())
-    return optimizer
+        return GroupedProdigy(spec.params, **spec.adam_arguments())
 
 
 def _schedule_free(spec: OptimizerSpec) -> Optimizer:

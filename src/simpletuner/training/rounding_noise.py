@@ -12,6 +12,8 @@ of the position, two multiplications and a shift as in MurmurHash3's finalizer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,20 @@ def _as_int32(bits: int) -> int:
 def chunk_lanes(device: torch.device) -> Tensor:
     """Return the constants of the positions in a chunk, (4096,) int32; a noise is built on them."""
     return _hash_counters(torch.arange(1, CHUNK + 1, dtype=torch.int32, device=device))
+
+
+def chunk_keys(
+    chunks: Tensor, owners: Tensor, seed: int, addresses: Sequence[tuple[int, int]], number: int
+) -> Tensor:
+    """Return the keys of chunks of many parameters, (chunks,) int32, in a few operations.
+
+    chunks: number of each chunk in its parameter, int32. owners: index into `addresses`, the (step,
+    parameter) of each parameter. number: of the hash.
+    """
+    seeds = [seed_at(seed, "stochastic_rounding", *address, number) for address in addresses]
+    halves = [[_as_int32(each), _as_int32(each >> 32)] for each in seeds]
+    low, high = torch.tensor(halves, dtype=torch.int32).to(chunks.device)[owners].unbind(1)
+    return _hash_counters(chunks + low) ^ high
 
 
 class RoundingNoise:
@@ -85,18 +101,24 @@ class RoundingNoise:
 
     def _hash(self, number: int, part: slice) -> Tensor:
         """Return 32 random bits of each number of the part, (numbers,) int32."""
+        x, offset = self._hash_input(number, part)
+        x *= MULTIPLIER_1
+        x ^= (x >> 15).bitwise_and_(0x1FFFF)
+        x *= MULTIPLIER_2
+        return x.view(-1)[offset : offset + part.stop - part.start]
+
+    def _hash_input(self, number: int, part: slice) -> tuple[Tensor, int]:
+        """Return the keys of the chunks combined with the constants, (chunks, 4096) int32.
+
+        The second value is the position of the part's first number in them.
+        """
         start, stop = self._first + part.start, self._first + part.stop
         seed = seed_at(self._seed, "stochastic_rounding", *self._address, number)
         chunks = torch.arange(
             start // CHUNK, -(-stop // CHUNK), dtype=torch.int32, device=self._lanes.device
         )
         keys = _hash_counters(chunks + _as_int32(seed)) ^ _as_int32(seed >> 32)
-        x = keys[:, None] ^ self._lanes
-        x *= MULTIPLIER_1
-        x ^= (x >> 15).bitwise_and_(0x1FFFF)
-        x *= MULTIPLIER_2
-        offset = start - start // CHUNK * CHUNK
-        return x.view(-1)[offset : offset + stop - start]
+        return keys[:, None] ^ self._lanes, start % CHUNK
 
 
 def round_stochastically(exact: Tensor, bits: Tensor) -> Tensor:

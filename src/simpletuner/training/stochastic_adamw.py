@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from simpletuner.training.eight_bit_moments import EightBitMoments
+from simpletuner.training.eight_bit_moments import BLOCK_SIZE, EightBitMoments
+from simpletuner.training.flat_parameters import FlatGroup, FlatLayout, FlatParameter
 from simpletuner.training.independent_parameter_optimizer import IndependentParameterOptimizer
 from simpletuner.training.rounding_noise import RoundingNoise, copy_stochastically
 
@@ -22,8 +23,11 @@ class SameDtypeMoments:
     """Moments in the dtype of the weights: 4 bytes per bf16 parameter, rounded stochastically.
 
     The moments are the mean of the gradient and the mean of its square. `read` returns both as
-    (numbers,) float32 for a part of the flattened parameter; `write` stores them again.
+    (numbers,) float32 for a part of the flattened parameter; `write` stores them again. per_weight:
+    whether a state tensor has the parameter's shape, and so no padding.
     """
+
+    per_weight = True
 
     def init_state(self, param: Tensor) -> dict[str, Tensor]:
         flat = torch.contiguous_format
@@ -66,6 +70,71 @@ class StochasticAdamW(IndependentParameterOptimizer):
             params, seed, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
         self.moments = moments
+        self._layouts: dict[tuple[torch.dtype, torch.device], FlatLayout] = {}
+
+    def update_parameters(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Update small parameters in groups, and the others one by one; the numbers are the same.
+
+        Small parameters alone would cost about 80 operations each.
+        """
+        small = [param for param in params if self._is_small(param)]
+        if len(small) < 2:
+            super().update_parameters(params, group)
+            return
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for param in small:
+            kinds.setdefault((param.dtype, param.device), []).append(param)
+        for same_kind in kinds.values():
+            layout = self._layout_of(same_kind)
+            noises = layout.noise(self.seed, group["step"])
+            for flat, noise in zip(layout.groups, noises, strict=True):
+                self._update_group(flat, group, noise)
+        chosen = set(small)
+        super().update_parameters([param for param in params if param not in chosen], group)
+
+    def _is_small(self, param: Tensor) -> bool:
+        return (
+            0 < param.numel() <= CHUNK_SIZE
+            and param.is_contiguous()
+            and self.first_number.get(param, 0) % BLOCK_SIZE == 0
+        )
+
+    def _layout_of(self, params: Sequence[Tensor]) -> FlatLayout:
+        """Return the layout of these parameters; that of the latest ones is kept."""
+        key = params[0].dtype, params[0].device
+        layout = self._layouts.get(key)
+        if layout is None or [id(each.param) for each in layout.parameters] != list(
+            map(id, params)
+        ):
+            placed = [
+                FlatParameter(param, self.parameter_index[param], self.first_number.get(param, 0))
+                for param in params
+            ]
+            layout = self._layouts[key] = FlatLayout(placed, self.lanes(params[0].device))
+        return layout
+
+    def _update_group(self, flat: FlatGroup, group: dict[str, Any], noise: RoundingNoise) -> None:
+        params = [each.param for each in flat.parameters]
+        states = [self.state[param] for param in params]
+        for param, state in zip(params, states, strict=True):
+            if not state:
+                state.update(self.moments.init_state(param))
+        gradients = [param.grad for param in params if param.grad is not None]
+        weights, grad = flat.gather(params), flat.gather(gradients).float()
+        per_weight = self.moments.per_weight
+        gathered = {}
+        for key in states[0]:
+            held = [state[key] for state in states]
+            gathered[key] = flat.gather(held) if per_weight else torch.cat(held)
+        whole = slice(0, flat.numbers)
+        self._update_chunk(weights, grad, gathered, whole, group, noise, flat.clear_padding)
+        flat.scatter(weights, params)
+        for key, tensor in gathered.items():
+            held = [state[key] for state in states]
+            if per_weight:
+                flat.scatter(tensor, held)
+            else:
+                torch._foreach_copy_(held, tensor.split([len(part) for part in held]))
 
     def update_parameter(
         self, param: Tensor, grad: Tensor, group: dict[str, Any], noise: RoundingNoise
@@ -88,9 +157,12 @@ class StochasticAdamW(IndependentParameterOptimizer):
         part: slice,
         group: dict[str, Any],
         noise: RoundingNoise,
+        clear_padding: Callable[[Tensor], None] = lambda flat: None,
     ) -> None:
         beta1, beta2 = group["betas"]
         mean, square = self.moments.read(state, part)
+        clear_padding(mean)
+        clear_padding(square)
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = square.sqrt().div_(math.sqrt(1 - beta2 ** group["step"])).add_(group["eps"])
