@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.adapters.adapted_linear import LoraLinear
@@ -206,3 +207,65 @@ def test_a_dora_that_starts_is_the_base_under_autocast_too() -> None:
     x = torch.randn(5, 256)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fresh(x), base(x))
+
+
+def round_to_tf32(tensor: Tensor) -> Tensor:
+    """Keep 10 bits of the fraction of a float32, as TF32 products read their inputs."""
+    bits = tensor.detach().contiguous().view(torch.int32)
+    return ((bits + (1 << 12)) & -(1 << 13)).view(torch.float32)
+
+
+def test_a_first_step_from_principal_components_survives_tf32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The delta is a small difference of large products."""
+    torch.manual_seed(0)
+    base = nn.Linear(64, 64).requires_grad_(False)
+    layer = LoraLinear(base, torch.randn(4, 64), torch.randn(64, 4), principal=True)
+    with torch.no_grad():
+        for factor in (layer.down, layer.up):
+            factor.add_(1e-4 * torch.randn_like(factor).sign())
+    x = torch.randn(8, 64)
+    down, up, first_down, first_up = (
+        part.detach().double()
+        for part in (layer.down, layer.up, layer.initial_down, layer.initial_up)
+    )
+    exact = x.double() @ (up @ down - first_up @ first_down).t()
+    product = F.linear
+    monkeypatch.setattr(
+        "simpletuner.adapters.adapted_linear.F.linear",
+        lambda a, b: product(round_to_tf32(a), round_to_tf32(b)),
+    )
+    assert relative(layer._forward_from_initial(torch.zeros(8, 64), x, layer.initial_down,
+                                                layer.initial_up), exact) < 5e-3  # fmt: skip
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+def test_the_norms_of_a_dora_are_those_of_the_adapted_weight(by_column: bool) -> None:
+    """Without the adapted weight: more rows than are cast at once, and a bf16 base."""
+    torch.manual_seed(0)
+    base = nn.Linear(48, 2500).bfloat16().requires_grad_(False)
+    given = torch.ones(1, 48) if by_column else None
+    layer = DoraLinear(base, torch.randn(4, 48), 0.1 * torch.randn(2500, 4), 1.7, row_norms=given)
+    adapted = base.weight.double() + 1.7 * layer.up.double() @ layer.down.double()
+    expected = torch.linalg.vector_norm(adapted, dim=0 if by_column else 1, keepdim=by_column)
+    assert relative(layer.adapted_norms(), expected) < 1e-6
+
+
+def test_a_dora_never_casts_its_whole_base() -> None:
+    base = nn.Linear(64, 4096).bfloat16().requires_grad_(False)
+    layer = DoraLinear(base, torch.randn(4, 64), torch.zeros(4096, 4), dropout=0.1)
+    x = torch.randn(2, 64).bfloat16()
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dtype == torch.float32 and not func.is_view:
+                largest = max(largest, out.numel())
+            return out
+
+    with Sizes():
+        layer(x).float().sum().backward()
+    assert largest < 64 * 4096

@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -264,3 +266,17 @@ def test_text_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
 
     with TensorStore(tmp_path, "t5") as store, pytest.raises(CacheError, match="'a cat'"):
         text_cache.encode_missing_captions(store, ["a cat"], lambda: encode, lambda event: None)
+
+
+def test_a_batch_has_no_more_pixels_than_one_large_image() -> None:
+    def sizes(side: int, count: int, batch_size: int) -> list[int]:
+        placed = SimpleNamespace(bucket_px=(side, side))
+        jobs = [("key", cast(BucketedSample, placed))] * count
+        return [len(batch) for batch in latent_cache._iter_bucket_batches(jobs, batch_size)]
+
+    assert sizes(1024, 3, 4) == [1, 1, 1]
+    assert sizes(1536, 2, 4) == [1, 1]
+    assert sizes(512, 9, 4) == [4, 4, 1]
+    assert sizes(512, 9, 8) == [4, 4, 1]
+    assert sizes(704, 5, 8) == [2, 2, 1]
+    assert sizes(64, 5, 2) == [2, 2, 1]

@@ -191,3 +191,16 @@ def test_an_offset_is_of_its_own_samples_and_none_changes_nothing() -> None:
     mixed = sample_sigmas(plain, 1, 5, 8, offsets=[0.0, 1.0] * 4)
     assert torch.equal(mixed[::2], sample_sigmas(plain, 1, 5, 8)[::2])
     assert (mixed[1::2] > sample_sigmas(plain, 1, 5, 8)[1::2]).all()
+
+
+def test_one_sample_a_step_is_stratified_over_sixteen_steps() -> None:
+    """Each block of 16 steps has one sigma in each sixteenth, in an order of its own."""
+    chosen = options(flow_use_uniform_schedule=True)
+    drawn = torch.cat([sample_sigmas(chosen, 5, step, 1) for step in range(64)]).view(4, 16)
+    slices = (drawn * 16).floor()
+    assert torch.equal(slices.sort(1).values, torch.arange(16.0).expand(4, 16))
+    assert len(torch.unique(slices, dim=0)) == 4
+    assert torch.equal(drawn[2, 3], sample_sigmas(chosen, 5, 35, 1)[0])
+    independent = options(flow_use_uniform_schedule=True, stratified_sigmas=False)
+    drawn = torch.cat([sample_sigmas(independent, 5, step, 1) for step in range(16)])
+    assert len(torch.unique((drawn * 16).floor())) < 16

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from simpletuner.config import environment
 from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.errors import ConfigError, SimpleTunerError
 from simpletuner.training import device as devices
 from simpletuner.training.device import (
     ComputeDevice,
     Hardware,
+    describe_attention,
     describe_out_of_memory,
     select_device,
+    split_when_out_of_memory,
     unsupported_by_hardware,
 )
 from simpletuner.training.run import to_user_error
@@ -117,6 +124,16 @@ MPS_TEXT = (
             RuntimeError("CUDA error: out of memory\nmore"),
             "out of memory: CUDA error: out of memory",
         ),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            ),
+            "out of memory: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        ),
+        (
+            RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+            "out of memory: cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        ),
         (MemoryError(), "out of host memory"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (ValueError("out of memory"), None),
@@ -147,3 +164,71 @@ def test_casts_of_a_sharded_network_are_not_kept() -> None:
         with select_device(options, caches_casts=caches).autocast():
             assert torch.is_autocast_enabled("cpu")
             assert torch.is_autocast_cache_enabled() is caches
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    """A made-up GPU; what torch is set to for it is set back."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(devices.HARDWARE_BY_TYPE, "cuda", lambda device: AMPERE)
+    cuda = torch.backends.cuda
+    before = cuda.cudnn_sdp_enabled(), cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield AMPERE
+    cuda.enable_cudnn_sdp(before[0])
+    cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[1:]
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_a_gpu_never_plans_attention_for_a_new_length(a_gpu: Fake) -> None:
+    chosen = select_device(ModelOptions(device="cuda"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert "flash" in str(describe_attention(chosen))
+    exact = select_device(ModelOptions(device="cuda", mixed_precision="no"))
+    assert "memory-efficient" in str(describe_attention(exact))
+    master = ModelOptions(device="cuda", base_model_default_dtype="fp32")
+    assert "flash" in str(describe_attention(select_device(master)))
+    assert describe_attention(select_device(ModelOptions(device="cpu"))) is None
+
+
+def test_deterministic_algorithms_are_an_option(a_gpu: Fake) -> None:
+    select_device(ModelOptions(device="cuda"))
+    assert not torch.are_deterministic_algorithms_enabled()
+    select_device(ModelOptions(device="cuda", deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_a_batch_that_does_not_fit_is_encoded_one_by_one() -> None:
+    hardware, sizes = Fake("cuda"), []
+
+    def encode(batch: torch.Tensor, most: int, error: str) -> torch.Tensor:
+        sizes.append(len(batch))
+        if len(batch) > most:
+            raise RuntimeError(error)
+        return batch + 1
+
+    batch, no_memory = torch.arange(6.0).view(3, 2), "CUDA out of memory."
+    split = split_when_out_of_memory(lambda rows: encode(rows, 1, no_memory), hardware)
+    assert torch.equal(split(batch), batch + 1)
+    assert (sizes, hardware.emptied) == ([3, 1, 1, 1], 1)
+    for most, error in ((0, no_memory), (1, "a bug")):
+        split = split_when_out_of_memory(partial(encode, most=most, error=error), hardware)
+        with pytest.raises(RuntimeError, match=error):
+            split(batch)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has segments that grow")
+def test_memory_segments_grow_unless_the_user_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*environment.ALLOCATOR_VARIABLES, "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    environment.set_device_variables(deterministic=False)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    environment.set_device_variables(deterministic=True)
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")

@@ -6,7 +6,7 @@ from torch import nn
 
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import CheckpointError
-from simpletuner.training.ema import Ema
+from simpletuner.training.ema import Ema, resolve_ema_device
 
 
 def start(dtype: torch.dtype = torch.float32, **options):
@@ -102,3 +102,11 @@ def test_refuses_another_networks_average():
         ema.load_state_dict({"updates": 1, "shadow": {"a": torch.zeros(3)}})
     with pytest.raises(CheckpointError):
         ema.load_state_dict({"updates": 1, "shadow": {"a": torch.zeros(3), "b": torch.zeros(3)}})
+
+
+def test_the_average_of_an_adapter_is_on_the_accelerator():
+    options = OptimizerOptions(use_ema=True)
+    assert resolve_ema_device(options, trains_adapter=True) == "accelerator"
+    assert resolve_ema_device(options, trains_adapter=False) == "cpu"
+    chosen = OptimizerOptions(use_ema=True, ema_device="cpu")
+    assert resolve_ema_device(chosen, trains_adapter=True) == "cpu"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -44,16 +45,19 @@ def _cast_weight(dtype: torch.dtype, weight: Tensor) -> Tensor:
 class _FrozenLinearWithDelta(torch.autograd.Function):
     """A frozen linear and its delta as one autograd node, which saves only x and A x.
 
-    given: scale, dequantize and its buffers. They are one variadic argument because dynamo drops
-    ctx from a node with exactly two other inputs. dequantize builds the weight (out, in) again in
-    the backward pass: a saved copy would occupy memory until then.
+    given: scale, copies of A and B in the dtype of x or None twice, dequantize and its buffers.
+    They are one variadic argument because dynamo drops ctx from a node with exactly two other
+    inputs. dequantize builds the weight (out, in) again in the backward pass: a saved copy would
+    occupy memory until then.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *given: Any
     ) -> Tensor:
-        scale, dequantize, *buffers = given
+        scale, a_copy, b_copy, dequantize, *buffers = given
+        ctx.master_dtype = a.dtype
+        a, b = (a, b) if a_copy is None else (a_copy, b_copy)
         dtype, flat = x.dtype, x.reshape(-1, x.shape[-1])
         hidden = F.linear(flat, a.to(dtype))
         y = F.linear(flat, dequantize(dtype, *buffers), None if bias is None else bias.to(dtype))
@@ -76,14 +80,20 @@ class _FrozenLinearWithDelta(torch.autograd.Function):
                 .addmm_(grad_hidden, a.to(dtype))
                 .view(shape)
             )
-        return grad_x, None, grad_a, grad_b, *([None] * (2 + len(buffers)))
+        return grad_x, None, grad_a, grad_b, *([None] * (4 + len(buffers)))
 
 
 class _AddDelta(torch.autograd.Function):
-    """base_y + scale * B A x, for a base that is not a plain linear, or x after dropout."""
+    """base_y + scale * B A x, for a base that is not a plain linear, or x after dropout.
+
+    given: scale, and copies of A and B in the dtype of x or None twice.
+    """
 
     @staticmethod
-    def forward(ctx: Any, base_y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, base_y: Tensor, x: Tensor, a: Tensor, b: Tensor, *given: Any) -> Tensor:
+        scale, a_copy, b_copy = given
+        ctx.master_dtype = a.dtype
+        a, b = (a, b) if a_copy is None else (a_copy, b_copy)
         dtype = x.dtype
         hidden = F.linear(x.reshape(-1, x.shape[-1]), a.to(dtype))
         ctx.save_for_backward(x, hidden, a, b)
@@ -99,7 +109,7 @@ class _AddDelta(torch.autograd.Function):
         grad_x = (
             torch.mm(grad_hidden, a.to(x.dtype)).view(x.shape) if ctx.needs_input_grad[1] else None
         )
-        return grads[0], grad_x, grad_a, grad_b, None
+        return grads[0], grad_x, grad_a, grad_b, None, None, None
 
 
 def _factor_gradients(
@@ -107,10 +117,18 @@ def _factor_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of A x, A and B. first: position of A among the inputs; B follows."""
     needs_a, needs_b = ctx.needs_input_grad[first : first + 2]
-    grad_hidden = torch.mm(grad, b.to(x.dtype)).mul_(ctx.scale)
-    grad_a = torch.mm(grad_hidden.t(), x.reshape(-1, x.shape[-1])).to(a.dtype) if needs_a else None
-    grad_b = torch.mm(grad.t(), hidden).mul_(ctx.scale).to(b.dtype) if needs_b else None
+    grad_hidden = _scale(torch.mm(grad, b.to(x.dtype)), ctx.scale)
+    grad_a = grad_b = None
+    if needs_a:
+        grad_a = torch.mm(grad_hidden.t(), x.reshape(-1, x.shape[-1])).to(ctx.master_dtype)
+    if needs_b:
+        grad_b = _scale(torch.mm(grad.t(), hidden), ctx.scale).to(ctx.master_dtype)
     return grad_hidden, grad_a, grad_b
+
+
+def _scale(product: Tensor, scale: float) -> Tensor:
+    """Multiply in place; a scale of 1, as with alpha = rank, costs no operation."""
+    return product if scale == 1.0 else product.mul_(scale)
 
 
 class AdaptedLinear(nn.Module, ABC):
@@ -180,6 +198,22 @@ class LowRankLinear(AdaptedLinear, ABC):
         return [_to_cpu_float64(self.up) @ (_to_cpu_float64(self.down) @ columns) * self.scale]
 
 
+@dataclass
+class CopyActivity:
+    """A switch of all modules of a network: whether copies equal the trained factors now."""
+
+    active: bool = False
+
+
+@dataclass(frozen=True)
+class FactorCopies:
+    """A and B of a module in the dtype of its products; factor_copies.py keeps them current."""
+
+    activity: CopyActivity
+    down: Tensor
+    up: Tensor
+
+
 class LoraLinear(LowRankLinear):
     """LoRA with matmuls in the base's dtype and float32 master weights.
 
@@ -202,6 +236,7 @@ class LoraLinear(LowRankLinear):
     ) -> None:
         super().__init__(base_layer, down, up, scale, dropout)
         self.base_is_quantized = isinstance(base_layer, DequantizableLinear)
+        self.factor_copies: FactorCopies | None = None
         self.register_buffer("initial_down", down.clone() if principal else None, persistent=False)
         self.register_buffer("initial_up", up.clone() if principal else None, persistent=False)
 
@@ -218,15 +253,31 @@ class LoraLinear(LowRankLinear):
         )
         if dequantizer is not None:
             dequantize, buffers = dequantizer
+            x = _cast_for_autocast(x)
             result = _FrozenLinearWithDelta.apply(  # type: ignore[no-untyped-call]
-                _cast_for_autocast(x), base.bias, self.down, self.up, scale, dequantize, *buffers
+                x,
+                base.bias,
+                self.down,
+                self.up,
+                scale,
+                *self._current_copies(x.dtype),
+                dequantize,
+                *buffers,
             )
             return cast(Tensor, result)
         base_y = base(x)
+        copies = self._current_copies(base_y.dtype)
         result = _AddDelta.apply(  # type: ignore[no-untyped-call]
-            base_y, self.dropout(x.to(base_y.dtype)), self.down, self.up, scale
+            base_y, self.dropout(x.to(base_y.dtype)), self.down, self.up, scale, *copies
         )
         return cast(Tensor, result)
+
+    def _current_copies(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Return A and B in this dtype where a step has copied them, else None twice."""
+        copies = self.factor_copies
+        if copies is None or not copies.activity.active or copies.down.dtype != dtype:
+            return None, None
+        return copies.down, copies.up
 
     def _dequantizer(self) -> tuple[Dequantize, Sequence[Tensor]] | None:
         """Return how the weight is restored; None if the base is not a known frozen linear."""
@@ -238,11 +289,15 @@ class LoraLinear(LowRankLinear):
     def _forward_from_initial(
         self, base_y: Tensor, x: Tensor, initial_down: Tensor, initial_up: Tensor
     ) -> Tensor:
-        """Subtract the two products in the masters' dtype, since bf16 would lose the difference."""
+        """Return base_y + scale * (B A - B0 A0) x as (B - B0) A x + B0 (A - A0) x.
+
+        Factors are subtracted before any product: the products of TF32 would lose the difference
+        of two large deltas (15 % of it after a first step of 1e-4).
+        """
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.down.dtype)
-            delta = F.linear(F.linear(x, self.down), self.up) - F.linear(
-                F.linear(x, initial_down), initial_up
+            delta = F.linear(F.linear(x, self.down), self.up - initial_up) + F.linear(
+                F.linear(x, self.down - initial_down), initial_up
             )
         return base_y + (delta * (self.scale * self.strength)).to(base_y.dtype)
 

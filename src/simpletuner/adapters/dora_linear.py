@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from simpletuner.adapters.adapted_linear import LowRankLinear
 from simpletuner.adapters.layouts import DORA_SCALE_SUFFIX, MAGNITUDE_SUFFIX
 
+# Rows of a weight that are cast to float32 at a time for the norms.
+ROWS_AT_ONCE = 1024
+
 
 class DoraLinear(LowRankLinear):
     """DoRA (arXiv 2402.09353): the rows of W + scale B A, rescaled to trained norms.
@@ -19,7 +22,13 @@ class DoraLinear(LowRankLinear):
     interpolates between the base's output and the adapted one. row_norms: (out,), by default the
     norms of the rows of W; of the shape (1, in) they are norms of the columns, as in files of
     OneTrainer.
+
+    The adapted weight is never built. With s = scale, the square of a row's norm is
+    ||W||^2 + 2 s (W A^T . B) + s^2 (B (A A^T) . B), where . sums the products of a row; that of a
+    column is the same with W^T, A^T and B^T. The first term is computed once.
     """
+
+    base_squares: Tensor
 
     def __init__(
         self,
@@ -31,11 +40,20 @@ class DoraLinear(LowRankLinear):
         row_norms: Tensor | None = None,
     ) -> None:
         super().__init__(base_layer, down, up, scale, dropout)
-        if row_norms is None:
-            row_norms = torch.linalg.vector_norm(
-                cast(Tensor, base_layer.weight).to(up.dtype), dim=1
-            )
-        self.row_norms = nn.Parameter(row_norms)
+        by_column = row_norms is not None and row_norms.ndim == 2
+        squares = self._squares_of_base(by_column)
+        self.register_buffer("base_squares", squares, persistent=False)
+        self.row_norms = nn.Parameter(squares.sqrt() if row_norms is None else row_norms)
+
+    @torch.no_grad()
+    def _squares_of_base(self, by_column: bool) -> Tensor:
+        """Return the squared norms of the rows of W, (out,), or of its columns, (1, in)."""
+        weight, dtype = cast(Tensor, self.base_layer.weight), self.up.dtype
+        sums = [
+            rows.to(dtype).square().sum(0 if by_column else 1)
+            for rows in weight.split(ROWS_AT_ONCE)
+        ]
+        return torch.stack(sums).sum(0)[None] if by_column else torch.cat(sums)
 
     @property
     def magnitude(self) -> nn.Parameter:
@@ -45,39 +63,53 @@ class DoraLinear(LowRankLinear):
         suffix = MAGNITUDE_SUFFIX if self.row_norms.ndim == 1 else DORA_SCALE_SUFFIX
         return {**super().adapter_parameters(), suffix: self.row_norms}
 
-    def forward(self, x: Tensor) -> Tensor:
-        base = cast(nn.Linear, self.base_layer)
-        base_y = base(x)
-        if self.strength == 0.0:
-            return cast(Tensor, base_y)
-        if self.row_norms.ndim == 2:
-            return self._forward_per_input(base, base_y, x)
-        weight, x = base.weight.to(self.down.dtype), x.to(self.down.dtype)
+    @torch.no_grad()
+    def adapted_norms(self) -> Tensor:
+        """Return the norms of the rows, (out,), or columns, (1, in), of W + scale B A."""
+        down, up, scale = self.down, self.up, self.scale
+        weight = cast(Tensor, self.base_layer.weight)
         # Without autocast, because bf16 is too coarse for norms.
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            adapted = torch.addmm(weight, self.up, self.down, alpha=self.scale)
-            norms = torch.linalg.vector_norm(adapted, dim=1)
-        ratio = self.row_norms / norms
+        with torch.autocast(down.device.type, enabled=False):
+            pairs = zip(weight.split(ROWS_AT_ONCE), up.split(ROWS_AT_ONCE), strict=True)
+            if self.row_norms.ndim == 1:
+                crossed = torch.cat(
+                    [(rows.to(up.dtype) @ down.t()).mul_(part).sum(1) for rows, part in pairs]
+                )
+                squared = (up @ (down @ down.t())).mul_(up).sum(1)
+            else:
+                products = [part.t() @ rows.to(up.dtype) for rows, part in pairs]
+                crossed = (torch.stack(products).sum(0) * down).sum(0, keepdim=True)
+                squared = ((up.t() @ up) @ down).mul_(down).sum(0, keepdim=True)
+            squares = self.base_squares + 2 * scale * crossed + scale**2 * squared
+            return squares.clamp_min_(torch.finfo(squares.dtype).tiny).sqrt_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        base_y = cast(Tensor, self.base_layer(x))
+        if self.strength == 0.0:
+            return base_y
+        ratio = self.row_norms / self.adapted_norms()
+        if self.row_norms.ndim == 2:
+            return self._forward_per_input(base_y, x, ratio)
         if self.training and isinstance(self.dropout, nn.Dropout):
             x = self.dropout(x)
-            base_product = F.linear(x, weight)
+            base_product = self._without_bias(self.base_layer(x))
         else:
-            base_product = base_y if base.bias is None else base_y - base.bias
-        change = (ratio - 1) * base_product + ratio * F.linear(
-            F.linear(x, self.down), self.up
-        ) * self.scale
-        return cast(Tensor, base_y + (change * self.strength).to(base_y.dtype))
+            base_product = self._without_bias(base_y)
+        change = (ratio - 1) * base_product + ratio * self._low_rank_product(x)
+        return base_y + (change * self.strength).to(base_y.dtype)
 
-    def _forward_per_input(self, base: nn.Linear, base_y: Tensor, x: Tensor) -> Tensor:
+    def _forward_per_input(self, base_y: Tensor, x: Tensor, ratio: Tensor) -> Tensor:
         """Rescale the columns of W + scale B A, which is the same as rescaling x."""
-        weight, x = base.weight.to(self.down.dtype), x.to(self.down.dtype)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            adapted = torch.addmm(weight, self.up, self.down, alpha=self.scale)
-            norms = torch.linalg.vector_norm(adapted, dim=0, keepdim=True)
-        rescaled = self.dropout(x) * (self.row_norms / norms)
-        y = (
-            F.linear(rescaled, weight)
-            + F.linear(F.linear(rescaled, self.down), self.up) * self.scale
-        )
-        base_product = base_y if base.bias is None else base_y - base.bias
-        return base_y + ((y - base_product) * self.strength).to(base_y.dtype)
+        rescaled = self.dropout(x.to(self.down.dtype)) * ratio
+        y = self._without_bias(self.base_layer(rescaled.to(x.dtype)))
+        change = y + self._low_rank_product(rescaled) - self._without_bias(base_y)
+        return base_y + (change * self.strength).to(base_y.dtype)
+
+    def _low_rank_product(self, x: Tensor) -> Tensor:
+        """Return scale * B A x in the dtype of the factors, or of autocast."""
+        x = x.to(self.down.dtype)
+        return F.linear(F.linear(x, self.down), self.up) * self.scale
+
+    def _without_bias(self, y: Tensor) -> Tensor:
+        bias = cast(nn.Linear, self.base_layer).bias
+        return y if bias is None else y - bias

@@ -10,7 +10,7 @@ tensor with one dimension (D,) is a pooled vector without a length.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -63,12 +63,25 @@ class TextBatch:
             tensors[name] = padded
         return TextBatch(tensors, lengths)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextBatch:
-        """Move the tensors to a device, and cast them if a dtype is given."""
+    def to(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> TextBatch:
+        """Move the tensors to a device, and cast them if a dtype is given.
+
+        non_blocking: do not wait for a copy from pinned memory.
+        """
         tensors = {
-            name: tensor.to(device=device, dtype=dtype or tensor.dtype)
+            name: tensor.to(device=device, dtype=dtype or tensor.dtype, non_blocking=non_blocking)
             for name, tensor in self.tensors.items()
         }
+        return TextBatch(tensors, self.lengths)
+
+    def pin_memory(self) -> TextBatch:
+        """Return the same in page-locked memory, from which a GPU copies without the host."""
+        tensors = {name: tensor.pin_memory() for name, tensor in self.tensors.items()}
         return TextBatch(tensors, self.lengths)
 
 
@@ -78,10 +91,23 @@ class Batch:
 
     latents: (B, C, H, W) float32, scaled for the transformer. sample_ids, visit_keys: one per
     sample. A visit key is unique per appearance ("<sample id>@<epoch>.<pass>"); the noise of the
-    visit is derived from it.
+    visit is derived from it. noise: of the target and of the network's input, each of the shape of
+    the latents, where it is drawn ahead; they may be one tensor.
     """
 
     latents: Tensor
     text: TextBatch
     sample_ids: tuple[str, ...]
     visit_keys: tuple[str, ...]
+    noise: tuple[Tensor, Tensor] | None = None
+
+    def pin_memory(self) -> Batch:
+        """Return the same in page-locked memory, from which a GPU copies without the host."""
+        noise = None
+        if self.noise is not None:
+            target, network_input = self.noise
+            pinned = target.pin_memory()
+            noise = pinned, pinned if network_input is target else network_input.pin_memory()
+        return replace(
+            self, latents=self.latents.pin_memory(), text=self.text.pin_memory(), noise=noise
+        )

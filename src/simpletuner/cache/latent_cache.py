@@ -31,6 +31,9 @@ from simpletuner.peers import ALONE, Peers
 
 EncodeImages = Callable[[Tensor], Tensor]
 DECODER_THREADS = 4
+# Pixels that are encoded at once: one image of 1024 x 1024. The VAE needs 1.35 GB for as many; a
+# larger batch of such images is not faster, because one of them fills a GPU.
+ENCODER_PIXELS = 1 << 20
 PIXELS_VERSION = 1  # increase it when the same file and geometry produce other pixels than before
 EncodeJob = tuple[str, BucketedSample]
 
@@ -218,12 +221,14 @@ def _encode_images(
 
 
 def _iter_bucket_batches(jobs: Sequence[EncodeJob], batch_size: int) -> Iterator[list[EncodeJob]]:
+    """Yield batches of one bucket, of at most batch_size images and ENCODER_PIXELS pixels."""
     buckets: dict[tuple[int, int], list[EncodeJob]] = {}
     for job in jobs:
         buckets.setdefault(job[1].bucket_px, []).append(job)
     for bucket in sorted(buckets):
-        for start in range(0, len(buckets[bucket]), batch_size):
-            yield buckets[bucket][start : start + batch_size]
+        count = min(batch_size, max(1, ENCODER_PIXELS // (bucket[0] * bucket[1])))
+        for start in range(0, len(buckets[bucket]), count):
+            yield buckets[bucket][start : start + count]
 
 
 def _decode_ahead(

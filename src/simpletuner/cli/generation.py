@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simpletuner.config.environment import set_device_variables
 from simpletuner.config.schema import DataOptions, ModelOptions
 from simpletuner.data.start_image import StartImageRequest, place_start_image
 from simpletuner.events.event_types import Emit, NoticeIssued
@@ -54,6 +55,7 @@ def generate_images(request: GenerationRequest, emit: Emit) -> list[Path]:
 
     Text encoder, transformer and VAE are in memory one after the other, never together.
     """
+    set_device_variables(request.model.deterministic)
     from simpletuner.adapters.lora_io import read_summary as describe_lora
     from simpletuner.models.registry import get_family as family_named
     from simpletuner.training.device import select_device

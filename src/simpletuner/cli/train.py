@@ -130,6 +130,7 @@ def join_launcher(loaded: LoadedConfig) -> LaunchedProcess | None:
     options = loaded.config.distributed
     process = launch_environment.read_launched_process(environ, options)
     launch_environment.check_agreement(loaded.config, process, loaded.origins)
+    environment.set_device_variables(loaded.config.model.deterministic)
     gpus = visible_devices(options)
     if gpus is not None:
         environment.restrict_visible_gpus(gpus)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from simpletuner.errors import ConfigError
 PLACEHOLDER_PATTERN = re.compile(r"\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 VARIABLE_PREFIX = "SIMPLETUNER_"
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
+# torch reads all of them; the first one is its present name.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 SERVER_TOKEN_VARIABLE = (
     f"{VARIABLE_PREFIX}SERVER_TOKEN"  # the access token of `simpletuner server`; not an option
 )
@@ -34,6 +37,20 @@ def set_missing_variables(variables: Mapping[str, str]) -> None:
 def set_variables(variables: Mapping[str, str]) -> None:
     """Set variables for this process and those that it starts."""
     os.environ.update(variables)
+
+
+def set_device_variables(deterministic: bool) -> None:
+    """Choose how torch allocates GPU memory; must be called before torch is imported.
+
+    A segment that can grow serves requests of any size. Otherwise memory that was freed in blocks
+    of one size cannot serve another size, and a run of many sizes fails although enough is free. A
+    user's own setting stays as it is. deterministic: give cuBLAS the fixed workspace without which
+    torch refuses its products.
+    """
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def restrict_visible_gpus(numbers: Sequence[int]) -> None:

@@ -152,7 +152,8 @@ class CacheOptions(OptionSection):
     )
     vae_batch_size: int = option(
         4,
-        "Batch size for encoding images.",
+        "Images that are encoded at once, at most; images above 512 px in smaller batches, of as "
+        "many pixels as one of 1024 px.",
         level="common",
         unit="images",
         resume_policy="free",

@@ -86,7 +86,8 @@ class FlowOptions(OptionSection):
     )
     stratified_sigmas: bool = option(
         True,
-        "Spread the noise levels of one optimizer step evenly: same density, less variance.",
+        "Spread the noise levels of one optimizer step evenly, or with one sample a step those of "
+        "16 steps: same density, less variance.",
         needs_any={"flow_timesteps_mode": "fixed-list", "flow_custom_timesteps": None},
     )
     loss_type: Literal["l2", "huber", "smooth_l1"] = option(

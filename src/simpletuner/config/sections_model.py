@@ -215,6 +215,11 @@ class ModelOptions(OptionSection):
         False,
         "Compute fp32 matrix products in full precision instead of TF32 on NVIDIA GPUs.",
     )
+    deterministic: bool = option(
+        False,
+        "Use torch's deterministic algorithms, so that a GPU repeats the same numbers bit for bit; "
+        "attention and sums are then slower. A CPU repeats them in any case.",
+    )
     flux_t5_padding: Literal["unmodified", "zero"] = option(
         "unmodified",
         "The one padding token that the transformer sees: T5's embedding, or zeros.",

@@ -150,9 +150,10 @@ class OptimizerOptions(OptionSection):
     ema_update_interval: int = option(
         1, "Steps between updates of the EMA.", unit="steps", needs=EMA, affects=set(), ge=1
     )
-    ema_device: Literal["cpu", "accelerator"] = option(
-        "cpu",
-        "Device that holds the EMA weights.",
+    ema_device: Literal["auto", "cpu", "accelerator"] = option(
+        "auto",
+        "Device that holds the EMA weights; auto is the accelerator for a LoRA, and the CPU for "
+        "all weights of the transformer.",
         resume_policy="free",
         needs=EMA,
         affects={"plan"},

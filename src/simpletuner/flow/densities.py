@@ -19,6 +19,8 @@ from simpletuner.randomness import seed_at
 QuantileFunction = Callable[[Tensor], Tensor]
 FAST_SCHEDULE_SIGMAS = (1.0,) * 7 + (0.75, 0.5, 0.25)
 BETA_TABLE_POINTS = 8192
+# Steps over which the noise levels are spread evenly where a step has only one sample.
+STEPS_PER_BLOCK = 16
 
 
 def sample_sigmas(
@@ -33,8 +35,9 @@ def sample_sigmas(
 
     They are a pure function of (seed, step). With stratified_sigmas each of `count` equal slices of
     probability gives one sigma, in random order: the density is the same, and the loss of a step
-    varies less. image_tokens: 2x2 patches of one sample; the automatic shift needs them. offsets:
-    one per sample (timestep_sampling_offset), or empty; lists of noise levels do not have them.
+    varies less. For a single sample, each of 16 slices gives the sigma of one of 16 steps.
+    image_tokens: 2x2 patches of one sample; the automatic shift needs them. offsets: one per sample
+    (timestep_sampling_offset), or empty; lists of noise levels do not have them.
     """
     values = custom_sigmas(options)
     if values and options.flow_timesteps_mode == "round-robin":
@@ -43,7 +46,12 @@ def sample_sigmas(
         )
     generator = torch.Generator().manual_seed(seed_at(seed, "sigma", step))
     u = torch.rand(count, generator=generator, dtype=torch.float64)
-    if options.stratified_sigmas:
+    if options.stratified_sigmas and count == 1:
+        block, position = divmod(step, STEPS_PER_BLOCK)
+        block_generator = torch.Generator().manual_seed(seed_at(seed, "sigma block", block))
+        slices = torch.randperm(STEPS_PER_BLOCK, generator=block_generator)
+        u = (slices[position] + u) / STEPS_PER_BLOCK
+    elif options.stratified_sigmas:
         u = (torch.randperm(count, generator=generator) + u) / count
     return quantile_function(options, image_tokens, offsets)(u).float()
 

@@ -33,6 +33,22 @@ def sample_noise(
     )
 
 
+def sample_noise_pair(
+    visit_keys: tuple[str, ...], shape: torch.Size, options: FlowOptions, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return the noise of the target and that of the network's input, (B, C, H, W) on the CPU.
+
+    With input_perturbation p the input is built from noise + p * other noise, while the target
+    keeps the noise itself (Ning et al. 2023, Input Perturbation Reduces Exposure Bias). Without,
+    both are one tensor.
+    """
+    noise = sample_noise(visit_keys, shape, seed)
+    if options.input_perturbation <= 0:
+        return noise, noise
+    other = sample_noise(visit_keys, shape, seed, "perturbation")
+    return noise, noise + options.input_perturbation * other
+
+
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """Return the point on the straight path, (1 - sigma) * latents + sigma * noise.
 

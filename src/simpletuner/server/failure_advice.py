@@ -30,7 +30,7 @@ OUTPUT_PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
         HOST_MEMORY_ADVICE,
     ),
     (
-        re.compile(r"(?i)\bout of memory\b|OutOfMemoryError|CUDNN_STATUS_ALLOC_FAILED"),
+        re.compile(r"(?i)\bout of memory\b|OutOfMemoryError|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"),
         GPU_MEMORY_ADVICE,
     ),
     (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import lru_cache
 from threading import Lock
 
@@ -12,6 +13,8 @@ from simpletuner.cache.batch_types import Batch
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.sample_order import SampleOrder
 from simpletuner.data.sample_types import MicroBatchPlan
+from simpletuner.flow.objective import sample_noise_pair
+from simpletuner.training.device import ComputeDevice
 from simpletuner.training.loop import MicroBatchShape, TrainSchedule
 from simpletuner.training.prepare import PreparedInputs
 from simpletuner.training.world import World
@@ -55,9 +58,13 @@ def build_batch_loader(
     order: SampleOrder,
     schedule: TrainSchedule,
     world: World,
+    device: ComputeDevice,
     closing: ExitStack,
 ) -> tuple[BatchPrefetcher, Callable[[int], MicroBatchShape]]:
-    """Return two functions of a micro-batch's number: its batch, and its shape."""
+    """Return two functions of a micro-batch's number: its batch, and its shape.
+
+    For a GPU the batches wait in page-locked memory.
+    """
     order_lock = Lock()  # the loop and the prefetch thread ask for different numbers at once
 
     @lru_cache(64)
@@ -84,6 +91,15 @@ def build_batch_loader(
             step, place = step + 1, own.start - 1
         return step * per_step + place + 1 if step < schedule.total_steps else None
 
-    prefetcher = BatchPrefetcher(lambda number: loader.load(micro_batch(number)), next_number)
+    def load(number: int) -> Batch:
+        batch = loader.load(micro_batch(number))
+        # Drawn on this thread, because on that of the loop the GPU would wait for it.
+        noise = sample_noise_pair(
+            batch.visit_keys, batch.latents.shape, run.flow, run.training.seed
+        )
+        batch = replace(batch, noise=noise)
+        return batch.pin_memory() if device.device.type == "cuda" else batch
+
+    prefetcher = BatchPrefetcher(load, next_number)
     closing.callback(prefetcher.close)
     return prefetcher, shape

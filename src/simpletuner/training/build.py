@@ -80,7 +80,7 @@ def build_trainer_context(
     step = start_run(
         run, prepared, resume_point, checkpointer, state, folder, device, schedule, world, emit
     )
-    load_batch, batch_shape = build_batch_loader(run, prepared, order, schedule, world, closing)
+    load, shape = build_batch_loader(run, prepared, order, schedule, world, device, closing)
     publishing = build_publish_callback(run, metadata, world, stop_requested, emit, closing)
     outputs = exporter, checkpointer, publishing
     callbacks, ends_after = build_callbacks(run, schedule, evaluations, *outputs, emit)
@@ -97,8 +97,8 @@ def build_trainer_context(
         flow_options=run.flow,
         uses_dropout=run.adapter.lora_dropout > 0 and state.uses_lora,
         learning_rate=learning_rate_of(state, schedule),
-        load_batch=load_batch,
-        micro_batch_shape=batch_shape,
+        load_batch=load,
+        micro_batch_shape=shape,
         resumed_step=step,
         save_checkpoint=checkpointer.save,
         callbacks=callbacks,
@@ -106,6 +106,7 @@ def build_trainer_context(
         stop_requested=lambda: world.agree([stop_requested()])[0],
         ends_after=ends_after,
         emit=emit,
+        adapter_copies=state.adapter_copies.current,
     )
 
 

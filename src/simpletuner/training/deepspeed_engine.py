@@ -122,10 +122,10 @@ class ZeroOptimizerStep(OptimizerStep):
         # ZeRO divides the sum over all processes by their number.
         self.engine.backward(loss * self.gradient_sum.world.size, scale_wrt_gas=False)
 
-    def clip_gradients(self) -> float:
+    def clip_gradients(self) -> Tensor:
         self.engine.step()
         self.weights_modified = bool(self.engine.was_step_applied())
-        return float(self.engine.get_global_grad_norm())
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
 
     def apply(self) -> None:
         """Do nothing: the engine has changed the weights."""

@@ -8,14 +8,21 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "no": torch.float32}
 BF16_MIN_CAPABILITY = (8, 0)  # compute capability of Ampere
-# Parts of the messages of allocators that are out of memory; not all raise OutOfMemoryError.
-OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory")
+# Parts of the messages of allocators that are out of memory; not all raise OutOfMemoryError. cuBLAS
+# and cuDNN allocate their workspaces themselves.
+OUT_OF_MEMORY_PHRASES = (
+    "out of memory",
+    "can't allocate memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+)
 REQUESTED_SIZE_PATTERN = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 FREE_SIZE_PATTERN = re.compile(r"of which ([\d.]+ \w+) is free|(max allowed: [\d.]+ \w+)")
 
@@ -38,8 +45,11 @@ class Hardware:
         return None
 
     def peak_bytes(self) -> int | None:
-        """Return the peak of the allocator since the start; None where it is not counted."""
+        """Return the allocator's peak since reset_peak; None where it is not counted."""
         return None
+
+    def reset_peak(self) -> None:
+        """Start a new peak, so that one phase of a run does not show in the next."""
 
     def empty_cache(self) -> None:
         """Release the memory that the allocator caches; the CPU's allocator caches nothing."""
@@ -64,6 +74,9 @@ class CudaHardware(Hardware):
 
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self._device)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
 
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
@@ -113,7 +126,7 @@ class ComputeDevice:
         )
 
     def peak_memory_gib(self) -> float | None:
-        """Return the peak of the allocator since the start; None where it is not counted."""
+        """Return the peak of the present phase; None where it is not counted."""
         peak = self.hardware.peak_bytes()
         return None if peak is None else peak / 2**30
 
@@ -158,14 +171,56 @@ def select_device(
     if missing := list(unsupported_by_hardware(HARDWARE_BY_TYPE[kind](device), options)):
         raise ConfigError("\n".join(missing))
     if kind == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = not options.disable_tf32
-        torch.backends.cudnn.allow_tf32 = not options.disable_tf32
+        configure_cuda(options)
+    if options.deterministic:
+        torch.use_deterministic_algorithms(True)
+        # Otherwise new tensors would be filled with a constant, which costs time and hides nothing.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     compute = DTYPES[options.mixed_precision]
     weights = (
         DTYPES[options.base_model_default_dtype] if options.base_model_default_dtype else compute
     )
     autocast = compute if compute != weights else None
     return ComputeDevice(device, weights, autocast, caches_casts)
+
+
+def configure_cuda(options: ModelOptions) -> None:
+    """Choose the precision of float32 products, and the attention kernels, for this process.
+
+    cuDNN's attention is off: it builds a plan for each new shape, about a second each, and captions
+    are trimmed to their own lengths, so nearly every batch has a new shape. torch then takes the
+    flash kernel, or in float32 and with a mask the memory-efficient one; both accept any length.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = not options.disable_tf32
+    torch.backends.cudnn.allow_tf32 = not options.disable_tf32
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def describe_attention(device: ComputeDevice) -> str | None:
+    """Return which attention kernels a GPU uses; None for other devices."""
+    if device.device.type != "cuda":
+        return None
+    dtype = device.autocast_dtype or device.weights_dtype
+    kernel = "memory-efficient" if dtype == torch.float32 else "flash"
+    return f"attention: the {kernel} kernel, which accepts any caption length without a new plan"
+
+
+def split_when_out_of_memory(
+    encode: Callable[[Tensor], Tensor], hardware: Hardware
+) -> Callable[[Tensor], Tensor]:
+    """Return `encode` (B, ...) -> (B, ...), which encodes one by one what does not fit together."""
+
+    def encode_or_split(batch: Tensor) -> Tensor:
+        try:
+            return encode(batch)
+        except RuntimeError as error:
+            if len(batch) == 1 or describe_out_of_memory(error) is None:
+                raise
+        # Outside of the handler, whose exception refers to the tensors of the failed call.
+        hardware.empty_cache()
+        return torch.cat([encode(sample) for sample in batch.split(1)])
+
+    return encode_or_split
 
 
 def unsupported_by_hardware(hardware: Hardware, options: ModelOptions) -> Iterator[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import CheckpointError
+from simpletuner.training.gradient_sum import make_buckets
 
 
 class WholeParams(Protocol):
@@ -26,6 +27,18 @@ def params_as_they_are(
 ) -> AbstractContextManager[None]:
     """Do nothing: every process holds them."""
     return nullcontext()
+
+
+def resolve_ema_device(
+    options: OptimizerOptions, trains_adapter: bool
+) -> Literal["cpu", "accelerator"]:
+    """Return where the average is held; "auto" is the accelerator for an adapter, which is small.
+
+    From a GPU to the CPU every parameter would be a copy of its own that the host waits for.
+    """
+    if options.ema_device != "auto":
+        return options.ema_device
+    return "accelerator" if trains_adapter else "cpu"
 
 
 class Ema:
@@ -69,10 +82,15 @@ class Ema:
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        for name, param in self.params:
-            shadow = self.shadow[name]
-            with self._whole_params([param]):
-                shadow.lerp_(param.detach().to(shadow.device, torch.float32), 1 - decay)
+        param_of = {id(self.shadow[name]): param for name, param in self.params}
+        for shadows in make_buckets([self.shadow[name] for name, _ in self.params]):
+            params = [param_of[id(shadow)] for shadow in shadows]
+            with self._whole_params(params):
+                weights = [
+                    param.detach().to(shadow.device, torch.float32)
+                    for param, shadow in zip(params, shadows, strict=True)
+                ]
+                torch._foreach_lerp_(shadows, weights, 1 - decay)
 
     @contextmanager
     def swapped_weights(self) -> Iterator[None]:

@@ -128,11 +128,15 @@ class TreeSum(GradientSum):
 
     def _merge(self, node: TreeNode, right: Gradients) -> None:
         left = self._sums.pop((node.first, node.middle))
-        for index, (mine, other) in enumerate(zip(left, right, strict=True)):
-            if mine is None:
-                left[index] = other
-            elif other is not None:
-                mine += other
+        pairs = [
+            (mine, other)
+            for mine, other in zip(left, right, strict=True)
+            if mine is not None and other is not None
+        ]
+        if pairs:
+            mines, others = zip(*pairs, strict=True)
+            torch._foreach_add_(mines, others)
+        left = [other if mine is None else mine for mine, other in zip(left, right, strict=True)]
         self._sums[node.first, node.end] = left
 
     # On the wire: one byte per parameter says whether it has a gradient; the gradients follow.
@@ -199,5 +203,5 @@ def make_buckets(grads: Sequence[Tensor | None]) -> Iterator[list[Tensor]]:
 def copy_from_flat(flat: Tensor, tensors: Sequence[Tensor]) -> None:
     """Copy consecutive parts of a flat tensor into the tensors."""
     parts = flat.split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view(tensor.shape))
+    shaped = [part.view(tensor.shape) for tensor, part in zip(tensors, parts, strict=True)]
+    torch._foreach_copy_(list(tensors), shaped)

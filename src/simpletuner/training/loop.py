@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -28,7 +29,12 @@ from simpletuner.data.epoch_timeline import EpochTimeline
 from simpletuner.errors import TrainingDiverged, TrainingStopped
 from simpletuner.events.event_types import Emit, StepCompleted, WarningIssued
 from simpletuner.flow.densities import sample_sigmas
-from simpletuner.flow.objective import add_noise, loss_per_sample, sample_noise, velocity_target
+from simpletuner.flow.objective import (
+    add_noise,
+    loss_per_sample,
+    sample_noise_pair,
+    velocity_target,
+)
 from simpletuner.flow.rollout import (
     choose_rollouts,
     mixflow_sigma,
@@ -114,7 +120,8 @@ class TrainerContext:
     run. world: the processes, among which the micro-batches of a step are shared out.
     resumed_step: steps completed by earlier processes. requested_callbacks: what a user asked for
     since the last call. ends_after: whether early stopping ends the run with a step.
-    consecutive_skipped_steps: steps in a row without an update.
+    adapter_copies: a context for all passes of a step, in which the adapters' factors are cast
+    once. consecutive_skipped_steps: steps in a row without an update.
     """
 
     predict_velocity: PredictVelocity
@@ -138,6 +145,7 @@ class TrainerContext:
     stop_requested: Callable[[], bool]
     emit: Emit
     ends_after: Callable[[int], bool] = lambda step: False
+    adapter_copies: Callable[[], AbstractContextManager[None]] = nullcontext
     consecutive_skipped_steps: int = 0
 
 
@@ -180,6 +188,7 @@ def run_due_callbacks(context: TrainerContext, step: int) -> None:
         for callback in (*due, *context.requested_callbacks()):
             set_optimizer_mode(context.optimizer, training=False)
             callback(step)
+            context.device.hardware.reset_peak()
     finally:
         set_optimizer_mode(context.optimizer, training=True)
     if context.ends_after(step) and not ended and step < last_step:
@@ -194,14 +203,12 @@ def train_step(context: TrainerContext, step: int) -> StepCompleted:
     sample_count = sum(len(sigma) for _, sigma in micro_batches)
     losses: dict[int, Tensor] = {}
     trained_samples: list[tuple[str, float]] = []
-    for place, (number, sigma) in context.world.share(micro_batches):
-        batch = context.load_batch(number)
-        losses[place] = backward_micro_batch(context, batch, sigma, sample_count, number, place)
-        trained_samples += zip(batch.sample_ids, sigma.tolist(), strict=True)
-    # Reading the losses makes the host wait for the device: once a step, not once a micro-batch.
-    device = context.device.device
-    loss = sum(context.world.sum_by_place(losses, len(micro_batches), device).tolist())
-    gradient_norm = context.optimizer_step.clip_gradients()
+    with context.adapter_copies():
+        for place, (number, sigma) in context.world.share(micro_batches):
+            batch = context.load_batch(number)
+            losses[place] = backward_micro_batch(context, batch, sigma, sample_count, number, place)
+            trained_samples += zip(batch.sample_ids, sigma.tolist(), strict=True)
+    loss, gradient_norm = finish_gradients(context, losses, len(micro_batches))
     if math.isfinite(loss) and math.isfinite(gradient_norm):
         update_weights(context, step)
     else:
@@ -218,6 +225,21 @@ def train_step(context: TrainerContext, step: int) -> StepCompleted:
         sample_count,
         context.device.peak_memory_gib(),
     )
+
+
+def finish_gradients(
+    context: TrainerContext, losses: dict[int, Tensor], count: int
+) -> tuple[float, float]:
+    """Sum and clip the gradients of all micro-batches, and return the step's loss and their norm.
+
+    Reading a number makes the host wait for the device, so both are read at once. count: of the
+    micro-batches of all processes.
+    """
+    device = context.device.device
+    by_place = context.world.sum_by_place(losses, count, device)
+    norm = context.optimizer_step.clip_gradients()
+    *parts, gradient_norm = torch.cat([by_place, norm.to(by_place).view(1)]).tolist()
+    return sum(parts), gradient_norm
 
 
 def set_learning_rate(context: TrainerContext, step: int) -> float:
@@ -267,23 +289,17 @@ def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor, step: i
 
     batch: latents (B, C, H, W), text embeddings, and one visit key per sample, the address of its
     noise. sigma: (B,) float32. step: decides how many samples are rolled out.
-
-    With input_perturbation p the network's input is built from noise + p * other noise, while the
-    target keeps the noise itself (Ning et al. 2023, Input Perturbation Reduces Exposure Bias).
     """
     options, seed, device = context.flow_options, context.seed, context.device.device
-    noise = sample_noise(batch.visit_keys, batch.latents.shape, seed)
-    input_noise = noise
-    if options.input_perturbation > 0:
-        other = sample_noise(batch.visit_keys, batch.latents.shape, seed, "perturbation")
-        input_noise = noise + options.input_perturbation * other
+    noise, input_noise = batch.noise or sample_noise_pair(
+        batch.visit_keys, batch.latents.shape, options, seed
+    )
     input_sigma = mixflow_sigma(options, seed, batch.visit_keys, sigma)
     rollouts = choose_rollouts(options, seed, step, batch.visit_keys, sigma)
-    latents, noise, input_noise, sigma, input_sigma = (
-        tensor.to(device, non_blocking=True)
-        for tensor in (batch.latents, noise, input_noise, sigma, input_sigma)
-    )
-    text = batch.text.to(device)
+    # Both levels in one copy; pinned tensors are copied while the host prepares the rest.
+    sigma, input_sigma = torch.stack((sigma, input_sigma)).to(device, non_blocking=True)
+    latents, noise, input_noise = copy_to_device((batch.latents, noise, input_noise), device)
+    text = batch.text.to(device, non_blocking=True)
     x_sigma = add_noise(latents, input_noise, input_sigma)
     target = velocity_target(latents, noise)
     if rollouts.rows:
@@ -296,6 +312,15 @@ def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor, step: i
     with context.device.autocast():
         velocity = context.predict_velocity(x_sigma, sigma, text)
     return loss_per_sample(velocity, target, sigma, options)
+
+
+def copy_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy without waiting; a tensor that occurs twice is copied once."""
+    copied: dict[int, Tensor] = {}
+    for tensor in tensors:
+        if id(tensor) not in copied:
+            copied[id(tensor)] = tensor.to(device, non_blocking=True)
+    return [copied[id(tensor)] for tensor in tensors]
 
 
 def predict_rows(

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simpletuner.config.schema import OptimizerOptions
-from simpletuner.training.gradient_sum import GradientSum
+from simpletuner.training.gradient_sum import GradientSum, make_buckets
 from simpletuner.training.optimizer_offload import OffloadedOptimizerState
 from simpletuner.training.optimizers import is_state_offloaded
 
-# Numbers of a gradient whose norm is taken at a time: their float64 copy has 256 KB on a CPU, which
-# stays in its cache, and 32 MB on a GPU, where every part costs two kernels.
-CPU_NORM_PART = 1 << 15
+# Numbers of a gradient whose norm is taken at a time: their float64 copy has 2 MB on a CPU, which
+# stays near its cache, and 32 MB where a GPU needs one. The factors of a LoRA are smaller.
+CPU_NORM_PART = 1 << 18
 GPU_NORM_PART = 1 << 22
 
 
@@ -70,10 +70,11 @@ class OptimizerStep(ABC):
         """
 
     @abstractmethod
-    def clip_gradients(self) -> float:
+    def clip_gradients(self) -> Tensor:
         """Complete the sum of the gradients, and clip it as the options say.
 
-        Returns the norm of the whole gradient before clipping, which may not be finite.
+        Returns the norm of the whole gradient before clipping, () float32 on the device, which may
+        not be finite. Reading it makes the host wait, so the loop reads it together with the loss.
         """
 
     @abstractmethod
@@ -92,7 +93,7 @@ class StandardOptimizerStep(OptimizerStep):
         loss.backward()
         self.gradient_sum.add(place)
 
-    def clip_gradients(self) -> float:
+    def clip_gradients(self) -> Tensor:
         self.gradient_sum.finish()
         return clip_gradients(self.params, self.options, self.gradient_sum.sum_over_ranks)
 
@@ -136,14 +137,14 @@ class OptimizerStepInBackward(OptimizerStep):
     ) -> None:
         super().__init__(params, optimizer, options, gradient_sum, offloaded_state)
         self.stepper = SingleParameterStepper(optimizer, offloaded_state)
-        self.gradient_norms: dict[nn.Parameter, Tensor] = {}
+        self.gradient_norms: dict[nn.Parameter, list[Tensor]] = {}
         for param in params:
             param.register_post_accumulate_grad_hook(self._step_parameter)
 
     def _step_parameter(self, param: Tensor) -> None:
         assert isinstance(param, nn.Parameter)
         assert param.grad is not None
-        self.gradient_norms[param] = gradient_norm(param.grad)
+        self.gradient_norms[param] = part_norms([param.grad])
         limit = self.options.max_grad_norm
         if limit > 0:
             param.grad.clamp_(-limit, limit)
@@ -155,12 +156,10 @@ class OptimizerStepInBackward(OptimizerStep):
         if self.weights_modified:
             loss.backward()
 
-    def clip_gradients(self) -> float:
-        norms = [
-            self.gradient_norms[param] for param in self.params if param in self.gradient_norms
-        ]
+    def clip_gradients(self) -> Tensor:
+        norms = [norm for param in self.params for norm in self.gradient_norms.get(param, ())]
         self.gradient_norms.clear()
-        return float(total_norm(norms)) if self.weights_modified else math.nan
+        return total_norm(norms) if self.weights_modified else torch.tensor(math.nan)
 
     def apply(self) -> None:
         self.stepper.finish_step()
@@ -235,24 +234,28 @@ class SingleParameterStepper:
             self.offloaded_state.synchronize()
 
 
-def gradient_norm(gradient: Tensor) -> Tensor:
-    """Return the norm of one gradient, summed in float64.
+def part_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norms of gradients, or of parts of large ones, () each, summed in float64.
 
     A float32 sum would depend on how a gradient is divided among processes. MPS has no float64.
-    The float64 copy that torch makes is bounded by taking the norm in parts.
+    Parts bound the float64 copy that torch makes where it cannot sum in another dtype directly.
     """
-    device = gradient.device.type
+    if not gradients:
+        return []
+    device = gradients[0].device.type
     dtype = torch.float32 if device == "mps" else torch.float64
-    parts = gradient.reshape(-1).split(CPU_NORM_PART if device == "cpu" else GPU_NORM_PART)
-    norms = [torch.linalg.vector_norm(part, dtype=dtype) for part in parts]
-    norm: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    return norm
+    limit = CPU_NORM_PART if device == "cpu" else GPU_NORM_PART
+    parts: list[Tensor] = []
+    for gradient in gradients:
+        is_small = gradient.numel() <= limit
+        parts += [gradient] if is_small else gradient.reshape(-1).split(limit)
+    return list(torch._foreach_norm(parts, 2, dtype))
 
 
 def total_norm(
     norms: Sequence[Tensor], sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value
 ) -> Tensor:
-    """Return the norm of the whole gradient from the norms of its parts, (,) float32.
+    """Return the norm of the whole gradient from the norms of its parts, () float32.
 
     sum_over_ranks: sums the squares of the parts that other processes hold.
     """
@@ -266,18 +269,21 @@ def clip_gradients(
     params: Sequence[nn.Parameter],
     options: OptimizerOptions,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
-) -> float:
+) -> Tensor:
     """Clip the gradients in place, by their total norm or number by number.
 
-    Returns their total norm before clipping, which may not be finite.
+    Returns their total norm before clipping, () float32, which may not be finite.
     """
-    with_gradient = [param for param in params if param.grad is not None]
-    norm = total_norm(
-        [gradient_norm(param.grad) for param in with_gradient if param.grad is not None],
-        sum_over_ranks,
-    )
-    if options.max_grad_norm > 0 and options.grad_clip_method == "norm":
-        nn.utils.clip_grads_with_norm_(with_gradient, options.max_grad_norm, norm, foreach=False)
-    elif options.max_grad_norm > 0:
-        nn.utils.clip_grad_value_(with_gradient, options.max_grad_norm, foreach=False)
-    return float(norm)
+    gradients = [param.grad for param in params if param.grad is not None]
+    norm = total_norm(part_norms(gradients), sum_over_ranks)
+    limit = options.max_grad_norm
+    if limit <= 0:
+        return norm
+    for bucket in make_buckets(gradients):
+        if options.grad_clip_method == "norm":
+            # As torch.nn.utils.clip_grads_with_norm_ computes it.
+            torch._foreach_mul_(bucket, (limit / (norm + 1e-6)).clamp(max=1.0))
+        else:
+            torch._foreach_clamp_min_(bucket, -limit)
+            torch._foreach_clamp_max_(bucket, limit)
+    return norm

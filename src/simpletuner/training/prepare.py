@@ -34,7 +34,7 @@ from simpletuner.data.scan import ScanResult, scan_datasets
 from simpletuner.errors import DataError
 from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
 from simpletuner.models.family import ArchitectureConstants, ModelFamily, ModelFiles, TextEncoder
-from simpletuner.training.device import ComputeDevice
+from simpletuner.training.device import ComputeDevice, split_when_out_of_memory
 from simpletuner.training.hold_out import choose_held_out_ids
 from simpletuner.training.resume import ResumePoint
 from simpletuner.training.run_folder import RunFolder
@@ -327,7 +327,8 @@ def encode_images(
 
     @cache
     def load_encoder() -> Callable[[Tensor], Tensor]:
-        return family.load_vae(files, run.model, device.device).encode
+        encode = family.load_vae(files, run.model, device.device).encode
+        return split_when_out_of_memory(encode, device.hardware)
 
     hashes = ContentHashes(cache_root, emit) if world.is_main else None
     cached = latent_cache.encode_missing_latents(

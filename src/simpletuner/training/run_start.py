@@ -8,7 +8,7 @@ from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig
 from simpletuner.events.event_types import Emit, NoticeIssued, RunResumed, RunStarted, RunWorld
 from simpletuner.training.checkpointer import Checkpointer
-from simpletuner.training.device import ComputeDevice
+from simpletuner.training.device import ComputeDevice, describe_attention
 from simpletuner.training.loop import TrainSchedule
 from simpletuner.training.prepare import PreparedInputs
 from simpletuner.training.resume import ResumePoint
@@ -50,7 +50,10 @@ def emit_run_start(
     """Emit where the run begins, and return the number of steps that are already complete."""
     step = 0 if resume_point is None else resume_point.step
     total = schedule.total_steps
+    device.hardware.reset_peak()  # encoding the datasets and loading were phases of their own
     emit(RunStarted(__version__, str(folder.path), model, str(device), total, step, world))
+    if attention := describe_attention(device):
+        emit(NoticeIssued(attention))
     if resume_point is not None:
         emit(RunResumed(step, resume_point.folder.name))
         if step >= total:

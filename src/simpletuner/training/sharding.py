@@ -34,11 +34,13 @@ class Sharding:
     """Every rank has all of the network; gradients of the trained parameters are summed.
 
     option: the one that chooses it. is_sharded: whether ranks hold parts of the network or of its
-    optimizer's state, so that all of them must run it equally often.
+    optimizer's state, so that all of them must run it equally often. adapters_are_whole: whether
+    every rank holds the current parameters of an adapter at any time.
     """
 
     option = ""
     is_sharded = False
+    adapters_are_whole = True
 
     def __init__(self, world: World, trains_adapter: bool, optimizer_options: OptimizerOptions):
         self.world = world

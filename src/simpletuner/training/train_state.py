@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from simpletuner.adapters import attachment
+from simpletuner.adapters.factor_copies import AdapterCopies
 from simpletuner.adapters.lycoris_targets import choose_lycoris_modules
 from simpletuner.config.deepspeed_config import uses_deepspeed
 from simpletuner.config.lycoris_config import describe_adapter, require_lycoris_config
@@ -20,8 +21,8 @@ from simpletuner.events.event_types import Emit, NoticeIssued
 from simpletuner.models.block_executor import block_memory_policy
 from simpletuner.models.family import ModelFamily
 from simpletuner.training import optimizers
-from simpletuner.training.device import ComputeDevice
-from simpletuner.training.ema import Ema
+from simpletuner.training.device import DTYPES, ComputeDevice
+from simpletuner.training.ema import Ema, resolve_ema_device
 from simpletuner.training.optimizer_step import OptimizerStep, optimizer_step_name
 from simpletuner.training.prepare import PreparedInputs
 from simpletuner.training.sharding import Sharding, require_equal_passes
@@ -37,7 +38,8 @@ class TrainState:
 
     trainable_parameters: by name; those of the LoRA, or nearly all of the network; in a sharded
     full fine-tuning this process's rows of them.
-    optimizer_options: with learning_rate already multiplied as lr_scale asks.
+    optimizer_options: with learning_rate already multiplied as lr_scale asks. adapter_copies: the
+    LoRA's factors in the dtype of the products; of no module where there are none.
     """
 
     transformer: nn.Module
@@ -48,6 +50,7 @@ class TrainState:
     optimizer_step: OptimizerStep
     ema: Ema | None
     sharding: Sharding
+    adapter_copies: AdapterCopies
 
     @property
     def averaged_weights(self) -> AveragedWeights | None:
@@ -166,9 +169,24 @@ def assemble_train_state(
         options,
         optimizer,
         sharding.optimizer_step(step_name, parameters, optimizer, options, gradient_sum),
-        Ema(named, run.optimizer, sharding.whole_params) if run.optimizer.use_ema else None,
+        make_ema(run, named, sharding),
         sharding,
+        AdapterCopies(
+            transformer if sharding.adapters_are_whole else nn.Module(),
+            DTYPES[run.model.mixed_precision],
+        ),
     )
+
+
+def make_ema(
+    run: RunConfig, named: list[tuple[str, nn.Parameter]], sharding: Sharding
+) -> Ema | None:
+    """Return the moving average, if the options ask for one, on the device that they choose."""
+    if not run.optimizer.use_ema:
+        return None
+    place = resolve_ema_device(run.optimizer, run.model.model_type == "lora")
+    options = run.optimizer.model_copy(update={"ema_device": place})
+    return Ema(named, options, sharding.whole_params)
 
 
 def _attach_lora(

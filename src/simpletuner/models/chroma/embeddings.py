@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+TEXT_ROWS = 512  # of a table that is kept; a longer text gets a table of its own
+KEPT_TABLES = 8  # 2.6 MB each at 1024 px
 
 
 def sinusoidal_embedding(positions: Tensor, width: int) -> Tensor:
@@ -41,6 +45,31 @@ def rotary_table(axes: Sequence[int], text: int, rows: int, columns: int) -> Ten
     image = torch.cat((still, down, across), dim=-1).reshape(rows * columns, half)
     table = torch.cat((torch.ones(text, half, dtype=torch.complex128), image))
     return torch.view_as_real(table[:, None].to(torch.complex64))
+
+
+class RotaryTables:
+    """The tables of the latest grids, on the device: one takes 9 ms of a CPU at 1024 px.
+
+    All text rows are equal, so the table for any number of them is a view of one with many.
+    """
+
+    def __init__(self, axes: Sequence[int]) -> None:
+        self._axes = tuple(axes)
+        self._tables: OrderedDict[tuple[int, int, torch.device], Tensor] = OrderedDict()
+
+    def __call__(self, text: int, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return the table (S, 1, D / 2, 2) float32 on the device; do not change it."""
+        key = (rows, columns, device)
+        table = self._tables.get(key)
+        length = text + rows * columns
+        if table is None or len(table) < length:
+            most = max(text, TEXT_ROWS)
+            table = rotary_table(self._axes, most, rows, columns).to(device, non_blocking=True)
+            self._tables[key] = table
+        self._tables.move_to_end(key)
+        if len(self._tables) > KEPT_TABLES:
+            self._tables.popitem(last=False)
+        return table[len(table) - length :]
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:

@@ -18,7 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simpletuner.models.block_executor import BlockExecutor
-from simpletuner.models.chroma.embeddings import apply_rotary, rotary_table, sinusoidal_embedding
+from simpletuner.models.chroma.embeddings import (
+    RotaryTables,
+    apply_rotary,
+    sinusoidal_embedding,
+)
 from simpletuner.models.chroma.transformer_config import TransformerConfig
 
 FP16_MAX = 65504.0
@@ -258,6 +262,7 @@ class ChromaTransformer(nn.Module):
         self.config = config
         self.run_block = BlockExecutor()
         self.use_padding_mask = False
+        self.rotary_tables = RotaryTables(config.axes_dims_rope)
         # Explicitly on the CPU, so that it has values in a model built under torch.device("meta");
         # no weight file holds it.
         indices = torch.arange(config.modulation_count, dtype=torch.float32, device="cpu") * 1000
@@ -324,7 +329,7 @@ class ChromaTransformer(nn.Module):
         """
         mod = self.modulations(sigma) if modulations is None else modulations
         mod = mod.to(tokens.device, self.dtype)
-        table = rotary_table(self.config.axes_dims_rope, text.shape[1], *grid).to(tokens.device)
+        table = self.rotary_tables(text.shape[1], *grid, tokens.device)
         padding: Padding = None
         if lengths is not None and any(length != text.shape[1] for length in lengths):
             padding = tuple(text.shape[1] - length for length in lengths)

@@ -249,4 +249,5 @@ def make_fake_context(
         requested_callbacks=list,
         stop_requested=lambda: False,
         emit=null_emit,
+        adapter_copies=net.adapter_copies.current,
     )

@@ -21,6 +21,7 @@ from simpletuner.models.weights.evaluation_files import (
     measure_evaluation_model,
 )
 from simpletuner.training.device import select_device
+from simpletuner.training.ema import resolve_ema_device
 from simpletuner.training.memory_plan import plan_cache
 from simpletuner.training.memory_plan.communication import CollectiveUse, step_communication
 from simpletuner.training.memory_plan.fake_step import (
@@ -177,7 +178,8 @@ def offloaded_bytes(
         on_host["approximator"] = spec.cpu_offloadable_bytes
     if is_state_offloaded(run.optimizer, torch.device(kind)):
         on_host["optimizer"] = measured.optimizer
-    if kind != "cpu" and run.optimizer.ema_device == "cpu":
+    ema_device = resolve_ema_device(run.optimizer, run.model.model_type == "lora")
+    if kind != "cpu" and ema_device == "cpu":
         on_host["average"] = average
     return on_host
 
