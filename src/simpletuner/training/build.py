@@ -61,26 +61,24 @@ def build_trainer_context(
 
     base_dir: of the configuration file, for relative paths. closing: receives what must be closed.
     """
-    resume_point, micro_batches = open_run(run, folder, world, emit)
+    saved, micro_batches = open_run(run, folder, world, emit)
     device = select_device(run.model, world.gpu_index, not run.distributed.fsdp_enable)
     family = get_family_with_notices(run, emit)
     prompts, metrics, texts = read_evaluation_inputs(run, base_dir, family, device, emit)
-    prepared = prepare_inputs(
-        run, backends, family, texts, folder, device, world, emit, closing, resume_point
+    inputs = prepare_inputs(
+        run, backends, family, texts, folder, device, world, emit, closing, saved
     )
-    order, schedule = make_order_and_schedule(run, prepared, micro_batches, emit)
-    state = build_train_state(run, prepared, device, world, micro_batches, emit, closing)
+    order, schedule = make_order_and_schedule(run, inputs, micro_batches, emit)
+    state = build_train_state(run, inputs, device, world, micro_batches, emit, closing)
     evaluations = build_evaluation_callbacks(
-        run, prepared, state, prompts, metrics, device, schedule, world, folder.path, emit
+        run, inputs, state, prompts, metrics, device, schedule, world, folder.path, emit
     )
-    metadata = describe_run(run, backends, family, prepared, schedule, folder)
+    metadata = describe_run(run, backends, family, inputs, schedule, folder)
     exporter, checkpointer = build_exporter_and_checkpointer(
-        run, prepared, state, metadata, evaluations, folder, world, emit
+        run, inputs, state, metadata, evaluations, folder, world, emit
     )
-    step = start_run(
-        run, prepared, resume_point, checkpointer, state, folder, device, schedule, world, emit
-    )
-    load, shape = build_batch_loader(run, prepared, order, schedule, world, device, closing)
+    step = start_run(run, inputs, saved, checkpointer, state, folder, device, schedule, world, emit)
+    load, shape = build_batch_loader(run, inputs, order, schedule, world, device, closing)
     publishing = build_publish_callback(run, metadata, world, stop_requested, emit, closing)
     outputs = exporter, checkpointer, publishing
     callbacks, ends_after = build_callbacks(run, schedule, evaluations, *outputs, emit)
