@@ -331,15 +331,9 @@ def encode_images(
         return split_when_out_of_memory(encode, device.hardware)
 
     hashes = ContentHashes(cache_root, emit) if world.is_main else None
+    count = run.cache.vae_batch_size
     cached = latent_cache.encode_missing_latents(
-        store,
-        scanned.samples,
-        run.data,
-        hashes,
-        load_encoder,
-        emit,
-        run.cache.vae_batch_size,
-        world,
+        store, scanned.samples, run.data, hashes, load_encoder, emit, count, world
     )
     if hashes is not None:
         hashes.close()
