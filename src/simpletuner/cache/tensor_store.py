@@ -48,7 +48,7 @@ from simpletuner.cache.shards import (
     verify_shard,
     write_shard,
 )
-from simpletuner.cache.sqlite_index import SqliteIndex, row_checksum
+from simpletuner.data.sqlite_index import SqliteIndex, row_checksum
 from simpletuner.errors import CacheError, DiskFull
 from simpletuner.events.event_types import Emit, WarningIssued
 from simpletuner.events.sinks import null_emit
