@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 from pathlib import Path
 
-from simpletuner.cache.sqlite_index import SqliteIndex, row_checksum
+from simpletuner.data.duplicates import content_hash
 from simpletuner.data.sources import SourceFile
+from simpletuner.data.sqlite_index import SqliteIndex, row_checksum
 from simpletuner.errors import CacheError
 from simpletuner.events.event_types import Emit
 from simpletuner.events.sinks import null_emit
@@ -56,12 +56,9 @@ class ContentHashes:
         # A damaged row is not believed; the file is hashed again and its row replaced.
         if rows and rows[0][:3] == stamp and rows[0][4] == row_checksum(name, *rows[0][:4]):
             return str(rows[0][3])
-        digest = hashlib.sha256()
-        with file.open() as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        digest = content_hash(file)
         unchanged = file.stamp() == stamp
-        row = (name, *stamp, digest.hexdigest())
+        row = (name, *stamp, digest)
 
         def remember(index: sqlite3.Connection) -> None:
             self.hashed_files += 1
@@ -70,7 +67,7 @@ class ContentHashes:
                 index.execute("INSERT OR REPLACE INTO files VALUES (?,?,?,?,?,?)", values)
 
         self._index.transaction(remember)
-        return digest.hexdigest()
+        return digest
 
     def close(self) -> None:
         self._index.close()

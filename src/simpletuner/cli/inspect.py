@@ -7,7 +7,9 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -20,6 +22,7 @@ from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.dataset_file import read_dataset_file, try_read_datasets
 from simpletuner.data.dataset_findings import Finding, find_problems
 from simpletuner.data.rejections import make_printable
+from simpletuner.data.remote_store import open_remote_store
 from simpletuner.data.statistics import DatasetStatistics, TrainingLength, inspect_datasets
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.events.formatting import count_of
@@ -55,6 +58,9 @@ def command(words: tuple[str, ...]) -> None:
     run = loaded.config
     datasets, notices = _read_datasets(run, folders, given.get("dataset"))
     emit = TerminalSink(sys.stderr, level="info")
+    closing = click.get_current_context().with_resource(ExitStack())
+    cache = run.cache.cache_dir or closing.enter_context(TemporaryDirectory(prefix="simpletuner-"))
+    store = open_remote_store(datasets, run.cache, Path(cache), emit, closing)
     statistics, placed = inspect_datasets(
         datasets,
         run.data,
@@ -64,6 +70,7 @@ def command(words: tuple[str, ...]) -> None:
         trigger=given.get("trigger") or trigger_word(run),
         read_pixels="headers_only" not in given,
         emit=emit,
+        store=store,
     )
     emit.close()
     findings = find_problems(statistics)

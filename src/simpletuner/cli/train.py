@@ -102,6 +102,10 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
 
         ctx.exit(rehearse(loaded, backends))
     require_extras(loaded)
+    if process is None or process.rank == 0:
+        from simpletuner.data.source_check import check_sources
+
+        check_sources([*backends.train, *backends.eval])
     with ExitStack() as beside:
         if "serve" in given and (process is None or process.rank == 0):
             from simpletuner.cli.serve_while_training import serve_while_training
@@ -206,7 +210,11 @@ def output_dir_problems(loaded: LoadedConfig, backends: DatasetFile) -> list[Pro
     caches = [run.cache.cache_dir, backends.text_cache_dir]
     found = find_output_dir_problems(
         Path(os.path.expanduser(run.training.output_dir)).absolute(),
-        {dataset.id: dataset.instance_data_dir for dataset in (*backends.train, *backends.eval)},
+        {
+            dataset.id: dataset.instance_data_dir
+            for dataset in (*backends.train, *backends.eval)
+            if dataset.has_folder
+        },
         loaded.config_path,
         [Path(cache) for cache in caches if cache],
     )

@@ -11,7 +11,7 @@ from simpletuner.config.option import Effect, OptionSection, option
 
 CAPTION_TABLES = ("csv", "jsonl", "parquet")
 PER_IMAGE_CAPTIONS = {
-    "caption_strategy": ("textfile", "filename", *CAPTION_TABLES),
+    "caption_strategy": ("textfile", "filename", *CAPTION_TABLES, "huggingface"),
     "only_instance_prompt": False,
 }
 
@@ -43,16 +43,14 @@ class DataOptions(OptionSection):
         level="basic",
     )
     caption_strategy: Literal[
-        "textfile", "filename", "instanceprompt", "csv", "jsonl", "parquet"
+        "textfile", "filename", "instanceprompt", "csv", "jsonl", "parquet", "huggingface"
     ] = option(
         "textfile",
         "Source of captions: a .txt file next to each image, the image's file name, "
-        "instance_prompt for all images, or the rows of a table (caption_table of a dataset).",
+        "instance_prompt for all images, or the rows of a table (caption_table of a dataset, or a "
+        "dataset that is a table itself).",
         level="basic",
-        value_aliases={"instance_prompt": "instanceprompt"},
-        refused_values=dict.fromkeys(
-            ("huggingface", "webshart"), "only captions of local folders are read"
-        ),
+        value_aliases={"instance_prompt": "instanceprompt", "webshart": "textfile"},
         affects=set(),
     )
     instance_prompt: str | None = option(
@@ -144,6 +142,14 @@ class CacheOptions(OptionSection):
         level="common",
         resume_policy="free",
         path="new",
+    )
+    remote_cache_gib: float = option(
+        20.0,
+        "Disk space for downloaded images and tables in cache_dir; the oldest are deleted first.",
+        unit="GiB",
+        resume_policy="free",
+        gt=0,
+        le=10**6,
     )
     vae_cache_sample: Literal["mean", "draw"] = option(
         "draw",

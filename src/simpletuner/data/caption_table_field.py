@@ -27,9 +27,15 @@ UNNEEDED_KEYS = ("width_column", "height_column", "identifier_includes_extension
 
 
 def read_table_field(
-    value: str | Mapping[str, Any] | None, strategy: str, resolve: Callable[[str], Path]
+    value: str | Mapping[str, Any] | None,
+    strategy: str,
+    resolve: Callable[[str], Path],
+    root: str = "",
 ) -> CaptionTable | None:
     """Return the table of a dataset; None where its captions come from elsewhere.
+
+    root: the address of the images, if they are on a server: a path that does not exist on this
+    machine is a path in it.
 
     strategy: caption_strategy, the format of a file whose suffix says nothing. resolve: from the
     written path to the file. Raises ConfigError with what is wrong.
@@ -50,13 +56,16 @@ def read_table_field(
     written = fields.get("path")
     if not written:
         raise ConfigError(f"is missing: caption_strategy {strategy} reads captions from a table")
-    path = resolve(written)
+    path, url = resolve(written), written if "://" in written else ""
     if not os.path.isfile(path):
-        raise ConfigError(f"{json.dumps(written, ensure_ascii=False)} is not a file ({path})")
+        if not url and not root:
+            raise ConfigError(f"{json.dumps(written, ensure_ascii=False)} is not a file ({path})")
+        path, url = Path(written), url or f"{root}/{written}"
     return CaptionTable(
         path=path,
         format=FORMATS_BY_SUFFIX.get(path.suffix.lower(), strategy),
         filename_column=fields.get("filename_column"),
         caption_columns=tuple(columns),
         fallback_column=fields.get("fallback_caption_column"),
+        url=url,
     )

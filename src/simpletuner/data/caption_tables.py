@@ -1,39 +1,34 @@
-"""Captions of a local folder from a table: CSV, JSONL or parquet, one row per image.
+"""Captions of a folder from a table: CSV, JSONL or parquet, one row per image.
 
 The rows are read one after the other, and only those of images in the folder are held in memory.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
-from simpletuner.bounded_files import open_regular_file
 from simpletuner.data.dataset_config import CaptionTable
-from simpletuner.errors import DataError, MissingExtra
+from simpletuner.data.sources import LocalFile, SourceFile
+from simpletuner.data.table_rows import Row, read_rows
+from simpletuner.errors import DataError
 
-Row = Mapping[str, Any]
 FILENAME_COLUMNS = ("filename", "file_name", "image", "path", "id")
 CAPTION_COLUMNS = ("caption", "captions", "text", "prompt")
-MAX_LINE_BYTES = 1 << 20
 
 
 def read_caption_table(
-    table: CaptionTable, relative_paths: Iterable[str]
+    table: CaptionTable, relative_paths: Iterable[str], file: SourceFile | None = None
 ) -> tuple[dict[str, tuple[str, ...]], str]:
     """Return the captions of each image that has a row, and a notice about unreadable rows or "".
 
     relative_paths: of the images in their folder, POSIX, NFC. A row names an image by its relative
     path, or by its file name, either with or without the suffix. Several rows of one image, and the
-    items of a list in one cell, are alternatives. Raises DataError for a table that cannot be read
+    items of a list in one cell, are alternatives. file: the table, where it is not a file of this
+    machine. Raises DataError for a table that cannot be read
     or lacks a column, and MissingExtra for parquet without pyarrow.
     """
     keys = {path: _image_keys(path) for path in relative_paths}
@@ -41,14 +36,14 @@ def read_caption_table(
     captions: dict[str, list[str]] = defaultdict(list)
     broken: list[int] = []
     columns: tuple[str, Sequence[str]] | None = None
-    for number, row in _read_rows(table):
+    for number, row in read_rows(file or LocalFile(table.path), table.format):
         if row is None:
             broken.append(number)
             continue
         columns = columns or _choose_columns(table, row)
         key = unicodedata.normalize("NFC", str(row.get(columns[0]) or "")).removeprefix("./")
         if key in wanted:
-            captions[key] += _row_captions(row, columns[1], table.fallback_column)
+            captions[key] += row_captions(row, columns[1], table.fallback_column)
     found: dict[str, tuple[str, ...]] = {}
     for path, candidates in keys.items():
         named = next((captions[key] for key in candidates if key in captions), [])
@@ -82,7 +77,8 @@ def _choose_columns(table: CaptionTable, row: Row) -> tuple[str, Sequence[str]]:
     return filename, captions
 
 
-def _row_captions(row: Row, columns: Sequence[str], fallback: str | None) -> list[str]:
+def row_captions(row: Row, columns: Sequence[str], fallback: str | None) -> list[str]:
+    """Return the captions of a row; those of the fallback column where there are none."""
     for names in (columns, [fallback] if fallback else []):
         cells = [row.get(name) for name in names]
         texts = [text for cell in cells for text in (cell if isinstance(cell, list) else [cell])]
@@ -90,52 +86,3 @@ def _row_captions(row: Row, columns: Sequence[str], fallback: str | None) -> lis
         if found:
             return found
     return []
-
-
-def _read_rows(table: CaptionTable) -> Iterator[tuple[int, Row | None]]:
-    """Yield (number from 1, row), or None for a row that cannot be read."""
-    readers = {"csv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet}
-    try:
-        yield from readers[table.format](table.path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table.path} cannot be read as {table.format}: {error}") from error
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, Row | None]]:
-    with open_regular_file(path) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        for number, row in enumerate(csv.DictReader(text), 1):
-            complete = None not in row and None not in row.values()
-            yield number, row if complete else None
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Row | None]]:
-    with open_regular_file(path) as stream:
-        number = 0
-        while line := stream.readline(MAX_LINE_BYTES):
-            if not line.strip():
-                continue
-            number += 1
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            yield number, row if isinstance(row, dict) else None
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Row | None]]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError as error:
-        raise MissingExtra(
-            f"{path.name}: parquet needs: pip install 'simpletuner[parquet]'"
-        ) from error
-    number = 0
-    try:
-        with open_regular_file(path) as stream:
-            for batch in parquet.ParquetFile(stream).iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except ArrowInvalid as error:
-        raise DataError(f"{path} cannot be read as parquet: {error}") from error

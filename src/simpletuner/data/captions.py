@@ -19,7 +19,7 @@ def read_captions(
     image: SourceFile,
     text: SourceFile | None,
     options: DataOptions,
-    from_table: tuple[str, ...] = (),
+    from_table: tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> tuple[str, ...]:
     """Return the alternative captions of one image; one of them is used each time it is trained.
@@ -27,8 +27,9 @@ def read_captions(
     text: the .txt file of the same stem, None when there is none. textfile: every line that is not
     blank is an alternative; with disable_multiline_split the whole file is one. filename: the stem,
     underscores as spaces. instanceprompt, only_instance_prompt: the instance prompts. csv, jsonl,
-    parquet: from_table, which are the captions of the image's row. prepend_instance_prompt: every
-    prompt before every alternative. A blank caption counts as missing; missing_caption decides.
+    parquet, huggingface: from_table, which are the captions of the image's row (None where images
+    have no rows). prepend_instance_prompt: every prompt before every alternative. A blank caption
+    counts as missing; missing_caption decides.
 
     caption_filter_list is applied to all captions except instance prompts. Then come the
     variants of caption_shuffle, which stand together for each alternative; a prompt that is put
@@ -39,7 +40,7 @@ def read_captions(
     captions: tuple[str, ...] = ()
     if dataset.caption_strategy == "filename":
         captions = _caption_from_filename(image)
-    elif dataset.caption_table is not None:
+    elif from_table is not None:
         captions, text = from_table, None
     elif text is not None:
         captions = _captions_from_text_file(text, dataset.disable_multiline_split)
@@ -124,6 +125,8 @@ def _missing_caption_fallback(
         return captions
     if text is not None:
         missing = f"{text.name} is empty"
+    elif dataset.table is not None:
+        missing = "its row has no caption"
     elif dataset.caption_table is not None:
         missing = f"{dataset.caption_table.path.name} has no caption for it"
     elif dataset.caption_strategy == "textfile":

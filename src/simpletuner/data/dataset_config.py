@@ -7,6 +7,7 @@ from pathlib import Path
 
 from simpletuner.data.caption_variants import CaptionVariants
 from simpletuner.data.geometry import ResizeCropConfig
+from simpletuner.data.row_filters import RowFilters
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class CaptionTable:
     """A table of captions. format: "csv", "jsonl" or "parquet".
 
     filename_column, caption_columns: None and empty are the usual names. fallback_column: read
-    where the captions of a row are empty.
+    where the captions of a row are empty. url: where the table is, if not a file of this machine.
     """
 
     path: Path
@@ -22,6 +23,64 @@ class CaptionTable:
     filename_column: str | None = None
     caption_columns: tuple[str, ...] = ()
     fallback_column: str | None = None
+    url: str = ""
+
+
+@dataclass(frozen=True)
+class StoreLocation:
+    """A folder of an object store, or a pattern of URLs.
+
+    scheme: "s3", "gs", "az", "http" or "https". root: bucket and prefix, or what follows the scheme
+    of a URL. endpoint_url, region: "" for the driver's own. access_key_id, secret_access_key: ""
+    where the driver finds them (environment, profile, role); shown nowhere.
+    """
+
+    scheme: str
+    root: str
+    endpoint_url: str = ""
+    region: str = ""
+    access_key_id: str = field(default="", repr=False)
+    secret_access_key: str = field(default="", repr=False)
+
+    @property
+    def address(self) -> str:
+        return f"{self.scheme}://{self.root}"
+
+
+@dataclass(frozen=True)
+class HubLocation:
+    """A dataset of the Hugging Face Hub. subset, revision: "" for the repository's default."""
+
+    repository: str
+    revision: str = ""
+    subset: str = ""
+    split: str = "train"
+    streaming: bool = False
+
+    @property
+    def address(self) -> str:
+        return f"the hub dataset {self.repository}"
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """A table whose rows are images.
+
+    location: an absolute path or a URL; "" for the tables of a hub dataset. format: "csv", "jsonl"
+    or "parquet". Columns that are None or empty have the usual names, or are not read.
+    needs_captions: the captions come from the rows.
+    """
+
+    location: str
+    format: str
+    image_column: str | None = None
+    caption_columns: tuple[str, ...] = ()
+    fallback_column: str | None = None
+    width_column: str | None = None
+    height_column: str | None = None
+    weight_column: str | None = None
+    filters: RowFilters = field(default_factory=RowFilters)
+    needs_captions: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,7 +119,8 @@ class DatasetConfig:
     folder. caption_table: None with captions elsewhere. caption_filters: see caption_filters.py.
     caption_variants: None where captions are used as they are. caption_weights: of the first,
     second ... alternative, the last for all that follow; empty where all have the same.
-    timestep_sampling_offset: added to logit(sigma).
+    timestep_sampling_offset: added to logit(sigma). store, hub, table: where the images are, when
+    they are not files of instance_data_dir.
     """
 
     id: str
@@ -82,6 +142,23 @@ class DatasetConfig:
     caption_weights: tuple[float, ...] = ()
     timestep_sampling_offset: float = 0.0
     active: ActivePeriod = ActivePeriod()
+    store: StoreLocation | None = None
+    hub: HubLocation | None = None
+    table: ImageTable | None = None
+
+    @property
+    def has_folder(self) -> bool:
+        """True where instance_data_dir is the folder of the images."""
+        return self.store is None and self.hub is None and self.table is None
+
+    @property
+    def address(self) -> str:
+        """The place of the images, for messages."""
+        if self.store is not None:
+            return self.store.address
+        if self.hub is not None:
+            return self.hub.address
+        return self.table.location if self.table is not None else str(self.instance_data_dir)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pydantic import Field, StringConstraints
 from simpletuner.config.option import OptionSection, option
 from simpletuner.config.option_catalog import Option, all_options, section_options
 from simpletuner.config.sections_data import CAPTION_TABLES
+from simpletuner.data.source_fields import SOURCE_FIELDS, SOURCE_TYPES, SourceFields
 from simpletuner.data.variation_fields import TRAINED, VariationFields
 
-LOCAL_ONLY_REASON = "only local folders and tar files are read"
 ONE_CACHE_REASON = "a run has one cache, addressed by content; set cache_dir in the config"
 NO_PAIRS_REASON = "paired images are not supported yet"
 TABLE_BLOCK = "parquet"  # SimpleTuner's name of caption_table
@@ -29,13 +29,14 @@ class CommonDatasetFields(OptionSection):
     """All datasets."""
 
     id: str = option("", "Name of the dataset, unique in the run.")
-    type: Literal["local", "webdataset"] = option(
+    type: Literal[
+        "local", "webdataset", "aws", "huggingface", "webshart", "csv", "jsonl", "parquet"
+    ] = option(
         "local",
-        "Images in a folder (local), or in every .tar file below it (webdataset).",
-        refused_values={
-            **dict.fromkeys(("aws", "csv", "huggingface", "webshart"), LOCAL_ONLY_REASON),
-            "memory": "images are not read from memory; use a folder",
-        },
+        "Images in a folder (local), in every .tar file below it (webdataset), in an S3 bucket "
+        "(aws), in a dataset of the Hugging Face Hub (huggingface, webshart), or in the rows of a "
+        "table (csv, jsonl, parquet).",
+        refused_values={"memory": "images are not read from memory; use a folder"},
     )
     dataset_type: Literal[
         "image", "eval", "text_embeds", "image_embeds", "conditioning_image_embeds"
@@ -53,11 +54,13 @@ class CommonDatasetFields(OptionSection):
     disable: bool = option(False, "Alias for disabled.")
 
 
-class ImageDatasetFields(VariationFields):
+class ImageDatasetFields(VariationFields, SourceFields):
     """Datasets of images, image and eval; RUN_OPTION_FIELDS are theirs too."""
 
     instance_data_dir: str = option(
-        "", "Folder of the images; nothing in it is ever changed.", path="file"
+        "",
+        "Folder of the images, or an address (s3://, gs://, az://); nothing in it is ever changed.",
+        path="file",
     )
     instance_prompt: list[PromptText] | None = option(
         None,
@@ -166,7 +169,10 @@ class CacheDatasetFields(OptionSection):
 
 # The kinds of entries that hold a cache and no images.
 CACHE_DATASET_TYPES = ("text_embeds", "image_embeds", "conditioning_image_embeds")
-CACHE_STORAGES = ("aws", "memory")  # other values of their type; caches are always local files
+CACHE_STORAGES = (
+    "memory",
+    *SOURCE_TYPES[1:],
+)  # other values of their type; caches are always local files
 COMMON_FIELDS: Mapping[str, Option] = section_options("dataset", CommonDatasetFields)
 CACHE_FIELDS: Mapping[str, Option] = section_options("dataset", CacheDatasetFields)
 _IMAGE_ONLY_FIELDS = section_options("dataset", ImageDatasetFields)
@@ -198,6 +204,7 @@ IMAGE_FIELDS: Mapping[str, Option] = {
         "repeats",
         "probability",
         "max_num_samples",
+        *SOURCE_FIELDS,
     )
 }
 # Options of the run that a dataset may set for itself.
@@ -219,9 +226,13 @@ UNNEEDED_BY_REASON: Mapping[str, tuple[str, ...]] = {
         "memory_filesystem_size",
         "memory_filesystem_sudo",
     ),
-    "images are found by scanning the folder, and their sizes are read from the files": (
+    "images are found by scanning the source, and their sizes are read from the files": (
         "metadata_backend",
+        "metadata",
+        "webshart",
     ),
+    "downloaded files are in cache_dir of the config, up to remote_cache_gib": ("csv_cache_dir",),
+    "files are read by as many threads as help": ("num_proc",),
     "scanning writes no files": ("preserve_data_backend_cache", "metadata_update_interval"),
     "folders are always scanned, and unchanged files are not encoded again": (
         "skip_file_discovery",
@@ -272,29 +283,6 @@ REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
         "config",
         "num_frames",
         "s2v_datasets",
-    ),
-    LOCAL_ONLY_REASON: (
-        "aws_bucket_name",
-        "aws_data_prefix",
-        "aws_region_name",
-        "aws_endpoint_url",
-        "aws_access_key_id",
-        "aws_secret_access_key",
-        "csv_file",
-        "csv_caption_column",
-        "csv_cache_dir",
-        "csv_url_column",
-        "dataset_name",
-        "split",
-        "revision",
-        "image_column",
-        "caption_column",
-        "num_proc",
-        "streaming",
-        "huggingface",
-        "source",
-        "metadata",
-        "webshart",
     ),
 }
 REFUSED_FIELDS = {name: reason for reason, names in REFUSED_BY_REASON.items() for name in names}

@@ -40,6 +40,7 @@ from simpletuner.data.ineffective_fields import (
     find_ineffective_fields,
     find_ineffective_run_options,
 )
+from simpletuner.data.source_config import SourceConfig, read_source, unused_fields
 from simpletuner.data.text_sets import TextSet, with_filters_of_text_set
 from simpletuner.data.variation_fields import (
     read_filter_field,
@@ -271,7 +272,6 @@ class _DatasetFileReader:
         self, at: int, name: str, kind: str, given: dict[str, Any], storage: str
     ) -> DatasetConfig | None:
         before = len(self.problems)
-        folder = self.resolve_data_dir(at, name, given)
         if isinstance(given.get("instance_prompt"), str):
             given["instance_prompt"] = [given["instance_prompt"]]
         overrides = {key: given[key] for key in RUN_OPTION_FIELDS if key in given}
@@ -286,10 +286,12 @@ class _DatasetFileReader:
         self.report_ineffective_fields(
             at, name, {"dataset_type": kind, **dict(own), **dict(fields)}, given
         )
+        source = self.locate_source(at, name, storage, fields, own) or SourceConfig()
         objects = read_dataset_objects(
             kind,
             fields,
             own,
+            source,
             self.resolve_folder,
             lambda key, error: self.add_problem(f"{name}.{key}: {error}", at, key),
         )
@@ -297,7 +299,7 @@ class _DatasetFileReader:
         dataset = DatasetConfig(
             id=name,
             dataset_type=kind,
-            instance_data_dir=folder or Path(),
+            instance_data_dir=source.folder,
             caption_strategy=own.caption_strategy,
             instance_prompts=tuple(fields.instance_prompt or filter(None, [run_prompt])),
             prepend_instance_prompt=own.prepend_instance_prompt,
@@ -310,11 +312,31 @@ class _DatasetFileReader:
             caption_weights=tuple(fields.caption_weights or ()),
             timestep_sampling_offset=fields.timestep_sampling_offset,
             **vars(objects),
+            store=source.store,
+            hub=source.hub,
+            table=source.table,
         )
         uses_prompt = own.caption_strategy == "instanceprompt" or own.prepend_instance_prompt
         if (uses_prompt or own.only_instance_prompt) and not dataset.instance_prompts:
             self.add_problem(f"{name}.instance_prompt is missing: the captions need it", at)
-        return dataset if folder is not None and len(self.problems) == before else None
+        return dataset if len(self.problems) == before else None
+
+    def locate_source(
+        self, at: int, name: str, storage: str, fields: ImageDatasetFields, own: DataOptions
+    ) -> SourceConfig | None:
+        """Return where the images are; None after a problem."""
+        given = self.entries[at]
+        for key in unused_fields(storage, given):
+            self.notices.append(f"{name}.{key} has no effect with type {storage}")
+        try:
+            return read_source(storage, fields, own, self.resolve_folder)
+        except ConfigError as error:
+            for problem in error.problems:
+                if given.get(problem.location) and problem.message.startswith("is missing"):
+                    continue  # it was given, and the problem of its value is already reported
+                where = (at, problem.location) if problem.location in given else (at,)
+                self.add_problem(f"{name}.{problem.location} {problem.message}", *where)
+            return None
 
     def read_filters(self, at: int, name: str, cache: CacheDatasetFields) -> tuple[str, ...]:
         try:
@@ -333,22 +355,6 @@ class _DatasetFileReader:
                 self.add_problem(f"{name}.{key} {error}", at, key)
             else:
                 self.notices.append(f"{name}.{notice}")
-
-    def resolve_data_dir(self, at: int, name: str, given: dict[str, Any]) -> Path | None:
-        if "instance_data_dir" not in given:
-            if not self.entries[at].get("instance_data_dir"):
-                self.add_problem(
-                    f"{name}.instance_data_dir is missing: the folder of the images", at
-                )
-            return None
-        written = given["instance_data_dir"]
-        folder = self.resolve_folder(written)
-        if os.path.isdir(folder):
-            return folder
-        reason = "is not a folder" if os.path.exists(folder) else "does not exist"
-        shown = f"{name}.instance_data_dir = {json.dumps(written, ensure_ascii=False)}"
-        self.add_problem(f"{shown} {reason} (resolved to {folder})", at, "instance_data_dir")
-        return None
 
     def resolve_folder(self, written: str) -> Path:
         """Return the absolute path.

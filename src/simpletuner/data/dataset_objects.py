@@ -14,6 +14,7 @@ from simpletuner.data.dataset_config import ActivePeriod, CaptionTable
 from simpletuner.data.dataset_fields import ImageDatasetFields
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig
 from simpletuner.data.resize_crop_fields import build_resize_crop, read_resolution_buckets
+from simpletuner.data.source_config import SourceConfig
 from simpletuner.data.variation_fields import (
     read_active_period,
     read_caption_shuffle,
@@ -39,13 +40,14 @@ def read_dataset_objects(
     kind: str,
     fields: ImageDatasetFields,
     own: DataOptions,
+    source: SourceConfig,
     resolve: Callable[[str], Path],
     report: Callable[[str, ConfigError], None],
 ) -> DatasetObjects:
     """Return the values; a field with an error is reported and has no value.
 
-    kind: dataset_type. own: the options of the run with the dataset's. resolve: from a written path
-    to the file. report: takes the name of the field and what is wrong.
+    kind: dataset_type. own: the options of the run with the dataset's. source: of the images.
+    resolve: from a written path to the file. report: takes the name of the field and what is wrong.
     """
 
     def attempt(key: str, read: Callable[[], ValueT], otherwise: ValueT) -> ValueT:
@@ -55,7 +57,9 @@ def read_dataset_objects(
             report(key, error)
             return otherwise
 
-    strategy = "" if own.only_instance_prompt else own.caption_strategy
+    has_rows = source.table is not None
+    strategy = "" if own.only_instance_prompt or has_rows else own.caption_strategy
+    table, root = fields.caption_table, source.store.address if source.store is not None else ""
     shuffle = fields.caption_shuffle
     filters = fields.caption_filter_list
     sizes = fields.resolution_buckets
@@ -65,9 +69,7 @@ def read_dataset_objects(
     )
     variants = attempt("caption_shuffle", lambda: read_caption_shuffle(shuffle), None)
     return DatasetObjects(
-        attempt(
-            "caption_table", lambda: read_table_field(fields.caption_table, strategy, resolve), None
-        ),
+        attempt("caption_table", lambda: read_table_field(table, strategy, resolve, root), None),
         variants if kind == "image" else None,
         attempt("caption_filter_list", lambda: read_filter_field(filters, resolve), ()),
         attempt("end_step", lambda: read_active_period(fields), ActivePeriod()),

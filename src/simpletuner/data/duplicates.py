@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from simpletuner.data.file_facts import FileFacts
 from simpletuner.data.rejections import make_printable
 from simpletuner.data.sample_types import BucketedSample
 from simpletuner.data.sources import SourceFile
@@ -15,13 +16,24 @@ from simpletuner.errors import DataError
 MAX_LISTED_LEAKS = 20
 
 
-def find_identical_files(files: Iterable[SourceFile]) -> list[list[SourceFile]]:
+def find_identical_files(
+    files: Iterable[SourceFile], facts: Mapping[SourceFile, FileFacts] | None = None
+) -> list[list[SourceFile]]:
     """Return groups of files with equal content. A file that cannot be read is in none.
 
-    Only files that have the same length are opened.
+    Only files that have the same length are opened. facts: of slow files; a slow file without facts
+    was not read yet, and is in no group.
     """
-    groups = [list(dict.fromkeys(files))]
-    for key_of in (_size, _content_hash):
+    known = facts or {}
+
+    def size(file: SourceFile) -> int:
+        return known[file].size_bytes if file.is_slow else file.size_bytes()
+
+    def content(file: SourceFile) -> str:
+        return known[file].sha256 if file.is_slow else content_hash(file)
+
+    groups = [[file for file in dict.fromkeys(files) if not file.is_slow or file in known]]
+    for key_of in (size, content):
         groups = [equal for group in groups for equal in _group_by_key(group, key_of)]
     return groups
 
@@ -36,16 +48,13 @@ def _group_by_key(
     return [equal for equal in by_key.values() if len(equal) > 1]
 
 
-def _size(file: SourceFile) -> int:
-    return file.size_bytes()
-
-
-def _content_hash(file: SourceFile) -> bytes:
+def content_hash(file: SourceFile) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits. Raises OSError."""
     digest = hashlib.sha256()
     with file.open() as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
-    return digest.digest()
+    return digest.hexdigest()
 
 
 def check_no_leaks(

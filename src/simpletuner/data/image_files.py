@@ -5,52 +5,39 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from simpletuner.data.dataset_config import DatasetConfig
+from simpletuner.data.image_suffixes import IMAGE_SUFFIXES
+from simpletuner.data.remote_store import RemoteStore
 from simpletuner.data.sample_types import RejectedFile
 from simpletuner.data.source_types import dataset_source
-from simpletuner.data.sources import LocalFile, SourceFile, SourceFolder
-
-# Image suffixes. Formats that cannot be decoded are among them, so that their files are listed as
-# rejected instead of being ignored.
-IMAGE_SUFFIXES = frozenset(
-    {
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".avif",
-        ".ppm",
-        ".pgm",
-        ".pnm",
-        ".heic",
-        ".heif",
-        ".jxl",
-        ".jp2",
-        ".psd",
-    }
+from simpletuner.data.sources import (
+    LocalFile,
+    RowSource,
+    SourceFile,
+    SourceFolder,
+    SourceRow,
+    UnusableRow,
 )
+from simpletuner.events.event_types import Emit
+from simpletuner.events.sinks import null_emit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile:
     """An image file by name, with its caption file if there is one.
 
-    relative_path: path inside the dataset, POSIX, NFC.
+    relative_path: path inside the dataset, POSIX, NFC. row: what its row of a table says, for an
+    image that a table lists.
     """
 
     dataset: DatasetConfig
     file: SourceFile
     relative_path: str
     caption_file: SourceFile | None
+    row: SourceRow | None = None
 
     @property
     def path(self) -> Path:
@@ -76,19 +63,25 @@ class _FoundFiles:
     by_name: dict[str, list[ImageFile]]
     rejected: list[RejectedFile]
     other_kinds: Counter[str]
+    notices: list[str] = field(default_factory=list)
 
 
 def find_image_files(
-    dataset: DatasetConfig,
-) -> tuple[list[ImageFile], list[RejectedFile], Counter[str]]:
+    dataset: DatasetConfig, store: RemoteStore | None = None, emit: Emit = null_emit
+) -> tuple[list[ImageFile], list[RejectedFile], Counter[str], list[str]]:
     """Return the images by name, the files whose names cannot be used, and a count of other files.
 
     A caption file belongs to every image of its stem; NFC and NFD spellings of the same name match,
-    as do .txt and .TXT. The count is by suffix.
+    as do .txt and .TXT. The count is by suffix. The last value is notices. store: for datasets that
+    are not a folder of this machine.
     """
     found = _FoundFiles(defaultdict(list), [], Counter())
-    for folder in dataset_source(dataset).folders():
-        _add_folder(dataset, folder, found)
+    source = dataset_source(dataset, store, emit)
+    if isinstance(source, RowSource):
+        _add_rows(dataset, source, found)
+    else:
+        for folder in source.folders():
+            _add_folder(dataset, folder, found)
     for name, images in found.by_name.items():
         if len(images) > 1:
             detail = (
@@ -98,7 +91,17 @@ def find_image_files(
             twin = RejectedFile(name, dataset.id, "name_twins", detail)
             found.rejected += [twin] * len(images)
     named = [images[0] for _, images in sorted(found.by_name.items()) if len(images) == 1]
-    return named, found.rejected, +found.other_kinds
+    return named, found.rejected, +found.other_kinds, found.notices
+
+
+def _add_rows(dataset: DatasetConfig, source: RowSource, found: _FoundFiles) -> None:
+    for row in source.rows():
+        if isinstance(row, UnusableRow):
+            found.rejected.append(RejectedFile(row.path, dataset.id, "table_row", row.detail))
+        else:
+            image = ImageFile(dataset, row.file, row.relative_path, None, row)
+            found.by_name[row.relative_path].append(image)
+    found.notices += source.notices()
 
 
 def _add_folder(dataset: DatasetConfig, folder: SourceFolder, found: _FoundFiles) -> None:

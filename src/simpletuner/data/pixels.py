@@ -80,10 +80,10 @@ def read_image_header(file: SourceFile, max_megapixels: float) -> ImageHeader:
     with _errors_as_unusable(file), file.open() as stream:
         if identify_format(stream) == "JXL" and load_decoder("JXL"):
             size = read_jxl_size(stream)  # its plugin would decode the image
-            _check_pixel_count(size, max_megapixels)
+            check_pixel_count(size, max_megapixels)
             return ImageHeader(size, "RGB", is_animated=False, has_alpha=False)
         with open_image(stream) as image:
-            _check_pixel_count(image.size, max_megapixels)
+            check_pixel_count(image.size, max_megapixels)
             _check_mode(image)
             # Pillow reports a TIFF's size already upright; PNG's own getexif() would decode
             # the image.
@@ -95,8 +95,9 @@ def read_image_header(file: SourceFile, max_megapixels: float) -> ImageHeader:
             return ImageHeader(size, image.mode, animated, image.has_transparency_data)
 
 
-def _check_pixel_count(size: tuple[int, int], max_megapixels: float) -> None:
-    width, height = size
+def check_pixel_count(size_px: tuple[int, int], max_megapixels: float) -> None:
+    """Raise UnusableFile for an image that is larger than the limit."""
+    width, height = size_px
     if width * height > max_megapixels * 1e6:
         described_size = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
         raise UnusableFile(

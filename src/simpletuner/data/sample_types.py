@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from simpletuner.data.sources import SourceFile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image and its captions. Sizes are after EXIF orientation.
 
     id: "<dataset id>/<path inside it>", POSIX separators, NFC: unique in a run, stable between
     runs. captions: alternatives, at least one; one of them is used each time the sample is trained.
-    caption_weights: one per caption, or empty where all are used equally often.
+    caption_weights: one per caption, or empty where all are used equally often. weight: how often
+    the sample is used, relative to the others of its bucket.
     """
 
     id: str
@@ -23,9 +24,10 @@ class Sample:
     height_px: int
     captions: tuple[str, ...]
     caption_weights: tuple[float, ...] = ()
+    weight: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BucketedSample:
     """A sample with the geometry it is trained at.
 

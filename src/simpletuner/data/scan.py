@@ -19,8 +19,9 @@ from simpletuner.data.caption_tables import read_caption_table
 from simpletuner.data.captions import caption_weights, read_captions
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.duplicates import check_no_leaks, find_identical_files
+from simpletuner.data.header_reader import HeaderReader
 from simpletuner.data.image_files import ImageFile, find_image_files
-from simpletuner.data.pixels import ImageHeader, read_image_header
+from simpletuner.data.pixels import ImageHeader
 from simpletuner.data.rejections import (
     UnusableFile,
     check_rejected_fraction,
@@ -28,7 +29,9 @@ from simpletuner.data.rejections import (
     make_printable,
     write_rejected,
 )
+from simpletuner.data.remote_store import RemoteStore
 from simpletuner.data.sample_types import BucketedSample, RejectedFile, Sample
+from simpletuner.data.source_types import caption_table_file
 from simpletuner.data.sources import SourceFile
 from simpletuner.errors import DataError
 from simpletuner.events.event_types import DatasetScanned, Emit, NoticeIssued, WarningIssued
@@ -38,6 +41,8 @@ from simpletuner.randomness import seed_at
 
 READER_THREADS = 8
 FILES_PER_CHUNK = 64
+SLOW_READER_THREADS = 32
+SLOW_FILES_PER_CHUNK = 8
 MAX_SUFFIXES_LISTED = 8
 ENLARGEMENT_THRESHOLD = 1.25  # factor of the side from which a notice is given
 Crop = tuple[geometry.ImageSize, tuple[int, int], geometry.ImageSize]
@@ -64,21 +69,24 @@ def scan_datasets(
     *,
     alignment_px: int = BUCKET_ALIGNMENT_PX[DEFAULT_FAMILY],
     rejected_path: Path | None = None,
+    store: RemoteStore | None = None,
 ) -> ScanResult:
     """Read every header and caption and assign every image to a bucket.
 
     seed: of the run, for crop_style random. rejected_path: where the list of rejected files is
-    written, also when the scan ends in an error. Raises DataError for captions missing under
+    written, also when the scan ends in an error. store: for datasets that are not a folder of this
+    machine. Raises DataError for captions missing under
     missing_caption error, more unusable files than max_bad_sample_fraction, an empty folder, no
     sample to train on, or an image both trained on and held out.
     """
-    found, rejected, notes = _list_files(datasets)
+    found, rejected, notes = _list_files(datasets, store, emit)
     remarks: Counter[tuple[str, str]] = Counter()
     placed: list[BucketedSample] = []
     with StageReporter(emit, "scan", len(found), "images") as stage:
-        tables = _read_tables(datasets, found, notes)
+        tables = _read_tables(datasets, found, notes, store)
+        headers = HeaderReader(options.max_image_megapixels, store)
         read_one = partial(_read_file, options, seed, alignment_px, tables)
-        for read in _read_files(found, read_one, stage):
+        for read in _read_files(found, headers, read_one, stage):
             if isinstance(read, RejectedFile):
                 rejected.append(read)
                 continue
@@ -95,7 +103,7 @@ def scan_datasets(
         f"{name}: {count_of(count, 'image')} {remark}"
         for (name, remark), count in sorted(remarks.items())
     ]
-    copies = find_identical_files(item.sample.file for item in images)
+    copies = find_identical_files((item.sample.file for item in images), headers.facts)
     _emit_results(datasets, images, rejected, (*notes, *_shared_file_notices(images)), copies, emit)
     if rejected_path is not None:
         write_rejected(rejected_path, rejected)
@@ -104,24 +112,27 @@ def scan_datasets(
     idle = not trained and len(held) < len(datasets)
     _check_results(len(images), idle or not images, rejected, options, rejected_path)
     check_no_leaks(trained, [item for item in images if item.sample.dataset in held], copies)
+    if store is not None:
+        store.keep_failures()
     return ScanResult(tuple(placed), tuple(rejected))
 
 
 def _list_files(
-    datasets: Sequence[DatasetConfig],
+    datasets: Sequence[DatasetConfig], store: RemoteStore | None, emit: Emit
 ) -> tuple[list[ImageFile], list[RejectedFile], list[str]]:
     """Return the images of all datasets, the files with unusable names, and notices."""
     found: list[ImageFile] = []
     rejected: list[RejectedFile] = []
     notes: list[str] = []
     for dataset in datasets:
-        named, misnamed, unread = find_image_files(dataset)
+        named, misnamed, unread, notices = find_image_files(dataset, store, emit)
+        notes += [f"{dataset.id}: {notice}" for notice in notices]
         kinds = ", ".join(
             f"{count} {kind}" for kind, count in unread.most_common(MAX_SUFFIXES_LISTED)
         )
         if not named and not misnamed:
             only = f", only {kinds}" if unread else ""
-            raise DataError(f"{dataset.id}: no images in {dataset.instance_data_dir}{only}")
+            raise DataError(f"{dataset.id}: no images in {dataset.address}{only}")
         if unread:
             skipped = count_of(unread.total(), "file")
             notes.append(f"{dataset.id}: skipped {skipped} that cannot be used: {kinds}")
@@ -131,16 +142,24 @@ def _list_files(
 
 
 def _read_files(
-    found: Sequence[ImageFile], read: Callable[[ImageFile], ReadResult], stage: StageReporter
+    found: Sequence[ImageFile],
+    headers: HeaderReader,
+    read: Callable[[HeaderReader, ImageFile], ReadResult],
+    stage: StageReporter,
 ) -> Iterator[ReadResult]:
-    # Threads overlap the waits for the disk. Chunks, because a future per file costs more than its
-    # header.
-    chunks = [
-        found[start : start + FILES_PER_CHUNK] for start in range(0, len(found), FILES_PER_CHUNK)
-    ]
-    pool = ThreadPoolExecutor(READER_THREADS, "scan")
+    # Threads overlap the waits for the disk and the network. Chunks, because a future per file
+    # costs more than its header. The results are in the order of the files.
+    slow = any(image.file.is_slow for image in found)
+    size = SLOW_FILES_PER_CHUNK if slow else FILES_PER_CHUNK
+    chunks = [found[start : start + size] for start in range(0, len(found), size)]
+
+    def read_chunk(chunk: Sequence[ImageFile]) -> list[ReadResult]:
+        with headers.remembered(chunk) as reader:
+            return [read(reader, image) for image in chunk]
+
+    pool = ThreadPoolExecutor(SLOW_READER_THREADS if slow else READER_THREADS, "scan")
     try:
-        for results in pool.map(lambda chunk: [read(item) for item in chunk], chunks):
+        for results in pool.map(read_chunk, chunks):
             yield from results
             stage.advance(len(results))
     finally:
@@ -148,7 +167,10 @@ def _read_files(
 
 
 def _read_tables(
-    datasets: Sequence[DatasetConfig], found: Sequence[ImageFile], notes: list[str]
+    datasets: Sequence[DatasetConfig],
+    found: Sequence[ImageFile],
+    notes: list[str],
+    store: RemoteStore | None,
 ) -> dict[str, dict[str, tuple[str, ...]]]:
     """Return dataset id -> relative path -> captions, for datasets with a table of captions."""
     tables: dict[str, dict[str, tuple[str, ...]]] = {}
@@ -156,7 +178,8 @@ def _read_tables(
         if dataset.caption_table is None:
             continue
         paths = [image.relative_path for image in found if image.dataset.id == dataset.id]
-        tables[dataset.id], notice = read_caption_table(dataset.caption_table, paths)
+        file = caption_table_file(dataset.caption_table, dataset, store)
+        tables[dataset.id], notice = read_caption_table(dataset.caption_table, paths, file)
         notes += [f"{dataset.id}: {notice}"] if notice else []
     return tables
 
@@ -166,14 +189,19 @@ def _read_file(
     seed: int,
     alignment_px: int,
     tables: Mapping[str, Mapping[str, tuple[str, ...]]],
+    headers: HeaderReader,
     found: ImageFile,
 ) -> ReadResult:
     dataset = found.dataset
     sample_id = f"{dataset.id}/{found.relative_path}"
     try:
-        header = read_image_header(found.file, options.max_image_megapixels)
+        header = headers.read(found)
         crops = assign_crops(dataset.resize_crop, header.size_px, sample_id, seed, alignment_px)
-        from_table = tables.get(dataset.id, {}).get(found.relative_path, ())
+        from_table = None
+        if found.row is not None:
+            from_table = found.row.captions
+        elif dataset.id in tables:
+            from_table = tables[dataset.id].get(found.relative_path, ())
         captions = read_captions(dataset, found.file, found.caption_file, options, from_table, seed)
     except UnusableFile as error:
         return RejectedFile(found.relative_path, dataset.id, error.reason, str(error))
@@ -185,6 +213,7 @@ def _read_file(
         height_px=header.size_px[1],
         captions=captions[:1] if dataset.dataset_type == "eval" else captions,
         caption_weights=caption_weights(dataset, len(captions)),
+        weight=1.0 if found.row is None else found.row.weight,
     )
     return [BucketedSample(sample, *crop, number) for number, crop in enumerate(crops)], header
 

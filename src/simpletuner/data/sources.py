@@ -1,19 +1,20 @@
 """Sources of datasets: where files are listed and read.
 
-A source lists folders of files; a file can be opened, and has a size, an address and a stamp that
-changes with its content. Everything that reads images or captions does so through these two
-classes. A folder of this machine is here, tar files in tar_source.py; source_types.py chooses.
+A source lists folders of files, or the rows of a table; a file can be opened, and has a size, an
+address and a stamp that changes with its content. Everything that reads images or captions does so
+through these classes. A folder of this machine is here; source_types.py chooses among all sources.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar, cast
 
 from simpletuner.bounded_files import open_regular_file
 from simpletuner.errors import DataError
@@ -23,7 +24,13 @@ IGNORED_FILES = ("Thumbs.db", "desktop.ini")
 
 
 class SourceFile(ABC):
-    """A file of a source. Files with the same address are equal, and can be keys of a dict."""
+    """A file of a source. Files with the same address are equal, and can be keys of a dict.
+
+    is_slow: reading it may need a network or much work, so that what was found out is remembered.
+    """
+
+    __slots__ = ()
+    is_slow: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -52,6 +59,21 @@ class SourceFile(ABC):
         that programs cannot set back, where the source has such a time.
         """
 
+    def open_part(self, offset: int, size: int) -> BinaryIO:
+        """Open a range of bytes, as a stream of its own. Raises OSError where the file is shorter.
+
+        A file that is slow to read in parts is not asked for more than the range.
+        """
+        file = self.open()
+        if file.seek(0, os.SEEK_END) < offset + size:
+            file.close()
+            raise OSError(errno.EIO, "the file ends within this part", self.address)
+        return cast(BinaryIO, io.BufferedReader(FilePart(file, offset, size)))
+
+    def open_lazily(self) -> BinaryIO:
+        """Open the file for reading few parts of it. Raises OSError."""
+        return self.open()
+
     @property
     def stem(self) -> str:
         """The name without its suffix."""
@@ -68,6 +90,39 @@ class SourceFile(ABC):
         if len(content) > max_bytes:
             raise OSError(errno.EFBIG, f"is larger than {max_bytes} bytes", self.address)
         return content
+
+
+class FilePart(io.RawIOBase):
+    """A range of bytes of an open file, which it closes."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        self.file, self.offset, self.size, self.position = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        self.position = max(0, start + offset)
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        count = max(0, min(len(buffer), self.size - self.position))
+        self.file.seek(self.offset + self.position)
+        content = self.file.read(count)
+        buffer[: len(content)] = content
+        self.position += len(content)
+        return len(content)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 @dataclass(frozen=True)
@@ -89,7 +144,42 @@ class DatasetSource(ABC):
         """Yield every folder once, hidden files and folders left out. Raises DataError."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """An image of a table, with what its row says.
+
+    relative_path: unique in the table, POSIX, NFC. size_px: None where the row gives none. weight:
+    how often the image is used, relative to the others.
+    """
+
+    relative_path: str
+    file: SourceFile
+    captions: tuple[str, ...]
+    size_px: tuple[int, int] | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class UnusableRow:
+    """A row that cannot be used. path: of its image, or the number of the row."""
+
+    path: str
+    detail: str
+
+
+class RowSource(ABC):
+    """Images that are the rows of a table."""
+
+    @abstractmethod
+    def rows(self) -> Iterator[SourceRow | UnusableRow]:
+        """Yield every row once, in the order of the table. Raises DataError."""
+
+    @abstractmethod
+    def notices(self) -> list[str]:
+        """Return what the user should know about the rows, after they were read."""
+
+
+@dataclass(frozen=True, slots=True)
 class LocalFile(SourceFile):
     """A file of this machine."""
 

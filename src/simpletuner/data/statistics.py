@@ -27,6 +27,7 @@ from simpletuner.data.near_duplicates import (
 )
 from simpletuner.data.pixels import load_upright
 from simpletuner.data.rejections import UnusableFile
+from simpletuner.data.remote_store import RemoteStore
 from simpletuner.data.sample_order import SampleOrder
 from simpletuner.data.sample_types import BucketedSample, RejectedFile
 from simpletuner.data.scan import ENLARGEMENT_THRESHOLD, scan_datasets
@@ -159,13 +160,15 @@ def inspect_datasets(
     read_pixels: bool = True,
     alignment_px: int = BUCKET_ALIGNMENT_PX[DEFAULT_FAMILY],
     emit: Emit,
+    store: RemoteStore | None = None,
 ) -> tuple[DatasetStatistics, tuple[BucketedSample, ...]]:
     """Scan and measure all datasets; return the statistics and the samples they are about.
 
     Missing captions and unusable files are counted instead of raised. emit: receives the progress.
+    store: for datasets that are not a folder of this machine, open as long as the samples are read.
     Raises DataError for a folder without images.
     """
-    placed, rejected, notes = _scan(datasets, options, seed, alignment_px, emit)
+    placed, rejected, notes = _scan(datasets, options, seed, alignment_px, emit, store)
     measured: list[PixelMeasurements | None] = [None] * len(placed)
     if read_pixels:
         measured = _measure_pixels(placed, options, emit)
@@ -212,6 +215,7 @@ def _scan(
     seed: int,
     alignment_px: int,
     emit: Emit,
+    store: RemoteStore | None,
 ) -> tuple[tuple[BucketedSample, ...], tuple[RejectedFile, ...], tuple[str, ...]]:
     """Return samples, rejected files and what the scan reported; nothing is an error."""
     notes: list[str] = []
@@ -236,7 +240,12 @@ def _scan(
         for dataset in datasets
     ]
     scanned = scan_datasets(
-        as_trained, options.model_copy(update=lenient), seed, collect, alignment_px=alignment_px
+        as_trained,
+        options.model_copy(update=lenient),
+        seed,
+        collect,
+        alignment_px=alignment_px,
+        store=store,
     )
     return scanned.samples, scanned.rejected, tuple(notes)
 

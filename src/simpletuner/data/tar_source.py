@@ -1,38 +1,36 @@
 """Images and captions in tar files, as webdataset writes them: files of one stem are one sample.
 
-Nothing is extracted: a file is read where it is in its tar.
+Nothing is extracted: a file is read where it is in its tar. What is in a tar is read from its
+headers once, and remembered in the cache folder.
 """
 
 from __future__ import annotations
 
-import errno
-import io
 import os
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
-from simpletuner.bounded_files import open_regular_file
+from simpletuner.data.file_facts import FileFactsIndex
 from simpletuner.data.sources import (
     ContentStamp,
     DatasetSource,
-    LocalFolder,
     SourceFile,
     SourceFolder,
 )
 from simpletuner.errors import DataError
 
 TAR_SUFFIX = ".tar"
+Member = tuple[str, int, int]  # path, offset of the content, size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TarMember(SourceFile):
     """A file in a tar. offset, size: of its content in the tar, in bytes."""
 
-    tar: Path
+    tar: SourceFile
     member: str
     offset: int
     size: int
@@ -43,93 +41,92 @@ class TarMember(SourceFile):
 
     @property
     def address(self) -> str:
-        return f"{self.tar}::{self.member}"
+        return f"{self.tar.address}::{self.member}"
 
     @property
     def cache_key(self) -> str:
-        address = f"{self.tar.absolute()}::{self.member}"
-        return address.encode("utf-8", "surrogateescape").hex()
+        return self.tar.cache_key + f"::{self.member}".encode("utf-8", "surrogateescape").hex()
 
     def open(self) -> BinaryIO:
-        file = open_regular_file(self.tar)
-        if os.fstat(file.fileno()).st_size < self.offset + self.size:
-            file.close()
-            raise OSError(errno.EIO, "the tar ends within this file", self.address)
-        part = _FilePart(file, self.offset, self.size)
-        return cast(BinaryIO, io.BufferedReader(part))
+        return self.tar.open_part(self.offset, self.size)
 
     def stamp(self) -> ContentStamp:
         """Return the size of the file, and the time and inode of its tar."""
-        status = self.tar.stat()
-        return self.size, status.st_ctime_ns, status.st_ino
+        _, changed, inode = self.tar.stamp()
+        return self.size, changed, inode
 
 
-class _FilePart(io.RawIOBase):
-    """A range of bytes of an open file, which it closes."""
+@dataclass(frozen=True, slots=True)
+class RemoteTarMember(TarMember):
+    """A file in a tar of a server."""
 
-    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
-        self.file, self.offset, self.size, self.position = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
-        self.position = max(0, start + offset)
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        count = max(0, min(len(buffer), self.size - self.position))
-        self.file.seek(self.offset + self.position)
-        content = self.file.read(count)
-        buffer[: len(content)] = content
-        self.position += len(content)
-        return len(content)
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
+    is_slow = True
 
 
 @dataclass(frozen=True)
-class TarFolder(DatasetSource):
-    """Every .tar below a folder of this machine; compressed ones are not read."""
+class TarFiles(DatasetSource):
+    """Every .tar of another source; compressed ones are not read.
 
-    root: Path
+    index: remembers what is in each tar; None reads the headers each time.
+    """
+
+    archives: DatasetSource
+    index: FileFactsIndex | None = None
 
     def folders(self) -> Iterator[SourceFolder]:
-        for folder in LocalFolder(self.root).folders():
-            for name in folder.files:
+        for folder in self.archives.folders():
+            for name, tar in folder.files.items():
                 if os.path.splitext(name)[1].lower() == TAR_SUFFIX:
                     inside = f"{folder.inside}/{name}" if folder.inside else name
-                    yield from _tar_folders(self.root / inside, inside)
+                    yield from _tar_folders(tar, inside, self._members(tar))
+
+    def _members(self, tar: SourceFile) -> list[Member]:
+        try:
+            stamp = ",".join(map(str, tar.stamp()))
+        except OSError as error:
+            raise _unreadable_tar(tar, error) from error
+        if self.index is None:
+            return _read_headers(tar)
+        remembered = self.index.find_parts(tar.cache_key, stamp)
+        if not remembered:
+            members = _read_headers(tar)
+            self.index.remember_part(tar.cache_key, 0, stamp, members)
+            return members
+        return [(member, offset, size) for member, offset, size in remembered[0]]
 
 
-def _tar_folders(tar: Path, inside: str) -> list[SourceFolder]:
-    """Return the folders of one tar. Of two files of one name the later counts, as in any tar.
+def _tar_folders(tar: SourceFile, inside: str, members: list[Member]) -> list[SourceFolder]:
+    """Return the folders of one tar. Of two files of one name the later counts, as in any tar."""
+    kind = RemoteTarMember if tar.is_slow else TarMember
+    files: dict[str, dict[str, SourceFile]] = defaultdict(dict)
+    for member, offset, size in members:
+        *parents, name = member.split("/")
+        files["/".join((inside, *parents))][name] = kind(tar, member, offset, size)
+    return _sorted_folders(files)
+
+
+def _read_headers(tar: SourceFile) -> list[Member]:
+    """Return the regular files that are not hidden.
 
     A tar that was cut off gives the files before the cut, and one that cannot be opened.
     """
-    files: dict[str, dict[str, SourceFile]] = defaultdict(dict)
+    members: list[Member] = []
     try:
-        with open_regular_file(tar) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        with tar.open_lazily() as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for entry in archive:
                 member = entry.name.removeprefix("./")
-                parts = member.split("/")
-                if entry.isreg() and not any(part.startswith(".") for part in parts):
-                    folder = "/".join((inside, *parts[:-1]))
-                    files[folder][parts[-1]] = TarMember(tar, member, entry.offset_data, entry.size)
+                hidden = any(part.startswith(".") for part in member.split("/"))
+                if entry.isreg() and not hidden:
+                    members.append((member, entry.offset_data, entry.size))
     except (tarfile.TarError, OSError) as error:
-        if files and isinstance(error, tarfile.ReadError):
-            return _sorted_folders(files)
-        raise DataError(f"{tar} cannot be read as a tar file: {error}") from error
-    return _sorted_folders(files)
+        if not members or not isinstance(error, tarfile.ReadError):
+            raise _unreadable_tar(tar, error) from error
+    return members
+
+
+def _unreadable_tar(tar: SourceFile, error: Exception) -> DataError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return DataError(f"{tar.address} cannot be read as a tar file: {reason or error}")
 
 
 def _sorted_folders(files: Mapping[str, dict[str, SourceFile]]) -> list[SourceFolder]:

@@ -24,7 +24,9 @@ from simpletuner.config.option_catalog import all_options, option_aliases
 from simpletuner.config.output_folder import find_output_dir_problems
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset_config import DatasetFile
+from simpletuner.data.dataset_fields import TABLE_BLOCK
 from simpletuner.data.dataset_file import try_read_datasets
+from simpletuner.data.source_fields import SOURCE_FIELDS
 from simpletuner.errors import Problem
 from simpletuner.server.form_schema import NOT_SETTABLE
 from simpletuner.server.schemas.base import ErrorDetail
@@ -32,6 +34,10 @@ from simpletuner.server.schemas.configs import ConfigValidationResult
 from simpletuner.server.workspace import PathOutsideWorkspace, Workspace
 
 ENV_PLACEHOLDER = "{env:"
+REMOTE_REASON = (
+    "cannot be set here: it reads from other machines; set it in a dataset file and train from a "
+    "terminal"
+)
 DATASET_FOLDER_FIELDS = ("instance_data_dir", "cache_dir")
 
 
@@ -179,6 +185,17 @@ def _forbidden_options(workspace: Workspace, config: Mapping[str, Any]) -> Itera
                 yield ErrorDetail(loc=name, message=str(error), suggestion=suggestion)
 
 
+def _remote_fields(entry: Mapping[str, Any]) -> list[str]:
+    """Return the fields by which a dataset reads from other machines, or tables of other files."""
+    paths = ("instance_data_dir", "caption_table", TABLE_BLOCK)
+    remote = {name for name in SOURCE_FIELDS if entry.get(name) not in (None, "")}
+    remote |= {name for name in paths if "://" in json.dumps(entry.get(name), default=str)}
+    is_image = entry.get("dataset_type") in (None, "", "image", "eval")
+    if is_image and entry.get("type") not in (None, "", "local", "webdataset"):
+        remote.add("type")
+    return sorted(remote)
+
+
 def _validate_datasets(
     workspace: Workspace, datasets: Sequence[Any], options: DataOptions
 ) -> tuple[list[ErrorDetail], DatasetFile]:
@@ -195,6 +212,9 @@ def _validate_datasets(
             continue
         name = entry.get("id") if isinstance(entry.get("id"), str) else f"[{at}]"
         copy = dict(entry)
+        for key in _remote_fields(entry):
+            problems.append(ErrorDetail(loc=f"{name}.{key}", message=REMOTE_REASON))
+            copy[key] = str(workspace.root) if key == "instance_data_dir" else None
         for key, value in entry.items():
             if has_env_placeholder({key: value}):
                 problems.append(

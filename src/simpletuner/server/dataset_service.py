@@ -16,7 +16,8 @@ from simpletuner.atomic_io import write_atomically
 from simpletuner.config.model_families import BUCKET_ALIGNMENT_PX, DEFAULT_FAMILY
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_size
-from simpletuner.data.image_files import IMAGE_SUFFIXES, ImageFile
+from simpletuner.data.image_files import ImageFile
+from simpletuner.data.image_suffixes import IMAGE_SUFFIXES
 from simpletuner.errors import DataError
 from simpletuner.server.api_errors import abort
 from simpletuner.server.caption_files import read_caption, write_caption

@@ -11,6 +11,7 @@ from simpletuner.config.option import NeedGroup
 from simpletuner.config.option_catalog import Option, all_options
 from simpletuner.config.presets import NANO_PRESET, preset_for_memory
 from simpletuner.data.dataset_fields import COMMON_FIELDS, IMAGE_FIELDS
+from simpletuner.data.source_fields import SOURCE_FIELDS
 from simpletuner.server.schemas.configs import FormSchema, OptionInfo, Preset
 
 # Rejected in every configuration sent to the server, because they reach beyond its folders or
@@ -31,7 +32,8 @@ NOT_SETTABLE: Mapping[str, str] = {
 }
 
 BASIC_DATASET_FIELDS = ("id", "dataset_type", "instance_data_dir", "caption_strategy", "repeats")
-HIDDEN_DATASET_FIELDS = ("type", "disable")  # pages show local folders; an alias of `disabled`
+# Pages show local folders; `disable` is an alias of `disabled`.
+HIDDEN_DATASET_FIELDS = ("type", "disable", *SOURCE_FIELDS)
 
 PRESET_MEMORY_GB = (8, 12, 16, 24, 80)
 

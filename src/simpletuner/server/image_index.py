@@ -149,7 +149,7 @@ class ImageIndex:
         }
         # Read the times before listing, so that a change in between is not missed.
         times = {folder: _mtime_ns(folder) for folder in before}
-        images, rejections, _ = find_image_files(self.dataset)
+        images, rejections, *_ = find_image_files(self.dataset)
         new_folders = {os.path.dirname(image.path) for image in images} - before
         times |= {folder: _mtime_ns(folder) for folder in new_folders}
         self.images = {image.relative_path: image for image in images}

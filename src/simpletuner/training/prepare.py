@@ -29,6 +29,7 @@ from simpletuner.cache.tensor_store import TensorStore
 from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.data.dataset_config import DatasetConfig, DatasetFile
 from simpletuner.data.rejections import format_rejected, write_rejected
+from simpletuner.data.remote_store import RemoteStore, open_remote_store
 from simpletuner.data.sample_types import BucketedSample
 from simpletuner.data.scan import ScanResult, scan_datasets
 from simpletuner.errors import DataError
@@ -112,7 +113,8 @@ class PreparedInputs:
             for item, key in by_dataset[dataset.id]:
                 name = item.sample.id.encode("utf-8", "surrogateescape")
                 images.update(name + f"|{key}|{item.crop_px}\n".encode())
-                captions.update(name + f"|{json.dumps(item.sample.captions)}\n".encode())
+                weight = "" if item.sample.weight == 1 else f"|{item.sample.weight:g}"
+                captions.update(name + f"|{json.dumps(item.sample.captions)}{weight}\n".encode())
             identity[f"dataset {dataset.id}"] = (
                 f"{count} samples, images {images.hexdigest()[:12]}, "
                 f"captions {captions.hexdigest()[:12]}, repeats {dataset.repeats}, "
@@ -198,22 +200,16 @@ def prepare_inputs(
     process scans the datasets; DataError where they do not see the same.
     """
     rejected_path = folder.path / "rejected.jsonl" if world.is_main else None
-    scanned = scan_datasets(
-        [*backends.train, *backends.eval],
-        run.data,
-        run.training.seed,
-        emit,
-        alignment_px=family.alignment_px,
-        rejected_path=rejected_path,
+    root = Path(run.cache.cache_dir) if run.cache.cache_dir else folder.path / "cache"
+    remote_store = open_remote_store(
+        [*backends.train, *backends.eval], run.cache, root, emit, closing
     )
-    require_same_scan(scanned, world)
-    if scanned.rejected and rejected_path is not None:
-        listed = format_rejected(scanned.rejected, rejected_path)
-        emit(WarningIssued(f"not trained on ({len(scanned.rejected)}):\n{listed}"))
+    scanned = scan_everywhere(
+        run, backends, family.alignment_px, rejected_path, remote_store, world, emit
+    )
     with world.main_first("model files"):  # rank 0 downloads what is missing
         files = family.locate_files(run.model, emit)
     constants = family.read_constants(files)
-    root = Path(run.cache.cache_dir) if run.cache.cache_dir else folder.path / "cache"
     shard_mib = run.cache.cache_shard_mib
     text_dir = backends.text_cache_dir or root / "text"
     fingerprints = (
@@ -236,6 +232,8 @@ def prepare_inputs(
     cached = encode_images(
         run, family, files, latent_store, scanned, root, rejected_path, device, world, emit
     )
+    if remote_store is not None:
+        remote_store.keep_failures()
     train, evaluated, split = divide_samples(run, backends, cached, root, resume_point, world, emit)
     return PreparedInputs(
         family, files, constants, backends.train, train, evaluated, latent_store, text_store, split
@@ -272,6 +270,39 @@ def divide_samples(
     train = select_samples(cached, lambda item: not is_held_out(item))
     held_out = select_samples(cached, lambda item: is_held_out(item) and item.crop_index == 0)
     return train, held_out, split
+
+
+def scan_everywhere(
+    run: RunConfig,
+    backends: DatasetFile,
+    alignment_px: int,
+    rejected_path: Path | None,
+    store: RemoteStore | None,
+    world: World,
+    emit: Emit,
+) -> ScanResult:
+    """Scan the datasets in every process. Raises DataError where they do not see the same.
+
+    store: of copies of remote files; None where every image is a local file. With it, rank 0 goes
+    first, and the others find the copies.
+    """
+    with ExitStack() as turns:
+        if store is not None:
+            turns.enter_context(world.main_first("datasets"))
+        scanned = scan_datasets(
+            [*backends.train, *backends.eval],
+            run.data,
+            run.training.seed,
+            emit,
+            alignment_px=alignment_px,
+            rejected_path=rejected_path,
+            store=store,
+        )
+    require_same_scan(scanned, world)
+    if scanned.rejected and rejected_path is not None:
+        listed = format_rejected(scanned.rejected, rejected_path)
+        emit(WarningIssued(f"not trained on ({len(scanned.rejected)}):\n{listed}"))
+    return scanned
 
 
 def require_same_scan(scanned: ScanResult, world: World) -> None:

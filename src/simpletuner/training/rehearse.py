@@ -19,6 +19,7 @@ from simpletuner.config.image_metrics import IMAGE_METRICS, parse_metric_names
 from simpletuner.config.load import LoadedConfig, config_from_resolved, resolved_options
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.dataset_config import DatasetConfig, DatasetFile
+from simpletuner.data.remote_store import open_remote_store
 from simpletuner.data.scan import scan_datasets
 from simpletuner.errors import SimpleTunerError, TrainingStopped
 from simpletuner.events.event_types import Event, StageCompleted, StepCompleted, WarningIssued
@@ -69,12 +70,15 @@ class RehearsalFindings:
 def rehearse(loaded: LoadedConfig, backends: DatasetFile) -> int:
     """Print what passed and what failed; return the exit code of the first problem, or 0."""
     findings = RehearsalFindings()
-    findings.check("all images and captions", lambda: scan_all(loaded.config, backends, findings))
     report_to = loaded.config.logging.report_to
-    findings.check(
-        f"report_to {report_to}", lambda: "installed" if tracker_classes(report_to) else ""
-    )
     with tempfile.TemporaryDirectory(prefix="simpletuner-rehearsal-") as folder:
+        cache = Path(folder) / "cache"
+        findings.check(
+            "all images and captions", lambda: scan_all(loaded.config, backends, cache, findings)
+        )
+        findings.check(
+            f"report_to {report_to}", lambda: "installed" if tracker_classes(report_to) else ""
+        )
         base_dir = loaded.config_path.parent if loaded.config_path else Path.cwd()
         run = reduce_config(loaded.config, Path(folder) / "run", findings)
         small = shrink_datasets(backends)
@@ -93,11 +97,14 @@ def rehearse(loaded: LoadedConfig, backends: DatasetFile) -> int:
     return findings.exit_code
 
 
-def scan_all(run: RunConfig, backends: DatasetFile, findings: RehearsalFindings) -> str:
-    """Scan the whole dataset at its real sizes; only the headers of the images are read."""
-    scanned = scan_datasets(
-        [*backends.train, *backends.eval], run.data, run.training.seed, findings
-    )
+def scan_all(
+    run: RunConfig, backends: DatasetFile, cache: Path, findings: RehearsalFindings
+) -> str:
+    """Scan the whole dataset at its real sizes; only the headers of local images are read."""
+    datasets = [*backends.train, *backends.eval]
+    with ExitStack() as closing:
+        store = open_remote_store(datasets, run.cache, cache, findings, closing)
+        scanned = scan_datasets(datasets, run.data, run.training.seed, findings, store=store)
     for item in scanned.rejected:
         findings.warnings.append(f"{item.path} would not be used: {item.detail}")
     held_out = {dataset.id for dataset in backends.eval}
@@ -144,7 +151,7 @@ def reduce_config(run: RunConfig, output_dir: Path, findings: RehearsalFindings)
             "variant": None,
             "flux_lora_target": target,
             "init_lora": None,
-            "cache_dir": None,
+            "cache_dir": str(output_dir.with_name("cache")),
             "output_dir": str(output_dir),
             "max_train_steps": STEPS,
             "num_train_epochs": None,
