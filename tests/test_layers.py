@@ -47,6 +47,11 @@ ONE_FILE_ONLY = {
     "optimum",
     "deepspeed",
     "gguf",
+    "fsspec",
+    "s3fs",
+    "gcsfs",
+    "adlfs",
+    "pyarrow",
 }
 
 

@@ -175,7 +175,7 @@ def test_a_run_option_is_used_where_one_dataset_needs_it(tmp_path: Path) -> None
     read, _ = try_read_datasets(entries, tmp_path, of_run)
     assert read.notices == (
         "missing_caption has no effect with caption_strategy instanceprompt: it needs caption_strategy "
-        "textfile, filename, csv, jsonl or parquet",
+        "textfile, filename, csv, jsonl, parquet or huggingface",
     )
     read, _ = try_read_datasets(
         [entries[0], {**entries[1], "caption_strategy": "textfile"}], tmp_path, of_run

@@ -110,13 +110,13 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
 
 def test_only_rows_of_the_folder_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    original = caption_tables._row_captions
+    original = caption_tables.row_captions
 
     def counted(row: Any, columns: Any, fallback: Any) -> list[str]:
         seen.append(row["filename"])
         return original(row, columns, fallback)
 
-    monkeypatch.setattr(caption_tables, "_row_captions", counted)
+    monkeypatch.setattr(caption_tables, "row_captions", counted)
     read(write_table(tmp_path / "t.csv"))
     assert seen == ["a.png", "b", "a.png"]
 

@@ -15,6 +15,7 @@ from simpletuner.data.dataset_fields import (
     REFUSED_FIELDS,
 )
 from simpletuner.data.dataset_file import read_dataset_file
+from simpletuner.data.source_fields import SOURCE_FIELDS
 from simpletuner.errors import ConfigError
 
 
@@ -88,7 +89,8 @@ def test_every_field_arrives(folder: Path) -> None:
         "caption_filter_list": ["x"],
         "caption_weights": [2],
     }
-    assert set(fields) | {"id", "instance_data_dir"} == set(COMMON_FIELDS) | set(IMAGE_FIELDS)
+    declared = {*COMMON_FIELDS, *IMAGE_FIELDS} - SOURCE_FIELDS.keys()
+    assert set(fields) | {"id", "instance_data_dir"} == declared
     (dataset,) = read(folder, photos(**fields)).train
     framing = dataset.resize_crop
     assert dataset.caption_strategy == "instanceprompt"
@@ -243,7 +245,7 @@ def test_fields_of_other_trainers_are_refused_by_name(name: str, folder: Path) -
         ({"instance_data_dir": "~nobody/x"}, "does not exist"),
         ({"instance_prompt": ["{env:NOWHERE}"]}, "NOWHERE is not set"),
         ({"crop": "rather"}, 'photos.crop = "rather": must be true or false'),
-        ({"type": "aws"}, "only local folders and tar files are read; allowed: local, webdataset"),
+        ({"type": "aws"}, "aws_bucket_name is missing: the bucket of the images"),
         ({"dataset_type": "conditioning"}, "paired images are not supported yet"),
         ({"resolution_buckets": ["64x64"]}, 'needs "crop": true'),
         (

@@ -15,7 +15,16 @@ from simpletuner.errors import ConfigError
 
 IMAGES = {"id": "photos", "instance_data_dir": "photos"}
 TEXTS = {"id": "texts", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache"}
-SOURCE = "only local folders and tar files are read"
+BUCKET = {
+    "aws_bucket_name": "mine",
+    "aws_data_prefix": "photos",
+    "aws_endpoint_url": "https://x/",
+    "aws_access_key_id": "id",
+    "aws_secret_access_key": "key",
+}
+HUB = {"type": "huggingface", "dataset_name": "owner/name", "caption_strategy": "huggingface"}
+COMPOSITE = "composite_image_config"
+FILTERS = {"collection": ["photo"], "quality_thresholds": {"clear": 0.5}, "min_width": 512}
 TABLE_BLOCK = {
     "path": "photos/captions.parquet",
     "filename_column": "id",
@@ -35,25 +44,30 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (TEXTS, {"type": "aws", "aws_bucket_name": "mine", "aws_endpoint_url": "https://x/"}, "noted"),
     (TEXTS, {"type": "memory", "memory_filesystem_path": "/ram"}, "noted"),
     (TEXTS, {"dataset_type": "conditioning_image_embeds"}, "noted"),
-    (IMAGES, {"type": "aws"}, SOURCE),
-    (IMAGES, {"aws_bucket_name": "mine"}, SOURCE),
-    (IMAGES, {"aws_endpoint_url": "https://x/"}, SOURCE),
-    (IMAGES, {"aws_access_key_id": "id"}, SOURCE),
-    (IMAGES, {"aws_secret_access_key": "key"}, SOURCE),
-    (IMAGES, {"type": "huggingface"}, SOURCE),
-    (IMAGES, {"dataset_name": "username/dataset-name"}, SOURCE),
-    (IMAGES, {"huggingface": {"caption_column": ["title", "tags"]}}, SOURCE),
-    (IMAGES, {"caption_column": "caption"}, SOURCE),
-    (IMAGES, {"image_column": "image"}, SOURCE),
-    (IMAGES, {"split": "train"}, SOURCE),
-    (IMAGES, {"type": "csv"}, SOURCE),
-    (IMAGES, {"csv_caption_column": "caption"}, SOURCE),
-    (IMAGES, {"csv_file": "list.csv"}, SOURCE),
-    (IMAGES, {"csv_cache_dir": "cache/csv"}, SOURCE),
-    (IMAGES, {"type": "webshart"}, SOURCE),
-    (IMAGES, {"source": "owner/shards"}, SOURCE),
-    (IMAGES, {"metadata": "owner/shards-metadata"}, SOURCE),
-    (IMAGES, {"webshart": {"cache_dir": "cache/webshart"}}, SOURCE),
+    (IMAGES, {"type": "aws"}, "aws_bucket_name is missing"),
+    (IMAGES, {"aws_bucket_name": "mine"}, "noted"),
+    (IMAGES, {"type": "aws", **BUCKET}, "works"),
+    (IMAGES, {"type": "aws", **BUCKET, "aws_secret_access_key": ""}, "needs both parts"),
+    (IMAGES, {"type": "huggingface"}, "dataset_name is missing"),
+    (IMAGES, {"dataset_name": "username/dataset-name"}, "noted"),
+    (IMAGES, {**HUB, "split": "train", "revision": "main", "streaming": True}, "works"),
+    (IMAGES, {**HUB, "metadata_backend": "huggingface", "num_proc": 16}, "noted"),
+    (IMAGES, {**HUB, "image_column": "image", "caption_column": ["title", "tags"]}, "works"),
+    (IMAGES, {**HUB, "huggingface": {"caption_column": ["title", "tags"]}}, "works"),
+    (IMAGES, {**HUB, "huggingface": {"filter_func": FILTERS}}, "works"),
+    (IMAGES, {**HUB, "huggingface": {"filter_func": {"age": 3}}}, "filter_func must be"),
+    (IMAGES, {**HUB, "huggingface": {"colour": 3}}, "colour: unknown"),
+    (IMAGES, {**HUB, "huggingface": {COMPOSITE: {"enabled": True}}}, "not cut into parts"),
+    (IMAGES, {**HUB, "huggingface": {COMPOSITE: {"enabled": False}}}, "works"),
+    (IMAGES, {"type": "csv"}, "table is missing"),
+    (IMAGES, {"type": "csv", "csv_file": "list.csv"}, "is not a file"),
+    (IMAGES, {"type": "csv", "csv_file": "photos/list.csv", "csv_url_column": "u"}, "works"),
+    (IMAGES, {"type": "csv", "csv_file": "photos/list.csv", "csv_cache_dir": "c"}, "noted"),
+    (IMAGES, {"csv_caption_column": "caption"}, "noted"),
+    (IMAGES, {"type": "webshart"}, "source is missing"),
+    (IMAGES, {"type": "webshart", "source": "owner/shards"}, "works"),
+    (IMAGES, {"type": "webshart", "source": "owner/shards", "metadata": "owner/m"}, "noted"),
+    (IMAGES, {"type": "webshart", "source": "a/b", "webshart": {"cache_dir": "c"}}, "noted"),
     (IMAGES, {"type": "memory"}, "images are not read from memory"),
     (IMAGES, {"memory_filesystem_path": "/ram"}, "noted"),
     (IMAGES, {"memory_filesystem_size": "512G"}, "noted"),
@@ -110,7 +124,8 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 def read(folder: Path, *entries: dict[str, Any]) -> DatasetFile:
     (folder / "photos").mkdir(exist_ok=True)
-    (folder / "photos/captions.parquet").write_bytes(b"")
+    for name in ("captions.parquet", "list.csv"):
+        (folder / "photos" / name).write_bytes(b"")
     path = folder / "multidatabackend.json"
     path.write_text(json.dumps(entries), encoding="utf-8")
     return read_dataset_file(path, DataOptions(), {})

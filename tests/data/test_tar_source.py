@@ -13,7 +13,8 @@ import pytest
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset_file import read_dataset_file
 from simpletuner.data.scan import ScanResult, scan_datasets
-from simpletuner.data.tar_source import TarFolder, TarMember
+from simpletuner.data.sources import LocalFile, LocalFolder
+from simpletuner.data.tar_source import TarFiles, TarMember
 from simpletuner.errors import DataError
 from tests.data.unusable_files import encode_image, noise_image
 
@@ -71,7 +72,7 @@ def test_a_tar_gives_the_samples_of_its_folder(tmp_path: Path) -> None:
 
 def test_a_member_can_be_read_from_any_place(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"x.bin": bytes(range(200)), "y.bin": b"other"})
-    (folder,) = TarFolder(tmp_path).folders()
+    (folder,) = TarFiles(LocalFolder(tmp_path)).folders()
     assert folder.inside == "a.tar"
     file = folder.files["x.bin"]
     assert isinstance(file, TarMember)
@@ -84,7 +85,7 @@ def test_a_member_can_be_read_from_any_place(tmp_path: Path) -> None:
         assert stream.tell() == 14
     assert file.address == f"{path}::x.bin"
     assert bytes.fromhex(file.cache_key).decode() == f"{path}::x.bin"
-    assert file == TarMember(path, "x.bin", file.offset, 200)
+    assert file == TarMember(LocalFile(path), "x.bin", file.offset, 200)
     size, changed, inode = file.stamp()
     write_tar(path, {"x.bin": bytes(200)})
     os.utime(path, ns=(changed + 10**9, changed + 10**9))
@@ -94,7 +95,7 @@ def test_a_member_can_be_read_from_any_place(tmp_path: Path) -> None:
 def test_what_is_no_tar_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"not a tar" * 200)
     with pytest.raises(DataError, match=r"a\.tar cannot be read as a tar file"):
-        list(TarFolder(tmp_path).folders())
+        list(TarFiles(LocalFolder(tmp_path)).folders())
 
 
 def test_a_tar_that_ends_early_rejects_its_last_image(tmp_path: Path) -> None:

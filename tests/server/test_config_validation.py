@@ -81,6 +81,24 @@ def test_the_same_words_as_the_reader_of_files(
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"type": "aws", "aws_bucket_name": "b"}, "type"),
+        ({"type": "csv", "table": "pics/t.csv"}, "table"),
+        ({"type": "huggingface", "dataset_name": "a/b"}, "dataset_name"),
+        ({"instance_data_dir": "s3://bucket/photos"}, "instance_data_dir"),
+        ({"caption_strategy": "csv", "caption_table": "https://x/t.csv"}, "caption_table"),
+        ({"caption_strategy": "csv", "parquet": {"path": "https://x/t.csv"}}, "parquet"),
+    ],
+)
+def test_datasets_of_other_machines_are_not_settable(
+    workspace: Workspace, fields: dict[str, object], name: str
+) -> None:
+    found = said(validate_config(workspace, {}, [{**SETS[0], **fields}]))
+    assert "cannot be set here: it reads from other machines" in found[f"photos.{name}"]
+
+
 def test_without_datasets_nothing_can_be_trained(workspace: Workspace) -> None:
     assert list(said(validate_config(workspace, {}, []))) == ["datasets"]
 
