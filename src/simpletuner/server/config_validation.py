@@ -215,7 +215,7 @@ def _validate_datasets(
         for key in _remote_fields(entry):
             problems.append(ErrorDetail(loc=f"{name}.{key}", message=REMOTE_REASON))
             copy[key] = str(workspace.root) if key == "instance_data_dir" else None
-        for key, value in entry.items():
+        for key, value in list(copy.items()):
             if has_env_placeholder({key: value}):
                 problems.append(
                     ErrorDetail(loc=f"{name}.{key}", message="{env:NAME} is not supported here")

@@ -29,9 +29,9 @@ from simpletuner.cache.tensor_store import TensorStore
 from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.data.dataset_config import DatasetConfig, DatasetFile
 from simpletuner.data.rejections import format_rejected, write_rejected
-from simpletuner.data.remote_store import RemoteStore, open_remote_store
+from simpletuner.data.remote_store import open_remote_store
 from simpletuner.data.sample_types import BucketedSample
-from simpletuner.data.scan import ScanResult, scan_datasets
+from simpletuner.data.scan import ScanResult
 from simpletuner.errors import DataError
 from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
 from simpletuner.models.family import ArchitectureConstants, ModelFamily, ModelFiles, TextEncoder
@@ -39,6 +39,7 @@ from simpletuner.training.device import ComputeDevice, split_when_out_of_memory
 from simpletuner.training.hold_out import choose_held_out_ids
 from simpletuner.training.resume import ResumePoint
 from simpletuner.training.run_folder import RunFolder
+from simpletuner.training.shared_scan import scan_everywhere
 from simpletuner.training.world import World
 
 MAX_LISTED_CAPTIONS = 20
@@ -270,52 +271,6 @@ def divide_samples(
     train = select_samples(cached, lambda item: not is_held_out(item))
     held_out = select_samples(cached, lambda item: is_held_out(item) and item.crop_index == 0)
     return train, held_out, split
-
-
-def scan_everywhere(
-    run: RunConfig,
-    backends: DatasetFile,
-    alignment_px: int,
-    rejected_path: Path | None,
-    store: RemoteStore | None,
-    world: World,
-    emit: Emit,
-) -> ScanResult:
-    """Scan the datasets in every process. Raises DataError where they do not see the same.
-
-    store: of copies of remote files; None where every image is a local file. With it, rank 0 goes
-    first, and the others find the copies.
-    """
-    with ExitStack() as turns:
-        if store is not None:
-            turns.enter_context(world.main_first("datasets"))
-        scanned = scan_datasets(
-            [*backends.train, *backends.eval],
-            run.data,
-            run.training.seed,
-            emit,
-            alignment_px=alignment_px,
-            rejected_path=rejected_path,
-            store=store,
-        )
-    require_same_scan(scanned, world)
-    if scanned.rejected and rejected_path is not None:
-        listed = format_rejected(scanned.rejected, rejected_path)
-        emit(WarningIssued(f"not trained on ({len(scanned.rejected)}):\n{listed}"))
-    return scanned
-
-
-def require_same_scan(scanned: ScanResult, world: World) -> None:
-    """Raise DataError unless all processes have found the same samples."""
-    lines = [f"{item.sample.id}|{item.bucket_px}|{item.crop_px}" for item in scanned.samples]
-    digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-    found = world.gather_json([len(lines), digest])
-    for rank, other in enumerate(found):
-        if other != found[0]:
-            raise DataError(
-                f"process {rank} finds other images than process 0 ({other[0]} and {found[0][0]} "
-                "samples): every machine must see the same datasets, unchanged while the run starts"
-            )
 
 
 def encode_captions(
