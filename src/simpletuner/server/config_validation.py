@@ -237,11 +237,13 @@ def _validate_datasets(
         return [
             ErrorDetail(loc="datasets", message="there is no dataset; add a folder of images")
         ], DatasetFile((), (), None)
+    refused = {problem.loc for problem in problems}
     backends, dataset_problems = try_read_datasets(resolved, workspace.root, options)
     problems += [
         ErrorDetail(
             loc=problem.location, message=problem.message.removeprefix(f"{problem.location}: ")
         )
         for problem in dataset_problems
+        if problem.location not in refused
     ]
     return problems, backends
