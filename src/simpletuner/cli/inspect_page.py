@@ -46,7 +46,7 @@ class _Thumbnails:
         if not source:
             return f"<figure><figcaption>{_escape(sample_id)}: not readable</figcaption></figure>"
         window = _crop_window(item) if crop else ""
-        image = f'<img src="{source}" alt="{_escape(sample_id)}" loading="lazy">'
+        image = f'<img src="{source}" alt="{_escape(sample_id)}">'
         under = "<br>".join(filter(None, (_escape(note), _escape(sample_id))))
         title = _escape(" | ".join(item.sample.captions))
         return (
