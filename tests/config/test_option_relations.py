@@ -44,6 +44,9 @@ PAGE_ROWS = [line for line in docs.render_options_page().splitlines() if line.st
 CONDITIONAL = [name for name, declared in all_options().items() if declared.needs]
 
 
+OBJECTS = {"lora_rank_by_module": {".*": 4}, "lr_by_module": {".*": 0.5}}
+
+
 def other_value(declared: Option) -> Any:
     """Return an allowed value that is not the default."""
     if declared.name in VALUES:
@@ -63,7 +66,7 @@ def other_value(declared: Option) -> Any:
         return 3 if declared.default != 3 else 4
     if declared.kind == "number":
         return 0.5 if declared.default != 0.5 else 0.75
-    return "text"
+    return OBJECTS.get(declared.name, "text")
 
 
 def violating(need: Need) -> Any:

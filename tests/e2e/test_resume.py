@@ -103,6 +103,31 @@ def test_rollouts_change_the_training_and_resume_exactly(
     )
 
 
+FINER_CONTROL = {
+    "lr_by_module": {r"single_transformer_blocks\..*": 0.25},
+    "loraplus_lr_ratio": 4.0,
+    "lora_rank_by_module": {r".*to_q": 2},
+    "loss_weight_by_sigma": "0:0.5, 1:2",
+}
+
+
+def test_rates_ranks_and_weights_change_the_training_and_resume_exactly(
+    straight: tuple[TrainingProject, Path],
+) -> None:
+    workspace, plain = straight
+    whole = workspace.train(output_dir=str(workspace.root / "finer"), **FINER_CONTROL)
+    assert read_losses(whole) != read_losses(plain)
+    resumed = interrupted(workspace, 3, "finer-stopped", **FINER_CONTROL)
+    assert read_losses(resumed) == read_losses(whole)
+    assert read_checkpoint_files(resumed / "checkpoint-6") == read_checkpoint_files(
+        whole / "checkpoint-6"
+    )
+    other = {"loraplus_lr_ratio": 8.0, "max_train_steps": 7}
+    refused = workspace.train_and_expect_error(output_dir=str(whole), **{**FINER_CONTROL, **other})
+    assert isinstance(refused, CheckpointError)
+    assert "loraplus_lr_ratio" in str(refused)
+
+
 def test_cold_optimizer_is_not_the_same_run(straight: tuple[TrainingProject, Path]) -> None:
     """The test above can fail: without the optimizer's state the run is another one."""
     workspace, run_dir = straight

@@ -23,6 +23,7 @@ from simpletuner.adapters.module_names import ModuleNames
 from simpletuner.config import lycoris_config
 from simpletuner.config.constraints import BASE_DERIVED_INITS
 from simpletuner.config.lycoris_config import LycorisConfig
+from simpletuner.config.patterns import match_patterns
 from simpletuner.config.schema import AdapterOptions
 from simpletuner.errors import ConfigError, ModelError
 from simpletuner.randomness import seed_at
@@ -32,9 +33,9 @@ from simpletuner.randomness import seed_at
 class AttachedAdapter:
     """Result of attaching an adapter. modules, parameters: counts.
 
-    scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA. trainable: (name, parameter) in module
-    order, with the names of PEFT's state dict ("<module>.lora_A.weight") or of LyCORIS.
-    initialized_from: summary of the init_lora file, if any.
+    scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA, of the first module. trainable: (name,
+    parameter) in module order, with the names of PEFT's state dict ("<module>.lora_A.weight") or of
+    LyCORIS. initialized_from: summary of the init_lora file, if any.
     """
 
     modules: int
@@ -55,10 +56,10 @@ def attach_adapter(
 ) -> AttachedAdapter:
     """Adapt the linears `target_names` (full module names) in place and freeze the rest.
 
-    alpha defaults to the rank. A is initialized from (seed, module name), independent of the order
-    of the names. OLoRA and PiSSA leave the base unmodified: their initial factors are stored with A
-    and B and subtracted, so that the exported file (of twice the rank) and strength 0 are correct
-    for the original base.
+    alpha defaults to the rank of each module. A is initialized from (seed, module name),
+    independent of the order of the names. OLoRA and PiSSA leave the base unmodified: their initial
+    factors are stored with A and B and subtracted, so that the exported file (of twice the rank)
+    and strength 0 are correct for the original base.
 
     names: the architecture's name table. dtype: of the trained parameters. lycoris_settings: those
     of each module with lora_type lycoris; None is lycoris_config for all. Raises ConfigError or
@@ -70,15 +71,23 @@ def attach_adapter(
     if options.lora_type == "lycoris" and lycoris_settings is None:
         lycoris = dict.fromkeys(target_names, lycoris_config.require_lycoris_config(options))
     bases = _find_base_linears(transformer, target_names)
+    ranks = _module_ranks(options, list(bases))
     initial_deltas: dict[str, Delta] = {}
     initialized_from = None
     if options.init_lora is not None:
         initial_deltas, initialized_from = _load_init_lora(
-            Path(options.init_lora), bases, options, names, lycoris
+            Path(options.init_lora), bases, options, names, lycoris, ranks
         )
     adapters = {
         name: _build_adapter(
-            name, base, options, initial_deltas.get(name), seed, dtype, lycoris.get(name)
+            name,
+            base,
+            ranks[name],
+            options,
+            initial_deltas.get(name),
+            seed,
+            dtype,
+            lycoris.get(name),
         )
         for name, base in bases.items()
     }
@@ -129,6 +138,20 @@ def trainable_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter
     ]
 
 
+def _module_ranks(options: AdapterOptions, names: Sequence[str]) -> dict[str, int]:
+    """Return the rank of each module. Raises ConfigError for a pattern without a module."""
+    try:
+        given, unused = match_patterns(options.lora_rank_by_module or {}, names)
+    except ValueError as error:
+        raise ConfigError(f"lora_rank_by_module: {error}") from error
+    if unused:
+        raise ConfigError(
+            f"lora_rank_by_module: no module of this LoRA is matched by {unused[0]!r}, which must "
+            f"match a whole name such as {names[0]}"
+        )
+    return {name: given.get(name, options.lora_rank) for name in names}
+
+
 def _check_combinations(
     options: AdapterOptions, target_names: Sequence[str], names: ModuleNames
 ) -> None:
@@ -176,6 +199,7 @@ def _install_adapters(transformer: nn.Module, adapters: Mapping[str, AdaptedLine
 def _build_adapter(
     name: str,
     base: nn.Linear,
+    rank: int,
     options: AdapterOptions,
     initial_delta: Delta | None,
     seed: int,
@@ -192,14 +216,13 @@ def _build_adapter(
             else initial
         )
         return LycorisLinear(base, _to_base_device(initial, base, dtype), options.lora_dropout)
-    rank = options.lora_rank
     alpha = rank if options.lora_alpha is None else options.lora_alpha
     scale = alpha / (rank**0.5 if options.use_rslora else rank)
     principal = options.lora_init_type in BASE_DERIVED_INITS
     if principal:
-        factors = LowRankDelta(*_init_from_base_weight(name, base, options, scale, generator))
+        factors = LowRankDelta(*_init_from_base_weight(name, base, rank, options, scale, generator))
     else:
-        factors = _init_low_rank(base, options, generator)
+        factors = _init_low_rank(base, rank, options, generator)
     if isinstance(initial_delta, LowRankDelta):
         # A smaller rank fills the first rows; B is zero for the others.
         factors.down[: initial_delta.rank], factors.up[:, : initial_delta.rank] = (
@@ -214,26 +237,30 @@ def _build_adapter(
 
 
 def _init_low_rank(
-    base: nn.Linear, options: AdapterOptions, generator: torch.Generator
+    base: nn.Linear, rank: int, options: AdapterOptions, generator: torch.Generator
 ) -> LowRankDelta:
-    shape = (options.lora_rank, base.in_features)
+    shape = (rank, base.in_features)
     if options.lora_init_type == "gaussian":
-        down = torch.randn(shape, generator=generator) / options.lora_rank
+        down = torch.randn(shape, generator=generator) / rank
     else:
         # Kaiming uniform with a = sqrt(5), the default of nn.Linear: bound 1 / sqrt(in)
         down = (2 * torch.rand(shape, generator=generator) - 1) * base.in_features**-0.5
-    return LowRankDelta(down, torch.zeros(base.out_features, options.lora_rank))
+    return LowRankDelta(down, torch.zeros(base.out_features, rank))
 
 
 def _init_from_base_weight(
-    name: str, base: nn.Linear, options: AdapterOptions, scale: float, generator: torch.Generator
+    name: str,
+    base: nn.Linear,
+    rank: int,
+    options: AdapterOptions,
+    scale: float,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Return (A, B): PiSSA (arXiv 2404.02948) by truncated SVD, OLoRA (2406.01775) by QR."""
-    rank = options.lora_rank
     if rank > min(base.weight.shape):
         raise ConfigError(
             f"lora_init_type = {options.lora_init_type!r} needs lora_rank <="
-            f" {min(base.weight.shape)} for {name}, but lora_rank is {rank}"
+            f" {min(base.weight.shape)} for {name}, but its rank is {rank}"
         )
     # MPS has neither decomposition. The random basis is always drawn on the CPU, so that a run that
     # is moved to another device starts from the same factors.
@@ -257,8 +284,9 @@ def _load_init_lora(
     options: AdapterOptions,
     names: ModuleNames,
     lycoris: Mapping[str, LycorisConfig],
+    ranks: Mapping[str, int],
 ) -> tuple[dict[str, Delta], LoraFileSummary]:
-    """Load init_lora. Ranks below lora_rank are zero-padded later, in _build_adapter."""
+    """Load init_lora. Ranks below those of the modules are zero-padded later."""
     deltas, summary = read_lora_file(path, names).to_deltas_and_summary()
     where = f"init_lora = {str(path)!r} ({summary.layout} layout)"
     if set(deltas) != set(bases):
@@ -277,11 +305,14 @@ def _load_init_lora(
         lycoris_setting = f'lora_type = "lycoris" and algo {summary.kind.lower()} in lycoris_config'
         setting = settings.get(summary.kind, lycoris_setting)
         raise ConfigError(f"{where} is a {summary.kind}; set {setting}")
-    if options.lora_type == "standard" and (rank := summary.ranks[-1]) > options.lora_rank:
-        raise ConfigError(
-            f"{where} has rank {rank}, but lora_rank is {options.lora_rank}; set lora_rank to"
-            f" {rank}, or reduce the file with: simpletuner export --format diffusers --rank N"
-        )
+    for name in bases if options.lora_type == "standard" else ():
+        if (rank := deltas[name].rank) > ranks[name]:
+            of_module = f" for {name}" if options.lora_rank_by_module else ""
+            raise ConfigError(
+                f"{where} has rank {rank}, but lora_rank is {ranks[name]}{of_module}; set lora_rank"
+                f" to {summary.ranks[-1]}, or reduce the file with: simpletuner export --format"
+                " diffusers --rank N"
+            )
     for name, base in bases.items():
         _check_shape(path, name, deltas[name], base)
     return deltas, summary

@@ -121,6 +121,9 @@ def _check_adapter(run: RunConfig) -> Iterator[ConstraintFinding]:
             "init_lora",
             "and lora_init_type both specify the initial values of A and B; remove one of them",
         )
+    for pattern in adapter.lora_rank_by_module or {}:
+        if problem := pattern_problem(pattern):
+            yield "lora_rank_by_module", f"{pattern!r} {problem}"
     if isinstance(adapter.lora_target_modules, str):
         problem = pattern_problem(adapter.lora_target_modules)
         if problem:
@@ -133,10 +136,28 @@ def _check_learning_rate(run: RunConfig) -> Iterator[ConstraintFinding]:
         yield "lr_scale_sqrt", "lr_scale is given too; use one of them"
     if optimizer.lr_end > optimizer.learning_rate and optimizer.lr_scheduler != "constant":
         yield "lr_end", f"{optimizer.lr_end:g} is above learning_rate {optimizer.learning_rate:g}"
+    for name in ("lr_by_module", "loraplus_lr_ratio"):
+        if getattr(optimizer, name) is not None:
+            yield from _check_several_rates(run, name)
+    for pattern in optimizer.lr_by_module or {}:
+        if problem := pattern_problem(pattern):
+            yield "lr_by_module", f"{pattern!r} {problem}"
     if optimizer.optimizer == "adamw_schedulefree" and optimizer.lr_scheduler != "constant":
         yield (
             "lr_scheduler",
             'adamw_schedulefree replaces the learning-rate schedule; use "constant"',
+        )
+
+
+def _check_several_rates(run: RunConfig, name: str) -> Iterator[ConstraintFinding]:
+    """Yield what cannot be used with learning rates that differ between parameters."""
+    if run.optimizer.optimizer == "prodigy":
+        yield name, "prodigy estimates one rate for all weights; use another optimizer"
+    if run.distributed.deepspeed_config is not None:
+        yield (
+            name,
+            "deepspeed_config joins all weights into one tensor, which has one rate; use "
+            "fsdp_enable, or leave one of them out",
         )
 
 

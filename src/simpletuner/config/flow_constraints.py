@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from simpletuner.config.loss_weights import WEIGHT_NAMES, parse_weight_points
 from simpletuner.config.option import join_words
 from simpletuner.config.schema import FlowOptions
 
@@ -31,6 +32,11 @@ def find_errors(flow: FlowOptions, given: Mapping[str, str]) -> Iterator[tuple[s
             "with one of them",
         )
     yield from _check_noise_levels(flow)
+    if flow.loss_weight_by_sigma is not None and flow.loss_weight_by_sigma not in WEIGHT_NAMES:
+        try:
+            parse_weight_points(flow.loss_weight_by_sigma)
+        except ValueError as error:
+            yield "loss_weight_by_sigma", str(error)
     yield from _check_network_input(flow)
 
 

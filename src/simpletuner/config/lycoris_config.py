@@ -100,7 +100,8 @@ def require_lycoris_config(options: AdapterOptions) -> LycorisConfig:
 def describe_adapter(options: AdapterOptions) -> str:
     """Return "rank 16 LoRA" or "LoKr (linear_dim 16)"."""
     if options.lora_type == "standard":
-        return f"rank {options.lora_rank} {'DoRA' if options.use_dora else 'LoRA'}"
+        others = " with ranks by module" if options.lora_rank_by_module else ""
+        return f"rank {options.lora_rank} {'DoRA' if options.use_dora else 'LoRA'}{others}"
     config = require_lycoris_config(options)
     return f"{'LoKr' if config.algo == 'lokr' else 'LoHa'} (linear_dim {config.dim})"
 

@@ -6,12 +6,14 @@ reads the same syntax and has a timeout.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import regex
 
 MAX_PATTERN_CHARACTERS = 2000
 TIMEOUT_S = 5.0
+Value = TypeVar("Value")
 
 
 def pattern_problem(pattern: str) -> str:
@@ -39,3 +41,21 @@ def full_matches(pattern: str, names: Iterable[str]) -> list[str]:
         raise ValueError(
             f"needs more than {TIMEOUT_S:g} s for one name; avoid nested repetitions such as (a+)+"
         ) from None
+
+
+def match_patterns(
+    values: Mapping[str, Value], names: Sequence[str]
+) -> tuple[dict[str, Value], list[str]]:
+    """Return name -> value of the first pattern that matches it, and patterns that match none.
+
+    Raises ValueError like `full_matches`.
+    """
+    found: dict[str, Value] = {}
+    unused = []
+    for pattern, value in values.items():
+        matches = full_matches(pattern, names)
+        if not matches:
+            unused.append(pattern)
+        for name in matches:
+            found.setdefault(name, value)
+    return found, unused

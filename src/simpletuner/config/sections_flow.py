@@ -106,6 +106,12 @@ class FlowOptions(OptionSection):
         gt=0,
         le=100,
     )
+    loss_weight_by_sigma: str | None = option(
+        None,
+        "Weight of the loss by noise level: cosmap, min_snr (limit 5), or points sigma:weight such "
+        'as "0:0.5, 0.5:1, 1:2", linear between them; null weighs all equally. The held-out loss '
+        "is never weighted.",
+    )
     input_perturbation: float = option(
         0.0,
         "Extra noise in the network's input, but not in its target.",

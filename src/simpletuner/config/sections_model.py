@@ -14,6 +14,7 @@ from simpletuner.config.precisions import Precision
 # Read this file as a table: name, type and default; one sentence of help; level, bounds, other
 # names, and the relations to other options.
 
+ModuleRank = Annotated[int, Field(ge=1, le=1024)]
 LORA = {"model_type": "lora"}
 STANDARD_LORA = {**LORA, "lora_type": "standard"}
 STANDARD_LORA_REASON = 'applies to a standard LoRA only; remove it with lora_type "lycoris"'
@@ -272,9 +273,18 @@ class AdapterOptions(OptionSection):
         ge=1,
         le=1024,
     )
+    lora_rank_by_module: dict[str, ModuleRank] | None = option(
+        None,
+        "Ranks by module: an object of regular expressions for whole module names, such as "
+        '{"single_transformer_blocks.*": 4}; the first that matches counts, other modules have '
+        "lora_rank.",
+        needs=STANDARD_LORA,
+        unmet_errors={"lora_type": STANDARD_LORA_REASON},
+    )
     lora_alpha: float | None = option(
         None,
-        "LoRA alpha: the strength is alpha / rank; null is alpha = rank.",
+        "LoRA alpha: the strength is alpha / rank, by the rank of each module; null is alpha = "
+        "rank.",
         level="common",
         aliases=("network_alpha",),
         needs=STANDARD_LORA,

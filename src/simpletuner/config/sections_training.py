@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from simpletuner.config import optimizer_names
 from simpletuner.config.option import Effect, Not, OptionSection, option
@@ -12,6 +14,7 @@ from simpletuner.config.option import Effect, Not, OptionSection, option
 
 ADAM_OPTIMIZERS = ("adamw", "adamw_bf16", "adamw_8bit", "prodigy", "adamw_schedulefree", "muon")
 EMA = {"use_ema": True}
+RateFactor = Annotated[float, Field(gt=0, le=1000)]
 
 
 class OptimizerOptions(OptionSection):
@@ -114,6 +117,25 @@ class OptimizerOptions(OptionSection):
         "Multiply the learning rate by the square root of the number of samples per optimizer "
         "step.",
         affects=set(),
+    )
+    lr_by_module: dict[str, RateFactor] | None = option(
+        None,
+        "Factors on the learning rate by module: an object of regular expressions for whole module "
+        'names, such as {"single_transformer_blocks.*": 0.5}; the first that matches counts, other '
+        "modules have factor 1.",
+        affects=set(),
+    )
+    loraplus_lr_ratio: float | None = option(
+        None,
+        "LoRA+: learning rate of B divided by that of A; null is 1, the same rate for both.",
+        needs={"model_type": "lora", "lora_type": "standard"},
+        unmet_errors={
+            "model_type": 'needs model_type "lora"',
+            "lora_type": "applies to a standard LoRA only, which has factors A and B",
+        },
+        affects=set(),
+        gt=0,
+        le=1000,
     )
     max_grad_norm: float = option(1.0, "Gradient clipping limit; 0 is off.", level="common", ge=0)
     grad_clip_method: Literal["norm", "value"] = option(

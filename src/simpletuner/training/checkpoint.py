@@ -360,7 +360,7 @@ def unflatten_optimizer(
             groups[int(owner.removeprefix("group"))][key] = tensor
         else:
             state.setdefault(int(owner), {})[key] = tensor
-    for group, template in zip(groups, fresh["param_groups"], strict=True):  # type: ignore[call-overload]
+    for group, template in zip(groups, fresh["param_groups"]):  # type: ignore[call-overload]
         for key, value in template.items():
             if isinstance(value, tuple) and isinstance(group.get(key), list):
                 group[key] = tuple(group[key])

@@ -126,7 +126,10 @@ class Fsdp(Sharding):
         gradient_sum: GradientSum,
     ) -> OptimizerStep:
         shards = list(self.shards.values())
-        self._by_index = [*shards] if shards else [None] * len(params)
+        shard_of = {shard.local: shard for shard in shards}
+        self._by_index = [
+            shard_of.get(param) for group in optimizer.param_groups for param in group["params"]
+        ]
         if isinstance(optimizer, IndependentParameterOptimizer):
             optimizer.first_number = {
                 shard.local: shard.first_number(self.world.rank)

@@ -29,6 +29,7 @@ from simpletuner.data.epoch_timeline import EpochTimeline
 from simpletuner.errors import TrainingDiverged, TrainingStopped
 from simpletuner.events.event_types import Emit, StepCompleted, WarningIssued
 from simpletuner.flow.densities import sample_sigmas
+from simpletuner.flow.loss_weights import loss_weight
 from simpletuner.flow.objective import (
     add_noise,
     loss_per_sample,
@@ -47,6 +48,7 @@ from simpletuner.training.device import ComputeDevice
 from simpletuner.training.ema import Ema
 from simpletuner.training.optimizer_step import OptimizerStep
 from simpletuner.training.optimizers import set_optimizer_mode
+from simpletuner.training.parameter_groups import set_rate
 from simpletuner.training.world import World
 from simpletuner.validation.inference import eval_mode
 
@@ -243,10 +245,9 @@ def finish_gradients(
 
 
 def set_learning_rate(context: TrainerContext, step: int) -> float:
-    """Set the learning rate of the step in every parameter group, and return it."""
+    """Set the learning rate of the step, and return it without the factors of lr_by_module."""
     rate = context.learning_rate(step)
-    for group in context.optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(context.optimizer, rate)
     return rate
 
 
@@ -311,7 +312,10 @@ def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor, step: i
         predict_rows(context, text, x_sigma[:1], sigma[:1], (0,))
     with context.device.autocast():
         velocity = context.predict_velocity(x_sigma, sigma, text)
-    return loss_per_sample(velocity, target, sigma, options)
+    losses = loss_per_sample(velocity, target, sigma, options)
+    if options.loss_weight_by_sigma is not None:
+        losses = losses * loss_weight(options.loss_weight_by_sigma, sigma)
+    return losses
 
 
 def copy_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -119,6 +119,9 @@ class RunMetadata:
                 "rank": rank,
                 "alpha": alpha,
             }
+            if run.adapter.lora_rank_by_module:
+                ranks = {"rank_by_module": run.adapter.lora_rank_by_module}
+                fields["ss_network_args"] = json.dumps(ranks)
             if run.adapter.lora_type == "lycoris":
                 lycoris = lycoris_config.require_lycoris_config(run.adapter)
                 fields |= {

@@ -213,23 +213,34 @@ class SingleParameterStepper:
     ) -> None:
         self.optimizer = optimizer
         self.offloaded_state = offloaded_state
-        self.group_counters: dict[str, object] = {}
+        self.group_counters: dict[int, dict[str, object]] = {}
+        self.group_numbers = {
+            param: number
+            for number, group in enumerate(optimizer.param_groups)
+            for param in group["params"]
+        }
 
     def step(self, param: nn.Parameter) -> None:
-        (group,) = self.optimizer.param_groups
+        groups, number = self.optimizer.param_groups, self.group_numbers[param]
+        group = groups[number]
         before = dict(group)
         group["params"] = [param]
+        self.optimizer.param_groups = [group]
         if self.offloaded_state is None:
             self.optimizer.step()
         else:
             with self.offloaded_state.on_device(param):
                 self.optimizer.step()
-        self.group_counters = {key: value for key, value in group.items() if key != "params"}
+        self.optimizer.param_groups = groups
+        self.group_counters[number] = {
+            key: value for key, value in group.items() if key != "params"
+        }
         group.update(before)
 
     def finish_step(self) -> None:
-        """Advance the group's counters; call it after the last parameter of a step."""
-        self.optimizer.param_groups[0].update(self.group_counters)
+        """Advance the counters of the groups; call it after the last parameter of a step."""
+        for number, counters in self.group_counters.items():
+            self.optimizer.param_groups[number].update(counters)
         if self.offloaded_state is not None:
             self.offloaded_state.synchronize()
 

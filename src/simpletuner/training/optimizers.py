@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from simpletuner.training.gradient_sum import make_buckets
 from simpletuner.training.grouped_prodigy import GroupedProdigy
 from simpletuner.training.muon import Muon
 from simpletuner.training.optimizer_offload import copy_to_pinned_host
+from simpletuner.training.parameter_groups import group_parameters
 from simpletuner.training.stochastic_adamw import SameDtypeMoments, StochasticAdamW
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
@@ -116,22 +118,24 @@ class ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]  # the library
 
     @torch.no_grad()
     def eval(self) -> None:
-        group = self.param_groups[0]
-        if group["train_mode"]:
-            points = [param.detach().clone() for param in group["params"]]
+        if self.param_groups[0]["train_mode"]:
+            points = [(param, param.detach().clone()) for param in self._all_parameters()]
             super().eval()
-            for param, point in zip(group["params"], points):
+            for param, point in points:
                 self.state[param]["training_point"] = point
 
     @torch.no_grad()
     def train(self) -> None:
-        group = self.param_groups[0]
-        if not group["train_mode"]:
-            for param in group["params"]:
+        if not self.param_groups[0]["train_mode"]:
+            for param in self._all_parameters():
                 point = self.state[param].pop("training_point", None)
                 if point is not None:
                     param.copy_(point)
-            group["train_mode"] = True
+            for group in self.param_groups:
+                group["train_mode"] = True
+
+    def _all_parameters(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state, and set weights and mode to the training point.
@@ -144,12 +148,16 @@ class ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]  # the library
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """The arguments for an optimizer. extra_arguments: optimizer_config, in the library's names."""
+    """The arguments for an optimizer. extra_arguments: optimizer_config, in the library's names.
 
-    params: list[nn.Parameter]
+    params: the parameters, or groups of them.
+    """
+
+    params: list[Any]
     options: OptimizerOptions
     extra_arguments: dict[str, Any]
     seed: int
+    device_types: frozenset[str]
 
     def adam_arguments(self) -> dict[str, Any]:
         options = self.options
@@ -163,7 +171,7 @@ class OptimizerSpec:
 
 
 def _adamw(spec: OptimizerSpec) -> Optimizer:
-    fused = all(param.device.type in FUSED_ADAMW_DEVICES for param in spec.params)
+    fused = all(device in FUSED_ADAMW_DEVICES for device in spec.device_types)
     return AdamW(spec.params, **spec.adam_arguments(), fused=fused, foreach=False)
 
 
@@ -218,8 +226,16 @@ OPTIMIZERS: Mapping[str, Callable[[OptimizerSpec], Optimizer]] = {
 }
 
 
-def build_optimizer(options: OptimizerOptions, params: NamedParameters, seed: int) -> Optimizer:
+def build_optimizer(
+    options: OptimizerOptions,
+    params: NamedParameters,
+    seed: int,
+    factors: Mapping[str, float] = MappingProxyType({}),
+) -> Optimizer:
     """Return the optimizer over `params` in their order, in training mode.
+
+    factors: name -> factor on the learning rate, 1 where there is none; parameters of equal factor
+    form a group.
 
     adamw_bf16 holds its moments in the dtype of the weights, adamw_8bit in 2 bytes per weight;
     both, and muon, round bf16 weights stochastically. lion has betas of its own (0.9, 0.99), not
@@ -229,13 +245,17 @@ def build_optimizer(options: OptimizerOptions, params: NamedParameters, seed: in
     Raises ConfigError when a value of optimizer_config is out of bounds.
     """
     spec = OptimizerSpec(
-        [param for _, param in params], options, parse_optimizer_arguments(options), seed
+        group_parameters(params, factors),
+        options,
+        parse_optimizer_arguments(options),
+        seed,
+        frozenset(param.device.type for _, param in params),
     )
     try:
         optimizer = OPTIMIZERS[options.optimizer](spec)
     except ValueError as error:  # the libraries check the bounds of their arguments
         raise ConfigError(f"optimizer {options.optimizer}: {error}") from error
-    offloaded = is_state_offloaded(options, spec.params[0].device)
+    offloaded = is_state_offloaded(options, params[0][1].device)
     preserve_state_dtypes_on_load(
         optimizer,
         lambda tensor, param: copy_to_pinned_host(tensor) if offloaded else tensor.to(param.device),

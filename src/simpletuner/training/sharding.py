@@ -24,6 +24,7 @@ from simpletuner.models.weights.tensor_files import FileTensors, StoredSlice, Wh
 from simpletuner.training import checkpoint
 from simpletuner.training.gradient_sum import GradientSum, TreeSum
 from simpletuner.training.optimizer_step import OptimizerStep, make_optimizer_step
+from simpletuner.training.parameter_groups import load_grouped_state
 from simpletuner.training.world import World
 
 # Key in a saved optimizer state of the float32 copy of a bf16 weight, which only DeepSpeed holds.
@@ -127,7 +128,7 @@ class Sharding:
                 )
             )
             return
-        optimizer.load_state_dict(dict(saved))
+        load_grouped_state(optimizer, saved)
 
     def whole_tensors(self, tensors: Mapping[str, Tensor]) -> FileTensors:
         """Return tensors that have the parameters' names and shapes, as rank 0 stores them."""

@@ -24,6 +24,7 @@ from simpletuner.training import optimizers
 from simpletuner.training.device import DTYPES, ComputeDevice
 from simpletuner.training.ema import Ema, resolve_ema_device
 from simpletuner.training.optimizer_step import OptimizerStep, optimizer_step_name
+from simpletuner.training.parameter_groups import rate_factors
 from simpletuner.training.prepare import PreparedInputs
 from simpletuner.training.sharding import Sharding, require_equal_passes
 from simpletuner.training.world import World
@@ -159,7 +160,8 @@ def assemble_train_state(
     rate = optimizers.effective_learning_rate(run.optimizer, samples)
     options = run.optimizer.model_copy(update={"learning_rate": rate})
     named, parameters = list(trainable.items()), list(trainable.values())
-    optimizer = optimizers.build_optimizer(options, named, run.training.seed)
+    factors = rate_factors(options, transformer, trainable)
+    optimizer = optimizers.build_optimizer(options, named, run.training.seed, factors)
     step_name = optimizer_step_name(options, parameters[0].device)
     gradient_sum = sharding.gradient_sum(parameters, micro_batches)
     return TrainState(
