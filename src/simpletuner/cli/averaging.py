@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from simpletuner.cli.merge import uses_bundled_transformer
 from simpletuner.cli.trained_weights import find_lora_file, resolve_model_options
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError, Problem
@@ -72,8 +73,31 @@ def average_full_weights(parts: Sequence[tuple[Path, float]], output: Path) -> b
     return True
 
 
+def find_transformer(source: Path) -> Path | None:
+    """Return the transformer folder that a path is or holds; None for a checkpoint."""
+    folders = (source / "transformer", source)
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+
 def _base_options(source: Path) -> ModelOptions:
-    return resolve_model_options(None, [source.resolve(), *source.resolve().parents[:2]], {})
+    """Return the options of the base; only its transformer is needed.
+
+    That is the source itself where it is a whole transformer, else the base of the checkpoint's
+    run. The other parts are then those of the bundled model, which are never downloaded.
+    """
+    from simpletuner.models.registry import get_family
+
+    whole = find_transformer(source)
+    if whole is None:
+        run = resolve_model_options(None, [*source.resolve().parents[:1]], {})
+        if uses_bundled_transformer(run):
+            return run
+        given = run.pretrained_transformer_model_name_or_path or run.pretrained_model_name_or_path
+        flavours = get_family(run.model_family).flavours
+        base = given or flavours[run.model_flavour]
+    else:
+        base = str(whole)
+    return ModelOptions(model_flavour="nano", pretrained_transformer_model_name_or_path=base)
 
 
 def are_of_one_run(sources: Sequence[Path]) -> bool:
@@ -94,7 +118,7 @@ def average_loras(
 
     Of one run the factors are averaged, unless a rank is asked for; else the deltas.
     """
-    from simpletuner.adapters import average_deltas
+    from simpletuner.adapters import average_deltas, merge_deltas
     from simpletuner.adapters.deltas import LowRankDelta
 
     if not one_run or rank is not None:
@@ -103,7 +127,7 @@ def average_loras(
     deltas = average_deltas.average_factors(parts)
     described = "the mean of the factors, because all sources are of one run"
     if all(isinstance(d, LowRankDelta) and d.magnitude is None for d in deltas.values()):
-        exact = average_deltas.sum_weighted_loras(parts)
+        exact = merge_deltas.sum_weighted_loras(parts)
         distance = average_deltas.relative_distance(deltas, exact)
         described += f"; its delta differs from the mean of the deltas by {distance:.2%}"
     return deltas, described

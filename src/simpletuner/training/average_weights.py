@@ -85,7 +85,7 @@ def average_transformers(
 
 
 def _files_by_tensor(paths: Sequence[Path]) -> dict[str, Path]:
-    held = {}
+    held: dict[str, Path] = {}
     for path in paths:
         with safe_open(path, framework="pt", device="cpu") as file:
             held |= dict.fromkeys(file.keys(), path)
