@@ -74,6 +74,10 @@ def test_every_field_arrives(folder: Path) -> None:
         "maximum_image_size": 4,
         "target_downsample_size": 1.5,
         "max_upscale_threshold": 0.2,
+        "conditioning_data": ["masks"],
+        "alpha_mask": False,
+        "is_regularisation_data": True,
+        "regularisation_target": "images",
         "repeats": 9,
         "probability": 0.25,
         "max_num_samples": 7,
@@ -91,8 +95,15 @@ def test_every_field_arrives(folder: Path) -> None:
     }
     declared = {*COMMON_FIELDS, *IMAGE_FIELDS} - SOURCE_FIELDS.keys()
     assert set(fields) | {"id", "instance_data_dir"} == declared
-    (dataset,) = read(folder, photos(**fields)).train
+    masks = {
+        "id": "masks", "dataset_type": "conditioning", "conditioning_type": "mask",
+        "instance_data_dir": "photos", "source_dataset_id": "photos",
+    }  # fmt: skip
+    (dataset,) = read(folder, photos(**fields), masks).train
     framing = dataset.resize_crop
+    assert dataset.masks is not None
+    assert (dataset.masks.id, dataset.masks.instance_data_dir) == ("masks", folder / "photos")
+    assert (dataset.regularisation_target, dataset.alpha_mask) == ("images", False)
     assert dataset.caption_strategy == "instanceprompt"
     assert dataset.instance_prompts == ("a", "b")
     assert dataset.prepend_instance_prompt
@@ -246,7 +257,7 @@ def test_fields_of_other_trainers_are_refused_by_name(name: str, folder: Path) -
         ({"instance_prompt": ["{env:NOWHERE}"]}, "NOWHERE is not set"),
         ({"crop": "rather"}, 'photos.crop = "rather": must be true or false'),
         ({"type": "aws"}, "aws_bucket_name is missing: the bucket of the images"),
-        ({"dataset_type": "conditioning"}, "paired images are not supported yet"),
+        ({"dataset_type": "conditioning"}, "conditioning_type is missing"),
         ({"resolution_buckets": ["64x64"]}, 'needs "crop": true'),
         (
             {"crop": True, "crop_aspect": "random", "resolution_buckets": ["64x100"]},

@@ -25,6 +25,14 @@ BUCKET = {
 HUB = {"type": "huggingface", "dataset_name": "owner/name", "caption_strategy": "huggingface"}
 COMPOSITE = "composite_image_config"
 FILTERS = {"collection": ["photo"], "quality_thresholds": {"clear": 0.5}, "min_width": 512}
+# Entries that stand beside a dataset of masks, and beside a dataset of images that names it.
+PAIRED = {**IMAGES, "caption_strategy": "filename"}
+MASKS = {
+    "id": "masks",
+    "dataset_type": "conditioning",
+    "conditioning_type": "mask",
+    "instance_data_dir": "photos",
+}
 TABLE_BLOCK = {
     "path": "photos/captions.parquet",
     "filename_column": "id",
@@ -34,7 +42,7 @@ TABLE_BLOCK = {
     "height_column": "height",
     "identifier_includes_extension": True,
 }
-PAIRS = "paired images are not supported yet"
+PAIRS = "paired images other than masks are not supported"
 SINGLE = "Chroma generates single images"
 
 # (entry, fields, outcome). outcome: "works", "noted" (a notice names the field) or a part of the
@@ -85,10 +93,24 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (IMAGES, {"delete_nsfw_images": True}, "needs a second model"),
     (IMAGES, {"conditioning": [{"type": "canny"}]}, PAIRS),
     (IMAGES, {"conditioning": [{"type": "superresolution", "blur_radius": 2.0}]}, PAIRS),
-    (IMAGES, {"conditioning_data": "pairs"}, PAIRS),
-    (IMAGES, {"conditioning_type": "mask"}, PAIRS),
-    (IMAGES, {"dataset_type": "conditioning"}, PAIRS),
-    (IMAGES, {"source_dataset_id": "preferred"}, PAIRS),
+    (IMAGES, {"conditioning_data": "pairs"}, "there is no dataset of this id"),
+    (IMAGES, {"conditioning_type": "mask"}, "is not a field of datasets with this dataset_type"),
+    (IMAGES, {"dataset_type": "conditioning"}, "conditioning_type is missing"),
+    (IMAGES, {"source_dataset_id": "preferred"}, "is not a field of datasets with this"),
+    (PAIRED, {"conditioning_data": ["masks"]}, "works"),
+    (PAIRED, {"conditioning_data": ["masks", "more"]}, "an image has one mask"),
+    (PAIRED, {"conditioning_data": "masks", "alpha_mask": True}, "use one of them"),
+    (PAIRED, {}, "these masks would not be used"),
+    (MASKS, {}, "works"),
+    (MASKS, {"source_dataset_id": "photos"}, "works"),
+    (MASKS, {"source_dataset_id": "others"}, "use the same name"),
+    (MASKS, {"resolution": 512, "crop": True, "caption_strategy": "textfile"}, "noted"),
+    (MASKS, {"cache_dir_vae": "cache/masks"}, "noted"),
+    (MASKS, {"conditioning_type": "controlnet"}, PAIRS),
+    (MASKS, {"conditioning_type": "reference_strict"}, PAIRS),
+    (MASKS, {"conditioning_type": "segmentation"}, "use mask"),
+    (MASKS, {"conditioning_type": None}, "conditioning_type is missing"),
+    (MASKS, {"instance_data_dir": "none"}, "does not exist"),
     (IMAGES, {"video": {"num_frames": 125}}, SINGLE),
     (IMAGES, {"dataset_type": "video"}, SINGLE),
     (IMAGES, {"dataset_type": "audio"}, "Chroma generates images"),
@@ -117,7 +139,10 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (IMAGES, {"start_step": 0, "end_step": 300, "start_epoch": 0, "end_epoch": 0}, "works"),
     (IMAGES, {"train_batch_size": 2, "timestep_sampling_offset": 0.5}, "works"),
     (IMAGES, {"ignore_epochs": True}, "counts in an epoch"),
-    (IMAGES, {"is_regularisation_data": True}, "regularisation datasets are not supported yet"),
+    (IMAGES, {"is_regularisation_data": True}, "works"),
+    (IMAGES, {"is_regularization_data": True}, "works"),
+    (IMAGES, {"regularisation_target": "images"}, "noted"),
+    (IMAGES, {"is_regularisation_data": True, "regularisation_target": "x"}, "allowed: base"),
     (IMAGES, {"slider_strength": 0.5}, "slider training is not supported yet"),
 ]
 
@@ -136,6 +161,10 @@ def test_every_field_has_its_outcome(
     entry: dict[str, Any], fields: dict[str, Any], outcome: str, tmp_path: Path
 ) -> None:
     others = [] if entry is IMAGES else [IMAGES]
+    if entry is PAIRED:
+        others = [MASKS]
+    if entry is MASKS:
+        others = [{**IMAGES, "conditioning_data": "masks"}]
     if outcome in ("works", "noted"):
         notices = read(tmp_path, *others, {**entry, **fields}).notices
         assert bool(notices) == (outcome == "noted"), notices

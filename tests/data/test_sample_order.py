@@ -218,3 +218,41 @@ def test_a_million_samples() -> None:
             orders[0].micro_batch(number * 499)
 
     assert_quick(thousand, 1, tries=1)
+
+
+def batches_by_dataset(found: SampleOrder, made: list[BucketedSample], number: int) -> Counter[str]:
+    return Counter(
+        made[batch.visits[0].sample_index].sample.dataset for batch in epoch(found, number)
+    )
+
+
+def test_many_regularisation_images_do_not_outnumber_a_few_that_teach() -> None:
+    few, many = make("few", (50, 0, 0)), make("reg", (5000, 0, 0), regularisation_target="base")
+    placed = few[1] + many[1]
+    for ratio, share in ((1.0, 50), (0.25, 12), (0.0, 5000), (1000.0, 5000)):
+        found = order(few, many, batch=1, regularisation_ratio=ratio)
+        assert batches_by_dataset(found, placed, 0) == {"few": 50, "reg": share}
+        named = [note for note in found.notices if "regularisation_ratio gives" in note]
+        assert len(named) == (share < 5000)
+    found = order(few, many, batch=1)
+    seen = sum((visited(epoch(found, number)) for number in range(100)), Counter[int]())
+    assert {count for index, count in seen.items() if index >= 50} == {1}
+    assert len(seen) == 5050, "every image has its turn once in 100 epochs"
+
+
+def test_regularisation_datasets_share_their_part_by_size() -> None:
+    few = make("few", (30, 0, 0))
+    reg = [
+        make(name, (size, 0, 0), regularisation_target="images")
+        for name, size in (("r", 100), ("s", 200))
+    ]
+    placed = sorted(
+        (item for _, items in (few, *reg) for item in items), key=lambda item: item.sample.id
+    )
+    found = order(few, *reg, batch=1)
+    assert batches_by_dataset(found, placed, 0) == {"few": 30, "r": 10, "s": 20}
+    small = make("reg", (10, 0, 0), regularisation_target="base")
+    assert batches_by_dataset(order(few, small, batch=1), few[1] + small[1], 1) == {
+        "few": 30,
+        "reg": 10,
+    }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +127,20 @@ def set_strength(transformer: nn.Module, strength: float) -> None:
     """Set the strength of every adapted module: 1 as trained, 0 exactly the base."""
     for module in adapted_modules(transformer).values():
         module.strength = float(strength)
+
+
+@contextmanager
+def adapter_disabled(transformer: nn.Module) -> Iterator[None]:
+    """Switch every adapted module off, so that the network is exactly its base; then on again."""
+    modules = list(adapted_modules(transformer).values())
+    strengths = [module.strength for module in modules]
+    for module in modules:
+        module.strength = 0.0
+    try:
+        yield
+    finally:
+        for module, strength in zip(modules, strengths, strict=True):
+            module.strength = strength
 
 
 def trainable_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:

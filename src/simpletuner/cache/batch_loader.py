@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from simpletuner.cache.batch_types import Batch, TextBatch
+from simpletuner.cache.target_rules import TargetRules
 from simpletuner.cache.tensor_store import TensorStore
 from simpletuner.cache.text_cache import load_text_embedding
 from simpletuner.data.sample_types import BucketedSample, MicroBatchPlan, SampleVisit
@@ -23,7 +24,8 @@ class BatchLoader:
     placed_samples, latent_keys: as encode_missing_latents returns them. latent_shift, latent_scale:
     the network gets (latent - shift) * scale. posterior_mode: "draw" samples the posterior at each
     visit, "mean" always takes its mean. latent_channels: moments with exactly as many channels are
-    latents without variance.
+    latents without variance. mask_keys: of every sample, "" without a mask; empty where masks are
+    not read. rules: the targets of the samples.
     """
 
     placed_samples: Sequence[BucketedSample]
@@ -35,26 +37,33 @@ class BatchLoader:
     posterior_mode: Literal["mean", "draw"]
     seed: int
     latent_channels: int
+    mask_keys: Sequence[str] = ()
+    rules: TargetRules = field(default_factory=TargetRules)
 
     def load(self, micro: MicroBatchPlan) -> Batch:
         """Load a batch. Raises CacheError for a damaged tensor, KeyError for an unknown caption."""
+        samples = [self.placed_samples[visit.sample_index].sample for visit in micro.visits]
         visit_keys = tuple(self.visit_key(visit) for visit in micro.visits)
         latents = [
             self._load_latent(visit, key)
             for visit, key in zip(micro.visits, visit_keys, strict=True)
         ]
+        captions = [self._caption(visit) for visit in micro.visits]
+        datasets = [sample.dataset for sample in samples]
+        copies = 1
+        if self.rules.preserved is not None and self.rules.has_copies(datasets):
+            captions += [self.rules.preserved.of(caption) for caption in captions]
+            copies = 2
+        masks = [self._load_mask(visit) for visit in micro.visits]
         return Batch(
-            latents=torch.stack(latents),
+            latents=torch.stack(latents * copies),
             text=TextBatch.stack(
-                [
-                    load_text_embedding(self.text_store, self._caption(visit))
-                    for visit in micro.visits
-                ]
+                [load_text_embedding(self.text_store, caption) for caption in captions]
             ),
-            sample_ids=tuple(
-                self.placed_samples[visit.sample_index].sample.id for visit in micro.visits
-            ),
-            visit_keys=visit_keys,
+            sample_ids=tuple(sample.id for sample in samples),
+            visit_keys=visit_keys * copies,
+            weights=self.rules.weigh(datasets, masks, copies),
+            copies=copies,
         )
 
     def visit_key(self, visit: SampleVisit) -> str:
@@ -68,6 +77,10 @@ class BatchLoader:
             if visit.caption_index is None
             else self.placed_samples[visit.sample_index].sample.captions[visit.caption_index]
         )
+
+    def _load_mask(self, visit: SampleVisit) -> Tensor | None:
+        key = self.mask_keys[visit.sample_index] if self.mask_keys else ""
+        return self.latent_store.get(key)["mask"] if key else None
 
     def _load_latent(self, visit: SampleVisit, visit_key: str) -> Tensor:
         moments = self.latent_store.get(self.latent_keys[visit.sample_index])["moments"]

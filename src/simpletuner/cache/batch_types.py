@@ -86,13 +86,39 @@ class TextBatch:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch.
+class TargetWeights:
+    """Weights of the two targets in every cell of every row.
 
-    latents: (B, C, H, W) float32, scaled for the transformer. sample_ids, visit_keys: one per
-    sample. A visit key is unique per appearance ("<sample id>@<epoch>.<pass>"); the noise of the
-    visit is derived from it. noise: of the target and of the network's input, each of the shape of
-    the latents, where it is drawn ahead; they may be one tensor.
+    data: the weight of the target from the image and its noise. base: that of the base's own
+    prediction. Both are (R, 1, H, W), or (R, 1, 1, 1) where no row has a mask, float32 on the CPU;
+    the loss of a row is the mean over its elements of weight times error. base_rows: the rows with
+    a base weight, ascending.
+    """
+
+    data: Tensor
+    base: Tensor
+    base_rows: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> TargetWeights:
+        """Copy the weights to a device without waiting."""
+        data, base = (part.to(device, non_blocking=True) for part in (self.data, self.base))
+        return TargetWeights(data, base, self.base_rows)
+
+    def pin_memory(self) -> TargetWeights:
+        """Return the same in page-locked memory, from which a GPU copies without the host."""
+        return TargetWeights(self.data.pin_memory(), self.base.pin_memory(), self.base_rows)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B samples in R = B * copies rows: all samples once, then once more.
+
+    latents: (R, C, H, W) float32, scaled for the transformer. text: of every row; copies have other
+    captions. sample_ids: one per sample. visit_keys: one per row. A visit key is unique per
+    appearance ("<sample id>@<epoch>.<pass>"); the noise of the visit is derived from it, so copies
+    have the same. noise: of the target and of the network's input, each of the shape of the
+    latents, where it is drawn ahead; they may be one tensor. weights: None where every row is
+    trained on its image with the weight 1.
     """
 
     latents: Tensor
@@ -100,6 +126,8 @@ class Batch:
     sample_ids: tuple[str, ...]
     visit_keys: tuple[str, ...]
     noise: tuple[Tensor, Tensor] | None = None
+    weights: TargetWeights | None = None
+    copies: int = 1
 
     def pin_memory(self) -> Batch:
         """Return the same in page-locked memory, from which a GPU copies without the host."""
@@ -109,5 +137,9 @@ class Batch:
             pinned = target.pin_memory()
             noise = pinned, pinned if network_input is target else network_input.pin_memory()
         return replace(
-            self, latents=self.latents.pin_memory(), text=self.text.pin_memory(), noise=noise
+            self,
+            latents=self.latents.pin_memory(),
+            text=self.text.pin_memory(),
+            noise=noise,
+            weights=None if self.weights is None else self.weights.pin_memory(),
         )

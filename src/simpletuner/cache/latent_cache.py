@@ -42,12 +42,14 @@ EncodeJob = tuple[str, BucketedSample]
 class LatentCacheResult:
     """The usable samples with their keys, and the rejected files.
 
-    The moments of placed_samples[i], (2C, H, W), are store.get(latent_keys[i])["moments"].
-    rejected: images that could not be read, decoded or encoded; they are not in placed_samples.
+    The moments of placed_samples[i], (2C, H, W), are store.get(latent_keys[i])["moments"]; its mask
+    is store.get(mask_keys[i])["mask"], where there is a key. rejected: images that could not be
+    read, decoded or encoded; they are not in placed_samples.
     """
 
     placed_samples: tuple[BucketedSample, ...]
     latent_keys: tuple[str, ...]
+    mask_keys: tuple[str, ...]
     rejected: tuple[RejectedFile, ...]
 
 
@@ -113,20 +115,30 @@ def _usable_samples(
         sample.sample.id for key, sample in zip(keys, placed, strict=True) if not key
     }
     images = sum(sample.crop_index == 0 for sample in placed)
-    if len(rejected) > max_bad_fraction * images:
-        raise DataError(
-            f"{len(rejected)} of {images} images cannot be used, more than"
-            f" max_bad_sample_fraction = {max_bad_fraction:g} allows. The first:"
-            f" {rejected[0].path}: {rejected[0].detail}"
-        )
+    check_rejected_images(rejected, images, max_bad_fraction)
     pairs = [
         (sample, key)
         for key, sample in zip(keys, placed, strict=True)
         if sample.sample.id not in unusable
     ]
     return LatentCacheResult(
-        tuple(sample for sample, _ in pairs), tuple(key for _, key in pairs), tuple(rejected)
+        tuple(sample for sample, _ in pairs),
+        tuple(key for _, key in pairs),
+        ("",) * len(pairs),
+        tuple(rejected),
     )
+
+
+def check_rejected_images(
+    rejected: Sequence[RejectedFile], images: int, max_bad_fraction: float
+) -> None:
+    """Raise DataError when more images are unusable than max_bad_sample_fraction allows."""
+    if len(rejected) > max_bad_fraction * images:
+        raise DataError(
+            f"{len(rejected)} of {images} images cannot be used, more than"
+            f" max_bad_sample_fraction = {max_bad_fraction:g} allows. The first:"
+            f" {rejected[0].path}: {rejected[0].detail}"
+        )
 
 
 def _find_missing(

@@ -30,6 +30,7 @@ from simpletuner.config.output_folder import find_output_dir_problems
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.dataset_config import DatasetFile
 from simpletuner.data.dataset_file import read_dataset_file
+from simpletuner.data.regularisation import regularisation_problems
 from simpletuner.data.start_image import read_size
 from simpletuner.errors import ConfigError, MissingExtra, Problem
 from simpletuner.events import webhook_sink
@@ -199,6 +200,7 @@ def require_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, 
         if backends is not None:
             problems += output_dir_problems(tried.loaded, backends)
             problems += noise_level_problems(run, backends)
+            problems += regularisation_problems(run.model.model_type, backends.train)
     if problems or tried.loaded is None or backends is None:
         raise ConfigError(problems)
     return tried.loaded, backends

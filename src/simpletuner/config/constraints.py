@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from simpletuner.config import flow_constraints, lycoris_config
+from simpletuner.config import flow_constraints, lycoris_config, preservation_constraints
 from simpletuner.config.deepspeed_config import find_deepspeed_notices
 from simpletuner.config.distributed_constraints import find_distributed_errors
 from simpletuner.config.optimizer_arguments import parse_optimizer_arguments
@@ -76,6 +76,7 @@ def _compare_values(run: RunConfig, given: GivenOrigins) -> Iterator[ConstraintF
         yield "optimizer_config", str(error)
     yield from check_sizes_and_captions(run.data)
     yield from flow_constraints.find_errors(run.flow, given)
+    yield from preservation_constraints.find_errors(run)
     yield from find_validation_errors(run)
     yield from find_tuning_errors(run)
     yield from _check_logging(run)

@@ -58,6 +58,12 @@ def uses_deepspeed(run: RunConfig) -> bool:
     return isinstance(config, dict) and _stage_of(config) != 0
 
 
+def zero_stage(run: RunConfig) -> int | None:
+    """Return ZeRO's stage; None without DeepSpeed, and for one that is not valid."""
+    config = run.distributed.deepspeed_config
+    return _stage_of(config) if isinstance(config, dict) else None
+
+
 def parse_zero_config(run: RunConfig) -> ZeroConfig:
     """Return the settings of a run that `find_deepspeed_errors` finds nothing wrong with."""
     config = run.distributed.deepspeed_config

@@ -14,6 +14,7 @@ from simpletuner.config.sections_output import (
     PublishingOptions,
     ValidationOptions,
 )
+from simpletuner.config.sections_preservation import PreservationOptions
 from simpletuner.config.sections_training import (
     CheckpointOptions,
     OptimizerOptions,
@@ -31,6 +32,7 @@ __all__ = [
     "LoggingOptions",
     "ModelOptions",
     "OptimizerOptions",
+    "PreservationOptions",
     "PublishingOptions",
     "RunConfig",
     "TrainingOptions",
@@ -52,6 +54,7 @@ class RunConfig(OptionSection):
     data: DataOptions = Field(default_factory=DataOptions)
     cache: CacheOptions = Field(default_factory=CacheOptions)
     flow: FlowOptions = Field(default_factory=FlowOptions)
+    preservation: PreservationOptions = Field(default_factory=PreservationOptions)
     optimizer: OptimizerOptions = Field(default_factory=OptimizerOptions)
     training: TrainingOptions = Field(default_factory=TrainingOptions)
     distributed: DistributedOptions = Field(default_factory=DistributedOptions)

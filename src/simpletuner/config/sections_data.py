@@ -129,6 +129,15 @@ class DataOptions(OptionSection):
         "auto-weighting",
         "Sample datasets by probability times length, or by probability only (uniform).",
     )
+    regularisation_ratio: float = option(
+        1.0,
+        "Largest number of batches per epoch that regularisation datasets have together, for each "
+        "batch of the others; 0 does not limit them.",
+        level="common",
+        affects=set(),
+        ge=0,
+        le=1000,
+    )
 
 
 class CacheOptions(OptionSection):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -54,7 +54,10 @@ class ShuffledRound:
 
 
 def make_sources(
-    placed: Sequence[BucketedSample], datasets: Sequence[DatasetConfig], batch_size: int
+    placed: Sequence[BucketedSample],
+    datasets: Sequence[DatasetConfig],
+    batch_size: int,
+    regularisation_ratio: float = 0.0,
 ) -> list[BatchSource]:
     """Return one source per dataset with samples. Raises DataError where there is none."""
     members: dict[str, dict[BucketSizes, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -82,7 +85,26 @@ def make_sources(
         )
         share = max(1, round(batches * dataset.probability / largest))
         sources.append(BatchSource(dataset, buckets, crops[dataset.id], own_size, batches, share))
-    return sources
+    return _limit_regularisation(sources, regularisation_ratio)
+
+
+def _limit_regularisation(sources: list[BatchSource], ratio: float) -> list[BatchSource]:
+    """Return the sources with the regularisation datasets limited to their part of an epoch.
+
+    ratio: of their batches to those of the other datasets; 0 does not limit them. All are reduced
+    by the same factor.
+    """
+    regularising = [source for source in sources if source.dataset.regularisation_target]
+    total = sum(source.batches_per_epoch for source in regularising)
+    limit = (sum(source.batches_per_epoch for source in sources) - total) * ratio
+    if not limit or total <= limit:
+        return sources
+    return [
+        replace(source, batches_per_epoch=max(1, int(source.batches_per_epoch * limit / total)))
+        if source.dataset.regularisation_target
+        else source
+        for source in sources
+    ]
 
 
 def _batch_starts(sizes: BucketSizes, count: int, passes: int, batch_size: int) -> np.ndarray:
@@ -148,8 +170,9 @@ def batch_notices(source: BatchSource) -> list[str]:
             f"{batch_size}"
         )
     if source.batches_per_epoch < source.batches_per_round:
+        reason = "regularisation_ratio" if source.dataset.regularisation_target else "probability"
         notes.append(
-            f"{name}: probability gives {source.batches_per_epoch} of its "
+            f"{name}: {reason} gives {source.batches_per_epoch} of its "
             f"{source.batches_per_round} batches to an epoch"
         )
     return notes

@@ -121,6 +121,10 @@ class DatasetConfig:
     second ... alternative, the last for all that follow; empty where all have the same.
     timestep_sampling_offset: added to logit(sigma). store, hub, table: where the images are, when
     they are not files of instance_data_dir.
+    conditioning_data: the id of the dataset of masks, masks: that dataset; None without one.
+    alpha_mask: the mask of an image is its own transparency. regularisation_target: "" for a
+    dataset that teaches; "base" and "images" are the targets of one that shows what must not
+    change.
     """
 
     id: str
@@ -145,6 +149,10 @@ class DatasetConfig:
     store: StoreLocation | None = None
     hub: HubLocation | None = None
     table: ImageTable | None = None
+    conditioning_data: str | None = None
+    masks: DatasetConfig | None = None
+    alpha_mask: bool = False
+    regularisation_target: str = ""
 
     @property
     def has_folder(self) -> bool:

@@ -14,7 +14,7 @@ from simpletuner.data.source_fields import SOURCE_FIELDS, SOURCE_TYPES, SourceFi
 from simpletuner.data.variation_fields import TRAINED, VariationFields
 
 ONE_CACHE_REASON = "a run has one cache, addressed by content; set cache_dir in the config"
-NO_PAIRS_REASON = "paired images are not supported yet"
+NO_PAIRS_REASON = "paired images other than masks are not supported"
 TABLE_BLOCK = "parquet"  # SimpleTuner's name of caption_table
 PromptText = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 AspectRatio = Annotated[float, Field(ge=0.01, le=100)]
@@ -39,15 +39,14 @@ class CommonDatasetFields(OptionSection):
         refused_values={"memory": "images are not read from memory; use a folder"},
     )
     dataset_type: Literal[
-        "image", "eval", "text_embeds", "image_embeds", "conditioning_image_embeds"
+        "image", "eval", "conditioning", "text_embeds", "image_embeds", "conditioning_image_embeds"
     ] = option(
         "image",
-        "Images to train on (image), or images for the held-out loss (eval).",
+        "Images to train on (image), images for the held-out loss (eval), or masks (conditioning).",
         refused_values={
             "video": "Chroma generates single images",
             "audio": "Chroma generates images",
             "caption": "datasets of captions without images are not supported",
-            "conditioning": NO_PAIRS_REASON,
         },
     )
     disabled: bool = option(False, "Ignore this dataset.")
@@ -126,6 +125,28 @@ class ImageDatasetFields(VariationFields, SourceFields):
         ge=1,
         le=64,
     )
+    conditioning_data: str | list[str] | None = option(
+        None,
+        "Dataset of masks (dataset_type conditioning), with a file of the same stem for each "
+        "image.",
+        needs=TRAINED,
+    )
+    alpha_mask: bool = option(
+        False,
+        "Use the transparency of each image as its mask: transparent parts are not trained.",
+        needs=TRAINED,
+    )
+    is_regularisation_data: bool = option(
+        False,
+        "Images that show what must not change: they are trained towards "
+        "regularisation_target, with the weight prior_loss_weight.",
+        needs=TRAINED,
+    )
+    regularisation_target: Literal["base", "images"] = option(
+        "base",
+        "Target of regularisation images: the base's own prediction, or the images themselves.",
+        needs={"is_regularisation_data": True},
+    )
     repeats: int = option(
         0,
         "How many extra times each image is seen per epoch (0 = once).",
@@ -153,6 +174,23 @@ class ImageDatasetFields(VariationFields, SourceFields):
     )
 
 
+class MaskDatasetFields(OptionSection):
+    """Datasets of masks, conditioning."""
+
+    conditioning_type: Literal["mask"] | None = option(
+        None,
+        "Kind of the images: mask.",
+        refused_values={
+            **dict.fromkeys(("controlnet", "reference_strict", "reference_loose"), NO_PAIRS_REASON),
+            "segmentation": "masks have levels of grey; use mask, with black and white images",
+        },
+    )
+    instance_data_dir: str = option(
+        "", "Folder of the masks; nothing in it is ever changed.", path="file"
+    )
+    source_dataset_id: str | None = option(None, "Dataset whose images the masks belong to.")
+
+
 class CacheDatasetFields(OptionSection):
     """Entries of dataset_type text_embeds, image_embeds and conditioning_image_embeds."""
 
@@ -174,6 +212,7 @@ CACHE_STORAGES = (
     *SOURCE_TYPES[1:],
 )  # other values of their type; caches are always local files
 COMMON_FIELDS: Mapping[str, Option] = section_options("dataset", CommonDatasetFields)
+MASK_FIELDS: Mapping[str, Option] = section_options("dataset", MaskDatasetFields)
 CACHE_FIELDS: Mapping[str, Option] = section_options("dataset", CacheDatasetFields)
 _IMAGE_ONLY_FIELDS = section_options("dataset", ImageDatasetFields)
 IMAGE_FIELDS: Mapping[str, Option] = {
@@ -201,6 +240,10 @@ IMAGE_FIELDS: Mapping[str, Option] = {
         "maximum_image_size",
         "target_downsample_size",
         "max_upscale_threshold",
+        "conditioning_data",
+        "alpha_mask",
+        "is_regularisation_data",
+        "regularisation_target",
         "repeats",
         "probability",
         "max_num_samples",
@@ -264,18 +307,9 @@ REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
         "grounding",
         "bbox",
     ),
-    "regularisation datasets are not supported yet": (
-        "is_regularisation_data",
-        "is_regularization_data",
-    ),
     "slider training is not supported yet": ("slider_strength",),
     "every dataset that is active counts in an epoch": ("ignore_epochs",),
-    NO_PAIRS_REASON: (
-        "conditioning",
-        "conditioning_data",
-        "conditioning_type",
-        "source_dataset_id",
-    ),
+    NO_PAIRS_REASON: ("conditioning",),
     "Chroma generates single images": (
         "video",
         "audio",
@@ -291,7 +325,7 @@ HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
     "conditioning": ([],),
     "grounding": ({"enabled": False},),
     "ignore_epochs": (False,),
-    **{name: (False,) for name in REFUSED_FIELDS if name.startswith(("delete_", "is_reg"))},
+    **{name: (False,) for name in REFUSED_FIELDS if name.startswith("delete_")},
 }
 
 
@@ -305,10 +339,16 @@ def is_harmless(key: str, raw: Any) -> bool:
     )
 
 
+# Other names of fields.
+FIELD_ALIASES: Mapping[str, str] = {
+    TABLE_BLOCK: "caption_table",
+    "is_regularization_data": "is_regularisation_data",
+}
 ALL_FIELD_NAMES = (
-    TABLE_BLOCK,
+    *FIELD_ALIASES,
     *COMMON_FIELDS,
     *IMAGE_FIELDS,
+    *MASK_FIELDS,
     *CACHE_FIELDS,
     *UNNEEDED_FIELDS,
     *REFUSED_FIELDS,

@@ -26,10 +26,10 @@ from simpletuner.data.dataset_fields import (
     CACHE_FIELDS,
     CACHE_STORAGES,
     COMMON_FIELDS,
+    FIELD_ALIASES,
     IMAGE_FIELDS,
     REFUSED_FIELDS,
     RUN_OPTION_FIELDS,
-    TABLE_BLOCK,
     UNNEEDED_FIELDS,
     CacheDatasetFields,
     ImageDatasetFields,
@@ -39,6 +39,12 @@ from simpletuner.data.dataset_objects import read_dataset_objects
 from simpletuner.data.ineffective_fields import (
     find_ineffective_fields,
     find_ineffective_run_options,
+)
+from simpletuner.data.mask_datasets import (
+    MaskDataset,
+    chosen_mask_dataset,
+    link_mask_datasets,
+    read_mask_dataset,
 )
 from simpletuner.data.source_config import SourceConfig, read_source, unused_fields
 from simpletuner.data.text_sets import TextSet, with_filters_of_text_set
@@ -123,7 +129,8 @@ class _DatasetFileReader:
                 f"the file must hold a list of datasets, such as {EXAMPLE_DATASET_FILE}"
             )
             return DatasetFile((), (), None)
-        datasets: list[DatasetConfig] = []
+        found: list[tuple[int, DatasetConfig]] = []
+        masks: dict[str, MaskDataset] = {}
         indexes: dict[str, int] = {}
         text_sets: list[TextSet] = []
         links: dict[str, Any] = {}
@@ -141,8 +148,10 @@ class _DatasetFileReader:
             if kind in ("image", "eval"):
                 fields = self.read_fields(at, name, entry, IMAGE_FIELDS)
                 dataset = self.build_dataset(at, name, kind, fields, common.get("type", "local"))
-                datasets += [dataset] if dataset is not None else []
+                found += [(at, dataset)] if dataset is not None else []
                 links[name] = entry.get("text_embeds")
+            elif kind == "conditioning":
+                masks |= read_mask_dataset(self, at, name, entry, common.get("type", "local"))
             else:
                 known = {key: raw for key, raw in entry.items() if not key.startswith("aws_")}
                 fields = self.read_fields(at, name, known, CACHE_FIELDS)
@@ -154,15 +163,8 @@ class _DatasetFileReader:
                 elif folder is not None:
                     reason = UNNEEDED_FIELDS["image_embeds"]
                     self.notices.append(f"{name}.cache_dir is not used: {reason}")
-        trains = any(dataset.dataset_type == "image" for dataset in datasets)
-        if not trains and not self.problems:
-            self.add_problem(
-                "no dataset of dataset_type image is enabled, so there is nothing to train on"
-            )
-        elif trains and not any(
-            dataset.dataset_type == "image" and dataset.active.holds(0, 0) for dataset in datasets
-        ):
-            self.add_problem("no dataset is active at first: one needs start_step 0, start_epoch 1")
+        datasets = link_mask_datasets(self, found, masks)
+        self.check_trained_datasets(datasets)
         self.notices += find_ineffective_run_options(self.run_options, self.dataset_values)
         default = self.choose_text_set(text_sets)
         train, held_out = (
@@ -175,6 +177,16 @@ class _DatasetFileReader:
         )
         folder = None if default is None else default.folder
         return DatasetFile(train, held_out, folder, tuple(self.notices))
+
+    def check_trained_datasets(self, datasets: list[DatasetConfig]) -> None:
+        """Add a problem where nothing is trained on, or nothing in the first step."""
+        trained = [dataset for dataset in datasets if dataset.dataset_type == "image"]
+        if not trained and not self.problems:
+            self.add_problem(
+                "no dataset of dataset_type image is enabled, so there is nothing to train on"
+            )
+        elif trained and not any(dataset.active.holds(0, 0) for dataset in trained):
+            self.add_problem("no dataset is active at first: one needs start_step 0, start_epoch 1")
 
     def replace_cache_storage(self, name: str, given: dict[str, Any]) -> None:
         """Read a cache in memory or in an object store as one in files of this machine."""
@@ -219,8 +231,7 @@ class _DatasetFileReader:
         for key, raw in entry.items():
             if key in COMMON_FIELDS and table is not COMMON_FIELDS:
                 continue
-            if key == TABLE_BLOCK:
-                key = "caption_table"
+            key = FIELD_ALIASES.get(key, key)
             if key not in ALL_FIELD_NAMES:
                 hint = did_you_mean(key, ALL_FIELD_NAMES)
                 self.add_problem(f"{name}.{key}: unknown field{hint}", at, key)
@@ -295,6 +306,9 @@ class _DatasetFileReader:
             self.resolve_folder,
             lambda key, error: self.add_problem(f"{name}.{key}: {error}", at, key),
         )
+        masks, problem = chosen_mask_dataset(name, fields.conditioning_data)
+        if problem:
+            self.add_problem(problem, at, "conditioning_data")
         run_prompt = (self.run_options.instance_prompt or "").strip()
         dataset = DatasetConfig(
             id=name,
@@ -311,6 +325,11 @@ class _DatasetFileReader:
             type=storage,
             caption_weights=tuple(fields.caption_weights or ()),
             timestep_sampling_offset=fields.timestep_sampling_offset,
+            conditioning_data=masks,
+            alpha_mask=fields.alpha_mask,
+            regularisation_target=(
+                fields.regularisation_target if fields.is_regularisation_data else ""
+            ),
             **vars(objects),
             store=source.store,
             hub=source.hub,

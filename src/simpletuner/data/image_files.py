@@ -11,7 +11,7 @@ from pathlib import Path
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.image_suffixes import IMAGE_SUFFIXES
 from simpletuner.data.remote_store import RemoteStore
-from simpletuner.data.sample_types import RejectedFile
+from simpletuner.data.sample_types import RejectedFile, SampleMask
 from simpletuner.data.source_types import dataset_source
 from simpletuner.data.sources import (
     LocalFile,
@@ -24,10 +24,12 @@ from simpletuner.data.sources import (
 from simpletuner.events.event_types import Emit
 from simpletuner.events.sinks import null_emit
 
+MASK_ENDING = ".mask"  # before the suffix: photo.mask.png is the mask of photo.png
+
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image file by name, with its caption file if there is one.
+    """An image file by name, with its caption file and its mask if there are any.
 
     relative_path: path inside the dataset, POSIX, NFC. row: what its row of a table says, for an
     image that a table lists.
@@ -38,6 +40,7 @@ class ImageFile:
     relative_path: str
     caption_file: SourceFile | None
     row: SourceRow | None = None
+    mask: SampleMask | None = None
 
     @property
     def path(self) -> Path:
@@ -71,9 +74,9 @@ def find_image_files(
 ) -> tuple[list[ImageFile], list[RejectedFile], Counter[str], list[str]]:
     """Return the images by name, the files whose names cannot be used, and a count of other files.
 
-    A caption file belongs to every image of its stem; NFC and NFD spellings of the same name match,
-    as do .txt and .TXT. The count is by suffix. The last value is notices. store: for datasets that
-    are not a folder of this machine.
+    A caption file belongs to every image of its stem, and so does a mask, `photo.mask.png`; NFC and
+    NFD spellings of the same name match, as do .txt and .TXT. The count is by suffix. The last
+    value is notices. store: for datasets that are not a folder of this machine.
     """
     found = _FoundFiles(defaultdict(list), [], Counter())
     source = dataset_source(dataset, store, emit)
@@ -109,13 +112,26 @@ def _add_folder(dataset: DatasetConfig, folder: SourceFolder, found: _FoundFiles
     captions = {
         _normalize_nfc(stem): name for name, stem, suffix in parts if suffix.lower() == ".txt"
     }
-    unused_captions = set(captions)
+    mask_names = {
+        name
+        for name, stem, suffix in parts
+        if dataset.dataset_type != "conditioning" and _is_mask(stem, suffix)
+    }
+    masks = {
+        _normalize_nfc(stem[: -len(MASK_ENDING)]): SampleMask(folder.files[name], "luminance")
+        for name, stem, _ in parts
+        if name in mask_names
+    }
+    unused_captions, unused_masks = set(captions), set(masks)
     for name, stem, suffix in parts:
+        if name in mask_names:
+            continue
         if suffix.lower() not in IMAGE_SUFFIXES:
             if suffix.lower() != ".txt":
                 found.other_kinds[suffix.lower() or name] += 1
             continue
         unused_captions.discard(_normalize_nfc(stem))
+        unused_masks.discard(_normalize_nfc(stem))
         raw = f"{folder.inside}/{name}" if folder.inside else name
         if any("\ud800" <= character <= "\udfff" for character in raw):
             detail = "the file name is not UTF-8; rename it"
@@ -126,10 +142,23 @@ def _add_folder(dataset: DatasetConfig, folder: SourceFolder, found: _FoundFiles
         caption_file = folder.files[caption] if caption is not None else None
         relative_path = _normalize_nfc(raw)
         found.by_name[relative_path].append(
-            ImageFile(dataset, folder.files[name], relative_path, caption_file)
+            ImageFile(
+                dataset,
+                folder.files[name],
+                relative_path,
+                caption_file,
+                mask=masks.get(_normalize_nfc(stem)),
+            )
         )
     if unused_captions:
         found.other_kinds[".txt without an image"] += len(unused_captions)
+    if unused_masks:
+        found.other_kinds["mask without an image"] += len(unused_masks)
+
+
+def _is_mask(stem: str, suffix: str) -> bool:
+    """Return whether this is the name of a mask next to an image."""
+    return suffix.lower() in IMAGE_SUFFIXES and stem.lower().endswith(MASK_ENDING)
 
 
 def _normalize_nfc(text: str) -> str:

@@ -167,14 +167,32 @@ def _open_as_scanned(stream: BinaryIO, sample: Sample, scanned: str) -> Image.Im
     return open_image(stream)
 
 
+def open_upright(file: SourceFile) -> Image.Image:
+    """Return a decoded image as its file holds it, upright by EXIF. Raises UnusableFile."""
+    with (
+        _errors_as_unusable(file),
+        file.open() as stream,
+        open_image(stream) as image,
+    ):
+        _check_mode(image)
+        image.load()
+        upright = EXIF_TRANSPOSES.get(_read_orientation(image))
+        turned: Image.Image = image if upright is None else image.transpose(upright)
+        return turned
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Return 16-bit grey divided by 257, as RGB; convert("RGB") would clip it above 255."""
+    import numpy as np
+
+    levels = (np.asarray(image).astype(np.uint32) + 128) // 257
+    return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+
+
 def _to_srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
     profile = image.info.get("icc_profile")
     if image.mode in SIXTEEN_BIT_MODES:
-        import numpy as np
-
-        # convert("RGB") would clip everything above 255 to white.
-        levels = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+        return to_eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         opaque = Image.new("RGB", image.size, tuple(background))

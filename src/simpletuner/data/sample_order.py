@@ -4,7 +4,8 @@ A round of a dataset uses each of its samples exactly repeats + 1 times, in batc
 samples that do not fill a batch form a smaller one. An epoch holds one round of every dataset when
 their probabilities are equal. A dataset of lower probability gives only that fraction (relative to
 the largest) of its round's batches to an epoch and continues in the next: over 1 / fraction epochs
-it, too, uses every sample repeats + 1 times.
+it, too, uses every sample repeats + 1 times. Regularisation datasets are limited in the same way,
+so that 5,000 of their images do not outnumber 50 that teach (regularisation_ratio).
 
 data_backend_sampling mixes the datasets of an epoch: "auto-weighting" spreads each over the whole
 epoch, "uniform" gives every dataset that is not exhausted the same chance at each batch, so small
@@ -58,7 +59,7 @@ class SampleOrder:
         self._placed = placed
         self._seed = seed
         self._options = options
-        self._sources = make_sources(placed, datasets, batch_size)
+        self._sources = make_sources(placed, datasets, batch_size, options.regularisation_ratio)
         self._rounds: dict[tuple[int, int], ShuffledRound] = {}
         self._mixed_epoch: tuple[object, np.ndarray, np.ndarray] | None = None
         self.timeline = EpochTimeline(

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from simpletuner.data.sources import SourceFile
+
+
+@dataclass(frozen=True, slots=True)
+class SampleMask:
+    """The source of the mask of an image.
+
+    file: None is the image itself. channel: the luminance of its colours, or its alpha.
+    """
+
+    file: SourceFile | None
+    channel: Literal["luminance", "alpha"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +26,8 @@ class Sample:
     id: "<dataset id>/<path inside it>", POSIX separators, NFC: unique in a run, stable between
     runs. captions: alternatives, at least one; one of them is used each time the sample is trained.
     caption_weights: one per caption, or empty where all are used equally often. weight: how often
-    the sample is used, relative to the others of its bucket.
+    the sample is used, relative to the others of its bucket. mask: None where all of the image is
+    trained.
     """
 
     id: str
@@ -25,6 +38,7 @@ class Sample:
     captions: tuple[str, ...]
     caption_weights: tuple[float, ...] = ()
     weight: float = 1.0
+    mask: SampleMask | None = None
 
 
 @dataclass(frozen=True, slots=True)

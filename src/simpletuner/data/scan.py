@@ -21,6 +21,7 @@ from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.duplicates import check_no_leaks, find_identical_files
 from simpletuner.data.header_reader import HeaderReader
 from simpletuner.data.image_files import ImageFile, find_image_files
+from simpletuner.data.masks import check_mask, find_masks, masked_count_notices
 from simpletuner.data.pixels import ImageHeader
 from simpletuner.data.rejections import (
     UnusableFile,
@@ -103,6 +104,7 @@ def scan_datasets(
         f"{name}: {count_of(count, 'image')} {remark}"
         for (name, remark), count in sorted(remarks.items())
     ]
+    notes += masked_count_notices(images)
     copies = find_identical_files((item.sample.file for item in images), headers.facts)
     _emit_results(datasets, images, rejected, (*notes, *_shared_file_notices(images)), copies, emit)
     if rejected_path is not None:
@@ -136,8 +138,10 @@ def _list_files(
         if unread:
             skipped = count_of(unread.total(), "file")
             notes.append(f"{dataset.id}: skipped {skipped} that cannot be used: {kinds}")
+        named, maskless, mask_notes = find_masks(dataset, named)
+        notes += mask_notes
         found += named
-        rejected += misnamed
+        rejected += [*misnamed, *maskless]
     return found, rejected, notes
 
 
@@ -197,6 +201,7 @@ def _read_file(
     try:
         header = headers.read(found)
         crops = assign_crops(dataset.resize_crop, header.size_px, sample_id, seed, alignment_px)
+        mask = check_mask(found.mask, header, options.max_image_megapixels)
         from_table = None
         if found.row is not None:
             from_table = found.row.captions
@@ -214,6 +219,7 @@ def _read_file(
         captions=captions[:1] if dataset.dataset_type == "eval" else captions,
         caption_weights=caption_weights(dataset, len(captions)),
         weight=1.0 if found.row is None else found.row.weight,
+        mask=mask,
     )
     return [BucketedSample(sample, *crop, number) for number, crop in enumerate(crops)], header
 

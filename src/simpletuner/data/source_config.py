@@ -75,7 +75,7 @@ def read_source(
     store = _read_address(storage, fields.instance_data_dir, fields)
     if store is not None:
         return SourceConfig(store=store)
-    return SourceConfig(_find_folder(fields.instance_data_dir, resolve))
+    return SourceConfig(find_folder(fields.instance_data_dir, resolve))
 
 
 def is_address(written: str) -> bool:
@@ -129,7 +129,8 @@ def _store_location(scheme: str, root: str, fields: SourceFields, field: str) ->
     )
 
 
-def _find_folder(written: str, resolve: ResolvePath) -> Path:
+def find_folder(written: str, resolve: ResolvePath) -> Path:
+    """Return the folder of this machine. Raises ConfigError where there is none."""
     if not written:
         raise _problem("instance_data_dir", "is missing: the folder of the images")
     folder = resolve(written)
@@ -248,7 +249,7 @@ def _read_image_table(
     )
     folder = Path() if is_address(location) else Path(location).parent
     if fields.instance_data_dir:
-        folder = _find_folder(fields.instance_data_dir, resolve)
+        folder = find_folder(fields.instance_data_dir, resolve)
     return SourceConfig(folder, store, table=table)
 
 

@@ -38,7 +38,10 @@ class RunWorld:
 
 @dataclass(frozen=True)
 class RunStarted(Event, kind="run_started"):
-    """First event of every start of a run. world: None for one process."""
+    """First event of every start of a run.
+
+    world: None for one process. targets: sentences about masks, regularisation and preservation.
+    """
 
     version: str
     run_dir: str
@@ -47,6 +50,7 @@ class RunStarted(Event, kind="run_started"):
     total_steps: int
     resumed_step: int
     world: RunWorld | None = None
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

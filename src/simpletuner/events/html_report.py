@@ -74,10 +74,11 @@ def write_report(run_dir: Path, defaults: Mapping[str, Any] | None = None) -> Pa
 
 def _render_header(run_dir: Path, history: RunHistory) -> str:
     started, steps = history.start_event, list(history.steps.values())
-    line = "no run recorded yet"
+    line, targets = "no run recorded yet", ""
     if started:
         line = f"{started.model} on {started.device}, simpletuner {started.version}"
         line += f"; {format_world(started.world)}" if started.world else ""
+        targets = "".join(f"<p>{escape_text(text)}</p>" for text in started.targets)
     facts: list[tuple[str, str]] = []
     if steps:
         smooth = SmoothedMean()
@@ -105,6 +106,7 @@ def _render_header(run_dir: Path, history: RunHistory) -> str:
     )
     return (
         f"<header><h1>{escape_text(run_dir.resolve().name)}</h1><p>{escape_text(line)}</p>"
+        f"{targets}"
         f'<p class="{style}">{escape_text(status)}, '
         f"last event {_format_time(history.last_event_time)}</p>"
         f'<ul class="facts">{items}</ul></header>'

@@ -64,19 +64,29 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
 
 
 def loss_per_sample(
-    prediction: Tensor, target: Tensor, sigma: Tensor, options: FlowOptions
+    prediction: Tensor,
+    target: Tensor,
+    sigma: Tensor,
+    options: FlowOptions,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Return the loss of each sample, (B,) float32: the mean over all dimensions but the batch.
 
-    prediction, target: (B, ...), compared in float32. sigma: (B,).
+    prediction, target: (B, ...), compared in float32. sigma: (B,). weight: what the error of each
+    element is multiplied by, of a shape that broadcasts to theirs; None is 1.
     """
     difference = prediction.float() - target.float()
     if options.loss_type == "l2":
-        return difference.square().flatten(1).mean(1)
+        return _weighted_mean(difference.square(), weight)
     c = HUBER_SCHEDULES[options.huber_schedule](options.huber_c, sigma.float())
     loss = 2 * pseudo_huber(difference, c.view(-1, *[1] * (difference.dim() - 1)))
-    mean = loss.flatten(1).mean(1)
+    mean = _weighted_mean(loss, weight)
     return c * mean if options.loss_type == "huber" else mean
+
+
+def _weighted_mean(errors: Tensor, weight: Tensor | None) -> Tensor:
+    weighted = errors if weight is None else errors * weight
+    return weighted.flatten(1).mean(1)
 
 
 def pseudo_huber(difference: Tensor, c: Tensor) -> Tensor:

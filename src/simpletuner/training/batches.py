@@ -81,7 +81,7 @@ def build_batch_loader(
         image_tokens = width * height // prepared.constants.token_px**2
         return MicroBatchShape(len(visits), image_tokens, offsets[first.sample.dataset])
 
-    loader = prepared.make_batches(prepared.train, run.cache.vae_cache_sample, run.training.seed)
+    loader = prepared.make_train_batches(run.cache.vae_cache_sample, run.training.seed)
     per_step = schedule.accumulation_steps
     own = world.shares(per_step)[world.rank]
 

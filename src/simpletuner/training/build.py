@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from simpletuner.adapters.delta_norm import delta_penalty
 from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig, trigger_word
 from simpletuner.data.dataset_config import DatasetFile
@@ -21,6 +22,7 @@ from simpletuner.events.event_types import Emit, NoticeIssued
 from simpletuner.models import registry
 from simpletuner.models.family import ModelFamily
 from simpletuner.training import optimizers, resume
+from simpletuner.training.base_targets import BaseNetwork
 from simpletuner.training.batches import build_batch_loader
 from simpletuner.training.callbacks import (
     build_callbacks,
@@ -70,9 +72,8 @@ def build_trainer_context(
     )
     order, schedule = make_order_and_schedule(run, inputs, micro_batches, emit)
     state = build_train_state(run, inputs, device, world, micro_batches, emit, closing)
-    evaluations = build_evaluation_callbacks(
-        run, inputs, state, prompts, metrics, device, schedule, world, folder.path, emit
-    )
+    measured = prompts, metrics, device, schedule, world, folder.path, emit
+    evaluations = build_evaluation_callbacks(run, inputs, state, *measured)
     metadata = describe_run(run, backends, family, inputs, schedule, folder)
     exporter, checkpointer = build_exporter_and_checkpointer(
         run, inputs, state, metadata, evaluations, folder, world, emit
@@ -85,6 +86,8 @@ def build_trainer_context(
     return TrainerContext(
         predict_velocity=state.sharding.velocity_predictor(family, state.transformer),
         transformer=state.transformer,
+        base_network=make_base_network(inputs, state, device, world),
+        weight_penalty=delta_penalty(state.transformer, run.preservation.delta_weight_penalty),
         device=device,
         optimizer=state.optimizer,
         optimizer_step=state.optimizer_step,
@@ -134,6 +137,18 @@ def make_sample_order(
     for notice in order.notices:
         emit(NoticeIssued(notice))
     return order
+
+
+def make_base_network(
+    prepared: PreparedInputs, state: TrainState, device: ComputeDevice, world: World
+) -> BaseNetwork:
+    """Return the network without its adapter, as a source of targets."""
+    return BaseNetwork(
+        state.transformer,
+        state.sharding.velocity_predictor(prepared.family, state.transformer),
+        device.autocast,
+        every_pass=world.equal_passes and prepared.rules.uses_base(),
+    )
 
 
 def open_run(
@@ -249,6 +264,7 @@ def describe_run(
         schedule.epoch_at,
         schedule.accumulation_steps,
         folder.path,
+        prepared.rules,
     )
 
 

@@ -221,7 +221,7 @@ def build_evaluation_callbacks(
             prepared.decoder_loader(run.model, inference.device),
             emit,
             world,
-            reference_loader(run, prepared.train.placed_samples),
+            reference_loader(run, prepared.taught().placed_samples),
         )
         scoring = ScoringCallback(scorer, state)
     return EvaluationCallbacks(held_out, images, scoring)
@@ -292,12 +292,13 @@ def build_held_out_evaluator(
             "validation_split (0.1 holds out one image in ten)"
         )
     wanted = run.tuning.num_train_loss_images
-    train_count = min(count if wanted is None else wanted, len(prepared.train.placed_samples))
+    taught = prepared.taught()
+    train_count = min(count if wanted is None else wanted, len(taught.placed_samples))
     sets = []
     if count:
         sets.append(make_held_out_set(run, prepared, chosen, "eval", count))
     if train_count:
-        sets.append(make_held_out_set(run, prepared, prepared.train, "train", train_count))
+        sets.append(make_held_out_set(run, prepared, taught, "train", train_count))
     if not sets:
         return None
     return HeldOutEvaluator(

@@ -5,8 +5,8 @@ Nothing random is carried from one step to the next: order, captions, noise, sig
 functions of (seed, step), so a resumed run equals a run that was never interrupted.
 
 Read next, for one training step: flow/densities.py (which sigmas), flow/objective.py (noise, path
-and loss), the family's `predict_velocity` with its transformer, and optimizer_step.py (gradients to
-weights). build.py makes the TrainerContext.
+and loss), base_targets.py (the base's prediction as a target), the family's `predict_velocity` with
+its transformer, and optimizer_step.py (gradients to weights). build.py makes the TrainerContext.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ from simpletuner.errors import TrainingDiverged, TrainingStopped
 from simpletuner.events.event_types import Emit, StepCompleted, WarningIssued
 from simpletuner.flow.densities import sample_sigmas
 from simpletuner.flow.loss_weights import loss_weight
-from simpletuner.flow.objective import (
-    add_noise,
-    loss_per_sample,
-    sample_noise_pair,
-    velocity_target,
-)
+from simpletuner.flow.objective import add_noise, sample_noise_pair, velocity_target
 from simpletuner.flow.rollout import (
     choose_rollouts,
     mixflow_sigma,
@@ -44,6 +39,7 @@ from simpletuner.flow.rollout import (
 )
 from simpletuner.models.family import PredictVelocity
 from simpletuner.randomness import seed_at
+from simpletuner.training.base_targets import BaseNetwork, weighted_losses
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.ema import Ema
 from simpletuner.training.optimizer_step import OptimizerStep
@@ -117,7 +113,9 @@ class TrainerContext:
     """Everything that the loop works with; build.py makes it.
 
     predict_velocity: the family's function with the transformer, which an engine may wrap; the
-    loop itself only sets the mode of the transformer. learning_rate: from a step, counted from 0.
+    loop itself only sets the mode of the transformer. base_network: the same without the adapter.
+    weight_penalty: from the place of a micro-batch within its step, what to add to its loss.
+    learning_rate: from a step, counted from 0.
     load_batch, micro_batch_shape: from the number of a micro-batch, counted from 0 over the whole
     run. world: the processes, among which the micro-batches of a step are shared out.
     resumed_step: steps completed by earlier processes. requested_callbacks: what a user asked for
@@ -128,6 +126,8 @@ class TrainerContext:
 
     predict_velocity: PredictVelocity
     transformer: nn.Module
+    base_network: BaseNetwork
+    weight_penalty: Callable[[int], Tensor | float]
     device: ComputeDevice
     optimizer: Optimizer
     optimizer_step: OptimizerStep
@@ -280,18 +280,20 @@ def backward_micro_batch(
     context.transformer.train()
     step = number // context.schedule.accumulation_steps
     sample_losses = compute_losses(context, batch, sigma, step)
-    loss = sample_losses.sum() / sample_count
+    loss = sample_losses.sum() / sample_count + context.weight_penalty(place)
     context.optimizer_step.backward(loss, place)
     return loss.detach()
 
 
 def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor, step: int) -> Tensor:
-    """Return the loss of every sample, (B,) float32 on the device: the flow matching objective.
+    """Return the loss of every row, (R,) float32 on the device: the flow matching objective.
 
-    batch: latents (B, C, H, W), text embeddings, and one visit key per sample, the address of its
-    noise. sigma: (B,) float32. step: decides how many samples are rolled out.
+    batch: latents (R, C, H, W), text embeddings, one visit key per row, the address of its noise,
+    and the weights of its two targets, the flow's own and the base's prediction. sigma: (B,)
+    float32, of the samples. step: decides how many samples are rolled out.
     """
     options, seed, device = context.flow_options, context.seed, context.device.device
+    sigma = sigma.repeat(batch.copies)
     noise, input_noise = batch.noise or sample_noise_pair(
         batch.visit_keys, batch.latents.shape, options, seed
     )
@@ -310,9 +312,10 @@ def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor, step: i
     elif context.world.equal_passes and rollout_probability(options, step):
         # Another process may have a rollout now, and needs the part of the network that is here.
         predict_rows(context, text, x_sigma[:1], sigma[:1], (0,))
+    base_velocity = context.base_network.velocity(x_sigma, sigma, text, batch.weights)
     with context.device.autocast():
         velocity = context.predict_velocity(x_sigma, sigma, text)
-    losses = loss_per_sample(velocity, target, sigma, options)
+    losses = weighted_losses(velocity, target, base_velocity, sigma, batch.weights, options)
     if options.loss_weight_by_sigma is not None:
         losses = losses * loss_weight(options.loss_weight_by_sigma, sigma)
     return losses

@@ -18,6 +18,7 @@ from simpletuner.config.paths import HUB_ID_PATTERN
 from simpletuner.config.schema import RunConfig
 from simpletuner.training.model_metadata import RunMetadata, uses_bundled_base
 from simpletuner.training.own_files import replace_own_file
+from simpletuner.training.target_summary import describe_targets
 from simpletuner.validation.validation_images import read_image_metadata
 
 MAX_CARD_IMAGES = 12
@@ -114,7 +115,9 @@ def write_model_card(run_dir: Path, metadata: RunMetadata, step: int) -> Path:
 
 def _introduction(metadata: RunMetadata, step: int, images: list[tuple[str, str]]) -> list[str]:
     """Return the title, one sentence about the training, the note, and the images."""
-    run, count = metadata.run, len(metadata.samples)
+    run, rules = metadata.run, metadata.rules
+    count = sum(item.sample.dataset not in rules.regularisation for item in metadata.samples)
+    targets = describe_targets(run, rules, metadata.samples)
     uses_lora = run.model.model_type == "lora"
     kind = f"A {describe_adapter(run.adapter)}" if uses_lora else "A full-rank fine-tune"
     steps = "1 step" if step == 1 else f"{step} steps"
@@ -126,6 +129,8 @@ def _introduction(metadata: RunMetadata, step: int, images: list[tuple[str, str]
         f"{kind} of {_escape_markdown(metadata.base_model_name)}, {steps} on {image_count}.",
         "",
         *([_escape_markdown(note), ""] if note else []),
+        *(f"- {_escape_markdown(text)}" for text in targets),
+        *([""] if targets else []),
         *([f"Trigger words: {_inline_code(metadata.trigger)}", ""] if metadata.trigger else []),
         *(f"![{_escape_markdown(text)}]({path})" for path, text in images),
     ]

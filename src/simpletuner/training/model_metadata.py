@@ -12,12 +12,13 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from simpletuner import __version__
+from simpletuner.cache.target_rules import TargetRules
 from simpletuner.config import lycoris_config
 from simpletuner.config.compare_configs import training_config_hash
 from simpletuner.config.load import resolved_options
@@ -38,7 +39,7 @@ class RunMetadata:
 
     base_model: the name of the model files. samples: those that are trained on. instance_prompts:
     of the datasets. epoch_at: the epoch of a step. micro_batches_per_step: over all processes.
-    run_dir: its images/ has the validation images.
+    run_dir: its images/ has the validation images. rules: what the samples are trained towards.
     """
 
     run: RunConfig
@@ -49,6 +50,7 @@ class RunMetadata:
     epoch_at: Callable[[int], int]
     micro_batches_per_step: int
     run_dir: Path
+    rules: TargetRules = field(default_factory=TargetRules)
 
     @property
     def title(self) -> str:

@@ -5,13 +5,12 @@ When everything is cached already, no encoder is loaded.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -25,6 +24,8 @@ from simpletuner.cache.batch_loader import BatchLoader
 from simpletuner.cache.batch_types import TextEmbedding
 from simpletuner.cache.content_hashes import ContentHashes
 from simpletuner.cache.latent_cache import LatentCacheResult
+from simpletuner.cache.mask_cache import cache_missing_masks
+from simpletuner.cache.target_rules import TargetRules
 from simpletuner.cache.tensor_store import TensorStore
 from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.data.dataset_config import DatasetConfig, DatasetFile
@@ -32,9 +33,14 @@ from simpletuner.data.rejections import format_rejected, write_rejected
 from simpletuner.data.remote_store import open_remote_store
 from simpletuner.data.sample_types import BucketedSample
 from simpletuner.data.scan import ScanResult
-from simpletuner.errors import DataError
-from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
-from simpletuner.models.family import ArchitectureConstants, ModelFamily, ModelFiles, TextEncoder
+from simpletuner.events.event_types import Emit, WarningIssued
+from simpletuner.models.family import ArchitectureConstants, ModelFamily, ModelFiles
+from simpletuner.training.base_targets import target_rules
+from simpletuner.training.caption_encoding import (
+    captions_to_encode,
+    encode_captions,
+    free_memory,
+)
 from simpletuner.training.device import ComputeDevice, split_when_out_of_memory
 from simpletuner.training.hold_out import choose_held_out_ids
 from simpletuner.training.resume import ResumePoint
@@ -42,7 +48,6 @@ from simpletuner.training.run_folder import RunFolder
 from simpletuner.training.shared_scan import scan_everywhere
 from simpletuner.training.world import World
 
-MAX_LISTED_CAPTIONS = 20
 MAX_NAMED_SAMPLES = 20_000
 
 
@@ -51,7 +56,7 @@ class PreparedInputs:
     """The inputs of a run, all on disk.
 
     train, eval: the samples whose latents are cached, with their keys. held_out: ids of the samples
-    of training datasets that are in eval.
+    of training datasets that are in eval. rules: what the training samples are trained towards.
     """
 
     family: ModelFamily
@@ -62,7 +67,16 @@ class PreparedInputs:
     eval: LatentCacheResult
     latent_cache: TensorStore
     text_cache: TensorStore
+    rules: TargetRules
     held_out: frozenset[str] = frozenset()
+
+    def taught(self) -> LatentCacheResult:
+        """Return the first crops of the training images that are not regularisation."""
+        regularisation = self.rules.regularisation
+        return select_samples(
+            self.train,
+            lambda item: item.sample.dataset not in regularisation and item.crop_index == 0,
+        )
 
     def text_embedding(self, caption: str) -> TextEmbedding:
         """Return the text embedding of a caption that is in the cache."""
@@ -83,6 +97,11 @@ class PreparedInputs:
             latent_channels=self.constants.latent_channels,
         )
 
+    def make_train_batches(self, sample: Literal["mean", "draw"], seed: int) -> BatchLoader:
+        """Return the loader of the training, with masks and the targets of the samples."""
+        batches = self.make_batches(self.train, sample, seed)
+        return replace(batches, mask_keys=self.train.mask_keys, rules=self.rules)
+
     def decoder_loader(
         self, options: ModelOptions, device: torch.device
     ) -> Callable[[], Callable[[Tensor], Tensor]]:
@@ -97,7 +116,7 @@ class PreparedInputs:
         """Return what must not change when a run is resumed: base weights, encoders and data.
 
         The keys are stored in checkpoints and shown to users. An image counts by its id, content,
-        size and crop: its key in the latent cache is a hash of them.
+        size and crop: its key in the latent cache is a hash of them. So does its mask.
         """
         identity = {
             "base weights": self._base_weights(),
@@ -106,7 +125,7 @@ class PreparedInputs:
             "datasets": ", ".join(dataset.id for dataset in self.train_sets),
         }
         by_dataset: dict[str, list[tuple[BucketedSample, str]]] = defaultdict(list)
-        for item, key in zip(self.train.placed_samples, self.train.latent_keys, strict=True):
+        for item, key in zip(self.train.placed_samples, self._image_keys(), strict=True):
             by_dataset[item.sample.dataset].append((item, key))
         for dataset in self.train_sets:
             images, captions = hashlib.sha256(), hashlib.sha256()
@@ -123,6 +142,11 @@ class PreparedInputs:
             )
         return identity
 
+    def _image_keys(self) -> list[str]:
+        """Return one key for each training sample: of its image, and of its mask if it has one."""
+        pairs = zip(self.train.latent_keys, self.train.mask_keys, strict=True)
+        return [_short_hash(image + mask) + image if mask else image for image, mask in pairs]
+
     def sample_hashes(self) -> dict[str, str]:
         """Return sample id -> hashes of image and captions, to name those that have changed.
 
@@ -132,7 +156,7 @@ class PreparedInputs:
             return {}
         return {
             item.sample.id: f"{key[:8]} {_short_hash(json.dumps(item.sample.captions))}"
-            for item, key in zip(self.train.placed_samples, self.train.latent_keys, strict=True)
+            for item, key in zip(self.train.placed_samples, self._image_keys(), strict=True)
         }
 
     def encoded_now(self) -> dict[str, int]:
@@ -174,6 +198,7 @@ def _describe_variation(dataset: DatasetConfig) -> str:
         "batch size": (dataset.resize_crop.train_batch_size, None),
         "timestep offset": (dataset.timestep_sampling_offset, plain.timestep_sampling_offset),
         "active": (dataset.active, plain.active),
+        "regularisation towards": (dataset.regularisation_target, plain.regularisation_target),
     }
     changed = [f", {name} {value}" for name, (value, usual) in fields.items() if value != usual]
     return "".join(changed)
@@ -211,34 +236,47 @@ def prepare_inputs(
     with world.main_first("model files"):  # rank 0 downloads what is missing
         files = family.locate_files(run.model, emit)
     constants = family.read_constants(files)
-    shard_mib = run.cache.cache_shard_mib
-    text_dir = backends.text_cache_dir or root / "text"
-    fingerprints = (
-        (text_dir, family.text_fingerprint(files, run.model)),
-        (root / "vae", family.vae_fingerprint(files, run.model)),
-    )
-    with world.main_first("cache"):  # it repairs what a killed process has left
-        text_store, latent_store = (
-            closing.enter_context(
-                TensorStore(path, fingerprint, emit, shard_mib, shares_index=world.is_main)
-            )
-            for path, fingerprint in fingerprints
-        )
-    captions = sorted(
-        {"", *texts, *(caption for item in scanned.samples for caption in item.sample.captions)}
-    )
+    fingerprints = {
+        backends.text_cache_dir or root / "text": family.text_fingerprint(files, run.model),
+        root / "vae": family.vae_fingerprint(files, run.model),
+    }
+    text_store, latent_store = open_stores(run, fingerprints, world, emit, closing)
+    rules = target_rules(run, backends)
+    captions = captions_to_encode(scanned, texts, rules)
     encode_captions(
         run, family, files, constants.max_tokens, text_store, captions, device, world, emit
     )
-    cached = encode_images(
-        run, family, files, latent_store, scanned, root, rejected_path, device, world, emit
-    )
+    inputs = latent_store, constants.stride_px, scanned, root, rejected_path
+    cached = encode_images(run, family, files, *inputs, device, world, emit)
     if remote_store is not None:
         remote_store.keep_failures()
     train, evaluated, split = divide_samples(run, backends, cached, root, resume_point, world, emit)
     return PreparedInputs(
-        family, files, constants, backends.train, train, evaluated, latent_store, text_store, split
+        family,
+        files,
+        constants,
+        backends.train,
+        train,
+        evaluated,
+        latent_store,
+        text_store,
+        rules,
+        split,
     )
+
+
+def open_stores(
+    run: RunConfig, fingerprints: Mapping[Path, str], world: World, emit: Emit, closing: ExitStack
+) -> list[TensorStore]:
+    """Open a cache in each folder. fingerprints: of the encoders whose results they hold."""
+    shard_mib = run.cache.cache_shard_mib
+    with world.main_first("cache"):  # it repairs what a killed process has left
+        return [
+            closing.enter_context(
+                TensorStore(path, fingerprint, emit, shard_mib, shares_index=world.is_main)
+            )
+            for path, fingerprint in fingerprints.items()
+        ]
 
 
 def divide_samples(
@@ -253,13 +291,14 @@ def divide_samples(
     """Return the samples to train on, those that are held out, and which of these were split off.
 
     Held out are the eval datasets, and the part of the training datasets that validation_split
-    sets aside.
+    sets aside, which takes nothing from regularisation datasets.
     """
     eval_sets = {dataset.id for dataset in backends.eval}
+    taught = {dataset.id for dataset in backends.train if not dataset.regularisation_target}
     candidates = [
         item
         for item in cached.placed_samples
-        if item.sample.dataset not in eval_sets and item.crop_index == 0
+        if item.sample.dataset in taught and item.crop_index == 0
     ]
     split = choose_held_out_ids(
         run, candidates, bool(eval_sets), cache_root, resume_point, world, emit
@@ -273,35 +312,12 @@ def divide_samples(
     return train, held_out, split
 
 
-def encode_captions(
-    run: RunConfig,
-    family: ModelFamily,
-    files: ModelFiles,
-    max_tokens: int,
-    store: TensorStore,
-    captions: Sequence[str],
-    device: ComputeDevice,
-    world: World,
-    emit: Emit,
-) -> None:
-    """Encode the captions that are not cached; the text encoder is loaded only if there are any."""
-
-    def load_encoder() -> text_cache.EncodeText:
-        encoder = family.load_text_encoder(files, run.model, device.device, emit)
-        report_overlong_captions(encoder, captions, max_tokens, run.model, emit)
-        return encoder.encode
-
-    text_cache.encode_missing_captions(
-        store, captions, load_encoder, emit, run.cache.text_encoder_batch_size, world
-    )
-    free_memory(device)
-
-
 def encode_images(
     run: RunConfig,
     family: ModelFamily,
     files: ModelFiles,
     store: TensorStore,
+    stride_px: int,
     scanned: ScanResult,
     cache_root: Path,
     rejected_path: Path | None,
@@ -309,7 +325,10 @@ def encode_images(
     world: World,
     emit: Emit,
 ) -> LatentCacheResult:
-    """Encode the images that are not cached; the VAE is loaded only if there are any."""
+    """Encode the images that are not cached, and read their masks.
+
+    The VAE is loaded only if there are any. stride_px: of its latents.
+    """
 
     @cache
     def load_encoder() -> Callable[[Tensor], Tensor]:
@@ -321,6 +340,7 @@ def encode_images(
     cached = latent_cache.encode_missing_latents(
         store, scanned.samples, run.data, hashes, load_encoder, emit, count, world
     )
+    cached = cache_missing_masks(store, cached, stride_px, run.data, hashes, emit, world)
     if hashes is not None:
         hashes.close()
     load_encoder.cache_clear()
@@ -336,46 +356,11 @@ def select_samples(
     cached: LatentCacheResult, is_wanted: Callable[[BucketedSample], bool]
 ) -> LatentCacheResult:
     """Return the samples for which is_wanted is true, with their keys."""
-    pairs = [
-        pair
-        for pair in zip(cached.placed_samples, cached.latent_keys, strict=True)
-        if is_wanted(pair[0])
-    ]
+    rows = zip(cached.placed_samples, cached.latent_keys, cached.mask_keys, strict=True)
+    chosen = [row for row in rows if is_wanted(row[0])]
     return LatentCacheResult(
-        tuple(sample for sample, _ in pairs), tuple(key for _, key in pairs), ()
-    )
-
-
-def free_memory(device: ComputeDevice) -> None:
-    """Release the memory of the encoder before the next model is loaded."""
-    gc.collect()
-    device.hardware.empty_cache()
-
-
-def report_overlong_captions(
-    encoder: TextEncoder, captions: Sequence[str], limit: int, options: ModelOptions, emit: Emit
-) -> None:
-    """Report captions above the token limit: they are never truncated silently.
-
-    Raises DataError when caption_overlong is "error".
-    """
-    counts = [(encoder.token_count(caption), caption) for caption in captions]
-    overlong = sorted(
-        ((count, caption) for count, caption in counts if count > limit), reverse=True
-    )
-    if not overlong:
-        emit(NoticeIssued(f"longest caption: {max(counts)[0]} of {limit} tokens"))
-        return
-    worst = "".join(
-        f"\n  {count} tokens: {caption[:80]!r}..."
-        for count, caption in overlong[:MAX_LISTED_CAPTIONS]
-    )
-    captions_are = "1 caption is" if len(overlong) == 1 else f"{len(overlong)} captions are"
-    message = f"{captions_are} longer than {limit} tokens:{worst}"
-    if options.caption_overlong == "error":
-        raise DataError(f"{message}\nShorten them, or set caption_overlong = truncate")
-    emit(
-        WarningIssued(
-            f"{message}\nThe model does not see the text after that (caption_overlong = truncate)"
-        )
+        tuple(sample for sample, _, _ in chosen),
+        tuple(key for _, key, _ in chosen),
+        tuple(mask for _, _, mask in chosen),
+        (),
     )

@@ -44,6 +44,7 @@ from simpletuner.events.terminal_sink import TerminalSink
 from simpletuner.training import loop, resume
 from simpletuner.training.build import build_trainer_context
 from simpletuner.training.device import describe_out_of_memory
+from simpletuner.training.memory_plan.fake_step import TargetUse
 from simpletuner.training.memory_plan.fit import with_options
 from simpletuner.training.memory_plan.memory_saving import suggest_next_setting
 from simpletuner.training.memory_plan.preflight import preflight_check
@@ -207,8 +208,12 @@ def preflight_once(
             resize_crops = [dataset.resize_crop for dataset in backends.train]
             saved_config = None if within is None else read_checkpoint_options(run, folder, emit)
             before = resolved_options(run)
+            targets = TargetUse(
+                any(dataset.regularisation_target == "base" for dataset in backends.train),
+                any(dataset.masks or dataset.alpha_mask for dataset in backends.train),
+            )
             planned = resolved_options(
-                preflight_check(run, resize_crops, emit, within, saved_config)
+                preflight_check(run, resize_crops, emit, within, saved_config, targets)
             )
             changes = {name: value for name, value in planned.items() if value != before[name]}
     changes = world.broadcast_json(changes)

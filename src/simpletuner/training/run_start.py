@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from simpletuner import __version__
 from simpletuner.config.deepspeed_config import parse_zero_config, uses_deepspeed
 from simpletuner.config.load import resolved_options
@@ -13,6 +15,7 @@ from simpletuner.training.loop import TrainSchedule
 from simpletuner.training.prepare import PreparedInputs
 from simpletuner.training.resume import ResumePoint
 from simpletuner.training.run_folder import RunFolder
+from simpletuner.training.target_summary import describe_targets
 from simpletuner.training.train_state import TrainState
 from simpletuner.training.world import World
 
@@ -35,7 +38,8 @@ def start_run(
         folder.write_config(resolved_options(run))
     model = f"{run.model.model_family} {prepared.model_files.name}"
     described = describe_world(run, state, world)
-    return emit_run_start(resume_point, folder, model, device, schedule, described, emit)
+    targets = describe_targets(run, prepared.rules, prepared.train.placed_samples)
+    return emit_run_start(resume_point, folder, model, device, schedule, described, targets, emit)
 
 
 def emit_run_start(
@@ -45,13 +49,17 @@ def emit_run_start(
     device: ComputeDevice,
     schedule: TrainSchedule,
     world: RunWorld | None,
+    targets: Sequence[str],
     emit: Emit,
 ) -> int:
     """Emit where the run begins, and return the number of steps that are already complete."""
     step = 0 if resume_point is None else resume_point.step
     total = schedule.total_steps
     device.hardware.reset_peak()  # encoding the datasets and loading were phases of their own
-    emit(RunStarted(__version__, str(folder.path), model, str(device), total, step, world))
+    path, name = str(folder.path), str(device)
+    emit(RunStarted(__version__, path, model, name, total, step, world, tuple(targets)))
+    for target in targets:
+        emit(NoticeIssued(target))
     if attention := describe_attention(device):
         emit(NoticeIssued(attention))
     if resume_point is not None:

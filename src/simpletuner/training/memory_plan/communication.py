@@ -48,21 +48,24 @@ def step_communication(
     measured: StepMeasurement,
     passes: int,
     is_lora: bool,
+    more_forwards: int = 0,
 ) -> tuple[CollectiveUse, ...]:
-    """Return what is exchanged in an optimizer step. passes: micro-batches of each process."""
+    """Return what is exchanged in an optimizer step.
+
+    passes: micro-batches of each process. more_forwards: forward passes without gradient in each.
+    """
     if layout.processes == 1:
         return ()
     trained_tensors, trained = measured.trained_tensors, measured.trained_bytes
     uses: list[CollectiveUse] = []
     if layout.shards("weights"):
         # Units are gathered for the forward and the backward pass, the rest once for both.
-        times = 2 if layout.reshards else 1
-        gathered = times * sum(weights.units) + weights.rest
+        times, rest_times = (2 if layout.reshards else 1) + more_forwards, 1 + more_forwards
+        gathered = times * sum(weights.units) + rest_times * weights.rest
         if is_lora and layout.uses_deepspeed:
             gathered += times * trained
-        uses.append(
-            _use("all_gather", (times * len(weights.units) + 1) * passes, gathered * passes, layout)
-        )
+        calls = times * len(weights.units) + rest_times
+        uses.append(_use("all_gather", calls * passes, gathered * passes, layout))
     if is_lora and not layout.uses_deepspeed:
         return (*uses, *tree_communication(layout, trained_tensors, passes))
     buckets = count_buckets(trained_tensors)

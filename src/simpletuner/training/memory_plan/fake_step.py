@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from simpletuner.cache.batch_types import Batch, TextBatch
+from simpletuner.adapters.delta_norm import delta_penalty
+from simpletuner.cache.batch_types import Batch, TargetWeights, TextBatch
 from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.events.sinks import null_emit
 from simpletuner.models.family import BlockMemoryPolicy, ModelFamily, ModelSpec
 from simpletuner.training import loop, train_state
+from simpletuner.training.base_targets import BaseNetwork
 from simpletuner.training.device import ComputeDevice, select_device
 from simpletuner.training.gradient_sum import held_sums
 from simpletuner.training.loop import MicroBatchShape, TrainerContext, TrainSchedule
@@ -30,11 +32,35 @@ MEASURED_MICRO_BATCHES = 2
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The shape of a micro-batch. size_px: (width, height). text_rows: of each sample."""
+    """The shape of a micro-batch.
+
+    size_px: (width, height). text_rows: of each sample. copies: how often each sample is in it.
+    towards_base: whether the base's prediction is a target. weighted: whether the cells of a latent
+    have weights, as masks give them.
+    """
 
     samples: int
     size_px: tuple[int, int]
     text_rows: int
+    copies: int = 1
+    towards_base: bool = False
+    weighted: bool = False
+
+
+@dataclass(frozen=True)
+class TargetUse:
+    """Needs of the datasets of a run: the base's prediction as a target, or masks."""
+
+    towards_base: bool = False
+    masked: bool = False
+
+    def apply(self, feed: BatchShape) -> BatchShape:
+        """Return the shape of a batch with these, in addition to what the options ask for."""
+        towards_base = feed.towards_base or self.towards_base
+        return replace(feed, towards_base=towards_base, weighted=feed.weighted or self.masked)
+
+
+NO_TARGETS = TargetUse()
 
 
 @dataclass(frozen=True)
@@ -43,7 +69,8 @@ class StepMeasurement:
 
     peak: bytes by part at the highest moment. flops: of all micro-batches, without rollouts.
     rollout_flops: of one forward pass without gradient over all samples; 0 where none are rolled
-    out. Such a pass stores no activations, so it does not raise the peak. trained, trained_bytes:
+    out. Such a pass stores no activations, so it does not raise the peak. base_flops: the part of
+    flops that the base's predictions take. trained, trained_bytes:
     the trainable parameters. optimizer: bytes of the optimizer's state. trained_tensors: bytes of
     each trainable parameter. activations: the most bytes of activations at one moment.
     trained_units: units of the family's shard_units that are trained, and 1 for what is outside.
@@ -58,6 +85,7 @@ class StepMeasurement:
     trained_tensors: list[int] = field(default_factory=list)
     activations: int = 0
     trained_units: int = 0
+    base_flops: float = 0.0
 
 
 def measure_fake_step(
@@ -170,10 +198,13 @@ def run_and_measure_step(
         loop.train_step(parts, 0)
     peak, flops = dict(count.peak_bytes), count.flops
     activations = count.peak_activation_bytes
+    batch = parts.load_batch(0)
+    sigma = torch.ones(feed.samples * feed.copies)
     if run.flow.scheduled_sampling_probability:
-        batch = parts.load_batch(0)
-        sigma = torch.ones(feed.samples)
-        loop.predict_rows(parts, batch.text, batch.latents, sigma, range(feed.samples))
+        loop.predict_rows(parts, batch.text, batch.latents, sigma, range(len(sigma)))
+    rollout_flops = count.flops - flops
+    parts.base_network.velocity(batch.latents, sigma, batch.text, batch.weights)
+    base_flops = count.flops - flops - rollout_flops
     trained = sum(parameter.numel() for parameter in net.trainable_parameters.values())
     size = sum(parameter.nbytes for parameter in net.trainable_parameters.values())
     if net.uses_lora:
@@ -184,10 +215,11 @@ def run_and_measure_step(
         trained,
         size,
         state_bytes,
-        (count.flops - flops) * accumulation,
+        rollout_flops * accumulation,
         [parameter.nbytes for parameter in net.trainable_parameters.values()],
         activations,
         count_trained_units(net.transformer, family.shard_units(net.transformer)),
+        base_flops * accumulation,
     )
 
 
@@ -217,21 +249,28 @@ def make_fake_context(
 
     def batch(number: int) -> Batch:
         count.mark_forward_start()
-        latents = torch.empty(feed.samples, constants.latent_channels, height, width)
+        rows = feed.samples * feed.copies
+        latents = torch.empty(rows, constants.latent_channels, height, width)
         tensors = {}
         lengths = {}
         for name, tensor in constants.text_tensors.items():
             shape = (feed.text_rows, tensor.width) if tensor.has_length else (tensor.width,)
-            tensors[name] = torch.empty(feed.samples, *shape, dtype=spec.text_dtype)
+            tensors[name] = torch.empty(rows, *shape, dtype=spec.text_dtype)
             if tensor.has_length:
-                lengths[name] = (feed.text_rows,) * feed.samples
-        return Batch(latents, TextBatch(tensors, lengths), names, names)
+                lengths[name] = (feed.text_rows,) * rows
+        keys, text = names * feed.copies, TextBatch(tensors, lengths)
+        weights = make_fake_weights(feed, (height, width))
+        return Batch(latents, text, names, keys, weights=weights, copies=feed.copies)
 
     tokens = feed.size_px[0] * feed.size_px[1] // constants.token_px**2
+    predict_velocity = partial(family.predict_velocity, net.transformer)
+    device = cpu_device_without_gpu_options(run.model)
     return TrainerContext(
-        predict_velocity=partial(family.predict_velocity, net.transformer),
+        predict_velocity=predict_velocity,
         transformer=net.transformer,
-        device=cpu_device_without_gpu_options(run.model),
+        base_network=BaseNetwork(net.transformer, predict_velocity, device.autocast),
+        weight_penalty=delta_penalty(net.transformer, run.preservation.delta_weight_penalty),
+        device=device,
         optimizer=net.optimizer,
         optimizer_step=net.optimizer_step,
         ema=net.ema,
@@ -251,3 +290,13 @@ def make_fake_context(
         emit=null_emit,
         adapter_copies=net.adapter_copies.current,
     )
+
+
+def make_fake_weights(feed: BatchShape, size: tuple[int, int]) -> TargetWeights | None:
+    """Return weights without data of all rows of a batch; None where its loss is the plain one."""
+    if not feed.towards_base and not feed.weighted:
+        return None
+    rows = feed.samples * feed.copies
+    shape = (rows, 1, *size) if feed.weighted else (rows, 1, 1, 1)
+    base_rows = range(rows if feed.towards_base else 0)
+    return TargetWeights(torch.empty(shape), torch.empty(shape), tuple(base_rows))

@@ -27,7 +27,8 @@ def format_bytes(size: float) -> str:
 def format_plan(plan: MemoryPrediction, budget: MachineResources) -> list[str]:
     """Return the lines of the full plan."""
     width, height = plan.feed.size_px
-    feed = f"{plan.feed.samples} x {width} x {height} px, {plan.feed.text_rows} text tokens"
+    rows = plan.feed.samples * plan.feed.copies
+    feed = f"{rows} x {width} x {height} px, {plan.feed.text_rows} text tokens"
     blocks = f"checkpointed blocks: {plan.memory.checkpointed}, swapped: {plan.memory.swapped}"
     lines = [f"{plan.trained / 1e6:.1f} M trainable parameters; {feed}; {blocks}"]
     if plan.assumed:
@@ -80,9 +81,13 @@ def format_step_time(plan: MemoryPrediction, budget: MachineResources) -> str:
     rollouts = (
         f", of which rollouts up to {plan.rollout_flops / 1e12:.3g}" if plan.rollout_flops else ""
     )
-    return (
-        f"step: {plan.flops / 1e12:.3g} TFLOP{rollouts}, about {time} on {budget.name} (estimate)"
+    base = (
+        f", of which the base's predictions up to {plan.base_flops / 1e12:.3g}"
+        if plan.base_flops
+        else ""
     )
+    work = f"{plan.flops / 1e12:.3g} TFLOP{rollouts}{base}"
+    return f"step: {work}, about {time} on {budget.name} (estimate)"
 
 
 def format_summary(plan: MemoryPrediction, budget: MachineResources) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from simpletuner.config.evaluation_models import needs_evaluation_model
 from simpletuner.config.image_metrics import metric_device_bytes
+from simpletuner.config.preservation_constraints import uses_base_prediction
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_sizes
 from simpletuner.flow.rollout import final_probability
@@ -25,8 +26,10 @@ from simpletuner.training.ema import resolve_ema_device
 from simpletuner.training.memory_plan import plan_cache
 from simpletuner.training.memory_plan.communication import CollectiveUse, step_communication
 from simpletuner.training.memory_plan.fake_step import (
+    NO_TARGETS,
     BatchShape,
     StepMeasurement,
+    TargetUse,
     cpu_device_without_gpu_options,
     measure_fake_step,
 )
@@ -85,6 +88,7 @@ class MemoryPrediction:
     world: WorldLayout = field(default_factory=WorldLayout)
     base_bytes: int = 0
     communication: tuple[CollectiveUse, ...] = ()
+    base_flops: float = 0.0
 
     @property
     def tensor_bytes(self) -> int:
@@ -108,22 +112,21 @@ def predict_memory(
     framings: Sequence[ResizeCropConfig] = (),
     kind: str | None = None,
     memory: BlockMemoryPolicy | None = None,
+    targets: TargetUse = NO_TARGETS,
 ) -> MemoryPrediction:
     """Run a step on tensors without data, or use the cached measurement of one.
 
     framings: resize and crop settings of the datasets; none for the resolution of the options.
     kind: "cuda", "mps" or "cpu", to plan for another device than that of this machine. memory:
-    replaces the block memory policy of the options.
+    replaces the block memory policy of the options. targets: what the datasets ask for.
     """
     kind = kind or select_device(run.model).device.type
     spec, memory, feed, granule = planning_inputs(run, family, framings, kind, memory)
+    feed = targets.apply(feed)
     world, is_lora = read_layout(run), run.model.model_type == "lora"
     # The measurement changes the network of the spec, so its sizes are read before.
-    block_count = len(spec.blocks)
-    swapped = [
-        aligned_block_bytes(spec.blocks[number])
-        for number in memory.swapped_block_numbers(block_count)
-    ]
+    numbers = memory.swapped_block_numbers(len(spec.blocks))
+    swapped = [aligned_block_bytes(spec.blocks[number]) for number in numbers]
     model_bytes = weight_bytes(spec)
     units = family.shard_units(spec.transformer)
     unit_weights = weight_bytes_by_unit(spec.transformer, units, is_lora)
@@ -139,6 +142,8 @@ def predict_memory(
     parts, on_host = share_among_processes(parts, on_host, world, unit_weights, measured, is_lora)
     passes = run.training.gradient_accumulation_steps
     rollouts = final_probability(run.flow) * measured.rollout_flops
+    # Rollouts and the base's predictions, in every micro-batch.
+    more_forwards = bool(rollouts) + feed.towards_base
     before = {"text encoder": spec.text_encoder_bytes, "VAE": spec.vae_bytes}
     return MemoryPrediction(
         kind,
@@ -148,8 +153,7 @@ def predict_memory(
         host_memory_by_use(kind, on_host, before, sum(parts.values()), world.local),
         disk_space_by_use(run, spec, measured, model_bytes, average),
         measured.flops + rollouts,
-        # A rollout is one more forward pass, for which the blocks are copied again.
-        (3 if rollouts else 2) * sum(swapped) * passes,
+        (2 + more_forwards) * sum(swapped) * passes,
         measured.trained,
         feed,
         memory,
@@ -157,7 +161,8 @@ def predict_memory(
         rollouts,
         world,
         unit_weights.own_part(world),
-        step_communication(world, unit_weights, measured, passes, is_lora),
+        step_communication(world, unit_weights, measured, passes, is_lora, more_forwards),
+        measured.base_flops,
     )
 
 
@@ -298,7 +303,16 @@ def largest_batch_shape(
     )
     limit = spec.constants.max_tokens
     rows = min(limit, run.model.tokenizer_max_length or limit)
-    return BatchShape(samples, largest, rows)
+    options = run.preservation
+    copies = 1 + (options.diff_output_preservation or options.blank_prompt_preservation)
+    return BatchShape(
+        samples,
+        largest,
+        rows,
+        copies,
+        uses_base_prediction(run),
+        options.masked_prior_preservation_weight > 0,
+    )
 
 
 def weight_bytes(spec: ModelSpec) -> int:
@@ -318,7 +332,7 @@ def checkpointed_input_bytes(spec: ModelSpec, memory: BlockMemoryPolicy, feed: B
     An input has the rows of text and image.
     """
     tokens = feed.size_px[0] * feed.size_px[1] // spec.constants.token_px**2 + feed.text_rows
-    block_bytes = feed.samples * tokens * spec.width * ACTIVATION_ITEM_BYTES
+    block_bytes = feed.samples * feed.copies * tokens * spec.width * ACTIVATION_ITEM_BYTES
     return block_bytes * max(
         0, len(memory.checkpointed_block_numbers(len(spec.blocks))) - DEVICE_BUFFERS
     )

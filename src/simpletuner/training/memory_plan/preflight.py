@@ -15,6 +15,7 @@ from simpletuner.models import registry
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.device import select_device
 from simpletuner.training.memory_plan import memory_saving, plan_formatting
+from simpletuner.training.memory_plan.fake_step import NO_TARGETS, TargetUse
 from simpletuner.training.memory_plan.fit import (
     MemoryConfigSearch,
     blocks_to_checkpoint,
@@ -46,12 +47,14 @@ def preflight_check(
     emit: Emit,
     within: str | None = None,
     before: Mapping[str, Any] | None = None,
+    targets: TargetUse = NO_TARGETS,
 ) -> RunConfig:
     """Return the run with "auto" options resolved, after emitting its memory plan.
 
     within: --fit, a size or "" for the free memory; the memory settings of the run are then
-    replaced by the fastest that fit. before: the options of the checkpoint that is resumed. A small
-    base without a cached plan is not planned, because it fits in any memory.
+    replaced by the fastest that fit. before: the options of the checkpoint that is resumed.
+    targets: what the datasets ask for. A small base without a cached plan is not planned, because
+    it fits in any memory.
 
     Raises ConfigError when the device, the host or a disk has too little space.
     """
@@ -68,7 +71,7 @@ def preflight_check(
         run = with_options(run, {"gradient_checkpointing": value})
     elif not is_worth_planning(run, family, framings, budget.kind):
         return run
-    plan = predict_memory(run, family, framings, budget.kind)
+    plan = predict_memory(run, family, framings, budget.kind, targets=targets)
     emit(NoticeIssued(plan_formatting.format_summary(plan, budget)))
     if limit is not None and plan.tensor_bytes > limit:
         raise ConfigError(
