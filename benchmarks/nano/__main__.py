@@ -27,7 +27,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.nano import densities_figure, densities_page, markdown_tables, result_tables
+from benchmarks.nano import (
+    densities_figure,
+    densities_page,
+    markdown_tables,
+    methods,
+    result_tables,
+)
 from benchmarks.nano.cell_runner import CellRunner, ExperimentFolders
 from benchmarks.nano.experiment_inputs import ROOT, base_fingerprint
 from benchmarks.nano.experiments import (
@@ -128,7 +134,9 @@ def smoke_test_cells(asked: BenchmarkRequest) -> list[Cell]:
     wanted = {"base", "lesson", "lesson-uniform", "trial-0.0001", "full-bf16-stochastic", "padded",
               "padded-used-trimmed", "shapes", "scratch-quadratic", "still-stratified",
               "rollout-50", "mixflow-0.8", "at-4-rollout-50",
-              "still-independent"}  # fmt: skip
+              "still-independent", "methods-averaged", "methods-images-4"}  # fmt: skip
+    if "methods" in asked.only:
+        wanted |= {row.variant for row in methods.own_rows()}
     return [
         cell
         for cell in list_cells(asked.size, asked.seeds, asked.only)

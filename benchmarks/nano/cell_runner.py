@@ -29,6 +29,7 @@ PROGRAMS: Mapping[str, tuple[str, ...]] = {
     "simpletuner": ("-m", "simpletuner", "train"),
     "world": ("-m", "simpletuner", "train"),
     "padded": ("-m", "benchmarks.nano.padded"),
+    "averaged": ("-m", "benchmarks.nano.averaged"),
 }
 LORA_FILE = "pytorch_lora_weights.safetensors"
 REMOVED_WHEN_FINISHED = (

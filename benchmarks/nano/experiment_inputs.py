@@ -24,6 +24,8 @@ BUNDLED_BASE_DIR, EXAMPLE_DIR = (
     PACKAGE_DIR / "models" / "nano",
     PACKAGE_DIR / "examples" / "chroma-nano.peft-lora",
 )
+CONSTANT_CAPTION = "a zorbo"
+FIRST_OF_64 = 1000  # numbers of zorbos that no other set has
 TRAINED_SEED, UNSEEN_SEED = 1, 73  # of make_shapes_dataset.py
 LORA_OPTIONS = ("lora_rank", "flux_lora_target")
 
@@ -75,6 +77,30 @@ class ExperimentInputs:
             for one in document.value
         ]
         self._write_dataset_file("lesson", taught_sets, unseen)
+        for name, fields in self._make_other_concepts(run).items():
+            concept, *others = taught_sets
+            self._write_dataset_file(name, [{**concept, **fields}, *others], unseen)
+
+    def _make_other_concepts(self, run: ProgramRunner) -> dict[str, dict[str, object]]:
+        """Draw sets of 4 and of 64 zorbos, none of them an unseen one; return the fields of each.
+
+        In an epoch each set gives as many images as the example's sixteen, which are seen three times.
+        """
+        made: dict[str, dict[str, object]] = {
+            "lesson-constant": {
+                "caption_strategy": "instanceprompt",
+                "instance_prompt": CONSTANT_CAPTION,
+            }
+        }
+        for count, first, fields in (
+            (4, 0, {"repeats": 11}),
+            (64, FIRST_OF_64, {"repeats": 0, "probability": 0.75}),
+        ):
+            folder = self.root / f"zorbo-{count}"
+            run([str(RECIPES_DIR / "make_zorbo_dataset.py"), "--out", str(folder), "--first", str(first),
+                 "--count", str(count)])  # fmt: skip
+            made[f"lesson-{count}"] = {"instance_data_dir": str(folder), **fields}
+        return made
 
     def make_shapes_datasets(self, size: ExperimentSize, run: ProgramRunner) -> None:
         """Drawn shapes, unseen ones, and a transformer that has learned nothing."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.nano import methods
+
 PRECISIONS = ("int8", "int4", "nf4", "fp8")
 DENSITIES = ("quadratic", "parabola", "quadratic-literal", "uniform", "logit-normal")
 SEEDS = (1, 2, 3)
@@ -178,6 +180,7 @@ def build_variants(size: ExperimentSize) -> dict[str, Variant]:
             for name in DENSITIES
         ),
         *_exposure_variants(size),
+        *_method_variants(size),
         Variant("padded", "lesson", {"evaluation_type": "zorbo"}, "padded", "padded"),
         Variant(
             "padded-used-trimmed", "lesson", _frozen_weights_options(1), init_lora_variant="padded"
@@ -246,6 +249,16 @@ def _exposure_variants(size: ExperimentSize) -> Iterator[Variant]:
             yield Variant(f"at-{steps}-{name}", "lesson", scored, init_lora_variant=name)
 
 
+def _method_variants(size: ExperimentSize) -> Iterator[Variant]:
+    """The rows of `methods`; with another batch size as many images are seen."""
+    for row in methods.own_rows():
+        options = dict(row.options)
+        if row.batch is not None:
+            steps = size.lesson_steps * size.lesson_batch // row.batch
+            options["max_train_steps"] = max(2, steps)
+        yield Variant(row.variant, row.data, options, row.program)
+
+
 TABLES: dict[str, tuple[TablePart, ...]] = {
     "density": (
         TablePart(
@@ -311,6 +324,10 @@ TABLES: dict[str, tuple[TablePart, ...]] = {
             for steps in SAMPLING_STEPS
         ),
     ),
+    "methods": tuple(
+        TablePart(name, title, tuple(TableRow(row.label, row.variant) for row in rows))
+        for name, title, rows in methods.METHOD_PARTS
+    ),
     "text": (
         TablePart(
             "rows",
@@ -355,7 +372,13 @@ def estimate_seconds(cell: Cell, size: ExperimentSize) -> float:
             one.options.get("max_train_steps", size.scratch_steps if scratch else size.lesson_steps)
         )
     )
-    batch = size.scratch_batch if scratch else size.lesson_batch
+    batch = int(
+        str(
+            one.options.get(
+                "train_batch_size", size.scratch_batch if scratch else size.lesson_batch
+            )
+        )
+    )
     metrics = {"none": 0, "zorbo": 1}.get(
         str(one.options.get("evaluation_type")), 1 if scratch else 2
     )
@@ -379,6 +402,7 @@ def estimate_seconds(cell: Cell, size: ExperimentSize) -> float:
 # comparisons.
 VARIANT_GROUPS = (
     ("base",), ("lesson",), ("rollout", "mixflow", "at-"), ("on-",), ("still",), ("trial",),
+    ("methods",),
     ("rank", "all", "context", "tiny"), ("full",),
     ("shapes",), ("scratch", "padded"),
 )  # fmt: skip

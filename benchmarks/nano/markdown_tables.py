@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.nano.experiments import EXPOSURE_PROMPTS, SAMPLING_STEPS
+from benchmarks.nano.methods import METHOD_NOTES, METHOD_PART_NAMES, verdict_in_words
 from benchmarks.nano.result_tables import TableData
 
 EMPTY_CELL = "-"
@@ -61,6 +62,7 @@ PARTS_WITH_BUNDLED_BASE = (
     "kinds",
     "bases",
     "rows",
+    *METHOD_PART_NAMES,
 )  # parts that begin with the bundled base
 UNTOUCHED_MEASURES = ("held_out", "zorbo_zorbo", "zorbo_all")
 
@@ -78,6 +80,9 @@ PART_COLUMNS: Mapping[str, tuple[Column, ...]] = {
     "bases": (Column("held-out loss before", "held_out_start", 4), *HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN),  # noqa: E501
     "rows": (*HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN),
     "exposure": (*HELD_OUT_COLUMNS, STEP_COLUMN),
+    **dict.fromkeys(
+        METHOD_PART_NAMES, (*HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN)
+    ),
     **{f"at-{steps}": SAMPLED_COLUMNS for steps in SAMPLING_STEPS},
 }  # fmt: skip
 
@@ -102,6 +107,7 @@ PART_NOTES: Mapping[str, str] = {
         "before; the distance to its row is what the training lost."
         for steps in SAMPLING_STEPS
     },
+    **METHOD_NOTES,
     "rows": "Padded: {padded} text rows in training, all of them visible. Its LoRA is measured as it was "
     "trained, and with trimmed text as a correct program uses it. The step times are medians of "
     "single-threaded runs, two side by side.",
@@ -135,16 +141,19 @@ def render_grid(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def render_part_table(part: TableData) -> str:
     columns = PART_COLUMNS[part["name"]]
     rates = part["name"] == "kinds"
+    in_words = part["name"] in METHOD_PART_NAMES
     headings = [
         "",
         "seeds",
         *(["learning rate"] if rates else []),
         *(column.heading for column in columns),
+        *(["in words"] if in_words else []),
     ]
     rows = [
         [row["label"], format_seeds(row),
          *([", ".join(f"{one:g}" for one in row["learning_rates"]) or EMPTY_CELL] if rates else []),
-         *(_format_cell(row, column) for column in columns)]
+         *(_format_cell(row, column) for column in columns),
+         *([verdict_in_words(row)] if in_words else [])]
         for row in part["rows"]
     ]  # fmt: skip
     if part["name"] in PARTS_WITH_BUNDLED_BASE and "untouched" in part:
@@ -154,6 +163,7 @@ def render_part_table(part: TableData) -> str:
                 "1",
                 *([EMPTY_CELL] if rates else []),
                 *_untouched_cells(part, columns),
+                *([""] if in_words else []),
             ]
         )
     return render_grid(headings, rows)
