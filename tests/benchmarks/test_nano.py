@@ -152,8 +152,8 @@ def test_the_product_takes_every_cell_as_it_is_meant(
     size: experiments.ExperimentSize, tmp_path: Path
 ) -> None:
     place = experiment_inputs.ExperimentInputs(tmp_path)
-    place.dataset_file("lesson").write_text("[]")
-    place.dataset_file("shapes").write_text("[]")
+    for data in {cell.variant.data for cell in experiments.list_cells(size, SEEDS)}:
+        place.dataset_file(data).write_text("[]")
     place.untrained_transformer.mkdir(parents=True)
     for cell in experiments.list_cells(size, SEEDS):
         config = tmp_path / "config.json"
