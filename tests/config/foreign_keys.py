@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-NO_REGULARISER = "regularisers and distillation are not supported"
+FEW_STEPS = "makes a few-step generator"
+OTHER_NETWORK = "makes a network of another kind"
 OTHER_MODEL = "is a method of other models"
 SECOND_MODEL = "needs features of a second model"
 
@@ -65,15 +66,15 @@ COMPLETE: dict[str, Any] = {
 CONFIG_KEYS: list[tuple[str, Any, str]] = [
     ("validation_guidance", 3.0, "works"),
     ("tread_config", {"routes": [{"end_layer_idx": -2, "selection_ratio": 0.5}]}, OTHER_MODEL),
-    ("distillation_method", "anyflow", NO_REGULARISER),
-    ("distillation_config", {"anyflow": {"stage": "forward"}}, NO_REGULARISER),
+    ("distillation_method", "anyflow", FEW_STEPS),
+    ("distillation_config", {"anyflow": {"stage": "forward"}}, FEW_STEPS),
     ("crepa_enabled", True, SECOND_MODEL),
     ("controlnet", True, OTHER_MODEL),
     ("deepspeed_config", {"zero_optimization": {"stage": 2}}, "works"),
     ("scheduled_sampling_max_step_offset", 10, "works"),
     ("scheduled_sampling_probability", 1.0, "works"),
     ("validation_preview", True, "needs a second model"),
-    ("xm_enabled", True, NO_REGULARISER),
+    ("xm_enabled", True, "is for models with several explanations"),
     ("xm_candidate_count", 4, "noted"),
     ("xm_training_target", "noise", "noted"),
     ("xm_selection_scope", "sample", "noted"),
@@ -94,13 +95,13 @@ CONFIG_KEYS: list[tuple[str, Any, str]] = [
     ),
     ("modelspec_comment", ["Training run: experiment-42", "Dataset: custom-portraits-v3"], "works"),
     ("attention_mechanism", "flex", "noted"),
-    ("twinflow_enabled", True, NO_REGULARISER),
+    ("twinflow_enabled", True, FEW_STEPS),
     ("init_lora", "path-or-repo-to-an-adapter", "does not exist"),
     ("optimizer_beta1", 0.9, "works"),
     ("optimizer_beta2", 0.999, "works"),
     ("optimizer_weight_decay", 0.0, "works"),
     ("base_model_precision", "int8-sdnq", "works"),
-    ("diffusion_blocks_config", {"layers_per_block": 4, "overlap": 0.05}, NO_REGULARISER),
+    ("diffusion_blocks_config", {"layers_per_block": 4, "overlap": 0.05}, OTHER_NETWORK),
     ("find_unused_parameters", True, "noted"),
     ("urepa_enabled", True, SECOND_MODEL),
     ("urepa_scheduler", "cosine", "noted"),
@@ -110,16 +111,16 @@ CONFIG_KEYS: list[tuple[str, Any, str]] = [
     ("urepa_manifold_weight", 3.0, "noted"),
     ("urepa_model", "dinov2_vitg14", "noted"),
     ("urepa_encoder_image_size", 518, "noted"),
-    ("internal_guidance_enabled", True, NO_REGULARISER),
+    ("internal_guidance_enabled", True, OTHER_NETWORK),
     ("internal_guidance_loss_weight", 0.5, "noted"),
     ("internal_guidance_block_index", 7, "noted"),
     ("validation_internal_guidance_scale", 1.4, "noted"),
     ("irepa_enabled", True, SECOND_MODEL),
     ("irepa_spatial_norm_alpha", 0.6, "noted"),
     ("irepa_projector_kernel_size", 3, "noted"),
-    ("layersync_enabled", True, NO_REGULARISER),
+    ("layersync_enabled", True, "is a method for models that are trained from the start"),
     ("mixflow_enabled", True, "works"),
-    ("nextlat_enabled", True, NO_REGULARISER),
+    ("nextlat_enabled", True, "is a method for models that predict one token"),
     ("nextlat_block_index", -1, "noted"),
     ("nextlat_weight", 0.05, "noted"),
     ("nextlat_state_loss", "smooth_l1", "noted"),
