@@ -285,25 +285,30 @@ def _infer_rank_from_init_lora(layers: OptionLayers) -> None:
     if file is None or not layers.invalid_names.isdisjoint({"init_lora", "lora_rank"}):
         return
     path = Path(file)
-    largest, single_module = lora_header.read_ranks(path)
-    algo = lora_header.detect_lycoris_algo(path)
+    ranks = lora_header.read_ranks(path)
+    algos = lora_header.detect_lycoris_algos(path)
     config = layers.values.get("lycoris_config")
-    is_lycoris = layers.values.get("lora_type") == "lycoris"
-    configured = config.get("algo") if is_lycoris and isinstance(config, dict) else None
-    if (algo or largest) and algo != configured:
-        setting = f'"lycoris" and algo "{algo}" in lycoris_config' if algo else '"standard"'
+    is_lycoris = layers.values.get("lora_type") == "lycoris" and isinstance(config, dict)
+    configured = lycoris_config.algos_of(config) if is_lycoris else frozenset()
+    is_another_type = not algos <= configured if algos else bool(ranks.largest and configured)
+    if is_another_type:
+        kind = " and ".join(sorted(algos))
+        setting = f'"lycoris" and algo "{kind}" in lycoris_config' if algos else '"standard"'
         layers.add_problem(
             layers.origins["init_lora"],
-            f"init_lora: {path.name} is a {algo or 'LoRA'}; set lora_type {setting}",
+            f"init_lora: {path.name} is a {kind or 'LoRA'}; set lora_type {setting}",
             "init_lora",
         )
-    elif rank is None and largest:
-        layers.values["lora_rank"] = largest
-        layers.notices.append(f"lora_rank is {largest}, the rank of {path.name}")
-    elif rank is not None and rank < single_module:
+    elif rank is None and ranks.largest:
+        layers.values["lora_rank"] = ranks.largest
+        mixed = ranks.smallest < ranks.largest
+        name = "the largest rank" if mixed else "the rank"
+        others = f"; others have {ranks.smallest} or more, filled up with zeros" if mixed else ""
+        layers.notices.append(f"lora_rank is {ranks.largest}, {name} of {path.name}{others}")
+    elif rank is not None and rank < ranks.largest_single:
         layers.add_problem(
             layers.origins["lora_rank"],
-            f"lora_rank: init_lora has rank {single_module} and lora_rank is {rank}; leave "
+            f"lora_rank: init_lora has rank {ranks.largest_single} and lora_rank is {rank}; leave "
             "lora_rank out, or reduce the file first: simpletuner export --format diffusers "
             "--rank N",
             "lora_rank",

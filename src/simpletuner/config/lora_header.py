@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,20 @@ FUSED_MODULE_SUFFIXES = (
 )  # block-diagonal ones have the ranks of their parts added up
 
 
-def read_ranks(path: Path) -> tuple[int, int]:
-    """Return the largest rank, and the largest rank that is surely one module's.
+@dataclass(frozen=True)
+class LoraRanks:
+    """Ranks of the modules of a file; zeros for a file without low-rank pairs.
 
-    Zeros for a file without low-rank pairs; reading the whole file later reports a damaged one.
+    largest_single: the largest rank that is surely one module's.
     """
+
+    smallest: int = 0
+    largest: int = 0
+    largest_single: int = 0
+
+
+def read_ranks(path: Path) -> LoraRanks:
+    """Return the ranks in a file; reading the whole file later reports a damaged one."""
     try:
         found = {
             key: index(entry["shape"][0])
@@ -28,22 +38,25 @@ def read_ranks(path: Path) -> tuple[int, int]:
             if key.endswith(DOWN_WEIGHT_SUFFIXES)
         }
     except (TypeError, LookupError):
-        return 0, 0
-    single = (
+        return LoraRanks()
+    single = [
         rank
         for key, rank in found.items()
         if not key.split(".lora_")[0].endswith(FUSED_MODULE_SUFFIXES)
-    )
-    return max(found.values(), default=0), max(single, default=0)
+    ]
+    if not found:
+        return LoraRanks()
+    return LoraRanks(min(found.values()), max(found.values()), max(single, default=0))
 
 
-def detect_lycoris_algo(path: Path) -> str | None:
-    """Return LyCORIS' name of the adapter type of a LoKr or a LoHa; None for any other file."""
+def detect_lycoris_algos(path: Path) -> frozenset[str]:
+    """Return LyCORIS' names of the adapter types of a file; none for a LoRA.
+
+    A file of apply_preset may hold LoKr and LoHa.
+    """
     marks = {"lokr": ".lokr_w", "loha": ".hada_w"}
-    return next(
-        (name for name, mark in marks.items() if any(mark in key for key in _read_header(path))),
-        None,
-    )
+    keys = _read_header(path)
+    return frozenset(name for name, mark in marks.items() if any(mark in key for key in keys))
 
 
 def _read_header(path: Path) -> dict[str, Any]:

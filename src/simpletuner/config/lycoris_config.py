@@ -114,6 +114,17 @@ def parse_lycoris_config(config: Mapping[str, Any]) -> LycorisConfig:
     return replace(parsed, preset=_parse_preset(preset, common)) if preset else parsed
 
 
+def algos_of(config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the algorithms of all modules; that of the object itself where it is not valid."""
+    try:
+        parsed = parse_lycoris_config(config)
+    except ConfigError:
+        return frozenset({str(config.get("algo"))})
+    preset = parsed.preset or LycorisPreset()
+    others = (*preset.by_class.values(), *preset.by_name.values())
+    return frozenset({parsed.algo, *(other.algo for other in others)})
+
+
 def find_class_problems(config: LycorisConfig, family: str) -> tuple[str, tuple[str, ...]]:
     """Return (why the classes of a preset choose nothing, or "", the unknown ones among them)."""
     known = LYCORIS_CLASSES.get(family, ())
