@@ -65,7 +65,7 @@ COMPLETE: dict[str, Any] = {
 
 CONFIG_KEYS: list[tuple[str, Any, str]] = [
     ("validation_guidance", 3.0, "works"),
-    ("tread_config", {"routes": [{"end_layer_idx": -2, "selection_ratio": 0.5}]}, OTHER_MODEL),
+    ("tread_config", {"routes": [{"end_layer_idx": -2, "selection_ratio": 0.5}]}, "noted"),
     ("distillation_method", "anyflow", FEW_STEPS),
     ("distillation_config", {"anyflow": {"stage": "forward"}}, FEW_STEPS),
     ("crepa_enabled", True, SECOND_MODEL),
@@ -73,7 +73,7 @@ CONFIG_KEYS: list[tuple[str, Any, str]] = [
     ("deepspeed_config", {"zero_optimization": {"stage": 2}}, "works"),
     ("scheduled_sampling_max_step_offset", 10, "works"),
     ("scheduled_sampling_probability", 1.0, "works"),
-    ("validation_preview", True, "needs a second model"),
+    ("validation_preview", True, "noted"),
     ("xm_enabled", True, "is for models with several explanations"),
     ("xm_candidate_count", 4, "noted"),
     ("xm_training_target", "noise", "noted"),

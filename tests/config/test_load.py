@@ -245,7 +245,7 @@ def test_everything_wrong_at_once(folder: Path) -> None:
   "network_rank": 0,
   "lr_scheduler": "cosin",
   "seed": true,
-  "tread_config": {"routes": []},
+  "controlnet": true,
   "init_lora": "nope.safetensors",
   "max_train_steps": 5,
   "num_train_epochs": 5,
@@ -266,7 +266,7 @@ def test_everything_wrong_at_once(folder: Path) -> None:
         'config.json:4:3: lr_scheduler = "cosin": allowed: constant, linear, cosine, polynomial; '
         "did you mean 'cosine'?",
         "config.json:5:3: seed = true: must be a whole number",
-        "config.json:6:3: tread_config: is a method of other models: it does not exist for Chroma",
+        "config.json:6:3: controlnet: is a method of other models: it does not exist for Chroma",
         'config.json:7:3: init_lora = "nope.safetensors": does not exist (looked for nope.safetensors)',
         "config.json:8:3: max_train_steps: num_train_epochs is given too; set the length of the run with one of them",  # noqa: E501
         'config.json:10:3: base_model_precision = "int2-quanto": two bits lose too much of Chroma; '
