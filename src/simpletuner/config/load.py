@@ -288,8 +288,9 @@ def _infer_rank_from_init_lora(layers: OptionLayers) -> None:
     ranks = lora_header.read_ranks(path)
     algos = lora_header.detect_lycoris_algos(path)
     config = layers.values.get("lycoris_config")
-    is_lycoris = layers.values.get("lora_type") == "lycoris" and isinstance(config, dict)
-    configured = lycoris_config.algos_of(config) if is_lycoris else frozenset()
+    configured: frozenset[str] = frozenset()
+    if layers.values.get("lora_type") == "lycoris" and isinstance(config, dict):
+        configured = lycoris_config.algos_of(config)
     is_another_type = not algos <= configured if algos else bool(ranks.largest and configured)
     if is_another_type:
         kind = " and ".join(sorted(algos))

@@ -1,0 +1,142 @@
+"""Each feature of a dataset trains the bundled model to the end; killed and resumed, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from simpletuner.data.image_plugins import load_decoder
+from tests.distributed.test_replicated import Trainings
+from tests.e2e.test_dataset_variation import CAPTIONS, CROPS, FIRST, SECOND, write_datasets
+from tests.e2e.training_project import (
+    TrainingProject,
+    make_images,
+    read_checkpoint_files,
+    read_losses,
+)
+
+pytestmark = pytest.mark.slow
+STEPS = 6
+RANDOM = {"crop": True, "crop_style": "random"}
+FEATURES: dict[str, list[dict[str, Any]]] = {
+    "shuffle and tag dropout": [{"caption_shuffle": CAPTIONS["caption_shuffle"]}],
+    "filters": [{"caption_filter_list": ["another", "s/red/blue/"]}],
+    "weights": [{"caption_weights": [5, 1]}],
+    "random aspect": [{**RANDOM, "crop_aspect": "random"}],
+    "several crops": [{**RANDOM, "crop_aspect": "square", "crops_per_image": 3}],
+    "several shapes": [CROPS],
+    "own buckets": [
+        {"crop": True, "crop_aspect": "closest", "resolution_buckets": ["64x64", "128x64"]}
+    ],
+    "steps": [{"end_step": 3}, {"id": "later", "start_step": 3}],
+    "epochs": [{"end_epoch": 1}, {"id": "later", "start_epoch": 2, "end_epoch": 9}],
+    "noise levels": [{"timestep_sampling_offset": -1.0}],
+    "batches": [{"train_batch_size": 3}],
+    "all": [FIRST, SECOND],
+}
+
+
+def command(folder: Path, name: str) -> list[str]:
+    options = {
+        "model_flavour": "nano", "model_type": "lora", "lora_rank": 2, "output_dir": name, "device": "cpu",
+        "cache_dir": "cache", "max_train_steps": STEPS, "checkpoint_step_interval": 1, "torch_num_threads": 1,
+        "checkpoints_total_limit": 9, "validation_disable": "true", "mixed_precision": "no", "resolution": 64,
+        "train_batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5,
+    }  # fmt: skip
+    config = folder / f"{name}.json"
+    config.write_text(json.dumps({**options, "data_backend_config": "multidatabackend.json"}))
+    return [sys.executable, "-m", "simpletuner", "train", "--config", str(config)]
+
+
+def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command(folder, name),
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    printed, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, printed.decode()[-3000:]
+
+
+def kill_after(folder: Path, name: str, checkpoint: str) -> None:
+    """Start a run and kill it as soon as it has the checkpoint."""
+    process = start(folder, name)
+    while not (folder / name / checkpoint).exists():
+        assert process.poll() is None, process.communicate()[0].decode()[-3000:]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> TrainingProject:
+    project = TrainingProject.__new__(TrainingProject)
+    project.root = tmp_path_factory.mktemp("features")
+    make_images(project.root / "pictures", side=96)
+    make_images(project.root / "held-out", count=2, first=10)
+    return project
+
+
+def check(project: TrainingProject, name: str) -> None:
+    folder = project.root
+    finish(start(folder, f"{name}-straight"))
+    kill_after(folder, f"{name}-killed", "checkpoint-2")
+    finish(start(folder, f"{name}-killed"))
+    straight, killed = folder / f"{name}-straight", folder / f"{name}-killed"
+    assert len(read_losses(straight)) == STEPS
+    assert read_losses(killed) == read_losses(straight)
+    checkpoints = [
+        read_checkpoint_files(run / f"checkpoint-{STEPS}", ("weights", "optimizer"))
+        for run in (straight, killed)
+    ]
+    assert checkpoints[0] == checkpoints[1]
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_feature_trains_to_the_end_and_resumes(name: str, project: TrainingProject) -> None:
+    write_datasets(project, *FEATURES[name])
+    check(project, name.replace(" ", "-"))
+
+
+@pytest.mark.parametrize("kind", ["JXL", "HEIF"])
+def test_an_image_format_trains_to_the_end(kind: str, project: TrainingProject) -> None:
+    if not load_decoder(kind):
+        pytest.skip("its decoder is not installed")
+    folder = project.root / kind
+    folder.mkdir()
+    for path in (project.root / "pictures").glob("*.png"):
+        with Image.open(path) as image:
+            image.save(folder / f"{path.stem}.{kind.lower()}", kind)
+        (folder / path.name).with_suffix(".txt").write_text(path.with_suffix(".txt").read_text())
+    write_datasets(project, {"instance_data_dir": kind})
+    check(project, kind)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_train_the_same(processes: int, tmp_path: Path) -> None:
+    trainings = Trainings(tmp_path)
+    project = TrainingProject.__new__(TrainingProject)
+    project.root = tmp_path
+    write_datasets(project, {**FIRST, "end_step": 2}, {**SECOND, "start_step": 1})
+    runs = [
+        trainings.train(f"on-{count}", count, gradient_accumulation_steps=6 // count)
+        for count in (1, processes)
+    ]
+    assert read_losses(runs[0]) == read_losses(runs[1])
+    assert read_checkpoint_files(runs[0] / "checkpoint-3") == read_checkpoint_files(
+        runs[1] / "checkpoint-3"
+    )
