@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +191,37 @@ def test_the_report_has_the_findings(project: TrainingProject) -> None:
     section = page[page.index("<h2>Findings") : page.index("<h2>Held-out loss")]
     assert "the held-out loss" in section
     assert "training images on fixed noise" in section
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_rate_is_found_by_real_trials_and_used(project: TrainingProject) -> None:
+    """learning_rate auto: trials with a kill between them, then the run with the rate."""
+    config = project.root / "auto.json"
+    run_dir = project.root / "auto"
+    options = {
+        **project.options, "learning_rate": "auto", "output_dir": str(run_dir),
+        "max_train_steps": 60, "checkpoint_step_interval": 60, "train_batch_size": 2,
+        "validation_split": 0.34,
+    }  # fmt: skip
+    del options["cache_dir"]
+    config.write_text(json.dumps(options))
+    command = [sys.executable, "-m", "simpletuner", "train", "--config", str(config)]
+    first = subprocess.Popen(command, cwd=project.root)
+    trial = project.root / "auto-tune" / "rate-3.2e-05"
+    deadline = time.monotonic() + 300
+    while not (trial / "events.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    done = subprocess.run(command, cwd=project.root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((project.root / "auto-tune" / "result.json").read_text())
+    used = json.loads((run_dir / "config.json").read_text())
+    assert used["learning_rate"] == found["rate"]
+    assert used["learning_rate_search"] is False
+    assert found["cost"] <= 1.5
+    assert found["images"] == 2
+    again = subprocess.run(command, cwd=project.root, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "all 60 steps are complete" in again.stdout

@@ -32,6 +32,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "simpletuner.cli.plan",
         "Estimate memory, disk and time, and find settings that fit.",
     ),
+    "tune": (
+        "simpletuner.cli.tune",
+        "Find the learning rate: short trainings on the same samples and noise.",
+    ),
     "generate": ("simpletuner.cli.generate", "Generate images with the base model and any LoRA."),
     "quantize": ("simpletuner.cli.quantize", "Quantize the base model ahead of training."),
     "export": (

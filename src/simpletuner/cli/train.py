@@ -96,6 +96,11 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
         print_config(loaded, backends.notices, click.echo)
         return
     process = join_launcher(loaded)
+    if loaded.config.tuning.learning_rate_search and "rehearse" not in given:
+        from simpletuner.cli.rate_search import search_before_training
+
+        loaded, found = search_before_training(loaded, backends, process is not None)
+        pairs = [*pairs, ("learning_rate", found)]
     if "rehearse" in given:
         if process is not None and process.size > 1:
             raise ConfigError("--rehearse runs in one process; start it without a launcher")
@@ -132,6 +137,11 @@ def join_launcher(loaded: LoadedConfig) -> LaunchedProcess | None:
     what was started.
     """
     environ = environment.copy_process_environment()
+    starter = environ.get(launch_environment.PARENT_VARIABLE)
+    if starter is not None and int(starter) == os.getppid():
+        from simpletuner.training.parent_watch import end_with_parent
+
+        end_with_parent(int(starter))
     options = loaded.config.distributed
     process = launch_environment.read_launched_process(environ, options)
     launch_environment.check_agreement(loaded.config, process, loaded.origins)

@@ -18,6 +18,7 @@ SLURM_PORTS = range(15000, 29000)
 LOOPBACK = "127.0.0.1"
 # The process that has started this one, when it is a launcher of this program.
 LAUNCHER_VARIABLE = "_SIMPLETUNER_LAUNCHER_PID"
+PARENT_VARIABLE = "_SIMPLETUNER_PARENT_PID"  # of a training that another command has started
 BRACKET_PATTERN = re.compile(r"\[([^],-]*)[^]]*\]")
 TASKS_PATTERN = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 

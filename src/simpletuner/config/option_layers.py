@@ -23,6 +23,7 @@ OVERRIDING_ALIASES = (
     "optimizer_beta2",
     "optimizer_weight_decay",
 )
+AUTO_RATE, RATE_SEARCH = "auto", "learning_rate_search"  # learning_rate auto sets the latter
 ENVIRONMENT_NAME_LIKENESS = 0.85  # similarity from which a variable is a misspelt option
 
 
@@ -51,6 +52,7 @@ class OptionLayers:
     notices: list[str] = field(default_factory=list)
     skipped_names: list[str] = field(default_factory=list)
     invalid_names: set[str] = field(default_factory=set)
+    _rate_is_auto: bool = field(default=False, init=False)
 
     def add_problem(self, location: str, message: str, option: str = "") -> None:
         """Record a problem; a location that the message repeats is removed from it."""
@@ -120,6 +122,14 @@ class OptionLayers:
 
     def _set_value(self, option: Option, entry: WrittenOption) -> None:
         name, raw = option.name, entry.raw_value
+        if name == "learning_rate":
+            if self._rate_is_auto:  # this value replaces "auto" of a lower layer
+                self.values.pop(RATE_SEARCH, None)
+            self._rate_is_auto = isinstance(raw, str) and raw.strip().lower() == AUTO_RATE
+            if self._rate_is_auto:
+                self.values.pop(name, None)
+                option, raw = all_options()[RATE_SEARCH], True
+                name = RATE_SEARCH
         self.origins[name] = entry.location
         self.base_folders[name] = entry.base_folder
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from simpletuner.config.option import Effect, OptionSection, option
+from simpletuner.config.option import Effect, Not, OptionSection, option
 
 # Read this file as a table: name, type and default; one sentence of help; level, bounds, other
 # names, and the relations to other options.
@@ -31,6 +31,15 @@ class TuningOptions(OptionSection):
         "Hold out one part of the training images instead, for cross-validation: 2/5 is the "
         "second of five parts.",
         pattern=r"^\d{1,2}/\d{1,2}$",
+    )
+    learning_rate_search: bool = option(
+        False,
+        "Find the learning rate by short trainings first, as simpletuner tune does with its "
+        "default rates; learning_rate auto sets it.",
+        level="common",
+        resume_policy="free",
+        needs={"optimizer": Not("prodigy")},
+        unmet_errors={"optimizer": "prodigy estimates its learning rate itself; use it with 1.0"},
     )
     num_train_loss_images: int | None = option(
         None,

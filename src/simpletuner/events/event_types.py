@@ -235,6 +235,39 @@ class SampleLossesMeasured(Event, kind="sample_losses"):
 
 
 @dataclass(frozen=True)
+class RateTried(Event, kind="rate_tried"):
+    """A learning rate after `steps` of a search. loss: None where it diverged.
+
+    change, change_se: its loss minus that of the best rate so far, paired over the images.
+    """
+
+    rate: float
+    steps: int
+    loss: float | None
+    change: float
+    change_se: float
+
+
+@dataclass(frozen=True)
+class RateChosen(Event, kind="rate_chosen"):
+    """The result of a search.
+
+    runner_up: None where every other rate was clearly worse earlier. change, change_se: loss of the
+    runner-up minus that of the chosen rate. cost: of the search, in runs. at_edge: whether it is
+    the lowest or the highest rate that was tried.
+    """
+
+    rate: float
+    loss: float
+    images: int
+    runner_up: float | None
+    change: float
+    change_se: float
+    cost: float
+    at_edge: bool
+
+
+@dataclass(frozen=True)
 class ScoresComputed(Event, kind="scored"):
     """Scores of generated images of `prompts` unseen prompts.
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from simpletuner.events.event_types import Event, SampleLossesMeasured, VerdictReached
+from simpletuner.events.event_types import (
+    Event,
+    RateChosen,
+    RateTried,
+    SampleLossesMeasured,
+    VerdictReached,
+)
 
 MAX_NAMED_IMAGES = 5
 
@@ -14,6 +20,13 @@ def describe_finding(event: Event) -> str:
             return describe_verdict(event)
         case SampleLossesMeasured():
             return describe_sample_losses(event)
+        case RateTried():
+            if event.loss is None:
+                return f"learning rate {event.rate:g} diverged before step {event.steps}"
+            change = f"{event.change:+.5f} ± {event.change_se:.5f} from the best so far"
+            return f"learning rate {event.rate:g}, step {event.steps}: {event.loss:.5f}, {change}"
+        case RateChosen():
+            return describe_choice(event)
         case _:
             return event.kind
 
@@ -70,3 +83,17 @@ def describe_sample_losses(event: SampleLossesMeasured) -> str:
         f"{len(event.resisting)} of {count} training {verb}: the loss fell far less than that of "
         f"the others. Does the caption describe the image? {listed}"
     )
+
+
+def describe_choice(event: RateChosen) -> str:
+    """Return the chosen rate, how sure it is, and what to do at the edge of the rates."""
+    told = f"learning rate {event.rate:g}: loss {event.loss:.5f} on {event.images} images"
+    if event.runner_up is not None:
+        told += (
+            f"; that of {event.runner_up:g} differs by {event.change:+.5f} ± {event.change_se:.5f}"
+        )
+        if abs(event.change) <= event.change_se:
+            told += ", which is within the error: both will do"
+    if event.at_edge:
+        told += ". It is at the edge of the rates that were tried: try more beyond it with --rates"
+    return f"{told}. The search cost {event.cost:.2f} of a run"
