@@ -34,7 +34,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "tune": (
         "simpletuner.cli.tune",
-        "Find the learning rate: short trainings on the same samples and noise.",
+        "Find the learning rate by short trainings.",
     ),
     "generate": ("simpletuner.cli.generate", "Generate images with the base model and any LoRA."),
     "quantize": ("simpletuner.cli.quantize", "Quantize the base model ahead of training."),

@@ -97,10 +97,7 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
         return
     process = join_launcher(loaded)
     if loaded.config.tuning.learning_rate_search and "rehearse" not in given:
-        from simpletuner.cli.rate_search import search_before_training
-
-        loaded, found = search_before_training(loaded, backends, process is not None)
-        pairs = [*pairs, ("learning_rate", found)]
+        loaded, pairs = search_rate(loaded, backends, process, pairs)
     if "rehearse" in given:
         if process is not None and process.size > 1:
             raise ConfigError("--rehearse runs in one process; start it without a launcher")
@@ -128,6 +125,19 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
         from simpletuner.training import run
 
         ctx.exit(run.run_training(loaded, backends, within))
+
+
+def search_rate(
+    loaded: LoadedConfig,
+    backends: DatasetFile,
+    process: LaunchedProcess | None,
+    pairs: list[tuple[str, str | None]],
+) -> tuple[LoadedConfig, list[tuple[str, str | None]]]:
+    """Return the configuration and the flags with the learning rate that a search finds."""
+    from simpletuner.cli.rate_search import search_before_training
+
+    found, rate = search_before_training(loaded, backends, process is not None)
+    return found, [*pairs, ("learning_rate", rate)]
 
 
 def join_launcher(loaded: LoadedConfig) -> LaunchedProcess | None:
