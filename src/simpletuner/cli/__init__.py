@@ -26,7 +26,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "train": ("simpletuner.cli.train", "Train. Run the same command again to resume."),
     "inspect": (
         "simpletuner.cli.inspect",
-        "Look at a dataset: sizes, buckets, captions, copies, blurred images.",
+        "Look at a dataset: sizes, captions, copies, blurred images.",
     ),
     "plan": (
         "simpletuner.cli.plan",

@@ -75,8 +75,10 @@ def make_plan(
     datasets = [*backends.train, *backends.eval]
     scanned = scan_datasets(datasets, run.data, run.training.seed, null_emit)
     eval_sets = {dataset.id for dataset in backends.eval}
-    measured = sum(item.sample.dataset in eval_sets for item in scanned.samples)
-    trained = len(scanned.samples) - measured
+    taught = {dataset.id for dataset in backends.train if not dataset.regularisation_target}
+    images = [item.sample.dataset for item in scanned.samples if item.crop_index == 0]
+    measured = sum(name in eval_sets for name in images)
+    trained = sum(name in taught for name in images)
     tuning = run.tuning
     split = held_out_split.split_request(
         tuning.validation_split, tuning.validation_fold, trained, bool(eval_sets)
