@@ -7,6 +7,7 @@ this build alone. A failed build leaves the pages of the last one in place.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import re
@@ -25,6 +26,8 @@ OLDEST_NODE = (20, 19)  # what Vite 8 asks for
 SKIP = "SIMPLETUNER_SKIP_UI"
 STATIC = Path("src", "simpletuner", "server", "static")
 STAMP = ".digest"
+COMPRESSED = (".html", ".js", ".css", ".svg", ".json")
+COMPRESSED_FROM_BYTES = 1024
 # Made by tools or for people: no part of what is built from.
 LEFT_OUT = ("node_modules", "dist", "types.d.ts", ".*", "*.md")
 INSTALL = "ci --ignore-scripts --include=dev --include=optional --no-audit --no-fund --prefer-offline"
@@ -66,6 +69,17 @@ def wanted(root: Path, environ: Mapping[str, str]) -> bool:
         return False
     stamp = root / STATIC / STAMP
     return not stamp.is_file() or stamp.read_text(encoding="ascii") != digest(root / "web")
+
+
+def compress(folder: Path) -> None:
+    """Write a compressed copy next to each text file, which the server sends to browsers.
+
+    Without a time in it, so that the same sources give the same bytes.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in COMPRESSED and path.stat().st_size >= COMPRESSED_FROM_BYTES:
+            packed = gzip.compress(path.read_bytes(), compresslevel=9, mtime=0)
+            path.with_name(path.name + ".gz").write_bytes(packed)
 
 
 def system_npm(environ: Mapping[str, str]) -> tuple[str, ...] | None:
@@ -115,6 +129,7 @@ def build(root: Path, npm: tuple[str, ...], environ: Mapping[str, str]) -> None:
                     f"It needs an npm registry (npm config set registry ...).\n"
                     f"To install without the pages: {SKIP}=1 pip install ..."
                 )
+        compress(made)
         (made / STAMP).write_text(digest(web), encoding="ascii")
         shutil.rmtree(static, ignore_errors=True)
         shutil.copytree(made, static)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from html.parser import HTMLParser
@@ -49,6 +50,21 @@ def test_files_are_asked_for_again_but_not_sent_again(client: TestClient, static
     script = client.get("/assets/index-abc.js")
     assert script.headers["content-type"].startswith("text/javascript")
     assert client.head("/").status_code == 200
+
+
+def test_hashed_files_are_kept_and_sent_compressed(client: TestClient, static: Path) -> None:
+    script = static / "assets" / "index-abc.js"
+    script.with_name("index-abc.js.gz").write_bytes(gzip.compress(script.read_bytes()))
+    packed = client.get("/assets/index-abc.js", headers={"accept-encoding": "gzip"})
+    assert packed.headers["content-encoding"] == "gzip"
+    assert packed.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert packed.headers["content-type"].startswith("text/javascript")
+    assert packed.text == script.read_text()
+    plain = client.get("/assets/index-abc.js", headers={"accept-encoding": "identity"})
+    assert "content-encoding" not in plain.headers
+    assert plain.text == script.read_text()
+    same = {"accept-encoding": "gzip", "if-none-match": packed.headers["etag"]}
+    assert client.get("/assets/index-abc.js", headers=same).status_code == 304
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import html
 import json
+import mimetypes
+import os
+from pathlib import Path
 from typing import Any
 
 from fastapi.responses import HTMLResponse
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from simpletuner.server.settings import ServerSettings
 
+YEAR_S = 365 * 86400
 PAGE_TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark"><title>{title}</title></head>
@@ -48,10 +53,44 @@ class StaticPages:
         if scope["path"].startswith("/api/"):
             raise HTTPException(404, "no such route; GET /api/v1/docs lists all routes")
         if self.index_path.is_file():
-            await self.static_files(scope, receive, send)
+            await self._send_file(scope, receive, send)
             return
         page = PAGE_TEMPLATE.format(title="The pages were not built", body=NOT_BUILT_HTML)
         await HTMLResponse(page, 503)(scope, receive, send)
+
+    async def _send_file(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send a built file, compressed if there is a compressed copy that the client accepts.
+
+        The name of a file in assets/ has a hash of its content, so it is never asked for again.
+        """
+        path = scope["path"].lstrip("/")
+        accepted = Headers(scope=scope).get("accept-encoding", "")
+        compressed = self.index_path.parent / f"{path or 'index.html'}.gz"
+        is_compressed = "gzip" in accepted and _is_inside(compressed, self.index_path.parent)
+        media_type = mimetypes.guess_type(path or "index.html")[0] or "application/octet-stream"
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] in (200, 206, 304):
+                headers = MutableHeaders(scope=message)
+                headers["vary"] = "accept-encoding"
+                if path.startswith("assets/"):
+                    headers["cache-control"] = f"public, max-age={YEAR_S}, immutable"
+                if is_compressed and message["status"] == 200:
+                    headers["content-encoding"] = "gzip"
+                    headers["content-type"] = media_type
+            await send(message)
+
+        if is_compressed:
+            scope = {**scope, "path": f"/{path or 'index.html'}.gz"}
+        await self.static_files(scope, receive, send_with_headers)
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Return True for an existing file below the folder, without links out of it."""
+    if "\0" in str(path):
+        return False
+    real = Path(os.path.realpath(path))
+    return real.is_file() and Path(os.path.realpath(folder)) in real.parents
 
 
 def render_routes_page(document: dict[str, Any]) -> str:
