@@ -87,5 +87,6 @@ async def login(
         max_age=YEAR_S,
         httponly=True,
         samesite="strict",
+        secure=services.settings.certfile is not None,
         path="/",
     )
