@@ -16,6 +16,7 @@ from simpletuner.server.api_errors import ApiError
 from simpletuner.server.config_validation import validate_config
 from simpletuner.server.draft_store import DraftStore, parse_import
 from simpletuner.server.schemas.configs import DraftWrite, ImportRequest
+from simpletuner.server.trash import Trash
 from simpletuner.server.workspace import Workspace
 
 WORKSPACE = Workspace(Path("/nowhere"))
@@ -85,10 +86,11 @@ def test_what_is_removed_goes_to_the_trash(workspace: Workspace) -> None:
     made = drafts.create(wanted(seed=3))
     drafts.remove(made.id)
     assert drafts.list_drafts() == []
-    kept = list((workspace.server_dir / "trash").rglob("*.json"))
-    assert json.loads(kept[0].read_text())["config"] == {"seed": 3}
+    [entry] = Trash(workspace).entries()
     with refused(404):
         drafts.remove(made.id)
+    Trash(workspace).restore(entry.id)
+    assert drafts.get(made.id).config == {"seed": 3}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 import threading
 import time
@@ -132,7 +133,8 @@ def test_first_everything_and_then_only_what_changes(tmp_path: Path) -> None:
         run.write_steps(4, 4)
         (run.path / "train.log").write_text("a line\n")
         page.until(lambda page: page.steps == [1, 2, 3, 4] and page.log == "a line\n")
-        page.until(lambda page: page.messages[-1].runs)
+        page.until(lambda page: page.messages[-1].changed)
+        assert page.messages[-1].runs is None
         assert page.messages[-1].queue is None
         connection.send(FollowRequest().model_dump_json())
         page.rest()
@@ -273,6 +275,7 @@ def test_a_slow_listener_gets_the_newest_list_and_not_every_one(tmp_path: Path) 
 
         async def send(text: str) -> None:
             seen.extend(one["step"] for one in json.loads(text)["runs"] or [])
+            seen.extend(one["step"] for one in json.loads(text)["changed"])
             await asyncio.sleep(0.3)
 
         telling = asyncio.create_task(watcher.stream_to(listener, send))
@@ -323,3 +326,18 @@ def test_nobody_listens_nothing_is_watched_and_a_failure_ends_in_a_closed_connec
         assert len(looks) <= count + 1, "more than the look that was under way"
 
     asyncio.run(scene())
+
+
+def test_only_what_changed_of_many_runs_is_sent(tmp_path: Path) -> None:
+    folders = [RunFolderWriter(tmp_path / f"run-{at}").write_start() for at in range(20)]
+    with serving(make_runs_app(tmp_path)) as address, connect(address) as connection:
+        page = Page(connection, "0" * 12)
+        assert len(page.hear().runs or []) == 20
+        page.rest()
+        folders[7].write_steps(1, 1)
+        page.until(lambda page: page.messages[-1].changed)
+        assert [run.name for run in page.messages[-1].changed] == ["run-7"]
+        assert len(page.messages[-1].model_dump_json()) < 2000
+        shutil.rmtree(folders[3].path)
+        page.until(lambda page: page.messages[-1].removed)
+        assert page.messages[-1].removed == [run_id(folders[3].path)]

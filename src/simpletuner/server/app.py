@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from simpletuner.errors import ConfigError
 from simpletuner.server import hardware
-from simpletuner.server.api import configs, datasets, jobs, runs, system
+from simpletuner.server.api import configs, datasets, generations, jobs, library, runs, system
 from simpletuner.server.api_errors import register_error_handlers
 from simpletuner.server.schemas.base import ERROR_RESPONSES
 from simpletuner.server.security_middleware import SecurityMiddleware
@@ -22,7 +22,7 @@ from simpletuner.server.static_pages import StaticPages, render_routes_page
 from simpletuner.server.supervisor import Supervisor
 from simpletuner.server.token_auth import TokenAuth, read_or_create_secret
 
-ROUTE_MODULES = (system, configs, runs, jobs, datasets)
+ROUTE_MODULES = (system, configs, runs, jobs, datasets, generations, library)
 
 
 class SecuredApp(FastAPI):
@@ -75,7 +75,12 @@ def create_app(settings: ServerSettings) -> FastAPI:
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Run the supervisor while the server runs. Jobs that it started outlive the server."""
     services: Services = app.state.services
-    supervisor = Supervisor(services.jobs, hardware.list_devices, services.settings.stop_grace_s)
+    supervisor = Supervisor(
+        services.jobs,
+        hardware.list_devices,
+        services.settings.stop_grace_s,
+        services.preferences.job_variables,
+    )
     supervisor.start()
     yield
     await run_in_threadpool(supervisor.close)

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from simpletuner.server.image_index import ImageIndex
     from simpletuner.server.uploads import IncomingUpload
 
+NAME_RULE = "a name has at most 64 letters, digits, - _ . and does not start with a dot"
 DATASET_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 ALIGNMENT_PX = BUCKET_ALIGNMENT_PX[DEFAULT_FAMILY]
 READ_WAIT_S = (
@@ -72,7 +74,7 @@ class DatasetService:
 
         Folders that were removed or are not allowed are skipped.
         """
-        names = set(self._added_folders())
+        names = set(self.added_folders())
         if self.workspace.datasets_dir.is_dir():
             names |= {
                 entry.name for entry in os.scandir(self.workspace.datasets_dir) if entry.is_dir()
@@ -90,15 +92,9 @@ class DatasetService:
         Raises ApiError and PathOutsideWorkspace.
         """
         if not DATASET_NAME.fullmatch(name):
-            abort(
-                422,
-                "a name has at most 64 letters, digits, - _ . and does not start with a dot",
-                "name",
-            )
+            abort(422, NAME_RULE, "name")
         with self._lock:
-            if self._find_folder(name) is not None or os.path.lexists(
-                self.workspace.datasets_dir / name
-            ):
+            if self.exists(name):
                 abort(409, f"there is already a dataset named {name}", "name")
             if path is None:
                 (self.workspace.datasets_dir / name).mkdir(parents=True)
@@ -108,11 +104,7 @@ class DatasetService:
                     abort(422, "this is not a folder", "path")
                 if folder == self.workspace.root or self._is_server_folder(folder):
                     abort(422, "choose a folder of images, not the server's own folder", "path")
-                self.workspace.server_dir.mkdir(exist_ok=True)
-                listed = {**self._added_folders(), name: str(folder)}
-                write_atomically(
-                    self.workspace.server_dir / "datasets.json", json.dumps(listed, indent=1)
-                )
+                self.write_added_folders({**self.added_folders(), name: str(folder)})
         return self.get_info(name)
 
     def get_info(self, name: str, wait_s: float = READ_WAIT_S) -> DatasetInfo:
@@ -136,7 +128,7 @@ class DatasetService:
         except DataError as error:  # one folder that cannot be read does not hide the others
             return DatasetInfo(
                 name=name,
-                path=str(self._require_folder(name)),
+                path=str(self.require_folder(name)),
                 owned=self.is_owned(name),
                 pictures=0,
                 captioned=0,
@@ -259,7 +251,7 @@ class DatasetService:
         """Begin an upload into an owned dataset; see IncomingUpload. Raises ApiError."""
         from simpletuner.server.uploads import IncomingUpload
 
-        folder = self._require_folder(name)
+        folder = self.require_folder(name)
         if not self.is_owned(name):
             abort(
                 409,
@@ -270,7 +262,7 @@ class DatasetService:
 
     def invalidate(self, name: str) -> None:
         """Read the dataset's folder again at the next request."""
-        index = self._indexes.get((name, self._require_folder(name)))
+        index = self._indexes.get((name, self.require_folder(name)))
         if index is not None:
             index.invalidate()
 
@@ -298,26 +290,48 @@ class DatasetService:
     def _is_server_folder(self, folder: Path) -> bool:
         return self.workspace.server_dir in (folder, *folder.parents)
 
-    def _added_folders(self) -> dict[str, str]:
+    def added_folders(self) -> dict[str, str]:
+        """Return the folders outside the workspace's datasets, by the names of their datasets."""
         return read_json_object(self.workspace.server_dir / "datasets.json") or {}
+
+    def write_added_folders(self, folders: Mapping[str, str]) -> None:
+        """Replace the list of added folders."""
+        self.workspace.server_dir.mkdir(exist_ok=True)
+        write_atomically(
+            self.workspace.server_dir / "datasets.json", json.dumps(dict(folders), indent=1)
+        )
+
+    def exists(self, name: str) -> bool:
+        """Return True if there is a dataset of this name, or anything where it would be."""
+        own = self.workspace.datasets_dir / name
+        return self._find_folder(name) is not None or os.path.lexists(own)
+
+    def files_of_image(self, name: str, file: str) -> list[Path]:
+        """Return the image and its caption file. Raises ApiError 404 for an unknown image."""
+        index = self._refreshed_index(name)
+        if file in index.rejected_names:
+            return [self.workspace.resolve_below(index.folder, file)]
+        image = self._require_image(index, file)
+        return [image.path, *([image.caption_path] if image.caption_path else [])]
 
     def _find_folder(self, name: str) -> Path | None:
         """Return the resolved folder of a dataset, or None if it is missing or not allowed."""
         if not DATASET_NAME.fullmatch(name):
             return None
         own = self.workspace.datasets_dir / name
-        path = own if own.is_dir() else self._added_folders().get(name)
+        path = own if own.is_dir() else self.added_folders().get(name)
         folder = self.workspace.resolve_or_none(path) if path is not None else None
         return folder if folder is not None and folder.is_dir() else None
 
-    def _require_folder(self, name: str) -> Path:
+    def require_folder(self, name: str) -> Path:
+        """Return the folder of a dataset. Raises ApiError 404."""
         return self._find_folder(name) or abort(404, "there is no such dataset")
 
     def _require_image(self, index: ImageIndex, file: str) -> ImageFile:
         return index.images.get(file) or abort(404, "there is no such image")
 
     def _refreshed_index(self, name: str, wait_s: float = READ_WAIT_S) -> ImageIndex:
-        return self._refreshed_index_of(name, self._require_folder(name), wait_s)
+        return self._refreshed_index_of(name, self.require_folder(name), wait_s)
 
     def _refreshed_index_of(self, name: str, folder: Path, wait_s: float) -> ImageIndex:
         from simpletuner.server.image_index import ImageIndex

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import threading
@@ -29,6 +28,7 @@ from simpletuner.server.form_schema import NOT_SETTABLE
 from simpletuner.server.job_config import load_run_datasets, read_prompt_file
 from simpletuner.server.schemas.base import UNSHOWN_CHARACTERS, ErrorDetail
 from simpletuner.server.schemas.configs import Draft, DraftWrite, ImportRequest, ImportResult
+from simpletuner.server.trash import Trash
 from simpletuner.server.workspace import Workspace
 
 DRAFT_ID = re.compile(r"[0-9a-f]{12}")
@@ -80,8 +80,27 @@ class DraftStore:
     def remove(self, id: str) -> None:
         """Move a draft to the trash."""
         with self._lock:
-            self.get(id)
-            os.replace(self._path(id), self._workspace.make_trash_folder() / f"draft-{id}.json")
+            draft = self.get(id)
+            Trash(self._workspace).discard("draft", draft.name, [self._path(id)])
+
+    def rename_dataset(self, old: tuple[str, Path], new: tuple[str, Path]) -> None:
+        """Replace the name and the folder of a dataset in all drafts."""
+        for draft in self.list_drafts():
+            datasets = [
+                {**entry, "id": new[0], "instance_data_dir": str(new[1])}
+                if entry.get("id") == old[0] and entry.get("instance_data_dir") == str(old[1])
+                else entry
+                for entry in draft.datasets
+            ]
+            if datasets != draft.datasets:
+                wanted = DraftWrite(
+                    name=draft.name,
+                    config=draft.config,
+                    datasets=datasets,
+                    prompts=draft.prompts,
+                    version=draft.version,
+                )
+                self.update(draft.id, wanted)
 
     def create_from_run(self, folder: Path) -> Draft:
         """Create a draft from a run's configuration, and from its datasets if they can be read."""

@@ -36,7 +36,7 @@ import signal
 import time
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from simpletuner.atomic_io import write_atomically
 from simpletuner.errors import TrainingStopped
@@ -45,7 +45,7 @@ from simpletuner.server.failure_advice import FailureExplanation, explain_failur
 from simpletuner.server.file_reader import is_locked, read_json_object, read_log_part
 from simpletuner.server.job_states import ENDED_STATES, ObservedJob, Outcome, derive_state
 from simpletuner.server.schemas.base import JobState
-from simpletuner.server.schemas.jobs import Job
+from simpletuner.server.schemas.jobs import Job, JobKind
 
 MAX_OUTPUT_LINES = 40
 MAX_OUTPUT_BYTES = 16384
@@ -66,7 +66,7 @@ class JobSpec:
     """
 
     name: str
-    kind: Literal["train", "rehearse"]
+    kind: JobKind
     argv: tuple[str, ...]
     cwd: str
     run_dir: str
@@ -209,7 +209,7 @@ class JobFolder:
         state = self.read_state()
         ended = state in ENDED_STATES
         exit_record = read_json_object(self.path / "exit.json") or {}
-        shows_output = ended or (spec.kind == "rehearse" and state != "queued")
+        shows_output = ended or (spec.kind != "train" and state != "queued")
         lines = self.last_output_lines() if shows_output else []
         explanation = self._explain_end(spec, state, exit_record, lines)
         return Job(

@@ -8,7 +8,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,11 @@ from simpletuner.server.file_reader import is_locked, read_json_object
 from simpletuner.server.job_config import JobConfig, job_config_from_draft, job_config_from_run
 from simpletuner.server.job_folder import JobFolder, JobSpec
 from simpletuner.server.job_states import ACTIVE_STATES, ENDED_STATES, PHASES
-from simpletuner.server.queue_order import QueueOrder, QueueOrderStore
+from simpletuner.server.queue_order import QueueOrder, QueueOrderStore, queued_in_order
 from simpletuner.server.run_artifacts import CHECKPOINT_NAME, checkpoint_step
 from simpletuner.server.run_service import RunService
 from simpletuner.server.schemas.configs import ConfigValidationResult
-from simpletuner.server.schemas.jobs import Job, JobRequest, Queue, QueueWrite
+from simpletuner.server.schemas.jobs import Job, JobKind, JobRequest, Queue, QueueWrite
 from simpletuner.server.schemas.runs import ResumeRequest, RunSummary
 from simpletuner.server.settings import TRAIN_COMMAND
 from simpletuner.server.workspace import Workspace, run_id
@@ -34,14 +34,8 @@ from simpletuner.server.workspace import Workspace, run_id
 ControlFile = Literal["stop", "save", "validate"]  # files in control/ that a training watches
 ID_PATTERN = re.compile(r"[0-9a-f]{12}")
 MAX_ENDED_SHOWN = 200
+CPU_KINDS: tuple[JobKind, ...] = ("export", "merge", "check")
 Validate = Callable[[Mapping[str, Any], Sequence[Any]], ConfigValidationResult]
-
-
-def queued_in_order(jobs: Iterable[Job], order: QueueOrder) -> list[Job]:
-    """Return the queued jobs in order; jobs that `order` does not contain come last."""
-    positions = {id: position for position, id in enumerate(order.jobs)}
-    queued = [job for job in jobs if job.state == "queued"]
-    return sorted(queued, key=lambda job: (positions.get(job.id, len(positions)), job.queued_t))
 
 
 class JobService:
@@ -106,6 +100,10 @@ class JobService:
         )
         return {job.run: job for job in jobs if job.run}
 
+    def ids_of_run(self, run: str) -> list[str]:
+        """Return the ids of all jobs of a run."""
+        return [job.id for job in self._all_jobs() if job.run == run]
+
     def count_external_processes(self) -> int:
         """Count the processes of the active runs that were not started by a job."""
         own_runs = {run for run, job in self.newest_by_run().items() if job.state in ACTIVE_STATES}
@@ -167,11 +165,11 @@ class JobService:
     def cancel(self, id: str) -> None:
         """Move a queued job, or one that ended without a run folder, to the trash.
 
-        A dry run that is active is killed: it has nothing to save.
+        A dry run or a tool that is active is killed: it has nothing to save.
         """
         with self.lock:
             job = self.get_job(id)
-            if job.state in ACTIVE_STATES and job.kind == "rehearse":
+            if job.state in ACTIVE_STATES and job.kind != "train":
                 self._request_stop(self._job_folder(id), insist=True)
                 return
             if job.state in ACTIVE_STATES:
@@ -292,6 +290,31 @@ class JobService:
                 queued_t=time.time(),
                 device_count=1 if uses_cpu else config.device_count,
                 draft=draft,
+            )
+            folder.write_spec(spec)
+            order = self.queue_order.read()
+            self._write_order(replace(order, jobs=(*order.jobs, folder.id)))
+        return self.get_job(folder.id)
+
+    def enqueue_command(
+        self, kind: JobKind, name: str, argv: Sequence[str], cwd: Path | None = None
+    ) -> Job:
+        """Queue a command of this program that is not a training.
+
+        A check, an export or a merge uses the CPU; others wait for a device.
+        """
+        with self.lock:
+            folder = self._job_folder(secrets.token_hex(6))
+            folder.path.mkdir(parents=True)
+            spec = JobSpec(
+                name=name,
+                kind=kind,
+                argv=tuple(argv),
+                cwd=str(cwd or self.workspace.root),
+                run_dir="",
+                run="",
+                devices="cpu" if kind in CPU_KINDS else "gpu",
+                queued_t=time.time(),
             )
             folder.write_spec(spec)
             order = self.queue_order.read()

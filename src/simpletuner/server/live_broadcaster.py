@@ -1,8 +1,9 @@
 """Live updates for all connected pages; each subscriber receives only what is new to it.
 
 What a subscriber has received is described by two version numbers and two byte offsets, so no
-messages queue up: a slow subscriber receives the newest list when it is ready, and one that does
-not read is disconnected.
+messages queue up: a slow subscriber receives all later changes at once when it is ready, and one
+that does not read is disconnected. The first message has all runs, the next ones only those that
+changed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,11 +47,43 @@ class Subscriber:
 
 @dataclass(frozen=True)
 class ListSnapshot:
-    """The list of runs and the queue. versions: how often each has changed."""
+    """The list of runs and the queue.
+
+    versions: how often each has changed. changed_at, removed_at: the version of the list at which a
+    run changed last, and at which it was removed.
+    """
 
     runs: list[RunSummary]
     queue: Queue
     versions: tuple[int, int] = (1, 1)
+    changed_at: Mapping[str, int] = field(default_factory=dict)
+    removed_at: Mapping[str, int] = field(default_factory=dict)
+
+    def update(self, runs: list[RunSummary], queue: Queue) -> ListSnapshot:
+        """Return the next snapshot."""
+        runs_version, queue_version = self.versions
+        before = {run.id: run for run in self.runs}
+        now = {run.id: run for run in runs}
+        changed = [id for id, run in now.items() if run != before.get(id)]
+        removed = before.keys() - now.keys()
+        runs_version += bool(changed or removed)
+        changed_at = {id: self.changed_at.get(id, 1) for id in now}
+        changed_at |= dict.fromkeys(changed, runs_version)
+        removed_at = {id: at for id, at in self.removed_at.items() if id not in now}
+        removed_at |= dict.fromkeys(removed, runs_version)
+        versions = (runs_version, queue_version + (queue != self.queue))
+        return ListSnapshot(runs, queue, versions, changed_at, removed_at)
+
+    def list_fields(self, sent: int) -> dict[str, Any]:
+        """Return the fields of LiveUpdate about the list, after version `sent` of it."""
+        if sent == self.versions[0]:
+            return {}
+        if sent == 0:
+            return {"runs": self.runs}
+        return {
+            "changed": [run for run in self.runs if self.changed_at.get(run.id, 1) > sent],
+            "removed": [id for id, at in self.removed_at.items() if at > sent],
+        }
 
 
 class LiveBroadcaster:
@@ -123,10 +156,7 @@ class LiveBroadcaster:
                 if snapshot is None:
                     snapshot = ListSnapshot(runs, queue)
                 else:
-                    runs_version, queue_version = snapshot.versions
-                    runs_version += runs != snapshot.runs
-                    queue_version += queue != snapshot.queue
-                    snapshot = ListSnapshot(runs, queue, (runs_version, queue_version))
+                    snapshot = snapshot.update(runs, queue)
                 self._snapshot = snapshot
                 self._list_due = time.monotonic() + LIST_INTERVAL_S
             return snapshot
@@ -142,8 +172,8 @@ class LiveBroadcaster:
         if not run_fields and snapshot.versions == sent:
             return None, next_follow
         update = LiveUpdate(
-            runs=snapshot.runs if snapshot.versions[0] != sent[0] else None,
             queue=snapshot.queue if snapshot.versions[1] != sent[1] else None,
+            **snapshot.list_fields(sent[0]),
             **run_fields,
         )
         return update, next_follow

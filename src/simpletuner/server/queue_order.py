@@ -17,6 +17,7 @@ from typing import Any
 
 from simpletuner.atomic_io import write_atomically
 from simpletuner.server.file_reader import read_json_object
+from simpletuner.server.schemas.jobs import Job
 
 MAX_OVERTAKES = 4
 
@@ -73,6 +74,13 @@ class QueueOrder:
             paused=content.get("paused") is True,
             continue_on_error=content.get("continue_on_error") is True,
         )
+
+
+def queued_in_order(jobs: Iterable[Job], order: QueueOrder) -> list[Job]:
+    """Return the queued jobs in order; jobs that `order` does not contain come last."""
+    positions = {id: position for position, id in enumerate(order.jobs)}
+    queued = [job for job in jobs if job.state == "queued"]
+    return sorted(queued, key=lambda job: (positions.get(job.id, len(positions)), job.queued_t))
 
 
 class QueueOrderStore:

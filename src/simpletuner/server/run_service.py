@@ -20,6 +20,7 @@ from simpletuner.server.file_reader import replace_surrogates
 from simpletuner.server.job_config import load_run_datasets
 from simpletuner.server.job_states import ACTIVE_STATES, ENDED_STATES
 from simpletuner.server.run_finder import RunFinder
+from simpletuner.server.run_labels import RunLabels
 from simpletuner.server.run_reader import RunReader
 from simpletuner.server.schemas.base import JobState
 from simpletuner.server.schemas.jobs import Job
@@ -40,6 +41,7 @@ class RunService:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
+        self.labels = RunLabels(workspace)
         self._finder = RunFinder(workspace)
         self._newest_jobs: Callable[[], Mapping[str, Job]] = dict
         self._job_run_dirs: dict[str, str] = {}
@@ -212,9 +214,10 @@ class RunService:
         state, message = derive_run_state(reader, job)
         last_step = events.last_step_event
         stage = next(reversed(events.stages.values()), None)
+        label = self.labels.of(id)
         return RunSummary(
             id=id,
-            name=replace_surrogates(reader.path.name),
+            name=label.name or replace_surrogates(reader.path.name),
             path=replace_surrogates(str(reader.path)),
             state=state,
             step=events.step,
@@ -228,6 +231,9 @@ class RunService:
             job=job.id if job else None,
             message=message,
             picture=events.latest_image_path,
+            tags=label.tags,
+            note=label.note,
+            archived=label.archived,
         )
 
 

@@ -11,13 +11,18 @@ from starlette.requests import HTTPConnection
 from simpletuner.server import hardware
 from simpletuner.server.dataset_service import DatasetService
 from simpletuner.server.draft_store import DraftStore
+from simpletuner.server.generation_service import GenerationService
 from simpletuner.server.job_service import JobService
 from simpletuner.server.live_broadcaster import LiveBroadcaster
+from simpletuner.server.lora_library import LoraLibrary
+from simpletuner.server.manager import Manager
 from simpletuner.server.plan_service import PlanService
+from simpletuner.server.preferences import Preferences
 from simpletuner.server.run_service import RunService
 from simpletuner.server.settings import ServerSettings
 from simpletuner.server.start_checks import StartChecks
 from simpletuner.server.step_times import StepTimes
+from simpletuner.server.trash import Trash
 from simpletuner.server.workspace import Workspace
 
 
@@ -37,6 +42,11 @@ class Services:
     datasets: DatasetService
     checks: StartChecks
     step_times: StepTimes
+    trash: Trash
+    generations: GenerationService
+    loras: LoraLibrary
+    preferences: Preferences
+    manager: Manager
     broadcaster: LiveBroadcaster
 
     @classmethod
@@ -46,6 +56,7 @@ class Services:
         drafts = DraftStore(workspace)
         datasets = DatasetService(workspace)
         checks = StartChecks(workspace, datasets, hardware.known_devices)
+        trash, preferences = Trash(workspace), Preferences(workspace)
         jobs = JobService(workspace, runs, drafts, settings.train_command, checks.check)
         return cls(
             workspace=workspace,
@@ -55,6 +66,11 @@ class Services:
             drafts=drafts,
             plans=PlanService(workspace, largest_bucket=checks.largest_bucket),
             step_times=StepTimes(jobs, runs),
+            trash=trash,
+            generations=GenerationService(workspace, jobs, trash, settings.tool_command),
+            loras=LoraLibrary(workspace, runs, jobs, trash, settings.tool_command),
+            preferences=preferences,
+            manager=Manager(workspace, trash, runs, jobs, datasets, drafts),
             datasets=datasets,
             checks=checks,
             broadcaster=LiveBroadcaster(runs, jobs.get_queue, settings.max_sockets),

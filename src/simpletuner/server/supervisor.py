@@ -89,15 +89,20 @@ class Supervisor:
     Of several servers in one workspace, only the first acts until it ends.
 
     devices: called once, because it starts a process. grace_s: seconds a training gets to save and
-    exit.
+    exit. variables: returns further environment variables of a job.
     """
 
     def __init__(
-        self, jobs: JobService, devices: Callable[[], Sequence[DeviceInfo]], grace_s: float = 120.0
+        self,
+        jobs: JobService,
+        devices: Callable[[], Sequence[DeviceInfo]],
+        grace_s: float = 120.0,
+        variables: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._jobs = jobs
         self._devices = devices
         self._grace_s = grace_s
+        self._variables = variables
         self._job_devices: tuple[str, ...] | None = None
         self._runners: list[subprocess.Popen[bytes]] = []
         # Job -> the signals that were sent, and the time of the last one.
@@ -272,7 +277,10 @@ class Supervisor:
                         str(lock),
                     ],
                     cwd=spec.cwd,
-                    env=job_environment(devices, copy_process_environment()),
+                    env={
+                        **job_environment(devices, copy_process_environment()),
+                        **self._variables(),
+                    },
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from simpletuner.server.schemas.base import ApiModel
 
 
@@ -126,3 +128,15 @@ class FolderListing(ApiModel):
     path: str
     folders: list[str]
     pictures: int
+
+
+class DatasetRename(ApiModel):
+    """A new name for a dataset."""
+
+    name: str
+
+
+class ImageSelection(ApiModel):
+    """Some images of a dataset."""
+
+    files: list[str] = Field(min_length=1, max_length=10_000)

@@ -6,6 +6,8 @@ from typing import Literal
 
 from simpletuner.server.schemas.base import ApiModel, JobState
 
+JobKind = Literal["train", "rehearse", "generate", "caption", "export", "merge", "check"]
+
 
 class JobRequest(ApiModel):
     """A job to queue.
@@ -18,7 +20,7 @@ class JobRequest(ApiModel):
 
 
 class Job(ApiModel):
-    """One training process: queued, running or ended.
+    """One process: a training, or a tool such as a generation. Queued, running or ended.
 
     advice: what to change after a failure, or "". run_dir: the run folder, "" for a dry run. begun:
     true if the run folder existed when this message was made. device_count: number of GPUs that it
@@ -28,7 +30,7 @@ class Job(ApiModel):
     id: str
     run: str
     name: str
-    kind: Literal["train", "rehearse"]
+    kind: JobKind
     state: JobState
     devices: str
     queued_t: float

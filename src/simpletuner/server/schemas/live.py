@@ -26,13 +26,16 @@ class FollowRequest(ApiModel):
 class LiveUpdate(ApiModel):
     """An update from the server.
 
-    runs, queue: the complete list and queue, sent when they changed. events: new records of the
-    followed run, as in events.jsonl (t, kind, fields). start, end: their byte offsets; a start of 0
-    after a request for a later offset means that the run was started from scratch and earlier
-    events are void. log: the next part of the log.
+    runs: the complete list, in the first message only. changed: runs that are new or changed since
+    the last message. removed: ids of runs that are gone. queue: the queue, sent when it changed.
+    events: new records of the followed run, as in events.jsonl (t, kind, fields). start, end: their
+    byte offsets; a start of 0 after a request for a later offset means that the run was started
+    from scratch and earlier events are void. log: the next part of the log.
     """
 
     runs: list[RunSummary] | None = None
+    changed: list[RunSummary] = Field(default_factory=list)
+    removed: list[str] = Field(default_factory=list)
     queue: Queue | None = None
     run: str | None = None
     events: list[dict[str, Any]] = Field(default_factory=list)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from simpletuner.server.schemas.base import ApiModel, JobState
 
 
@@ -22,7 +24,8 @@ class RunSummary(ApiModel):
 
     id: derived from the path of the run folder, so it never changes. sparkline: up to 60 smoothed
     losses. job: id of the newest job, None for a run that was started from a terminal. `picture`:
-    path of the newest validation image. begun: true if the run has a folder.
+    path of the newest validation image. begun: true if the run has a folder. tags, note, archived:
+    as in RunLabel.
     """
 
     id: str
@@ -41,6 +44,9 @@ class RunSummary(ApiModel):
     message: str = ""
     picture: str | None = None
     begun: bool = True
+    tags: list[str] = Field(default_factory=list)
+    note: str = ""
+    archived: bool = False
 
 
 class CheckpointInfo(ApiModel):
