@@ -1,10 +1,13 @@
 import { common } from "./en/common";
+import { compare } from "./en/compare";
 import { datasets } from "./en/datasets";
 import { errors } from "./en/errors";
 import { nav } from "./en/nav";
 import { newRun } from "./en/newRun";
+import { playground } from "./en/playground";
 import { run } from "./en/run";
 import { runs } from "./en/runs";
+import { settings } from "./en/settings";
 import { system } from "./en/system";
 
-export const en = { common, datasets, errors, nav, newRun, run, runs, system };
+export const en = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runs, system };

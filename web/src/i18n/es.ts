@@ -1,11 +1,14 @@
 import type { Texts } from "../lib/i18n.svelte";
 import { common } from "./es/common";
+import { compare } from "./es/compare";
 import { datasets } from "./es/datasets";
 import { errors } from "./es/errors";
 import { nav } from "./es/nav";
 import { newRun } from "./es/newRun";
+import { playground } from "./es/playground";
 import { run } from "./es/run";
 import { runs } from "./es/runs";
+import { settings } from "./es/settings";
 import { system } from "./es/system";
 
-export const es: Texts = { common, datasets, errors, nav, newRun, run, runs, system };
+export const es: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runs, system };

@@ -1,11 +1,14 @@
 import type { Texts } from "../lib/i18n.svelte";
 import { common } from "./hi/common";
+import { compare } from "./hi/compare";
 import { datasets } from "./hi/datasets";
 import { errors } from "./hi/errors";
 import { nav } from "./hi/nav";
 import { newRun } from "./hi/newRun";
+import { playground } from "./hi/playground";
 import { run } from "./hi/run";
 import { runs } from "./hi/runs";
+import { settings } from "./hi/settings";
 import { system } from "./hi/system";
 
-export const hi: Texts = { common, datasets, errors, nav, newRun, run, runs, system };
+export const hi: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runs, system };

@@ -59,7 +59,9 @@ export function url(route: keyof paths, path: object = {}, query: object = {}): 
   });
   const address = new URL(filled, document.baseURI);
   for (const [name, value] of Object.entries(query)) {
-    if (value !== undefined && value !== null) address.searchParams.set(name, String(value));
+    for (const one of Array.isArray(value) ? (value as unknown[]) : [value]) {
+      if (one !== undefined && one !== null) address.searchParams.append(name, String(one));
+    }
   }
   return address.pathname + address.search;
 }

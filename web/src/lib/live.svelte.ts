@@ -1,5 +1,11 @@
 /** The WebSocket connection: the list of runs, the queue, and the events of the run that is shown. */
+import { notifyOfEnds } from "./notifications.svelte";
 import type { FollowRequest, LiveUpdate, Queue, RunSummary } from "./types";
+
+/** Queued runs first, then those that were started last. */
+function newestFirst(a: RunSummary, b: RunSummary): number {
+  return Number(b.state === "queued") - Number(a.state === "queued") || (b.started_t ?? 0) - (a.started_t ?? 0);
+}
 
 export type Connection = "connecting" | "open" | "lost";
 const MAX_RETRY_MS = 10_000;
@@ -70,7 +76,7 @@ class LiveFeed {
   }
 
   #receive(message: LiveUpdate): void {
-    if (message.runs !== null) this.runs = message.runs;
+    this.#applyRuns(message);
     if (message.queue !== null) this.queue = message.queue;
     const subscription = this.#subscription;
     if (subscription === null || message.run !== subscription.request.run) return;
@@ -80,6 +86,17 @@ class LiveFeed {
     if (message.end !== null) request.since = message.start === 0 ? message.end : Math.max(message.end, request.since);
     if (message.log !== null) request.log_since = message.log.end;
     subscription.onUpdate(message);
+  }
+
+  /** The first message has all runs, the next ones what changed. */
+  #applyRuns({ runs, changed = [], removed = [] }: LiveUpdate): void {
+    if (runs !== null && runs !== undefined) {
+      this.runs = runs;
+    } else if (this.runs !== null && changed.length + removed.length > 0) {
+      notifyOfEnds(this.runs, changed);
+      const gone = new Set([...removed, ...changed.map((run) => run.id)]);
+      this.runs = [...changed, ...this.runs.filter((run) => !gone.has(run.id))].sort(newestFirst);
+    }
   }
 
   #retryNow(): void {

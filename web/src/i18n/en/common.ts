@@ -25,4 +25,10 @@ export const common = {
     token: "Token",
     enter: "Log in",
   },
+  trash: {
+    deleted: "{name} was moved to the trash.",
+    restored: "{name} was restored.",
+    several: "{n} items",
+    undo: "Undo",
+  },
 };

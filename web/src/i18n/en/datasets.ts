@@ -103,5 +103,7 @@ export const datasets = {
   nothing_small: "No image is tiny.",
   foundCopies: "{n} {n|image exists|images exist} more than once: {names}",
   foundSmall: "{n} {n|image is|images are} smaller than {px} px and would be enlarged: {names}",
+  rename: "Rename",
+  delete: "Delete",
 };
 export type DatasetsTexts = Record<keyof typeof datasets, string>;

@@ -11,4 +11,5 @@ export const nav = {
   connected: "Live",
   connecting: "Connecting…",
   lost: "No connection",
+  settings: "Settings",
 };

@@ -23,4 +23,10 @@ export const common: Texts["common"] = {
     token: "Token",
     enter: "Iniciar sesión",
   },
+  trash: {
+    deleted: "{name} se movió a la papelera.",
+    restored: "{name} se restauró.",
+    several: "{n} elementos",
+    undo: "Deshacer",
+  },
 };

@@ -104,4 +104,6 @@ export const datasets: DatasetsTexts = {
   nothing_small: "Ninguna imagen es diminuta.",
   foundCopies: "{n} {n|imagen está repetida|imágenes están repetidas}: {names}",
   foundSmall: "{n} {n|imagen mide|imágenes miden} menos de {px} px y se {n|ampliaría|ampliarían}: {names}",
+  rename: "Cambiar el nombre",
+  delete: "Eliminar",
 };

@@ -13,4 +13,5 @@ export const nav: Texts["nav"] = {
   connected: "En directo",
   connecting: "Conectando…",
   lost: "Sin conexión",
+  settings: "Ajustes",
 };

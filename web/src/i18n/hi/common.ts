@@ -23,4 +23,10 @@ export const common: Texts["common"] = {
     token: "Token",
     enter: "लॉग इन करें",
   },
+  trash: {
+    deleted: "{name} ट्रैश में गया।",
+    restored: "{name} वापस लाया गया।",
+    several: "{n} वस्तुएँ",
+    undo: "पूर्ववत करें",
+  },
 };

@@ -104,4 +104,6 @@ export const datasets: DatasetsTexts = {
   nothing_small: "कोई छवि बहुत छोटी नहीं है।",
   foundCopies: "{n} {n|छवि|छवियाँ} एक से अधिक बार हैं: {names}",
   foundSmall: "{n} {n|छवि|छवियाँ} {px} px से छोटी हैं और बड़ी की जाएँगी: {names}",
+  rename: "नाम बदलें",
+  delete: "हटाएँ",
 };

@@ -13,4 +13,5 @@ export const nav: Texts["nav"] = {
   connected: "लाइव",
   connecting: "कनेक्ट हो रहा है…",
   lost: "कनेक्शन नहीं है",
+  settings: "सेटिंग",
 };

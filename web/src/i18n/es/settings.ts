@@ -1,0 +1,27 @@
+import type { Texts } from "../../lib/i18n.svelte";
+
+export const settings: Texts["settings"] = {
+  title: "Ajustes",
+  look: "Página",
+  notify: "Avisarme cuando un entrenamiento termine o falle",
+  notifyRefused: "El navegador no permite avisos de esta página.",
+  defaults: "Valores para nuevos entrenamientos",
+  defaultsHelp: "Los borradores nuevos empiezan con estos valores. Deja un campo vacío para el valor predeterminado.",
+  token: "Token de Hugging Face",
+  tokenHelp: "Para repositorios que exigen iniciar sesión. Se guarda en este equipo en un archivo que solo tú puedes leer, se entrega a los entrenamientos y nunca se muestra.",
+  tokenSet: "Hay un token guardado.",
+  tokenNone: "No hay ningún token guardado.",
+  tokenSave: "Guardar el token",
+  tokenSaved: "El token se guardó.",
+  tokenRemove: "Quitar el token",
+  tokenRemoved: "El token se quitó.",
+  storage: "Uso del disco",
+  kinds: { runs: "Carpetas de entrenamientos", datasets: "Datasets", thumbnails: "Miniaturas", trash: "Papelera", hub: "Modelos descargados", quantized: "Pesos cuantizados" },
+  clean: "Limpiar",
+  trash: "Papelera",
+  trashNone: "La papelera está vacía.",
+  trashEmpty: "Vaciar la papelera",
+  trashAsk: "Todo lo que hay en la papelera se elimina para siempre.",
+  trashKinds: { run: "Entrenamiento", dataset: "Dataset", checkpoint: "Checkpoint", image: "Imágenes", captions: "Descripciones", draft: "Borrador", job: "Trabajo", lora: "LoRA" },
+  restore: "Restaurar",
+};

@@ -1,0 +1,27 @@
+import type { Texts } from "../../lib/i18n.svelte";
+
+export const settings: Texts["settings"] = {
+  title: "सेटिंग",
+  look: "पृष्ठ",
+  notify: "रन समाप्त या विफल होने पर सूचित करें",
+  notifyRefused: "ब्राउज़र इस पृष्ठ की सूचनाओं की अनुमति नहीं देता।",
+  defaults: "नए रन के डिफ़ॉल्ट",
+  defaultsHelp: "नए ड्राफ़्ट इन मानों से शुरू होते हैं। विकल्प के अपने डिफ़ॉल्ट के लिए खाली छोड़ें।",
+  token: "Hugging Face टोकन",
+  tokenHelp: "लॉगिन वाली रिपॉज़िटरी के लिए। यह इस मशीन पर ऐसी फ़ाइल में रहता है जिसे केवल आप पढ़ सकते हैं, प्रशिक्षण को दिया जाता है, और फिर कभी नहीं दिखता।",
+  tokenSet: "टोकन सहेजा हुआ है।",
+  tokenNone: "कोई टोकन सहेजा नहीं है।",
+  tokenSave: "टोकन सहेजें",
+  tokenSaved: "टोकन सहेजा गया।",
+  tokenRemove: "टोकन हटाएँ",
+  tokenRemoved: "टोकन हटाया गया।",
+  storage: "डिस्क उपयोग",
+  kinds: { runs: "रन फ़ोल्डर", datasets: "डेटासेट", thumbnails: "थंबनेल", trash: "ट्रैश", hub: "डाउनलोड किए मॉडल", quantized: "क्वांटाइज़ किए वेट" },
+  clean: "साफ़ करें",
+  trash: "ट्रैश",
+  trashNone: "ट्रैश खाली है।",
+  trashEmpty: "ट्रैश खाली करें",
+  trashAsk: "ट्रैश की हर चीज़ हमेशा के लिए हट जाएगी।",
+  trashKinds: { run: "रन", dataset: "डेटासेट", checkpoint: "चेकपॉइंट", image: "छवियाँ", captions: "कैप्शन", draft: "ड्राफ़्ट", job: "जॉब", lora: "LoRA" },
+  restore: "वापस लाएँ",
+};
