@@ -167,6 +167,24 @@ def test_bad_pictures_are_rejected_and_the_work_goes_on(
         fill(tmp_path, placed, encoder, max_bad_sample_fraction=0.1)
 
 
+def test_an_image_of_which_one_crop_fails_is_not_used(
+    tmp_path: Path, make_placed_sample: Callable[..., BucketedSample]
+) -> None:
+    good, bad = (make_placed_sample(tmp_path / f"{name}.png", 1) for name in "ab")
+    placed = [
+        good,
+        replace(good, crop_index=1),
+        bad,
+        replace(bad, crop_px=(8, 8), resize_px=(80, 80), crop_index=1),
+    ]
+    poison = torch.from_numpy(load_pixels(placed[3], OPTIONS)).permute(2, 0, 1) / 127.5 - 1
+    filled, _, _ = fill(tmp_path, placed, Encoder(poison))
+    assert filled.placed_samples == tuple(placed[:2])
+    assert [Path(rejected.path).name for rejected in filled.rejected] == ["b.png"]
+    with pytest.raises(DataError, match=r"1 of 2 images"):
+        fill(tmp_path, placed, Encoder(poison), max_bad_sample_fraction=0.4)
+
+
 def test_a_picture_that_cannot_be_decoded_does_not_load_the_encoder(
     tmp_path: Path, make_placed_sample: Callable[..., BucketedSample]
 ) -> None:
