@@ -21,7 +21,14 @@ def moments(number: int) -> Tensor:
     return torch.randn(6, 8, 8, generator=torch.Generator().manual_seed(number))
 
 
-def encode(captions: Sequence[str]) -> list[dict[str, Tensor]]:
+def encode(
+    batches: Sequence[Sequence[str]], advance: Callable[[int], None]
+) -> Iterator[list[dict[str, Tensor]]]:
+    for captions in batches:
+        yield embeddings_of(captions)
+
+
+def embeddings_of(captions: Sequence[str]) -> list[dict[str, Tensor]]:
     return [
         {
             "rows": torch.full((len(one) + 1, 4), 1.0 + len(one), dtype=torch.bfloat16),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,12 +218,23 @@ def test_content_hashes_follow_the_file(tmp_path: Path) -> None:
     assert len(seen) == 1
 
 
+def in_batches(encode: Callable[[Sequence[str]], list[dict[str, Tensor]]]) -> text_cache.EncodeText:
+    def encode_batches(
+        batches: Sequence[Sequence[str]], advance: Callable[[int], None]
+    ) -> Iterator[list[dict[str, Tensor]]]:
+        for captions in batches:
+            yield encode(captions)
+            advance(len(captions))
+
+    return encode_batches
+
+
 class Text:
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
 
     def __call__(self) -> text_cache.EncodeText:
-        return self.encode
+        return in_batches(self.encode)
 
     def encode(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         self.batches.append(list(captions))
@@ -272,7 +283,7 @@ def test_what_was_encoded_before_an_interruption_is_kept(
         )
     with pytest.raises(KeyboardInterrupt):
         text_cache.encode_missing_captions(
-            store, ["b", "cc"], lambda: words, lambda event: None, batch_size=2
+            store, ["b", "cc"], lambda: in_batches(words), lambda event: None, batch_size=2
         )
     with TensorStore(tmp_path / "latents", "vae-1") as found:  # the first one was never closed
         assert found._index.query("SELECT COUNT(*) FROM entries") == [(4 + 2,)]
@@ -283,7 +294,9 @@ def test_text_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
         return [{"rows": torch.full((1, 2), torch.nan if caption else 0.0)} for caption in captions]
 
     with TensorStore(tmp_path, "t5") as store, pytest.raises(CacheError, match="'a cat'"):
-        text_cache.encode_missing_captions(store, ["a cat"], lambda: encode, lambda event: None)
+        text_cache.encode_missing_captions(
+            store, ["a cat"], lambda: in_batches(encode), lambda event: None
+        )
 
 
 def test_a_batch_has_no_more_pixels_than_one_large_image() -> None:

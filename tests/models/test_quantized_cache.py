@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from simpletuner.models.weights import quantized_cache as precision_module
 from simpletuner.quantization.convert import quantize_to_file
 from simpletuner.quantization.quantized_linear import QuantizedLinear, quantize_modules
 from simpletuner.quantization.schemes import SCHEMES
+from simpletuner.quantization.stored_tensor import StoredTensor
 
 CPU = torch.device("cpu")
 
@@ -224,20 +226,21 @@ def test_t5_quantised(
         source, options
     )
 
-    plain = t5_module._load_unquantized
+    load = t5_module.load_stored_tensors
 
-    def restored(*arguments: object) -> nn.Module:
-        t5: nn.Module = plain(*arguments)  # type: ignore[arg-type]
-        for name in t5_module._block_linears(t5):
-            linear = t5.get_submodule(name)
-            scheme_of = SCHEMES[scheme]
-            weight = linear.weight.detach()
-            parts = scheme_of.quantize(weight)
-            linear.weight = nn.Parameter(scheme_of.dequantize(parts, weight.shape[1], weight.dtype))
-        return t5
+    def load_restored(
+        network: nn.Module, tensors: Mapping[str, StoredTensor], device: torch.device
+    ) -> None:
+        load(network, tensors, device)
+        for module in network.modules():
+            if isinstance(module, nn.Linear):
+                weight = module.weight.detach()
+                parts = SCHEMES[scheme].quantize(weight)
+                restored = SCHEMES[scheme].dequantize(parts, weight.shape[1], weight.dtype)
+                module.weight = nn.Parameter(restored)
 
     unquantised = ChromaFamily().load_text_encoder(source, options, CPU).encode(texts)
-    monkeypatch.setattr(t5_module, "_load_unquantized", restored)
+    monkeypatch.setattr(t5_module, "load_stored_tensors", load_restored)
     wanted = ChromaFamily().load_text_encoder(source, options, CPU).encode(texts)
     for one, other, before in zip(found, wanted, unquantised, strict=True):
         assert torch.equal(one["rows"], other["rows"])

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import DataError, ModelError
+from simpletuner.models.chroma import text_encoder
 from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.text_encoder import load_tokenizer
 from simpletuner.models.family import ModelFiles, TextEncoder
@@ -60,6 +61,77 @@ def test_rows_are_those_of_the_512_padded_run(
     expected, real = padded_to_512(checkpoint, caption)
     assert len(rows) == min(real + 1, 512)
     torch.testing.assert_close(rows, expected[: len(rows)], atol=2e-6, rtol=1e-5)
+
+
+def whole_encoder_rows(checkpoint: Path, batches: list[list[str]]) -> list[torch.Tensor]:
+    """Return the rows of transformers' whole encoder for the same batches, with one pad token."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    t5 = T5EncoderModel.from_pretrained(checkpoint / "text_encoder").eval()
+    rows: list[torch.Tensor] = []
+    for captions in batches:
+        tokens = [tokenizer(text, truncation=True, max_length=512).input_ids for text in captions]
+        lengths = [min(len(ids) + 1, 512) for ids in tokens]
+        ids = torch.zeros(len(tokens), max(lengths), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, sample in enumerate(tokens):
+            ids[row, : len(sample)] = torch.tensor(sample)
+            mask[row, : len(sample)] = 1
+        with torch.no_grad():
+            hidden = t5(input_ids=ids, attention_mask=mask).last_hidden_state
+        rows += [hidden[row, :length] for row, length in enumerate(lengths)]
+    return rows
+
+
+@pytest.mark.parametrize(
+    "chunk_bytes", [1, 20_000, 10**9], ids=["one batch at a time", "two", "all"]
+)
+def test_layer_by_layer_equals_the_whole_encoder(
+    encoder: TextEncoder, checkpoint: Path, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, whatever the number of batches that a layer is applied to."""
+    monkeypatch.setitem(text_encoder.CHUNK_BYTES, "cpu", chunk_bytes)
+    batches = [["", "a cat"], CAPTIONS[2:4], ["a cat", "two", "three captions"]]
+    done: list[int] = []
+    found = [
+        embedding["rows"]
+        for embeddings in encoder.encode_batches(batches, done.append)
+        for embedding in embeddings
+    ]
+    expected = whole_encoder_rows(checkpoint, batches)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert sum(done) == 7
+
+
+def test_each_layer_is_read_once_and_alone(
+    encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the weights, one layer is in memory, whatever the number of captions."""
+    t5 = encoder._t5
+    read: list[int] = []
+    held: list[int] = []
+    load, run = t5._load_layer, t5._encoder.forward
+
+    def load_layer(number: int) -> None:
+        read.append(number)
+        load(number)
+
+    def forward(**inputs: torch.Tensor) -> object:
+        held.append(sum(p.nbytes for p in t5._encoder.parameters() if not p.is_meta))
+        return run(**inputs)
+
+    monkeypatch.setattr(t5, "_load_layer", load_layer)
+    monkeypatch.setattr(t5._encoder, "forward", forward)
+    assert len(list(encoder.encode_batches([["a cat"]] * 20))) == 20
+    assert read == list(range(t5._layers))
+    layer = sum(stored.size_bytes for name, stored in t5._stored.items() if ".block.1." in name)
+    assert max(held) < 1.1 * layer
+    assert len(held) == 20 * t5._layers
+    assert all(parameter.is_meta for parameter in t5._encoder.parameters())
+
+
+def test_no_caption_reads_no_layer(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder._t5, "_load_layer", None)
+    assert list(encoder.encode_batches([])) == []
 
 
 def test_a_batch_gives_what_each_caption_gives(encoder: TextEncoder) -> None:

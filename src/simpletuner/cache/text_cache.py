@@ -14,7 +14,10 @@ from simpletuner.events.event_types import Emit
 from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.peers import ALONE, Peers
 
-EncodeText = Callable[[Sequence[str]], Sequence[TextEmbedding]]
+# From batches of captions, and what receives how many captions are done, to their embeddings.
+EncodeText = Callable[
+    [Sequence[Sequence[str]], Callable[[int], None]], Iterable[Sequence[TextEmbedding]]
+]
 
 
 def text_key(caption: str, fingerprint: str) -> str:
@@ -40,9 +43,9 @@ def encode_missing_captions(
     """Encode the captions that are not cached, and always the empty one, for dropped captions.
 
     Several processes share out whole batches; afterwards the store of each has all captions.
-    encoder: makes the encoding function; it is called only when something is missing. The
-    embeddings are stored in the dtype that it returns. Raises CacheError for embeddings that are
-    not finite.
+    encoder: makes the encoding function; it is called only when something is missing, and encodes
+    all batches, so that it may read its weights once for many of them. The embeddings are stored in
+    the dtype that it returns. Raises CacheError for embeddings that are not finite.
     """
     by_key = {text_key(caption, store.fingerprint): caption for caption in ("", *captions)}
     # Sorted by length, because the encoder pads each batch to its longest caption.
@@ -58,10 +61,10 @@ def encode_missing_captions(
         store.flush_on_exit(),
     ):
         stage.summary = f"{len(by_key) - len(missing)} already cached"
-        encode = encoder() if own else None
-        for keys in own:
-            assert encode is not None
-            for key, embedding in zip(keys, encode([by_key[key] for key in keys]), strict=True):
+        texts = [[by_key[key] for key in keys] for keys in own]
+        encoded = encoder()(texts, stage.advance) if own else ()
+        for keys, embeddings in zip(own, encoded, strict=True):
+            for key, embedding in zip(keys, embeddings, strict=True):
                 tensors = embedding.values()
                 if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
                     raise CacheError(
@@ -69,6 +72,5 @@ def encode_missing_captions(
                         f" {by_key[key][:80]!r}; check its weights, or set mixed_precision to no"
                     )
                 store.put(key, embedding)
-            stage.advance(len(keys))
     peers.gather_json(None)  # every process has written its shards
     store.adopt_new_shards()

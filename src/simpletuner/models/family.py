@@ -8,7 +8,7 @@ B batch · C latent channels · H W latent side (image px / stride) · L text to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,8 +86,9 @@ class BlockMemoryPolicy:
     `interval`-th block. swapped: number of checkpointed blocks, evenly spread, whose frozen weights
     stay in host memory and are copied to the device for each pass; at most two of them are on the
     device at a time. offload_activations: the inputs of checkpointed blocks wait in host memory as
-    well. approximator_on_host: Chroma's modulations are computed on the CPU, where they differ by
-    rounding.
+    well. approximator_on_host: Chroma's modulations are computed ahead, for several steps at once,
+    and their network is on the device only meanwhile. approximator_computes_on_host: the CPU
+    computes them; this one changes results, by rounding.
     """
 
     checkpointed: int = 0
@@ -95,6 +96,7 @@ class BlockMemoryPolicy:
     swapped: int = 0
     offload_activations: bool = False
     approximator_on_host: bool = False
+    approximator_computes_on_host: bool = False
 
     def checkpointed_block_numbers(self, blocks: int) -> tuple[int, ...]:
         """Return the numbers of the checkpointed blocks, the first ones of the network.
@@ -158,6 +160,21 @@ class TextEncoder(ABC):
 
         Their names and shapes are those of ArchitectureConstants.text_tensors.
         """
+
+    def encode_batches(
+        self,
+        batches: Sequence[Sequence[str]],
+        advance: Callable[[int], None] = lambda captions: None,
+    ) -> Iterator[list[TextEmbedding]]:
+        """Yield what `encode` returns for each batch of captions, bit for bit, in their order.
+
+        advance: receives how many more captions are done; the work of several batches may be done
+        together, before the first of them is yielded.
+        """
+        for captions in batches:
+            embeddings = self.encode(captions)
+            advance(len(captions))
+            yield embeddings
 
     @abstractmethod
     def token_count(self, caption: str) -> int:
@@ -286,7 +303,14 @@ class ModelFamily(ABC):
     ) -> Tensor:
         """Predict the velocity (B, C, H, W) in float32.
 
-        x_sigma: (B, C, H, W) float32, the noisy latents. sigma: (B,) float32 in [0, 1].
+        x_sigma: (B, C, H, W) float32, the noisy latents. sigma: (B,) float32 in [0, 1]; on the CPU
+        it is read without waiting for the device.
+        """
+
+    def prepare_sigmas(self, transformer: nn.Module, sigma: Tensor) -> None:  # noqa: B027
+        """Compute ahead what depends on sigma alone, for passes at sigma (B,) that follow soon.
+
+        Results are the same without it; a family that computes nothing ahead does nothing.
         """
 
     @abstractmethod

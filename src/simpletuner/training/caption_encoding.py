@@ -41,7 +41,7 @@ def encode_captions(
     def load_encoder() -> text_cache.EncodeText:
         encoder = family.load_text_encoder(files, run.model, device.device, emit)
         report_overlong_captions(encoder, captions, max_tokens, run.model, emit)
-        return encoder.encode
+        return encoder.encode_batches
 
     text_cache.encode_missing_captions(
         store, captions, load_encoder, emit, run.cache.text_encoder_batch_size, world

@@ -7,20 +7,35 @@ positions are relative.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from simpletuner.cache.batch_types import TextEmbedding
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import DataError, ModelError
 from simpletuner.events.event_types import Emit
 from simpletuner.models.chroma.fingerprints import MAX_TOKENS, T5_TENSOR, token_limit
-from simpletuner.models.chroma.t5 import load_t5
+from simpletuner.models.chroma.t5 import LayeredT5, load_t5
 from simpletuner.models.family import ModelFiles, TextEncoder
+
+# Hidden states of the batches that a layer is applied to before the next layer is read. On a CPU
+# the weights are read at the cost of a copy, and less work is lost when a run is stopped.
+CHUNK_BYTES = {"cuda": 1_000_000_000, "mps": 1_000_000_000, "cpu": 64_000_000}
+
+
+@dataclass(frozen=True)
+class _TokenBatch:
+    """ids, mask: (B, L). tokens: the real tokens of each caption; length: with its pad token."""
+
+    ids: Tensor
+    mask: Tensor
+    tokens: list[list[int]]
+    lengths: list[int]
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,7 @@ class ChromaTextEncoder(TextEncoder):
     overlong: "truncate" cuts captions before `</s>`, "error" raises DataError.
     """
 
-    _t5: T5EncoderModel
+    _t5: LayeredT5
     _tokenizer: PreTrainedTokenizerBase
     _max_tokens: int = MAX_TOKENS
     _zero_pad: bool = False
@@ -39,24 +54,61 @@ class ChromaTextEncoder(TextEncoder):
     def token_count(self, caption: str) -> int:
         return len(self._tokenizer(caption, verbose=False)["input_ids"])
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[TextEmbedding]:
-        tokens = [self._tokenize(caption) for caption in captions]
-        if not tokens:
+        if not captions:
             return []
+        return next(iter(self.encode_batches([captions])))
+
+    def encode_batches(
+        self,
+        batches: Sequence[Sequence[str]],
+        advance: Callable[[int], None] = lambda captions: None,
+    ) -> Iterator[list[TextEmbedding]]:
+        chunk: list[_TokenBatch] = []
+        size = 0
+        for captions in batches:
+            batch = self._make_batch(captions)
+            batch_size = batch.ids.numel() * self._t5.width * self._t5.dtype.itemsize
+            if chunk and size + batch_size > CHUNK_BYTES[self._t5.device.type]:
+                yield from self._encode_chunk(chunk, advance)
+                chunk, size = [], 0
+            chunk.append(batch)
+            size += batch_size
+        if chunk:
+            yield from self._encode_chunk(chunk, advance)
+
+    def _encode_chunk(
+        self, chunk: Sequence[_TokenBatch], advance: Callable[[int], None]
+    ) -> Iterator[list[TextEmbedding]]:
+        """Run all layers on these batches. advance: a layer counts as its share of the captions."""
+        captions = sum(len(batch.tokens) for batch in chunk)
+
+        def layer_done(done: int, layers: int) -> None:
+            advance(captions * done // layers - captions * (done - 1) // layers)
+
+        hidden = self._t5.encode(
+            [self._t5.embed(batch.ids) for batch in chunk],
+            [batch.mask for batch in chunk],
+            layer_done,
+        )
+        hidden.reverse()
+        for batch in chunk:
+            yield self._embeddings_of(batch, hidden.pop())
+
+    def _make_batch(self, captions: Sequence[str]) -> _TokenBatch:
+        tokens = [self._tokenize(caption) for caption in captions]
         lengths = [min(len(ids) + 1, self._max_tokens) for ids in tokens]
         ids = torch.full((len(tokens), max(lengths)), self._tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for row, sample in enumerate(tokens):
             ids[row, : len(sample)] = torch.tensor(sample)
             mask[row, : len(sample)] = 1
-        device = self._t5.device
-        hidden = self._t5(
-            input_ids=ids.to(device), attention_mask=mask.to(device)
-        ).last_hidden_state.cpu()
-        rows = [hidden[row, :length].clone() for row, length in enumerate(lengths)]
+        return _TokenBatch(ids, mask, tokens, lengths)
+
+    def _embeddings_of(self, batch: _TokenBatch, hidden: Tensor) -> list[TextEmbedding]:
+        rows = [hidden[row, :length].clone() for row, length in enumerate(batch.lengths)]
         if self._zero_pad:
-            for row, sample in zip(rows, tokens, strict=True):
+            for row, sample in zip(rows, batch.tokens, strict=True):
                 row[len(sample) :] = 0
         return [{T5_TENSOR: embedding} for embedding in rows]
 
