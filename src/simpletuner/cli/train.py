@@ -105,6 +105,8 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
 
         ctx.exit(rehearse(loaded, backends))
     require_extras(loaded)
+    if process is None and "serve" not in given and reports_finished_run(loaded, backends):
+        return
     if process is None or process.rank == 0:
         from simpletuner.data.source_check import check_sources
 
@@ -138,6 +140,16 @@ def search_rate(
 
     found, rate = search_before_training(loaded, backends, process is not None)
     return found, [*pairs, ("learning_rate", rate)]
+
+
+def reports_finished_run(loaded: LoadedConfig, backends: DatasetFile) -> bool:
+    """Print a report where the run has nothing left to do, and return whether that is so."""
+    from simpletuner.training.finished_run import end_finished_run
+
+    report = end_finished_run(loaded.config, backends)
+    if report is not None:
+        click.echo(report)
+    return report is not None
 
 
 def join_launcher(loaded: LoadedConfig) -> LaunchedProcess | None:

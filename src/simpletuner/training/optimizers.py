@@ -18,11 +18,12 @@ import torch
 from optimi import Lion
 from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
-from torch.optim import Adafactor, AdamW, Optimizer
+from torch.optim import Adafactor, Optimizer
 
 from simpletuner.config.optimizer_arguments import parse_optimizer_arguments
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import ConfigError
+from simpletuner.training.compiler_import import EagerAdamW
 from simpletuner.training.eight_bit_moments import EightBitMoments
 from simpletuner.training.gradient_sum import make_buckets
 from simpletuner.training.grouped_prodigy import GroupedProdigy
@@ -172,7 +173,7 @@ class OptimizerSpec:
 
 def _adamw(spec: OptimizerSpec) -> Optimizer:
     fused = all(device in FUSED_ADAMW_DEVICES for device in spec.device_types)
-    return AdamW(spec.params, **spec.adam_arguments(), fused=fused, foreach=False)
+    return EagerAdamW(spec.params, **spec.adam_arguments(), fused=fused, foreach=False)
 
 
 def _stochastic_adamw(
