@@ -212,7 +212,9 @@ class PixelFamily(ModelFamily):
 
     def compile_blocks(self, transformer: nn.Module, options: ModelOptions) -> None:
         assert isinstance(transformer, PixelNetwork)
-        block_executor.compile_blocks(list(transformer.layers), options)
+        transformer.run_block = block_executor.compile_blocks(
+            list(transformer.layers), options, transformer.run_block
+        )
 
     def full_finetune_parameters(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return list(transformer.named_parameters())

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from simpletuner.config.flags import parse_flags
-from simpletuner.config.load import try_load_config
+from simpletuner.config.load import config_from_resolved, try_load_config
 from simpletuner.config.schema import ModelOptions
 from simpletuner.models.block_executor import block_memory_policy
 from simpletuner.models.family import BlockMemoryPolicy
+from simpletuner.training.train_state import streams_approximator
 
 
 @pytest.mark.parametrize(
@@ -28,12 +29,37 @@ from simpletuner.models.family import BlockMemoryPolicy
         ({"musubi_blocks_to_swap": 0.5}, BlockMemoryPolicy(57, 1, 28)),
         ({"musubi_blocks_to_swap": 14}, BlockMemoryPolicy(57, 1, 14)),
         ({"gradient_checkpointing_backend": "offload"}, BlockMemoryPolicy(57, 1, 0, True)),
-        ({"chroma_approximator_device": "cpu"}, BlockMemoryPolicy(57, approximator_on_host=True)),
+        (
+            {"chroma_approximator_device": "cpu"},
+            BlockMemoryPolicy(57, approximator_on_host=True, approximator_computes_on_host=True),
+        ),
     ],
     ids=str,
 )
 def test_options(options: dict[str, Any], expected: BlockMemoryPolicy) -> None:
     assert block_memory_policy(ModelOptions(**options), 57) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "streamed", "on_host"),
+    [("auto", True, True), ("auto", False, False), ("accelerator", True, False), ("cpu", False, True)],
+)  # fmt: skip
+def test_the_approximator_is_away_where_it_saves_memory(
+    device: str, streamed: bool, on_host: bool
+) -> None:
+    policy = block_memory_policy(ModelOptions(chroma_approximator_device=device), 57, streamed)
+    assert policy.approximator_on_host == on_host
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_sharded", "options", "streamed"),
+    [("cuda", False, {}, True), ("cuda", True, {}, False), ("mps", False, {}, False),
+     ("cpu", False, {}, False), ("cuda", False, {"scheduled_sampling_probability": 0.5}, False)],
+)  # fmt: skip
+def test_where_the_approximator_is_streamed(
+    kind: str, is_sharded: bool, options: dict[str, Any], streamed: bool
+) -> None:
+    assert streams_approximator(config_from_resolved(options), kind, is_sharded) == streamed
 
 
 @pytest.mark.parametrize(

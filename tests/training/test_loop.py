@@ -78,3 +78,28 @@ def test_what_is_asked_for_sees_the_weights_that_are_kept() -> None:
         loop.run_due_callbacks(run, 3)
     assert modes == [False]
     assert optimizer.param_groups[0]["train_mode"]
+
+
+@pytest.mark.parametrize("resumed", [0, 3, 4, 6])
+def test_sigmas_are_prepared_before_the_steps_that_need_them(
+    resumed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step's own sigmas, once, in chunks that begin at multiples of 4 or where it resumes."""
+    context = parts(TrainSchedule(10, 1, 5, 0, sigma_chunk_steps=4))
+    context.resumed_step = resumed
+    prepared: list[float] = []
+    chunks: list[int] = []
+
+    def prepare(sigma: torch.Tensor) -> None:
+        prepared.extend(sigma.tolist())
+        chunks.append(len(sigma))
+
+    context.prepare_sigmas = prepare
+    monkeypatch.setattr(
+        loop, "split_into_micro_batches", lambda context, step: [(step, torch.tensor([step + 0.5]))]
+    )
+    for step in range(resumed, 10):
+        loop.prepare_next_sigmas(context, step)
+        assert step + 0.5 in prepared
+    assert prepared == [step + 0.5 for step in range(resumed, 10)]
+    assert chunks == {0: [4, 4, 2], 3: [1, 4, 2], 4: [4, 2], 6: [2, 2]}[resumed]

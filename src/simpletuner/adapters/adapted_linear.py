@@ -45,26 +45,29 @@ def _cast_weight(dtype: torch.dtype, weight: Tensor) -> Tensor:
 class _FrozenLinearWithDelta(torch.autograd.Function):
     """A frozen linear and its delta as one autograd node, which saves only x and A x.
 
-    given: scale, copies of A and B in the dtype of x or None twice, dequantize and its buffers.
-    They are one variadic argument because dynamo drops ctx from a node with exactly two other
-    inputs. dequantize builds the weight (out, in) again in the backward pass: a saved copy would
-    occupy memory until then.
+    given: scale, copies of A and B in the dtype of x or None twice, output_unused, dequantize and
+    its buffers. They are one variadic argument because dynamo drops ctx from a node with exactly
+    two other inputs. dequantize builds the weight (out, in) again in the backward pass: a saved
+    copy would occupy memory until then. output_unused: only save what the backward pass needs, and
+    return an output without values.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *given: Any
     ) -> Tensor:
-        scale, a_copy, b_copy, dequantize, *buffers = given
+        scale, a_copy, b_copy, output_unused, dequantize, *buffers = given
         ctx.master_dtype = a.dtype
         a, b = (a, b) if a_copy is None else (a_copy, b_copy)
         dtype, flat = x.dtype, x.reshape(-1, x.shape[-1])
         hidden = F.linear(flat, a.to(dtype))
-        y = F.linear(flat, dequantize(dtype, *buffers), None if bias is None else bias.to(dtype))
-        y.addmm_(hidden, b.to(dtype).t(), alpha=scale)
         ctx.save_for_backward(x, hidden, a, b, *buffers)
         ctx.scale = scale
         ctx.dequantize = dequantize
+        if output_unused:
+            return x.new_empty(1).expand(*x.shape[:-1], len(b))
+        y = F.linear(flat, dequantize(dtype, *buffers), None if bias is None else bias.to(dtype))
+        y.addmm_(hidden, b.to(dtype).t(), alpha=scale)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -80,7 +83,7 @@ class _FrozenLinearWithDelta(torch.autograd.Function):
                 .addmm_(grad_hidden, a.to(dtype))
                 .view(shape)
             )
-        return grad_x, None, grad_a, grad_b, *([None] * (4 + len(buffers)))
+        return grad_x, None, grad_a, grad_b, *([None] * (5 + len(buffers)))
 
 
 class _AddDelta(torch.autograd.Function):
@@ -217,6 +220,8 @@ class FactorCopies:
 class LoraLinear(LowRankLinear):
     """LoRA with matmuls in the base's dtype and float32 master weights.
 
+    output_unused: set while a block is computed again only for its backward pass; the output of its
+    last linear is then not computed where nothing after it needs it.
     initial_down, initial_up: set for initializations taken from the base's principal components
     (PiSSA, OLoRA), else None. The delta is then scale * (B A - initial_up initial_down), so that
     the base is never modified.
@@ -235,6 +240,7 @@ class LoraLinear(LowRankLinear):
         principal: bool = False,
     ) -> None:
         super().__init__(base_layer, down, up, scale, dropout)
+        self.output_unused = False
         self.base_is_quantized = isinstance(base_layer, DequantizableLinear)
         self.factor_copies: FactorCopies | None = None
         self.register_buffer("initial_down", down.clone() if principal else None, persistent=False)
@@ -261,6 +267,7 @@ class LoraLinear(LowRankLinear):
                 self.up,
                 scale,
                 *self._current_copies(x.dtype),
+                self.output_unused,
                 dequantize,
                 *buffers,
             )

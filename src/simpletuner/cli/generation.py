@@ -189,7 +189,8 @@ def _generate_latents(
         load_adapter(
             transformer, request.lora_path, family.lora_conventions.names, request.strengths[0]
         )
-    memory = block_memory_policy(request.model, family.block_count(transformer))
+    streamed = device.device.type == "cuda"
+    memory = block_memory_policy(request.model, family.block_count(transformer), streamed)
     family.place_blocks(transformer, memory, device.device)
     family.compile_blocks(transformer, request.model)
     again = partial(

@@ -55,7 +55,7 @@ def _check_sharding(run: RunConfig) -> Iterator[Finding]:
         yield (
             "chroma_approximator_device",
             "cpu cannot be combined with fsdp_enable, which divides the approximator among the "
-            "GPUs; use accelerator",
+            "GPUs; leave it out",
         )
 
 

@@ -26,10 +26,7 @@ FULL_RANK_PRESET: Mapping[str, Any] = {"optimizer": "adamw_bf16", "learning_rate
 # Rank 16, 1024 px, batch 1, all blocks checkpointed except in the first row: options and planned
 # GB, the most accurate first. Computed by `python benchmarks/plan.py`. Captions are encoded before
 # the training: T5 needs 9.5 GB unless it is quantized.
-OFFLOAD_OPTIONS: Mapping[str, Any] = {
-    "gradient_checkpointing_backend": "offload",
-    "chroma_approximator_device": "cpu",
-}
+OFFLOAD_OPTIONS: Mapping[str, Any] = {"gradient_checkpointing_backend": "offload"}
 NF4_OPTIONS: Mapping[str, Any] = {"base_model_precision": "nf4", "text_encoder_1_precision": "int8"}
 MEMORY_PRESETS: tuple[tuple[Mapping[str, Any], float], ...] = (
     ({"base_model_precision": "no_change", "gradient_checkpointing": False}, 52.2),

@@ -122,9 +122,10 @@ class ModelOptions(OptionSection):
         affects={"plan"},
     )
     gradient_checkpointing: bool | Annotated[int, Field(ge=2, le=1000)] | Literal["auto"] = option(
-        True,
-        "Save memory by computing activations a second time in the backward pass: true, false, "
-        "auto (as many blocks as the memory requires), or the number of blocks to checkpoint.",
+        "auto",
+        "Save memory by computing activations a second time in the backward pass: auto (as few "
+        "blocks as the memory of the device requires), true, false, or the number of blocks to "
+        "checkpoint. Results are the same.",
         level="basic",
         unit="blocks",
         resume_policy="free",
@@ -171,10 +172,11 @@ class ModelOptions(OptionSection):
         ge=0,
         le=1000,
     )
-    chroma_approximator_device: Literal["accelerator", "cpu"] = option(
-        "accelerator",
-        "Device that computes Chroma's modulation vectors; cpu saves 0.56 GB of GPU memory, and "
-        "rounds differently.",
+    chroma_approximator_device: Literal["auto", "accelerator", "cpu"] = option(
+        "auto",
+        "Where the weights are that compute Chroma's modulation vectors (0.56 GB): auto has them "
+        "on the GPU only while it computes the vectors of the next steps; accelerator leaves them "
+        "there; cpu computes on the CPU, which rounds differently and may be slow.",
         resume_policy="free",
         affects={"plan"},
     )

@@ -4,25 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from simpletuner.adapters.adapted_linear import LoraLinear
 from simpletuner.config.schema import ModelOptions
 from simpletuner.models.block_swap import BlockSwap, create_transfer_engine
 from simpletuner.models.family import BlockMemoryPolicy
+from simpletuner.quantization.quantized_linear import QuantizedLinear
 
 Streams = tuple[Tensor, ...]
 
 
-def block_memory_policy(options: ModelOptions, blocks: int) -> BlockMemoryPolicy:
+class ResidualBlock(nn.Module):
+    """A block whose last products are returned, and added to its streams by the caller.
+
+    Nothing then follows these products inside the block, so that they need not be computed again
+    for the backward pass: their outputs do not occur in any gradient.
+    """
+
+    def last_linears(self) -> tuple[nn.Module, ...]:
+        """Return the linears of the last products, as they are now: adapted, quantized or plain."""
+        return ()
+
+
+class UnusedOutputs:
+    """A context in which the last linears of a block do not compute their outputs.
+
+    It is entered when the block is computed again. A plain linear needs no such mark: autograd
+    saves its operands before the product, and torch stops there.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        linears = block.last_linears() if isinstance(block, ResidualBlock) else ()
+        self._marked = [part for part in linears if isinstance(part, (LoraLinear, QuantizedLinear))]
+
+    def __enter__(self) -> None:
+        self._mark(True)
+
+    def __exit__(self, *error: object) -> None:
+        self._mark(False)
+
+    def _mark(self, unused: bool) -> None:
+        for linear in self._marked:
+            linear.output_unused = unused
+
+
+def block_memory_policy(
+    options: ModelOptions, blocks: int, streams_approximator: bool = False
+) -> BlockMemoryPolicy:
     """Return the policy that the options describe for a network of so many blocks.
 
     gradient_checkpointing "auto" means every block here; the memory plan replaces it by a number.
+    streams_approximator: whether chroma_approximator_device "auto" moves its weights to the host.
     """
+    on_cpu = options.chroma_approximator_device == "cpu"
+    streamed = streams_approximator and options.chroma_approximator_device == "auto"
     checkpointing = options.gradient_checkpointing
     share = options.musubi_blocks_to_swap
     swapped = int(share * blocks) if share < 1 else int(share)
@@ -35,7 +76,8 @@ def block_memory_policy(options: ModelOptions, blocks: int) -> BlockMemoryPolicy
         interval=options.gradient_checkpointing_interval or 1,
         swapped=swapped,
         offload_activations=options.gradient_checkpointing_backend == "offload",
-        approximator_on_host=options.chroma_approximator_device == "cpu",
+        approximator_on_host=on_cpu or streamed,
+        approximator_computes_on_host=on_cpu,
     )
 
 
@@ -45,12 +87,14 @@ class BlockExecutor:
 
     checkpointed: numbers of the blocks with gradient checkpointing. block_swap: brings swapped
     weights to the device. saved_tensors_context: where checkpointed blocks keep their inputs until
-    the backward pass.
+    the backward pass. skips_last_products: whether a checkpointed block does not compute its last
+    products again; compiled blocks do, because theirs are part of a larger program.
     """
 
     checkpointed: frozenset[int] = frozenset()
     block_swap: BlockSwap | None = None
     saved_tensors_context: Callable[[], AbstractContextManager[object]] = nullcontext
+    skips_last_products: bool = True
 
     def __call__(self, number: int, block: nn.Module, streams: Streams, *rest: Any) -> Streams:
         """Return block(*streams, *rest) as a tuple.
@@ -64,33 +108,48 @@ class BlockExecutor:
 
         checkpointed = torch.is_grad_enabled() and number in self.checkpointed
         if self.block_swap is None or number not in self.block_swap:
-            return self._run_checkpointed(run, streams) if checkpointed else run(*streams)
+            return self._run_checkpointed(block, run, streams) if checkpointed else run(*streams)
         with self.block_swap.on_device(number):
-            outputs = self._run_checkpointed(run, streams) if checkpointed else run(*streams)
+            outputs = self._run_checkpointed(block, run, streams) if checkpointed else run(*streams)
         return self.block_swap.mark_backward_start(number, outputs)
 
-    def _run_checkpointed(self, run: Callable[..., Streams], streams: Streams) -> Streams:
+    def _run_checkpointed(
+        self, block: nn.Module, run: Callable[..., Streams], streams: Streams
+    ) -> Streams:
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            again = UnusedOutputs(block) if self.skips_last_products else nullcontext()
+            return nullcontext(), again
+
         with self.saved_tensors_context():
             # The random state is saved: dropout in adapters must drop the same elements when the
             # block is run a second time in the backward pass.
             outputs: Streams = checkpoint(
-                run, *streams, use_reentrant=False, preserve_rng_state=True
+                run,
+                *streams,
+                use_reentrant=False,
+                preserve_rng_state=True,
+                context_fn=contexts,
             )
         return outputs
 
 
-def compile_blocks(blocks: Sequence[nn.Module], options: ModelOptions) -> None:
+def compile_blocks(
+    blocks: Sequence[nn.Module], options: ModelOptions, former: BlockExecutor
+) -> BlockExecutor:
     """Compile each block in place, at its first call, for any batch size and sequence length.
+
+    Return the executor of the blocks, given the former one.
 
     torch compiles separate programs for a block with and without gradient, with and without
     padding, and for the last block.
     """
     backend = options.dynamo_backend
     if backend == "no":
-        return
+        return former
     mode = options.dynamo_mode if backend == "inductor" else None
     for block in blocks:
         block.compile(backend=backend, dynamic=True, mode=mode)
+    return replace(former, skips_last_products=False)
 
 
 def place_blocks(

@@ -18,16 +18,19 @@ Dequantize = Callable[..., Tensor]
 class _QuantizedLinearFunction(torch.autograd.Function):
     """x W^T + bias. Neither x nor the weight is saved; the backward pass dequantizes again.
 
-    given: bias, dequantize and its buffers. They are one variadic argument because dynamo drops ctx
-    from a node with exactly two inputs.
+    given: bias, unused_columns, dequantize and its buffers. They are one variadic argument because
+    dynamo drops ctx from a node with exactly two inputs. unused_columns: None, or the width of an
+    output that is not read; it then has no values.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
-        bias, dequantize, *buffers = given
+        bias, unused_columns, dequantize, *buffers = given
         ctx.save_for_backward(*buffers)
         ctx.dequantize = dequantize
         ctx.dtype = x.dtype
+        if unused_columns is not None:
+            return x.new_empty(1).expand(*x.shape[:-1], unused_columns)
         return F.linear(x, dequantize(x.dtype, *buffers), bias)
 
     @staticmethod
@@ -41,7 +44,7 @@ class _QuantizedLinearFunction(torch.autograd.Function):
             grad_x = flat.view(*grads[0].shape[:-1], flat.shape[-1])
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(0)
-        return grad_x, grad_bias, *([None] * (1 + len(buffers)))
+        return grad_x, grad_bias, *([None] * (2 + len(buffers)))
 
 
 def _dequantize(scheme: str, columns: int, dtype: torch.dtype, *buffers: Tensor) -> Tensor:
@@ -58,7 +61,12 @@ class QuantizedLinear(nn.Linear):
     The gradients are bit for bit those of an nn.Linear that holds the dequantized weight. `weight`
     is a new tensor at each access, in `weight_dtype`, so writing to it has no effect. Conversion to
     another dtype changes weight_dtype and the bias, never the buffers.
+
+    output_unused: set while a block is computed again only for its backward pass; the output of its
+    last linear is then not computed.
     """
+
+    output_unused = False
 
     def __init__(
         self,
@@ -122,7 +130,11 @@ class QuantizedLinear(nn.Linear):
             input = input.to(torch.get_autocast_dtype(kind))
         dequantize, buffers = self.dequantizer()
         y: Tensor = _QuantizedLinearFunction.apply(  # type: ignore[no-untyped-call]
-            input, self._bias_as(input.dtype), dequantize, *buffers
+            input,
+            self._bias_as(input.dtype),
+            self.out_features if self.output_unused else None,
+            dequantize,
+            *buffers,
         )
         return y
 

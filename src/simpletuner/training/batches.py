@@ -67,7 +67,7 @@ def build_batch_loader(
     """
     order_lock = Lock()  # the loop and the prefetch thread ask for different numbers at once
 
-    @lru_cache(64)
+    @lru_cache(512)  # the sigmas of a chunk of steps are prepared ahead
     def micro_batch(number: int) -> MicroBatchPlan:
         with order_lock:
             return order.micro_batch(number)

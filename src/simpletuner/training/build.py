@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from simpletuner.adapters.delta_norm import delta_penalty
@@ -48,6 +49,8 @@ from simpletuner.training.world import World
 from simpletuner.validation import image_scoring
 from simpletuner.validation import prompts as validation_prompts
 
+SIGMAS_AHEAD = 64  # of which Chroma's modulation vectors take 135 MB of host memory
+
 
 def build_trainer_context(
     run: RunConfig,
@@ -85,6 +88,7 @@ def build_trainer_context(
     callbacks, ends_after = build_callbacks(run, schedule, evaluations, *outputs, emit)
     return TrainerContext(
         predict_velocity=state.sharding.velocity_predictor(family, state.transformer),
+        prepare_sigmas=partial(family.prepare_sigmas, state.transformer),
         transformer=state.transformer,
         base_network=make_base_network(inputs, state, device, world),
         weight_penalty=delta_penalty(state.transformer, run.preservation.delta_weight_penalty),
@@ -234,6 +238,7 @@ def make_train_schedule(run: RunConfig, micro_batches: int, order: SampleOrder) 
         order.batches_per_epoch,
         training.nonfinite_loss_patience,
         timeline if len(timeline.segments) > 1 else None,
+        max(1, SIGMAS_AHEAD // (training.train_batch_size * micro_batches)),
     )
 
 

@@ -59,6 +59,7 @@ class TrainSchedule:
     nonfinite_patience: how many steps in a row may be skipped for a loss that is not finite.
     timeline: the epochs where datasets start or end within the run; None where all epochs have
     batches_per_epoch micro-batches.
+    sigma_chunk_steps: for so many steps at once is computed ahead what depends on sigma alone.
     """
 
     total_steps: int
@@ -66,6 +67,7 @@ class TrainSchedule:
     batches_per_epoch: int
     nonfinite_patience: int
     timeline: EpochTimeline | None = None
+    sigma_chunk_steps: int = 1
 
     def epoch_at(self, step: int) -> int:
         """Return how many epochs are complete after `step` steps."""
@@ -112,8 +114,9 @@ class MicroBatchShape(NamedTuple):
 class TrainerContext:
     """Everything that the loop works with; build.py makes it.
 
-    predict_velocity: the family's function with the transformer, which an engine may wrap; the
-    loop itself only sets the mode of the transformer. base_network: the same without the adapter.
+    predict_velocity: the family's function with the transformer, which an engine may wrap; the loop
+    itself only sets the mode of the transformer. prepare_sigmas: the family's function, which
+    computes ahead what depends on sigma alone. base_network: the same without the adapter.
     weight_penalty: from the place of a micro-batch within its step, what to add to its loss.
     learning_rate: from a step, counted from 0.
     load_batch, micro_batch_shape: from the number of a micro-batch, counted from 0 over the whole
@@ -125,6 +128,7 @@ class TrainerContext:
     """
 
     predict_velocity: PredictVelocity
+    prepare_sigmas: Callable[[Tensor], None]
     transformer: nn.Module
     base_network: BaseNetwork
     weight_penalty: Callable[[int], Tensor | float]
@@ -201,6 +205,7 @@ def train_step(context: TrainerContext, step: int) -> StepCompleted:
     """Run one optimizer step over all of its micro-batches; every sample has the same weight."""
     started = time.perf_counter()
     learning_rate = set_learning_rate(context, step)
+    prepare_next_sigmas(context, step)
     micro_batches = split_into_micro_batches(context, step)
     sample_count = sum(len(sigma) for _, sigma in micro_batches)
     losses: dict[int, Tensor] = {}
@@ -266,6 +271,24 @@ def split_into_micro_batches(context: TrainerContext, step: int) -> list[tuple[i
     return list(zip(numbers, torch.split(sigmas, [shape.samples for shape in shapes]), strict=True))
 
 
+def prepare_next_sigmas(context: TrainerContext, step: int) -> None:
+    """Compute ahead what this process needs for its sigmas, at the start of a chunk of steps.
+
+    Chunks begin at multiples of their length, so a resumed run begins within one.
+    """
+    length = context.schedule.sigma_chunk_steps
+    if step % length and step != context.resumed_step:
+        return
+    end = min(step - step % length + length, context.schedule.total_steps)
+    sigmas = [
+        sigma
+        for each in range(step, end)
+        for _, (_, sigma) in context.world.share(split_into_micro_batches(context, each))
+    ]
+    if sigmas:
+        context.prepare_sigmas(torch.cat(sigmas))
+
+
 def backward_micro_batch(
     context: TrainerContext, batch: Batch, sigma: Tensor, sample_count: int, number: int, place: int
 ) -> Tensor:
@@ -299,6 +322,7 @@ def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor, step: i
     )
     input_sigma = mixflow_sigma(options, seed, batch.visit_keys, sigma)
     rollouts = choose_rollouts(options, seed, step, batch.visit_keys, sigma)
+    host_sigma = sigma
     # Both levels in one copy; pinned tensors are copied while the host prepares the rest.
     sigma, input_sigma = torch.stack((sigma, input_sigma)).to(device, non_blocking=True)
     latents, noise, input_noise = copy_to_device((batch.latents, noise, input_noise), device)
@@ -312,9 +336,9 @@ def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor, step: i
     elif context.world.equal_passes and rollout_probability(options, step):
         # Another process may have a rollout now, and needs the part of the network that is here.
         predict_rows(context, text, x_sigma[:1], sigma[:1], (0,))
-    base_velocity = context.base_network.velocity(x_sigma, sigma, text, batch.weights)
+    base_velocity = context.base_network.velocity(x_sigma, host_sigma, text, batch.weights)
     with context.device.autocast():
-        velocity = context.predict_velocity(x_sigma, sigma, text)
+        velocity = context.predict_velocity(x_sigma, host_sigma, text)
     losses = weighted_losses(velocity, target, base_velocity, sigma, batch.weights, options)
     if options.loss_weight_by_sigma is not None:
         losses = losses * loss_weight(options.loss_weight_by_sigma, sigma)

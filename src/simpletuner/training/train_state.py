@@ -21,6 +21,7 @@ from simpletuner.events.event_types import Emit, NoticeIssued
 from simpletuner.models.block_executor import block_memory_policy
 from simpletuner.models.family import ModelFamily
 from simpletuner.training import optimizers
+from simpletuner.training.compiler_import import avoid_compiler_import
 from simpletuner.training.device import DTYPES, ComputeDevice
 from simpletuner.training.ema import Ema, resolve_ema_device
 from simpletuner.training.optimizer_step import OptimizerStep, optimizer_step_name
@@ -77,6 +78,8 @@ def build_train_state(
     micro_batches: of one optimizer step, over all processes. closing: receives what must be
     released after the training.
     """
+    if run.model.dynamo_backend == "no":
+        avoid_compiler_import()
     sharding = make_sharding(run, world)
     closing.callback(sharding.close)
     require_equal_passes(sharding, micro_batches)
@@ -95,7 +98,7 @@ def build_train_state(
     trainable = attach_trainable_parameters(run, prepared.family, transformer, emit)
     units = prepared.family.shard_units(transformer)
     trainable = sharding.shard(transformer, units, trainable, device.device)
-    configure_blocks(run, prepared.family, transformer, device.device)
+    configure_blocks(run, prepared.family, transformer, device.device, sharding.is_sharded)
     prepared.family.compile_blocks(transformer, run.model)
     if run.optimizer.optimizer_cpu_offload_method != "none" and device.device.type != "cuda":
         emit(
@@ -123,15 +126,26 @@ def make_sharding(run: RunConfig, world: World) -> Sharding:
 
 
 def configure_blocks(
-    run: RunConfig, family: ModelFamily, transformer: nn.Module, device: torch.device | None = None
+    run: RunConfig,
+    family: ModelFamily,
+    transformer: nn.Module,
+    device: torch.device,
+    is_sharded: bool = False,
 ) -> None:
-    """Set up checkpointing and swapping of the blocks.
+    """Set up checkpointing and swapping of the blocks, on this device."""
+    streamed = streams_approximator(run, device.type, is_sharded)
+    memory = block_memory_policy(run.model, family.block_count(transformer), streamed)
+    family.place_blocks(transformer, memory, device)
 
-    The memory plan does the same to a network without weights and without a device.
+
+def streams_approximator(run: RunConfig, device_kind: str, is_sharded: bool) -> bool:
+    """Return whether Chroma's approximator is on the device only while a chunk is prepared.
+
+    A sharded network divides them among the processes and gathers them in each pass. Rollouts need
+    sigmas that are known only when their batch is loaded.
     """
-    family.place_blocks(
-        transformer, block_memory_policy(run.model, family.block_count(transformer)), device
-    )
+    rolls_out = run.flow.scheduled_sampling_probability > 0
+    return device_kind == "cuda" and not is_sharded and not rolls_out
 
 
 def attach_trainable_parameters(

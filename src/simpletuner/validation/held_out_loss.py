@@ -204,6 +204,7 @@ class HeldOutEvaluator:
         losses: dict[str, list[float]] = {}
         own = self.peers.share_passes(held_out_set.batches)
         count = held_out_set.sample_count * len(own) // len(held_out_set.batches)
+        self.inference.family.prepare_sigmas(transformer, torch.tensor(self.sigmas))
         with (
             eval_mode(transformer),
             StageReporter(emit, f"evaluate {held_out_set.split}", count, "samples") as stage,
@@ -231,10 +232,10 @@ class HeldOutEvaluator:
                 for sample in batch.sample_ids
             ]
         ).to(device)
-        sigma = torch.full((len(latents),), self.sigmas[index], device=device)
+        sigma = torch.full((len(latents),), self.sigmas[index])
         text = batch.text.to(device, self.inference.text_dtype)
         predicted = self.inference.predict_velocity(
-            transformer, add_noise(latents, noise, sigma), sigma, text
+            transformer, add_noise(latents, noise, sigma.to(device)), sigma, text
         )
         error = predicted - velocity_target(latents, noise)
         return error.square().flatten(1).mean(dim=1).cpu().double()

@@ -74,7 +74,7 @@ def denoise(
 
     def velocity(x_sigma: Tensor, sigma: float) -> Tensor:
         doubled = torch.cat([x_sigma, x_sigma]) if guided else x_sigma
-        sigmas = torch.full((len(doubled),), float(sigma), device=doubled.device)
+        sigmas = torch.full((len(doubled),), float(sigma))  # on the CPU: no synchronisation
         predicted = inference.predict_velocity(transformer, doubled, sigmas, text)
         if not guided:
             return predicted
@@ -82,13 +82,14 @@ def denoise(
         return negative + guidance * (positive - negative)
 
     x = noise.to(inference.device, torch.float32)
+    sigmas = sigma_grid(steps, starts[0].denoise) if starts else sigma_grid(steps)
+    inference.family.prepare_sigmas(transformer, torch.tensor(sigmas[:-1]))
     with eval_mode(transformer):
         if not starts:
-            return solve_euler(velocity, x, sigma_grid(steps)).cpu()
+            return solve_euler(velocity, x, sigmas).cpu()
         latents = torch.stack([start.latents for start in starts]).to(x)
         masks = [start.keep for start in starts if start.keep is not None]
         keep = torch.stack(masks).to(x) if masks else torch.zeros_like(x[:, :1])
-        sigmas = sigma_grid(steps, starts[0].denoise)
         x_start = add_noise(latents, x, torch.full((len(x),), sigmas[0], device=x.device))
         blend = keep_covered_part(latents, x, keep)
         return solve_euler(velocity, x_start, sigmas, blend).cpu()

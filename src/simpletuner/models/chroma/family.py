@@ -25,6 +25,7 @@ from simpletuner.models.chroma import (
 )
 from simpletuner.models.chroma.fingerprints import T5_TENSOR
 from simpletuner.models.chroma.lora_programs import CHROMA_LORA
+from simpletuner.models.chroma.modulations import PreparedModulations
 from simpletuner.models.chroma.transformer import ChromaTransformer
 from simpletuner.models.family import (
     ArchitectureConstants,
@@ -190,15 +191,26 @@ class ChromaFamily(ModelFamily):
         self, transformer: nn.Module, memory: BlockMemoryPolicy, device: torch.device | None = None
     ) -> None:
         chroma = _as_chroma(transformer)
-        on_host = [chroma.distilled_guidance_layer] if memory.approximator_on_host else []
+        approximator = chroma.distilled_guidance_layer
+        on_host = [approximator] if memory.approximator_on_host else []
         chroma.run_block = block_executor.place_blocks(
             chroma, chroma.blocks, memory, device, chroma.run_block, on_host
         )
+        chroma.prepared_modulations = None
+        if memory.approximator_on_host and device is not None:
+            chroma.prepared_modulations = PreparedModulations(
+                approximator, chroma.modulations, device, not memory.approximator_computes_on_host
+            )
+
+    def prepare_sigmas(self, transformer: nn.Module, sigma: Tensor) -> None:
+        prepared = _as_chroma(transformer).prepared_modulations
+        if prepared is not None:
+            prepared.prepare(sigma)
 
     def compile_blocks(self, transformer: nn.Module, options: ModelOptions) -> None:
         chroma = _as_chroma(transformer)
         chroma.use_padding_mask = options.dynamo_backend != "no"
-        block_executor.compile_blocks(chroma.blocks, options)
+        chroma.run_block = block_executor.compile_blocks(chroma.blocks, options, chroma.run_block)
 
     def full_finetune_parameters(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return [

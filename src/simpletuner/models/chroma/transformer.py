@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simpletuner.models.block_executor import BlockExecutor
+from simpletuner.models.block_executor import BlockExecutor, ResidualBlock
 from simpletuner.models.chroma.embeddings import (
     RotaryTables,
     apply_rotary,
     sinusoidal_embedding,
 )
+from simpletuner.models.chroma.modulations import PreparedModulations
 from simpletuner.models.chroma.transformer_config import TransformerConfig
 
 FP16_MAX = 65504.0
@@ -150,7 +151,7 @@ class Attention(nn.Module):
         return attend_to_real_tokens(q, k, v, padding).transpose(1, 2).flatten(2)
 
 
-class DoubleBlock(nn.Module):
+class DoubleBlock(ResidualBlock):
     """Image and text streams with separate weights and one joint attention."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -158,6 +159,9 @@ class DoubleBlock(nn.Module):
         self.attn = Attention(config, joint=True)
         self.ff = FeedForward(config.width)
         self.ff_context = FeedForward(config.width)
+
+    def last_linears(self) -> tuple[nn.Module, ...]:
+        return self.ff_context.net[2], self.ff.net[2]
 
     def forward(
         self,
@@ -167,13 +171,13 @@ class DoubleBlock(nn.Module):
         text_mod: Tensor,
         table: Tensor,
         padding: Padding,
-    ) -> tuple[Tensor, Tensor]:
-        """Return both streams.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return image, text and the outputs of their feed-forwards, to be added with the gate.
 
         image_mod, text_mod: (B, 6, W): shift, scale, gate of attention, then of the feed-forward.
         """
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = image_mod.split(1, dim=1)
-        t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = text_mod.split(1, dim=1)
+        shift, scale, gate, ff_shift, ff_scale, _ = image_mod.split(1, dim=1)
+        t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, _ = text_mod.split(1, dim=1)
 
         image_qkv = self.attn.project_qkv(layer_norm_and_modulate(image, shift, scale))
         text_qkv = self.attn.project_text_qkv(layer_norm_and_modulate(text, t_shift, t_scale))
@@ -182,17 +186,15 @@ class DoubleBlock(nn.Module):
         text_attended, image_attended = attended.split((text.shape[1], image.shape[1]), dim=1)
 
         image = add_gated(image, gate, self.attn.to_out[0](image_attended))
-        image = add_gated(
-            image, ff_gate, self.ff(layer_norm_and_modulate(image, ff_shift, ff_scale))
-        )
         text = add_gated(text, t_gate, self.attn.to_add_out(text_attended))
-        text = add_gated(
-            text, t_ff_gate, self.ff_context(layer_norm_and_modulate(text, t_ff_shift, t_ff_scale))
-        )
-        return image, text
+        # The image's is the last one, because it is much larger: the last product of a block is
+        # not computed again (ResidualBlock).
+        text_delta = self.ff_context(layer_norm_and_modulate(text, t_ff_shift, t_ff_scale))
+        image_delta = self.ff(layer_norm_and_modulate(image, ff_shift, ff_scale))
+        return image, text, image_delta, text_delta
 
 
-class SingleBlock(nn.Module):
+class SingleBlock(ResidualBlock):
     """Both streams as one sequence; attention and feed-forward in parallel."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -201,18 +203,25 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(config.width, 4 * config.width)
         self.proj_out = nn.Linear(5 * config.width, config.width)
 
+    def last_linears(self) -> tuple[nn.Module, ...]:
+        return (self.proj_out,)
+
     def forward(
         self, x: Tensor, modulation: Tensor, table: Tensor, padding: Padding, unread: int = 0
     ) -> Tensor:
-        """Return (B, S - unread, W); the first `unread` rows only provide keys and values."""
-        shift, scale, gate = modulation.split(1, dim=1)
+        """Return (B, S - unread, W), to be added to x with the gate.
+
+        The first `unread` rows only provide keys and values.
+        """
+        shift, scale, _ = modulation.split(1, dim=1)
         inner = layer_norm_and_modulate(x, shift, scale)
         attended = self.attn(*self.attn.project_qkv(inner, unread), table, padding)
         # Not named, so that the parts are freed before the largest matmul of the step.
         features = torch.cat(
             (attended, F.gelu(self.proj_mlp(inner[:, unread:]), approximate="tanh")), dim=-1
         )
-        return add_gated(x[:, unread:], gate, self.proj_out(features))
+        result: Tensor = self.proj_out(features)
+        return result
 
 
 class ApproximatorLayer(nn.Module):
@@ -240,6 +249,15 @@ class Approximator(nn.Module):
         self.out_proj = nn.Linear(hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (B, M, W) from (B, M, channels).
+
+        Each sample is computed by itself, because a matrix product rounds differently in a larger
+        batch: the result is a function of sigma alone. Autocast would depend on the caller.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.cat([self._compute_sample(sample) for sample in x.split(1)])
+
+    def _compute_sample(self, x: Tensor) -> Tensor:
         x = self.in_proj(x)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = x + layer(norm(x))
@@ -252,7 +270,8 @@ class ChromaTransformer(nn.Module):
 
     run_block: executes each block, with gradient checkpointing or swapped weights; it does not
     change results. use_padding_mask: describe unequal text lengths by a mask; for compiled blocks,
-    which would otherwise be compiled for every combination of lengths.
+    which would otherwise be compiled for every combination of lengths. prepared_modulations: those
+    computed ahead, where the approximator is not on the device.
     """
 
     mod_proj: Tensor
@@ -263,6 +282,7 @@ class ChromaTransformer(nn.Module):
         self.run_block = BlockExecutor()
         self.use_padding_mask = False
         self.rotary_tables = RotaryTables(config.axes_dims_rope)
+        self.prepared_modulations: PreparedModulations | None = None
         # Explicitly on the CPU, so that it has values in a model built under torch.device("meta");
         # no weight file holds it.
         indices = torch.arange(config.modulation_count, dtype=torch.float32, device="cpu") * 1000
@@ -294,11 +314,16 @@ class ChromaTransformer(nn.Module):
 
     @torch.no_grad()
     def modulations(self, sigma: Tensor) -> Tensor:
-        """Return (B, M, W) from sigma (B,) float32 in [0, 1]; the guidance input is always 0."""
+        """Return (B, M, W) from sigma (B,) float32 in [0, 1]; the guidance input is always 0.
+
+        They are on the device of the approximator.
+        """
+        weight = self.distilled_guidance_layer.in_proj.weight
+        sigma = sigma.to(weight.device, torch.float32)
         channels = self.config.approximator_num_channels // 4
         time = torch.cat(
             (
-                sinusoidal_embedding(sigma.float() * 1000, channels),
+                sinusoidal_embedding(sigma * 1000, channels),
                 sinusoidal_embedding(torch.zeros_like(sigma), channels),
             ),
             -1,
@@ -308,8 +333,7 @@ class ChromaTransformer(nn.Module):
             (time[:, None].expand(-1, len(index), -1), index[None].expand(len(sigma), -1, -1)),
             dim=-1,
         )
-        weight = self.distilled_guidance_layer.in_proj.weight
-        result: Tensor = self.distilled_guidance_layer(code.to(weight.device, weight.dtype))
+        result: Tensor = self.distilled_guidance_layer(code.to(weight.dtype))
         return result
 
     def forward(
@@ -323,12 +347,14 @@ class ChromaTransformer(nn.Module):
     ) -> Tensor:
         """Return the velocity (B, N, 64) of tokens (B, N, 64); N = rows * columns of `grid`.
 
-        sigma: (B,) float32. text: (B, L, 4096), right-padded where lengths differ. lengths: number
-        of real text rows of each sample; None when all are L. modulations: those of `sigma`, if
-        already computed.
+        sigma: (B,) float32, on any device. text: (B, L, 4096), right-padded where lengths differ.
+        lengths: number of real text rows of each sample; None when all are L. modulations: those of
+        `sigma`, if already computed.
         """
-        mod = self.modulations(sigma) if modulations is None else modulations
-        mod = mod.to(tokens.device, self.dtype)
+        if modulations is None:
+            prepared = self.prepared_modulations
+            modulations = self.modulations(sigma) if prepared is None else prepared.find(sigma)
+        mod = modulations.to(tokens.device, self.dtype)
         table = self.rotary_tables(text.shape[1], *grid, tokens.device)
         padding: Padding = None
         if lengths is not None and any(length != text.shape[1] for length in lengths):
@@ -349,16 +375,20 @@ class ChromaTransformer(nn.Module):
             image_mod, text_mod = (
                 mods[:, 6 * number : 6 * number + 6] for mods in (image_mods, text_mods)
             )
-            streams = self.run_block(
+            image, text, image_delta, text_delta = self.run_block(
                 number, block, (image, text), image_mod, text_mod, table, padding
             )
-            image, text = streams
+            image = add_gated(image, image_mod[:, 5:], image_delta)
+            text = add_gated(text, text_mod[:, 5:], text_delta)
         x = torch.cat((text, image), dim=1)
         for number, block in enumerate(self.single_transformer_blocks):
             single_mod = single_mods[:, 3 * number : 3 * number + 3]
             # The output of the text is not used after the last block.
             unread = text.shape[1] if number == singles - 1 else 0
-            (x,) = self.run_block(doubles + number, block, (x,), single_mod, table, padding, unread)
+            (delta,) = self.run_block(
+                doubles + number, block, (x,), single_mod, table, padding, unread
+            )
+            x = add_gated(x[:, unread:], single_mod[:, 2:], delta)
         shift, scale = out_mod.split(1, dim=1)
         result: Tensor = self.proj_out(
             layer_norm_and_modulate(x[:, -tokens.shape[1] :], shift, scale)
