@@ -28,8 +28,13 @@ Train = Callable[[str, dict[str, Any]], None]  # root of a project, options
 STEPS = 3
 MICRO_BATCHES = 2  # of a step, over all processes
 TOLERANCE = 5e-7
-FULL = {"model_type": "full", "learning_rate": 1e-3, "use_ema": False}
-LORA = {"model_type": "lora"}
+FULL = {
+    "model_type": "full",
+    "learning_rate": 1e-3,
+    "use_ema": False,
+    "gradient_checkpointing": True,
+}
+LORA = {"model_type": "lora", "gradient_checkpointing": True}
 
 
 CPU = {"device": "cpu", "pin_memory": False}

@@ -357,7 +357,11 @@ def test_settings_go_down_one_by_one() -> None:
     words = []
     for change in ({"gradient_checkpointing": False}, {}, {"base_model_precision": "int8"},
                    {"base_model_precision": "nf4"}):  # fmt: skip
-        words.append(memory_saving.suggest_next_setting(make_run_config(**change)))
+        words.append(
+            memory_saving.suggest_next_setting(
+                make_run_config(**{"gradient_checkpointing": True, **change})
+            )
+        )
     assert [word.split(": ")[1].split(" = ")[0] for word in words] == [
         "gradient_checkpointing", "base_model_precision", "base_model_precision", "optimizer",
     ]  # fmt: skip

@@ -11,10 +11,9 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
-
-import torch
 
 from simpletuner.config.distributed_constraints import find_distributed_errors
 from simpletuner.config.load import config_from_resolved, resolved_options
@@ -25,14 +24,14 @@ from simpletuner.models.family import BlockMemoryPolicy, ModelFamily, ModelSpec
 from simpletuner.training.memory_plan import prediction, step_time
 from simpletuner.training.memory_plan.fake_step import cpu_device_without_gpu_options
 from simpletuner.training.memory_plan.machine_resources import MachineResources
-from simpletuner.training.memory_plan.prediction import predict_memory
+from simpletuner.training.memory_plan.prediction import MemoryPrediction, predict_memory
 from simpletuner.training.memory_plan.world_layout import read_layout, weight_bytes_by_unit
 
 # Time of a step relative to the unquantised one. Not measured on a GPU: an estimate for reading the
 # weights of each block once more.
 DEQUANTIZATION_SLOWDOWN = {"no_change": 1.0, "int8": 1.05, "int4": 1.1, "nf4": 1.1}
 SWAP_FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the blocks, with their weights in host memory
-HOST_APPROXIMATOR_S = 0.4  # 0.2 TFLOP on a desktop CPU
+HOST_APPROXIMATOR_S = 0.4  # 0.2 TFLOP on a desktop CPU, where the option asks for it
 MAX_VERIFICATIONS = 5  # exact predictions, some seconds each, before a choice is rejected
 
 
@@ -50,7 +49,6 @@ class MemoryConfig:
     size: int
     seconds: float
     exact: bool = False
-    text_encoder: str | None = None  # its precision, if it must differ from that of the run
     shards: bool = False  # fsdp_enable
 
     def options(self) -> dict[str, Any]:
@@ -63,13 +61,8 @@ class MemoryConfig:
             if self.memory.offload_activations
             else "torch",
             "musubi_blocks_to_swap": self.memory.swapped,
-            "chroma_approximator_device": "cpu"
-            if self.memory.approximator_on_host
-            else "accelerator",
             "fsdp_enable": self.shards,
         }
-        if self.text_encoder is not None:
-            options["text_encoder_1_precision"] = self.text_encoder
         return options
 
 
@@ -81,8 +74,9 @@ def checkpointing_option(count: int, blocks: int) -> bool | int:
 class MemoryConfigSearch:
     """The memory configurations of one run.
 
-    Two configurations are predicted exactly: no block checkpointed, and all blocks checkpointed.
-    The others are estimated between them, as if all blocks needed the same memory.
+    Two configurations are predicted exactly, each when it is asked for: no block checkpointed, and
+    all blocks checkpointed. The others are estimated between them, as if all blocks needed the same
+    memory.
     fixed_precisions: only the precisions of the run are tried.
     """
 
@@ -121,15 +115,7 @@ class MemoryConfigSearch:
             for name, spec in self.model_specs.items()
         }
         self.blocks = len(self.model_specs[self.own_precision].blocks)
-        self.uncheckpointed_prediction = predict_memory(
-            run, family, framings, budget.kind, BlockMemoryPolicy()
-        )
-        self.checkpointed_prediction = predict_memory(
-            run, family, framings, budget.kind, BlockMemoryPolicy(self.blocks)
-        )
-        self.bytes_per_block = (
-            self.uncheckpointed_prediction.training - self.checkpointed_prediction.training
-        ) / max(1, self.blocks - 1)
+        self.own_memory = prediction.memory_policy(run, self.blocks, budget.kind)
         # Weights can be in host memory only if that is separate memory with enough space.
         host_limit = (
             math.inf
@@ -141,6 +127,38 @@ class MemoryConfigSearch:
         self.offloadable_precisions = [
             name for name, size in self.weight_bytes.items() if can_offload and size <= host_limit
         ]
+
+    @cached_property
+    def uncheckpointed_prediction(self) -> MemoryPrediction:
+        return self._predict(0)
+
+    @cached_property
+    def checkpointed_prediction(self) -> MemoryPrediction:
+        return self._predict(self.blocks)
+
+    def _predict(self, checkpointed: int) -> MemoryPrediction:
+        return predict_memory(
+            self.run, self.family, self.framings, self.budget.kind, self.policy(checkpointed)
+        )
+
+    @property
+    def bytes_per_block(self) -> float:
+        saved = self.uncheckpointed_prediction.training - self.checkpointed_prediction.training
+        return saved / max(1, self.blocks - 1)
+
+    def policy(
+        self, checkpointed: int, swapped: int = 0, offload_activations: bool = False
+    ) -> BlockMemoryPolicy:
+        """Return a policy with the run's own place of the approximator."""
+        own = self.own_memory
+        return BlockMemoryPolicy(
+            checkpointed,
+            1,
+            swapped,
+            offload_activations,
+            own.approximator_on_host,
+            own.approximator_computes_on_host,
+        )
 
     def estimate_config(self, precision: str, memory: BlockMemoryPolicy) -> MemoryConfig:
         """Estimate size and seconds by interpolating between the two exact predictions."""
@@ -156,24 +174,21 @@ class MemoryConfigSearch:
             for number in memory.swapped_block_numbers(self.blocks)
         ]
         size -= sum(fetched) - DEVICE_BUFFERS * max(fetched, default=0)
-        size -= spec.cpu_offloadable_bytes if memory.approximator_on_host else 0
         moved = 2 * sum(fetched)
         if memory.offload_activations:
             inputs = prediction.checkpointed_input_bytes(
                 spec, memory, self.uncheckpointed_prediction.feed
             )
             size, moved = size - inputs, moved + 2 * inputs
-        flops = (
-            self.uncheckpointed_prediction.flops
-            + (self.checkpointed_prediction.flops - self.uncheckpointed_prediction.flops)
-            * count
-            / self.blocks
-        )
+        flops = self.uncheckpointed_prediction.flops
+        if count:
+            more = self.checkpointed_prediction.flops - flops
+            flops += more * count / self.blocks
         moved *= self.run.training.gradient_accumulation_steps
         seconds = step_time.estimate_seconds(
             flops * DEQUANTIZATION_SLOWDOWN.get(precision, 1.05), self.budget.peak_flops, moved
         )
-        seconds += HOST_APPROXIMATOR_S * memory.approximator_on_host
+        seconds += HOST_APPROXIMATOR_S * memory.approximator_computes_on_host
         shards = self.run.distributed.fsdp_enable
         return MemoryConfig(precision, memory, self.blocks, int(size), seconds, shards=shards)
 
@@ -191,46 +206,28 @@ class MemoryConfigSearch:
     def fewest_checkpointed_config(self, precision: str, limit: int) -> MemoryConfig | None:
         """Return the one with the fewest checkpointed blocks that fits, without offloading."""
         configs = (
-            self.estimate_config(precision, BlockMemoryPolicy(count))
-            for count in range(self.blocks + 1)
+            self.estimate_config(precision, self.policy(count)) for count in range(self.blocks + 1)
         )
         return next((config for config in configs if config.size <= limit), None)
 
     def lowest_memory_config(self) -> MemoryConfig:
         """Return the configuration that needs the least memory."""
         configs = [
-            self.estimate_config(name, BlockMemoryPolicy(self.blocks)) for name in self.model_specs
+            self.estimate_config(name, self.policy(self.blocks)) for name in self.model_specs
         ]
-        everything = BlockMemoryPolicy(self.blocks, 1, self.blocks, True, True)
+        everything = self.policy(self.blocks, self.blocks, True)
         configs += [self.estimate_config(name, everything) for name in self.offloadable_precisions]
         return min(configs, key=lambda config: config.size)
 
-    def text_encoder_precision(self, limit: int) -> str | None:
-        """Return the most accurate precision of T5 that fits; None for the run's own."""
-        for precision in (None, *list(DEQUANTIZATION_SLOWDOWN)[1:]):
-            changed = {} if precision is None else {"text_encoder_1_precision": precision}
-            spec = self.family.build_spec(self.run.model.model_copy(update=changed), torch.bfloat16)
-            if spec.text_encoder_bytes + prediction.DEVICE_CONTEXT_BYTES[self.budget.kind] <= limit:
-                return precision
-        return list(DEQUANTIZATION_SLOWDOWN)[-1]
-
     def _offloading_configs(self, precision: str, limit: int) -> list[MemoryConfig]:
-        """Return those with swapped blocks or offloaded inputs, if the host has the memory.
-
-        The approximator is moved to the host only if nothing else fits.
-        """
-        for on_host in (False, True) if precision in self.offloadable_precisions else ():
-            fitting = []
-            for offload in (False, True):
-                counts = (round(share * self.blocks) for share in SWAP_FRACTIONS)
-                memories = (
-                    BlockMemoryPolicy(self.blocks, 1, count, offload, on_host) for count in counts
-                )
-                configs = (self.estimate_config(precision, memory) for memory in memories)
-                fitting += list(islice((config for config in configs if config.size <= limit), 1))
-            if fitting:
-                return fitting
-        return []
+        """Return those with swapped blocks or offloaded inputs, if the host has the memory."""
+        fitting: list[MemoryConfig] = []
+        for offload in (False, True) if precision in self.offloadable_precisions else ():
+            counts = (round(share * self.blocks) for share in SWAP_FRACTIONS)
+            memories = (self.policy(self.blocks, count, offload) for count in counts)
+            configs = (self.estimate_config(precision, memory) for memory in memories)
+            fitting += list(islice((config for config in configs if config.size <= limit), 1))
+        return fitting
 
     def verify_config(self, config: MemoryConfig, limit: int) -> MemoryConfig | None:
         """Return the configuration with its exact size, or None if it cannot be made to fit.
@@ -247,10 +244,9 @@ class MemoryConfigSearch:
             if count >= self.blocks or self.bytes_per_block <= 0:
                 return None
             more = count + max(1, math.ceil((config.size - limit) / self.bytes_per_block))
-            again = self.estimate_config(
+            config = self.estimate_config(
                 config.precision, dataclasses.replace(memory, checkpointed=min(self.blocks, more))
             )
-            config = dataclasses.replace(again, text_encoder=config.text_encoder)
         return None
 
 
@@ -265,11 +261,7 @@ class FitResult:
 
 def find_fitting_config(search: MemoryConfigSearch, limit: int) -> FitResult:
     """Return the fastest configuration whose exact size is within the limit, and the others."""
-    text_encoder = None if search.fixed_precisions else search.text_encoder_precision(limit)
-    configs = [
-        dataclasses.replace(config, text_encoder=text_encoder)
-        for config in search.fitting_configs(limit)
-    ]
+    configs = search.fitting_configs(limit)
     for position, config in enumerate(configs):
         verified = search.verify_config(config, limit)
         if verified is not None:
@@ -305,7 +297,15 @@ def with_options(run: RunConfig, options: Mapping[str, Any]) -> RunConfig:
 
 
 def blocks_to_checkpoint(search: MemoryConfigSearch, limit: int) -> int:
-    """Return the blocks to checkpoint for "auto": the smallest number that fits, or all."""
-    first = search.fewest_checkpointed_config(search.own_precision, limit)
+    """Return the blocks to checkpoint for "auto": the smallest number that fits, or all.
+
+    Blocks that the run swaps are checkpointed in any case.
+    """
+    swapped = search.own_memory.swapped
+    configs = (
+        search.estimate_config(search.own_precision, search.policy(count, swapped))
+        for count in range(swapped, search.blocks + 1)
+    )
+    first = next((config for config in configs if config.size <= limit), None)
     verified = None if first is None else search.verify_config(first, limit)
     return search.blocks if verified is None else verified.memory.checkpointed

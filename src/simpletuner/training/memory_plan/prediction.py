@@ -43,6 +43,7 @@ from simpletuner.training.memory_plan.world_layout import (
     weight_bytes_by_unit,
 )
 from simpletuner.training.optimizers import is_state_offloaded
+from simpletuner.training.train_state import streams_approximator
 
 # Allowances in bytes: they are not counted, but observed in such programs.
 # The driver's context, the kernels and the workspaces of matrix products.
@@ -255,13 +256,20 @@ def planning_inputs(
 ) -> tuple[ModelSpec, BlockMemoryPolicy, BatchShape, int]:
     """Return spec, memory policy, batch shape and allocation granule for a measurement."""
     spec = family.build_spec(run.model, cpu_device_without_gpu_options(run.model).weights_dtype)
-    memory = memory or block_memory_policy(run.model, len(spec.blocks))
+    memory = memory or memory_policy(run, len(spec.blocks), kind)
     return (
         spec,
         memory,
         largest_batch_shape(run, framings, spec),
         1 if kind == "cpu" else CUDA_ALLOCATION_BYTES,
     )
+
+
+def memory_policy(run: RunConfig, blocks: int, kind: str) -> BlockMemoryPolicy:
+    """Return the policy of a run on such a device; "auto" checkpoints every block."""
+    world = read_layout(run)
+    is_sharded = world.uses_deepspeed or (world.mode == "sharded" and world.processes > 1)
+    return block_memory_policy(run.model, blocks, streams_approximator(run, kind, is_sharded))
 
 
 def is_worth_planning(

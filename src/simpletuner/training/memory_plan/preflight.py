@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from simpletuner.config.option_values import parse_memory_size
@@ -15,11 +16,10 @@ from simpletuner.models import registry
 from simpletuner.models.family import ModelFamily
 from simpletuner.training.device import select_device
 from simpletuner.training.memory_plan import memory_saving, plan_formatting
+from simpletuner.training.memory_plan.checkpointing_choice import choose_checkpointing
 from simpletuner.training.memory_plan.fake_step import NO_TARGETS, TargetUse
 from simpletuner.training.memory_plan.fit import (
     MemoryConfigSearch,
-    blocks_to_checkpoint,
-    checkpointing_option,
     find_fitting_mode,
     with_options,
 )
@@ -48,13 +48,14 @@ def preflight_check(
     within: str | None = None,
     before: Mapping[str, Any] | None = None,
     targets: TargetUse = NO_TARGETS,
+    run_dir: Path | None = None,
 ) -> RunConfig:
     """Return the run with "auto" options resolved, after emitting its memory plan.
 
     within: --fit, a size or "" for the free memory; the memory settings of the run are then
     replaced by the fastest that fit. before: the options of the checkpoint that is resumed.
-    targets: what the datasets ask for. A small base without a cached plan is not planned, because
-    it fits in any memory.
+    targets: what the datasets ask for. run_dir: the run folder, whose former choices are kept. A
+    small base without a cached plan is not planned, because it fits in any memory.
 
     Raises ConfigError when the device, the host or a disk has too little space.
     """
@@ -64,12 +65,10 @@ def preflight_check(
     if within is not None:
         run = fit_run(run, family, framings, budget, within, before, emit)
     elif run.model.gradient_checkpointing == "auto":
-        search = None if limit is None else MemoryConfigSearch(run, family, framings, budget)
-        count = blocks_to_checkpoint(search, limit) if search and limit is not None else 0
-        emit(NoticeIssued(f"gradient_checkpointing auto: {count} checkpointed blocks"))
-        value = checkpointing_option(count, search.blocks) if search else False
-        run = with_options(run, {"gradient_checkpointing": value})
-    elif not is_worth_planning(run, family, framings, budget.kind):
+        choice = choose_checkpointing(run, family, framings, budget, run_dir, targets)
+        emit(NoticeIssued(str(choice)))
+        run = with_options(run, {"gradient_checkpointing": choice.value})
+    if within is None and not is_worth_planning(run, family, framings, budget.kind):
         return run
     plan = predict_memory(run, family, framings, budget.kind, targets=targets)
     emit(NoticeIssued(plan_formatting.format_summary(plan, budget)))
