@@ -1,7 +1,6 @@
 """Linears with a low-rank or LyCORIS delta: y = base(x) + strength * scale * delta x.
 
 T tokens (batch and sequence flattened) · r rank · A (r, in) · B (out, r)
-
 Trained parameters are float32 masters over a base of any dtype.
 """
 
@@ -45,11 +44,10 @@ def _cast_weight(dtype: torch.dtype, weight: Tensor) -> Tensor:
 class _FrozenLinearWithDelta(torch.autograd.Function):
     """A frozen linear and its delta as one autograd node, which saves only x and A x.
 
-    given: scale, copies of A and B in the dtype of x or None twice, output_unused, dequantize and
-    its buffers. They are one variadic argument because dynamo drops ctx from a node with exactly
-    two other inputs. dequantize builds the weight (out, in) again in the backward pass: a saved
-    copy would occupy memory until then. output_unused: only save what the backward pass needs, and
-    return an output without values.
+    given: scale, copies of A and B in the dtype of x or None twice, output_unused (see LoraLinear),
+    dequantize and its buffers. They are one variadic argument because dynamo drops ctx from a node
+    with exactly two other inputs. dequantize builds the weight (out, in) again in the backward
+    pass: a saved copy would occupy memory until then.
     """
 
     @staticmethod
@@ -220,8 +218,7 @@ class FactorCopies:
 class LoraLinear(LowRankLinear):
     """LoRA with matmuls in the base's dtype and float32 master weights.
 
-    output_unused: set while a block is computed again only for its backward pass; the output of its
-    last linear is then not computed where nothing after it needs it.
+    output_unused: set while a block is computed again for its backward pass; no output is computed.
     initial_down, initial_up: set for initializations taken from the base's principal components
     (PiSSA, OLoRA), else None. The delta is then scale * (B A - initial_up initial_down), so that
     the base is never modified.

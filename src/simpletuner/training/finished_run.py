@@ -55,9 +55,11 @@ def describe_finished_run(run: RunConfig, backends: DatasetFile) -> str | None:
     if not results or not (run_dir / f"checkpoint-{steps}" / "state.json").is_file():
         return None
     datasets = (*backends.train, *backends.eval)
+    if not all(dataset.has_folder and dataset.instance_data_dir.is_dir() for dataset in datasets):
+        return None
     folders = [dataset.instance_data_dir for dataset in datasets]
     tables = [dataset.caption_table.path for dataset in datasets if dataset.caption_table]
-    if any((run_dir / "control").glob("*")) or not all(folder.is_dir() for folder in folders):
+    if any((run_dir / "control").glob("*")):
         return None
     if _latest_change_s([*_files_of_options(run), *folders, *tables]) > float(ended.get("t", 0)):
         return None
