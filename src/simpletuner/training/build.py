@@ -70,9 +70,8 @@ def build_trainer_context(
     device = select_device(run.model, world.gpu_index, not run.distributed.fsdp_enable)
     family = get_family_with_notices(run, emit)
     prompts, metrics, texts = read_evaluation_inputs(run, base_dir, family, device, emit)
-    inputs = prepare_inputs(
-        run, backends, family, texts, folder, device, world, emit, closing, saved
-    )
+    encoding = family, texts, folder, device, world, emit, closing, saved
+    inputs = prepare_inputs(run, backends, *encoding)
     order, schedule = make_order_and_schedule(run, inputs, micro_batches, emit)
     state = build_train_state(run, inputs, device, world, micro_batches, emit, closing)
     measured = prompts, metrics, device, schedule, world, folder.path, emit

@@ -128,7 +128,6 @@ class TrainerContext:
     """
 
     predict_velocity: PredictVelocity
-    prepare_sigmas: Callable[[Tensor], None]
     transformer: nn.Module
     base_network: BaseNetwork
     weight_penalty: Callable[[int], Tensor | float]
@@ -152,6 +151,7 @@ class TrainerContext:
     emit: Emit
     ends_after: Callable[[int], bool] = lambda step: False
     adapter_copies: Callable[[], AbstractContextManager[None]] = nullcontext
+    prepare_sigmas: Callable[[Tensor], None] = lambda sigma: None
     consecutive_skipped_steps: int = 0
 
 
@@ -272,10 +272,7 @@ def split_into_micro_batches(context: TrainerContext, step: int) -> list[tuple[i
 
 
 def prepare_next_sigmas(context: TrainerContext, step: int) -> None:
-    """Compute ahead what this process needs for its sigmas, at the start of a chunk of steps.
-
-    Chunks begin at multiples of their length, so a resumed run begins within one.
-    """
+    """Compute ahead what this process needs for its sigmas, at the start of a chunk of steps."""
     length = context.schedule.sigma_chunk_steps
     if step % length and step != context.resumed_step:
         return

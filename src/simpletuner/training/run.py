@@ -213,9 +213,7 @@ def preflight_once(
                 any(dataset.masks or dataset.alpha_mask for dataset in backends.train),
             )
             planned = resolved_options(
-                preflight_check(
-                    run, resize_crops, emit, within, saved_config, targets, folder.path
-                )
+                preflight_check(run, resize_crops, emit, within, saved_config, targets, folder.path)
             )
             changes = {name: value for name, value in planned.items() if value != before[name]}
     changes = world.broadcast_json(changes)

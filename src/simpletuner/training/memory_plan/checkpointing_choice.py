@@ -59,8 +59,9 @@ def choose_checkpointing(
 ) -> CheckpointingChoice:
     """Return the choice for a run whose option is "auto".
 
-    run_dir: a folder whose former choice is kept. targets: what the datasets ask for. A base that is too small to be planned keeps all
-    activations where an upper estimate of them fits into a part of the free memory.
+    run_dir: a folder whose former choice is kept. targets: what the datasets ask for. A base that
+    is too small to be planned keeps all activations where an upper estimate of them fits into a
+    part of the free memory.
     """
     spec, memory, feed, _ = prediction.planning_inputs(run, family, framings, budget.kind, None)
     blocks, limit = len(spec.blocks), budget.available_for_tensors
@@ -76,7 +77,9 @@ def choose_checkpointing(
         return chosen(True, "as the other options of checkpointing ask")
     is_planned = prediction.is_worth_planning(run, family, framings, budget.kind)
     former = None if run_dir is None else read_former_choice(run, run_dir)
-    if former is not None and (not is_planned or fits(run, family, framings, budget, former, targets)):
+    if former is not None and (
+        not is_planned or fits(run, family, framings, budget, former, targets)
+    ):
         return chosen(former, "as in the run folder")
     if limit is None:
         return chosen(True, "the free memory is not known")

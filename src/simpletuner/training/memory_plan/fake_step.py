@@ -267,7 +267,6 @@ def make_fake_context(
     device = cpu_device_without_gpu_options(run.model)
     return TrainerContext(
         predict_velocity=predict_velocity,
-        prepare_sigmas=lambda sigma: None,
         transformer=net.transformer,
         base_network=BaseNetwork(net.transformer, predict_velocity, device.autocast),
         weight_penalty=delta_penalty(net.transformer, run.preservation.delta_weight_penalty),
