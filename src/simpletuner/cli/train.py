@@ -107,10 +107,7 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
     require_extras(loaded)
     if process is None and "serve" not in given and reports_finished_run(loaded, backends):
         return
-    if process is None or process.rank == 0:
-        from simpletuner.data.source_check import check_sources
-
-        check_sources([*backends.train, *backends.eval])
+    require_sources(backends, process)
     with ExitStack() as beside:
         if "serve" in given and (process is None or process.rank == 0):
             from simpletuner.cli.serve_while_training import serve_while_training
@@ -140,6 +137,14 @@ def search_rate(
 
     found, rate = search_before_training(loaded, backends, process is not None)
     return found, [*pairs, ("learning_rate", rate)]
+
+
+def require_sources(backends: DatasetFile, process: LaunchedProcess | None) -> None:
+    """Check in one process that the images can be reached."""
+    if process is None or process.rank == 0:
+        from simpletuner.data.source_check import check_sources
+
+        check_sources([*backends.train, *backends.eval])
 
 
 def reports_finished_run(loaded: LoadedConfig, backends: DatasetFile) -> bool:
