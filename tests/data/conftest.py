@@ -1,13 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.geometry import ResizeCropConfig
+from tests.data.image_server import ImageServer, serve
+from tests.data.source_servers import KEYS, PNG, TOKEN, Hub, Scanner
 
 
 @pytest.fixture
@@ -30,3 +33,70 @@ def dataset(tmp_path: Path) -> Callable[..., DatasetConfig]:
         return DatasetConfig(id=name, **(settings | fields))
 
     return make
+
+
+@pytest.fixture
+def scanner(tmp_path: Path) -> Scanner:
+    return Scanner(tmp_path)
+
+
+@pytest.fixture
+def server() -> Iterator[ImageServer]:
+    """A web server with six copies of an image."""
+    with serve() as running:
+        running.files |= {f"/i/{n}.png": PNG for n in range(6)}
+        yield running
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, request: pytest.FixtureRequest) -> Any:
+    """A function that writes objects into a new bucket, and the fields of a dataset of it."""
+    import botocore.session
+
+    client = botocore.session.get_session().create_client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="id-canary",
+        aws_secret_access_key="secret-canary",
+    )
+    name = f"b{abs(hash(request.node.nodeid)):x}"[:40]
+    client.create_bucket(Bucket=name)
+
+    def fill(**objects: bytes) -> dict[str, Any]:
+        for key, content in objects.items():
+            client.put_object(Bucket=name, Key=key, Body=content)
+        return {
+            "type": "aws",
+            "aws_bucket_name": name,
+            "aws_data_prefix": "photos",
+            "aws_endpoint_url": endpoint,
+            "aws_region_name": "us-east-1",
+            **KEYS,
+        }
+
+    return fill
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    import huggingface_hub
+
+    with serve() as server:
+        original = huggingface_hub.HfApi
+        monkeypatch.setattr(
+            huggingface_hub, "HfApi", lambda: original(endpoint=server.url, token=TOKEN)
+        )
+        monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
+        yield Hub(server)

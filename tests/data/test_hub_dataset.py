@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,79 +12,17 @@ from simpletuner.data import hub_dataset
 from simpletuner.data.pixels import load_pixels
 from simpletuner.data.source_check import check_sources
 from simpletuner.errors import DataError
-from tests.data.image_server import Handler, ImageServer, serve, status
-from tests.data.test_table_source import OPTIONS, PNG, Scanner
-
-COMMIT = "c" * 40
-TOKEN = "hf_canary"
-REPOSITORY = "owner/name"
-
-
-class Hub:
-    """Repositories of one server. files: revision -> path -> content."""
-
-    def __init__(self, server: ImageServer) -> None:
-        self.server = server
-        self.card: dict[str, Any] = {}
-
-    def fill(self, files: dict[str, bytes], revision: str = "main", commit: str = COMMIT) -> None:
-        api = f"/api/datasets/{REPOSITORY}"
-        info = {"id": REPOSITORY, "sha": commit, "cardData": self.card, "siblings": []}
-        self.server.files[f"{api}/revision/{revision}"] = json.dumps(info).encode()
-        tree = [
-            {"type": "file", "path": path, "size": len(content), "oid": _oid(content)}
-            for path, content in files.items()
-        ]
-        self.server.files[f"{api}/tree/{commit}"] = json.dumps(tree).encode()
-        for path, content in files.items():
-            self.server.files[f"/datasets/{REPOSITORY}/resolve/{commit}/{path}"] = content
-
-    def path(self, name: str) -> str:
-        return f"/datasets/{REPOSITORY}/resolve/{COMMIT}/{name}"
-
-
-def _oid(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    import huggingface_hub
-
-    with serve() as server:
-        original = huggingface_hub.HfApi
-        monkeypatch.setattr(
-            huggingface_hub, "HfApi", lambda: original(endpoint=server.url, token=TOKEN)
-        )
-        monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
-        yield Hub(server)
-
-
-@pytest.fixture
-def scanner(tmp_path: Path) -> Scanner:
-    return Scanner(tmp_path)
-
-
-def parquet(rows: list[dict[str, Any]], **options: Any) -> bytes:
-    pyarrow = pytest.importorskip("pyarrow")
-    written = io.BytesIO()
-    table = pyarrow.Table.from_pylist(rows)
-    pytest.importorskip("pyarrow.parquet").write_table(table, written, **options)
-    return written.getvalue()
-
-
-def image_rows(first: int, count: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "image": {"bytes": PNG + bytes([n]), "path": f"{n}.png"},
-            "text": f"caption {n}",
-            "collection": "photo" if n % 2 else "art",
-            "width": 100 + n,
-            "quality_assessment": {"clear": n / 10},
-        }
-        for n in range(first, first + count)
-    ]
-
+from tests.data.image_server import Handler, status
+from tests.data.source_servers import (
+    OPTIONS,
+    PNG,
+    REPOSITORY,
+    TOKEN,
+    Hub,
+    Scanner,
+    image_rows,
+    parquet,
+)
 
 FIELDS = {"type": "huggingface", "dataset_name": REPOSITORY, "caption_strategy": "huggingface"}
 

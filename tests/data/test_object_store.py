@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +13,7 @@ from simpletuner.data import object_store
 from simpletuner.data.source_check import check_sources
 from simpletuner.data.transports import TransferError
 from simpletuner.errors import ConfigError, DataError
-from tests.data.test_table_source import OPTIONS, PNG, Scanner
-
-KEYS = {"aws_access_key_id": "id-canary", "aws_secret_access_key": "secret-canary"}
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(endpoint: str, request: pytest.FixtureRequest) -> Any:
-    """A function that writes objects into a new bucket, and the fields of a dataset of it."""
-    import botocore.session
-
-    client = botocore.session.get_session().create_client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="id-canary",
-        aws_secret_access_key="secret-canary",
-    )
-    name = f"b{abs(hash(request.node.nodeid)):x}"[:40]
-    client.create_bucket(Bucket=name)
-
-    def fill(**objects: bytes) -> dict[str, Any]:
-        for key, content in objects.items():
-            client.put_object(Bucket=name, Key=key, Body=content)
-        return {
-            "type": "aws",
-            "aws_bucket_name": name,
-            "aws_data_prefix": "photos",
-            "aws_endpoint_url": endpoint,
-            "aws_region_name": "us-east-1",
-            **KEYS,
-        }
-
-    return fill
-
-
-@pytest.fixture
-def scanner(tmp_path: Path) -> Scanner:
-    return Scanner(tmp_path)
-
+from tests.data.source_servers import KEYS, OPTIONS, PNG, Scanner
 
 FILES = {
     "photos/a.png": PNG,

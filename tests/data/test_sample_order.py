@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -256,3 +257,32 @@ def test_regularisation_datasets_share_their_part_by_size() -> None:
         "few": 30,
         "reg": 10,
     }
+
+
+def test_weights_say_how_often_a_sample_is_used() -> None:
+    dataset, placed = make("a", (8,), repeats=1)
+    weights = [3.0, 2.0, 1.0, 1.0, 0.5, 0.25, 0.125, 0.125]
+    weighted = [
+        replace(item, sample=replace(item.sample, weight=weight))
+        for item, weight in zip(placed, weights)
+    ]
+    found = order((dataset, weighted), batch=2)
+    plain = order((dataset, placed), batch=2)
+    rounds = 64
+    total: Counter[int] = Counter()
+    for number in range(rounds):
+        batches = epoch(found, number)
+        assert len(batches) == len(epoch(plain, number))
+        once = [(visit.sample_index, visit.repeat_index) for one in batches for visit in one.visits]
+        assert len(set(once)) == len(once) == 16
+        uses = visited(batches)
+        assert all(
+            2 * int(weight) <= uses[index] <= 2 * -(-weight // 1)
+            for index, weight in enumerate(weights)
+        )
+        total += uses
+    assert [total[index] / rounds / 2 for index in range(8)] == pytest.approx(weights, abs=0.06)
+    again = order((dataset, weighted), batch=2)
+    assert again.micro_batch(77) == found.micro_batch(77)
+    equal = [replace(item, sample=replace(item.sample, weight=2.0)) for item in placed]
+    assert order((dataset, equal), batch=2).micro_batch(9) == plain.micro_batch(9)

@@ -2,82 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from simpletuner.config.schema import DataOptions
-from simpletuner.data.dataset_file import read_dataset_file
 from simpletuner.data.pixels import load_pixels
 from simpletuner.data.rejections import UnusableFile
 from simpletuner.data.remote_store import RemoteStore
-from simpletuner.data.scan import ScanResult, scan_datasets
+from simpletuner.data.scan import scan_datasets
 from simpletuner.data.source_check import check_sources
 from simpletuner.errors import ConfigError, DataError
-from simpletuner.events.event_types import Event, NoticeIssued
-from tests.data.image_server import ImageServer, cut, redirect, serve, status, wrong_length
-from tests.data.unusable_files import encode_image, noise_image
-
-PNG = encode_image(noise_image(), "PNG")
-OTHER = encode_image(noise_image(), "JPEG")
-OPTIONS = DataOptions(resolution=64, max_bad_sample_fraction=1)
-
-
-@pytest.fixture
-def server() -> Iterator[ImageServer]:
-    with serve() as running:
-        running.files |= {f"/i/{n}.png": PNG for n in range(6)}
-        yield running
-
-
-def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
-    if path.suffix == ".csv":
-        with path.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    else:
-        pyarrow = pytest.importorskip("pyarrow")
-        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
-    return path
-
-
-class Scanner:
-    """Scans one dataset, with one folder of copies for all scans."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.events: list[Event] = []
-        self.waits: list[float] = []
-        self.max_bytes = 1 << 30
-
-    def read(self, **entry: Any) -> Any:
-        file = self.folder / "multidatabackend.json"
-        file.write_text(json.dumps([{"id": "p", **entry}]), encoding="utf-8")
-        return read_dataset_file(file, OPTIONS, {})
-
-    def scan(self, options: DataOptions = OPTIONS, **entry: Any) -> ScanResult:
-        found = self.read(**entry)
-        with RemoteStore(
-            self.folder / "cache", self.events.append, self.max_bytes, self.waits.append
-        ) as store:
-            return scan_datasets(
-                found.train, options, 0, self.events.append, alignment_px=64, store=store
-            )
-
-    def notices(self) -> list[str]:
-        return [event.message for event in self.events if isinstance(event, NoticeIssued)]
-
-
-@pytest.fixture
-def scanner(tmp_path: Path) -> Scanner:
-    return Scanner(tmp_path)
+from tests.data.image_server import ImageServer, cut, redirect, status, wrong_length
+from tests.data.source_servers import OPTIONS, PNG, Scanner, write_table
+from tests.data.unusable_files import noise_image
 
 
 def rows(server: ImageServer, count: int = 6, **more: Any) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class BatchSource:
     buckets: (width, height) in px of each crop -> int32 indices of the first crops in the run's
     tuple of samples. crops: how many crops each sample has; they follow each other in the tuple.
     batch_size: samples of a batch. batches_per_epoch: how many of a round's batches an epoch takes.
+    weights: of the samples of each bucket; without an entry all are used equally often.
     """
 
     dataset: DatasetConfig
@@ -33,10 +34,11 @@ class BatchSource:
     batch_size: int
     batches_per_round: int
     batches_per_epoch: int
+    weights: Mapping[BucketSizes, np.ndarray] = field(default_factory=dict)
 
     @property
     def passes(self) -> int:
-        """Return how often a round uses each sample."""
+        """Return how often a round uses each sample; with weights, on average."""
         return self.dataset.repeats + 1
 
 
@@ -44,7 +46,8 @@ class BatchSource:
 class ShuffledRound:
     """One round of a dataset: batch i is sample_indices[batch_spans[i, 0] : batch_spans[i, 1]].
 
-    sample_indices: int32, into the run's samples. repeat_indices: which repeat each use is.
+    sample_indices: int32, into the run's samples. repeat_indices: which repeat each use is; unique
+    for a sample.
     batch_spans: shuffled.
     """
 
@@ -84,7 +87,10 @@ def make_sources(
             for sizes, bucket in buckets.items()
         )
         share = max(1, round(batches * dataset.probability / largest))
-        sources.append(BatchSource(dataset, buckets, crops[dataset.id], own_size, batches, share))
+        weights = _unequal_weights(placed, buckets)
+        sources.append(
+            BatchSource(dataset, buckets, crops[dataset.id], own_size, batches, share, weights)
+        )
     return _limit_regularisation(sources, regularisation_ratio)
 
 
@@ -105,6 +111,34 @@ def _limit_regularisation(sources: list[BatchSource], ratio: float) -> list[Batc
         else source
         for source in sources
     ]
+
+
+def _unequal_weights(
+    placed: Sequence[BucketedSample], buckets: Mapping[BucketSizes, np.ndarray]
+) -> dict[BucketSizes, np.ndarray]:
+    """Return the weights of the samples of each bucket in which they differ."""
+    weights = {
+        sizes: np.array([placed[index].sample.weight for index in bucket])
+        for sizes, bucket in buckets.items()
+    }
+    return {sizes: own for sizes, own in weights.items() if np.ptp(own) > 0}
+
+
+def _draw_by_weight(
+    bucket: np.ndarray, weights: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return as many samples as the bucket has, shuffled, and which use of its sample each is.
+
+    Systematic sampling: a sample of weight w is used either floor(e) or ceil(e) times, where e is
+    w * len(bucket) / sum(weights), and e times on average over the rounds.
+    """
+    count = len(bucket)
+    edges = np.cumsum(weights)
+    points = (np.arange(count) + rng.random()) * (edges[-1] / count)
+    chosen = np.minimum(np.searchsorted(edges, points, side="right"), count - 1)
+    uses = np.arange(count) - np.searchsorted(chosen, chosen)
+    order = rng.permutation(count)
+    return bucket[chosen[order]], uses[order].astype(np.int32)
 
 
 def _batch_starts(sizes: BucketSizes, count: int, passes: int, batch_size: int) -> np.ndarray:
@@ -133,8 +167,14 @@ def shuffle_round(source: BatchSource, seed: int, turn: int) -> ShuffledRound:
         count = len(bucket) * passes
         # Pass after pass, so that a batch holds a sample twice only where a small bucket leaves no
         # choice.
-        visits += [rng.permutation(bucket) for _ in range(passes)]
-        which_pass.append(np.repeat(np.arange(passes, dtype=np.int32), len(bucket)))
+        if sizes in source.weights:
+            for number in range(passes):
+                samples, uses = _draw_by_weight(bucket, source.weights[sizes], rng)
+                visits.append(samples)
+                which_pass.append(number + uses * passes)  # every use has an address of its own
+        else:
+            visits += [rng.permutation(bucket) for _ in range(passes)]
+            which_pass.append(np.repeat(np.arange(passes, dtype=np.int32), len(bucket)))
         starts = _batch_starts(sizes, len(bucket), passes, source.batch_size)
         ends = np.minimum(starts + source.batch_size, np.append(starts[1:], count))
         spans.append(np.stack([starts, ends], axis=1) + begin)
