@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,13 @@ def image_rows(first: int, count: int) -> list[dict[str, Any]]:
         }
         for n in range(first, first + count)
     ]
+
+
+def pack(files: dict[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for path, content in files.items():
+            entry = tarfile.TarInfo(path)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return packed.getvalue()

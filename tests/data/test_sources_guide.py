@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import re
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,16 @@ from simpletuner.data.remote_store import RemoteStore
 from simpletuner.data.scan import scan_datasets
 from simpletuner.data.source_check import check_sources
 from tests.data.image_server import ImageServer
-from tests.data.source_servers import KEYS, OPTIONS, PNG, Hub, image_rows, parquet, write_table
+from tests.data.source_servers import (
+    KEYS,
+    OPTIONS,
+    PNG,
+    Hub,
+    image_rows,
+    pack,
+    parquet,
+    write_table,
+)
 
 GUIDE = Path(__file__).parents[2] / "docs/sources.md"
 BLOCKS = re.findall(r"```jsonc\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
@@ -27,16 +34,6 @@ CAPTIONS = {
     "files": [("a file",)],
     "shards": [("of 000",), ("of 001",)],
 }
-
-
-def make_tar(name: str) -> bytes:
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as archive:
-        for path, content in (("0.png", PNG), ("0.txt", f"of {name}".encode())):
-            entry = tarfile.TarInfo(path)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return packed.getvalue()
 
 
 def fill(folder: Path, server: ImageServer, hub: Hub, bucket: Any) -> dict[str, str]:
@@ -60,7 +57,8 @@ def fill(folder: Path, server: ImageServer, hub: Hub, bucket: Any) -> dict[str, 
     write_table(folder / "files.parquet", [{"path": "a.png", "text": "a file", "weight": 2.0}])
     (folder / "pictures").mkdir()
     (folder / "pictures/a.png").write_bytes(PNG)
-    server.files |= {f"/shards/{name}.tar": make_tar(name) for name in ("000", "001")}
+    for name in ("000", "001"):
+        server.files[f"/shards/{name}.tar"] = pack({"0.png": PNG, "0.txt": f"of {name}".encode()})
     return {
         "my-bucket": fields["aws_bucket_name"],
         "https://s3.example.com": fields["aws_endpoint_url"],

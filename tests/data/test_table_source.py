@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from simpletuner.data.scan import scan_datasets
 from simpletuner.data.source_check import check_sources
 from simpletuner.errors import ConfigError, DataError
 from tests.data.image_server import ImageServer, cut, redirect, status, wrong_length
-from tests.data.source_servers import OPTIONS, PNG, Scanner, write_table
+from tests.data.source_servers import OPTIONS, PNG, Scanner, pack, write_table
 from tests.data.unusable_files import noise_image
 
 
@@ -201,3 +202,39 @@ def test_a_missing_column_is_named_before_the_training(scanner: Scanner) -> None
     found = scanner.read(type="csv", table="t.csv", image_column="a", caption_column="c")
     with pytest.raises(DataError, match="has no column c; it has a, b"):
         check_sources(found.train)
+
+
+@pytest.mark.parametrize("sends_parts", [True, False])
+def test_tar_files_behind_urls(scanner: Scanner, server: ImageServer, sends_parts: bool) -> None:
+    server.sends_parts = sends_parts
+    for number in range(2):
+        images = {"0.png": PNG, "0.txt": f"shard {number}".encode()}
+        server.files[f"/t/{number:02d}.tar"] = pack(images)
+    fields = {"type": "webdataset", "instance_data_dir": f"{server.url}/t/{{00..01}}.tar"}
+    found = scanner.scan(**fields)
+    assert [item.sample.captions for item in found.samples] == [("shard 0",), ("shard 1",)]
+    before = server.requests.total()
+    assert scanner.scan(**fields) == found
+    assert server.requests.total() == before  # the members are remembered, the files copied
+    if sends_parts:
+        scanner.max_bytes = 4  # now each tar is too large for a copy
+        shutil.rmtree(scanner.folder / "cache/files")
+        with RemoteStore(scanner.folder / "cache", scanner.events.append, 4) as store:
+            again = scan_datasets(
+                scanner.read(**fields).train,
+                OPTIONS,
+                0,
+                scanner.events.append,
+                alignment_px=64,
+                store=store,
+            )
+            assert again == found
+            assert again.samples[1].sample.file.read_bytes(1 << 20) == PNG
+        assert "Range" in server.headers_of["/t/01.tar"][-1]
+        assert not list((scanner.folder / "cache").rglob("*.tar"))
+
+
+def test_ranges_of_tar_files_are_checked(scanner: Scanner) -> None:
+    for wrong in ("{5..1}", "{0..999999}"):
+        with pytest.raises(DataError, match="must be a range of up to"):
+            scanner.scan(type="webdataset", instance_data_dir=f"http://127.0.0.1:9/{wrong}.tar")

@@ -86,9 +86,12 @@ class HttpTransport(Transport):
     def file_size(self, location: str) -> int:
         with self._request(location, {"Range": "bytes=0-0"}) as response:
             found = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("Content-Range", ""))
-            if response.status != HTTPStatus.PARTIAL_CONTENT or found is None:
-                raise TransferError("the server does not send parts of a file", permanent=True)
-            return int(found.group(1))
+            if found is not None:
+                return int(found.group(1))
+            length = _content_length(response)  # of the whole file, where parts are not sent
+            if response.status != HTTPStatus.OK or length is None:
+                raise TransferError("the server does not send the size of the file", permanent=True)
+            return length
 
     @contextmanager
     def _request(self, location: str, extra: Mapping[str, str]) -> Iterator[Any]:
