@@ -31,13 +31,14 @@ SENT_PER_BYTE: dict[str, Callable[[int], float]] = {
 class CollectiveUse:
     """The use of one operation of torch.distributed in an optimizer step.
 
-    calls: how often; a send counts once for the two processes that it connects. message_bytes: of
-    all calls; the gathered size of an all_gather, the size before it of a reduce_scatter.
-    sent_bytes: the most that one GPU sends.
+    calls: how often; a send counts once for the two processes that it connects. None where an
+    engine decides: DeepSpeed gathers module by module, and several at once where it gathers ahead.
+    message_bytes: of all calls; the gathered size of an all_gather, the size before it of a
+    reduce_scatter. sent_bytes: the most that one GPU sends.
     """
 
     operation: str
-    calls: int
+    calls: int | None
     message_bytes: int
     sent_bytes: int
 
@@ -60,12 +61,14 @@ def step_communication(
     uses: list[CollectiveUse] = []
     if layout.shards("weights"):
         # Units are gathered for the forward and the backward pass, the rest once for both.
-        times, rest_times = (2 if layout.reshards else 1) + more_forwards, 1 + more_forwards
+        # DeepSpeed keeps what it gathers for the backward pass if all of it may be there at once.
+        reshards = layout.reshards and weights.sharded > layout.live_bytes
+        times, rest_times = (2 if reshards else 1) + more_forwards, 1 + more_forwards
         gathered = times * sum(weights.units) + rest_times * weights.rest
         if is_lora and layout.uses_deepspeed:
             gathered += times * trained
-        calls = times * len(weights.units) + rest_times
-        uses.append(_use("all_gather", calls * passes, gathered * passes, layout))
+        calls = None if layout.uses_deepspeed else (times * len(weights.units) + rest_times) * passes
+        uses.append(_use("all_gather", calls, gathered * passes, layout))
     if is_lora and not layout.uses_deepspeed:
         return (*uses, *tree_communication(layout, trained_tensors, passes))
     buckets = count_buckets(trained_tensors)
@@ -75,12 +78,14 @@ def step_communication(
         uses.append(
             _use("reduce_scatter", measured.trained_units * passes, trained * passes, layout)
         )
+    elif layout.mode == "zero3":
+        uses.append(_use("reduce_scatter", buckets * passes, trained * passes, layout))
     else:
-        # From stage 2 on no process holds all gradients, so every pass scatters its own.
+        # DeepSpeed sums whole buckets and keeps its part of them (allreduce_and_scatter). With
+        # stage 2 no process holds all gradients, so every pass sums its own.
         times = 1 if layout.mode == "zero1" else passes
-        uses.append(_use("reduce_scatter", buckets * times, trained * times, layout))
-        if layout.mode != "zero3":
-            uses.append(_use("all_gather", buckets, trained, layout))
+        uses.append(_use("all_reduce", buckets * times, trained * times, layout))
+        uses.append(_use("all_gather", buckets, trained, layout))
     return tuple(uses)
 
 
@@ -115,7 +120,7 @@ def count_buckets(tensors: Sequence[int]) -> int:
     return sum(1 for _ in make_buckets(stand_ins))
 
 
-def _use(operation: str, calls: int, size: int, layout: WorldLayout) -> CollectiveUse:
+def _use(operation: str, calls: int | None, size: int, layout: WorldLayout) -> CollectiveUse:
     sent = SENT_PER_BYTE[operation](layout.processes)
     return CollectiveUse(operation, calls, size, int(size * sent))
 

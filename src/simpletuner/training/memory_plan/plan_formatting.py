@@ -47,10 +47,11 @@ def format_plan(plan: MemoryPrediction, budget: MachineResources) -> list[str]:
     lines += _format_group(f"host memory{local}", plan.host, budget.host_free_bytes)
     lines += _format_group("disk", plan.disk, None)
     if each:
-        calls = {
-            f"{use.operation}, {use.calls} calls": use.sent_bytes for use in plan.communication
+        sent = {
+            use.operation + ("" if use.calls is None else f", {use.calls} calls"): use.sent_bytes
+            for use in plan.communication
         }
-        lines += _format_group("sent by each process in a step", calls, None)
+        lines += _format_group("sent by each process in a step", sent, None)
     return [*lines, format_step_time(plan, budget)]
 
 
