@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,10 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environ(folder: Path) -> dict[str, str]:
+def environ(folder: Path, warm_commands: Path) -> dict[str, str]:
     names = {f"SIMPLETUNER_{name.upper()}": value for name, value in SMALL.items()}
     home = {"HOME": str(folder / "home"), "XDG_CACHE_HOME": str(folder / "home" / "cache")}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(warm_commands), os.environ["PATH"]])
     return {**os.environ, **names, **home, "PATH": path, "OMP_NUM_THREADS": "1"}
 
 

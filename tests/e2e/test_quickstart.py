@@ -70,7 +70,7 @@ def test_the_configuration_on_the_page_holds() -> None:
     assert tried.loaded is not None, tried.problems
 
 
-def test_every_command_runs(tmp_path: Path) -> None:
+def test_every_command_runs(tmp_path: Path, warm_commands: Path) -> None:
     """In order, in one folder with a few pictures; the server is asked for its page and ended."""
     make_images(tmp_path / "pictures", 3)
     environ = {
@@ -78,7 +78,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
         **{f"SIMPLETUNER_{name.upper()}": value for name, value in SMALL.items()},
     }
     environ |= {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home" / "cache")}
-    environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
+    environ["PATH"] = os.pathsep.join([str(warm_commands), environ["PATH"]])
     lines = [line for block in blocks("en", "bash") for line in block.splitlines() if line]
     assert [line for line in lines if line.startswith("simpletuner ")] == lines[1:]
     for line in lines:
@@ -98,7 +98,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
 
 
 def serves(folder: Path, environ: dict[str, str]) -> None:
-    words = ["simpletuner", "server", "--port", "0"]
+    words = [str(Path(sys.executable).parent / "simpletuner"), "server", "--port", "0"]
     with subprocess.Popen(
         words, cwd=folder, env=environ, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -12,19 +12,23 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from simpletuner.cli import main
 from simpletuner.errors import CheckpointError, RunLocked, TrainingDiverged, TrainingStopped
 from simpletuner.events import run_history
 from simpletuner.events.event_types import CheckpointSetAside, StepCompleted, WarningIssued
 from simpletuner.events.formatting import describe_event
 from simpletuner.training import checkpoint
 from simpletuner.training.run_folder import RunFolder
+from tests.distributed.harness import CONTEXT
 from tests.e2e.training_project import (
     TrainingProject,
     make_images,
@@ -385,28 +389,35 @@ def command(workspace: TrainingProject, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def start_forked(words: list[str], cwd: Path) -> Any:
+    """Start a command in a process of its own, which has the libraries imported."""
+    process = CONTEXT.Process(target=run_command, args=(words[words.index("train") :], str(cwd)))
+    process.start()
+    return process
+
+
+def run_command(words: list[str], cwd: str) -> None:
+    os.chdir(cwd)
+    sys.argv = ["simpletuner", *words]
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        main()
+
+
 def storm(workspace: TrainingProject, kills: int, seed: int) -> None:
     """SIGKILL at random moments, start again, until done: the result is that of one calm run."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     calm, torn = workspace.root / "calm", workspace.root / "torn"
     workspace.train(output_dir=str(calm), max_train_steps=30, checkpoint_step_interval=3)
     chance = random.Random(seed)
     for _ in range(kills):
-        process = subprocess.Popen(
-            command(workspace, torn),
-            env=env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=workspace.root,
-        )
+        process = start_forked(command(workspace, torn), workspace.root)
         goal = chance.randint(1, 25)
-        while process.poll() is None and max(read_losses(torn), default=0) < goal:
+        while process.is_alive() and max(read_losses(torn), default=0) < goal:
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(
-        command(workspace, torn), env=env, check=True, capture_output=True, cwd=workspace.root
-    )
+        process.kill()
+        process.join()
+    process = start_forked(command(workspace, torn), workspace.root)
+    process.join()
+    assert process.exitcode == 0
     assert read_losses(torn) == read_losses(calm)
     assert read_checkpoint_files(torn / "checkpoint-30") == read_checkpoint_files(
         calm / "checkpoint-30"
