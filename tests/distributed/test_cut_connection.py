@@ -77,7 +77,7 @@ def train_until_disconnected(root: str, options: dict[str, Any], way: str) -> No
     train_project(root, options)
 
 
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("way", ["cut", pytest.param("silent", marks=pytest.mark.slow)])
 def test_both_processes_end_and_the_next_start_completes(
     way: str, trainings: Trainings, whole: Path
 ) -> None:

@@ -125,14 +125,25 @@ def assert_equal_runs(run_dir: Path, expected: Path, tolerance: float = TOLERANC
             assert difference <= tolerance, (name, key)
 
 
-@pytest.mark.parametrize(("kind", "stage"), [(LORA, 1), (LORA, 2), (LORA, 3), (FULL, 2), (FULL, 3)])
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [
+        (LORA, 2),
+        (LORA, 3),
+        (FULL, 3),
+        pytest.param(LORA, 1, marks=pytest.mark.slow),
+        pytest.param(FULL, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_equal_one_without_deepspeed(
     kind: dict[str, Any], stage: int, trainings: Trainings
 ) -> None:
     assert_equal_runs(trainings.sharded(kind, stage), trainings.alone(kind))
 
 
-@pytest.mark.parametrize(("kind", "stage"), [(LORA, 3), (FULL, 2)])
+@pytest.mark.parametrize(
+    ("kind", "stage"), [(LORA, 3), pytest.param(FULL, 2, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     kind: dict[str, Any], stage: int, trainings: Trainings
 ) -> None:
@@ -143,7 +154,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert_equal_runs(run_dir, whole, tolerance=0)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(LORA, id="lora"), pytest.param(FULL, id="full")])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(LORA, id="lora", marks=pytest.mark.slow), pytest.param(FULL, id="full")]
+)
 def test_a_checkpoint_goes_on_with_another_stage_and_without_deepspeed(
     kind: dict[str, Any], trainings: Trainings
 ) -> None:

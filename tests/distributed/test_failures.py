@@ -88,10 +88,10 @@ def assert_next_start_completes(trainings: Trainings, run_dir: Path, whole: Path
     ("phase", "rank", "kind"),
     [
         ("scan", 1, "bug"),
-        ("encode", 1, "disk full"),
-        ("forward", 1, "bug"),
         ("save", 0, "disk full"),
-        ("evaluate", 1, "disk full"),
+        pytest.param("encode", 1, "disk full", marks=pytest.mark.slow),
+        pytest.param("forward", 1, "bug", marks=pytest.mark.slow),
+        pytest.param("evaluate", 1, "disk full", marks=pytest.mark.slow),
     ],
 )
 def test_an_error_of_one_process_ends_all_with_its_reason(
@@ -114,7 +114,14 @@ def test_an_error_of_one_process_ends_all_with_its_reason(
 
 
 @pytest.mark.parametrize(
-    ("phase", "rank"), [("encode", 1), ("load", 0), ("forward", 1), ("reduce", 0), ("save", 0)]
+    ("phase", "rank"),
+    [
+        ("forward", 1),
+        ("save", 0),
+        pytest.param("encode", 1, marks=pytest.mark.slow),
+        pytest.param("load", 0, marks=pytest.mark.slow),
+        pytest.param("reduce", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_process_costs_the_steps_since_the_checkpoint(
     phase: str, rank: int, trainings: Trainings, whole: Path

@@ -121,6 +121,7 @@ def assert_equal_to_one_process(run: Run) -> None:
     assert read_checkpoint_files(run.folder / last) == read_checkpoint_files(one / last)
 
 
+@pytest.mark.slow
 def test_a_killed_process_costs_a_restart_and_no_bit(run: Run) -> None:
     run.launch()
     run.wait_for_step(3)
@@ -141,6 +142,7 @@ def events(run: Run) -> list[dict[str, object]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_stopped_then_killed_with_its_launcher_then_finished_by_torchrun(run: Run) -> None:
     """A signal to one process stops all; a killed launcher leaves nothing; torchrun resumes."""
     run.launch()
