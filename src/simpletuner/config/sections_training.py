@@ -123,7 +123,8 @@ class OptimizerOptions(OptionSection):
         "Factors on the learning rate by module: an object of regular expressions for whole module "
         'names, such as {"single_transformer_blocks.*": 0.5}; the first that matches counts, other '
         "modules have factor 1.",
-        affects=set(),
+        # A plan looks for the modules, so that a wrong pattern is found before any download.
+        affects={"step"},
     )
     loraplus_lr_ratio: float | None = option(
         None,
