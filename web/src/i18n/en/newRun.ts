@@ -98,6 +98,7 @@ export const newRun = {
   group_distributed: "Several GPUs and machines",
   group_checkpoint: "Checkpoints and resuming",
   group_tuning: "Held-out images and when to stop",
+  group_preservation: "What the model must not forget",
   group_validation: "Validation images and eval loss",
   group_logging: "Logging",
   group_publishing: "File metadata and publishing",

@@ -99,6 +99,7 @@ export const newRun: NewRunTexts = {
   group_distributed: "Varias GPU y máquinas",
   group_checkpoint: "Checkpoints y reanudación",
   group_tuning: "Imágenes reservadas y cuándo parar",
+  group_preservation: "Lo que el modelo no debe olvidar",
   group_validation: "Imágenes de validación y pérdida de evaluación",
   group_logging: "Registro",
   group_publishing: "Metadatos del archivo y publicación",

@@ -99,6 +99,7 @@ export const newRun: NewRunTexts = {
   group_distributed: "कई GPU और मशीनें",
   group_checkpoint: "Checkpoints और फिर से शुरू करना",
   group_tuning: "अलग रखी इमेज और कब रुकना है",
+  group_preservation: "मॉडल क्या न भूले",
   group_validation: "वैलिडेशन इमेज और eval loss",
   group_logging: "लॉग",
   group_publishing: "फ़ाइल का metadata और प्रकाशन",
