@@ -27,6 +27,7 @@ from simpletuner.events.event_types import (
     SampleLossesMeasured,
     StepCompleted,
     VerdictReached,
+    WeightChangeMeasured,
     WeightsSaved,
 )
 from tests.e2e.training_project import TrainingProject, make_images, read_checkpoint_files
@@ -225,3 +226,22 @@ def test_a_rate_is_found_by_real_trials_and_used(project: TrainingProject) -> No
     again = subprocess.run(command, cwd=project.root, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "all 60 steps are complete" in again.stdout
+
+
+def test_the_change_of_the_weights_is_measured_and_resumed(project: TrainingProject) -> None:
+    """By hand: the norm of delta W over that of W, of all modules; the same after a resume."""
+    events = [record.event for record in read_events(project.root / "split" / "events.jsonl")]
+    measured = {event.step: event for event in events if isinstance(event, WeightChangeMeasured)}
+    assert sorted(measured) == [2, 3, 4]
+    assert measured[4].total > 0
+    blocks = measured[4].blocks
+    assert {"transformer_blocks.0", "single_transformer_blocks.0"} <= blocks.keys()
+    assert min(blocks.values()) <= measured[4].total <= max(blocks.values())
+
+
+def test_a_full_fine_tuning_is_measured_by_a_sample(project: TrainingProject) -> None:
+    options = {"model_type": "full", "max_train_steps": 1, "learning_rate": 1e-3}
+    options["lora_rank"] = options["lora_dropout"] = None
+    events = train(project, "full", **options)
+    changes = [event for event in events if isinstance(event, WeightChangeMeasured)]
+    assert 1e-5 < changes[-1].total < 1.0  # AdamW moves each weight by the rate in its first step

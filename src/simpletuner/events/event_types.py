@@ -235,6 +235,18 @@ class SampleLossesMeasured(Event, kind="sample_losses"):
 
 
 @dataclass(frozen=True)
+class WeightChangeMeasured(Event, kind="weight_change"):
+    """Change of the trained matrices since the base: norm of delta W over norm of W.
+
+    total: over all of them. blocks: name of a block -> the ratio in it.
+    """
+
+    step: int
+    total: float
+    blocks: dict[str, float]
+
+
+@dataclass(frozen=True)
 class RateTried(Event, kind="rate_tried"):
     """A learning rate after `steps` of a search. loss: None where it diverged.
 

@@ -8,9 +8,14 @@ from simpletuner.events.event_types import (
     RateTried,
     SampleLossesMeasured,
     VerdictReached,
+    WeightChangeMeasured,
 )
 
 MAX_NAMED_IMAGES = 5
+# Below and above these ratios of norms, benchmarks/nano/results (strength) shows no effect and
+# destroyed images.
+LEARNT_NOTHING_BELOW = 1e-3
+FAR_TOO_STRONG_ABOVE = 1.0
 
 
 def describe_finding(event: Event) -> str:
@@ -20,6 +25,8 @@ def describe_finding(event: Event) -> str:
             return describe_verdict(event)
         case SampleLossesMeasured():
             return describe_sample_losses(event)
+        case WeightChangeMeasured():
+            return describe_weight_change(event)
         case RateTried():
             if event.loss is None:
                 return f"learning rate {event.rate:g} diverged before step {event.steps}"
@@ -97,3 +104,19 @@ def describe_choice(event: RateChosen) -> str:
     if event.at_edge:
         told += ". It is at the edge of the rates that were tried: try more beyond it with --rates"
     return f"{told}. The search cost {event.cost:.2f} of a run"
+
+
+def describe_weight_change(event: WeightChangeMeasured) -> str:
+    """Return how much the weights changed, where most, and what to change at the extremes."""
+    told = f"step {event.step}: the trained weights changed by {event.total:.2%} of their norm"
+    if event.blocks:
+        most = max(event.blocks, key=lambda name: event.blocks[name])
+        told += f" (most in {most}: {event.blocks[most]:.2%})"
+    if event.total < LEARNT_NOTHING_BELOW:
+        told += ". So small a change has no visible effect: raise learning_rate, or train longer"
+    elif event.total > FAR_TOO_STRONG_ABOVE:
+        told += (
+            ". That is far too strong, and destroys what the base knows: lower learning_rate, or "
+            "use an earlier checkpoint"
+        )
+    return told

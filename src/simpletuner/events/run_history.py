@@ -28,6 +28,7 @@ class RunHistory:
     images: dict[tuple[ImageKey, int], event_types.ImageSaved] = field(default_factory=dict)
     verdict: event_types.VerdictReached | None = None
     sample_losses: dict[str, event_types.SampleLossesMeasured] = field(default_factory=dict)
+    weight_changes: dict[int, event_types.WeightChangeMeasured] = field(default_factory=dict)
     saved_weights: dict[str, event_types.WeightsSaved] = field(default_factory=dict)
     warnings: list[
         tuple[
@@ -55,6 +56,8 @@ class RunHistory:
                 self.evaluations[event.dataset, event.split, event.step] = event
             case event_types.VerdictReached():
                 self.verdict = event
+            case event_types.WeightChangeMeasured():
+                self.weight_changes[event.step] = event
             case event_types.SampleLossesMeasured():
                 self.sample_losses[event.split] = event
             case event_types.ScoresComputed():
@@ -82,6 +85,7 @@ class RunHistory:
         }
         self.scores = {key: event for key, event in self.scores.items() if event.step <= step}
         self.images = {key: event for key, event in self.images.items() if event.step <= step}
+        self.weight_changes = {at: event for at, event in self.weight_changes.items() if at <= step}
         self.sample_losses = {
             split: event for split, event in self.sample_losses.items() if event.step <= step
         }

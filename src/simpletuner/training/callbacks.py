@@ -38,6 +38,7 @@ def build_callbacks(
     callbacks = build_measurements(run, schedule, evaluations, early_stopping, emit)
     with_baseline = not run.validation.disable_benchmark
     save_interval = run.checkpoint.checkpoint_step_interval
+    callbacks.append(ScheduledCallback(every(save_interval), evaluations.weight_change.measure))
     callbacks.append(ScheduledCallback(every(save_interval), checkpointer.save))
     epochs = run.checkpoint.checkpoint_epoch_interval
     if epochs is not None:

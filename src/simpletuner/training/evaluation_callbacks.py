@@ -21,6 +21,7 @@ from simpletuner.training.model_metadata import public_name
 from simpletuner.training.prepare import PreparedInputs, select_samples
 from simpletuner.training.train_state import TrainState
 from simpletuner.training.validation_starts import plan_validation_images
+from simpletuner.training.weight_change import WeightChange
 from simpletuner.training.world import World
 from simpletuner.validation.convergence import DEFAULT_PATIENCE
 from simpletuner.validation.held_out_loss import (
@@ -163,6 +164,7 @@ class EvaluationCallbacks:
     held_out: HeldOutLossCallback | None
     images: ImageValidationCallback | None
     scoring: ScoringCallback | None
+    weight_change: WeightChange
 
     def stateful_evaluators(self) -> dict[str, HeldOutEvaluator | MetricEvaluator]:
         """Return the evaluators whose state is part of a checkpoint, by their key in state.json."""
@@ -224,7 +226,7 @@ def build_evaluation_callbacks(
             reference_loader(run, prepared.taught().placed_samples),
         )
         scoring = ScoringCallback(scorer, state)
-    return EvaluationCallbacks(held_out, images, scoring)
+    return EvaluationCallbacks(held_out, images, scoring, WeightChange(state, world, emit))
 
 
 def build_image_validator(
