@@ -31,6 +31,7 @@ from simpletuner.peers import ALONE, Peers
 
 EncodeImages = Callable[[Tensor], Tensor]
 DECODER_THREADS = 4
+DOWNLOAD_THREADS = 16  # where images come over a network; they wait most of the time
 # Pixels that are encoded at once: one image of 1024 x 1024. The VAE needs 1.35 GB for as many; a
 # larger batch of such images is not faster, because one of them fills a GPU.
 ENCODER_PIXELS = 1 << 20
@@ -80,7 +81,8 @@ def encode_missing_latents(
     that fails is rejected and the others are encoded. Raises DataError when more than
     options.max_bad_sample_fraction fail.
     """
-    with ThreadPoolExecutor(DECODER_THREADS, "pixels") as pool:
+    slow = any(item.sample.file.is_slow for item in placed)
+    with ThreadPoolExecutor(DOWNLOAD_THREADS if slow else DECODER_THREADS, "pixels") as pool:
         keys, rejected, missing = _find_missing(placed, options, hashes, store, pool, emit, peers)
         jobs = {key: sample for key, sample in zip(keys, placed, strict=True) if key in missing}
         batches = list(_iter_bucket_batches(list(jobs.items()), batch_size))

@@ -30,7 +30,11 @@ class HeaderReader:
     @contextmanager
     def remembered(self, images: Sequence[ImageFile]) -> Iterator[HeaderReader]:
         """Look up what is remembered of these images; remember the new ones."""
-        slow = [image.file for image in images if image.file.is_slow]
+        slow = [
+            image.file
+            for image in images
+            if image.file.is_slow and (image.row is None or image.row.size_px is None)
+        ]
         if self._store is None or not slow:
             yield self
             return
