@@ -39,12 +39,13 @@ VALUES = {
     "validation_image": "image.png",
     "validation_resolution": "512",
     "validation_strengths": "0.25",
+    "caption_shuffle": {"enable": True, "count": 2},
+    "caption_weights": [1, 2],
+    "lora_rank_by_module": {".*": 4},
+    "lr_by_module": {".*": 0.5},
 }
 PAGE_ROWS = [line for line in docs.render_options_page().splitlines() if line.startswith("| ")]
 CONDITIONAL = [name for name, declared in all_options().items() if declared.needs]
-
-
-OBJECTS = {"lora_rank_by_module": {".*": 4}, "lr_by_module": {".*": 0.5}}
 
 
 def other_value(declared: Option) -> Any:
@@ -66,7 +67,7 @@ def other_value(declared: Option) -> Any:
         return 3 if declared.default != 3 else 4
     if declared.kind == "number":
         return 0.5 if declared.default != 0.5 else 0.75
-    return OBJECTS.get(declared.name, "text")
+    return "text"
 
 
 def violating(need: Need) -> Any:
@@ -157,7 +158,10 @@ def test_form_and_rules_agree_on_every_field_of_a_dataset(name: str, tmp_path: P
             entry[name] = value
         else:
             of_run = of_run.model_copy(update={name: value})
-        read, problems = try_read_datasets([entry], tmp_path, of_run)
+        # Some dataset must be active from the start.
+        first = {"id": "b", "instance_data_dir": str(tmp_path)}
+        entries = [entry, first] if name.startswith("start_") else [entry]
+        read, problems = try_read_datasets(entries, tmp_path, of_run)
         texts = [*read.notices, *(problem.message for problem in problems)]
         quiet = not any(name in text and ("no effect" in text or "needs" in text) for text in texts)
         assert quiet == has_effect, (name, values, texts)

@@ -124,7 +124,7 @@ class OptimizerOptions(OptionSection):
         'names, such as {"single_transformer_blocks.*": 0.5}; the first that matches counts, other '
         "modules have factor 1.",
         # A plan looks for the modules, so that a wrong pattern is found before any download.
-        affects={"step"},
+        affects={"step", "plan"},
     )
     loraplus_lr_ratio: float | None = option(
         None,
