@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
-from simpletuner.errors import CheckpointError, DataError
+from simpletuner.cli.train import require_config_and_datasets
+from simpletuner.config.load import try_load_config
+from simpletuner.data.dataset_file import read_dataset_file
+from simpletuner.errors import CheckpointError, ConfigError, DataError
+from simpletuner.training.rehearse import RehearsalFindings, scan_all, shrink_datasets
 from tests.e2e.test_resume import interrupted
 from tests.e2e.training_project import TrainingProject, read_checkpoint_files, read_losses
 
@@ -75,3 +79,26 @@ def test_a_run_that_is_longer_than_its_datasets_is_refused(project: TrainingProj
     assert isinstance(error, DataError)
     assert "no dataset is active after step 3 (epoch" in str(error)
     assert "the run has 6 steps" in str(error)
+
+
+def test_a_rehearsal_counts_images_and_uses_small_batches(project: TrainingProject) -> None:
+    large = {**CROPS, "crop_aspect_buckets": None, "resolution_buckets": ["512x512", "512x256"]}
+    write_datasets(project, FIRST, {**SECOND, **large, "train_batch_size": 8})
+    loaded = project.load_config()
+    backends = read_dataset_file(
+        Path(str(loaded.config.data.data_backend_config)), loaded.config.data
+    )
+    findings = RehearsalFindings()
+    counted = scan_all(loaded.config, backends, project.root / "cache", findings)
+    assert counted.startswith("12 to train on in 3 buckets, 3 held out")
+    first, second = (dataset.resize_crop for dataset in shrink_datasets(backends).train)
+    assert (first.train_batch_size, second.train_batch_size) == (2, 2)
+    assert (second.resolution_buckets, second.crop_aspect_buckets) == ((), (1.0, 2.0))
+
+
+def test_noise_levels_of_a_list_cannot_be_moved(project: TrainingProject) -> None:
+    write_datasets(project, FIRST, SECOND)
+    project.load_config(flow_custom_timesteps="0.5,0.9")
+    tried = try_load_config((), project.root / "config.json", environ={}, cwd=project.root)
+    with pytest.raises(ConfigError, match=r"later\.timestep_sampling_offset moves a density"):
+        require_config_and_datasets(tried)

@@ -111,7 +111,8 @@ def scan_all(
     train = [item for item in scanned.samples if item.sample.dataset not in held_out]
     buckets = len({item.bucket_px for item in train})
     counted = f"{buckets} bucket" if buckets == 1 else f"{buckets} buckets"
-    return f"{len(train)} to train on in {counted}, {len(scanned.samples) - len(train)} held out"
+    images = sum(item.crop_index == 0 for item in train)
+    return f"{images} to train on in {counted}, {len(scanned.samples) - len(train)} held out"
 
 
 def reduce_config(run: RunConfig, output_dir: Path, findings: RehearsalFindings) -> RunConfig:

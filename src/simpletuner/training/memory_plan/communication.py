@@ -67,7 +67,9 @@ def step_communication(
         gathered = times * sum(weights.units) + rest_times * weights.rest
         if is_lora and layout.uses_deepspeed:
             gathered += times * trained
-        calls = None if layout.uses_deepspeed else (times * len(weights.units) + rest_times) * passes
+        calls = (
+            None if layout.uses_deepspeed else (times * len(weights.units) + rest_times) * passes
+        )
         uses.append(_use("all_gather", calls, gathered * passes, layout))
     if is_lora and not layout.uses_deepspeed:
         return (*uses, *tree_communication(layout, trained_tensors, passes))
