@@ -138,7 +138,7 @@ class ExperimentInputs:
         sets = [
             *trained,
             {
-                "id": f"{name}-unseen",
+                "id": f"{name.partition('-')[0]}-unseen",  # the same noise for all of a lesson
                 "dataset_type": "eval",
                 "instance_data_dir": str(unseen),
                 **IMAGE_DATASET_FIELDS,
