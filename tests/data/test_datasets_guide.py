@@ -32,6 +32,11 @@ def make_world(folder: Path) -> None:
     (folder / "tars").mkdir()
     with tarfile.open(folder / "tars/a.tar", "w") as archive:
         archive.add(folder / "pictures", "p")
+    for place, level in (("masks", 255), ("regularisation", 9)):
+        (folder / place).mkdir()
+        for number in range(5):
+            Image.new("L", (640 + 64 * number, 640), level).save(folder / place / f"{number}.png")
+            (folder / place / f"{number}.txt").write_text("a cube")
     rows = (f'{{"file": "{number}.png", "title": "t", "tags": "x, y"}}\n' for number in range(5))
     (folder / "captions.jsonl").write_text("".join(rows))
 
@@ -51,13 +56,17 @@ def test_an_example_of_the_guide_works(block: str, tmp_path: Path) -> None:
     options = DataOptions(max_bad_sample_fraction=0)
     found = read_dataset_file(file, options, {})
     assert found.notices == ()
-    assert len(found.train) + len(found.eval) == len(entries)
+    masks = [entry for entry in entries if entry.get("dataset_type") == "conditioning"]
+    assert len(found.train) + len(found.eval) == len(entries) - len(masks)
     placed = scan_datasets([*found.train, *found.eval], options, 1, lambda event: None).samples
     train = [item for item in placed if item.sample.dataset != "held-out"]
     order = SampleOrder(train, found.train, 1, 2, options)
     visits = [
         v for number in range(order.batches_per_epoch) for v in order.micro_batch(number).visits
     ]
-    assert {train[visit.sample_index].sample.file for visit in visits} == {
-        item.sample.file for item in train if found.train[0].id == item.sample.dataset
-    }
+    first = [item.sample for item in train if found.train[0].id == item.sample.dataset]
+    seen = {train[visit.sample_index].sample.file for visit in visits}
+    assert {sample.file for sample in first} <= seen
+    assert all((sample.mask is not None) == bool(masks) for sample in first)
+    if all(dataset.regularisation_target for dataset in found.train[1:]):
+        assert len(seen) == len({item.sample.file for item in train})

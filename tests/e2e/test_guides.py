@@ -26,6 +26,7 @@ OTHER_GUIDES = (
     "validation",
     "metrics",
     "rollout",
+    "preservation",
     "troubleshooting",
 )
 
