@@ -32,6 +32,7 @@ from benchmarks.nano import (
     densities_page,
     markdown_tables,
     methods,
+    preservation,
     result_tables,
 )
 from benchmarks.nano.cell_runner import CellRunner, ExperimentFolders
@@ -134,7 +135,10 @@ def smoke_test_cells(asked: BenchmarkRequest) -> list[Cell]:
     wanted = {"base", "lesson", "lesson-uniform", "trial-0.0001", "full-bf16-stochastic", "padded",
               "padded-used-trimmed", "shapes", "scratch-quadratic", "still-stratified",
               "rollout-50", "mixflow-0.8", "at-4-rollout-50",
-              "still-independent", "methods-averaged", "methods-images-4"}  # fmt: skip
+              "still-independent", "methods-averaged", "methods-images-4",
+              "preserve-base", "preserve-masked-base"}  # fmt: skip
+    if "preservation" in asked.only:
+        wanted |= {row.variant for row in preservation.ROWS}
     if "methods" in asked.only:
         wanted |= {row.variant for row in methods.own_rows()}
     return [

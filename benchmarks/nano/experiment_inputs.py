@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.nano.experiments import Cell, ExperimentSize
+from benchmarks.nano.preservation import preservation_datasets
 
 import simpletuner
 from simpletuner.config import jsonc
@@ -80,6 +81,12 @@ class ExperimentInputs:
         for name, fields in self._make_other_concepts(run).items():
             concept, *others = taught_sets
             self._write_dataset_file(name, [{**concept, **fields}, *others], unseen)
+        masked = self.root / "zorbo-masked"
+        run([str(RECIPES_DIR / "make_zorbo_dataset.py"), "--out", str(masked), "--count", str(taught),
+             "--masks"])  # fmt: skip
+        files = preservation_datasets(taught_sets[0], taught_sets[1], str(masked))
+        for name, sets in files.items():
+            self._write_dataset_file(name, sets, unseen)
 
     def _make_other_concepts(self, run: ProgramRunner) -> dict[str, dict[str, object]]:
         """Draw sets of 4 and of 64 zorbos, none of them an unseen one; return the fields of each.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.nano import methods
+from benchmarks.nano import methods, preservation
 
 PRECISIONS = ("int8", "int4", "nf4", "fp8")
 DENSITIES = ("quadratic", "parabola", "quadratic-literal", "uniform", "logit-normal")
@@ -181,6 +181,7 @@ def build_variants(size: ExperimentSize) -> dict[str, Variant]:
         ),
         *_exposure_variants(size),
         *_method_variants(size),
+        *_preservation_variants(),
         Variant("padded", "lesson", {"evaluation_type": "zorbo"}, "padded", "padded"),
         Variant(
             "padded-used-trimmed", "lesson", _frozen_weights_options(1), init_lora_variant="padded"
@@ -259,6 +260,11 @@ def _method_variants(size: ExperimentSize) -> Iterator[Variant]:
         yield Variant(row.variant, row.data, options, row.program)
 
 
+def _preservation_variants() -> Iterator[Variant]:
+    for row in preservation.ROWS:
+        yield Variant(row.variant, row.data, row.options)
+
+
 TABLES: dict[str, tuple[TablePart, ...]] = {
     "density": (
         TablePart(
@@ -328,6 +334,13 @@ TABLES: dict[str, tuple[TablePart, ...]] = {
         TablePart(name, title, tuple(TableRow(row.label, row.variant) for row in rows))
         for name, title, rows in methods.METHOD_PARTS
     ),
+    "preservation": (
+        TablePart(
+            "preservation",
+            preservation.TITLE,
+            tuple(TableRow(row.label, row.variant) for row in preservation.ROWS),
+        ),
+    ),
     "text": (
         TablePart(
             "rows",
@@ -385,7 +398,10 @@ def estimate_seconds(cell: Cell, size: ExperimentSize) -> float:
     unseen = int(str(one.options.get("num_eval_images", size.unseen)))
     forward = PADDED_FORWARD_FACTOR if padded else 1.0
     training = steps * (
-        batch * SAMPLE_STEP_S * (PADDED_STEP_FACTOR if padded else 1)
+        batch
+        * SAMPLE_STEP_S
+        * (PADDED_STEP_FACTOR if padded else 1)
+        * preservation.step_cost(one.name)
         + (MUON_STEP_S if scratch else 0)
     )
     measuring = 2 * 2 * unseen * size.sigmas * HELD_OUT_S * forward
@@ -402,7 +418,7 @@ def estimate_seconds(cell: Cell, size: ExperimentSize) -> float:
 # comparisons.
 VARIANT_GROUPS = (
     ("base",), ("lesson",), ("rollout", "mixflow", "at-"), ("on-",), ("still",), ("trial",),
-    ("methods",),
+    ("methods",), ("preserve",),
     ("rank", "all", "context", "tiny"), ("full",),
     ("shapes",), ("scratch", "padded"),
 )  # fmt: skip

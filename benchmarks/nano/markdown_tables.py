@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.nano.experiments import EXPOSURE_PROMPTS, SAMPLING_STEPS
 from benchmarks.nano.methods import METHOD_NOTES, METHOD_PART_NAMES, verdict_in_words
+from benchmarks.nano.preservation import NOTE as PRESERVATION_NOTE
 from benchmarks.nano.result_tables import TableData
 
 EMPTY_CELL = "-"
@@ -63,6 +64,7 @@ PARTS_WITH_BUNDLED_BASE = (
     "bases",
     "rows",
     *METHOD_PART_NAMES,
+    "preservation",
 )  # parts that begin with the bundled base
 UNTOUCHED_MEASURES = ("held_out", "zorbo_zorbo", "zorbo_all")
 
@@ -81,7 +83,8 @@ PART_COLUMNS: Mapping[str, tuple[Column, ...]] = {
     "rows": (*HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN),
     "exposure": (*HELD_OUT_COLUMNS, STEP_COLUMN),
     **dict.fromkeys(
-        METHOD_PART_NAMES, (*HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN)
+        (*METHOD_PART_NAMES, "preservation"),
+        (*HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN),
     ),
     **{f"at-{steps}": SAMPLED_COLUMNS for steps in SAMPLING_STEPS},
 }  # fmt: skip
@@ -108,6 +111,7 @@ PART_NOTES: Mapping[str, str] = {
         for steps in SAMPLING_STEPS
     },
     **METHOD_NOTES,
+    "preservation": PRESERVATION_NOTE,
     "rows": "Padded: {padded} text rows in training, all of them visible. Its LoRA is measured as it was "
     "trained, and with trimmed text as a correct program uses it. The step times are medians of "
     "single-threaded runs, two side by side.",
@@ -141,7 +145,7 @@ def render_grid(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def render_part_table(part: TableData) -> str:
     columns = PART_COLUMNS[part["name"]]
     rates = part["name"] == "kinds"
-    in_words = part["name"] in METHOD_PART_NAMES
+    in_words = part["name"] in (*METHOD_PART_NAMES, "preservation")
     headings = [
         "",
         "seeds",

@@ -15,7 +15,9 @@ import argparse
 from pathlib import Path
 
 from make_shapes_dataset import render_scene
+from PIL import Image
 
+from simpletuner.validation.shapes.scenes import SIDE_PX, SUPERSAMPLING, object_mask
 from simpletuner.validation.shapes.zorbo import compose_zorbo_scene
 
 
@@ -24,11 +26,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=16)
+    parser.add_argument("--masks", action="store_true", help="also N.mask.png, white on the zorbo")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for number in range(args.first, args.first + args.count):
         scene = compose_zorbo_scene(number)
         render_scene(scene).save(args.out / f"{number:02d}.png", optimize=True)
+        if args.masks:
+            mask = Image.new("L", (SIDE_PX * SUPERSAMPLING,) * 2)
+            for thing in scene.objects:
+                mask.paste(255, (0, 0), object_mask(thing, mask.width))
+            mask = mask.resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
+            mask.save(args.out / f"{number:02d}.mask.png", optimize=True)
         (args.out / f"{number:02d}.txt").write_text(scene.caption + "\n", encoding="utf-8")
 
 
