@@ -9,10 +9,8 @@ import pytest
 
 from simpletuner.server.api_errors import ApiError
 from simpletuner.server.caption_files import MAX_CAPTION_CHARS, read_caption
-from simpletuner.server.dataset_service import (
-    CropSettings,
-    DatasetService,
-)
+from simpletuner.server.dataset_items import CropSettings
+from simpletuner.server.dataset_service import DatasetService
 from simpletuner.server.schemas.datasets import CaptionWrite, DatasetItem
 from simpletuner.server.workspace import PathOutsideWorkspace
 from tests.server.dataset_app import PNG, make_workspace

@@ -20,7 +20,8 @@ from simpletuner.data.scan import scan_datasets
 from simpletuner.errors import DataError
 from simpletuner.server import image_index
 from simpletuner.server.api_errors import ApiError
-from simpletuner.server.dataset_service import CropSettings, DatasetService
+from simpletuner.server.dataset_items import CropSettings
+from simpletuner.server.dataset_service import DatasetService
 from simpletuner.server.schemas.datasets import DatasetInfo
 from simpletuner.server.workspace import PathOutsideWorkspace
 from tests.data.unusable_files import encode_image, png_header

@@ -28,6 +28,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "simpletuner.cli.inspect",
         "Look at a dataset: sizes, captions, copies, blurred images.",
     ),
+    "caption": (
+        "simpletuner.cli.caption",
+        "Write captions of images with a vision-language model.",
+    ),
     "plan": (
         "simpletuner.cli.plan",
         "Estimate memory, disk and time, and find settings that fit.",

@@ -12,7 +12,16 @@ from starlette.types import ASGIApp
 
 from simpletuner.errors import ConfigError
 from simpletuner.server import hardware
-from simpletuner.server.api import configs, datasets, generations, jobs, library, runs, system
+from simpletuner.server.api import (
+    captioning,
+    configs,
+    datasets,
+    generations,
+    jobs,
+    library,
+    runs,
+    system,
+)
 from simpletuner.server.api_errors import register_error_handlers
 from simpletuner.server.schemas.base import ERROR_RESPONSES
 from simpletuner.server.security_middleware import SecurityMiddleware
@@ -22,7 +31,7 @@ from simpletuner.server.static_pages import StaticPages, render_routes_page
 from simpletuner.server.supervisor import Supervisor
 from simpletuner.server.token_auth import TokenAuth, read_or_create_secret
 
-ROUTE_MODULES = (system, configs, runs, jobs, datasets, generations, library)
+ROUTE_MODULES = (system, configs, runs, jobs, datasets, generations, library, captioning)
 
 
 class SecuredApp(FastAPI):

@@ -9,26 +9,23 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.atomic_io import write_atomically
-from simpletuner.config.model_families import BUCKET_ALIGNMENT_PX, DEFAULT_FAMILY
-from simpletuner.config.schema import RunConfig
-from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_size
+from simpletuner.data.geometry import ImageSize, bucket_size
 from simpletuner.data.image_files import ImageFile
 from simpletuner.data.image_suffixes import IMAGE_SUFFIXES
 from simpletuner.errors import DataError
 from simpletuner.server.api_errors import abort
-from simpletuner.server.caption_files import read_caption, write_caption
+from simpletuner.server.caption_files import write_caption
+from simpletuner.server.dataset_items import ALIGNMENT_PX, CropSettings, build_item
 from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.schemas.datasets import (
     BucketCount,
     CaptionWrite,
     DatasetFindings,
     DatasetInfo,
-    DatasetItem,
     DatasetItemPage,
     FolderListing,
 )
@@ -40,20 +37,10 @@ if TYPE_CHECKING:
 
 NAME_RULE = "a name has at most 64 letters, digits, - _ . and does not start with a dot"
 DATASET_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
-ALIGNMENT_PX = BUCKET_ALIGNMENT_PX[DEFAULT_FAMILY]
 READ_WAIT_S = (
     0.5  # time to read changed files per request; the response has the number of unread ones
 )
 SMALL_IMAGE_PX = 256  # shorter edge; training at the usual resolutions enlarges it
-DEFAULT_SEED: int = RunConfig().training.seed
-
-
-@dataclass(frozen=True)
-class CropSettings:
-    """Resize and crop settings. seed: the seed of the run, used by crop_style "random"."""
-
-    framing: ResizeCropConfig = field(default_factory=ResizeCropConfig)
-    seed: int = DEFAULT_SEED
 
 
 class DatasetService:
@@ -155,9 +142,7 @@ class DatasetService:
         else:
             shown = [key for key, row in rows if row.status == only]
         shown += sorted(index.rejected_names) if only in ("all", "refused") else []
-        page = [
-            self._build_item(index, key, crop_settings) for key in shown[offset : offset + limit]
-        ]
+        page = [build_item(index, key, crop_settings) for key in shown[offset : offset + limit]]
         unread = max(0, len(index.images) - len(rows))
         return DatasetItemPage(total=len(shown), offset=offset, items=page, unread=unread)
 
@@ -215,15 +200,31 @@ class DatasetService:
             self.workspace.resolve(caption_path)
             write_caption(caption_path, request, self.workspace)
             index.caption_changed(caption_path)
-        return DatasetItemPage(
-            total=1, offset=0, items=[self._build_item(index, file, crop_settings)]
-        )
+        return DatasetItemPage(total=1, offset=0, items=[build_item(index, file, crop_settings)])
 
     def uncaptioned_files(self, folder: Path) -> list[str]:
         """Return the images without a caption among those that have been read, sorted."""
         return sorted(
             name for name, row in self._index_of(folder).rows() if row.status == "uncaptioned"
         )
+
+    def captions(self, name: str) -> list[tuple[str, ...]]:
+        """Return the captions of each captioned image that has been read."""
+        return [row.captions for _, row in self._refreshed_index(name).rows() if row.captions]
+
+    def caption_files(self, name: str, files: list[str] | None) -> list[tuple[str, Path]]:
+        """Return (image, caption file) of the images that have one; of `files`, or of all.
+
+        Images that share a caption file are listed once.
+        """
+        index = self._refreshed_index(name)
+        wanted = index.images if files is None else dict.fromkeys(files)
+        found: dict[Path, str] = {}
+        for file in wanted:
+            path = self._require_image(index, file).caption_path
+            if path is not None:
+                found.setdefault(self.workspace.resolve(path), file)
+        return [(file, path) for path, file in found.items()]
 
     def image_sizes(self, folder: Path) -> set[ImageSize]:
         """Return the sizes in px of the usable images that have been read."""
@@ -342,48 +343,3 @@ class DatasetService:
             index = self._indexes.setdefault((name, folder), new_index)
         index.refresh(wait_s)
         return index
-
-    def _build_item(self, index: ImageIndex, file: str, crop_settings: CropSettings) -> DatasetItem:
-        from simpletuner.data.scan import assign_bucket
-
-        image = index.images.get(file)
-        row = index.refresh_row(image) if image is not None else None
-        if image is None or row is None:
-            reason = index.rejected_names.get(file, "this file no longer exists")
-            return DatasetItem(
-                file=file,
-                width_px=0,
-                height_px=0,
-                captions=[],
-                caption_text=None,
-                refused=reason,
-                bucket_px=None,
-                crop_px=None,
-            )
-        window = None
-        crop = None
-        if row.problem is None:
-            sample_id = f"{index.dataset.id}/{file}"
-            resize, corner, window = assign_bucket(
-                crop_settings.framing, row.size_px, sample_id, crop_settings.seed, ALIGNMENT_PX
-            )
-            crop = _crop_in_image(row.size_px, resize, corner, window)
-        return DatasetItem(
-            file=file,
-            width_px=row.size_px[0],
-            height_px=row.size_px[1],
-            captions=list(row.captions),
-            caption_text=read_caption(image.caption_path) if row.stamps[0] != (0, 0) else None,
-            refused=row.problem,
-            bucket_px=window,
-            crop_px=crop,
-        )
-
-
-def _crop_in_image(
-    size: ImageSize, resize: ImageSize, corner: ImageSize, window: ImageSize
-) -> tuple[int, int, int, int]:
-    """Return the crop (left, top, width, height) in pixels of the original image, rounded."""
-    first = [round(corner[at] * size[at] / resize[at]) for at in (0, 1)]
-    last = [round((corner[at] + window[at]) * size[at] / resize[at]) for at in (0, 1)]
-    return first[0], first[1], max(1, last[0] - first[0]), max(1, last[1] - first[1])

@@ -9,6 +9,7 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from simpletuner.server import hardware
+from simpletuner.server.caption_desk import CaptionDesk
 from simpletuner.server.dataset_service import DatasetService
 from simpletuner.server.draft_store import DraftStore
 from simpletuner.server.generation_service import GenerationService
@@ -44,6 +45,7 @@ class Services:
     step_times: StepTimes
     trash: Trash
     generations: GenerationService
+    caption_desk: CaptionDesk
     loras: LoraLibrary
     preferences: Preferences
     manager: Manager
@@ -67,6 +69,9 @@ class Services:
             plans=PlanService(workspace, largest_bucket=checks.largest_bucket),
             step_times=StepTimes(jobs, runs),
             trash=trash,
+            caption_desk=CaptionDesk(
+                workspace, datasets, jobs, trash, settings.tool_command, hardware.known_devices
+            ),
             generations=GenerationService(workspace, jobs, trash, settings.tool_command),
             loras=LoraLibrary(workspace, runs, jobs, trash, settings.tool_command),
             preferences=preferences,

@@ -18,7 +18,8 @@ from simpletuner.data.geometry import ImageSize, bucket_size
 from simpletuner.errors import DataError
 from simpletuner.events.formatting import count_of
 from simpletuner.server.config_validation import canonical_name, read_and_validate
-from simpletuner.server.dataset_service import ALIGNMENT_PX, DatasetService
+from simpletuner.server.dataset_items import ALIGNMENT_PX
+from simpletuner.server.dataset_service import DatasetService
 from simpletuner.server.job_config import run_folder_name
 from simpletuner.server.schemas.base import ErrorDetail
 from simpletuner.server.schemas.configs import ConfigValidationResult

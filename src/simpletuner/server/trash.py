@@ -84,7 +84,12 @@ class Trash:
         """
         folder, record = self._require(id)
         entry = self._read(folder) or abort(404, "there is no such entry in the trash")
-        taken = [path for at, path in self._parts(folder, record) if os.path.lexists(path)]
+        parts = self._parts(folder, record)
+        taken = [path for _, path in parts if os.path.lexists(path)]
+        if record.get("extra", {}).get("replaces"):  # changed files give way to their old versions
+            for path in taken:
+                path.unlink()
+            taken = []
         if taken:
             abort(409, f"{taken[0]} exists again; rename it before you restore this")
         self._put_back(folder, record)

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 
 from simpletuner.data.geometry import ResizeCropConfig
 from simpletuner.server.api_errors import abort
-from simpletuner.server.dataset_service import DEFAULT_SEED, CropSettings
+from simpletuner.server.dataset_items import DEFAULT_SEED, CropSettings
 from simpletuner.server.file_responses import make_file_response
 from simpletuner.server.schemas import datasets as schemas
 from simpletuner.server.services import ServicesDep
