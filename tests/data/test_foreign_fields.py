@@ -59,6 +59,7 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (IMAGES, {"type": "huggingface"}, "dataset_name is missing"),
     (IMAGES, {"dataset_name": "username/dataset-name"}, "noted"),
     (IMAGES, {**HUB, "split": "train", "revision": "main", "streaming": True}, "works"),
+    (IMAGES, {**HUB, "cache_dir": "cache/hub"}, "noted"),
     (IMAGES, {**HUB, "metadata_backend": "huggingface", "num_proc": 16}, "noted"),
     (IMAGES, {**HUB, "image_column": "image", "caption_column": ["title", "tags"]}, "works"),
     (IMAGES, {**HUB, "huggingface": {"caption_column": ["title", "tags"]}}, "works"),

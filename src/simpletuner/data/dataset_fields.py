@@ -274,7 +274,10 @@ UNNEEDED_BY_REASON: Mapping[str, tuple[str, ...]] = {
         "metadata",
         "webshart",
     ),
-    "downloaded files are in cache_dir of the config, up to remote_cache_gib": ("csv_cache_dir",),
+    "downloaded files are in cache_dir of the config, up to remote_cache_gib": (
+        "csv_cache_dir",
+        "cache_dir",
+    ),
     "files are read by as many threads as help": ("num_proc",),
     "scanning writes no files": ("preserve_data_backend_cache", "metadata_update_interval"),
     "folders are always scanned, and unchanged files are not encoded again": (

@@ -24,8 +24,10 @@ from simpletuner.data.pixels import (
     to_eight_bits,
 )
 from simpletuner.data.rejections import UnusableFile
+from simpletuner.data.remote_store import RemoteStore
 from simpletuner.data.sample_types import BucketedSample, RejectedFile, SampleMask
 from simpletuner.errors import DataError
+from simpletuner.events.event_types import Emit
 from simpletuner.events.formatting import count_of
 
 if TYPE_CHECKING:
@@ -35,12 +37,13 @@ ASPECT_TOLERANCE = 0.01  # by which the aspect ratio of a mask may differ from i
 
 
 def find_masks(
-    dataset: DatasetConfig, images: Sequence[ImageFile]
+    dataset: DatasetConfig, images: Sequence[ImageFile], store: RemoteStore | None, emit: Emit
 ) -> tuple[list[ImageFile], list[RejectedFile], list[str]]:
     """Return the images with their masks, those whose mask is missing, and notices.
 
     An image must have a mask where the dataset names a dataset of masks, and may have one next to
-    it otherwise. Raises DataError for a dataset of masks without a file.
+    it otherwise. store: as in find_image_files. Raises DataError for a dataset of masks without a
+    file.
     """
     beside = sum(image.mask is not None for image in images)
     if dataset.dataset_type == "eval" or dataset.alpha_mask:
@@ -49,16 +52,16 @@ def find_masks(
         return [replace(image, mask=own) for image in images], [], [notice] if beside else []
     if dataset.masks is None:
         return list(images), [], []
-    return _match_masks(dataset.masks, images)
+    return _match_masks(dataset.masks, images, store, emit)
 
 
 def _match_masks(
-    masks: DatasetConfig, images: Sequence[ImageFile]
+    masks: DatasetConfig, images: Sequence[ImageFile], store: RemoteStore | None, emit: Emit
 ) -> tuple[list[ImageFile], list[RejectedFile], list[str]]:
     """Match by the path without its suffix, else by the name alone where that is unique."""
-    files, misnamed, _, _ = find_image_files(masks)
+    files, misnamed, _, _ = find_image_files(masks, store, emit)
     if not files:
-        raise DataError(f"{masks.id}: no masks in {masks.instance_data_dir}")
+        raise DataError(f"{masks.id}: no masks in {masks.address}")
     by_path = {splitext(file.relative_path)[0].removesuffix(MASK_ENDING): file for file in files}
     names = Counter(path.rpartition("/")[2] for path in by_path)
     by_name = {path.rpartition("/")[2]: file for path, file in by_path.items()}

@@ -223,7 +223,8 @@ def open_remote_store(
 
     closing: receives the store.
     """
-    if all(dataset.has_folder and dataset.type != "webdataset" for dataset in datasets):
+    sources = [*datasets, *(dataset.masks for dataset in datasets if dataset.masks is not None)]
+    if all(source.has_folder and source.type != "webdataset" for source in sources):
         return None
     limit = int(options.remote_cache_gib * GIB)
     return closing.enter_context(RemoteStore(cache / "sources", emit, limit))

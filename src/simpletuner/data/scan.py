@@ -138,7 +138,7 @@ def _list_files(
         if unread:
             skipped = count_of(unread.total(), "file")
             notes.append(f"{dataset.id}: skipped {skipped} that cannot be used: {kinds}")
-        named, maskless, mask_notes = find_masks(dataset, named)
+        named, maskless, mask_notes = find_masks(dataset, named, store, emit)
         notes += mask_notes
         found += named
         rejected += [*misnamed, *maskless]

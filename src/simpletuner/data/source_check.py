@@ -23,7 +23,8 @@ def check_sources(datasets: Sequence[DatasetConfig]) -> None:
     Raises DataError for missing credentials, buckets, datasets and columns. A server that does not
     answer is accepted here: the scan waits for it, and may find all that it needs in the cache.
     """
-    remote = [dataset for dataset in datasets if not dataset.has_folder]
+    sources = [*datasets, *(dataset.masks for dataset in datasets if dataset.masks is not None)]
+    remote = [source for source in sources if not source.has_folder]
     if not remote:
         return
     with (
