@@ -34,6 +34,7 @@ from benchmarks.nano import (
     methods,
     preservation,
     result_tables,
+    tuning,
 )
 from benchmarks.nano.cell_runner import CellRunner, ExperimentFolders
 from benchmarks.nano.experiment_inputs import ROOT, base_fingerprint
@@ -105,6 +106,8 @@ def strip_output_option(words: Sequence[str]) -> list[str]:
 
 
 def main(words: Sequence[str]) -> int:
+    if list(words[:2]) == ["--only", "tune"]:
+        return tuning.main(words[2:])
     args, asked = parse_arguments(words)
     chosen = (
         smoke_test_cells(asked) if args.corner else list_cells(asked.size, asked.seeds, asked.only)

@@ -85,26 +85,19 @@ def test_rates_are_sorted_and_the_default_spans_two_powers_of_ten() -> None:
 # The choice
 
 
-def test_clearly_worse_rates_are_stopped() -> None:
-    results = [result(1e-5, 0.9), result(1e-4, 0.5), result(1e-3, 0.8)]
-    assert [one.rate for one in rate_plan.choose_finalists(results)] == [1e-4]
+def test_the_best_and_the_next_lower_rate_are_trained_on() -> None:
+    results = [result(1e-5, 0.9), result(1e-4, 0.5), result(1e-3, 0.51)]
+    assert [one.rate for one in rate_plan.choose_finalists(results)] == [1e-4, 1e-5]
 
 
-def test_close_rates_are_trained_on_and_the_lower_neighbour_goes_first() -> None:
-    def uneven(rate: float, loss: float) -> TrialResult:
-        return TrialResult(
-            rate, 10, {name: at + loss + 0.1 * (-1) ** at for at, name in enumerate(IDS)}
-        )
-
-    close = [uneven(1e-5, 0.52), result(1e-4, 0.5), uneven(1e-3, 0.51)]
-    # 1e-3 is the second best by 0.01, equally for every image: only then is it preferred.
-    assert [one.rate for one in rate_plan.choose_finalists(close)] == [1e-4, 1e-3]
-    close[0] = TrialResult(1e-5, 10, {name: at + 0.52 for at, name in enumerate(IDS)})
-    close[1] = uneven(1e-4, 0.5)
-    close[2] = TrialResult(
-        1e-3, 10, {name: at + 0.51 + 0.2 * (at % 2) - 0.1 for at, name in enumerate(IDS)}
+def test_without_a_lower_rate_a_second_best_that_is_not_clearly_worse_goes_on() -> None:
+    uneven = TrialResult(
+        1e-3, 10, {name: at + 0.51 + 0.1 * (-1) ** at for at, name in enumerate(IDS)}
     )
-    assert [one.rate for one in rate_plan.choose_finalists(close)] == [1e-4, 1e-5]
+    close = [result(1e-4, 0.5), uneven, result(1e-2, 0.9)]
+    assert [one.rate for one in rate_plan.choose_finalists(close)] == [1e-4, 1e-3]
+    clear = [result(1e-4, 0.5), result(1e-3, 0.6)]
+    assert [one.rate for one in rate_plan.choose_finalists(clear)] == [1e-4]
 
 
 def test_within_the_error_the_lower_rate_is_chosen() -> None:
@@ -125,8 +118,8 @@ def test_the_grid_is_extended_at_its_edges() -> None:
 
 def test_a_rate_that_diverges_is_the_worst() -> None:
     gone = TrialResult(1e-2, 10, None)
-    results = [gone, result(1e-3, 0.5)]
-    assert [one.rate for one in rate_plan.choose_finalists(results)] == [1e-3]
+    results = [gone, result(1e-1, 0.5)]
+    assert [one.rate for one in rate_plan.choose_finalists(results)] == [1e-1]
     assert rate_plan.compare(gone, results[1])[0] == math.inf
 
 
@@ -180,10 +173,14 @@ def test_the_best_rate_is_found_and_written(tmp_path: Path, trials: FakeTrials) 
     assert (chosen.rate, chosen.at_edge, chosen.images) == (1e-4, False, 8)
     record = json.loads((tmp_path / "run-tune" / "result.json").read_text())
     assert record["rate"] == 1e-4
-    assert [row[0] for row in record["trials"]] == ["1e-05", "0.0001", "0.001"]
+    rows = [tuple(row[:2]) for row in record["trials"]]
+    first, last = (str(steps) for steps in search(tmp_path / "plan").plan.rungs)
+    assert rows == [
+        ("1e-05", first), ("0.0001", first), ("0.001", first), ("1e-05", last), ("0.0001", last),
+    ]  # fmt: skip
     events = [one.event for one in read_events(tmp_path / "run-tune" / "events.jsonl")]
     assert [type(event) for event in events if isinstance(event, (RateTried, RateChosen))] == [
-        RateTried, RateTried, RateTried, RateChosen,
+        *[RateTried] * 5, RateChosen,
     ]  # fmt: skip
     caches = {config["cache_dir"] for config in trials.configs}
     assert caches == {str(tmp_path / "run" / "cache")}

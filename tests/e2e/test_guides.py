@@ -21,6 +21,7 @@ OTHER_GUIDES = (
     "web-tutorial",
     "datasets",
     "chroma",
+    "choosing-a-rate",
     "memory",
     "lora-files",
     "validation",

@@ -184,22 +184,17 @@ def beyond_the_grid(results: Sequence[TrialResult]) -> float | None:
 
 
 def choose_finalists(results: Sequence[TrialResult]) -> list[TrialResult]:
-    """Return the best rate, and the second best unless it is clearly worse.
+    """Return the best rate and the next lower one, however much worse that is so far.
 
-    The next lower rate goes before another second best that is not clearly better, because short
-    runs favour high rates.
+    Short runs favour high rates, so the lower neighbour is the one that could still win. Where
+    there is none, the second best goes on unless it is clearly worse.
     """
     ordered = sorted(results, key=lambda result: result.loss)
     best, rest = ordered[0], [result for result in ordered[1:] if result.losses]
-    rest = [result for result in rest if not is_clearly_worse(result, best)]
-    lower = max(
-        (result for result in rest if result.rate < best.rate),
-        key=lambda result: result.rate,
-        default=None,
-    )
-    if lower is not None and not is_clearly_worse(lower, rest[0]):
-        return [best, lower]
-    return [best, *rest[: FINALISTS - 1]]
+    lower = [result for result in rest if result.rate < best.rate]
+    if lower:
+        return [best, max(lower, key=lambda result: result.rate)]
+    return [best, *(result for result in rest[:1] if not is_clearly_worse(result, best))]
 
 
 def is_clearly_worse(one: TrialResult, other: TrialResult) -> bool:

@@ -35,6 +35,7 @@ class ImageMetricSpec:
 MODEL_OPTIONS = ("evaluation_prompts", "pretrained_evaluation_model_name_or_path")
 IMAGE_METRICS: dict[str, ImageMetricSpec] = {
     "clip": ImageMetricSpec("similarity", 40, True, models=("clip",), options=MODEL_OPTIONS),
+    "retention": ImageMetricSpec("similarity", 40, True, models=("clip",), options=MODEL_OPTIONS),
     "likeness": ImageMetricSpec(
         "similarity", 40, True, models=("clip", "dinov2"), options=MODEL_OPTIONS
     ),
@@ -44,6 +45,10 @@ IMAGE_METRICS: dict[str, ImageMetricSpec] = {
     "shapes": ImageMetricSpec(unit="share", default_prompts=64, nano_only=True),
     "zorbo": ImageMetricSpec(unit="share", default_prompts=32, nano_only=True),
 }
+
+
+# Metrics of what the base could do before the training, which is compared at the end.
+RETENTION_METRICS = ("retention", "shapes")
 
 
 def parse_metric_names(evaluation_type: str) -> tuple[str, ...]:

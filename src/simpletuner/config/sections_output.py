@@ -202,7 +202,8 @@ class ValidationOptions(OptionSection):
     evaluation_type: str = option(
         "none",
         "Scores of generated images, of the base and during training: none, or a comma-separated "
-        "list of clip (agreement with the prompt), likeness (to the training images), diversity "
+        "list of clip (agreement with the prompt), retention (the same for built-in prompts, which "
+        "shows what is forgotten), likeness (to the training images), diversity "
         "(of the samples of one prompt), shapes (chroma-nano's world) and zorbo (the concept of "
         "the example).",
         resume_policy="free",
@@ -219,9 +220,9 @@ class ValidationOptions(OptionSection):
     )
     evaluation_prompts: int | None = option(
         None,
-        "Number of prompts per score; null is 40 for clip, 40 for likeness, 10 for diversity, 64 "
-        "for shapes, 32 for zorbo. The first three use the validation prompts, else the built-in "
-        "ones.",
+        "Number of prompts per score; null is 40 for clip, 40 for retention, 40 for likeness, 10 "
+        "for diversity, 64 for shapes, 32 for zorbo. clip, likeness and diversity use the "
+        "validation prompts, else the built-in ones.",
         unit="prompts",
         resume_policy="free",
         needs=SCORES,

@@ -247,6 +247,22 @@ class WeightChangeMeasured(Event, kind="weight_change"):
 
 
 @dataclass(frozen=True)
+class KnowledgeCompared(Event, kind="knowledge"):
+    """A score of what the base could do, before the training and now, with standard errors.
+
+    metric: "retention" or "shapes". unit: as in ScoresComputed.
+    """
+
+    step: int
+    metric: str
+    before: float
+    before_se: float
+    after: float
+    after_se: float
+    unit: str = "share"
+
+
+@dataclass(frozen=True)
 class RateTried(Event, kind="rate_tried"):
     """A learning rate after `steps` of a search. loss: None where it diverged.
 

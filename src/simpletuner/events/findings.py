@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from simpletuner.events.event_types import (
     Event,
+    KnowledgeCompared,
     RateChosen,
     RateTried,
     SampleLossesMeasured,
@@ -12,6 +15,7 @@ from simpletuner.events.event_types import (
 )
 
 MAX_NAMED_IMAGES = 5
+FORGOTTEN_ERRORS = 2.0  # standard errors of the difference
 # Below and above these ratios of norms, benchmarks/nano/results (strength) shows no effect and
 # destroyed images.
 LEARNT_NOTHING_BELOW = 1e-3
@@ -27,6 +31,8 @@ def describe_finding(event: Event) -> str:
             return describe_sample_losses(event)
         case WeightChangeMeasured():
             return describe_weight_change(event)
+        case KnowledgeCompared():
+            return describe_knowledge(event)
         case RateTried():
             if event.loss is None:
                 return f"learning rate {event.rate:g} diverged before step {event.steps}"
@@ -120,3 +126,25 @@ def describe_weight_change(event: WeightChangeMeasured) -> str:
             "use an earlier checkpoint"
         )
     return told
+
+
+def describe_knowledge(event: KnowledgeCompared) -> str:
+    """Return what the base could do before and can do now, and what keeps more of it.
+
+    The errors are added as if other prompts were used each time, which overstates the error.
+    """
+    scale, unit = (100, " %") if event.unit == "share" else (1, f" {event.unit}")
+    digits = 0 if event.unit == "share" else 3
+    change = event.after - event.before
+    error = math.hypot(event.before_se, event.after_se)
+    told = (
+        f"what the base could do ({event.metric}): {scale * event.before:.{digits}f} before, "
+        f"{scale * event.after:.{digits}f}{unit} at step {event.step} "
+        f"({scale * change:+.{digits}f} ± {scale * error:.{digits}f})"
+    )
+    if change < -FORGOTTEN_ERRORS * error:
+        return (
+            f"{told}: some of it is forgotten. Fewer steps, a lower learning_rate or "
+            "regularisation keep more"
+        )
+    return f"{told}: no measurable loss" if change <= 0 else told

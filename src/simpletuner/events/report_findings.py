@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from simpletuner.events.charts import ChartLine, render_line_chart
 from simpletuner.events.event_types import SampleLossesMeasured, WeightChangeMeasured
 from simpletuner.events.findings import (
+    describe_knowledge,
     describe_sample_losses,
     describe_verdict,
     describe_weight_change,
@@ -25,6 +26,7 @@ def render_findings(history: RunHistory) -> str:
     changes = [history.weight_changes[step] for step in sorted(history.weight_changes)]
     if changes:
         sentences.append(describe_weight_change(changes[-1]))
+    sentences += map(describe_knowledge, history.knowledge.values())
     trained = history.sample_losses.get("train")
     if trained is not None and trained.resisting:
         sentences.append(describe_sample_losses(trained))

@@ -28,6 +28,7 @@ class RunHistory:
     images: dict[tuple[ImageKey, int], event_types.ImageSaved] = field(default_factory=dict)
     verdict: event_types.VerdictReached | None = None
     sample_losses: dict[str, event_types.SampleLossesMeasured] = field(default_factory=dict)
+    knowledge: dict[str, event_types.KnowledgeCompared] = field(default_factory=dict)
     weight_changes: dict[int, event_types.WeightChangeMeasured] = field(default_factory=dict)
     saved_weights: dict[str, event_types.WeightsSaved] = field(default_factory=dict)
     warnings: list[
@@ -56,6 +57,8 @@ class RunHistory:
                 self.evaluations[event.dataset, event.split, event.step] = event
             case event_types.VerdictReached():
                 self.verdict = event
+            case event_types.KnowledgeCompared():
+                self.knowledge[event.metric] = event
             case event_types.WeightChangeMeasured():
                 self.weight_changes[event.step] = event
             case event_types.SampleLossesMeasured():
@@ -85,6 +88,9 @@ class RunHistory:
         }
         self.scores = {key: event for key, event in self.scores.items() if event.step <= step}
         self.images = {key: event for key, event in self.images.items() if event.step <= step}
+        self.knowledge = {
+            name: event for name, event in self.knowledge.items() if event.step <= step
+        }
         self.weight_changes = {at: event for at, event in self.weight_changes.items() if at <= step}
         self.sample_losses = {
             split: event for split, event in self.sample_losses.items() if event.step <= step

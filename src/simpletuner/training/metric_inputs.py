@@ -48,6 +48,7 @@ def read_metric_prompts(
         SAMPLES_PER_PROMPT if has_samples else 1,
         folder,
         emit,
+        library_prompts("", options.validation_negative_prompt),
     )
 
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from simpletuner.cache.batch_types import TextEmbedding
 from simpletuner.config.image_metrics import (
     IMAGE_METRICS,
+    RETENTION_METRICS,
     ImageMetricSpec,
     parse_metric_names,
 )
 from simpletuner.config.schema import ValidationOptions
-from simpletuner.events.event_types import Emit, ScoresComputed
+from simpletuner.events.event_types import Emit, KnowledgeCompared, ScoresComputed
 from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.peers import ALONE, Peers
 from simpletuner.validation.inference import Inference
@@ -61,6 +62,7 @@ class EvaluationPrompts:
     samples: int
     folder: Path
     emit: Emit
+    base_prompts: tuple[Prompt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def zorbo_metric(inputs: MetricInputs) -> Metric:
 
 
 def model_metric(
-    name: str, score_images: ScoreImages, uses_references: bool = False
+    name: str, score_images: ScoreImages, uses_references: bool = False, of_base: bool = False
 ) -> Callable[[MetricInputs], Metric]:
     """Return the builder of a metric that scores the run's prompts with the evaluation model."""
 
@@ -153,7 +155,7 @@ def model_metric(
         run = inputs.prompts
         if run is None or inputs.device is None:
             raise ValueError(f"{name} needs prompts, an evaluation model and a device")
-        prompts = run.prompts[: inputs.prompt_count]
+        prompts = (run.base_prompts if of_base else run.prompts)[: inputs.prompt_count]
         specs = make_image_specs(prompts, [run.size_px], run.samples, run.seed)
         score = make_score(score_images, specs, run.folder, inputs.device, run.emit)
         return Metric(name, inputs.spec.unit, specs, score, uses_references)
@@ -164,6 +166,7 @@ def model_metric(
 # The code of each metric; IMAGE_METRICS has its unit, memory and options under the same name.
 METRICS: dict[str, Callable[[MetricInputs], Metric]] = {
     "clip": model_metric("clip", text_agreement),
+    "retention": model_metric("retention", text_agreement, of_base=True),
     "likeness": model_metric("likeness", likeness_to_references, uses_references=True),
     "diversity": model_metric("diversity", diversity_of_samples),
     "shapes": shapes_metric,
@@ -213,6 +216,7 @@ class MetricEvaluator:
     peers: Peers = ALONE
     load_references: Callable[[], Sequence[Image.Image]] = tuple
     _last_scored_step: dict[str, int] = field(default_factory=dict, init=False)
+    _before: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)
 
     def score(self, step: int, transformer: nn.Module, weights: str) -> None:
         """Score the weights that are in the transformer now; does nothing if the step was scored.
@@ -241,6 +245,12 @@ class MetricEvaluator:
         }
         prompts = len({spec.prompt.id for spec in metric.image_specs})
         self.emit(ScoresComputed(step, metric.name, weights, prompts, rates, metric.unit))
+        if metric.name in RETENTION_METRICS and rates:
+            value, error, _ = rates.get("all") or next(iter(rates.values()))
+            before = self._before.setdefault(metric.name, (value, error)) if step == 0 else None
+            before = before or self._before.get(metric.name)
+            if step and before is not None:
+                self.emit(KnowledgeCompared(step, metric.name, *before, value, error, metric.unit))
 
     def _generate_images(self, metric: Metric, transformer: nn.Module) -> list[Image.Image]:
         """Return the images of all processes, each of which generates and decodes a share."""
@@ -272,7 +282,9 @@ class MetricEvaluator:
 
     def state_dict(self) -> dict[str, object]:
         """Return the last scored step of each metric, so that a resumed run repeats none (JSON)."""
-        return {"done": self._last_scored_step}
+        return {"done": self._last_scored_step, "before": self._before}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._last_scored_step = dict(state["done"])
+        before = state.get("before", {})  # checkpoints of earlier versions have none
+        self._before = {name: (value, error) for name, (value, error) in before.items()}
