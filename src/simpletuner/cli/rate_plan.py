@@ -187,7 +187,7 @@ def choose_finalists(results: Sequence[TrialResult]) -> list[TrialResult]:
     """Return the best rate and the next lower one, however much worse that is so far.
 
     Short runs favour high rates, so the lower neighbour is the one that could still win. Where
-    there is none, the second best goes on unless it is clearly worse.
+    there is none, the second best is trained on unless it is clearly worse.
     """
     ordered = sorted(results, key=lambda result: result.loss)
     best, rest = ordered[0], [result for result in ordered[1:] if result.losses]
