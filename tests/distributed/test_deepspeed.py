@@ -125,6 +125,19 @@ def assert_equal_runs(run_dir: Path, expected: Path, tolerance: float = TOLERANC
             assert difference <= tolerance, (name, key)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_by_module_and_weights_by_noise_level(stage: int, trainings: Trainings) -> None:
+    options = {
+        **LORA,
+        "lora_rank_by_module": {r".*to_q": 2},
+        "loss_weight_by_sigma": "0:0.5, 1:2",
+    }
+    one = trainings.train(f"ranks-alone-{stage}", 1, **options)
+    two = trainings.train(f"ranks-{stage}", 2, **options, **zero(stage))
+    assert_equal_runs(two, one)
+
+
 @pytest.mark.parametrize(
     ("kind", "stage"),
     [
