@@ -10,31 +10,34 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from benchmarks.nano.experiments import PADDED_ROWS
-from torch import Tensor
 
 from simpletuner.cli import main
-from simpletuner.models.chroma.fingerprints import T5_TENSOR
 from simpletuner.models.chroma.text_encoder import ChromaTextEncoder
 
+make_trimmed_batch = ChromaTextEncoder._make_batch
 
-@torch.no_grad()
-def encode_padded(self: ChromaTextEncoder, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-    """(512, D) for each caption: real tokens are masked from pads inside T5, and all its rows are
-    kept.
+
+def make_padded_batch(self: ChromaTextEncoder, captions: Sequence[str]) -> Any:
+    """Return a batch of 512 tokens for each caption, all of whose rows are kept.
+
+    Real tokens are masked from pads inside T5.
     """
-    ids = torch.full((len(captions), PADDED_ROWS), self._tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, caption in enumerate(captions):
-        tokens = self._tokenize(caption)
-        ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
-    hidden = self._t5(input_ids=ids, attention_mask=mask).last_hidden_state.clone()
-    return [{T5_TENSOR: rows} for rows in hidden]
+    batch = make_trimmed_batch(self, captions)
+    pads = (len(batch.tokens), PADDED_ROWS - batch.ids.shape[1])
+    return replace(
+        batch,
+        ids=torch.cat([batch.ids, torch.full(pads, self._tokenizer.pad_token_id)], dim=1),
+        mask=torch.cat([batch.mask, torch.zeros(pads, dtype=batch.mask.dtype)], dim=1),
+        lengths=[PADDED_ROWS] * len(batch.tokens),
+    )
 
 
 if __name__ == "__main__":
-    ChromaTextEncoder.encode = encode_padded  # type: ignore[method-assign]
+    ChromaTextEncoder._make_batch = make_padded_batch  # type: ignore[method-assign]
     sys.argv = ["simpletuner", "train", *sys.argv[1:]]
     main()

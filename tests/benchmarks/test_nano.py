@@ -22,12 +22,14 @@ from benchmarks.nano.__main__ import DOCS, FIGURE_NAME, PAGE_NAME, RESULTS, main
 from benchmarks.nano.cell_result import RESULT_FILE, CellResult
 from benchmarks.nano.cell_runner import CellQueue
 from benchmarks.nano.experiments import FULL_EXPERIMENT, SEEDS, SMOKE_TEST, TABLES, Cell
-from benchmarks.nano.padded import encode_padded
+from benchmarks.nano.padded import make_padded_batch
 from safetensors import safe_open
-from transformers import T5EncoderModel
 
 from simpletuner.config.load import load_config
-from simpletuner.models.chroma.text_encoder import ChromaTextEncoder, load_tokenizer
+from simpletuner.config.schema import ModelOptions
+from simpletuner.events.sinks import null_emit
+from simpletuner.models.chroma.text_encoder import ChromaTextEncoder, load_text_encoder
+from simpletuner.models.registry import get_family
 
 COMMAND = "python -m benchmarks.nano"
 # one name of a measured figure -> what it is worth here, by (row, seed)
@@ -253,16 +255,16 @@ def test_the_whole_corner(tmp_path: Path) -> None:
     assert used != trimmed["held_out_start"]["mean"]
 
 
-def test_padded_rows_are_the_trimmed_ones_and_the_encoder_s_own_for_pads() -> None:
-    t5 = T5EncoderModel.from_pretrained(
-        experiment_inputs.BUNDLED_BASE_DIR / "text_encoder", dtype=torch.float32
-    )
-    encoder = ChromaTextEncoder(
-        t5, load_tokenizer(experiment_inputs.BUNDLED_BASE_DIR / "tokenizer")
-    )
+def test_padded_rows_are_the_trimmed_ones_and_the_encoder_s_own_for_pads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family, options = get_family("chroma"), ModelOptions(model_flavour="nano", mixed_precision="no")
+    files = family.locate_files(options, null_emit)
+    encoder = load_text_encoder(files, options, torch.device("cpu"), null_emit)
     captions = ["a big red zorbo in the centre, navy background", "a star"]
-    padded = encode_padded(encoder, captions)
-    for padded_text, trimmed_text in zip(padded, encoder.encode(captions)):
+    trimmed_texts = encoder.encode(captions)
+    monkeypatch.setattr(ChromaTextEncoder, "_make_batch", make_padded_batch)
+    for padded_text, trimmed_text in zip(encoder.encode(captions), trimmed_texts, strict=True):
         rows, trimmed = padded_text["rows"], trimmed_text["rows"]
         assert rows.shape == (experiments.PADDED_ROWS, trimmed.shape[1])
         torch.testing.assert_close(rows[: len(trimmed)], trimmed, rtol=0, atol=1e-5)
