@@ -66,6 +66,8 @@ class PlacedTensor(Tensor):
         if len(places) > 1 and func not in COPIES:
             raise MixedDevices(f"{func}: {[(tuple(t.shape), str(place_of(t))) for t in tensors]}")
         place = place_of(tensors[0]) if func in COPIES else places.pop()
+        if func is aten.copy_.default and place == CPU and place_of(tensors[1]) == GPU:
+            PlacedTensor.reads += 1
         if func is aten._local_scalar_dense.default:
             PlacedTensor.reads += place == GPU
         with no_dispatch():
@@ -87,6 +89,7 @@ class PretendedGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)  # there is none without a driver
         if func is Tensor.tolist and isinstance(args[0], PlacedTensor):
             PlacedTensor.reads += args[0].place == GPU
             with no_dispatch():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,10 @@ def make_context(**options: Any) -> TrainerContext:
     network = spec.transformer
     fill_with_random_weights(network, torch.device("cpu"), torch.device("cpu"))
     trained = train_state.attach_trainable_parameters(run, family, network, null_emit)
-    train_state.configure_blocks(run, family, network)
     names = {id(param): name for name, param in network.named_parameters()}
     place_module(network)
-    if run.model.chroma_approximator_device == "cpu":
-        place_module(network.distilled_guidance_layer, torch.device("cpu"))
+    place_module(network.distilled_guidance_layer, torch.device("cpu"))
+    train_state.configure_blocks(run, family, network, GPU)
     placed = dict(network.named_parameters())
     trained = {name: placed[names[id(param)]] for name, param in trained.items()}
     state = train_state.assemble_train_state(
@@ -84,7 +84,13 @@ def make_context(**options: Any) -> TrainerContext:
     )
     shape = BatchShape(1, (PX, PX), 8)
     context = make_fake_context(
-        run, family, spec, shape, state, TrainSchedule(100, 2, 100, 0), MemoryTrackerMode(1)
+        run,
+        family,
+        spec,
+        shape,
+        state,
+        TrainSchedule(100, 2, 100, 0, sigma_chunk_steps=8),
+        MemoryTrackerMode(1),
     )
     batch = random_batch_like(context.load_batch(0))
     return dataclasses.replace(
@@ -92,6 +98,7 @@ def make_context(**options: Any) -> TrainerContext:
         device=ComputeDevice(GPU, torch.bfloat16, None),
         load_batch=lambda number: batch,
         ema=state.ema,
+        prepare_sigmas=partial(family.prepare_sigmas, network),
     )
 
 
@@ -144,8 +151,8 @@ CASES: dict[str, dict[str, Any]] = {
 QUICK = ("plain", "DoRA", "average", "approximator", "full rank", "nf4", "adamw_8bit", "prodigy")
 # How often the host waits for the device in a step of two micro-batches, where it is not once.
 # Prodigy estimates its rate; the finite loss is needed before weights change in the backward pass;
-# noise levels go to an approximator on the host; torch's Adafactor reads a number per parameter.
-READS = {"prodigy": 2, "full rank": 2, "approximator": 3, "adafactor": None}
+# torch's Adafactor reads a number per parameter.
+READS = {"prodigy": 2, "full rank": 2, "adafactor": None}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +162,9 @@ def test_a_training_step_mixes_no_devices(case: str) -> None:
     """Two steps, and how often the host waits for the device in the second one."""
     context = make_context(**CASES[case])
     if case == "full rank":
-        context = dataclasses.replace(context, schedule=TrainSchedule(100, 1, 100, 0))
+        context = dataclasses.replace(
+            context, schedule=TrainSchedule(100, 1, 100, 0, sigma_chunk_steps=8)
+        )
     loop.train_step(context, 0)
     params = [param for group in context.optimizer.param_groups for param in group["params"]]
     before = [param.detach().clone() for param in params]
