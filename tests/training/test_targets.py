@@ -187,9 +187,12 @@ def test_processes_that_share_the_network_run_the_base_equally_often() -> None:
     context = make_context()
 
     def counted(x: Tensor, sigma: Tensor, text: TextBatch) -> Tensor:
+        assert not context.transformer.training, "no dropout, no gradient checkpointing"
+        assert not torch.is_grad_enabled()
         calls.append(len(x))
         return context.predict_velocity(x, sigma, text)
 
+    context.transformer.train()
     for every_pass, expected in ((False, []), (True, [1])):
         calls.clear()
         base = BaseNetwork(context.transformer, counted, context.device.autocast, every_pass)
