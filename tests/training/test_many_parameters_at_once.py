@@ -165,3 +165,18 @@ def test_prodigy_follows_the_library(
     # The library's state continues here, as that of an earlier checkpoint does.
     optimizer.load_state_dict(reference)
     train(optimizer, mine, 1.0, steps=1)
+
+
+def test_groups_with_rates_of_their_own_keep_their_layouts() -> None:
+    params = parameters(torch.float32)
+    optimizer = optimizer_of("adamw_8bit", params)
+    optimizer.param_groups[0]["params"] = params[::2]
+    optimizer.add_param_group({**optimizer.param_groups[0], "params": params[1::2]})
+    layouts = []
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        layouts.append(dict(optimizer._layouts))
+    assert len(layouts[0]) == 2
+    assert all(layouts[0][key] is layout for key, layout in layouts[1].items())

@@ -70,7 +70,7 @@ class StochasticAdamW(IndependentParameterOptimizer):
             params, seed, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
         self.moments = moments
-        self._layouts: dict[tuple[torch.dtype, torch.device], FlatLayout] = {}
+        self._layouts: dict[int, FlatLayout] = {}
 
     def update_parameters(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Update small parameters in groups, and the others one by one; the numbers are the same.
@@ -100,8 +100,11 @@ class StochasticAdamW(IndependentParameterOptimizer):
         )
 
     def _layout_of(self, params: Sequence[Tensor]) -> FlatLayout:
-        """Return the layout of these parameters; that of the latest ones is kept."""
-        key = params[0].dtype, params[0].device
+        """Return the layout of these parameters; the latest one is kept for each first parameter.
+
+        Parameters with a rate of their own are stepped apart, and each group has a layout.
+        """
+        key = self.parameter_index[params[0]]
         layout = self._layouts.get(key)
         if layout is None or [id(each.param) for each in layout.parameters] != list(
             map(id, params)
