@@ -88,9 +88,9 @@ class CaptionDesk:
         if request.preview or not changes:
             return CaptionEditResult(count=len(changes), examples=examples)
         paths = [path for _, path, _, _ in changes]
-        extra = {"dataset": name, "replaces": True}
+        extra = {"dataset": name}
         label = f"{name}: {len(changes)} captions"
-        entry = self._trash.discard("captions", label, paths, extra)
+        entry = self._trash.discard("captions", label, paths, extra, copies=True)
         for _, path, _, after in changes:
             write_atomically(path, after)
         self._datasets.invalidate(name)

@@ -41,8 +41,12 @@ class Trash:
         label: str,
         paths: Sequence[Path],
         extra: dict[str, Any] | None = None,
+        copies: bool = False,
     ) -> TrashEntry:
         """Move files and folders to the trash as one entry.
+
+        copies: copy the files instead, which are then going to be replaced; restoring replaces them
+        again.
 
         extra: further content of the record, for the restoring service. The record is written
         first, so that a crash in between leaves an entry that restores what was moved. Raises
@@ -54,12 +58,16 @@ class Trash:
             "label": label,
             "deleted_t": time.time(),
             "paths": [str(path) for path in paths],
+            "replaces": copies,
             **({"extra": extra} if extra else {}),
         }
         write_atomically(folder / RECORD_NAME, json.dumps(record, indent=1))
         for at, path in enumerate(paths):
             try:
-                os.rename(path, folder / str(at))
+                if copies:
+                    shutil.copyfile(path, folder / str(at))
+                else:
+                    os.rename(path, folder / str(at))
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -85,11 +93,8 @@ class Trash:
         folder, record = self._require(id)
         entry = self._read(folder) or abort(404, "there is no such entry in the trash")
         parts = self._parts(folder, record)
-        taken = [path for _, path in parts if os.path.lexists(path)]
-        if record.get("extra", {}).get("replaces"):  # changed files give way to their old versions
-            for path in taken:
-                path.unlink()
-            taken = []
+        replaces = record.get("replaces") is True
+        taken = [] if replaces else [path for _, path in parts if os.path.lexists(path)]
         if taken:
             abort(409, f"{taken[0]} exists again; rename it before you restore this")
         self._put_back(folder, record)

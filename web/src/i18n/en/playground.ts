@@ -48,4 +48,5 @@ export const playground = {
   rank: "Reduce to rank",
   rankHint: "Empty: the rank of the sum.",
   write: "Write",
+  stepsLabel: "Steps",
 };

@@ -49,4 +49,5 @@ export const playground: Texts["playground"] = {
   rank: "Reducir al rango",
   rankHint: "Vacío: el rango de la suma.",
   write: "Escribir",
+  stepsLabel: "Pasos",
 };

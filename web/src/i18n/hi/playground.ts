@@ -49,4 +49,5 @@ export const playground: Texts["playground"] = {
   rank: "रैंक तक घटाएँ",
   rankHint: "खाली: योग का रैंक।",
   write: "लिखें",
+  stepsLabel: "स्टेप",
 };
