@@ -28,6 +28,10 @@ VIEWS = (
     "#/datasets",
     "#/datasets/discs",
     "#/system",
+    "#/settings",
+    "#/playground",
+    "#/playground/library",
+    "#/compare/RUN/FAILED",
     "#/login",
 )
 CHECK = """async () => {
