@@ -77,6 +77,19 @@ def test_plain_images_match_only_in_their_colour() -> None:
     assert group_near_duplicates(prints) == [[1, 3]]
 
 
+def test_small_copies_may_differ_by_noise_and_brightness_up_to_a_limit() -> None:
+    levels = np.random.default_rng(0).integers(60, 190, (256, 3))
+    noise = np.random.default_rng(1).normal(size=(256, 3))
+
+    def changed(by: np.ndarray | float) -> ImageFingerprint:
+        return ImageFingerprint(0, np.rint(levels + by).astype(np.uint8).tobytes())
+
+    assert looks_the_same(changed(0), changed(7 * noise))
+    assert not looks_the_same(changed(0), changed(10 * noise))
+    assert looks_the_same(changed(0), changed(18.0))
+    assert not looks_the_same(changed(0), changed(22.0))
+
+
 def test_hashes_within_the_distance_are_candidates() -> None:
     thumbnail = bytes(16 * 16 * 3)
     rng = np.random.default_rng(0)

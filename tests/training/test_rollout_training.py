@@ -227,3 +227,10 @@ def test_the_counted_pass_is_a_forward_pass() -> None:
     products = 2 * weights * rows * BATCH_SHAPE.samples
     # Streams of text and image have weights of their own in double blocks; attention comes on top.
     assert 0.5 * products < measured.rollout_flops < 2 * products
+
+
+def test_losses_are_multiplied_by_the_weight_of_their_noise_level() -> None:
+    plain = loop.compute_losses(make_context(), make_batch(), SIGMA, 0)
+    weighted = make_context(loss_weight_by_sigma="0:1, 0.3:1, 0.6:4, 1:0")
+    found = loop.compute_losses(weighted, make_batch(), SIGMA, 0)
+    torch.testing.assert_close(found, plain * torch.tensor([1.0, 1.0, 4.0, 0.5]))
