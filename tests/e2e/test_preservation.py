@@ -179,12 +179,12 @@ def test_a_black_mask_is_listed(project: TrainingProject) -> None:
     [
         {"use_dora": True, "delta_weight_penalty": 0.0, "lora_format": "none"},
         {"lora_init_type": "pissa"},
-        {"lora_type": "lycoris", "lycoris_config": {"algo": "lokr", "linear_dim": 4, "linear_alpha": 4}},
+        {"lora_type": "lycoris", "lora_rank": None,
+         "lycoris_config": {"algo": "lokr", "linear_dim": 4, "linear_alpha": 4}},
         {"mixed_precision": "bf16", "base_model_precision": "int8"},
         {"mixflow_enabled": True, "optimizer_release_gradients": True, "gradient_accumulation_steps": 1,
          "max_grad_norm": 0},
         {"scheduled_sampling_probability": 0.5},
-        {"musubi_blocks_to_swap": 1, "gradient_checkpointing": True},
     ],
     ids=lambda options: next(iter(options)),
 )  # fmt: skip
