@@ -149,7 +149,9 @@ export class DraftForm {
       this.validation = { ...validation, warnings };
       if (this.wantsPrompts && validation.captions?.length) {
         this.wantsPrompts = false;
+        const rejected = this.startErrors; // the prompts are no change of the user, who still has to read them
         if (this.prompts.length === 0 && !this.config.validation_prompt) this.usePromptsFromCaptions();
+        this.startErrors = rejected;
       }
       this.checkErrors = [];
       if (validation.problems.some((problem) => this.options.has(problem.loc))) this.plan.wait();
