@@ -148,6 +148,7 @@ def test_another_mask_is_other_data(project: TrainingProject, everything: Path) 
     assert "images that have changed: photos/picture-2.png" in str(error)
 
 
+@pytest.mark.slow
 def test_another_target_is_other_data(project: TrainingProject, everything: Path) -> None:
     towards_images = {**REGULARISATION, "regularisation_target": "images"}
     write_datasets(project, MASKS, towards_images, conditioning_data="masks")
