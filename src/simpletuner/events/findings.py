@@ -16,10 +16,10 @@ from simpletuner.events.event_types import (
 
 MAX_NAMED_IMAGES = 5
 FORGOTTEN_ERRORS = 2.0  # standard errors of the difference
-# Below and above these ratios of norms, benchmarks/nano/results (strength) shows no effect and
-# destroyed images.
+# Ratios of norms below and above which the change is called too small and too strong. They are
+# provisional: `python -m benchmarks.nano.tuning` writes the table that they should follow.
 LEARNT_NOTHING_BELOW = 1e-3
-FAR_TOO_STRONG_ABOVE = 1.0
+FAR_TOO_STRONG_ABOVE = 0.5
 
 
 def describe_finding(event: Event) -> str:
