@@ -18,15 +18,14 @@ from simpletuner.config.schema import ModelOptions
 from simpletuner.events.event_types import Emit
 from simpletuner.events.sinks import null_emit
 from simpletuner.models import block_executor
+from simpletuner.models.encoders import TextEncoder, Vae
 from simpletuner.models.family import (
     ArchitectureConstants,
     BlockMemoryPolicy,
     ModelFamily,
     ModelFiles,
     ModelSpec,
-    TextEncoder,
     TextTensor,
-    Vae,
     WholeTensorOf,
     as_it_is,
 )

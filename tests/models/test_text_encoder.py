@@ -14,7 +14,8 @@ from simpletuner.errors import DataError, ModelError
 from simpletuner.models.chroma import text_encoder
 from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.text_encoder import load_tokenizer
-from simpletuner.models.family import ModelFiles, TextEncoder
+from simpletuner.models.encoders import TextEncoder
+from simpletuner.models.family import ModelFiles
 
 CPU = torch.device("cpu")
 CAPTIONS = [

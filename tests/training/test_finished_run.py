@@ -14,7 +14,11 @@ import pytest
 from simpletuner.config.load import config_from_resolved, resolved_options
 from simpletuner.config.schema import RunConfig
 from simpletuner.data.dataset_config import DatasetConfig, DatasetFile
-from simpletuner.training.finished_run import describe_finished_run, end_finished_run
+from simpletuner.training.finished_run import (
+    describe_finished_run,
+    describe_stored_choice,
+    end_finished_run,
+)
 
 Change = Callable[[Path, Path], object]
 
@@ -92,3 +96,16 @@ def test_other_options_are_left_to_the_training(tmp_path: Path, options: dict[st
     other = config_from_resolved({**resolved_options(run), **options})
     assert describe_finished_run(run, backends) is not None
     assert describe_finished_run(other, backends) is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "told"),
+    [(12, "12 blocks compute their activations again"), (False, "all blocks keep"),
+     (True, "none of the blocks keep"), ("auto", "the start of the training decides")],
+)  # fmt: skip
+def test_the_choice_of_checkpointed_blocks_is_told(
+    tmp_path: Path, stored: object, told: str
+) -> None:
+    run, _, run_dir, _ = make_run(tmp_path)
+    (run_dir / "config.json").write_text(json.dumps({"gradient_checkpointing": stored}))
+    assert told in describe_stored_choice(run)

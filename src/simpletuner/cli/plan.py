@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from typing import Any
 
 import click
@@ -48,6 +49,7 @@ def build_plan_report(
     from simpletuner.training.memory_plan import fit, plan_formatting, step_time
     from simpletuner.training.memory_plan.communication import sent_bytes
     from simpletuner.training.memory_plan.machine_resources import detect_budget, reference_budget
+    from simpletuner.training.memory_plan.measure_once import silent
     from simpletuner.training.memory_plan.prediction import predict_memory
     from simpletuner.training.memory_plan.preflight import smaller_training_message
     from simpletuner.training.memory_plan.world_layout import read_layout
@@ -68,7 +70,8 @@ def build_plan_report(
         reference_budget("cuda" if wanted == "auto" else wanted) if away else detect_budget(device)
     )
     room = room.for_process(read_layout(run).local)
-    plan = predict_memory(run, family, kind=room.kind)
+    progress = partial(click.echo, err=True) if fits else silent
+    plan = predict_memory(run, family, kind=room.kind, progress=progress)
     lines = plan_formatting.format_plan(plan, room)
     report: dict[str, Any] = {
         **dataclasses.asdict(plan),
@@ -82,8 +85,9 @@ def build_plan_report(
         size = room.available_for_tensors if limit_bytes is None else limit_bytes
         if size is None:
             raise ConfigError("the free memory of this device is not known; write --fit 12GB")
-        ladder, best = fit.find_fitting_mode(fit.MemoryConfigSearch(run, family, (), room), size)
-        lines += ["", *plan_formatting.format_fit(run, best)]
+        search = fit.MemoryConfigSearch(run, family, (), room, progress=progress)
+        ladder, best = fit.find_fitting_mode(search, size)
+        lines += ["", f"planned for {room.name}", *plan_formatting.format_fit(run, best)]
         report["fit"] = dataclasses.asdict(best)
         if best.chosen is not None:
             report["options"] = best.chosen.options()

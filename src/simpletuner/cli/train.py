@@ -290,6 +290,10 @@ def print_config(
     echo("")
     for notice in (*loaded.notices, *dataset_notices):
         echo(f"note: {notice}")
+    if loaded.config.model.gradient_checkpointing == "auto":
+        from simpletuner.training.finished_run import describe_stored_choice
+
+        echo(f"note: {describe_stored_choice(loaded.config)}")
 
 
 def format_help(everything: bool) -> str:

@@ -24,18 +24,18 @@ NANO_PRESET: Mapping[str, Any] = {
 FULL_RANK_PRESET: Mapping[str, Any] = {"optimizer": "adamw_bf16", "learning_rate": 1e-5}
 
 # Rank 16, 1024 px, batch 1, all blocks checkpointed except in the first row: options and planned
-# GB, the most accurate first. Computed by `python benchmarks/plan.py`. Captions are encoded before
-# the training: T5 needs 9.5 GB unless it is quantized.
+# GB, the most accurate first. Computed by `python benchmarks/memory_table.py`, the first row by
+# `python benchmarks/plan.py`. The text encoder needs 1 GB, layer by layer, before the training.
 OFFLOAD_OPTIONS: Mapping[str, Any] = {"gradient_checkpointing_backend": "offload"}
-NF4_OPTIONS: Mapping[str, Any] = {"base_model_precision": "nf4", "text_encoder_1_precision": "int8"}
+NF4_OPTIONS: Mapping[str, Any] = {"base_model_precision": "nf4"}
 MEMORY_PRESETS: tuple[tuple[Mapping[str, Any], float], ...] = (
     ({"base_model_precision": "no_change", "gradient_checkpointing": False}, 52.2),
-    ({"base_model_precision": "no_change"}, 21.6),
-    ({"base_model_precision": "no_change", **OFFLOAD_OPTIONS}, 19.4),
-    ({"base_model_precision": "int8"}, 13.0),
-    ({"base_model_precision": "int8", **OFFLOAD_OPTIONS}, 10.8),
-    (NF4_OPTIONS, 8.9),
-    ({**NF4_OPTIONS, **OFFLOAD_OPTIONS}, 6.7),
+    ({"base_model_precision": "no_change"}, 20.6),
+    ({"base_model_precision": "no_change", **OFFLOAD_OPTIONS}, 19.9),
+    ({"base_model_precision": "int8"}, 12.0),
+    ({"base_model_precision": "int8", **OFFLOAD_OPTIONS}, 11.3),
+    (NF4_OPTIONS, 8.0),
+    ({**NF4_OPTIONS, **OFFLOAD_OPTIONS}, 7.3),
 )
 
 

@@ -8,7 +8,7 @@ B batch · C latent channels · H W latent side (image px / stride) · L text to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.compatibility import LoraConventions
-from simpletuner.cache.batch_types import TextBatch, TextEmbedding
+from simpletuner.cache.batch_types import TextBatch
 from simpletuner.config.schema import ModelOptions
 from simpletuner.errors import ConfigError
 from simpletuner.events.event_types import Emit
 from simpletuner.events.sinks import null_emit
+from simpletuner.models.encoders import EncoderPass, TextEncoder, Vae
 from simpletuner.models.weights.merge_loras import MergeOutput, WeightedLoras
 from simpletuner.models.weights.tensor_files import WholeTensor
 
@@ -134,8 +135,8 @@ class ModelSpec:
     blocks in order. uses_published_shape: no config file is available locally, so the published
     shape is assumed. may_differ_from_published: the same, but for a repository that may hold
     another size. text_dtype: dtype of the cached text embeddings. text_encoder_bytes, vae_bytes:
-    size once loaded. cpu_offloadable_bytes: size of the part that may stay on the CPU.
-    download_bytes: size of the files that are not downloaded yet.
+    size of what is on the device at once. cpu_offloadable_bytes: size of the part that may stay on
+    the CPU. download_bytes: size of the files that are not downloaded yet.
     """
 
     transformer: nn.Module
@@ -149,55 +150,6 @@ class ModelSpec:
     cpu_offloadable_bytes: int
     download_bytes: int
     may_differ_from_published: bool = False
-
-
-class TextEncoder(ABC):
-    """Captions to text embeddings."""
-
-    @abstractmethod
-    def encode(self, captions: Sequence[str]) -> list[TextEmbedding]:
-        """Return the named tensors of each caption, on the CPU and in the dtype of the cache.
-
-        Their names and shapes are those of ArchitectureConstants.text_tensors.
-        """
-
-    def encode_batches(
-        self,
-        batches: Sequence[Sequence[str]],
-        advance: Callable[[int], None] = lambda captions: None,
-    ) -> Iterator[list[TextEmbedding]]:
-        """Yield what `encode` returns for each batch of captions, bit for bit, in their order.
-
-        advance: receives how many more captions are done; the work of several batches may be done
-        together, before the first of them is yielded.
-        """
-        for captions in batches:
-            embeddings = self.encode(captions)
-            advance(len(captions))
-            yield embeddings
-
-    @abstractmethod
-    def token_count(self, caption: str) -> int:
-        """Count the tokens of the whole caption, end token included, before any limit."""
-
-
-class Vae(ABC):
-    """Pixels to raw posterior moments, and latents back to pixels."""
-
-    @abstractmethod
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Encode pixels (B, 3, H * stride, W * stride) in [-1, 1] to raw moments (B, 2C, H, W).
-
-        The first C channels are the mean, the others the log variance; on the CPU, in the VAE's
-        dtype.
-        """
-
-    @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents (B, C, H, W) to pixels (B, 3, H * stride, W * stride) in [-1, 1].
-
-        The result is float32 on the CPU.
-        """
 
 
 class ModelFamily(ABC):
@@ -229,6 +181,26 @@ class ModelFamily(ABC):
 
         dtype: of every weight that is not quantized.
         """
+
+    def text_encoder_pass(
+        self, options: ModelOptions, samples: int, rows: int
+    ) -> EncoderPass | None:
+        """Describe the text encoder with so many captions of `rows` tokens.
+
+        None in a family whose encoder needs no memory besides its weights.
+        """
+        return None
+
+    def vae_pass(
+        self,
+        options: ModelOptions,
+        device_kind: str,
+        samples: int,
+        size_px: tuple[int, int],
+        decodes: bool,
+    ) -> EncoderPass | None:
+        """Describe the VAE with so many images of (width, height), which it encodes or decodes."""
+        return None
 
     @abstractmethod
     def read_constants(self, source: ModelFiles) -> ArchitectureConstants:

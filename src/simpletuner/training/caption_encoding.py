@@ -12,7 +12,8 @@ from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.data.scan import ScanResult
 from simpletuner.errors import DataError
 from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
-from simpletuner.models.family import ModelFamily, ModelFiles, TextEncoder
+from simpletuner.models.encoders import TextEncoder
+from simpletuner.models.family import ModelFamily, ModelFiles
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.world import World
 

@@ -75,6 +75,23 @@ def _run_dir(run: RunConfig) -> Path:
     return Path(os.path.expanduser(run.training.output_dir)).absolute()
 
 
+def describe_stored_choice(run: RunConfig) -> str:
+    """Describe without torch the choice of gradient_checkpointing "auto"."""
+    stored = (_read_object(_run_dir(run) / "config.json") or {}).get(CHOSEN_BY_PLAN)
+    if isinstance(stored, bool):
+        kept = "none of the" if stored else "all"
+        return f"{CHOSEN_BY_PLAN} auto: {kept} blocks keep their activations, as in {_run_dir(run)}"
+    if isinstance(stored, int):
+        return (
+            f"{CHOSEN_BY_PLAN} auto: {stored} blocks compute their activations again and the "
+            f"others keep them, as in {_run_dir(run)}"
+        )
+    return (
+        f"{CHOSEN_BY_PLAN} auto: the start of the training decides how many blocks keep their "
+        "activations, by the free memory; simpletuner plan --fit shows what fits"
+    )
+
+
 def _read_object(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -15,7 +15,8 @@ from torch import Tensor
 from simpletuner.data.sample_types import BucketedSample
 from simpletuner.data.start_image import StartImageRequest, load_mask, load_start_pixels
 from simpletuner.flow.objective import add_noise
-from simpletuner.models.family import ArchitectureConstants, Vae
+from simpletuner.models.encoders import Vae
+from simpletuner.models.family import ArchitectureConstants
 
 
 @dataclass(frozen=True)

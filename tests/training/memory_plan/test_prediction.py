@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
+from torch import nn
 
 from simpletuner.cli.plan import command
 from simpletuner.config.evaluation_models import DEFAULT_MODEL_BYTES
@@ -18,8 +22,11 @@ from simpletuner.data.geometry import ResizeCropConfig
 from simpletuner.errors import ConfigError
 from simpletuner.events.event_types import Event, NoticeIssued
 from simpletuner.models.block_executor import block_memory_policy
+from simpletuner.models.encoders import EncoderPass
 from simpletuner.models.family import BlockMemoryPolicy
 from simpletuner.training.memory_plan import (
+    fake_encoders,
+    fake_step,
     fit,
     machine_resources,
     memory_saving,
@@ -28,7 +35,8 @@ from simpletuner.training.memory_plan import (
     prediction,
     preflight,
 )
-from simpletuner.training.memory_plan.fake_step import BatchShape
+from simpletuner.training.memory_plan.checkpointing_choice import choose_checkpointing
+from simpletuner.training.memory_plan.fake_step import BatchShape, StepMeasurement
 from simpletuner.training.memory_plan.fit import MemoryConfigSearch
 from simpletuner.training.memory_plan.machine_resources import MachineResources, find_disk_shortages
 from simpletuner.training.memory_plan.prediction import predict_memory
@@ -57,7 +65,7 @@ def test_the_second_answer_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     def never(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(prediction, "measure_fake_step", never)
+    monkeypatch.setattr(fake_step, "measure_fake_step", never)
     assert predict_memory(make_run_config(learning_rate=0.5, seed=7), TinyChroma(), SIZE) == first
     with pytest.raises(AssertionError, match="again"):
         predict_memory(make_run_config(lora_rank=8), TinyChroma(), SIZE)
@@ -240,7 +248,8 @@ def fitted(
     monkeypatch.setattr(preflight.registry, "get_family", lambda name: TinyChroma())
     monkeypatch.setattr(preflight, "detect_budget", lambda device: room)
     run = preflight.preflight_check(run, SIZE, told.append, within, before)
-    return run, [event.message for event in told if isinstance(event, NoticeIssued)]
+    said = [event.message for event in told if isinstance(event, NoticeIssued)]
+    return run, [message for message in said if not message.startswith("measuring a step")]
 
 
 def test_a_training_takes_the_fastest_way_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,3 +419,85 @@ def test_the_evaluation_model_is_part_of_the_plan(tmp_path: Path) -> None:
         make_run_config(evaluation_type="diversity"), TinyChroma(), SIZE, "cuda"
     )
     assert remote.disk["download"] == plain.disk["download"] + DEFAULT_MODEL_BYTES
+
+
+def test_the_encoders_count_with_their_activations() -> None:
+    """A linear of 8 to 16 numbers, on 4 rows of floats: input, weights and output."""
+    linear = nn.Linear(8, 16, device="meta").requires_grad_(False)
+    described = EncoderPass(linear, lambda: linear(torch.empty(4, 8)))
+    weights = 4 * (16 * 8 + 16)
+    assert fake_encoders.peak_bytes(described, 1, 5) == weights + 4 * (4 * 8 + 4 * 16)
+    assert fake_encoders.peak_bytes(None, 1, 5) == 5
+
+
+def test_the_largest_phase_decides() -> None:
+    """Beside the weights, VAE decoding may need more than a step, and so may a model before it."""
+    plan = predict_memory(make_run_config(), TinyChroma(), SIZE, "cuda")
+    assert plan.peak == plan.training
+    context = plan.allowances["context"]
+    for uses in ({"before": {"VAE": 10**12}}, {"validation": {"VAE decoding": 10**12}}):
+        assert dataclasses.replace(plan, **uses).peak == 10**12 + context
+    held = sum(plan.parts[part] for part in ("weights", "adapters", "optimizer"))
+    assert plan.validation["modulations"] == held + 1_000_000
+    assert plan.before.keys() == {"text encoder", "VAE"}
+
+
+def test_auto_keeps_the_choice_of_the_run_folder_while_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, family = make_run_config(gradient_checkpointing="auto"), TinyChroma()
+    monkeypatch.setattr(prediction, "LARGE_MODEL_BYTES", 0)
+    away = BlockMemoryPolicy(approximator_on_host=True)
+    none = predict_memory(run, family, SIZE, "cuda", away)
+    kept, too_small = none.training, none.tensor_bytes - 1
+
+    def choose(free: int, stored: object) -> tuple[bool | int, str]:
+        (tmp_path / "config.json").write_text(json.dumps({"gradient_checkpointing": stored}))
+        card = dataclasses.replace(CARD, device_free_bytes=free)
+        choice = choose_checkpointing(run, family, SIZE, card, tmp_path)
+        return choice.value, choice.reason
+
+    assert choose(kept, "auto") == (False, "planned for a card")
+    assert choose(kept, 2) == (2, "as in the run folder")
+    assert choose(kept, True) == (True, "as in the run folder")
+    assert choose(too_small, True) == (True, "as in the run folder")
+    assert choose(too_small, False) == (True, "planned for a card")
+    for damaged in ([], "many", -4):
+        assert choose(kept, damaged) == (False, "planned for a card")
+
+
+def test_auto_plans_no_small_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps all activations where they surely fit, and is planned where they may not."""
+    run, family = make_run_config(gradient_checkpointing="auto"), TinyChroma()
+    measured: list[int] = []
+    measure = fake_step.measure_fake_step
+
+    def count(*inputs: Any) -> StepMeasurement:
+        measured.append(1)
+        return measure(*inputs)
+
+    monkeypatch.setattr(fake_step, "measure_fake_step", count)
+    card = dataclasses.replace(CARD, device_free_bytes=10**12)
+    choice = choose_checkpointing(run, family, SIZE, card)
+    assert (choice.value, choice.reason, measured) == (False, "a small base", [])
+    assert f"{BLOCKS} of {BLOCKS} blocks keep their activations, 0 compute" in str(choice)
+    small = dataclasses.replace(CARD, device_free_bytes=100_000_000)
+    assert choose_checkpointing(run, family, SIZE, small).reason == "planned for a card"
+    assert measured
+
+
+def test_what_fits_without_checkpointing_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    measure = fake_step.measure_fake_step
+
+    def count(*inputs: Any) -> StepMeasurement:
+        measured.append(1)
+        return measure(*inputs)
+
+    monkeypatch.setattr(fake_step, "measure_fake_step", count)
+    told: list[str] = []
+    run = make_run_config()
+    search = MemoryConfigSearch(run, TinyChroma(), SIZE, CARD, progress=told.append)
+    assert fit.blocks_to_checkpoint(search, 10**12) == 0
+    assert len(measured) == 1
+    assert told == ["measuring a step with 0 checkpointed blocks ..."]

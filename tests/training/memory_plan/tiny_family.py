@@ -105,3 +105,8 @@ class TinyChroma(ChromaFamily):
     def build_spec(self, options: ModelOptions, dtype: torch.dtype) -> ModelSpec:
         run = make_run_config().model_copy(update={"model": options})
         return dataclasses.replace(make_model_spec(run), cpu_offloadable_bytes=1_000_000)
+
+    def text_encoder_pass(self, *_: object) -> None:
+        """Count the weights of the encoders only."""
+
+    vae_pass = text_encoder_pass  # type: ignore[assignment]

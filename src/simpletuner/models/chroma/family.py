@@ -16,6 +16,7 @@ from simpletuner.events.event_types import Emit
 from simpletuner.events.sinks import null_emit
 from simpletuner.models import block_executor
 from simpletuner.models.chroma import (
+    encoder_passes,
     fingerprints,
     lora_targets,
     model_files,
@@ -23,19 +24,18 @@ from simpletuner.models.chroma import (
     quantized_cache,
     weights,
 )
-from simpletuner.models.chroma.fingerprints import T5_TENSOR
+from simpletuner.models.chroma.fingerprints import T5_TENSOR, vae_dtype
 from simpletuner.models.chroma.lora_programs import CHROMA_LORA
 from simpletuner.models.chroma.modulations import PreparedModulations
 from simpletuner.models.chroma.transformer import ChromaTransformer
+from simpletuner.models.encoders import EncoderPass, TextEncoder, Vae
 from simpletuner.models.family import (
     ArchitectureConstants,
     BlockMemoryPolicy,
     ModelFamily,
     ModelFiles,
     ModelSpec,
-    TextEncoder,
     TextTensor,
-    Vae,
 )
 from simpletuner.models.weights.merge_loras import MergeOutput, WeightedLoras
 
@@ -116,6 +116,22 @@ class ChromaFamily(ModelFamily):
 
     def build_spec(self, options: ModelOptions, dtype: torch.dtype) -> ModelSpec:
         return model_spec.build_model_spec(options, dtype, self.read_constants)
+
+    def text_encoder_pass(
+        self, options: ModelOptions, samples: int, rows: int
+    ) -> EncoderPass | None:
+        return encoder_passes.text_encoder_pass(options, samples, rows)
+
+    def vae_pass(
+        self,
+        options: ModelOptions,
+        device_kind: str,
+        samples: int,
+        size_px: tuple[int, int],
+        decodes: bool,
+    ) -> EncoderPass | None:
+        dtype = vae_dtype(options, torch.device(device_kind))
+        return encoder_passes.vae_pass(options, dtype, samples, size_px, decodes)
 
     def write_quantized_files(
         self,

@@ -17,11 +17,19 @@ from simpletuner.quantization.schemes import get_scheme
 MAX_TOKENS = 512
 T5_TENSOR = "rows"  # name of T5's embedding (L, 4096) in every text cache; must not change
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
+VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def text_encoder_dtype(options: ModelOptions) -> torch.dtype:
     """Return T5's dtype. It overflows in float16, so fp16 uses bfloat16 as well."""
     return torch.float32 if options.mixed_precision == "no" else torch.bfloat16
+
+
+def vae_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
+    """Return the dtype; "default" is bfloat16 on accelerators and float32 on the CPU."""
+    if options.vae_dtype == "default":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return VAE_DTYPES[options.vae_dtype]
 
 
 def token_limit(options: ModelOptions) -> int:

@@ -49,9 +49,7 @@ def build_model_spec(
     read_constants: Callable[[ModelFiles], ArchitectureConstants],
 ) -> ModelSpec:
     """Describe the model without network access, using published sizes for absent weights."""
-    folders = {
-        component: _local_component_path(component, options) for component in PUBLISHED_SIZES
-    }
+    folders = {component: local_component_path(component, options) for component in PUBLISHED_SIZES}
     transformer_path = folders["transformer"]
     config = (
         TransformerConfig()
@@ -94,7 +92,7 @@ def _t5_bytes_per_parameter(options: ModelOptions) -> float:
     return schemes.get_scheme(options.text_encoder_1_precision).size_bytes(1024, 1024) / 1024**2
 
 
-def _local_component_path(component: str, options: ModelOptions) -> Path | None:
+def local_component_path(component: str, options: ModelOptions) -> Path | None:
     """Return a component's local path, or None when it is only on the hub.
 
     Raises ModelError for a name that is neither local nor a hub id.

@@ -67,7 +67,7 @@ class LayeredT5:
         self.width: int = whole.d_model
         self._stored = stored
         self._layers: int = whole.num_layers
-        self._encoder = _one_layer_encoder(config, precision, dtype)
+        self._encoder = one_layer_encoder(config, precision, dtype)
         self._final_norm = self._encoder.final_layer_norm
         self._empty_state = dict(self._encoder.state_dict())
         self._embedding = stored[T5_EMBEDDING].load().to(dtype)
@@ -174,7 +174,7 @@ class _DtypeQueriedLinear(QuantizedLinear):
         )
 
 
-def _one_layer_encoder(config: Mapping[str, object], precision: str, dtype: torch.dtype) -> Any:
+def one_layer_encoder(config: Mapping[str, object], precision: str, dtype: torch.dtype) -> Any:
     """Build the encoder with one layer on the meta device, in `dtype`, frozen and in eval mode."""
     t5 = _empty_t5({**config, "num_layers": 1}).to(dtype)
     if precision != "no_change":

@@ -21,7 +21,8 @@ from simpletuner.errors import DataError, ModelError
 from simpletuner.events.event_types import Emit
 from simpletuner.models.chroma.fingerprints import MAX_TOKENS, T5_TENSOR, token_limit
 from simpletuner.models.chroma.t5 import LayeredT5, load_t5
-from simpletuner.models.family import ModelFiles, TextEncoder
+from simpletuner.models.encoders import TextEncoder
+from simpletuner.models.family import ModelFiles
 
 # Hidden states of the batches that a layer is applied to before the next layer is read. On a CPU
 # the weights are read at the cost of a copy, and less work is lost when a run is stopped.

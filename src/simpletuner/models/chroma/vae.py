@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,20 +11,13 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
 from simpletuner.config.schema import ModelOptions
+from simpletuner.models.chroma.fingerprints import vae_dtype
 from simpletuner.models.chroma.model_format import CHROMA_FORMAT
 from simpletuner.models.chroma.weights import read_vae_config
-from simpletuner.models.family import ModelFiles, Vae
+from simpletuner.models.encoders import Vae
+from simpletuner.models.family import ModelFiles
 from simpletuner.models.weights.components import component_tensors
 from simpletuner.models.weights.tensor_loading import check_tensors
-
-VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def vae_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
-    """Return the dtype; "default" is bfloat16 on accelerators and float32 on the CPU."""
-    if options.vae_dtype == "default":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return VAE_DTYPES[options.vae_dtype]
 
 
 class ChromaVae(Vae):
@@ -53,8 +47,7 @@ class ChromaVae(Vae):
 def load_vae(source: ModelFiles, options: ModelOptions, device: torch.device) -> ChromaVae:
     """Load the VAE. Tiling saves memory on large images but leaves seams of a few grey levels."""
     config = read_vae_config(source.vae)
-    with torch.device("meta"):
-        vae: Any = AutoencoderKL.from_config(config)
+    vae = empty_vae(config, options)
     dtype = vae_dtype(options, device)
     tensors = component_tensors(source.vae, "vae", CHROMA_FORMAT, source.variant)
     state = {name: tensor.load().to(dtype) for name, tensor in tensors.items()}
@@ -62,8 +55,15 @@ def load_vae(source: ModelFiles, options: ModelOptions, device: torch.device) ->
         state = convert_ldm_vae_checkpoint(state, config)
     check_tensors(vae.state_dict(), state, source.vae)
     vae.load_state_dict(state, assign=True)
+    return ChromaVae(vae.to(device).requires_grad_(False).eval())
+
+
+def empty_vae(config: Mapping[str, object], options: ModelOptions) -> Any:
+    """Build the VAE on the meta device. Any, because type checkers see a stub without methods."""
+    with torch.device("meta"):
+        vae: Any = AutoencoderKL.from_config(dict(config))
     if options.vae_enable_tiling:
         vae.enable_tiling()
     if options.vae_enable_slicing:
         vae.enable_slicing()
-    return ChromaVae(vae.to(device).requires_grad_(False).eval())
+    return vae.requires_grad_(False).eval()

@@ -24,6 +24,7 @@ from simpletuner.models.family import BlockMemoryPolicy, ModelFamily, ModelSpec
 from simpletuner.training.memory_plan import prediction, step_time
 from simpletuner.training.memory_plan.fake_step import cpu_device_without_gpu_options
 from simpletuner.training.memory_plan.machine_resources import MachineResources
+from simpletuner.training.memory_plan.measure_once import Progress, silent
 from simpletuner.training.memory_plan.prediction import MemoryPrediction, predict_memory
 from simpletuner.training.memory_plan.world_layout import read_layout, weight_bytes_by_unit
 
@@ -87,12 +88,14 @@ class MemoryConfigSearch:
         framings: Sequence[ResizeCropConfig],
         budget: MachineResources,
         fixed_precisions: bool = False,
+        progress: Progress = silent,
     ) -> None:
         self.run = run
         self.family = family
         self.framings = framings
         self.budget = budget
         self.fixed_precisions = fixed_precisions
+        self.progress = progress
         dtype = cpu_device_without_gpu_options(run.model).weights_dtype
         is_frozen = run.model.model_type == "lora"
         precisions = tuple(DEQUANTIZATION_SLOWDOWN) if is_frozen and not fixed_precisions else ()
@@ -137,9 +140,12 @@ class MemoryConfigSearch:
         return self._predict(self.blocks)
 
     def _predict(self, checkpointed: int) -> MemoryPrediction:
-        return predict_memory(
-            self.run, self.family, self.framings, self.budget.kind, self.policy(checkpointed)
-        )
+        return self.predict(self.run, self.policy(checkpointed))
+
+    def predict(self, run: RunConfig, memory: BlockMemoryPolicy) -> MemoryPrediction:
+        """Predict a run like that of the search, with its exact size."""
+        kind, progress = self.budget.kind, self.progress
+        return predict_memory(run, self.family, self.framings, kind, memory, progress=progress)
 
     @property
     def bytes_per_block(self) -> float:
@@ -236,7 +242,7 @@ class MemoryConfigSearch:
         """
         for _ in range(MAX_VERIFICATIONS):
             run = with_options(self.run, config.options())
-            exact = predict_memory(run, self.family, self.framings, self.budget.kind, config.memory)
+            exact = self.predict(run, config.memory)
             config = dataclasses.replace(config, size=exact.training, exact=True)
             if config.size <= limit:
                 return config
@@ -285,7 +291,12 @@ def find_fitting_mode(
     if any(find_distributed_errors(run)):  # another option does not allow it
         return search, replicated
     other = MemoryConfigSearch(
-        run, search.family, search.framings, search.budget, search.fixed_precisions
+        run,
+        search.family,
+        search.framings,
+        search.budget,
+        search.fixed_precisions,
+        search.progress,
     )
     sharded = find_fitting_config(other, limit)
     return (search, replicated) if sharded.chosen is None else (other, sharded)

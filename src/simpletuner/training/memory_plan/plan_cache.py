@@ -54,11 +54,33 @@ def package_digest() -> str:
     return digest.hexdigest()
 
 
-def get_or_measure(name: str, measure: Callable[[], StepMeasurement]) -> StepMeasurement:
+def digest(*parts: str) -> str:
+    """Return a name for something that depends on these parts and on the code."""
+    return hashlib.sha256("\0".join([*parts, package_digest()]).encode()).hexdigest()[:24]
+
+
+def get_or_count(name: str, count: Callable[[], int]) -> int:
+    """Return the cached number, or count and cache it; an unwritable folder is ignored."""
+    file = user_cache_dir() / "plan" / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return int(json.loads(file.read_text(encoding="utf-8"))["bytes"])
+    found = count()
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps({"bytes": found}))
+    return found
+
+
+def get_or_measure(
+    name: str,
+    measure: Callable[[], StepMeasurement],
+    before_measuring: Callable[[], object] = lambda: None,
+) -> StepMeasurement:
     """Return the cached measurement, or measure and cache it; an unwritable folder is ignored."""
     file = user_cache_dir() / "plan" / f"{name}.json"
     if (cached := read_cached_measurement(name)) is not None:
         return cached
+    before_measuring()
     measured = measure()
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

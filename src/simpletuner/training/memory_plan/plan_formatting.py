@@ -43,6 +43,8 @@ def format_plan(plan: MemoryPrediction, budget: MachineResources) -> list[str]:
     )
     for part, size in plan.before.items():
         lines.append(f"  {part + ', before training':<34}{format_bytes(size):>9}")
+    for part, size in plan.validation.items():
+        lines.append(f"  {part + ', between steps':<34}{format_bytes(size):>9}")
     local = f" of {plan.world.local} processes" if plan.world.local > 1 else ""
     lines += _format_group(f"host memory{local}", plan.host, budget.host_free_bytes)
     lines += _format_group("disk", plan.disk, None)

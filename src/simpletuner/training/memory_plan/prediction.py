@@ -25,14 +25,15 @@ from simpletuner.training.device import select_device
 from simpletuner.training.ema import resolve_ema_device
 from simpletuner.training.memory_plan import plan_cache
 from simpletuner.training.memory_plan.communication import CollectiveUse, step_communication
+from simpletuner.training.memory_plan.fake_encoders import measure_encoders
 from simpletuner.training.memory_plan.fake_step import (
     NO_TARGETS,
     BatchShape,
     StepMeasurement,
     TargetUse,
     cpu_device_without_gpu_options,
-    measure_fake_step,
 )
+from simpletuner.training.memory_plan.measure_once import Progress, measure_once, silent
 from simpletuner.training.memory_plan.memory_tracker import CUDA_ALLOCATION_BYTES
 from simpletuner.training.memory_plan.world_layout import (
     WeightBytes,
@@ -54,6 +55,7 @@ HOST_RUNTIME_BYTES = {"cuda": 2_500_000_000, "mps": 1_000_000_000, "cpu": 800_00
 FRAGMENTATION_FRACTION = 0.05
 # Bytes of a number in a block's input: only GPUs offload it, and they compute in bf16.
 ACTIVATION_ITEM_BYTES = 2
+STEP_PARTS = ("activations", "temporaries")  # which exist only within a step
 # Bytes of weights. For a smaller base, the plan would take as long as some training steps.
 LARGE_MODEL_BYTES = 1_000_000_000
 ASSUMED_ASPECT = (3, 2)  # where the resolution is only the shorter edge
@@ -64,8 +66,10 @@ class MemoryPrediction:
     """Bytes by their use, on the device of each process.
 
     parts: of the device, counted exactly for one process, and on paper for several. allowances:
-    constants of this module. before: device bytes of models that are loaded and dropped before
-    training. host: of all processes of one machine. host, disk: bytes by use. moved: bytes copied
+    constants of this module. before: device bytes of models that are used and dropped before
+    training, with their activations. validation: device bytes between training steps, with what
+    stays there of the training: while an image is decoded, and while modulations are computed.
+    host: of all processes of one machine. host, disk: bytes by use. moved: bytes copied
     between host and device in a step. flops: of a step, with its rollouts. rollout_flops: the
     largest part of rollouts in it. trained: number of parameters. feed: the assumed batch. assumed:
     whether the published shape was used, because the model's own config is not on this machine yet.
@@ -90,6 +94,7 @@ class MemoryPrediction:
     base_bytes: int = 0
     communication: tuple[CollectiveUse, ...] = ()
     base_flops: float = 0.0
+    validation: dict[str, int] = field(default_factory=dict)
 
     @property
     def tensor_bytes(self) -> int:
@@ -102,9 +107,8 @@ class MemoryPrediction:
     @property
     def peak(self) -> int:
         """Return the device bytes of the largest stage of the run."""
-        return max(
-            self.training, *(size + self.allowances["context"] for size in self.before.values())
-        )
+        others = (*self.before.values(), *self.validation.values())
+        return max(self.training, *(size + self.allowances["context"] for size in others))
 
 
 def predict_memory(
@@ -114,12 +118,13 @@ def predict_memory(
     kind: str | None = None,
     memory: BlockMemoryPolicy | None = None,
     targets: TargetUse = NO_TARGETS,
+    progress: Progress = silent,
 ) -> MemoryPrediction:
     """Run a step on tensors without data, or use the cached measurement of one.
 
     framings: resize and crop settings of the datasets; none for the resolution of the options.
     kind: "cuda", "mps" or "cpu", to plan for another device than that of this machine. memory:
-    replaces the block memory policy of the options. targets: what the datasets ask for.
+    replaces the policy of the options. targets: what the datasets ask for. progress: called first.
     """
     kind = kind or select_device(run.model).device.type
     spec, memory, feed, granule = planning_inputs(run, family, framings, kind, memory)
@@ -131,10 +136,7 @@ def predict_memory(
     model_bytes = weight_bytes(spec)
     units = family.shard_units(spec.transformer)
     unit_weights = weight_bytes_by_unit(spec.transformer, units, is_lora)
-    cache_key = plan_cache.cache_key(run, spec, memory, feed, granule)
-    measured = plan_cache.get_or_measure(
-        cache_key, lambda: measure_fake_step(run, family, spec, memory, feed, granule)
-    )
+    measured = measure_once(run, family, spec, memory, feed, granule, progress)
     average = 4 * measured.trained if run.optimizer.use_ema else 0
     on_host = offloaded_bytes(run, kind, spec, memory, feed, measured, average)
     parts = device_parts(measured, on_host, swapped, average)
@@ -145,13 +147,16 @@ def predict_memory(
     rollouts = final_probability(run.flow) * measured.rollout_flops
     # Rollouts and the base's predictions, in every micro-batch.
     more_forwards = bool(rollouts) + feed.towards_base
-    before = {"text encoder": spec.text_encoder_bytes, "VAE": spec.vae_bytes}
+    encoders = measure_encoders(run, family, spec, feed, kind, granule)
+    held = sum(size for part, size in parts.items() if part not in STEP_PARTS)
     return MemoryPrediction(
         kind,
         parts,
         device_allowances(run, kind, parts),
-        before,
-        host_memory_by_use(kind, on_host, before, sum(parts.values()), world.local),
+        encoders.before_training,
+        host_memory_by_use(
+            kind, on_host, encoders.before_training, sum(parts.values()), world.local
+        ),
         disk_space_by_use(run, spec, measured, model_bytes, average),
         measured.flops + rollouts,
         (2 + more_forwards) * sum(swapped) * passes,
@@ -164,6 +169,7 @@ def predict_memory(
         unit_weights.own_part(world),
         step_communication(world, unit_weights, measured, passes, is_lora, more_forwards),
         measured.base_flops,
+        encoders.between_steps(held, on_host["approximator"]),
     )
 
 

@@ -36,6 +36,13 @@ from simpletuner.training.memory_plan.prediction import (
 )
 from simpletuner.training.memory_plan.world_layout import read_layout
 
+# What needs less memory, by the keys of MemoryPrediction.before and .validation.
+SMALLER_USES = {
+    "text encoder": "text_encoder_batch_size = 1",
+    "VAE": "vae_enable_tiling = true",
+    "VAE decoding": "vae_enable_tiling = true, or a smaller validation_resolution",
+    "modulations": "chroma_approximator_device = cpu",
+}
 MAX_SUGGESTIONS = 3  # configurations that an error message names
 # Options that a resumed run takes from its checkpoint, because they change the result.
 FIXED_BY_CHECKPOINT = ("base_model_precision", "text_encoder_1_precision")
@@ -85,12 +92,12 @@ def preflight_check(
 def warn_about_tight_memory(plan: MemoryPrediction, limit: int, emit: Emit) -> None:
     """Warn where a model is too large before training, or the training with its allowances."""
     free = format_bytes(limit)
-    for name, size in plan.before.items():
+    for name, size in {**plan.before, **plan.validation}.items():
         if size > limit:
             emit(
                 WarningIssued(
                     f"the {name} needs {format_bytes(size)} and {free} is free; "
-                    "set text_encoder_1_precision, for example to int8"
+                    f"set {SMALLER_USES[name]}"
                 )
             )
     if plan.training > limit:
@@ -127,7 +134,14 @@ def fit_run(
     if before is not None:
         run = with_options(run, {name: before[name] for name in FIXED_BY_CHECKPOINT})
     limit = min(limits)
-    search = MemoryConfigSearch(run, family, framings, budget, fixed_precisions=before is not None)
+    search = MemoryConfigSearch(
+        run,
+        family,
+        framings,
+        budget,
+        before is not None,
+        lambda text: emit(NoticeIssued(text)),
+    )
     search, best = find_fitting_mode(search, limit)
     if best.chosen is None:
         raise ConfigError(
