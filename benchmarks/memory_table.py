@@ -72,7 +72,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """Return the table of the page."""
     lines = [
         "| training | px | quickstart | largest phase | a step | text encoder | VAE encoding |"
-        " VAE decoding beside it |",
+        " VAE decoding with it |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
