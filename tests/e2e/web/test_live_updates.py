@@ -138,7 +138,8 @@ def test_save_and_sample_now_and_keep_a_checkpoint(
     server: ServerProcess, open_page: Callable[..., Page]
 ) -> None:
     server.configure_fake_trainer(**SLOW)
-    run = server.enqueue("asked", checkpoint_step_interval=800, validation_step_interval=800)["run"]
+    every = {"checkpoint_step_interval": 800, "validation_step_interval": 800}
+    run = server.enqueue("asked", validation_prompt="a disc", **every)["run"]
     server.wait_for_state(run, "running")
     page = open_page(server, f"#/runs/{run}/files")
     page.get_by_role("button", name="Save now").click()
@@ -199,6 +200,7 @@ def test_a_failure_shows_its_last_lines_and_what_to_change(
     told = page.get_by_role("region", name="The run failed")
     expect(told).to_contain_text("failed on request")
     expect(told).to_contain_text("Lower learning_rate to a third")
+    page.locator("summary").filter(has_text="Last lines of the log").click()
     expect(page.get_by_role("region", name="Last lines of the log")).to_contain_text(
         "step 4/8 loss"
     )
@@ -250,6 +252,6 @@ def test_what_was_stopped_before_it_began_goes_on_or_goes_away(
             assert server.request("GET", f"runs/{run}")[0] == 404
         else:
             (server.workspace / "it-may-begin").touch()
-            page.get_by_role("button", name="Resume", exact=True).click()
-            page.get_by_role("dialog").get_by_role("button", name="Resume", exact=True).click()
+            page.get_by_role("button", name="Start again").click()
+            page.get_by_role("dialog").get_by_role("button", name="Start again").click()
             expect_state(page, "Done")
