@@ -384,9 +384,28 @@ def test_abandoned_steps_disappear(tmp_path: Path) -> None:
     summary = known.summaries()[0]
     assert (summary.step, summary.loss, summary.sparkline) == (20, None, [1.0] * 20)
     assert [picture.step for picture in known.list_images(summary.id)] == [20]
-    assert known.detail(summary.id).resumes == [20]
+    (resume,) = known.detail(summary.id).resumes
+    assert (resume.step, resume.checkpoint, resume.repeated_steps) == (20, "checkpoint-20", 20)
+    assert resume.t == run.next_event_t - 2
+    run.write_steps(21, 25).write_start(resumed=25)
+    assert [one.repeated_steps for one in known.detail(summary.id).resumes] == [20, 0]
     run.write_start()
     assert (known.summaries()[0].step, known.summaries()[0].sparkline) == (0, [])
+
+
+def test_the_verdict_is_the_last_one_that_the_present_weights_descend_from(tmp_path: Path) -> None:
+    run = RunFolderWriter(tmp_path / "run").write_start().write_steps(1, 40)
+    known = RunService(Workspace(tmp_path))
+    (summary,) = known.summaries()
+    assert known.detail(summary.id).verdict is None
+    learning = event_types.VerdictReached(20, "learning", 10, 20, 8, -0.02, 0.004)
+    overfitting = event_types.VerdictReached(40, "overfitting", 20, 20, 8, 0.03, 0.005)
+    run.write_events(learning, overfitting)
+    found = known.detail(summary.id).verdict
+    assert found is not None
+    assert found.model_dump() == dataclasses.asdict(overfitting)
+    run.write_start(resumed=20)
+    assert known.detail(summary.id).verdict is None, "it was about steps that were abandoned"
 
 
 def test_a_torn_line_a_shorter_file_and_another_one(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from simpletuner.events.formatting import SmoothedMean
 from simpletuner.events.run_history import RunHistory
 from simpletuner.server import file_reader
 from simpletuner.server.job_states import Phase
-from simpletuner.server.schemas.runs import RunStage
+from simpletuner.server.schemas.runs import RunResume, RunStage
 
 STEP_MARKER = b'"kind": "step"'
 MAX_SAMPLED_STEPS = 256  # steps parsed per chunk, besides the last ones
@@ -68,7 +68,7 @@ class EventSummary:
     """The state of a run after the events that were added.
 
     history: all events except the steps. loss_curve: the losses of the steps. process_started_t:
-    time of the first event of the last process, in unix seconds.
+    time of the first event of the last process, in unix seconds. resumes: all resumes, in order.
     """
 
     def __init__(self) -> None:
@@ -80,6 +80,8 @@ class EventSummary:
         self.stages_done: list[str] = []
         self.notes: deque[str] = deque(maxlen=MAX_NOTES)
         self.loss_curve = LossCurve()
+        self.resumes: list[RunResume] = []
+        self._reached_step = 0  # by the process before the last start
         self._step_seconds: deque[float] = deque(maxlen=SPEED_WINDOW_STEPS)
         self._recent_steps: deque[tuple[int, float]] = deque(maxlen=SPEED_WINDOW_STEPS)
 
@@ -166,6 +168,13 @@ class EventSummary:
             self._add_step(event, t)
             return
         self.history.add_record(EventRecord(t, event, end_offset))
+        if isinstance(event, event_types.RunStarted):
+            self._reached_step = self.step if self.last_step_event is not None else 0
+        elif isinstance(event, event_types.RunResumed):
+            repeated = max(0, self._reached_step - event.step)
+            self.resumes.append(
+                RunResume(t=t, step=event.step, checkpoint=event.path, repeated_steps=repeated)
+            )
         self._apply_event(event)
 
     def _is_new_process(self, event: event_types.Event) -> bool:

@@ -24,7 +24,13 @@ from simpletuner.server.run_labels import RunLabels
 from simpletuner.server.run_reader import RunReader
 from simpletuner.server.schemas.base import JobState
 from simpletuner.server.schemas.jobs import Job
-from simpletuner.server.schemas.runs import RunDetail, RunImage, RunProcesses, RunSummary
+from simpletuner.server.schemas.runs import (
+    HeldOutVerdict,
+    RunDetail,
+    RunImage,
+    RunProcesses,
+    RunSummary,
+)
 from simpletuner.server.workspace import Workspace, run_id
 
 READ_BUDGET_S = 0.25  # time per list of runs for reading events that were not read before
@@ -164,7 +170,8 @@ class RunService:
                 outputs=run_artifacts.list_outputs(reader.path, events.history),
                 documents=run_artifacts.list_documents(reader.path),
                 datasets=self._dataset_names(config),
-                resumes=list(events.history.resume_steps),
+                resumes=list(events.resumes),
+                verdict=_describe_verdict(events.history.verdict),
                 problems=[describe_event(event) for event in warnings],
                 notes=list(events.notes),
                 exit=reader.exit_record,
@@ -257,6 +264,10 @@ def derive_run_state(reader: RunReader, job: Job | None) -> tuple[JobState, str]
     status, message = record.get("status"), record.get("message")
     state = STATE_OF_STATUS.get(status, "lost") if isinstance(status, str) else "lost"
     return state, message if isinstance(message, str) else ""
+
+
+def _describe_verdict(event: event_types.VerdictReached | None) -> HeldOutVerdict | None:
+    return None if event is None else HeldOutVerdict(**dataclasses.asdict(event))
 
 
 def _was_deleted(job: Job) -> bool:

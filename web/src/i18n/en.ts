@@ -9,5 +9,6 @@ import { run } from "./en/run";
 import { runs } from "./en/runs";
 import { settings } from "./en/settings";
 import { system } from "./en/system";
+import { verdict } from "./en/verdict";
 
-export const en = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runs, system };
+export const en = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runs, system, verdict };

@@ -10,5 +10,6 @@ import { run } from "./es/run";
 import { runs } from "./es/runs";
 import { settings } from "./es/settings";
 import { system } from "./es/system";
+import { verdict } from "./es/verdict";
 
-export const es: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runs, system };
+export const es: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runs, system, verdict };

@@ -10,5 +10,6 @@ import { run } from "./hi/run";
 import { runs } from "./hi/runs";
 import { settings } from "./hi/settings";
 import { system } from "./hi/system";
+import { verdict } from "./hi/verdict";
 
-export const hi: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runs, system };
+export const hi: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runs, system, verdict };

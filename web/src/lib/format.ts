@@ -5,6 +5,12 @@ export function number(value: number, digits = 0): string {
   return new Intl.NumberFormat(i18n.language, { maximumFractionDigits: digits }).format(value);
 }
 
+/** With its sign and four decimals: "+0.0123", "-0.0040". */
+export function signed(value: number): string {
+  const options: Intl.NumberFormatOptions = { signDisplay: "exceptZero", minimumFractionDigits: 4, maximumFractionDigits: 4 };
+  return new Intl.NumberFormat(i18n.language, options).format(value);
+}
+
 /** Four significant digits; very small ones as 1.5e-5. */
 export function precise(value: number): string {
   if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(2).replace(/\.?0+e/, "e");

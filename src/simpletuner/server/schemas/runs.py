@@ -83,11 +83,40 @@ class RunProcesses(ApiModel):
     base_bytes_per_rank: int
 
 
+class HeldOutVerdict(ApiModel):
+    """The verdict on the held-out losses of a run; the fields are those of the event `verdict`.
+
+    verdict: "learning", "flat", "overfitting" or "unknown".
+    """
+
+    step: int
+    verdict: str
+    since_step: int
+    best_step: int
+    samples: int
+    change: float
+    change_se: float
+
+
+class RunResume(ApiModel):
+    """One resume of a run from a checkpoint.
+
+    t: unix seconds. repeated_steps: steps after the checkpoint that the process before it had
+    completed, and that were trained again.
+    """
+
+    t: float
+    step: int
+    checkpoint: str
+    repeated_steps: int
+
+
 class RunDetail(ApiModel):
     """Everything about a run except its metrics, images and log.
 
     world: None for one process. datasets: names of the datasets of the workspace that it uses.
-    documents: other files to read, such as report.html.
+    documents: other files to read, such as report.html. verdict: the last one, None without a
+    held-out loss.
     """
 
     summary: RunSummary
@@ -102,7 +131,8 @@ class RunDetail(ApiModel):
     outputs: list[OutputFile]
     documents: list[OutputFile]
     datasets: list[str]
-    resumes: list[int]
+    resumes: list[RunResume]
+    verdict: HeldOutVerdict | None
     problems: list[str]
     notes: list[str]
     exit: dict[str, Any] | None
