@@ -128,6 +128,7 @@ def build_early_stopping(
         schedule.total_steps,
         checkpointer.save,
         checkpointer.load_weights,
+        run.optimizer,
         emit,
     )
 

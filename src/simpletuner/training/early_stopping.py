@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from simpletuner.config.schema import OptimizerOptions
 from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
+from simpletuner.training.optimizers import learning_rate
 from simpletuner.validation.held_out_loss import HeldOutEvaluator
 
 StepCallback = Callable[[int], None]
+LOW_RATE = 0.1  # of the way from lr_end to learning_rate: below it a schedule has come down
 
 
 @dataclass
@@ -25,6 +28,7 @@ class EarlyStopping:
     total_steps: int
     save_checkpoint: StepCallback
     load_weights: Callable[[int], bool]
+    optimizer_options: OptimizerOptions
     emit: Emit
     _ended_at: int | None = field(default=None, init=False)
     _exported_step: int | None = field(default=None, init=False)
@@ -46,6 +50,9 @@ class EarlyStopping:
                         f"{self.total_steps}"
                     )
                 )
+                remark = describe_high_rate(self.optimizer_options, step, self.total_steps)
+                if remark is not None:
+                    self.emit(NoticeIssued(f"early_stopping: {remark}"))
 
     def ends_after(self, step: int) -> bool:
         """Return whether the run ends with this step."""
@@ -71,3 +78,21 @@ class EarlyStopping:
     def exporting(self, export: StepCallback) -> StepCallback:
         """Return an export that states the step whose weights are loaded."""
         return lambda step: export(step if self._exported_step is None else self._exported_step)
+
+
+def describe_high_rate(options: OptimizerOptions, step: int, total_steps: int) -> str | None:
+    """Return that the learning rate had not come down after `step` steps; None where it had.
+
+    A constant rate never comes down, so there is nothing to say about it.
+    """
+    span = options.learning_rate - options.lr_end
+    if options.lr_scheduler == "constant" or span <= 0:
+        return None
+    rate = learning_rate(options, step, total_steps)
+    if rate - options.lr_end < LOW_RATE * span:
+        return None
+    return (
+        f"lr_scheduler {options.lr_scheduler} had not brought the learning rate down: it was still "
+        f"at {rate / options.learning_rate:.0%} of learning_rate, so the run has no steps at low "
+        f"rates. With max_train_steps {step} a run ends with them"
+    )
