@@ -37,6 +37,7 @@ EXAMPLES = [
     event_types.LossEvaluated(2, "d", "eval", 0.4, -0.1, 0.01, ((0.1, 0.5), (0.9, 0.25)), True),
     event_types.VerdictReached(2, "flat", 1, 1, 8, -0.1, 0.01),
     event_types.KnowledgeCompared(9, "shapes", 0.77, 0.05, 0.5, 0.06),
+    event_types.KnowledgeCompared(9, "retention", 0.3, 0.05, 0.2, 0.06, "similarity", 0.01),
     event_types.WeightChangeMeasured(2, 0.01, {"single_transformer_blocks.0": 0.02}),
     event_types.RateTried(1e-4, 20, 0.5, 0.01, 0.002),
     event_types.RateChosen(1e-4, 0.5, 8, 2e-4, 0.01, 0.002, 1.25, False),

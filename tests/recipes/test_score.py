@@ -220,9 +220,10 @@ def test_a_blob_has_no_shape() -> None:
 
 def test_standard_errors() -> None:
     told = scene_scoring.compute_rates([{"a": [True]}] * 3 + [{"a": [False]}, {"b": []}])
-    assert told == {"a": (0.75, pytest.approx((0.75 * 0.25 / 4) ** 0.5), 4)}
+    assert list(told) == ["a"]
+    assert told["a"][:3] == (0.75, pytest.approx((0.75 * 0.25 / 4) ** 0.5), 4)
     pairs = scene_scoring.compute_rates([{"a": [True, True]}, {"a": [False, False]}])
-    assert pairs["a"] == (0.5, pytest.approx((0.25 / 2) ** 0.5), 4)  # as two, not as four
+    assert pairs["a"][:3] == (0.5, pytest.approx((0.25 / 2) ** 0.5), 4)  # as two, not as four
 
 
 def test_prompts_are_unseen(monkeypatch: pytest.MonkeyPatch) -> None:

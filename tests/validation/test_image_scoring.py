@@ -15,13 +15,15 @@ from simpletuner.config.image_metrics import (
 )
 from simpletuner.config.option_catalog import all_options
 from simpletuner.config.schema import ModelOptions, RunConfig, ValidationOptions
-from simpletuner.events.event_types import Event, ScoresComputed
+from simpletuner.events.event_types import Event, KnowledgeCompared, ScoresComputed
+from simpletuner.events.findings import describe_knowledge
 from simpletuner.events.formatting import describe_event
 from simpletuner.validation import image_scoring
 from simpletuner.validation.image_scoring import MetricEvaluator
+from simpletuner.validation.model_metrics import mean_of
 from simpletuner.validation.prompts import ImageSpec, Prompt
 from simpletuner.validation.sampler import generate_latents
-from simpletuner.validation.shapes.scene_scoring import Rate
+from simpletuner.validation.shapes.scene_scoring import Rate, compute_rates
 from simpletuner.validation.validation_images import pixels_to_image
 from tests.validation.toy_family import INFERENCE, ToyNetwork, decode, embed_text
 
@@ -90,6 +92,57 @@ def test_no_step_is_scored_twice_across_a_restart() -> None:
     resumed.score(6, ToyNetwork(), "trained")
     told = [(event.metric, event.step) for event in events if isinstance(event, ScoresComputed)]
     assert told == [("one", 0), ("one", 4), ("two", 4), ("one", 6), ("two", 6)]
+
+
+class Scripted(Bright):
+    """A score of what the base could do, with given values of the prompts at each call."""
+
+    def __init__(self, *values: Sequence[float]) -> None:
+        super().__init__("retention", "similarity")
+        self.values = iter(values)
+
+    def score(self, drawn: Sequence[Image.Image]) -> dict[str, Rate]:
+        return {"mean": mean_of(next(self.values))}
+
+
+BEFORE, AFTER = (0.5, 0.7, 0.2, 0.4), (0.4, 0.65, 0.1, 0.3)
+
+
+def test_what_was_forgotten_has_the_error_of_the_pairs() -> None:
+    """By hand: the differences are -0.1, -0.05, -0.1 and -0.1; their deviation is 0.025."""
+    events: list[Event] = []
+    first = scorer(events, Scripted(BEFORE))
+    first.score(0, ToyNetwork(), "base")
+    state = json.loads(json.dumps(first.state_dict()))
+    assert not [event for event in events if isinstance(event, KnowledgeCompared)]
+
+    def compare(state: dict[str, object], after: Sequence[float] = AFTER) -> KnowledgeCompared:
+        events: list[Event] = []
+        resumed = scorer(events, Scripted(after))
+        resumed.load_state_dict(state)
+        resumed.score(6, ToyNetwork(), "trained")
+        (found,) = [event for event in events if isinstance(event, KnowledgeCompared)]
+        return found
+
+    paired = compare(state)
+    assert paired.change_se == pytest.approx(0.025 / 2)
+    assert (paired.before, paired.after) == pytest.approx((0.45, 0.3625))
+    assert "-0.088 ± 0.013): some of it is forgotten" in describe_knowledge(paired)
+    # Neither another number of prompts nor a checkpoint of an earlier version gives pairs.
+    assert compare(state, AFTER[:3]).change_se is None
+    del state["before_by_prompt"]
+    unpaired = compare(state)
+    assert unpaired.change_se is None
+    assert (unpaired.before_se, unpaired.after_se) == (paired.before_se, paired.after_se)
+    assert "0.155): no measurable loss" in describe_knowledge(unpaired)
+
+
+def test_a_scene_that_is_all_right_counts_once_per_prompt() -> None:
+    rates = compute_rates(
+        [{"all": [True], "colour": [True, False]}, {"all": [False], "colour": []}]
+    )
+    assert rates["all"].by_prompt == (1.0, 0.0)
+    assert rates["colour"].by_prompt == ()
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,8 @@ class WeightChangeMeasured(Event, kind="weight_change"):
 class KnowledgeCompared(Event, kind="knowledge"):
     """A score of what the base could do, before the training and now, with standard errors.
 
-    metric: "retention" or "shapes". unit: as in ScoresComputed.
+    metric: "retention" or "shapes". unit: as in ScoresComputed. change_se: that of after - before,
+    paired over the prompts, whose seeds are the same; None where they cannot be paired.
     """
 
     step: int
@@ -260,6 +261,7 @@ class KnowledgeCompared(Event, kind="knowledge"):
     after: float
     after_se: float
     unit: str = "share"
+    change_se: float | None = None
 
 
 @dataclass(frozen=True)

@@ -131,12 +131,15 @@ def describe_weight_change(event: WeightChangeMeasured) -> str:
 def describe_knowledge(event: KnowledgeCompared) -> str:
     """Return what the base could do before and can do now, and what keeps more of it.
 
-    The errors are added as if other prompts were used each time, which overstates the error.
+    The error is that of the differences between the prompts before and after. Where they cannot be
+    paired, the errors are added as if the prompts were other ones, which overstates the error.
     """
     scale, unit = (100, " %") if event.unit == "share" else (1, f" {event.unit}")
     digits = 0 if event.unit == "share" else 3
     change = event.after - event.before
-    error = math.hypot(event.before_se, event.after_se)
+    error = event.change_se
+    if error is None:
+        error = math.hypot(event.before_se, event.after_se)
     told = (
         f"what the base could do ({event.metric}): {scale * event.before:.{digits}f} before, "
         f"{scale * event.after:.{digits}f}{unit} at step {event.step} "

@@ -28,6 +28,7 @@ from simpletuner.config.schema import ValidationOptions
 from simpletuner.events.event_types import Emit, KnowledgeCompared, ScoresComputed
 from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.peers import ALONE, Peers
+from simpletuner.validation.convergence import paired_change
 from simpletuner.validation.inference import Inference
 from simpletuner.validation.model_metrics import (
     ScoreImages,
@@ -196,6 +197,25 @@ def metric_texts(metrics: Sequence[Metric], guidance: float) -> tuple[str, ...]:
     )
 
 
+def compare_knowledge(step: int, metric: Metric, before: Rate, now: Rate) -> KnowledgeCompared:
+    """Compare a score with that of the base; pair the prompts where both have the same number."""
+    error = None
+    if before.by_prompt and len(before.by_prompt) == len(now.by_prompt):
+        baseline = {str(place): value for place, value in enumerate(before.by_prompt)}
+        values = {str(place): value for place, value in enumerate(now.by_prompt)}
+        _, error = paired_change(values, baseline)
+    return KnowledgeCompared(
+        step,
+        metric.name,
+        before.rate,
+        before.standard_error,
+        now.rate,
+        now.standard_error,
+        metric.unit,
+        error,
+    )
+
+
 @dataclass
 class MetricEvaluator:
     """Generates the images of the metrics in memory and emits their scores.
@@ -216,7 +236,7 @@ class MetricEvaluator:
     peers: Peers = ALONE
     load_references: Callable[[], Sequence[Image.Image]] = tuple
     _last_scored_step: dict[str, int] = field(default_factory=dict, init=False)
-    _before: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)
+    _before: dict[str, Rate] = field(default_factory=dict, init=False)
 
     def score(self, step: int, transformer: nn.Module, weights: str) -> None:
         """Score the weights that are in the transformer now; does nothing if the step was scored.
@@ -239,18 +259,18 @@ class MetricEvaluator:
     ) -> None:
         """Score the images of one metric and emit the values."""
         inputs = (images, self.load_references()) if metric.uses_references else (images,)
+        scores = metric.score(*inputs)
         rates = {
-            name: (rate.rate, rate.standard_error, rate.total)
-            for name, rate in metric.score(*inputs).items()
+            name: (rate.rate, rate.standard_error, rate.total) for name, rate in scores.items()
         }
         prompts = len({spec.prompt.id for spec in metric.image_specs})
         self.emit(ScoresComputed(step, metric.name, weights, prompts, rates, metric.unit))
-        if metric.name in RETENTION_METRICS and rates:
-            value, error, _ = rates.get("all") or next(iter(rates.values()))
-            before = self._before.setdefault(metric.name, (value, error)) if step == 0 else None
-            before = before or self._before.get(metric.name)
-            if step and before is not None:
-                self.emit(KnowledgeCompared(step, metric.name, *before, value, error, metric.unit))
+        if metric.name in RETENTION_METRICS and scores:
+            now = scores.get("all") or next(iter(scores.values()))
+            if step == 0:
+                self._before.setdefault(metric.name, now)
+            elif metric.name in self._before:
+                self.emit(compare_knowledge(step, metric, self._before[metric.name], now))
 
     def _generate_images(self, metric: Metric, transformer: nn.Module) -> list[Image.Image]:
         """Return the images of all processes, each of which generates and decodes a share."""
@@ -282,9 +302,19 @@ class MetricEvaluator:
 
     def state_dict(self) -> dict[str, object]:
         """Return the last scored step of each metric, so that a resumed run repeats none (JSON)."""
-        return {"done": self._last_scored_step, "before": self._before}
+        return {
+            "done": self._last_scored_step,
+            "before": {
+                name: (rate.rate, rate.standard_error) for name, rate in self._before.items()
+            },
+            "before_by_prompt": {name: rate.by_prompt for name, rate in self._before.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._last_scored_step = dict(state["done"])
-        before = state.get("before", {})  # checkpoints of earlier versions have none
-        self._before = {name: (value, error) for name, (value, error) in before.items()}
+        by_prompt = state.get("before_by_prompt", {})
+        self._before = {}
+        # Checkpoints of earlier versions have neither.
+        for name, (value, error) in state.get("before", {}).items():
+            values = tuple(by_prompt.get(name, ()))
+            self._before[name] = Rate(value, error, len(values), values)

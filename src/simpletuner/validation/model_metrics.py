@@ -92,7 +92,7 @@ def mean_over_prompts(specs: Sequence[ImageSpec], values: Tensor) -> Rate:
 def mean_of(values: Sequence[float]) -> Rate:
     """Return the mean with its standard error, which is 0 for a single value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return Rate(statistics.fmean(values), error, len(values))
+    return Rate(statistics.fmean(values), error, len(values), tuple(values))
 
 
 def make_score(

@@ -28,11 +28,15 @@ SceneScores = dict[str, list[bool]]
 
 
 class Rate(NamedTuple):
-    """The value of a metric (here a fraction), its standard error, and how many were counted."""
+    """The value of a metric (here a fraction), its standard error, and how many were counted.
+
+    by_prompt: the value of each prompt, in order; empty where a prompt counts more than once.
+    """
 
     rate: float
     standard_error: float
     total: int
+    by_prompt: tuple[float, ...] = ()
 
 
 def unseen_scenes(count: int) -> tuple[list[Scene], list[bool]]:
@@ -138,5 +142,7 @@ def compute_rates(scores: Sequence[SceneScores]) -> dict[str, Rate]:
             continue
         rate = sum(right for right, _ in counts) / total
         error = math.sqrt(sum((right - rate * count) ** 2 for right, count in counts)) / total
-        rates[name] = Rate(rate, error, total)
+        is_once_per_prompt = all(count == 1 for _, count in counts)
+        by_prompt = tuple(float(right) for right, _ in counts) if is_once_per_prompt else ()
+        rates[name] = Rate(rate, error, total, by_prompt)
     return rates
