@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,20 @@ from simpletuner.errors import DataError
 from simpletuner.events.event_log import read_events
 from simpletuner.events.event_types import (
     Event,
+    KnowledgeCompared,
     NoticeIssued,
     RunFinished,
     SampleLossesMeasured,
+    ScoresComputed,
     StepCompleted,
     VerdictReached,
     WeightChangeMeasured,
     WeightsSaved,
 )
+from simpletuner.validation.evaluation_model import EvaluationModel
+from simpletuner.validation.prompt_library import GENERAL_PROMPTS
 from tests.e2e.training_project import TrainingProject, make_images, read_checkpoint_files
+from tests.models.tiny_evaluation_models import make_clip
 
 TINY = {
     "use_ema": False, "gradient_accumulation_steps": 1, "max_train_steps": 3,
@@ -245,3 +251,44 @@ def test_a_full_fine_tuning_is_measured_by_a_sample(project: TrainingProject) ->
     events = train(project, "full", **options)
     changes = [event for event in events if isinstance(event, WeightChangeMeasured)]
     assert 1e-5 < changes[-1].total < 1.0  # AdamW moves each weight by the rate in its first step
+
+
+def test_what_was_forgotten_is_compared_over_the_built_in_prompts(
+    project: TrainingProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The own prompt is not scored. A resumed run compares with the base of the first start."""
+    embedded: list[list[str]] = []
+    embed_texts = EvaluationModel.embed_texts
+
+    def embed(model: EvaluationModel, texts: Sequence[str]) -> torch.Tensor:
+        embedded.append(list(texts))
+        return embed_texts(model, texts)
+
+    monkeypatch.setattr(EvaluationModel, "embed_texts", embed)
+    options = {
+        "evaluation_type": "retention", "evaluation_prompts": 3, "instance_prompt": "zwx",
+        "pretrained_evaluation_model_name_or_path": str(make_clip(project.root / "clip")),
+        "validation_disable": False, "validation_prompt": "an own prompt", "eval_loss_disable": True,
+        "validation_num_inference_steps": 1, "validation_guidance_real": 1.0,
+        "validation_resolution": "64", "validation_step_interval": 99, "disable_benchmark": False,
+        "learning_rate": 0.1, "max_train_steps": 1, "checkpoint_step_interval": 1,
+    }  # fmt: skip
+    events = train(project, "forgetting", **options)
+    events = train(project, "forgetting", **{**options, "max_train_steps": 2})
+    assert embedded == [list(GENERAL_PROMPTS.values())[:3]] * 3
+    scores = [event for event in events if isinstance(event, ScoresComputed)]
+    assert [(event.metric, event.step) for event in scores] == [
+        ("retention", at) for at in range(3)
+    ]
+    before, first, second = (event.rates["mean"] for event in scores)
+    compared = [event for event in events if isinstance(event, KnowledgeCompared)]
+    for event, step, after in zip(compared, (1, 2), (first, second), strict=True):
+        assert (event.step, event.metric, event.unit) == (step, "retention", "similarity")
+        assert (event.before, event.before_se) == before[:2]
+        assert (event.after, event.after_se) == after[:2]
+        assert event.after != event.before
+        assert event.change_se is not None
+        assert event.change_se > 0
+    page = (project.root / "forgetting" / "report.html").read_text(encoding="utf-8")
+    assert "what the base could do (retention)" in page
+    assert "similarity at step 2" in page
