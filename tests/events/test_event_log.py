@@ -33,6 +33,7 @@ EXAMPLES = [
     event_types.RunResumed(2, "checkpoint-2"),
     event_types.CheckpointSetAside("checkpoint-4", "cut off"),
     event_types.ImageSaved(2, "cat", "a <cat>", "images/cat.png", 1, 64, 128, "trained"),
+    event_types.PromptsChosen(2, (("cat", "a <cat>", "", None), ("dog", "a dog", "cats", 7)), True),
     event_types.ContactSheetSaved(2, "images/sheet.png"),
     event_types.LossEvaluated(2, "d", "eval", 0.4, -0.1, 0.01, ((0.1, 0.5), (0.9, 0.25)), True),
     event_types.VerdictReached(2, "flat", 1, 1, 8, -0.1, 0.01),

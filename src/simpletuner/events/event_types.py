@@ -176,6 +176,19 @@ class ImageSaved(Event, kind="image"):
 
 
 @dataclass(frozen=True)
+class PromptsChosen(Event, kind="prompts"):
+    """The validation prompts, at every start of a run and whenever a user edits them.
+
+    step: the last completed one. prompts: (id, prompt, negative prompt, seed), where the seed None
+    is that of the run. edited: by a user while the run trains.
+    """
+
+    step: int
+    prompts: tuple[tuple[str, str, str, int | None], ...]
+    edited: bool
+
+
+@dataclass(frozen=True)
 class ContactSheetSaved(Event, kind="sheet"):
     """A contact sheet of prompts and steps. path: relative to the run folder."""
 

@@ -7,6 +7,7 @@ import math
 from simpletuner.events.event_types import (
     Event,
     KnowledgeCompared,
+    PromptsChosen,
     RateChosen,
     RateTried,
     SampleLossesMeasured,
@@ -27,6 +28,8 @@ def describe_finding(event: Event) -> str:
     match event:
         case VerdictReached():
             return describe_verdict(event)
+        case PromptsChosen():
+            return describe_prompts(event)
         case SampleLossesMeasured():
             return describe_sample_losses(event)
         case WeightChangeMeasured():
@@ -42,6 +45,12 @@ def describe_finding(event: Event) -> str:
             return describe_choice(event)
         case _:
             return event.kind
+
+
+def describe_prompts(event: PromptsChosen) -> str:
+    """Return the names of the validation prompts, and whether a user has edited them."""
+    names = ", ".join(name for name, *_ in event.prompts)
+    return f"step {event.step}: validation prompts{' edited' if event.edited else ''}: {names}"
 
 
 def describe_verdict(event: VerdictReached) -> str:

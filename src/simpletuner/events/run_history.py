@@ -17,8 +17,9 @@ class RunHistory:
     """Events of a run that the present weights descend from.
 
     images: ((prompt id, width, height, seed, weights), step) -> event. warnings: (unix seconds,
-    event). verdict: the last one. sample_losses: split -> event of the end. resume_steps: steps at
-    which a later process resumed. end_event: how the last process ended, None while it runs.
+    event). verdict, prompts: the last one. sample_losses: split -> event of the end. resume_steps:
+    steps at which a later process resumed. end_event: how the last process ended, None while it
+    runs.
     """
 
     start_event: event_types.RunStarted | None = None
@@ -27,6 +28,7 @@ class RunHistory:
     scores: dict[tuple[str, int], event_types.ScoresComputed] = field(default_factory=dict)
     images: dict[tuple[ImageKey, int], event_types.ImageSaved] = field(default_factory=dict)
     verdict: event_types.VerdictReached | None = None
+    prompts: event_types.PromptsChosen | None = None
     sample_losses: dict[str, event_types.SampleLossesMeasured] = field(default_factory=dict)
     knowledge: dict[str, event_types.KnowledgeCompared] = field(default_factory=dict)
     weight_changes: dict[int, event_types.WeightChangeMeasured] = field(default_factory=dict)
@@ -57,6 +59,8 @@ class RunHistory:
                 self.evaluations[event.dataset, event.split, event.step] = event
             case event_types.VerdictReached():
                 self.verdict = event
+            case event_types.PromptsChosen():
+                self.prompts = event
             case event_types.KnowledgeCompared():
                 self.knowledge[event.metric] = event
             case event_types.WeightChangeMeasured():

@@ -11,6 +11,7 @@ from simpletuner.events.event_types import (
     CheckpointSetAside,
     Emit,
     Event,
+    PromptsChosen,
     RunFailed,
     SampleLossesMeasured,
     StageProgress,
@@ -36,8 +37,10 @@ def event_level(event: Event) -> int:
     """Return the log level of an event, one of the values of LOG_LEVELS."""
     if isinstance(event, (WarningIssued, RunFailed, CheckpointSetAside)):
         return LOG_LEVELS["warning"]
-    is_detail = isinstance(event, (StageProgress, StepCompleted)) or (
-        isinstance(event, SampleLossesMeasured) and not event.resisting
+    is_detail = (
+        isinstance(event, (StageProgress, StepCompleted))
+        or (isinstance(event, SampleLossesMeasured) and not event.resisting)
+        or (isinstance(event, PromptsChosen) and not event.edited)
     )
     return LOG_LEVELS["debug"] if is_detail else LOG_LEVELS["info"]
 

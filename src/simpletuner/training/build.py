@@ -74,7 +74,7 @@ def build_trainer_context(
     inputs = prepare_inputs(run, backends, *encoding)
     order, schedule = make_order_and_schedule(run, inputs, micro_batches, emit)
     state = build_train_state(run, inputs, device, world, micro_batches, emit, closing)
-    measured = prompts, metrics, device, schedule, world, folder.path, emit
+    measured = prompts, metrics, device, schedule, world, folder, emit
     evaluations = build_evaluation_callbacks(run, inputs, state, *measured)
     metadata = describe_run(run, backends, family, inputs, schedule, folder)
     exporter, checkpointer = build_exporter_and_checkpointer(
@@ -169,6 +169,7 @@ def open_run(
     accumulation = run.training.gradient_accumulation_steps
     if resume_point is None:
         folder.write_config(config)
+        folder.discard_edited_prompts()
         return None, accumulation * world.size
     if run.checkpoint.resume_with_changes:
         resume_point = replace(resume_point, chosen_explicitly=True)

@@ -14,8 +14,8 @@ from simpletuner.errors import DataError
 from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
 from simpletuner.models.encoders import TextEncoder
 from simpletuner.models.family import ModelFamily, ModelFiles
+from simpletuner.peers import Peers
 from simpletuner.training.device import ComputeDevice
-from simpletuner.training.world import World
 
 MAX_LISTED_CAPTIONS = 20
 
@@ -34,7 +34,7 @@ def encode_captions(
     store: TensorStore,
     captions: Sequence[str],
     device: ComputeDevice,
-    world: World,
+    world: Peers,
     emit: Emit,
 ) -> None:
     """Encode the captions that are not cached; the text encoder is loaded only if there are any."""

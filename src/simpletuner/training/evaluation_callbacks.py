@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +19,10 @@ from simpletuner.training.loop import TrainSchedule
 from simpletuner.training.metric_inputs import reference_loader
 from simpletuner.training.model_metadata import public_name
 from simpletuner.training.prepare import PreparedInputs, select_samples
+from simpletuner.training.prompt_edits import PromptEdits
+from simpletuner.training.run_folder import RunFolder
 from simpletuner.training.train_state import TrainState
-from simpletuner.training.validation_starts import plan_validation_images
+from simpletuner.training.validation_starts import plan_validation_images, validation_seed
 from simpletuner.training.weight_change import WeightChange
 from simpletuner.training.world import World
 from simpletuner.validation.convergence import DEFAULT_PATIENCE
@@ -68,15 +70,18 @@ class ImageValidationCallback:
     """Generates the validation images of a step.
 
     At step 0 the untouched base is used; later the trained weights, their average, or both.
-    last_step: the step at which the LoRA is also tried at the validator's other strengths.
+    last_step: the step at which the LoRA is also tried at the validator's other strengths. update:
+    takes up the prompts that a user has edited; it is called with the step.
     """
 
     validator: ImageValidator
     train_state: TrainState
     ema_validation: str
     last_step: int
+    update: Callable[[int], None] = lambda step: None
 
     def generate_images(self, step: int) -> None:
+        self.update(step)
         average, transformer = self.train_state.averaged_weights, self.train_state.transformer
         if step != BASE_STEP and average is not None and self.ema_validation != "ema_only":
             self.validator.generate_images(step, transformer, "trained")
@@ -189,7 +194,7 @@ def build_evaluation_callbacks(
     device: ComputeDevice,
     schedule: TrainSchedule,
     world: World,
-    run_dir: Path,
+    folder: RunFolder,
     emit: Emit,
 ) -> EvaluationCallbacks:
     """Build the evaluations that the options, prompts and datasets ask for."""
@@ -197,7 +202,7 @@ def build_evaluation_callbacks(
         prepared.family, prepared.constants, device.device, device.weights_dtype, device.autocast
     )
     evaluator = build_held_out_evaluator(run, prepared, inference, world)
-    held_out = None
+    held_out, run_dir = None, folder.path
     if evaluator is not None:
         patience = run.tuning.early_stopping_patience
         held_out = HeldOutLossCallback(evaluator, state, run_dir, emit, patience)
@@ -209,9 +214,11 @@ def build_evaluation_callbacks(
         validator = build_image_validator(
             run, prepared, state, inference, prompts, schedule, world, run_dir, emit
         )
+        edits = PromptEdits(run, prepared, device, folder, validator, prompts, world, emit)
         images = ImageValidationCallback(
-            validator, state, run.optimizer.ema_validation, schedule.total_steps
+            validator, state, run.optimizer.ema_validation, schedule.total_steps, edits.update
         )
+        edits.emit_prompts(BASE_STEP, edited=False)
     scoring = None
     if metrics:
         scorer = MetricEvaluator(
@@ -247,7 +254,7 @@ def build_image_validator(
     )
     for notice in notices:
         emit(NoticeIssued(notice))
-    seed = run.training.seed if options.validation_seed is None else options.validation_seed
+    seed = validation_seed(run)
     settings = GenerationSettings(
         options.validation_num_inference_steps,
         options.validation_guidance_real,

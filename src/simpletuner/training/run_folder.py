@@ -8,7 +8,8 @@ run.lock        locked by the process that trains here; its content is only info
 exit.json       how the last process ended
 .simpletuner-run.json   the marker: this folder belongs to a run; written before anything else
 earlier-1/      what an earlier run left, and files that were edited and would be replaced
-control/        a file named stop, save or validate is a request to the running process
+control/        a file named stop, save or validate is a request to the running process;
+                prompts.json holds validation prompts that a user edited while the run trains
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 
 from simpletuner.atomic_io import write_atomically
+from simpletuner.bounded_files import read_bounded_text
 from simpletuner.config.output_folder import describe_foreign_folder, foreign_entries
 from simpletuner.errors import ConfigError, RunLocked, storage_error
 from simpletuner.training.leftovers import remove_all_leftovers
@@ -37,6 +39,7 @@ from simpletuner.training.own_files import (
 )
 
 CONTROL_REQUESTS = ("stop", "save", "validate")
+EDITED_PROMPTS = "control/prompts.json"  # kept when the run is resumed
 LOCK_RETRY_S = 0.5
 LOCK_UNSUPPORTED_ERRNOS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
@@ -170,6 +173,25 @@ class RunFolder:
             raise storage_error(f"{request} cannot be removed", error) from error
         return True
 
+    def read_edited_prompts(self) -> str | None:
+        """Return the text of the validation prompts that a user edited; None without any.
+
+        Raises ConfigError for a file that cannot be read.
+        """
+        try:
+            return read_bounded_text(self.path / EDITED_PROMPTS)
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.path / EDITED_PROMPTS} cannot be read: {error}") from error
+
+    def discard_edited_prompts(self) -> None:
+        """Remove prompts that were edited in an earlier run of this folder."""
+        try:
+            (self.path / EDITED_PROMPTS).unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(f"{error.filename} cannot be removed", error) from error
+
     def set_aside_earlier_results(self) -> Path | None:
         """Move the results of an earlier run into earlier-N/, but not the caches.
 
@@ -200,6 +222,9 @@ class FollowerRunFolder(RunFolder):
     def consume_control_request(self, name: str) -> bool:
         """Leave requests to the main process; the loop passes them on."""
         return False
+
+    def discard_edited_prompts(self) -> None:
+        """Leave it to the main process."""
 
     def set_aside_earlier_results(self) -> Path | None:
         """Leave it to the main process."""

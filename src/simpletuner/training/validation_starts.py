@@ -24,6 +24,12 @@ StartOf = Callable[[ImageSpec], StartLatents | None]
 StartLoaders = dict[str, Callable[[], StartLatents]]  # by ImageSpec.start
 
 
+def validation_seed(run: RunConfig) -> int:
+    """Return the seed of the validation images: validation_seed, else that of the run."""
+    chosen = run.validation.validation_seed
+    return run.training.seed if chosen is None else chosen
+
+
 def plan_validation_images(
     run: RunConfig,
     prepared: PreparedInputs,

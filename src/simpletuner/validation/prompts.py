@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpletuner.config.documents import read_document
+from simpletuner.config.documents import parse_document, read_document
+from simpletuner.config.jsonc import Document
 from simpletuner.config.option_values import did_you_mean
 from simpletuner.config.schema import DataOptions, ValidationOptions
 from simpletuner.errors import ConfigError, Problem
@@ -139,14 +140,29 @@ def _read_library(name: str, base_dir: Path, negative: str) -> list[Prompt]:
     if path is None:
         message = f"{name!r} is not a file (looked in {base_dir} and in the working directory)"
         raise ConfigError([Problem("user_prompt_library", message)])
-    document = read_document(path, str(path))
+    taken = {"validation": "validation_prompt"}
+    return _library_prompts(read_document(path, str(path)), negative, taken)
+
+
+def parse_edited_prompts(text: str, name: str, negative: str) -> tuple[Prompt, ...]:
+    """Return the prompts of a JSON text like that of user_prompt_library, at least one.
+
+    name: how messages call the text. negative: of a prompt without one. Raises ConfigError.
+    """
+    prompts = _library_prompts(parse_document(text, ".json", name), negative, {})
+    if not prompts:
+        raise ConfigError([Problem(name, "needs at least one prompt")])
+    return tuple(prompts)
+
+
+def _library_prompts(document: Document, negative: str, taken: dict[str, str]) -> list[Prompt]:
+    """Return the prompts of a library. taken: file names that are in use -> by what."""
     if not isinstance(document.value, dict):
         raise ConfigError(
             [Problem(document.location_of(), 'must be an object: {"shortname": "a prompt", ...}')]
         )
     problems: list[Problem] = []
     prompts: list[Prompt] = []
-    taken = {"validation": "validation_prompt"}
     for shortname, value in document.value.items():
         file_id = safe_file_name(shortname)
         fields: Any = {"prompt": value} if isinstance(value, str) else value

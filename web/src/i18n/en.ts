@@ -6,9 +6,10 @@ import { nav } from "./en/nav";
 import { newRun } from "./en/newRun";
 import { playground } from "./en/playground";
 import { run } from "./en/run";
+import { runPrompts } from "./en/runPrompts";
 import { runs } from "./en/runs";
 import { settings } from "./en/settings";
 import { system } from "./en/system";
 import { verdict } from "./en/verdict";
 
-export const en = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runs, system, verdict };
+export const en = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, system, verdict };

@@ -7,9 +7,10 @@ import { nav } from "./es/nav";
 import { newRun } from "./es/newRun";
 import { playground } from "./es/playground";
 import { run } from "./es/run";
+import { runPrompts } from "./es/runPrompts";
 import { runs } from "./es/runs";
 import { settings } from "./es/settings";
 import { system } from "./es/system";
 import { verdict } from "./es/verdict";
 
-export const es: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runs, system, verdict };
+export const es: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, system, verdict };

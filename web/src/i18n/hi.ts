@@ -7,9 +7,10 @@ import { nav } from "./hi/nav";
 import { newRun } from "./hi/newRun";
 import { playground } from "./hi/playground";
 import { run } from "./hi/run";
+import { runPrompts } from "./hi/runPrompts";
 import { runs } from "./hi/runs";
 import { settings } from "./hi/settings";
 import { system } from "./hi/system";
 import { verdict } from "./hi/verdict";
 
-export const hi: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runs, system, verdict };
+export const hi: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, system, verdict };

@@ -48,7 +48,7 @@ interface Restarted {
 }
 /** These events change the details of the run, which are then loaded again. */
 interface DetailChanged {
-  kind: "saved" | "noted" | "warned" | "checkpoint_set_aside" | "finished" | "failed" | "verdict";
+  kind: "saved" | "noted" | "warned" | "checkpoint_set_aside" | "finished" | "failed" | "verdict" | "prompts";
 }
 
 export type RunEvent =

@@ -11,7 +11,7 @@ const MAX_POINTS = 2000; // requested; live steps are added until there are twic
 const MAX_LOG_CHARS = 400_000;
 const LOG_PART = 65_536; // bytes per request
 const RETRY_MS = 1000;
-const CHANGES_DETAIL = new Set(["saved", "noted", "warned", "checkpoint_set_aside", "finished", "failed", "verdict"]);
+const CHANGES_DETAIL = new Set(["saved", "noted", "warned", "checkpoint_set_aside", "finished", "failed", "verdict", "prompts"]);
 
 export class RunView {
   detail = $state.raw<RunDetail | null>(null);

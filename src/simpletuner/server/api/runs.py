@@ -16,6 +16,7 @@ from simpletuner.server import run_artifacts
 from simpletuner.server.file_reader import replace_surrogates
 from simpletuner.server.file_responses import make_file_response
 from simpletuner.server.live_broadcaster import SlowSubscriber, Subscriber
+from simpletuner.server.run_prompts import read_run_prompts, write_run_prompts
 from simpletuner.server.run_reader import RunReader
 from simpletuner.server.schemas.live import FollowRequest
 from simpletuner.server.schemas.runs import (
@@ -24,6 +25,8 @@ from simpletuner.server.schemas.runs import (
     RunDetail,
     RunImage,
     RunMetrics,
+    RunPrompts,
+    RunPromptsWrite,
     RunSummary,
 )
 from simpletuner.server.services import Services, ServicesDep
@@ -71,6 +74,20 @@ def get_metrics(
 def list_images(id: str, services: ServicesDep) -> list[RunImage]:
     """Return the validation images of a run."""
     return services.runs.list_images(id)
+
+
+@router.get("/runs/{id}/prompts")
+def get_run_prompts(id: str, services: ServicesDep) -> RunPrompts:
+    """Return the validation prompts of a run."""
+    state = services.runs.summary(id).state
+    return read_run_prompts(services.workspace, get_reader(services, id), state)
+
+
+@router.put("/runs/{id}/prompts")
+def edit_run_prompts(id: str, body: RunPromptsWrite, services: ServicesDep) -> RunPrompts:
+    """Replace the validation prompts of a run that trains, from its next validation on."""
+    state = services.runs.summary(id).state
+    return write_run_prompts(services.workspace, get_reader(services, id), state, body.prompts)
 
 
 @router.get("/runs/{id}/files/{path:path}", response_class=FileResponse)

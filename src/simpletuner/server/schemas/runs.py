@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from simpletuner.server.schemas.base import ApiModel, JobState
+from simpletuner.server.schemas.configs import PromptEntries
 
 
 class RunStage(ApiModel):
@@ -175,6 +176,32 @@ class RunImage(ApiModel):
     width_px: int
     height_px: int
     weights: str
+
+
+class RunPrompt(ApiModel):
+    """A validation prompt of a run. seed: None for that of the run."""
+
+    name: str
+    prompt: str
+    negative_prompt: str
+    seed: int | None
+
+
+class RunPrompts(ApiModel):
+    """The validation prompts of a run.
+
+    editable: whether they can be edited now. pending: they are used from the next validation on.
+    """
+
+    prompts: list[RunPrompt]
+    editable: bool
+    pending: bool
+
+
+class RunPromptsWrite(ApiModel):
+    """All validation prompts of a run, from its next validation on."""
+
+    prompts: PromptEntries
 
 
 class LogPart(ApiModel):
