@@ -61,19 +61,16 @@ def train_until_disconnected(root: str, options: dict[str, Any], way: str) -> No
     """Lose the connections of process 1 in the second step."""
     from simpletuner.training import loop
 
-    def begin_step(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2 and os.environ["RANK"] == "1":
+    def begin_step(context: Any, step: int) -> Any:
+        if step == 1 and os.environ["RANK"] == "1":
             descriptors = peer_sockets()
             assert descriptors
             for descriptor in descriptors:
                 WAYS[way](descriptor)
-        return split(*args)
+        return set_learning_rate(context, step)
 
-    calls = 0
-    split: Callable[..., Any] = loop.split_into_micro_batches
-    loop.split_into_micro_batches = begin_step
+    set_learning_rate: Callable[..., Any] = loop.set_learning_rate
+    loop.set_learning_rate = begin_step
     train_project(root, options)
 
 
