@@ -22,7 +22,7 @@ from tests.e2e.training_project import read_events
 
 # Phase -> module, what it calls in that phase, and the number of the call in which the fault occurs.
 PHASES = {
-    "scan": ("simpletuner.training.prepare", "scan_datasets", 1),
+    "scan": ("simpletuner.training.shared_scan", "scan_datasets", 1),
     "encode": ("simpletuner.cache.tensor_store", "write_shard", 1),
     "load": ("simpletuner.training.train_state", "attach_trainable_parameters", 1),
     "forward": ("simpletuner.training.loop", "compute_losses", 2),
