@@ -22,10 +22,10 @@ from simpletuner.errors import ConfigError
 from simpletuner.events.event_types import (
     ImageSaved,
     LossEvaluated,
+    NoticeIssued,
     ScoresComputed,
     StageCompleted,
     StepCompleted,
-    WarningIssued,
     WeightsSaved,
 )
 from simpletuner.models.chroma.family import ChromaFamily
@@ -293,7 +293,7 @@ def test_a_bucket_smaller_than_the_batch_trains_and_says_so(
         max_train_steps=2,
     )
     assert any(
-        isinstance(event, WarningIssued) and "batch" in event.message for event in read_events(out)
+        isinstance(event, NoticeIssued) and "batch" in event.message for event in read_events(out)
     )
 
 

@@ -264,7 +264,8 @@ def test_a_dora_starts_as_the_base() -> None:
         assert isinstance(module.base_layer, QuantizedLinear)
         assert module.magnitude is not None
         norms = torch.linalg.vector_norm(module.base_layer.weight.float(), dim=1)
-        assert torch.equal(module.magnitude.detach(), norms)
+        # They are computed in parts, and a sum in another order rounds differently.
+        torch.testing.assert_close(module.magnitude.detach(), norms, rtol=1e-6, atol=0)
 
 
 def test_a_lora_is_attached_without_restoring_a_weight(monkeypatch: pytest.MonkeyPatch):

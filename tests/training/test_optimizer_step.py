@@ -104,6 +104,8 @@ def test_released_gradients_are_the_same_training(
 ) -> None:
     net, update, optimizer = ready(options(name, limit), dtype)
     other, released, its = ready(options(name, limit, optimizer_release_gradients=True), dtype)
+    if name in ("lion", "adamw_schedulefree"):  # torch wraps the step of a class that is in use
+        type(optimizer).__bases__[0]([nn.Parameter(torch.zeros(1))], lr=1.0)
     assert isinstance(update, StandardOptimizerStep)
     assert isinstance(released, OptimizerStepInBackward)
     alive: list[int] = []

@@ -7,10 +7,12 @@ before each step.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -74,6 +76,11 @@ def effective_learning_rate(options: OptimizerOptions, effective_batch: int) -> 
     return options.learning_rate * (math.sqrt(effective_batch) if options.lr_scale_sqrt else factor)
 
 
+# The libraries' steps without the wrapper that torch puts around them once an optimizer of the class
+# exists: it calls the hooks of the optimizer, which the subclass's own step has called already.
+LION_STEP, SCHEDULE_FREE_STEP = inspect.unwrap(Lion.step), inspect.unwrap(AdamWScheduleFree.step)
+
+
 def step_in_buckets(optimizer: Optimizer, step: Callable[[], object]) -> None:
     """Let the library's step see the parameters bucket by bucket, in its foreach implementation.
 
@@ -100,7 +107,7 @@ class ForeachLion(Lion):  # type: ignore[misc]  # the library is untyped
 
     @torch.no_grad()
     def step(self, closure: None = None, param: None = None) -> None:
-        step_in_buckets(self, super().step)
+        step_in_buckets(self, partial(LION_STEP, self))
 
 
 class ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]  # the library is untyped
@@ -115,7 +122,7 @@ class ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]  # the library
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        step_in_buckets(self, super().step)
+        step_in_buckets(self, partial(SCHEDULE_FREE_STEP, self))
 
     @torch.no_grad()
     def eval(self) -> None:

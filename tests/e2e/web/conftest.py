@@ -69,7 +69,10 @@ class PageMonitor:
         self.allowed: list[str] = []
         page.on(
             "console",
-            lambda told: told.type == "error" and self.recorded.append(f"console: {told.text}"),
+            lambda told: (
+                told.type == "error"
+                and self.recorded.append(f"console: {told.text} {told.location['url']}")
+            ),
         )
         page.on("pageerror", lambda error: self.recorded.append(f"error: {error}"))
         page.on("request", lambda request: self._request(request.url))

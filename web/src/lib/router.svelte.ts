@@ -22,6 +22,11 @@ class Router {
     return this.#route.rest;
   }
 
+  /** What follows `page` in the address. Nothing while another page, which replaces it, is loaded. */
+  restOf(page: string): string[] {
+    return this.page === page ? this.rest : [];
+  }
+
   get query(): URLSearchParams {
     return this.#route.query;
   }
