@@ -21,7 +21,6 @@ OTHER_GUIDES = (
     "web-tutorial",
     "datasets",
     "chroma",
-    "choosing-a-rate",
     "memory",
     "lora-files",
     "validation",
@@ -60,7 +59,7 @@ def test_every_guide_is_tested() -> None:
     with_commands = {
         path.stem for path in DOCS.glob("*.md") if "```bash" in path.read_text("utf-8")
     }
-    assert with_commands <= {"tutorial", *OTHER_GUIDES}
+    assert with_commands <= {"tutorial", "choosing-a-rate", *OTHER_GUIDES}
 
 
 def run_commands(guide: str, folder: Path, environ: dict[str, str]) -> None:
@@ -95,6 +94,8 @@ def test_the_commands_of_the_tutorial_run(after_tutorial: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("guide", OTHER_GUIDES)
+@pytest.mark.parametrize(
+    "guide", [*OTHER_GUIDES, pytest.param("choosing-a-rate", marks=pytest.mark.slow)]
+)
 def test_the_commands_run(guide: str, after_tutorial: Path, environ: dict[str, str]) -> None:
     run_commands(guide, after_tutorial, environ)

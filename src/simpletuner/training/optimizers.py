@@ -76,8 +76,8 @@ def effective_learning_rate(options: OptimizerOptions, effective_batch: int) -> 
     return options.learning_rate * (math.sqrt(effective_batch) if options.lr_scale_sqrt else factor)
 
 
-# The libraries' steps without the wrapper that torch puts around them once an optimizer of the class
-# exists: it calls the hooks of the optimizer, which the subclass's own step has called already.
+# The libraries' steps without the wrapper that torch puts around them once an optimizer of the
+# class exists: it calls the optimizer's hooks, which the subclass's own step has called already.
 LION_STEP, SCHEDULE_FREE_STEP = inspect.unwrap(Lion.step), inspect.unwrap(AdamWScheduleFree.step)
 
 
