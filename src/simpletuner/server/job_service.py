@@ -42,7 +42,9 @@ class JobService:
     """The jobs of one workspace. Thread-safe.
 
     train_command: as in ServerSettings. validate: returns the problems of options and datasets;
-    None for those of validate_config. changed_event: set when the supervisor has something to do.
+    None for those of validate_config. require_devices: raises ApiError for a configuration that
+    asks for more devices than there are. changed_event: set when the supervisor has something to
+    do.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class JobService:
         drafts: DraftStore,
         train_command: tuple[str, ...] = TRAIN_COMMAND,
         validate: Validate | None = None,
+        require_devices: Callable[[JobConfig], None] = lambda config: None,
     ) -> None:
         self.workspace = workspace
         self.jobs_dir = workspace.server_dir / "jobs"
@@ -61,6 +64,7 @@ class JobService:
         self._runs = runs
         self._drafts = drafts
         self._train_command = train_command
+        self._require_devices = require_devices
         self._validate = validate or partial(validate_config, workspace)
         # The final messages of ended jobs: end.json is written once and never changes.
         self._ended_jobs: dict[str, Job] = {}
@@ -133,12 +137,7 @@ class JobService:
         run_dir = Path(last_job.run_dir) if last_job else self._require_run_dir(run)
         self._check_resume_request(run_dir, summary, request)
         job_dir = self.jobs_dir / last_job.id / "config" if last_job else run_dir
-        config = job_config_from_run(
-            run_dir,
-            job_dir / "config.json",
-            self.workspace,
-            request,
-        )
+        config = job_config_from_run(run_dir, job_dir / "config.json", self.workspace, request)
         job = self._create_job(summary.name, "train", config)
         return job.model_copy(update={"message": "; ".join(config.omitted_options)})
 
@@ -269,6 +268,8 @@ class JobService:
         dry_run = kind == "rehearse"
         uses_cpu = dry_run or config.config.get("device") == "cpu"
         run = run_id(config.run_dir)
+        if not dry_run:
+            self._require_devices(config)  # before the lock: the first call takes seconds
         with self.lock:
             if not dry_run:
                 self._require_run_dir_free(config.run_dir, run)

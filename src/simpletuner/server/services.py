@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 from fastapi import Depends
@@ -11,6 +12,7 @@ from starlette.requests import HTTPConnection
 from simpletuner.server import hardware
 from simpletuner.server.caption_desk import CaptionDesk
 from simpletuner.server.dataset_service import DatasetService
+from simpletuner.server.device_demand import require_devices
 from simpletuner.server.draft_store import DraftStore
 from simpletuner.server.generation_service import GenerationService
 from simpletuner.server.job_service import JobService
@@ -59,7 +61,8 @@ class Services:
         datasets = DatasetService(workspace)
         checks = StartChecks(workspace, datasets, hardware.known_devices)
         trash, preferences = Trash(workspace), Preferences(workspace)
-        jobs = JobService(workspace, runs, drafts, settings.train_command, checks.check)
+        require = partial(require_devices, devices=hardware.known_devices)
+        jobs = JobService(workspace, runs, drafts, settings.train_command, checks.check, require)
         return cls(
             workspace=workspace,
             settings=settings,
