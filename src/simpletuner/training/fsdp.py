@@ -10,7 +10,9 @@ blocks are given one by one, so that a rank never has the whole base on its devi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +213,32 @@ class Fsdp(Sharding):
         if not in_optimizer and stored.shape != shard.shape:
             return torch.empty(stored.shape, device="meta")  # the caller compares the shapes
         return stored.read(shard.stored_rows(stored.shape, self.world.rank))
+
+    def whole_modules(
+        self, network: nn.Module, modules: Mapping[str, nn.Module]
+    ) -> Iterator[tuple[str, nn.Module]]:
+        units = {
+            name: module
+            for name, module in network.named_modules()
+            if isinstance(module, FSDPModule)
+        }
+
+        def unit_of(item: tuple[str, nn.Module]) -> FSDPModule:
+            name = item[0]
+            while name and name not in units:
+                name = name.rpartition(".")[0]
+            return units[name]
+
+        for unit, members in groupby(modules.items(), key=unit_of):
+            unit.unshard()
+            yield from members
+            unit.reshard()
+
+    def flat_range(self, name: str, param: nn.Parameter) -> tuple[int, int]:
+        if self.trains_adapter:
+            return super().flat_range(name, param)
+        shard = self.shards[name]
+        return shard.first_number(self.world.rank), math.prod(shard.shape)
 
     def whole(self, tensor: Tensor) -> WholeTensor:
         if not isinstance(tensor, DTensor):

@@ -7,7 +7,7 @@ fine-tuning are this rank's rows. Optimizer, average and clipping do not know th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -36,12 +36,14 @@ class Sharding:
 
     option: the one that chooses it. is_sharded: whether ranks hold parts of the network or of its
     optimizer's state, so that all of them must run it equally often. adapters_are_whole: whether
-    every rank holds the current parameters of an adapter at any time.
+    every rank holds the current parameters of an adapter at any time. measures_change: whether
+    the weights can be read outside of a pass, by whole_modules and flat_range.
     """
 
     option = ""
     is_sharded = False
     adapters_are_whole = True
+    measures_change = True
 
     def __init__(self, world: World, trains_adapter: bool, optimizer_options: OptimizerOptions):
         self.world = world
@@ -97,6 +99,22 @@ class Sharding:
     def whole_adapter(self) -> AbstractContextManager[None]:
         """Return such a context for all parameters of an adapter, to be read."""
         return nullcontext()
+
+    def whole_modules(
+        self, network: nn.Module, modules: Mapping[str, nn.Module]
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Yield these modules of the network by name, each while its weights are whole.
+
+        Every rank must go through all of them.
+        """
+        yield from modules.items()
+
+    def flat_range(self, name: str, param: nn.Parameter) -> tuple[int, int]:
+        """Return the first number of the flat parameter that this rank holds, and how many it has.
+
+        name, param: one of those that `shard` returned.
+        """
+        return 0, param.numel()
 
     def stored_shape(self, param: nn.Parameter) -> torch.Size:
         """Return the shape that pick_stored gives a parameter of this rank."""

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.adapted_linear import adapted_modules
 from simpletuner.adapters.delta_norms import squared_change, squared_weight
-from simpletuner.events.event_types import Emit, WeightChangeMeasured
+from simpletuner.adapters.dora_linear import DoraLinear
+from simpletuner.events.event_types import Emit, NoticeIssued, WeightChangeMeasured
 from simpletuner.randomness import seed_at
+from simpletuner.training.sharding import Sharding
 from simpletuner.training.train_state import TrainState
 from simpletuner.training.world import World
 
@@ -29,22 +31,30 @@ def block_of(name: str) -> str:
 class WeightChange:
     """Measures the change since the base; must be made before a checkpoint is restored.
 
-    Of an adapter the norms are exact. In a full fine-tuning the base is no longer in memory, so a
-    fixed sample of each matrix is remembered, and the ratio is estimated from it. A sharded network
-    is not measured: no process has all of its weights.
+    Of an adapter the norms are exact; the weights of a sharded base are gathered unit by unit. In a
+    full fine-tuning the base is no longer in memory, so a fixed sample of each matrix is
+    remembered, and the ratio is estimated from it; of a sharded network each process remembers what
+    is in its rows, and the sums of squares are added. DeepSpeed's weights are not measured, which
+    is said once.
     """
 
     def __init__(self, train_state: TrainState, world: World, emit: Emit) -> None:
-        self._state, self._emit = train_state, emit
-        self._is_active = world.is_main and not train_state.sharding.is_sharded
+        self._state, self._world, self._emit = train_state, world, emit
+        sharding = train_state.sharding
+        self._is_active = sharding.measures_change and (world.is_main or sharding.is_sharded)
         self._weights: dict[str, float] = {}
         self._samples: dict[str, tuple[Tensor, Tensor]] = {}
         self._last_step: int | None = None
-        if self._is_active and not train_state.uses_lora:
-            self._samples = sample_weights(train_state.trainable_parameters)
+        if not sharding.measures_change:
+            emit(NoticeIssued(f"the change of the weights is not measured with {sharding.option}"))
+        elif self._is_active and not train_state.uses_lora:
+            self._samples = sample_weights(train_state.trainable_parameters, sharding)
 
     def measure(self, step: int) -> None:
-        """Emit the ratios of a step; does nothing if it was measured."""
+        """Emit the ratios of a step; does nothing if it was measured.
+
+        Of a sharded network every process must call it.
+        """
         if not self._is_active or step == self._last_step:
             return
         self._last_step = step
@@ -59,35 +69,56 @@ class WeightChange:
         self._emit(WeightChangeMeasured(step, ratio(*totals), blocks))
 
     def _adapter_changes(self) -> dict[str, tuple[float, float]]:
-        modules = adapted_modules(self._state.transformer)
-        for name, module in modules.items():
+        """Return the squared norms of each module; only a DoRA reads its base more than once."""
+        network = self._state.transformer
+        modules = adapted_modules(network)
+        reading = {
+            name: module
+            for name, module in modules.items()
+            if name not in self._weights or isinstance(module, DoraLinear)
+        }
+        changes = {
+            name: squared_change(module)
+            for name, module in modules.items()
+            if not isinstance(module, DoraLinear)
+        }
+        for name, _ in self._state.sharding.whole_modules(network, reading):
+            module = modules[name]
             if name not in self._weights:
                 self._weights[name] = squared_weight(module.base_layer)
-        return {
-            name: (squared_change(module), self._weights[name]) for name, module in modules.items()
-        }
+            if isinstance(module, DoraLinear):
+                changes[name] = squared_change(module)
+        return {name: (changes[name], self._weights[name]) for name in modules}
 
     def _sampled_changes(self) -> dict[str, tuple[float, float]]:
-        changes = {}
-        for name, parameter in self._state.trainable_parameters.items():
-            if name in self._samples:
-                places, before = self._samples[name]
-                after = parameter.detach().flatten()[places.to(parameter.device)].cpu().double()
-                changes[name] = (
-                    float((after - before).square().sum()), float(before.square().sum())
-                )  # fmt: skip
-        return changes
+        rows = []
+        for name, (places, before) in self._samples.items():
+            parameter = self._state.trainable_parameters[name].detach()
+            after = parameter.flatten()[places.to(parameter.device)].cpu().double()
+            rows.append([(after - before).square().sum(), before.square().sum()])
+        sums = torch.tensor(rows, dtype=torch.float64)
+        if self._state.sharding.is_sharded:
+            self._world.all_reduce(sums)
+        pairs = zip(self._samples, sums.tolist(), strict=True)
+        return {name: (change, weight) for name, (change, weight) in pairs}
 
 
-def sample_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return name -> places and values, float64 on the CPU, of a fixed sample of each matrix."""
+def sample_weights(
+    parameters: Mapping[str, nn.Parameter], sharding: Sharding
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return name -> places and values, float64 on the CPU, of a fixed sample of each matrix.
+
+    The places are those in the whole matrix; a process that holds some of its rows gets those that
+    are in them, counted from its first number.
+    """
     samples = {}
     for name, parameter in parameters.items():
         if parameter.ndim < 2:
             continue
+        first, total = sharding.flat_range(name, parameter)
         generator = torch.Generator().manual_seed(seed_at(SEED, "weight-change", name))
-        count = min(SAMPLED_WEIGHTS, parameter.numel())
-        places = torch.randint(parameter.numel(), (count,), generator=generator)
+        places = torch.randint(total, (min(SAMPLED_WEIGHTS, total),), generator=generator) - first
+        places = places[(places >= 0) & (places < parameter.numel())]
         values = parameter.detach().flatten()[places.to(parameter.device)].cpu().double()
         samples[name] = places, values
     return samples

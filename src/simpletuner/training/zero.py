@@ -50,6 +50,7 @@ class Zero(Sharding):
     option = "deepspeed_config"
     is_sharded = True
     adapters_are_whole = False
+    measures_change = False
 
     def __init__(self, run: RunConfig, world: World) -> None:
         super().__init__(world, run.model.model_type == "lora", run.optimizer)
