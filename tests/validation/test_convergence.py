@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from simpletuner.events.event_types import SampleLossesMeasured
+from simpletuner.events.event_types import SampleLossesMeasured, VerdictReached
 from simpletuner.events.findings import describe_sample_losses, describe_verdict
 from simpletuner.validation.convergence import LossTrajectory, find_resisting
 
@@ -113,6 +113,13 @@ def test_a_resumed_trajectory_decides_the_same() -> None:
 def test_verdicts_in_words(curve: Callable[[int], float], count: int, words: str) -> None:
     found = [describe_verdict(trajectory(curve, count, seed).judge()) for seed in SEEDS]
     assert sum(words in text for text in found) >= len(found) // 2
+
+
+def test_a_loss_that_rose_does_not_ask_for_a_higher_rate() -> None:
+    for change, advice in ((0.013, "Lower learning_rate"), (0.011, "raise learning_rate")):
+        verdict = VerdictReached(2, "flat", 0, 0, 8, change, 0.006)
+        assert "not learning" in describe_verdict(verdict)
+        assert advice in describe_verdict(verdict)
 
 
 def test_a_wrong_caption_stands_out() -> None:

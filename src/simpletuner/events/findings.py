@@ -17,6 +17,7 @@ from simpletuner.events.event_types import (
 
 MAX_NAMED_IMAGES = 5
 FORGOTTEN_ERRORS = 2.0  # standard errors of the difference
+RISEN_ERRORS = 2.0  # of the change since step 0, from which on the loss has risen
 # Ratios of norms below and above which the change is called too small and too strong. They are
 # provisional: `python -m benchmarks.nano.tuning` writes the table that they should follow.
 LEARNT_NOTHING_BELOW = 1e-3
@@ -62,6 +63,11 @@ def describe_verdict(event: VerdictReached) -> str:
             return (
                 f"still learning at {at}: the held-out loss changed by {change} since step "
                 f"{event.since_step}. More steps should help (max_train_steps)"
+            )
+        case "flat" if event.since_step == 0 and event.change > RISEN_ERRORS * event.change_se:
+            return (
+                f"not learning: the held-out loss rose by {change} since step 0. Lower "
+                "learning_rate (simpletuner tune finds one)"
             )
         case "flat" if event.since_step == 0:
             return (
