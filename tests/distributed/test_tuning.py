@@ -17,14 +17,14 @@ from simpletuner.events.event_types import (
     WeightChangeMeasured,
 )
 from tests.distributed.test_replicated import Trainings
-from tests.e2e.training_project import read_events, read_losses
+from tests.e2e.training_project import make_images, read_events, read_losses
 
 LORA = "pytorch_lora_weights.safetensors"
 # A rate that is far too high: the held-out loss rises from some measurement on, and the run ends.
 STOPPING = {
-    "validation_split": 0.34, "num_train_loss_images": 4, "early_stopping": True,
+    "validation_split": 0.34, "num_train_loss_images": 7, "early_stopping": True,
     "early_stopping_patience": 2, "eval_steps_interval": 1, "checkpoint_step_interval": 50,
-    "max_train_steps": 12, "learning_rate": 0.08, "lr_warmup_steps": 0, "lora_format": "auto",
+    "max_train_steps": 12, "learning_rate": 0.15, "lr_warmup_steps": 0, "lora_format": "auto",
     "eval_sigma_count": 1, "use_ema": False, "train_batch_size": 1, "checkpoints_total_limit": 2,
 }  # fmt: skip
 COMPARED = ("evaluated", "verdict", "sample_losses", "weight_change")
@@ -32,8 +32,9 @@ COMPARED = ("evaluated", "verdict", "sample_losses", "weight_change")
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    """Without an eval dataset, so that images of the training set are held out."""
+    """Ten images without an eval dataset, so that the losses of the trained ones take two batches."""
     made = Trainings(tmp_path_factory.mktemp("tuning"))
+    make_images(made.root / "pictures" / "more", count=4, first=20)
     path = made.root / "multidatabackend.json"
     sets = [one for one in json.loads(path.read_text()) if one["dataset_type"] != "eval"]
     path.write_text(json.dumps(sets))
@@ -75,13 +76,13 @@ def test_a_run_that_stops_early_equals_that_of_one_process(
     assert last < STOPPING["max_train_steps"], "the run did not end early"
     assert read_losses(two) == read_losses(one)
     assert held_out(two) == held_out(one)
-    assert len(held_out(one)) == 2
+    assert len(held_out(one)) == 3
     expected, found = findings(one), findings(two)
     for mine, other in zip(found, expected, strict=True):
         assert mine == other
     assert {event.kind for event in expected} == {*COMPARED, "noted"}
     tables = [event for event in expected if isinstance(event, SampleLossesMeasured)]
-    assert [len(event.losses) for event in tables] == [2, 4]
+    assert [len(event.losses) for event in tables] == [3, 7]
     best = [event for event in expected if isinstance(event, VerdictReached)][-1].best_step
     assert 0 < best < last
     weights = [load_file(folder / LORA) for folder in (one, two, two / f"checkpoint-{best}")]
