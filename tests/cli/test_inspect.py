@@ -6,6 +6,7 @@ import html.parser
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from simpletuner.cli import command_group
 from simpletuner.cli.token_counter import find_token_counter
 from simpletuner.config.schema import ModelOptions
 from tests.data.test_image_quality import drawing
+
+with_tokenizers = pytest.mark.skipif(
+    find_spec("tokenizers") is None, reason="it comes with transformers, which needs torch"
+)
 
 
 def run(*words: str) -> Result:
@@ -143,6 +148,7 @@ def test_the_summary_is_text_and_headers_only_decodes_nothing(
     assert "warning: 1 group of images that are the same file" in result.stdout
 
 
+@with_tokenizers
 def test_nothing_is_written_to_the_dataset_and_torch_is_not_imported(photos: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in photos.rglob("*")}
     code = (
@@ -202,6 +208,7 @@ def test_a_wrong_command_has_one_message(
     assert part in str(result.exception)
 
 
+@with_tokenizers
 def test_tokens_are_an_estimate_without_the_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
