@@ -139,7 +139,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> TrainingProject:
         pytest.param(
             {**zero(3, **SHARD_ALL, **GATHER_TWICE), "gradient_accumulation_steps": 2},
             64 << 20,
-            marks=DEEPSPEED,
+            marks=[DEEPSPEED, pytest.mark.slow],
             id="LoRA, ZeRO-3, gathered twice",
         ),
     ],

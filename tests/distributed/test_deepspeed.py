@@ -236,6 +236,7 @@ def test_bf16_weights_have_float32_copies_which_only_deepspeed_resumes(
     assert "without deepspeed_config the optimizer starts from scratch" in messages(alone)
 
 
+@pytest.mark.slow
 def test_offloaded_weights_and_states_train_the_same(trainings: Trainings) -> None:
     section = {"offload_optimizer": CPU, "offload_param": CPU}
     run_dir = trainings.train("offloaded", 2, **FULL, **zero(3, **section))
