@@ -214,6 +214,7 @@ def corner(folder: Path, *only: str) -> int:
     return main(["--corner", "--workers", "1", "--out", str(folder), *only])
 
 
+@pytest.mark.slow
 def test_the_smallest_corner_goes_through_everything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

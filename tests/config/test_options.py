@@ -474,8 +474,9 @@ def test_documents_are_in_step_with_the_schema(tmp_path: Path) -> None:
         assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), (
             f"docs/{name} is stale: run `python -m simpletuner.config.docs`"
         )
-    assert "`attention_mechanism` N" in docs.render_options_page()
-    assert "`sla_config`," in docs.render_options_page()
+    page, properties = docs.render_options_page(), docs.build_json_schema()["properties"]
+    assert "`attention_mechanism` N" in page
+    assert "`sla_config`," in page
     for name in all_options():
-        assert f"`{name}`" in docs.render_options_page()
-        assert name in docs.build_json_schema()["properties"]
+        assert f"`{name}`" in page
+        assert name in properties

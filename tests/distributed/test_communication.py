@@ -106,16 +106,21 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> TrainingProject:
 @pytest.mark.parametrize(
     ("options", "bucket_bytes"),
     [
-        pytest.param({"gradient_accumulation_steps": 1}, 64 << 20, id="LoRA"),
+        pytest.param(
+            {"gradient_accumulation_steps": 1}, 64 << 20, marks=pytest.mark.slow, id="LoRA"
+        ),
         pytest.param(
             {"gradient_accumulation_steps": 3}, 4096, id="LoRA, uneven tree, many buckets"
         ),
-        pytest.param({"model_type": "full"}, 4096, id="full rank, many buckets"),
+        pytest.param(
+            {"model_type": "full"}, 4096, marks=pytest.mark.slow, id="full rank, many buckets"
+        ),
         pytest.param({**SHARDED, "base_model_precision": "int8"}, 64 << 20, id="LoRA, sharded"),
         pytest.param({**SHARDED, "model_type": "full"}, 64 << 20, id="full rank, sharded"),
         pytest.param(
             {**SHARDED, "model_type": "full", "fsdp_reshard_after_forward": False},
             64 << 20,
+            marks=pytest.mark.slow,
             id="full rank, sharded, gathered once",
         ),
         pytest.param(

@@ -50,7 +50,13 @@ def trained(workspace: TrainingProject) -> Callable[[str], Path]:
     return train
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param(name, marks=() if name in ("int8", "nf4") else pytest.mark.slow)
+        for name in SCHEMES
+    ],
+)
 def test_a_run_on_each(
     workspace: TrainingProject, trained: Callable[[str], Path], scheme: str
 ) -> None:

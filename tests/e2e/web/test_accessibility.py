@@ -145,7 +145,9 @@ def choose(page: Page, language: str, theme: str) -> None:
     expect(page.locator("html")).to_have_attribute("lang", language)
 
 
-@pytest.mark.parametrize("language", ["en", "es", "hi"])
+@pytest.mark.parametrize(
+    "language", ["hi", *(pytest.param(name, marks=pytest.mark.slow) for name in ("en", "es"))]
+)
 def test_a_phone_needs_no_sideways_scrolling(
     furnished: Furnished, open_page: Callable[..., Page], language: str
 ) -> None:
