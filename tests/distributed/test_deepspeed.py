@@ -214,6 +214,7 @@ def messages(run_dir: Path) -> str:
     return "\n".join(e.message for e in events if isinstance(e, (NoticeIssued, WarningIssued)))
 
 
+@pytest.mark.slow
 def test_bf16_weights_have_float32_copies_which_only_deepspeed_resumes(
     trainings: Trainings,
 ) -> None:

@@ -18,7 +18,10 @@ from tests.server.queue_harness import ENDED_STATES, QueueHarness, wait_until
 
 pytest.importorskip("torch", reason="the processes train")
 
-pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc"),
+]
 
 
 def training_processes(harness: QueueHarness, job: Job) -> list[int]:

@@ -150,6 +150,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
+@pytest.mark.slow
 def test_the_command_from_text_to_the_vaes_reconstruction(base: Path, tmp_path: Path) -> None:
     image = save_image(tmp_path / "image.png", 64, 64)
     size = ("--size", "64")
