@@ -2,11 +2,13 @@
 
 No delta W is built: that of a low-rank pair is a trace of r x r matrices,
 ||B A||^2 = tr((B^T B)(A A^T)), that of a Kronecker product the product of the norms of its factors.
-Sums are in float64, because a small delta is a difference of large terms in some initializations.
+Measurements sum in float64, because a small delta is a difference of large terms in some
+initializations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -28,22 +30,37 @@ def squared_change(module: AdaptedLinear) -> float:
     return _low_rank(delta) if isinstance(delta, LowRankDelta) else _lycoris(delta)
 
 
+def low_rank_squared_norm(up: Tensor, down: Tensor) -> Tensor:
+    """Return ||up @ down||_F^2 in their dtype. up: (out, r). down: (r, in)."""
+    # tr(P Q) is the sum of P * Q^T, and both are symmetric.
+    norm: Tensor = ((up.t() @ up) * (down @ down.t())).sum()
+    return norm
+
+
+def lokr_squared_norm(factors: Mapping[str, Tensor]) -> Tensor:
+    """Return ||w1 kron w2||_F^2 in the dtype of the factors, each a matrix or a low-rank pair."""
+    norms = []
+    for number in "12":
+        first, second = (factors.get(f"lokr_w{number}_{part}") for part in "ab")
+        if first is not None and second is not None:
+            norms.append(low_rank_squared_norm(first, second))
+        else:
+            norms.append(factor_matrix(factors, number).square().sum())
+    return norms[0] * norms[1]
+
+
 def _low_rank(delta: LowRankDelta) -> float:
-    up, down = delta.up.double(), delta.down.double()
-    return max(0.0, float(((up.t() @ up) * (down @ down.t())).sum()))
+    return max(0.0, float(low_rank_squared_norm(delta.up.double(), delta.down.double())))
 
 
 def _lycoris(delta: LycorisDelta) -> float:
     """Build a LoHa in groups of rows; a part of a fused matrix is built as a whole."""
     if delta.rows is not None:
         return float(delta.to_dense().double().square().sum())
-    if not is_loha(delta.factors):
-        norms = [
-            float(factor_matrix(delta.factors, number).double().square().sum()) for number in "12"
-        ]
-        return delta.scale**2 * norms[0] * norms[1]
-    total = 0.0
     factors = {name: factor.double() for name, factor in delta.factors.items()}
+    if not is_loha(factors):
+        return delta.scale**2 * max(0.0, float(lokr_squared_norm(factors)))
+    total = 0.0
     parts = zip(
         factors["hada_w1_a"].split(ROWS_AT_ONCE),
         factors["hada_w2_a"].split(ROWS_AT_ONCE),

@@ -31,10 +31,10 @@ NF4_OPTIONS: Mapping[str, Any] = {"base_model_precision": "nf4"}
 MEMORY_PRESETS: tuple[tuple[Mapping[str, Any], float], ...] = (
     ({"base_model_precision": "no_change", "gradient_checkpointing": False}, 52.2),
     ({"base_model_precision": "no_change"}, 20.6),
-    ({"base_model_precision": "no_change", **OFFLOAD_OPTIONS}, 19.9),
+    ({"base_model_precision": "no_change", **OFFLOAD_OPTIONS}, 19.94),
     ({"base_model_precision": "int8"}, 12.0),
-    ({"base_model_precision": "int8", **OFFLOAD_OPTIONS}, 11.3),
-    (NF4_OPTIONS, 8.0),
+    ({"base_model_precision": "int8", **OFFLOAD_OPTIONS}, 11.33),
+    (NF4_OPTIONS, 7.96),
     ({**NF4_OPTIONS, **OFFLOAD_OPTIONS}, 7.3),
 )
 
@@ -45,4 +45,4 @@ def preset_for_memory(total_bytes: int | None) -> tuple[Mapping[str, Any], float
     The last row where none fits or the size is unknown.
     """
     gb = (total_bytes or 0) / 1e9
-    return next((row for row in MEMORY_PRESETS if row[1] <= gb), MEMORY_PRESETS[-1])
+    return next((row for row in MEMORY_PRESETS if row[1] < gb), MEMORY_PRESETS[-1])

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from simpletuner.adapters.delta_norm import delta_penalty
+from simpletuner.adapters.delta_penalty import delta_penalty
 from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig, trigger_word
 from simpletuner.data.dataset_config import DatasetFile

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from simpletuner.adapters.delta_norm import delta_penalty
+from simpletuner.adapters.delta_penalty import delta_penalty
 from simpletuner.cache.batch_types import Batch, TargetWeights, TextBatch
 from simpletuner.config.schema import ModelOptions, RunConfig
 from simpletuner.events.sinks import null_emit

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.adapted_linear import AdaptedLinear, LoraLinear, LycorisLinear
-from simpletuner.adapters.delta_norm import delta_penalty, squared_delta_norm
+from simpletuner.adapters.delta_penalty import delta_penalty, squared_delta_norm
 from simpletuner.adapters.deltas import LycorisDelta
 from simpletuner.adapters.dora_linear import DoraLinear
 from simpletuner.errors import ConfigError

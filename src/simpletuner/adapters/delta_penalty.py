@@ -1,10 +1,7 @@
-"""The squared norm of an adapter's change of the weights, without building the change.
+"""A penalty on the squared norm of an adapter's change of the weights.
 
-out, in: sizes of the linear · r rank · A (r, in) and B (out, r)
-
-For a LoRA, ||s B A||_F^2 = s^2 tr((B^T B) (A A^T)): two products of r x r. For a LoKr,
-||s (w1 kron w2)||_F^2 = s^2 ||w1||_F^2 ||w2||_F^2. This is the penalty of "Preserve and
-Personalize" (arXiv 2505.19519), which keeps what the base knows by keeping the change small.
+It is that of "Preserve and Personalize" (arXiv 2505.19519), which keeps what the base knows by
+keeping the change small. delta_norms.py has the formulas; here they have a gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +17,8 @@ from simpletuner.adapters.adapted_linear import (
     LycorisLinear,
     adapted_modules,
 )
-from simpletuner.adapters.deltas import factor_matrix, is_loha
+from simpletuner.adapters.delta_norms import lokr_squared_norm, low_rank_squared_norm
+from simpletuner.adapters.deltas import is_loha
 from simpletuner.errors import ConfigError
 
 
@@ -34,16 +32,8 @@ def squared_delta_norm(module: AdaptedLinear) -> Tensor:
     if isinstance(module, LycorisLinear) and module.rows is None:
         factors = dict(module.factors.items())
         if not is_loha(factors):
-            sizes = (_lokr_squared_norm(factors, number) for number in "12")
-            return module.scale**2 * next(sizes) * next(sizes)
+            return module.scale**2 * lokr_squared_norm(factors)
     raise ConfigError(f"the norm of a {module.to_delta().kind}'s change has no closed form")
-
-
-def low_rank_squared_norm(up: Tensor, down: Tensor) -> Tensor:
-    """Return ||up @ down||_F^2. up: (out, r). down: (r, in)."""
-    # tr(P Q) is the sum of P * Q^T, and both are symmetric.
-    norm: Tensor = ((up.t() @ up) * (down @ down.t())).sum()
-    return norm
 
 
 def _factors(module: LoraLinear) -> tuple[Tensor, Tensor]:
@@ -54,13 +44,6 @@ def _factors(module: LoraLinear) -> tuple[Tensor, Tensor]:
         torch.cat([module.up, -module.initial_up], dim=1),
         torch.cat([module.down, module.initial_down]),
     )
-
-
-def _lokr_squared_norm(factors: dict[str, Tensor], number: str) -> Tensor:
-    first, second = (factors.get(f"lokr_w{number}_{part}") for part in "ab")
-    if first is not None and second is not None:
-        return low_rank_squared_norm(first, second)
-    return factor_matrix(factors, number).square().sum()
 
 
 class DeltaPenalty:
