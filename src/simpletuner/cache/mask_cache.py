@@ -85,11 +85,11 @@ def _without_failed(
     rejected = (*cached.rejected, *bad.values())
     images = sum(item.crop_index == 0 for item in samples) + len(cached.rejected)
     check_rejected_images(rejected, images, max_bad_fraction)
-    kept = [index for index, item in enumerate(samples) if item.sample.id not in bad]
+    usable = [index for index, item in enumerate(samples) if item.sample.id not in bad]
     return LatentCacheResult(
-        tuple(samples[index] for index in kept),
-        tuple(cached.latent_keys[index] for index in kept),
-        tuple(keys.get(index, "") for index in kept),
+        tuple(samples[index] for index in usable),
+        tuple(cached.latent_keys[index] for index in usable),
+        tuple(keys.get(index, "") for index in usable),
         rejected,
     )
 

@@ -137,7 +137,8 @@ class RateSearch:
         if beyond is not None and beyond not in rates:
             results.append(self._try(beyond, first, emit))
         finalists = rate_plan.choose_finalists(results)
-        self._remove_weights({result.rate for result in results} - {one.rate for one in finalists})
+        losers = {result.rate for result in results} - {result.rate for result in finalists}
+        self._remove_weights(losers)
         if len(finalists) > 1:
             finalists = [self._try(result.rate, last, emit) for result in finalists]
         best = rate_plan.choose_rate(finalists)

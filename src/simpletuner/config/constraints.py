@@ -313,13 +313,13 @@ def _warn_about_ineffective(run: RunConfig, given: GivenOrigins) -> Iterator[str
 
 def format_no_effect(names: list[str], group: NeedGroup, read: ValueReader) -> str:
     """Return "huber_c has no effect with loss_type l2: it needs loss_type huber or smooth_l1"."""
-    one = len(names) == 1
+    is_single = len(names) == 1
     current = join_words(
         [f"{need.option} {format_value(read(need.option))}" for need in group], "and"
     )
     return (
-        f"{', '.join(names)} {'has' if one else 'have'} no effect with {current}: "
-        f"{'it needs' if one else 'they need'} {describe_needs(group)}"
+        f"{', '.join(names)} {'has' if is_single else 'have'} no effect with {current}: "
+        f"{'it needs' if is_single else 'they need'} {describe_needs(group)}"
     )
 
 

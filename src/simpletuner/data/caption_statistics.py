@@ -171,10 +171,10 @@ def _count_phrases(captions: Sequence[str], trigger: re.Pattern[str] | None) -> 
         found: Counter[Phrase] = Counter()
         for caption in captions:
             found.update(set(_candidates(caption, trigger, length, frequent)))
-        kept = {phrase: count for phrase, count in found.items() if count >= least}
-        if not kept:
+        common = {phrase: count for phrase, count in found.items() if count >= least}
+        if not common:
             break
-        frequent.update(kept)
+        frequent.update(common)
     return {phrase: count for phrase, count in frequent.items() if not set(phrase) <= STOP_WORDS}
 
 

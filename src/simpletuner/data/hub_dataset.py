@@ -113,8 +113,8 @@ def _files_of_card(
         paths = entry.get("path") if isinstance(entry, Mapping) else entry
         if split == location.split:
             patterns += [path for path in _as_list(paths) if isinstance(path, str)]
-    found = [file for file in files if any(_matches(file.path, one) for one in patterns)]
-    return found or None
+    matching = [file for file in files if any(_matches(file.path, pattern) for pattern in patterns)]
+    return matching or None
 
 
 def _files_by_name(files: Sequence[ListedFile], location: HubLocation) -> list[ListedFile]:

@@ -10,7 +10,7 @@ from typing import BinaryIO, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from simpletuner.data.remote_store import RemoteStore
-from simpletuner.data.sources import ContentStamp, FilePart, SourceFile
+from simpletuner.data.sources import ContentStamp, FilePart, SeekableBytes, SourceFile
 from simpletuner.data.transports import PartialDownload, TransferError, Transport
 
 UNKNOWN_BYTES = -1
@@ -108,26 +108,13 @@ class RemoteFile(SourceFile):
         )
 
 
-class RemoteParts(io.RawIOBase):
+class RemoteParts(SeekableBytes):
     """A stream over a file of a server; one block is in memory."""
 
     def __init__(self, file: RemoteFile, size: int) -> None:
-        self.file, self.size, self.position = file, size, 0
+        super().__init__(size)
+        self.file = file
         self._block_start, self._block = 0, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
-        self.position = max(0, start + offset)
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         count = max(0, min(len(buffer), self.size - self.position))

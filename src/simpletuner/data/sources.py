@@ -92,11 +92,11 @@ class SourceFile(ABC):
         return content
 
 
-class FilePart(io.RawIOBase):
-    """A range of bytes of an open file, which it closes."""
+class SeekableBytes(io.RawIOBase):
+    """A readable stream of a known size; a subclass reads from `position`."""
 
-    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
-        self.file, self.offset, self.size, self.position = file, offset, size, 0
+    def __init__(self, size: int) -> None:
+        self.size, self.position = size, 0
 
     def readable(self) -> bool:
         return True
@@ -111,6 +111,14 @@ class FilePart(io.RawIOBase):
 
     def tell(self) -> int:
         return self.position
+
+
+class FilePart(SeekableBytes):
+    """A range of bytes of an open file, which it closes."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        super().__init__(size)
+        self.file, self.offset = file, offset
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         count = max(0, min(len(buffer), self.size - self.position))

@@ -20,6 +20,7 @@ from simpletuner.data.geometry import (
     covering_size,
     crop_position,
 )
+from simpletuner.data.masks import ASPECT_TOLERANCE
 from simpletuner.data.pixels import load_pixels, read_image_header
 from simpletuner.data.rejections import UnusableFile
 from simpletuner.data.sample_types import BucketedSample, Sample
@@ -28,8 +29,6 @@ from simpletuner.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     import numpy as np
-
-ASPECT_TOLERANCE = 0.01  # by which the aspect ratio of a mask may differ from its image's
 
 
 @dataclass(frozen=True)

@@ -356,8 +356,8 @@ def _describe_sizes(placed: Sequence[BucketedSample]) -> SizeFacts:
 def _describe_buckets(placed: Sequence[BucketedSample]) -> tuple[BucketFacts, ...]:
     cropped: dict[tuple[int, int], list[float]] = defaultdict(list)
     for item in placed:
-        kept = math.prod(item.bucket_px) / math.prod(item.resize_px)
-        cropped[item.bucket_px].append(1 - kept)
+        inside = math.prod(item.bucket_px) / math.prod(item.resize_px)
+        cropped[item.bucket_px].append(1 - inside)
     facts = [
         BucketFacts(*size, len(values), round(sum(values) / len(values), 4))
         for size, values in cropped.items()

@@ -89,12 +89,12 @@ def downsample_points(points: Sequence[Point], limit: int = MAX_POINTS) -> list[
     if len(points) <= limit:
         return list(points)
     piece = math.ceil(2 * len(points) / limit)
-    kept: list[Point] = []
+    thinned: list[Point] = []
     for start in range(0, len(points), piece):
         part = points[start : start + piece]
         ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
-        kept += sorted(ends)
-    return kept
+        thinned += sorted(ends)
+    return thinned
 
 
 def _render_line(

@@ -115,32 +115,36 @@ def describe_sample_losses(event: SampleLossesMeasured) -> str:
 
 def describe_choice(event: RateChosen) -> str:
     """Return the chosen rate, how sure it is, and what to do at the edge of the rates."""
-    told = f"learning rate {event.rate:g}: loss {event.loss:.5f} on {event.images} images"
+    sentence = f"learning rate {event.rate:g}: loss {event.loss:.5f} on {event.images} images"
     if event.runner_up is not None:
-        told += (
+        sentence += (
             f"; that of {event.runner_up:g} differs by {event.change:+.5f} ± {event.change_se:.5f}"
         )
         if abs(event.change) <= event.change_se:
-            told += ", which is within the error: both will do"
+            sentence += ", which is within the error: both will do"
     if event.at_edge:
-        told += ". It is at the edge of the rates that were tried: try more beyond it with --rates"
-    return f"{told}. The search cost {event.cost:.2f} of a run"
+        sentence += (
+            ". It is at the edge of the rates that were tried: try more beyond it with --rates"
+        )
+    return f"{sentence}. The search cost {event.cost:.2f} of a run"
 
 
 def describe_weight_change(event: WeightChangeMeasured) -> str:
     """Return how much the weights changed, where most, and what to change at the extremes."""
-    told = f"step {event.step}: the trained weights changed by {event.total:.2%} of their norm"
+    sentence = f"step {event.step}: the trained weights changed by {event.total:.2%} of their norm"
     if event.blocks:
         most = max(event.blocks, key=lambda name: event.blocks[name])
-        told += f" (most in {most}: {event.blocks[most]:.2%})"
+        sentence += f" (most in {most}: {event.blocks[most]:.2%})"
     if event.total < LEARNT_NOTHING_BELOW:
-        told += ". So small a change has no visible effect: raise learning_rate, or train longer"
+        sentence += (
+            ". So small a change has no visible effect: raise learning_rate, or train longer"
+        )
     elif event.total > FAR_TOO_STRONG_ABOVE:
-        told += (
+        sentence += (
             ". That is far too strong, and destroys what the base knows: lower learning_rate, or "
             "use an earlier checkpoint"
         )
-    return told
+    return sentence
 
 
 def describe_knowledge(event: KnowledgeCompared) -> str:
@@ -155,14 +159,14 @@ def describe_knowledge(event: KnowledgeCompared) -> str:
     error = event.change_se
     if error is None:
         error = math.hypot(event.before_se, event.after_se)
-    told = (
+    sentence = (
         f"what the base could do ({event.metric}): {scale * event.before:.{digits}f} before, "
         f"{scale * event.after:.{digits}f}{unit} at step {event.step} "
         f"({scale * change:+.{digits}f} ± {scale * error:.{digits}f})"
     )
     if change < -FORGOTTEN_ERRORS * error:
         return (
-            f"{told}: some of it is forgotten. Fewer steps, a lower learning_rate or "
+            f"{sentence}: some of it is forgotten. Fewer steps, a lower learning_rate or "
             "regularisation keep more"
         )
-    return f"{told}: no measurable loss" if change <= 0 else told
+    return f"{sentence}: no measurable loss" if change <= 0 else sentence

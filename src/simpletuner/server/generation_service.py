@@ -79,8 +79,8 @@ class GenerationService:
             return []
         folders = [path for path in self._folder.iterdir() if GENERATION_ID.fullmatch(path.name)]
         newest = sorted(folders, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        found = (self._read(path) for path in newest[:MAX_LISTED])
-        return sorted((one for one in found if one), key=lambda one: -one.created_t)
+        generations = (self._read(path) for path in newest[:MAX_LISTED])
+        return sorted(filter(None, generations), key=lambda generation: -generation.created_t)
 
     def image_path(self, id: str, file: str) -> Path:
         """Return the path of an image. Raises ApiError 404 and PathOutsideWorkspace."""

@@ -81,8 +81,8 @@ def downsample(losses: Sequence[float | None], max_points: int) -> Sequence[int]
         return range(count)
     heights = [float("inf") if loss is None else loss for loss in losses]
     intervals = (max_points - 2) // 2
-    kept = {0, count - 1}
+    chosen = {0, count - 1}
     for interval in range(intervals):
         indices = range(count * interval // intervals, count * (interval + 1) // intervals)
-        kept |= {min(indices, key=heights.__getitem__), max(indices, key=heights.__getitem__)}
-    return sorted(kept)
+        chosen |= {min(indices, key=heights.__getitem__), max(indices, key=heights.__getitem__)}
+    return sorted(chosen)

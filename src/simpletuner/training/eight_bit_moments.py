@@ -40,8 +40,8 @@ def mean_codes() -> Tensor:
 
     A moment that never had a gradient is exactly 0.
     """
-    positive, one = code_magnitudes(64), torch.ones(1)
-    return torch.cat([-one, -positive[1:].flip(0), 0 * one, positive, one]).float()
+    positive, largest = code_magnitudes(64), torch.ones(1)
+    return torch.cat([-largest, -positive[1:].flip(0), 0 * largest, positive, largest]).float()
 
 
 def square_codes() -> Tensor:

@@ -79,8 +79,10 @@ def describe_stored_choice(run: RunConfig) -> str:
     """Describe without torch the choice of gradient_checkpointing "auto"."""
     stored = (_read_object(_run_dir(run) / "config.json") or {}).get(CHOSEN_BY_PLAN)
     if isinstance(stored, bool):
-        kept = "none of the" if stored else "all"
-        return f"{CHOSEN_BY_PLAN} auto: {kept} blocks keep their activations, as in {_run_dir(run)}"
+        count = "none of the" if stored else "all"
+        return (
+            f"{CHOSEN_BY_PLAN} auto: {count} blocks keep their activations, as in {_run_dir(run)}"
+        )
     if isinstance(stored, int):
         return (
             f"{CHOSEN_BY_PLAN} auto: {stored} blocks compute their activations again and the "
