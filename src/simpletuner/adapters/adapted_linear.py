@@ -7,7 +7,7 @@ Trained parameters are float32 masters over a base of any dtype.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -20,7 +20,7 @@ from simpletuner.adapters.deltas import (
     Delta,
     LowRankDelta,
     LycorisDelta,
-    factor_matrix,
+    apply_kronecker,
     is_loha,
     multiply_factors,
 )
@@ -362,20 +362,11 @@ class LycorisLinear(AdaptedLinear):
                 )
                 y = F.linear(x, weight.to(x.dtype))
             else:
-                y = _apply_kronecker(
+                y = apply_kronecker(
                     x, {name: factor.to(x.dtype) for name, factor in factors.items()}
                 )
         selected = y if self.rows is None else y[..., self.rows]
         return cast(Tensor, base_y + selected * (self.scale * self.strength))
-
-
-def _apply_kronecker(x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
-    """Apply (w1 ⊗ w2) to x: w2 on pieces of x, then w1 across them; (..., b d) -> (..., a c)."""
-    w1 = factor_matrix(factors, "1")
-    pieces = x.unflatten(-1, (w1.shape[1], -1))
-    for name in [name for name in ("lokr_w2_b", "lokr_w2_a", "lokr_w2") if name in factors]:
-        pieces = F.linear(pieces, factors[name])
-    return F.linear(pieces.transpose(-1, -2), w1).transpose(-1, -2).flatten(-2)
 
 
 def adapted_modules(transformer: nn.Module) -> dict[str, AdaptedLinear]:

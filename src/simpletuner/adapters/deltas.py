@@ -11,6 +11,7 @@ from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # LyCORIS' names of the factors w1 and w2; each is one matrix or a pair a @ b.
 LYCORIS_FACTOR_NAMES = (
@@ -155,6 +156,15 @@ def factor_matrix(factors: Mapping[str, Tensor], number: str) -> Tensor:
     """Return w1 or w2, multiplying its pair if it is decomposed."""
     name = f"{key_stem(factors)}{number}"
     return factors[name] if name in factors else factors[f"{name}_a"] @ factors[f"{name}_b"]
+
+
+def apply_kronecker(x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+    """Apply (w1 ⊗ w2) to x: w2 on pieces of x, then w1 across them; (..., b d) -> (..., a c)."""
+    w1 = factor_matrix(factors, "1")
+    pieces = x.unflatten(-1, (w1.shape[1], -1))
+    for name in [name for name in ("lokr_w2_b", "lokr_w2_a", "lokr_w2") if name in factors]:
+        pieces = F.linear(pieces, factors[name])
+    return F.linear(pieces.transpose(-1, -2), w1).transpose(-1, -2).flatten(-2)
 
 
 def invalid_factors_reason(factors: Mapping[str, Tensor]) -> str:

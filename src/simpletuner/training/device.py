@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -253,6 +253,15 @@ def unsupported_by_hardware(hardware: Hardware, options: ModelOptions) -> Iterat
             'gradient_checkpointing_backend = "offload" needs a GPU with its own memory; '
             f'{this_is}. Use "torch"'
         )
+
+
+def copy_inputs(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy the inputs of a pass without waiting; one that occurs twice is copied once."""
+    copied: dict[int, Tensor] = {}
+    for tensor in tensors:
+        if id(tensor) not in copied:
+            copied[id(tensor)] = tensor.to(device, non_blocking=True)
+    return [copied[id(tensor)] for tensor in tensors]
 
 
 def describe_out_of_memory(error: BaseException) -> str | None:

@@ -40,7 +40,7 @@ from simpletuner.flow.rollout import (
 from simpletuner.models.family import PredictVelocity
 from simpletuner.randomness import seed_at
 from simpletuner.training.base_targets import BaseNetwork, weighted_losses
-from simpletuner.training.device import ComputeDevice
+from simpletuner.training.device import ComputeDevice, copy_inputs
 from simpletuner.training.ema import Ema
 from simpletuner.training.optimizer_step import OptimizerStep
 from simpletuner.training.optimizers import set_optimizer_mode
@@ -322,7 +322,7 @@ def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor, step: i
     host_sigma = sigma
     # Both levels in one copy; pinned tensors are copied while the host prepares the rest.
     sigma, input_sigma = torch.stack((sigma, input_sigma)).to(device, non_blocking=True)
-    latents, noise, input_noise = copy_to_device((batch.latents, noise, input_noise), device)
+    latents, noise, input_noise = copy_inputs((batch.latents, noise, input_noise), device)
     text = batch.text.to(device, non_blocking=True)
     x_sigma = add_noise(latents, input_noise, input_sigma)
     target = velocity_target(latents, noise)
@@ -340,15 +340,6 @@ def compute_losses(context: TrainerContext, batch: Batch, sigma: Tensor, step: i
     if options.loss_weight_by_sigma is not None:
         losses = losses * loss_weight(options.loss_weight_by_sigma, sigma)
     return losses
-
-
-def copy_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy without waiting; a tensor that occurs twice is copied once."""
-    copied: dict[int, Tensor] = {}
-    for tensor in tensors:
-        if id(tensor) not in copied:
-            copied[id(tensor)] = tensor.to(device, non_blocking=True)
-    return [copied[id(tensor)] for tensor in tensors]
 
 
 def predict_rows(
