@@ -110,7 +110,11 @@ def test_what_a_run_is_asked_for(
 
 @pytest.mark.parametrize(
     "config",
-    [{"validation_disable": True}, {"validation_prompt": None, "user_prompt_library": None}],
+    [
+        {"validation_disable": True, "validation_prompt": "a zorbo"},
+        {"validation_prompt": None, "user_prompt_library": None},
+        {"validation_prompt": None, "validation_prompt_library": False},
+    ],
 )
 def test_a_run_without_pictures_is_not_asked_for_them(
     harness: QueueHarness, client: TestClient, config: dict[str, object]
@@ -122,6 +126,24 @@ def test_a_run_without_pictures_is_not_asked_for_them(
         assert "no samples to generate" in answer.json()["detail"][0]["message"]
         assert not folder.consume_control_request("validate")
         assert client.post(f"{API}/runs/{run_id(folder.path)}/save", json={}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"validation_prompt": None, "user_prompt_library": None, "validation_prompt_library": True},
+        {"validation_prompt": None, "user_prompt_library": "prompts.json"},
+        {"validation_prompt": "a zorbo"},
+    ],
+)
+def test_each_source_of_prompts_is_enough_for_images_now(
+    harness: QueueHarness, client: TestClient, config: dict[str, object]
+) -> None:
+    with RunFolder(harness.workspace.output_dir / "by-hand") as folder:
+        folder.write_config(config)
+        answer = client.post(f"{API}/runs/{run_id(folder.path)}/sample", json={})
+        assert answer.status_code == 200, answer.text
+        assert folder.consume_control_request("validate")
 
 
 def test_a_link_in_the_place_of_control_is_not_followed(

@@ -39,6 +39,8 @@ REMOTE_REASON = (
     "terminal"
 )
 DATASET_FOLDER_FIELDS = ("instance_data_dir", "cache_dir")
+# Each of these alone gives the validation images a prompt.
+PROMPT_OPTIONS = ("validation_prompt", "user_prompt_library", "validation_prompt_library")
 
 
 @dataclass(frozen=True)

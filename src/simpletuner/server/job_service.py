@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from simpletuner.atomic_io import write_atomically
 from simpletuner.server.api_errors import ApiError, abort
-from simpletuner.server.config_validation import validate_config
+from simpletuner.server.config_validation import PROMPT_OPTIONS, validate_config
 from simpletuner.server.draft_store import DraftStore
 from simpletuner.server.file_reader import is_locked, read_json_object
 from simpletuner.server.job_config import JobConfig, job_config_from_draft, job_config_from_run
@@ -226,8 +226,9 @@ class JobService:
         if not is_locked(run_dir / "run.lock"):
             abort(409, "the run is not running")
         options = read_json_object(run_dir / "config.json") or {}
-        has_prompts = any(
-            options.get(name, "unknown") for name in ("validation_prompt", "user_prompt_library")
+        # A config.json without any of these options is of an older version.
+        has_prompts = any(options.get(name) for name in PROMPT_OPTIONS) or not any(
+            name in options for name in PROMPT_OPTIONS
         )
         if control == "validate" and options.get("validation_disable"):
             abort(409, "no samples to generate: validation_disable is set")

@@ -17,7 +17,11 @@ from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.geometry import ImageSize, bucket_size
 from simpletuner.errors import DataError
 from simpletuner.events.formatting import count_of
-from simpletuner.server.config_validation import canonical_name, read_and_validate
+from simpletuner.server.config_validation import (
+    PROMPT_OPTIONS,
+    canonical_name,
+    read_and_validate,
+)
 from simpletuner.server.dataset_items import ALIGNMENT_PX
 from simpletuner.server.dataset_service import DatasetService
 from simpletuner.server.job_config import run_folder_name
@@ -29,7 +33,6 @@ from simpletuner.server.workspace import Workspace
 CPU_FLAVOUR = "nano"  # the only flavour that a CPU trains in minutes
 MAX_SUGGESTED_CAPTIONS = 4
 MAX_NAMED_FILES = 3
-PROMPT_OPTIONS = ("validation_prompt", "user_prompt_library", "validation_prompt_library")
 
 
 class StartChecks:
