@@ -119,14 +119,19 @@ class Page:
         return [event["step"] for event in self.events if event["kind"] == "step"]
 
 
-def test_first_everything_and_then_only_what_changes(tmp_path: Path) -> None:
+def test_first_what_has_not_ended_and_then_only_what_changes(tmp_path: Path) -> None:
+    RunFolderWriter(tmp_path / "ended").write_start().write_exit()
     run = RunFolderWriter(tmp_path / "run").write_start().write_steps(1, 3)
-    with serving(make_runs_app(tmp_path)) as address, connect(address) as connection:
+    with (
+        run.hold_lock(),
+        serving(make_runs_app(tmp_path)) as address,
+        connect(address) as connection,
+    ):
         page = Page(connection, "0" * 12)
         first = page.hear()
         assert first.runs is not None
         assert first.queue == empty_queue()
-        assert [one.step for one in first.runs] == [3]
+        assert [(one.name, one.step) for one in first.runs] == [("run", 3)]
         connection.send(FollowRequest(run=run_id(run.path)).model_dump_json())
         page.until(lambda page: page.steps == [1, 2, 3])
         page.rest()
@@ -140,6 +145,20 @@ def test_first_everything_and_then_only_what_changes(tmp_path: Path) -> None:
         page.rest()
         run.write_steps(5, 5)
         assert page.hear().run is None
+
+
+def test_a_run_that_has_ended_is_sent_when_it_is_followed(tmp_path: Path) -> None:
+    """A page that was without a connection while its run ended learns of the end."""
+    run = RunFolderWriter(tmp_path / "run").write_start()
+    run.write_exit(message="it ended")
+    with serving(make_runs_app(tmp_path)) as address, connect(address) as connection:
+        page = Page(connection, "0" * 12)
+        assert page.hear().runs == []
+        connection.send(FollowRequest(run=run_id(run.path)).model_dump_json())
+        page.until(lambda page: page.messages[-1].changed)
+        page.rest()
+    sent = [(one.state, one.message) for message in page.messages for one in message.changed]
+    assert sent == [("done", "it ended")]
 
 
 def test_eight_pages_at_once(tmp_path: Path) -> None:
@@ -332,8 +351,11 @@ def test_only_what_changed_of_many_runs_is_sent(tmp_path: Path) -> None:
     folders = [RunFolderWriter(tmp_path / f"run-{at}").write_start() for at in range(20)]
     with serving(make_runs_app(tmp_path)) as address, connect(address) as connection:
         page = Page(connection, "0" * 12)
-        assert len(page.hear().runs or []) == 20
+        first = page.hear()
+        assert first.runs == []
+        assert len(first.model_dump_json()) < 1000
         page.rest()
+        assert len(page.messages) == 1
         folders[7].write_steps(1, 1)
         page.until(lambda page: page.messages[-1].changed)
         assert [run.name for run in page.messages[-1].changed] == ["run-7"]

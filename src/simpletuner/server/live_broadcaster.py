@@ -2,8 +2,8 @@
 
 What a subscriber has received is described by two version numbers and two byte offsets, so no
 messages queue up: a slow subscriber receives all later changes at once when it is ready, and one
-that does not read is disconnected. The first message has all runs, the next ones only those that
-changed.
+that does not read is disconnected. The first message has the runs that have not ended, the next
+ones only those that changed: the list of a thousand ended runs is read in pages, not sent to each.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from simpletuner.server.job_states import ENDED_STATES
 from simpletuner.server.run_service import RunService
 from simpletuner.server.schemas.jobs import Queue
 from simpletuner.server.schemas.live import FollowRequest, LiveUpdate
@@ -38,11 +39,13 @@ class Subscriber:
     """One connected page.
 
     follow: the run it follows, with the offsets up to which it has received the events and the log.
-    sent_versions: the versions of the list of runs and of the queue that it has received.
+    sent_versions: the versions of the list of runs and of the queue that it has received. sent_run:
+    the followed run whose summary it has received.
     """
 
     follow: FollowRequest = field(default_factory=FollowRequest)
     sent_versions: tuple[int, int] = (0, 0)
+    sent_run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,24 @@ class ListSnapshot:
         versions = (runs_version, queue_version + (queue != self.queue))
         return ListSnapshot(runs, queue, versions, changed_at, removed_at)
 
-    def list_fields(self, sent: int) -> dict[str, Any]:
-        """Return the fields of LiveUpdate about the list, after version `sent` of it."""
-        if sent == self.versions[0]:
+    def list_fields(self, sent: int, newly_followed: str | None) -> dict[str, Any]:
+        """Return the fields of LiveUpdate about the list, after version `sent` of it.
+
+        newly_followed: a run whose summary is sent in any case.
+        """
+        if sent == self.versions[0] and newly_followed is None:
             return {}
+        fields: dict[str, Any] = {}
         if sent == 0:
-            return {"runs": self.runs}
-        return {
-            "changed": [run for run in self.runs if self.changed_at.get(run.id, 1) > sent],
-            "removed": [id for id, at in self.removed_at.items() if at > sent],
+            fields["runs"] = [run for run in self.runs if run.state not in ENDED_STATES]
+        changed = [
+            run
+            for run in self.runs
+            if run.id == newly_followed or (sent and self.changed_at.get(run.id, 1) > sent)
+        ]
+        removed = [id for id, at in self.removed_at.items() if sent and at > sent]
+        return fields | {
+            name: rows for name, rows in (("changed", changed), ("removed", removed)) if rows
         }
 
 
@@ -168,14 +180,15 @@ class LiveBroadcaster:
         snapshot = self._list_snapshot()
         sent = subscriber.sent_versions
         subscriber.sent_versions = snapshot.versions
+        newly_followed = follow.run if follow.run != subscriber.sent_run else None
+        subscriber.sent_run = follow.run
         run_fields, next_follow = self._run_update(follow)
-        if not run_fields and snapshot.versions == sent:
+        fields = {**snapshot.list_fields(sent[0], newly_followed), **run_fields}
+        if snapshot.versions[1] != sent[1]:
+            fields["queue"] = snapshot.queue
+        if not fields:
             return None, next_follow
-        update = LiveUpdate(
-            queue=snapshot.queue if snapshot.versions[1] != sent[1] else None,
-            **snapshot.list_fields(sent[0]),
-            **run_fields,
-        )
+        update = LiveUpdate(**fields)
         return update, next_follow
 
     def _run_update(self, follow: FollowRequest) -> tuple[dict[str, Any], FollowRequest]:

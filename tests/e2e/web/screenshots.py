@@ -45,7 +45,7 @@ def copy_datasets(house: ServerProcess) -> list[dict[str, Any]]:
 def copy_run(house: ServerProcess, run_dir: Path) -> str:
     copy_datasets(house)
     shutil.copytree(run_dir, house.workspace / "output" / "zorbo")
-    return str(house.request_ok("GET", "runs")[0]["id"])
+    return str(house.request_ok("GET", "runs")["runs"][0]["id"])
 
 
 def train_run(house: ServerProcess, steps: int) -> str:

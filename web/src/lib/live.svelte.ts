@@ -1,14 +1,12 @@
-/** The WebSocket connection: the list of runs, the queue, and the events of the run that is shown. */
+/** The WebSocket connection: the runs that change, the queue, and the events of the run that is shown. */
 import { notifyOfEnds } from "./notifications.svelte";
 import type { FollowRequest, LiveUpdate, Queue, RunSummary } from "./types";
 
-/** Queued runs first, then those that were started last. */
-function newestFirst(a: RunSummary, b: RunSummary): number {
-  return Number(b.state === "queued") - Number(a.state === "queued") || (b.started_t ?? 0) - (a.started_t ?? 0);
-}
-
 export type Connection = "connecting" | "open" | "lost";
 const MAX_RETRY_MS = 10_000;
+
+/** Called with the runs that changed and the ids of those that are gone; null after a connection was opened. */
+type RunListener = (changed: RunSummary[] | null, removed: string[]) => void;
 
 interface Subscription {
   request: Required<FollowRequest>;
@@ -16,9 +14,11 @@ interface Subscription {
 }
 
 class LiveFeed {
+  /** The runs that have not ended, and those that have changed since the connection was opened. */
   runs = $state.raw<RunSummary[] | null>(null);
   queue = $state.raw<Queue | null>(null);
   connection = $state<Connection>("connecting");
+  readonly #listeners = new Set<RunListener>();
   #subscription: Subscription | null = null;
   #socket: WebSocket | null = null;
   #wait_ms = 500;
@@ -65,6 +65,12 @@ class LiveFeed {
     };
   }
 
+  /** Call a function at each change of the list of runs; returns a function that ends this. */
+  onRuns(listener: RunListener): () => void {
+    this.#listeners.add(listener);
+    return () => this.#listeners.delete(listener);
+  }
+
   run(id: string): RunSummary | undefined {
     return this.runs?.find((run) => run.id === id);
   }
@@ -88,15 +94,17 @@ class LiveFeed {
     subscription.onUpdate(message);
   }
 
-  /** The first message has all runs, the next ones what changed. */
+  /** The first message has the runs that have not ended, the next ones what changed. */
   #applyRuns({ runs, changed = [], removed = [] }: LiveUpdate): void {
-    if (runs !== null && runs !== undefined) {
-      this.runs = runs;
-    } else if (this.runs !== null && changed.length + removed.length > 0) {
+    const isFirst = runs !== null && runs !== undefined;
+    if (isFirst) this.runs = runs;
+    if (this.runs !== null && changed.length + removed.length > 0) {
       notifyOfEnds(this.runs, changed);
       const gone = new Set([...removed, ...changed.map((run) => run.id)]);
-      this.runs = [...changed, ...this.runs.filter((run) => !gone.has(run.id))].sort(newestFirst);
+      this.runs = [...changed, ...this.runs.filter((run) => !gone.has(run.id))];
     }
+    if (!isFirst && changed.length + removed.length === 0) return;
+    for (const listener of this.#listeners) listener(isFirst ? null : changed, removed);
   }
 
   #retryNow(): void {

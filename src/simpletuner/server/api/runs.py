@@ -16,6 +16,7 @@ from simpletuner.server import run_artifacts
 from simpletuner.server.file_reader import replace_surrogates
 from simpletuner.server.file_responses import make_file_response
 from simpletuner.server.live_broadcaster import SlowSubscriber, Subscriber
+from simpletuner.server.run_pages import select_page
 from simpletuner.server.run_prompts import read_run_prompts, write_run_prompts
 from simpletuner.server.run_reader import RunReader
 from simpletuner.server.schemas.live import FollowRequest
@@ -25,9 +26,10 @@ from simpletuner.server.schemas.runs import (
     RunDetail,
     RunImage,
     RunMetrics,
+    RunPage,
     RunPrompts,
     RunPromptsWrite,
-    RunSummary,
+    RunQuery,
 )
 from simpletuner.server.services import Services, ServicesDep
 from simpletuner.server.thumbnails import get_thumbnail
@@ -51,9 +53,9 @@ def get_reader(services: Services, id: str) -> RunReader:
 
 
 @router.get("/runs")
-def list_runs(services: ServicesDep) -> list[RunSummary]:
-    """Return all runs."""
-    return services.runs.summaries()
+def list_runs(query: Annotated[RunQuery, Query()], services: ServicesDep) -> RunPage:
+    """Return a page of the list of runs."""
+    return select_page(services.runs.summaries(), query)
 
 
 @router.get("/runs/{id}")

@@ -26,8 +26,9 @@ class FollowRequest(ApiModel):
 class LiveUpdate(ApiModel):
     """An update from the server.
 
-    runs: the complete list, in the first message only. changed: runs that are new or changed since
-    the last message. removed: ids of runs that are gone. queue: the queue, sent when it changed.
+    runs: the runs that have not ended, in the first message only; the whole list is read in pages.
+    changed: runs that are new or changed since the last message, and the run that is followed from
+    now on. removed: ids of runs that are gone. queue: the queue, sent when it changed.
     events: new records of the followed run, as in events.jsonl (t, kind, fields). start, end: their
     byte offsets; a start of 0 after a request for a later offset means that the run was started
     from scratch and earlier events are void. log: the next part of the log.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -48,6 +48,37 @@ class RunSummary(ApiModel):
     tags: list[str] = Field(default_factory=list)
     note: str = ""
     archived: bool = False
+
+
+class RunQuery(ApiModel):
+    """A part of the list of runs.
+
+    words: each must be in the name, a tag or the note. state: "active" includes queued runs,
+    "ended" are those that stopped before their end. archived: list archived runs too. queued: list
+    runs too that are only queued. sort: "progress" is the share of the steps, highest first.
+    """
+
+    offset: int = Field(default=0, ge=0, le=10_000_000)
+    limit: int = Field(default=50, ge=1, le=500)
+    words: str = Field(default="", max_length=200)
+    state: Literal["any", "active", "done", "ended"] = "any"
+    archived: bool = True
+    queued: bool = True
+    sort: Literal["newest", "name", "loss", "progress"] = "newest"
+
+
+class RunPage(ApiModel):
+    """A part of the list of runs.
+
+    total: runs that match the query. all_runs: runs without its words, state and archived.
+    archived: how many of these are archived.
+    """
+
+    total: int
+    offset: int
+    runs: list[RunSummary]
+    all_runs: int
+    archived: int
 
 
 class CheckpointInfo(ApiModel):

@@ -25,6 +25,7 @@ export const common = {
     token: "Token",
     enter: "Log in",
   },
+  pager: { label: "Pages", previous: "Previous", next: "Next", range: "{from} to {to} of {total}" },
   trash: {
     deleted: "{name} was moved to the trash.",
     restored: "{name} was restored.",

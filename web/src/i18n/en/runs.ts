@@ -2,7 +2,7 @@ export const runs = {
   title: "Runs",
   start: "New run",
   search: "Search names, tags, notes",
-  nothing: "No run matches this name.",
+  nothing: "No run matches.",
   progress: "Progress",
   loss: "Loss",
   steps: (step: string, total: string) => `${step} of ${total} steps`,
@@ -49,6 +49,5 @@ export const runs = {
     tagsHint: "Separated by commas",
     note: "Notes",
     save: "Save",
-    more: "Show {n} more",
   },
 };

@@ -23,6 +23,7 @@ export const common: Texts["common"] = {
     token: "Token",
     enter: "Iniciar sesión",
   },
+  pager: { label: "Páginas", previous: "Anterior", next: "Siguiente", range: "{from} a {to} de {total}" },
   trash: {
     deleted: "{name} se movió a la papelera.",
     restored: "{name} se restauró.",

@@ -4,7 +4,7 @@ export const runs: Texts["runs"] = {
   title: "Entrenamientos",
   start: "Nuevo entrenamiento",
   search: "Buscar nombres, etiquetas, notas",
-  nothing: "Ningún entrenamiento coincide con ese nombre.",
+  nothing: "Ningún entrenamiento coincide.",
   progress: "Progreso",
   loss: "Pérdida",
   steps: (step, total) => `${step} de ${total} pasos`,
@@ -51,6 +51,5 @@ export const runs: Texts["runs"] = {
     tagsHint: "Separadas por comas",
     note: "Notas",
     save: "Guardar",
-    more: "Mostrar {n} más",
   },
 };

@@ -23,6 +23,7 @@ export const common: Texts["common"] = {
     token: "Token",
     enter: "लॉग इन करें",
   },
+  pager: { label: "पृष्ठ", previous: "पिछला", next: "अगला", range: "{total} में से {from} से {to}" },
   trash: {
     deleted: "{name} ट्रैश में गया।",
     restored: "{name} वापस लाया गया।",

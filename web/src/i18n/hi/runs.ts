@@ -4,7 +4,7 @@ export const runs: Texts["runs"] = {
   title: "रन",
   start: "नया रन",
   search: "नाम, टैग, टिप्पणी खोजें",
-  nothing: "इस नाम का कोई रन नहीं है।",
+  nothing: "कोई रन मेल नहीं खाता।",
   progress: "प्रगति",
   loss: "Loss",
   steps: (step, total) => `${total} में से ${step} steps`,
@@ -51,6 +51,5 @@ export const runs: Texts["runs"] = {
     tagsHint: "अल्पविराम से अलग",
     note: "टिप्पणी",
     save: "सहेजें",
-    more: "{n} और दिखाएँ",
   },
 };
