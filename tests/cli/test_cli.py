@@ -17,7 +17,7 @@ BLOCKED_START = """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked!r}:
+        if any((name + ".").startswith(other + ".") for other in {blocked!r}):
             raise AssertionError("imported " + name)
 sys.meta_path.insert(0, Blocked())
 sys.argv[0] = "simpletuner"
@@ -25,6 +25,17 @@ from simpletuner.cli import main
 main()
 """
 HEAVY = ("torch", "diffusers", "transformers", "peft", "numpy", "PIL")
+# What only a training needs, or a configuration that asks for it.
+UNASKED = (
+    *HEAVY,
+    "asyncio",
+    "concurrent",
+    "http",
+    "sqlite3",
+    "ssl",
+    "yaml",
+    "simpletuner.events.event_types",
+)
 
 
 def run(cwd: Path, *words: str, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -74,8 +85,11 @@ def test_every_command_has_help_without_torch(tmp_path: Path, name: str) -> None
 
 
 def test_train_help_and_help_all(tmp_path: Path) -> None:
+    ours = ("data", "events", "validation", "training", "config.load", "config.constraints")
+    unneeded = (*UNASKED, "regex", *(f"simpletuner.{name}" for name in ours))
+    assert run(tmp_path, "train", "--help", blocked=unneeded).returncode == 0
     helps = list[subprocess.CompletedProcess[str]]()
-    assert_quick(lambda: helps.append(run(tmp_path, "train", "--help")), 1, children_s)
+    assert_quick(lambda: helps.append(run(tmp_path, "train", "--help")), 0.5, children_s)
     basic, everything = helps[0], run(tmp_path, "train", "--help-all")
     assert "--learning_rate" in basic.stdout
     assert "--huber_c" not in basic.stdout
@@ -86,8 +100,8 @@ def test_mistakes_are_told_before_torch_and_in_a_second(project: Path) -> None:
     (project / "config.json").write_text('{\n  "learning_rat": 1,\n  "lora_rank": 0\n}')
     sets = [{"id": "one", "type": "local", "instance_data_dir": "gone"}]
     (project / "multidatabackend.json").write_text(json.dumps(sets))
-    done = run(project, "train", "--sed", "3", blocked=("torch", "diffusers", "transformers"))
-    assert done.returncode == 2
+    done = run(project, "train", "--sed", "3", blocked=UNASKED)
+    assert done.returncode == 2, done.stderr
     lines = done.stderr.splitlines()
     assert lines[:3] == [
         "config.json:2:3: learning_rat: unknown option; did you mean 'learning_rate'?",
@@ -97,7 +111,7 @@ def test_mistakes_are_told_before_torch_and_in_a_second(project: Path) -> None:
     assert lines[3].startswith("multidatabackend.json:1:")
     assert '"gone" does not exist' in lines[3]
     assert done.stdout == ""
-    assert_quick(lambda: run(project, "train", "--sed", "3"), 1, children_s)
+    assert_quick(lambda: run(project, "train", "--sed", "3"), 0.6, children_s)
 
 
 def test_prompt_library_and_webhooks_are_checked_too(project: Path) -> None:

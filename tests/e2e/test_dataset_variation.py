@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from simpletuner.cli.train import require_config_and_datasets
+from simpletuner.cli.checked_config import require_config_and_datasets
 from simpletuner.config.load import try_load_config
 from simpletuner.data.dataset_file import read_dataset_file
 from simpletuner.errors import CheckpointError, ConfigError, DataError

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from simpletuner.cli.train import require_config_and_datasets
+from simpletuner.cli.checked_config import require_config_and_datasets
 from simpletuner.config.load import try_load_config
 from simpletuner.errors import ConfigError
 from simpletuner.events.event_types import (

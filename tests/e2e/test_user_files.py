@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.cli.train import output_dir_problems
+from simpletuner.cli.checked_config import output_dir_problems
 from simpletuner.config.output_folder import RUN_MARKER
 from simpletuner.data.dataset_file import read_dataset_file
 from simpletuner.errors import CheckpointError, ConfigError

@@ -18,6 +18,7 @@ from simpletuner.events.event_types import (
     ScoresComputed,
     StepCompleted,
 )
+from simpletuner.events.tracker_names import TRACKER_NAMES
 
 STEP = StepCompleted(3, 20, 0, 0.5, 1e-4, 1.25, 0.5, 1, 3.25)
 EVALUATION = LossEvaluated(3, "d", "eval", 0.4, -0.1, 0.02, ((0.125, 0.6),), True)
@@ -115,7 +116,7 @@ def test_trackio_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert recorder.told[1][2] == {"step": 3}
 
 
-@pytest.mark.parametrize("name", trackers.TRACKER_NAMES)
+@pytest.mark.parametrize("name", TRACKER_NAMES)
 def test_a_missing_package_says_what_to_type(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

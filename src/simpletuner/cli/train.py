@@ -7,34 +7,21 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from simpletuner.config import environment, flags, launch_environment
-from simpletuner.config.constraints import FP16_REFUSAL
-from simpletuner.config.deepspeed_config import uses_deepspeed
-from simpletuner.config.distributed_constraints import visible_devices
-from simpletuner.config.launch_environment import LaunchedProcess
-from simpletuner.config.load import (
-    ConfigLoadResult,
-    LoadedConfig,
-    resolved_options,
-    try_load_config,
-)
+from simpletuner.config import environment, flags
 from simpletuner.config.option_catalog import all_options
 from simpletuner.config.option_values import parse_memory_size
-from simpletuner.config.output_folder import find_output_dir_problems
-from simpletuner.config.schema import RunConfig
-from simpletuner.data.dataset_config import DatasetFile
-from simpletuner.data.dataset_file import read_dataset_file
-from simpletuner.data.regularisation import regularisation_problems
-from simpletuner.data.start_image import read_size
-from simpletuner.errors import ConfigError, MissingExtra, Problem
-from simpletuner.events import webhook_sink
-from simpletuner.validation.prompts import read_prompts
+from simpletuner.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from simpletuner.config.launch_environment import LaunchedProcess
+    from simpletuner.config.load import LoadedConfig
+    from simpletuner.data.dataset_config import DatasetFile
 
 CONFIG_SOURCE_FLAGS = {
     "config": "PATH  a configuration file, or its folder",
@@ -90,6 +77,10 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
     if within:
         parse_memory_size(within)
     options = [pair for pair in pairs if pair[0] not in (*CONFIG_SOURCE_FLAGS, *SWITCHES, "fit")]
+    # Not before the flags are known to be in order: --help and a typing error need none of it.
+    from simpletuner.cli.checked_config import require_config_and_datasets, require_extras
+    from simpletuner.config.load import try_load_config
+
     tried = try_load_config(options, given.get("config"), given.get("env"), given.get("example"))
     loaded, backends = require_config_and_datasets(tried)
     if "show_config" in given:
@@ -163,6 +154,9 @@ def join_launcher(loaded: LoadedConfig) -> LaunchedProcess | None:
     Must be called before torch is imported. Raises ConfigError where the configuration contradicts
     what was started.
     """
+    from simpletuner.config import launch_environment
+    from simpletuner.config.distributed_constraints import visible_devices
+
     environ = environment.copy_process_environment()
     starter = environ.get(launch_environment.PARENT_VARIABLE)
     if starter is not None and int(starter) == os.getppid():
@@ -198,89 +192,12 @@ def rank_command(pairs: Sequence[tuple[str, str | None]]) -> list[str]:
     return [sys.executable, "-m", "simpletuner", "train", *flags_of_ranks]
 
 
-def require_extras(loaded: LoadedConfig) -> None:
-    """Raise MissingExtra if the run needs DeepSpeed and it is not installed."""
-    if uses_deepspeed(loaded.config) and find_spec("deepspeed") is None:
-        raise MissingExtra("deepspeed_config needs: pip install 'simpletuner[deepspeed]'")
-
-
-def require_config_and_datasets(tried: ConfigLoadResult) -> tuple[LoadedConfig, DatasetFile]:
-    """Return the configuration and its datasets.
-
-    Raises ConfigError with the problems of all files together.
-    """
-    problems = list(tried.problems)
-    backends = None
-    if tried.data_options is not None and tried.data_options.data_backend_config is not None:
-        try:
-            backends = read_dataset_file(
-                Path(tried.data_options.data_backend_config),
-                tried.data_options,
-                output_dir=tried.loaded.config.training.output_dir if tried.loaded else "",
-            )
-        except ConfigError as error:
-            problems.extend(error.problems)
-    if tried.loaded is not None:
-        run, source = tried.loaded.config, tried.loaded.config_path
-        if run.model.mixed_precision == "fp16":
-            problems.append(Problem(tried.loaded.origins["mixed_precision"], FP16_REFUSAL))
-        try:
-            read_prompts(run.validation, source.parent if source else Path.cwd())
-            if run.validation.validation_image is not None:
-                read_size(
-                    Path(run.validation.validation_image), tried.loaded.origins["validation_image"]
-                )
-            if run.logging.webhook_config is not None:
-                webhook_sink.parse_webhook_config(run.logging.webhook_config)
-        except ConfigError as error:
-            problems.extend(error.problems)
-        if backends is not None:
-            problems += output_dir_problems(tried.loaded, backends)
-            problems += noise_level_problems(run, backends)
-            problems += regularisation_problems(run.model.model_type, backends.train)
-    if problems or tried.loaded is None or backends is None:
-        raise ConfigError(problems)
-    return tried.loaded, backends
-
-
-def output_dir_problems(loaded: LoadedConfig, backends: DatasetFile) -> list[Problem]:
-    """Return why the run may not use its output_dir."""
-    run = loaded.config
-    caches = [run.cache.cache_dir, backends.text_cache_dir]
-    found = find_output_dir_problems(
-        Path(os.path.expanduser(run.training.output_dir)).absolute(),
-        {
-            dataset.id: dataset.instance_data_dir
-            for dataset in (*backends.train, *backends.eval)
-            if dataset.has_folder
-        },
-        loaded.config_path,
-        [Path(cache) for cache in caches if cache],
-    )
-    return [Problem(loaded.origins["output_dir"], text) for text in found]
-
-
-def noise_level_problems(run: RunConfig, backends: DatasetFile) -> list[Problem]:
-    """Return which datasets move noise levels of a list, which cannot be moved."""
-    flow = run.flow
-    if flow.flow_custom_timesteps is None and not flow.flux_fast_schedule:
-        return []
-    name = "flux_fast_schedule" if flow.flow_custom_timesteps is None else "flow_custom_timesteps"
-    return [
-        Problem(
-            str(run.data.data_backend_config),
-            f"{dataset.id}.timestep_sampling_offset moves a density of noise levels, and {name} is "
-            "a list of them; leave out one of the two",
-        )
-        for dataset in backends.train
-        if dataset.timestep_sampling_offset
-    ]
-
-
 def print_config(
     loaded: LoadedConfig, dataset_notices: Sequence[str], echo: Callable[[str], None]
 ) -> None:
     """Print every value with its origin, by section; then the notices."""
+    from simpletuner.config.load import resolved_options
+
     values = resolved_options(loaded.config)
     for group, options in groupby(all_options().values(), key=lambda option: option.group):
         echo(f"\n{group}")

@@ -9,8 +9,8 @@ from functools import partial
 import click
 
 from simpletuner.cli import rate_plan
+from simpletuner.cli.checked_config import require_config_and_datasets, require_extras
 from simpletuner.cli.rate_search import RateSearch, default_rates, make_plan
-from simpletuner.cli.train import require_config_and_datasets, require_extras
 from simpletuner.config import flags
 from simpletuner.config.load import try_load_config
 from simpletuner.errors import ConfigError

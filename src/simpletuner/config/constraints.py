@@ -28,7 +28,7 @@ from simpletuner.config.schema import DataOptions, RunConfig
 from simpletuner.config.tuning_constraints import find_tuning_errors
 from simpletuner.config.validation_constraints import find_validation_errors
 from simpletuner.errors import ConfigError
-from simpletuner.events.trackers import TRACKER_NAMES
+from simpletuner.events.tracker_names import TRACKER_NAMES
 
 GivenOrigins = Mapping[str, str]  # option -> where it was given; defaults are absent
 ConstraintFinding = tuple[str, str]  # the option that is reported, and what is wrong

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from simpletuner.config import (
-    accelerate_config,
     constraints,
     deepspeed_config,
     discovery,
@@ -230,6 +229,8 @@ def _read_accelerate_file(layers: OptionLayers, cwd: Path) -> None:
     found, _ = paths.find_path(layers.values[name], layers.base_folders[name], cwd)
     if found is None or not os.path.isfile(found):
         return  # reported with the other paths
+    from simpletuner.config import accelerate_config  # reads YAML, which few configurations do
+
     path = Path(found)
     try:
         file = accelerate_config.AccelerateFile(path, paths.display_path(path, cwd))

@@ -11,6 +11,7 @@ from math import isqrt
 
 ImageSize = tuple[int, int]
 
+ASPECT_TOLERANCE = 0.01  # by which the aspect ratio of a mask may differ from its image's
 # Used by crop_aspect "closest" when crop_aspect_buckets is not given; width / height.
 COMMON_RATIOS = (0.5, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2.0)
 

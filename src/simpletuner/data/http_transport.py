@@ -16,9 +16,9 @@ from http import HTTPStatus
 from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
+from simpletuner.data.address_schemes import WEB_SCHEMES
 from simpletuner.data.transports import PartialDownload, TransferError, Transport, too_large
 
-WEB_SCHEMES = ("http", "https")
 TIMEOUT_S = 30.0
 BLOCK_BYTES = 1 << 18
 # Slower than this for a whole minute counts as a dead connection.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from simpletuner.data.dataset_config import DatasetConfig
+from simpletuner.data.geometry import ASPECT_TOLERANCE
 from simpletuner.data.image_files import MASK_ENDING, ImageFile, find_image_files
 from simpletuner.data.pixels import (
     SIXTEEN_BIT_MODES,
@@ -32,8 +33,6 @@ from simpletuner.events.formatting import count_of
 
 if TYPE_CHECKING:
     import numpy as np
-
-ASPECT_TOLERANCE = 0.01  # by which the aspect ratio of a mask may differ from its image's
 
 
 def find_masks(

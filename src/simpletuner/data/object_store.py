@@ -8,66 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import importlib.util
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from simpletuner.data.address_schemes import DRIVERS, StoreDriver, require_driver
 from simpletuner.data.dataset_config import StoreLocation
 from simpletuner.data.listing import ListedFile, Lister, Page, version_number
 from simpletuner.data.transports import PartialDownload, TransferError, Transport
-from simpletuner.errors import MissingExtra
 
 CHUNK_BYTES = 1 << 24
 KEYS_PER_PAGE = 1000
-
-
-@dataclass(frozen=True)
-class StoreDriver:
-    """A driver of fsspec. errors: "module:class" of what it raises besides OSError."""
-
-    package: str
-    extra: str
-    credentials: str
-    errors: tuple[str, ...]
-
-
-DRIVERS: Mapping[str, StoreDriver] = {
-    "s3": StoreDriver(
-        "s3fs",
-        "s3",
-        "set aws_access_key_id and aws_secret_access_key, or the AWS_* variables",
-        (
-            "botocore.exceptions:BotoCoreError",
-            "botocore.exceptions:ClientError",
-            "aiohttp:ClientError",
-        ),
-    ),
-    "gs": StoreDriver(
-        "gcsfs",
-        "gcs",
-        "run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
-        (
-            "gcsfs.retry:HttpError",
-            "google.auth.exceptions:GoogleAuthError",
-            "aiohttp:ClientError",
-        ),
-    ),
-    "az": StoreDriver(
-        "adlfs",
-        "azure",
-        "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and _KEY",
-        ("azure.core.exceptions:AzureError", "aiohttp:ClientError"),
-    ),
-}
 CREDENTIAL_ERRORS = ("NoCredentialsError", "DefaultCredentialsError", "ClientAuthenticationError")
-
-
-def require_driver(scheme: str) -> None:
-    """Raise MissingExtra unless the package for this kind of store is installed."""
-    driver = DRIVERS[scheme]
-    if importlib.util.find_spec(driver.package) is None:
-        raise MissingExtra(f"{scheme}:// needs: pip install 'simpletuner[{driver.extra}]'")
 
 
 class ObjectTransport(Transport):

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config.schema import DataOptions
+from simpletuner.data.address_schemes import DRIVERS, WEB_SCHEMES, require_driver
 from simpletuner.data.caption_table_field import FORMATS_BY_SUFFIX
 from simpletuner.data.dataset_config import HubLocation, ImageTable, StoreLocation
 from simpletuner.data.dataset_fields import ImageDatasetFields
-from simpletuner.data.http_transport import WEB_SCHEMES
-from simpletuner.data.object_store import DRIVERS, require_driver
 from simpletuner.data.row_filters import RowFilters
 from simpletuner.data.source_fields import FIELDS_BY_TYPE, TABLE_TYPES, SourceFields
 from simpletuner.data.table_rows import PARQUET_HINT

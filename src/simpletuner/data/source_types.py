@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from simpletuner.data.address_schemes import WEB_SCHEMES
 from simpletuner.data.dataset_config import (
     CaptionTable,
     DatasetConfig,
     ImageTable,
     StoreLocation,
 )
-from simpletuner.data.http_transport import WEB_SCHEMES, HttpTransport
+from simpletuner.data.http_transport import HttpTransport
 from simpletuner.data.hub_dataset import find_hub_files
 from simpletuner.data.listing import RemoteFolder
 from simpletuner.data.object_store import ObjectTransport

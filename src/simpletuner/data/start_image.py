@@ -14,13 +14,13 @@ from PIL import Image, ImageChops
 
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.geometry import (
+    ASPECT_TOLERANCE,
     ImageSize,
     ResizeCropConfig,
     bucket_size,
     covering_size,
     crop_position,
 )
-from simpletuner.data.masks import ASPECT_TOLERANCE
 from simpletuner.data.pixels import load_pixels, read_image_header
 from simpletuner.data.rejections import UnusableFile
 from simpletuner.data.sample_types import BucketedSample, Sample

@@ -15,10 +15,10 @@ from hashlib import sha256
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from simpletuner.data.address_schemes import WEB_SCHEMES
 from simpletuner.data.caption_tables import CAPTION_COLUMNS, row_captions
 from simpletuner.data.dataset_config import ImageTable
 from simpletuner.data.embedded_images import DecodedParts, EmbeddedImage, ImageColumn
-from simpletuner.data.http_transport import WEB_SCHEMES
 from simpletuner.data.sources import RowSource, SourceFile, SourceRow, UnusableRow
 from simpletuner.data.table_rows import Row, choose_column, open_parquet, read_columns, read_rows
 from simpletuner.errors import DataError

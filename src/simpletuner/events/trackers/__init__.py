@@ -11,7 +11,6 @@ from typing import Any
 from simpletuner.events.event_types import Event, LossEvaluated, ScoresComputed, StepCompleted
 from simpletuner.events.sinks import CloseableSink
 
-TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
 METRIC_EVENTS = (StepCompleted, LossEvaluated, ScoresComputed)  # events with figures
 
 
