@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 from simpletuner.config.schema import ValidationOptions
 from simpletuner.errors import ConfigError
 from simpletuner.events.event_types import Event, ScoresComputed, WarningIssued
-from simpletuner.models.weights import evaluation_files
 from simpletuner.models.weights.evaluation_files import (
     locate_evaluation_model,
     measure_evaluation_model,
@@ -240,7 +240,7 @@ def test_the_size_for_the_plan(clip: Path, monkeypatch: pytest.MonkeyPatch) -> N
     size = measure_evaluation_model(str(clip))
     assert size.weights == (clip / "model.safetensors").stat().st_size
     assert size.download == 0
-    monkeypatch.setattr(evaluation_files, "try_to_load_from_cache", lambda *arguments: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *arguments: None)
     absent = measure_evaluation_model(None)
     assert absent.download == absent.weights == 1_710_540_580
     assert not absent.is_assumed

@@ -11,9 +11,9 @@ from simpletuner.training.checkpointer import Checkpointer
 from simpletuner.training.early_stopping import EarlyStopping
 from simpletuner.training.evaluation_callbacks import EvaluationCallbacks
 from simpletuner.training.exporter import Exporter
-from simpletuner.training.hub_publisher import HubPublisher, PublishCallback, repository_name
 from simpletuner.training.loop import ScheduledCallback, StepCallback, TrainSchedule
 from simpletuner.training.model_metadata import RunMetadata
+from simpletuner.training.publish_callback import PublishCallback
 from simpletuner.training.run_folder import RunFolder
 from simpletuner.training.world import World
 
@@ -200,6 +200,8 @@ def build_publish_callback(
         return None
     if not options.push_to_hub:
         return PublishCallback(metadata, None, stop_requested)
+    from simpletuner.training.hub_publisher import HubPublisher, repository_name
+
     repository = repository_name(options, metadata.run_dir)
     publisher = HubPublisher(metadata.run_dir, repository, options.model_card_private, emit)
     closing.callback(publisher.close)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from functools import cache
 
 from simpletuner.cache import text_cache as text_cache
 from simpletuner.cache.target_rules import TargetRules
@@ -39,6 +40,7 @@ def encode_captions(
 ) -> None:
     """Encode the captions that are not cached; the text encoder is loaded only if there are any."""
 
+    @cache
     def load_encoder() -> text_cache.EncodeText:
         encoder = family.load_text_encoder(files, run.model, device.device, emit)
         report_overlong_captions(encoder, captions, max_tokens, run.model, emit)
@@ -47,7 +49,9 @@ def encode_captions(
     text_cache.encode_missing_captions(
         store, captions, load_encoder, emit, run.cache.text_encoder_batch_size, world
     )
-    free_memory(device)
+    if load_encoder.cache_info().currsize:  # walking through all of torch's objects takes 0.1 s
+        load_encoder.cache_clear()
+        free_memory(device)
 
 
 def report_overlong_captions(

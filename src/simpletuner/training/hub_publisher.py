@@ -10,7 +10,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from simpletuner.config.schema import PublishingOptions
 from simpletuner.errors import SimpleTunerError
 from simpletuner.events.event_types import Emit, Event, NoticeIssued, WarningIssued
 from simpletuner.events.sinks import call_and_catch
-from simpletuner.training.model_card import list_card_images, write_model_card
-from simpletuner.training.model_metadata import RunMetadata
+from simpletuner.training.model_card import list_card_images
 
 RETRY_DELAYS_S = (5.0, 20.0, 60.0, 180.0, 600.0)
 # An upload may take this long, plus the time for its bytes at this rate.
@@ -89,6 +87,12 @@ class HubPublisher:
     def enqueue(self, files: Sequence[Path], message: str) -> None:
         """Upload the files as one commit. message: of the commit."""
         self._queue.put((files, message))
+
+    def publish_results(self, step: int, stop_requested: Callable[[], bool]) -> None:
+        """Upload the results of the run, and wait for it as long as that may take."""
+        files = list_result_files(self.run_dir)
+        self.enqueue(files, f"weights after {step} steps")
+        self.wait(upload_timeout_s(files), stop_requested)
 
     def wait(self, limit_s: float, stop_requested: Callable[[], bool] = lambda: False) -> bool:
         """Wait until everything is uploaded, and return whether it was.
@@ -204,30 +208,6 @@ class HubPublisher:
     def _emit_if_open(self, event: Event) -> None:
         if not self._closed.is_set():
             self._emit(event)
-
-
-@dataclass(frozen=True)
-class PublishCallback:
-    """Publishes the LoRA of each checkpoint and, at the end, the model card and the weights."""
-
-    run_metadata: RunMetadata
-    publisher: HubPublisher | None
-    stop_requested: Callable[[], bool]
-
-    def publish_checkpoint(self, step: int) -> None:
-        folder = self.run_metadata.run_dir / f"checkpoint-{step}"
-        if self.publisher is not None:
-            self.publisher.enqueue(
-                sorted(folder.rglob("pytorch_lora_weights*.safetensors")), folder.name
-            )
-
-    def publish_final(self, step: int) -> None:
-        run_dir = self.run_metadata.run_dir
-        write_model_card(run_dir, self.run_metadata, step)
-        if self.publisher is not None:
-            files = list_result_files(run_dir)
-            self.publisher.enqueue(files, f"weights after {step} steps")
-            self.publisher.wait(upload_timeout_s(files), self.stop_requested)
 
 
 def upload_timeout_s(files: Sequence[Path]) -> float:

@@ -343,8 +343,9 @@ def encode_images(
     cached = cache_missing_masks(store, cached, stride_px, run.data, hashes, emit, world)
     if hashes is not None:
         hashes.close()
-    load_encoder.cache_clear()
-    free_memory(device)
+    if load_encoder.cache_info().currsize:
+        load_encoder.cache_clear()
+        free_memory(device)
     if cached.rejected and rejected_path is not None:
         write_rejected(rejected_path, [*scanned.rejected, *cached.rejected])
         listed = format_rejected(cached.rejected, rejected_path)

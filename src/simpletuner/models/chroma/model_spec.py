@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 
 import simpletuner.models as models_package
 from simpletuner.config.model_families import BUCKET_ALIGNMENT_PX
@@ -106,6 +105,8 @@ def local_component_path(component: str, options: ModelOptions) -> Path | None:
     if path.exists() or not HUB_ID_PATTERN.fullmatch(name):
         root, _ = model_files.locate_root(name, [component], revision, "", null_emit)
         return component_path(component, root, CHROMA_FORMAT)
+    from huggingface_hub import try_to_load_from_cache  # slow, and no local model needs it
+
     files = [f"{component}/config.json", *(["config.json"] if separate_name else [])]
     cached = [try_to_load_from_cache(name, file, revision=revision) for file in files]
     return next((Path(file).parent for file in cached if isinstance(file, str)), None)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 from simpletuner.config.evaluation_models import (
     DEFAULT_EVALUATION_MODEL,
     DEFAULT_MODEL_BYTES,
@@ -17,7 +15,6 @@ from simpletuner.config.evaluation_models import (
 from simpletuner.config.paths import HUB_ID_PATTERN
 from simpletuner.errors import ConfigError, Problem
 from simpletuner.events.event_types import Emit
-from simpletuner.models.weights.hub_download import download_files
 from simpletuner.models.weights.model_folder import weight_files
 
 OPTION = "pretrained_evaluation_model_name_or_path"
@@ -59,6 +56,8 @@ def locate_evaluation_model(name: str | None, evaluation_type: str, emit: Emit) 
     if folder.is_dir():
         check(folder)
     elif HUB_ID_PATTERN.fullmatch(name):
+        from simpletuner.models.weights.hub_download import download_files
+
         folder, _ = download_files(name, SMALL_PATTERNS, WEIGHT_PATTERNS, None, check, emit)
         check(folder)
     else:
@@ -83,6 +82,8 @@ def measure_evaluation_model(name: str | None) -> EvaluationModelSize:
     name = name or DEFAULT_EVALUATION_MODEL
     folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
         config = try_to_load_from_cache(name, "config.json")
         if not isinstance(config, str) or not _files(Path(config).parent):
             is_assumed = name != DEFAULT_EVALUATION_MODEL

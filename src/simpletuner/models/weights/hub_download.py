@@ -26,10 +26,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 from simpletuner.errors import DiskFull, DownloadError
 from simpletuner.events.event_types import Emit
 from simpletuner.events.stage_reporter import StageReporter
-from simpletuner.models.weights.model_format import ModelFormat
+from simpletuner.models.weights.model_format import TOKENIZER_FILES, ModelFormat
 
-# spiece.model alone does not identify its tokenizer class.
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 HUB_TIMEOUT_S = 4.0  # of the request before the download; finds a missing network quickly
 PROGRESS_INTERVAL_S = 0.5  # how often the size of the cache is measured
 MB = 1_000_000

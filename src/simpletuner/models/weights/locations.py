@@ -9,8 +9,7 @@ from pathlib import Path
 from simpletuner.config.paths import HUB_ID_PATTERN
 from simpletuner.errors import ModelError
 from simpletuner.events.event_types import Emit
-from simpletuner.models.weights.hub_download import TOKENIZER_FILES, download_components
-from simpletuner.models.weights.model_format import ModelFormat
+from simpletuner.models.weights.model_format import TOKENIZER_FILES, ModelFormat
 from simpletuner.models.weights.single_file import read_component
 
 SINGLE_FILE_SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
@@ -69,4 +68,6 @@ def resolve_root(
         raise ModelError(
             f"{name} is neither an existing file or folder nor a hub repository (owner/name)."
         )
+    from simpletuner.models.weights.hub_download import download_components
+
     return download_components(name, components, revision, variant, model, check_transformer, emit)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from simpletuner.quantization.stored_tensor import StoredTensor
 
 TensorsByKey = Mapping[str, StoredTensor]
+# spiece.model alone does not identify its tokenizer class.
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
