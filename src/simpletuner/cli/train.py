@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
@@ -61,21 +61,7 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
     if "help" in given or "help_all" in given:
         click.echo(format_help(everything="help_all" in given))
         return
-    empty = [
-        Problem(f"--{name}", "needs a value")
-        for name in CONFIG_SOURCE_FLAGS
-        if name in given and not given[name]
-    ]
-    if empty:
-        raise ConfigError(empty)
-    if "fit" in given and not given.keys().isdisjoint(("rehearse", "show_config")):
-        raise ConfigError(
-            "--fit applies to the training itself; simpletuner plan --fit shows what it would "
-            "choose"
-        )
-    within = (given["fit"] or "") if "fit" in given else None
-    if within:
-        parse_memory_size(within)
+    within = check_sources_and_fit(given)
     options = [pair for pair in pairs if pair[0] not in (*CONFIG_SOURCE_FLAGS, *SWITCHES, "fit")]
     # Not before the flags are known to be in order: --help and a typing error need none of it.
     from simpletuner.cli.checked_config import require_config_and_datasets, require_extras
@@ -115,6 +101,29 @@ def command(ctx: click.Context, words: tuple[str, ...]) -> None:
         from simpletuner.training import run
 
         ctx.exit(run.run_training(loaded, backends, within))
+
+
+def check_sources_and_fit(given: Mapping[str, str | None]) -> str | None:
+    """Return the limit of --fit: "" is the free memory, None is without --fit.
+
+    Raises ConfigError for a flag without its value, and for --fit where it has no meaning.
+    """
+    empty = [
+        Problem(f"--{name}", "needs a value")
+        for name in CONFIG_SOURCE_FLAGS
+        if name in given and not given[name]
+    ]
+    if empty:
+        raise ConfigError(empty)
+    if "fit" in given and not given.keys().isdisjoint(("rehearse", "show_config")):
+        raise ConfigError(
+            "--fit applies to the training itself; simpletuner plan --fit shows what it would "
+            "choose"
+        )
+    within = (given["fit"] or "") if "fit" in given else None
+    if within:
+        parse_memory_size(within)
+    return within
 
 
 def search_rate(
