@@ -19,11 +19,12 @@ from tests.faults.attacks import attacks
 from tests.faults.flips import flips
 from tests.faults.images import damaged_images
 from tests.faults.inputs import bad_inputs
+from tests.faults.openapi import openapi_requests
 from tests.faults.outcomes import Tally, report
 from tests.faults.writes import failing_disks, kills
 
 MAX_BOUNDARIES = 200  # no writer has as many
-COUNTS = {"inputs": 1200, "images": 2400, "flips": 5200, "attacks": 900}
+COUNTS = {"inputs": 1200, "images": 2400, "flips": 5200, "attacks": 900, "openapi": 3000}
 
 
 def run_campaign(
@@ -46,6 +47,7 @@ def run_campaign(
         "disks": lambda: failing_disks(root, limit),
         "flips": lambda: flips(seeded("flips"), root / "flips", count("flips")),
         "attacks": lambda: attacks(seeded("attacks"), root / "attacks", count("attacks")),
+        "openapi": lambda: openapi_requests(seeded("openapi"), root / "openapi", count("openapi")),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of what it then rejects
@@ -54,7 +56,9 @@ def run_campaign(
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults")
-    parser.add_argument("names", nargs="*", help="inputs, images, kills, disks, flips, attacks")
+    parser.add_argument(
+        "names", nargs="*", help="inputs, images, kills, disks, flips, attacks, openapi"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="part of the full counts")
     given = parser.parse_args()

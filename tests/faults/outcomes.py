@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from simpletuner.errors import SimpleTunerError
 
 HANG_S = 60
+DISK_FULL_STATUS = 507
 KINDS = ("clean", "traceback", "hang", "wrong code", "lost")
 
 
@@ -61,6 +62,12 @@ class Tally:
     def __str__(self) -> str:
         counts = "".join(f"{self.counts[kind]:>12}" for kind in KINDS)
         return f"{self.name:<28}{sum(self.counts.values()):>8}{counts}"
+
+
+def require_answer(status: int) -> None:
+    """Raise WrongCode for the answer of a program that has failed. A full disk is no failure."""
+    if status >= 500 and status != DISK_FULL_STATUS:
+        raise WrongCode(f"status {status}")
 
 
 def heading() -> str:
