@@ -85,6 +85,15 @@ def test_a_lora_on_a_sharded_base_has_the_bits_of_one_process(
     assert own_bytes < 0.6 * all_bytes
 
 
+@pytest.mark.slow
+def test_compiled_dequantising_of_a_sharded_base_has_the_same_bits(trainings: Trainings) -> None:
+    options = {**BF16, "base_model_precision": "int8", "gradient_checkpointing": True}
+    one = train(trainings, "eager", 1, 2, **options)
+    two = train(trainings, "compiled", 2, 2, **options, dynamo_backend="dequantize")
+    assert read_losses(two) == read_losses(one)
+    assert outcome(two) == outcome(one)
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [

@@ -19,7 +19,7 @@ from simpletuner.models.chroma.transformer import ChromaTransformer
 from simpletuner.models.chroma.transformer_config import TransformerConfig
 from simpletuner.models.chroma.weights import block_linears
 from simpletuner.models.family import BlockMemoryPolicy
-from simpletuner.quantization.quantized_linear import quantize_modules
+from simpletuner.quantization.quantized_linear import QuantizedLinear, quantize_modules
 from tests.adapters.chroma_lora import attach_adapter
 from tests.adapters.tiny_network import perturb
 from tests.models.tiny_checkpoint import TEXT_WIDTH, transformer_fields
@@ -164,3 +164,22 @@ def test_turning_pairs_of_reals_is_turning_complex_numbers(dtype: torch.dtype) -
     real = multiply_complex_pairs(x.float().unflatten(-1, (-1, 2)), table).flatten(-2).to(dtype)
     limit = torch.finfo(dtype).eps * x.float().abs().max()
     assert (apply_rotary(x, table).float() - real.float()).abs().max() <= limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "int4", "nf4", "fp8"])
+def test_compiled_dequantising_changes_no_bit(precision: str) -> None:
+    """Of outputs and gradients; the programs of the first step serve every later one."""
+    plain, model = network(1, precision), compiled("dequantize", 1, precision)
+    assert torch.equal(step(model, SHAPES[0], None), step(plain, SHAPES[0], None))
+    first = programs()
+    linears = [part for part in plain.modules() if isinstance(part, QuantizedLinear)]
+    assert (
+        1
+        <= first
+        <= len({(part.in_features, part.out_features) for part in linears})
+        < len(linears)
+    )
+    for shape in SHAPES[1:]:
+        assert torch.equal(step(model, shape, None), step(plain, shape, None))
+    assert programs() == first

@@ -371,7 +371,7 @@ def _check_other_options(run: RunConfig, stage: int) -> Iterator[str]:
             'use stage 3 with zero_optimization.offload_param {"device": "cpu"}',
         ),
         "dynamo_backend": (
-            lambda: stage == 3 and model.dynamo_backend != "no",
+            lambda: stage == 3 and model.compiles_blocks,
             "compiled blocks do not run the hooks with which stage 3 gathers weights; use no, or "
             "stage 2",
         ),

@@ -45,7 +45,7 @@ def _check_sharding(run: RunConfig) -> Iterator[Finding]:
             "has all of them; use adamw, adamw_bf16, adamw_8bit, adafactor, lion, muon or "
             "adamw_schedulefree",
         )
-    if run.model.dynamo_backend != "no":
+    if run.model.compiles_blocks:
         yield (
             "dynamo_backend",
             f"{run.model.dynamo_backend} cannot be combined with fsdp_enable, which runs code "

@@ -180,10 +180,12 @@ class ModelOptions(OptionSection):
         resume_policy="free",
         affects={"plan"},
     )
-    dynamo_backend: Literal["no", "inductor", "aot_eager", "eager"] = option(
-        "no",
-        "torch.compile backend for the blocks: minutes at the start, then faster steps on a GPU "
-        "(inductor). eager and aot_eager are for debugging.",
+    dynamo_backend: Literal["auto", "no", "dequantize", "inductor", "aot_eager", "eager"] = option(
+        "auto",
+        "torch.compile: inductor compiles the blocks, minutes at the start, then faster steps on a "
+        "GPU; dequantize compiles only how quantised weights are restored, with the same results; "
+        "auto takes one of them on a CUDA GPU when the training is long enough to gain from it. "
+        "eager and aot_eager are for debugging.",
         level="common",
         affects={"plan"},
     )
@@ -195,7 +197,7 @@ class ModelOptions(OptionSection):
             "reduce-overhead": "default",
             "max-autotune": "max-autotune-no-cudagraphs",
         },
-        needs={"dynamo_backend": "inductor"},
+        needs={"dynamo_backend": ("auto", "inductor")},
         affects={"plan"},
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = option(
@@ -258,6 +260,11 @@ class ModelOptions(OptionSection):
         resume_policy="free",
         affects={"plan"},
     )
+
+    @property
+    def compiles_blocks(self) -> bool:
+        """Return whether torch.compile runs the blocks; "auto" does so only once it is resolved."""
+        return self.dynamo_backend in ("inductor", "aot_eager", "eager")
 
 
 class AdapterOptions(OptionSection):

@@ -144,7 +144,7 @@ def compile_blocks(
     padding, and for the last block.
     """
     backend = options.dynamo_backend
-    if backend == "no":
+    if not options.compiles_blocks:
         return former
     mode = options.dynamo_mode if backend == "inductor" else None
     for block in blocks:

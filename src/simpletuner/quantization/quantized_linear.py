@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -54,6 +54,13 @@ def _dequantize(scheme: str, columns: int, dtype: torch.dtype, *buffers: Tensor)
     )
 
 
+@cache
+def _compiled_dequantize(scheme: str) -> Dequantize:
+    """Return the scheme's dequantize in one program for matrices of any size; bits are the same."""
+    compiled: Dequantize = torch.compile(partial(_dequantize, scheme), dynamic=True)
+    return compiled
+
+
 class QuantizedLinear(nn.Linear):
     """An nn.Linear (PEFT checks for that type) with a scheme's buffers instead of a weight.
 
@@ -63,10 +70,12 @@ class QuantizedLinear(nn.Linear):
     another dtype changes weight_dtype and the bias, never the buffers.
 
     output_unused: set while a block is computed again only for its backward pass; the output of its
-    last linear is then not computed.
+    last linear is then not computed. compiles_dequantize: restore the weight in a program of
+    torch.compile, which reads the codes and writes the weight in one pass.
     """
 
     output_unused = False
+    compiles_dequantize = False
 
     def __init__(
         self,
@@ -122,7 +131,12 @@ class QuantizedLinear(nn.Linear):
 
         Adapters call it inside an autograd node of their own.
         """
-        return partial(_dequantize, self.scheme, self.in_features), self._scheme_buffers()
+        restore = (
+            _compiled_dequantize(self.scheme)
+            if self.compiles_dequantize
+            else partial(_dequantize, self.scheme)
+        )
+        return partial(restore, self.in_features), self._scheme_buffers()
 
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type
@@ -164,6 +178,13 @@ class QuantizedLinear(nn.Linear):
             torch.empty(0, dtype=self.weight_dtype, device=self._scheme_buffers()[0].device)
         ).dtype
         return self
+
+
+def compile_dequantize(network: nn.Module) -> None:
+    """Compile how the quantized weights of a network are restored, at their first use."""
+    for module in network.modules():
+        if isinstance(module, QuantizedLinear):
+            module.compiles_dequantize = True
 
 
 def quantize_modules(

@@ -20,8 +20,9 @@ from simpletuner.training.own_files import list_results
 from simpletuner.training.run_folder import RunFolder
 
 RESUMING = ("latest", "must")
-# What the memory plan resolves; the choice does not change results.
-CHOSEN_BY_PLAN = "gradient_checkpointing"
+CHECKPOINTING = "gradient_checkpointing"
+# What the memory plan resolves where it is "auto"; a resumed run keeps the choice.
+CHOSEN_BY_PLAN = (CHECKPOINTING, "dynamo_backend")
 
 
 def end_finished_run(run: RunConfig, backends: DatasetFile) -> str | None:
@@ -77,19 +78,17 @@ def _run_dir(run: RunConfig) -> Path:
 
 def describe_stored_choice(run: RunConfig) -> str:
     """Describe without torch the choice of gradient_checkpointing "auto"."""
-    stored = (_read_object(_run_dir(run) / "config.json") or {}).get(CHOSEN_BY_PLAN)
+    stored = (_read_object(_run_dir(run) / "config.json") or {}).get(CHECKPOINTING)
     if isinstance(stored, bool):
         count = "none of the" if stored else "all"
-        return (
-            f"{CHOSEN_BY_PLAN} auto: {count} blocks keep their activations, as in {_run_dir(run)}"
-        )
+        return f"{CHECKPOINTING} auto: {count} blocks keep their activations, as in {_run_dir(run)}"
     if isinstance(stored, int):
         return (
-            f"{CHOSEN_BY_PLAN} auto: {stored} blocks compute their activations again and the "
+            f"{CHECKPOINTING} auto: {stored} blocks compute their activations again and the "
             f"others keep them, as in {_run_dir(run)}"
         )
     return (
-        f"{CHOSEN_BY_PLAN} auto: the start of the training decides how many blocks keep their "
+        f"{CHECKPOINTING} auto: the start of the training decides how many blocks keep their "
         "activations, by the free memory; simpletuner plan --fit shows what fits"
     )
 
@@ -104,8 +103,9 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 
 def _has_same_options(run: RunConfig, stored: dict[str, Any]) -> bool:
     now = json.loads(json.dumps(resolved_options(run)))
-    if now[CHOSEN_BY_PLAN] == "auto" and CHOSEN_BY_PLAN in stored:
-        now[CHOSEN_BY_PLAN] = stored[CHOSEN_BY_PLAN]
+    for name in CHOSEN_BY_PLAN:
+        if now[name] == "auto" and name in stored:
+            now[name] = stored[name]
     return bool(now == stored)
 
 

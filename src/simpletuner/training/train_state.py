@@ -78,7 +78,7 @@ def build_train_state(
     micro_batches: of one optimizer step, over all processes. closing: receives what must be
     released after the training.
     """
-    if run.model.dynamo_backend == "no":
+    if run.model.dynamo_backend in ("auto", "no"):
         avoid_compiler_import()
     sharding = make_sharding(run, world)
     closing.callback(sharding.close)

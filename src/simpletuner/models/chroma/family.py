@@ -38,6 +38,7 @@ from simpletuner.models.family import (
     TextTensor,
 )
 from simpletuner.models.weights.merge_loras import MergeOutput, WeightedLoras
+from simpletuner.quantization.quantized_linear import compile_dequantize
 
 PATCH_SIZE = 2
 FROZEN_PREFIX = "distilled_guidance_layer."
@@ -225,7 +226,9 @@ class ChromaFamily(ModelFamily):
 
     def compile_blocks(self, transformer: nn.Module, options: ModelOptions) -> None:
         chroma = _as_chroma(transformer)
-        chroma.use_padding_mask = options.dynamo_backend != "no"
+        chroma.use_padding_mask = options.compiles_blocks
+        if options.dynamo_backend == "dequantize":
+            compile_dequantize(chroma)
         chroma.run_block = block_executor.compile_blocks(chroma.blocks, options, chroma.run_block)
 
     def full_finetune_parameters(self, transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:

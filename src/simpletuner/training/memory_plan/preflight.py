@@ -17,6 +17,7 @@ from simpletuner.models.family import ModelFamily
 from simpletuner.training.device import select_device
 from simpletuner.training.memory_plan import memory_saving, plan_formatting
 from simpletuner.training.memory_plan.checkpointing_choice import choose_checkpointing
+from simpletuner.training.memory_plan.compile_choice import choose_compilation
 from simpletuner.training.memory_plan.fake_step import NO_TARGETS, TargetUse
 from simpletuner.training.memory_plan.fit import (
     MemoryConfigSearch,
@@ -76,7 +77,7 @@ def preflight_check(
         emit(NoticeIssued(str(choice)))
         run = with_options(run, {"gradient_checkpointing": choice.value})
     if within is None and not is_worth_planning(run, family, framings, budget.kind):
-        return run
+        return resolve_compilation(run, None, budget, run_dir, emit)
     plan = predict_memory(run, family, framings, budget.kind, targets=targets)
     emit(NoticeIssued(plan_formatting.format_summary(plan, budget)))
     if limit is not None and plan.tensor_bytes > limit:
@@ -86,7 +87,23 @@ def preflight_check(
     check_host_and_disks(run, plan, budget)
     if limit is not None:
         warn_about_tight_memory(plan, limit, emit)
-    return run
+    return resolve_compilation(run, plan, budget, run_dir, emit)
+
+
+def resolve_compilation(
+    run: RunConfig,
+    plan: MemoryPrediction | None,
+    budget: MachineResources,
+    run_dir: Path | None,
+    emit: Emit,
+) -> RunConfig:
+    """Return the run with dynamo_backend "auto" resolved; on a GPU the choice is reported."""
+    if run.model.dynamo_backend != "auto":
+        return run
+    choice = choose_compilation(run, plan, budget, run_dir)
+    if budget.kind == "cuda":
+        emit(NoticeIssued(str(choice)))
+    return with_options(run, {"dynamo_backend": choice.value})
 
 
 def warn_about_tight_memory(plan: MemoryPrediction, limit: int, emit: Emit) -> None:
