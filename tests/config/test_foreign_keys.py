@@ -108,6 +108,17 @@ def test_every_key_has_its_outcome(key: str, value: Any, outcome: str, tmp_path:
             {"pretrained_vae_model_name_or_path": None},
         ),
         ({"optimizer": "bnb-lion8bit"}, {"optimizer": "lion"}),
+        ({"resume_from_checkpoint": ""}, {"resume_from_checkpoint": "latest"}),
+        ({"validation_steps": 0}, {"validation_step_interval": 0}),
+        (
+            {"validation_steps": 250, "validation_step_interval": 250},
+            {"validation_step_interval": 250},
+        ),
+        ({"tokenizer_max_length": 4096}, {"tokenizer_max_length": 512}),
+        (
+            {"optimizer_config": "weight_decay=0.0, eps=1e-6,amsgrad=true", "optimizer": "adamw"},
+            {"adam_weight_decay": 0.0, "adam_epsilon": 1e-6, "optimizer_config": "amsgrad=true"},
+        ),
     ],
 )
 def test_the_value_arrives(

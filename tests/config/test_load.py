@@ -138,8 +138,9 @@ def test_an_option_under_two_names_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("names", [("seed", "--seed"), ("learning-rate", "learning_rate")])
 def test_two_spellings_of_an_option_are_refused(folder: Path, names: tuple[str, str]) -> None:
-    (problem,) = problems(folder, dict.fromkeys(names, 1e0))
+    (problem,) = problems(folder, {names[0]: 1e0, names[1]: 2e0})
     assert problem.endswith(f"{names[1]}: {names[0]} is given too, and is the same option")
+    assert read(folder, dict.fromkeys(names, 1e0)).config.training.seed in (1, 42)
 
 
 def test_blank_is_not_given_where_null_may_stand(folder: Path) -> None:

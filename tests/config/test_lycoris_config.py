@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 from simpletuner.adapters.lycoris_targets import choose_lycoris_modules
-from simpletuner.config.load import config_from_resolved, resolved_options, try_load_config
+from simpletuner.config.load import (
+    LoadedConfig,
+    config_from_resolved,
+    resolved_options,
+    try_load_config,
+)
 from simpletuner.config.lycoris_config import (
     LycorisConfig,
     parse_lycoris_config,
@@ -192,7 +197,7 @@ def test_classes_of_other_models_are_named(tmp_path: Path) -> None:
         config = {**LOKR, "apply_preset": {"target_module": classes}}
         return judged(tmp_path, lora_type="lycoris", lycoris_config=config, **options)
 
-    problems, _ = with_classes("WanAttention")
+    problems, _ = with_classes("WanRotaryEmbedding")
     assert "names classes of other models; chroma has Attention, FeedForward" in problems[0]
     problems, loaded = with_classes("Attention", "WanAttention", flux_lora_target="tiny")
     assert not problems
@@ -202,16 +207,55 @@ def test_classes_of_other_models_are_named(tmp_path: Path) -> None:
     assert "use one of them" in problems[0]
 
 
+BLOCKS = ("ChromaTransformerBlock", "ChromaSingleTransformerBlock")
+# Classes in target_module of another model's object, with a factor of their own each, and what they
+# are read as.
+FOREIGN_CLASSES = [
+    (("CosmosAttention",), ("Attention",)),
+    (("Kandinsky5Attention", "Kandinsky5FeedForward"), ("Attention", "FeedForward")),
+    (("MMDiTAttention", "SwiGLUFFN"), ("Attention", "FeedForward")),
+    (
+        ("Flux2Attention", "Flux2FeedForward", "Flux2ParallelSelfAttention"),
+        ("Attention", "FeedForward", "ChromaSingleTransformerBlock"),
+    ),
+    (("BriaTransformer2DModel",), BLOCKS),
+    (("LongCatTransformerBlock",), BLOCKS),
+]
+
+
+@pytest.mark.parametrize(("foreign", "own"), FOREIGN_CLASSES)
+def test_an_object_for_another_model_is_read(
+    foreign: tuple[str, ...], own: tuple[str, ...], tmp_path: Path
+) -> None:
+    factors = {name: {"factor": 2 + number} for number, name in enumerate(foreign)}
+    preset = {"target_module": list(foreign), "module_algo_map": factors}
+    written = {**LOKR, "bypass_mode": True, "apply_preset": preset}
+    problems, loaded = judged(tmp_path, lora_type="lycoris", lycoris_config=written)
+    assert not problems
+    assert isinstance(loaded, LoadedConfig)
+    parsed = require_lycoris_config(loaded.config.adapter).preset
+    assert parsed is not None
+    assert parsed.classes == own
+    assert tuple(parsed.by_class) == own
+    assert parsed.by_class[own[-1]].factor == 1 + len(foreign)
+    for name in foreign:
+        assert any(f"{name} is a class of another model and is" in text for text in loaded.notices)
+
+
 def test_options_of_a_lora_are_refused_beside_it(tmp_path: Path) -> None:
     problems, _ = judged(
         tmp_path,
         lora_type="lycoris",
         lycoris_config=LOKR,
-        lora_rank=8,
         use_dora=True,
     )
-    assert [problem.split(":")[0] for problem in problems[:2]] == ["lora_rank", "use_dora"]
-    assert "linear_dim" in problems[0]
+    assert [problem.split(":")[0] for problem in problems] == ["use_dora"]
+    # SimpleTuner's forms save these two with every run.
+    problems, loaded = judged(
+        tmp_path, lora_type="lycoris", lycoris_config=LOKR, lora_rank=8, lora_alpha=4
+    )
+    assert not problems
+    assert any("lora_rank, lora_alpha have no effect with lora_type" in n for n in loaded.notices)
     problems, _ = judged(tmp_path, lycoris_config=LOKR)
     assert 'lora_type "lycoris" only' in problems[0]
     problems, _ = judged(tmp_path, lora_type="lycoris")

@@ -12,6 +12,7 @@ from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import TrainingDiverged
 from simpletuner.events.event_types import Event
 from simpletuner.training import loop, optimizers
+from simpletuner.training.callbacks import every as every_steps
 from simpletuner.training.gradient_sum import GradientSum
 from simpletuner.training.loop import ScheduledCallback, TrainerContext, TrainSchedule
 from simpletuner.training.optimizer_step import StandardOptimizerStep
@@ -45,6 +46,8 @@ def test_steps_at_the_start_and_at_the_end() -> None:
     assert [step for step in range(9) if every.is_due(step, 8)] == [0, 3, 6, 8]
     assert every.is_due(9, 8), "a run resumed beyond its end"
     assert not ScheduledCallback(lambda step: step // 3, lambda step: None).is_due(0, 8)
+    only_last = ScheduledCallback(every_steps(0), lambda step: None)
+    assert [step for step in range(9) if only_last.is_due(step, 8)] == [8]
 
 
 @pytest.mark.parametrize("patience", [0, 1, 2, 5])

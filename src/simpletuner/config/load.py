@@ -18,6 +18,7 @@ from simpletuner.config import (
     deepspeed_config,
     discovery,
     environment,
+    foreign_values,
     lora_header,
     lycoris_config,
     option_values,
@@ -31,7 +32,6 @@ from simpletuner.errors import ConfigError, Problem
 
 DEFAULT_STEPS = 1000
 MAX_LISTED_OPTIONS = 12
-BUILTIN_TRACKERS = ("simpletuner", "local")
 UNMASKED_WEBHOOK_FIELDS = ("webhook_type", "log_level", "message_prefix")
 
 
@@ -144,14 +144,14 @@ def _validate_and_build(
         layers.skipped_names.append("lycoris_config")
         del layers.values["lycoris_config"]
     _read_accelerate_file(layers, cwd)
-    _skip_builtin_trackers(layers)
-    _skip_foreign_vae(layers)
+    foreign_values.read_foreign_values(layers)
     for option in all_options().values():
         if option.path and option.name in layers.values:
             _resolve_path_option(layers, option, cwd)
     data_expected = needs_data and (config_path is not None or not layers.problems)
     _set_default_dataset_file(layers, config_path, cwd, data_expected)
     _inline_file(layers, "lycoris_config", lycoris_config.read_lycoris_file)
+    foreign_values.read_foreign_classes(layers)
     _inline_file(layers, "deepspeed_config", deepspeed_config.read_deepspeed_file)
     _infer_rank_from_init_lora(layers)
     run = _build_config(layers)
@@ -241,29 +241,6 @@ def _read_accelerate_file(layers: OptionLayers, cwd: Path) -> None:
         layers.problems.extend(file.problems)
     except ConfigError as error:
         layers.problems.extend(error.problems)
-
-
-def _skip_builtin_trackers(layers: OptionLayers) -> None:
-    """Remove SimpleTuner's own trackers from report_to: the same records are always written."""
-    written = layers.values.get("report_to")
-    names = [name.strip() for name in written.split(",")] if isinstance(written, str) else []
-    others = [name for name in names if name.lower() not in BUILTIN_TRACKERS]
-    if len(others) < len(names):
-        layers.values["report_to"] = ",".join(others) or "none"
-        layers.notices.append(
-            f"{layers.origins['report_to']}: report_to {written} is read as "
-            f"{layers.values['report_to']}: events.jsonl in the run folder is always written"
-        )
-
-
-def _skip_foreign_vae(layers: OptionLayers) -> None:
-    """Remove the VAE of SDXL, which SimpleTuner's forms save and do not use for Chroma."""
-    name = "pretrained_vae_model_name_or_path"
-    if "sdxl" in str(layers.values.get(name, "")).lower():
-        layers.notices.append(
-            f"{layers.origins[name]}: {name} {layers.values.pop(name)} is the VAE of another model "
-            "and is not read; Chroma's own is used"
-        )
 
 
 def _inline_file(layers: OptionLayers, name: str, read: Callable[[str], dict[str, Any]]) -> None:

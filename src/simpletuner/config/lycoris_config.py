@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from simpletuner.bounded_files import read_bounded_text
-from simpletuner.config.model_families import LYCORIS_CLASSES
+from simpletuner.config.model_families import FOREIGN_LYCORIS_CLASSES, LYCORIS_CLASSES
 from simpletuner.config.patterns import pattern_problem
 from simpletuner.config.sections_model import AdapterOptions
 from simpletuner.errors import ConfigError
@@ -137,6 +138,39 @@ def find_class_problems(config: LycorisConfig, family: str) -> tuple[str, tuple[
             unknown,
         )
     return "", unknown
+
+
+def replace_foreign_classes(
+    config: Mapping[str, Any], family: str
+) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """Return the object for this family, and the classes that each foreign one was replaced by.
+
+    Only an object whose target_module names no class of the family is changed, and only if each of
+    them resembles one, as an object written for another model.
+    """
+    preset = config.get("apply_preset")
+    preset = preset if isinstance(preset, dict) else {}
+    names = preset.get("target_module")
+    known = LYCORIS_CLASSES.get(family, ())
+    if not isinstance(names, list) or not names or any(name in known for name in names):
+        return dict(config), {}
+    overrides = preset.get("module_algo_map")
+    overrides = overrides if isinstance(overrides, dict) else {}
+    similar = {name: _similar_classes(name, family) for name in (*names, *overrides)}
+    if not all(similar[name] for name in names):
+        return dict(config), {}
+    own = list(dict.fromkeys(kind for name in names for kind in similar[name]))
+    settings = {
+        kind: given for name, given in overrides.items() for kind in similar[name] or [name]
+    }
+    changed = {**preset, "target_module": own, "module_algo_map": settings}
+    return {**config, "apply_preset": changed}, {name: similar[name] for name in names}
+
+
+def _similar_classes(name: Any, family: str) -> tuple[str, ...]:
+    patterns = FOREIGN_LYCORIS_CLASSES.get(family, {})
+    matching = (own for pattern, own in patterns.items() if re.search(pattern, str(name)))
+    return next(matching, ())
 
 
 def _parse_preset(preset: Any, common: Mapping[str, Any]) -> LycorisPreset:

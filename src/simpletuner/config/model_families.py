@@ -20,4 +20,18 @@ LYCORIS_CLASSES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         )
     }
 )
+# Classes of other models' networks, by patterns in their names, and the classes that do the same
+# here; the first that matches counts.
+_ALL_BLOCKS = ("ChromaTransformerBlock", "ChromaSingleTransformerBlock")
+FOREIGN_LYCORIS_CLASSES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "chroma": {
+            "Parallel.*Attention|Single.*Block": ("ChromaSingleTransformerBlock",),
+            "Attention|Attn": ("Attention",),
+            "FeedForward|FFN|MLP|Mlp": ("FeedForward",),
+            "Block|Layer": _ALL_BLOCKS,
+            "Model$": _ALL_BLOCKS,
+        }
+    }
+)
 DEFAULT_LYCORIS_CLASSES = ("Attention",)  # of a preset that chooses no modules

@@ -22,7 +22,7 @@ BOUND_PHRASES = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "le
 class Option:
     """One declaration of the schema, flattened.
 
-    structured: a text that may also be a list or an object.
+    structured: a text that may also be a list or an object. takes_objects: it may be an object.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Option:
     kind: OptionKind
     nullable: bool
     structured: bool
+    takes_objects: bool
     choices: tuple[str, ...]
     bounds: str
     default: Any
@@ -119,6 +120,7 @@ def _make_option(
         kind=_option_kind(kinds, literals),
         nullable=type(None) in members,
         structured=any(typing.get_origin(kind) in (list, dict) for kind in kinds),
+        takes_objects=any(typing.get_origin(kind) is dict for kind in kinds),
         choices=tuple(str(value).lower() for value in literals),
         bounds=_format_bounds(field),
         default=field.default,

@@ -65,16 +65,19 @@ class OptionLayers:
         Inside a source the last value of an option counts; two names of the same option are a
         problem.
         """
-        written: dict[str, str] = {}
+        written: dict[str, WrittenOption] = {}
         for entry in self._drop_overridden(list(layer)):
             name = self._resolve_name(entry)
             if name is None:
                 continue
-            if written.setdefault(name, entry.name) != entry.name:
-                self.add_problem(
-                    entry.location,
-                    f"{entry.name}: {written[name]} is given too, and is the same option",
-                )
+            first = written.setdefault(name, entry)
+            if first.name != entry.name:
+                # Forms save an option under both of its names.
+                if first.raw_value != entry.raw_value:
+                    self.add_problem(
+                        entry.location,
+                        f"{entry.name}: {first.name} is given too, and is the same option",
+                    )
                 continue
             self._set_value(all_options()[name], entry)
         for name, other in (RUN_LENGTH_OPTIONS, RUN_LENGTH_OPTIONS[::-1]):

@@ -114,7 +114,9 @@ def _parse_choice(option: Option, raw: Any) -> str:
 
 def _parse_text(option: Option, raw: Any) -> Any:
     if isinstance(raw, str):
-        return _parse_structure(raw) if option.structured else raw
+        parsed = _parse_structure(raw) if option.structured else raw
+        # A caption may be JSON itself, where an option takes a text or a list of texts.
+        return raw if isinstance(parsed, dict) and not option.takes_objects else parsed
     if isinstance(raw, (int, float)) and not isinstance(raw, bool):
         return str(raw)
     if option.structured and isinstance(raw, (list, dict)):

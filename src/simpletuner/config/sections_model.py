@@ -278,7 +278,6 @@ class AdapterOptions(OptionSection):
         level="basic",
         aliases=("network_rank", "network_dim"),
         needs=STANDARD_LORA,
-        unmet_errors={"lora_type": "use linear_dim in lycoris_config"},
         ge=1,
         le=1024,
     )
@@ -297,7 +296,6 @@ class AdapterOptions(OptionSection):
         level="common",
         aliases=("network_alpha",),
         needs=STANDARD_LORA,
-        unmet_errors={"lora_type": "use linear_alpha in lycoris_config"},
         affects=set(),
         gt=0,
         le=8192,

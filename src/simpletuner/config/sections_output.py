@@ -32,13 +32,13 @@ class ValidationOptions(OptionSection):
     )
     validation_step_interval: int = option(
         100,
-        "Steps between validations.",
+        "Steps between validations; 0 is none before the end of the run.",
         level="basic",
         unit="steps",
         resume_policy="free",
         aliases=("validation_steps",),
         needs=IMAGES,
-        ge=1,
+        ge=0,
     )
     validation_prompt: str | None = option(
         None,

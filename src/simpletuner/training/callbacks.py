@@ -149,8 +149,8 @@ def warn_if_it_cannot_stop(
 
 
 def every(interval: int) -> Callable[[int], int]:
-    """Return the index of a callback that runs every so many steps."""
-    return lambda step: step // interval
+    """Return the index of a callback that runs every so many steps; 0: after the last one only."""
+    return lambda step: step // interval if interval else 0
 
 
 def at_the_end(step: int) -> int:
