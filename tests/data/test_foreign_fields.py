@@ -42,7 +42,6 @@ TABLE_BLOCK = {
     "height_column": "height",
     "identifier_includes_extension": True,
 }
-PAIRS = "paired images other than masks are not supported"
 SINGLE = "Chroma generates single images"
 
 # (entry, fields, outcome). outcome: "works", "noted" (a notice names the field) or a part of the
@@ -66,6 +65,12 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (IMAGES, {**HUB, "huggingface": {"filter_func": FILTERS}}, "works"),
     (IMAGES, {**HUB, "huggingface": {"filter_func": {"age": 3}}}, "filter_func must be"),
     (IMAGES, {**HUB, "huggingface": {"colour": 3}}, "colour: unknown"),
+    (IMAGES, {**HUB, "huggingface": {"file_extension": "jpg"}}, "works"),
+    (IMAGES, {**HUB, "huggingface": {"dataset_name": "owner/name"}}, "works"),
+    (IMAGES, {**HUB, "dataset_name": "", "huggingface": {"dataset_name": "owner/name"}}, "works"),
+    (IMAGES, {**HUB, "huggingface": {"dataset_name": "owner/other"}}, "named outside"),
+    (IMAGES, {**HUB, "subfolder": "data/512x512"}, "works"),
+    (IMAGES, {**HUB, "subfolder": "../elsewhere"}, "must be inside the dataset"),
     (IMAGES, {**HUB, "huggingface": {COMPOSITE: {"enabled": True}}}, "not cut into parts"),
     (IMAGES, {**HUB, "huggingface": {COMPOSITE: {"enabled": False}}}, "works"),
     (IMAGES, {"type": "csv"}, "table is missing"),
@@ -91,9 +96,11 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (IMAGES, {"cache_file_suffix": "controlnet-sdxl"}, "noted"),
     (IMAGES, {"conditioning_image_embeds": "embeds"}, "noted"),
     (IMAGES, {"delete_problematic_images": True}, "noted"),
-    (IMAGES, {"delete_nsfw_images": True}, "needs a second model"),
-    (IMAGES, {"conditioning": [{"type": "canny"}]}, PAIRS),
-    (IMAGES, {"conditioning": [{"type": "superresolution", "blur_radius": 2.0}]}, PAIRS),
+    (IMAGES, {"delete_nsfw_images": True}, "noted"),
+    (IMAGES, {"conditioning": [{"type": "canny"}]}, "noted"),
+    (IMAGES, {"conditioning": {"type": "superresolution", "blur_radius": 2.0}}, "noted"),
+    (IMAGES, {"conditioning": [{"type": "random_masks"}]}, "masks are read from files"),
+    (IMAGES, {"conditioning": []}, "works"),
     (IMAGES, {"conditioning_data": "pairs"}, "there is no dataset of this id"),
     (IMAGES, {"conditioning_type": "mask"}, "is not a field of datasets with this dataset_type"),
     (IMAGES, {"dataset_type": "conditioning"}, "conditioning_type is missing"),
@@ -107,8 +114,9 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (MASKS, {"source_dataset_id": "others"}, "use the same name"),
     (MASKS, {"resolution": 512, "crop": True, "caption_strategy": "textfile"}, "noted"),
     (MASKS, {"cache_dir_vae": "cache/masks"}, "noted"),
-    (MASKS, {"conditioning_type": "controlnet"}, PAIRS),
-    (MASKS, {"conditioning_type": "reference_strict"}, PAIRS),
+    (MASKS, {"conditioning_type": "controlnet"}, "noted"),
+    (MASKS, {"conditioning_type": "reference_strict"}, "noted"),
+    (MASKS, {"conditioning_type": "reference_loose", "instance_data_dir": "none"}, "noted"),
     (MASKS, {"conditioning_type": "segmentation"}, "use mask"),
     (MASKS, {"conditioning_type": None}, "conditioning_type is missing"),
     (MASKS, {"instance_data_dir": "none"}, "does not exist"),
@@ -125,7 +133,18 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (IMAGES, {"crop": True, "crop_aspect": "random"}, "works"),
     (IMAGES, {"crop": True, "crop_aspect": "closest", "crop_aspect_buckets": [1.0, 0.5]}, "works"),
     (IMAGES, {"resolution": 1.0, "resolution_type": "area"}, "works"),
-    (IMAGES, {"grounding": {"enabled": True}}, "needs a model that reads boxes"),
+    (IMAGES, {"grounding": {"enabled": True}}, "noted"),
+    (IMAGES, {"grounding": {"enabled": False}}, "works"),
+    (
+        IMAGES,
+        {"caption_strategy": "instanceprompt", "instance_prompt": '{"subject": "a cube"}'},
+        "works",
+    ),
+    (
+        IMAGES,
+        {"caption_strategy": "instanceprompt", "instance_prompt": '["a cube", "zorbo"]'},
+        "works",
+    ),
     (IMAGES, {"ignore_epochs": False}, "works"),
     (
         IMAGES,

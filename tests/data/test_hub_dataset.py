@@ -125,6 +125,16 @@ def test_tar_files_of_the_hub(hub: Hub, scanner: Scanner) -> None:
         assert [item.sample.captions for item in found.samples] == [("zero",)]
 
 
+def test_only_a_folder_of_the_dataset_is_read(hub: Hub, scanner: Scanner) -> None:
+    rows = {f"data/{name}/train.parquet": parquet(image_rows(i, 1)) for i, name in enumerate("ab")}
+    hub.fill(rows)
+    assert len(scanner.scan(**FIELDS).samples) == 2
+    (sample,) = scanner.scan(**FIELDS, subfolder="/data/b/").samples
+    assert sample.sample.captions == ("caption 1",)
+    with pytest.raises(DataError, match="of split train in data/c"):
+        scanner.scan(**FIELDS, subfolder="data/c")
+
+
 def test_the_card_names_the_files(hub: Hub, scanner: Scanner) -> None:
     hub.card = {
         "configs": [

@@ -49,13 +49,17 @@ class StoreLocation:
 
 @dataclass(frozen=True)
 class HubLocation:
-    """A dataset of the Hugging Face Hub. subset, revision: "" for the repository's default."""
+    """A dataset of the Hugging Face Hub. subset, revision: "" for the repository's default.
+
+    subfolder: files outside of it are not read; "" is the whole repository.
+    """
 
     repository: str
     revision: str = ""
     subset: str = ""
     split: str = "train"
     streaming: bool = False
+    subfolder: str = ""
 
     @property
     def address(self) -> str:

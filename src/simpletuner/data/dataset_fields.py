@@ -14,7 +14,9 @@ from simpletuner.data.source_fields import SOURCE_FIELDS, SOURCE_TYPES, SourceFi
 from simpletuner.data.variation_fields import TRAINED, VariationFields
 
 ONE_CACHE_REASON = "a run has one cache, addressed by content; set cache_dir in the config"
-NO_PAIRS_REASON = "paired images other than masks are not supported"
+NO_PAIRS_REASON = (
+    "only ControlNet and editing models are trained on pairs; Chroma is trained on the images alone"
+)
 TABLE_BLOCK = "parquet"  # SimpleTuner's name of caption_table
 PromptText = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 AspectRatio = Annotated[float, Field(ge=0.01, le=100)]
@@ -181,7 +183,6 @@ class MaskDatasetFields(OptionSection):
         None,
         "Kind of the images: mask.",
         refused_values={
-            **dict.fromkeys(("controlnet", "reference_strict", "reference_loose"), NO_PAIRS_REASON),
             "segmentation": "masks have levels of grey; use mask, with black and white images",
         },
     )
@@ -271,9 +272,16 @@ UNNEEDED_BY_REASON: Mapping[str, tuple[str, ...]] = {
     ),
     "images are found by scanning the source, and their sizes are read from the files": (
         "metadata_backend",
+    ),
+    "captions are the .txt files in the tar files, whose images are scanned": (
         "metadata",
         "webshart",
     ),
+    "Chroma reads captions only, and no boxes": (
+        "grounding",
+        "bbox",
+    ),
+    NO_PAIRS_REASON: ("conditioning",),
     "downloaded files are in cache_dir of the config, up to remote_cache_gib": (
         "csv_cache_dir",
         "cache_dir",
@@ -299,20 +307,15 @@ UNNEEDED_BY_REASON: Mapping[str, tuple[str, ...]] = {
     "files in a dataset folder are never deleted; a list of rejected files is written": (
         "delete_unwanted_images",
         "delete_problematic_images",
+        "delete_nsfw_images",
     ),
 }
 
-# Fields of SimpleTuner that are refused; HARMLESS_VALUES ask for what is done anyway.
+# Fields of SimpleTuner that are refused.
 REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
     "set it once in the config, for all datasets": ("text_encoder_batch_size",),
-    "needs a second model that classifies images; no file is ever deleted": ("delete_nsfw_images",),
-    "needs a model that reads boxes; Chroma reads captions only": (
-        "grounding",
-        "bbox",
-    ),
     "slider training is not supported yet": ("slider_strength",),
     "every dataset that is active counts in an epoch": ("ignore_epochs",),
-    NO_PAIRS_REASON: ("conditioning",),
     "Chroma generates single images": (
         "video",
         "audio",
@@ -324,21 +327,34 @@ REFUSED_BY_REASON: Mapping[str, tuple[str, ...]] = {
 }
 REFUSED_FIELDS = {name: reason for reason, names in REFUSED_BY_REASON.items() for name in names}
 UNNEEDED_FIELDS = {name: reason for reason, names in UNNEEDED_BY_REASON.items() for name in names}
+# conditioning_type of images that belong to others in another way than masks do, and the types of
+# generated masks in "conditioning", which would change what is trained.
+PAIR_TYPES = ("controlnet", "reference_strict", "reference_loose")
+MASK_GENERATORS = ("random_masks", "inpainting")
+# Values of refused and of unneeded fields that say nothing, so that there is no notice.
 HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
     "conditioning": ([],),
     "grounding": ({"enabled": False},),
     "ignore_epochs": (False,),
-    **{name: (False,) for name in REFUSED_FIELDS if name.startswith("delete_")},
+    **{name: (False,) for name in UNNEEDED_FIELDS if name.startswith("delete_")},
 }
 
 
 def is_harmless(key: str, raw: Any) -> bool:
-    """Return whether a refused field asks for what is done anyway.
+    """Return whether a field that is refused or not needed asks for what is done anyway.
 
     False and 0 are different values.
     """
     return any(
         raw == value and isinstance(raw, type(value)) for value in HARMLESS_VALUES.get(key, ())
+    )
+
+
+def generates_masks(raw: Any) -> bool:
+    """Return whether the field "conditioning" asks for masks that are made at random."""
+    entries = raw if isinstance(raw, list) else [raw]
+    return any(
+        isinstance(entry, dict) and entry.get("type") in MASK_GENERATORS for entry in entries
     )
 
 

@@ -28,29 +28,36 @@ from simpletuner.data.dataset_fields import (
     COMMON_FIELDS,
     FIELD_ALIASES,
     IMAGE_FIELDS,
+    NO_PAIRS_REASON,
     REFUSED_FIELDS,
     RUN_OPTION_FIELDS,
     UNNEEDED_FIELDS,
     CacheDatasetFields,
     ImageDatasetFields,
+    generates_masks,
     is_harmless,
 )
 from simpletuner.data.dataset_objects import read_dataset_objects
 from simpletuner.data.ineffective_fields import (
     find_ineffective_fields,
     find_ineffective_run_options,
+    format_unneeded,
 )
 from simpletuner.data.mask_datasets import (
     MaskDataset,
     chosen_mask_dataset,
     link_mask_datasets,
+    pair_ids,
     read_mask_dataset,
 )
 from simpletuner.data.source_config import SourceConfig, read_source, unused_fields
-from simpletuner.data.text_sets import TextSet, with_filters_of_text_set
-from simpletuner.data.variation_fields import (
-    read_filter_field,
+from simpletuner.data.text_sets import (
+    TextSet,
+    default_text_set,
+    named_latent_caches,
+    with_filters_of_text_set,
 )
+from simpletuner.data.variation_fields import read_filter_field
 from simpletuner.errors import ConfigError, Problem
 
 EXAMPLE_DATASET_FILE = '[{"id": "photos", "instance_data_dir": "datasets/photos"}]'
@@ -119,6 +126,8 @@ class _DatasetFileReader:
     problems: list[Problem] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     dataset_values: list[dict[str, Any]] = field(default_factory=list)
+    pair_ids: frozenset[str] = frozenset()
+    unneeded: dict[str, list[str]] = field(default_factory=dict)
 
     def add_problem(self, message: str, *path: str | int) -> None:
         self.problems.append(Problem(self.locate(path), message))
@@ -129,6 +138,8 @@ class _DatasetFileReader:
                 f"the file must hold a list of datasets, such as {EXAMPLE_DATASET_FILE}"
             )
             return DatasetFile((), (), None)
+        self.pair_ids = pair_ids(self.entries)
+        latent_caches = named_latent_caches(self.entries)
         found: list[tuple[int, DatasetConfig]] = []
         masks: dict[str, MaskDataset] = {}
         indexes: dict[str, int] = {}
@@ -140,6 +151,8 @@ class _DatasetFileReader:
                 continue
             name = self.read_id(at, entry, indexes)
             given = {key: entry[key] for key in COMMON_FIELDS if entry.get(key) not in (None, "")}
+            if name in latent_caches and "dataset_type" not in given:
+                given["dataset_type"] = "image_embeds"
             self.replace_cache_storage(name, given)
             common = self.read_fields(at, name, given, COMMON_FIELDS)
             if common.get("disabled") or common.get("disable") or common.keys() != given.keys():
@@ -150,23 +163,19 @@ class _DatasetFileReader:
                 dataset = self.build_dataset(at, name, kind, fields, common.get("type", "local"))
                 found += [(at, dataset)] if dataset is not None else []
                 links[name] = entry.get("text_embeds")
+            elif name in self.pair_ids:
+                self.notices.append(f"{name} is not read: {NO_PAIRS_REASON}")
             elif kind == "conditioning":
                 masks |= read_mask_dataset(self, at, name, entry, common.get("type", "local"))
             else:
-                known = {key: raw for key, raw in entry.items() if not key.startswith("aws_")}
-                fields = self.read_fields(at, name, known, CACHE_FIELDS)
-                cache = self.validate_fields(at, name, CacheDatasetFields, fields)
-                folder = self.resolve_folder(cache.cache_dir) if cache.cache_dir else None
-                if kind == "text_embeds":
-                    filters = self.read_filters(at, name, cache)
-                    text_sets.append(TextSet(name, cache.default, folder, filters))
-                elif folder is not None:
-                    reason = UNNEEDED_FIELDS["image_embeds"]
-                    self.notices.append(f"{name}.cache_dir is not used: {reason}")
+                text_sets += self.read_cache(at, name, kind, entry)
+        self.notices = [*format_unneeded(self.unneeded), *self.notices]
         datasets = link_mask_datasets(self, found, masks)
         self.check_trained_datasets(datasets)
         self.notices += find_ineffective_run_options(self.run_options, self.dataset_values)
-        default = self.choose_text_set(text_sets)
+        default, problem = default_text_set(text_sets)
+        if problem:
+            self.add_problem(problem)
         train, held_out = (
             tuple(
                 with_filters_of_text_set(dataset, links, text_sets, default)
@@ -177,6 +186,24 @@ class _DatasetFileReader:
         )
         folder = None if default is None else default.folder
         return DatasetFile(train, held_out, folder, tuple(self.notices))
+
+    def read_cache(self, at: int, name: str, kind: str, entry: dict[str, Any]) -> list[TextSet]:
+        """Return the text set of an entry of text_embeds; nothing for other caches."""
+        known = {key: raw for key, raw in entry.items() if not key.startswith("aws_")}
+        fields = self.read_fields(at, name, known, CACHE_FIELDS)
+        cache = self.validate_fields(at, name, CacheDatasetFields, fields)
+        folder = self.resolve_folder(cache.cache_dir) if cache.cache_dir else None
+        if kind != "text_embeds":
+            if folder is not None:
+                reason = UNNEEDED_FIELDS["image_embeds"]
+                self.notices.append(f"{name}.cache_dir is not used: {reason}")
+            return []
+        filters: tuple[str, ...] = ()
+        try:
+            filters = read_filter_field(cache.caption_filter_list, self.resolve_folder)
+        except ConfigError as error:
+            self.add_problem(f"{name}.caption_filter_list: {error}", at, "caption_filter_list")
+        return [TextSet(name, cache.default, folder, filters)]
 
     def check_trained_datasets(self, datasets: list[DatasetConfig]) -> None:
         """Add a problem where nothing is trained on, or nothing in the first step."""
@@ -195,14 +222,6 @@ class _DatasetFileReader:
                 f"{name}.type {given['type']} is not used: caches are files of this machine"
             )
             given["type"] = "local"
-
-    def choose_text_set(self, text_sets: list[TextSet]) -> TextSet | None:
-        default = [text_set for text_set in text_sets if text_set.is_default]
-        if len(default) > 1 or (len(text_sets) > 1 and not default):
-            self.add_problem(
-                'several text_embeds entries: exactly one of them needs "default": true'
-            )
-        return next(iter(default or text_sets), None)
 
     def read_id(self, at: int, entry: dict[str, Any], indexes: dict[str, int]) -> str:
         name = entry.get("id")
@@ -244,9 +263,11 @@ class _DatasetFileReader:
                     self.add_problem(
                         f"{name}.{key} is not supported: {REFUSED_FIELDS[key]}", at, key
                     )
-            elif key in UNNEEDED_FIELDS:
-                self.notices.append(f"{name}.{key} is not needed: {UNNEEDED_FIELDS[key]}")
-            else:
+            elif key == "conditioning" and generates_masks(raw):
+                self.add_problem(f"{name}.{key}: masks are read from files, not made", at, key)
+            elif key in UNNEEDED_FIELDS and not is_harmless(key, raw):
+                self.unneeded.setdefault(key, []).append(name)
+            elif key not in UNNEEDED_FIELDS:
                 self.add_problem(
                     f"{name}.{key} is not a field of datasets with this dataset_type", at, key
                 )
@@ -306,7 +327,7 @@ class _DatasetFileReader:
             self.resolve_folder,
             lambda key, error: self.add_problem(f"{name}.{key}: {error}", at, key),
         )
-        masks, problem = chosen_mask_dataset(name, fields.conditioning_data)
+        masks, problem = chosen_mask_dataset(name, fields.conditioning_data, self.pair_ids)
         if problem:
             self.add_problem(problem, at, "conditioning_data")
         run_prompt = (self.run_options.instance_prompt or "").strip()
@@ -356,13 +377,6 @@ class _DatasetFileReader:
                 where = (at, problem.location) if problem.location in given else (at,)
                 self.add_problem(f"{name}.{problem.location} {problem.message}", *where)
             return None
-
-    def read_filters(self, at: int, name: str, cache: CacheDatasetFields) -> tuple[str, ...]:
-        try:
-            return read_filter_field(cache.caption_filter_list, self.resolve_folder)
-        except ConfigError as error:
-            self.add_problem(f"{name}.caption_filter_list: {error}", at, "caption_filter_list")
-            return ()
 
     def report_ineffective_fields(
         self, at: int, name: str, values: dict[str, Any], given: Mapping[str, Any]

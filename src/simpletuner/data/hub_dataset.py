@@ -54,7 +54,7 @@ def find_hub_files(location: HubLocation, store: RemoteStore, emit: Emit) -> Hub
     """
     folder, card = _list_repository(location, location.revision or "main", store, emit)
     found = choose_files(folder, card, location)
-    if found is None and not location.revision:
+    if found is None and not location.revision and not location.subfolder:
         folder, _ = _list_repository(location, PARQUET_REVISION, store, emit)
         prefix = f"{location.subset or 'default'}/{location.split}/"
         found = _rows(
@@ -63,7 +63,7 @@ def find_hub_files(location: HubLocation, store: RemoteStore, emit: Emit) -> Hub
     if found is None:
         raise DataError(
             f"{location.address} has no parquet files, tables, tar files or images of split "
-            f"{location.split}"
+            f"{location.split}{f' in {location.subfolder}' if location.subfolder else ''}"
         )
     return found
 
@@ -75,7 +75,12 @@ def choose_files(
 
     card: the field "configs" of the dataset card: names, splits and patterns of their files.
     """
-    files = [file for file in folder.list_files() if not _is_hidden(file.path)]
+    inside = f"{location.subfolder}/" if location.subfolder else ""
+    files = [
+        file
+        for file in folder.list_files()
+        if file.path.startswith(inside) and not _is_hidden(file.path)
+    ]
     chosen = _files_of_card(files, card, location)
     if chosen is None:
         chosen = _files_by_name(files, location)

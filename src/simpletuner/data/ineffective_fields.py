@@ -9,7 +9,16 @@ from simpletuner.config.constraints import format_no_effect, unmet_error
 from simpletuner.config.option import find_unmet_need
 from simpletuner.config.option_catalog import all_options
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.dataset_fields import IMAGE_FIELDS
+from simpletuner.data.dataset_fields import IMAGE_FIELDS, UNNEEDED_FIELDS
+
+
+def format_unneeded(names_by_field: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield one notice for each field that is not needed, naming up to three datasets with it."""
+    for key, names in names_by_field.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        where = f"{key} is not needed in {', '.join(names[:3])}{more}"
+        single = f"{names[0]}.{key} is not needed"
+        yield f"{single if len(names) == 1 else where}: {UNNEEDED_FIELDS[key]}"
 
 
 def find_ineffective_fields(

@@ -11,7 +11,12 @@ from typing import Any, Protocol
 from simpletuner.config.option_catalog import Option
 from simpletuner.config.option_values import SectionT
 from simpletuner.data.dataset_config import DatasetConfig
-from simpletuner.data.dataset_fields import IMAGE_FIELDS, MASK_FIELDS, MaskDatasetFields
+from simpletuner.data.dataset_fields import (
+    IMAGE_FIELDS,
+    MASK_FIELDS,
+    PAIR_TYPES,
+    MaskDatasetFields,
+)
 from simpletuner.data.source_config import find_folder, is_address
 from simpletuner.errors import ConfigError, Problem
 
@@ -78,9 +83,25 @@ def read_mask_dataset(
     return {name: MaskDataset(at, config, fields.source_dataset_id)}
 
 
-def chosen_mask_dataset(name: str, given: str | Sequence[str] | None) -> tuple[str | None, str]:
-    """Return the one dataset that conditioning_data names, and why it cannot be used or ""."""
+def pair_ids(entries: Sequence[Any]) -> frozenset[str]:
+    """Return the ids of entries whose images belong to others in another way than masks do."""
+    return frozenset(
+        str(entry.get("id"))
+        for entry in entries
+        if isinstance(entry, dict) and entry.get("conditioning_type") in PAIR_TYPES
+        if entry.get("dataset_type") == "conditioning"
+    )
+
+
+def chosen_mask_dataset(
+    name: str, given: str | Sequence[str] | None, pairs: frozenset[str] = frozenset()
+) -> tuple[str | None, str]:
+    """Return the one dataset that conditioning_data names, and why it cannot be used or "".
+
+    pairs: datasets that are not read.
+    """
     names = [given] if isinstance(given, str) else list(given or ())
+    names = [chosen for chosen in names if chosen not in pairs]
     if len(names) > 1:
         shown = json.dumps(names, ensure_ascii=False)
         return None, f"{name}.conditioning_data = {shown}: an image has one mask; name one dataset"

@@ -27,6 +27,7 @@ BLOCK_COLUMNS = ("image_column", "caption_column", "fallback_caption_column")
 SIZE_COLUMNS = ("width_column", "height_column")
 FILTER_KEYS = ("collection", "quality_thresholds", "min_width", "min_height")
 BLOCK_KEYS = (*BLOCK_COLUMNS, *SIZE_COLUMNS, "description_column", "filter_func")
+UNNEEDED_BLOCK_KEYS = ("file_extension", "cache_dir", "num_proc")  # found by content, set elsewhere
 COMPOSITE_KEY = "composite_image_config"
 ResolvePath = Callable[[str], Path]
 
@@ -148,14 +149,27 @@ def _read_repository(written: str, field: str) -> str:
 
 
 def _hub_location(repository: str, fields: SourceFields) -> HubLocation:
+    subfolder = fields.subfolder.strip("/")
+    if ".." in subfolder.split("/"):
+        raise _problem("subfolder", f"= {json.dumps(fields.subfolder)} must be inside the dataset")
     return HubLocation(
-        repository, fields.revision, fields.dataset_subset, fields.split, fields.streaming
+        repository,
+        fields.revision,
+        fields.dataset_subset,
+        fields.split,
+        fields.streaming,
+        subfolder,
     )
 
 
 def _read_hub(fields: SourceFields, rows_have_captions: bool) -> SourceConfig:
-    repository = _read_repository(fields.dataset_name, "dataset_name")
     block = dict(fields.huggingface or {})
+    named = block.pop("dataset_name", None) or fields.dataset_name
+    if not isinstance(named, str) or (fields.dataset_name and named != fields.dataset_name):
+        raise _problem("huggingface", f"dataset_name: is not {fields.dataset_name}, named outside")
+    repository = _read_repository(named, "dataset_name")
+    for key in UNNEEDED_BLOCK_KEYS:
+        block.pop(key, None)
     composite = block.pop(COMPOSITE_KEY, None)
     if isinstance(composite, dict) and composite.get("enabled"):
         raise _problem("huggingface", f"{COMPOSITE_KEY}: images are not cut into parts")

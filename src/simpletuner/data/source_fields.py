@@ -47,6 +47,7 @@ class SourceFields(OptionSection):
     dataset_subset: str = option("", "Subset (configuration) of a hub dataset.")
     split: str = option("train", "Split of a hub dataset.")
     revision: str = option("", "Branch, tag or commit of a hub dataset.")
+    subfolder: str = option("", "Folder of a hub dataset; files outside of it are not read.")
     streaming: bool = option(
         False, "Read parts of the parquet files from the hub instead of copying them first."
     )
@@ -71,7 +72,7 @@ COLUMN_FIELDS = (
     "height_column",
     "weight_column",
 )
-HUB_FIELDS = ("dataset_subset", "split", "revision", "streaming")
+HUB_FIELDS = ("dataset_subset", "split", "revision", "subfolder", "streaming")
 # The fields that have an effect, by type.
 FIELDS_BY_TYPE: Mapping[str, tuple[str, ...]] = {
     "local": STORE_KEYS,
