@@ -30,6 +30,7 @@ from simpletuner.server.settings import ServerSettings
 from simpletuner.server.static_pages import StaticPages, render_routes_page
 from simpletuner.server.supervisor import Supervisor
 from simpletuner.server.token_auth import TokenAuth, read_or_create_secret
+from simpletuner.server.translation import LanguageMiddleware
 
 ROUTE_MODULES = (system, configs, runs, jobs, datasets, generations, library, captioning)
 
@@ -43,7 +44,9 @@ class SecuredApp(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         return SecurityMiddleware(
-            super().build_middleware_stack(), self.state.services.settings, self.state.token_auth
+            LanguageMiddleware(super().build_middleware_stack()),
+            self.state.services.settings,
+            self.state.token_auth,
         )
 
 

@@ -1,5 +1,6 @@
 /** Uploads files, three at a time; connection errors are retried, and rejected files are listed with the reason. */
 import { url } from "../lib/api";
+import { i18n } from "../lib/i18n.svelte";
 import type { UploadResult } from "../lib/types";
 import { isSupported, type UploadFile } from "./droppedFiles";
 
@@ -114,6 +115,7 @@ export class Uploader {
       this.#open.add(request);
       request.open("PUT", url("/api/v1/datasets/{name}/files/{path}", { name: this.name, path: file.path }));
       request.setRequestHeader("content-type", "application/octet-stream");
+      request.setRequestHeader("accept-language", i18n.language);
       request.upload.onprogress = (event) => (status.progress = event.loaded / Math.max(1, event.total));
       request.onloadend = () => {
         this.#open.delete(request);

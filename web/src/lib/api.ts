@@ -1,4 +1,5 @@
 /** The server's routes with their types: `api.get("/api/v1/runs/{id}", { path: { id } })`. */
+import { i18n } from "./i18n.svelte";
 import type { ErrorDetail, paths } from "./types";
 
 type Method = "get" | "post" | "put" | "delete";
@@ -82,8 +83,9 @@ export async function toApiError(response: Response): Promise<ApiError> {
 }
 
 async function call(method: Method, route: keyof paths, args: UntypedArguments): Promise<unknown> {
-  const init: RequestInit = { method: method.toUpperCase(), credentials: "same-origin" };
-  if (method !== "get") init.headers = { "content-type": "application/json" };
+  const headers: Record<string, string> = { "accept-language": i18n.language };
+  if (method !== "get") headers["content-type"] = "application/json";
+  const init: RequestInit = { method: method.toUpperCase(), credentials: "same-origin", headers };
   if (args.body !== undefined) init.body = JSON.stringify(args.body);
   try {
     const response = await fetch(url(route, args.path, args.query), init);

@@ -1,4 +1,5 @@
 /** The WebSocket connection: the runs that change, the queue, and the events of the run that is shown. */
+import { i18n } from "./i18n.svelte";
 import { notifyOfEnds } from "./notifications.svelte";
 import type { FollowRequest, LiveUpdate, Queue, RunSummary } from "./types";
 
@@ -35,6 +36,7 @@ class LiveFeed {
     const address = new URL("api/v1/live", document.baseURI);
     address.protocol = address.protocol === "https:" ? "wss:" : "ws:";
     address.hash = "";
+    address.search = `?language=${i18n.language}`; // of the messages of runs; a browser cannot send its header here
     const socket = new WebSocket(address);
     this.#socket = socket;
     socket.onopen = () => {
@@ -105,6 +107,12 @@ class LiveFeed {
     }
     if (!isFirst && changed.length + removed.length === 0) return;
     for (const listener of this.#listeners) listener(isFirst ? null : changed, removed);
+  }
+
+  /** Connect again, with the present language. */
+  reconnect(): void {
+    this.#wait_ms = 0;
+    this.#socket?.close();
   }
 
   #retryNow(): void {

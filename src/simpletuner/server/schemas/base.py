@@ -8,9 +8,11 @@ use "/".
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PlainSerializer, model_validator
+
+from simpletuner.server.translation import to_language_of_request
 
 JobState = Literal[
     "draft",
@@ -25,6 +27,9 @@ JobState = Literal[
     "lost",
 ]
 
+
+# A sentence of this program for a person: a response has it in the language of its request.
+Message = Annotated[str, PlainSerializer(to_language_of_request, return_type=str)]
 
 # Cc, Cs, and of Cf those that change the direction or hide text. Joiners of scripts and emoji stay.
 UNSHOWN_CHARACTERS = re.compile(
@@ -67,7 +72,7 @@ class ErrorDetail(ApiModel):
     """
 
     loc: str
-    message: str
+    message: Message
     where: str = ""
     suggestion: str = ""
 

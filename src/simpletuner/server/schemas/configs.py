@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from simpletuner.server.schemas.base import ApiModel, ErrorDetail
+from simpletuner.server.schemas.base import ApiModel, ErrorDetail, Message
 
 T = TypeVar("T")
 MAX_DEPTH = 100  # levels of nesting, the same limit as for a configuration file
@@ -113,7 +113,7 @@ class ConfigValidationResult(ApiModel):
     """
 
     problems: list[ErrorDetail]
-    notes: list[str]
+    notes: list[Message]
     changed: dict[str, Any]
     warnings: list[ErrorDetail] = Field(default_factory=list)
     run_dir: str = ""
@@ -173,7 +173,7 @@ class ImportResult(ApiModel):
     config: dict[str, Any] | None
     datasets: list[dict[str, Any]] | None
     problems: list[ErrorDetail]
-    notes: list[str]
+    notes: list[Message]
 
 
 class PlanRequest(ApiModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from simpletuner.server.schemas.base import ApiModel
+from simpletuner.server.schemas.base import ApiModel, Message
 
 
 class DatasetInfo(ApiModel):
@@ -41,7 +41,7 @@ class RefusedFile(ApiModel):
     """A file of an archive that was not stored."""
 
     file: str
-    reason: str
+    reason: Message
 
 
 class UploadResult(ApiModel):

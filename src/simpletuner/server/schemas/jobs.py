@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from simpletuner.server.schemas.base import ApiModel, JobState
+from simpletuner.server.schemas.base import ApiModel, JobState, Message
 
 JobKind = Literal["train", "rehearse", "generate", "caption", "export", "merge", "check"]
 
@@ -37,8 +37,8 @@ class Job(ApiModel):
     started_t: float | None
     ended_t: float | None
     exit_code: int | None
-    message: str
-    advice: str
+    message: Message
+    advice: Message
     last_lines: list[str]
     run_dir: str = ""
     begun: bool = False

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from simpletuner.server.schemas.base import ApiModel, JobState
+from simpletuner.server.schemas.base import ApiModel, JobState, Message
 from simpletuner.server.schemas.configs import PromptEntries
 
 
@@ -42,7 +42,7 @@ class RunSummary(ApiModel):
     sparkline: list[float]
     stage: RunStage | None
     job: str | None
-    message: str = ""
+    message: Message = ""
     picture: str | None = None
     begun: bool = True
     tags: list[str] = Field(default_factory=list)
@@ -165,8 +165,8 @@ class RunDetail(ApiModel):
     datasets: list[str]
     resumes: list[RunResume]
     verdict: HeldOutVerdict | None
-    problems: list[str]
-    notes: list[str]
+    problems: list[Message]
+    notes: list[Message]
     exit: dict[str, Any] | None
     events_end: int
 
