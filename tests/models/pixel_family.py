@@ -140,7 +140,7 @@ class PixelFamily(ModelFamily):
         with torch.device("meta"):
             network = PixelNetwork().to(dtype).requires_grad_(False).eval()
         blocks = tuple(network.layers)
-        return ModelSpec(network, blocks, WIDTH, CONSTANTS, False, torch.float32, 0, 0, 0, 0)
+        return ModelSpec(network, blocks, WIDTH, 1, CONSTANTS, False, torch.float32, 0, 0, 0, 0)
 
     def read_constants(self, source: ModelFiles) -> ArchitectureConstants:
         return CONSTANTS

@@ -501,3 +501,26 @@ def test_what_fits_without_checkpointing_is_measured_once(monkeypatch: pytest.Mo
     assert fit.blocks_to_checkpoint(search, 10**12) == 0
     assert len(measured) == 1
     assert told == ["measuring a step with 0 checkpointed blocks ..."]
+
+
+def test_scores_of_attention_are_counted_where_no_flash_kernel_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whole matrices: three of the block that runs, and one of each block that keeps them."""
+
+    def scores(kind: str, **options: Any) -> int:
+        plan = predict_memory(make_run_config(**options), TinyChroma(), SIZE, kind)
+        return plan.allowances.get("attention scores", 0)
+
+    feed = predict_memory(make_run_config(), TinyChroma(), SIZE, "mps").feed
+    rows = feed.size_px[0] * feed.size_px[1] // 256 + feed.text_rows
+    matrix = feed.samples * CONFIG.num_attention_heads * rows**2 * 2
+    assert scores("mps", gradient_checkpointing=True) == 3 * matrix
+    assert scores("mps", gradient_checkpointing=False) == (3 + BLOCKS) * matrix
+    assert scores("cuda") == scores("cpu") == 0
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    for is_there, matrices in ((True, 0), (False, 3)):
+        monkeypatch.setattr(
+            torch.backends.cuda, "is_flash_attention_available", lambda there=is_there: there
+        )
+        assert scores("cuda", gradient_checkpointing=True) == matrices * matrix

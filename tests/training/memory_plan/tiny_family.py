@@ -56,7 +56,8 @@ def make_model_spec(run: RunConfig, config: TransformerConfig = CONFIG) -> Model
         CHROMA_CONSTANTS, text_tensors={"rows": TextTensor(config.joint_attention_dim)}
     )
     blocks = (*network.transformer_blocks, *network.single_transformer_blocks)
-    return ModelSpec(network, blocks, config.width, facts, False, torch.bfloat16, 0, 0, 0, 0)
+    heads = config.num_attention_heads
+    return ModelSpec(network, blocks, config.width, heads, facts, False, torch.bfloat16, 0, 0, 0, 0)
 
 
 def planned_peak(run: RunConfig) -> int:

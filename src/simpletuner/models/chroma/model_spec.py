@@ -71,6 +71,7 @@ def build_model_spec(
         transformer,
         (*transformer.transformer_blocks, *transformer.single_transformer_blocks),
         config.width,
+        config.num_attention_heads,
         _read_or_published_constants(folders, read_constants),
         transformer_path is None,
         fingerprints.text_encoder_dtype(options),

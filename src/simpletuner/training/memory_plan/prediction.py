@@ -24,6 +24,7 @@ from simpletuner.models.weights.evaluation_files import (
 from simpletuner.training.device import select_device
 from simpletuner.training.ema import resolve_ema_device
 from simpletuner.training.memory_plan import plan_cache
+from simpletuner.training.memory_plan.attention_scores import attention_scores_bytes
 from simpletuner.training.memory_plan.communication import CollectiveUse, step_communication
 from simpletuner.training.memory_plan.fake_encoders import measure_encoders
 from simpletuner.training.memory_plan.fake_step import (
@@ -152,7 +153,7 @@ def predict_memory(
     return MemoryPrediction(
         kind,
         parts,
-        device_allowances(run, kind, parts),
+        device_allowances(run, kind, parts, attention_scores_bytes(spec, feed, memory, kind)),
         encoders.before_training,
         host_memory_by_use(
             kind, on_host, encoders.before_training, sum(parts.values()), world.local
@@ -232,7 +233,9 @@ def share_among_processes(
     return parts, on_host
 
 
-def device_allowances(run: RunConfig, kind: str, parts: dict[str, int]) -> dict[str, int]:
+def device_allowances(
+    run: RunConfig, kind: str, parts: dict[str, int], attention_scores: int
+) -> dict[str, int]:
     """Return estimates of what is not counted: the context, lost gaps, the models of metrics."""
     lost = int(FRAGMENTATION_FRACTION * (parts["activations"] + parts["temporaries"]))
     allowances = {
@@ -242,7 +245,8 @@ def device_allowances(run: RunConfig, kind: str, parts: dict[str, int]) -> dict[
     metrics = metric_device_bytes(run.validation.evaluation_type)
     model = evaluation_model_size(run)
     metrics += model.weights if model is not None else 0
-    return allowances | ({"image metrics": metrics} if metrics else {})
+    uncounted = {"image metrics": metrics, "attention scores": attention_scores}
+    return allowances | {use: size for use, size in uncounted.items() if size}
 
 
 def evaluation_model_size(run: RunConfig) -> EvaluationModelSize | None:
