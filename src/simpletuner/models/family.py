@@ -133,10 +133,11 @@ class ModelSpec:
 
     transformer: on the meta device, frozen, in the dtypes that training uses. blocks: its repeated
     blocks in order. heads: of attention in each block. uses_published_shape: no config file is
-    available locally, so the published shape is assumed. may_differ_from_published: the same,
-    but for a repository that may hold another size. text_dtype: dtype of the cached text embeddings. text_encoder_bytes, vae_bytes:
-    size of what is on the device at once. cpu_offloadable_bytes: size of the part that may stay on
-    the CPU. download_bytes: size of the files that are not downloaded yet.
+    available locally, so the published shape is assumed. may_differ_from_published: the same, but
+    for a repository that may hold another size. text_dtype: dtype of the cached text embeddings.
+    text_encoder_bytes, vae_bytes: size of what is on the device at once. cpu_offloadable_bytes:
+    size of the part that may stay on the CPU. download_bytes: size of the files that are not
+    downloaded yet.
     """
 
     transformer: nn.Module
