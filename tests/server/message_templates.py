@@ -36,6 +36,12 @@ MODULES = (
     *(f"server/{name}" for name in ("start_checks", "storage", "thumbnails", "trash", "uploads")),
     *(f"server/{name}" for name in ("workspace", "token_auth", "api/configs", "api/datasets", "api/system")),
 )  # fmt: skip
+# Modules whose sentences are in the notes of a run and in the lists of rejected images.
+MODULES += (
+    *(f"data/{name}" for name in ("batch_sources", "captions", "caption_tables", "image_plugins")),
+    *(f"data/{name}" for name in ("image_files", "masks", "pixels", "regularisation", "scan")),
+    *("events/findings", "training/hold_out", "training/resume", "training/run_start"),
+)
 # Literals of those modules that no page shows: patterns, headers, parts of JSON, an example.
 HIDDEN = re.compile(
     r"^\(|^\[|^Input should$|\\[bsd]|; charset=|^attachment|^private, |headers up to|^\{\"algo|^cosine_with"
@@ -51,6 +57,11 @@ def package_templates() -> dict[str, str]:
         text = (SOURCE / f"{module}.py").read_text(encoding="utf-8")
         for template in literals(ast.parse(text)):
             templates.setdefault(template, module)
+    for path in sorted(SOURCE.rglob("*.py")):
+        where = path.relative_to(SOURCE).as_posix()
+        if not where.startswith(("cli/", "server/", "events/")):
+            for template in issued_messages(ast.parse(path.read_text(encoding="utf-8"))):
+                templates.setdefault(template, where)
     for row in unsupported_options():
         templates.setdefault(row.reason, "unsupported_options.toml")
     for template, where in declared_sentences():
@@ -75,6 +86,15 @@ def declared_sentences() -> Iterator[tuple[str, str]]:
         yield reason, "dataset_fields"
     for reason in NOT_SETTABLE.values():
         yield reason, "form_schema"
+
+
+def issued_messages(tree: ast.AST) -> Iterator[str]:
+    """Yield the literals in the events by which a training notes or warns of something."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("NoticeIssued", "WarningIssued")
+        ):
+            yield from literals(ast.Module([ast.Expr(node)], []))
 
 
 def literals(tree: ast.AST) -> Iterator[str]:

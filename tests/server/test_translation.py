@@ -63,8 +63,10 @@ def test_every_template_is_recognised(language: str) -> None:
         is_part = english[0] in " ;," or english[-1] == " "  # of other messages
         if not is_part and translated != english and translate(message, language) == message:
             wrong.append(english)
-    # So few words that it is translated only with a value that is known itself, a reason.
-    assert set(wrong) <= {"{}: {} is {}", "{} = {} is not {}", "a {} file"}
+    # So few words that it is translated only with a value that is known itself, such as a reason.
+    assert [
+        row for row in wrong if sum(map(str.isalpha, row)) >= translation.MIN_LETTERS_OF_PLAIN
+    ] == []
 
 
 def sample_of(template: str) -> str:
