@@ -4,21 +4,15 @@ steps.
     python benchmarks/full_size.py --out FOLDER [--threads 2] [--keep] [--toy]
 
 Four stages, each in a process of its own: write a random checkpoint in the hub's layout (17.8 GB),
-convert it
-to int8 and to NF4 with the product's own converter, map the NF4 weights and take three LoRA steps at 128 px
-with every block recomputed. What is finished is not done again: a killed run goes on with the same
-command.
-About 33 GB of disk below FOLDER, given back at the end unless --keep. Writes full_size.json and
-full_size.md
-in benchmarks/results. --toy: the same with 0.8 M parameters in seconds; its figures are printed,
-and written
-only where --results says.
+convert it to int8 and to NF4 with the product's own converter, map the NF4 weights and take three
+LoRA steps at 128 px with every block recomputed. What is finished is not done again: a killed run
+goes on with the same command. About 33 GB of disk below FOLDER, given back at the end unless
+--keep. Writes full_size.json and full_size.md in benchmarks/results. --toy: the same with 0.8 M
+parameters in seconds; its figures are printed, and written only where --results says.
 
 Memory is what Linux says of the process, sampled 20 times a second: anonymous pages, and pages of
-mapped
-files, which it may take back at any time. Seconds are without Python's and torch's start. The
-weights are
-random: the losses say that the arithmetic holds, not that anything is learnt.
+mapped files, which it may take back at any time. Seconds are without Python's and torch's start.
+The weights are random: the losses say that the arithmetic holds, not that anything is learnt.
 """
 
 from __future__ import annotations

@@ -4,10 +4,9 @@ weights.
     python benchmarks/plan.py
 
 Writes benchmarks/results/plan.json and plan.md. Each row is a whole training step on tensors
-without
-contents: rank-16 LoRA on all linears of the blocks (`all`: on the attention's, as is the default), batch 1,
-512 text tokens, allowances (context, fragmentation) included. About a quarter of a CPU minute a row; what was
-planned before is in the cache.
+without contents: rank-16 LoRA on all linears of the blocks (`all`: on the attention's, as is the
+default), batch 1, 512 text tokens, allowances (context, fragmentation) included. About a quarter of
+a CPU minute a row; what was planned before is in the cache.
 """
 
 from __future__ import annotations

@@ -11,10 +11,9 @@
     machinery
 
 Every cell is a run folder in OUT/cells, trained by `simpletuner train`. The same command goes on:
-finished
-cells are skipped, interrupted ones resume from their checkpoint, a failed one is told and stops no
-other.
-Tables are written when it ends or is interrupted, with as many seeds as are finished.
+finished cells are skipped, interrupted ones resume from their checkpoint, a failed one is told and
+stops no other. Tables are written when it ends or is interrupted, with as many seeds as are
+finished.
 """
 
 from __future__ import annotations

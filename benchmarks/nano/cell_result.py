@@ -25,10 +25,9 @@ ScoreRates = dict[
 @dataclass(frozen=True)
 class CellResult:
     """One finished training. base: fingerprint of the bundled model. step_seconds: median, with
-    whatever
-    ran beside it. held_out and by_sigma: of the unseen pictures, at the end; _start: before
-    training.
-    variances: over steps. parameters_m: trained, millions. file_mb: the weights that were kept."""
+    whatever ran beside it. held_out and by_sigma: of the unseen pictures, at the end; _start:
+    before training. variances: over steps. parameters_m: trained, millions. file_mb: the weights
+    that were kept."""
 
     cell: str
     options: Mapping[str, object]

@@ -50,9 +50,8 @@ EXPOSURE_ROWS: tuple[tuple[str, str, Mapping[str, object]], ...] = (
 )
 
 # Seconds of one core while the other is as busy: to start, per sample of a training step, of a
-# held-out
-# loss, per step of a picture and to decode it; how much dearer padded rows are; muon's part of a
-# step.
+# held-out loss, per step of a picture and to decode it; how much dearer padded rows are; muon's
+# part of a step.
 START_S, SAMPLE_STEP_S, HELD_OUT_S, IMAGE_STEP_S, IMAGE_DECODE_S = 11.0, 0.026, 0.009, 0.0135, 0.055
 PADDED_STEP_FACTOR, PADDED_FORWARD_FACTOR, MUON_STEP_S, SHAPES_DATASET_S = 8.0, 5.6, 0.15, 150.0
 
@@ -60,10 +59,8 @@ PADDED_STEP_FACTOR, PADDED_FORWARD_FACTOR, MUON_STEP_S, SHAPES_DATASET_S = 8.0, 
 @dataclass(frozen=True)
 class ExperimentSize:
     """How much of everything. pictures: drawn to train from scratch; unseen: held-out pictures,
-    drawn
-    likewise; prompts: per score; sigmas: noise levels at which each unseen picture is measured;
-    fit_steps:
-    of make_transformer.py."""
+    drawn likewise; prompts: per score; sigmas: noise levels at which each unseen picture is
+    measured; fit_steps: of make_transformer.py."""
 
     lesson_steps: int
     scratch_steps: int
@@ -89,12 +86,11 @@ SMOKE_TEST = ExperimentSize(2, 2, 2, 2, 2, 4, 2, 2, 2, 2, 2, (1e-4,))
 class Variant:
     """A training up to its seed.
 
-    options: what differs from the data's own ("lesson": the example's, "shapes": from scratch). program:
-    a key of work.PROGRAMS. cache: name of the shared cache. rate_from: variants, of which the one
-    with the
-    lowest held-out loss lends its learning rate. lora_from: the variant whose LoRA this one starts
-    from,
-    same seed. seeds: those it has; empty means all that are asked for.
+    options: what differs from the data's own ("lesson": the example's, "shapes": from scratch).
+    program: a key of PROGRAMS. cache: name of the shared cache. learning_rate_trials: variants, of
+    which the one with the lowest held-out loss lends its learning rate. init_lora_variant: the
+    variant whose LoRA this one starts from, same seed. seeds: those it has; empty means all that
+    are asked for.
     """
 
     name: str

@@ -16,8 +16,8 @@ EMPTY_CELL = "-"
 @dataclass(frozen=True)
 class Column:
     """heading; measure: a name of result.measures; digits; scale: what it is multiplied with;
-    against: the
-    paired difference from the first row (its ratio by a measure ending in _ratio) instead of the value."""
+    against: the paired difference from the first row (its ratio by a measure ending in _ratio)
+    instead of the value."""
 
     heading: str
     measure: str

@@ -3,10 +3,8 @@
     python recipes/nano/make_shapes_dataset.py --out DIR --count 20000 --seed 1
 
 writes DIR/00000.png and DIR/00000.txt, ... as `caption_strategy: textfile` reads them. Picture N of
-a seed
-is always the same picture, whatever the count: draw more, or draw again, and nothing else changes.
-What there
-is to draw, and the words for it, is `simpletuner.validation.shapes.scenes`.
+a seed is always the same picture, whatever the count: draw more, or draw again, and nothing else
+changes. What there is to draw, and the words for it, is `simpletuner.validation.shapes.scenes`.
 """
 
 from __future__ import annotations

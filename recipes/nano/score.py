@@ -11,13 +11,10 @@ judge.
     pictures: chance
 
 prints one line of JSON: each rate with its standard error and the number it is taken over. Colour,
-position
-and shape are counted per object, size per object whose size is said, the rest per prompt. `pair`:
-colour,
-position and shape of both objects right. `all`: everything said is right and nothing else is there.
-`all_new`: the same, over combinations that no training picture has. With --zorbo: `zorbo` is there,
-`all` is
-there and as said; the others over the pictures that have one.
+position and shape are counted per object, size per object whose size is said, the rest per prompt.
+`pair`: colour, position and shape of both objects right. `all`: everything said is right and
+nothing else is there. `all_new`: the same, over combinations that no training picture has. With
+--zorbo: `zorbo` is there, `all` is there and as said; the others over the pictures that have one.
 """
 
 from __future__ import annotations

@@ -23,8 +23,7 @@ class BadFileCase:
     when kept.
 
     decode: reason of BadFile when the scan keeps it but the pixels are bad. note: words of an
-    event.
-    Rows named as in PASSED_OVER are no pictures at all.
+    event. Rows named as in PASSED_OVER are no pictures at all.
     """
 
     name: str

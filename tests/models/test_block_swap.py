@@ -1,6 +1,5 @@
 """Swapped blocks on a device that is made up: absent weights are NaN, copies arrive only when
-waited for, and
-a room may not be filled while it is read."""
+waited for, and a room may not be filled while it is read."""
 
 from __future__ import annotations
 

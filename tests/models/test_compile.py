@@ -25,8 +25,7 @@ from tests.adapters.tiny_network import perturb
 from tests.models.tiny_checkpoint import TEXT_WIDTH, transformer_fields
 
 # rows, columns, text rows. No size of the first is a constant of the network's: sizes that are
-# equal at first
-# are taken for one and the same, which costs one more program later.
+# equal at first are taken for one and the same, which costs one more program later.
 SHAPES = [(3, 7, 13), (4, 6, 12), (6, 4, 5), (8, 8, 21), (5, 5, 10)]
 
 

@@ -2,8 +2,7 @@
 draws.
 
 On the bundled base in float32, 128 px, 4 steps. diffusers gets our file by `load_lora_weights`, our
-trimmed
-text rows with a mask of ones, the same noise and the same sigmas, into its own network.
+trimmed text rows with a mask of ones, the same noise and the same sigmas, into its own network.
 """
 
 from __future__ import annotations

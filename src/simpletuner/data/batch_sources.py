@@ -47,8 +47,7 @@ class ShuffledRound:
     """One round of a dataset: batch i is sample_indices[batch_spans[i, 0] : batch_spans[i, 1]].
 
     sample_indices: int32, into the run's samples. repeat_indices: which repeat each use is; unique
-    for a sample.
-    batch_spans: shuffled.
+    for a sample. batch_spans: shuffled.
     """
 
     sample_indices: np.ndarray

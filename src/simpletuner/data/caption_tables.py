@@ -28,8 +28,8 @@ def read_caption_table(
     relative_paths: of the images in their folder, POSIX, NFC. A row names an image by its relative
     path, or by its file name, either with or without the suffix. Several rows of one image, and the
     items of a list in one cell, are alternatives. file: the table, where it is not a file of this
-    machine. Raises DataError for a table that cannot be read
-    or lacks a column, and MissingExtra for parquet without pyarrow.
+    machine. Raises DataError for a table that cannot be read or lacks a column, and MissingExtra
+    for parquet without pyarrow.
     """
     keys = {path: _image_keys(path) for path in relative_paths}
     wanted = {key for candidates in keys.values() for key in candidates}

@@ -124,11 +124,10 @@ class DatasetConfig:
     caption_variants: None where captions are used as they are. caption_weights: of the first,
     second ... alternative, the last for all that follow; empty where all have the same.
     timestep_sampling_offset: added to logit(sigma). store, hub, table: where the images are, when
-    they are not files of instance_data_dir.
-    conditioning_data: the id of the dataset of masks, masks: that dataset; None without one.
-    alpha_mask: the mask of an image is its own transparency. regularisation_target: "" for a
-    dataset that teaches; "base" and "images" are the targets of one that shows what must not
-    change.
+    they are not files of instance_data_dir. conditioning_data: the id of the dataset of masks,
+    masks: that dataset; None without one. alpha_mask: the mask of an image is its own transparency.
+    regularisation_target: "" for a dataset that teaches; "base" and "images" are the targets of one
+    that shows what must not change.
     """
 
     id: str

@@ -39,9 +39,9 @@ class TrainState:
     """The network with its trainable parameters, and the objects that change them.
 
     trainable_parameters: by name; those of the LoRA, or nearly all of the network; in a sharded
-    full fine-tuning this process's rows of them.
-    optimizer_options: with learning_rate already multiplied as lr_scale asks. adapter_copies: the
-    LoRA's factors in the dtype of the products; of no module where there are none.
+    full fine-tuning this process's rows of them. optimizer_options: with learning_rate already
+    multiplied as lr_scale asks. adapter_copies: the LoRA's factors in the dtype of the products; of
+    no module where there are none.
     """
 
     transformer: nn.Module

@@ -77,8 +77,7 @@ class MemoryConfigSearch:
 
     Two configurations are predicted exactly, each when it is asked for: no block checkpointed, and
     all blocks checkpointed. The others are estimated between them, as if all blocks needed the same
-    memory.
-    fixed_precisions: only the precisions of the run are tried.
+    memory. fixed_precisions: only the precisions of the run are tried.
     """
 
     def __init__(
