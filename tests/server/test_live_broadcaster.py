@@ -26,8 +26,10 @@ from simpletuner.server import live_broadcaster, run_finder
 from simpletuner.server.run_service import RunService
 from simpletuner.server.schemas.jobs import Queue
 from simpletuner.server.schemas.live import FollowRequest, LiveUpdate
+from simpletuner.server.schemas.runs import RunSummary
 from simpletuner.server.workspace import Workspace, run_id
 from tests.server.run_folder_writer import RunFolderWriter, empty_queue, make_runs_app
+from tests.server.test_run_pages import make_run
 
 PATIENCE_S = 60.0
 
@@ -363,3 +365,16 @@ def test_only_what_changed_of_many_runs_is_sent(tmp_path: Path) -> None:
         shutil.rmtree(folders[3].path)
         page.until(lambda page: page.messages[-1].removed)
         assert page.messages[-1].removed == [run_id(folders[3].path)]
+
+
+def test_reading_more_of_a_run_that_has_ended_is_no_change() -> None:
+    def make_runs(**fields: object) -> list[RunSummary]:
+        return [make_run(name).model_copy(update=fields) for name in ("old", "new")]
+
+    first = live_broadcaster.ListSnapshot(make_runs(), empty_queue(), unread={"old"})
+    second = first.update(make_runs(step=9), empty_queue())
+    assert [run.id for run in second.list_fields(1, None)["changed"]] == ["new"]
+    third = second.update(make_runs(step=10), empty_queue())
+    assert [run.id for run in third.list_fields(2, None)["changed"]] == ["old", "new"]
+    running = first.update(make_runs(state="running"), empty_queue())
+    assert [run.id for run in running.list_fields(1, None)["changed"]] == ["old", "new"]

@@ -68,6 +68,13 @@ def test_filter_order_and_part(query: dict[str, Any], expected: Sequence[str]) -
     assert names(**query) == expected
 
 
+def test_what_is_still_being_read_is_counted_where_the_page_depends_on_it() -> None:
+    unread = {"fox-9", "old"}
+    assert select_page(RUNS, RunQuery(limit=3), unread).unread == 0
+    assert select_page(RUNS, RunQuery(limit=4), unread).unread == 1
+    assert select_page(RUNS, RunQuery(limit=1, sort="loss"), unread).unread == 2
+
+
 def test_names_of_digits_and_other_scripts_can_be_sorted() -> None:
     runs = [
         make_run(name) for name in ("b", "9", "10", "٣", "²", "०१", "a1b", "a", "९" * 99, "8" * 200)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-import regex
-
 MAX_PATTERN_CHARACTERS = 2000
 TIMEOUT_S = 5.0
 Value = TypeVar("Value")
@@ -18,6 +16,8 @@ Value = TypeVar("Value")
 
 def pattern_problem(pattern: str) -> str:
     """Describe why the text is not a usable regular expression; "" when it is one."""
+    import regex  # here, as it costs a process 2 MB, and few configurations have a pattern
+
     if len(pattern) > MAX_PATTERN_CHARACTERS:
         return f"has {len(pattern)} characters; the limit is {MAX_PATTERN_CHARACTERS}"
     try:
@@ -34,6 +34,8 @@ def full_matches(pattern: str, names: Iterable[str]) -> list[str]:
     """
     if problem := pattern_problem(pattern):
         raise ValueError(problem)
+    import regex
+
     compiled = regex.compile(pattern)
     try:
         return [name for name in names if compiled.fullmatch(name, timeout=TIMEOUT_S)]

@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,47 +43,63 @@ def event_from_dict(record: dict[str, Any]) -> Event | None:
     kind = EVENT_CLASSES.get(record.get("kind", ""))
     if kind is None:
         return None
-    types = _field_types_by_kind()[kind.kind]
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
+    for field, has_type in _checked_fields_by_kind()[kind.kind]:
         if field.name in record:
             value = record[field.name]
             if field.name == "world":
-                values[field.name] = _world_from_json(value)
+                value = _world_from_json(value)
             elif value is None and field.type == "float":
-                values[field.name] = math.nan
-            else:
-                values[field.name] = _lists_to_tuples(value)
-            if not _has_type(values[field.name], types[field.name]):
+                value = math.nan
+            elif isinstance(value, (dict, list)):
+                value = _lists_to_tuples(value)
+            if not has_type(value):
                 return None
+            values[field.name] = value
         elif field.default is dataclasses.MISSING:
             return None
     return kind(**values)
 
 
 @cache
-def _field_types_by_kind() -> dict[str, dict[str, Any]]:
-    return {kind: get_type_hints(event) for kind, event in EVENT_CLASSES.items()}
+def _checked_fields_by_kind() -> dict[
+    str, tuple[tuple[dataclasses.Field[Any], Callable[[Any], bool]], ...]
+]:
+    """Return kind -> the fields of its class, each with the check of a value read from JSON.
+
+    The checks are made once: a server reads the logs of all runs.
+    """
+    checked = {}
+    for kind, event in EVENT_CLASSES.items():
+        types = get_type_hints(event)
+        checked[kind] = tuple(
+            (field, _make_type_check(types[field.name])) for field in dataclasses.fields(event)
+        )
+    return checked
 
 
-def _has_type(value: Any, wanted: Any) -> bool:
-    """Return whether a value read from JSON has the type of an event's field."""
+def _make_type_check(wanted: Any) -> Callable[[Any], bool]:
+    """Return a function that says whether a value read from JSON has the type of a field."""
     origin, arguments = get_origin(wanted), get_args(wanted)
+    checks = [_make_type_check(item) for item in arguments if item is not Ellipsis]
     if origin in (Union, UnionType):
-        return any(_has_type(value, argument) for argument in arguments)
+        return lambda value: any(check(value) for check in checks)
+    if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
+        return lambda value: isinstance(value, tuple) and all(map(checks[0], value))
     if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return all(_has_type(item, arguments[0]) for item in value)
-        return len(value) == len(arguments) and all(map(_has_type, value, arguments))
+        return lambda value: (
+            isinstance(value, tuple)
+            and len(value) == len(checks)
+            and all(check(item) for check, item in zip(checks, value))
+        )
     if origin is dict:
-        return isinstance(value, dict) and all(
-            isinstance(key, str) and _has_type(item, arguments[1]) for key, item in value.items()
+        return lambda value: (
+            isinstance(value, dict)
+            and all(isinstance(key, str) and checks[1](item) for key, item in value.items())
         )
     if wanted is float:
-        return type(value) in (int, float)
-    return type(value) is wanted
+        return lambda value: type(value) in (int, float)
+    return lambda value: type(value) is wanted
 
 
 class EventLog:

@@ -23,6 +23,7 @@ from simpletuner.server.api import (
     system,
 )
 from simpletuner.server.api_errors import register_error_handlers
+from simpletuner.server.json_compression import JsonCompression
 from simpletuner.server.schemas.base import ERROR_RESPONSES
 from simpletuner.server.security_middleware import SecurityMiddleware
 from simpletuner.server.services import Services
@@ -71,6 +72,7 @@ def create_app(settings: ServerSettings) -> FastAPI:
     app.state.token_auth = settings.token and TokenAuth(
         settings.token, read_or_create_secret(settings.workspace.server_dir / "cookie.key")
     )
+    app.add_middleware(JsonCompression)
     register_error_handlers(app)
     for module in ROUTE_MODULES:
         app.include_router(module.router)

@@ -7,7 +7,8 @@ for the list of runs, which shows no single step.
 from __future__ import annotations
 
 import statistics
-from collections import deque
+from array import array
+from bisect import bisect_left
 from typing import Any
 
 from simpletuner.events import event_types
@@ -28,39 +29,49 @@ SMOOTHING = 0.3
 
 
 class LossCurve:
-    """Mean losses of at most MAX_CURVE_POINTS bins, whose width doubles when there are too many."""
+    """Mean losses of at most MAX_CURVE_POINTS bins, whose width doubles when there are too many.
+
+    The bins are arrays, in order: a server has those of a thousand runs in memory.
+    """
 
     def __init__(self) -> None:
         self._width = 1  # steps per bin
-        self._bins: dict[int, tuple[float, int]] = {}  # bin -> sum of losses, number of losses
+        self._indexes = array("q")
+        self._totals = array("d")  # sums of the losses of a bin
+        self._counts = array("q")
 
     def add(self, step: int, loss: float) -> None:
         if loss != loss:
             return
         self._add_to_bin((step - 1) // self._width, loss, 1)
-        while len(self._bins) > MAX_CURVE_POINTS:
+        while len(self._indexes) > MAX_CURVE_POINTS:
             self._width *= 2
-            old_bins = self._bins
-            self._bins = {}
-            for index, (total, count) in old_bins.items():
+            old_bins = zip(self._indexes, self._totals, self._counts)
+            self._indexes, self._totals, self._counts = array("q"), array("d"), array("q")
+            for index, total, count in old_bins:
                 self._add_to_bin(index // 2, total, count)
 
     def _add_to_bin(self, index: int, total: float, count: int) -> None:
-        old_total, old_count = self._bins.get(index, (0.0, 0))
-        self._bins[index] = (old_total + total, old_count + count)
+        at = bisect_left(self._indexes, index)
+        if at == len(self._indexes) or self._indexes[at] != index:
+            self._indexes.insert(at, index)
+            self._totals.insert(at, 0.0)
+            self._counts.insert(at, 0)
+        self._totals[at] += total
+        self._counts[at] += count
 
     def drop_after(self, step: int) -> None:
         """Remove the bins that begin after `step`."""
-        self._bins = {
-            index: content for index, content in self._bins.items() if index * self._width < step
-        }
+        first_dropped = bisect_left(self._indexes, -(-step // self._width))
+        for bins in (self._indexes, self._totals, self._counts):
+            del bins[first_dropped:]
 
     def points(self) -> list[float]:
         """Return the smoothed means in order, with four significant digits."""
         smooth = SmoothedMean(SMOOTHING)
         return [
             float(f"{smooth(total / count):.4g}")
-            for _, (total, count) in sorted(self._bins.items())
+            for total, count in zip(self._totals, self._counts)
         ]
 
 
@@ -78,12 +89,14 @@ class EventSummary:
         self.training_started = False
         self.stages: dict[str, RunStage] = {}
         self.stages_done: list[str] = []
-        self.notes: deque[str] = deque(maxlen=MAX_NOTES)
+        self.notes: list[str] = []  # the last MAX_NOTES
         self.loss_curve = LossCurve()
         self.resumes: list[RunResume] = []
         self._reached_step = 0  # by the process before the last start
-        self._step_seconds: deque[float] = deque(maxlen=SPEED_WINDOW_STEPS)
-        self._recent_steps: deque[tuple[int, float]] = deque(maxlen=SPEED_WINDOW_STEPS)
+        # Of the last SPEED_WINDOW_STEPS steps: seconds each, numbers, unix seconds.
+        self._step_seconds = array("d")
+        self._recent_steps = array("d")
+        self._recent_times = array("d")
 
     @property
     def step(self) -> int:
@@ -115,8 +128,8 @@ class EventSummary:
         """
         if self.last_step_event is None or self.total_steps is None or not self._recent_steps:
             return None
-        first_step, first_t = self._recent_steps[0]
-        last_step, last_t = self._recent_steps[-1]
+        first_step, last_step = self._recent_steps[0], self._recent_steps[-1]
+        first_t, last_t = self._recent_times[0], self._recent_times[-1]
         seconds_per_step = self.last_step_event.seconds
         if last_step > first_step and last_t > first_t:  # otherwise the clock was set back
             seconds_per_step = (last_t - first_t) / (last_step - first_step)
@@ -190,8 +203,9 @@ class EventSummary:
         self.last_step_event = event
         self.history.last_event_time = t
         self.stages.clear()
-        self._recent_steps.append((event.step, t))
-        self._step_seconds.append(event.seconds)
+        _append_recent(self._recent_steps, event.step)
+        _append_recent(self._recent_times, t)
+        _append_recent(self._step_seconds, event.seconds)
         self.loss_curve.add(event.step, event.loss)
 
     def _apply_event(self, event: event_types.Event) -> None:
@@ -212,9 +226,15 @@ class EventSummary:
             case event_types.RunStarted(resumed_step=step) | event_types.RunResumed(step=step):
                 self.training_started = True
                 self.loss_curve.drop_after(step)
-                self._recent_steps.clear()
+                del self._recent_steps[:], self._recent_times[:]
                 self.last_step_event = None
             case event_types.NoticeIssued(message=message):
                 self.notes.append(message)
+                del self.notes[:-MAX_NOTES]
             case event_types.RunFinished() | event_types.RunFailed():
                 self.stages.clear()
+
+
+def _append_recent(numbers: array[float], value: float) -> None:
+    numbers.append(value)
+    del numbers[:-SPEED_WINDOW_STEPS]

@@ -34,7 +34,7 @@ NO_FILE = (0, 0)
 SourceStamps = tuple[tuple[int, int], tuple[int, int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageRow:
     """One image.
 
@@ -218,8 +218,9 @@ class ImageIndex:
     def _save_headers(self) -> None:
         rows = [(name, row) for name, row in self.rows() if row.size_px != NO_FILE]
         headers = {name: [*row.stamps[0], *row.size_px] for name, row in rows}
-        if headers != self._cached_headers():
-            self._headers = headers
+        is_new = headers != self._cached_headers()
+        self._headers = None  # read again when there are new images
+        if is_new:
             with contextlib.suppress(
                 OSError
             ):  # on a full disk, the headers are read again next time

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,8 @@ class ListSnapshot:
     """The list of runs and the queue.
 
     versions: how often each has changed. changed_at, removed_at: the version of the list at which a
-    run changed last, and at which it was removed.
+    run changed last, and at which it was removed. unread: runs whose events are still being read
+    for the first time.
     """
 
     runs: list[RunSummary]
@@ -61,13 +62,26 @@ class ListSnapshot:
     versions: tuple[int, int] = (1, 1)
     changed_at: Mapping[str, int] = field(default_factory=dict)
     removed_at: Mapping[str, int] = field(default_factory=dict)
+    unread: Set[str] = frozenset()
 
-    def update(self, runs: list[RunSummary], queue: Queue) -> ListSnapshot:
-        """Return the next snapshot."""
+    def update(
+        self, runs: list[RunSummary], queue: Queue, unread: Set[str] = frozenset()
+    ) -> ListSnapshot:
+        """Return the next snapshot.
+
+        A run that has ended does not count as changed while it is read for the first time:
+        otherwise a server that starts with a thousand runs would send them all.
+        """
         runs_version, queue_version = self.versions
         before = {run.id: run for run in self.runs}
         now = {run.id: run for run in runs}
-        changed = [id for id, run in now.items() if run != before.get(id)]
+        changed = [
+            id
+            for id, run in now.items()
+            if run is not before.get(id)  # an equal object is compared more slowly
+            and run != before.get(id)
+            and not (id in self.unread and run.state == before[id].state in ENDED_STATES)
+        ]
         removed = before.keys() - now.keys()
         runs_version += bool(changed or removed)
         changed_at = {id: self.changed_at.get(id, 1) for id in now}
@@ -75,7 +89,7 @@ class ListSnapshot:
         removed_at = {id: at for id, at in self.removed_at.items() if id not in now}
         removed_at |= dict.fromkeys(removed, runs_version)
         versions = (runs_version, queue_version + (queue != self.queue))
-        return ListSnapshot(runs, queue, versions, changed_at, removed_at)
+        return ListSnapshot(runs, queue, versions, changed_at, removed_at, unread)
 
     def list_fields(self, sent: int, newly_followed: str | None) -> dict[str, Any]:
         """Return the fields of LiveUpdate about the list, after version `sent` of it.
@@ -165,10 +179,11 @@ class LiveBroadcaster:
             snapshot = self._snapshot
             if snapshot is None or time.monotonic() >= self._list_due:
                 runs, queue = self._runs.summaries(), self._queue()
+                unread = self._runs.unread_ids()
                 if snapshot is None:
-                    snapshot = ListSnapshot(runs, queue)
+                    snapshot = ListSnapshot(runs, queue, unread=unread)
                 else:
-                    snapshot = snapshot.update(runs, queue)
+                    snapshot = snapshot.update(runs, queue, unread)
                 self._snapshot = snapshot
                 self._list_due = time.monotonic() + LIST_INTERVAL_S
             return snapshot

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from simpletuner.server.job_states import ACTIVE_STATES
@@ -21,12 +21,16 @@ SORT_KEYS: Mapping[str, Callable[[RunSummary], Any]] = {
     "loss": lambda run: float("inf") if run.loss is None else run.loss,
     "progress": lambda run: -(run.step / run.total_steps if run.total_steps else 0.0),
 }
+SORTED_BY_EVENTS = ("loss", "progress")
 
 
-def select_page(runs: Sequence[RunSummary], query: RunQuery) -> RunPage:
+def select_page(
+    runs: Sequence[RunSummary], query: RunQuery, unread: Set[str] = frozenset()
+) -> RunPage:
     """Return the part of the list that the query asks for.
 
-    runs: all runs, in the order of RunService.summaries.
+    runs: all runs, in the order of RunService.summaries. unread: ids of runs whose summary is of a
+    part of their events.
     """
     # A run that has only been queued is shown in the queue.
     begun = [run for run in runs if query.queued or run.state != "queued" or run.step > 0]
@@ -34,12 +38,15 @@ def select_page(runs: Sequence[RunSummary], query: RunQuery) -> RunPage:
     matches = [run for run in begun if _matches(run, query, words)]
     if query.sort in SORT_KEYS:
         matches.sort(key=SORT_KEYS[query.sort])
+    shown = matches[query.offset : query.offset + query.limit]
+    depends_on = matches if query.sort in SORTED_BY_EVENTS else shown
     return RunPage(
         total=len(matches),
         offset=query.offset,
-        runs=matches[query.offset : query.offset + query.limit],
+        runs=shown,
         all_runs=len(begun),
         archived=sum(run.archived for run in begun),
+        unread=sum(run.id in unread for run in depends_on),
     )
 
 

@@ -58,8 +58,9 @@ class RunReader:
     """Reads one run folder.
 
     `refresh` follows the files incrementally and updates the attributes: summary (from the events),
-    exit_record (the content of exit.json), is_locked (a process is working in the folder) and
-    stop_requested. The other methods read on request and do not change the object.
+    exit_record (the content of exit.json), is_locked (a process is working in the folder),
+    stop_requested, and revision, which counts the calls that found a change. The other methods read
+    on request and do not change the object.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,6 +68,7 @@ class RunReader:
         self.summary = EventSummary()
         self.exit_record: dict[str, Any] | None = None
         self.is_locked = False
+        self.revision = 0
         self._events = EventCursor(path / "events.jsonl")
         self._events_caught_up = False
         self._stamps: dict[str, FileStamp | None] = {}
@@ -75,6 +77,11 @@ class RunReader:
     def events_end(self) -> int:
         """The byte offset up to which the summary includes the events."""
         return self._events.offset
+
+    @property
+    def is_read(self) -> bool:
+        """True if the summary includes all events that there were at the last refresh."""
+        return self._events_caught_up
 
     @property
     def exit_t(self) -> float | None:
@@ -109,6 +116,7 @@ class RunReader:
         starts at the very moment of the trial would find the folder locked.
         """
         before = self._stamps
+        was_locked = self.is_locked
         names = ("events.jsonl", "exit.json", "run.lock", "control/stop")
         stamps = {name: _file_stamp(self.path / name) for name in names}
         changed = {name for name in names if stamps[name] != before.get(name)}
@@ -121,11 +129,13 @@ class RunReader:
         if "events.jsonl" in changed or not self._events_caught_up:
             self._read_new_events(deadline)
         self._stamps = stamps
+        self.revision += bool(changed) or self.is_locked != was_locked
 
     def _read_new_events(self, deadline: float) -> None:
         self._events_caught_up = False
         while not self._events_caught_up and time.monotonic() < deadline:
             chunk, was_replaced = self._events.read()
+            self.revision += 1
             if was_replaced:
                 self.summary = EventSummary()
             self.summary.add_lines(chunk.lines, chunk.end)

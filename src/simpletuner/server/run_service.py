@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from simpletuner.config.option_catalog import all_options
 from simpletuner.errors import ConfigError
@@ -24,6 +24,7 @@ from simpletuner.server.run_labels import RunLabels
 from simpletuner.server.run_reader import RunReader
 from simpletuner.server.schemas.base import JobState
 from simpletuner.server.schemas.jobs import Job
+from simpletuner.server.schemas.library import RunLabel
 from simpletuner.server.schemas.runs import (
     HeldOutVerdict,
     RunDetail,
@@ -52,6 +53,8 @@ class RunService:
         self._newest_jobs: Callable[[], Mapping[str, Job]] = dict
         self._job_run_dirs: dict[str, str] = {}
         self._readers: dict[str, RunReader] = {}
+        # Run id -> what its summary was made of, and the summary.
+        self._summaries: dict[str, tuple[SummarySources, RunSummary]] = {}
         self._lock = threading.RLock()
 
     def set_job_lookup(self, newest_by_run: Callable[[], Mapping[str, Job]]) -> None:
@@ -86,6 +89,11 @@ class RunService:
         return sorted(
             runs, key=lambda run: (run.state == "queued", run.started_t or 0.0), reverse=True
         )
+
+    def unread_ids(self) -> set[str]:
+        """Return the runs whose last summary was made of a part of their events."""
+        with self._lock:
+            return {id for id, reader in self._readers.items() if not reader.is_read}
 
     def summary(self, id: str) -> RunSummary:
         """Return the summary of a run. Raises ApiError 404 for an unknown id."""
@@ -212,36 +220,55 @@ class RunService:
             if path is not None and path.is_dir():
                 paths[id] = path
         self._readers = {id: self._readers.get(id) or RunReader(path) for id, path in paths.items()}
+        self._summaries = {id: made for id, made in self._summaries.items() if id in paths}
 
     def _summarize(
         self, id: str, reader: RunReader, job: Job | None, deadline: float
     ) -> RunSummary:
+        """Return the summary of a run, the same object as long as nothing has changed."""
         reader.refresh(deadline)
-        events = reader.summary
-        state, message = derive_run_state(reader, job)
-        last_step = events.last_step_event
-        stage = next(reversed(events.stages.values()), None)
-        label = self.labels.of(id)
-        return RunSummary(
-            id=id,
-            name=label.name or replace_surrogates(reader.path.name),
-            path=replace_surrogates(str(reader.path)),
-            state=state,
-            step=events.step,
-            total_steps=events.total_steps,
-            loss=last_step.loss if last_step and last_step.loss == last_step.loss else None,
-            left_s=events.left_s if state == "running" else None,
-            started_t=events.process_started_t or (job.started_t if job else None),
-            changed_t=max(events.history.last_event_time, reader.exit_t or 0.0) or None,
-            sparkline=events.loss_curve.points(),
-            stage=stage if state in ACTIVE_STATES else None,
-            job=job.id if job else None,
-            message=message,
-            picture=events.latest_image_path,
-            tags=label.tags,
-            note=label.note,
-            archived=label.archived,
-        )
+        sources = SummarySources(reader, reader.revision, job, self.labels.of(id))
+        known = self._summaries.get(id)
+        if known is None or known[0] != sources:
+            known = self._summaries[id] = sources, _make_summary(id, sources)
+        return known[1]
+
+
+class SummarySources(NamedTuple):
+    """The sources of the summary of a run. revision: of the reader."""
+
+    reader: RunReader
+    revision: int
+    job: Job | None
+    label: RunLabel
+
+
+def _make_summary(id: str, sources: SummarySources) -> RunSummary:
+    reader, job, label = sources.reader, sources.job, sources.label
+    events = reader.summary
+    state, message = derive_run_state(reader, job)
+    last_step = events.last_step_event
+    stage = next(reversed(events.stages.values()), None)
+    return RunSummary(
+        id=id,
+        name=label.name or replace_surrogates(reader.path.name),
+        path=replace_surrogates(str(reader.path)),
+        state=state,
+        step=events.step,
+        total_steps=events.total_steps,
+        loss=last_step.loss if last_step and last_step.loss == last_step.loss else None,
+        left_s=events.left_s if state == "running" else None,
+        started_t=events.process_started_t or (job.started_t if job else None),
+        changed_t=max(events.history.last_event_time, reader.exit_t or 0.0) or None,
+        sparkline=events.loss_curve.points(),
+        stage=stage if state in ACTIVE_STATES else None,
+        job=job.id if job else None,
+        message=message,
+        picture=events.latest_image_path,
+        tags=label.tags,
+        note=label.note,
+        archived=label.archived,
+    )
 
 
 def derive_run_state(reader: RunReader, job: Job | None) -> tuple[JobState, str]:

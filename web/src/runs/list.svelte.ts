@@ -3,6 +3,7 @@ import { api } from "../lib/api";
 import type { paths, RunPage, RunSummary } from "../lib/types";
 
 export const PAGE = 50; // rows of a page
+const READ_AGAIN_MS = 2000; // while the server still reads events of runs that are shown
 type RunQuery = NonNullable<paths["/api/v1/runs"]["get"]["parameters"]["query"]>;
 export type ListFilter = Required<Pick<RunQuery, "words" | "state" | "archived" | "sort">>;
 
@@ -19,6 +20,7 @@ class RunList {
     const page = await api.get("/api/v1/runs", { query });
     if (asked !== this.#asked) return;
     this.page = page;
+    if (page.unread) setTimeout(() => asked === this.#asked && void this.load(), READ_AGAIN_MS);
     if (page.runs.length === 0 && page.total > 0) this.offset = Math.floor((page.total - 1) / PAGE) * PAGE;
   }
 

@@ -55,7 +55,8 @@ def get_reader(services: Services, id: str) -> RunReader:
 @router.get("/runs")
 def list_runs(query: Annotated[RunQuery, Query()], services: ServicesDep) -> RunPage:
     """Return a page of the list of runs."""
-    return select_page(services.runs.summaries(), query)
+    runs = services.runs.summaries()
+    return select_page(runs, query, services.runs.unread_ids())
 
 
 @router.get("/runs/{id}")

@@ -71,7 +71,8 @@ class RunPage(ApiModel):
     """A part of the list of runs.
 
     total: runs that match the query. all_runs: runs without its words, state and archived.
-    archived: how many of these are archived.
+    archived: how many of these are archived. unread: how many of the runs that this part depends on
+    have events that were not read yet; request it again.
     """
 
     total: int
@@ -79,6 +80,7 @@ class RunPage(ApiModel):
     runs: list[RunSummary]
     all_runs: int
     archived: int
+    unread: int = 0
 
 
 class CheckpointInfo(ApiModel):
