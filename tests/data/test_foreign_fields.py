@@ -49,6 +49,8 @@ SINGLE = "Chroma generates single images"
 FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (TEXTS, {"cache_dir": "cache/text/{model_family}"}, "works"),
     (TEXTS, {"type": "aws", "aws_bucket_name": "mine", "aws_endpoint_url": "https://x/"}, "noted"),
+    (TEXTS, {"cache_dir": "s3://mine/texts"}, "cache_remote in the config is for copies"),
+    (IMAGES, {"cache_dir_vae": "s3://mine/latents"}, "noted"),
     (TEXTS, {"type": "memory", "memory_filesystem_path": "/ram"}, "noted"),
     (TEXTS, {"dataset_type": "conditioning_image_embeds"}, "noted"),
     (IMAGES, {"type": "aws"}, "aws_bucket_name is missing"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from simpletuner.data import scan
+from simpletuner.events.event_types import StageStarted
 from tests.data.conftest import bucket, endpoint, hub
 from tests.data.image_server import ImageServer, cut, serve, status
 from tests.data.source_servers import Hub, pack, parquet
@@ -76,6 +77,36 @@ def make_source(
         "dataset_name": "owner/name",
         "caption_strategy": "huggingface",
     }
+
+
+@pytest.mark.slow
+def test_another_machine_trains_from_copies_of_the_caches(
+    project: TrainingProject, bucket: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = bucket()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", fields["aws_access_key_id"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", fields["aws_secret_access_key"])
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    project.write_datasets()
+    address = f"s3://{fields['aws_bucket_name']}/caches"
+    runs = [
+        project.train(
+            output_dir=str(project.root / name),
+            cache_dir=str(project.root / name / "cache"),
+            cache_remote=address,
+        )
+        for name in ("encoding", "fetching")
+    ]
+    stages = [
+        {event.stage for event in read_events(run) if isinstance(event, StageStarted)}
+        for run in runs
+    ]
+    assert {"encode text", "encode images"} <= stages[0]
+    assert stages[1].isdisjoint({"encode text", "encode images"})
+    assert read_losses(runs[0]) == read_losses(runs[1])
+    for run in runs:
+        shutil.rmtree(run)
 
 
 @pytest.mark.parametrize(

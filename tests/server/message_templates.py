@@ -24,6 +24,7 @@ MODULES = (
     *(f"config/{name}" for name in ("constraints", "load", "option_values", "option_layers", "option")),
     *(f"config/{name}" for name in ("optimizer_arguments", "optimizer_names", "output_folder", "paths")),
     *(f"config/{name}" for name in ("patterns", "precisions", "loss_weights", "evaluation_models")),
+    *("config/foreign_values", "data/ineffective_fields", "data/text_sets"),
     *(f"config/{name}" for name in ("lycoris_config", "documents", "jsonc", "unsupported_options")),
     *(f"data/{name}" for name in ("dataset_file", "caption_filters", "caption_table_field")),
     *(f"data/{name}" for name in ("mask_datasets", "resize_crop_fields", "variation_fields")),

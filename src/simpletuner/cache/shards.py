@@ -8,6 +8,7 @@ a memory map would cause SIGBUS. Any safetensors reader can open the file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -33,7 +34,13 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+SHARD_GLOB = "shard-*.safetensors"  # names of finished shards
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+def shard_folder_name(fingerprint: str) -> str:
+    """Return the name of the folder of a fingerprint's shards."""
+    return hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
 
 
 class DamagedShard(CacheError):

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import sqlite3
 import threading
@@ -36,15 +35,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from simpletuner.cache.shards import (
+    SHARD_GLOB,
     DamagedShard,
     ShardEntry,
     read_shard_entries,
     read_shard_tensor,
+    shard_folder_name,
     verify_shard,
     write_shard,
 )
@@ -52,6 +53,9 @@ from simpletuner.data.sqlite_index import SqliteIndex, row_checksum
 from simpletuner.errors import CacheError, DiskFull
 from simpletuner.events.event_types import Emit, WarningIssued
 from simpletuner.events.sinks import null_emit
+
+if TYPE_CHECKING:
+    from simpletuner.cache.remote_shards import RemoteShards
 
 MAX_OPEN_SHARDS = 32
 IN_MEMORY = Path(":memory:")  # SQLite's name for a database without a file
@@ -83,7 +87,8 @@ class TensorStore:
     its own subfolder. shard_mib: put() buffers this much before it writes a shard; close() writes
     the rest. shares_index: False for one of several processes that train together: its index is in
     memory and is read from the shards' headers alone, so that a file system without reliable locks,
-    such as NFS, needs only one process that writes index.sqlite.
+    such as NFS, needs only one process that writes index.sqlite. remote: copies of the shards; what
+    they have is fetched instead of missing, by the process that shares its index.
     """
 
     def __init__(
@@ -94,10 +99,13 @@ class TensorStore:
         shard_mib: float = 256.0,
         *,
         shares_index: bool = True,
+        remote: RemoteShards | None = None,
     ) -> None:
         self.fingerprint = fingerprint
-        self.folder = folder / hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+        self.folder = folder / shard_folder_name(fingerprint)
         self._emit = emit
+        self._remote = remote
+        self._shares_index = shares_index
         self._shard_bytes = int(shard_mib * 2**20)
         self._lock = threading.RLock()
         self._files: OrderedDict[str, FileIO] = OrderedDict()
@@ -129,6 +137,8 @@ class TensorStore:
             self._reconcile_index()
         except DamagedIndex as error:
             self._index.replace_damaged(str(error))
+        if remote is not None and shares_index:
+            remote.publish(sorted(self.folder.glob(SHARD_GLOB)))
 
     def adopt_new_shards(self) -> None:
         """Add the shards to the index that other processes have written since it was opened."""
@@ -137,6 +147,14 @@ class TensorStore:
 
     def missing_keys(self, keys: Iterable[str]) -> list[str]:
         """Return the keys that are not cached, without duplicates, in order."""
+        absent = self._absent_keys(keys)
+        if not absent or self._remote is None or not self._shares_index:
+            return absent
+        if self._remote.fetch(self.folder, set(absent)):
+            self.adopt_new_shards()
+        return self._absent_keys(absent)
+
+    def _absent_keys(self, keys: Iterable[str]) -> list[str]:
         wanted = list(dict.fromkeys(keys))
         with self._lock:
             present = set(self._pending)
@@ -168,6 +186,9 @@ class TensorStore:
         with self._lock:
             if key in self._pending:
                 return dict(self._pending[key])
+            rows = self._entry_rows(key)
+        if not rows and self._remote is not None:  # another process may have fetched it
+            self.adopt_new_shards()
             rows = self._entry_rows(key)
         if not rows:
             raise KeyError(key)
@@ -224,6 +245,8 @@ class TensorStore:
             self._index_shard(path, read_shard_entries(path))
             self._pending = {}
             self._pending_bytes = 0
+            if self._remote is not None:
+                self._remote.publish([path])
 
     @contextmanager
     def flush_on_exit(self) -> Iterator[None]:
@@ -283,10 +306,7 @@ class TensorStore:
             if checksum != row_checksum(name, size, changed):
                 raise DamagedIndex(f"the row of {name!r} is wrong")
             indexed[name] = (size, changed)
-        present = {
-            path.name: _shard_stamp(path)
-            for path in sorted(self.folder.glob("shard-*.safetensors"))
-        }
+        present = {path.name: _shard_stamp(path) for path in sorted(self.folder.glob(SHARD_GLOB))}
         for name in indexed.keys() - present.keys():
             self._set_aside(name, "it is missing")
         for name, stamp in present.items():

@@ -6,6 +6,7 @@ reported in a fraction of a second.
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from simpletuner.config.deepspeed_config import uses_deepspeed
 from simpletuner.config.load import ConfigLoadResult, LoadedConfig
 from simpletuner.config.output_folder import find_output_dir_problems
 from simpletuner.config.schema import RunConfig
+from simpletuner.data.address_schemes import store_problem
 from simpletuner.errors import ConfigError, MissingExtra, Problem
 
 if TYPE_CHECKING:
@@ -75,6 +77,19 @@ def _problems_of_files(loaded: LoadedConfig) -> list[Problem]:
             parse_webhook_config(run.logging.webhook_config)
     except ConfigError as error:
         problems.extend(error.problems)
+    return [*problems, *_problems_of_caches(loaded)]
+
+
+def _problems_of_caches(loaded: LoadedConfig) -> list[Problem]:
+    """Return what is wrong with the places of the caches."""
+    caches, problems = loaded.config.cache, []
+    if caches.cache_dir is not None and ":/" in caches.cache_dir:
+        text = "cache_dir: caches are files of this machine; cache_remote is for an address"
+        problems.append(Problem(loaded.origins["cache_dir"], text))
+    if caches.cache_remote is not None and (reason := store_problem(caches.cache_remote)):
+        shown = json.dumps(caches.cache_remote, ensure_ascii=False)
+        text = f"cache_remote = {shown}: {reason}"
+        problems.append(Problem(loaded.origins["cache_remote"], text))
     return problems
 
 

@@ -147,10 +147,16 @@ class CacheOptions(OptionSection):
 
     cache_dir: str | None = option(
         None,
-        "Folder of the caches; null is the folder cache in output_dir.",
+        "Folder of the caches on this machine; null is the folder cache in output_dir.",
         level="common",
         resume_policy="free",
         path="new",
+    )
+    cache_remote: str | None = option(
+        None,
+        "Address of an object store (s3://, gs://, az://) for copies of the caches: entries that "
+        "it has are fetched and not encoded again, and new ones are copied there.",
+        resume_policy="free",
     )
     remote_cache_gib: float = option(
         20.0,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from simpletuner.errors import MissingExtra
 
+SCHEME_ALIASES = {"gcs": "gs", "abfs": "az", "abfss": "az"}
 WEB_SCHEMES = ("http", "https")
 
 
@@ -52,6 +53,25 @@ DRIVERS: Mapping[str, StoreDriver] = {
         ("azure.core.exceptions:AzureError", "aiohttp:ClientError"),
     ),
 }
+
+
+def split_address(written: str) -> tuple[str, str]:
+    """Return the scheme ("s3", also for its other names) and what follows, without a last slash."""
+    scheme, _, root = written.partition("://")
+    scheme = scheme.lower()
+    return SCHEME_ALIASES.get(scheme, scheme), root.rstrip("/")
+
+
+def store_problem(written: str) -> str:
+    """Return why an address cannot be that of an object store, or ""."""
+    scheme, root = split_address(written)
+    if scheme not in DRIVERS or not root.split("/")[0]:
+        return "must be an address such as s3://bucket/folder, gs://bucket/folder or az://container"
+    try:
+        require_driver(scheme)
+    except MissingExtra as error:
+        return str(error)
+    return ""
 
 
 def require_driver(scheme: str) -> None:

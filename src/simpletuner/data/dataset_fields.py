@@ -13,7 +13,10 @@ from simpletuner.config.sections_data import CAPTION_TABLES
 from simpletuner.data.source_fields import SOURCE_FIELDS, SOURCE_TYPES, SourceFields
 from simpletuner.data.variation_fields import TRAINED, VariationFields
 
-ONE_CACHE_REASON = "a run has one cache, addressed by content; set cache_dir in the config"
+ONE_CACHE_REASON = (
+    "a run has one cache, addressed by content; set cache_dir in the config, and cache_remote for "
+    "copies in an object store"
+)
 NO_PAIRS_REASON = (
     "only ControlNet and editing models are trained on pairs; Chroma is trained on the images alone"
 )
@@ -198,8 +201,9 @@ class CacheDatasetFields(OptionSection):
     default: bool = option(False, "Use this entry when several are listed.")
     cache_dir: str | None = option(
         None,
-        "must be a folder; the placeholders are {env:NAME}, {model_family}, {output_dir} and {id}",
-        pattern=r"^[^{]*$",
+        "must be a folder of this machine (cache_remote in the config is for copies in an object "
+        "store); the placeholders are {env:NAME}, {model_family}, {output_dir} and {id}",
+        pattern=r"^([^{:]|:[^/{])*$",
     )
     caption_filter_list: str | list[str] | None = option(
         None, "caption_filter_list of the datasets that have none of their own."

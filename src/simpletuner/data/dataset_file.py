@@ -219,7 +219,8 @@ class _DatasetFileReader:
         """Read a cache in memory or in an object store as one in files of this machine."""
         if given.get("dataset_type") in CACHE_DATASET_TYPES and given.get("type") in CACHE_STORAGES:
             self.notices.append(
-                f"{name}.type {given['type']} is not used: caches are files of this machine"
+                f"{name}.type {given['type']} is not used: caches are files of this machine; "
+                "cache_remote in the config copies them to an object store"
             )
             given["type"] = "local"
 

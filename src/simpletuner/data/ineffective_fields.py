@@ -15,10 +15,12 @@ from simpletuner.data.dataset_fields import IMAGE_FIELDS, UNNEEDED_FIELDS
 def format_unneeded(names_by_field: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """Yield one notice for each field that is not needed, naming up to three datasets with it."""
     for key, names in names_by_field.items():
+        reason = UNNEEDED_FIELDS[key]
+        if len(names) == 1:
+            yield f"{names[0]}.{key} is not needed: {reason}"
+            continue
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        where = f"{key} is not needed in {', '.join(names[:3])}{more}"
-        single = f"{names[0]}.{key} is not needed"
-        yield f"{single if len(names) == 1 else where}: {UNNEEDED_FIELDS[key]}"
+        yield f"{key} is not needed in {', '.join(names[:3])}{more}: {reason}"
 
 
 def find_ineffective_fields(

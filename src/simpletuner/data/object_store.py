@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+from pathlib import Path
 from typing import Any
 
 from simpletuner.data.address_schemes import DRIVERS, StoreDriver, require_driver
@@ -15,6 +16,7 @@ from simpletuner.data.dataset_config import StoreLocation
 from simpletuner.data.listing import ListedFile, Lister, Page, version_number
 from simpletuner.data.transports import PartialDownload, TransferError, Transport
 
+DOES_NOT_EXIST = "does not exist"
 CHUNK_BYTES = 1 << 24
 KEYS_PER_PAGE = 1000
 CREDENTIAL_ERRORS = ("NoCredentialsError", "DefaultCredentialsError", "ClientAuthenticationError")
@@ -67,6 +69,17 @@ class ObjectTransport(Transport):
             raise TransferError(f"{len(content)} of {length} bytes arrived", permanent=False)
         return bytes(content)
 
+    def upload(self, file: Path, location: str) -> None:
+        """Write a file of this machine to the store, whole or not at all. Raises TransferError."""
+        self.call("put_file", str(file), _key(location))
+
+    def is_missing_folder(self, error: TransferError) -> bool:
+        """Return whether a listing failed because nothing was written to the folder yet.
+
+        S3 lists such a folder as empty, so that its error means the bucket.
+        """
+        return error.strerror == DOES_NOT_EXIST and self.location.scheme != "s3"
+
     def file_size(self, location: str) -> int:
         return int(self.call("info", _key(location))["size"])
 
@@ -90,7 +103,7 @@ class ObjectTransport(Transport):
         if names.intersection(CREDENTIAL_ERRORS):
             return TransferError(f"no credentials; {self._driver.credentials}", permanent=True)
         if isinstance(error, FileNotFoundError):
-            return TransferError("does not exist", permanent=True)
+            return TransferError(DOES_NOT_EXIST, permanent=True)
         if isinstance(error, PermissionError):
             reason = f"access is denied; {self._driver.credentials}"
             return TransferError(reason, permanent=True)

@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 from uuid import uuid4
 
 from simpletuner.config.schema import CacheOptions
@@ -29,12 +29,16 @@ from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.file_facts import FileFactsIndex
 from simpletuner.data.rejections import make_printable
 from simpletuner.data.sources import SourceFile
-from simpletuner.data.transports import PartialDownload, TransferError
+from simpletuner.data.transports import (
+    ATTEMPTS,
+    PartialDownload,
+    Result,
+    TransferError,
+    repeat_request,
+)
 from simpletuner.errors import DISK_FULL_ERRNOS, storage_error
 from simpletuner.events.event_types import Emit, NoticeIssued
 
-Result = TypeVar("Result")
-ATTEMPTS = 5
 FIRST_WAIT_S = 1.0
 MAX_NOTICES = 10
 GIB = 1 << 30
@@ -136,16 +140,13 @@ class RemoteStore:
 
         what: for the notices. Raises the TransferError of the last attempt.
         """
-        for number in range(1, ATTEMPTS):
-            try:
-                return action()
-            except TransferError as error:
-                if error.permanent:
-                    raise
-                wait_s = error.retry_after_s or FIRST_WAIT_S * 2 ** (number - 1)
-                self._report_repetition(what, error, wait_s, number)
+
+        def wait(error: TransferError, number: int) -> None:
+            wait_s = error.retry_after_s or FIRST_WAIT_S * 2 ** (number - 1)
+            self._report_repetition(what, error, wait_s, number)
             self._pause(wait_s)
-        return action()
+
+        return repeat_request(action, wait)
 
     def keep_failures(self) -> None:
         """Remember for later starts which files could not be downloaded."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config.schema import DataOptions
-from simpletuner.data.address_schemes import DRIVERS, WEB_SCHEMES, require_driver
+from simpletuner.data.address_schemes import DRIVERS, WEB_SCHEMES, require_driver, split_address
 from simpletuner.data.caption_table_field import FORMATS_BY_SUFFIX
 from simpletuner.data.dataset_config import HubLocation, ImageTable, StoreLocation
 from simpletuner.data.dataset_fields import ImageDatasetFields
@@ -22,7 +22,6 @@ from simpletuner.data.table_rows import PARQUET_HINT
 from simpletuner.errors import ConfigError, MissingExtra, Problem
 
 REPOSITORY_PATTERN = re.compile(r"[\w.-]+/[\w.-]+")
-SCHEME_ALIASES = {"gcs": "gs", "abfs": "az", "abfss": "az"}
 BLOCK_COLUMNS = ("image_column", "caption_column", "fallback_caption_column")
 SIZE_COLUMNS = ("width_column", "height_column")
 FILTER_KEYS = ("collection", "quality_thresholds", "min_width", "min_height")
@@ -93,8 +92,7 @@ def _read_bucket(fields: SourceFields) -> StoreLocation:
 def _read_address(storage: str, written: str, fields: SourceFields) -> StoreLocation | None:
     if not is_address(written):
         return None
-    scheme, _, root = written.partition("://")
-    scheme = SCHEME_ALIASES.get(scheme.lower(), scheme.lower())
+    scheme, root = split_address(written)
     if scheme in WEB_SCHEMES and storage == "webdataset":
         return StoreLocation(scheme, root)
     if scheme in WEB_SCHEMES:
@@ -106,7 +104,7 @@ def _read_address(storage: str, written: str, fields: SourceFields) -> StoreLoca
     if scheme not in DRIVERS:
         known = ", ".join(f"{name}://" for name in DRIVERS)
         raise _problem("instance_data_dir", f"{scheme}:// is not read; allowed: {known}")
-    return _store_location(scheme, root.rstrip("/"), fields, "instance_data_dir")
+    return _store_location(scheme, root, fields, "instance_data_dir")
 
 
 def _store_location(scheme: str, root: str, fields: SourceFields, field: str) -> StoreLocation:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+ATTEMPTS = 5
+Result = TypeVar("Result")
 
 
 class TransferError(OSError):
@@ -22,6 +26,25 @@ class TransferError(OSError):
         super().__init__(errno.EREMOTEIO, reason)
         self.permanent = permanent
         self.retry_after_s = retry_after_s
+
+
+def repeat_request(
+    action: Callable[[], Result], before_repetition: Callable[[TransferError, int], None]
+) -> Result:
+    """Return the result of the action, which is repeated after failures that may pass.
+
+    before_repetition: receives the failure and how many attempts there were, and waits. Raises the
+    TransferError of the last attempt.
+    """
+    for number in range(1, ATTEMPTS):
+        try:
+            return action()
+        except TransferError as error:
+            if error.permanent:
+                raise
+            failure = error
+        before_repetition(failure, number)
+    return action()
 
 
 @dataclass

@@ -25,6 +25,7 @@ from simpletuner.cache.batch_types import TextEmbedding
 from simpletuner.cache.content_hashes import ContentHashes
 from simpletuner.cache.latent_cache import LatentCacheResult
 from simpletuner.cache.mask_cache import cache_missing_masks
+from simpletuner.cache.remote_shards import RemoteShards
 from simpletuner.cache.target_rules import TargetRules
 from simpletuner.cache.tensor_store import TensorStore
 from simpletuner.config.schema import ModelOptions, RunConfig
@@ -270,10 +271,18 @@ def open_stores(
 ) -> list[TensorStore]:
     """Open a cache in each folder. fingerprints: of the encoders whose results they hold."""
     shard_mib = run.cache.cache_shard_mib
+    address = run.cache.cache_remote
     with world.main_first("cache"):  # it repairs what a killed process has left
         return [
             closing.enter_context(
-                TensorStore(path, fingerprint, emit, shard_mib, shares_index=world.is_main)
+                TensorStore(
+                    path,
+                    fingerprint,
+                    emit,
+                    shard_mib,
+                    shares_index=world.is_main,
+                    remote=RemoteShards(address, fingerprint, emit) if address else None,
+                )
             )
             for path, fingerprint in fingerprints.items()
         ]
