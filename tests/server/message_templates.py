@@ -147,6 +147,7 @@ def composed_templates() -> dict[str, str]:
         for option in options
         if option.bounds and len(option.unit) > 3
     }
+    templates |= {option.unit: option.name for option in options if len(option.unit) > 3}
     templates |= {
         option.takes: option.name for option in options if option.kind in ("amount", "count")
     }

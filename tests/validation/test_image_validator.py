@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageFont, features
+from torch import nn
 
+from simpletuner.adapters.adapted_linear import LoraLinear
 from simpletuner.errors import DiskFull
 from simpletuner.events.event_types import ContactSheetSaved, Event, ImageSaved, WarningIssued
 from simpletuner.events.formatting import pick_evenly
@@ -232,3 +234,29 @@ def test_the_vae_is_held_only_while_pictures_are_drawn(tmp_path: Path) -> None:
     assert [ref() for ref in seen] == [None]
     one.generate_images(5, ToyNetwork())
     assert len(seen) == 1, "nothing to draw, nothing to load"
+
+
+def test_each_prompt_has_its_strength_of_the_adapter(tmp_path: Path) -> None:
+    """The strength of a prompt multiplies that of the adapter, which is as before afterwards."""
+    network = ToyNetwork()
+    network.adapted = LoraLinear(nn.Linear(4, 4), torch.ones(2, 4), torch.ones(4, 2))  # type: ignore[assignment]
+    network.adapted.strength = 0.5
+    seen: list[float] = []
+    network.register_forward_hook(
+        lambda module, inputs, output: seen.append(module.adapted.strength)
+    )
+    events: list[Event] = []
+    images = validator(tmp_path, events, guidance=1.0)
+    prompts = (Prompt("half", "a cat", strength=0.5), Prompt("whole", "a dog"))
+    images.image_specs = make_image_specs(prompts, [(32, 16)], 1, 42)
+    images.generate_images(500, network, "trained")
+    assert seen == [0.25] * 4 + [0.5] * 4
+    assert network.adapted.strength == 0.5
+    half = read_image_metadata(tmp_path / "images/step-000500/half-0-32x16.png")
+    whole = read_image_metadata(tmp_path / "images/step-000500/whole-0-32x16.png")
+    assert (half["strength"], "strength" in whole) == ("0.5", False)
+    # An image of another strength is not taken for this one.
+    images.image_specs = make_image_specs((Prompt("half", "a cat"),), [(32, 16)], 1, 42)
+    seen.clear()
+    images.generate_images(500, network, "trained")
+    assert seen == [0.5] * 4

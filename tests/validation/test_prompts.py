@@ -156,3 +156,27 @@ def test_built_in_prompts_come_last_and_the_users_own_win(tmp_path: Path) -> Non
     assert len({prompt.id for prompt in prompts}) == len(prompts)
     assert {prompt.negative for prompt in prompts} == {"blurry"}
     assert all(prompt.id == safe_file_name(prompt.id) for prompt in prompts)
+
+
+def test_a_prompt_has_its_own_size_and_strength(tmp_path: Path) -> None:
+    library = '{"wide": {"prompt": "a", "size": "130x65", "adapter_strength": 0.5}, "plain": "b"}'
+    prompts = read(tmp_path, library)
+    assert prompts == (Prompt("wide", "a", "", None, "130x65", 0.5), Prompt("plain", "b"))
+    listed = make_image_specs(prompts, [(64, 64)], 2, 42, alignment_px=16)
+    assert [one.stem for one in listed] == [
+        "plain-0-64x64", "plain-1-64x64", "wide-0-128x64", "wide-1-128x64",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ('"size": "32"', 'size must be pixels from 64 to 4096, such as "512" or "512x768"'),
+        ('"size": 512', "size must be pixels"),
+        ('"adapter_strength": true', "adapter_strength must be a number from -10 to 10"),
+        ('"adapter_strength": 11', "adapter_strength must be a number"),
+    ],
+)
+def test_sizes_and_strengths_that_cannot_be(tmp_path: Path, field: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, f'{{"a": {{"prompt": "b", {field}}}}}')

@@ -132,10 +132,17 @@ def set_strength(transformer: nn.Module, strength: float) -> None:
 @contextmanager
 def adapter_disabled(transformer: nn.Module) -> Iterator[None]:
     """Switch every adapted module off, so that the network is exactly its base; then on again."""
+    with scaled_adapter(transformer, 0.0):
+        yield
+
+
+@contextmanager
+def scaled_adapter(transformer: nn.Module, factor: float) -> Iterator[None]:
+    """Multiply the strength of every adapted module; afterwards it is as before."""
     modules = list(adapted_modules(transformer).values())
     strengths = [module.strength for module in modules]
     for module in modules:
-        module.strength = 0.0
+        module.strength *= factor
     try:
         yield
     finally:

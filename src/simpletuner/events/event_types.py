@@ -180,12 +180,15 @@ class PromptsChosen(Event, kind="prompts"):
     """The validation prompts, at every start of a run and whenever a user edits them.
 
     step: the last completed one. prompts: (id, prompt, negative prompt, seed), where the seed None
-    is that of the run. edited: by a user while the run trains.
+    is that of the run. edited: by a user while the run trains. sizes, strengths: one of each prompt
+    where any has its own; size "" is those of the run, strength 1 the whole adapter.
     """
 
     step: int
     prompts: tuple[tuple[str, str, str, int | None], ...]
     edited: bool
+    sizes: tuple[str, ...] = ()
+    strengths: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from simpletuner.server.api import (
     generations,
     jobs,
     library,
+    prompts,
     runs,
     system,
 )
@@ -33,7 +34,7 @@ from simpletuner.server.supervisor import Supervisor
 from simpletuner.server.token_auth import TokenAuth, read_or_create_secret
 from simpletuner.server.translation import LanguageMiddleware
 
-ROUTE_MODULES = (system, configs, runs, jobs, datasets, generations, library, captioning)
+ROUTE_MODULES = (system, configs, runs, jobs, datasets, generations, library, captioning, prompts)
 
 
 class SecuredApp(FastAPI):

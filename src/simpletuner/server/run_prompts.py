@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from simpletuner.events.event_types import PromptsChosen
 from simpletuner.server.api_errors import abort
 from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.job_config import write_prompts
@@ -27,7 +28,7 @@ UNUSUAL_IN_NAME = re.compile(r"[^A-Za-z0-9_-]")
 def read_run_prompts(workspace: Workspace, reader: RunReader, state: JobState) -> RunPrompts:
     """Return the edited prompts of a run, or else those that it uses."""
     event = reader.summary.history.prompts
-    used = [] if event is None else [_to_message(*row) for row in event.prompts]
+    used = [] if event is None else _used_prompts(event)
     edited = _read_edits(workspace, reader)
     is_editable = event is not None and state in EDITABLE_STATES
     if edited is None or not is_editable:
@@ -64,18 +65,37 @@ def _read_edits(workspace: Workspace, reader: RunReader) -> list[RunPrompt] | No
     return [_from_entry(name, fields) for name, fields in content.items()]
 
 
+def _used_prompts(event: PromptsChosen) -> list[RunPrompt]:
+    sizes = event.sizes or ("",) * len(event.prompts)
+    strengths = event.strengths or (1.0,) * len(event.prompts)
+    return [
+        _to_message(*row, size, strength)
+        for row, size, strength in zip(event.prompts, sizes, strengths)
+    ]
+
+
 def _from_entry(name: str, fields: Any) -> RunPrompt:
     values: Mapping[str, Any] = fields if isinstance(fields, dict) else {"prompt": fields}
-    seed = values.get("seed")
+    seed, strength = values.get("seed"), values.get("adapter_strength")
     return _to_message(
         name,
         str(values.get("prompt", "")),
         str(values.get("negative_prompt", "")),
         seed if isinstance(seed, int) else None,
+        str(values.get("size", "")),
+        float(strength) if isinstance(strength, (int, float)) else 1.0,
     )
 
 
-def _to_message(name: str, prompt: str, negative: str, seed: int | None) -> RunPrompt:
+def _to_message(
+    name: str, prompt: str, negative: str, seed: int | None, size: str, strength: float
+) -> RunPrompt:
     """Return a prompt under a name that can be edited; a library's may have other letters."""
-    name = UNUSUAL_IN_NAME.sub("-", name)
-    return RunPrompt(name=name, prompt=prompt, negative_prompt=negative, seed=seed)
+    return RunPrompt(
+        name=UNUSUAL_IN_NAME.sub("-", name),
+        prompt=prompt,
+        negative_prompt=negative,
+        seed=seed,
+        size=size,
+        adapter_strength=strength,
+    )

@@ -21,6 +21,7 @@ from simpletuner.server.lora_library import LoraLibrary
 from simpletuner.server.manager import Manager
 from simpletuner.server.plan_service import PlanService
 from simpletuner.server.preferences import Preferences
+from simpletuner.server.prompt_libraries import PromptLibraries
 from simpletuner.server.run_service import RunService
 from simpletuner.server.settings import ServerSettings
 from simpletuner.server.start_checks import StartChecks
@@ -50,6 +51,7 @@ class Services:
     caption_desk: CaptionDesk
     loras: LoraLibrary
     preferences: Preferences
+    prompt_libraries: PromptLibraries
     manager: Manager
     broadcaster: LiveBroadcaster
 
@@ -78,6 +80,7 @@ class Services:
             generations=GenerationService(workspace, jobs, trash, settings.tool_command),
             loras=LoraLibrary(workspace, runs, jobs, trash, settings.tool_command),
             preferences=preferences,
+            prompt_libraries=PromptLibraries(workspace, trash),
             manager=Manager(workspace, trash, runs, jobs, datasets, drafts),
             datasets=datasets,
             checks=checks,

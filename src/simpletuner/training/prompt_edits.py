@@ -75,8 +75,19 @@ class PromptEdits:
 
     def emit_prompts(self, step: int, edited: bool) -> None:
         """Emit the prompts in use."""
-        rows = [(prompt.id, prompt.text, prompt.negative, prompt.seed) for prompt in self.prompts]
-        self.emit(PromptsChosen(step, tuple(rows), edited))
+        prompts = self.prompts
+        rows = [(prompt.id, prompt.text, prompt.negative, prompt.seed) for prompt in prompts]
+        sizes = tuple(prompt.size for prompt in prompts)
+        strengths = tuple(prompt.strength for prompt in prompts)
+        self.emit(
+            PromptsChosen(
+                step,
+                tuple(rows),
+                edited,
+                sizes if any(sizes) else (),
+                strengths if set(strengths) != {1.0} else (),
+            )
+        )
 
     def _use(self, prompts: tuple[Prompt, ...]) -> None:
         run, alignment_px = self.run, self.prepared.constants.alignment_px

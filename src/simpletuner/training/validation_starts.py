@@ -16,7 +16,13 @@ from simpletuner.data.sample_types import BucketedSample, MicroBatchPlan, Sample
 from simpletuner.data.start_image import StartImageRequest, place_start_image
 from simpletuner.training.prepare import PreparedInputs, select_samples
 from simpletuner.validation.held_out_loss import choose_samples
-from simpletuner.validation.prompts import ImageSpec, Prompt, make_image_specs, safe_file_name
+from simpletuner.validation.prompts import (
+    ImageSpec,
+    Prompt,
+    make_image_specs,
+    prompts_by_size,
+    safe_file_name,
+)
 from simpletuner.validation.start_latents import StartLatents, encode_start
 
 DATASET_IMAGES = 4  # from which validation_using_datasets starts
@@ -47,7 +53,8 @@ def plan_validation_images(
     specs: list[ImageSpec] = []
     loaders: StartLoaders = {}
     if options.validation_image is None:
-        specs += make_image_specs(prompts, sizes, options.num_validation_images, seed)
+        count, alignment_px = options.num_validation_images, prepared.constants.alignment_px
+        specs += make_image_specs(prompts, sizes, count, seed, alignment_px)
     else:
         specs, loaders = _images_from_one(run, prepared, prompts, sizes, seed, device)
     if options.validation_using_datasets:
@@ -85,15 +92,18 @@ def _images_from_one(
 
     specs: list[ImageSpec] = []
     loaders: StartLoaders = {}
-    for size in sizes:
-        placed = place_start_image(path, size, prepared.constants.alignment_px)
+    alignment_px = prepared.constants.alignment_px
+    for size, members in prompts_by_size(prompts, sizes, alignment_px).items():
+        placed = place_start_image(path, size, alignment_px)
         width, height = placed.bucket_px
         name = f"{path.name} ({digest}) {width}x{height}"
-        if name not in loaders:
-            loaders[name] = partial(encode, placed)
-            count = run.validation.num_validation_images
-            image_specs = make_image_specs(prompts, [placed.bucket_px], count, seed)
-            specs += [replace(spec, start=name, denoise=level) for spec in image_specs]
+        loaders.setdefault(name, partial(encode, placed))
+        count = run.validation.num_validation_images
+        # Two sizes can give the same area to the image; a prompt is generated once there.
+        done = {(spec.prompt.id, spec.start) for spec in specs}
+        plain = [replace(prompt, size="") for prompt in members if (prompt.id, name) not in done]
+        image_specs = make_image_specs(plain, [placed.bucket_px], count, seed)
+        specs += [replace(spec, start=name, denoise=level) for spec in image_specs]
     return specs, loaders
 
 

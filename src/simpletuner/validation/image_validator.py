@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from simpletuner.adapters.attachment import scaled_adapter
 from simpletuner.cache.batch_types import TextEmbedding
 from simpletuner.events.event_types import ContactSheetSaved, Emit, ImageSaved, WarningIssued
 from simpletuner.events.formatting import pick_evenly
@@ -86,16 +87,7 @@ class ImageValidator:
         self, missing: Sequence[ImageSpec], transformer: nn.Module, step: int, weights: str
     ) -> None:
         """Generate the missing images; they are decoded one by one, to bound the VAE's memory."""
-        generated = generate_latents(
-            self.inference,
-            transformer,
-            missing,
-            self.text_embedding,
-            steps=self.settings.steps,
-            guidance=self.settings.guidance,
-            peers=self.peers,
-            start_of=self.start_of,
-        )
+        generated = self._latents_by_strength(missing, transformer)
         own: list[tuple[ImageSpec, Image.Image, bool]] = []
         with StageReporter(self.emit, "draw", len(missing), "pictures") as stage:
             decode = self.load_decoder()
@@ -108,6 +100,23 @@ class ImageValidator:
                     own.append((image_spec, image, is_finite))
                 stage.advance()
         self._save_images_of_others(own, step, weights)
+
+    def _latents_by_strength(
+        self, missing: Sequence[ImageSpec], transformer: nn.Module
+    ) -> Iterator[tuple[ImageSpec, Tensor]]:
+        """Yield images with their latents, those of the same adapter strength together."""
+        for strength in dict.fromkeys(spec.prompt.strength for spec in missing):
+            with scaled_adapter(transformer, strength):
+                yield from generate_latents(
+                    self.inference,
+                    transformer,
+                    [spec for spec in missing if spec.prompt.strength == strength],
+                    self.text_embedding,
+                    steps=self.settings.steps,
+                    guidance=self.settings.guidance,
+                    peers=self.peers,
+                    start_of=self.start_of,
+                )
 
     def _save_images_of_others(
         self, own: Sequence[tuple[ImageSpec, Image.Image, bool]], step: int, weights: str

@@ -12,12 +12,19 @@ TRIGGER = "{trigger}"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. id: unique, safe as the start of a file name. seed: None for the run's seed."""
+    """One prompt.
+
+    id: unique, safe as the start of a file name. seed: None for the run's seed. size: "512" or
+    "512x768" (width x height, px), "" for the sizes of the run. strength: multiplies that of the
+    adapter.
+    """
 
     id: str
     text: str
     negative: str = ""
     seed: int | None = None
+    size: str = ""
+    strength: float = 1.0
 
 
 GENERAL_PROMPTS: dict[str, str] = {

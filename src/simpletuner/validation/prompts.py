@@ -20,7 +20,10 @@ from simpletuner.validation.prompt_library import Prompt, library_prompts
 
 __all__ = ["ImageSpec", "Prompt", "make_image_specs", "parse_sizes", "prompt_texts", "read_prompts"]
 
-PROMPT_FIELDS = ("prompt", "caption", "negative_prompt", "seed")
+PROMPT_FIELDS = ("prompt", "caption", "negative_prompt", "seed", "size", "adapter_strength")
+MAX_STRENGTH = 10.0
+MIN_SIDE_PX = 64  # of a prompt's own size, whatever the model's multiple is
+SIZE_PATTERN = re.compile(r"\s*(\d{1,6})\s*(?:[xX×]\s*(\d{1,6})\s*)?")
 # Characters. With the rest of the name, a file name has less than 255 bytes even when every letter
 # takes four bytes in UTF-8.
 MAX_ID_LENGTH = 48
@@ -82,16 +85,43 @@ def prompt_texts(prompts: Sequence[Prompt], guidance: float) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
+def prompts_by_size(
+    prompts: Sequence[Prompt], sizes: Sequence[tuple[int, int]], alignment_px: int
+) -> dict[tuple[int, int], list[Prompt]]:
+    """Return the prompts of each size (width, height): `sizes`, or a prompt's own, rounded."""
+    groups: dict[tuple[int, int], list[Prompt]] = {size: [] for size in sizes}
+    for prompt in prompts:
+        own = _sides(prompt.size)
+        aligned = [(_round_to(own[0], alignment_px), _round_to(own[1], alignment_px))]
+        for size in aligned if prompt.size else sizes:
+            groups.setdefault(size, []).append(prompt)
+    return {size: members for size, members in groups.items() if members}
+
+
 def make_image_specs(
-    prompts: Sequence[Prompt], sizes: Sequence[tuple[int, int]], count: int, seed: int
+    prompts: Sequence[Prompt],
+    sizes: Sequence[tuple[int, int]],
+    count: int,
+    seed: int,
+    alignment_px: int = 1,
 ) -> tuple[ImageSpec, ...]:
-    """Return every prompt at every size, `count` times with consecutive seeds, ordered by size."""
+    """Return every prompt at each of its sizes, `count` times with consecutive seeds, by size."""
     return tuple(
         ImageSpec(prompt, number, size, (seed if prompt.seed is None else prompt.seed) + number)
-        for size in sizes
-        for prompt in prompts
+        for size, members in prompts_by_size(prompts, sizes, alignment_px).items()
+        for prompt in members
         for number in range(count)
     )
+
+
+def _sides(text: str) -> tuple[int, int]:
+    """Return width and height of "512" or "512x768"; (0, 0) for any other text."""
+    match = SIZE_PATTERN.fullmatch(text)
+    return (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+
+
+def _round_to(side: int, alignment_px: int) -> int:
+    return max(1, round(side / alignment_px)) * alignment_px
 
 
 def parse_sizes(
@@ -108,13 +138,12 @@ def parse_sizes(
     notices: list[str] = []
     problems: list[Problem] = []
     for part in (text or _default_size(data)).split(","):
-        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:[xX×]\s*(\d{1,6})\s*)?", part)
-        sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        sides = _sides(part)
         if not all(alignment_px <= side <= MAX_SIDE_PX for side in sides):
             allowed = f"pixels from {alignment_px} to {MAX_SIDE_PX}, one side or WIDTHxHEIGHT"
             problems.append(Problem(option, f"{part.strip()!r} is not a size: {allowed}"))
             continue
-        width, height = (round(side / alignment_px) * alignment_px for side in sides)
+        width, height = (_round_to(side, alignment_px) for side in sides)
         if (width, height) != sides:
             notices.append(
                 f"validation images of {sides[0]}x{sides[1]} px are generated at {width}x{height}: "
@@ -180,9 +209,15 @@ def _library_prompts(document: Document, negative: str, taken: dict[str, str]) -
             for field_path, message in field_problems
         ]
         if not field_problems:
-            text = fields.get("prompt", fields.get("caption"))
             prompts.append(
-                Prompt(file_id, text, fields.get("negative_prompt", negative), fields.get("seed"))
+                Prompt(
+                    file_id,
+                    fields.get("prompt", fields.get("caption")),
+                    fields.get("negative_prompt", negative),
+                    fields.get("seed"),
+                    fields.get("size", ""),
+                    float(fields.get("adapter_strength", 1.0)),
+                )
             )
     if problems:
         raise ConfigError(problems)
@@ -205,6 +240,16 @@ def _prompt_problems(fields: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     seed = fields.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         yield ("seed",), f"seed must be a whole number, 0 or larger, not {seed!r}"
+    size = fields.get("size", "")
+    sides = _sides(size) if isinstance(size, str) else (0, 0)
+    if size != "" and not all(MIN_SIDE_PX <= side <= MAX_SIDE_PX for side in sides):
+        allowed = f'pixels from {MIN_SIDE_PX} to {MAX_SIDE_PX}, such as "512" or "512x768"'
+        yield ("size",), f"size must be {allowed}, not {size!r}"
+    strength = fields.get("adapter_strength", 1.0)
+    is_number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    if not is_number or not abs(strength) <= MAX_STRENGTH:
+        allowed = f"a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
+        yield ("adapter_strength",), f"adapter_strength must be {allowed}, not {strength!r}"
 
 
 def safe_file_name(shortname: str) -> str:

@@ -86,6 +86,7 @@ def image_metadata(
         "identity": settings.identity,
         "image": image_spec.start,
         "denoise": f"{image_spec.denoise:g}" if image_spec.start else "",
+        "strength": f"{prompt.strength:g}" if prompt.strength != 1 else "",
         **more,
     }
     return {key: value for key, value in metadata.items() if value}

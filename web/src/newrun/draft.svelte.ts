@@ -85,7 +85,7 @@ export class DraftForm {
       let number = 1;
       while (names.has(`caption-${number}`)) number += 1;
       names.add(`caption-${number}`);
-      return { name: `caption-${number}`, prompt, negative_prompt: "", seed: null };
+      return { name: `caption-${number}`, prompt, negative_prompt: "", seed: null, size: "", adapter_strength: 1 };
     });
     this.prompts = [...this.prompts, ...added];
     this.touch();

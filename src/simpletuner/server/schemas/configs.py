@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field
 from simpletuner.server.schemas.base import ApiModel, ErrorDetail, Message
 
 T = TypeVar("T")
+SIDE_PX = r"(6[4-9]|[7-9]\d|[1-9]\d\d|[1-3]\d\d\d|40[0-8]\d|409[0-6])"  # 64 to 4096
 MAX_DEPTH = 100  # levels of nesting, the same limit as for a configuration file
 
 
@@ -59,12 +60,12 @@ class OptionInfo(ApiModel):
     nullable: bool
     structured: bool
     choices: list[str]
-    bounds: str
+    bounds: Message
     takes: str
     default: Any
     text: str
     level: str
-    unit: str
+    unit: Message
     path: str
     aliases: list[str]
     settable: bool
@@ -121,12 +122,18 @@ class ConfigValidationResult(ApiModel):
 
 
 class PromptEntry(ApiModel):
-    """A prompt of the validation images. seed: None for that of the run."""
+    """A prompt of the validation images.
+
+    seed: None for that of the run. size: "512" or "512x768" px, "" for those of the run.
+    adapter_strength: multiplies that of the adapter.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,48}$")
     prompt: str = Field(min_length=1, max_length=4000)
     negative_prompt: str = Field(default="", max_length=4000)
     seed: int | None = Field(default=None, ge=0, lt=2**32)
+    size: str = Field(default="", pattern=rf"^({SIDE_PX}(x{SIDE_PX})?)?$")
+    adapter_strength: float = Field(default=1.0, ge=-10, le=10)
 
 
 PromptEntries = Annotated[

@@ -10,7 +10,9 @@ from simpletuner.server.schemas.base import ApiModel
 from simpletuner.server.schemas.runs import RunImage, RunMetrics, RunSummary
 
 Tag = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=40)]
-TrashKind = Literal["run", "dataset", "checkpoint", "image", "captions", "draft", "job", "lora"]
+TrashKind = Literal[
+    "run", "dataset", "checkpoint", "image", "captions", "draft", "job", "lora", "prompts"
+]
 
 
 class RunLabel(ApiModel):

@@ -212,12 +212,14 @@ class RunImage(ApiModel):
 
 
 class RunPrompt(ApiModel):
-    """A validation prompt of a run. seed: None for that of the run."""
+    """A validation prompt of a run; the fields are those of PromptEntry."""
 
     name: str
     prompt: str
     negative_prompt: str
     seed: int | None
+    size: str = ""
+    adapter_strength: float = 1.0
 
 
 class RunPrompts(ApiModel):

@@ -29,6 +29,6 @@ export const settings = {
   trashNone: "The trash is empty.",
   trashEmpty: "Empty the trash",
   trashAsk: "Everything in the trash is deleted for good.",
-  trashKinds: { run: "Run", dataset: "Dataset", checkpoint: "Checkpoint", image: "Images", captions: "Captions", draft: "Draft", job: "Job", lora: "LoRA" },
+  trashKinds: { run: "Run", dataset: "Dataset", checkpoint: "Checkpoint", image: "Images", captions: "Captions", draft: "Draft", job: "Job", lora: "LoRA", prompts: "Prompts" },
   restore: "Restore",
 };

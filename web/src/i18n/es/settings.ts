@@ -22,6 +22,6 @@ export const settings: Texts["settings"] = {
   trashNone: "La papelera está vacía.",
   trashEmpty: "Vaciar la papelera",
   trashAsk: "Todo lo que hay en la papelera se elimina para siempre.",
-  trashKinds: { run: "Entrenamiento", dataset: "Dataset", checkpoint: "Checkpoint", image: "Imágenes", captions: "Descripciones", draft: "Borrador", job: "Trabajo", lora: "LoRA" },
+  trashKinds: { run: "Entrenamiento", dataset: "Dataset", checkpoint: "Checkpoint", image: "Imágenes", captions: "Descripciones", draft: "Borrador", job: "Trabajo", lora: "LoRA", prompts: "Prompts" },
   restore: "Restaurar",
 };

@@ -22,6 +22,6 @@ export const settings: Texts["settings"] = {
   trashNone: "ट्रैश खाली है।",
   trashEmpty: "ट्रैश खाली करें",
   trashAsk: "ट्रैश की हर चीज़ हमेशा के लिए हट जाएगी।",
-  trashKinds: { run: "रन", dataset: "डेटासेट", checkpoint: "चेकपॉइंट", image: "छवियाँ", captions: "कैप्शन", draft: "ड्राफ़्ट", job: "जॉब", lora: "LoRA" },
+  trashKinds: { run: "रन", dataset: "डेटासेट", checkpoint: "चेकपॉइंट", image: "छवियाँ", captions: "कैप्शन", draft: "ड्राफ़्ट", job: "जॉब", lora: "LoRA", prompts: "प्रॉम्प्ट" },
   restore: "वापस लाएँ",
 };
