@@ -85,7 +85,7 @@ def kept(workspace: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_reading_changes_nothing_and_tells_no_secret(app: FastAPI, workspace: Path) -> None:
     client = TestClient(app, base_url=HERE)
-    run = client.get("/api/v1/runs").json()[0]["id"]
+    run = client.get("/api/v1/runs").json()["runs"][0]["id"]
     draft = client.post("/api/v1/drafts", json={"name": "d", "config": {}, "datasets": []}).json()[
         "id"
     ]
@@ -112,7 +112,7 @@ def test_reading_changes_nothing_and_tells_no_secret(app: FastAPI, workspace: Pa
 @pytest.mark.parametrize("name", OUTSIDE, ids=lambda name: name[:40])
 def test_no_path_leads_outside(app: FastAPI, workspace: Path, name: str) -> None:
     client = TestClient(app, base_url=HERE)
-    run = client.get("/api/v1/runs").json()[0]["id"]
+    run = client.get("/api/v1/runs").json()["runs"][0]["id"]
     own = client.get("/api/v1/datasets/photos/files/a.png")
     assert own.status_code == 200
     for path in (
