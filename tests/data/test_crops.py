@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from simpletuner.config.schema import DataOptions
+from simpletuner.data.crop_assignment import assign_bucket, assign_crops
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.geometry import ResizeCropConfig, bucket_sizes
 from simpletuner.data.pixels import load_pixels
 from simpletuner.data.rejections import UnusableFile
-from simpletuner.data.scan import assign_bucket, assign_crops, scan_datasets
+from simpletuner.data.scan import scan_datasets
 
 RANDOM = ResizeCropConfig(resolution=128, crop=True, crop_style="random", crop_aspect="square")
 SHAPES = ResizeCropConfig(

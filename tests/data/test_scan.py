@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from simpletuner.config.schema import DataOptions
+from simpletuner.data.crop_assignment import assign_bucket
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.duplicates import find_identical_files
 from simpletuner.data.geometry import ResizeCropConfig
 from simpletuner.data.rejections import UnusableFile
-from simpletuner.data.scan import assign_bucket, scan_datasets
+from simpletuner.data.scan import scan_datasets
 from simpletuner.data.sources import LocalFile
 from simpletuner.errors import DataError
 from simpletuner.events.event_types import (

@@ -41,6 +41,7 @@ MODULES = (
 MODULES += (
     *(f"data/{name}" for name in ("batch_sources", "captions", "caption_tables", "image_plugins")),
     *(f"data/{name}" for name in ("image_files", "masks", "pixels", "regularisation", "scan")),
+    *(f"data/{name}" for name in ("crop_assignment", "image_choices")),
     *("events/findings", "training/hold_out", "training/resume", "training/run_start"),
 )
 # Literals of those modules that no page shows: patterns, headers, parts of JSON, an example.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from simpletuner.data.caption_variants import CaptionVariants
 from simpletuner.data.geometry import ResizeCropConfig
+from simpletuner.data.image_choices import ImageChoices
 from simpletuner.data.row_filters import RowFilters
 
 
@@ -127,7 +128,7 @@ class DatasetConfig:
     they are not files of instance_data_dir. conditioning_data: the id of the dataset of masks,
     masks: that dataset; None without one. alpha_mask: the mask of an image is its own transparency.
     regularisation_target: "" for a dataset that teaches; "base" and "images" are the targets of one
-    that shows what must not change.
+    that shows what must not change. choices: about single images.
     """
 
     id: str
@@ -156,6 +157,7 @@ class DatasetConfig:
     masks: DatasetConfig | None = None
     alpha_mask: bool = False
     regularisation_target: str = ""
+    choices: ImageChoices = field(default_factory=ImageChoices)
 
     @property
     def has_folder(self) -> bool:

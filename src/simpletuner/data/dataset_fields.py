@@ -177,6 +177,15 @@ class ImageDatasetFields(VariationFields, SourceFields):
     max_num_samples: int | None = option(
         None, "Maximum number of images; null is all.", zero_is_null=True, ge=1, le=10**6
     )
+    exclude: list[PromptText] | None = option(
+        None,
+        "Images that are not used, by their paths inside the dataset; the files stay as they are.",
+    )
+    crop_boxes: dict[str, Any] | None = option(
+        None,
+        "The part of an image that is used as if it were the whole: an object of path -> [left, "
+        "top, width, height] in pixels of the upright image; the files stay as they are.",
+    )
 
 
 class MaskDatasetFields(OptionSection):
@@ -252,6 +261,8 @@ IMAGE_FIELDS: Mapping[str, Option] = {
         "repeats",
         "probability",
         "max_num_samples",
+        "exclude",
+        "crop_boxes",
         *SOURCE_FIELDS,
     )
 }

@@ -57,6 +57,14 @@ def _file_findings(statistics: DatasetStatistics) -> Iterator[Finding]:
             "Replace or remove them; a training skips them, and refuses to start if they are more "
             "than max_bad_sample_fraction.",
         )
+    excluded = filtered.pop("excluded", 0)
+    if excluded:
+        yield Finding(
+            "note",
+            "excluded_images",
+            f"{count_of(excluded, 'image')} in exclude",
+            "They are not trained on; take them out of exclude to use them.",
+        )
     if filtered:
         yield Finding(
             "note",

@@ -13,6 +13,7 @@ from simpletuner.data.caption_variants import CaptionVariants
 from simpletuner.data.dataset_config import ActivePeriod, CaptionTable
 from simpletuner.data.dataset_fields import ImageDatasetFields
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig
+from simpletuner.data.image_choices import ImageChoices, read_crop_boxes, read_excluded
 from simpletuner.data.resize_crop_fields import build_resize_crop, read_resolution_buckets
 from simpletuner.data.source_config import SourceConfig
 from simpletuner.data.variation_fields import (
@@ -34,6 +35,7 @@ class DatasetObjects:
     caption_filters: tuple[str, ...]
     active: ActivePeriod
     resize_crop: ResizeCropConfig
+    choices: ImageChoices
 
 
 def read_dataset_objects(
@@ -74,4 +76,8 @@ def read_dataset_objects(
         attempt("caption_filter_list", lambda: read_filter_field(filters, resolve), ()),
         attempt("end_step", lambda: read_active_period(fields), ActivePeriod()),
         build_resize_crop(kind, fields, own, buckets),
+        ImageChoices(
+            read_excluded(fields.exclude),
+            attempt("crop_boxes", lambda: read_crop_boxes(fields.crop_boxes), ()),
+        ),
     )

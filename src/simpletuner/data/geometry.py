@@ -10,6 +10,7 @@ from fractions import Fraction
 from math import isqrt
 
 ImageSize = tuple[int, int]
+CropBox = tuple[int, int, int, int]  # left, top, width, height
 
 ASPECT_TOLERANCE = 0.01  # by which the aspect ratio of a mask may differ from its image's
 # Used by crop_aspect "closest" when crop_aspect_buckets is not given; width / height.
@@ -160,6 +161,23 @@ def crop_position(style: str, size: ImageSize, window: ImageSize, draw: int) -> 
     if style == "random":
         return (draw & 0x7FFFFFFF) % (loose[0] + 1), (draw >> 31) % (loose[1] + 1)
     return loose[0] // 2, loose[1] // 2
+
+
+def place_in_image(
+    size: ImageSize, box: CropBox, resize: ImageSize, corner: tuple[int, int]
+) -> tuple[ImageSize, tuple[int, int]]:
+    """Return (resize, corner) of the whole image for those of a box in it.
+
+    size: of the image. resize: that of the box. corner: (left, top) of the bucket in it. The scale
+    is that of the box, so the bucket shows the same pixels, to half a pixel.
+    """
+    whole, place = [], []
+    for axis in (0, 1):
+        side = max(_round_division(size[axis] * resize[axis], box[2 + axis]), resize[axis])
+        start = _round_division(box[axis] * resize[axis], box[2 + axis])
+        whole.append(side)
+        place.append(min(start, side - resize[axis]) + corner[axis])
+    return (whole[0], whole[1]), (place[0], place[1])
 
 
 def _target_aspect(framing: ResizeCropConfig, size: ImageSize) -> ImageSize:

@@ -93,7 +93,17 @@ def find_image_files(
             )
             twin = RejectedFile(name, dataset.id, "name_twins", detail)
             found.rejected += [twin] * len(images)
-    named = [images[0] for _, images in sorted(found.by_name.items()) if len(images) == 1]
+    excluded = set(dataset.choices.excluded)
+    found.rejected += [
+        RejectedFile(name, dataset.id, "excluded", "is listed in exclude")
+        for name in sorted(excluded & found.by_name.keys())
+    ]
+    found.notices += dataset.choices.describe_unknown(found.by_name.keys())
+    named = [
+        images[0]
+        for name, images in sorted(found.by_name.items())
+        if len(images) == 1 and name not in excluded
+    ]
     return named, found.rejected, +found.other_kinds, found.notices
 
 

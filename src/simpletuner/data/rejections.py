@@ -14,7 +14,7 @@ from simpletuner.errors import DataError
 
 MAX_LISTED_FILES = 20
 # Rejected as the options require; every other reason counts as a bad sample.
-FILTER_REASONS = frozenset({"aspect_ratio", "too_small", "caption_dropped"})
+FILTER_REASONS = frozenset({"aspect_ratio", "too_small", "caption_dropped", "excluded"})
 
 
 class UnusableFile(DataError):

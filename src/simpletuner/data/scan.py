@@ -17,6 +17,7 @@ from simpletuner.config.schema import DataOptions
 from simpletuner.data import geometry
 from simpletuner.data.caption_tables import read_caption_table
 from simpletuner.data.captions import caption_weights, read_captions
+from simpletuner.data.crop_assignment import assign_crops
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.duplicates import check_no_leaks, find_identical_files
 from simpletuner.data.header_reader import HeaderReader
@@ -46,7 +47,6 @@ SLOW_READER_THREADS = 32
 SLOW_FILES_PER_CHUNK = 8
 MAX_SUFFIXES_LISTED = 8
 ENLARGEMENT_THRESHOLD = 1.25  # factor of the side from which a notice is given
-Crop = tuple[geometry.ImageSize, tuple[int, int], geometry.ImageSize]
 ReadResult = tuple[list[BucketedSample], ImageHeader] | RejectedFile
 
 
@@ -86,7 +86,8 @@ def scan_datasets(
     with StageReporter(emit, "scan", len(found), "images") as stage:
         tables = _read_tables(datasets, found, notes, store)
         headers = HeaderReader(options.max_image_megapixels, store)
-        read_one = partial(_read_file, options, seed, alignment_px, tables)
+        boxes = {dataset.id: dataset.choices.box_by_path() for dataset in datasets}
+        read_one = partial(_read_file, options, seed, alignment_px, tables, boxes)
         for read in _read_files(found, headers, read_one, stage):
             if isinstance(read, RejectedFile):
                 rejected.append(read)
@@ -193,6 +194,7 @@ def _read_file(
     seed: int,
     alignment_px: int,
     tables: Mapping[str, Mapping[str, tuple[str, ...]]],
+    boxes: Mapping[str, Mapping[str, geometry.CropBox]],
     headers: HeaderReader,
     found: ImageFile,
 ) -> ReadResult:
@@ -200,7 +202,10 @@ def _read_file(
     sample_id = f"{dataset.id}/{found.relative_path}"
     try:
         header = headers.read(found)
-        crops = assign_crops(dataset.resize_crop, header.size_px, sample_id, seed, alignment_px)
+        box = boxes[dataset.id].get(found.relative_path)
+        crops = assign_crops(
+            dataset.resize_crop, header.size_px, sample_id, seed, alignment_px, box
+        )
         mask = check_mask(found.mask, header, options.max_image_megapixels)
         from_table = None
         if found.row is not None:
@@ -222,78 +227,6 @@ def _read_file(
         mask=mask,
     )
     return [BucketedSample(sample, *crop, number) for number, crop in enumerate(crops)], header
-
-
-def assign_bucket(
-    framing: geometry.ResizeCropConfig,
-    size: geometry.ImageSize,
-    sample_id: str,
-    seed: int,
-    alignment_px: int,
-) -> Crop:
-    """Return the first crop of an image. Raises UnusableFile, see assign_crops."""
-    return assign_crops(framing, size, sample_id, seed, alignment_px)[0]
-
-
-def assign_crops(
-    framing: geometry.ResizeCropConfig,
-    size: geometry.ImageSize,
-    sample_id: str,
-    seed: int,
-    alignment_px: int,
-) -> list[Crop]:
-    """Return crops_per_image times resize_px, crop_px and bucket_px (see BucketedSample).
-
-    With crop_aspect random the first crop has one of the sizes that do not enlarge the image too
-    much, and each further crop has the next one. Raises UnusableFile if the image is outside the
-    limits.
-    """
-    _check_limits(framing, size)
-    buckets = geometry.bucket_sizes(framing, size, alignment_px)
-    sizes = [(geometry.resized_size(framing, size, bucket), bucket) for bucket in buckets]
-    usable = [pair for pair in sizes if _enlargement_problem(framing, size, pair[0]) is None]
-    if not usable:
-        problem = _enlargement_problem(framing, size, sizes[0][0])
-        raise UnusableFile("too_small", str(problem))
-    first = seed_at(seed, "crop aspect", sample_id) if len(usable) > 1 else 0
-    crops = []
-    for number in range(framing.crops_per_image):
-        resize, bucket = usable[(first + number) % len(usable)]
-        address = (sample_id, number) if number else (sample_id,)
-        draw = seed_at(seed, "crop", *address)
-        corner = geometry.crop_position(framing.crop_style, resize, bucket, draw)
-        crops.append((resize, corner, bucket))
-    return crops
-
-
-def _check_limits(framing: geometry.ResizeCropConfig, size: tuple[int, int]) -> None:
-    ratio = size[0] / size[1]
-    if not framing.minimum_aspect_ratio <= ratio <= framing.maximum_aspect_ratio:
-        raise UnusableFile(
-            "aspect_ratio",
-            f"{size[0]}x{size[1]} has aspect {ratio:.3g}; the limits are "
-            f"{framing.minimum_aspect_ratio:g} and {framing.maximum_aspect_ratio:g}",
-        )
-    kind, least = framing.resolution_type, framing.minimum_image_size
-    if least is not None and geometry.image_extent(size, kind) < geometry.limit_in_pixels(
-        least, kind
-    ):
-        raise UnusableFile(
-            "too_small", f"{size[0]}x{size[1]} is below minimum_image_size {least:g} ({kind})"
-        )
-
-
-def _enlargement_problem(
-    framing: geometry.ResizeCropConfig, size: geometry.ImageSize, resize: geometry.ImageSize
-) -> str | None:
-    limit = framing.max_upscale_threshold
-    growth = max(after / before for after, before in zip(resize, size)) - 1
-    if limit is None or growth <= limit:
-        return None
-    return (
-        f"{size[0]}x{size[1]} would be enlarged by {growth:.0%}, more than "
-        f"max_upscale_threshold {limit:g}"
-    )
 
 
 def _header_notices(header: ImageHeader) -> list[str]:

@@ -29,7 +29,7 @@ class CropSettings:
 
 def build_item(index: ImageIndex, file: str, crop_settings: CropSettings) -> DatasetItem:
     """Return the description of one image with its bucket and crop."""
-    from simpletuner.data.scan import assign_bucket
+    from simpletuner.data.crop_assignment import assign_bucket
 
     image = index.images.get(file)
     row = index.refresh_row(image) if image is not None else None

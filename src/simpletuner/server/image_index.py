@@ -14,12 +14,12 @@ from pathlib import Path
 from simpletuner.atomic_io import write_atomically
 from simpletuner.config.schema import DataOptions
 from simpletuner.data.captions import read_captions
+from simpletuner.data.crop_assignment import assign_bucket
 from simpletuner.data.dataset_config import DatasetConfig
 from simpletuner.data.geometry import ResizeCropConfig
 from simpletuner.data.image_files import ImageFile, find_image_files
 from simpletuner.data.pixels import read_image_header
 from simpletuner.data.rejections import UnusableFile
-from simpletuner.data.scan import assign_bucket
 from simpletuner.data.sources import LocalFile
 from simpletuner.errors import DataError
 from simpletuner.server.file_reader import read_json_object
