@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from simpletuner import __version__
+from simpletuner.config import environment
 from simpletuner.errors import (
     DISK_FULL_ERRNOS,
     STORAGE_HINTS,
@@ -101,6 +102,7 @@ def main() -> None:
     """
     try:
         refuse_undecodable_arguments(sys.argv[1:])
+        environment.set_compiled_code_dir()
         command_group(prog_name="simpletuner")
     except SimpleTunerError as error:
         end_with_message(error)

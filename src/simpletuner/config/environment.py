@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -72,6 +73,25 @@ def restrict_visible_gpus(numbers: Sequence[int]) -> None:
 def user_cache_dir() -> Path:
     """Return the cache folder of all runs: simpletuner in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simpletuner"
+
+
+def compiled_code_dir() -> Path:
+    """Return the folder of torch's compiled kernels."""
+    return user_cache_dir() / "compiled"
+
+
+def set_compiled_code_dir() -> None:
+    """Let torch keep compiled kernels in the cache; must be called before torch is imported.
+
+    torch's own place is the system's folder for temporary files, where they are lost, and where it
+    makes a folder even if nothing is compiled. A user's own setting stays as it is, and so does
+    torch's place where the cache cannot be written.
+    """
+    with contextlib.suppress(RuntimeError):  # there is no home
+        folder = compiled_code_dir()
+        existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+        if os.access(existing, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))
 
 
 def expand_placeholders(value: Any, environ: Mapping[str, str] | None = None) -> Any:

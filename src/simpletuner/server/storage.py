@@ -11,7 +11,7 @@ from simpletuner.server.schemas.preferences import StorageUse
 from simpletuner.server.trash import folder_size
 from simpletuner.server.workspace import Workspace
 
-REMOVABLE = ("thumbnails", "quantized")
+REMOVABLE = ("thumbnails", "quantized", "compiled")
 
 
 def storage_folders(workspace: Workspace) -> dict[str, Path]:
@@ -26,6 +26,7 @@ def storage_folders(workspace: Workspace) -> dict[str, Path]:
         "trash": workspace.server_dir / "trash",
         "hub": hub / "hub",
         "quantized": cache / "quantized",
+        "compiled": environment.compiled_code_dir(),
     }
 
 

@@ -5,6 +5,7 @@ const kinds: Record<string, string> = {
   trash: "Trash",
   hub: "Downloaded models",
   quantized: "Quantized weights",
+  compiled: "Compiled kernels",
 };
 
 export const settings = {

@@ -16,7 +16,7 @@ export const settings: Texts["settings"] = {
   tokenRemove: "Quitar el token",
   tokenRemoved: "El token se quitó.",
   storage: "Uso del disco",
-  kinds: { runs: "Carpetas de entrenamientos", datasets: "Datasets", thumbnails: "Miniaturas", trash: "Papelera", hub: "Modelos descargados", quantized: "Pesos cuantizados" },
+  kinds: { runs: "Carpetas de entrenamientos", datasets: "Datasets", thumbnails: "Miniaturas", trash: "Papelera", hub: "Modelos descargados", quantized: "Pesos cuantizados", compiled: "Núcleos compilados" },
   clean: "Limpiar",
   trash: "Papelera",
   trashNone: "La papelera está vacía.",

@@ -16,7 +16,7 @@ export const settings: Texts["settings"] = {
   tokenRemove: "टोकन हटाएँ",
   tokenRemoved: "टोकन हटाया गया।",
   storage: "डिस्क उपयोग",
-  kinds: { runs: "रन फ़ोल्डर", datasets: "डेटासेट", thumbnails: "थंबनेल", trash: "ट्रैश", hub: "डाउनलोड किए मॉडल", quantized: "क्वांटाइज़ किए वेट" },
+  kinds: { runs: "रन फ़ोल्डर", datasets: "डेटासेट", thumbnails: "थंबनेल", trash: "ट्रैश", hub: "डाउनलोड किए मॉडल", quantized: "क्वांटाइज़ किए वेट", compiled: "कंपाइल किए कर्नेल" },
   clean: "साफ़ करें",
   trash: "ट्रैश",
   trashNone: "ट्रैश खाली है।",
