@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from simpletuner.cli.checked_config import output_dir_problems
-from simpletuner.config.output_folder import RUN_MARKER
 from simpletuner.data.dataset_file import read_dataset_file
 from simpletuner.errors import CheckpointError, ConfigError
-from simpletuner.training.own_files import OWN_PATTERNS
 from tests.e2e.training_project import TrainingProject
 
 DRAWING = {
@@ -112,32 +109,3 @@ def test_when_all_checkpoints_are_damaged_the_person_is_asked(
         error = project.train_and_expect_error(output_dir=str(run))
         assert isinstance(error, CheckpointError)
         assert "all checkpoints are damaged" in str(error)
-
-
-def test_every_path_that_is_written_lies_in_the_run_folder_or_where_an_option_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All files of a home, a working folder and a project, before and after a run."""
-    home, work = tmp_path / "home", tmp_path / "work"
-    for folder in (home, work):
-        folder.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
-    monkeypatch.chdir(work)
-    project = TrainingProject(tmp_path / "project", max_train_steps=2, **DRAWING)
-    project.load_config()
-    before = contents(tmp_path)
-    run = project.train(cache_dir=str(tmp_path / "shared-cache"))
-    after = contents(tmp_path)
-    config = "project/config.json"  # written by the test itself
-    assert {name for name in before if after.get(name) != before[name]} <= {config}
-    allowed = ("project/run/", "shared-cache/", "home/.cache/simpletuner/")
-    assert [name for name in after.keys() - before.keys() if not name.startswith(allowed)] == []
-    own = {RUN_MARKER, "run.lock", "control", "cache"}
-    unlisted = [
-        entry.name
-        for entry in os.scandir(run)
-        if entry.name not in own and not any(Path(entry.name).match(one) for one in OWN_PATTERNS)
-    ]
-    assert unlisted == []
-    assert not [name for name in after if name.endswith(".tmp")]
