@@ -1,4 +1,4 @@
-"""Every path that a command writes lies in the run folder, the cache or where an option says."""
+"""Every path that a command writes is in the run folder, the cache or where an option says."""
 
 from __future__ import annotations
 
