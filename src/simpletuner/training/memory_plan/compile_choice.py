@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from simpletuner.config import environment
 from simpletuner.config.schema import RunConfig
 from simpletuner.errors import ConfigError
 from simpletuner.training.memory_plan import step_time
@@ -105,7 +105,9 @@ def find_inductor_obstacle() -> str | None:
     """Return why torch.compile cannot be used on the current CUDA device; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if os.environ.get("CC") is None and not any(map(shutil.which, C_COMPILERS)):
+    if "CC" not in environment.copy_process_environment() and not any(
+        map(shutil.which, C_COMPILERS)
+    ):
         return "Triton needs a C compiler"
     if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
         return "Triton needs a newer GPU"
