@@ -10,7 +10,6 @@ from typing import Any
 from simpletuner.data.geometry import CropBox, ImageSize
 from simpletuner.data.rejections import UnusableFile
 from simpletuner.errors import ConfigError
-from simpletuner.events.formatting import count_of
 
 MAX_SIDE_PX = 1 << 20
 # The whole image is enlarged with its box, so a smaller box would need too much memory.
@@ -37,7 +36,7 @@ class ImageChoices:
         for field, names in named.items():
             unknown = [name for name in names if name not in paths]
             if unknown:
-                count = count_of(len(unknown), "image")
+                count = "1 image" if len(unknown) == 1 else f"{len(unknown)} images"
                 notices.append(
                     f"{field} names {count} that the dataset does not have: {unknown[0]}"
                 )
