@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.nano import (
+    captions,
     densities_figure,
     densities_page,
     markdown_tables,
@@ -105,8 +106,9 @@ def strip_output_option(words: Sequence[str]) -> list[str]:
 
 
 def main(words: Sequence[str]) -> int:
-    if list(words[:2]) == ["--only", "tune"]:
-        return tuning.main(words[2:])
+    for name, program in (("tune", tuning), ("captions", captions)):
+        if list(words[:2]) == ["--only", name]:
+            return program.main(words[2:])
     args, asked = parse_arguments(words)
     chosen = (
         smoke_test_cells(asked) if args.corner else list_cells(asked.size, asked.seeds, asked.only)

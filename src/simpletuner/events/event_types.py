@@ -251,6 +251,20 @@ class SampleLossesMeasured(Event, kind="sample_losses"):
 
 
 @dataclass(frozen=True)
+class CaptionFitMeasured(Event, kind="caption_fit"):
+    """Margins by which training images are predicted better with their own than other captions.
+
+    margins: sample id -> mean loss with other captions minus the loss with its own, on the same
+    noise, before the first step. unfit: images whose caption fits hardly better than the others,
+    the worst first.
+    """
+
+    dataset: str
+    margins: dict[str, float]
+    unfit: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class WeightChangeMeasured(Event, kind="weight_change"):
     """Change of the trained matrices since the base: norm of delta W over norm of W.
 

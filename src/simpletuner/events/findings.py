@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from simpletuner.events.event_types import (
+    CaptionFitMeasured,
     Event,
     KnowledgeCompared,
     PromptsChosen,
@@ -33,6 +34,8 @@ def describe_finding(event: Event) -> str:
             return describe_prompts(event)
         case SampleLossesMeasured():
             return describe_sample_losses(event)
+        case CaptionFitMeasured():
+            return describe_caption_fit(event)
         case WeightChangeMeasured():
             return describe_weight_change(event)
         case KnowledgeCompared():
@@ -110,6 +113,20 @@ def describe_sample_losses(event: SampleLossesMeasured) -> str:
     return (
         f"{len(event.resisting)} of {count} training {verb}: the loss fell far less than that of "
         f"the others. Does the caption describe the image? {listed}"
+    )
+
+
+def describe_caption_fit(event: CaptionFitMeasured) -> str:
+    """Return the images whose caption fits hardly better than the captions of other images."""
+    count = len(event.margins)
+    if not event.unfit:
+        return f"captions of {count} images compared with those of others: no doubtful one"
+    named = ", ".join(event.unfit[:MAX_NAMED_IMAGES])
+    more = len(event.unfit) - MAX_NAMED_IMAGES
+    listed = named + (f" and {more} more" if more > 0 else "")
+    return (
+        f"the captions of {len(event.unfit)} of {count} training images fit hardly better than "
+        f"those of other images. Check whether they describe their images: {listed}"
     )
 
 

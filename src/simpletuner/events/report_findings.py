@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from simpletuner.events.charts import ChartLine, render_line_chart
 from simpletuner.events.event_types import SampleLossesMeasured, WeightChangeMeasured
 from simpletuner.events.findings import (
+    describe_caption_fit,
     describe_knowledge,
     describe_sample_losses,
     describe_verdict,
@@ -27,6 +28,8 @@ def render_findings(history: RunHistory) -> str:
     if changes:
         sentences.append(describe_weight_change(changes[-1]))
     sentences += map(describe_knowledge, history.knowledge.values())
+    if history.caption_fit is not None and history.caption_fit.unfit:
+        sentences.append(describe_caption_fit(history.caption_fit))
     trained = history.sample_losses.get("train")
     if trained is not None and trained.resisting:
         sentences.append(describe_sample_losses(trained))

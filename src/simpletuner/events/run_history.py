@@ -30,6 +30,7 @@ class RunHistory:
     verdict: event_types.VerdictReached | None = None
     prompts: event_types.PromptsChosen | None = None
     sample_losses: dict[str, event_types.SampleLossesMeasured] = field(default_factory=dict)
+    caption_fit: event_types.CaptionFitMeasured | None = None
     knowledge: dict[str, event_types.KnowledgeCompared] = field(default_factory=dict)
     weight_changes: dict[int, event_types.WeightChangeMeasured] = field(default_factory=dict)
     saved_weights: dict[str, event_types.WeightsSaved] = field(default_factory=dict)
@@ -67,6 +68,8 @@ class RunHistory:
                 self.weight_changes[event.step] = event
             case event_types.SampleLossesMeasured():
                 self.sample_losses[event.split] = event
+            case event_types.CaptionFitMeasured():
+                self.caption_fit = event
             case event_types.ScoresComputed():
                 self.scores[event.metric, event.step] = event
             case event_types.ImageSaved():

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Protocol
 
 from simpletuner.events.event_types import (
+    CaptionFitMeasured,
     CheckpointSetAside,
     Emit,
     Event,
@@ -40,6 +41,7 @@ def event_level(event: Event) -> int:
     is_detail = (
         isinstance(event, (StageProgress, StepCompleted))
         or (isinstance(event, SampleLossesMeasured) and not event.resisting)
+        or (isinstance(event, CaptionFitMeasured) and not event.unfit)
         or (isinstance(event, PromptsChosen) and not event.edited)
     )
     return LOG_LEVELS["debug"] if is_detail else LOG_LEVELS["info"]

@@ -10,6 +10,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,17 @@ from torch import Tensor, nn
 
 from simpletuner.cache.batch_types import Batch
 from simpletuner.data.sample_types import BucketedSample, MicroBatchPlan, SampleVisit
-from simpletuner.events.event_types import Emit, LossEvaluated, SampleLossesMeasured
+from simpletuner.events.event_types import (
+    CaptionFitMeasured,
+    Emit,
+    LossEvaluated,
+    SampleLossesMeasured,
+)
 from simpletuner.events.stage_reporter import StageReporter
 from simpletuner.flow.objective import add_noise, velocity_target
 from simpletuner.peers import ALONE, Peers
 from simpletuner.randomness import seed_at
+from simpletuner.validation import caption_fit
 from simpletuner.validation.convergence import LossTrajectory, find_resisting, paired_change
 from simpletuner.validation.inference import Inference, eval_mode
 
@@ -136,6 +143,8 @@ class HeldOutEvaluator:
         if eval_losses:
             self.trajectory.add(step, eval_losses)
         for held_out_set, losses in measured:
+            if losses and held_out_set.split == "train" and step == 0:
+                self._compare_captions(transformer, held_out_set, losses, emit)
             if losses:
                 best = is_best and held_out_set.split == "eval"
                 emit(self._summary(held_out_set, losses, step, best))
@@ -175,6 +184,24 @@ class HeldOutEvaluator:
                         step, held_out_set.dataset, held_out_set.split, losses, names
                     )
                 )
+
+    def _compare_captions(
+        self,
+        transformer: nn.Module,
+        held_out_set: HeldOutSet,
+        losses: Mapping[str, list[float]],
+        emit: Emit,
+    ) -> None:
+        """Emit which training images are predicted hardly better with their own caption."""
+        sigmas = caption_fit.compared_sigmas(self.sigmas)
+        if not sigmas or len(losses) < caption_fit.MIN_COMPARED_IMAGES:
+            return
+        with eval_mode(transformer):
+            margins = caption_fit.measure_margins(
+                held_out_set.batches, losses, sigmas, partial(self._losses, transformer), self.peers
+            )
+        unfit = tuple(caption_fit.find_unfit(margins))
+        emit(CaptionFitMeasured(held_out_set.dataset, margins, unfit))
 
     def _summary(
         self, held_out_set: HeldOutSet, samples: Mapping[str, list[float]], step: int, best: bool
