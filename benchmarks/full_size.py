@@ -331,7 +331,10 @@ def parts_of(
     facts = replace(
         CHROMA_CONSTANTS, text_tensors={T5_TENSOR: TextTensor(config.joint_attention_dim)}
     )
-    sketch = ModelSpec(net.transformer, (), config.width, facts, False, torch.bfloat16, 0, 0, 0, 0)
+    heads = config.num_attention_heads
+    sketch = ModelSpec(
+        net.transformer, (), config.width, heads, facts, False, torch.bfloat16, 0, 0, 0, 0
+    )
     feed = fake_step.BatchShape(samples=1, size_px=(SIZE_PX, SIZE_PX), text_rows=TEXT_ROWS)
     parts = fake_step.make_fake_context(
         run, family, sketch, feed, net, TrainSchedule(STEPS, 1, 1, 0), MemoryTrackerMode(1)

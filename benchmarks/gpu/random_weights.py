@@ -34,6 +34,7 @@ class RandomChroma(ChromaFamily):
             transformer=network,
             blocks=(*network.transformer_blocks, *network.single_transformer_blocks),
             width=self.config.width,
+            heads=self.config.num_attention_heads,
             constants=dataclasses.replace(
                 CHROMA_CONSTANTS, text_tensors={T5_TENSOR: TextTensor(width)}
             ),
