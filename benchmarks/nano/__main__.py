@@ -28,6 +28,7 @@ from pathlib import Path
 
 from benchmarks.nano import (
     captions,
+    comparison_figure,
     densities_figure,
     densities_page,
     markdown_tables,
@@ -37,6 +38,7 @@ from benchmarks.nano import (
     tuning,
 )
 from benchmarks.nano.cell_runner import CellRunner, ExperimentFolders
+from benchmarks.nano.cell_times import estimate_seconds
 from benchmarks.nano.experiment_inputs import ROOT, base_fingerprint
 from benchmarks.nano.experiments import (
     FULL_EXPERIMENT,
@@ -45,12 +47,12 @@ from benchmarks.nano.experiments import (
     TABLES,
     Cell,
     ExperimentSize,
-    estimate_seconds,
     list_cells,
 )
 
 RESULTS, DOCS = ROOT / "benchmarks" / "nano" / "results", ROOT / "docs"
 PAGE_NAME, FIGURE_NAME = "densities.md", "densities.svg"
+COMPARISON_FIGURES = {"methods": "methods.svg", "preservation": "preservation.svg"}
 COMMAND = "python -m benchmarks.nano"
 
 
@@ -184,6 +186,9 @@ def write_reports(asked: BenchmarkRequest, chosen: Sequence[Cell]) -> None:
         write_text(asked.docs / FIGURE_NAME, densities_figure.render_figure(known["density"]))
         page = (DOCS / PAGE_NAME).read_text(encoding="utf-8")
         write_text(asked.docs / PAGE_NAME, densities_page.update_page(page, known["density"]))
+    for name, figure in COMPARISON_FIGURES.items():
+        if name in known:
+            write_text(asked.docs / figure, comparison_figure.render_figure(known[name]))
     finished = sum(cell.name in done for cell in chosen)
     print(f"{finished} of {len(chosen)} cells are in {asked.results / 'README.md'}", flush=True)
 

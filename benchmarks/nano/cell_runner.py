@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.nano import cell_result, experiments
+from benchmarks.nano.cell_times import estimate_seconds
 from benchmarks.nano.experiment_inputs import (
     ROOT,
     ExperimentInputs,
@@ -205,7 +206,7 @@ class CellRunner:
         for pattern in REMOVED_WHEN_FINISHED:
             for path in run_dir.glob(pattern):
                 shutil.rmtree(path)
-        self._finished_times.append((seconds, experiments.estimate_seconds(cell, self.size)))
+        self._finished_times.append((seconds, estimate_seconds(cell, self.size)))
 
     def _choose_learning_rate(self, cell: Cell) -> float | None:
         """The learning rate of the trial with the lowest held-out loss; None when the options say
@@ -262,6 +263,6 @@ class CellRunner:
         spent, expected = (sum(column) for column in zip((0.0, 0.0), *self._finished_times))
         pace = spent / expected if expected else 1.0
         left = pace * sum(
-            experiments.estimate_seconds(cell, self.size) for cell in self.queue.unfinished_cells()
+            estimate_seconds(cell, self.size) for cell in self.queue.unfinished_cells()
         )
         return f"about {left / self._workers / 60:.0f} min left"

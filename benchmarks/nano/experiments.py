@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.nano import methods, preservation
+from benchmarks.nano.exposure import EXPOSURE_PROMPTS, EXPOSURE_ROWS, SAMPLING_STEPS
 
 PRECISIONS = ("int8", "int4", "nf4", "fp8")
 DENSITIES = ("quadratic", "parabola", "quadratic-literal", "uniform", "logit-normal")
@@ -22,38 +23,6 @@ REFERENCE_VARIANT = "lesson"
 # The preset's blocks 7 and 20 of 38, at the same depth of chroma-nano's 8.
 TINY_TARGETS = ["single_transformer_blocks.1.proj_out", "single_transformer_blocks.4.proj_out"]
 PADDED_ROWS = 512
-# Exposure bias would show with few sampling steps, which leave the path the most.
-SAMPLING_STEPS = (20, 10, 4)
-EXPOSURE_PROMPTS = 64  # per score, where rows differ by little
-# Label, variant, options.
-EXPOSURE_ROWS: tuple[tuple[str, str, Mapping[str, object]], ...] = (
-    ("plain", REFERENCE_VARIANT, {}),
-    *(
-        (
-            f"rollout, up to {length / 1000:g}",
-            f"rollout-{length}",
-            {
-                "scheduled_sampling_probability": 0.5,
-                "scheduled_sampling_max_step_offset": length,
-            },
-        )
-        for length in (50, 100)
-    ),
-    *(
-        (
-            f"MixFlow, gamma {gamma}",
-            f"mixflow-{gamma}",
-            {"mixflow_enabled": True, "mixflow_gamma": gamma},
-        )
-        for gamma in (0.4, 0.8)
-    ),
-)
-
-# Seconds of one core while the other is as busy: to start, per sample of a training step, of a
-# held-out loss, per step of a picture and to decode it; how much dearer padded rows are; muon's
-# part of a step.
-START_S, SAMPLE_STEP_S, HELD_OUT_S, IMAGE_STEP_S, IMAGE_DECODE_S = 11.0, 0.026, 0.009, 0.0135, 0.055
-PADDED_STEP_FACTOR, PADDED_FORWARD_FACTOR, MUON_STEP_S, SHAPES_DATASET_S = 8.0, 5.6, 0.15, 150.0
 
 
 @dataclass(frozen=True)
@@ -368,46 +337,6 @@ def list_cells(size: ExperimentSize, seeds: Sequence[int], only: Sequence[str] =
                 if seed in own:
                     listed.append(Cell(one, seed, tuple(_required_cells(one, seed))))
     return listed
-
-
-def estimate_seconds(cell: Cell, size: ExperimentSize) -> float:
-    """What the cell should take, to tell when all is done."""
-    one = cell.variant
-    if one.program == "world":
-        return START_S + SHAPES_DATASET_S * size.pictures / FULL_EXPERIMENT.pictures
-    scratch, padded = one.data == "shapes", one.program == "padded"
-    steps = int(
-        str(
-            one.options.get("max_train_steps", size.scratch_steps if scratch else size.lesson_steps)
-        )
-    )
-    batch = int(
-        str(
-            one.options.get(
-                "train_batch_size", size.scratch_batch if scratch else size.lesson_batch
-            )
-        )
-    )
-    metrics = {"none": 0, "zorbo": 1}.get(
-        str(one.options.get("evaluation_type")), 1 if scratch else 2
-    )
-    unseen = int(str(one.options.get("num_eval_images", size.unseen)))
-    forward = PADDED_FORWARD_FACTOR if padded else 1.0
-    training = steps * (
-        batch
-        * SAMPLE_STEP_S
-        * (PADDED_STEP_FACTOR if padded else 1)
-        * preservation.step_cost(one.name)
-        + (MUON_STEP_S if scratch else 0)
-    )
-    measuring = 2 * 2 * unseen * size.sigmas * HELD_OUT_S * forward
-    sampling_steps = int(
-        str(one.options.get("validation_num_inference_steps", size.sampling_steps))
-    )
-    prompts = int(str(one.options.get("evaluation_prompts", size.prompts)))
-    one_picture = sampling_steps * IMAGE_STEP_S * forward + IMAGE_DECODE_S
-    drawing = metrics * prompts * one_picture
-    return START_S + training + measuring + drawing
 
 
 # What is told together is trained together, seed by seed, so that an early end leaves whole

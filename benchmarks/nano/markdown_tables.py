@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.nano.experiments import EXPOSURE_PROMPTS, SAMPLING_STEPS
+from benchmarks.nano.exposure import EXPOSURE_PROMPTS, SAMPLING_STEPS
 from benchmarks.nano.methods import METHOD_NOTES, METHOD_PART_NAMES, verdict_in_words
 from benchmarks.nano.preservation import NOTE as PRESERVATION_NOTE
 from benchmarks.nano.result_tables import TableData
