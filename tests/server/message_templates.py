@@ -32,6 +32,7 @@ MODULES = (
     *(f"server/{name}" for name in ("config_validation", "dataset_items", "dataset_service")),
     *(f"server/{name}" for name in ("device_demand", "draft_store", "failure_advice", "file_responses")),
     *(f"server/{name}" for name in ("generation_service", "image_index", "job_config", "job_folder")),
+    *(f"server/{name}" for name in ("folder_browser", "inspection_service")),
     *(f"server/{name}" for name in ("job_service", "lora_library", "manager", "plan_service")),
     *(f"server/{name}" for name in ("preferences", "run_artifacts", "run_prompts", "run_service")),
     *(f"server/{name}" for name in ("start_checks", "storage", "thumbnails", "trash", "uploads")),
@@ -41,7 +42,7 @@ MODULES = (
 MODULES += (
     *(f"data/{name}" for name in ("batch_sources", "captions", "caption_tables", "image_plugins")),
     *(f"data/{name}" for name in ("image_files", "masks", "pixels", "regularisation", "scan")),
-    *(f"data/{name}" for name in ("crop_assignment", "image_choices")),
+    *(f"data/{name}" for name in ("crop_assignment", "dataset_findings", "image_choices")),
     *("events/findings", "training/hold_out", "training/resume", "training/run_start"),
 )
 # Literals of those modules that no page shows: patterns, headers, parts of JSON, an example.
@@ -166,7 +167,10 @@ PATTERN_OPTIONS = (
     "validation_strengths",
     "hub_model_id",
 )
-COUNTED = ("{n} image", "{n} images", "{n} GPU", "{n} GPUs", "{n} characters")
+COUNTED = (
+    "{n} image", "{n} images", "{n} GPU", "{n} GPUs", "{n} characters", "{n} file", "{n} files",
+    "{n} group", "{n} groups", "{n} caption", "{n} captions",
+)  # fmt: skip
 JOINED = (
     "{} or {}",
     "{}, {} or {}",

@@ -22,6 +22,7 @@ from simpletuner.server import image_index
 from simpletuner.server.api_errors import ApiError
 from simpletuner.server.dataset_items import CropSettings
 from simpletuner.server.dataset_service import DatasetService
+from simpletuner.server.folder_browser import list_folder
 from simpletuner.server.schemas.datasets import DatasetInfo
 from simpletuner.server.workspace import PathOutsideWorkspace
 from tests.data.unusable_files import encode_image, png_header
@@ -366,16 +367,18 @@ def test_folders(tmp_path: Path) -> None:
     (allowed / "out").symlink_to("/etc")
     where = make_workspace(tmp_path / "w", allowed)
     datasets = DatasetService(where)
-    assert datasets.browse_folder("").folders == [str(where.root), str(allowed.resolve())]
-    assert datasets.browse_folder(str(allowed)).folders == [str(allowed.resolve() / "cats")]
-    cats = datasets.browse_folder(str(allowed / "cats"))
+    assert list_folder(datasets.workspace, "").folders == [str(where.root), str(allowed.resolve())]
+    assert list_folder(datasets.workspace, str(allowed)).folders == [
+        str(allowed.resolve() / "cats")
+    ]
+    cats = list_folder(datasets.workspace, str(allowed / "cats"))
     assert (cats.folders, cats.pictures) == ([str(allowed.resolve() / "cats" / "inner")], 8)
     for path in ("/", "/etc", str(tmp_path), "..", str(allowed / "out"), "a\0"):
         with pytest.raises(PathOutsideWorkspace):
-            datasets.browse_folder(path)
+            list_folder(datasets.workspace, path)
     for path in (str(allowed / "none"), str(allowed / "cats" / "0.png"), ".simpletuner"):
         with pytest.raises(ApiError):
-            datasets.browse_folder(path)
+            list_folder(datasets.workspace, path)
 
 
 def test_importing_brings_neither_numpy_nor_pillow() -> None:

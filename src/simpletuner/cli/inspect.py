@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from simpletuner.atomic_io import write_atomically
 from simpletuner.cli.token_counter import find_token_counter
 from simpletuner.config import flags
 from simpletuner.config.load import load_config
@@ -24,11 +25,13 @@ from simpletuner.data.dataset_findings import Finding, find_problems
 from simpletuner.data.rejections import make_printable
 from simpletuner.data.remote_store import open_remote_store
 from simpletuner.data.statistics import DatasetStatistics, TrainingLength, inspect_datasets
-from simpletuner.errors import ConfigError, Problem
+from simpletuner.errors import ConfigError, Problem, storage_error
 from simpletuner.events.formatting import count_of
 from simpletuner.events.terminal_sink import TerminalSink
 
-COMMAND_FLAGS = ("config", "env", "example", "dataset", "html", "trigger", "json", "headers_only")
+COMMAND_FLAGS = (
+    "config", "env", "example", "dataset", "html", "output", "trigger", "json", "headers_only",
+)  # fmt: skip
 SWITCHES = ("json", "headers_only")
 MAX_LISTED_BUCKETS = 8
 MAX_LISTED_TEXTS = 8
@@ -44,7 +47,8 @@ def command(words: tuple[str, ...]) -> None:
     simpletuner inspect FOLDER, --dataset FILE, or --config PATH, --env NAME or --example NAME as
     for train. Any option of a training may follow, such as --resolution 768. --trigger TEXT is the
     word to check the captions for (default: modelspec_trigger or instance_prompt). --html FILE
-    writes one page with a contact sheet, --json prints one object. --headers-only decodes no image.
+    writes one page with a contact sheet, --json prints one object, --output FILE writes that object
+    to a file. --headers-only decodes no image.
     Nothing is downloaded, and nothing is written to the dataset.
     """
     folders: list[str] = []
@@ -79,11 +83,22 @@ def command(words: tuple[str, ...]) -> None:
 
         path = write_page(Path(str(given["html"])), statistics, findings, placed, run.data)
         click.echo(f"wrote {path}", err=True)
+    text = json.dumps(statistics_as_json(statistics, findings), indent=2)
+    if given.get("output"):
+        _write_output(Path(str(given["output"])), text)
     if "json" in given:
-        click.echo(json.dumps(statistics_as_json(statistics, findings), indent=2))
-    else:
+        click.echo(text)
+    elif not given.get("output"):
         for line in (*format_statistics(statistics, notices), *format_findings(findings)):
             click.echo(make_printable(line))
+
+
+def _write_output(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, f"{text}\n")
+    except OSError as error:
+        raise storage_error(f"{path} cannot be written", error) from error
+    click.echo(f"wrote {path.absolute()}", err=True)
 
 
 def _check_flags(given: Mapping[str, str | None], folders: Sequence[str]) -> None:

@@ -92,21 +92,23 @@ def _copy_findings(statistics: DatasetStatistics) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "held_out_leak",
-            f"{count_of(len(leaks), 'image')} of a held-out dataset "
-            f"{'is' if len(leaks) == 1 else 'are'} also trained on, exactly or nearly",
+            f"{count_of(len(leaks), 'image')} both held out and trained on, exactly or nearly",
             "Remove them from one of the two datasets; the held-out loss would be too low.",
             _first_ids(leaks),
         )
-    for code, count, listed, what in (
-        ("identical_images", statistics.identical_count, statistics.identical, "the same file"),
-        ("near_duplicates", statistics.near_count, statistics.near, "nearly the same image"),
+    same, alike = (
+        count_of(statistics.identical_count, "group"),
+        count_of(statistics.near_count, "group"),
+    )
+    for code, listed, message in (
+        ("identical_images", statistics.identical, f"{same} of images that are the same file"),
+        ("near_duplicates", statistics.near, f"{alike} of images that look nearly the same"),
     ):
-        if count:
-            images = "images that are" if count == 1 else "images that are each"
+        if listed:
             yield Finding(
                 "warning",
                 code,
-                f"{count_of(count, 'group')} of {images} {what}",
+                message,
                 "Keep the best one of each group: every copy counts like one more repeat, and is "
                 "what is memorised first.",
                 _first_ids(listed),

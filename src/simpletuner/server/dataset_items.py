@@ -44,13 +44,16 @@ def build_item(index: ImageIndex, file: str, crop_settings: CropSettings) -> Dat
             refused=reason,
             bucket_px=None,
             crop_px=None,
+            excluded=file in index.choices.excluded,
+            crop_box=None,
         )
+    box = index.choices.boxes.get(file)
     window = None
     crop = None
     if row.problem is None:
         sample_id = f"{index.dataset.id}/{file}"
         resize, corner, window = assign_bucket(
-            crop_settings.framing, row.size_px, sample_id, crop_settings.seed, ALIGNMENT_PX
+            crop_settings.framing, row.size_px, sample_id, crop_settings.seed, ALIGNMENT_PX, box
         )
         crop = _crop_in_image(row.size_px, resize, corner, window)
     return DatasetItem(
@@ -62,6 +65,8 @@ def build_item(index: ImageIndex, file: str, crop_settings: CropSettings) -> Dat
         refused=row.problem,
         bucket_px=window,
         crop_px=crop,
+        excluded=file in index.choices.excluded,
+        crop_box=box,
     )
 
 

@@ -8,26 +8,28 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.atomic_io import write_atomically
-from simpletuner.data.geometry import ImageSize, bucket_size
+from simpletuner.data.geometry import CropBox, ImageSize, bucket_size
+from simpletuner.data.image_choices import check_box, read_crop_boxes
 from simpletuner.data.image_files import ImageFile
-from simpletuner.data.image_suffixes import IMAGE_SUFFIXES
-from simpletuner.errors import DataError
+from simpletuner.data.rejections import UnusableFile
+from simpletuner.errors import ConfigError, DataError
 from simpletuner.server.api_errors import abort
 from simpletuner.server.caption_files import write_caption
 from simpletuner.server.dataset_items import ALIGNMENT_PX, CropSettings, build_item
 from simpletuner.server.file_reader import read_json_object
+from simpletuner.server.folder_browser import is_server_folder
+from simpletuner.server.image_choice_store import ImageChoiceStore
 from simpletuner.server.schemas.datasets import (
     BucketCount,
     CaptionWrite,
     DatasetFindings,
     DatasetInfo,
     DatasetItemPage,
-    FolderListing,
 )
 from simpletuner.server.workspace import Workspace, run_id
 
@@ -52,6 +54,7 @@ class DatasetService:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
+        self.choices = ImageChoiceStore(workspace)
         self._indexes: dict[tuple[str, Path], ImageIndex] = {}
         self._lock = threading.Lock()
         self._write_lock = threading.Lock()
@@ -85,11 +88,12 @@ class DatasetService:
                 abort(409, f"there is already a dataset named {name}", "name")
             if path is None:
                 (self.workspace.datasets_dir / name).mkdir(parents=True)
+                self.choices.forget(self.workspace.datasets_dir / name)
             else:
                 folder = self.workspace.resolve(path)
                 if not folder.is_dir():
                     abort(422, "this is not a folder", "path")
-                if folder == self.workspace.root or self._is_server_folder(folder):
+                if folder == self.workspace.root or is_server_folder(self.workspace, folder):
                     abort(422, "choose a folder of images, not the server's own folder", "path")
                 self.write_added_folders({**self.added_folders(), name: str(folder)})
         return self.get_info(name)
@@ -97,7 +101,7 @@ class DatasetService:
     def get_info(self, name: str, wait_s: float = READ_WAIT_S) -> DatasetInfo:
         index = self._refreshed_index(name, wait_s)
         rows = index.rows()
-        kinds = Counter(row.status for _, row in rows)
+        kinds = Counter(row.status for _, row in index.used_rows())
         return DatasetInfo(
             name=name,
             path=str(index.folder),
@@ -105,6 +109,7 @@ class DatasetService:
             pictures=len(index.images) + len(index.rejected_names),
             captioned=kinds["captioned"],
             refused=kinds["refused"] + len(index.rejected_names),
+            excluded=len(index.choices.excluded & index.images.keys()),
             size_bytes=sum(row.stamps[0][1] for _, row in rows),
             unread=max(0, len(index.images) - len(rows)),
         )
@@ -125,22 +130,34 @@ class DatasetService:
             )
 
     def list_items(
-        self, name: str, offset: int, limit: int, only: str, crop_settings: CropSettings
+        self,
+        name: str,
+        offset: int,
+        limit: int,
+        only: str,
+        crop_settings: CropSettings,
+        sort: str = "name",
     ) -> DatasetItemPage:
-        """Return a page of images, sorted by name.
+        """Return a page of images, sorted by name or by the length of the caption.
 
-        only: all, captioned, uncaptioned, refused, duplicate or small.
+        only: all, captioned, uncaptioned, refused, excluded, duplicate or small. All have the
+        excluded ones.
         """
         index = self._refreshed_index(name)
         rows = index.rows()
         if only == "all":
             shown = list(index.images)
+        elif only == "excluded":
+            shown = [key for key in index.images if key in index.choices.excluded]
         elif only == "duplicate":
             shown = [key for group in self.findings(name).duplicates for key in group]
         elif only == "small":
             shown = self.findings(name).small
         else:
-            shown = [key for key, row in rows if row.status == only]
+            shown = [key for key, row in index.used_rows() if row.status == only]
+        if sort != "name":
+            lengths = {key: len(" ".join(row.captions)) for key, row in rows}
+            shown.sort(key=lambda key: lengths.get(key, 0), reverse=sort == "longest")
         shown += sorted(index.rejected_names) if only in ("all", "refused") else []
         page = [build_item(index, key, crop_settings) for key in shown[offset : offset + limit]]
         unread = max(0, len(index.images) - len(rows))
@@ -148,8 +165,12 @@ class DatasetService:
 
     def count_buckets(self, name: str, crop_settings: CropSettings) -> list[BucketCount]:
         """Count the images that are read and can be trained on, per bucket size."""
+        index = self._refreshed_index(name)
+        boxes = index.choices.boxes
         sizes = Counter(
-            row.size_px for _, row in self._refreshed_index(name).rows() if row.problem is None
+            boxes[key][2:] if key in boxes else row.size_px
+            for key, row in index.used_rows()
+            if row.problem is None
         )
         totals: Counter[ImageSize] = Counter()
         for size, count in sizes.items():
@@ -164,11 +185,15 @@ class DatasetService:
         from simpletuner.data.duplicates import find_identical_files
 
         index = self._refreshed_index(name)
-        names = {image.file: key for key, image in index.images.items()}
+        names = {
+            image.file: key
+            for key, image in index.images.items()
+            if key not in index.choices.excluded
+        }
         groups = find_identical_files(names)
         small = [
             key
-            for key, row in index.rows()
+            for key, row in index.used_rows()
             if row.problem is None and min(row.size_px) < SMALL_IMAGE_PX
         ]
         return DatasetFindings(
@@ -205,12 +230,13 @@ class DatasetService:
     def uncaptioned_files(self, folder: Path) -> list[str]:
         """Return the images without a caption among those that have been read, sorted."""
         return sorted(
-            name for name, row in self._index_of(folder).rows() if row.status == "uncaptioned"
+            name for name, row in self._index_of(folder).used_rows() if row.status == "uncaptioned"
         )
 
     def captions(self, name: str) -> list[tuple[str, ...]]:
         """Return the captions of each captioned image that has been read."""
-        return [row.captions for _, row in self._refreshed_index(name).rows() if row.captions]
+        rows = self._refreshed_index(name).used_rows()
+        return [row.captions for _, row in rows if row.captions]
 
     def caption_files(self, name: str, files: list[str] | None) -> list[tuple[str, Path]]:
         """Return (image, caption file) of the images that have one; of `files`, or of all.
@@ -228,11 +254,18 @@ class DatasetService:
 
     def image_sizes(self, folder: Path) -> set[ImageSize]:
         """Return the sizes in px of the usable images that have been read."""
-        return {row.size_px for _, row in self._index_of(folder).rows() if row.problem is None}
+        index = self._index_of(folder)
+        boxes = index.choices.boxes
+        return {
+            boxes[name][2:] if name in boxes else row.size_px
+            for name, row in index.used_rows()
+            if row.problem is None
+        }
 
     def some_captions(self, folder: Path, limit: int = 4) -> list[str]:
         """Return the captions of a few images, evenly spread over the dataset."""
-        captions = [row.captions[0] for _, row in self._index_of(folder).rows() if row.captions]
+        rows = self._index_of(folder).used_rows()
+        captions = [row.captions[0] for _, row in rows if row.captions]
         stride = max(1, len(captions) // limit)
         return captions[::stride][:limit]
 
@@ -267,30 +300,6 @@ class DatasetService:
         if index is not None:
             index.invalidate()
 
-    def browse_folder(self, path: str) -> FolderListing:
-        """Return the content of an allowed folder; for path "", the allowed roots.
-
-        Raises PathOutsideWorkspace, and ApiError 404 if the path is not a folder.
-        """
-        if not path:
-            return FolderListing(
-                path="", folders=[str(root) for root in self.workspace.allowed_roots], pictures=0
-            )
-        folder = self.workspace.resolve(path)
-        if not folder.is_dir() or self._is_server_folder(folder):
-            abort(404, "this is not a folder")
-        subfolders = []
-        image_count = 0
-        for entry in os.scandir(folder):
-            visible = not entry.name.startswith(".") and entry.name.isprintable()
-            image_count += visible and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
-            if visible and entry.is_dir() and self.workspace.resolve_or_none(entry.path):
-                subfolders.append(entry.path)
-        return FolderListing(path=str(folder), folders=sorted(subfolders), pictures=image_count)
-
-    def _is_server_folder(self, folder: Path) -> bool:
-        return self.workspace.server_dir in (folder, *folder.parents)
-
     def added_folders(self) -> dict[str, str]:
         """Return the folders outside the workspace's datasets, by the names of their datasets."""
         return read_json_object(self.workspace.server_dir / "datasets.json") or {}
@@ -314,6 +323,38 @@ class DatasetService:
             return [self.workspace.resolve_below(index.folder, file)]
         image = self._require_image(index, file)
         return [image.path, *([image.caption_path] if image.caption_path else [])]
+
+    def exclude(self, name: str, files: Sequence[str], excluded: bool) -> DatasetInfo:
+        """Leave images out of all later runs, or use them again; the files stay as they are.
+
+        Raises ApiError 404 for an unknown file.
+        """
+        index = self._refreshed_index(name)
+        for file in files:
+            if excluded or file not in index.choices.excluded:
+                self._require_image(index, file)
+        self.choices.exclude(index.folder, files, excluded)
+        return self.get_info(name)
+
+    def set_crop_box(
+        self, name: str, file: str, box: CropBox | None, crop_settings: CropSettings
+    ) -> DatasetItemPage:
+        """Use a part of an image in later runs, or the whole; return the updated image.
+
+        Raises ApiError: 404 for an unknown file, 422 for a box that does not fit the image.
+        """
+        index = self._refreshed_index(name)
+        image = self._require_image(index, file)
+        size = index.refresh_row(image).size_px
+        if box is not None:
+            try:
+                read_crop_boxes({file: box})
+                check_box(box, size)
+            except (ConfigError, UnusableFile) as error:
+                abort(422, str(error), "box")
+        self.choices.set_box(index.folder, file, box if box != (0, 0, *size) else None)
+        index = self._refreshed_index(name)
+        return DatasetItemPage(total=1, offset=0, items=[build_item(index, file, crop_settings)])
 
     def _find_folder(self, name: str) -> Path | None:
         """Return the resolved folder of a dataset, or None if it is missing or not allowed."""
@@ -341,5 +382,6 @@ class DatasetService:
             header_cache = self.workspace.server_dir / "datasets" / f"{name}.json"
             new_index = ImageIndex(self.workspace, name, folder, header_cache)
             index = self._indexes.setdefault((name, folder), new_index)
+        index.apply_choices(self.choices.of(folder))
         index.refresh(wait_s)
         return index

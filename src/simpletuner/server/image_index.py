@@ -23,6 +23,7 @@ from simpletuner.data.rejections import UnusableFile
 from simpletuner.data.sources import LocalFile
 from simpletuner.errors import DataError
 from simpletuner.server.file_reader import read_json_object
+from simpletuner.server.image_choice_store import NO_CHOICES, FolderChoices
 from simpletuner.server.workspace import PathOutsideWorkspace, Workspace
 
 DEFAULT_OPTIONS = DataOptions()
@@ -82,6 +83,7 @@ class ImageIndex:
         # Folder -> its mtime when it was listed; empty: not listed yet.
         self._folders: dict[str, int] = {}
         self._allowed_folders: set[str] = set()
+        self.choices = NO_CHOICES
         self._due_t = NOT_SCHEDULED
         self._lock = threading.Lock()
 
@@ -107,6 +109,21 @@ class ImageIndex:
             raise DataError(f"{self.folder}: {error.strerror}") from error
         finally:
             self._lock.release()
+
+    def apply_choices(self, choices: FolderChoices) -> None:
+        """Use other choices of the user; images whose crop box has changed are read again."""
+        if choices == self.choices:
+            return
+        with self._lock:
+            before, self.choices = self.choices.boxes, choices
+            for name in before.keys() | choices.boxes.keys():
+                if before.get(name) != choices.boxes.get(name):
+                    self._rows.pop(name, None)
+                    self._pending += [name] if name in self.images else []
+
+    def used_rows(self) -> list[tuple[str, ImageRow]]:
+        """Return (name, row) of the images that have been read and are not left out."""
+        return [(name, row) for name, row in self.rows() if name not in self.choices.excluded]
 
     def invalidate(self) -> None:
         """List the folder again at the next refresh, even if its modification time is the same."""
@@ -179,7 +196,8 @@ class ImageIndex:
         try:
             size = self._image_size(image, stamps[0])
             # Raises UnusableFile if the aspect ratio is beyond the limits.
-            assign_bucket(ResizeCropConfig(), size, image.relative_path, 0, 1)
+            box = self.choices.boxes.get(image.relative_path)
+            assign_bucket(ResizeCropConfig(), size, image.relative_path, 0, 1, box)
             captions = read_captions(self.dataset, image.file, image.caption_file, DEFAULT_OPTIONS)
         except UnusableFile as error:
             problem = None if error.reason == "caption_missing" else str(error)

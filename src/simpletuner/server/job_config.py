@@ -25,6 +25,7 @@ from simpletuner.server.config_validation import (
 )
 from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.form_schema import NOT_SETTABLE
+from simpletuner.server.image_choice_store import NO_CHOICES, ImageChoiceStore
 from simpletuner.server.run_artifacts import checkpoint_step, list_outputs
 from simpletuner.server.schemas.base import ErrorDetail
 from simpletuner.server.schemas.configs import Draft, PromptEntry
@@ -123,7 +124,7 @@ def job_config_from_draft(draft: Draft, workspace: Workspace, trains: bool = Tru
         _require_no_results(run_dir, loc)
     return JobConfig(
         {**config, "output_dir": str(run_dir)},
-        _with_absolute_paths(draft.datasets, workspace),
+        with_image_choices(_with_absolute_paths(draft.datasets, workspace), workspace),
         prompts=draft.prompts,
     )
 
@@ -167,6 +168,21 @@ def _with_absolute_paths(
         }
         for dataset in map(dict, datasets)
     ]
+
+
+def with_image_choices(
+    datasets: Sequence[dict[str, Any]], workspace: Workspace
+) -> list[dict[str, Any]]:
+    """Return datasets with what was decided on the pages about single images."""
+    store = ImageChoiceStore(workspace)
+    changed = []
+    for dataset in datasets:
+        folder = dataset.get("instance_data_dir")
+        choices = NO_CHOICES
+        if isinstance(folder, str) and dataset.get("type", "local") == "local":
+            choices = store.of(workspace.resolve(folder))
+        changed.append({**dataset, **choices.to_fields(dataset)})
+    return changed
 
 
 def job_config_from_run(

@@ -34,7 +34,7 @@ from simpletuner.server.workspace import Workspace, run_id
 ControlFile = Literal["stop", "save", "validate"]  # files in control/ that a training watches
 ID_PATTERN = re.compile(r"[0-9a-f]{12}")
 MAX_ENDED_SHOWN = 200
-CPU_KINDS: tuple[JobKind, ...] = ("export", "merge", "check")
+CPU_KINDS: tuple[JobKind, ...] = ("export", "merge", "check", "inspect")
 Validate = Callable[[Mapping[str, Any], Sequence[Any]], ConfigValidationResult]
 
 

@@ -91,6 +91,7 @@ class Manager:
         if self._datasets.is_owned(name):
             new_folder = folder.with_name(new_name)
             os.rename(folder, new_folder)
+            self._datasets.choices.move(folder, new_folder)
         else:
             listed = self._datasets.added_folders()
             listed[new_name] = listed.pop(name)

@@ -15,6 +15,7 @@ from simpletuner.server.dataset_service import DatasetService
 from simpletuner.server.device_demand import require_devices
 from simpletuner.server.draft_store import DraftStore
 from simpletuner.server.generation_service import GenerationService
+from simpletuner.server.inspection_service import InspectionService
 from simpletuner.server.job_service import JobService
 from simpletuner.server.live_broadcaster import LiveBroadcaster
 from simpletuner.server.lora_library import LoraLibrary
@@ -49,6 +50,7 @@ class Services:
     trash: Trash
     generations: GenerationService
     caption_desk: CaptionDesk
+    inspections: InspectionService
     loras: LoraLibrary
     preferences: Preferences
     prompt_libraries: PromptLibraries
@@ -78,6 +80,7 @@ class Services:
                 workspace, datasets, jobs, trash, settings.tool_command, hardware.known_devices
             ),
             generations=GenerationService(workspace, jobs, trash, settings.tool_command),
+            inspections=InspectionService(workspace, datasets, jobs, settings.tool_command),
             loras=LoraLibrary(workspace, runs, jobs, trash, settings.tool_command),
             preferences=preferences,
             prompt_libraries=PromptLibraries(workspace, trash),

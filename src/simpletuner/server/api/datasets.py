@@ -12,7 +12,10 @@ from simpletuner.data.geometry import ResizeCropConfig
 from simpletuner.server.api_errors import abort
 from simpletuner.server.dataset_items import DEFAULT_SEED, CropSettings
 from simpletuner.server.file_responses import make_file_response
+from simpletuner.server.folder_browser import list_folder
 from simpletuner.server.schemas import datasets as schemas
+from simpletuner.server.schemas.inspection import Inspection, InspectionRequest
+from simpletuner.server.schemas.jobs import Job
 from simpletuner.server.services import ServicesDep
 from simpletuner.server.thumbnails import get_thumbnail
 from simpletuner.server.uploads import BLOCK_BYTES
@@ -72,10 +75,29 @@ def list_items(
     crop: CropSettingsDep,
     offset: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=1, le=200)] = 60,
-    only: Literal["all", "captioned", "uncaptioned", "refused", "duplicate", "small"] = "all",
+    only: Literal[
+        "all", "captioned", "uncaptioned", "refused", "excluded", "duplicate", "small"
+    ] = "all",
+    sort: Literal["name", "shortest", "longest"] = "name",
 ) -> schemas.DatasetItemPage:
-    """Return a page of the images of a dataset."""
-    return services.datasets.list_items(name, offset, limit, only, crop)
+    """Return a page of the images of a dataset; shortest, longest: by their captions."""
+    return services.datasets.list_items(name, offset, limit, only, crop, sort)
+
+
+@router.put("/datasets/{name}/exclusions")
+def exclude_images(
+    name: str, body: schemas.ExclusionWrite, services: ServicesDep
+) -> schemas.DatasetInfo:
+    """Leave images out of later runs, or use them again; no file is changed."""
+    return services.datasets.exclude(name, body.files, body.excluded)
+
+
+@router.put("/datasets/{name}/crop-boxes/{path:path}")
+def set_crop_box(
+    name: str, path: str, body: schemas.CropBoxWrite, services: ServicesDep, crop: CropSettingsDep
+) -> schemas.DatasetItemPage:
+    """Use a part of an image in later runs; no file is changed. Return the updated image."""
+    return services.datasets.set_crop_box(name, path, body.box, crop)
 
 
 @router.get("/datasets/{name}/findings")
@@ -144,7 +166,19 @@ def write_caption(
     return services.datasets.write_caption(name, path, body, crop)
 
 
+@router.get("/datasets/{name}/inspection")
+def get_inspection(name: str, services: ServicesDep) -> Inspection:
+    """Return the newest inspection of a dataset, and its job."""
+    return services.inspections.get(name)
+
+
+@router.post("/datasets/{name}/inspection", status_code=201)
+def start_inspection(name: str, body: InspectionRequest, services: ServicesDep) -> Job:
+    """Queue an inspection: sizes, buckets, captions, copies, blurred and tiny images."""
+    return services.inspections.start(name, body)
+
+
 @router.get("/folders")
 def browse_folder(services: ServicesDep, path: str = "") -> schemas.FolderListing:
     """Return the content of an allowed folder."""
-    return services.datasets.browse_folder(path)
+    return list_folder(services.workspace, path)

@@ -11,9 +11,9 @@ class DatasetInfo(ApiModel):
     """One dataset with its counts.
 
     owned: the folder is in the workspace's datasets folder, so files can be uploaded to it. Every
-    image is captioned, uncaptioned, refused (it cannot be trained on) or unread (its header has not
-    been read yet; request the dataset again). `pictures`: number of images. problem: why the folder
-    cannot be read.
+    image is captioned, uncaptioned, refused (it cannot be trained on), excluded (the user leaves it
+    out) or unread (its header has not been read yet; request the dataset again). `pictures`: number
+    of images. problem: why the folder cannot be read.
     """
 
     name: str
@@ -25,6 +25,7 @@ class DatasetInfo(ApiModel):
     size_bytes: int
     unread: int = 0
     problem: str = ""
+    excluded: int = 0
 
 
 class DatasetRequest(ApiModel):
@@ -62,7 +63,8 @@ class DatasetItem(ApiModel):
     bucket_px: (width, height) that it is resized and cropped to. crop_px: (left, top, width,
     height) of the crop in the original's pixels. Both are None for a refused file. caption_text:
     content of the .txt file, None if there is none or it is not UTF-8. captions: its alternative
-    captions.
+    captions. excluded: the user leaves it out. crop_box: (left, top, width, height) of the part
+    that is used as if it were the whole image, None for all of it.
     """
 
     file: str
@@ -73,6 +75,8 @@ class DatasetItem(ApiModel):
     refused: str | None
     bucket_px: tuple[int, int] | None
     crop_px: tuple[int, int, int, int] | None
+    excluded: bool = False
+    crop_box: tuple[int, int, int, int] | None = None
 
 
 class DatasetItemPage(ApiModel):
@@ -140,3 +144,16 @@ class ImageSelection(ApiModel):
     """Some images of a dataset."""
 
     files: list[str] = Field(min_length=1, max_length=10_000)
+
+
+class ExclusionWrite(ApiModel):
+    """Images to leave out of later runs, or to use again (excluded: false)."""
+
+    files: list[str] = Field(min_length=1, max_length=10_000)
+    excluded: bool
+
+
+class CropBoxWrite(ApiModel):
+    """A part of an image, (left, top, width, height) in px of the upright image; None for all."""
+
+    box: tuple[int, int, int, int] | None

@@ -6,7 +6,7 @@ from typing import Literal
 
 from simpletuner.server.schemas.base import ApiModel, JobState, Message
 
-JobKind = Literal["train", "rehearse", "generate", "caption", "export", "merge", "check"]
+JobKind = Literal["train", "rehearse", "generate", "caption", "export", "merge", "check", "inspect"]
 
 
 class JobRequest(ApiModel):
