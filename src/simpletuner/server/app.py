@@ -97,6 +97,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services.preferences.job_variables,
     )
     supervisor.start()
+    services.usage.start()
     yield
+    services.usage.close()
     await run_in_threadpool(supervisor.close)
     services.plans.close()

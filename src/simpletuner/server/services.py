@@ -28,6 +28,7 @@ from simpletuner.server.settings import ServerSettings
 from simpletuner.server.start_checks import StartChecks
 from simpletuner.server.step_times import StepTimes
 from simpletuner.server.trash import Trash
+from simpletuner.server.usage import UsageRecorder, UsageSampler
 from simpletuner.server.workspace import Workspace
 
 
@@ -55,6 +56,7 @@ class Services:
     preferences: Preferences
     prompt_libraries: PromptLibraries
     manager: Manager
+    usage: UsageRecorder
     broadcaster: LiveBroadcaster
 
     @classmethod
@@ -85,6 +87,9 @@ class Services:
             preferences=preferences,
             prompt_libraries=PromptLibraries(workspace, trash),
             manager=Manager(workspace, trash, runs, jobs, datasets, drafts),
+            usage=UsageRecorder(
+                UsageSampler(workspace.root), lambda: bool(jobs.unfinalized_folders())
+            ),
             datasets=datasets,
             checks=checks,
             broadcaster=LiveBroadcaster(runs, jobs.get_queue, settings.max_sockets),

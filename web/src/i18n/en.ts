@@ -10,6 +10,7 @@ import { runPrompts } from "./en/runPrompts";
 import { runs } from "./en/runs";
 import { settings } from "./en/settings";
 import { system } from "./en/system";
+import { usage } from "./en/usage";
 import { verdict } from "./en/verdict";
 
-export const en = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, system, verdict };
+export const en = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, system, usage, verdict };

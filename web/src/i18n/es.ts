@@ -11,6 +11,7 @@ import { runPrompts } from "./es/runPrompts";
 import { runs } from "./es/runs";
 import { settings } from "./es/settings";
 import { system } from "./es/system";
+import { usage } from "./es/usage";
 import { verdict } from "./es/verdict";
 
-export const es: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, system, verdict };
+export const es: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, system, usage, verdict };

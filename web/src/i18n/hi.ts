@@ -11,6 +11,7 @@ import { runPrompts } from "./hi/runPrompts";
 import { runs } from "./hi/runs";
 import { settings } from "./hi/settings";
 import { system } from "./hi/system";
+import { usage } from "./hi/usage";
 import { verdict } from "./hi/verdict";
 
-export const hi: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, system, verdict };
+export const hi: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, system, usage, verdict };

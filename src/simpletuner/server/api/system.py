@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from simpletuner import __version__
 from simpletuner.server import hardware
 from simpletuner.server.schemas.system import DiskInfo, LoginRequest, SystemInfo
+from simpletuner.server.schemas.usage import MachineUsage
 from simpletuner.server.security_middleware import check_token, cookie_name
 from simpletuner.server.services import ServicesDep
 
@@ -45,6 +46,12 @@ def get_system(services: ServicesDep) -> SystemInfo:
         disks=list_disks(workspace.allowed_roots),
         packages=installed_versions(),
     )
+
+
+@router.get("/system/usage")
+def get_usage(services: ServicesDep, since: float = 0.0) -> MachineUsage:
+    """Return the load of the machine after `since` (unix seconds), as far as it was recorded."""
+    return services.usage.history(since)
 
 
 def list_disks(folders: tuple[Path, ...]) -> list[DiskInfo]:
