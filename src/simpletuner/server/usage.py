@@ -133,7 +133,7 @@ class UsageSampler:
 class UsageRecorder:
     """Keeps the samples of the last hours, taken while a job runs or a page asks.
 
-    is_busy: whether a job runs. An idle server that nobody looks at takes none.
+    is_busy: whether a job runs. An idle server without an open page takes none.
     """
 
     def __init__(self, sampler: UsageSampler, is_busy: Callable[[], bool]) -> None:
