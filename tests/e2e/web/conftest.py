@@ -5,11 +5,20 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Page,
+    expect,
+    sync_playwright,
+)
+from playwright.sync_api import Error as PlaywrightError
 
 from tests.e2e.web.server_process import (
     FAKE_COMMAND,
@@ -21,6 +30,7 @@ from tests.e2e.web.server_process import (
 )
 
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome")
+ORIGIN_WITHOUT_SCRIPT = "/api/v1/system"
 AXE_PATH = ROOT / "web" / "node_modules" / "axe-core" / "axe.min.js"
 
 
@@ -67,16 +77,23 @@ class PageMonitor:
     def __init__(self, page: Page, origin: str) -> None:
         self.origin, self.recorded = origin, list[str]()
         self.allowed: list[str] = []
-        page.on(
-            "console",
-            lambda told: (
-                told.type == "error"
-                and self.recorded.append(f"console: {told.text} {told.location['url']}")
-            ),
-        )
-        page.on("pageerror", lambda error: self.recorded.append(f"error: {error}"))
-        page.on("request", lambda request: self._request(request.url))
-        page.on("websocket", lambda socket: self._request(socket.url.replace("ws:", "http:", 1)))
+        self._page = page
+        self._listeners: dict[str, Callable[[Any], None]] = {
+            "console": self._console,
+            "pageerror": lambda error: self.recorded.append(f"error: {error}"),
+            "request": lambda request: self._request(request.url),
+            "websocket": lambda socket: self._request(socket.url.replace("ws:", "http:", 1)),
+        }
+        for event, listener in self._listeners.items():
+            page.on(event, listener)
+
+    def stop(self) -> None:
+        for event, listener in self._listeners.items():
+            self._page.remove_listener(event, listener)
+
+    def _console(self, told: ConsoleMessage) -> None:
+        if told.type == "error":
+            self.recorded.append(f"console: {told.text} {told.location['url']}")
 
     def _request(self, url: str) -> None:
         if not url.startswith((self.origin + "/", "data:", "blob:")):
@@ -89,30 +106,85 @@ class PageMonitor:
         ]
 
 
+class SharedPages:
+    """One page for each server of a module, taken by one test after the other.
+
+    A process for a new context takes more than a second of CPU; loading the page anew in the one
+    that is there takes a quarter.
+    """
+
+    def __init__(self, browser: Browser) -> None:
+        self._browser = browser
+        self._idle: dict[str, Page] = {}
+
+    def new_context(self, origin: str, **wishes: Any) -> BrowserContext:
+        usual = {
+            "viewport": {"width": 1280, "height": 800},
+            "locale": "en-US",
+            "accept_downloads": True,
+        }
+        context = self._browser.new_context(base_url=origin, **{**usual, **wishes})
+        context.set_default_timeout(1000 * TIMEOUT_S)
+        return context
+
+    def take(self, origin: str) -> Page:
+        """Return a page in which no test has left anything."""
+        return self._idle.pop(origin, None) or self.new_context(origin).new_page()
+
+    def give_back(self, origin: str, page: Page) -> None:
+        """Remove what a browser keeps of a page; the page of a server that is down is closed."""
+        try:
+            page.unroute_all()
+            for other in page.context.pages:
+                if other != page:
+                    other.close()
+            # A document of the same origin without the application, which could write again.
+            page.goto(ORIGIN_WITHOUT_SCRIPT)
+            page.evaluate("() => { localStorage.clear(); sessionStorage.clear() }")
+            page.context.clear_cookies()
+            page.set_viewport_size({"width": 1280, "height": 800})
+            self._idle[origin] = page
+        except PlaywrightError:
+            page.context.close()
+
+    def close(self) -> None:
+        for page in self._idle.values():
+            page.context.close()
+
+
+@pytest.fixture(scope="module")
+def shared_pages(browser: Browser) -> Iterator[SharedPages]:
+    pages = SharedPages(browser)
+    yield pages
+    pages.close()
+
+
 @pytest.fixture
-def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+def open_page(shared_pages: SharedPages) -> Iterator[Callable[..., Page]]:
     """Return a function that opens a page.
 
-    open_page(server, "#/runs", **context) makes a new browser context; beside=page opens a second
-    tab in the context of that page. page.watch.allowed takes patterns of expected errors.
+    open_page(server, "#/runs") loads a page in which nothing is stored. open_page(server, "#/runs",
+    **context) makes a new browser context, which a test needs that changes its clock, its scripts or
+    its listeners: context may be fresh=True. beside=page opens a second tab in the context of that
+    page. page.watch.allowed takes patterns of expected errors.
     """
-    contexts, watches = [], []
+    contexts, watches = list[BrowserContext](), list[PageMonitor]()
+    shared: dict[str, Page] = {}
 
     def opened(
-        house: ServerProcess, hash: str = "#/", beside: Page | None = None, **wishes: Any
+        house: ServerProcess,
+        hash: str = "#/",
+        beside: Page | None = None,
+        fresh: bool = False,
+        **wishes: Any,
     ) -> Page:
-        if beside is None:
-            usual = {
-                "viewport": {"width": 1280, "height": 800},
-                "locale": "en-US",
-                "accept_downloads": True,
-            }
-            context = browser.new_context(base_url=house.origin, **{**usual, **wishes})
-            context.set_default_timeout(1000 * TIMEOUT_S)
-            contexts.append(context)
+        if beside is not None:
+            page = beside.context.new_page()
+        elif fresh or wishes or house.origin in shared:
+            contexts.append(shared_pages.new_context(house.origin, **wishes))
+            page = contexts[-1].new_page()
         else:
-            context = beside.context
-        page = context.new_page()
+            page = shared[house.origin] = shared_pages.take(house.origin)
         page.watch = PageMonitor(page, house.origin)
         watches.append(page.watch)
         page.goto(f"/{hash}")
@@ -121,6 +193,11 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     yield opened
     for context in contexts:
         context.close()
+    for origin, page in shared.items():
+        with suppress(PlaywrightError):  # the test has closed it
+            page.title()  # what the page reported until now has arrived when this is answered
+        page.watch.stop()
+        shared_pages.give_back(origin, page)
     assert [watch.unexpected for watch in watches if watch.unexpected] == []
 
 

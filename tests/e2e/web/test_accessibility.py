@@ -73,6 +73,11 @@ def furnished(server: ServerProcess) -> Furnished:
     return Furnished(server, {"RUN": done, "FAILED": failed, "DRAFT": draft})
 
 
+def load(page: Page, number: int, address: str) -> None:
+    """Load the whole page anew, which another fragment alone would not do."""
+    page.goto(f"/?{number}{address}")
+
+
 def settled(page: Page, view: str) -> None:
     """The page is there with what it asked for."""
     expect(page.locator("main [aria-busy=true]:not(section)")).to_have_count(0)
@@ -91,13 +96,12 @@ def allow_what_is_meant(page: Page) -> None:
 def test_no_serious_violation_of_accessibility(
     furnished: Furnished, open_page: Callable[..., Page], axe: Path
 ) -> None:
-    page = open_page(furnished.house)
+    page = open_page(furnished.house, fresh=True)
     allow_what_is_meant(page)
     page.context.add_init_script(path=axe)
     found = []
-    for view in VIEWS:
-        page.goto("about:blank")
-        page.goto("/" + furnished.address(view))
+    for number, view in enumerate(VIEWS):
+        load(page, number, furnished.address(view))
         choose(page, *LOOKS[0])
         settled(page, view)
         for language, theme in LOOKS:
@@ -109,7 +113,7 @@ def test_no_serious_violation_of_accessibility(
 def test_dialogs_have_no_serious_violation(
     furnished: Furnished, open_page: Callable[..., Page], axe: Path
 ) -> None:
-    page = open_page(furnished.house, furnished.address("#/runs/RUN/pictures"))
+    page = open_page(furnished.house, furnished.address("#/runs/RUN/pictures"), fresh=True)
     page.context.add_init_script(path=axe)
     page.reload()
     found = []
@@ -156,9 +160,8 @@ def test_a_phone_needs_no_sideways_scrolling(
     )
     allow_what_is_meant(page)
     wider = {}
-    for view in VIEWS:
-        page.goto("about:blank")
-        page.goto("/" + furnished.address(view))
+    for number, view in enumerate(VIEWS):
+        load(page, number, furnished.address(view))
         settled(page, view)
         if page.evaluate(WIDER) > 0:
             wider[view] = page.evaluate(WIDER)

@@ -127,7 +127,7 @@ def test_an_upload_names_copies_and_tiny_images(
 def test_an_error_message_goes_away_by_itself(
     server: ServerProcess, open_page: Callable[..., Page]
 ) -> None:
-    page = open_page(server, "#/datasets/findings-2")
+    page = open_page(server, "#/datasets/findings-2", fresh=True)
     page.watch.allowed.append("404|422|409")
     page.clock.install()
     page.goto("/#/datasets")

@@ -121,7 +121,7 @@ def test_three_hundred_pictures_are_paged(
     server: ServerProcess, open_page: Callable[..., Page]
 ) -> None:
     server.make_dataset("many", MANY)
-    page = open_page(server, "#/datasets/many")
+    page = open_page(server, "#/datasets/many", fresh=True)
     cards = page.locator("article")
     expect(cards.first).to_be_visible()
     assert cards.count() < MANY / 2, "only what is in view is in the page"
