@@ -26,12 +26,18 @@ async def answer(scope, receive, send) -> None:
 
 
 @contextlib.contextmanager
-def served(counter: ConnectionCounter, header_timeout_s: float) -> Iterator[int]:
+def served(
+    counter: ConnectionCounter, header_timeout_s: float, keep_alive_s: int = 5
+) -> Iterator[int]:
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(64)
     config = uvicorn.Config(
-        answer, log_level="error", lifespan="off", http=make_protocol(counter, header_timeout_s)
+        answer,
+        log_level="error",
+        lifespan="off",
+        http=make_protocol(counter, header_timeout_s),
+        timeout_keep_alive=keep_alive_s,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -59,7 +65,7 @@ def read(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("data", [b"", b"G", b"GET / HTTP/1.1\r\nHost: loc", REQUEST + b"GET /"])
 def test_half_a_header_has_a_deadline(data: bytes) -> None:
-    with served(ConnectionCounter(), 0.2) as port, connect(port, data) as connection:
+    with served(ConnectionCounter(), 0.2, 1) as port, connect(port, data) as connection:
         if data.startswith(REQUEST):
             assert b"204" in read(connection)
         assert read(connection) == b""
