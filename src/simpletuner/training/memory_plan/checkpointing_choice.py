@@ -63,19 +63,18 @@ def choose_checkpointing(
     is too small to be planned keeps all activations where an upper estimate of them fits into a
     part of the free memory.
     """
-    spec, memory, feed, _ = prediction.planning_inputs(run, family, framings, budget.kind, None)
+    described = prediction.planning_inputs(run, family, framings, budget.kind, None)
+    spec, memory, feed, _ = described
     blocks, limit = len(spec.blocks), budget.available_for_tensors
 
     def chosen(value: bool | int, reason: str) -> CheckpointingChoice:
-        policy = prediction.planning_inputs(
-            with_options(run, {OPTION: value}), family, framings, budget.kind, None
-        )[1]
+        policy = prediction.memory_policy(with_options(run, {OPTION: value}), blocks, budget.kind)
         count = len(policy.checkpointed_block_numbers(blocks))
         return CheckpointingChoice(value, count, blocks, reason)
 
     if memory.offload_activations or memory.interval > 1:
         return chosen(True, "as the other options of checkpointing ask")
-    is_planned = prediction.is_worth_planning(run, family, framings, budget.kind)
+    is_planned = prediction.is_worth_planning(run, family, framings, budget.kind, described)
     former = None if run_dir is None else read_former_choice(run, run_dir)
     if former is not None and (
         not is_planned or fits(run, family, framings, budget, former, targets)

@@ -283,14 +283,21 @@ def memory_policy(run: RunConfig, blocks: int, kind: str) -> BlockMemoryPolicy:
 
 
 def is_worth_planning(
-    run: RunConfig, family: ModelFamily, framings: Sequence[ResizeCropConfig], kind: str
+    run: RunConfig,
+    family: ModelFamily,
+    framings: Sequence[ResizeCropConfig],
+    kind: str,
+    described: tuple[ModelSpec, BlockMemoryPolicy, BatchShape, int] | None = None,
 ) -> bool:
     """Return whether a prediction is cached, or the base is large enough to spend seconds on one.
+
+    described: the planning inputs of the run, for a caller that has them.
 
     False for a repository that was never read: its model may be smaller than the published one, and
     must not be refused for that.
     """
-    spec, memory, feed, granule = planning_inputs(run, family, framings, kind, None)
+    described = described or planning_inputs(run, family, framings, kind, None)
+    spec, memory, feed, granule = described
     if spec.may_differ_from_published:
         return False
     cached = plan_cache.read_cached_measurement(
