@@ -24,6 +24,7 @@ CONTEXT.set_forkserver_preload(
         "tests.e2e.training_project",
         "simpletuner.training.launcher",
         "torch.distributed.fsdp",
+        "tests.distributed.frozen_imports",
     ]
 )
 
