@@ -331,10 +331,18 @@ def test_the_quickstart_example_starts_as_written(tmp_path: Path) -> None:
     assert (config["lora_rank"], config["learning_rate"]) == (16, 2e-4)
 
 
-def test_no_network_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "repository",
+    [
+        "someone/a-finetune-of-chroma",
+        # Chroma itself is planned first, which takes ten seconds.
+        pytest.param(None, marks=pytest.mark.slow),
+    ],
+)
+def test_no_network_is_one_line(repository: str | None, tmp_path: Path) -> None:
     workspace = TrainingProject(tmp_path / "data")
     workspace.load_config(
-        pretrained_model_name_or_path=None, mixed_precision="bf16", base_model_precision="nf4",
+        pretrained_model_name_or_path=repository, mixed_precision="bf16", base_model_precision="nf4",
         gradient_checkpointing=True, gradient_accumulation_steps=1,
     )  # fmt: skip
     done = subprocess.run(

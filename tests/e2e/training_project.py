@@ -47,7 +47,9 @@ class TrainingProject:
             "mixed_precision": "no", "device": "cpu", "torch_num_threads": 1, "max_train_steps": 6,
             "gradient_accumulation_steps": 2, "train_batch_size": 2, "caption_dropout_probability": 0.2,
             "checkpoint_step_interval": 2, "use_ema": True, "ema_decay": 0.9, "lr_scheduler": "cosine",
-            "lr_warmup_steps": 1, "validation_disable": True, "resolution": 64, **options,
+            "lr_warmup_steps": 1, "validation_disable": True, "resolution": 64,
+            "eval_sigma_count": 2,  # of the usual 8: most forward passes of a run would be of this loss
+            **options,
         }  # fmt: skip
 
     def write_datasets(self, **fields: object) -> None:
