@@ -226,15 +226,22 @@ def test_standard_errors() -> None:
     assert pairs["a"][:3] == (0.5, pytest.approx((0.25 / 2) ** 0.5), 4)  # as two, not as four
 
 
+def test_the_table_of_unseen_prompts_is_that_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = scene_scoring.TABLE_LENGTH - len(scene_scoring.REPEATED_CAPTIONS)
+    assert scene_scoring.unseen_scenes(count) == scene_scoring.search_unseen_scenes(count)
+    monkeypatch.setattr(scene_scoring, "search_unseen_scenes", lambda count: count)
+    assert scene_scoring.unseen_scenes(count + 1) == count + 1, "the table does not reach so far"
+
+
 def test_prompts_are_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scene_scoring, "TRAINED_SEED", scene_scoring.SCORING_SEED)
     monkeypatch.setattr(scene_scoring, "TRAINED_COUNT", 5)
-    chosen, new = scene_scoring.unseen_scenes(10)
+    chosen, new = scene_scoring.search_unseen_scenes(10)
     trained = [scenes.compose_scene(scene_scoring.SCORING_SEED, number) for number in range(5)]
     assert not {scene.caption for scene in chosen} & {scene.caption for scene in trained}
     assert chosen[0] == scenes.compose_scene(scene_scoring.SCORING_SEED, 5)
     monkeypatch.setattr(scene_scoring, "TRAINED_COUNT", 0)
-    assert scene_scoring.unseen_scenes(3) == (
+    assert scene_scoring.search_unseen_scenes(3) == (
         [scenes.compose_scene(scene_scoring.SCORING_SEED, number) for number in range(3)],
         [True] * 3,
     )
