@@ -21,8 +21,8 @@ from simpletuner.validation.shapes.zorbo import compose_zorbo_scene
 SCORING_SEED = 61  # no training image uses it
 TRAINED_SEED, TRAINED_COUNT = 1, 20_000
 # Among the first scenes to score, the numbers of those whose caption a training image has, and one
-# bit for each whose content a training image has, the first in the lowest bit. `search_unseen_scenes`
-# finds the same, by composing all training images, which takes two seconds at every start.
+# bit for each whose content a training image has, the first in the lowest bit. A search finds the
+# same, by composing all training images, which would take two seconds at every start.
 TABLE_LENGTH = 512
 REPEATED_CAPTIONS = (92, 125, 140, 142, 196, 244, 305, 365, 499, 508)
 REPEATED_CONTENTS = int(
