@@ -81,7 +81,7 @@ PART_COLUMNS: Mapping[str, tuple[Column, ...]] = {
               Column("file, MB", "file_mb", 2), STEP_COLUMN),
     "bases": (Column("held-out loss before", "held_out_start", 4), *HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN),  # noqa: E501
     "rows": (*HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN),
-    "exposure": (*HELD_OUT_COLUMNS, STEP_COLUMN),
+    "exposure": HELD_OUT_COLUMNS,
     **dict.fromkeys(
         (*METHOD_PART_NAMES, "preservation"),
         (*HELD_OUT_COLUMNS, *ZORBO_COLUMNS, *FORGETTING_COLUMNS, STEP_COLUMN),
@@ -103,8 +103,8 @@ PART_NOTES: Mapping[str, str] = {
     "bases": "The blocks' linears are quantised; the LoRA is trained, measured and drawn on them. Lost: "
     "against the untouched bf16 base, so that what quantisation alone costs is in it. Step times: CPU.",
     "exposure": "Rollouts have probability 0.5 from the first step. Held-out loss is measured on the plain "
-    "path for every row. Seconds a step are medians of single-threaded runs, on a machine that also did "
-    "other work: compare them within the table only.",
+    "path for every row. What a rollout costs is in the plan: the seconds of these runs, beside other work, "
+    "say nothing about it.",
     **{
         f"at-{steps}": "Scores of {exposure_prompts} unseen prompts each. Shapes: what the base could do "
         "before; the distance to its row is what the training lost."
