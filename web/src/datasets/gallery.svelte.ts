@@ -6,7 +6,8 @@ import type { DatasetItem, DatasetItemPage } from "../lib/types";
 import { fill } from "../lib/fill";
 import { i18n } from "../lib/i18n.svelte";
 
-export type ImageFilter = "all" | "uncaptioned" | "captioned" | "refused" | "duplicate" | "small";
+export type ImageFilter = "all" | "uncaptioned" | "captioned" | "refused" | "excluded" | "duplicate" | "small";
+export type ImageSort = "name" | "shortest" | "longest";
 export interface CropOptions {
   resolution: number;
   resolution_type: "pixel_area" | "pixel" | "area";
@@ -31,6 +32,7 @@ export class Gallery {
   total = $state<number | null>(null);
   unread = $state(0);
   only = $state<ImageFilter>("all");
+  sort = $state<ImageSort>("name");
   cropOptions = $state.raw<CropOptions>({ resolution: 1024, resolution_type: "pixel_area", crop: true, crop_aspect: "preserve", crop_style: "center" });
   /** The draft or run whose settings the preview starts with. */
   cropSource = $state("");
@@ -65,6 +67,24 @@ export class Gallery {
     this.total = null;
     this.#pages.clear();
     this.refresh();
+  }
+
+  order(sort: ImageSort): void {
+    this.sort = sort;
+    this.show(this.only);
+  }
+
+  /** Leave images out of later runs, or use them again. */
+  async exclude(files: string[], excluded: boolean): Promise<void> {
+    await api.put("/api/v1/datasets/{name}/exclusions", { path: { name: this.name }, body: { files, excluded } });
+    this.refresh();
+  }
+
+  /** Use a part of an image in later runs; null uses all of it. */
+  async crop(at: number, file: string, box: [number, number, number, number] | null): Promise<void> {
+    const args = { path: { name: this.name, path: file }, query: { ...this.cropOptions }, body: { box } };
+    const item = (await api.put("/api/v1/datasets/{name}/crop-boxes/{path}", args)).items[0];
+    if (item !== undefined) this.#replaceItem(at, item);
   }
 
   /** Preview the crops of the newest draft with this dataset. */
@@ -111,7 +131,7 @@ export class Gallery {
     const generation = this.#generation;
     this.#loadedPages.add(page);
     const hidden = [...this.#filteredOut.values()].filter((at) => at < page * PAGE).length;
-    const query = { offset: page * PAGE - hidden, limit: PAGE, only: this.only, ...this.cropOptions };
+    const query = { offset: page * PAGE - hidden, limit: PAGE, only: this.only, sort: this.sort, ...this.cropOptions };
     try {
       const loaded: DatasetItemPage & { unread?: number } = await api.get("/api/v1/datasets/{name}/items", { path: { name: this.name }, query });
       if (generation !== this.#generation) return;
@@ -201,7 +221,7 @@ export class Gallery {
 
   /** Show the present caption of the file next to the text that could not be written. */
   async #showConflict(at: number, file: string, text: string): Promise<void> {
-    const query = { offset: at, limit: 1, only: this.only, ...this.cropOptions };
+    const query = { offset: at, limit: 1, only: this.only, sort: this.sort, ...this.cropOptions };
     const item = (await api.get("/api/v1/datasets/{name}/items", { path: { name: this.name }, query })).items[0];
     if (item === undefined || item.file !== file) return this.refresh();
     this.#replaceItem(at, item);

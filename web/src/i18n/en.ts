@@ -9,8 +9,9 @@ import { run } from "./en/run";
 import { runPrompts } from "./en/runPrompts";
 import { runs } from "./en/runs";
 import { settings } from "./en/settings";
+import { statistics } from "./en/statistics";
 import { system } from "./en/system";
 import { usage } from "./en/usage";
 import { verdict } from "./en/verdict";
 
-export const en = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, system, usage, verdict };
+export const en = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, statistics, system, usage, verdict };

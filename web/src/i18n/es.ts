@@ -10,8 +10,9 @@ import { run } from "./es/run";
 import { runPrompts } from "./es/runPrompts";
 import { runs } from "./es/runs";
 import { settings } from "./es/settings";
+import { statistics } from "./es/statistics";
 import { system } from "./es/system";
 import { usage } from "./es/usage";
 import { verdict } from "./es/verdict";
 
-export const es: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, system, usage, verdict };
+export const es: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, statistics, system, usage, verdict };

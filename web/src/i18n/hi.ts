@@ -10,8 +10,9 @@ import { run } from "./hi/run";
 import { runPrompts } from "./hi/runPrompts";
 import { runs } from "./hi/runs";
 import { settings } from "./hi/settings";
+import { statistics } from "./hi/statistics";
 import { system } from "./hi/system";
 import { usage } from "./hi/usage";
 import { verdict } from "./hi/verdict";
 
-export const hi: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, system, usage, verdict };
+export const hi: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, statistics, system, usage, verdict };
