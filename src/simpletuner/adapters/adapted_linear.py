@@ -63,8 +63,10 @@ class _FrozenLinearWithDelta(torch.autograd.Function):
         ctx.scale = scale
         ctx.dequantize = dequantize
         if output_unused:
+            # Its values are not used: one element, seen in the shape of the output.
             return x.new_empty(1).expand(*x.shape[:-1], len(b))
         y = F.linear(flat, dequantize(dtype, *buffers), None if bias is None else bias.to(dtype))
+        # In place, with the scale inside the product: no second tensor of the size of y.
         y.addmm_(hidden, b.to(dtype).t(), alpha=scale)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -251,6 +253,7 @@ class LoraLinear(LowRankLinear):
             return self._forward_from_initial(
                 base(x), self.dropout(x), self.initial_down, self.initial_up
             )
+        # With dropout the delta sees another x than the base: they are not one node then.
         dequantizer = (
             None if self.training and isinstance(self.dropout, nn.Dropout) else self._dequantizer()
         )

@@ -239,6 +239,7 @@ def _build_adapter(
         )
         return LycorisLinear(base, _to_base_device(initial, base, dtype), options.lora_dropout)
     alpha = rank if options.lora_alpha is None else options.lora_alpha
+    # rsLoRA (arXiv 2312.03732): outputs keep their size as the rank grows.
     scale = alpha / (rank**0.5 if options.use_rslora else rank)
     principal = options.lora_init_type in BASE_DERIVED_INITS
     if principal:
@@ -246,6 +247,7 @@ def _build_adapter(
     else:
         factors = _init_low_rank(base, rank, options, generator)
     if isinstance(initial_delta, LowRankDelta):
+        # A file's delta has its scale folded in, and this module multiplies by its own again.
         # A smaller rank fills the first rows; B is zero for the others.
         factors.down[: initial_delta.rank], factors.up[:, : initial_delta.rank] = (
             initial_delta.down,
@@ -263,10 +265,12 @@ def _init_low_rank(
 ) -> LowRankDelta:
     shape = (rank, base.in_features)
     if options.lora_init_type == "gaussian":
+        # Standard deviation 1 / rank, as PEFT has it.
         down = torch.randn(shape, generator=generator) / rank
     else:
         # Kaiming uniform with a = sqrt(5), the default of nn.Linear: bound 1 / sqrt(in)
         down = (2 * torch.rand(shape, generator=generator) - 1) * base.in_features**-0.5
+    # B is 0, so that the first step starts from the base exactly.
     return LowRankDelta(down, torch.zeros(base.out_features, rank))
 
 
@@ -291,11 +295,13 @@ def _init_from_base_weight(
     if options.lora_init_type == "olora":
         q, r = torch.linalg.qr(weight)
         return r[:rank], q[:, :rank]
+    # The oversampling of 5 to 10 columns that they advise.
     sketch_size = min(rank + 8, *weight.shape)
     basis = torch.randn(weight.shape[1], sketch_size, generator=generator).to(weight)
     for _ in range(5):  # subspace iteration: algorithm 4.4 of Halko, Martinsson and Tropp (2011)
         basis = torch.linalg.qr(weight.t() @ torch.linalg.qr(weight @ basis).Q).Q
     u, s, v = torch.linalg.svd(weight @ basis, full_matrices=False)
+    # Half of each singular value in A and half in B; the scale is applied at each use.
     root = (s[:rank] / scale).sqrt()
     return root[:, None] * (v @ basis.t())[:rank], u[:, :rank] * root
 

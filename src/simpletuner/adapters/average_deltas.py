@@ -82,6 +82,7 @@ def relative_distance(one: DeltasByModule, other: DeltasByModule) -> float:
         mine = one[name]
         assert isinstance(delta, LowRankDelta)
         assert isinstance(mine, LowRankDelta)
+        # The difference of the two products, as one product.
         up = torch.cat([mine.up, -delta.up], dim=1).double()
         down = torch.cat([mine.down, delta.down]).double()
         difference += _squared_norm(up, down)

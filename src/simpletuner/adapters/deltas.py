@@ -102,6 +102,7 @@ class LycorisDelta:
 
     def scaled(self, factor: float) -> LycorisDelta:
         """Scale the delta; the factor is folded into w1 when the rank is 0."""
+        # A file without a rank has no alpha that could hold the scale.
         if self.rank:
             return LycorisDelta(self.factors, self.scale * factor, self.rows)
         return LycorisDelta(
@@ -116,6 +117,7 @@ class LycorisDelta:
         """Return the terms without building the product, which would take minutes per network."""
         factors = {name: factor.double() for name, factor in self.factors.items()}
         if is_loha(factors):
+            # sum_j (sum_r a1_ir b1_rj) (sum_s a2_is b2_sj) x_jn, with the sum over j first.
             cores = torch.einsum(
                 "rj,sj,jn->nrs", factors["hada_w1_b"], factors["hada_w2_b"], columns
             )

@@ -81,6 +81,7 @@ def _stack_pairs(
     are rows of zeros.
     """
     first = next(iter(pairs.values()))[1]
+    # A LoRA that was trained on the fused matrix has one A for all of its parts.
     is_shared = all(
         down.shape == first.shape and torch.equal(down, first) for _, down in pairs.values()
     )

@@ -34,6 +34,7 @@ def warm_start_lycoris(source: LycorisDelta, target: LycorisDelta, name: str) ->
             f"init_lora: {name} {mismatch}, but lycoris_config describes {target_shapes}; set"
             " lycoris_config to the values that the file was trained with"
         )
+    # The delta is linear in each factor: the ratio of the scales goes into one of them.
     first = (
         "hada_w1_a"
         if source.kind == "LoHa"
@@ -68,6 +69,7 @@ def _init_loha(
     return {
         "hada_w1_a": torch.randn(out, rank, generator=generator) * 0.1,
         "hada_w1_b": torch.randn(rank, columns, generator=generator),
+        # One factor of the four is 0, so that the first step starts from the base exactly.
         "hada_w2_a": torch.zeros(out, rank),
         "hada_w2_b": torch.randn(rank, columns, generator=generator),
     }
@@ -84,6 +86,7 @@ def _init_lokr(
     else:
         factors["lokr_w1"] = _kaiming_uniform(a, b, generator)
     if config.full_matrix or config.dim >= max(c, d) / 2:
+        # A pair of this rank would have as many numbers as the whole matrix.
         return {**factors, "lokr_w2": torch.zeros(c, d)}
     return {
         **factors,

@@ -38,6 +38,7 @@ def sum_weighted_loras(parts: Sequence[tuple[DeltasByModule, float]]) -> dict[st
                 "a LoHa or LoKr cannot be added to another file; reduce it to a LoRA first, with:"
                 " simpletuner export FILE --format diffusers --rank N"
             )
+        # B1 A1 + B2 A2 is one product, of B1 and B2 side by side and A1 above A2.
         down = torch.cat([delta.down for delta in pairs])
         up = torch.cat([delta.up for delta in pairs], dim=1)
         total[name] = LowRankDelta(down, up)
@@ -84,16 +85,19 @@ def truncate_rank(
 def _approximate_low_rank(product: LycorisDelta, rank: int) -> tuple[LowRankDelta, float]:
     """Return a LoRA near the product by randomized SVD, and the squared error."""
     delta = product.to_dense()
+    # The method starts from random columns: always the same, so that the file is too.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(delta, min(rank + 8, *delta.shape), niter=4)
     root = s[:rank].sqrt()
     pair = LowRankDelta(root[:, None] * v[:, :rank].t(), u[:, :rank] * root)
+    # A projection: the squares of the result and of the error add up, but for rounding.
     return pair, max(0.0, float(delta.double().square().sum() - s[:rank].double().square().sum()))
 
 
 def _truncate_delta(delta: LowRankDelta, rank: int) -> tuple[LowRankDelta, float, float]:
     """Truncate by SVD through a QR core; return factors, squared error and squared norm."""
+    # Only the core of rank x rank is decomposed; the whole matrix is never formed.
     left, right = torch.linalg.qr(delta.up.double()), torch.linalg.qr(delta.down.double().t())
     u, s, v = torch.linalg.svd(left.R @ right.R.t())
     squared_norm = float(s.square().sum())

@@ -99,6 +99,7 @@ class RemoteShards:
                 sizes |= {file.path: file.size_bytes for file in page.files}
                 lister.follow(page)
         except TransferError as error:
+            # A folder that is not there yet is an empty cache.
             if error.permanent and not self._transport.is_missing_folder(error):
                 raise CacheError(
                     f"cache_remote: {self._location.address}: {error.strerror}"
@@ -114,6 +115,7 @@ class RemoteShards:
         """Return the keys of the entries in a shard, from its header; none of a damaged one."""
         if name not in self._keys:
             address = self._address(name)
+            # A safetensors file begins with the length of its header, in 8 bytes.
             start = self._repeat(lambda: self._transport.read_range(address, 0, min(8, size)))
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
             self._keys[name] = frozenset()
@@ -124,12 +126,14 @@ class RemoteShards:
 
     def _download(self, name: str, size: int, folder: Path) -> int:
         """Return 1 after the shard is in the folder under its name, 0 if its copy is damaged."""
+        # With the number of the process, because another one may fetch the same shard.
         unfinished = folder / f"{name}.{os.getpid()}.tmp"
         try:
             with unfinished.open("wb") as file:
                 copy = PartialDownload(file, size, size)
                 self._repeat(lambda: self._transport.download(self._address(name), copy))
                 file.flush()
+                # It must be on the disk before it has its name.
                 os.fsync(file.fileno())
             verify_shard(unfinished)
             unfinished.rename(folder / name)

@@ -47,6 +47,7 @@ def sample_sigmas(
     generator = torch.Generator().manual_seed(seed_at(seed, "sigma", step))
     u = torch.rand(count, generator=generator, dtype=torch.float64)
     if options.stratified_sigmas and count == 1:
+        # By the block and not by what was drawn before, so that a resumed run finds its slice.
         block, position = divmod(step, STEPS_PER_BLOCK)
         block_generator = torch.Generator().manual_seed(seed_at(seed, "sigma block", block))
         slices = torch.randperm(STEPS_PER_BLOCK, generator=block_generator)
@@ -72,6 +73,7 @@ def quantile_function(
         shift = shift * torch.tensor(offsets, dtype=torch.float64).exp()
     base, remap = DENSITIES[density_name(options)]
     quantile = base(options)
+    # rand() may return 0, where the quantiles of a normal distribution are infinite.
     return lambda u: remap(shift_sigma(quantile(u.double().clamp(1e-12, 1 - 1e-12)), shift))
 
 
@@ -133,6 +135,7 @@ def parabola(options: FlowOptions) -> QuantileFunction:
     """
     grid = torch.arange(1000, dtype=torch.float64) / 999
     weights = 2 - 7.7 * (grid - 0.5) ** 2
+    # The last edge may be rounded to less than 1; a u above it belongs to the last point.
     edges = weights.cumsum(0) / weights.sum()
     return lambda u: grid[torch.searchsorted(edges, u).clamp(max=999)]
 
@@ -143,6 +146,7 @@ def beta(options: FlowOptions) -> QuantileFunction:
     Over z the density is x^a (1 - x)^b, which is smooth and bounded for every a, b > 0.
     """
     a, b = options.flow_beta_schedule_alpha, options.flow_beta_schedule_beta
+    # The density falls like exp(a z) on the left and exp(-b z) on the right: exp(-40) at the ends.
     z = torch.linspace(-40 / min(a, 1.0), 40 / min(b, 1.0), BETA_TABLE_POINTS, dtype=torch.float64)
     log_density = a * torch.nn.functional.logsigmoid(z) + b * torch.nn.functional.logsigmoid(-z)
     density = (log_density - log_density.max()).exp()

@@ -79,6 +79,7 @@ def loss_per_sample(
     if options.loss_type == "l2":
         return _weighted_mean(difference.square(), weight)
     c = HUBER_SCHEDULES[options.huber_schedule](options.huber_c, sigma.float())
+    # Times c this tends to d^2 for a large c; without, to 2 |d| for a small one.
     loss = 2 * pseudo_huber(difference, c.view(-1, *[1] * (difference.dim() - 1)))
     mean = _weighted_mean(loss, weight)
     return c * mean if options.loss_type == "huber" else mean
@@ -103,6 +104,7 @@ def snr_schedule(c: float, sigma: Tensor) -> Tensor:
 
     The result is near c at the image and 1 at pure noise.
     """
+    # 1e-4: sigma is 0 at the image, where the ratio is infinite.
     ratio = torch.sqrt((1 - sigma) / (sigma + 1e-4))
     return (1 - c) / (1 + ratio) ** 2 + c
 

@@ -18,6 +18,7 @@ def sigma_grid(steps: int, start: float = 1.0) -> list[float]:
 
     With a lower start, in (0, 1], it comes first and the levels above it are left out.
     """
+    # A level that differs from start by rounding only would make a step of no length.
     grid: list[float] = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     return grid if start == 1 else [start, *(sigma for sigma in grid if sigma < start - 1e-9)]
 

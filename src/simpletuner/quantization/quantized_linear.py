@@ -30,6 +30,7 @@ class _QuantizedLinearFunction(torch.autograd.Function):
         ctx.dequantize = dequantize
         ctx.dtype = x.dtype
         if unused_columns is not None:
+            # Its values are not used: one element, seen in the shape of the output.
             return x.new_empty(1).expand(*x.shape[:-1], unused_columns)
         return F.linear(x, dequantize(x.dtype, *buffers), bias)
 
@@ -87,6 +88,7 @@ class QuantizedLinear(nn.Linear):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ) -> None:
+        # Not nn.Linear's own, which would allocate the weight.
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.weight_dtype = get_scheme(scheme).name, dtype

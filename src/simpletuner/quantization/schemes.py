@@ -86,6 +86,7 @@ def _round_up_scale(largest: Tensor, steps: float) -> Tensor:
     """Return the scale in bfloat16, rounded up so that no weight is clipped."""
     exact = (largest / steps).float()
     scale = exact.bfloat16()
+    # bfloat16 has 8 significant bits: a factor of 1 + 2^-8 passes the middle to the next number.
     return torch.where(scale < exact, exact * (1 + 2**-8), scale.float()).bfloat16()
 
 
@@ -142,6 +143,7 @@ def _quantize_int4(weight: Tensor) -> dict[str, Tensor]:
     The offset is a multiple of 1/16, so that code + offset is exact in bfloat16.
     """
     groups = _to_groups(weight)
+    # 0 is within the range, so that a weight of 0 is restored as nearly 0.
     low, high = (
         groups.amin(2, keepdim=True).clamp_(max=0),
         groups.amax(2, keepdim=True).clamp_(min=0),

@@ -80,6 +80,7 @@ class StoredTensor:
 
     def read_rows(self, file: BinaryIO, first: int, count: int) -> Tensor:
         """Read rows as a new tensor (count, columns)."""
+        # On the CPU also where a caller has made another device the default.
         raw = torch.empty(count * self.row_bytes, dtype=torch.uint8, device="cpu")
         file.seek(self.offset + first * self.row_bytes)
         if file.readinto(raw.numpy()) != len(raw):  # type: ignore[attr-defined]

@@ -60,6 +60,7 @@ class Exporter:
 
     def _export_final(self, step: int) -> None:
         if not self.world.is_main:
+            # A LoRA is whole on every process here.
             if self.train_state.sharding.is_sharded and not self.train_state.uses_lora:
                 self._send_transformers()
             return
@@ -162,6 +163,7 @@ def programs_that_load(run: RunConfig, layout: str, kind: str, conventions: Lora
     """Return the programs that apply such a file as it was trained: "diffusers and ComfyUI"."""
     if uses_bundled_base(run):
         return ONLY_THIS_PROGRAM
+    # The others ignore the magnitudes of a DoRA, or divide by other norms.
     names = ("diffusers",) if kind == "DoRA" else conventions.verified_programs[layout]
     if kind not in ("LoRA", "DoRA"):
         names = tuple(name for name in names if name in conventions.lycoris_programs)

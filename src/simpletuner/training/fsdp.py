@@ -84,6 +84,7 @@ class Fsdp(Sharding):
         }
         for unit in units:
             self._shard_unit(unit, mesh, whole, self.reshard_after_forward)
+        # What is in no unit is needed at both ends of a pass, and stays gathered in between.
         self._shard_unit(network, mesh, whole, False)
         network.register_forward_hook(reshard_without_gradient)
         own_memory(whole, device)
@@ -97,6 +98,7 @@ class Fsdp(Sharding):
     ) -> None:
         sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, ignored_params=whole)
         assert isinstance(sharded, FSDPModule)
+        # The sum: the loss was divided by the samples of the whole step already.
         sharded.set_gradient_divide_factor(1.0)
         # Other backends than NCCL cannot divide in the reduction.
         sharded.set_force_sum_reduction_for_comms(True)
@@ -172,6 +174,7 @@ class Fsdp(Sharding):
             name: self._whole_state_tensor(name, tensors, by_rank)
             for name in dict.fromkeys(name for part in by_rank for name in part)
         }
+        # Where several ranks have an entry, that of the first is taken.
         states = {index: values for part in reversed(parts) for index, values in part[1].items()}
         rest["state"] = {index: states[index] for index in sorted(states, key=int)}
         return whole, rest

@@ -192,8 +192,10 @@ def run_due_callbacks(context: TrainerContext, step: int) -> None:
     ]
     try:
         for callback in (*due, *context.requested_callbacks()):
+            # A schedule-free optimizer evaluates other weights than it trains.
             set_optimizer_mode(context.optimizer, training=False)
             callback(step)
+            # The next step reports its own peak, not that of images.
             context.device.hardware.reset_peak()
     finally:
         set_optimizer_mode(context.optimizer, training=True)
@@ -265,6 +267,7 @@ def split_into_micro_batches(context: TrainerContext, step: int) -> list[tuple[i
     numbers = range(step * accumulation, (step + 1) * accumulation)
     shapes = [context.micro_batch_shape(number) for number in numbers]
     count = sum(shape.samples for shape in shapes)
+    # A step has one density: its automatic shift follows the mean size of the samples.
     mean_tokens = sum(shape.samples * shape.image_tokens for shape in shapes) // count
     offsets = [shape.sigma_offset for shape in shapes for _ in range(shape.samples)]
     sigmas = sample_sigmas(context.flow_options, context.seed, step, count, mean_tokens, offsets)
@@ -274,6 +277,7 @@ def split_into_micro_batches(context: TrainerContext, step: int) -> list[tuple[i
 def prepare_next_sigmas(context: TrainerContext, step: int) -> None:
     """Compute ahead what this process needs for its sigmas, at the start of a chunk of steps."""
     length = context.schedule.sigma_chunk_steps
+    # A resumed run may begin within a chunk, and needs the rest of it.
     if step % length and step != context.resumed_step:
         return
     end = min(step - step % length + length, context.schedule.total_steps)
@@ -296,6 +300,7 @@ def backward_micro_batch(
     micro-batch in the run; place: within its step.
     """
     if context.uses_dropout:
+        # By micro-batch, so that dropout is the same on however many processes they are.
         torch.manual_seed(seed_at(context.seed, "dropout", number))
     context.transformer.train()
     step = number // context.schedule.accumulation_steps

@@ -193,6 +193,7 @@ class PreparedInputs:
 
 def _describe_variation(dataset: DatasetConfig) -> str:
     """Return the fields that decide when and how a sample is used; "" where all have no effect."""
+    # Usual values are left out: a dataset without these fields is described as it always was.
     plain = DatasetConfig("", "", Path())
     fields = {
         "weights": (dataset.caption_weights, plain.caption_weights),
@@ -226,6 +227,7 @@ def prepare_inputs(
     texts: what must be encoded in addition to the captions. closing: receives the caches. Every
     process scans the datasets; DataError where they do not see the same.
     """
+    # Every process finds the same files; one writes the list.
     rejected_path = folder.path / "rejected.jsonl" if world.is_main else None
     root = Path(run.cache.cache_dir) if run.cache.cache_dir else folder.path / "cache"
     remote_store = open_remote_store(

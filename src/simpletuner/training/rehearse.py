@@ -186,6 +186,7 @@ def shrink_datasets(backends: DatasetFile) -> DatasetFile:
         resize_crop = dataclasses.replace(
             own,
             resolution_buckets=(),
+            # The buckets are made at the small size, in the same aspect ratios.
             crop_aspect_buckets=ratios or own.crop_aspect_buckets,
             resolution=float(SIDE_PX),
             resolution_type="pixel_area",

@@ -151,6 +151,7 @@ def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None
         # The outermost edge catches everything, because exit.json must say how every run ended.
         except BaseException as error:
             known = world.explain(to_user_error(error, run) or error)
+            # A message for users says all; a traceback is for bugs, and for disks that fail.
             if not isinstance(known, SimpleTunerError) or isinstance(known, StorageError):
                 append_traceback(folder.log_path, error)
             if world.is_main:
@@ -183,6 +184,7 @@ def open_run_folder(folder: RunFolder, world: World, closing: ExitStack) -> None
     try:
         with world.main_first("run folder"):
             closing.enter_context(folder)
+        # The lock names its holder: a process that reads another one sees another folder.
         holder = world.broadcast_json(folder.read_lock_holder())
         if folder.read_lock_holder() != holder:
             raise ConfigError(
@@ -206,6 +208,7 @@ def preflight_once(
     with world.main_first("plan"):
         if world.is_main:
             resize_crops = [dataset.resize_crop for dataset in backends.train]
+            # --fit must not choose other precisions than a checkpoint was trained with.
             saved_config = None if within is None else read_checkpoint_options(run, folder, emit)
             before = resolved_options(run)
             targets = TargetUse(
@@ -336,6 +339,7 @@ def to_user_error(error: BaseException, run: RunConfig) -> SimpleTunerError | No
         return SimpleTunerError(
             f"{short}. The last checkpoint is not affected. {suggest_next_setting(run)}"
         )
+    # safetensors reports errors of the system as text, with their number in it.
     if isinstance(error, SafetensorError) and "os error" in str(error):
         error = os_error_of(error)
     if isinstance(error, OSError) and error.errno in (*DISK_FULL_ERRNOS, *STORAGE_HINTS):
