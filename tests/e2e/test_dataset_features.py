@@ -1,9 +1,13 @@
-"""Each feature of a dataset trains the bundled model to the end; killed and resumed, bit for bit."""
+"""Each source and feature of a dataset trains the bundled model to the end, also when it is killed.
+
+The killed run, resumed, has the bits of one that was not interrupted.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +19,13 @@ import pytest
 from PIL import Image
 
 from simpletuner.data.image_plugins import load_decoder
+from tests.data.conftest import bucket, endpoint, hub
+from tests.data.image_server import ImageServer
+from tests.data.source_servers import TOKEN, Hub, pack
 from tests.distributed.test_replicated import Trainings
 from tests.e2e.test_dataset_variation import CAPTIONS, CROPS, FIRST, SECOND, write_datasets
+from tests.e2e.test_preservation import write_mask
+from tests.e2e.test_sources import SOURCES, images, make_source, server
 from tests.e2e.training_project import (
     TrainingProject,
     make_images,
@@ -24,8 +33,13 @@ from tests.e2e.training_project import (
     read_losses,
 )
 
+__all__ = ["bucket", "endpoint", "hub", "server"]
 pytestmark = pytest.mark.slow
 STEPS = 6
+MASKS = {
+    "id": "masks", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "masks",
+}  # fmt: skip
+REGULARISATION = {"id": "reg", "instance_data_dir": "others", "is_regularisation_data": True}
 RANDOM = {"crop": True, "crop_style": "random"}
 FEATURES: dict[str, list[dict[str, Any]]] = {
     "shuffle and tag dropout": [{"caption_shuffle": CAPTIONS["caption_shuffle"]}],
@@ -42,26 +56,35 @@ FEATURES: dict[str, list[dict[str, Any]]] = {
     "noise levels": [{"timestep_sampling_offset": -1.0}],
     "batches": [{"train_batch_size": 3}],
     "all": [FIRST, SECOND],
+    "masks beside images": [{"instance_data_dir": "masked"}],
+    "masks of a dataset": [{"conditioning_data": "masks"}, MASKS],
+    "regularisation": [{}, REGULARISATION],
+    "masks and regularisation": [{"conditioning_data": "masks"}, MASKS, REGULARISATION],
+}
+# Options of the run that a feature needs.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "masks of a dataset": {"masked_prior_preservation_weight": 0.5},
+    "masks and regularisation": {"masked_prior_preservation_weight": 0.5, "prior_loss_weight": 0.7},
 }
 
 
-def command(folder: Path, name: str) -> list[str]:
+def command(folder: Path, name: str, **more: Any) -> list[str]:
     options = {
         "model_flavour": "nano", "model_type": "lora", "lora_rank": 2, "output_dir": name, "device": "cpu",
         "cache_dir": "cache", "max_train_steps": STEPS, "checkpoint_step_interval": 1, "torch_num_threads": 1,
         "checkpoints_total_limit": 9, "validation_disable": "true", "mixed_precision": "no", "resolution": 64,
-        "train_batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5,
+        "train_batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5, **more,
     }  # fmt: skip
     config = folder / f"{name}.json"
     config.write_text(json.dumps({**options, "data_backend_config": "multidatabackend.json"}))
     return [sys.executable, "-m", "simpletuner", "train", "--config", str(config)]
 
 
-def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, name: str, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        command(folder, name),
+        command(folder, name, **options),
         cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={"HF_HUB_OFFLINE": "1", **os.environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -72,9 +95,9 @@ def finish(process: subprocess.Popen[bytes]) -> None:
     assert process.returncode == 0, printed.decode()[-3000:]
 
 
-def kill_after(folder: Path, name: str, checkpoint: str) -> None:
+def kill_after(folder: Path, name: str, checkpoint: str, **options: Any) -> None:
     """Start a run and kill it as soon as it has the checkpoint."""
-    process = start(folder, name)
+    process = start(folder, name, **options)
     while not (folder / name / checkpoint).exists():
         assert process.poll() is None, process.communicate()[0].decode()[-3000:]
         time.sleep(0.05)
@@ -88,14 +111,20 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> TrainingProject:
     project.root = tmp_path_factory.mktemp("features")
     make_images(project.root / "pictures", side=96)
     make_images(project.root / "held-out", count=2, first=10)
+    make_images(project.root / "others", count=2, side=96, first=20)
+    for number in range(6):
+        write_mask(project.root, number, None)
+    shutil.copytree(project.root / "pictures", project.root / "masked")
+    for path in (project.root / "masks").iterdir():
+        shutil.copy(path, project.root / "masked" / f"{path.stem}.mask.png")
     return project
 
 
-def check(project: TrainingProject, name: str) -> None:
+def check(project: TrainingProject, name: str, **options: Any) -> None:
     folder = project.root
-    finish(start(folder, f"{name}-straight"))
-    kill_after(folder, f"{name}-killed", "checkpoint-2")
-    finish(start(folder, f"{name}-killed"))
+    finish(start(folder, f"{name}-straight", **options))
+    kill_after(folder, f"{name}-killed", "checkpoint-2", **options)
+    finish(start(folder, f"{name}-killed", **options))
     straight, killed = folder / f"{name}-straight", folder / f"{name}-killed"
     assert len(read_losses(straight)) == STEPS
     assert read_losses(killed) == read_losses(straight)
@@ -109,7 +138,30 @@ def check(project: TrainingProject, name: str) -> None:
 @pytest.mark.parametrize("name", FEATURES)
 def test_a_feature_trains_to_the_end_and_resumes(name: str, project: TrainingProject) -> None:
     write_datasets(project, *FEATURES[name])
-    check(project, name.replace(" ", "-"))
+    check(project, name.replace(" ", "-"), **OPTIONS.get(name, {}))
+
+
+@pytest.mark.parametrize("kind", ["local", "tar", *SOURCES])
+def test_a_source_trains_to_the_end_and_resumes(
+    kind: str,
+    project: TrainingProject,
+    server: ImageServer,
+    hub: Hub,
+    bucket: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", hub.server.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    fields: dict[str, Any] = {}
+    if kind == "tar":
+        (project.root / "tars").mkdir()
+        (project.root / "tars/a.tar").write_bytes(pack(images(project)))
+        fields = {"type": "webdataset", "instance_data_dir": "tars"}
+    elif kind != "local":
+        fields = make_source(kind, project, server, hub, bucket)
+    write_datasets(project, fields)
+    check(project, f"from-{kind}")
 
 
 @pytest.mark.parametrize("kind", ["JXL", "HEIF"])
