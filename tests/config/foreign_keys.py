@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 FEW_STEPS = "makes a few-step generator"
-OTHER_NETWORK = "makes a network of another kind"
 OTHER_MODEL = "is a method of other models"
 
 # A complete configuration of a LoRA for Chroma, with the options and values that the preset for it
@@ -100,7 +99,7 @@ CONFIG_KEYS: list[tuple[str, Any, str]] = [
     ("optimizer_beta2", 0.999, "works"),
     ("optimizer_weight_decay", 0.0, "works"),
     ("base_model_precision", "int8-sdnq", "works"),
-    ("diffusion_blocks_config", {"layers_per_block": 4, "overlap": 0.05}, OTHER_NETWORK),
+    ("diffusion_blocks_config", {"layers_per_block": 4, "overlap": 0.05}, "noted"),
     ("find_unused_parameters", True, "noted"),
     ("urepa_enabled", True, "noted"),
     ("urepa_scheduler", "cosine", "noted"),
