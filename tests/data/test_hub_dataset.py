@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from simpletuner.data import hub_dataset
 from simpletuner.data.pixels import load_pixels
@@ -185,6 +188,24 @@ def test_a_hub_that_does_not_answer_leaves_the_last_listing(hub: Hub, scanner: S
     hub.server.faults[info] = [status(504)] * 30
     assert scanner.scan(**FIELDS) == found
     assert any("its last listing is used" in str(event) for event in scanner.events)
+
+
+def test_offline_the_last_listing_is_used_at_once(
+    hub: Hub, scanner: Scanner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*values: Any, **named: Any) -> None:
+        raise OfflineModeIsEnabled("Cannot reach the hub")
+
+    hub.fill({"train.parquet": parquet(image_rows(0, 2))})
+    found = scanner.scan(**FIELDS)
+    monkeypatch.setattr(HfApi, "dataset_info", refuse)
+    assert scanner.scan(**FIELDS) == found
+    assert any(
+        "(HF_HUB_OFFLINE is set); its last listing" in str(event) for event in scanner.events
+    )
+    assert scanner.waits == [], "nothing was tried again"
+    with pytest.raises(DataError, match="cannot be listed: HF_HUB_OFFLINE is set"):
+        scanner.scan(**{**FIELDS, "dataset_name": "owner/other"})
 
 
 def test_splits_are_found_in_names() -> None:

@@ -213,6 +213,7 @@ def _hub_errors() -> Iterator[None]:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -231,5 +232,7 @@ def _hub_errors() -> Iterator[None]:
         status = error.response.status_code if error.response is not None else 0
         transient = status in (0, *TRANSIENT_STATUSES)
         raise TransferError(f"HTTP {status} of the hub", permanent=not transient) from error
+    except OfflineModeIsEnabled as error:
+        raise TransferError("HF_HUB_OFFLINE is set", permanent=False, offline=True) from error
     except (OSError, ValueError) as error:
         raise TransferError(f"{type(error).__name__} of the hub", permanent=False) from error

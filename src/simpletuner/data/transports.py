@@ -20,11 +20,19 @@ class TransferError(OSError):
     """A request that failed; strerror is a sentence part such as "HTTP 404 Not Found".
 
     permanent: the same request would fail again. retry_after_s: the wait that the server asked for.
+    offline: no request was made, because the network is switched off.
     """
 
-    def __init__(self, reason: str, *, permanent: bool, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        permanent: bool,
+        retry_after_s: float | None = None,
+        offline: bool = False,
+    ) -> None:
         super().__init__(errno.EREMOTEIO, reason)
-        self.permanent = permanent
+        self.permanent, self.offline = permanent, offline
         self.retry_after_s = retry_after_s
 
 
@@ -40,7 +48,7 @@ def repeat_request(
         try:
             return action()
         except TransferError as error:
-            if error.permanent:
+            if error.permanent or error.offline:
                 raise
             failure = error
         before_repetition(failure, number)
