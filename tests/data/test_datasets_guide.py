@@ -37,6 +37,17 @@ def make_world(folder: Path) -> None:
         for number in range(5):
             Image.new("L", (640 + 64 * number, 640), level).save(folder / place / f"{number}.png")
             (folder / place / f"{number}.txt").write_text("a cube")
+    for place in ("marked", "cut_out"):
+        (folder / place).mkdir()
+        for number in range(2):
+            image = Image.new("RGB", (640, 640 + number), (number, 9, len(place)))
+            image.putalpha(Image.new("L", image.size, 200))
+            (image if place == "cut_out" else image.convert("RGB")).save(
+                folder / place / f"{number}.png"
+            )
+            (folder / place / f"{number}.txt").write_text("a cube")
+    for number in range(2):
+        Image.new("L", (640, 640 + number), 255).save(folder / f"marked/{number}.mask.png")
     rows = (f'{{"file": "{number}.png", "title": "t", "tags": "x, y"}}\n' for number in range(5))
     (folder / "captions.jsonl").write_text("".join(rows))
 
@@ -67,6 +78,8 @@ def test_an_example_of_the_guide_works(block: str, tmp_path: Path) -> None:
     first = [item.sample for item in train if found.train[0].id == item.sample.dataset]
     seen = {train[visit.sample_index].sample.file for visit in visits}
     assert {sample.file for sample in first} <= seen
-    assert all((sample.mask is not None) == bool(masks) for sample in first)
+    has_masks = bool(masks) or "alpha_mask" in block
+    samples = [item.sample for item in train] if "alpha_mask" in block else first
+    assert all((sample.mask is not None) == has_masks for sample in samples)
     if all(dataset.regularisation_target for dataset in found.train[1:]):
         assert len(seen) == len({item.sample.file for item in train})
