@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -64,10 +66,10 @@ def test_a_request_becomes_a_command_of_the_queue(bench: Bench) -> None:
     made = bench.generations.create(request)
     assert made.job is not None
     assert (made.job.state, made.job.kind) == ("queued", "generate")
-    folder = bench.workspace.root / "generations" / made.id
-    assert bench.argv(made.job.id) == [
-        "program",
-        "generate",
+    generations = bench.workspace.root / "generations"
+    folder = generations / made.id
+    assert bench.argv(made.job.id) == ["program", "generate", f"--requests={generations}"]
+    assert json.loads((folder / "command.json").read_text()) == [
         "--prompt=--out=/etc",
         "--prompt=a fox",
         "--negative_prompt=--config=x",
@@ -150,6 +152,43 @@ def test_a_deleted_generation_is_cancelled_and_can_be_restored(bench: Bench) -> 
     for wrong in ("..", "x" * 12, ""):
         with pytest.raises(ApiError, match="no such generation"):
             bench.generations.get(wrong)
+
+
+def test_one_job_generates_all_requests(bench: Bench) -> None:
+    """Its network stays loaded; each request has a state of its own."""
+    request = GenerationRequest(prompts=["a fox"], flavour="nano")
+    first, second = bench.generations.create(request), bench.generations.create(request)
+    [worker] = bench.harness.jobs.get_queue().jobs
+    assert (worker.name, worker.kind, worker.state) == ("playground", "generate", "queued")
+    folders = [bench.workspace.root / "generations" / made.id for made in (first, second)]
+    (folders[0] / "state.json").write_text('{"state": "failed", "message": "no such file"}')
+
+    def states() -> list[tuple[str, str]]:
+        jobs = [bench.generations.get(made.id).job for made in (first, second)]
+        return [(job.state, job.message) for job in jobs if job is not None]
+
+    assert states() == [("failed", "no such file"), ("queued", "")]
+    # A job that is closing takes nothing more, and a request that is added starts another one.
+    lock = bench.harness.jobs._job_folder(worker.id).take_lock()
+    try:
+        assert bench.generations.create(request).job == bench.generations.get(second.id).job
+        bench.generations.release_device()
+        assert (folders[0].parent / ".stop").exists()
+        (folders[0].parent / ".closed").touch()
+        bench.generations.create(request)
+        assert len(bench.harness.jobs.get_queue().jobs) == 2
+    finally:
+        os.close(lock)
+
+
+def test_deleting_one_request_leaves_the_job_to_the_others(bench: Bench) -> None:
+    request = GenerationRequest(prompts=["a fox"], flavour="nano")
+    first, second = bench.generations.create(request), bench.generations.create(request)
+    bench.generations.delete(first.id)
+    [left] = bench.generations.list_newest()
+    assert (left.id, left.job and left.job.state) == (second.id, "queued")
+    bench.generations.delete(second.id)
+    assert bench.harness.jobs.get_queue().jobs == []
 
 
 def test_loras_of_runs_and_of_the_folder(bench: Bench) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from simpletuner.cli import generation_requests
 from simpletuner.cli.generate import command
 from simpletuner.cli.trained_weights import LORA_FILE, find_lora_file
 from simpletuner.config.schema import AdapterOptions, ModelOptions
@@ -233,3 +235,35 @@ def test_text_encoder_and_vae_may_lie_elsewhere(base: Path, tmp_path: Path) -> N
     flags = [f"--pretrained_{part}_model_name_or_path={place}" for part, place in parts.items()]
     (apart,) = pixels(generate(model, tmp_path / "out", "--prompt", "a cat", *flags))
     assert max(abs(a - b) for a, b in zip(plain, apart, strict=True)) <= 2
+
+
+def test_a_network_is_loaded_once_for_requests_of_the_same_lora(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests as files, as the pages write them: the images are those of single commands."""
+    loaded: list[str] = []
+    for name in ("load_transformer", "load_text_encoder"):
+        load = getattr(type(CHROMA), name)
+
+        def count(
+            *given: object, _name: str = name, _load: object = load, **more: object
+        ) -> object:
+            loaded.append(_name)
+            return _load(*given, **more)  # type: ignore[operator]
+
+        monkeypatch.setattr(type(CHROMA), name, count)
+    shared = ["--size=64", "--steps=2", f"--pretrained_model_name_or_path={base}"]
+    strengths = ("0.5", "1")
+    for at, strength in enumerate(strengths):
+        folder = tmp_path / "requests" / str(at)
+        folder.mkdir(parents=True)
+        words = [*shared, "--prompt=a cat", f"--lora={adapter}", f"--strength={strength}"]
+        (folder / "command.json").write_text(json.dumps([*words, f"--out={folder}"]))
+        os.utime(folder / "command.json", (at, at))
+    monkeypatch.setattr(generation_requests, "IDLE_S", 0.0)
+    result = CliRunner().invoke(command, ["--requests", str(tmp_path / "requests")])
+    assert result.exit_code == 0, result.output
+    assert loaded == ["load_text_encoder", "load_transformer"]
+    images = [next((tmp_path / "requests" / str(at)).glob("*.png")) for at in range(2)]
+    words = ["--prompt", "a cat", "--lora", str(adapter), "--strength", "0.5,1"]
+    assert pixels(images) == pixels(generate(base, tmp_path, *words))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
 from simpletuner.cli.generation import GenerationRequest, generate_images
+from simpletuner.cli.generation_requests import serve_requests
+from simpletuner.cli.kept_network import KeptNetwork
 from simpletuner.cli.trained_weights import (
     find_finished_transformer,
     find_lora_file,
@@ -21,6 +25,7 @@ from simpletuner.data.start_image import (
     check_request,
 )
 from simpletuner.errors import ConfigError, Problem
+from simpletuner.events.event_types import Emit
 from simpletuner.events.terminal_sink import TerminalSink
 from simpletuner.validation.prompts import (
     Prompt,
@@ -37,7 +42,7 @@ PATH_TYPE = click.Path(path_type=Path)
 @click.command(
     "generate", context_settings={"token_normalize_func": lambda name: name.replace("-", "_")}
 )
-@click.option("--prompt", "texts", multiple=True, required=True, help="Prompt; may be repeated.")
+@click.option("--prompt", "texts", multiple=True, help="Prompt; may be repeated.")
 @click.option("--negative_prompt", default="", help="Negative prompt, used when --guidance > 1.")
 @click.option(
     "--lora", type=PATH_TYPE, help="A LoRA file, a checkpoint or a run folder (of any training)."
@@ -120,7 +125,29 @@ PATH_TYPE = click.Path(path_type=Path)
 @click.option(
     "--out", type=PATH_TYPE, default="generated", show_default=True, help="Folder for the images."
 )
-def command(
+@click.option("--requests", type=PATH_TYPE, hidden=True)
+def command(requests: Path | None, **given: Any) -> None:
+    """Generate images with the base model or a LoRA, and print their paths.
+
+    No file is overwritten.
+    """
+    with closing(TerminalSink(sys.stderr)) as shown:
+        if requests is not None:  # of the pages: see generation_requests.py
+            serve_requests(requests, partial(_generate_requested, KeptNetwork(), shown))
+            return
+        request = _read_request(**given)
+        for path in generate_images(request, shown):
+            click.echo(path)
+
+
+def _generate_requested(kept: KeptNetwork, emit: Emit, words: Sequence[str]) -> None:
+    """Generate what the words of a command line ask for. Raises click.ClickException."""
+    context = command.make_context("generate", list(words))
+    given = {name: value for name, value in context.params.items() if name != "requests"}
+    generate_images(_read_request(**given), emit, kept)
+
+
+def _read_request(
     texts: tuple[str, ...],
     negative_prompt: str,
     lora: Path | None,
@@ -137,11 +164,10 @@ def command(
     invert_mask: bool,
     out: Path,
     **model: str | None,
-) -> None:
-    """Generate images with the base model or a LoRA, and print their paths.
-
-    No file is overwritten.
-    """
+) -> GenerationRequest:
+    """Return the request, checked as far as possible without loading anything."""
+    if not texts:
+        raise click.UsageError("Missing option '--prompt'.")
     flags = {name: value for name, value in model.items() if value}
     found, runs = None, []
     if lora is not None and (tuned := find_finished_transformer(lora)):
@@ -157,7 +183,7 @@ def command(
     prompts = tuple(
         Prompt(safe_file_name(text) or "image", text, negative_prompt) for text in texts
     )
-    request = GenerationRequest(
+    return GenerationRequest(
         prompts,
         options,
         found,
@@ -170,10 +196,6 @@ def command(
         out,
         start,
     )
-    with closing(TerminalSink(sys.stderr)) as shown:
-        paths = generate_images(request, shown)
-    for path in paths:
-        click.echo(path)
 
 
 def _parse_start(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simpletuner.cli.kept_network import KeptNetwork
 from simpletuner.config.environment import set_device_variables
 from simpletuner.config.schema import DataOptions, ModelOptions
 from simpletuner.data.start_image import StartImageRequest, place_start_image
@@ -23,7 +24,7 @@ from simpletuner.validation.prompts import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from simpletuner.cache.batch_types import TextEmbedding
     from simpletuner.data.geometry import ImageSize
@@ -50,11 +51,15 @@ class GenerationRequest:
     start: StartImageRequest | None = None
 
 
-def generate_images(request: GenerationRequest, emit: Emit) -> list[Path]:
+def generate_images(
+    request: GenerationRequest, emit: Emit, kept: KeptNetwork | None = None
+) -> list[Path]:
     """Generate and save all images; return the paths in order of strength, size, prompt and seed.
 
-    Text encoder, transformer and VAE are in memory one after the other, never together.
+    Text encoder, transformer and VAE are in memory one after the other, never together; only with
+    `kept` the transformer stays in memory, for the next request.
     """
+    network = KeptNetwork() if kept is None else kept
     set_device_variables(request.model.deterministic)
     from simpletuner.adapters.lora_io import read_summary as describe_lora
     from simpletuner.models.registry import get_family as family_named
@@ -68,22 +73,36 @@ def generate_images(request: GenerationRequest, emit: Emit) -> list[Path]:
     device = select_device(request.model)
     placed = _place_images(request, family.read_constants(source).alignment_px, emit)
     texts = prompt_texts(request.prompts, request.guidance)
-    emit(NoticeIssued(f"encoding {len(texts)} text{'s' * (len(texts) > 1)}"))
-    encoded = family.load_text_encoder(source, request.model, device.device, emit).encode(texts)
-    embeddings = dict(zip(texts, encoded, strict=True))
+
+    def encode(texts: Sequence[str]) -> Sequence[TextEmbedding]:
+        emit(NoticeIssued(f"encoding {len(texts)} text{'s' * (len(texts) > 1)}"))
+        return family.load_text_encoder(source, request.model, device.device, emit).encode(texts)
+
+    embeddings = network.embeddings(request.model, texts, encode)
     gc.collect()  # a reference cycle may keep the network; the next one needs its memory
-    starts = _encode_starts(request, family, source, device, placed)
+    starts = network.make_room_for(lambda: _encode_starts(request, family, source, device, placed))
     gc.collect()
     wanted = make_image_specs(request.prompts, tuple(placed), request.count, request.seed)
     if (start := request.start) is not None:
         name = start.image_path.name
         wanted = tuple(replace(spec, start=name, denoise=start.denoise) for spec in wanted)
-    drawn = _generate_latents(request, family, source, device, embeddings, starts, wanted, emit)
-    gc.collect()
-    vae = family.load_vae(source, request.model, device.device)
+    drawn = _generate_latents(
+        request, family, source, device, embeddings, starts, wanted, emit, network
+    )
+    if kept is None:
+        network.drop()
+    vae = network.make_room_for(lambda: family.load_vae(source, request.model, device.device))
     stride_px = family.read_constants(source).stride_px
     return [
-        _save_image(request, source, strength, spec, vae.decode(latents), placed, stride_px)
+        _save_image(
+            request,
+            source,
+            strength,
+            spec,
+            network.make_room_for(partial(vae.decode, latents)),
+            placed,
+            stride_px,
+        )
         for strength, spec, latents in drawn
     ]
 
@@ -168,31 +187,20 @@ def _generate_latents(
     starts: Mapping[ImageSize, StartLatents],
     wanted: tuple[ImageSpec, ...],
     emit: Emit,
+    network: KeptNetwork,
 ) -> list[tuple[float, ImageSpec, Tensor]]:
     """Generate the latents of every image at every strength."""
-    import torch
-
     from simpletuner.adapters.attachment import set_strength
-    from simpletuner.adapters.lora_io import load_adapter
-    from simpletuner.models.block_executor import block_memory_policy
     from simpletuner.validation.inference import Inference
     from simpletuner.validation.sampler import generate_latents
 
-    emit(NoticeIssued(f"loading {source.name}"))
-    at = torch.device("cpu") if request.model.musubi_blocks_to_swap else device.device
-    transformer = family.load_transformer(source, at, device.weights_dtype, request.model, emit)
+    transformer = network.transformer(
+        network_key(request), lambda: _load_transformer(request, family, source, device, emit)
+    )
     dtype = device.autocast_dtype or device.weights_dtype
     inference = Inference(
         family, family.read_constants(source), device.device, dtype, device.autocast
     )
-    if request.lora_path is not None:
-        load_adapter(
-            transformer, request.lora_path, family.lora_conventions.names, request.strengths[0]
-        )
-    streamed = device.device.type == "cuda"
-    memory = block_memory_policy(request.model, family.block_count(transformer), streamed)
-    family.place_blocks(transformer, memory, device.device)
-    family.compile_blocks(transformer, request.model)
     again = partial(
         generate_latents,
         inference,
@@ -212,6 +220,39 @@ def _generate_latents(
                 drawn.append((strength, spec, latents))
                 stage.advance()
     return drawn
+
+
+def _load_transformer(
+    request: GenerationRequest,
+    family: ModelFamily,
+    source: ModelFiles,
+    device: ComputeDevice,
+    emit: Emit,
+) -> nn.Module:
+    """Return the transformer with its LoRA, on the device."""
+    import torch
+
+    from simpletuner.adapters.lora_io import load_adapter
+    from simpletuner.models.block_executor import block_memory_policy
+
+    emit(NoticeIssued(f"loading {source.name}"))
+    at = torch.device("cpu") if request.model.musubi_blocks_to_swap else device.device
+    transformer = family.load_transformer(source, at, device.weights_dtype, request.model, emit)
+    if request.lora_path is not None:
+        load_adapter(
+            transformer, request.lora_path, family.lora_conventions.names, request.strengths[0]
+        )
+    streamed = device.device.type == "cuda"
+    memory = block_memory_policy(request.model, family.block_count(transformer), streamed)
+    family.place_blocks(transformer, memory, device.device)
+    family.compile_blocks(transformer, request.model)
+    return transformer
+
+
+def network_key(request: GenerationRequest) -> tuple[object, ...]:
+    """Return what must be the same for two requests to use one transformer."""
+    path = request.lora_path
+    return (request.model, path, path.stat().st_mtime_ns if path is not None else 0)
 
 
 def _unused_path(folder: Path, spec: ImageSpec) -> Path:

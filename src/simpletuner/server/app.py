@@ -95,6 +95,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         hardware.list_devices,
         services.settings.stop_grace_s,
         services.preferences.job_variables,
+        services.generations.release_device,
     )
     supervisor.start()
     services.usage.start()

@@ -1,19 +1,28 @@
-"""Generation of images with a base and LoRAs of the workspace, as jobs of the queue.
+"""Generation of images with a base and LoRAs of the workspace, as a job of the queue.
 
-generations/<id>/
-    request.json     the request, its job and its time
-    *.png            the images, each with its settings as metadata
+One job generates all requests, so that its network stays loaded between them; it ends when none has
+come for minutes, or when another job waits for its device (cli/generation_requests.py).
+
+generations/
+    <id>/request.json    the request and its time
+    <id>/command.json    the arguments of the program; its job writes state.json next to it
+    <id>/*.png           the images, each with its settings as metadata
+    .lock                held by a request that is added, and by the job when it closes
+    .closed, .stop       the job takes no further requests; it shall not wait for further ones
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,6 +31,7 @@ from simpletuner.image_decoding import UndecodableImage, decoder_errors
 from simpletuner.server.api_errors import ApiError, abort
 from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.job_service import JobService
+from simpletuner.server.job_states import ACTIVE_STATES, ENDED_STATES
 from simpletuner.server.schemas.generations import GeneratedImage, Generation, GenerationRequest
 from simpletuner.server.schemas.jobs import Job
 from simpletuner.server.schemas.library import TrashEntry
@@ -30,6 +40,10 @@ from simpletuner.server.workspace import Workspace
 
 GENERATION_ID = re.compile(r"[0-9a-f]{12}")
 MAX_LISTED = 60
+# As in cli/generation_requests.py, which this package does not import.
+COMMAND_FILE, STATE_FILE = "command.json", "state.json"
+LOCK_FILE, STOP_FILE, CLOSED_FILE = ".lock", ".stop", ".closed"
+WORKER_NAME = "playground"
 IMAGE_SUFFIX = ".png"
 
 
@@ -63,11 +77,41 @@ class GenerationService:
         id = secrets.token_hex(6)
         folder = self._folder / id
         folder.mkdir(parents=True)
-        argv = [*self._command, *_arguments(request, folder, lora, image, mask)]
-        job = self._jobs.enqueue_command("generate", request.prompts[0][:60], argv, folder)
-        record = {"request": request.model_dump(), "job": job.id, "created_t": time.time()}
-        write_atomically(folder / "request.json", json.dumps(record, indent=1) + "\n")
+        words = _arguments(request, folder, lora, image, mask)
+        with self._locked():
+            job = self._worker() or self._start_worker()
+            record = {"request": request.model_dump(), "job": job.id, "created_t": time.time()}
+            write_atomically(folder / "request.json", json.dumps(record, indent=1) + "\n")
+            write_atomically(folder / COMMAND_FILE, json.dumps(words) + "\n")
         return self.get(id)
+
+    def release_device(self) -> None:
+        """Let the job end as soon as it has nothing to generate: another one waits for a device."""
+        worker = self._worker()
+        if worker is not None and worker.state != "queued":
+            (self._folder / STOP_FILE).touch()
+
+    def _worker(self) -> Job | None:
+        """Return the job that will generate further requests, None without one."""
+        jobs = [job for job in self._jobs.get_queue().jobs if job.kind == "generate"]
+        active = [job for job in jobs if job.state not in ENDED_STATES]
+        is_closed = (self._folder / CLOSED_FILE).exists()
+        usable = [job for job in active if job.state == "queued" or not is_closed]
+        return usable[0] if usable else None
+
+    def _start_worker(self) -> Job:
+        argv = [*self._command, "generate", f"--requests={self._folder}"]
+        return self._jobs.enqueue_command("generate", WORKER_NAME, argv)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep the job from closing, and other requests from starting a second one."""
+        descriptor = os.open(self._folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def get(self, id: str) -> Generation:
         """Return a generation. Raises ApiError 404 for an unknown id."""
@@ -88,13 +132,30 @@ class GenerationService:
         return path if path.suffix == IMAGE_SUFFIX else abort(404, "there is no such image")
 
     def delete(self, id: str) -> TrashEntry:
-        """Move a generation to the trash; its job is cancelled first."""
+        """Move a generation to the trash; one that is being generated is interrupted.
+
+        The requests after it are generated by another job.
+        """
         generation = self.get(id)
-        if generation.job is not None:
-            with contextlib.suppress(ApiError):
-                self._jobs.cancel(generation.job.id)
-        label = generation.request.prompts[0][:60]
-        return self._trash.discard("image", label, [self._require_folder(id)])
+        folder, label = self._require_folder(id), generation.request.prompts[0][:60]
+        job = generation.job
+        with self._locked():
+            is_running = job is not None and job.state in ACTIVE_STATES
+            entry = self._trash.discard("image", label, [folder])
+            remain = any(self._pending())
+            if job is not None and is_running:
+                (self._folder / CLOSED_FILE).touch()  # it is killed, and takes nothing more
+            if job is not None and (is_running or (job.state == "queued" and not remain)):
+                with contextlib.suppress(ApiError):
+                    self._jobs.cancel(job.id)
+            if is_running and remain:
+                self._start_worker()
+        return entry
+
+    def _pending(self) -> Iterator[Path]:
+        for path in self._folder.glob(f"*/{COMMAND_FILE}"):
+            if not (path.parent / STATE_FILE).exists():
+                yield path.parent
 
     def _existing(self, path: str, loc: str) -> Path | None:
         if not path:
@@ -115,6 +176,9 @@ class GenerationService:
         job: Job | None = None
         with contextlib.suppress(ApiError):
             job = self._jobs.get_job(str(record.get("job", "")))
+        state = read_json_object(folder / STATE_FILE)
+        if job is not None and (folder / COMMAND_FILE).exists():
+            job = _job_of_request(job, self._worker(), state)
         try:
             return Generation(
                 id=folder.name,
@@ -143,7 +207,7 @@ def _arguments(
     mask: Path | None,
 ) -> list[str]:
     """Return the arguments of `generate`; no value can be taken for an option of its own."""
-    words = ["generate", *(f"--prompt={text}" for text in request.prompts)]
+    words = [f"--prompt={text}" for text in request.prompts]
     given: dict[str, object] = {
         "negative_prompt": request.negative_prompt,
         "model_flavour": request.flavour,
@@ -163,6 +227,18 @@ def _arguments(
     words += [f"--steps={request.steps}", f"--guidance={request.guidance:g}"]
     words += [f"--seed={request.seed}", f"--count={request.count}", f"--out={folder}"]
     return words
+
+
+def _job_of_request(job: Job, worker: Job | None, state: dict[str, Any] | None) -> Job:
+    """Return the job as one of a single request. worker: the one that takes further requests."""
+    own = state or {}
+    if own.get("state") in ("done", "failed"):
+        message = str(own.get("message", ""))
+        return job.model_copy(update={"state": own["state"], "message": message, "advice": ""})
+    if own.get("state") == "running":
+        return job
+    waits = worker or (None if job.state in ENDED_STATES else job)
+    return job if waits is None else waits.model_copy(update={"state": "queued", "message": ""})
 
 
 def _describe_image(workspace: Workspace, path: Path) -> GeneratedImage:

@@ -90,6 +90,7 @@ class Supervisor:
 
     devices: called once, because it starts a process. grace_s: seconds a training gets to save and
     exit. variables: returns further environment variables of a job.
+    on_waiting: called in each round in which a job waits for a device.
     """
 
     def __init__(
@@ -98,11 +99,13 @@ class Supervisor:
         devices: Callable[[], Sequence[DeviceInfo]],
         grace_s: float = 120.0,
         variables: Callable[[], Mapping[str, str]] = dict,
+        on_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self._jobs = jobs
         self._devices = devices
         self._grace_s = grace_s
         self._variables = variables
+        self._on_waiting = on_waiting
         self._job_devices: tuple[str, ...] | None = None
         self._runners: list[subprocess.Popen[bytes]] = []
         # Job -> the signals that were sent, and the time of the last one.
@@ -252,6 +255,8 @@ class Supervisor:
                 self._record_overtaken(folders[id], times)
             for id, devices in assignment.started.items():
                 self._launch(folders[id], join_devices(devices))
+            if len(assignment.started) < len(waiting):
+                self._on_waiting()
 
     def _record_overtaken(self, folder: JobFolder, times: int) -> None:
         with self._jobs.lock:  # keeps a request from cancelling the job at the same time
