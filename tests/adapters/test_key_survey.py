@@ -104,7 +104,7 @@ CASES: dict[str, tuple[Callable[[], Tensors], dict[str, tuple[str, int]]]] = {
     ),
     "orphan A": (
         lambda: kohya() | {"lora_unet_double_blocks_1_img_attn_proj.lora_down.weight": torch.ones(4, 16)},
-        {COMFY: ("in part", 10), FORGE: ("in part", 10)},
+        {COMFY: ("in part", 10), FORGE: ("in part", 10), KOHYA: ("refused", 0)},
     ),
     "orphan B": (
         lambda: kohya() | {"lora_unet_double_blocks_1_img_attn_proj.lora_up.weight": torch.ones(16, 4)},
@@ -120,11 +120,19 @@ CASES: dict[str, tuple[Callable[[], Tensors], dict[str, tuple[str, int]]]] = {
     ),
     "dora per input": (
         lambda: kohya() | {f"{QKV}.dora_scale": torch.ones(1, 16), "stray": torch.ones(1)},
-        {COMFY: ("in part", 10), FORGE: ("wrong strength", 0), KOHYA: ("wrong strength", 0)},
+        {COMFY: ("in part", 10), FORGE: ("in part", 10), KOHYA: ("wrong strength", 0)},
     ),
     "dora per output": (
         lambda: kohya() | {f"{QKV}.dora_scale": torch.ones(16, 1), "stray": torch.ones(1)},
-        {COMFY: ("wrong strength", 0)},
+        {COMFY: ("wrong strength", 0), FORGE: ("wrong strength", 0)},
+    ),
+    "rows of q, k and v": (
+        lambda: kohya() | pair("diffusion_model.single_blocks.0.linear1_qkv"),
+        {COMFY: ("applied", 11), OLDER: ("applied", 11), FORGE: ("in part", 10)},
+    ),
+    "whole weight": (
+        lambda: kohya() | {"diffusion_model.double_blocks.1.img_attn.proj.set_weight": torch.ones(16, 16)},
+        {COMFY: ("applied", 11), FORGE: ("applied", 11), KOHYA: ("in part", 10)},
     ),
     "bare": (
         lambda: renamed("bare", ".weight", ".default.weight"),

@@ -46,10 +46,13 @@ class KeyLookup:
     native_prefixes, diffusers_prefixes: what precedes a native name, or one of diffusers; one that
     ends with "_" is followed by underscores. forms: of key_forms.py that it knows. attached:
     endings that it takes with a delta. tolerated_keys: it refuses a file with more unmatched keys;
-    None without a limit. needs_both: B without A ends the loading with an exception. needs_alpha:
-    so does a module without alpha. only_matrices: so do shapes of convolutions.
-    applies_input_magnitudes: a dora_scale per input is applied as it was trained.
-    other_native_modules: native modules that no LoRA here adapts, by their start.
+    None without a limit. fails_without: the loading ends with an exception at a pair that lacks
+    this factor; it overlooks a pair that lacks the other one. needs_alpha: so it does at a module
+    without alpha. only_matrices: and at shapes of convolutions. applies_input_magnitudes: a
+    dora_scale per input is applied as it was trained. other_native_modules: native modules that no
+    LoRA here adapts, by their start. aliases: ending of a native module -> that of the module whose
+    first rows it names. unmatched_note: what else happens to a file of which some keys match
+    nothing.
     """
 
     native_prefixes: tuple[str, ...]
@@ -57,14 +60,19 @@ class KeyLookup:
     forms: tuple[str, ...]
     attached: frozenset[str]
     tolerated_keys: int | None = None
-    needs_both: bool = True
+    fails_without: Literal["A", "B"] = "A"
     needs_alpha: bool = False
     only_matrices: bool = False
     applies_input_magnitudes: bool = False
     other_native_modules: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    unmatched_note: str = ""
 
     def finds(self, module: str, names: ModuleNames) -> bool:
         """Return whether the key of a module, without its ending, names a weight."""
+        for alias, ending in self.aliases:
+            if module.endswith(alias):
+                module = module.removesuffix(alias) + ending
         for prefix in self.native_prefixes:
             written = module.removeprefix(prefix)
             if module.startswith(prefix):
@@ -161,7 +169,7 @@ def loses_magnitude(program: ConsumerProgram, file: LoraFile, name: str) -> bool
     """Return whether a program ignores or misreads the magnitude of a DoRA module.
 
     ComfyUI and Forge divide a dora_scale per output by other norms than LyCORIS and PEFT train
-    with; for one per input ComfyUI takes the norms that it was trained with.
+    with; for one per input they take the norms that it was trained with.
     """
     module = file.modules[name]
     ignored = module.magnitude is not None and file.layout not in program.magnitude_layouts

@@ -25,6 +25,7 @@ OTHER_FORMS: Mapping[str, tuple[str, ...]] = {
     ),
     "OFT": (".oft_blocks", ".oft_diag", ".oft_R.weight", ".rescale"),
     "full delta": (".diff", ".diff_b", ".w_norm", ".b_norm"),
+    "whole weight": (".set_weight",),
 }
 # Endings that belong to a delta and are none: scale, magnitude, convolution core.
 ATTACHED = (

@@ -134,6 +134,7 @@ def _assess(
         missing = next((module for module in survey.forms if module not in complete), "")
         example = f", such as those of {missing}" if missing else ""
         why = f"{unmatched} {'key is' if unmatched == 1 else 'keys are'} not loaded{example}"
+        why += f"; {lookup.unmatched_note}" if lookup.unmatched_note else ""
         return result("in part", len(complete), why)
     return result("applied", len(complete), "")
 
@@ -142,9 +143,10 @@ def _failure(lookup: KeyLookup, module: str, survey: KeySurvey) -> str:
     """Return the exception that the program ends with at this module; "" for none."""
     for form, (down, up) in PAIR_FORMS.items():
         present = survey.forms[module].get(form, frozenset())
-        if lookup.needs_both and form in lookup.forms and up in present and down not in present:
-            return f"KeyError: {module} has no {down[1:]}"
-    if not lookup.needs_both and not _is_complete(module, survey, lookup):
+        needed, other = (down, up) if lookup.fails_without == "A" else (up, down)
+        if form in lookup.forms and other in present and needed not in present:
+            return f"KeyError: {module} has no {needed[1:]}"
+    if not _is_complete(module, survey, lookup):
         return ""
     if lookup.needs_alpha and ".alpha" not in survey.attached.get(module, ()):
         return f"KeyError: {module} has no alpha"
@@ -175,7 +177,7 @@ def _count_unmatched(survey: KeySurvey, applied: set[str], lookup: KeyLookup) ->
 
 
 def _magnitude_remark(survey: KeySurvey, modules: list[str], lookup: KeyLookup) -> str:
-    """Say that magnitudes are lost; those per input are the one kind that ComfyUI applies."""
+    """Say that magnitudes are lost; ComfyUI and Forge apply one kind, those per input."""
     for module in modules:
         attached = survey.attached.get(module, frozenset())
         if attached & {".lora_magnitude_vector", ".lora_magnitude_vector.weight"}:

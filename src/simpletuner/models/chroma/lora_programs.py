@@ -1,7 +1,9 @@
 """Rules by which diffusers, ComfyUI, Forge and kohya's tools load LoRA files of Chroma.
 
 The rules were read in the programs' code, and are tested against diffusers itself and against
-reimplementations of the other programs' rules.
+reimplementations of the other programs' rules. The loading functions of ComfyUI, Forge and
+sd-scripts, at the revisions that `source` names, were also run by hand on files that are written
+here, and on files with other keys: docs/lora-files.md.
 """
 
 from __future__ import annotations
@@ -96,6 +98,7 @@ COMFYUI_LOOKUP = KeyLookup(
     attached=frozenset({".alpha", ".dora_scale", ".lora_mid.weight", ".reshape_weight"}),
     applies_input_magnitudes=True,
     other_native_modules=APPROXIMATOR,
+    aliases=((".linear1_qkv", ".linear1"),),
 )
 OLDER_COMFYUI_LOOKUP = replace(
     COMFYUI_LOOKUP, diffusers_prefixes=("transformer.", "lycoris_", "lora_transformer_")
@@ -112,9 +115,11 @@ FORGE_LOOKUP = KeyLookup(
         "LoHa",
         "LoKr",
         "full delta",
+        "whole weight",
     ),
     attached=frozenset({".alpha", ".dora_scale", ".lora_mid.weight"}),
     tolerated_keys=FORGE_TOLERATED_KEYS,
+    applies_input_magnitudes=True,
     other_native_modules=APPROXIMATOR,
 )
 KOHYA_LOOKUP = KeyLookup(
@@ -122,9 +127,10 @@ KOHYA_LOOKUP = KeyLookup(
     diffusers_prefixes=(),
     forms=("lora_down/up",),
     attached=frozenset({".alpha"}),
-    needs_both=False,
+    fails_without="B",
     needs_alpha=True,
     only_matrices=True,
+    unmatched_note="flux_minimal_inference.py refuses it unless --merge_lora_weights is given",
 )
 
 
