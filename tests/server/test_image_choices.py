@@ -218,3 +218,25 @@ def test_an_inspection_is_a_job_whose_output_is_shown(
     assert shown["request"]["trigger"] == "--json short"
     (place / "result.json").write_text('{"images": 3}')
     assert client.get(f"{API}/inspection").json()["result"] is None
+
+
+def test_the_sample_images_are_copied_once(services: Services, client: TestClient) -> None:
+    created = client.post("/api/v1/samples")
+    assert created.status_code == 201, created.text
+    assert [(info["name"], info["owned"]) for info in created.json()] == [
+        ("zorbo", True),
+        ("shapes", True),
+    ]
+    assert created.json()[0]["captioned"] == created.json()[0]["pictures"] == 16
+    folder = services.workspace.datasets_dir / "zorbo"
+    (folder / "mine.txt").write_text("my own")
+    assert client.post("/api/v1/samples").status_code == 201
+    assert (folder / "mine.txt").read_text() == "my own"
+    (folder / "00.png").unlink()
+    refused = client.post("/api/v1/samples")
+    assert (refused.status_code, refused.json()["detail"][0]["message"]) == (
+        409, "there is already a dataset named zorbo",
+    )  # fmt: skip
+    assert sorted(path.name for path in services.workspace.datasets_dir.iterdir()) == [
+        "photos", "shapes", "zorbo",
+    ]  # fmt: skip

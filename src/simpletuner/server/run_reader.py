@@ -20,7 +20,8 @@ from simpletuner.server.event_summary import EventSummary
 from simpletuner.server.file_reader import LineChunk, read_json_object
 from simpletuner.server.job_states import Phase
 from simpletuner.server.run_metrics import MetricsTable
-from simpletuner.server.schemas.runs import LogPart, RunMetrics
+from simpletuner.server.run_tables import TableReader
+from simpletuner.server.schemas.runs import LogPart, RunMetrics, RunTables
 
 
 class FileStamp(NamedTuple):
@@ -154,6 +155,16 @@ class RunReader:
                 table = MetricsTable()
             table.add_lines(chunk.lines, chunk.end)
         return table.to_message(max_points, cursor.offset)
+
+    def tables(self) -> RunTables:
+        """Return the tables of epochs and of held-out losses."""
+        cursor = EventCursor(self._events.path)
+        reader = TableReader()
+        for chunk, was_replaced in cursor.read_all():
+            if was_replaced:
+                reader = TableReader()
+            reader.add_lines(chunk.lines, chunk.end)
+        return reader.tables()
 
     def events(self, since: int, limit: int) -> tuple[list[dict[str, Any]], int, int]:
         """Return at most `limit` records from byte `since`, and their start and end bytes."""

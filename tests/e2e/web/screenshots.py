@@ -63,7 +63,7 @@ def train_run(house: ServerProcess, steps: int) -> str:
         "checkpoints_total_limit": 5,
         "user_prompt_library": str(house.workspace / "prompts.json"),
     }
-    shown = {name: prompts[name] for name in ("red-navy", "green-cream", "base-star")}
+    shown = {name: prompts[name] for name in ("red-navy", "orange-teal", "green-cream")}
     (house.workspace / "prompts.json").write_text(json.dumps(shown))
     draft = house.request_ok(
         "POST", "drafts", {"name": "zorbo", "config": config, "datasets": sets}

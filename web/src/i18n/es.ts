@@ -3,6 +3,7 @@ import { common } from "./es/common";
 import { compare } from "./es/compare";
 import { datasets } from "./es/datasets";
 import { errors } from "./es/errors";
+import { firstVisit } from "./es/firstVisit";
 import { nav } from "./es/nav";
 import { newRun } from "./es/newRun";
 import { playground } from "./es/playground";
@@ -15,4 +16,4 @@ import { system } from "./es/system";
 import { usage } from "./es/usage";
 import { verdict } from "./es/verdict";
 
-export const es: Texts = { common, settings, compare, datasets, errors, nav, newRun, playground, run, runPrompts, runs, statistics, system, usage, verdict };
+export const es: Texts = { common, settings, compare, datasets, errors, firstVisit, nav, newRun, playground, run, runPrompts, runs, statistics, system, usage, verdict };

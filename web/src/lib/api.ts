@@ -97,13 +97,18 @@ async function call(method: Method, route: keyof paths, args: UntypedArguments):
   }
 }
 
+/** The arguments without the types of their route, which together would be too large a union for the compiler. */
+function first(args: readonly unknown[]): UntypedArguments {
+  return (args[0] ?? {}) as UntypedArguments;
+}
+
 export const api = {
-  get: <P extends Route<"get">>(route: P, ...[args]: Optional<RequestArguments<Op<P, "get">>>) =>
-    call("get", route, (args ?? {}) as UntypedArguments) as Promise<ResponseBody<Op<P, "get">>>,
-  post: <P extends Route<"post">>(route: P, ...[args]: Optional<RequestArguments<Op<P, "post">>>) =>
-    call("post", route, (args ?? {}) as UntypedArguments) as Promise<ResponseBody<Op<P, "post">>>,
-  put: <P extends Route<"put">>(route: P, ...[args]: Optional<RequestArguments<Op<P, "put">>>) =>
-    call("put", route, (args ?? {}) as UntypedArguments) as Promise<ResponseBody<Op<P, "put">>>,
-  delete: <P extends Route<"delete">>(route: P, ...[args]: Optional<RequestArguments<Op<P, "delete">>>) =>
-    call("delete", route, (args ?? {}) as UntypedArguments) as Promise<ResponseBody<Op<P, "delete">>>,
+  get: <P extends Route<"get">>(route: P, ...args: Optional<RequestArguments<Op<P, "get">>>) =>
+    call("get", route, first(args)) as Promise<ResponseBody<Op<P, "get">>>,
+  post: <P extends Route<"post">>(route: P, ...args: Optional<RequestArguments<Op<P, "post">>>) =>
+    call("post", route, first(args)) as Promise<ResponseBody<Op<P, "post">>>,
+  put: <P extends Route<"put">>(route: P, ...args: Optional<RequestArguments<Op<P, "put">>>) =>
+    call("put", route, first(args)) as Promise<ResponseBody<Op<P, "put">>>,
+  delete: <P extends Route<"delete">>(route: P, ...args: Optional<RequestArguments<Op<P, "delete">>>) =>
+    call("delete", route, first(args)) as Promise<ResponseBody<Op<P, "delete">>>,
 };

@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from simpletuner.data.geometry import ResizeCropConfig
+from simpletuner.server import sample_datasets
 from simpletuner.server.api_errors import abort
 from simpletuner.server.dataset_items import DEFAULT_SEED, CropSettings
 from simpletuner.server.file_responses import make_file_response
@@ -60,6 +61,12 @@ def list_datasets(services: ServicesDep) -> list[schemas.DatasetInfo]:
 def create_dataset(body: schemas.DatasetRequest, services: ServicesDep) -> schemas.DatasetInfo:
     """Create a dataset, or add an existing folder."""
     return services.datasets.create(body.name, body.path)
+
+
+@router.post("/samples", status_code=201)
+def create_sample_datasets(services: ServicesDep) -> list[schemas.DatasetInfo]:
+    """Copy the images of the packaged example into the workspace, as two datasets."""
+    return sample_datasets.create(services.datasets)
 
 
 @router.get("/datasets/{name}")

@@ -16,11 +16,13 @@ from simpletuner.server import run_artifacts
 from simpletuner.server.file_reader import replace_surrogates
 from simpletuner.server.file_responses import make_file_response
 from simpletuner.server.live_broadcaster import SlowSubscriber, Subscriber
+from simpletuner.server.log_search import search_log
 from simpletuner.server.run_pages import select_page
 from simpletuner.server.run_prompts import read_run_prompts, write_run_prompts
 from simpletuner.server.run_reader import RunReader
 from simpletuner.server.schemas.live import FollowRequest
 from simpletuner.server.schemas.runs import (
+    LogMatches,
     LogPart,
     MarkRequest,
     RunDetail,
@@ -30,6 +32,7 @@ from simpletuner.server.schemas.runs import (
     RunPrompts,
     RunPromptsWrite,
     RunQuery,
+    RunTables,
 )
 from simpletuner.server.services import Services, ServicesDep
 from simpletuner.server.thumbnails import get_thumbnail
@@ -71,6 +74,12 @@ def get_metrics(
 ) -> RunMetrics:
     """Return the metrics of a run as columns."""
     return get_reader(services, id).metrics(max_points)
+
+
+@router.get("/runs/{id}/tables")
+def get_tables(id: str, services: ServicesDep) -> RunTables:
+    """Return the epochs of a run and its held-out losses as tables."""
+    return get_reader(services, id).tables()
 
 
 @router.get("/runs/{id}/pictures")
@@ -133,6 +142,17 @@ def get_log(
 ) -> LogPart:
     """Return train.log from byte `since`; a negative value counts back from the end of the file."""
     return get_reader(services, id).log(since, limit)
+
+
+@router.get("/runs/{id}/log/matches")
+def find_in_log(
+    id: str,
+    services: ServicesDep,
+    text: Annotated[str, Query(min_length=1, max_length=200)],
+    limit: Annotated[int, Query(ge=1, le=1000)] = 200,
+) -> LogMatches:
+    """Return the lines of train.log that contain a text, upper or lower case."""
+    return search_log(get_reader(services, id).path / "train.log", text, limit)
 
 
 @router.put("/runs/{id}/checkpoints/{name}/mark")

@@ -194,6 +194,35 @@ class RunMetrics(ApiModel):
     end: int
 
 
+class EpochRow(ApiModel):
+    """The steps of one epoch, counted from 1. loss: their mean, None without a finite one."""
+
+    epoch: int
+    first_step: int
+    last_step: int
+    loss: float | None
+    seconds: float
+
+
+class HeldOutRow(ApiModel):
+    """One measurement of a held-out loss. Fields as in the event `evaluated`."""
+
+    step: int
+    dataset: str
+    split: str
+    loss: float | None
+    change: float | None
+    change_se: float | None
+    best: bool
+
+
+class RunTables(ApiModel):
+    """The epochs of a run, and its held-out losses, both in order."""
+
+    epochs: list[EpochRow]
+    held_out: list[HeldOutRow]
+
+
 class RunImage(ApiModel):
     """A validation image.
 
@@ -246,6 +275,20 @@ class LogPart(ApiModel):
     start: int
     end: int
     size: int
+
+
+class LogLine(ApiModel):
+    """A line of train.log; number: counted from 1."""
+
+    number: int
+    text: str
+
+
+class LogMatches(ApiModel):
+    """Lines of train.log that contain a text. count: of all; lines: the last of them."""
+
+    count: int
+    lines: list[LogLine]
 
 
 class StopRequest(ApiModel):

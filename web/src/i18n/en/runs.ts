@@ -7,12 +7,7 @@ export const runs = {
   loss: "Loss",
   steps: (step: string, total: string) => `${step} of ${total} steps`,
   left: (time: string) => `${time} left`,
-  empty: {
-    title: "No runs yet",
-    text: "Add 10 to 50 images of what the model should learn, then set up a run. Before it starts you see how much memory and time it needs, and a dry run on the bundled tiny model takes about a minute.",
-    images: "1. Add images",
-    start: "2. Set up a run",
-  },
+  empty: { title: "No runs yet" },
   queue: {
     title: "Queue",
     paused: "The queue is paused: no new run is started. Active runs continue.",

@@ -9,12 +9,7 @@ export const runs: Texts["runs"] = {
   loss: "Pérdida",
   steps: (step, total) => `${step} de ${total} pasos`,
   left: (time) => `faltan ${time}`,
-  empty: {
-    title: "Todavía no hay entrenamientos",
-    text: "Añade de 10 a 50 imágenes de lo que el modelo debe aprender y prepara un entrenamiento. Antes de empezar verás cuánta memoria y cuánto tiempo necesita, y una prueba (dry run) con el modelo diminuto incluido tarda cerca de un minuto.",
-    images: "1. Añadir imágenes",
-    start: "2. Preparar un entrenamiento",
-  },
+  empty: { title: "Todavía no hay entrenamientos" },
   queue: {
     title: "Cola",
     paused: "La cola está en pausa: no empieza ningún entrenamiento nuevo. Los que están en marcha continúan.",

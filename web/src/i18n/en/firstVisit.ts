@@ -1,0 +1,21 @@
+/** Texts of the first visit. */
+export const firstVisit = {
+  lead: "Three steps to a first LoRA. Nothing is trained before you press Start, and every step can be changed later.",
+  images: "Images",
+  imagesHelp: "10 to 50 images of what the model should learn, each with a caption. Or try it with sixteen drawings of a zorbo, a shape that no model knows.",
+  add: "Add images",
+  sample: "Use the sample images",
+  dataset: "Dataset",
+  count: "{n} {n|image|images}, {captioned} with a caption",
+  addMore: "Add other images",
+  teach: "What to teach",
+  teachHelp: "The name that captions and prompts give it: a rare one, so that it means nothing else yet.",
+  trigger: "Trigger word",
+  start: "Start",
+  noGpu: "No GPU was found",
+  nano: "The bundled tiny model (chroma-nano) learns in minutes here, at 128 px.",
+  preset: "The preset {name} fits this machine.",
+  nothingFits: "No preset fits the memory of this GPU; choose the settings yourself.",
+  setUp: "Set up the run",
+  self: "Choose everything myself",
+};
