@@ -28,6 +28,7 @@ from simpletuner.events.event_types import CheckpointSetAside, StepCompleted, Wa
 from simpletuner.events.formatting import describe_event
 from simpletuner.training import checkpoint
 from simpletuner.training.run_folder import RunFolder
+from tests.cli.test_cli import BLOCKED_START
 from tests.distributed.harness import CONTEXT
 from tests.e2e.training_project import (
     TrainingProject,
@@ -434,11 +435,19 @@ def test_kill_storm(tmp_path: Path) -> None:
     storm(TrainingProject(tmp_path), kills=20, seed=2)
 
 
+# What a start with filled caches does not import: it encodes nothing, and asks no hub.
+UNNEEDED = ("diffusers", "transformers", "huggingface_hub.hf_api", "httpx", "httpx2")
+
+
 def test_sigterm_saves_and_leaves_with_its_own_code(straight: tuple[TrainingProject, Path]) -> None:
-    workspace, _ = straight
+    workspace, whole = straight
     out = workspace.root / "terminated"
+    words = [*command(workspace, out)[3:-2], f"--cache_dir={whole / 'cache'}"]
     process = subprocess.Popen(
-        [*command(workspace, out)[:-2], "--max_train_steps=100000", "--checkpoint_step_interval=100000"],
+        [
+            sys.executable, "-c", BLOCKED_START.format(blocked=UNNEEDED), *words,
+            "--max_train_steps=100000", "--checkpoint_step_interval=100000",
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         cwd=workspace.root,
     )  # fmt: skip
