@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,10 +19,10 @@ from tests.e2e.web.page_actions import (
 from tests.e2e.web.server_process import (
     EXAMPLE_DIR,
     SERVER_DOWN,
-    TIMEOUT_S,
     ServerProcess,
     wait_until,
 )
+from tests.inside import inside
 
 PLANNED = 2000  # never reached: the run is stopped when enough was seen
 EVERY = 10
@@ -144,8 +142,8 @@ def loads_the_lora(page: Page, folder: Path) -> None:
     assert coming.value.suggested_filename == f"{NAME}.safetensors"
     file = folder / "lora.safetensors"
     coming.value.save_as(file)
-    words = [sys.executable, "-m", "simpletuner", "export", str(file), "--check", "--json"]
-    told = subprocess.run(words, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
+    told = inside(folder, "export", str(file), "--check", "--json")
+    assert told.returncode == 0, told.stderr
     verdicts = {one["program"]: one for one in json.loads(told.stdout)["programs"]}
     for program in ("diffusers", "ComfyUI"):
         assert (verdicts[program]["outcome"], verdicts[program]["strength"]) == ("applied", 1.0)
