@@ -139,6 +139,16 @@ def test_a_value_that_is_not_read_is_named(tmp_path: Path) -> None:
     )
 
 
+def test_a_flag_counts_before_an_argument_of_the_file(tmp_path: Path) -> None:
+    load(tmp_path, optimizer_config="weight_decay=0.0,eps=1e-6")
+    flags = [("adam_weight_decay", "0.1")]
+    loaded = try_load_config(flags, environ={}, cwd=tmp_path).loaded
+    assert loaded is not None
+    optimizer = loaded.config.optimizer
+    assert (optimizer.adam_weight_decay, optimizer.adam_epsilon) == (0.1, 1e-6)
+    assert any("is not read, because adam_weight_decay is given" in n for n in loaded.notices)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS.split())
 def test_every_optimizer_is_read_or_refused_with_the_nearest(name: str, tmp_path: Path) -> None:
     own = all_options()["optimizer"].choices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from simpletuner.config.environment import VARIABLE_PREFIX
 from simpletuner.config.lycoris_config import replace_foreign_classes
 from simpletuner.config.model_families import DEFAULT_FAMILY
 from simpletuner.config.option_catalog import all_options
@@ -63,6 +64,11 @@ def _read_common_arguments(layers: OptionLayers) -> None:
         if target is None or (key == "eps" and optimizer not in ADAM_OPTIMIZERS):
             rest.append(item)
             continue
+        if _layer_of(layers, target) > _layer_of(layers, name):
+            layers.notices.append(
+                f"{layers.origins[name]}: {key} is not read, because {target} is given"
+            )
+            continue
         try:
             layers.values[target] = parse_value(all_options()[target], text)
         except InvalidOptionValue as error:
@@ -72,6 +78,12 @@ def _read_common_arguments(layers: OptionLayers) -> None:
         layers.notices.append(f"{layers.origins[name]}: {name} {item.strip()} is read as {target}")
     if isinstance(written, str) and rest != written.split(","):
         layers.values[name] = ",".join(rest)
+
+
+def _layer_of(layers: OptionLayers, option: str) -> int:
+    """Return whether an option is from a file or not given (0), the environment (1) or a flag."""
+    origin = layers.origins.get(option, "")
+    return 2 if origin.startswith("--") else int(origin.startswith(VARIABLE_PREFIX))
 
 
 def _skip_builtin_trackers(layers: OptionLayers) -> None:
