@@ -13,7 +13,12 @@ from simpletuner.cli.checked_config import require_config_and_datasets
 from simpletuner.config.load import try_load_config
 from simpletuner.data.dataset_file import read_dataset_file
 from simpletuner.errors import CheckpointError, ConfigError, DataError
-from simpletuner.training.rehearse import RehearsalFindings, scan_all, shrink_datasets
+from simpletuner.training.rehearse import (
+    RehearsalFindings,
+    reduce_config,
+    scan_all,
+    shrink_datasets,
+)
 from tests.e2e.test_resume import interrupted
 from tests.e2e.training_project import TrainingProject, read_checkpoint_files, read_losses
 
@@ -94,6 +99,12 @@ def test_a_rehearsal_counts_images_and_uses_small_batches(project: TrainingProje
     first, second = (dataset.resize_crop for dataset in shrink_datasets(backends).train)
     assert (first.train_batch_size, second.train_batch_size) == (2, 2)
     assert (second.resolution_buckets, second.crop_aspect_buckets) == ((), (1.0, 2.0))
+
+
+def test_a_rehearsal_writes_to_no_store(project: TrainingProject, tmp_path: Path) -> None:
+    run = project.load_config(cache_remote="s3://mine/caches").config
+    reduced = reduce_config(run, tmp_path / "rehearsal", RehearsalFindings())
+    assert (run.cache.cache_remote, reduced.cache.cache_remote) == ("s3://mine/caches", None)
 
 
 def test_noise_levels_of_a_list_cannot_be_moved(project: TrainingProject) -> None:

@@ -19,6 +19,7 @@ from simpletuner.server.schemas.configs import FormSchema, OptionInfo, Preset
 NOT_SETTABLE: Mapping[str, str] = {
     "webhook_config": "sends events to a URL; set it in a config file and train from a terminal",
     "data_backend_config": "is written by the server from the list of datasets",
+    "cache_remote": "writes to another server; set it in a config file and train from a terminal",
     **dict.fromkeys(
         ("num_machines", "machine_rank", "main_process_ip", "main_process_port"),
         "connects this machine to others; set it in a config file and train from a terminal",

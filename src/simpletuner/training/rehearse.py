@@ -34,11 +34,12 @@ STEPS = 4
 STOP_AFTER = 2
 MAX_SAMPLES_PER_SET = 8
 SIDE_PX = 128
-ONE_CPU_PROCESS = {
+ON_THIS_MACHINE_ALONE = {
     "device": "cpu",
     "num_processes": 1,
     "fsdp_enable": False,
     "deepspeed_config": None,
+    "cache_remote": None,
 }
 
 
@@ -144,7 +145,7 @@ def reduce_config(run: RunConfig, output_dir: Path, findings: RehearsalFindings)
             **resolved_options(run),
             "model_flavour": "nano",
             "pretrained_model_name_or_path": None,
-            **ONE_CPU_PROCESS,
+            **ON_THIS_MACHINE_ALONE,
             "pretrained_transformer_model_name_or_path": None,
             "pretrained_vae_model_name_or_path": None,
             "pretrained_t5_model_name_or_path": None,
