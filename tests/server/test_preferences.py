@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import stat
 import sys
 import time
@@ -21,6 +24,7 @@ from simpletuner.server.workspace import Workspace
 from tests.server.queue_harness import QueueHarness, make_device
 
 TOKEN = "hf_abcdefghijklmnop"
+RUN_FILES = ("config.json", "events.jsonl", "train.log", "exit.json")
 
 
 @pytest.fixture
@@ -80,6 +84,76 @@ def test_jobs_get_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         time.sleep(0.05)
     supervisor.close()
     assert TOKEN not in (folder / "job.json").read_text()
+
+
+def read_of_processes(name: str) -> dict[str, bytes]:
+    """Return process id -> a file of /proc; without those that end meanwhile or are another's."""
+    found = {}
+    for path in Path("/proc").glob(f"[0-9]*/{name}"):
+        with contextlib.suppress(OSError):
+            found[path.parent.name] = path.read_bytes()
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("ending", ["done", "failed"])
+def test_the_token_of_a_job_is_seen_by_its_owner_alone(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No command line, file or answer has it, while the job runs and when it has ended or failed."""
+    gate = tmp_path / "gate"
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("FAKE_GATE", str(gate))
+    monkeypatch.setenv("FAKE_STEPS", "2")
+    harness = QueueHarness((tmp_path / "workspace").resolve())
+    preferences = Preferences(harness.workspace)
+    preferences.write_hub_token(TOKEN)
+    harness.supervisor = Supervisor(
+        harness.jobs, lambda: [make_device("cpu")], variables=preferences.job_variables
+    )
+    job = harness.wait_for_state(harness.enqueue(), "running")
+    own = [id for id, text in read_of_processes("environ").items() if TOKEN.encode() in text]
+    assert own, "the job has it"
+    assert not any(TOKEN.encode() in text for text in read_of_processes("cmdline").values())
+    assert_answers_without_token(harness.workspace)
+    if ending == "failed":
+        for id in own:
+            os.kill(int(id), signal.SIGKILL)
+    gate.touch()
+    ended = harness.wait_for_state(job, "done", "failed", "lost")
+    assert (ended.state == "done") == (ending == "done")
+    harness.supervisor.close()
+    assert_answers_without_token(harness.workspace)
+    holders = [
+        path.name
+        for path in harness.workspace.root.rglob("*")
+        if path.is_file() and TOKEN.encode() in path.read_bytes()
+    ]
+    assert holders == ["hub-token"]
+
+
+def assert_answers_without_token(workspace: Workspace) -> None:
+    """Ask every route that reads, about the job and its run, and what the pages show at a mistake."""
+    client = TestClient(
+        create_app(ServerSettings(workspace)),
+        base_url="http://localhost:8001",
+        raise_server_exceptions=False,
+    )
+    job = client.get("/api/v1/queue").json()["jobs"][0]
+    answered = 0
+    for path, methods in client.get("/api/v1/openapi.json").json()["paths"].items():
+        if "get" in methods:
+            ids = (job["id"], job["run"]) if "{id}" in path else ("",)
+            files = (
+                RUN_FILES if path.startswith("/api/v1/runs") and "{path}" in path else ("a.png",)
+            )
+            for id in ids:
+                for file in files:
+                    filled = path.replace("{id}", id).replace("{name}", "photos")
+                    answer = client.get(filled.replace("{path}", file))
+                    assert TOKEN not in answer.text + str(answer.headers), path
+                    answered += answer.status_code == 200
+    assert answered > 20
 
 
 def test_defaults_are_checked(workspace: Workspace) -> None:
