@@ -162,6 +162,7 @@ def test_the_image_is_pinned_and_runs_as_a_user() -> None:
     assert json.loads(found["ENTRYPOINT"]) == ["simpletuner"]
     assert json.loads(found["CMD"])[0] in COMMANDS
     assert "--constraint /source/constraints/cuda.txt" in text
+    assert found["ARG"] == "EXTRAS=cuda", "the constraints hold no packages of other extras"
     ignore = (FOLDER / "Dockerfile.dockerignore").read_text().splitlines()
     kept = [line[1:] for line in ignore if line.startswith("!")]
     assert ignore[0] == "*"
