@@ -122,6 +122,25 @@ def save_all_screenshots(
         page.context.close()
 
 
+def save_first_visit(browser: Browser, folder: Path) -> None:
+    """The first page of a workspace without runs, with the sample images."""
+    house = ServerProcess(folder / "new", name="chroma")
+    try:
+        house.start()
+        context = browser.new_context(
+            base_url=house.origin, viewport=DESKTOP_VIEWPORT, color_scheme="light", locale="en-US"
+        )
+        page = context.new_page()
+        page.set_default_timeout(1000 * TIMEOUT_S)
+        page.goto("/")
+        page.get_by_role("button", name="Use the sample images").click()
+        expect(page.get_by_text("16 images, 16 with a caption")).to_be_visible()
+        save_screenshot(clear_focus(page), "first-visit")
+        context.close()
+    finally:
+        house.close()
+
+
 def wait_for_loss_chart(page: Page) -> Page:
     expect(page.get_by_role("img", name=re.compile("^Loss: "))).to_be_visible()
     return page
@@ -155,6 +174,7 @@ def fill_new_run_form(page: Page) -> Page:
 
 
 def open_crop_preview(page: Page) -> Page:
+    page.get_by_text("Crop preview").click()
     page.get_by_label("Resolution", exact=True).fill("128")
     expect(page.locator("article img").first).to_be_visible()
     return clear_focus(page)
@@ -186,6 +206,8 @@ def main() -> None:
                 expect.set_options(timeout=1000 * TIMEOUT_S)
                 browser = player.chromium.launch(executable_path=found, args=["--no-sandbox"])
                 save_all_screenshots(browser, house, run, given.only)
+                if given.only in (None, "first-visit"):
+                    save_first_visit(browser, Path(folder))
                 browser.close()
         finally:
             house.close()
