@@ -92,6 +92,8 @@ def test_every_field_arrives(folder: Path) -> None:
         "caption_shuffle": {"enable": True, "count": 3, "split_on": "space", "position_start": 1},
         "caption_filter_list": ["x"],
         "caption_weights": [2],
+        "exclude": ["a.png"],
+        "crop_boxes": {"b.png": [1, 2, 64, 32]},
     }
     declared = {*COMMON_FIELDS, *IMAGE_FIELDS} - SOURCE_FIELDS.keys()
     assert set(fields) | {"id", "instance_data_dir"} == declared
@@ -104,6 +106,8 @@ def test_every_field_arrives(folder: Path) -> None:
     assert dataset.masks is not None
     assert (dataset.masks.id, dataset.masks.instance_data_dir) == ("masks", folder / "photos")
     assert (dataset.regularisation_target, dataset.alpha_mask) == ("images", False)
+    assert dataset.choices.excluded == ("a.png",)
+    assert dataset.choices.boxes == (("b.png", (1, 2, 64, 32)),)
     assert dataset.caption_strategy == "instanceprompt"
     assert dataset.instance_prompts == ("a", "b")
     assert dataset.prepend_instance_prompt
