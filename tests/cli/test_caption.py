@@ -13,52 +13,14 @@ from simpletuner.cli.caption import command
 from simpletuner.cli.captioning import CaptioningRequest, images_to_caption
 from simpletuner.config.captioning_models import KNOWN_MODELS, model_for_memory
 from simpletuner.errors import ModelError
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "a", "photo", "disc"]
-WORD, SEPARATOR = 9, 3
+from tests.cli.tiny_captioner import write_tiny_captioner
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BLIP of random weights whose bias makes it write "disc" again and again."""
     pytest.importorskip("torch", reason="a model writes the captions")
-    import torch
-    from transformers import (
-        BertTokenizerFast,
-        BlipConfig,
-        BlipForConditionalGeneration,
-        BlipImageProcessorPil,
-        BlipProcessor,
-    )
-
     folder = tmp_path_factory.mktemp("blip")
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    text = {
-        **sizes,
-        "encoder_hidden_size": 16,
-        "vocab_size": len(WORDS),
-        "max_position_embeddings": 64,
-        "bos_token_id": 2,
-        "sep_token_id": SEPARATOR,
-        "eos_token_id": SEPARATOR,
-        "pad_token_id": 0,
-    }
-    vision = {**sizes, "image_size": 32, "patch_size": 16}
-    torch.manual_seed(0)
-    model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("predictions.bias") or name.endswith("decoder.bias"):
-                parameter[WORD] = 100.0
-    model.save_pretrained(folder)
-    tokenizer = BertTokenizerFast(vocab={word: at for at, word in enumerate(WORDS)})
-    processor = BlipImageProcessorPil(size={"height": 32, "width": 32})
-    BlipProcessor(processor, tokenizer).save_pretrained(folder)
+    write_tiny_captioner(folder)
     return folder
 
 

@@ -1,0 +1,119 @@
+"""From an empty workspace over captions and a training to a deleted run and back.
+
+Everything is real: `simpletuner server`, a model that writes captions (of random weights), and
+a training of chroma-nano. The images have five formats and no captions, as a person brings them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+from playwright.sync_api import Page, expect
+
+from tests.cli.tiny_captioner import write_tiny_captioner
+from tests.e2e.web.page_actions import (
+    create_dataset,
+    expect_connection,
+    expect_state,
+    fill_options,
+    upload_files,
+)
+from tests.e2e.web.server_process import SERVER_DOWN, ServerProcess, wait_until
+
+PHONE = {"viewport": {"width": 390, "height": 844}}
+FORMATS = ("png", "jpg", "webp", "bmp", "tiff")
+COUNT, EVERY = 20, 10
+PROMPT, EDITED = "a red disc on navy", "a green disc on white"
+TRAINING = {
+    "max_train_steps": "2000",  # it is stopped before
+    "train_batch_size": "1",
+    "resolution": "64",
+    "checkpoint_step_interval": str(EVERY),
+    "validation_step_interval": str(EVERY),
+    "validation_num_inference_steps": "2",
+    "validation_prompt": PROMPT,
+}
+
+
+@pytest.mark.slow
+def test_the_story(
+    real_server: ServerProcess, open_page: Callable[..., Page], tmp_path: Path
+) -> None:
+    page = open_page(real_server)
+    # The last of them: a response that was cut off when the server was killed.
+    page.watch.allowed += [SERVER_DOWN, "ERR_CONTENT_LENGTH_MISMATCH"]
+    uploads_images(page, tmp_path / "images")
+    captions_them(page, real_server)
+    run = trains_and_watches(page, real_server)
+    phone = open_page(real_server, f"#/runs/{run}", **PHONE)
+    deletes_and_takes_back(phone, real_server, run)
+
+
+def uploads_images(page: Page, folder: Path) -> None:
+    folder.mkdir()
+    for at in range(COUNT):
+        image = Image.new("RGB", (96 + at % 3 * 16, 96), (20, 20, 60 + 9 * at))
+        ImageDraw.Draw(image).ellipse((16, 16, 80, 80), fill=(220, 12 * at, 40))
+        image.save(folder / f"disc-{at:02d}.{FORMATS[at % len(FORMATS)]}")
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
+    page.goto("/#/datasets")
+    create_dataset(page, "strangers")
+    upload_files(page, *sorted(str(path) for path in folder.iterdir()))
+    expect(
+        page.get_by_text(f"The dataset now has {COUNT} images, 0 with a caption.")
+    ).to_be_visible()
+
+
+def captions_them(page: Page, real: ServerProcess) -> None:
+    write_tiny_captioner(real.workspace / "models" / "blip")
+    page.locator("summary").filter(has_text="All captions").click()
+    page.get_by_role("button", name=f"Caption {COUNT} images automatically").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Model", exact=True).fill("models/blip")
+    dialog.get_by_role("button", name="Start").click()
+    folder = real.workspace / "datasets" / "strangers"
+    wait_until(lambda: len(list(folder.glob("*.txt"))) == COUNT, "each image has a caption")
+    page.reload()
+    caption = page.get_by_role("textbox", name="Caption of disc-00.png")
+    caption.fill("a red disc")
+    caption.blur()
+    wait_until(lambda: (folder / "disc-00.txt").read_text().strip() == "a red disc", "it is fixed")
+
+
+def trains_and_watches(page: Page, real: ServerProcess) -> str:
+    """The prompt is edited while the run trains, and the server dies in the middle of it."""
+    page.get_by_role("link", name="New run with this dataset").click()
+    page.get_by_role("button", name="chroma-nano").click()
+    page.get_by_role("textbox", name="Name", exact=True).fill("strangers")
+    fill_options(page, **TRAINING)
+    page.get_by_role("button", name="Start training").click()
+    expect(page.get_by_role("heading", name="strangers")).to_be_visible()
+    page.get_by_role("tab", name="Images").click()
+    expect(page.get_by_role("columnheader", name="Step 10", exact=True)).to_be_visible()
+    run = page.url.rpartition("#/runs/")[2].partition("/")[0]
+    page.locator("summary").filter(has_text="Validation prompts").click()
+    page.get_by_label("Prompt 1", exact=True).fill(EDITED)
+    page.get_by_role("button", name="Use from the next validation on").click()
+    real.kill()
+    expect_connection(page, "No connection")
+    real.start()
+    expect_connection(page, "Live")
+    expect(page.get_by_role("rowheader", name=EDITED).first).to_be_visible()
+    page.get_by_role("button", name="Stop", exact=True).click()
+    expect_state(page, "Stopped")
+    kinds = [event["kind"] for event in real.read_events(run)]
+    assert kinds.count("run_started") == 1, "the training went on while the server was down"
+    return run
+
+
+def deletes_and_takes_back(page: Page, real: ServerProcess, run: str) -> None:
+    page.watch.allowed.append(r"404 .*/files/images/")  # asked for just before it was deleted
+    page.get_by_role("button", name="Delete").click()
+    wait_until(lambda: run not in json.dumps(real.request_ok("GET", "runs")), "it is in the trash")
+    page.get_by_role("button", name="Undo").click()
+    expect(page.get_by_role("list", name="Runs").get_by_text("strangers")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
