@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+NOT_OFFERED = "is not offered"
 FEW_STEPS = "makes a few-step generator"
 OTHER_MODEL = "is a method of other models"
 
@@ -66,13 +67,13 @@ CONFIG_KEYS: list[tuple[str, Any, str]] = [
     ("tread_config", {"routes": [{"end_layer_idx": -2, "selection_ratio": 0.5}]}, "noted"),
     ("distillation_method", "anyflow", FEW_STEPS),
     ("distillation_config", {"anyflow": {"stage": "forward"}}, FEW_STEPS),
-    ("crepa_enabled", True, "noted"),
+    ("crepa_enabled", True, NOT_OFFERED),
     ("controlnet", True, OTHER_MODEL),
     ("deepspeed_config", {"zero_optimization": {"stage": 2}}, "works"),
     ("scheduled_sampling_max_step_offset", 10, "works"),
     ("scheduled_sampling_probability", 1.0, "works"),
     ("validation_preview", True, "noted"),
-    ("xm_enabled", True, "noted"),
+    ("xm_enabled", True, NOT_OFFERED),
     ("xm_candidate_count", 4, "noted"),
     ("xm_training_target", "noise", "noted"),
     ("xm_selection_scope", "sample", "noted"),
@@ -99,9 +100,9 @@ CONFIG_KEYS: list[tuple[str, Any, str]] = [
     ("optimizer_beta2", 0.999, "works"),
     ("optimizer_weight_decay", 0.0, "works"),
     ("base_model_precision", "int8-sdnq", "works"),
-    ("diffusion_blocks_config", {"layers_per_block": 4, "overlap": 0.05}, "noted"),
+    ("diffusion_blocks_config", {"layers_per_block": 4, "overlap": 0.05}, NOT_OFFERED),
     ("find_unused_parameters", True, "noted"),
-    ("urepa_enabled", True, "noted"),
+    ("urepa_enabled", True, NOT_OFFERED),
     ("urepa_scheduler", "cosine", "noted"),
     ("urepa_warmup_steps", 100, "noted"),
     ("urepa_cutoff_step", 5000, "noted"),
@@ -109,16 +110,16 @@ CONFIG_KEYS: list[tuple[str, Any, str]] = [
     ("urepa_manifold_weight", 3.0, "noted"),
     ("urepa_model", "dinov2_vitg14", "noted"),
     ("urepa_encoder_image_size", 518, "noted"),
-    ("internal_guidance_enabled", True, "noted"),
+    ("internal_guidance_enabled", True, NOT_OFFERED),
     ("internal_guidance_loss_weight", 0.5, "noted"),
     ("internal_guidance_block_index", 7, "noted"),
     ("validation_internal_guidance_scale", 1.4, "noted"),
-    ("irepa_enabled", True, "noted"),
+    ("irepa_enabled", True, NOT_OFFERED),
     ("irepa_spatial_norm_alpha", 0.6, "noted"),
     ("irepa_projector_kernel_size", 3, "noted"),
-    ("layersync_enabled", True, "noted"),
+    ("layersync_enabled", True, NOT_OFFERED),
     ("mixflow_enabled", True, "works"),
-    ("nextlat_enabled", True, "noted"),
+    ("nextlat_enabled", True, NOT_OFFERED),
     ("nextlat_block_index", -1, "noted"),
     ("nextlat_weight", 0.05, "noted"),
     ("nextlat_state_loss", "smooth_l1", "noted"),
