@@ -221,7 +221,7 @@ def test_options_are_searched(tmp_path: Path) -> None:
     done = run(tmp_path, "options", "network-rank")
     assert done.stdout.startswith("lora_rank\n")
     done = run(tmp_path, "options", "ramtorch")
-    assert "use musubi_blocks_to_swap" in done.stdout
+    assert "is not used: musubi_blocks_to_swap" in done.stdout
     done = run(tmp_path, "options")
     assert "learning_rate" in done.stdout.split()
     done = run(tmp_path, "options", "qqq")

@@ -10,6 +10,8 @@ from pathlib import Path
 import click
 import pytest
 
+pytest.importorskip("torch", reason="a network generates")
+
 from simpletuner.cli.generation_requests import (
     CLOSED_FILE,
     STOP_FILE,

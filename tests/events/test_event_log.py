@@ -45,6 +45,7 @@ EXAMPLES = [
     event_types.RateTried(1e-4, 20, 0.5, 0.01, 0.002),
     event_types.RateChosen(1e-4, 0.5, 8, 2e-4, 0.01, 0.002, 1.25, False),
     event_types.SampleLossesMeasured(2, "d", "train", {"d/a.png": (0.5, 0.25)}, ("d/a.png",)),
+    event_types.CaptionFitMeasured("d", {"d/a.png": 0.5, "d/b.png": -0.1}, ("d/b.png",)),
     event_types.ScoresComputed(
         2, "shapes", "ema", 64, {"colour": (0.5, 0.06, 80), "pair": (0.0, 0.0, 9)}
     ),
