@@ -84,8 +84,12 @@ def _sender(tally: Tally, app: FastAPI) -> object:
     existing = {
         "id": [
             entry["id"]
-            for path in ("runs", "drafts", "trash")
-            for entry in client.get(f"/api/v1/{path}").json()
+            for entries in (
+                client.get("/api/v1/runs").json()["runs"],
+                client.get("/api/v1/drafts").json(),
+                client.get("/api/v1/trash").json(),
+            )
+            for entry in entries
         ],
         "name": ["photos", "checkpoint-2"],
         "path": ["a.png", "config.json", "events.jsonl"],

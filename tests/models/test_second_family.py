@@ -33,7 +33,7 @@ def train_pixels(root: Path, **options: object) -> Path:
     config = {
         "output_dir": str(root / "run"), "model_type": "lora", "lora_rank": 2, "learning_rate": 1e-2,
         "mixed_precision": "no", "device": "cpu", "torch_num_threads": 1, "max_train_steps": 2,
-        "train_batch_size": 2, "validation_disable": True, **options,
+        "train_batch_size": 2, "validation_disable": True, "dynamo_backend": "no", **options,
     }  # fmt: skip
     (root / "config.json").write_text(json.dumps(config))
     loaded = load_config(config_path=root / "config.json", environ={}, cwd=root)
