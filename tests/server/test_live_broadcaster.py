@@ -378,3 +378,5 @@ def test_reading_more_of_a_run_that_has_ended_is_no_change() -> None:
     assert [run.id for run in third.list_fields(2, None)["changed"]] == ["old", "new"]
     running = first.update(make_runs(state="running"), empty_queue())
     assert [run.id for run in running.list_fields(1, None)["changed"]] == ["old", "new"]
+    renamed = first.update(make_runs(name="The fox"), empty_queue())
+    assert [run.id for run in renamed.list_fields(1, None)["changed"]] == ["old", "new"]

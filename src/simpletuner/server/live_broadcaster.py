@@ -48,6 +48,9 @@ class Subscriber:
     sent_run: str | None = None
 
 
+LABELS = ("name", "tags", "note", "archived")  # fields of RunSummary that a user changes
+
+
 @dataclass(frozen=True)
 class ListSnapshot:
     """The list of runs and the queue.
@@ -69,8 +72,9 @@ class ListSnapshot:
     ) -> ListSnapshot:
         """Return the next snapshot.
 
-        A run that has ended does not count as changed while it is read for the first time:
-        otherwise a server that starts with a thousand runs would send them all.
+        A run that has ended does not count as changed while it is read for the first time, unless
+        a user has changed it: otherwise a server that starts with a thousand runs would send them
+        all.
         """
         runs_version, queue_version = self.versions
         before = {run.id: run for run in self.runs}
@@ -80,7 +84,7 @@ class ListSnapshot:
             for id, run in now.items()
             if run is not before.get(id)  # an equal object is compared more slowly
             and run != before.get(id)
-            and not (id in self.unread and run.state == before[id].state in ENDED_STATES)
+            and not (id in self.unread and is_same_ended_run(before[id], run))
         ]
         removed = before.keys() - now.keys()
         runs_version += bool(changed or removed)
@@ -110,6 +114,13 @@ class ListSnapshot:
         return fields | {
             name: rows for name, rows in (("changed", changed), ("removed", removed)) if rows
         }
+
+
+def is_same_ended_run(before: RunSummary, now: RunSummary) -> bool:
+    """Return whether a run has ended in both and differs only by what its events say."""
+    if before.state not in ENDED_STATES:
+        return False
+    return all(getattr(before, name) == getattr(now, name) for name in ("state", *LABELS))
 
 
 class LiveBroadcaster:
