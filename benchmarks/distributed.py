@@ -42,7 +42,8 @@ def zero(stage: int) -> dict[str, Any]:
 
 
 FULL = {"model_type": "full", "optimizer": "adamw", "learning_rate": 1e-4, "use_ema": False}
-FULL_BF16 = {**FULL, "mixed_precision": "bf16", "optimizer": "adamw_bf16"}
+FULL_FLOAT32 = {**FULL, "mixed_precision": "no"}
+FULL_STOCHASTIC = {**FULL, "optimizer": "adamw_bf16"}
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,17 @@ def cases() -> Iterator[Case]:
     lora = {"base_model_precision": "no_change"}
     for stage in (1, 2, 3):
         yield Case(f"LoRA, ZeRO-{stage}", 2, 2, lora, zero(stage))
-    for title, full in (("full rank, fp32", FULL), ("full rank, adamw_bf16", FULL_BF16)):
+    for title, full in (
+        ("full rank, float32", FULL_FLOAT32),
+        ("full rank, bf16 with adamw", FULL),
+        ("full rank, adamw_bf16", FULL_STOCHASTIC),
+    ):
         yield Case(title, 1, 2, full, {})
         yield Case(title, 2, 2, full, {})
         yield Case(f"{title}, FSDP2", 2, 2, full, FSDP)
     for stage in (2, 3):
-        yield Case(f"full rank, fp32, ZeRO-{stage}", 2, 2, FULL, zero(stage))
+        yield Case(f"full rank, float32, ZeRO-{stage}", 2, 2, FULL_FLOAT32, zero(stage))
+        yield Case(f"full rank, bf16 with adamw, ZeRO-{stage}", 2, 2, FULL, zero(stage))
 
 
 def train(case: Case, folder: Path) -> tuple[str, float]:
