@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ from tests.e2e.training_project import (
 )
 
 __all__ = ["bucket", "endpoint", "hub", "server"]
-pytestmark = pytest.mark.slow
+# Three trainings, each in a process of its own: on a busy machine more than the usual five minutes.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 6
 MASKS = {
     "id": "masks", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "masks",
@@ -73,36 +76,49 @@ def command(folder: Path, name: str, **more: Any) -> list[str]:
         "model_flavour": "nano", "model_type": "lora", "lora_rank": 2, "output_dir": name, "device": "cpu",
         "cache_dir": "cache", "max_train_steps": STEPS, "checkpoint_step_interval": 1, "torch_num_threads": 1,
         "checkpoints_total_limit": 9, "validation_disable": "true", "mixed_precision": "no", "resolution": 64,
-        "train_batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5, **more,
+        "train_batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5,
+        "eval_sigma_count": 1,  # of the usual 8: most forward passes of a run would be of this loss
+        **more,
     }  # fmt: skip
     config = folder / f"{name}.json"
     config.write_text(json.dumps({**options, "data_backend_config": "multidatabackend.json"}))
     return [sys.executable, "-m", "simpletuner", "train", "--config", str(config)]
 
 
-def start(folder: Path, name: str, **options: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        command(folder, name, **options),
-        cwd=folder,
-        env={"HF_HUB_OFFLINE": "1", **os.environ},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+@contextmanager
+def start(folder: Path, name: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a run whose output goes into a file; a test that fails does not leave it running."""
+    with (folder / f"{name}.txt").open("wb") as output:
+        process = subprocess.Popen(
+            command(folder, name, **options),
+            cwd=folder,
+            env={"HF_HUB_OFFLINE": "1", **os.environ},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    printed, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, printed.decode()[-3000:]
+def last_words(folder: Path, name: str) -> str:
+    return (folder / f"{name}.txt").read_text(encoding="utf-8", errors="replace")[-3000:]
+
+
+def finish(folder: Path, name: str, **options: Any) -> None:
+    with start(folder, name, **options) as process:
+        assert process.wait() == 0, last_words(folder, name)
 
 
 def kill_after(folder: Path, name: str, checkpoint: str, **options: Any) -> None:
     """Start a run and kill it as soon as it has the checkpoint."""
-    process = start(folder, name, **options)
-    while not (folder / name / checkpoint).exists():
-        assert process.poll() is None, process.communicate()[0].decode()[-3000:]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with start(folder, name, **options) as process:
+        while not (folder / name / checkpoint).exists():
+            assert process.poll() is None, last_words(folder, name)
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +138,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> TrainingProject:
 
 def check(project: TrainingProject, name: str, **options: Any) -> None:
     folder = project.root
-    finish(start(folder, f"{name}-straight", **options))
+    finish(folder, f"{name}-straight", **options)
     kill_after(folder, f"{name}-killed", "checkpoint-2", **options)
-    finish(start(folder, f"{name}-killed", **options))
+    finish(folder, f"{name}-killed", **options)
     straight, killed = folder / f"{name}-straight", folder / f"{name}-killed"
     assert len(read_losses(straight)) == STEPS
     assert read_losses(killed) == read_losses(straight)
