@@ -1,12 +1,13 @@
 """Scan, inspection and first training step of the same images in a folder, in tar files and in a table.
 
     python -m benchmarks.datasets [--images 10000] [--side-px 160] [--sources local tar parquet]
-                                  [--no-training]
+                                  [--no-training] [--out benchmarks/results/datasets.md]
 
 One JSON line per source, [wall, CPU] seconds of whole processes with a warm file cache: `simpletuner inspect
 --headers-only`, `simpletuner inspect`, and `simpletuner train` on chroma-nano to its first step, with
 the seconds of its stages. Images are encoded once before the first step, which is most of it; the
-caches of the sources are separate. Half of the images are PNG, half JPEG.
+caches of the sources are separate. Half of the images are PNG, half JPEG. --out writes the table of the
+sources that are finished, after each of them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.paired import environment
 from benchmarks.scan import draw
@@ -81,6 +83,14 @@ SOURCES: Mapping[str, Callable[[Path, Path], dict[str, object]]] = {
 }
 
 
+# Heading of the table -> the key of a result whose [wall, CPU] seconds it shows.
+COMMANDS: Mapping[str, str] = {
+    "inspect, headers only": "inspect_headers_s",
+    "inspect, with a page": "inspect_s",
+    "train to the first step": "first_step_s",
+}
+
+
 def run_command(words: list[str]) -> tuple[float, float]:
     """Run `simpletuner`; return its wall and CPU seconds. Raises RuntimeError with its last line."""
     started, before = time.monotonic(), children_cpu_s()
@@ -135,6 +145,44 @@ def measure_source(name: str, images: Path, root: Path, trains: bool) -> dict[st
     return {**result, "first_step_s": train_s, "stages_s": stages}
 
 
+def render_table(results: Sequence[Mapping[str, Any]], command: str) -> str:
+    """Return the page of benchmarks/results: a column for each source."""
+    first = results[0]
+    names = [str(result["source"]) for result in results]
+    stages = [*dict.fromkeys(stage for result in results for stage in result.get("stages_s", {}))]
+    rows = [
+        [f"{heading}: {clock} s", *(_format_s(result.get(key), at) for result in results)]
+        for heading, key in COMMANDS.items()
+        for at, clock in enumerate(("wall", "CPU"))
+    ]
+    for stage in stages:
+        seconds = [result.get("stages_s", {}).get(stage) for result in results]
+        rows.append([f"of which {stage}: wall s", *map(_format_s, seconds)])
+    rows.append(["page of inspect, MB", *(f"{result['page_mb']:.1f}" for result in results)])
+    lines = [["", *names], ["---", *("---:" for _ in names)], *rows]
+    return "\n".join(
+        [
+            "# The same images in a folder, in tar files and in a parquet table",
+            "",
+            f"    {command}",
+            "",
+            f"{first['images']:,} images, half PNG, half JPEG, {TAR_FILES} tar files; whole processes with a "
+            "warm file cache and empty caches of latents and texts, chroma-nano, "
+            f"torch {first['torch']}, {first['cpu_model']}. CPU seconds are those of all threads; wall "
+            "seconds contain what other work on the machine took.",
+            "",
+            *(f"| {' | '.join(line)} |" for line in lines),
+            "",
+        ]
+    )
+
+
+def _format_s(seconds: Sequence[float] | float | None, at: int = 0) -> str:
+    if seconds is None:
+        return "not run"
+    return f"{seconds if isinstance(seconds, (int, float)) else seconds[at]:.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,14 +191,22 @@ def main() -> None:
     parser.add_argument("--side-px", type=int, default=160)
     parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     parser.add_argument("--no-training", action="store_true", help="inspect only")
+    parser.add_argument("--out", type=Path, help="file of the table")
     arguments = parser.parse_args()
+    results: list[dict[str, object]] = []
+    command = (
+        f"python -m benchmarks.datasets --images {arguments.images} --side-px {arguments.side_px}"
+    )
     with tempfile.TemporaryDirectory() as name:
         images = Path(name, "images")
         images.mkdir()
         draw(images, arguments.images, arguments.side_px)
         for source in arguments.sources:
-            found = measure_source(source, images, Path(name), not arguments.no_training)
-            print(json.dumps({**found, "images": arguments.images, **environment()}), flush=True)
+            measured = measure_source(source, images, Path(name), not arguments.no_training)
+            results.append({**measured, "images": arguments.images, **environment()})
+            print(json.dumps(results[-1]), flush=True)
+            if arguments.out is not None:
+                arguments.out.write_text(render_table(results, command), encoding="utf-8")
 
 
 if __name__ == "__main__":
