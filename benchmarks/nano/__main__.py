@@ -29,6 +29,7 @@ from pathlib import Path
 from benchmarks.nano import (
     captions,
     comparison_figure,
+    comparison_page,
     densities_figure,
     densities_page,
     markdown_tables,
@@ -52,7 +53,7 @@ from benchmarks.nano.experiments import (
 
 RESULTS, DOCS = ROOT / "benchmarks" / "nano" / "results", ROOT / "docs"
 PAGE_NAME, FIGURE_NAME = "densities.md", "densities.svg"
-COMPARISON_FIGURES = {"methods": "methods.svg", "preservation": "preservation.svg"}
+COMPARISONS = ("methods", "preservation")  # tables with a page and a plot of their name in docs/
 COMMAND = "python -m benchmarks.nano"
 
 
@@ -186,11 +187,20 @@ def write_reports(asked: BenchmarkRequest, chosen: Sequence[Cell]) -> None:
         write_text(asked.docs / FIGURE_NAME, densities_figure.render_figure(known["density"]))
         page = (DOCS / PAGE_NAME).read_text(encoding="utf-8")
         write_text(asked.docs / PAGE_NAME, densities_page.update_page(page, known["density"]))
-    for name, figure in COMPARISON_FIGURES.items():
+    for name in COMPARISONS:
         if name in known:
-            write_text(asked.docs / figure, comparison_figure.render_figure(known[name]))
+            write_comparison(known[name], asked.docs)
     finished = sum(cell.name in done for cell in chosen)
     print(f"{finished} of {len(chosen)} cells are in {asked.results / 'README.md'}", flush=True)
+
+
+def write_comparison(table: result_tables.TableData, docs: Path) -> None:
+    """The plot of a table and its part of the guide of the same name."""
+    name = table["table"]
+    if comparison_page.is_measured(table):
+        write_text(docs / f"{name}.svg", comparison_figure.render_figure(table))
+    page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    write_text(docs / f"{name}.md", comparison_page.update_page(page, table, f"{name}.svg"))
 
 
 def write_text(path: Path, text: str) -> None:

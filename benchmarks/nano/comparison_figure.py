@@ -1,8 +1,8 @@
-"""The picture of docs/methods.md: what each row changes against the first of its part.
+"""The plots of docs/methods.md and docs/preservation.md: what each row changes against the first of its part.
 
 Three columns: held-out loss, what was learnt and what of the base was lost. A dot is the mean of the
-differences, paired by seed, and a bar two standard errors to each side; a row whose bar does not reach 0
-differs. Rows without a difference (one seed, or none) have no dot.
+differences, paired by seed, and a bar its 95 % interval; a row whose bar does not reach 0 differs. Rows
+without a difference (one seed, or none) have no dot.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from html import escape
 
 from benchmarks.nano.result_tables import TableData
+from benchmarks.nano.verdicts import T_CRITICAL
 
 from simpletuner.events.charts import axis_ticks
 
-ERRORS = 2.0  # standard errors on each side
-LABEL_WIDTH, COLUMN, GAP, ROW, TITLE, HEADER, FOOTER, MARGIN = 300, 200, 26, 20, 30, 26, 22, 12
+LABEL_WIDTH, COLUMN, GAP, ROW, TITLE, HEADER, FOOTER, MARGIN = 330, 200, 26, 20, 30, 26, 22, 12
 BETTER, WORSE, SAME = "#2b8a3e", "#c92a2a", "#868e96"
 
 
@@ -55,7 +55,8 @@ def read_dot(row: TableData, column: Column) -> Dot | None:
     difference = row["against"].get(column.measure)
     if not difference or difference["se"] is None:
         return None
-    return Dot(column.factor * difference["mean"], ERRORS * column.factor * difference["se"])
+    errors = T_CRITICAL[row["finished"]]
+    return Dot(column.factor * difference["mean"], errors * column.factor * difference["se"])
 
 
 def axis_limits(rows: Sequence[TableData], column: Column) -> tuple[float, float]:
@@ -106,7 +107,7 @@ def _x(value: float, number: int, limits: tuple[float, float]) -> float:
 def _render_grid(top: float, rows: int, number: int, limits: tuple[float, float]) -> str:
     """Return the lines of a column behind the rows of a part, with their values below."""
     bottom, parts = top + rows * ROW, []
-    for tick in axis_ticks(*limits, 3):
+    for tick in axis_ticks(*limits, 5):
         x = _x(tick, number, limits)
         colour = "#868e96" if tick == 0 else "#e3e6ea"
         parts.append(

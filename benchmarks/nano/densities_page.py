@@ -12,6 +12,7 @@ from benchmarks.nano.markdown_tables import (
     render_grid,
 )
 from benchmarks.nano.result_tables import TableData
+from benchmarks.nano.verdicts import T_CRITICAL
 
 from simpletuner.config.schema import FlowOptions
 
@@ -24,9 +25,6 @@ SCORE_MEASURES = {
     "lesson": ("zorbo_all", "zorbos drawn as said"),
     "scratch": ("shapes_all", "shapes drawn as said"),
 }
-# Student's t for 95 %, both sides, by the number of seeds: standard errors from which a difference
-# is one.
-T_CRITICAL = {2: 12.71, 3: 4.30}
 
 
 def update_page(text: str, density: TableData) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.nano.exposure import EXPOSURE_PROMPTS, SAMPLING_STEPS
-from benchmarks.nano.methods import METHOD_NOTES, METHOD_PART_NAMES, verdict_in_words
+from benchmarks.nano.methods import METHOD_NOTES, METHOD_PART_NAMES
 from benchmarks.nano.preservation import NOTE as PRESERVATION_NOTE
 from benchmarks.nano.result_tables import TableData
+from benchmarks.nano.verdicts import verdict_in_words
 
 EMPTY_CELL = "-"
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from benchmarks.nano.verdicts import RULE_IN_WORDS
+
 SINGLE_BLOCKS, EDGE_BLOCKS = (
     r"single_transformer_blocks\..*",
     r"(transformer_blocks\.0|single_transformer_blocks\.7)\..*",
@@ -91,7 +93,7 @@ METHOD_PARTS: tuple[tuple[str, str, tuple[MethodRow, ...]], ...] = (
 METHOD_PART_NAMES = tuple(name for name, _, _ in METHOD_PARTS)
 METHOD_NOTES: Mapping[str, str] = {
     "control": "The same steps for all rows, so that a row with another rate is not one that was tuned. "
-    "In words: a difference counts from twice its standard error.",
+    + RULE_IN_WORDS,
     "batches": "The rate is the example's for batch 8 in all rows.",
     "images": "Each set of the concept is repeated so that the concept is as large a part of the run.",
     "captions": "The images of other shapes keep their captions.",
@@ -103,28 +105,3 @@ def own_rows() -> list[MethodRow]:
     """Return the rows that are trainings of this table's own, once each."""
     rows = {row.variant: row for _, _, part in METHOD_PARTS for row in part}
     return [row for name, row in rows.items() if name.startswith("methods-")]
-
-
-def verdict_in_words(row: Mapping[str, object]) -> str:
-    """Return what the differences from the first row say, at two standard errors.
-
-    row: as result_tables.py makes it.
-    """
-    against = row["against"]
-    assert isinstance(against, Mapping)
-    words = []
-    for measure, better, worse in (
-        ("held_out", "lower held-out loss", "higher held-out loss"),
-        ("zorbo_zorbo", "more learnt", "less learnt"),
-        ("lost_all", "less forgotten", "more forgotten"),
-    ):
-        found = against.get(measure)
-        if not found or found["se"] is None:
-            continue
-        sign = -1 if measure == "zorbo_zorbo" else 1
-        if abs(found["mean"]) > 2 * found["se"]:
-            words.append(better if sign * found["mean"] < 0 else worse)
-    found = against.get("held_out")
-    if not found or found["se"] is None:
-        return ""
-    return ", ".join(words) or "no difference"

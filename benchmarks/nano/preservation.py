@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from benchmarks.nano.verdicts import RULE_IN_WORDS
+
 CLASS_CAPTION = (
     "star"  # the base knows no word for all shapes; a star is the one nearest to a zorbo
 )
@@ -47,7 +49,7 @@ NOTE = (
     "Zorbo: learnt; lost: forgotten, points of the untouched base's score of shapes. Regularisation "
     "shapes take every second batch, so those rows see half as many zorbos. The weights of the methods "
     "were not tuned. Seconds a step are medians of single-threaded runs, two side by side: compare them "
-    "within the table only. In words: a difference counts from twice its standard error."
+    "within the table only. " + RULE_IN_WORDS
 )
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from benchmarks.nano import (
-    comparison_figure,
     densities_figure,
     densities_page,
     experiment_inputs,
@@ -118,35 +115,6 @@ def test_the_plot_shows_what_is_measured(done: dict[str, CellResult]) -> None:
     assert drawn.count("<polyline") == len(experiments.DENSITIES) + 2
 
 
-def test_the_comparison_shows_what_differs() -> None:
-    """A dot where the difference has an error; its colour says better, worse or neither."""
-
-    def row(label: str, **differences: tuple[float, float | None]) -> dict[str, Any]:
-        against = {name: {"mean": mean, "se": se} for name, (mean, se) in differences.items()}
-        return {"label": label, "against": against}
-
-    rows = [
-        row("plain"),
-        row("better", held_out=(-0.003, 0.001), zorbo_zorbo=(0.2, 0.05)),
-        row("worse & more", held_out=(0.003, 0.001), lost_all=(0.1, 0.04)),
-        row("same", held_out=(0.001, 0.001), lost_all=(0.1, None)),
-        row("missing"),
-    ]
-    column = comparison_figure.COLUMNS[0]
-    assert comparison_figure.read_dot(rows[1], column) == comparison_figure.Dot(-3.0, 2.0)
-    low, high = comparison_figure.axis_limits(rows, column)
-    assert low < -5.0
-    assert high > 5.0
-    drawn = comparison_figure.render_figure({"parts": [{"title": "a part", "rows": rows}]})
-    circles = re.findall(r'<circle [^>]*fill="([^"]*)"', drawn)
-    better, worse, same = (
-        comparison_figure.BETTER, comparison_figure.WORSE, comparison_figure.SAME,
-    )  # fmt: skip
-    assert circles == [better, better, worse, worse, same]
-    assert "worse &amp; more" in drawn
-    assert "a part, against: plain" in drawn
-
-
 @pytest.mark.parametrize("name", experiments.DENSITIES)
 def test_a_drawn_density_has_the_mass_of_a_density(name: str) -> None:
     points = densities_figure.density_curve(name).points
@@ -189,7 +157,8 @@ def test_the_product_takes_every_cell_as_it_is_meant(
     for data in {cell.variant.data for cell in experiments.list_cells(size, SEEDS)}:
         place.dataset_file(data).write_text("[]")
     place.untrained_transformer.mkdir(parents=True)
-    for cell in experiments.list_cells(size, SEEDS):
+    # Of one seed: cells of other seeds differ by its number alone.
+    for cell in experiments.list_cells(size, SEEDS[:1]):
         config = tmp_path / "config.json"
         options = {
             **experiment_inputs.cell_options(cell, size),

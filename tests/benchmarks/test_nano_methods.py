@@ -35,28 +35,3 @@ def test_every_part_compares_with_a_row_that_other_tables_have_too() -> None:
     for part in TABLES["methods"]:
         assert not part.rows[0].variant.startswith("methods-")
         assert part.name in methods.METHOD_NOTES
-
-
-@pytest.mark.parametrize(
-    ("held_out", "learnt", "lost", "words"),
-    [
-        (-0.01, 0.2, 0.001, "lower held-out loss, more learnt"),
-        (0.01, -0.2, 0.1, "higher held-out loss, less learnt, more forgotten"),
-        (0.001, 0.01, -0.1, "less forgotten"),
-        (0.001, 0.01, 0.001, "no difference"),
-    ],
-)
-def test_a_difference_counts_from_twice_its_error(
-    held_out: float, learnt: float, lost: float, words: str
-) -> None:
-    against = {
-        "held_out": {"mean": held_out, "se": 0.001},
-        "zorbo_zorbo": {"mean": learnt, "se": 0.05},
-        "lost_all": {"mean": lost, "se": 0.02},
-    }
-    assert methods.verdict_in_words({"against": against}) == words
-
-
-def test_a_single_seed_has_no_verdict() -> None:
-    assert methods.verdict_in_words({"against": {"held_out": {"mean": 1.0, "se": None}}}) == ""
-    assert methods.verdict_in_words({"against": {}}) == ""
