@@ -105,6 +105,7 @@ def test_white_masks_train_bit_for_bit_like_none(project: TrainingProject) -> No
 def test_a_run_with_everything_resumes_bit_for_bit(
     project: TrainingProject, everything: Path
 ) -> None:
+    write_datasets(project, MASKS, REGULARISATION, conditioning_data="masks")
     resumed = interrupted(project, 2, "resumed", **EVERYTHING)
     assert read_losses(resumed) == read_losses(everything)
     assert read_checkpoint_files(resumed / "checkpoint-4") == read_checkpoint_files(
