@@ -72,7 +72,7 @@ CONFIG_KEYS: list[tuple[str, Any, str]] = [
     ("deepspeed_config", {"zero_optimization": {"stage": 2}}, "works"),
     ("scheduled_sampling_max_step_offset", 10, "works"),
     ("scheduled_sampling_probability", 1.0, "works"),
-    ("validation_preview", True, "noted"),
+    ("validation_preview", True, "works"),
     ("xm_enabled", True, NOT_OFFERED),
     ("xm_candidate_count", 4, "noted"),
     ("xm_training_target", "noise", "noted"),

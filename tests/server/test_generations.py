@@ -76,6 +76,7 @@ def test_a_request_becomes_a_command_of_the_queue(bench: Bench) -> None:
         f"--lora={bench.workspace.root / lora}",
         "--size=128",
         "--strength=0.5,1",
+        "--preview",
         "--steps=20",
         "--guidance=1",
         "--seed=7",

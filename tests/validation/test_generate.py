@@ -19,6 +19,7 @@ from simpletuner.cli.trained_weights import LORA_FILE, find_lora_file
 from simpletuner.config.schema import AdapterOptions, ModelOptions
 from simpletuner.errors import ConfigError, SimpleTunerError
 from simpletuner.models.registry import get_family as family_named
+from simpletuner.validation import sampling_preview
 from simpletuner.validation.inference import Inference
 from simpletuner.validation.prompts import Prompt, make_image_specs
 from simpletuner.validation.sampler import generate_latents
@@ -76,6 +77,21 @@ def test_nothing_is_overwritten_and_the_seed_draws_the_same_again(
     )
     said = read_image_metadata(again)
     assert (said["prompt"], said["seed"], said["steps"]) == ("a red/cat", "8", "2")
+
+
+def test_a_preview_changes_no_pixel_and_is_removed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(
+        sampling_preview, "write_atomically", lambda path, content: written.append(path)
+    )
+    prompt = ("--prompt", "a fox")
+    plain = generate(base, tmp_path / "plain", *prompt)
+    shown = generate(base, tmp_path / "shown", *prompt, "--preview")
+    assert pixels(plain) == pixels(shown)
+    assert written == [tmp_path / "shown" / "preview.jpg"]
+    assert sorted((tmp_path / "shown").iterdir()) == shown
 
 
 def test_strength_0_is_the_base_and_others_are_not(

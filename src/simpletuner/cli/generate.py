@@ -123,6 +123,11 @@ PATH_TYPE = click.Path(path_type=Path)
     "--invert_mask", is_flag=True, help="Generate what is white in --mask, and keep the rest."
 )
 @click.option(
+    "--preview",
+    is_flag=True,
+    help="While sampling, keep a rough preview of the images in preview.jpg in --out.",
+)
+@click.option(
     "--out", type=PATH_TYPE, default="generated", show_default=True, help="Folder for the images."
 )
 @click.option("--requests", type=PATH_TYPE, hidden=True)
@@ -162,6 +167,7 @@ def _read_request(
     denoise: float | None,
     mask: Path | None,
     invert_mask: bool,
+    preview: bool,
     out: Path,
     **model: str | None,
 ) -> GenerationRequest:
@@ -195,6 +201,7 @@ def _read_request(
         count,
         out,
         start,
+        preview,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from simpletuner.data.sample_types import BucketedSample
     from simpletuner.models.family import ModelFamily, ModelFiles
     from simpletuner.training.device import ComputeDevice
+    from simpletuner.validation.sampling_preview import SamplingPreview
     from simpletuner.validation.start_latents import StartLatents
 
 
@@ -49,6 +51,7 @@ class GenerationRequest:
     count: int
     output_dir: Path
     start: StartImageRequest | None = None
+    preview: bool = False
 
 
 def generate_images(
@@ -81,14 +84,16 @@ def generate_images(
     embeddings = network.embeddings(request.model, texts, encode)
     gc.collect()  # a reference cycle may keep the network; the next one needs its memory
     starts = network.make_room_for(lambda: _encode_starts(request, family, source, device, placed))
+    preview = _make_preview(request, family, source, device, network)
     gc.collect()
     wanted = make_image_specs(request.prompts, tuple(placed), request.count, request.seed)
     if (start := request.start) is not None:
         name = start.image_path.name
         wanted = tuple(replace(spec, start=name, denoise=start.denoise) for spec in wanted)
-    drawn = _generate_latents(
-        request, family, source, device, embeddings, starts, wanted, emit, network
-    )
+    with preview.session() if preview is not None else nullcontext():
+        drawn = _generate_latents(
+            request, family, source, device, embeddings, starts, wanted, emit, network, preview
+        )
     if kept is None:
         network.drop()
     vae = network.make_room_for(lambda: family.load_vae(source, request.model, device.device))
@@ -142,6 +147,31 @@ def _encode_starts(
     }
 
 
+def _make_preview(
+    request: GenerationRequest,
+    family: ModelFamily,
+    source: ModelFiles,
+    device: ComputeDevice,
+    network: KeptNetwork,
+) -> SamplingPreview | None:
+    """Return the preview in the output folder; the VAE is loaded for the first one of a model."""
+    if not request.preview:
+        return None
+    from simpletuner.validation.sampling_preview import (
+        PREVIEW_FILE,
+        RgbProjection,
+        SamplingPreview,
+        fit_projection,
+    )
+
+    def fit() -> RgbProjection:
+        vae = family.load_vae(source, request.model, device.device)
+        return fit_projection(vae, family.read_constants(source))
+
+    projection = network.projection(request.model, fit)
+    return SamplingPreview(request.output_dir / PREVIEW_FILE, 1, lambda: projection)
+
+
 def _save_image(
     request: GenerationRequest,
     source: ModelFiles,
@@ -188,6 +218,7 @@ def _generate_latents(
     wanted: tuple[ImageSpec, ...],
     emit: Emit,
     network: KeptNetwork,
+    preview: SamplingPreview | None,
 ) -> list[tuple[float, ImageSpec, Tensor]]:
     """Generate the latents of every image at every strength."""
     from simpletuner.adapters.attachment import set_strength
@@ -210,6 +241,7 @@ def _generate_latents(
         steps=request.steps,
         guidance=request.guidance,
         start_of=lambda spec: starts.get(spec.size_px),
+        observe=None if preview is None else preview.observe,
     )
     drawn = []
     with StageReporter(emit, "generate", len(wanted) * len(request.strengths), "images") as stage:

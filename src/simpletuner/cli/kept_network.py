@@ -1,4 +1,4 @@
-"""The transformer and the text embeddings that stay in memory between requests for images."""
+"""The parts of a model that stay in memory between requests for images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from simpletuner.cache.batch_types import TextEmbedding
     from simpletuner.config.schema import ModelOptions
+    from simpletuner.validation.sampling_preview import RgbProjection
 
 T = TypeVar("T")
 MAX_EMBEDDINGS = 200
@@ -24,6 +25,7 @@ class KeptNetwork:
         self._transformer: nn.Module | None = None
         self._model: ModelOptions | None = None
         self._embeddings: dict[str, TextEmbedding] = {}
+        self._projection: tuple[ModelOptions, RgbProjection] | None = None
 
     def transformer(self, key: tuple[object, ...], load: Callable[[], nn.Module]) -> nn.Module:
         """Return the transformer of `key`: the one in memory, or that which `load` returns."""
@@ -46,6 +48,12 @@ class KeptNetwork:
             encoded = self.make_room_for(lambda: encode(new))
             self._embeddings |= dict(zip(new, encoded, strict=True))
         return {text: self._embeddings[text] for text in texts}
+
+    def projection(self, model: ModelOptions, fit: Callable[[], RgbProjection]) -> RgbProjection:
+        """Return the map from latents to colours of the model's VAE; `fit` is called once."""
+        if self._projection is None or self._projection[0] != model:
+            self._projection = model, self.make_room_for(fit)
+        return self._projection[1]
 
     def make_room_for(self, work: Callable[[], T]) -> T:
         """Return the result of `work`, after the transformer is dropped if memory runs out."""

@@ -116,6 +116,22 @@ class ValidationOptions(OptionSection):
         ge=0,
         lt=2**63,
     )
+    validation_preview: bool = option(
+        False,
+        "Show rough previews on the run's page while validation images are sampled. The finished "
+        "images are the same with and without them.",
+        level="common",
+        resume_policy="free",
+        needs=IMAGES,
+    )
+    validation_preview_steps: int = option(
+        1,
+        "Sampling steps from one preview to the next; there are at most two previews a second.",
+        unit="steps",
+        resume_policy="free",
+        needs={**IMAGES, "validation_preview": True},
+        ge=1,
+    )
     disable_benchmark: bool = option(
         False,
         "Skip the images and scores of the base model at step 0.",

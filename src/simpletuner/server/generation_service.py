@@ -32,6 +32,7 @@ from simpletuner.server.api_errors import ApiError, abort
 from simpletuner.server.file_reader import read_json_object
 from simpletuner.server.job_service import JobService
 from simpletuner.server.job_states import ACTIVE_STATES, ENDED_STATES
+from simpletuner.server.sampling_previews import PREVIEW_FILE, preview_version
 from simpletuner.server.schemas.generations import GeneratedImage, Generation, GenerationRequest
 from simpletuner.server.schemas.jobs import Job
 from simpletuner.server.schemas.library import TrashEntry
@@ -128,8 +129,12 @@ class GenerationService:
 
     def image_path(self, id: str, file: str) -> Path:
         """Return the path of an image. Raises ApiError 404 and PathOutsideWorkspace."""
-        path = self._workspace.resolve_below(self._require_folder(id), file)
+        path = self.file_path(id, file)
         return path if path.suffix == IMAGE_SUFFIX else abort(404, "there is no such image")
+
+    def file_path(self, id: str, file: str) -> Path:
+        """Return the path of a file. Raises ApiError 404 and PathOutsideWorkspace."""
+        return self._workspace.resolve_below(self._require_folder(id), file)
 
     def delete(self, id: str) -> TrashEntry:
         """Move a generation to the trash; one that is being generated is interrupted.
@@ -179,6 +184,7 @@ class GenerationService:
         state = read_json_object(folder / STATE_FILE)
         if job is not None and (folder / COMMAND_FILE).exists():
             job = _job_of_request(job, self._worker(), state)
+        is_sampling = job is not None and job.state in ACTIVE_STATES
         try:
             return Generation(
                 id=folder.name,
@@ -186,6 +192,7 @@ class GenerationService:
                 request=GenerationRequest.model_validate(record["request"]),
                 job=job,
                 images=self._images(folder),
+                preview=preview_version(folder / PREVIEW_FILE) if is_sampling else None,
             )
         except (KeyError, ValidationError):
             return None
@@ -224,6 +231,7 @@ def _arguments(
         words.append(f"--denoise={request.denoise:g}")
     if request.invert_mask and mask is not None:
         words.append("--invert_mask")
+    words.append("--preview")
     words += [f"--steps={request.steps}", f"--guidance={request.guidance:g}"]
     words += [f"--seed={request.seed}", f"--count={request.count}", f"--out={folder}"]
     return words

@@ -40,12 +40,14 @@ class Subscriber:
 
     follow: the run it follows, with the offsets up to which it has received the events and the log.
     sent_versions: the versions of the list of runs and of the queue that it has received. sent_run:
-    the followed run whose summary it has received.
+    the followed run whose summary it has received. sent_preview: the version of its preview that
+    it knows of.
     """
 
     follow: FollowRequest = field(default_factory=FollowRequest)
     sent_versions: tuple[int, int] = (0, 0)
     sent_run: str | None = None
+    sent_preview: int | None = None
 
 
 LABELS = ("name", "tags", "note", "archived")  # fields of RunSummary that a user changes
@@ -207,8 +209,10 @@ class LiveBroadcaster:
         sent = subscriber.sent_versions
         subscriber.sent_versions = snapshot.versions
         newly_followed = follow.run if follow.run != subscriber.sent_run else None
+        if follow.run != subscriber.sent_run:
+            subscriber.sent_preview = None
         subscriber.sent_run = follow.run
-        run_fields, next_follow = self._run_update(follow)
+        run_fields, next_follow = self._run_update(subscriber, follow)
         fields = {**snapshot.list_fields(sent[0], newly_followed), **run_fields}
         if snapshot.versions[1] != sent[1]:
             fields["queue"] = snapshot.queue
@@ -217,14 +221,19 @@ class LiveBroadcaster:
         update = LiveUpdate(**fields)
         return update, next_follow
 
-    def _run_update(self, follow: FollowRequest) -> tuple[dict[str, Any], FollowRequest]:
+    def _run_update(
+        self, subscriber: Subscriber, follow: FollowRequest
+    ) -> tuple[dict[str, Any], FollowRequest]:
         """Return the fields of LiveUpdate for the followed run, {} if nothing is new."""
         reader = self._runs.find_reader(follow.run) if follow.run is not None else None
         if reader is None:
             return {}, follow
         records, start, end = reader.events(follow.since, MAX_RECORDS)
         log = reader.log(follow.log_since, MAX_LOG_BYTES)
-        if end == follow.since and log.end == follow.log_since:
+        preview = reader.preview_version()
+        is_same_preview = preview == subscriber.sent_preview
+        subscriber.sent_preview = preview
+        if end == follow.since and log.end == follow.log_since and is_same_preview:
             return {}, follow
         fields = {
             "run": follow.run,
@@ -232,5 +241,6 @@ class LiveBroadcaster:
             "start": start,
             "end": end,
             "log": log if log.end != follow.log_since else None,
+            "preview": preview,
         }
         return fields, follow.model_copy(update={"since": end, "log_since": log.end})

@@ -21,6 +21,7 @@ from simpletuner.server.file_reader import LineChunk, read_json_object
 from simpletuner.server.job_states import Phase
 from simpletuner.server.run_metrics import MetricsTable
 from simpletuner.server.run_tables import TableReader
+from simpletuner.server.sampling_previews import RUN_PREVIEW_FILE, preview_version
 from simpletuner.server.schemas.runs import LogPart, RunMetrics, RunTables
 
 
@@ -141,6 +142,16 @@ class RunReader:
                 self.summary = EventSummary()
             self.summary.add_lines(chunk.lines, chunk.end)
             self._events_caught_up = not chunk.has_more
+
+    def preview_version(self) -> int | None:
+        """Return the version of the preview of images that are being sampled, None without one.
+
+        A preview that is older than the process is one that a killed process has left.
+        """
+        version = preview_version(self.path / RUN_PREVIEW_FILE) if self.is_locked else None
+        lock = self._stamps.get("run.lock")
+        is_older = version is not None and lock is not None and version < lock.mtime_ns // 1_000_000
+        return None if is_older else version
 
     def config(self) -> dict[str, Any]:
         """Return the content of config.json, {} if there is none."""

@@ -36,6 +36,12 @@ from simpletuner.validation.image_scoring import Metric, MetricEvaluator
 from simpletuner.validation.image_validator import BASE_STEP, ImageValidator, strength_label
 from simpletuner.validation.inference import Inference
 from simpletuner.validation.prompts import Prompt, parse_sizes
+from simpletuner.validation.sampling_preview import (
+    PREVIEW_FILE,
+    RgbProjection,
+    SamplingPreview,
+    fit_projection,
+)
 from simpletuner.validation.validation_images import GenerationSettings
 
 
@@ -277,7 +283,24 @@ def build_image_validator(
         tuple(float(strength) for strength in strengths if strength != "none"),
         world,
         start_of,
+        build_sampling_preview(run, prepared, inference, run_dir) if world.is_main else None,
     )
+
+
+def build_sampling_preview(
+    run: RunConfig, prepared: PreparedInputs, inference: Inference, run_dir: Path
+) -> SamplingPreview | None:
+    """Build the preview of images that are being sampled; None without validation_preview."""
+    options = run.validation
+    if not options.validation_preview:
+        return None
+
+    def load_projection() -> RgbProjection:
+        vae = prepared.family.load_vae(prepared.model_files, run.model, inference.device)
+        return fit_projection(vae, prepared.constants)
+
+    path = run_dir / "images" / PREVIEW_FILE
+    return SamplingPreview(path, options.validation_preview_steps, load_projection)
 
 
 def build_held_out_evaluator(

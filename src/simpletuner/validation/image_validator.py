@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from simpletuner.validation.contact_sheet import MAX_COLUMNS, SheetRow, write_co
 from simpletuner.validation.inference import Inference
 from simpletuner.validation.prompts import ImageSpec
 from simpletuner.validation.sampler import generate_latents
+from simpletuner.validation.sampling_preview import SamplingPreview
 from simpletuner.validation.start_latents import StartLatents
 from simpletuner.validation.validation_images import (
     GenerationSettings,
@@ -42,8 +44,9 @@ class ImageValidator:
     the text cache. load_decoder: returns the function from latents (1, C, H, W) to pixels (1, 3, H
     px, W px). Its VAE is loaded only while images are generated, so that training has the memory in
     between. extra_strengths: strengths of the LoRA other than 1, at which the images of the last
-    step are generated too. start_of: what an image starts from, None for pure noise. Several
-    processes share out the images; the main one writes all files.
+    step are generated too. start_of: what an image starts from, None for pure noise. preview:
+    shows the images while they are sampled; None shows nothing. Several processes share out the
+    images; the main one writes all files.
     """
 
     inference: Inference
@@ -56,6 +59,7 @@ class ImageValidator:
     extra_strengths: Sequence[float] = ()
     peers: Peers = ALONE
     start_of: Callable[[ImageSpec], StartLatents | None] = lambda image_spec: None
+    preview: SamplingPreview | None = None
     _verified: set[Path] = field(default_factory=set, init=False, repr=False)
 
     def generate_images(self, step: int, transformer: nn.Module, weights: str = "trained") -> None:
@@ -79,7 +83,8 @@ class ImageValidator:
             else:
                 missing.append(image_spec)
         if missing:
-            self._generate_missing(missing, transformer, step, weights)
+            with self.preview.session() if self.preview is not None else nullcontext():
+                self._generate_missing(missing, transformer, step, weights)
         if self.peers.is_main:
             self._update_sheets(step)
 
@@ -116,6 +121,7 @@ class ImageValidator:
                     guidance=self.settings.guidance,
                     peers=self.peers,
                     start_of=self.start_of,
+                    observe=None if self.preview is None else self.preview.observe,
                 )
 
     def _save_images_of_others(

@@ -6,7 +6,7 @@ B batch · C latent channels · H W latent side (image px / stride) · L text to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import count, groupby
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ from simpletuner.validation.start_latents import StartLatents, keep_covered_part
 # 1024 x 1024: a batch then never needs more memory than the largest common image.
 MAX_BATCH_PIXELS = 1024 * 1024
 MAX_BATCH_IMAGES = 16
+
+# Called after each sampling step with its number, from 1, and a function that returns the clean
+# latents (B, C, H, W) that the step predicts. It must change nothing.
+ObserveStep = Callable[[int, Callable[[], Tensor]], None]
 
 
 def initial_noise(constants: ArchitectureConstants, seed: int, size_px: tuple[int, int]) -> Tensor:
@@ -52,6 +56,7 @@ def denoise(
     guidance: float = 1.0,
     negative_embeddings: Sequence[TextEmbedding] | None = None,
     starts: Sequence[StartLatents] = (),
+    observe: ObserveStep | None = None,
 ) -> Tensor:
     """Return latents (B, C, H, W) float32 on the CPU, by Euler steps from sigma 1 to 0.
 
@@ -81,18 +86,19 @@ def denoise(
         positive, negative = predicted.chunk(2)
         return negative + guidance * (positive - negative)
 
+    solved = velocity if observe is None else _observed(velocity, observe)
     x = noise.to(inference.device, torch.float32)
     sigmas = sigma_grid(steps, starts[0].denoise) if starts else sigma_grid(steps)
     inference.family.prepare_sigmas(transformer, torch.tensor(sigmas[:-1]))
     with eval_mode(transformer):
         if not starts:
-            return solve_euler(velocity, x, sigmas).cpu()
+            return solve_euler(solved, x, sigmas).cpu()
         latents = torch.stack([start.latents for start in starts]).to(x)
         masks = [start.keep for start in starts if start.keep is not None]
         keep = torch.stack(masks).to(x) if masks else torch.zeros_like(x[:, :1])
         x_start = add_noise(latents, x, torch.full((len(x),), sigmas[0], device=x.device))
         blend = keep_covered_part(latents, x, keep)
-        return solve_euler(velocity, x_start, sigmas, blend).cpu()
+        return solve_euler(solved, x_start, sigmas, blend).cpu()
 
 
 def generate_latents(
@@ -105,6 +111,7 @@ def generate_latents(
     guidance: float,
     start_of: Callable[[ImageSpec], StartLatents | None] = lambda image_spec: None,
     peers: Peers = ALONE,
+    observe: ObserveStep | None = None,
 ) -> Iterator[tuple[ImageSpec, Tensor]]:
     """Yield each image with its latents (1, C, H, W); neighbours of equal size share a batch.
 
@@ -144,9 +151,24 @@ def generate_latents(
             if guidance > 1
             else None,
             starts=[start for each in batch if (start := start_of(each)) is not None],
+            observe=observe,
         )
         if place is not None:
             yield from zip(batch, latents.split(1), strict=True)
+
+
+def _observed(
+    velocity: Callable[[Tensor, float], Tensor], observe: ObserveStep
+) -> Callable[[Tensor, float], Tensor]:
+    """Return the same velocity, which reports each of its calls."""
+    numbers = count(1)
+
+    def report(x_sigma: Tensor, sigma: float) -> Tensor:
+        predicted = velocity(x_sigma, sigma)
+        observe(next(numbers), lambda: x_sigma - sigma * predicted)
+        return predicted
+
+    return report
 
 
 def _split_into_batches(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Page, Route, expect
 
 from simpletuner.events.event_log import EventLog
 from simpletuner.events.event_types import ImageSaved
+from simpletuner.server.workspace import run_id
 from tests.e2e.web.page_actions import expect_connection, expect_state
 from tests.e2e.web.server_process import SERVER_DOWN, ServerProcess, wait_until
+from tests.server.run_folder_writer import RunFolderWriter
 
 SLOW = {"FAKE_STEP_S": "0.25", "FAKE_STEPS": "4000"}
 LIVES = ("queued", "starting", "caching", "running", "stopping")
@@ -255,3 +259,26 @@ def test_what_was_stopped_before_it_began_goes_on_or_goes_away(
             page.get_by_role("button", name="Start again").click()
             page.get_by_role("dialog").get_by_role("button", name="Start again").click()
             expect_state(page, "Done")
+
+
+def test_a_preview_of_what_is_sampled_comes_and_goes(
+    server: ServerProcess, open_page: Callable[..., Page]
+) -> None:
+    run = RunFolderWriter(server.workspace / "output" / "previews").write_start()
+    preview = run.path / "images" / "preview.jpg"
+    preview.parent.mkdir()
+    with run.hold_lock():
+        watch_a_preview(open_page(server, f"#/runs/{run_id(run.path)}"), preview)
+
+
+def watch_a_preview(page: Page, preview: Path) -> None:
+    expect_connection(page, "Live")
+    Image.new("RGB", (16, 8), (200, 40, 40)).save(preview)
+    shown = page.get_by_role("img", name="Rough preview of what is being sampled")
+    expect(shown).to_have_js_property("naturalWidth", 16)
+    Image.new("RGB", (24, 8), (40, 40, 200)).save(preview)
+    expect(shown).to_have_js_property("naturalWidth", 24)
+    page.get_by_role("tab", name="Images").click()
+    expect(shown).to_be_visible()
+    preview.unlink()
+    expect(shown).to_have_count(0)

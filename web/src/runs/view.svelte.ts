@@ -20,6 +20,8 @@ export class RunView {
   log = $state.raw<LogPart | null>(null);
   stages = $state.raw<RunStage[]>([]);
   stagesDone = $state.raw<string[]>([]);
+  /** Version of the preview of images that are being sampled. */
+  preview = $state<number | null>(null);
   problem = $state("");
   #unfollow: () => void = () => undefined;
   #closed = false;
@@ -96,6 +98,7 @@ export class RunView {
 
   #update(message: LiveUpdate): void {
     const events = message.events as unknown as RunEvent[];
+    this.preview = message.preview ?? null;
     if (events.some((event) => event.kind === "run_started" || event.kind === "resumed")) {
       void this.load(); // the server removes the steps that a resume made void
       return;

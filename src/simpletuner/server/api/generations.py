@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from simpletuner.server.file_responses import make_file_response
+from simpletuner.server.sampling_previews import PREVIEW_FILE, make_preview_response
 from simpletuner.server.schemas.generations import (
     Generation,
     GenerationRequest,
@@ -43,6 +44,12 @@ def get_generation(id: str, services: ServicesDep) -> Generation:
 def delete_generation(id: str, services: ServicesDep) -> TrashEntry:
     """Move a generation to the trash, and cancel it."""
     return services.generations.delete(id)
+
+
+@router.get("/generations/{id}/preview", tags=["generations"], response_class=Response)
+def get_generation_preview(id: str, services: ServicesDep) -> Response:
+    """Return the rough preview of the images that are being sampled, a JPEG."""
+    return make_preview_response(services.generations.file_path(id, PREVIEW_FILE))
 
 
 @router.get("/generations/{id}/files/{path:path}", tags=["generations"], response_class=Response)

@@ -20,6 +20,7 @@ from simpletuner.server.log_search import search_log
 from simpletuner.server.run_pages import select_page
 from simpletuner.server.run_prompts import read_run_prompts, write_run_prompts
 from simpletuner.server.run_reader import RunReader
+from simpletuner.server.sampling_previews import RUN_PREVIEW_FILE, make_preview_response
 from simpletuner.server.schemas.live import FollowRequest
 from simpletuner.server.schemas.runs import (
     LogMatches,
@@ -86,6 +87,13 @@ def get_tables(id: str, services: ServicesDep) -> RunTables:
 def list_images(id: str, services: ServicesDep) -> list[RunImage]:
     """Return the validation images of a run."""
     return services.runs.list_images(id)
+
+
+@router.get("/runs/{id}/preview", response_class=Response)
+def get_run_preview(id: str, services: ServicesDep) -> Response:
+    """Return the rough preview of the validation images that are being sampled, a JPEG."""
+    folder = get_reader(services, id).path
+    return make_preview_response(services.workspace.resolve_below(folder, RUN_PREVIEW_FILE))
 
 
 @router.get("/runs/{id}/prompts")

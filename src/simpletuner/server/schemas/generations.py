@@ -54,13 +54,18 @@ class GeneratedImage(ApiModel):
 
 
 class Generation(ApiModel):
-    """A request with its job and the images so far. job: None once the job was removed."""
+    """A request with its job and the images so far.
+
+    job: None once the job was removed. preview: changes with the rough preview of the images that
+    are being sampled, None without one.
+    """
 
     id: str
     created_t: float
     request: GenerationRequest
     job: Job | None
     images: list[GeneratedImage]
+    preview: int | None
 
 
 class LoraInfo(ApiModel):

@@ -31,7 +31,9 @@ class LiveUpdate(ApiModel):
     now on. removed: ids of runs that are gone. queue: the queue, sent when it changed.
     events: new records of the followed run, as in events.jsonl (t, kind, fields). start, end: their
     byte offsets; a start of 0 after a request for a later offset means that the run was started
-    from scratch and earlier events are void. log: the next part of the log.
+    from scratch and earlier events are void. log: the next part of the log. preview: changes with
+    the rough preview of images that are being sampled, None without one; it is in every message
+    about the followed run.
     """
 
     runs: list[RunSummary] | None = None
@@ -43,3 +45,4 @@ class LiveUpdate(ApiModel):
     start: int | None = None
     end: int | None = None
     log: LogPart | None = None
+    preview: int | None = None

@@ -32,4 +32,5 @@ export const common = {
     several: "{n} items",
     undo: "Undo",
   },
+  preview: "Rough preview of what is being sampled",
 };

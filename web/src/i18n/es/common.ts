@@ -30,4 +30,5 @@ export const common: Texts["common"] = {
     several: "{n} elementos",
     undo: "Deshacer",
   },
+  preview: "Vista previa aproximada de lo que se está generando",
 };

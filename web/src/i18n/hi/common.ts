@@ -30,4 +30,5 @@ export const common: Texts["common"] = {
     several: "{n} वस्तुएँ",
     undo: "पूर्ववत करें",
   },
+  preview: "जो इमेज बन रही है, उसकी मोटी झलक",
 };
