@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.e2e.web.server_process import ServerProcess
@@ -26,14 +28,21 @@ def test_from_the_sample_to_a_run_that_can_be_started(
     assert (draft["name"], draft["config"]["modelspec_trigger"]) == ("zorbo", "zorbo")
 
 
-def test_the_tables_of_a_run_and_the_search_in_its_log(
-    server: ServerProcess, open_page: Callable[..., Page]
-) -> None:
+@pytest.fixture
+def ended_run(server: ServerProcess) -> Iterator[str]:
+    """The name of a run with 25 steps and a long log; it is gone afterwards: others need none."""
     run = RunFolderWriter(server.workspace / "output" / "tables").write_start().write_steps(1, 25)
     (run.path / "train.log").write_text("".join(f"line {at}\n" for at in range(20_000)))
     run.write_exit()
+    yield run.path.name
+    shutil.rmtree(run.path)
+
+
+def test_the_tables_of_a_run_and_the_search_in_its_log(
+    server: ServerProcess, open_page: Callable[..., Page], ended_run: str
+) -> None:
     page = open_page(server, "#/runs")
-    page.get_by_role("link", name="tables").click()
+    page.get_by_role("link", name=ended_run).click()
     page.get_by_text("Epochs and held-out losses").click()
     expect(page.get_by_role("row", name="2 10 – 19")).to_be_visible()
     page.get_by_role("tab", name="Log").click()
