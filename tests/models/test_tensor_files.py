@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,15 @@ def test_all_or_some_rows_are_read(tmp_path: Path) -> None:
 def test_parts_are_loaded_one_by_one_in_the_order_of_the_file(tmp_path: Path) -> None:
     """Other ranks send in the same order, whatever the order of their dictionary."""
     loads: list[str] = []
+    loaded: list[weakref.ref[Tensor]] = []
 
     def whole(name: str, tensor: Tensor) -> WholeTensor:
         def load() -> Tensor:
+            assert not any(earlier() is not None for earlier in loaded), "two in memory at once"
             loads.append(name)
-            return tensor
+            copy = tensor.clone()
+            loaded.append(weakref.ref(copy))
+            return copy
 
         return WholeTensor(tuple(tensor.shape), tensor.dtype, load)
 

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -73,11 +73,15 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         for name in order:
-            tensor = tensors[name]
-            whole = tensor.load() if isinstance(tensor, WholeTensor) else tensor.detach()
-            assert whole is not None
-            flat = whole.cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            _write_numbers(file, tensors[name])
+
+
+def _write_numbers(file: BinaryIO, tensor: Tensor | WholeTensor) -> None:
+    # A function, so that a gathered tensor is freed before the next one is gathered.
+    whole = tensor.load() if isinstance(tensor, WholeTensor) else tensor.detach()
+    assert whole is not None
+    flat = whole.cpu().contiguous().reshape(-1)
+    file.write(flat.view(torch.uint8).numpy().data)
 
 
 def send_tensors(tensors: FileTensors) -> None:
