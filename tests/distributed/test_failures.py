@@ -28,10 +28,25 @@ PHASES = {
     "forward": ("simpletuner.training.loop", "compute_losses", 2),
     "reduce": ("simpletuner.training.gradient_sum", "make_buckets", 2),
     "evaluate": ("simpletuner.training.evaluation_callbacks", "choose_samples", 1),
+    "validate": ("simpletuner.validation.image_validator", "generate_latents", 2),
     "save": ("simpletuner.training.checkpointer.checkpoint", "save_checkpoint", 2),
+    # The files of the second checkpoint, one after the other, and the sync after each of them.
+    "weights": ("simpletuner.training.checkpointer.checkpoint", "write_tensors", 4),
+    "optimizer": ("simpletuner.training.checkpointer.checkpoint", "write_tensors", 5),
+    "average": ("simpletuner.training.checkpointer.checkpoint", "write_tensors", 6),
+    "manifest": ("simpletuner.training.checkpointer.checkpoint", "_sync", 14),
     "export": ("simpletuner.training.exporter.lora_io", "save_adapter", 4),
 }
-MAIN_ONLY = ("save", "export")
+IMAGES = {
+    "validation_disable": False,
+    "validation_prompt": "a red square",
+    "validation_resolution": "64",
+    "validation_num_inference_steps": 1,
+    "validation_guidance_real": 1.0,
+    "validation_step_interval": 2,
+    "num_validation_images": 2,
+}
+MAIN_ONLY = ("save", "weights", "optimizer", "average", "manifest", "export")
 
 
 def train_with_fault(root: str, options: dict[str, Any], rank: int, phase: str, kind: str) -> None:
@@ -76,6 +91,8 @@ def run_with_fault(
     options = {**trainings.options, "output_dir": str(run_dir), "gradient_accumulation_steps": 1}
     if phase in ("scan", "encode", "load"):
         options["cache_dir"] = str(trainings.root / f"{name}-cache")
+    if phase == "validate":
+        options |= IMAGES
     return run_dir, run_ranks(2, train_with_fault, str(trainings.root), options, rank, phase, kind)
 
 
