@@ -4,8 +4,9 @@
 
 Each row is one training of a few steps, started by `simpletuner train` as a user does, on the CPU
 with gloo. The differences are those between its last checkpoint and losses and the ones of the
-training on one process with the same number of micro-batches per step. Times on a CPU whose cores
-the processes share say what a case costs to test, and nothing about GPUs.
+training on one process with the same number of micro-batches per step, without DeepSpeed unless the
+row says otherwise. Times on a CPU whose cores the processes share say what a
+case costs to test, and nothing about GPUs.
 """
 
 from __future__ import annotations
@@ -48,13 +49,20 @@ FULL_STOCHASTIC = {**FULL, "optimizer": "adamw_bf16"}
 
 @dataclass(frozen=True)
 class Case:
-    """micro_batches: of a step, over all processes."""
+    """micro_batches: of a step, over all processes. own_reference: compare it within its mode."""
 
     title: str
     processes: int
     micro_batches: int
     options: Mapping[str, Any]
     mode: Mapping[str, Any]
+    own_reference: bool = False
+
+    @property
+    def reference(self) -> str:
+        """The training on one process that this one is compared with."""
+        mode = self.mode if self.own_reference else {}
+        return json.dumps([self.options, mode, self.micro_batches], sort_keys=True)
 
 
 def cases() -> Iterator[Case]:
@@ -74,12 +82,18 @@ def cases() -> Iterator[Case]:
         ("full rank, bf16 with adamw", FULL),
         ("full rank, adamw_bf16", FULL_STOCHASTIC),
     ):
-        yield Case(title, 1, 2, full, {})
-        yield Case(title, 2, 2, full, {})
-        yield Case(f"{title}, FSDP2", 2, 2, full, FSDP)
+        for micro_batches in (2, 4):
+            yield Case(title, 1, micro_batches, full, {})
+            yield Case(title, 2, micro_batches, full, {})
+            yield Case(f"{title}, FSDP2", 2, micro_batches, full, FSDP)
     for stage in (2, 3):
         yield Case(f"full rank, float32, ZeRO-{stage}", 2, 2, FULL_FLOAT32, zero(stage))
-        yield Case(f"full rank, bf16 with adamw, ZeRO-{stage}", 2, 2, FULL, zero(stage))
+    for stage in (1, 2, 3):
+        title = f"full rank, bf16 with adamw, ZeRO-{stage}"
+        yield Case(title, 2, 2, FULL, zero(stage))
+        for processes in (1, 2):
+            name = f"{title} compared with ZeRO-{stage}"
+            yield Case(name, processes, 4, FULL, zero(stage), own_reference=True)
 
 
 def train(case: Case, folder: Path) -> tuple[str, float]:
@@ -134,21 +148,23 @@ def compare(case: Case, folder: Path, reference: Path) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", default="", help="train the rows with these words")
     chosen = parser.parse_args(arguments)
     header = [
         "training", "processes", "micro-batches", "mode", "max. difference of losses",
         "of weights", "MB of base per process", "seconds",
     ]  # fmt: skip
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    references: dict[tuple[str, int], Path] = {}
+    references: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as root:
-        for number, case in enumerate(cases()):
+        for number, case in enumerate(case for case in cases() if chosen.only in case.title):
             folder = Path(root) / str(number)
             error, seconds = train(case, folder)
-            key = (json.dumps(case.options, sort_keys=True), case.micro_batches)
             if case.processes == 1 and not error:
-                references[key] = folder
-            cells = [error, "", "", ""] if error else compare(case, folder, references[key])
+                references[case.reference] = folder
+            cells = (
+                [error, "", "", ""] if error else compare(case, folder, references[case.reference])
+            )
             row = [
                 case.title,
                 str(case.processes),

@@ -82,8 +82,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for found in rows:
+        # An engine decides by itself how often it gathers: no count.
         operations = ", ".join(
-            f"{use['calls']} {name}: {use['message_gb']}"
+            f"{use['calls'] or ''} {name}: {use['message_gb']}".strip()
             for name, use in found["operations"].items()
         )
         lines.append(

@@ -11,6 +11,7 @@ import pytest
 from simpletuner.config import deepspeed_keys
 from simpletuner.config.deepspeed_config import (
     ELEMENTWISE_OPTIMIZERS,
+    FLOAT32_SUMS,
     find_batch_size_error,
     find_deepspeed_errors,
     find_deepspeed_notices,
@@ -168,6 +169,12 @@ def test_each_contradiction_is_told_with_both_values() -> None:
         (zero(stage=3), {"dynamo_backend": "inductor"}, "dynamo_backend"),
         (zero(stage=3), {"base_model_precision": "fp8"}, "cannot gather fp8 weights"),
         (zero(stage=1, overlap_comm=True), {}, "needs stage 2 or 3"),
+        ({"data_types": {"grad_accum_dtype": "fp16"}}, {}, 'must be {"grad_accum_dtype": "fp32"}'),
+        ({"data_types": {"sum": "fp32"}}, {}, 'must be {"grad_accum_dtype": "fp32"}'),
+        ({**zero(stage=1), **FLOAT32_SUMS}, {"model_type": "full"}, "use stage 2"),
+        ({"bf16": {"bf16_optimizer_states": True}}, {}, "would be rounded away"),
+        ({"bf16": {"check_grad_overflow": False}}, {}, "would spoil the weights"),
+        ({"bf16": {"immediate": True}}, {}, "bf16.immediate: is not a key"),
         *(
             ({}, {"optimizer": name}, f"and optimizer {name} {reason}")
             for name, reason in deepspeed_keys.UNSUITABLE_OPTIMIZERS.items()
@@ -213,6 +220,29 @@ def test_the_global_batch_is_compared_when_the_processes_are_known() -> None:
         check_agreement(run, LaunchedProcess(1, 2, 1, 2, "127.0.0.1", 1, "torchrun"), {})
     with pytest.raises(ConfigError, match="1 process is 2"):
         check_agreement(run, None, {})
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "config", "widens"),
+    [
+        (2, {"model_type": "full"}, {}, True),
+        (3, {"model_type": "full"}, {"data_types": {}}, False),
+        (3, {"model_type": "full"}, {"data_types": {"grad_accum_dtype": "bf16"}}, False),
+        (1, {"model_type": "full"}, {}, False),
+        (2, {"model_type": "full", "mixed_precision": "no"}, {}, False),
+        (2, {"model_type": "full", "base_model_default_dtype": "fp32"}, FLOAT32_SUMS, False),
+        (2, {"model_type": "lora"}, {}, False),
+    ],
+)
+def test_gradients_of_bf16_weights_are_added_in_float32(
+    stage: int, options: dict[str, Any], config: dict[str, Any], widens: bool
+) -> None:
+    """Unless the file says otherwise. Those of an adapter, and of float32 weights, are already."""
+    given = {**zero(stage=stage), **config}
+    assert errors(given, **options) == []
+    parsed = parse_zero_config(run_with(given, **options))
+    assert parsed.widens_gradients == widens
+    assert parsed.other == ({**FLOAT32_SUMS, **config} if widens or "data_types" in config else {})
 
 
 def test_a_file_is_read_and_a_broken_one_is_told(tmp_path: Path) -> None:

@@ -135,6 +135,20 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> TrainingProject:
             marks=DEEPSPEED,
             id="LoRA, ZeRO-2",
         ),
+        *(
+            pytest.param(
+                {
+                    **zero(stage, **(SHARD_ALL if stage == 3 else {})),
+                    "gradient_accumulation_steps": 2,
+                    "model_type": "full",
+                    "mixed_precision": "bf16",
+                },
+                64 << 20,
+                marks=[DEEPSPEED, pytest.mark.slow],
+                id=f"full rank in bf16, ZeRO-{stage}",
+            )
+            for stage in (2, 3)
+        ),
         pytest.param(
             {**zero(3, **SHARD_ALL), "gradient_accumulation_steps": 2, "model_type": "full"},
             64 << 20,

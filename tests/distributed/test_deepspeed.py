@@ -55,6 +55,33 @@ def train_with_a_bad_gradient(root: str, options: dict[str, Any]) -> None:
     train_project(root, options)
 
 
+def train_with_float32_copies(root: str, options: dict[str, Any]) -> None:
+    """Train without the engine, but step float32 copies of the weights and round these."""
+    from simpletuner.training.optimizer_step import StandardOptimizerStep
+
+    copies: list[torch.nn.Parameter] = []
+    optimizers: list[torch.optim.Optimizer] = []
+
+    def apply(self: StandardOptimizerStep) -> None:
+        group = self.optimizer.param_groups[0]
+        if not copies:
+            copies.extend(torch.nn.Parameter(param.detach().float()) for param in self.params)
+            settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            optimizers.append(torch.optim.AdamW(copies, **settings, fused=True))
+        (optimizer,) = optimizers
+        optimizer.param_groups[0]["lr"] = group["lr"]
+        for param, copy in zip(self.params, copies, strict=True):
+            assert param.grad is not None
+            copy.grad = param.grad.float()
+        optimizer.step()
+        with torch.no_grad():
+            for param, copy in zip(self.params, copies, strict=True):
+                param.copy_(copy)
+
+    StandardOptimizerStep.apply = apply  # type: ignore[method-assign]
+    train_project(root, options)
+
+
 def zero(stage: int, **section: Any) -> dict[str, Any]:
     return {"deepspeed_config": {"zero_optimization": {"stage": stage, **section}}}
 
@@ -235,6 +262,37 @@ def test_bf16_weights_have_float32_copies_which_only_deepspeed_resumes(
     trainings.copy_checkpoint(whole, "bf16-alone")
     alone = trainings.train("bf16-alone", 1, **kind, gradient_accumulation_steps=1)
     assert "without deepspeed_config the optimizer starts from scratch" in messages(alone)
+
+
+BF16 = {**FULL, "mixed_precision": "bf16", "learning_rate": 1e-4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_gradients_are_added_in_float32(stage: int, trainings: Trainings) -> None:
+    """So four micro-batches have the same sum on one process and on two."""
+    one, two = (
+        trainings.train(
+            f"sums-{stage}-{count}", count, **BF16, **zero(stage), gradient_accumulation_steps=4 // count
+        )
+        for count in (1, 2)
+    )  # fmt: skip
+    assert_equal_runs(two, one, tolerance=0)
+
+
+@pytest.mark.slow
+def test_bf16_weights_differ_by_their_float32_copies_alone(trainings: Trainings) -> None:
+    """Unclipped: the engine clips float32 gradients, and without it bf16 ones are clipped."""
+    options = {**BF16, "max_grad_norm": 0.0}
+    engine = trainings.train("copies-engine", 2, **options, **zero(2))
+    values(trainings.try_train("copies", 1, train=train_with_float32_copies, **options))
+    plain = trainings.train("copies-plain", 1, **options)
+    weights = [
+        load_file(run_dir / f"checkpoint-{STEPS}" / "weights.safetensors")
+        for run_dir in (engine, trainings.root / "copies", plain)
+    ]
+    assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
+    assert not all(tensor.equal(weights[2][name]) for name, tensor in weights[0].items())
 
 
 @pytest.mark.slow

@@ -10,19 +10,28 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from simpletuner.config import deepspeed_keys
+from simpletuner.config.deepspeed_comparison import (
+    AUTO,
+    compare_options,
+    difference,
+    is_off,
+    section_of,
+)
 from simpletuner.config.documents import read_document
 from simpletuner.config.option_values import did_you_mean
 from simpletuner.config.schema import RunConfig
 from simpletuner.errors import ConfigError
 
-AUTO = "auto"  # "take it from the options", in the files of Hugging Face's trainers
 # Optimizers that compute each number by itself, so that a flat part of all weights is enough.
 ELEMENTWISE_OPTIMIZERS = ("adamw", "lion")
+FLOAT32_SUMS: Mapping[str, Any] = {
+    "communication_data_type": "fp32",
+    "data_types": {deepspeed_keys.GRAD_ACCUM_DTYPE: "fp32"},
+}
 
 
 @dataclass(frozen=True)
@@ -30,12 +39,14 @@ class ZeroConfig:
     """The settings that are passed to DeepSpeed.
 
     stage: 1 shards the optimizer states, 2 also the gradients, 3 also the weights. section:
-    zero_optimization without what has no effect. other: keys outside of it.
+    zero_optimization without what has no effect. other: keys outside of it. widens_gradients:
+    whether gradients of bf16 weights are sent and added in float32.
     """
 
     stage: int
     section: Mapping[str, Any]
     other: Mapping[str, Any]
+    widens_gradients: bool
 
     @property
     def nvme_paths(self) -> list[Path]:
@@ -72,7 +83,7 @@ def parse_zero_config(run: RunConfig) -> ZeroConfig:
     assert stage is not None
     section = {
         key: value
-        for key, value in _section(config, "zero_optimization").items()
+        for key, value in section_of(config, "zero_optimization").items()
         if key in deepspeed_keys.ZERO_KEYS and key != "stage" and value not in (AUTO, None)
     }
     offloads = deepspeed_keys.OFFLOAD_KEYS if stage == 3 else deepspeed_keys.OFFLOAD_KEYS[:1]
@@ -85,7 +96,22 @@ def parse_zero_config(run: RunConfig) -> ZeroConfig:
         for key, value in config.items()
         if key in deepspeed_keys.PASSED_KEYS and value not in (AUTO, None)
     }
-    return ZeroConfig(stage, section, other)
+    if _trains_bf16(run) and stage > 1:
+        # The sum of a few bf16 numbers is exact in float32, or nearly, so it does not depend on
+        # their order, which the number of processes decides. Stage 1 holds whole gradients, which
+        # would need 4 bytes more for each weight.
+        other = {**FLOAT32_SUMS, **other}
+    return ZeroConfig(stage, section, other, _trains_bf16(run) and _adds_in_float32(other))
+
+
+def _trains_bf16(run: RunConfig) -> bool:
+    """Return whether the trained weights are bf16; those of an adapter are float32."""
+    dtype = run.model.base_model_default_dtype or run.model.mixed_precision
+    return run.model.model_type == "full" and dtype == "bf16"
+
+
+def _adds_in_float32(config: Mapping[str, Any]) -> bool:
+    return section_of(config, "data_types").get(deepspeed_keys.GRAD_ACCUM_DTYPE) == "fp32"
 
 
 def find_deepspeed_notices(run: RunConfig) -> Iterator[str]:
@@ -100,7 +126,7 @@ def find_deepspeed_notices(run: RunConfig) -> Iterator[str]:
             "replicated and DeepSpeed is not started"
         )
         return
-    offload = _section(config, "zero_optimization").get("offload_param")
+    offload = section_of(config, "zero_optimization").get("offload_param")
     if stage != 3 and isinstance(offload, dict) and offload.get("device", "none") != "none":
         yield (
             f"deepspeed_config: zero_optimization.offload_param has no effect with stage {stage}: "
@@ -124,7 +150,7 @@ def find_deepspeed_errors(run: RunConfig) -> Iterator[str]:
         return
     stage = _stage_of(config)
     if stage is None:
-        found = _section(config, "zero_optimization").get("stage")
+        found = section_of(config, "zero_optimization").get("stage")
         yield (
             f"zero_optimization.stage = {json.dumps(found)}: must be 1, 2 or 3 (or 0, which is "
             'the replicated mode), as in {"zero_optimization": {"stage": 2}}'
@@ -133,21 +159,21 @@ def find_deepspeed_errors(run: RunConfig) -> Iterator[str]:
     yield from _check_keys(config)
     if stage == 0:
         return
-    yield from _compare_options(config, run)
-    yield from _check_zero_section(_section(config, "zero_optimization"), stage)
+    yield from compare_options(config, run)
+    yield from _check_zero_section(section_of(config, "zero_optimization"), stage)
+    if stage == 1 and _trains_bf16(run) and _adds_in_float32(config):
+        yield (
+            'data_types.grad_accum_dtype = "fp32": with stage 1 DeepSpeed takes another optimizer, '
+            "whose state is not read here; use stage 2, which adds in float32 by itself"
+        )
     yield from _check_other_options(run, stage)
 
 
 def _stage_of(config: Mapping[str, Any]) -> int | None:
     """Return the stage, 0 unless one is given; None for anything but a stage."""
-    stage = _section(config, "zero_optimization").get("stage", 0)
+    stage = section_of(config, "zero_optimization").get("stage", 0)
     is_stage = isinstance(stage, int) and not isinstance(stage, bool) and 0 <= stage <= 3
     return stage if is_stage else None
-
-
-def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    section = config.get(key)
-    return section if isinstance(section, dict) else {}
 
 
 def _drop_auto(section: Any) -> dict[str, Any]:
@@ -155,19 +181,12 @@ def _drop_auto(section: Any) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value not in (AUTO, None)}
 
 
-def _is_off(value: Any) -> bool:
-    """Return whether the value switches a feature off: false, null, 0, {} or enabled false."""
-    if isinstance(value, dict) and "enabled" in value:
-        return value["enabled"] in (False, None, AUTO)
-    return not value or value == AUTO
-
-
 def _check_keys(config: Mapping[str, Any]) -> Iterator[str]:
     keys = deepspeed_keys
     known = {*keys.COMPARED_KEYS, *keys.REFUSED_KEYS, *keys.PASSED_KEYS, *keys.SECTION_KEYS}
     for key, value in config.items():
         if key in keys.REFUSED_KEYS:
-            if not _is_off(value):
+            if not is_off(value):
                 yield f"{key}: is not supported: {keys.REFUSED_KEYS[key]}"
         elif key not in known:
             yield f"{key}: is not a key of DeepSpeed that is read here{did_you_mean(key, known)}"
@@ -209,49 +228,6 @@ def _check_offload(path: str, section: Mapping[str, Any]) -> Iterator[str]:
         yield f'{path}.device = "nvme" needs nvme_path, a folder on the NVMe drive'
 
 
-def _compare_options(config: Mapping[str, Any], run: RunConfig) -> Iterator[str]:
-    """Yield each value that an option of ours contradicts, with both values."""
-    optimizer, training = run.optimizer, run.training
-    differs = partial(_difference, config)
-    yield from differs(
-        "train_micro_batch_size_per_gpu", "train_batch_size", training.train_batch_size
-    )
-    accumulation = training.gradient_accumulation_steps
-    yield from differs("gradient_accumulation_steps", "gradient_accumulation_steps", accumulation)
-    yield from _compare_batch_size(config, run)
-    yield from differs("gradient_clipping", "max_grad_norm", optimizer.max_grad_norm)
-    is_bf16 = run.model.mixed_precision == "bf16"
-    yield from differs("bf16.enabled", "mixed_precision bf16", is_bf16)
-    for key, reason in deepspeed_keys.REFUSED_BF16_KEYS.items():
-        if not _is_off(_section(config, "bf16").get(key)):
-            yield f"bf16.{key}: is not supported: {reason}"
-    yield from _compare_optimizer(config, run)
-    yield from _compare_scheduler(config, run)
-
-
-def _compare_batch_size(config: Mapping[str, Any], run: RunConfig) -> Iterator[str]:
-    """Compare train_batch_size as far as the number of processes is known before they start."""
-    training, processes = run.training, run.distributed.num_processes
-    own = training.train_batch_size * training.gradient_accumulation_steps
-    written = config.get("train_batch_size", AUTO)
-    if written == AUTO:
-        return
-    is_number = isinstance(written, int) and not isinstance(written, bool)
-    if isinstance(processes, int) and processes > 1:
-        yield from _difference(
-            config,
-            "train_batch_size",
-            "train_batch_size * gradient_accumulation_steps * num_processes",
-            own * processes,
-        )
-    elif not is_number or written <= 0 or written % own:
-        yield (
-            f"train_batch_size = {json.dumps(written)}, but train_batch_size * "
-            f"gradient_accumulation_steps is {own} for each process; make them agree, or write "
-            '"auto"'
-        )
-
-
 def find_batch_size_error(run: RunConfig, processes: int) -> Iterator[str]:
     """Yield both values where train_batch_size is another than that of so many processes."""
     config = run.distributed.deepspeed_config
@@ -259,91 +235,7 @@ def find_batch_size_error(run: RunConfig, processes: int) -> Iterator[str]:
         own = run.training.train_batch_size * run.training.gradient_accumulation_steps * processes
         count = "1 process" if processes == 1 else f"{processes} processes"
         name = f"train_batch_size * gradient_accumulation_steps * {count}"
-        yield from _difference(config, "train_batch_size", name, own)
-
-
-def _difference(
-    config: Mapping[str, Any], path: str, option: str, value: Any, absent: Any = AUTO
-) -> Iterator[str]:
-    """Yield both values where the one at the dotted path is not `value`. absent: if not given."""
-    written: Any = config
-    for key in path.split("."):
-        written = written.get(key, absent) if isinstance(written, dict) else absent
-    if written in (AUTO, None) or _equal(written, value):
-        return
-    yield (
-        f"{path} = {json.dumps(written)}, but {option} is {json.dumps(value)}; make them agree, "
-        f'or write "auto" for {path}'
-    )
-
-
-def _equal(written: Any, value: Any) -> bool:
-    if isinstance(written, bool) or isinstance(value, bool):
-        return written is value
-    if isinstance(value, (list, tuple)):
-        return (
-            isinstance(written, list)
-            and len(written) == len(value)
-            and all(map(_equal, written, value))
-        )
-    if isinstance(written, (int, float)) and isinstance(value, (int, float)):
-        return abs(written - value) <= 1e-12 * max(abs(written), abs(value))
-    return bool(written == value)
-
-
-def _compare_optimizer(config: Mapping[str, Any], run: RunConfig) -> Iterator[str]:
-    section, options = _section(config, "optimizer"), run.optimizer
-    if not section:
-        return
-    kind = str(section.get("type", AUTO)).lower()
-    if kind != AUTO and deepspeed_keys.OPTIMIZER_TYPES.get(kind) != options.optimizer:
-        yield (
-            f"optimizer.type = {json.dumps(section['type'])}, but optimizer is "
-            f'{options.optimizer}; allowed: AdamW for adamw, Lion for lion, or "auto"'
-        )
-    own: Mapping[str, tuple[str, Any]] = {
-        "lr": ("learning_rate", options.learning_rate),
-        "eps": ("adam_epsilon", options.adam_epsilon),
-        "weight_decay": ("adam_weight_decay", options.adam_weight_decay),
-        "betas": ("adam_beta1, adam_beta2", [options.adam_beta1, options.adam_beta2]),
-        "adam_w_mode": ("optimizer adamw", True),
-        "torch_adam": ("optimizer adamw", True),
-        "bias_correction": ("optimizer adamw", True),
-    }
-    yield from _compare_table(config, "optimizer.params", own)
-
-
-def _compare_scheduler(config: Mapping[str, Any], run: RunConfig) -> Iterator[str]:
-    section, options = _section(config, "scheduler"), run.optimizer
-    if not section:
-        return
-    kind = section.get("type", AUTO)
-    if kind != AUTO and deepspeed_keys.SCHEDULER_TYPES.get(kind) != options.lr_scheduler:
-        pairs = ", ".join(f"{k} for {v}" for k, v in deepspeed_keys.SCHEDULER_TYPES.items())
-        yield (
-            f"scheduler.type = {json.dumps(kind)}, but lr_scheduler is {options.lr_scheduler}; "
-            f'allowed: {pairs}, or "auto"'
-        )
-    own: Mapping[str, tuple[str, Any]] = {
-        "warmup_min_lr": ("the rate that the warmup rises from", 0),
-        "warmup_max_lr": ("learning_rate", options.learning_rate),
-        "warmup_num_steps": ("lr_warmup_steps", options.lr_warmup_steps),
-        "warmup_type": ("the warmup", "linear"),
-        "total_num_steps": ("max_train_steps", run.training.max_train_steps),
-    }
-    yield from _compare_table(config, "scheduler.params", own)
-
-
-def _compare_table(
-    config: Mapping[str, Any], path: str, own: Mapping[str, tuple[str, Any]]
-) -> Iterator[str]:
-    """Compare each parameter of a section with the option that stands for it."""
-    outer, inner = path.split(".")
-    for key in _section(_section(config, outer), inner):
-        if key not in own:
-            yield f"{path}.{key}: is not supported; it takes {', '.join(own)}"
-        else:
-            yield from _difference(config, f"{path}.{key}", *own[key])
+        yield from difference(config, "train_batch_size", name, own)
 
 
 def _check_other_options(run: RunConfig, stage: int) -> Iterator[str]:

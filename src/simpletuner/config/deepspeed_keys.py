@@ -32,6 +32,16 @@ COUNT = Kind(_is_count, "a whole number from 0")
 FLAG = Kind(lambda value: isinstance(value, bool), "true or false")
 TEXT = Kind(lambda value: isinstance(value, str), "a text")
 SECTION = Kind(lambda value: isinstance(value, dict), "an object, {...}")
+GRAD_ACCUM_DTYPE = "grad_accum_dtype"
+SUM_DTYPES = ("fp32", "bf16")
+DATA_TYPES = Kind(
+    lambda value: (
+        isinstance(value, dict)
+        and value.keys() <= {GRAD_ACCUM_DTYPE}
+        and value.get(GRAD_ACCUM_DTYPE) in (*SUM_DTYPES, None)
+    ),
+    f'{{"{GRAD_ACCUM_DTYPE}": "fp32"}} or {{"{GRAD_ACCUM_DTYPE}": "bf16"}}',
+)
 
 
 def _one_of(*values: Any) -> Kind:
@@ -56,8 +66,8 @@ COMPARED_KEYS = (
 PASSED_KEYS: Mapping[str, Kind] = {
     "aio": SECTION,
     "comms_logger": SECTION,
-    "communication_data_type": _one_of("fp32", "bf16"),
-    "data_types": SECTION,
+    "communication_data_type": _one_of(*SUM_DTYPES),
+    "data_types": DATA_TYPES,
     "disable_allgather": FLAG,
     "dump_state": FLAG,
     "log_level": TEXT,
@@ -109,9 +119,13 @@ REFUSED_KEYS: Mapping[str, str] = {
         "offloaded states are updated by torch's fused CPU optimizer, which needs no compiler"
     ),
 }
-REFUSED_BF16_KEYS: Mapping[str, str] = {
-    "bf16_master_weights_and_grads": "steps of a small learning rate would be rounded away",
-    "bf16_optimizer_states": "steps of a small learning rate would be rounded away",
+_BF16_STATES = "steps of a small learning rate would be rounded away"
+# Key -> the value that asks for what happens anyway, and why no other is taken.
+REFUSED_BF16_KEYS: Mapping[str, tuple[bool, str]] = {
+    "bf16_master_weights_and_grads": (False, _BF16_STATES),
+    "bf16_optimizer_states": (False, _BF16_STATES),
+    "check_grad_overflow": (True, "a gradient that is not finite would spoil the weights"),
+    "immediate_grad_update": (True, "gradients are summed as soon as they exist"),
 }
 
 OFFLOAD_KEYS = ("offload_optimizer", "offload_param")  # the second one only with stage 3

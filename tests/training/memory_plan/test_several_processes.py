@@ -194,6 +194,25 @@ def test_communication_of_two_passes_at_full_rank(
     assert operations(layout(mode, 4, **fields), 2, False, FULL_STEP) == expected
 
 
+def test_gradients_that_are_widened_have_twice_the_bytes() -> None:
+    narrow, wide = (
+        layout("zero2", 4, bucket_bytes=50, widens_gradients=on) for on in (False, True)
+    )
+    before, after = (
+        parts_per_process(PARTS, world, WEIGHTS, FULL_STEP, is_lora=False)
+        for world in (narrow, wide)
+    )
+    assert after["temporaries"] == before["temporaries"] + 165
+    assert after["communication buffers"] == 50 + 100
+    assert operations(wide, 2, False, FULL_STEP) == {
+        "all_reduce": (2, 2640, 3960),
+        "all_gather": (1, 660, 495),
+    }
+    for stage, options, widens in ((2, FULL, True), (1, FULL, False), (2, {}, False)):
+        run = make_run_config(num_processes=4, **options, **zero(stage))
+        assert read_layout(run).widens_gradients == widens
+
+
 def test_vectors_stay_whole() -> None:
     weights = WeightBytes((100, 100, 100), 60, whole=7)
     assert weights.own_part(layout("sharded", 4)) == 90 + 7

@@ -81,12 +81,14 @@ def step_communication(
             _use("reduce_scatter", measured.trained_units * passes, trained * passes, layout)
         )
     elif layout.mode == "zero3":
-        uses.append(_use("reduce_scatter", buckets * passes, trained * passes, layout))
+        summed = trained * layout.gradient_factor
+        uses.append(_use("reduce_scatter", buckets * passes, summed * passes, layout))
     else:
         # DeepSpeed sums whole buckets and keeps its part of them (allreduce_and_scatter). With
         # stage 2 no process holds all gradients, so every pass sums its own.
         times = 1 if layout.mode == "zero1" else passes
-        uses.append(_use("all_reduce", buckets * times, trained * times, layout))
+        summed = trained * layout.gradient_factor
+        uses.append(_use("all_reduce", buckets * times, summed * times, layout))
         uses.append(_use("all_gather", buckets, trained, layout))
     return tuple(uses)
 

@@ -42,6 +42,7 @@ class WorldLayout:
     processes. reshards: whether the weights of a block are freed between its forward and its
     backward pass. bucket_bytes: in which the engine collects gradients. live_bytes: of weights that
     the engine keeps gathered for later use. offloaded: what the engine has in host memory.
+    widens_gradients: whether the engine sends and adds gradients of bf16 weights in float32.
     """
 
     processes: int = 1
@@ -52,6 +53,12 @@ class WorldLayout:
     bucket_bytes: int = 0
     live_bytes: int = 0
     offloaded: tuple[str, ...] = ()
+    widens_gradients: bool = False
+
+    @property
+    def gradient_factor(self) -> int:
+        """Return the bytes of a gradient that is summed for each byte of its weight."""
+        return 2 if self.widens_gradients else 1
 
     @property
     def uses_deepspeed(self) -> bool:
@@ -124,8 +131,9 @@ def read_layout(run: RunConfig) -> WorldLayout:
         bucket = int(zero.section.get("reduce_bucket_size", ZERO_BUCKET))
         live = int(zero.section.get("stage3_max_live_parameters", ZERO_LIVE))
         return WorldLayout(
-            count, local, mode, sharded, True, ITEM_BYTES * bucket, ITEM_BYTES * live, offloaded
-        )
+            count, local, mode, sharded, True, ITEM_BYTES * bucket, ITEM_BYTES * live, offloaded,
+            zero.widens_gradients,
+        )  # fmt: skip
     if options.fsdp_enable:
         reshards = options.fsdp_reshard_after_forward
         return WorldLayout(count, local, "sharded", SHARDED_STATE["sharded"], reshards)
@@ -180,7 +188,7 @@ def parts_per_process(
     if layout.shards("optimizer", is_lora):
         result["optimizer"] = -(-result["optimizer"] // count)
     if layout.shards("gradients", is_lora):
-        freed = trained_bytes - -(-trained_bytes // count)
+        freed = trained_bytes - -(-trained_bytes * layout.gradient_factor // count)
         result["temporaries"] = max(0, result["temporaries"] - freed)
         if not is_lora:
             result["temporaries"] += max(weights.units, default=0)  # before it is scattered
@@ -192,7 +200,10 @@ def parts_per_process(
         if not is_lora:
             result["optimizer"] *= 4 * measured.trained // trained_bytes
         result["optimizer"] += -(-4 * measured.trained // count)
-        result["communication buffers"] = min(trained_bytes, layout.bucket_bytes)
+        bucket = min(trained_bytes, layout.bucket_bytes)
+        # A bucket is collected in the dtype of the weights; a copy of it in float32 is sent.
+        copy = bucket * layout.gradient_factor if layout.widens_gradients else 0
+        result["communication buffers"] = bucket + copy
     if is_lora and layout.shards("weights", of_adapters=True):
         result["adapters"] = -(-result["adapters"] // count)
     return result
