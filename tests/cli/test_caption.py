@@ -70,12 +70,22 @@ def test_chosen_files_only(photos: Path) -> None:
     names = lambda wanted, overwrite: [  # noqa: E731
         image.relative_path
         for image in images_to_caption(
-            CaptioningRequest(photos, "m", "p", 4, overwrite, wanted, None)
+            CaptioningRequest(photos, "m", "p", 4, overwrite, wanted, frozenset(), None)
         )
     ]
     assert names(None, False) == ["b.png", "sub/c.png", "torn.png"]
     assert names(("a.png", "b.png"), False) == ["b.png"]
     assert names(("a.png",), True) == ["a.png"]
+
+
+def test_excluded_images_are_left_alone(photos: Path, tiny_model: Path, tmp_path: Path) -> None:
+    excluded = tmp_path / "excluded.json"
+    excluded.write_text(json.dumps(["b.png", "a.png", "unknown.png"]))
+    output = run(photos, tiny_model, f"--exclude={excluded}")
+    assert f"images to caption in {photos}: 2\n" in output
+    assert "images that are excluded from the dataset and left out: 1\n" in output
+    assert not (photos / "b.txt").exists()
+    assert (photos / "sub" / "c.txt").exists()
 
 
 def test_pickled_weights_and_code_of_a_repository_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,15 @@ def test_replacing_captions_is_asked_for_and_recorded(bench: Bench) -> None:
     assert spec is not None
     assert "--overwrite" in spec.argv
     assert any(word.startswith("--record=") for word in spec.argv)
+
+
+def test_excluded_images_are_named_to_the_job(bench: Bench) -> None:
+    bench.datasets.exclude("photos", ["a.png"], True)
+    job = bench.desk.start_captioning(CaptioningRequest(dataset="photos", model="a/b", prompt="p"))
+    spec = bench.harness.jobs._job_folder(job.id).read_spec()
+    assert spec is not None
+    [path] = [word.removeprefix("--exclude=") for word in spec.argv if "--exclude" in word]
+    assert json.loads(Path(path).read_text()) == ["a.png"]
 
 
 @pytest.mark.parametrize("model", ["--config=x", "a b", "", "-x", "x;y"])

@@ -40,6 +40,11 @@ FOLDER_TYPE = click.Path(path_type=Path, file_okay=False, exists=True, resolve_p
     help="JSON list of images of the folder to caption; others are left alone.",
 )
 @click.option(
+    "--exclude",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="JSON list of images of the folder to leave alone.",
+)
+@click.option(
     "--record",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Append each caption to this file; images in it are not captioned again.",
@@ -51,6 +56,7 @@ def command(
     max_tokens: int,
     overwrite: bool,
     files: Path | None,
+    exclude: Path | None,
     record: Path | None,
 ) -> None:
     """Write a .txt file next to each image of FOLDER that has no caption.
@@ -58,23 +64,31 @@ def command(
     The same command continues where it was interrupted. No code of the model's repository is run.
     """
     from simpletuner.cli.captioning import CaptioningRequest, caption_images
+    from simpletuner.data.image_choices import read_excluded
 
     if not prompt.strip():
         raise ConfigError([Problem("--prompt", "is empty")])
+    names = None if files is None else _read_names(files, "--files")
+    excluded = [] if exclude is None else _read_names(exclude, "--exclude")
     request = CaptioningRequest(
-        folder, model, prompt.strip(), max_tokens, overwrite, _read_names(files), record
+        folder,
+        model,
+        prompt.strip(),
+        max_tokens,
+        overwrite,
+        None if names is None else tuple(names),
+        frozenset(read_excluded(excluded)),
+        record,
     )
     written = caption_images(request, click.echo)
     click.echo(f"{written} captions written" if written != 1 else "1 caption written")
 
 
-def _read_names(path: Path | None) -> tuple[str, ...] | None:
-    if path is None:
-        return None
+def _read_names(path: Path, option: str) -> list[str]:
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError([Problem("--files", f"{path} is not a JSON list: {error}")]) from error
+        raise ConfigError([Problem(option, f"{path} is not a JSON list: {error}")]) from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError([Problem("--files", f"{path} is not a JSON list of file names")])
-    return tuple(names)
+        raise ConfigError([Problem(option, f"{path} is not a JSON list of file names")])
+    return names

@@ -27,8 +27,8 @@ MAX_SIDE_PX = 1024  # larger images are shrunk first; no model of this kind sees
 class CaptioningRequest:
     """A request to caption a folder.
 
-    names: the images to caption, None for all. record: JSON lines of the captions so far, None for
-    no record.
+    names: the images to caption, None for all. excluded: images that are left alone in any case.
+    record: JSON lines of the captions so far, None for no record.
     """
 
     folder: Path
@@ -37,6 +37,7 @@ class CaptioningRequest:
     max_tokens: int
     overwrite: bool
     names: tuple[str, ...] | None
+    excluded: frozenset[str]
     record: Path | None
 
 
@@ -46,8 +47,11 @@ def caption_images(request: CaptioningRequest, report: Callable[[str], None]) ->
     An image that cannot be decoded is reported and left out. Raises ModelError if the model cannot
     be loaded.
     """
-    waiting = list(images_to_caption(request))
-    report(f"{len(waiting)} images to caption in {request.folder}")
+    chosen = list(images_to_caption(request))
+    waiting = [image for image in chosen if image.relative_path not in request.excluded]
+    report(f"images to caption in {request.folder}: {len(waiting)}")
+    if excluded := len(chosen) - len(waiting):
+        report(f"images that are excluded from the dataset and left out: {excluded}")
     if not waiting:
         return 0
     captioner = Captioner(request.model, request.prompt, request.max_tokens)
@@ -73,7 +77,10 @@ def caption_images(request: CaptioningRequest, report: Callable[[str], None]) ->
 
 
 def images_to_caption(request: CaptioningRequest) -> Iterator[ImageFile]:
-    """Yield the images that the request asks for and that are not done, sorted by name."""
+    """Yield the images that the request asks for and that are not done, sorted by name.
+
+    Excluded ones are among them.
+    """
     images = find_image_files(DatasetConfig("images", "image", request.folder))[0]
     done = _recorded_names(request.record)
     wanted = None if request.names is None else set(request.names)

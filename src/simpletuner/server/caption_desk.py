@@ -133,7 +133,8 @@ class CaptionDesk:
     def start_captioning(self, request: CaptioningRequest) -> Job:
         """Queue the captioning of a dataset; the same request continues where it was interrupted.
 
-        Raises ApiError: 404 for an unknown dataset, 409 if it is being captioned already.
+        Images that the user has excluded from the dataset are left alone. Raises ApiError: 404 for
+        an unknown dataset, 409 if it is being captioned already.
         """
         folder = self._datasets.require_folder(request.dataset)
         for job in self._jobs.get_queue().jobs:
@@ -153,6 +154,9 @@ class CaptionDesk:
         if request.files is not None:
             write_atomically(notes / f"{key}.files.json", json.dumps(request.files))
             argv.append(f"--files={notes / f'{key}.files.json'}")
+        if excluded := self._datasets.choices.of(folder).excluded:
+            write_atomically(notes / f"{key}.excluded.json", json.dumps(sorted(excluded)))
+            argv.append(f"--exclude={notes / f'{key}.excluded.json'}")
         return self._jobs.enqueue_command("caption", request.dataset, argv)
 
     def _forget_complete_pass(self, record: Path, dataset: str) -> None:

@@ -122,7 +122,7 @@ export const datasets = {
   auto: "Caption {n} {n|image|images} automatically",
   autoStop: "Stop",
   autoTitle: "Captions by a model",
-  autoHelp: "A vision-language model describes each image without a caption. It runs on this machine, in the queue, and continues where it was stopped.",
+  autoHelp: "A vision-language model describes each image without a caption. It runs on this machine, in the queue, and continues where it was stopped. Excluded images are left out.",
   autoModel: "Model",
   autoModelHint: "A Hugging Face repository with safetensors files, or a folder of the workspace.",
   autoTooLarge: "too large here",

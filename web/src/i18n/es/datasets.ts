@@ -123,7 +123,7 @@ export const datasets: DatasetsTexts = {
   auto: "Describir {n} {n|imagen|imágenes} automáticamente",
   autoStop: "Detener",
   autoTitle: "Descripciones con un modelo",
-  autoHelp: "Un modelo de visión y lenguaje describe cada imagen sin descripción. Se ejecuta en este equipo, en la cola, y continúa donde se detuvo.",
+  autoHelp: "Un modelo de visión y lenguaje describe cada imagen sin descripción. Se ejecuta en este equipo, en la cola, y continúa donde se detuvo. Las imágenes excluidas se omiten.",
   autoModel: "Modelo",
   autoModelHint: "Un repositorio de Hugging Face con archivos safetensors, o una carpeta del espacio de trabajo.",
   autoTooLarge: "demasiado grande aquí",
