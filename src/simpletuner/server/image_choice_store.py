@@ -6,18 +6,16 @@ The files of a dataset stay as they are. A job gets the choices in the fields `e
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simpletuner.atomic_io import write_atomically
 from simpletuner.data.geometry import CropBox
 from simpletuner.data.image_choices import read_crop_boxes
 from simpletuner.errors import ConfigError
-from simpletuner.server.file_reader import read_json_object
+from simpletuner.server.watched_file import WatchedJsonFile
 from simpletuner.server.workspace import Workspace
 
 FILE_NAME = "image_choices.json"
@@ -52,13 +50,11 @@ class ImageChoiceStore:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
-        self._path = workspace.server_dir / FILE_NAME
-        self._stamp: tuple[int, int] | None = None
-        self._choices: dict[str, FolderChoices] = {}
+        self._file = WatchedJsonFile(workspace.server_dir / FILE_NAME, _parse)
 
     def of(self, folder: Path) -> FolderChoices:
         """Return the choices about a folder, which is resolved."""
-        return self._read().get(self._key(folder), NO_CHOICES)
+        return self._file.read().get(self._key(folder), NO_CHOICES)
 
     def exclude(self, folder: Path, files: Iterable[str], excluded: bool) -> None:
         """Leave images out, or use them again."""
@@ -96,27 +92,14 @@ class ImageChoiceStore:
 
     def _write(self, folder: Path, choices: FolderChoices) -> None:
         content = {
-            key: entry for key, entry in self._read().items() if key != self._key(folder)
+            key: entry for key, entry in self._file.read().items() if key != self._key(folder)
         } | {self._key(folder): choices}
         rows = {
             key: {"exclude": sorted(entry.excluded), "crop_boxes": entry.boxes}
             for key, entry in content.items()
             if entry.excluded or entry.boxes
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-
-    def _read(self) -> dict[str, FolderChoices]:
-        try:
-            status = self._path.stat()
-        except OSError:
-            return {}
-        stamp = (status.st_mtime_ns, status.st_size)
-        if stamp != self._stamp:
-            rows = read_json_object(self._path) or {}
-            self._choices = {key: _parse(row) for key, row in rows.items()}
-            self._stamp = stamp
-        return self._choices
+        self._file.write(rows)
 
 
 def _parse(row: Any) -> FolderChoices:

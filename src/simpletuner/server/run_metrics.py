@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from simpletuner.events import event_types
-from simpletuner.events.event_log import EventRecord, event_from_dict
-from simpletuner.events.run_history import RunHistory
-from simpletuner.server import file_reader
 from simpletuner.server.schemas.runs import RunMetrics
+from simpletuner.server.step_rows import StepRows
 
 OPTIONAL_COLUMNS = ("loss", "grad_norm", "memory_gib")
 REQUIRED_COLUMNS = ("t", "learning_rate", "seconds")
@@ -17,48 +14,30 @@ REQUIRED_COLUMNS = ("t", "learning_rate", "seconds")
 MetricsRow = tuple[float | None, ...]
 
 
-class MetricsTable:
-    """The metrics of a run after the events that were added.
+class MetricsTable(StepRows[MetricsRow]):
+    """The metrics of a run after the events that were added."""
 
-    A step that was repeated after a resume is contained once, with its new values.
-    """
-
-    def __init__(self) -> None:
-        self._rows: dict[int, MetricsRow] = {}
-        self._history = RunHistory()
-
-    def add_lines(self, lines: list[bytes], end_offset: int) -> None:
-        """Add lines of events.jsonl, which end at byte `end_offset`."""
-        for record in filter(None, map(file_reader.parse_record, lines)):
-            if record["kind"] == "step" and record.get("step"):
-                required = [record.get(name) or 0.0 for name in REQUIRED_COLUMNS]
-                self._rows[record["step"]] = (*map(record.get, OPTIONAL_COLUMNS), *required)
-                continue
-            event = event_from_dict(record)
-            if event is None:
-                continue
-            self._history.add_record(EventRecord(record["t"], event, end_offset))
-            match event:
-                case event_types.RunStarted(resumed_step=step) | event_types.RunResumed(step=step):
-                    self._rows = {at: row for at, row in self._rows.items() if at <= step}
+    def make_row(self, record: dict[str, Any]) -> MetricsRow:
+        required = [record.get(name) or 0.0 for name in REQUIRED_COLUMNS]
+        return (*map(record.get, OPTIONAL_COLUMNS), *required)
 
     def to_message(self, max_points: int, end_offset: int) -> RunMetrics:
         """Return the metrics with at most `max_points` steps."""
-        steps = sorted(self._rows)
-        losses = [self._rows[step][0] for step in steps]
+        steps = sorted(self.rows)
+        losses = [self.rows[step][0] for step in steps]
         steps = [steps[index] for index in downsample(losses, max_points)]
         names = (*OPTIONAL_COLUMNS, *REQUIRED_COLUMNS)
         columns: dict[str, Any] = {
-            name: [self._rows[step][at] for step in steps] for at, name in enumerate(names)
+            name: [self.rows[step][at] for step in steps] for at, name in enumerate(names)
         }
         scores = [
             (event.step, event.metric, name, rate, event.unit)
-            for event in self._history.scores.values()
+            for event in self.history.scores.values()
             for name, (rate, _, _) in event.rates.items()
         ]
         held_out = [
             (event.step, event.split, event.loss)
-            for event in self._history.evaluations.values()
+            for event in self.history.evaluations.values()
             if event.loss == event.loss
         ]
         return RunMetrics(
@@ -66,7 +45,7 @@ class MetricsTable:
             **columns,
             held_out=held_out,
             scores=scores,
-            resumes=self._history.resume_steps,
+            resumes=self.history.resume_steps,
             end=end_offset,
         )
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from simpletuner.server import file_reader
 from simpletuner.server.event_summary import EventSummary
@@ -23,6 +23,9 @@ from simpletuner.server.run_metrics import MetricsTable
 from simpletuner.server.run_tables import TableReader
 from simpletuner.server.sampling_previews import RUN_PREVIEW_FILE, preview_version
 from simpletuner.server.schemas.runs import LogPart, RunMetrics, RunTables
+from simpletuner.server.step_rows import StepRows
+
+Rows = TypeVar("Rows", bound=StepRows[Any])
 
 
 class FileStamp(NamedTuple):
@@ -159,23 +162,22 @@ class RunReader:
 
     def metrics(self, max_points: int) -> RunMetrics:
         """Return the metrics of all steps, downsampled to `max_points`."""
-        cursor = EventCursor(self._events.path)
-        table = MetricsTable()
-        for chunk, was_replaced in cursor.read_all():
-            if was_replaced:
-                table = MetricsTable()
-            table.add_lines(chunk.lines, chunk.end)
-        return table.to_message(max_points, cursor.offset)
+        table, end = self._read_steps(MetricsTable)
+        return table.to_message(max_points, end)
 
     def tables(self) -> RunTables:
         """Return the tables of epochs and of held-out losses."""
+        return self._read_steps(TableReader)[0].tables()
+
+    def _read_steps(self, make: Callable[[], Rows]) -> tuple[Rows, int]:
+        """Return the rows of all steps, and the byte offset up to which they were read."""
         cursor = EventCursor(self._events.path)
-        reader = TableReader()
+        rows = make()
         for chunk, was_replaced in cursor.read_all():
             if was_replaced:
-                reader = TableReader()
-            reader.add_lines(chunk.lines, chunk.end)
-        return reader.tables()
+                rows = make()
+            rows.add_lines(chunk.lines, chunk.end)
+        return rows, cursor.offset
 
     def events(self, since: int, limit: int) -> tuple[list[dict[str, Any]], int, int]:
         """Return at most `limit` records from byte `since`, and their start and end bytes."""

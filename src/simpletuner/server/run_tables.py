@@ -6,11 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from simpletuner.events import event_types
-from simpletuner.events.event_log import EventRecord, event_from_dict
-from simpletuner.events.run_history import RunHistory
-from simpletuner.server import file_reader
 from simpletuner.server.schemas.runs import EpochRow, HeldOutRow, RunTables
+from simpletuner.server.step_rows import StepRows
 
 
 @dataclass(slots=True)
@@ -22,37 +19,19 @@ class StepRow:
     seconds: float
 
 
-class TableReader:
-    """The tables after the events that were added; a repeated step is counted once."""
+class TableReader(StepRows[StepRow]):
+    """The tables after the events that were added."""
 
-    def __init__(self) -> None:
-        self._steps: dict[int, StepRow] = {}
-        self._history = RunHistory()
-
-    def add_lines(self, lines: list[bytes], end_offset: int) -> None:
-        """Add lines of events.jsonl, which end at byte `end_offset`."""
-        for record in filter(None, map(file_reader.parse_record, lines)):
-            if record["kind"] == "step":
-                self._add_step(record)
-                continue
-            event = event_from_dict(record)
-            if event is None:
-                continue
-            self._history.add_record(EventRecord(record["t"], event, end_offset))
-            match event:
-                case event_types.RunStarted(resumed_step=step) | event_types.RunResumed(step=step):
-                    self._steps = {at: row for at, row in self._steps.items() if at <= step}
-
-    def _add_step(self, record: dict[str, Any]) -> None:
-        step, epoch = record.get("step"), record.get("epoch")
-        if step and isinstance(epoch, int):
-            row = StepRow(epoch, record.get("loss"), record.get("seconds") or 0.0)
-            self._steps[step] = row
+    def make_row(self, record: dict[str, Any]) -> StepRow | None:
+        epoch = record.get("epoch")
+        if not isinstance(epoch, int):
+            return None
+        return StepRow(epoch, record.get("loss"), record.get("seconds") or 0.0)
 
     def tables(self) -> RunTables:
         """Return the tables; epochs are counted from 1."""
         epochs: dict[int, list[tuple[int, StepRow]]] = {}
-        for step, row in sorted(self._steps.items()):
+        for step, row in sorted(self.rows.items()):
             epochs.setdefault(row.epoch, []).append((step, row))
         return RunTables(
             epochs=[_make_epoch(epoch, rows) for epoch, rows in sorted(epochs.items())],
@@ -67,7 +46,7 @@ class TableReader:
                     best=event.best,
                 )
                 for event in sorted(
-                    self._history.evaluations.values(),
+                    self.history.evaluations.values(),
                     key=lambda event: (event.step, event.dataset, event.split),
                 )
             ],
