@@ -20,7 +20,7 @@ MAX_NAMED_IMAGES = 5
 FORGOTTEN_ERRORS = 2.0  # standard errors of the difference
 RISEN_ERRORS = 2.0  # of the change since step 0, from which on the loss has risen
 # Ratios of norms below and above which the change is called too small and too strong. They are
-# provisional: `python -m benchmarks.nano.tuning` writes the table that they should follow.
+# provisional: `python -m benchmarks.nano.weight_change` counts which finished runs support them.
 LEARNT_NOTHING_BELOW = 1e-3
 FAR_TOO_STRONG_ABOVE = 0.5
 
