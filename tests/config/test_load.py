@@ -281,6 +281,18 @@ def test_everything_wrong_at_once(folder: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({".*": -1}, "lr_by_module: '.*': -1: must be greater than 0"),
+        ({".*": 2, "x": 0}, "lr_by_module: 'x': 0: must be greater than 0"),
+        (0.5, 'lr_by_module = "0.5": must be an object such as {"single_transformer_blocks.*": 2}'),
+    ],
+)
+def test_what_is_wrong_in_an_object_is_named(folder: Path, value: Any, message: str) -> None:
+    assert problems(folder, {"lr_by_module": value}) == [f"config.json:1:2: {message}"]
+
+
 def test_foreign_variables_are_told_and_let_be(folder: Path) -> None:
     loaded = read(
         folder, {}, "", {"SIMPLETUNER_STATE_DIR": "/x", "SIMPLETUNER_SEED": "", "PATH": "/bin"}

@@ -17,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from simpletuner.cli.checked_config import require_config_and_datasets
+from simpletuner.config.load import try_load_config
 from simpletuner.config.schema import TuningOptions
 from simpletuner.data import held_out_split
-from simpletuner.errors import DataError
+from simpletuner.errors import ConfigError, DataError
 from simpletuner.events.event_log import read_events
 from simpletuner.events.event_types import (
     Event,
@@ -28,6 +30,7 @@ from simpletuner.events.event_types import (
     RunFinished,
     SampleLossesMeasured,
     ScoresComputed,
+    StageStarted,
     StepCompleted,
     VerdictReached,
     WeightChangeMeasured,
@@ -189,8 +192,16 @@ def test_a_run_that_stops_early_resumes_bit_equal(project: TrainingProject) -> N
 
 
 def test_early_stopping_without_held_out_images_is_refused(project: TrainingProject) -> None:
+    """Before an image is encoded, and where the options say it already, before torch is imported."""
     with pytest.raises(DataError, match="early_stopping needs held-out images"):
-        train(project, "refused", early_stopping=True)
+        train(project, "refused", early_stopping=True, cache_dir=str(project.root / "empty"))
+    events = [record.event for record in read_events(project.root / "refused" / "events.jsonl")]
+    stages = [event.stage for event in events if isinstance(event, StageStarted)]
+    assert stages == ["scan"]
+    project.load_config(early_stopping=True, validation_split=0)
+    tried = try_load_config((), project.root / "config.json", environ={}, cwd=project.root)
+    with pytest.raises(ConfigError, match="early_stopping needs held-out images"):
+        require_config_and_datasets(tried)
 
 
 def test_the_report_has_the_findings(project: TrainingProject) -> None:

@@ -17,6 +17,7 @@ from simpletuner.config.deepspeed_config import uses_deepspeed
 from simpletuner.config.load import ConfigLoadResult, LoadedConfig
 from simpletuner.config.output_folder import find_output_dir_problems
 from simpletuner.config.schema import RunConfig
+from simpletuner.config.tuning_constraints import NO_HELD_OUT_IMAGES
 from simpletuner.data.address_schemes import store_problem
 from simpletuner.errors import ConfigError, MissingExtra, Problem
 
@@ -101,6 +102,7 @@ def _problems_between(loaded: LoadedConfig, backends: DatasetFile) -> list[Probl
     return [
         *output_dir_problems(loaded, backends),
         *noise_level_problems(run, backends),
+        *early_stopping_problems(loaded, backends),
         *regularisation_problems(run.model.model_type, backends.train),
     ]
 
@@ -120,6 +122,15 @@ def output_dir_problems(loaded: LoadedConfig, backends: DatasetFile) -> list[Pro
         [Path(cache) for cache in caches if cache],
     )
     return [Problem(loaded.origins["output_dir"], text) for text in found]
+
+
+def early_stopping_problems(loaded: LoadedConfig, backends: DatasetFile) -> list[Problem]:
+    """Return that nothing can be held out, where validation_split says so and no dataset is."""
+    tuning = loaded.config.tuning
+    splits = tuning.validation_split != 0 or tuning.validation_fold is not None
+    if not tuning.early_stopping or splits or backends.eval:
+        return []
+    return [Problem(loaded.origins["early_stopping"], NO_HELD_OUT_IMAGES)]
 
 
 def noise_level_problems(run: RunConfig, backends: DatasetFile) -> list[Problem]:

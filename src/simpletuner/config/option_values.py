@@ -183,7 +183,12 @@ def _validation_message(option: Option, error: ErrorDetails) -> str:
         return option.text
     if error["type"] == "string_too_short":
         return "must not be empty"
-    return error["msg"].replace("Input should", "must")
+    if error["type"] == "dict_type":
+        return 'must be an object such as {"single_transformer_blocks.*": 2}'
+    message = error["msg"].replace("Input should", "must")
+    if len(error["loc"]) > 1 and isinstance(error["input"], (int, float)):
+        return f"{error['loc'][1]!r}: {error['input']}: {message}"
+    return message
 
 
 def format_assignment(option: Option, value: Any) -> str:

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from simpletuner.config.schema import RunConfig
 from simpletuner.errors import ConfigError
 
+NO_HELD_OUT_IMAGES = (
+    "early_stopping needs held-out images: add a dataset with dataset_type eval, or set "
+    "validation_split (0.1 holds out one image in ten)"
+)
+
 
 def parse_fold(text: str) -> tuple[int, int]:
     """Return (2, 5) for "2/5". Raises ConfigError where there is no such part."""

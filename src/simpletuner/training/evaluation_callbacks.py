@@ -12,6 +12,7 @@ from simpletuner.cache.latent_cache import LatentCacheResult
 from simpletuner.config.compare_configs import training_config_hash
 from simpletuner.config.load import resolved_options
 from simpletuner.config.schema import RunConfig
+from simpletuner.config.tuning_constraints import NO_HELD_OUT_IMAGES
 from simpletuner.errors import DataError
 from simpletuner.events.event_types import Emit, NoticeIssued
 from simpletuner.training.device import ComputeDevice
@@ -319,10 +320,7 @@ def build_held_out_evaluator(
     )
     count = min(run.validation.num_eval_images, len(chosen.placed_samples))
     if run.tuning.early_stopping and not count:
-        raise DataError(
-            "early_stopping needs held-out images: add a dataset with dataset_type eval, or set "
-            "validation_split (0.1 holds out one image in ten)"
-        )
+        raise DataError(NO_HELD_OUT_IMAGES)
     wanted = run.tuning.num_train_loss_images
     taught = prepared.taught()
     train_count = min(count if wanted is None else wanted, len(taught.placed_samples))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ from simpletuner.atomic_io import write_atomically
 from simpletuner.bounded_files import read_bounded_text
 from simpletuner.cache.content_hashes import ContentHashes
 from simpletuner.config.schema import DataOptions, RunConfig
+from simpletuner.config.tuning_constraints import NO_HELD_OUT_IMAGES
 from simpletuner.data import held_out_split, near_duplicates
+from simpletuner.data.dataset_config import DatasetFile
 from simpletuner.data.held_out_split import SplitRequest
 from simpletuner.data.sample_types import BucketedSample
+from simpletuner.errors import DataError
 from simpletuner.events.event_types import Emit, NoticeIssued, WarningIssued
 from simpletuner.events.formatting import count_of
 from simpletuner.events.stage_reporter import StageReporter
@@ -57,6 +60,24 @@ def choose_held_out_ids(
     chosen = world.broadcast_json(chosen)
     _report(run, placed, chosen, request, emit)
     return frozenset(chosen)
+
+
+def taught_samples(backends: DatasetFile, placed: Iterable[BucketedSample]) -> list[BucketedSample]:
+    """Return the samples that may be held out: once each, and none of a regularisation dataset."""
+    taught = {dataset.id for dataset in backends.train if not dataset.regularisation_target}
+    return [item for item in placed if item.sample.dataset in taught and item.crop_index == 0]
+
+
+def require_held_out_images(
+    run: RunConfig, backends: DatasetFile, placed: Iterable[BucketedSample]
+) -> None:
+    """Raise DataError where early_stopping has nothing to decide by, before images are encoded."""
+    if not run.tuning.early_stopping or backends.eval:
+        return
+    tuning, count = run.tuning, len(taught_samples(backends, placed))
+    fold = tuning.validation_fold
+    if held_out_split.split_request(tuning.validation_split, fold, count, False) is None:
+        raise DataError(NO_HELD_OUT_IMAGES)
 
 
 def is_requested(run: RunConfig) -> bool:

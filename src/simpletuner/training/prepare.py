@@ -43,7 +43,11 @@ from simpletuner.training.caption_encoding import (
     free_memory,
 )
 from simpletuner.training.device import ComputeDevice, split_when_out_of_memory
-from simpletuner.training.hold_out import choose_held_out_ids
+from simpletuner.training.hold_out import (
+    choose_held_out_ids,
+    require_held_out_images,
+    taught_samples,
+)
 from simpletuner.training.resume import ResumePoint
 from simpletuner.training.run_folder import RunFolder
 from simpletuner.training.shared_scan import scan_everywhere
@@ -236,6 +240,8 @@ def prepare_inputs(
     scanned = scan_everywhere(
         run, backends, family.alignment_px, rejected_path, remote_store, world, emit
     )
+    if resume_point is None:
+        require_held_out_images(run, backends, scanned.samples)
     with world.main_first("model files"):  # rank 0 downloads what is missing
         files = family.locate_files(run.model, emit)
     constants = family.read_constants(files)
@@ -305,12 +311,7 @@ def divide_samples(
     sets aside, which takes nothing from regularisation datasets.
     """
     eval_sets = {dataset.id for dataset in backends.eval}
-    taught = {dataset.id for dataset in backends.train if not dataset.regularisation_target}
-    candidates = [
-        item
-        for item in cached.placed_samples
-        if item.sample.dataset in taught and item.crop_index == 0
-    ]
+    candidates = taught_samples(backends, cached.placed_samples)
     split = choose_held_out_ids(
         run, candidates, bool(eval_sets), cache_root, resume_point, world, emit
     )
