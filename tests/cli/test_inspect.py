@@ -89,6 +89,8 @@ def test_each_flaw_is_found_with_what_to_do(found: dict[str, Any]) -> None:
         code: [name.rpartition("/")[2] for name in finding["sample_ids"]]
         for code, finding in findings.items()
     }
+    assert about["unusable_files"] == ["broken.png"]
+    assert about["missing_captions"] == ["cut.png"]
     assert about["damaged_images"] == ["cut.png"]
     assert about["identical_images"] == ["a0.png", "copy.png"]
     assert about["near_duplicates"] == ["a1.png", "near.jpg"]

@@ -85,5 +85,11 @@ def test_equal_captions_are_compared_without_case_and_spaces() -> None:
     ]
 
 
+def test_images_with_a_long_or_an_empty_caption_are_listed() -> None:
+    found = measure("cat", ("word " * 900, "dog ", "word " * 800), "")
+    assert (found.tokens.over_limit, found.long_ids) == (2, ("d/1",))
+    assert (found.uncaptioned, found.uncaptioned_ids) == (1, ("d/2",))
+
+
 def test_the_estimate_of_tokens() -> None:
     assert [estimate_tokens(text) for text in ("", "cat", "a small cat")] == [1, 2, 4]

@@ -69,16 +69,19 @@ class TriggerCoverage:
 class CaptionStatistics:
     """Statistics of all captions, alternatives of an image counted one by one.
 
-    uncaptioned: images whose caption is empty. lengths: in words. tokens: in the tokens of the text
-    encoder, with the end token. token_source: the tokenizer, or how tokens were estimated. tags:
-    parts between commas. phrases: of up to five words, a shorter one left out where it stands
-    nearly always in a longer one. constant_phrases: those in at least CONSTANT_FRACTION of the
-    captions, without the trigger. All lists begin with the most frequent.
+    uncaptioned: images whose caption is empty; uncaptioned_ids and long_ids: at most MAX_LISTED_IDS
+    of these and of the images with a caption above token_limit. lengths: in words. tokens: in the
+    tokens of the text encoder, with the end token. token_source: the tokenizer, or how tokens were
+    estimated. tags: parts between commas. phrases: of up to five words, a shorter one left out
+    where it stands nearly always in a longer one. constant_phrases: those in at least
+    CONSTANT_FRACTION of the captions, without the trigger. All lists begin with the most frequent.
     """
 
     images: int
     captions: int
     uncaptioned: int
+    uncaptioned_ids: tuple[str, ...]
+    long_ids: tuple[str, ...]
     lengths: LengthSummary
     tokens: LengthSummary
     token_limit: int
@@ -103,10 +106,12 @@ def measure_captions(
     samples: Sequence[Sample], tokens: TokenCounter, trigger: str | None
 ) -> CaptionStatistics:
     """Count and compare the captions; linear in their number. samples: at least one."""
-    captions = [caption for sample in samples for caption in sample.captions if caption]
+    owned = [(sample.id, text) for sample in samples for text in sample.captions if text]
+    captions = [caption for _, caption in owned]
     lengths = [len(WORD.findall(caption)) for caption in captions]
     counts = [tokens.count(caption) for caption in captions]
-    over = sum(count > tokens.limit for count in counts)
+    long = [name for (name, _), count in zip(owned, counts, strict=True) if count > tokens.limit]
+    uncaptioned = [sample.id for sample in samples if not any(sample.captions)]
     pattern = trigger_pattern(trigger) if trigger else None
     phrases = _count_phrases(captions, pattern)
     least = CONSTANT_FRACTION * len(captions)
@@ -119,9 +124,11 @@ def measure_captions(
     return CaptionStatistics(
         images=len(samples),
         captions=len(captions),
-        uncaptioned=sum(not any(sample.captions) for sample in samples),
+        uncaptioned=len(uncaptioned),
+        uncaptioned_ids=tuple(uncaptioned[:MAX_LISTED_IDS]),
+        long_ids=tuple(dict.fromkeys(long))[:MAX_LISTED_IDS],
         lengths=_summarize(lengths),
-        tokens=_summarize(counts, over),
+        tokens=_summarize(counts, len(long)),
         token_limit=tokens.limit,
         token_source=tokens.source,
         tags=_most_frequent(_count_tags(captions)),

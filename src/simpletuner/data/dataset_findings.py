@@ -56,6 +56,7 @@ def _file_findings(statistics: DatasetStatistics) -> Iterator[Finding]:
             f"{count_of(sum(broken.values()), 'file')} cannot be used ({_list_counts(broken)})",
             "Replace or remove them; a training skips them, and refuses to start if they are more "
             "than max_bad_sample_fraction.",
+            _broken_files(statistics),
         )
     excluded = filtered.pop("excluded", 0)
     if excluded:
@@ -82,6 +83,16 @@ def _file_findings(statistics: DatasetStatistics) -> Iterator[Finding]:
             "Save them again from the originals, or remove them.",
             statistics.damaged[:MAX_LISTED_IDS],
         )
+
+
+def _broken_files(statistics: DatasetStatistics) -> tuple[str, ...]:
+    """Return the first files that are no filter's doing, named as images are."""
+    names = [
+        f"{file.dataset}/{file.path}"
+        for file in statistics.rejected
+        if file.reason not in FILTER_REASONS
+    ]
+    return tuple(names[:MAX_LISTED_IDS])
 
 
 def _copy_findings(statistics: DatasetStatistics) -> Iterator[Finding]:
@@ -165,6 +176,7 @@ def _caption_findings(statistics: DatasetStatistics) -> Iterator[Finding]:
             f"{count_of(captions.uncaptioned, 'image')} without a caption",
             "Write captions, or choose what happens: missing_caption empty, filename or drop. "
             "Otherwise a training does not start.",
+            captions.uncaptioned_ids,
         )
     if captions.tokens.over_limit:
         yield Finding(
@@ -173,6 +185,7 @@ def _caption_findings(statistics: DatasetStatistics) -> Iterator[Finding]:
             f"{count_of(captions.tokens.over_limit, 'caption')} longer than the limit of "
             f"{captions.token_limit} tokens ({captions.token_source})",
             "Shorten them, with what matters first: the end is cut off.",
+            captions.long_ids,
         )
     equal = captions.equal_captions
     if not equal:

@@ -97,13 +97,13 @@ def _read_address(storage: str, written: str, fields: SourceFields) -> StoreLoca
         return StoreLocation(scheme, root)
     if scheme in WEB_SCHEMES:
         reason = (
-            "the files behind a URL cannot be listed; list them in a table (type csv), or use "
-            'tar files ("type": "webdataset", ".../{000..127}.tar")'
+            "is a URL, and the files behind one cannot be listed; list them in a table (type csv), "
+            'or use tar files ("type": "webdataset", ".../{000..127}.tar")'
         )
         raise _problem("instance_data_dir", reason)
     if scheme not in DRIVERS:
         known = ", ".join(f"{name}://" for name in DRIVERS)
-        raise _problem("instance_data_dir", f"{scheme}:// is not read; allowed: {known}")
+        raise _problem("instance_data_dir", f"cannot be read from {scheme}://; allowed: {known}")
     return _store_location(scheme, root, fields, "instance_data_dir")
 
 
@@ -111,7 +111,7 @@ def _store_location(scheme: str, root: str, fields: SourceFields, field: str) ->
     try:
         require_driver(scheme)
     except MissingExtra as error:
-        raise _problem(field, str(error)) from error
+        raise _problem(field, f"cannot be read: {error}") from error
     if bool(fields.aws_access_key_id) != bool(fields.aws_secret_access_key):
         missing = "aws_secret_access_key" if fields.aws_access_key_id else "aws_access_key_id"
         raise _problem(missing, "is missing: a key needs both parts")
@@ -237,7 +237,7 @@ def _read_image_table(
             store = _store_location(scheme, root, fields, field)
         elif scheme not in WEB_SCHEMES:
             known = ", ".join(f"{name}://" for name in (*WEB_SCHEMES, *DRIVERS))
-            raise _problem(field, f"{scheme}:// is not read; allowed: {known}")
+            raise _problem(field, f"cannot be read from {scheme}://; allowed: {known}")
         location = written
     else:
         path = resolve(written)
