@@ -18,6 +18,7 @@ from simpletuner.models.family import BlockMemoryPolicy
 from simpletuner.quantization.quantized_linear import QuantizedLinear
 
 Streams = tuple[Tensor, ...]
+Intercept = Callable[[int, nn.Module, Streams, Callable[[], Streams]], Streams]
 
 
 class ResidualBlock(nn.Module):
@@ -88,19 +89,28 @@ class BlockExecutor:
     checkpointed: numbers of the blocks with gradient checkpointing. block_swap: brings swapped
     weights to the device. saved_tensors_context: where checkpointed blocks keep their inputs until
     the backward pass. skips_last_products: whether a checkpointed block does not compute its last
-    products again; compiled blocks do, because theirs are part of a larger program.
+    products again; compiled blocks do, because theirs are part of a larger program. intercept: is
+    called in place of every block with a function that runs it; the memory plan counts them so.
     """
 
     checkpointed: frozenset[int] = frozenset()
     block_swap: BlockSwap | None = None
     saved_tensors_context: Callable[[], AbstractContextManager[object]] = nullcontext
     skips_last_products: bool = True
+    intercept: Intercept | None = None
 
     def __call__(self, number: int, block: nn.Module, streams: Streams, *rest: Any) -> Streams:
         """Return block(*streams, *rest) as a tuple.
 
         streams: the outputs of the previous block. rest: small tensors that all blocks share.
         """
+        if self.intercept is None:
+            return self._run(number, block, streams, *rest)
+        return self.intercept(
+            number, block, streams, lambda: self._run(number, block, streams, *rest)
+        )
+
+    def _run(self, number: int, block: nn.Module, streams: Streams, *rest: Any) -> Streams:
 
         def run(*inputs: Tensor) -> Streams:
             outputs = block(*inputs, *rest)

@@ -305,6 +305,20 @@ class ModelFamily(ABC):
         replaces the first. Without a device nothing is moved, and no block may be swapped.
         """
 
+    def intercept_blocks(  # noqa: B027
+        self,
+        transformer: nn.Module,
+        intercept: Callable[
+            [int, nn.Module, tuple[Tensor, ...], Callable[[], tuple[Tensor, ...]]],
+            tuple[Tensor, ...],
+        ],
+    ) -> None:
+        """Call `intercept` with the number, module and inputs of every block, and what runs it.
+
+        The memory plan runs some of many equal blocks that way. A family that does nothing here is
+        measured as a whole. `place_blocks` ends it.
+        """
+
     @abstractmethod
     def compile_blocks(self, transformer: nn.Module, options: ModelOptions) -> None:
         """Compile the blocks at their first call, with the backend that dynamo_backend names."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -223,6 +224,10 @@ class ChromaFamily(ModelFamily):
         prepared = _as_chroma(transformer).prepared_modulations
         if prepared is not None:
             prepared.prepare(sigma)
+
+    def intercept_blocks(self, transformer: nn.Module, intercept: block_executor.Intercept) -> None:
+        chroma = _as_chroma(transformer)
+        chroma.run_block = replace(chroma.run_block, intercept=intercept)
 
     def compile_blocks(self, transformer: nn.Module, options: ModelOptions) -> None:
         chroma = _as_chroma(transformer)

@@ -21,6 +21,20 @@ from simpletuner.validation.prompts import parse_sizes
 
 # Bytes of both: the encoders of the bundled model are smaller than what importing them needs.
 SMALL_ENCODERS = 100_000_000
+# Model options that only the transformer's training reads: no encoder is measured anew for them.
+TRANSFORMER_OPTIONS = frozenset(
+    {
+        "model_type",
+        "base_model_precision",
+        "gradient_checkpointing",
+        "gradient_checkpointing_interval",
+        "gradient_checkpointing_backend",
+        "musubi_blocks_to_swap",
+        "chroma_approximator_device",
+        "dynamo_backend",
+        "dynamo_mode",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,8 @@ def measure_encoders(
     decoded = largest_validation_size(run, spec)
 
     def measured(weights: int, make: Callable[[], EncoderPass | None], *key: object) -> int:
-        parts = [kind, granule, model.model_dump(mode="json"), torch.__version__, *key]
+        options = model.model_dump(mode="json", exclude=set(TRANSFORMER_OPTIONS))
+        parts = [kind, granule, options, torch.__version__, *key]
         name = plan_cache.digest("encoder", json.dumps(parts, sort_keys=True, default=str))
         return plan_cache.get_or_count(name, lambda: peak_bytes(make(), granule, weights))
 

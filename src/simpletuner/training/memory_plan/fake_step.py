@@ -21,6 +21,7 @@ from simpletuner.training.device import ComputeDevice, select_device
 from simpletuner.training.gradient_sum import held_sums
 from simpletuner.training.loop import MicroBatchShape, TrainerContext, TrainSchedule
 from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
+from simpletuner.training.memory_plan.repeated_blocks import RepeatedBlocks, find_equal_blocks
 from simpletuner.training.sharding import Sharding
 from simpletuner.training.train_state import TrainState
 from simpletuner.training.world import World
@@ -116,6 +117,9 @@ def measure_fake_step(
         part = "adapters" if run.model.model_type == "lora" else "weights"
         family.place_blocks(network, BlockMemoryPolicy(memory.checkpointed, memory.interval), None)
         count = MemoryTrackerMode(granule)
+        numbers = memory.checkpointed_block_numbers(len(spec.blocks))
+        repeated = RepeatedBlocks(find_equal_blocks(spec.blocks, numbers), count)
+        family.intercept_blocks(network, repeated.run_block)
         with FakeTensorMode(allow_non_fake_inputs=True), count:
             named = materialise_parameters(network, trained, part, count)
             count.current_part = "optimizer"
@@ -126,7 +130,12 @@ def measure_fake_step(
                 without_ema(run), network, named, sharding, micro
             )
             create_optimizer_state(net)
-            return run_and_measure_step(run, family, spec, feed, net, count)
+            measured = run_and_measure_step(run, family, spec, feed, net, count, repeated)
+            if repeated.is_exact:
+                return measured
+            # The blocks are not as equal as they look, so each of them is run.
+            repeated.run_every_block()
+            return run_and_measure_step(run, family, spec, feed, net, count, repeated)
 
 
 def cpu_device_without_gpu_options(options: ModelOptions) -> ComputeDevice:
@@ -187,6 +196,7 @@ def run_and_measure_step(
     feed: BatchShape,
     net: TrainState,
     count: MemoryTrackerMode,
+    repeated: RepeatedBlocks,
 ) -> StepMeasurement:
     """Run train_step of the loop under the counter."""
     accumulation = run.training.gradient_accumulation_steps
@@ -196,6 +206,7 @@ def run_and_measure_step(
     count.reset_peak()
     with count.track_step():
         loop.train_step(parts, 0)
+    repeated.finish_pass()
     peak, flops = dict(count.peak_bytes), count.flops
     activations = count.peak_activation_bytes
     batch = parts.load_batch(0)
@@ -204,6 +215,7 @@ def run_and_measure_step(
         loop.predict_rows(parts, batch.text, batch.latents, sigma, range(len(sigma)))
     rollout_flops = count.flops - flops
     parts.base_network.velocity(batch.latents, sigma, batch.text, batch.weights)
+    repeated.finish_pass()
     base_flops = count.flops - flops - rollout_flops
     trained = sum(parameter.numel() for parameter in net.trainable_parameters.values())
     size = sum(parameter.nbytes for parameter in net.trainable_parameters.values())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,31 @@ FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
 }
 
 
+@dataclass(frozen=True)
+class SegmentBytes:
+    """The effect of a part of a step, in bytes by part relative to its start.
+
+    change: from its start to its end. peak: at its highest moment. peak_activations: the most
+    activations at one moment.
+    """
+
+    change: dict[str, int]
+    peak: dict[str, int]
+    peak_activations: int
+    flops: float
+
+
+@dataclass
+class _Moment:
+    """The highest moments so far, and what is alive and computed when a segment starts."""
+
+    live: dict[str, int]
+    peak_total: int
+    peak: dict[str, int]
+    peak_activations: int
+    flops: float
+
+
 class MemoryTrackerMode(TorchDispatchMode):
     """Counts each storage from the operation that creates it until its last reference is gone.
 
@@ -53,10 +79,67 @@ class MemoryTrackerMode(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         self.total_bytes = sum(self.live_bytes.values())
-        self.flops = 0
+        self.flops: float = 0
+        self._start_peak()
+
+    def _start_peak(self) -> None:
         self.peak_total_bytes = self.total_bytes
         self.peak_bytes = dict(self.live_bytes)
         self.peak_activation_bytes = self.live_bytes["activations"]
+
+    def begin_segment(self) -> None:
+        """Start a part of the step that is counted by itself; one at a time."""
+        self._before_segment = _Moment(
+            dict(self.live_bytes),
+            self.peak_total_bytes,
+            self.peak_bytes,
+            self.peak_activation_bytes,
+            self.flops,
+        )
+        self._start_peak()
+
+    def end_segment(self) -> SegmentBytes:
+        """End the segment, and return what it did."""
+        start = self._before_segment
+        segment = SegmentBytes(
+            {part: size - start.live[part] for part, size in self.live_bytes.items()},
+            {part: size - start.live[part] for part, size in self.peak_bytes.items()},
+            self.peak_activation_bytes - start.live["activations"],
+            self.flops - start.flops,
+        )
+        self._merge_segment(segment)
+        return segment
+
+    def replace_segment(self, other: SegmentBytes) -> dict[str, int]:
+        """End the segment, and count as if another one had been in its place.
+
+        Return the bytes by part that are counted as alive in addition to those that are.
+        """
+        start = self._before_segment
+        self.flops = start.flops + other.flops
+        added = {
+            part: start.live[part] + other.change[part] - size
+            for part, size in self.live_bytes.items()
+        }
+        self.add_live_bytes(added)
+        self._merge_segment(other)
+        return added
+
+    def add_live_bytes(self, sizes: Mapping[str, int]) -> None:
+        """Count bytes by part that no storage has; negative ones to take them away."""
+        for part, size in sizes.items():
+            self.live_bytes[part] += size
+            self.total_bytes += size
+
+    def _merge_segment(self, segment: SegmentBytes) -> None:
+        start = self._before_segment
+        peak = {part: size + segment.peak[part] for part, size in start.live.items()}
+        higher = sum(peak.values()) > start.peak_total
+        self.peak_bytes = peak if higher else start.peak
+        self.peak_total_bytes = sum(self.peak_bytes.values())
+        self.peak_activation_bytes = max(
+            start.peak_activations, start.live["activations"] + segment.peak_activations
+        )
 
     @contextmanager
     def track_step(self) -> Iterator[None]:
