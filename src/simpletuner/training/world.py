@@ -315,8 +315,10 @@ class World(Peers):
         """
         if self._store is None:
             return
-        if kind is not None:  # in a thread, because an exchange that hangs must not keep this alive
-            threading.Thread(target=dist.destroy_process_group, daemon=True).start()
+        # In a thread, because an exchange that hangs must not keep this alive.
+        closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        if kind is not None:
+            closing.start()
         stopped = kind is None or issubclass(kind, TrainingStopped)
         deadline = time.monotonic() + (LEAVE_WAIT_S if stopped else FAILURE_WAIT_S)
         with contextlib.suppress(RuntimeError):  # rank 0 has left, and its store with it
@@ -325,6 +327,10 @@ class World(Peers):
                 time.sleep(POLL_S)
         if kind is None:
             dist.destroy_process_group()
+        else:
+            # Python ends a thread that comes back from C++ while it shuts down, and that aborts the
+            # process: the exit code would be lost.
+            closing.join(FAILURE_WAIT_S)
 
 
 def run_store(server: Store, attempt: str = "0") -> Store:
