@@ -21,7 +21,7 @@ from simpletuner.validation.prompts import parse_sizes
 
 # Bytes of both: the encoders of the bundled model are smaller than what importing them needs.
 SMALL_ENCODERS = 100_000_000
-# Model options that only the transformer's training reads: no encoder is measured anew for them.
+# Model options that only the transformer's training reads: no encoder is measured again for them.
 TRANSFORMER_OPTIONS = frozenset(
     {
         "model_type",
