@@ -11,6 +11,7 @@ blocks are given one by one, so that a rank never has the whole base on its devi
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
@@ -76,9 +77,13 @@ class Fsdp(Sharding):
         trainable: Mapping[str, nn.Parameter],
         device: torch.device,
     ) -> dict[str, nn.Parameter]:
+        # Blocks return views, which must not be changed in place. The network changes nothing in
+        # place, and the gradients equal those of one process.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         mesh = init_device_mesh(device.type, (self.world.size,))
         whole = set(trainable.values()) if self.trains_adapter else set()
         trained = set(trainable.values()) - whole
+        # Vectors are small, and gathering them would cost a message each.
         whole |= {
             param for param in network.parameters() if param.ndim < 2 and param not in trained
         }
@@ -176,6 +181,7 @@ class Fsdp(Sharding):
         }
         # Where several ranks have an entry, that of the first is taken.
         states = {index: values for part in reversed(parts) for index, values in part[1].items()}
+        # As one process orders them, so that the file has the same bytes.
         rest["state"] = {index: states[index] for index in sorted(states, key=int)}
         return whole, rest
 
@@ -188,6 +194,8 @@ class Fsdp(Sharding):
         """Return a tensor of the optimizer's state. by_rank: dtype, shape and device on each."""
         shard, own = self._shard_of(name), tensors.get(name)
         assert own is None or isinstance(own, Tensor)
+        # Counters and settings are equal on all ranks; the state of a whole parameter is its
+        # owner's.
         holder = 0 if shard is None or shard.owner is None else shard.owner
         dtype, shape, device = by_rank[holder][name]
         if shard is not None and shard.owner is None and shape:
