@@ -198,6 +198,7 @@ def _find_base_linears(
         )
         remainder = f" (and {len(unknown) - 3} more of {len(names)})" if len(unknown) > 3 else ""
         raise ModelError(f"{context}: {problem}{remainder}")
+    # A second adapter would wrap the first one, and its file would miss that part.
     if adapted_modules(transformer):
         raise ModelError("this network already has an adapter; load the base again for another one")
     requested = set(names)
@@ -317,6 +318,7 @@ def _load_init_lora(
     """Load init_lora. Ranks below those of the modules are zero-padded later."""
     deltas, summary = read_lora_file(path, names).to_deltas_and_summary()
     where = f"init_lora = {str(path)!r} ({summary.layout} layout)"
+    # A partial start would silently train the other modules from 0.
     if set(deltas) != set(bases):
         missing, surplus = sorted(set(bases) - set(deltas)), sorted(set(deltas) - set(bases))
         raise ConfigError(
@@ -348,6 +350,7 @@ def _load_init_lora(
 
 def _to_base_device(delta: DeltaT, base: nn.Linear, dtype: torch.dtype = torch.float32) -> DeltaT:
     """Move a delta to the base's device without dequantizing the base's weight."""
+    # Not base.weight, which a quantized base would restore for this.
     device = next(iter(base.state_dict().values())).device
     if isinstance(delta, LycorisDelta):
         factors = {name: factor.to(device, dtype) for name, factor in delta.factors.items()}

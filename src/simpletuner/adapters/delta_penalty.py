@@ -59,6 +59,7 @@ class DeltaPenalty:
 
     def __call__(self, place: int) -> Tensor | float:
         """Return what to add to the loss of a micro-batch. place: its number within the step."""
+        # Its gradient does not depend on the batch, so one micro-batch carries it.
         return self.weight * _total(map(squared_delta_norm, self.modules)) if place == 0 else 0.0
 
 

@@ -164,6 +164,7 @@ def apply_kronecker(x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
     """Apply (w1 ⊗ w2) to x: w2 on pieces of x, then w1 across them; (..., b d) -> (..., a c)."""
     w1 = factor_matrix(factors, "1")
     pieces = x.unflatten(-1, (w1.shape[1], -1))
+    # Products with pieces of x, because w1 ⊗ w2 has the size of the weight.
     for name in [name for name in ("lokr_w2_b", "lokr_w2_a", "lokr_w2") if name in factors]:
         pieces = F.linear(pieces, factors[name])
     return F.linear(pieces.transpose(-1, -2), w1).transpose(-1, -2).flatten(-2)

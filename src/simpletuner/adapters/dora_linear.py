@@ -80,6 +80,7 @@ class DoraLinear(LowRankLinear):
                 products = [part.t() @ rows.to(up.dtype) for rows, part in pairs]
                 crossed = (torch.stack(products).sum(0) * down).sum(0, keepdim=True)
                 squared = ((up.t() @ up) @ down).mul_(down).sum(0, keepdim=True)
+            # Rounding may make the sum negative where B A cancels W.
             squares = self.base_squares + 2 * scale * crossed + scale**2 * squared
             return squares.clamp_min_(torch.finfo(squares.dtype).tiny).sqrt_()
 
@@ -87,11 +88,13 @@ class DoraLinear(LowRankLinear):
         base_y = cast(Tensor, self.base_layer(x))
         if self.strength == 0.0:
             return base_y
+        # The norms have no gradient, so the ratio trains row_norms alone.
         ratio = self.row_norms / self.adapted_norms()
         if self.row_norms.ndim == 2:
             return self._forward_per_input(base_y, x, ratio)
         if self.training and isinstance(self.dropout, nn.Dropout):
             x = self.dropout(x)
+            # Dropout applies to W + scale B A as a whole, so W needs the dropped x too.
             base_product = self._without_bias(self.base_layer(x))
         else:
             base_product = self._without_bias(base_y)

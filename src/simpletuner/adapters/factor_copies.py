@@ -45,6 +45,7 @@ class AdapterCopies:
 
     @torch.no_grad()
     def _refresh(self) -> None:
+        # At the first use, because the modules may have been moved to the device since.
         if not self._copies:
             for module in self._modules:
                 down, up = (
@@ -56,4 +57,5 @@ class AdapterCopies:
         factors = [
             factor.detach() for module in self._modules for factor in (module.down, module.up)
         ]
+        # Into the same tensors, which the modules hold: a step allocates nothing.
         torch._foreach_copy_(self._copies, factors)

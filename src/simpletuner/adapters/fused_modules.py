@@ -93,6 +93,7 @@ def _stack_pairs(
             part = pairs[position][0]
             up[row : row + height, column : column + part.shape[1]] = part
             column += 0 if is_shared else part.shape[1]
+        # Missing parts advance too: their rows stay 0.
         row += height
     down = first if is_shared else torch.cat([pairs[position][1] for position in sorted(pairs)])
     return up, down
@@ -114,6 +115,7 @@ def _stack_products(parts: Mapping[int, LycorisDelta], heights: Sequence[int]) -
     rank = max(down.shape[0] for _, down in stacked)
     for number, (up, down) in enumerate(stacked, 1):
         padding = rank - down.shape[0]
+        # Columns of zeros add nothing to a product.
         factors[f"hada_w{number}_a"] = torch.nn.functional.pad(up, (0, padding))
         factors[f"hada_w{number}_b"] = torch.nn.functional.pad(down, (0, 0, 0, padding))
     return LycorisDelta(factors)

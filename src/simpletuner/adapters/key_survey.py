@@ -37,7 +37,7 @@ class KeySurvey:
     keys: int
 
     def __str__(self) -> str:
-        counts = Counter(form for found in self.forms.values() for form in found)
+        counts = Counter(form for forms in self.forms.values() for form in forms)
         kinds = ", ".join(f"{count} x {form}" for form, count in counts.most_common())
         parts = [f"{len(self.forms)} modules ({kinds or 'no delta'})"]
         texts = sum(bool(TEXT_ENCODER_PATTERN.match(module)) for module in self.forms)
@@ -61,7 +61,9 @@ def survey_keys(path: Path) -> KeySurvey:
     attached: dict[str, set[str]] = defaultdict(set)
     stray = []
     endings = {
-        ending: form for form, found in {**PAIR_FORMS, **OTHER_FORMS}.items() for ending in found
+        ending: form
+        for form, suffixes in {**PAIR_FORMS, **OTHER_FORMS}.items()
+        for ending in suffixes
     }
     by_length = sorted([*endings, *ATTACHED], key=len, reverse=True)
     for key in keys:
@@ -75,10 +77,10 @@ def survey_keys(path: Path) -> KeySurvey:
     return KeySurvey(
         path,
         {
-            module: {form: frozenset(found) for form, found in by_form.items()}
+            module: {form: frozenset(present) for form, present in by_form.items()}
             for module, by_form in forms.items()
         },
-        {module: frozenset(found) for module, found in attached.items()},
+        {module: frozenset(present) for module, present in attached.items()},
         tuple(stray),
         shapes,
         len(keys),

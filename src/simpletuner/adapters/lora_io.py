@@ -112,6 +112,7 @@ def _save_verified(
             f"{layouts.PEFT_CONFIG_KEY} must not be in the header, because programs read it"
             " differently"
         )
+    # The file gets its name only after it was read back as each program reads it.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         tensors = _delta_tensors(deltas, conventions.names, layout, dtype)
@@ -236,6 +237,7 @@ def _compare_deltas(
         raise ModelError(f"the saved LoRA would not be applied to {examples} by {program}")
     for name in set(applied) & set(expected):
         error = _relative_error(expected[name], applied[name])
+        # Not `error > tolerance`, which a NaN would pass.
         if not error <= tolerance:
             raise ModelError(
                 f"the saved LoRA would be applied differently to {name} by {program}: relative"
@@ -268,6 +270,7 @@ def _probe_outputs(delta: Delta | AdaptedLinear) -> list[Tensor]:
 
     Two for LoHa and LoKr: the fused LoHa of a block costs 50 times as much as a LoRA.
     """
+    # The same probes for both sides, so that equal deltas give equal outputs.
     generator = torch.Generator().manual_seed(0)
     count = PROBE_VECTORS if isinstance(delta, (LowRankDelta, LowRankLinear)) else 2
     return delta.output_terms(

@@ -125,9 +125,9 @@ def dots_to_underscores(name: str) -> str:
 
 def split_block_number(name: str) -> tuple[str, str]:
     """Split off the block's number: ("double_blocks.{}.img_attn.qkv", "3")."""
-    found = _BLOCK_NUMBER.search(name)
+    number_match = _BLOCK_NUMBER.search(name)
     return (
         (name, "")
-        if found is None
-        else (f"{name[: found.start()]}{{}}{name[found.end() :]}", found[0])
+        if number_match is None
+        else (f"{name[: number_match.start()]}{{}}{name[number_match.end() :]}", number_match[0])
     )

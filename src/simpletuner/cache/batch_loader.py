@@ -51,6 +51,8 @@ class BatchLoader:
         captions = [self._caption(visit) for visit in micro.visits]
         datasets = [sample.dataset for sample in samples]
         copies = 1
+        # The second half of the batch is the same images with the captions whose output is
+        # preserved.
         if self.rules.preserved is not None and self.rules.has_copies(datasets):
             captions += [self.rules.preserved.of(caption) for caption in captions]
             copies = 2
@@ -94,6 +96,7 @@ class BatchLoader:
         mean, log_variance = moments.to(torch.float32).chunk(2)
         if self.posterior_mode == "mean":
             return mean
+        # Addressed by the visit: the same draw on every worker, rank and resumed run.
         generator = torch.Generator().manual_seed(seed_at(self.seed, "posterior", visit_key))
         noise = torch.randn(mean.shape, generator=generator)
         # The same clamp as in diffusers' DiagonalGaussianDistribution.

@@ -153,14 +153,14 @@ def _find_missing(
     peers: Peers,
 ) -> tuple[list[str], list[RejectedFile], set[str]]:
     """Return one key per image, the rejected files and the keys that are not cached."""
-    found: tuple[list[str], list[dict[str, str]], list[str]] | None = None
+    survey: tuple[list[str], list[dict[str, str]], list[str]] | None = None
     if hashes is not None:
         keys, rejected = _compute_latent_keys(
             placed, options, hashes, store.fingerprint, pool, emit
         )
         missing = store.missing_keys(key for key in keys if key)
-        found = keys, [dataclasses.asdict(file) for file in rejected], missing
-    keys, records, missing = peers.broadcast_json(found)
+        survey = keys, [dataclasses.asdict(file) for file in rejected], missing
+    keys, records, missing = peers.broadcast_json(survey)
     return keys, [RejectedFile(**record) for record in records], set(missing)
 
 
@@ -219,9 +219,12 @@ def _encode_images(
                     decoded.append((key, pixels))
             if decoded:
                 encode = encode or encoder()
+                # One bucket, so all images of a batch have one size.
                 stacked = torch.from_numpy(np.stack([pixels for _, pixels in decoded]))
                 moments = encode(stacked.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0)
                 for (key, _), image_moments in zip(decoded, moments, strict=True):
+                    # A VAE in bf16 or fp16 overflows on some images; stored, they would spoil every
+                    # later step.
                     if bool(torch.isfinite(image_moments).all()):
                         store.put(key, {"moments": image_moments})
                     else:
@@ -259,6 +262,7 @@ def _decode_ahead(
     ahead: deque[list[tuple[EncodeJob, Future[np.ndarray | UnusableFile]]]] = deque()
     for batch in batches:
         ahead.append([(job, pool.submit(pixels, job)) for job in batch])
+        # Two batches ahead keep the threads busy; more would only take memory.
         if len(ahead) > 2:
             yield [(job, future.result()) for job, future in ahead.popleft()]
     while ahead:

@@ -102,7 +102,7 @@ def _find_missing(
     peers: Peers,
 ) -> tuple[dict[int, str], dict[int, list[str]], list[str]]:
     """Return the keys by index, (reason, detail) of unreadable files, and the missing keys."""
-    found: tuple[list[list[object]], list[list[object]], list[str]] | None = None
+    survey: tuple[list[list[object]], list[list[object]], list[str]] | None = None
     if hashes is not None:
         keys: list[list[object]] = []
         unreadable: list[list[object]] = []
@@ -116,8 +116,8 @@ def _find_missing(
                 unreadable.append([index, ["mask_unreadable", detail]])
                 continue
             keys.append([index, mask_key(content, placed, store.fingerprint, stride_px)])
-        found = keys, unreadable, store.missing_keys(str(key) for _, key in keys)
-    pairs, failures, missing = peers.broadcast_json(found)
+        survey = keys, unreadable, store.missing_keys(str(key) for _, key in keys)
+    pairs, failures, missing = peers.broadcast_json(survey)
     return dict(pairs), dict(failures), missing
 
 

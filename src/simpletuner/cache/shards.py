@@ -111,6 +111,7 @@ def write_shard(final: Path, tensors: Mapping[str, Tensor], fingerprint: str) ->
         unfinished.rename(final)
     finally:
         unfinished.unlink(missing_ok=True)
+    # The rename itself is durable only when the folder is synced.
     fsync_path(final.parent)
 
 
@@ -143,6 +144,8 @@ def read_shard_entries(path: Path) -> list[ShardEntry]:
             for name, fields in header.items()
         ]
         end = base
+        # Without gaps and overlaps, as write_shard leaves it: a wrong offset would read another
+        # tensor.
         for entry in sorted(entries, key=lambda entry: (entry.offset, entry.length)):
             if not entry.is_consistent() or entry.offset != end:
                 raise DamagedShard(f"its header describes '{entry.name}' wrongly")

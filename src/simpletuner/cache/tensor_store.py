@@ -157,6 +157,7 @@ class TensorStore:
     def _absent_keys(self, keys: Iterable[str]) -> list[str]:
         wanted = list(dict.fromkeys(keys))
         with self._lock:
+            # Tensors of the open shard are not in the index yet.
             present = set(self._pending)
             for start in range(0, len(wanted), 500):  # SQLite allows 999 variables by default
                 part = wanted[start : start + 500]
@@ -169,6 +170,7 @@ class TensorStore:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Buffer tensors; flush() writes them to disk, also whenever a shard is full."""
+        # Copies, because a slice of a batch would hold the whole batch in memory.
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         with self._lock:
             self._pending[key] = copies

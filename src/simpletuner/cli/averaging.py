@@ -54,11 +54,13 @@ def average_full_weights(parts: Sequence[tuple[Path, float]], output: Path) -> b
     """
     from simpletuner.training.average_weights import average_transformers, find_full_weights
 
-    found = [(find_full_weights(source) if source.is_dir() else None, w) for source, w in parts]
-    if all(files is None for files, _ in found):
+    weights_of_sources = [
+        (find_full_weights(source) if source.is_dir() else None, w) for source, w in parts
+    ]
+    if all(files is None for files, _ in weights_of_sources):
         return False
-    named = [(files, weight) for files, weight in found if files is not None]
-    if len(named) != len(found):
+    named = [(files, weight) for files, weight in weights_of_sources if files is not None]
+    if len(named) != len(weights_of_sources):
         raise ConfigError(
             [Problem("--average", "some sources are LoRAs and others whole transformers")]
         )

@@ -111,7 +111,7 @@ def output_dir_problems(loaded: LoadedConfig, backends: DatasetFile) -> list[Pro
     """Return why the run may not use its output_dir."""
     run = loaded.config
     caches = [run.cache.cache_dir, backends.text_cache_dir]
-    found = find_output_dir_problems(
+    messages = find_output_dir_problems(
         Path(os.path.expanduser(run.training.output_dir)).absolute(),
         {
             dataset.id: dataset.instance_data_dir
@@ -121,7 +121,7 @@ def output_dir_problems(loaded: LoadedConfig, backends: DatasetFile) -> list[Pro
         loaded.config_path,
         [Path(cache) for cache in caches if cache],
     )
-    return [Problem(loaded.origins["output_dir"], text) for text in found]
+    return [Problem(loaded.origins["output_dir"], text) for text in messages]
 
 
 def early_stopping_problems(loaded: LoadedConfig, backends: DatasetFile) -> list[Problem]:

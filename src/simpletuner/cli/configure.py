@@ -141,7 +141,7 @@ def _parse_set_options(pairs: Sequence[str]) -> dict[str, Any]:
 
     instance_data_dir, the folder of the images, counts as an option.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     problems = []
     known = (*all_options(), "instance_data_dir")
     for pair in pairs:
@@ -152,7 +152,7 @@ def _parse_set_options(pairs: Sequence[str]) -> dict[str, Any]:
             problems.append(Problem("--set", f"{pair!r} is not of the form OPTION=VALUE"))
         elif name not in known:
             problems.append(Problem("--set", f"{name}: unknown option{did_you_mean(name, known)}"))
-        found[name] = value
+        values[name] = value
     if problems:
         raise ConfigError(problems)
-    return found
+    return values

@@ -66,17 +66,17 @@ class DatasetSummary:
 
     def describe_buckets(self, resolution: float, resolution_type: str) -> str:
         framing = ResizeCropConfig(resolution=resolution, resolution_type=resolution_type)
-        found = Counter(bucket_size(framing, size, ALIGNMENT_PX) for size in self.sizes_px)
+        image_counts = Counter(bucket_size(framing, size, ALIGNMENT_PX) for size in self.sizes_px)
         most = ", ".join(
             f"{size[0]}x{size[1]} ({count_of(count, 'image')})"
-            for size, count in found.most_common(MAX_BUCKETS_LISTED)
+            for size, count in image_counts.most_common(MAX_BUCKETS_LISTED)
         )
         more = (
-            f" and {len(found) - MAX_BUCKETS_LISTED} more"
-            if len(found) > MAX_BUCKETS_LISTED
+            f" and {len(image_counts) - MAX_BUCKETS_LISTED} more"
+            if len(image_counts) > MAX_BUCKETS_LISTED
             else ""
         )
-        return f"{count_of(len(found), 'bucket')}: {most}{more}."
+        return f"{count_of(len(image_counts), 'bucket')}: {most}{more}."
 
 
 def summarize_dataset(folder: Path) -> DatasetSummary:

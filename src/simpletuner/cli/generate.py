@@ -145,11 +145,11 @@ def command(requests: Path | None, **given: Any) -> None:
             click.echo(path)
 
 
-def _generate_requested(kept: KeptNetwork, emit: Emit, words: Sequence[str]) -> None:
+def _generate_requested(network: KeptNetwork, emit: Emit, words: Sequence[str]) -> None:
     """Generate what the words of a command line ask for. Raises click.ClickException."""
     context = command.make_context("generate", list(words))
     given = {name: value for name, value in context.params.items() if name != "requests"}
-    generate_images(_read_request(**given), emit, kept)
+    generate_images(_read_request(**given), emit, network)
 
 
 def _read_request(
@@ -175,13 +175,13 @@ def _read_request(
     if not texts:
         raise click.UsageError("Missing option '--prompt'.")
     flags = {name: value for name, value in model.items() if value}
-    found, runs = None, []
+    adapter_file, runs = None, []
     if lora is not None and (tuned := find_finished_transformer(lora)):
         flags.setdefault("pretrained_transformer_model_name_or_path", str(tuned))
         runs = [lora.resolve()]
     elif lora is not None:
-        found = find_lora_file(lora)
-        runs = [*found.resolve().parents[:3]]
+        adapter_file = find_lora_file(lora)
+        runs = [*adapter_file.resolve().parents[:3]]
     options = resolve_model_options(config, runs, flags)
     start = _parse_start(image, denoise, mask, invert_mask)
     size = size or DEFAULT_SIZE.get(options.model_flavour, "1024")
@@ -192,8 +192,8 @@ def _read_request(
     return GenerationRequest(
         prompts,
         options,
-        found,
-        _parse_strengths(strength, found),
+        adapter_file,
+        _parse_strengths(strength, adapter_file),
         steps,
         guidance,
         seed,

@@ -55,14 +55,14 @@ class GenerationRequest:
 
 
 def generate_images(
-    request: GenerationRequest, emit: Emit, kept: KeptNetwork | None = None
+    request: GenerationRequest, emit: Emit, loaded_network: KeptNetwork | None = None
 ) -> list[Path]:
     """Generate and save all images; return the paths in order of strength, size, prompt and seed.
 
     Text encoder, transformer and VAE are in memory one after the other, never together; only with
     `kept` the transformer stays in memory, for the next request.
     """
-    network = KeptNetwork() if kept is None else kept
+    network = KeptNetwork() if loaded_network is None else loaded_network
     set_device_variables(request.model.deterministic)
     from simpletuner.adapters.lora_io import read_summary as describe_lora
     from simpletuner.models.registry import get_family as family_named
@@ -94,7 +94,7 @@ def generate_images(
         drawn = _generate_latents(
             request, family, source, device, embeddings, starts, wanted, emit, network, preview
         )
-    if kept is None:
+    if loaded_network is None:
         network.drop()
     vae = network.make_room_for(lambda: family.load_vae(source, request.model, device.device))
     stride_px = family.read_constants(source).stride_px

@@ -17,27 +17,27 @@ from simpletuner.errors import ConfigError
 def command(word: str | None) -> None:
     """Search the options by name and help text. Without WORD, list the names by group."""
     sought = (word or "").lower().lstrip("-").replace("-", "_")
-    found = [
+    matches = [
         option
         for option in all_options().values()
         if sought in " ".join((option.name, *option.aliases))
     ]
-    found = found or [
+    matches = matches or [
         option for option in all_options().values() if (word or "").lower() in option.text.lower()
     ]
     if not word:
         names: dict[str, list[str]] = {}
-        for option in found:
+        for option in matches:
             names.setdefault(option.group, []).append(option.name)
         for group, members in names.items():
             click.echo(f"{group}\n  {chr(10).join(members).replace(chr(10), chr(10) + '  ')}\n")
         return
-    for option in found:
+    for option in matches:
         click.echo(format_option(option))
     reason = unsupported_reason(sought)
     if reason:
         click.echo(f"{sought} is not an option here: {reason}")
-    elif not found:
+    elif not matches:
         raise ConfigError(f"no option matches {word!r}{did_you_mean(sought, all_options())}")
 
 

@@ -53,10 +53,10 @@ def search_before_training(
     chosen = RateSearch(run, plan, click.echo).run()
     optimizer = run.optimizer.model_copy(update={"learning_rate": chosen.rate})
     tuning = run.tuning.model_copy(update={"learning_rate_search": False})
-    found = run.model_copy(update={"optimizer": optimizer, "tuning": tuning})
+    with_rate = run.model_copy(update={"optimizer": optimizer, "tuning": tuning})
     notice = f"learning_rate {chosen.rate:g} was found by a search: {describe_choice(chosen)}"
     return (
-        dataclasses.replace(loaded, config=found, notices=(*loaded.notices, notice)),
+        dataclasses.replace(loaded, config=with_rate, notices=(*loaded.notices, notice)),
         repr(chosen.rate),
     )
 

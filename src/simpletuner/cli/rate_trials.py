@@ -60,15 +60,15 @@ class TrialFolder:
 
     def read_losses(self, steps: int) -> dict[str, float] | None:
         """Return the losses after `steps` by sample, None where they are not measured yet."""
-        found = None
+        losses = None
         for record in read_events(self.path / "events.jsonl"):
             event = record.event
             if isinstance(event, SampleLossesMeasured) and (event.split, event.step) == (
                 "eval",
                 steps,
             ):
-                found = {name: last for name, (_, last) in event.losses.items()}
-        return found
+                losses = {name: last for name, (_, last) in event.losses.items()}
+        return losses
 
     def diverged(self) -> bool:
         """Return whether the loss of the trial stopped being finite."""

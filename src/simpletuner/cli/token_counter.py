@@ -72,6 +72,6 @@ def _cached_files(repository: str) -> Iterator[Path]:
     from huggingface_hub import try_to_load_from_cache
 
     for file in (*TOKENIZER_FILES, *VOCABULARY_FILES):
-        found = try_to_load_from_cache(repository, file)
-        if isinstance(found, str):
-            yield Path(found)
+        cached_path = try_to_load_from_cache(repository, file)
+        if isinstance(cached_path, str):
+            yield Path(cached_path)

@@ -135,8 +135,8 @@ def search_rate(
     """Return the configuration and the flags with the learning rate that a search finds."""
     from simpletuner.cli.rate_search import search_before_training
 
-    found, rate = search_before_training(loaded, backends, process is not None)
-    return found, [*pairs, ("learning_rate", rate)]
+    with_rate, rate = search_before_training(loaded, backends, process is not None)
+    return with_rate, [*pairs, ("learning_rate", rate)]
 
 
 def require_sources(backends: DatasetFile, process: LaunchedProcess | None) -> None:

@@ -86,12 +86,12 @@ class ConfigWizard:
     def _read_config(self) -> dict[str, Any]:
         if not self.target_file.exists():
             return {}
-        found = read_document(self.target_file, short(self.target_file, self.cwd)).value
-        if not isinstance(found, dict):
+        content = read_document(self.target_file, short(self.target_file, self.cwd)).value
+        if not isinstance(content, dict):
             raise ConfigError(
                 f"{short(self.target_file, self.cwd)} does not hold an object of options"
             )
-        plain = {name.lstrip("-").replace("-", "_"): value for name, value in found.items()}
+        plain = {name.lstrip("-").replace("-", "_"): value for name, value in content.items()}
         plain.pop("$schema", None)
         return {option_aliases().get(name, name): value for name, value in plain.items()}
 
@@ -101,10 +101,10 @@ class ConfigWizard:
         )
         name = os.path.expanduser(expand_placeholders(named)) if named else "multidatabackend.json"
         path = self.target_file.parent / name
-        found = read_document(path, short(path, self.cwd)).value if path.exists() else []
-        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        entries = read_document(path, short(path, self.cwd)).value if path.exists() else []
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ConfigError(f"{short(path, self.cwd)} does not hold a list of datasets")
-        return path, found
+        return path, entries
 
     def current_value(self, name: str) -> Any:
         """Return the current value of an option, or "captions": all, some or none of the images."""
@@ -239,7 +239,7 @@ class ConfigWizard:
             name: value for name, value in self.chosen_options.items() if name in all_options()
         }
         answered = {name: value for name, value in self.answers.items() if name in all_options()}
-        found = {
+        options = {
             **self._propose_options(),
             **self.existing_options,
             **answered,
@@ -249,20 +249,22 @@ class ConfigWizard:
         captions = self.dataset_summary.caption_coverage if self.dataset_summary else "all"
 
         def known(name: str) -> Any:
-            return captions if name == "captions" else found.get(name, all_options()[name].default)
+            return (
+                captions if name == "captions" else options.get(name, all_options()[name].default)
+            )
 
         for question in QUESTIONS:
             ours = question.name not in self.existing_options or question.required_values.get(
                 "model_type"
             ) == ("lora",)
             if (
-                question.name in found
+                question.name in options
                 and question.name not in given
                 and ours
                 and not question.applies(known)
             ):
-                del found[question.name]
-        return found
+                del options[question.name]
+        return options
 
     def _try_load(self, more: Mapping[str, Any]) -> ConfigLoadResult:
         return try_load_mapping(
@@ -275,33 +277,33 @@ class ConfigWizard:
         flavour = known_options.get("model_flavour")
         if flavour is None:
             flavour = "base" if self.is_editing or self._largest_accelerator() else "nano"
-        found: dict[str, Any] = {} if self.is_editing else {"model_flavour": flavour}
+        proposal: dict[str, Any] = {} if self.is_editing else {"model_flavour": flavour}
         if flavour == "nano" and self.existing_options.get("model_flavour") != "nano":
-            found = dict(NANO_PRESET)
+            proposal = dict(NANO_PRESET)
             if known_options.get("model_type") == "full":
-                del found["learning_rate"]  # a LoRA's
+                del proposal["learning_rate"]  # a LoRA's
         elif not self.is_editing:
-            found |= self._propose_for_images(int(known_options.get("train_batch_size", 1)))
-            found |= (
+            proposal |= self._propose_for_images(int(known_options.get("train_batch_size", 1)))
+            proposal |= (
                 FULL_RANK_PRESET
                 if known_options.get("model_type") == "full"
                 else self._propose_for_device(known_options)
             )
         if self.is_editing:
-            return found
+            return proposal
         usual = self.target_file.parent in (self.cwd, self.cwd / "config")
         pictures = self.dataset_summary.folder.name if self.dataset_summary else "chroma"
-        found["output_dir"] = f"output/{pictures if usual else self.target_file.parent.name}"
+        proposal["output_dir"] = f"output/{pictures if usual else self.target_file.parent.name}"
         if self.dataset_summary is not None and self.dataset_summary.caption_coverage != "all":
-            found["caption_strategy"] = (
+            proposal["caption_strategy"] = (
                 "textfile" if self.dataset_summary.captioned_count else "instanceprompt"
             )
-            found["missing_caption"] = "drop"
-            found["instance_prompt"] = pictures
-        found["validation_prompt"] = (
+            proposal["missing_caption"] = "drop"
+            proposal["instance_prompt"] = pictures
+        proposal["validation_prompt"] = (
             self.dataset_summary.example_caption if self.dataset_summary else None
         )
-        return found
+        return proposal
 
     def _propose_for_images(self, batch: int) -> dict[str, Any]:
         if self.dataset_summary is None:
@@ -340,22 +342,22 @@ class ConfigWizard:
     def _describe_hardware(self) -> str:
         device, planned = self._largest_accelerator(), self._planned_memory_gb()
         size = (device.memory_total_bytes or 0) / GB if device else 0.0
-        found = f"Found {device.name}, {size:.1f} GB." if device else "No GPU found."
+        device_text = f"Found {device.name}, {size:.1f} GB." if device else "No GPU found."
         precision = self.proposed_value("base_model_precision")
         if planned is not None:
             base = "unquantized base" if precision == NO_CHANGE else f"{precision} base"
             where = "" if device else " on CPU"
-            return f"{found} Estimated memory{where} ({base}): {planned:.1f} GB."
+            return f"{device_text} Estimated memory{where} ({base}): {planned:.1f} GB."
         if device is None and self.current_value("model_flavour") != "nano":
             return (
-                f"{found} Chroma's 8.9 billion weights are too large for a CPU; the nano flavour "
-                "runs on one."
+                f"{device_text} Chroma's 8.9 billion weights are too large for a CPU; the nano "
+                "flavour runs on one."
             )
         if device is None or self.current_value("model_type") == "full":
-            return f"{found} The memory estimate is not ready."
+            return f"{device_text} The memory estimate is not ready."
         gb = preset_for_memory(device.memory_total_bytes)[1]
         table = f"{gb:.1f} GB with {precision} for rank 16, 1024 px, batch 1"
-        return f"{found} The memory estimate is not ready; the preset needs {table}."
+        return f"{device_text} The memory estimate is not ready; the preset needs {table}."
 
     def _start_plan(self) -> None:
         loaded = self._try_load({}).loaded

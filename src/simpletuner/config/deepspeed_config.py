@@ -150,9 +150,9 @@ def find_deepspeed_errors(run: RunConfig) -> Iterator[str]:
         return
     stage = _stage_of(config)
     if stage is None:
-        found = section_of(config, "zero_optimization").get("stage")
+        written = section_of(config, "zero_optimization").get("stage")
         yield (
-            f"zero_optimization.stage = {json.dumps(found)}: must be 1, 2 or 3 (or 0, which is "
+            f"zero_optimization.stage = {json.dumps(written)}: must be 1, 2 or 3 (or 0, which is "
             'the replicated mode), as in {"zero_optimization": {"stage": 2}}'
         )
         return

@@ -107,9 +107,9 @@ def candidate_paths(folder: Path, names: Sequence[str] = CONFIG_FILE_NAMES) -> l
     return [folder / name for name in names]
 
 
-def _first_existing(what: str, candidates: Sequence[Path], cwd: Path) -> Path:
+def _first_existing(label: str, candidates: Sequence[Path], cwd: Path) -> Path:
     for path in candidates:
         if os.path.isfile(path):
             return path
     looked = ", ".join(display_path(path, cwd) for path in candidates)
-    raise ConfigError(f"{what}: not found; looked for {looked}")
+    raise ConfigError(f"{label}: not found; looked for {looked}")

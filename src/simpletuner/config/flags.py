@@ -25,17 +25,17 @@ def parse_flags(
     switches: names that never take the next argument. arguments: receives what is in none of these
     forms; without it such an argument raises ConfigError.
     """
-    found: list[tuple[str, str | None]] = []
+    pairs: list[tuple[str, str | None]] = []
     problems: list[Problem] = []
     words = list(argv)
     while words:
         word = words.pop(0)
         assigned, dashed = ASSIGNMENT_PATTERN.fullmatch(word), FLAG_PATTERN.fullmatch(word)
         if assigned:
-            found.append((assigned[1].replace("-", "_"), assigned[2]))
+            pairs.append((assigned[1].replace("-", "_"), assigned[2]))
         elif dashed:
             name = dashed[1].replace("-", "_")
-            found.append(
+            pairs.append(
                 (
                     name,
                     words.pop(0) if words and _takes_next_word(name, words[0], switches) else None,
@@ -52,7 +52,7 @@ def parse_flags(
             )
     if problems:
         raise ConfigError(problems)
-    return found
+    return pairs
 
 
 def _takes_next_word(name: str, word: str, switches: Sequence[str]) -> bool:

@@ -67,9 +67,9 @@ def parse_jsonc(text: str, name: str) -> Document:
         if not walk.problems:  # nor did float, of what follows them at once
             walk.add_problem("a number with thousands of digits, and more behind it, is none", 0)
     if walk.problems:
-        places = [(*walk.line_and_column(at), what) for at, what in sorted(walk.problems)]
+        places = [(*walk.line_and_column(at), message) for at, message in sorted(walk.problems)]
         raise ConfigError(
-            [Problem(f"{name}:{line}:{column}", what) for line, column, what in places]
+            [Problem(f"{name}:{line}:{column}", message) for line, column, message in places]
         )
     return Document(value, walk.positions, name)
 
@@ -91,8 +91,8 @@ class _TokenScanner:
         line = bisect.bisect_right(self.line_starts, at)
         return line, at - self.line_starts[line - 1] + 1
 
-    def add_problem(self, what: str, at: int) -> None:
-        self.problems.append((at, what))
+    def add_problem(self, message: str, at: int) -> None:
+        self.problems.append((at, message))
 
     def to_plain_json(self) -> str:
         """Return the text with blanks for comments and trailing commas."""

@@ -226,12 +226,12 @@ def _read_accelerate_file(layers: OptionLayers, cwd: Path) -> None:
     name = "accelerate_config"
     if name not in layers.values:
         return
-    found, _ = paths.find_path(layers.values[name], layers.base_folders[name], cwd)
-    if found is None or not os.path.isfile(found):
+    location, _ = paths.find_path(layers.values[name], layers.base_folders[name], cwd)
+    if location is None or not os.path.isfile(location):
         return  # reported with the other paths
     from simpletuner.config import accelerate_config  # reads YAML, which few configurations do
 
-    path = Path(found)
+    path = Path(location)
     try:
         file = accelerate_config.AccelerateFile(path, paths.display_path(path, cwd))
         layers.add_lower_layer(

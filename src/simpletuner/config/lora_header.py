@@ -32,7 +32,7 @@ class LoraRanks:
 def read_ranks(path: Path) -> LoraRanks:
     """Return the ranks in a file; reading the whole file later reports a damaged one."""
     try:
-        found = {
+        ranks = {
             key: index(entry["shape"][0])
             for key, entry in _read_header(path).items()
             if key.endswith(DOWN_WEIGHT_SUFFIXES)
@@ -41,12 +41,12 @@ def read_ranks(path: Path) -> LoraRanks:
         return LoraRanks()
     single = [
         rank
-        for key, rank in found.items()
+        for key, rank in ranks.items()
         if not key.split(".lora_")[0].endswith(FUSED_MODULE_SUFFIXES)
     ]
-    if not found:
+    if not ranks:
         return LoraRanks()
-    return LoraRanks(min(found.values()), max(found.values()), max(single, default=0))
+    return LoraRanks(min(ranks.values()), max(ranks.values()), max(single, default=0))
 
 
 def detect_lycoris_algos(path: Path) -> frozenset[str]:

@@ -36,11 +36,11 @@ class Need:
 
     def holds(self, value: Any) -> bool:
         """Return whether `value` fulfils the condition. True and 1 are different values."""
-        found = any(
+        is_listed = any(
             value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
             for allowed in self.values
         )
-        return found != self.negated
+        return is_listed != self.negated
 
     def to_json(self) -> list[Any]:
         """Return the allowed values; {"not": value} stands for every value except that one."""

@@ -38,9 +38,10 @@ def resolve_path(text: str, kind: str, folder: Path | None, cwd: Path) -> tuple[
             name = text.split("/")[0]
             return expanded, f"{name} is not the home folder of a user; write ./{name} for a folder"
         return expanded, ""
-    found, tried = find_path(text, folder, cwd)
-    if found is not None:
-        return found, "is a folder, not a file" if kind == "file" and os.path.isdir(found) else ""
+    place, tried = find_path(text, folder, cwd)
+    if place is not None:
+        is_wrong = kind == "file" and os.path.isdir(place)
+        return place, "is a folder, not a file" if is_wrong else ""
     looks_local = text.startswith((".", "/", "~")) or text.endswith(LOCAL_FILE_SUFFIXES)
     if kind == "hub" and not looks_local and HUB_ID_PATTERN.fullmatch(text):
         return text, ""

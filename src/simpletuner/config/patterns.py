@@ -52,12 +52,12 @@ def match_patterns(
 
     Raises ValueError like `full_matches`.
     """
-    found: dict[str, Value] = {}
+    values_by_name: dict[str, Value] = {}
     unused = []
     for pattern, value in values.items():
         matches = full_matches(pattern, names)
         if not matches:
             unused.append(pattern)
         for name in matches:
-            found.setdefault(name, value)
-    return found, unused
+            values_by_name.setdefault(name, value)
+    return values_by_name, unused

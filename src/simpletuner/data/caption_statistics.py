@@ -158,12 +158,12 @@ def _summarize(values: Sequence[int], over: int | None = None) -> LengthSummary:
 
 def _count_tags(captions: Iterable[str]) -> Counter[Phrase]:
     """Count the short parts between commas; a caption without a comma has no tags."""
-    found: Counter[Phrase] = Counter()
+    tag_counts: Counter[Phrase] = Counter()
     for caption in captions:
         parts = [" ".join(part.lower().split()) for part in caption.split(",")]
         if len(parts) > 1:
-            found.update({(part,) for part in parts if 0 < len(part.split()) <= MAX_TAG_WORDS})
-    return Counter({tag: count for tag, count in found.items() if count > 1})
+            tag_counts.update({(part,) for part in parts if 0 < len(part.split()) <= MAX_TAG_WORDS})
+    return Counter({tag: count for tag, count in tag_counts.items() if count > 1})
 
 
 def _count_phrases(captions: Sequence[str], trigger: re.Pattern[str] | None) -> dict[Phrase, int]:
@@ -175,10 +175,11 @@ def _count_phrases(captions: Sequence[str], trigger: re.Pattern[str] | None) -> 
     least = max(2, FREQUENT_FRACTION * len(captions))
     frequent: dict[Phrase, int] = {}
     for length in range(1, MAX_PHRASE_WORDS + 1):
-        found: Counter[Phrase] = Counter()
+        phrase_counts: Counter[Phrase] = Counter()
         for caption in captions:
-            found.update(set(_candidates(caption, trigger, length, frequent)))
-        common = {phrase: count for phrase, count in found.items() if count >= least}
+            # A set, because captions are counted, not occurrences.
+            phrase_counts.update(set(_candidates(caption, trigger, length, frequent)))
+        common = {phrase: count for phrase, count in phrase_counts.items() if count >= least}
         if not common:
             break
         frequent.update(common)
@@ -188,6 +189,7 @@ def _count_phrases(captions: Sequence[str], trigger: re.Pattern[str] | None) -> 
 def _candidates(
     caption: str, trigger: re.Pattern[str] | None, length: int, frequent: dict[Phrase, int]
 ) -> Iterator[Phrase]:
+    # A line break ends a segment, so no phrase spans the place of the trigger.
     text = caption if trigger is None else trigger.sub("\n", caption)
     for segment in SEGMENT_END.split(text.lower()):
         words = WORD.findall(segment)

@@ -44,16 +44,16 @@ def read_caption_table(
         key = unicodedata.normalize("NFC", str(row.get(columns[0]) or "")).removeprefix("./")
         if key in wanted:
             captions[key] += row_captions(row, columns[1], table.fallback_column)
-    found: dict[str, tuple[str, ...]] = {}
+    captions_by_path: dict[str, tuple[str, ...]] = {}
     for path, candidates in keys.items():
         named = next((captions[key] for key in candidates if key in captions), [])
         if named:
-            found[path] = tuple(dict.fromkeys(named))
+            captions_by_path[path] = tuple(dict.fromkeys(named))
     notice = ""
     if broken:
         rows = "row" if len(broken) == 1 else "rows"
         notice = f"{table.path.name}: {len(broken)} {rows} cannot be read, the first is {broken[0]}"
-    return found, notice
+    return captions_by_path, notice
 
 
 def _image_keys(path: str) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ def row_captions(row: Row, columns: Sequence[str], fallback: str | None) -> list
     for names in (columns, [fallback] if fallback else []):
         cells = [row.get(name) for name in names]
         texts = [text for cell in cells for text in (cell if isinstance(cell, list) else [cell])]
-        found = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-        if found:
-            return found
+        stripped = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+        if stripped:
+            return stripped
     return []

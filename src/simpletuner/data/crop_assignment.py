@@ -57,6 +57,8 @@ def assign_crops(
     crops = []
     for number in range(framing.crops_per_image):
         resize, bucket = usable[(first + number) % len(usable)]
+        # The first crop is addressed as it was before there were several, so that caches stay
+        # valid.
         address = (sample_id, number) if number else (sample_id,)
         draw = seed_at(seed, "crop", *address)
         corner = geometry.crop_position(framing.crop_style, resize, bucket, draw)

@@ -140,7 +140,7 @@ class _DatasetFileReader:
             return DatasetFile((), (), None)
         self.pair_ids = pair_ids(self.entries)
         latent_caches = named_latent_caches(self.entries)
-        found: list[tuple[int, DatasetConfig]] = []
+        located: list[tuple[int, DatasetConfig]] = []
         masks: dict[str, MaskDataset] = {}
         indexes: dict[str, int] = {}
         text_sets: list[TextSet] = []
@@ -161,7 +161,7 @@ class _DatasetFileReader:
             if kind in ("image", "eval"):
                 fields = self.read_fields(at, name, entry, IMAGE_FIELDS)
                 dataset = self.build_dataset(at, name, kind, fields, common.get("type", "local"))
-                found += [(at, dataset)] if dataset is not None else []
+                located += [(at, dataset)] if dataset is not None else []
                 links[name] = entry.get("text_embeds")
             elif name in self.pair_ids:
                 self.notices.append(f"{name} is not read: {NO_PAIRS_REASON}")
@@ -170,7 +170,7 @@ class _DatasetFileReader:
             else:
                 text_sets += self.read_cache(at, name, kind, entry)
         self.notices = [*format_unneeded(self.unneeded), *self.notices]
-        datasets = link_mask_datasets(self, found, masks)
+        datasets = link_mask_datasets(self, located, masks)
         self.check_trained_datasets(datasets)
         self.notices += find_ineffective_run_options(self.run_options, self.dataset_values)
         default, problem = default_text_set(text_sets)
@@ -395,5 +395,5 @@ class _DatasetFileReader:
 
         A folder next to the dataset file comes before one in the working directory.
         """
-        found, tried = find_path(written, self.base_folder, Path.cwd())
-        return Path(found or tried[-1])
+        existing, tried = find_path(written, self.base_folder, Path.cwd())
+        return Path(existing or tried[-1])

@@ -32,7 +32,7 @@ class Finding:
 
 def find_problems(statistics: DatasetStatistics) -> tuple[Finding, ...]:
     """Return warnings first, then notes, each in the order of this file."""
-    found = [
+    findings = [
         *_file_findings(statistics),
         *_copy_findings(statistics),
         *_pixel_findings(statistics),
@@ -40,7 +40,7 @@ def find_problems(statistics: DatasetStatistics) -> tuple[Finding, ...]:
         *_trigger_findings(statistics.captions),
         *_length_findings(statistics),
     ]
-    return tuple(sorted(found, key=lambda finding: finding.level != "warning"))
+    return tuple(sorted(findings, key=lambda finding: finding.level != "warning"))
 
 
 def _file_findings(statistics: DatasetStatistics) -> Iterator[Finding]:

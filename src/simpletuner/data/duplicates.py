@@ -32,6 +32,7 @@ def find_identical_files(
     def content(file: SourceFile) -> str:
         return known[file].sha256 if file.is_slow else content_hash(file)
 
+    # One file may be in several datasets; that is noticed apart and not a copy.
     groups = [[file for file in dict.fromkeys(files) if not file.is_slow or file in known]]
     for key_of in (size, content):
         groups = [equal for group in groups for equal in _group_by_key(group, key_of)]
@@ -70,6 +71,7 @@ def check_no_leaks(
     for group in copies:
         trained_copy = next((trained[file] for file in group if file in trained), None)
         if trained_copy is not None:
+            # A copy under another name counts as the trained image itself.
             trained = {**dict.fromkeys(group, trained_copy), **trained}
     leaks = sorted(
         (item.sample.id, trained[item.sample.file])

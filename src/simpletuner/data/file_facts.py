@@ -57,7 +57,7 @@ class FileFactsIndex:
 
     def find_facts(self, files: Sequence[SourceFile]) -> dict[SourceFile, FileFacts]:
         """Return what is remembered of the files; damaged rows count as missing."""
-        found: dict[SourceFile, FileFacts] = {}
+        facts: dict[SourceFile, FileFacts] = {}
         for start in range(0, len(files), QUERY_ROWS):
             by_key = {file.cache_key: file for file in files[start : start + QUERY_ROWS]}
             marks = ",".join("?" * len(by_key))
@@ -68,8 +68,8 @@ class FileFactsIndex:
                 if stamp == _stamp_text(by_key[key]):
                     values = json.loads(content)
                     values[2] = tuple(values[2])
-                    found[by_key[key]] = FileFacts(*values)
-        return found
+                    facts[by_key[key]] = FileFacts(*values)
+        return facts
 
     def remember_facts(self, facts: Mapping[SourceFile, FileFacts]) -> None:
         rows = []

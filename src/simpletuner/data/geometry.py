@@ -93,8 +93,8 @@ def bucket_sizes(
     kind = framing.resolution_type
     target = limit_in_pixels(framing.resolution, kind)
     aspects = _listed_aspects(framing) if is_random else [_target_aspect(framing, size)]
-    found = (_scale_to_target(aspect, target, kind, alignment_px) for aspect in aspects)
-    return tuple(dict.fromkeys(found))
+    sizes = (_scale_to_target(aspect, target, kind, alignment_px) for aspect in aspects)
+    return tuple(dict.fromkeys(sizes))
 
 
 def _closest_bucket(listed: tuple[ImageSize, ...], size: ImageSize) -> ImageSize:
@@ -133,6 +133,7 @@ def _scale_to_target(aspect: ImageSize, target: int, kind: str, step: int) -> Im
 def covering_size(size: ImageSize, window: ImageSize) -> ImageSize:
     """Return the smallest size with the image's own aspect ratio that covers the window."""
     width, height = size
+    # Products of integers: a quotient in floating point may round to the wrong side.
     if window[0] * height >= window[1] * width:
         return window[0], _round_division(height * window[0], width)
     return _round_division(width * window[1], height), window[1]
@@ -159,6 +160,7 @@ def crop_position(style: str, size: ImageSize, window: ImageSize, draw: int) -> 
     if style == "corner":
         return 0, 0
     if style == "random":
+        # 31 of the 63 bits for each axis: so many that the remainder is even enough.
         return (draw & 0x7FFFFFFF) % (loose[0] + 1), (draw >> 31) % (loose[1] + 1)
     return loose[0] // 2, loose[1] // 2
 
@@ -173,6 +175,7 @@ def place_in_image(
     """
     whole, place = [], []
     for axis in (0, 1):
+        # Rounding must not leave the whole image smaller than the box in it.
         side = max(_round_division(size[axis] * resize[axis], box[2 + axis]), resize[axis])
         start = _round_division(box[axis] * resize[axis], box[2 + axis])
         whole.append(side)
@@ -206,4 +209,5 @@ def _round_division(numerator: int, denominator: int) -> int:
 
 def _round_square_root(numerator: int, denominator: int) -> int:
     """Return the square root of a fraction, rounded to the nearest integer, halves up."""
+    # The root of four times the fraction is twice its root, so adding 1 and halving rounds it.
     return (isqrt(4 * numerator // denominator) + 1) // 2

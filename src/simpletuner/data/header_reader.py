@@ -55,6 +55,7 @@ class HeaderReader:
             facts = self.facts.get(image.file)
         if facts is None and image.row is not None and image.row.size_px is not None:
             check_pixel_count(image.row.size_px, self._max_megapixels)
+            # The file itself is not downloaded for this; mode and alpha show when it is decoded.
             return ImageHeader(image.row.size_px, "RGB", False, False)
         if facts is None:
             facts = self._read_facts(image.file)
@@ -64,6 +65,8 @@ class HeaderReader:
     def _read_facts(self, file: SourceFile) -> FileFacts:
         header = read_image_header(file, self._max_megapixels)
         try:
+            # While the copy is on this machine: it may be deleted, and duplicates compare hashes
+            # later.
             digest, size_bytes = content_hash(file), file.size_bytes()
         except OSError as error:
             raise UnusableFile("unreadable", f"cannot be read: {error.strerror}") from error

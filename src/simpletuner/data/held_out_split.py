@@ -67,6 +67,7 @@ def group_look_alikes(
     for start in sorted(range(len(contents)), key=lambda position: (contents[position], position)):
         if start in grouped:
             continue
+        # Breadth first: where A resembles B and B resembles C, all three are one group.
         group, reached = [start], 0
         grouped.add(start)
         while reached < len(group):
@@ -99,6 +100,7 @@ def choose_held_out(
         elif len(chosen) + len(group) > request.count:
             continue
         taken = Counter(datasets[position] for position in group)
+        # A dataset without a training image would silently no longer be trained.
         if any(left[name] <= count for name, count in taken.items()):
             continue
         left -= taken

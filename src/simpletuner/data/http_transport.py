@@ -85,9 +85,9 @@ class HttpTransport(Transport):
 
     def file_size(self, location: str) -> int:
         with self._request(location, {"Range": "bytes=0-0"}) as response:
-            found = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("Content-Range", ""))
-            if found is not None:
-                return int(found.group(1))
+            total = re.fullmatch(r"bytes 0-0/(\d+)", response.headers.get("Content-Range", ""))
+            if total is not None:
+                return int(total.group(1))
             length = _content_length(response)  # of the whole file, where parts are not sent
             if response.status != HTTPStatus.OK or length is None:
                 raise TransferError("the server does not send the size of the file", permanent=True)
@@ -154,8 +154,8 @@ class _WebRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _content_length(response: Any) -> int | None:
-    found = response.headers.get("Content-Length", "")
-    return int(found) if found.isdigit() else None
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isdigit() else None
 
 
 def _status_error(error: urllib.error.HTTPError) -> TransferError:

@@ -53,19 +53,19 @@ def find_hub_files(location: HubLocation, store: RemoteStore, emit: Emit) -> Hub
     A repository without files that can be read is read as the hub has converted it to parquet.
     """
     folder, card = _list_repository(location, location.revision or "main", store, emit)
-    found = choose_files(folder, card, location)
-    if found is None and not location.revision and not location.subfolder:
+    files = choose_files(folder, card, location)
+    if files is None and not location.revision and not location.subfolder:
         folder, _ = _list_repository(location, PARQUET_REVISION, store, emit)
         prefix = f"{location.subset or 'default'}/{location.split}/"
-        found = _rows(
+        files = _rows(
             folder, [file for file in folder.list_files() if file.path.startswith(prefix)]
         )
-    if found is None:
+    if files is None:
         raise DataError(
             f"{location.address} has no parquet files, tables, tar files or images of split "
             f"{location.split}{f' in {location.subfolder}' if location.subfolder else ''}"
         )
-    return found
+    return files
 
 
 def choose_files(

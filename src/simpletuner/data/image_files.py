@@ -78,46 +78,46 @@ def find_image_files(
     NFD spellings of the same name match, as do .txt and .TXT. The count is by suffix. The last
     value is notices. store: for datasets that are not a folder of this machine.
     """
-    found = _FoundFiles(defaultdict(list), [], Counter())
+    listing = _FoundFiles(defaultdict(list), [], Counter())
     source = dataset_source(dataset, store, emit)
     if isinstance(source, RowSource):
-        _add_rows(dataset, source, found)
+        _add_rows(dataset, source, listing)
     else:
         for folder in source.folders():
-            _add_folder(dataset, folder, found)
-    for name, images in found.by_name.items():
+            _add_folder(dataset, folder, listing)
+    for name, images in listing.by_name.items():
         if len(images) > 1:
             detail = (
                 f"{len(images)} files have this name in different Unicode spellings (NFC, NFD); "
                 "rename one"
             )
             twin = RejectedFile(name, dataset.id, "name_twins", detail)
-            found.rejected += [twin] * len(images)
+            listing.rejected += [twin] * len(images)
     excluded = set(dataset.choices.excluded)
-    found.rejected += [
+    listing.rejected += [
         RejectedFile(name, dataset.id, "excluded", "is listed in exclude")
-        for name in sorted(excluded & found.by_name.keys())
+        for name in sorted(excluded & listing.by_name.keys())
     ]
-    found.notices += dataset.choices.describe_unknown(found.by_name.keys())
+    listing.notices += dataset.choices.describe_unknown(listing.by_name.keys())
     named = [
         images[0]
-        for name, images in sorted(found.by_name.items())
+        for name, images in sorted(listing.by_name.items())
         if len(images) == 1 and name not in excluded
     ]
-    return named, found.rejected, +found.other_kinds, found.notices
+    return named, listing.rejected, +listing.other_kinds, listing.notices
 
 
-def _add_rows(dataset: DatasetConfig, source: RowSource, found: _FoundFiles) -> None:
+def _add_rows(dataset: DatasetConfig, source: RowSource, listing: _FoundFiles) -> None:
     for row in source.rows():
         if isinstance(row, UnusableRow):
-            found.rejected.append(RejectedFile(row.path, dataset.id, "table_row", row.detail))
+            listing.rejected.append(RejectedFile(row.path, dataset.id, "table_row", row.detail))
         else:
             image = ImageFile(dataset, row.file, row.relative_path, None, row)
-            found.by_name[row.relative_path].append(image)
-    found.notices += source.notices()
+            listing.by_name[row.relative_path].append(image)
+    listing.notices += source.notices()
 
 
-def _add_folder(dataset: DatasetConfig, folder: SourceFolder, found: _FoundFiles) -> None:
+def _add_folder(dataset: DatasetConfig, folder: SourceFolder, listing: _FoundFiles) -> None:
     parts = [(name, *os.path.splitext(name)) for name in folder.files]
     captions = {
         _normalize_nfc(stem): name for name, stem, suffix in parts if suffix.lower() == ".txt"
@@ -138,20 +138,20 @@ def _add_folder(dataset: DatasetConfig, folder: SourceFolder, found: _FoundFiles
             continue
         if suffix.lower() not in IMAGE_SUFFIXES:
             if suffix.lower() != ".txt":
-                found.other_kinds[suffix.lower() or name] += 1
+                listing.other_kinds[suffix.lower() or name] += 1
             continue
         unused_captions.discard(_normalize_nfc(stem))
         unused_masks.discard(_normalize_nfc(stem))
         raw = f"{folder.inside}/{name}" if folder.inside else name
         if any("\ud800" <= character <= "\udfff" for character in raw):
             detail = "the file name is not UTF-8; rename it"
-            found.rejected.append(RejectedFile(ascii(raw)[1:-1], dataset.id, "file_name", detail))
+            listing.rejected.append(RejectedFile(ascii(raw)[1:-1], dataset.id, "file_name", detail))
             continue
         exact = f"{stem}.txt"
         caption = exact if exact in folder.files else captions.get(_normalize_nfc(stem))
         caption_file = folder.files[caption] if caption is not None else None
         relative_path = _normalize_nfc(raw)
-        found.by_name[relative_path].append(
+        listing.by_name[relative_path].append(
             ImageFile(
                 dataset,
                 folder.files[name],
@@ -161,9 +161,9 @@ def _add_folder(dataset: DatasetConfig, folder: SourceFolder, found: _FoundFiles
             )
         )
     if unused_captions:
-        found.other_kinds[".txt without an image"] += len(unused_captions)
+        listing.other_kinds[".txt without an image"] += len(unused_captions)
     if unused_masks:
-        found.other_kinds["mask without an image"] += len(unused_masks)
+        listing.other_kinds["mask without an image"] += len(unused_masks)
 
 
 def _is_mask(stem: str, suffix: str) -> bool:

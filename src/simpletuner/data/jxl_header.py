@@ -26,10 +26,10 @@ class _Bits:
     def take(self, count: int) -> int:
         if count > self.left:
             raise ValueError("the header is cut off")
-        found = self.value & ((1 << count) - 1)
+        bits = self.value & ((1 << count) - 1)
         self.value >>= count
         self.left -= count
-        return found
+        return bits
 
     def take_size(self) -> int:
         return 1 + self.take((9, 13, 18, 30)[self.take(2)])

@@ -134,11 +134,11 @@ def link_mask_datasets(
         if chosen is None:
             linked.append(dataset)
             continue
-        found = masks.get(chosen)
+        mask_dataset = masks.get(chosen)
         used.add(chosen)
         where = (position, "conditioning_data")
         shown = f"{dataset.id}.conditioning_data = {json.dumps(chosen, ensure_ascii=False)}"
-        if found is None:
+        if mask_dataset is None:
             known = ", ".join(masks) or "none"
             reader.add_problem(
                 f"{shown}: there is no dataset of this id with dataset_type conditioning (there "
@@ -148,14 +148,15 @@ def link_mask_datasets(
             continue
         if dataset.alpha_mask:
             reader.add_problem(f"{shown}: alpha_mask is given too; use one of them", *where)
-        if found.source not in (None, dataset.id):
+        if mask_dataset.source not in (None, dataset.id):
             reader.add_problem(
-                f"{chosen}.source_dataset_id = {json.dumps(found.source)}, but {dataset.id} names "
-                "this dataset in conditioning_data; use the same name, or leave it out",
-                found.position,
+                f"{chosen}.source_dataset_id = {json.dumps(mask_dataset.source)}, but "
+                f"{dataset.id} names this dataset in conditioning_data; use the same name, or "
+                "leave it out",
+                mask_dataset.position,
                 "source_dataset_id",
             )
-        linked.append(replace(dataset, masks=found.config))
+        linked.append(replace(dataset, masks=mask_dataset.config))
     for name in masks.keys() - used:
         reader.add_problem(
             f"no dataset of images has conditioning_data {json.dumps(name)}, so these masks would "

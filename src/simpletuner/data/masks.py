@@ -68,6 +68,7 @@ def _match_masks(
     for image in images:
         path = splitext(image.relative_path)[0]
         name = path.rpartition("/")[2]
+        # A name in two folders could be the mask of another image.
         file = by_path.get(path) or (by_name[name] if names[name] == 1 else None)
         if file is None:
             detail = f"{masks.id} has no mask named {name}"
@@ -121,6 +122,7 @@ def load_mask(placed: BucketedSample, stride_px: int) -> np.ndarray:
         image = open_upright(mask.file or sample.file)
     except UnusableFile as error:
         raise UnusableFile("mask_damaged", f"its mask: {error}") from error
+    # BOX is the mean of the pixels, so the weight of a cell is the part of it that is white.
     grey = _levels(image, mask.channel).resize(placed.resize_px, Image.Resampling.BOX)
     left, top = placed.crop_px
     width, height = placed.bucket_px
@@ -140,6 +142,7 @@ def _levels(image: Image.Image, channel: str) -> Image.Image:
         return image.convert("RGBA").getchannel("A")
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        # Black below transparent pixels, whose own colours are never seen.
         opaque = Image.new("RGB", image.size)
         opaque.paste(image, mask=image.getchannel("A"))
         return opaque.convert("L")

@@ -90,12 +90,12 @@ def fingerprint_samples(
         except UnusableFile:
             return None
 
-    found = []
+    fingerprints = []
     with ThreadPoolExecutor(DECODER_THREADS, "fingerprint") as pool:
         for fingerprint in pool.map(read, samples):
-            found.append(fingerprint)
+            fingerprints.append(fingerprint)
             advance(1)
-    return found
+    return fingerprints
 
 
 def group_near_duplicates(

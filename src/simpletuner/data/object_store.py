@@ -123,7 +123,7 @@ class _KeyLister(Lister):
 
     def next_page(self) -> Page:
         start = {"StartAfter": self._after} if self._after else {}
-        found = self._transport.call(
+        page = self._transport.call(
             "call_s3",
             "list_objects_v2",
             Bucket=self._bucket,
@@ -131,7 +131,7 @@ class _KeyLister(Lister):
             MaxKeys=KEYS_PER_PAGE,
             **start,
         )
-        objects = found.get("Contents", [])
+        objects = page.get("Contents", [])
         files = tuple(
             ListedFile(
                 entry["Key"].removeprefix(self._prefix),
@@ -141,7 +141,7 @@ class _KeyLister(Lister):
             for entry in objects
             if not entry["Key"].endswith("/")
         )
-        more = objects and found.get("IsTruncated")
+        more = objects and page.get("IsTruncated")
         return Page(files, (objects[-1]["Key"],) if more else ())
 
     def follow(self, page: Page) -> None:
@@ -195,11 +195,11 @@ def _driver_options(location: StoreLocation) -> dict[str, Any]:
 
 
 def _load_errors(driver: StoreDriver) -> tuple[type[Exception], ...]:
-    found = []
+    classes = []
     for written in driver.errors:
         module, _, name = written.partition(":")
-        found.append(vars(importlib.import_module(module))[name])
-    return tuple(found)
+        classes.append(vars(importlib.import_module(module))[name])
+    return tuple(classes)
 
 
 def _key(location: str) -> str:

@@ -47,7 +47,7 @@ def format_rejected(rejected: Sequence[RejectedFile], path: Path | None) -> str:
 
 def check_rejected_fraction(
     rejected: Sequence[RejectedFile],
-    kept: int,
+    usable: int,
     max_bad_sample_fraction: float,
     path: Path | None = None,
 ) -> None:
@@ -57,13 +57,13 @@ def check_rejected_fraction(
     for the message.
     """
     bad = [item for item in rejected if item.reason not in FILTER_REASONS]
-    if len(bad) <= max_bad_sample_fraction * (kept + len(bad)):
+    if len(bad) <= max_bad_sample_fraction * (usable + len(bad)):
         return
     reasons = ", ".join(
         f"{count} {reason}" for reason, count in Counter(item.reason for item in bad).most_common()
     )
     raise DataError(
-        f"{len(bad)} of {kept + len(bad)} images cannot be used ({reasons}); "
+        f"{len(bad)} of {usable + len(bad)} images cannot be used ({reasons}); "
         f"max_bad_sample_fraction allows {max_bad_sample_fraction:g}.\n{format_rejected(bad, path)}"
     )
 

@@ -108,6 +108,7 @@ class RemoteStore:
         self._raise_known_failure(file)
         name = _copy_name(file)
         path = self._path(name)
+        # A name of its own: threads and processes may download the same file at once.
         temporary = path.with_name(f"{name}.{os.getpid()}-{uuid4().hex}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +116,7 @@ class RemoteStore:
                 partial = PartialDownload(target, max_bytes)
                 self._attempt(file, lambda: download(partial))
                 target.flush()
+                # Otherwise a power cut may leave a complete name with a hole in its content.
                 os.fsync(target.fileno())
                 size = target.tell()
             os.replace(temporary, path)
@@ -135,15 +137,15 @@ class RemoteStore:
         self._raise_known_failure(file)
         return self._attempt(file, action)
 
-    def retry(self, what: str, action: Callable[[], Result]) -> Result:
+    def retry(self, action_name: str, action: Callable[[], Result]) -> Result:
         """Return the result of the action, which is repeated after failures that may pass.
 
-        what: for the notices. Raises the TransferError of the last attempt.
+        action_name: for the notices. Raises the TransferError of the last attempt.
         """
 
         def wait(error: TransferError, number: int) -> None:
             wait_s = error.retry_after_s or FIRST_WAIT_S * 2 ** (number - 1)
-            self._report_repetition(what, error, wait_s, number)
+            self._report_repetition(action_name, error, wait_s, number)
             self._pause(wait_s)
 
         return repeat_request(action, wait)
@@ -165,12 +167,13 @@ class RemoteStore:
     def _raise_known_failure(self, file: SourceFile) -> None:
         with self._lock:
             known = self._failures.get(file)
+        # So that a later start trains on the same images, although the server answers again.
         known = known or self.index.find_failure(file)
         if known:
             raise TransferError(known, permanent=True)
 
     def _report_repetition(
-        self, what: str, error: TransferError, wait_s: float, number: int
+        self, action_name: str, error: TransferError, wait_s: float, number: int
     ) -> None:
         with self._lock:
             self.repeated_requests += 1
@@ -178,7 +181,8 @@ class RemoteStore:
         if count > MAX_NOTICES:
             return
         more = "; further repetitions are not listed" if count == MAX_NOTICES else ""
-        text = f"{what}: {error.strerror}; attempt {number + 1} of {ATTEMPTS} in {wait_s:g} s{more}"
+        attempt = f"attempt {number + 1} of {ATTEMPTS} in {wait_s:g} s{more}"
+        text = f"{action_name}: {error.strerror}; {attempt}"
         self._emit(NoticeIssued(make_printable(text)))
 
     def _path(self, name: str) -> Path:
@@ -192,6 +196,7 @@ class RemoteStore:
                 self._total_bytes = sum(self._copies.values())
             self._total_bytes += size - self._copies.pop(name, 0)
             self._copies[name] = size
+            # At least the newest stays, because its reader may not have opened it yet.
             while self._total_bytes > self.max_bytes and len(self._copies) > 1:
                 oldest, freed = self._copies.popitem(last=False)
                 self._total_bytes -= freed
@@ -200,7 +205,7 @@ class RemoteStore:
 
     def _find_copies(self) -> Iterator[tuple[str, int]]:
         """Yield name and size of the copies of earlier starts, the oldest first."""
-        found = []
+        copies = []
         for folder in (self._folder / "files").glob("??"):
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -208,8 +213,8 @@ class RemoteStore:
                         status = entry.stat()
                         if entry.name.endswith(".tmp"):
                             continue
-                        found.append((status.st_mtime_ns, entry.name, status.st_size))
-        for _, name, size in sorted(found):
+                        copies.append((status.st_mtime_ns, entry.name, status.st_size))
+        for _, name, size in sorted(copies):
             yield name, size
 
 

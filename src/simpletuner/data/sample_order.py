@@ -115,6 +115,7 @@ class SampleOrder:
 
     def _make_visit(self, index: int, turn: int, pass_: int) -> SampleVisit:
         sample = self._placed[index].sample
+        # 63 random bits as a number in [0, 1).
         dropped = seed_at(self._seed, "caption_dropout", sample.id, turn, pass_) / 2**63
         if dropped < self._options.caption_dropout_probability:
             return SampleVisit(index, turn, pass_, None)
@@ -156,14 +157,14 @@ class SampleOrder:
         return [int(count) for count in counts]
 
     def _get_round(self, which: int, turn: int) -> ShuffledRound:
-        found = self._rounds.get((which, turn))
-        if found is None:
+        order = self._rounds.get((which, turn))
+        if order is None:
             # An epoch of a source with a share below one can straddle two rounds: both are kept.
             for key in [key for key in self._rounds if key[0] == which and abs(key[1] - turn) > 1]:
                 del self._rounds[key]
-            found = shuffle_round(self._sources[which], self._seed, turn)
-            self._rounds[which, turn] = found
-        return found
+            order = shuffle_round(self._sources[which], self._seed, turn)
+            self._rounds[which, turn] = order
+        return order
 
 
 def _choose_caption(sample: Sample, drawn: int) -> int:

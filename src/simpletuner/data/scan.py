@@ -80,15 +80,15 @@ def scan_datasets(
     missing_caption error, more unusable files than max_bad_sample_fraction, an empty folder, no
     sample to train on, or an image both trained on and held out.
     """
-    found, rejected, notes = _list_files(datasets, store, emit)
+    files, rejected, notes = _list_files(datasets, store, emit)
     remarks: Counter[tuple[str, str]] = Counter()
     placed: list[BucketedSample] = []
-    with StageReporter(emit, "scan", len(found), "images") as stage:
-        tables = _read_tables(datasets, found, notes, store)
+    with StageReporter(emit, "scan", len(files), "images") as stage:
+        tables = _read_tables(datasets, files, notes, store)
         headers = HeaderReader(options.max_image_megapixels, store)
         boxes = {dataset.id: dataset.choices.box_by_path() for dataset in datasets}
         read_one = partial(_read_file, options, seed, alignment_px, tables, boxes)
-        for read in _read_files(found, headers, read_one, stage):
+        for read in _read_files(files, headers, read_one, stage):
             if isinstance(read, RejectedFile):
                 rejected.append(read)
                 continue
@@ -124,7 +124,7 @@ def _list_files(
     datasets: Sequence[DatasetConfig], store: RemoteStore | None, emit: Emit
 ) -> tuple[list[ImageFile], list[RejectedFile], list[str]]:
     """Return the images of all datasets, the files with unusable names, and notices."""
-    found: list[ImageFile] = []
+    images: list[ImageFile] = []
     rejected: list[RejectedFile] = []
     notes: list[str] = []
     for dataset in datasets:
@@ -141,22 +141,22 @@ def _list_files(
             notes.append(f"{dataset.id}: skipped {skipped} that cannot be used: {kinds}")
         named, maskless, mask_notes = find_masks(dataset, named, store, emit)
         notes += mask_notes
-        found += named
+        images += named
         rejected += [*misnamed, *maskless]
-    return found, rejected, notes
+    return images, rejected, notes
 
 
 def _read_files(
-    found: Sequence[ImageFile],
+    images: Sequence[ImageFile],
     headers: HeaderReader,
     read: Callable[[HeaderReader, ImageFile], ReadResult],
     stage: StageReporter,
 ) -> Iterator[ReadResult]:
     # Threads overlap the waits for the disk and the network. Chunks, because a future per file
     # costs more than its header. The results are in the order of the files.
-    slow = any(image.file.is_slow for image in found)
+    slow = any(image.file.is_slow for image in images)
     size = SLOW_FILES_PER_CHUNK if slow else FILES_PER_CHUNK
-    chunks = [found[start : start + size] for start in range(0, len(found), size)]
+    chunks = [images[start : start + size] for start in range(0, len(images), size)]
 
     def read_chunk(chunk: Sequence[ImageFile]) -> list[ReadResult]:
         with headers.remembered(chunk) as reader:
@@ -168,12 +168,13 @@ def _read_files(
             yield from results
             stage.advance(len(results))
     finally:
+        # A stop or an error must not wait for the thousands of files that are queued.
         pool.shutdown(cancel_futures=True)
 
 
 def _read_tables(
     datasets: Sequence[DatasetConfig],
-    found: Sequence[ImageFile],
+    images: Sequence[ImageFile],
     notes: list[str],
     store: RemoteStore | None,
 ) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -182,7 +183,7 @@ def _read_tables(
     for dataset in datasets:
         if dataset.caption_table is None:
             continue
-        paths = [image.relative_path for image in found if image.dataset.id == dataset.id]
+        paths = [image.relative_path for image in images if image.dataset.id == dataset.id]
         file = caption_table_file(dataset.caption_table, dataset, store)
         tables[dataset.id], notice = read_caption_table(dataset.caption_table, paths, file)
         notes += [f"{dataset.id}: {notice}"] if notice else []
@@ -196,34 +197,35 @@ def _read_file(
     tables: Mapping[str, Mapping[str, tuple[str, ...]]],
     boxes: Mapping[str, Mapping[str, geometry.CropBox]],
     headers: HeaderReader,
-    found: ImageFile,
+    image: ImageFile,
 ) -> ReadResult:
-    dataset = found.dataset
-    sample_id = f"{dataset.id}/{found.relative_path}"
+    dataset = image.dataset
+    sample_id = f"{dataset.id}/{image.relative_path}"
     try:
-        header = headers.read(found)
-        box = boxes[dataset.id].get(found.relative_path)
+        header = headers.read(image)
+        box = boxes[dataset.id].get(image.relative_path)
         crops = assign_crops(
             dataset.resize_crop, header.size_px, sample_id, seed, alignment_px, box
         )
-        mask = check_mask(found.mask, header, options.max_image_megapixels)
+        mask = check_mask(image.mask, header, options.max_image_megapixels)
         from_table = None
-        if found.row is not None:
-            from_table = found.row.captions
+        if image.row is not None:
+            from_table = image.row.captions
         elif dataset.id in tables:
-            from_table = tables[dataset.id].get(found.relative_path, ())
-        captions = read_captions(dataset, found.file, found.caption_file, options, from_table, seed)
+            from_table = tables[dataset.id].get(image.relative_path, ())
+        captions = read_captions(dataset, image.file, image.caption_file, options, from_table, seed)
     except UnusableFile as error:
-        return RejectedFile(found.relative_path, dataset.id, error.reason, str(error))
+        return RejectedFile(image.relative_path, dataset.id, error.reason, str(error))
     sample = Sample(
         id=sample_id,
         dataset=dataset.id,
-        file=found.file,
+        file=image.file,
         width_px=header.size_px[0],
         height_px=header.size_px[1],
+        # A held-out loss of several captions would measure the choice among them.
         captions=captions[:1] if dataset.dataset_type == "eval" else captions,
         caption_weights=caption_weights(dataset, len(captions)),
-        weight=1.0 if found.row is None else found.row.weight,
+        weight=1.0 if image.row is None else image.row.weight,
         mask=mask,
     )
     return [BucketedSample(sample, *crop, number) for number, crop in enumerate(crops)], header
@@ -254,6 +256,7 @@ def _limit_samples(
             if item.sample.dataset == dataset.id and item.crop_index == 0
         ]
         if dataset.max_num_samples is not None:
+            # Without the run's seed: two runs compare only where they train on the same images.
             ids = sorted(ids, key=lambda name: seed_at(0, "max_num_samples", name))[
                 : dataset.max_num_samples
             ]
@@ -309,7 +312,7 @@ def _shared_file_notices(placed: Sequence[BucketedSample]) -> list[str]:
 
 
 def _check_results(
-    kept: int,
+    usable: int,
     idle: bool,
     rejected: Sequence[RejectedFile],
     options: DataOptions,
@@ -322,6 +325,6 @@ def _check_results(
         verb = "has" if len(uncaptioned) == 1 else "have"
         count = count_of(len(uncaptioned), "image")
         raise DataError(f"{count} {verb} no caption. {how}\n{files}")
-    check_rejected_fraction(rejected, kept, options.max_bad_sample_fraction, listed)
+    check_rejected_fraction(rejected, usable, options.max_bad_sample_fraction, listed)
     if idle:
         raise DataError(f"there is no image to train on.\n{format_rejected(rejected, listed)}")

@@ -126,14 +126,14 @@ class WebFiles(DatasetSource):
 
 def expand_shards(pattern: str) -> list[str]:
     """Return the addresses that {first..last} stands for, in order. Raises DataError."""
-    found = SHARD_RANGE.search(pattern)
-    if found is None:
+    range_match = SHARD_RANGE.search(pattern)
+    if range_match is None:
         return [pattern]
-    first, last = int(found.group(1)), int(found.group(2))
+    first, last = int(range_match.group(1)), int(range_match.group(2))
     if not 0 <= last - first < MAX_SHARDS:
         raise DataError(f"{pattern}: {{first..last}} must be a range of up to {MAX_SHARDS} numbers")
-    width = len(found.group(1))
-    before, after = pattern[: found.start()], pattern[found.end() :]
+    width = len(range_match.group(1))
+    before, after = pattern[: range_match.start()], pattern[range_match.end() :]
     return [
         address
         for number in range(first, last + 1)
@@ -145,21 +145,21 @@ def _hub_source(
     dataset: DatasetConfig, store: RemoteStore, emit: Emit
 ) -> DatasetSource | RowSource:
     assert dataset.hub is not None
-    found = find_hub_files(dataset.hub, store, emit)
-    if found.kind == "tars":
-        return TarFiles(found.folder, store.index)
-    if found.kind == "images":
-        return found.folder
-    listed = {file.path: file for file in found.folder.list_files()}
+    hub_files = find_hub_files(dataset.hub, store, emit)
+    if hub_files.kind == "tars":
+        return TarFiles(hub_files.folder, store.index)
+    if hub_files.kind == "images":
+        return hub_files.folder
+    listed = {file.path: file for file in hub_files.folder.list_files()}
 
     def open_path(table: str, path: str) -> tuple[str, SourceFile]:
         inside = os.path.normpath(os.path.join(os.path.dirname(table), path))
         if inside not in listed:
             raise ValueError(f"the repository has no file {inside}")
-        return inside, found.folder.file(listed[inside])
+        return inside, hub_files.folder.file(listed[inside])
 
     table = dataset.table or ImageTable("", "parquet")
-    return TableSource(table, found.tables, _url_opener(store), open_path)
+    return TableSource(table, hub_files.tables, _url_opener(store), open_path)
 
 
 def _table_source(dataset: DatasetConfig, table: ImageTable, store: RemoteStore) -> TableSource:

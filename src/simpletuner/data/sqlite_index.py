@@ -139,9 +139,9 @@ def _open_database(path: Path, schema: str, version: int) -> sqlite3.Connection:
         except sqlite3.OperationalError:  # network file systems have no shared memory for it
             connection.execute("PRAGMA journal_mode=DELETE")
         connection.execute("PRAGMA synchronous=NORMAL")
-        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise sqlite3.DatabaseError(found)
+        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
         if connection.execute("PRAGMA user_version").fetchone()[0] != version:
             _empty(connection)
             connection.execute(f"PRAGMA user_version = {version}")

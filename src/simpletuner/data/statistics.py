@@ -176,9 +176,9 @@ def inspect_datasets(
         {item.sample.id: item.resize_px[0] / item.sample.width_px for item in placed},
         ENLARGEMENT_THRESHOLD,
     )
-    sharp = {item.sample.id: found.sharpness for item, found in zip(placed, measured) if found}
+    sharp = {item.sample.id: pixels.sharpness for item, pixels in zip(placed, measured) if pixels}
     blurred = _rank_images(
-        {name: found.blur_px for name, found in sharp.items() if found.blur_px is not None},
+        {name: pixels.blur_px for name, pixels in sharp.items() if pixels.blur_px is not None},
         BLUR_LIMIT_PX,
     )
     identical, near = _group_copies(placed, measured)
@@ -197,9 +197,11 @@ def inspect_datasets(
         pixels_read=read_pixels,
         blurred_count=len(blurred),
         blurred=blurred[:MAX_LISTED_IMAGES],
-        blank=tuple(name for name, found in sharp.items() if found.blur_px is None),
+        blank=tuple(name for name, pixels in sharp.items() if pixels.blur_px is None),
         damaged=tuple(
-            item.sample.id for item, found in zip(placed, measured) if read_pixels and found is None
+            item.sample.id
+            for item, pixels in zip(placed, measured)
+            if read_pixels and pixels is None
         ),
         identical_count=len(identical),
         identical=identical[:MAX_LISTED_GROUPS],
@@ -263,15 +265,15 @@ def _measure_pixels(
             image = image.resize(item.resize_px)
         return PixelMeasurements(look, measure_sharpness(image))
 
-    found: list[PixelMeasurements | None] = []
+    measurements: list[PixelMeasurements | None] = []
     with (
         StageReporter(emit, "look at images", len(placed), "images") as stage,
         ThreadPoolExecutor(DECODER_THREADS, "inspect") as pool,
     ):
         for result in pool.map(measure, placed):
-            found.append(result)
+            measurements.append(result)
             stage.advance()
-    return found
+    return measurements
 
 
 def _rank_images(values: Mapping[str, float], least: float) -> tuple[MeasuredImage, ...]:
@@ -296,7 +298,7 @@ def _group_copies(
     identical += [names for names in shared if not covered.issuperset(names)]
     group_of = {name: number for number, group in enumerate(identical) for name in group}
     near = []
-    looks = [None if found is None else found.fingerprint for found in measured]
+    looks = [None if pixels is None else pixels.fingerprint for pixels in measured]
     for group in group_near_duplicates(looks):
         names = tuple(placed[index].sample.id for index in group)
         known = {group_of.get(name) for name in names}

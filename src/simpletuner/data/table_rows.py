@@ -101,17 +101,17 @@ def _plain_rows(batch: Any) -> Iterator[Row]:
 
 
 def choose_column(
-    given: str | None, usual: Sequence[str], columns: Collection[str], what: str, table: str
+    given: str | None, usual: Sequence[str], columns: Collection[str], content: str, table: str
 ) -> str:
     """Return the column that was given, or the first of the usual names that the table has.
 
-    what: for the message, such as "image". Raises DataError.
+    content: for the message, such as "image". Raises DataError.
     """
     name = given or next((name for name in usual if name in columns), None)
     if name is None or name not in columns:
-        lacking = f"column {name}" if name else f"column of {what}s"
+        lacking = f"column {name}" if name else f"column of {content}s"
         raise DataError(
             f"{table}: has no {lacking}; it has {', '.join(columns)}. "
-            f"Name the column in {what}_column"
+            f"Name the column in {content}_column"
         )
     return name

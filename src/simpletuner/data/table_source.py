@@ -48,7 +48,7 @@ class TableSource(RowSource):
     def rows(self) -> Iterator[SourceRow | UnusableRow]:
         decoded = DecodedParts()
         merged: dict[str, int] = {}
-        found: list[SourceRow | UnusableRow] = []
+        rows: list[SourceRow | UnusableRow] = []
         for inside, table, table_format in self.tables:
             reader = self._reader(inside, table, table_format, decoded)
             for number, row in read_rows(table, table_format, reader.columns):
@@ -56,13 +56,14 @@ class TableSource(RowSource):
                 if isinstance(result, str):
                     self._excluded[result] += 1
                 elif isinstance(result, UnusableRow):
-                    found.append(result)
+                    rows.append(result)
+                # A table may have one row for each caption of an image.
                 elif (first := merged.get(result.relative_path)) is not None:
-                    found[first] = _add_captions(found[first], result)
+                    rows[first] = _add_captions(rows[first], result)
                 else:
-                    merged[result.relative_path] = len(found)
-                    found.append(result)
-        yield from found
+                    merged[result.relative_path] = len(rows)
+                    rows.append(result)
+        yield from rows
 
     def notices(self) -> list[str]:
         rows = {reason: count for reason, count in self._excluded.items() if count}
@@ -161,8 +162,10 @@ class _RowReader:
 def url_path(url: str) -> str:
     """Return a path that stands for a URL: host and path, and a hash of the query."""
     parts = urlsplit(url)
+    # Without user name and password, because the path is shown and stored.
     host = parts.netloc.rpartition("@")[2]
     path = unicodedata.normalize("NFC", unquote(f"{host}{parts.path}"))
+    # Many servers name the image in the query, which may hold secrets too: only its hash.
     query = f"~{sha256(parts.query.encode()).hexdigest()[:12]}" if parts.query else ""
     return "".join(c if c.isprintable() else "_" for c in path) + query
 

@@ -52,6 +52,7 @@ class TarMember(SourceFile):
 
     def stamp(self) -> ContentStamp:
         """Return the size of the file, and the time and inode of its tar."""
+        # Changing a member rewrites the tar, so its time and inode stand for all of them.
         _, changed, inode = self.tar.stamp()
         return self.size, changed, inode
 
@@ -119,6 +120,7 @@ def _read_headers(tar: SourceFile) -> list[Member]:
                 if entry.isreg() and not hidden:
                     members.append((member, entry.offset_data, entry.size))
     except (tarfile.TarError, OSError) as error:
+        # A download that was cut off still has its first images; other errors may pass.
         if not members or not isinstance(error, tarfile.ReadError):
             raise _unreadable_tar(tar, error) from error
     return members

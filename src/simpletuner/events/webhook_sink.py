@@ -75,9 +75,9 @@ def parse_webhook_config(
     hooks = []
     for number, item in enumerate(config if isinstance(config, list) else [config]):
         place = f"{where}[{number}]" if isinstance(config, list) else where
-        found = _find_problems(item)
-        problems += [Problem(place, message) for message in found]
-        if not found and isinstance(item, dict):
+        messages = _find_problems(item)
+        problems += [Problem(place, message) for message in messages]
+        if not messages and isinstance(item, dict):
             hooks.append(_make_webhook_config(item))
     if problems:
         raise ConfigError(problems)
@@ -88,19 +88,21 @@ def _find_problems(item: object) -> list[str]:
     if not isinstance(item, dict):
         return ["must be an object with webhook_type and webhook_url"]
     unknown = sorted(item.keys() - WEBHOOK_FIELDS)
-    found = [f"{name}: unknown; allowed: {', '.join(sorted(WEBHOOK_FIELDS))}" for name in unknown]
+    problems = [
+        f"{name}: unknown; allowed: {', '.join(sorted(WEBHOOK_FIELDS))}" for name in unknown
+    ]
     if item.get("webhook_type") not in ("raw", "discord"):
-        found.append(f"webhook_type = {item.get('webhook_type')!r}; allowed: raw, discord")
+        problems.append(f"webhook_type = {item.get('webhook_type')!r}; allowed: raw, discord")
     url = item.get("callback_url") or item.get("webhook_url")
     parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        found.append("webhook_url (or callback_url) must be an http:// or https:// address")
+        problems.append("webhook_url (or callback_url) must be an http:// or https:// address")
     if item.get("log_level", "info") not in LOG_LEVELS:
-        found.append(f"log_level = {item['log_level']!r}; allowed: {', '.join(LOG_LEVELS)}")
+        problems.append(f"log_level = {item['log_level']!r}; allowed: {', '.join(LOG_LEVELS)}")
     if not isinstance(item.get("ssl_no_verify", False), bool):
-        found.append("ssl_no_verify must be true or false")
+        problems.append("ssl_no_verify must be true or false")
     texts = [name for name in TEXT_FIELDS if not isinstance(item.get(name, ""), (str, type(None)))]
-    return found + [f"{name} must be text" for name in texts]
+    return problems + [f"{name} must be text" for name in texts]
 
 
 def _make_webhook_config(item: dict[str, Any]) -> WebhookConfig:

@@ -76,6 +76,7 @@ def quantize_to_file(
         _lock_exclusively(file, target, emit)
         if target.exists():
             return
+        # After the wait for the lock, another process may have finished some of them.
         finished = _count_finished_tensors(file, header, total)
         _check_free_space(file, target, total)
         order = sorted(source, key=lambda name: (str(source[name].file), source[name].offset))
@@ -133,6 +134,7 @@ def _assign_offsets(
         }
         end += size
     text = json.dumps(entries, separators=(",", ":")).encode()
+    # safetensors aligns the data to 8 bytes by spaces in the header.
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     placed = {
@@ -222,6 +224,7 @@ def _count_finished_tensors(file: BinaryIO, header: bytes, total: int) -> int:
 
 
 def _check_free_space(file: BinaryIO, target: Path, total: int) -> None:
+    # A sparse file: its length is the whole size from the start, its blocks are what is written.
     written = os.fstat(file.fileno()).st_blocks * 512
     free = shutil.disk_usage(target.parent).free
     if total - written > free:
@@ -236,6 +239,7 @@ def _write_at(file: BinaryIO, position: int, content: bytes | memoryview) -> Non
     try:
         file.seek(position)
         remaining = memoryview(content)
+        # A raw file may write a part of what it is given.
         while remaining:
             remaining = remaining[file.write(remaining) :]
     except OSError as error:

@@ -176,6 +176,7 @@ class QuantizedLinear(nn.Linear):
             # .to(dtype) and .half() must not change the stored codes and scales.
             if moved.dtype != buffer.dtype:
                 self._set_buffer(name, buffer.to(moved.device))
+        # fn is what .to, .half or .cuda apply; an empty tensor shows which dtype it gives.
         self.weight_dtype = fn(
             torch.empty(0, dtype=self.weight_dtype, device=self._scheme_buffers()[0].device)
         ).dtype

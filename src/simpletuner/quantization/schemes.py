@@ -149,6 +149,7 @@ def _quantize_int4(weight: Tensor) -> dict[str, Tensor]:
         groups.amax(2, keepdim=True).clamp_(min=0),
     )
     scale = _round_up_scale(high - low, 15)
+    # In -15 ... 0 by steps of 1/16: with a code of 0 ... 15 that needs at most 8 bits.
     offset = _divide_by_scale(low, scale).mul_(16).round_().div_(16)
     codes = _divide_by_scale(groups, scale).sub_(offset).round_().clamp_(0, 15)
     return {
@@ -198,6 +199,7 @@ def _quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
     groups = _to_groups(weight)
     absmax = groups.abs().amax(2, keepdim=True)
     levels = torch.tensor(NF4_LEVELS, device=groups.device)
+    # Between two levels the nearest one is on this side of their middle.
     boundaries = (levels[1:] + levels[:-1]) / 2
     scaled = groups * torch.where(absmax == 0, 0.0, 1 / absmax)
     return {
@@ -218,6 +220,7 @@ def _dequantize_nf4(buffers: QuantizedBuffers, columns: int, dtype: torch.dtype)
         weights = F.embedding(codes.int(), levels).view(*buffers["absmax"].shape, GROUP_SIZE)
     else:
         weights = codes.new_empty((*buffers["absmax"].shape, GROUP_SIZE), dtype=compute_dtype)
+        # The int32 indices need four times the memory of the codes.
         rows = max(1, NF4_CHUNK_CODES // codes.shape[1])
         for chunk, target in zip(codes.split(rows), weights.split(rows), strict=True):
             target.copy_(F.embedding(chunk.int(), levels).view(target.shape))

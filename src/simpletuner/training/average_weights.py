@@ -76,6 +76,7 @@ def average_transformers(
             tensors = [_read(held, name) for held in files]
             if len({tensor.shape for tensor in (*tensors, parameters[name])}) != 1:
                 raise ConfigError(f"{name} has different sizes in these sources")
+            # Rounded once, at the end; a sum in bf16 would be rounded after every source.
             mean = torch.zeros(tensors[0].shape, dtype=torch.float64)
             for tensor, weight in zip(tensors, weights, strict=True):
                 mean.add_(tensor.double(), alpha=weight)

@@ -51,6 +51,7 @@ def build_callbacks(
         interval = run.validation.validation_step_interval
         generate = evaluations.images.generate_images
         callbacks.append(ScheduledCallback(every(interval), generate, at_start=with_baseline))
+    # Early stopping puts the best weights back first, so the export must come after it.
     export: StepCallback = exporter.export_final
     if early_stopping is not None:
         callbacks.append(ScheduledCallback(at_the_end, early_stopping.use_best_weights))

@@ -180,6 +180,7 @@ def save_checkpoint(
     the size of the tensors.
     """
     target = run_dir / f"checkpoint-{snapshot.step}"
+    # A resumed run repeats the callbacks of its step.
     if is_saved(run_dir, snapshot.step):
         return target
     remove_checkpoint_leftovers(run_dir)
@@ -360,6 +361,7 @@ def unflatten_optimizer(
             groups[int(owner.removeprefix("group"))][key] = tensor
         else:
             state.setdefault(int(owner), {})[key] = tensor
+    # torch compares betas as a tuple, and JSON gave a list.
     for group, template in zip(groups, fresh["param_groups"]):  # type: ignore[call-overload]
         for key, value in template.items():
             if isinstance(value, tuple) and isinstance(group.get(key), list):

@@ -123,6 +123,8 @@ class ZeroOptimizerStep(OptimizerStep):
         self.engine.backward(loss * self.gradient_sum.world.size, scale_wrt_gas=False)
 
     def clip_gradients(self) -> Tensor:
+        # The engine sums, clips and steps in one call; the norm that it keeps is the one before
+        # clipping.
         self.engine.step()
         self.weights_modified = bool(self.engine.was_step_applied())
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)

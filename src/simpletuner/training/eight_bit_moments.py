@@ -112,6 +112,7 @@ class EightBitMoments:
     ) -> None:
         rows = slice(part.start // BLOCK_SIZE, -(-part.stop // BLOCK_SIZE))
         exact = {"mean": mean, "square": square}
+        # Padding gets random bits too, so that each row of 256 has those of its place.
         padded = slice(part.start, part.stop + -len(mean) % BLOCK_SIZE)
         for number, (which, table) in enumerate(self._code_tables(mean.device).items(), 1):
             full = F.pad(exact[which], (0, -len(mean) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)

@@ -82,6 +82,7 @@ class Ema:
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
+        # Buckets group tensors by dtype and size, so each shadow must be traced to its parameter.
         param_of = {id(self.shadow[name]): param for name, param in self.params}
         for shadows in make_buckets([self.shadow[name] for name, _ in self.params]):
             params = [param_of[id(shadow)] for shadow in shadows]

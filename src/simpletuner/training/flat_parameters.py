@@ -95,6 +95,8 @@ class FlatLayout:
         first_chunks = np.array([each.first // CHUNK for each in parameters])
         ends = np.array([each.first + each.rows * ROW for each in parameters])
         counts = -(-ends // CHUNK) - first_chunks
+        # Position of each parameter's first chunk, and for each chunk its parameter and its number
+        # there.
         before = np.cumsum(counts) - counts
         owners = np.repeat(np.arange(len(parameters)), counts)
         numbers = np.arange(len(owners)) - before[owners] + first_chunks[owners]

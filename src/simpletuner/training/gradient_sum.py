@@ -67,6 +67,8 @@ class GradientSum:
             return
         for param in self.params:
             if param.grad is None:
+                # Every rank must send the same tensors, also where its batches did not use the
+                # parameter.
                 param.grad = torch.zeros_like(param)
         for bucket in make_buckets([param.grad for param in self.params]):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
@@ -110,6 +112,8 @@ class TreeSum(GradientSum):
             return
         own = self.world.rank
         for node in self.nodes:
+            # The nodes come in the same order on every rank, children first, so a send always finds
+            # its receive.
             left, right = self.owner[node.first], self.owner[node.middle]
             if left == right:
                 # A local node whose right part came from another rank in this loop.
@@ -180,6 +184,7 @@ class TreeSum(GradientSum):
 
 def held_sums(micro_batches: int) -> int:
     """Return how many sums a TreeSum of one process holds at most before the last gradient."""
+    # After micro-batch n - 1 there is one sum for each 1 in the binary form of n.
     return max(place.bit_count() for place in range(micro_batches))
 
 

@@ -55,12 +55,14 @@ class GroupedProdigy(Prodigy):  # type: ignore[misc]  # the library is untyped
         ]
         if not parts:
             return
+        # The only moment in which the host waits for the device.
         numerator, denominator = torch.stack(parts).double().sum(0).tolist()
         if denominator == 0:
             return
         first_step = steps[0]
         numerator += first_step.beta3 * first["d_numerator"]
         estimate = first["d_coef"] * numerator / denominator
+        # The library lets the first estimate jump; later ones may grow by growth_rate only.
         d = max(first_step.d, estimate) if first_step.d == first["d0"] else first_step.d
         largest = max(first["d_max"], estimate)
         d = min(largest, d * first["growth_rate"])
@@ -91,6 +93,7 @@ class GroupedProdigy(Prodigy):  # type: ignore[misc]  # the library is untyped
         chosen = param.flatten()[:: group["slice_p"]]
         state["step"] = 0
         state["s"] = torch.zeros_like(chosen)
+        # B of a new LoRA is 0, and a copy of zeros would take memory for nothing.
         state["p0"] = chosen.clone() if bool(param.any()) else param.new_zeros(())
         if group["betas"][0] > 0:
             state["exp_avg"] = torch.zeros_like(param)

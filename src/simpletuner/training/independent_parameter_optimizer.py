@@ -25,6 +25,7 @@ class IndependentParameterOptimizer(Optimizer, ABC):
     def __init__(self, params: Iterable[Tensor], seed: int, defaults: dict[str, Any]) -> None:
         super().__init__(params, {**defaults, "step": 0})
         self.seed = seed
+        # Counted over all groups: lr_by_module must not change the random bits of a parameter.
         params_in_order = (param for group in self.param_groups for param in group["params"])
         self.parameter_index = {param: number for number, param in enumerate(params_in_order)}
         self.first_number: dict[Tensor, int] = {}

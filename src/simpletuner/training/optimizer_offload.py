@@ -45,6 +45,7 @@ def copy_to_pinned_host(tensor: Tensor) -> Tensor:
     if not tensor.numel():
         return tensor.cpu()
     owner = LockedPages(-1, tensor.nbytes)
+    # The tensor holds the buffer, which unlocks its pages when the last view is gone.
     pages = torch.frombuffer(owner, dtype=torch.uint8)
     error = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), tensor.nbytes, 0))
     if error:
@@ -90,6 +91,8 @@ class OffloadedOptimizerState:
         yield
         for key, tensor in state.items():
             if key in on_host:
+                # Ordered after the step on the same stream; `synchronize` waits for all of them at
+                # once.
                 state[key] = on_host[key].copy_(tensor, non_blocking=True)
             elif torch.is_tensor(tensor) and tensor.ndim:
                 state[key] = self.to_host(tensor)

@@ -221,6 +221,7 @@ class SingleParameterStepper:
         }
 
     def step(self, param: nn.Parameter) -> None:
+        # The optimizer steps what its groups list: one group with one parameter, for this call.
         groups, number = self.optimizer.param_groups, self.group_numbers[param]
         group = groups[number]
         before = dict(group)
@@ -232,6 +233,7 @@ class SingleParameterStepper:
             with self.offloaded_state.on_device(param):
                 self.optimizer.step()
         self.optimizer.param_groups = groups
+        # The counters after the step are kept apart and written once, by finish_step.
         self.group_counters[number] = {
             key: value for key, value in group.items() if key != "params"
         }
@@ -272,6 +274,7 @@ def total_norm(
     """
     if not norms:
         return torch.zeros(())
+    # The squares add up over ranks; the norms themselves would not.
     squares = torch.stack(list(norms)).square().sum()
     return sum_over_ranks(squares).sqrt().float()
 

@@ -60,8 +60,8 @@ def set_edited_aside(run_dir: Path, name: str, replacement: bytes = b"") -> Path
     path = run_dir / name
     if not path.is_file():
         return None
-    found = _hash(path.read_bytes())
-    if found in (_read_record(run_dir).get(name), _hash(replacement)):
+    digest = _hash(path.read_bytes())
+    if digest in (_read_record(run_dir).get(name), _hash(replacement)):
         return None
     return move_to_earlier(run_dir, [path])
 

@@ -98,6 +98,7 @@ def assign_owners(
     needs_whole = NEEDS_WHOLE.get(optimizer)
     loads = [0] * ranks
     owners: dict[str, int | None] = {}
+    # A greedy division: the difference between two ranks is at most the largest one.
     for name, shape in shapes.items():
         owners[name] = None
         if needs_whole is not None and needs_whole(shape, row_ranges(shape[0], ranks)):

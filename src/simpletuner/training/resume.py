@@ -195,15 +195,15 @@ def find_common_resume_point(
 
     Raises the errors of find_resume_point.
     """
-    found: tuple[str, bool] | None = None
+    chosen_folder: tuple[str, bool] | None = None
     if world.is_main:
         chosen = find_resume_point(run_dir, wanted, emit)
-        found = None if chosen is None else (str(chosen.folder), chosen.chosen_explicitly)
-    found = world.broadcast_json(found)
-    if found is None:
+        chosen_folder = None if chosen is None else (str(chosen.folder), chosen.chosen_explicitly)
+    chosen_folder = world.broadcast_json(chosen_folder)
+    if chosen_folder is None:
         return None
-    folder = Path(found[0])
-    return ResumePoint(folder, checkpoint.read_state(folder), found[1])
+    folder = Path(chosen_folder[0])
+    return ResumePoint(folder, checkpoint.read_state(folder), chosen_folder[1])
 
 
 def find_resume_point(run_dir: Path, wanted: str, emit: Emit) -> ResumePoint | None:

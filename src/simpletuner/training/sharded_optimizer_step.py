@@ -43,6 +43,7 @@ class OwnerOptimizerStep(StandardOptimizerStep):
         for shard in self.shards:
             if shard.owner is None and shard.local.grad is not None:
                 stepper.step(shard.local)
+        # All ranks go through the same rounds, because each exchanges with the owners.
         for shards in rounds_by_owner(self.shards):
             self._step_whole(stepper, [shard for shard in shards if shard.local.grad is not None])
         stepper.finish_step()
@@ -56,6 +57,8 @@ class OwnerOptimizerStep(StandardOptimizerStep):
             if weights is None:
                 continue
             param = shard.local
+            # The optimizer's state belongs to this parameter object, so its data is exchanged, not
+            # the object.
             own_rows, param.grad = param.data, None
             param.data = weights
             param.grad = grad

@@ -53,10 +53,10 @@ def require_same_scan(scanned: ScanResult, world: World) -> None:
     """Raise DataError unless all processes have found the same samples."""
     lines = [f"{item.sample.id}|{item.bucket_px}|{item.crop_px}" for item in scanned.samples]
     digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-    found = world.gather_json([len(lines), digest])
-    for rank, other in enumerate(found):
-        if other != found[0]:
+    scans = world.gather_json([len(lines), digest])
+    for rank, other in enumerate(scans):
+        if other != scans[0]:
             raise DataError(
-                f"process {rank} finds other images than process 0 ({other[0]} and {found[0][0]} "
+                f"process {rank} finds other images than process 0 ({other[0]} and {scans[0][0]} "
                 "samples): every machine must see the same datasets, unchanged while the run starts"
             )

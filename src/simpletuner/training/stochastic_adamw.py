@@ -164,11 +164,14 @@ class StochasticAdamW(IndependentParameterOptimizer):
     ) -> None:
         beta1, beta2 = group["betas"]
         mean, square = self.moments.read(state, part)
+        # 8-bit codes have no 0 for the mean of squares, so padding would not stay 0.
         clear_padding(mean)
         clear_padding(square)
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        # eps is added after the bias correction, as torch does.
         denominator = square.sqrt().div_(math.sqrt(1 - beta2 ** group["step"])).add_(group["eps"])
+        # In the order of torch's AdamW: first the decay of the weights, then the update.
         new = weights.float().mul_(1 - group["lr"] * group["weight_decay"])
         new.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1 ** group["step"]))
         copy_stochastically(weights, new, noise, 0, part)

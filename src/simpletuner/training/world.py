@@ -54,6 +54,7 @@ def has_ended(process: int) -> bool:
     """Return whether a process of this machine no longer runs; a zombie does not."""
     try:
         os.kill(process, 0)
+        # A zombie, whose launcher has not asked for its exit code yet, still answers signal 0.
         with open(f"/proc/{process}/stat", encoding="utf-8") as stat:
             return stat.read().rpartition(")")[2].split()[0] == "Z"
     except ProcessLookupError:
@@ -143,6 +144,7 @@ class World(Peers):
         """Return for each flag whether it is set on any rank."""
         if self.size == 1:
             return list(flags)
+        # On the CPU: reading the answer of a GPU would make the host wait for it in every step.
         votes = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)
         with self._exchange():
             dist.all_reduce(votes, dist.ReduceOp.MAX)
@@ -155,6 +157,7 @@ class World(Peers):
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with self._exchange():
             dist.all_gather(sizes, torch.tensor([len(data)]))
+            # all_gather takes tensors of one size, and none that are empty.
             padded = torch.zeros(max(1, *map(int, sizes)), dtype=torch.uint8)
             padded[: len(own)] = own
             gathered = [torch.empty_like(padded) for _ in range(self.size)]
@@ -323,6 +326,7 @@ class World(Peers):
         deadline = time.monotonic() + (LEAVE_WAIT_S if stopped else FAILURE_WAIT_S)
         with contextlib.suppress(RuntimeError):  # rank 0 has left, and its store with it
             self._store.add("left", 1)
+            # Adding 0 reads the counter.
             while self._store.add("left", 0) < self.size and time.monotonic() < deadline:
                 time.sleep(POLL_S)
         if kind is None:

@@ -163,6 +163,7 @@ class Zero(Sharding):
 
         The float32 copies of bf16 weights are a part of it.
         """
+        # The engine has one state for all weights that it updates, of which each weight is a part.
         flat = self._flat_parameters()[0]
         held: Mapping[str, Any] = optimizer.state.get(flat, {})
         utils = self._deepspeed.utils
@@ -199,6 +200,7 @@ class Zero(Sharding):
         for name, param in params.items():
             with self.whole_params([param], write=True), torch.no_grad():
                 param.copy_(stored[name])
+        # The engine steps its float32 copies; without this it would overwrite the loaded weights.
         self._engine.optimizer.refresh_fp32_params()
 
     def load_optimizer_state(
@@ -220,6 +222,7 @@ class Zero(Sharding):
                     for key, value in moments.items()
                 }
             if not self.shards_weights:
+                # Stages 1 and 2 link each weight to its part of the state only after a first step.
                 self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         for index, param in enumerate(self.parameters):
             for key, value in states.get(index, {}).items():
@@ -236,6 +239,7 @@ class Zero(Sharding):
             else:
                 utils.safe_set_full_optimizer_state(param, value, key)
             return
+        # Stage 3 cuts each weight into equal parts; the last one is padded.
         size = vars(param)["ds_tensor"].numel()
         part = torch.zeros(size, dtype=torch.float32, device=param.device)
         own = whole.reshape(-1)[self.world.rank * size : (self.world.rank + 1) * size]

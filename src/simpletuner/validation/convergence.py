@@ -137,8 +137,8 @@ def find_resisting(losses: Mapping[str, tuple[float, float]]) -> list[str]:
     median = statistics.median(ratios.values())
     spread = DEVIATIONS_PER_MAD * _median_deviation(list(ratios.values()), median)
     limit = median + RESISTING_DEVIATIONS * spread
-    found = [name for name, ratio in ratios.items() if ratio > limit and median < 1.0]
-    return sorted(found, key=lambda name: -ratios[name])
+    names = [name for name, ratio in ratios.items() if ratio > limit and median < 1.0]
+    return sorted(names, key=lambda name: -ratios[name])
 
 
 def _median_deviation(values: Sequence[float], median: float) -> float:

@@ -47,7 +47,7 @@ def tracker_classes(report_to: str) -> list[Callable[[TrackerSettings], Closeabl
 def event_scalars(event: Event) -> dict[str, float]:
     """Return the numbers of an event under the names that trackers show."""
     if isinstance(event, StepCompleted):
-        found = {
+        values = {
             "train/loss": event.loss,
             "train/learning_rate": event.learning_rate,
             "train/grad_norm": event.grad_norm,
@@ -55,17 +55,17 @@ def event_scalars(event: Event) -> dict[str, float]:
             "time/seconds_per_step": event.seconds,
         }
         if event.memory_gib is not None:
-            found["device/memory_gib"] = event.memory_gib
-        return found
+            values["device/memory_gib"] = event.memory_gib
+        return values
     if isinstance(event, LossEvaluated):
         at = f"eval/{event.dataset}/{event.split}"
-        found = {
+        values = {
             f"{at}/loss": event.loss,
             f"{at}/change": event.change,
             f"{at}/change_se": event.change_se,
         }
-        found.update({f"{at}/sigma_{sigma:.3f}": loss for sigma, loss in event.by_sigma})
-        return found
+        values.update({f"{at}/sigma_{sigma:.3f}": loss for sigma, loss in event.by_sigma})
+        return values
     if isinstance(event, ScoresComputed):
         at = f"score/{event.metric}"
         return {

@@ -22,26 +22,26 @@ def read_stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def check_tensors(
-    expected: Mapping[str, Tensor], found: Mapping[str, StoredTensor | Tensor], where: Path
+    expected: Mapping[str, Tensor], stored: Mapping[str, StoredTensor | Tensor], where: Path
 ) -> None:
     """Check names, shapes and kinds of dtype; one ModelError lists all problems."""
     problems = [
         f"{name} {tuple(tensor.shape)} is missing"
         for name, tensor in expected.items()
-        if name not in found
+        if name not in stored
     ]
     problems += [
         f"{name} {tuple(tensor.shape)} is unexpected"
-        for name, tensor in found.items()
+        for name, tensor in stored.items()
         if name not in expected
     ]
     for name, tensor in expected.items():
-        if name not in found:
+        if name not in stored:
             continue
-        if (shape := tuple(found[name].shape)) != tuple(tensor.shape):
+        if (shape := tuple(stored[name].shape)) != tuple(tensor.shape):
             problems.append(f"{name} is {shape}, expected {tuple(tensor.shape)}")
-        elif found[name].dtype.is_floating_point != tensor.dtype.is_floating_point:
-            problems.append(f"{name} is {found[name].dtype}; only floating point is supported")
+        elif stored[name].dtype.is_floating_point != tensor.dtype.is_floating_point:
+            problems.append(f"{name} is {stored[name].dtype}; only floating point is supported")
     if problems:
         remainder = (
             f"; and {len(problems) - MAX_LISTED_PROBLEMS} more"

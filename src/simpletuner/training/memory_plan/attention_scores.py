@@ -29,8 +29,8 @@ def attention_scores_bytes(
     width, height = feed.size_px
     rows = width * height // spec.constants.token_px**2 + feed.text_rows
     matrix = feed.samples * feed.copies * spec.heads * rows**2 * SCORE_BYTES
-    kept = len(spec.blocks) - len(memory.checkpointed_block_numbers(len(spec.blocks)))
-    return matrix * (kept + MATRICES_AT_ONCE)
+    plain_blocks = len(spec.blocks) - len(memory.checkpointed_block_numbers(len(spec.blocks)))
+    return matrix * (plain_blocks + MATRICES_AT_ONCE)
 
 
 def keeps_scores(kind: str) -> bool:

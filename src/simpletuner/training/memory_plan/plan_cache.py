@@ -64,11 +64,11 @@ def get_or_count(name: str, count: Callable[[], int]) -> int:
     file = user_cache_dir() / "plan" / f"{name}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         return int(json.loads(file.read_text(encoding="utf-8"))["bytes"])
-    found = count()
+    size = count()
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps({"bytes": found}))
-    return found
+        write_atomically(file, json.dumps({"bytes": size}))
+    return size
 
 
 def get_or_measure(

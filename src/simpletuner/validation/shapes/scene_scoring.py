@@ -91,8 +91,8 @@ def score_scene(scene: Scene, detected: DetectedScene, is_new: bool = False) -> 
 
     def matches(attribute: Callable[[SceneObject | DetectedObject], str]) -> list[bool]:
         return [
-            found is not None and attribute(found) == attribute(wanted)
-            for wanted, found in pairs
+            seen is not None and attribute(seen) == attribute(wanted)
+            for wanted, seen in pairs
             if attribute(wanted)
         ]
 
@@ -128,9 +128,9 @@ def match_objects(
 
     def total_distance(order: Iterable[DetectedObject | None]) -> float:
         return sum(
-            math.dist(POSITIONS[item.position], found.centre)
-            for item, found in zip(wanted, order)
-            if found
+            math.dist(POSITIONS[item.position], seen.centre)
+            for item, seen in zip(wanted, order)
+            if seen
         )
 
     return list(min(itertools.permutations(largest), key=total_distance))
@@ -140,12 +140,12 @@ def score_zorbo_scene(scene: Scene, detected: DetectedScene | None) -> SceneScor
     """Score one image. detected: None where the image has no zorbo."""
     if detected is None:
         return {"zorbo": [False], "background": [], "colour": [], "position": [], "all": [False]}
-    wanted, found = scene.objects[0], detected.objects[0]
+    wanted, seen = scene.objects[0], detected.objects[0]
     scores = {
         "zorbo": [True],
         "background": [detected.background == scene.background],
-        "colour": [found.colour == wanted.colour],
-        "position": [found.position == wanted.position],
+        "colour": [seen.colour == wanted.colour],
+        "position": [seen.position == wanted.position],
     }
     return scores | {"all": [all(itertools.chain.from_iterable(scores.values()))]}
 
