@@ -51,10 +51,9 @@ def is_transport_error(error: BaseException) -> bool:
 
 
 def has_ended(process: int) -> bool:
-    """Return whether a process of this machine no longer runs; a zombie does not."""
+    """Return whether a process of this machine has ended; a zombie still answers signal 0."""
     try:
         os.kill(process, 0)
-        # A zombie, whose launcher has not asked for its exit code yet, still answers signal 0.
         with open(f"/proc/{process}/stat", encoding="utf-8") as stat:
             return stat.read().rpartition(")")[2].split()[0] == "Z"
     except ProcessLookupError:
@@ -326,7 +325,6 @@ class World(Peers):
         deadline = time.monotonic() + (LEAVE_WAIT_S if stopped else FAILURE_WAIT_S)
         with contextlib.suppress(RuntimeError):  # rank 0 has left, and its store with it
             self._store.add("left", 1)
-            # Adding 0 reads the counter.
             while self._store.add("left", 0) < self.size and time.monotonic() < deadline:
                 time.sleep(POLL_S)
         if kind is None:
