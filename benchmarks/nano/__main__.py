@@ -36,6 +36,7 @@ from benchmarks.nano import (
     methods,
     preservation,
     result_tables,
+    stopping,
     tuning,
 )
 from benchmarks.nano.cell_runner import CellRunner, ExperimentFolders
@@ -109,7 +110,7 @@ def strip_output_option(words: Sequence[str]) -> list[str]:
 
 
 def main(words: Sequence[str]) -> int:
-    for name, program in (("tune", tuning), ("captions", captions)):
+    for name, program in (("tune", tuning), ("captions", captions), ("stopping", stopping)):
         if list(words[:2]) == ["--only", name]:
             return program.main(words[2:])
     args, asked = parse_arguments(words)
