@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
+import benchmarks.nano.__main__ as nano
 import pytest
-from benchmarks.nano import comparison_figure, comparison_page, experiments, result_tables, verdicts
+from benchmarks.nano import (
+    comparison_figure,
+    comparison_page,
+    experiment_inputs,
+    experiments,
+    result_tables,
+    verdicts,
+)
 from benchmarks.nano.__main__ import COMPARISONS, DOCS, RESULTS
+from benchmarks.nano.cell_result import RESULT_FILE, write_result
+from benchmarks.nano.experiment_inputs import base_fingerprint
 from benchmarks.nano.experiments import FULL_EXPERIMENT, SEEDS, TABLES
 
 from tests.benchmarks.test_nano import one_result
@@ -89,6 +101,39 @@ def test_the_guide_shows_the_table_and_its_plot() -> None:
     assert comparison_page.NOT_MEASURED in comparison_page.update_page(page, empty, "methods.svg")
     with pytest.raises(ValueError, match="lacks"):
         comparison_page.update_page("no marks", empty, "methods.svg")
+
+
+def test_the_report_writes_guides_and_plots_of_finished_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those of tables with a finished cell; nothing is trained."""
+    docs, results, out = tmp_path / "docs", tmp_path / "results", tmp_path / "out"
+    docs.mkdir()
+    for name in COMPARISONS:
+        shutil.copy(DOCS / f"{name}.md", docs)
+    monkeypatch.setattr(nano, "DOCS", docs)
+    monkeypatch.setattr(nano, "RESULTS", results)
+    known = {cell.name: cell for cell in experiments.list_cells(FULL_EXPERIMENT, SEEDS)}
+    for name in ("lesson/seed-1", "lesson/seed-2", "methods-ema/seed-1", "methods-ema/seed-2"):
+        options = experiment_inputs.cell_options(known[name], FULL_EXPERIMENT)
+        result = one_result(0.1 + len(name) / 1e4, options=options, base=base_fingerprint())
+        (out / "cells" / name).mkdir(parents=True)
+        write_result(out / "cells" / name / RESULT_FILE, result)
+    words = ["--report", "--only", *COMPARISONS, "--out", str(out)]
+    assert nano.main(words) == 0
+    assert sorted(path.name for path in docs.iterdir()) == [
+        "methods.md",
+        "methods.svg",
+        "preservation.md",
+    ]
+    page = (docs / "methods.md").read_text(encoding="utf-8")
+    assert "| EMA 0.99, its weights | 2 of 3 | +0.5 ± 0.0 |" in page
+    assert comparison_page.NOT_MEASURED in (docs / "preservation.md").read_text(encoding="utf-8")
+    assert "EMA 0.99, its weights" in (results / "README.md").read_text(encoding="utf-8")
+    before = (docs / "methods.svg").read_text(encoding="utf-8")
+    assert nano.main(words) == 0
+    assert (docs / "methods.svg").read_text(encoding="utf-8") == before
+    assert (docs / "methods.md").read_text(encoding="utf-8") == page
 
 
 def test_the_plot_shows_what_differs() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +60,24 @@ def endpoint() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture
-def bucket(endpoint: str, request: pytest.FixtureRequest) -> Any:
-    """A function that writes objects into a new bucket, and the fields of a dataset of it."""
+@lru_cache(maxsize=1)
+def make_client(endpoint: str) -> Any:
+    """Return a client of a server; making one takes longer than most tests of a bucket."""
     import botocore.session
 
-    client = botocore.session.get_session().create_client(
+    return botocore.session.get_session().create_client(
         "s3",
         endpoint_url=endpoint,
         region_name="us-east-1",
         aws_access_key_id="id-canary",
         aws_secret_access_key="secret-canary",
     )
+
+
+@pytest.fixture
+def bucket(endpoint: str, request: pytest.FixtureRequest) -> Any:
+    """A function that writes objects into a new bucket, and the fields of a dataset of it."""
+    client = make_client(endpoint)
     name = f"b{abs(hash(request.node.nodeid)):x}"[:40]
     client.create_bucket(Bucket=name)
 

@@ -29,8 +29,9 @@ def make_files() -> dict[str, bytes]:
 
 
 def make_source(
-    kind: str, folder: Path, server: ImageServer, hub: Hub, bucket: Any
+    kind: str, folder: Path, server: ImageServer, request: pytest.FixtureRequest
 ) -> dict[str, Any]:
+    """Write the images to a source; return its fields. Only the servers that it needs are started."""
     files = make_files()
     server.files |= {f"/i/{name}": content for name, content in files.items()}
     cells = [
@@ -51,10 +52,12 @@ def make_source(
         rows = [{"url": f"{server.url}/i/{n}.png", "caption": f"text {n}"} for n in range(COUNT)]
         return {"type": kind, "table": str(write_table(folder / "list.csv", rows))}
     if kind == "aws":
+        bucket: Any = request.getfixturevalue("bucket")
         return bucket(**{f"photos/{name}": content for name, content in files.items()})
     if kind == "parquet":
         (folder / "list.parquet").write_bytes(parquet(cells, row_group_size=3))
         return {"type": kind, "table": str(folder / "list.parquet")}
+    hub: Hub = request.getfixturevalue("hub")
     hub.fill({"data/train.parquet": parquet(cells, row_group_size=3)})
     return {"type": kind, "dataset_name": REPOSITORY, "caption_strategy": "huggingface"}
 
@@ -64,12 +67,11 @@ def test_the_order_is_that_of_one_reader(
     kind: str,
     tmp_path: Path,
     server: ImageServer,
-    hub: Hub,
-    bucket: Any,
+    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "images").mkdir()
-    fields = make_source(kind, tmp_path / "images", server, hub, bucket)
+    fields = make_source(kind, tmp_path / "images", server, request)
     orders, samples = [], []
     for readers in (1, 7):
         monkeypatch.setattr(scan, "READER_THREADS", readers)

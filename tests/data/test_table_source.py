@@ -182,7 +182,10 @@ def test_a_file_above_the_limit_is_refused_while_it_arrives(
     [
         ({"type": "csv"}, "p.table is missing"),
         ({"type": "csv", "table": "none.csv"}, '"none.csv" is not a file'),
-        ({"type": "csv", "table": "ftp://x/y.csv"}, "p.table cannot be read from ftp://; allowed: http://"),
+        (
+            {"type": "csv", "table": "ftp://x/y.csv"},
+            "p.table cannot be read from ftp://; allowed: http://",
+        ),
         ({"type": "local", "instance_data_dir": "https://x/photos"}, "cannot be listed"),
         ({"type": "local", "instance_data_dir": "gopher://x/y"}, "cannot be read from gopher://"),
         ({"type": "local", "instance_data_dir": "d", "caption_strategy": "huggingface"}, "needs"),
