@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from simpletuner.cli import rate_plan, rate_trials
+from simpletuner.cli import rate_plan, rate_search, rate_trials
 from simpletuner.cli.rate_plan import RunSize, SearchPlan, TrialResult
 from simpletuner.cli.rate_search import RateSearch, search_before_training
 from simpletuner.cli.tune import command, parse_steps
@@ -173,11 +173,14 @@ def test_the_best_rate_is_found_and_written(tmp_path: Path, trials: FakeTrials) 
     assert (chosen.rate, chosen.at_edge, chosen.images) == (1e-4, False, 8)
     record = json.loads((tmp_path / "run-tune" / "result.json").read_text())
     assert record["rate"] == 1e-4
-    rows = [tuple(row[:2]) for row in record["trials"]]
-    first, last = (str(steps) for steps in search(tmp_path / "plan").plan.rungs)
-    assert rows == [
-        ("1e-05", first), ("0.0001", first), ("0.001", first), ("1e-05", last), ("0.0001", last),
-    ]  # fmt: skip
+    rows = [(row["rate"], row["steps"]) for row in record["trials"]]
+    first, last = search(tmp_path / "plan").plan.rungs
+    assert rows == [(1e-5, first), (1e-4, first), (1e-3, first), (1e-5, last), (1e-4, last)]
+    assert [row["chosen"] for row in record["trials"]] == [False, False, False, False, True]
+    assert record["trials"][-1]["loss"] == chosen.loss
+    printed = rate_search.trial_row(record["trials"][-1])
+    assert printed == ("0.0001", str(last), f"{chosen.loss:.5f}", "+0.00000 ± 0.00000", "chosen")
+    assert rate_search.trial_row({"rate": 1.0, "steps": 2, "loss": None})[2] == "diverged"
     events = [one.event for one in read_events(tmp_path / "run-tune" / "events.jsonl")]
     assert [type(event) for event in events if isinstance(event, (RateTried, RateChosen))] == [
         *[RateTried] * 5, RateChosen,
@@ -290,6 +293,10 @@ def test_bad_input_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     done = CliRunner().invoke(command, ["--example", "chroma-nano.peft-lora", "--rates", "1e-4"])
     assert isinstance(done.exception, ConfigError)
     assert "--rates: '1e-4' is not a list of at least two rates" in str(done.exception)
-    planned = CliRunner().invoke(command, ["--example", "chroma-nano.peft-lora", "--dry-run"])
+    words = ["--example", "chroma-nano.peft-lora", "--dry-run"]
+    planned = CliRunner().invoke(command, words)
     assert planned.exit_code == 0, planned.output
     assert "This costs at most 1." in planned.output
+    printed = json.loads(CliRunner().invoke(command, [*words, "--json"]).stdout)
+    assert 1.0 < printed["cost"] <= 1.5
+    assert len(printed["rates"]) == 5

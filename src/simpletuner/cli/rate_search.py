@@ -6,8 +6,9 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -90,6 +91,15 @@ def make_plan(
     return rate_plan.plan_search(rates, size, run.validation.eval_sigma_count, steps)
 
 
+def trial_row(trial: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    """Return the cells of a trial in the printed table."""
+    name, steps = f"{trial['rate']:g}", str(trial["steps"])
+    if trial["loss"] is None:
+        return name, steps, "diverged", "", ""
+    difference = f"{trial['change']:+.5f} ± {trial['change_se']:.5f}"
+    return name, steps, f"{trial['loss']:.5f}", difference, "chosen" if trial["chosen"] else ""
+
+
 class RateSearch:
     """A search in the folder `<output_dir>-tune`, whose trials share the caches of the run."""
 
@@ -113,10 +123,9 @@ class RateSearch:
             emit(chosen)
         finally:
             log.close()
-        table = self.table(chosen.rate)
-        record = {**dataclasses.asdict(chosen), "trials": table}
+        record = self.record(chosen)
         write_atomically(self.root / RESULT_FILE, json.dumps(record, indent=2) + "\n")
-        for row in [("rate", "steps", "loss", "difference", ""), *table]:
+        for row in [("rate", "steps", "loss", "difference", ""), *map(trial_row, record["trials"])]:
             self.say(
                 "  ".join(
                     f"{cell:>20}" if at == 3 else f"{cell:>10}" for at, cell in enumerate(row)
@@ -172,20 +181,23 @@ class RateSearch:
         measured = plan.images * plan.sigmas * len(self.results)
         return plan.folds * (forwards + measured) / size.forwards
 
-    def table(self, chosen: float) -> list[tuple[str, str, str, str, str]]:
-        """Return rows of rate, steps, loss, difference from the best at these steps, and remark."""
-        rows = []
+    def record(self, chosen: RateChosen) -> dict[str, Any]:
+        """Return the choice and its trials as numbers, for result.json and --json.
+
+        A trial has its rate, steps, loss (None where it diverged), change and change_se from the
+        best one at these steps, and whether it was chosen.
+        """
+        trials = []
         for (rate, steps), result in sorted(self.results.items(), key=lambda item: item[0][::-1]):
             same = [other for (_, at), other in self.results.items() if at == steps]
-            change, error = rate_plan.compare(result, min(same, key=lambda other: other.loss))
-            is_last = rate == chosen and steps == max(at for one, at in self.results if one == rate)
-            if result.losses is None:
-                rows.append((f"{rate:g}", str(steps), "diverged", "", ""))
-                continue
-            difference = f"{change:+.5f} ± {error:.5f}"
-            remark = "chosen" if is_last else ""
-            rows.append((f"{rate:g}", str(steps), f"{result.loss:.5f}", difference, remark))
-        return rows
+            trial: dict[str, Any] = {"rate": rate, "steps": steps, "loss": None}
+            if result.losses is not None:
+                best = min(same, key=lambda other: other.loss)
+                change, error = rate_plan.compare(result, best)
+                trial |= {"loss": result.loss, "change": change, "change_se": error}
+            last = max(at for one, at in self.results if one == rate)
+            trials.append({**trial, "chosen": rate == chosen.rate and steps == last})
+        return {**dataclasses.asdict(chosen), "trials": trials}
 
     def _remove_weights(self, rates: set[float]) -> None:
         """Delete the checkpoints of rates that are not trained on; their losses stay."""

@@ -44,10 +44,13 @@ def command(words: tuple[str, ...]) -> None:
     say = partial(click.echo, err="json" in given)
     if "dry_run" in given:
         say(plan.describe())
+        if "json" in given:
+            click.echo(json.dumps({**dataclasses.asdict(plan), "cost": plan.cost}, indent=2))
         return
-    chosen = RateSearch(run, plan, say).run()
+    search = RateSearch(run, plan, say)
+    chosen = search.run()
     if "json" in given:
-        click.echo(json.dumps(dataclasses.asdict(chosen), indent=2))
+        click.echo(json.dumps(search.record(chosen), indent=2))
 
 
 def parse_steps(text: str | None) -> int | None:
