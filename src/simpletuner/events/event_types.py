@@ -268,12 +268,14 @@ class CaptionFitMeasured(Event, kind="caption_fit"):
 class WeightChangeMeasured(Event, kind="weight_change"):
     """Change of the trained matrices since the base: norm of delta W over norm of W.
 
-    total: over all of them. blocks: name of a block -> the ratio in it.
+    total: over all of them. blocks: name of a block -> the ratio in it. total_steps: length of the
+    run; 0 in logs of earlier versions.
     """
 
     step: int
     total: float
     blocks: dict[str, float]
+    total_steps: int = 0
 
 
 @dataclass(frozen=True)

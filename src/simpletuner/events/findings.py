@@ -147,12 +147,17 @@ def describe_choice(event: RateChosen) -> str:
 
 
 def describe_weight_change(event: WeightChangeMeasured) -> str:
-    """Return how much the weights changed, where most, and what to change at the extremes."""
+    """Return how much the weights changed, where most, and what to change at the extremes.
+
+    Before the end of a run a small change is no fault: the rate may still be warming up.
+    """
     sentence = f"step {event.step}: the trained weights changed by {event.total:.2%} of their norm"
     if event.blocks:
         most = max(event.blocks, key=lambda name: event.blocks[name])
         sentence += f" (most in {most}: {event.blocks[most]:.2%})"
-    if event.total < LEARNT_NOTHING_BELOW:
+    if event.total < LEARNT_NOTHING_BELOW and event.step < event.total_steps:
+        sentence += ", too little to see so far"
+    elif event.total < LEARNT_NOTHING_BELOW:
         sentence += (
             ". So small a change has no visible effect: raise learning_rate, or train longer"
         )

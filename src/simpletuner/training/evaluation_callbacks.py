@@ -240,7 +240,8 @@ def build_evaluation_callbacks(
             reference_loader(run, prepared.taught().placed_samples),
         )
         scoring = ScoringCallback(scorer, state)
-    return EvaluationCallbacks(held_out, images, scoring, WeightChange(state, world, emit))
+    change = WeightChange(state, world, emit, schedule.total_steps)
+    return EvaluationCallbacks(held_out, images, scoring, change)
 
 
 def build_image_validator(

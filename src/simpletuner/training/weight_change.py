@@ -31,15 +31,18 @@ def block_of(name: str) -> str:
 class WeightChange:
     """Measures the change since the base; must be made before a checkpoint is restored.
 
-    Of an adapter the norms are exact; the weights of a sharded base are gathered unit by unit. In a
-    full fine-tuning the base is no longer in memory, so a fixed sample of each matrix is
-    remembered, and the ratio is estimated from it; of a sharded network each process remembers what
-    is in its rows, and the sums of squares are added. DeepSpeed's weights are not measured, which
-    is said once.
+    total_steps: length of the run. Of an adapter the norms are exact; the weights of a sharded base
+    are gathered unit by unit. In a full fine-tuning the base is no longer in memory, so a fixed
+    sample of each matrix is remembered, and the ratio is estimated from it; of a sharded network
+    each process remembers what is in its rows, and the sums of squares are added. DeepSpeed's
+    weights are not measured, which is said once.
     """
 
-    def __init__(self, train_state: TrainState, world: World, emit: Emit) -> None:
+    def __init__(
+        self, train_state: TrainState, world: World, emit: Emit, total_steps: int = 0
+    ) -> None:
         self._state, self._world, self._emit = train_state, world, emit
+        self._total_steps = total_steps
         sharding = train_state.sharding
         self._is_active = sharding.measures_change and (world.is_main or sharding.is_sharded)
         self._weights: dict[str, float] = {}
@@ -66,7 +69,7 @@ class WeightChange:
             sums[1] += weight
         totals = [sum(sums[at] for sums in by_block.values()) for at in (0, 1)]
         blocks = {name: ratio(*sums) for name, sums in by_block.items()}
-        self._emit(WeightChangeMeasured(step, ratio(*totals), blocks))
+        self._emit(WeightChangeMeasured(step, ratio(*totals), blocks, self._total_steps))
 
     def _adapter_changes(self) -> dict[str, tuple[float, float]]:
         """Return the squared norms of each module; only a DoRA reads its base more than once."""
