@@ -149,7 +149,7 @@ def describe_choice(event: RateChosen) -> str:
 def describe_weight_change(event: WeightChangeMeasured) -> str:
     """Return how much the weights changed, where most, and what to change at the extremes.
 
-    Before the end of a run a small change is no fault: the rate may still be warming up.
+    Before the end of a run a small change is not a fault: the rate may still be warming up.
     """
     sentence = f"step {event.step}: the trained weights changed by {event.total:.2%} of their norm"
     if event.blocks:
