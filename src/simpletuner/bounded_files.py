@@ -15,9 +15,9 @@ MIB = 1 << 20
 CONFIG_FILE_MIB = 16  # the resolved configuration of a run has 0.01 MiB
 
 
-def open_regular_file(path: Path) -> BinaryIO:
+def open_regular_file(path: Path | str) -> BinaryIO:
     """Open a regular file for reading. Raises OSError for every other kind of file."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
     # Without O_NONBLOCK a pipe that has replaced the file in this moment would be waited for.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -22,7 +22,10 @@ from tests.quick import assert_quick, children_s
 
 COMMAND = [sys.executable, "-m", "simpletuner", "server"]
 PATIENCE_S = 120.0
-HEAVY = ("torch", "transformers", "diffusers", "peft", "numpy", "PIL")
+HEAVY = (
+    *("torch", "transformers", "diffusers", "peft", "numpy", "PIL", "rich", "huggingface_hub"),
+    *("datasets", "pyarrow", "pandas", "fsspec", "safetensors", "httpx", "requests", "yaml"),
+)
 
 
 @contextmanager

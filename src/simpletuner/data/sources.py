@@ -190,34 +190,39 @@ class RowSource(ABC):
 class LocalFile(SourceFile):
     """A file of this machine.
 
-    It holds a text: a Path needs four times the memory, and a dataset has two files per image.
+    It holds two texts, of which the files of a folder share the first one: a Path needs many times
+    the memory, and a dataset has two files per image.
     """
 
-    __slots__ = ("_address",)
+    __slots__ = ("_folder", "_name")
 
-    def __init__(self, path: Path | str) -> None:
-        self._address = os.fspath(path)
+    def __init__(self, path: Path | str, name: str | None = None) -> None:
+        """Refer to the file at `path`, or to the file `name` in the folder `path`."""
+        if name is None:
+            self._folder, self._name = os.path.split(os.fspath(path))
+        else:
+            self._folder, self._name = os.fspath(path), name
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, LocalFile) and self._address == other._address
+        return isinstance(other, LocalFile) and self.address == other.address
 
     def __hash__(self) -> int:
-        return hash(self._address)
+        return hash(self.address)
 
     def __repr__(self) -> str:
-        return f"LocalFile({self._address!r})"
+        return f"LocalFile({self.address!r})"
 
     @property
     def path(self) -> Path:
-        return Path(self._address)
+        return Path(self.address)
 
     @property
     def name(self) -> str:
-        return os.path.basename(self._address)
+        return self._name
 
     @property
     def address(self) -> str:
-        return self._address
+        return os.path.join(self._folder, self._name)
 
     @property
     def cache_key(self) -> str:
@@ -225,10 +230,11 @@ class LocalFile(SourceFile):
         return str(self.path.absolute()).encode("utf-8", "surrogateescape").hex()
 
     def open(self) -> BinaryIO:
-        return open_regular_file(self.path)
+        # Not self.path: the names of ten thousand Paths stay in memory as interned strings.
+        return open_regular_file(self.address)
 
     def stamp(self) -> ContentStamp:
-        status = os.stat(self._address)
+        status = os.stat(self.address)
         return status.st_size, status.st_ctime_ns, status.st_ino
 
 
@@ -252,7 +258,7 @@ class LocalFolder(DatasetSource):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             inside = os.path.relpath(folder, self.root).replace(os.sep, "/")
             files: dict[str, SourceFile] = {
-                name: LocalFile(os.path.join(folder, name))
+                name: LocalFile(folder, name)
                 for name in sorted(names)
                 if not name.startswith(".") and name not in IGNORED_FILES
             }

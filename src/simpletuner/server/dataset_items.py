@@ -61,7 +61,7 @@ def build_item(index: ImageIndex, file: str, crop_settings: CropSettings) -> Dat
         width_px=row.size_px[0],
         height_px=row.size_px[1],
         captions=list(row.captions),
-        caption_text=read_caption(image.caption_path) if row.stamps[0] != (0, 0) else None,
+        caption_text=read_caption(image.caption_path) if row.stamps[:2] != (0, 0) else None,
         refused=row.problem,
         bucket_px=window,
         crop_px=crop,

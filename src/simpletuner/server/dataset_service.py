@@ -110,7 +110,7 @@ class DatasetService:
             captioned=kinds["captioned"],
             refused=kinds["refused"] + len(index.rejected_names),
             excluded=len(index.choices.excluded & index.images.keys()),
-            size_bytes=sum(row.stamps[0][1] for _, row in rows),
+            size_bytes=sum(row.stamps[1] for _, row in rows),
             unread=max(0, len(index.images) - len(rows)),
         )
 

@@ -32,14 +32,14 @@ HEADER_CACHE_KEY = f"headers up to {DEFAULT_OPTIONS.max_image_megapixels:g} mega
 RESCAN_AFTER_S = 10.0
 NOT_SCHEDULED = float("inf")
 NO_FILE = (0, 0)
-SourceStamps = tuple[tuple[int, int], tuple[int, int]]
+SourceStamps = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
     """One image.
 
-    stamps: (mtime_ns, bytes) of the image and of its caption file, zeros for a missing file.
+    stamps: mtime_ns and bytes of the image, then of its caption file, zeros for a missing file.
     size_px: after applying the EXIF rotation; (0, 0) if the header cannot be read. problem: why it
     cannot be trained on.
     """
@@ -80,6 +80,7 @@ class ImageIndex:
         self._rows: dict[str, ImageRow] = {}
         self._pending: list[str] = []
         self._headers: dict[str, list[int]] | None = None
+        self._has_new_headers = False
         # Folder -> its mtime when it was listed; empty: not listed yet.
         self._folders: dict[str, int] = {}
         self._allowed_folders: set[str] = set()
@@ -162,12 +163,12 @@ class ImageIndex:
         self._folders = {}
         before = {
             str(self.folder),
-            *(os.path.dirname(image.path) for image in self.images.values()),
+            *(os.path.dirname(image.file.address) for image in self.images.values()),
         }
         # Read the times before listing, so that a change in between is not missed.
         times = {folder: _mtime_ns(folder) for folder in before}
         images, rejections, *_ = find_image_files(self.dataset)
-        new_folders = {os.path.dirname(image.path) for image in images} - before
+        new_folders = {os.path.dirname(image.file.address) for image in images} - before
         times |= {folder: _mtime_ns(folder) for folder in new_folders}
         self.images = {image.relative_path: image for image in images}
         self.rejected_names = {rejection.path: rejection.detail for rejection in rejections}
@@ -181,12 +182,13 @@ class ImageIndex:
 
     def _read_row(self, image: ImageFile) -> ImageRow:
         try:
+            caption = image.caption_file
             stamps = (
-                self._file_stamp(image.path),
-                self._file_stamp(image.caption_path) if image.caption_path else NO_FILE,
+                *self._file_stamp(image.file.address),
+                *(NO_FILE if caption is None else self._file_stamp(caption.address)),
             )
         except PathOutsideWorkspace as error:
-            return ImageRow((NO_FILE, NO_FILE), NO_FILE, (), str(error))
+            return ImageRow((*NO_FILE, *NO_FILE), NO_FILE, (), str(error))
         old = self._rows.get(image.relative_path)
         if old is not None and old.stamps == stamps:
             return old
@@ -194,7 +196,7 @@ class ImageIndex:
         problem = None
         captions: tuple[str, ...] = ()
         try:
-            size = self._image_size(image, stamps[0])
+            size = self._image_size(image, stamps[:2])
             # Raises UnusableFile if the aspect ratio is beyond the limits.
             box = self.choices.boxes.get(image.relative_path)
             assign_bucket(ResizeCropConfig(), size, image.relative_path, 0, 1, box)
@@ -203,7 +205,7 @@ class ImageIndex:
             problem = None if error.reason == "caption_missing" else str(error)
         return ImageRow(stamps, size, captions, problem)
 
-    def _file_stamp(self, path: Path) -> tuple[int, int]:
+    def _file_stamp(self, path: str) -> tuple[int, int]:
         """Return (mtime_ns, bytes).
 
         Raises PathOutsideWorkspace for a link out of the allowed folders.
@@ -224,7 +226,9 @@ class ImageIndex:
         cached = self._cached_headers().get(image.relative_path, [])
         if len(cached) == 4 and (cached[0], cached[1]) == stamp:
             return cached[2], cached[3]
-        return read_image_header(image.file, DEFAULT_OPTIONS.max_image_megapixels).size_px
+        size = read_image_header(image.file, DEFAULT_OPTIONS.max_image_megapixels).size_px
+        self._has_new_headers = True
+        return size
 
     def _cached_headers(self) -> dict[str, list[int]]:
         if self._headers is None:
@@ -234,11 +238,11 @@ class ImageIndex:
         return self._headers
 
     def _save_headers(self) -> None:
-        rows = [(name, row) for name, row in self.rows() if row.size_px != NO_FILE]
-        headers = {name: [*row.stamps[0], *row.size_px] for name, row in rows}
-        is_new = headers != self._cached_headers()
         self._headers = None  # read again when there are new images
-        if is_new:
+        if self._has_new_headers:
+            self._has_new_headers = False
+            rows = ((name, row) for name, row in self.rows() if row.size_px != NO_FILE)
+            headers = {name: [*row.stamps[:2], *row.size_px] for name, row in rows}
             with contextlib.suppress(
                 OSError
             ):  # on a full disk, the headers are read again next time
