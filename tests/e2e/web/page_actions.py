@@ -6,6 +6,7 @@ import re
 
 from playwright.sync_api import Locator, Page, expect
 
+MAX_TABS = 200
 SAVED_TEXTS = ("Saved", "Guardado", "सहेजा गया")
 
 
@@ -21,9 +22,28 @@ def fill_options(page: Page, **values: str) -> None:
         field = find_option(page, name).locator("input, select, textarea").first
         if field.evaluate("one => one.tagName") == "SELECT":
             field.select_option(value)
+        elif field.get_attribute("type") == "checkbox":
+            field.set_checked(value == "true")
         else:
             field.fill(value)
     expect_saved(page)
+
+
+def tab_to(page: Page, target: Locator, key: str = "Tab") -> None:
+    """Move the focus to an element with the keyboard alone."""
+    expect(target).to_be_visible()
+    for _ in range(MAX_TABS):
+        if target.evaluate("one => one === document.activeElement"):
+            return
+        page.keyboard.press(key)
+    raise AssertionError(f"{key} does not lead to {target}")
+
+
+def type_into(page: Page, field: Locator, text: str) -> None:
+    """Replace the text of a field with the keyboard alone."""
+    tab_to(page, field)
+    page.keyboard.press("Control+A")
+    page.keyboard.type(text)
 
 
 def expect_saved(page: Page) -> None:

@@ -27,6 +27,12 @@ from tests.e2e.web.server_process import EXAMPLE_DIR, ROOT, TIMEOUT_S, ServerPro
 SCREENSHOTS_DIR = ROOT / "docs" / "screens"
 DESKTOP_VIEWPORT, PHONE_VIEWPORT = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 MAX_FILE_BYTES = 400_000
+SHORTEN_PATHS = """(folder) => {
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    texts.currentNode.data = texts.currentNode.data.replaceAll(folder, "~");
+  }
+}"""
 TRAINING_TIMEOUT_S = 3600.0
 
 
@@ -77,10 +83,11 @@ def train_run(house: ServerProcess, steps: int) -> str:
     return run
 
 
-def save_screenshot(page: Page, name: str) -> None:
-    """One file, once nothing moves any more."""
+def save_screenshot(page: Page, name: str, folder: Path) -> None:
+    """One file, once nothing moves any more. folder: shown as ~, it is a temporary one."""
     page.wait_for_load_state("networkidle")
     page.wait_for_timeout(1500)
+    page.evaluate(SHORTEN_PATHS, str(folder))
     path = SCREENSHOTS_DIR / f"{name}.png"
     page.screenshot(path=path, animations="disabled")
     size = path.stat().st_size
@@ -118,7 +125,7 @@ def save_all_screenshots(
         if only not in (None, name):
             continue
         page = view()
-        save_screenshot(page, name)
+        save_screenshot(page, name, house.folder)
         page.context.close()
 
 
@@ -135,7 +142,7 @@ def save_first_visit(browser: Browser, folder: Path) -> None:
         page.goto("/")
         page.get_by_role("button", name="Use the sample images").click()
         expect(page.get_by_text("16 images, 16 with a caption")).to_be_visible()
-        save_screenshot(clear_focus(page), "first-visit")
+        save_screenshot(clear_focus(page), "first-visit", house.folder)
         context.close()
     finally:
         house.close()

@@ -1,12 +1,15 @@
-"""From an empty workspace over captions and a training to a deleted run and back.
+"""From an empty workspace over captions and trainings to an averaged LoRA, a deleted run and back.
 
 Everything is real: `simpletuner server`, a model that writes captions (of random weights), and
-a training of chroma-nano. The images have five formats and no captions, as a person brings them.
+trainings of chroma-nano. The images have five formats and no captions, as a person brings them. Two
+runs are compared with the keyboard alone; images are generated, and checkpoints averaged and
+downloaded, with the keyboard alone and in Spanish; a run is deleted and taken back on a phone.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from tests.e2e.web.page_actions import (
     expect_connection,
     expect_state,
     fill_options,
+    tab_to,
+    type_into,
     upload_files,
 )
 from tests.e2e.web.server_process import SERVER_DOWN, ServerProcess, wait_until
@@ -36,7 +41,9 @@ TRAINING = {
     "validation_step_interval": str(EVERY),
     "validation_num_inference_steps": "2",
     "validation_prompt": PROMPT,
+    "validation_preview": "true",
 }
+SECOND_RATE = "0.0003"
 
 
 @pytest.mark.slow
@@ -49,6 +56,10 @@ def test_the_story(
     uploads_images(page, tmp_path / "images")
     captions_them(page, real_server)
     run = trains_and_watches(page, real_server)
+    compares_two_runs(page, real_server)
+    spanish = open_page(real_server, "#/playground", locale="es-ES")
+    generates_a_grid(spanish)
+    averages_and_downloads(spanish, tmp_path / "average.safetensors")
     phone = open_page(real_server, f"#/runs/{run}", **PHONE)
     deletes_and_takes_back(phone, real_server, run)
 
@@ -108,6 +119,61 @@ def trains_and_watches(page: Page, real: ServerProcess) -> str:
     kinds = [event["kind"] for event in real.read_events(run)]
     assert kinds.count("run_started") == 1, "the training went on while the server was down"
     return run
+
+
+def compares_two_runs(page: Page, real: ServerProcess) -> None:
+    page.get_by_role("button", name="Duplicate as new run").click()
+    page.get_by_role("textbox", name="Name", exact=True).fill("again")
+    fill_options(page, learning_rate=SECOND_RATE, max_train_steps=str(EVERY))
+    page.get_by_role("button", name="Start training").click()
+    expect(page.get_by_role("heading", name="again")).to_be_visible()
+    expect_state(page, "Done")
+    page.goto("/#/runs")
+    for name in ("again", "strangers"):
+        tab_to(page, page.get_by_role("checkbox", name=f"Select {name}"))
+        page.keyboard.press("Space")
+    tab_to(page, page.get_by_role("button", name="Compare"), "Shift+Tab")
+    page.keyboard.press("Enter")
+    settings = page.get_by_role("region", name="Differing settings")
+    expect(
+        settings.get_by_role("row", name=re.compile(f"learning_rate .*{SECOND_RATE}"))
+    ).to_be_visible()
+    expect(page.get_by_role("img", name=re.compile("^Loss: "))).to_be_visible()
+
+
+def generates_a_grid(page: Page) -> None:
+    expect(page.locator("html")).to_have_attribute("lang", "es")
+    type_into(page, page.get_by_label("Prompts", exact=True), PROMPT)
+    for name in ("again", "strangers"):
+        tab_to(page, page.get_by_role("checkbox", name=re.compile(f"^{name}")).first)
+        page.keyboard.press("Space")
+    type_into(page, page.get_by_label("Intensidades"), "0.5, 1")
+    type_into(page, page.get_by_label("Pasos", exact=True), "2")
+    type_into(page, page.get_by_label("Tamaño, px"), "64")
+    tab_to(page, page.get_by_role("button", name="Generar 4 imágenes"))
+    page.keyboard.press("Enter")
+    grids = page.get_by_role("region", name="Resultados")
+    expect(grids.get_by_role("img")).to_have_count(4)
+    expect(grids.get_by_role("columnheader", name="intensidad 0,5")).to_be_visible()
+
+
+def averages_and_downloads(page: Page, target: Path) -> None:
+    page.goto("/#/playground/library")
+    for name in ("again", "strangers"):
+        tab_to(page, page.get_by_role("checkbox", name=re.compile(f"^{name}")).first)
+        page.keyboard.press("Space")
+    tab_to(page, page.get_by_role("button", name="Promediar"), "Shift+Tab")
+    page.keyboard.press("Enter")
+    type_into(page, page.get_by_role("dialog").get_by_label("Nombre del archivo nuevo"), "media")
+    tab_to(page, page.get_by_role("dialog").get_by_role("button", name="Escribir"))
+    page.keyboard.press("Enter")
+    tab_to(page, page.get_by_role("link", name="Descargar media"))
+    with page.expect_download() as download:
+        page.keyboard.press("Enter")
+    download.value.save_as(target)
+    header_bytes = int.from_bytes(target.read_bytes()[:8], "little")
+    header = json.loads(target.read_bytes()[8 : 8 + header_bytes])
+    assert any("lora_A" in name for name in header)
 
 
 def deletes_and_takes_back(page: Page, real: ServerProcess, run: str) -> None:
