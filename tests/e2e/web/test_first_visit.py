@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
 
 from tests.e2e.web.server_process import ServerProcess
+from tests.e2e.web.test_accessibility import CHECK, LOOKS, choose
 from tests.server.run_folder_writer import RunFolderWriter
 
 
@@ -26,6 +28,20 @@ def test_from_the_sample_to_a_run_that_can_be_started(
     [draft] = server.request_ok("GET", "drafts")
     assert [entry["id"] for entry in draft["datasets"]] == ["zorbo", "shapes"]
     assert (draft["name"], draft["config"]["modelspec_trigger"]) == ("zorbo", "zorbo")
+
+
+def test_the_first_page_has_no_serious_violation_of_accessibility(
+    server: ServerProcess, open_page: Callable[..., Page], axe: Path
+) -> None:
+    page = open_page(server, fresh=True)
+    page.context.add_init_script(path=axe)
+    page.reload()
+    expect(page.get_by_role("heading", name="No runs yet")).to_be_visible()
+    found = []
+    for language, theme in LOOKS:
+        choose(page, language, theme)
+        found += [f"{language} {theme}: {one}" for one in page.evaluate(CHECK)]
+    assert found == []
 
 
 @pytest.fixture

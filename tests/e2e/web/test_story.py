@@ -181,5 +181,7 @@ def deletes_and_takes_back(page: Page, real: ServerProcess, run: str) -> None:
     page.get_by_role("button", name="Delete").click()
     wait_until(lambda: run not in json.dumps(real.request_ok("GET", "runs")), "it is in the trash")
     page.get_by_role("button", name="Undo").click()
-    expect(page.get_by_role("list", name="Runs").get_by_text("strangers")).to_be_visible()
+    expect(
+        page.get_by_role("list", name="Runs").get_by_text("strangers", exact=True)
+    ).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
