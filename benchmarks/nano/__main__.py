@@ -9,6 +9,8 @@
     trained
     python -m benchmarks.nano --corner --out DIR       two-step cells through everything: the
     machinery
+    python -m benchmarks.nano --only tune              a program of its own, as are captions and
+    stopping
 
 Every cell is a run folder in OUT/cells, trained by `simpletuner train`. The same command goes on:
 finished cells are skipped, interrupted ones resume from their checkpoint, a failed one is told and
