@@ -31,6 +31,7 @@ from simpletuner.events.findings import FAR_TOO_STRONG_ABOVE, LEARNT_NOTHING_BEL
 RESULTS = ROOT / "benchmarks" / "nano" / "results"
 CLEAR_ERRORS = 2.0  # standard errors from which a run has learnt something
 DESTROYED_SHARE = 0.5  # of the base's score that is gone
+SCORES = frozenset({"zorbo", "shapes"})
 Rate = tuple[float, float]  # a share and its standard error
 
 
@@ -117,10 +118,10 @@ def read_run(folder: Path, name: str) -> MeasuredRun | None:
         event = record.event
         if isinstance(event, WeightChangeMeasured):
             change = event.total
-        if isinstance(event, ScoresComputed) and event.step:
+        if isinstance(event, ScoresComputed) and event.step and event.metric in SCORES:
             value, error, _ = event.rates["all" if event.metric == "shapes" else event.metric]
             scores[event.metric] = (value, error)
-    if change is None or not {"zorbo", "shapes"} <= set(scores):
+    if change is None or not SCORES.issubset(scores):
         return None
     return MeasuredRun(name, change, scores["zorbo"], scores["shapes"])
 
@@ -131,7 +132,7 @@ def read_sweeps(path: Path) -> Iterator[MeasuredRun]:
         return
     for row in json.loads(path.read_text(encoding="utf-8")):
         for run in row["runs"]:
-            if run["weight_change"] is not None and {"zorbo", "shapes"} <= set(run["scores"]):
+            if run["weight_change"] is not None and SCORES.issubset(run["scores"]):
                 name = f"rate {run['rate']:g}, seed {row['seed']}"
                 zorbo, shapes = (tuple(run["scores"][metric]) for metric in ("zorbo", "shapes"))
                 yield MeasuredRun(name, run["weight_change"], zorbo, shapes)
