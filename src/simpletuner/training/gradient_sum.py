@@ -188,8 +188,14 @@ def held_sums(micro_batches: int) -> int:
     return max(place.bit_count() for place in range(micro_batches))
 
 
-def make_buckets(grads: Sequence[Tensor | None]) -> Iterator[list[Tensor]]:
-    """Yield the gradients in groups of one dtype and about BUCKET_BYTES, one transfer for each."""
+def make_buckets(
+    grads: Sequence[Tensor | None], limit: int | None = None
+) -> Iterator[list[Tensor]]:
+    """Yield the gradients in groups of one dtype and about `limit` bytes, one transfer for each.
+
+    limit: BUCKET_BYTES unless it is given.
+    """
+    limit = limit or BUCKET_BYTES
     present = [grad for grad in grads if grad is not None]
     for dtype in dict.fromkeys(grad.dtype for grad in present):
         bucket: list[Tensor] = []
@@ -197,7 +203,7 @@ def make_buckets(grads: Sequence[Tensor | None]) -> Iterator[list[Tensor]]:
         for grad in present:
             if grad.dtype != dtype:
                 continue
-            if bucket and size + grad.nbytes > BUCKET_BYTES:
+            if bucket and size + grad.nbytes > limit:
                 yield bucket
                 bucket, size = [], 0
             bucket.append(grad)

@@ -204,10 +204,13 @@ def test_gradients_that_are_widened_have_twice_the_bytes() -> None:
     )
     assert after["temporaries"] == before["temporaries"] + 165
     assert after["communication buffers"] == 50 + 100
+    # Two tensors that are larger than a bucket of 50 bytes; 660 bytes are gathered by 13 calls.
     assert operations(wide, 2, False, FULL_STEP) == {
-        "all_reduce": (2, 2640, 3960),
-        "all_gather": (1, 660, 495),
+        "all_reduce": (4, 2640, 3960),
+        "all_gather": (13, 660, 495),
     }
+    larger = layout("zero2", 4, bucket_bytes=1000)
+    assert operations(larger, 1, False, FULL_STEP)["all_gather"] == (1, 660, 495)
     for stage, options, widens in ((2, FULL, True), (1, FULL, False), (2, {}, False)):
         run = make_run_config(num_processes=4, **options, **zero(stage))
         assert read_layout(run).widens_gradients == widens

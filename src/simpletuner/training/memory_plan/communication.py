@@ -13,7 +13,7 @@ import torch
 
 from simpletuner.training.gradient_sum import inner_nodes, make_buckets
 from simpletuner.training.memory_plan.fake_step import StepMeasurement
-from simpletuner.training.memory_plan.world_layout import WeightBytes, WorldLayout
+from simpletuner.training.memory_plan.world_layout import ITEM_BYTES, WeightBytes, WorldLayout
 from simpletuner.training.world import World
 
 # What one GPU sends for a byte of the message, with N processes on a ring
@@ -73,7 +73,9 @@ def step_communication(
         uses.append(_use("all_gather", calls, gathered * passes, layout))
     if is_lora and not layout.uses_deepspeed:
         return (*uses, *tree_communication(layout, trained_tensors, passes))
-    buckets = count_buckets(trained_tensors)
+    # DeepSpeed's buckets are counted in numbers, which bucket_bytes holds as bf16.
+    limit = layout.bucket_bytes // ITEM_BYTES * measured.item_bytes
+    buckets = count_buckets(trained_tensors, limit)
     if layout.mode == "replicated":
         uses.append(_use("all_reduce", buckets, trained, layout))
     elif layout.mode == "sharded":
@@ -89,7 +91,7 @@ def step_communication(
         times = 1 if layout.mode == "zero1" else passes
         summed = trained * layout.gradient_factor
         uses.append(_use("all_reduce", buckets * times, summed * times, layout))
-        uses.append(_use("all_gather", buckets, trained, layout))
+        uses.append(_use("all_gather", max(1, trained // (limit or trained)), trained, layout))
     return tuple(uses)
 
 
@@ -118,10 +120,13 @@ def tree_communication(
     )
 
 
-def count_buckets(tensors: Sequence[int]) -> int:
-    """Return in how many transfers gradients of these sizes in bytes are sent."""
+def count_buckets(tensors: Sequence[int], limit: int | None = None) -> int:
+    """Return in how many transfers gradients of these sizes in bytes are sent.
+
+    limit: bytes of a transfer, where an engine has another than gradient_sum.py.
+    """
     stand_ins = [torch.empty(size, dtype=torch.uint8, device="meta") for size in tensors]
-    return sum(1 for _ in make_buckets(stand_ins))
+    return sum(1 for _ in make_buckets(stand_ins, limit))
 
 
 def _use(operation: str, calls: int | None, size: int, layout: WorldLayout) -> CollectiveUse:

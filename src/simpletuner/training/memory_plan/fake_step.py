@@ -88,6 +88,11 @@ class StepMeasurement:
     trained_units: int = 0
     base_flops: float = 0.0
 
+    @property
+    def item_bytes(self) -> int:
+        """Return the bytes of a trained number."""
+        return self.trained_bytes // self.trained
+
 
 def measure_fake_step(
     run: RunConfig,
@@ -131,6 +136,7 @@ def measure_fake_step(
             )
             create_optimizer_state(net)
             measured = run_and_measure_step(run, family, spec, feed, net, count, repeated)
+            # One block of each kind stands for all equal ones, which makes a plan take seconds.
             if repeated.is_exact:
                 return measured
             # The blocks are not as equal as they look, so each of them is run.
@@ -220,6 +226,7 @@ def run_and_measure_step(
     trained = sum(parameter.numel() for parameter in net.trainable_parameters.values())
     size = sum(parameter.nbytes for parameter in net.trainable_parameters.values())
     if net.uses_lora:
+        # Not measured, because a plan runs two micro-batches at most.
         peak["temporaries"] += (held_sums(accumulation) - held_sums(micro)) * size
     return StepMeasurement(
         peak,
