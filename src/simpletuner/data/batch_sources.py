@@ -73,6 +73,7 @@ def make_sources(
     used = [dataset for dataset in datasets if dataset.id in members]
     if not used:
         raise DataError("there is no image to train on")
+    # Relative to the largest, so that equal probabilities mean whole rounds, whatever they are.
     largest = max(dataset.probability for dataset in used)
     sources = []
     for dataset in used:
@@ -133,8 +134,11 @@ def _draw_by_weight(
     """
     count = len(bucket)
     edges = np.cumsum(weights)
+    # Evenly spaced points with one common random start; each takes the sample below which it lies.
     points = (np.arange(count) + rng.random()) * (edges[-1] / count)
+    # The last point may round to the last edge.
     chosen = np.minimum(np.searchsorted(edges, points, side="right"), count - 1)
+    # chosen is sorted, so the first place of a sample gives how many of its uses came before.
     uses = np.arange(count) - np.searchsorted(chosen, chosen)
     order = rng.permutation(count)
     return bucket[chosen[order]], uses[order].astype(np.int32)
@@ -180,6 +184,7 @@ def shuffle_round(source: BatchSource, seed: int, turn: int) -> ShuffledRound:
         begin += count
     order = rng.permutation(source.batches_per_round)
     repeat_indices = np.concatenate(which_pass)
+    # Counted over all rounds; otherwise few repeats would never reach the later crops.
     crops = (turn * passes + repeat_indices) % source.crops
     return ShuffledRound(
         np.concatenate(visits) + crops.astype(np.int32),

@@ -32,6 +32,7 @@ def read_caption_table(
     for parquet without pyarrow.
     """
     keys = {path: _image_keys(path) for path in relative_paths}
+    # A table may have millions of rows; only those of images in the folder are stored.
     wanted = {key for candidates in keys.values() for key in candidates}
     captions: dict[str, list[str]] = defaultdict(list)
     broken: list[int] = []
@@ -46,6 +47,7 @@ def read_caption_table(
             captions[key] += row_captions(row, columns[1], table.fallback_column)
     captions_by_path: dict[str, tuple[str, ...]] = {}
     for path, candidates in keys.items():
+        # The most specific name that has rows: the path, and only then the file name alone.
         named = next((captions[key] for key in candidates if key in captions), [])
         if named:
             captions_by_path[path] = tuple(dict.fromkeys(named))

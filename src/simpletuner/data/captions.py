@@ -47,6 +47,7 @@ def read_captions(
     if dataset.caption_filters:
         filtered = (apply_filters(caption, dataset.caption_filters) for caption in captions)
         captions = tuple(caption for caption in filtered if caption)
+    # After the filters, which may leave nothing of a caption.
     if not captions:
         captions = _missing_caption_fallback(dataset, image, text, options.missing_caption)
     captions = _add_variants(dataset, captions, seed)
@@ -107,10 +108,12 @@ def _captions_from_text_file(file: SourceFile, whole: bool) -> tuple[str, ...]:
         raise UnusableFile("caption_encoding", detail) from error
     except OSError as error:
         raise UnusableFile("caption_unreadable", f"{file.name}: {error.strerror}") from error
+    # ASCII text in UTF-16 is valid UTF-8, with a zero byte after each letter.
     if "\x00" in text:
         raise UnusableFile(
             "caption_encoding", f"{file.name} has zero bytes (UTF-16?); save it as UTF-8"
         )
+    # Only these: str.splitlines would also split at form feeds and at Unicode's separators.
     text = re.sub(r"\r\n|\r", "\n", text)
     alternatives = [text] if whole else text.split("\n")
     return tuple(caption for caption in (line.strip() for line in alternatives) if caption)

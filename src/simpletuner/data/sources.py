@@ -65,6 +65,7 @@ class SourceFile(ABC):
         A file that is slow to read in parts is not asked for more than the range.
         """
         file = self.open()
+        # At the opening: a decoder would report a short file as a damaged image.
         if file.seek(0, os.SEEK_END) < offset + size:
             file.close()
             raise OSError(errno.EIO, "the file ends within this part", self.address)
@@ -86,6 +87,7 @@ class SourceFile(ABC):
     def read_bytes(self, max_bytes: int) -> bytes:
         """Return the whole content. Raises OSError, also for a larger file."""
         with self.open() as stream:
+            # One byte more than allowed shows that the file is larger.
             content = stream.read(max_bytes + 1)
         if len(content) > max_bytes:
             raise OSError(errno.EFBIG, f"is larger than {max_bytes} bytes", self.address)
@@ -251,10 +253,14 @@ class LocalFolder(DatasetSource):
         visited: set[tuple[int, int]] = set()
         for folder, subfolders, names in os.walk(self.root, onerror=refuse, followlinks=True):
             status = os.stat(folder)
+            # A link to a folder above would be walked without end. By number, since it has many
+            # paths.
             if (status.st_dev, status.st_ino) in visited:
                 subfolders.clear()
                 continue
             visited.add((status.st_dev, status.st_ino))
+            # In place, because os.walk reads this list next; sorted, because disks have orders of
+            # their own.
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             inside = os.path.relpath(folder, self.root).replace(os.sep, "/")
             files: dict[str, SourceFile] = {

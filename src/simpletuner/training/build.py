@@ -171,6 +171,7 @@ def open_run(
         folder.write_config(config)
         folder.discard_edited_prompts()
         return None, accumulation * world.size
+    # As if the user had named the checkpoint: differences then give a warning.
     if run.checkpoint.resume_with_changes:
         resume_point = replace(resume_point, chosen_explicitly=True)
     resume_point.require_same_config(config, emit)

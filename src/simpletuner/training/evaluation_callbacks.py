@@ -137,6 +137,7 @@ class HeldOutLossCallback:
     _last_verdict: str = field(default="unknown", init=False)
 
     def evaluate(self, step: int) -> None:
+        # A resumed run repeats the callbacks of its step, and two intervals may meet in one.
         if step == self.evaluator.last_step:
             return
         average = None if step == BASE_STEP else self.train_state.averaged_weights

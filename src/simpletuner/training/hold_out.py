@@ -45,6 +45,7 @@ def choose_held_out_ids(
     """
     saved = saved_split(run, resume_point)
     if saved is not None:
+        # Images that were deleted since are not held out any more.
         names = {item.sample.id for item in placed}
         return frozenset(name for name in saved if name in names)
     request = held_out_split.split_request(
@@ -54,6 +55,7 @@ def choose_held_out_ids(
         if not has_eval_dataset and run.tuning.validation_split is None:
             _offer(run, len(placed), emit)
         return frozenset()
+    # Only the main process decodes: rounding of another CPU could choose other images.
     chosen: list[str] | None = None
     if world.is_main:
         chosen = _choose(placed, request, run.data, cache_root, emit)

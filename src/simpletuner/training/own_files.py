@@ -82,6 +82,7 @@ def move_to_earlier(run_dir: Path, entries: Sequence[Path]) -> Path:
     for entry in entries:
         destination = target / entry.relative_to(run_dir)
         destination.parent.mkdir(parents=True, exist_ok=True)
+        # A rename within the folder costs nothing and cannot lose a file halfway.
         entry.rename(destination)
     return target
 

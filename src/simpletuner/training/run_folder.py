@@ -128,6 +128,7 @@ class RunFolder:
                 f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode(),
             )
         try:
+            # Requests to an earlier process would stop this one at once.
             for name in CONTROL_REQUESTS:
                 (self.path / "control" / name).unlink(missing_ok=True)
             (self.path / "exit.json").unlink(missing_ok=True)
@@ -168,6 +169,7 @@ class RunFolder:
         if not request.is_file():
             return False
         try:
+            # Removed before it is obeyed: a stop that stays would end the next start too.
             request.unlink(missing_ok=True)
         except OSError as error:  # it would be repeated after every step
             raise storage_error(f"{request} cannot be removed", error) from error
