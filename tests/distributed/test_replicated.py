@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from simpletuner.events.event_types import Event
+from simpletuner.events.event_types import Event, StepCompleted
 from tests.distributed.harness import run_ranks, values
 from tests.e2e.training_project import (
     TrainingProject,
@@ -87,6 +87,22 @@ def test_a_run_on_several_processes_equals_one(
     )
     assert read_losses(run_dir) == read_losses(on_one[micro_batches])
     assert outcome(run_dir) == outcome(on_one[micro_batches])
+
+
+def test_a_short_last_batch_is_one_of_the_step(trainings: Trainings) -> None:
+    """Six images in batches of four: each step has a batch of four and one of two."""
+    one, two = (
+        trainings.train(
+            f"short-{count}", count, train_batch_size=4, gradient_accumulation_steps=2 // count,
+            max_train_steps=2,
+        )
+        for count in (1, 2)
+    )  # fmt: skip
+    steps = [event for event in read_events(one) if isinstance(event, StepCompleted)]
+    assert [event.samples for event in steps] == [6, 6]
+    assert read_losses(two) == read_losses(one)
+    checkpoints = [read_checkpoint_files(run_dir / "checkpoint-2") for run_dir in (one, two)]
+    assert checkpoints[0] == checkpoints[1]
 
 
 @pytest.mark.parametrize(("micro_batches", "processes"), [(1, 2), (3, 2), (4, 3), LONG_STEP_3])
