@@ -82,7 +82,8 @@ def cases() -> Iterator[Case]:
         ("full rank, bf16 with adamw", FULL),
         ("full rank, adamw_bf16", FULL_STOCHASTIC),
     ):
-        for micro_batches in (2, 4):
+        # bf16 sums of more than two gradients depend on their order.
+        for micro_batches in (2, 4) if full is FULL else (2,):
             yield Case(title, 1, micro_batches, full, {})
             yield Case(title, 2, micro_batches, full, {})
             yield Case(f"{title}, FSDP2", 2, micro_batches, full, FSDP)

@@ -264,35 +264,51 @@ def test_bf16_weights_have_float32_copies_which_only_deepspeed_resumes(
     assert "without deepspeed_config the optimizer starts from scratch" in messages(alone)
 
 
-BF16 = {**FULL, "mixed_precision": "bf16", "learning_rate": 1e-4}
+# Unclipped: norms round differently, and without the engine clipping rounds bf16 gradients.
+BF16 = {**FULL, "mixed_precision": "bf16", "learning_rate": 1e-4, "max_grad_norm": 0.0}
+BF16_SUMS = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
+
+
+def different_weights(run_dir: Path, other: Path) -> float:
+    """Return the fraction of the trained numbers that differ in the last checkpoint."""
+    mine, theirs = (
+        load_file(folder / f"checkpoint-{STEPS}" / "weights.safetensors")
+        for folder in (run_dir, other)
+    )
+    different = sum(int((mine[name] != theirs[name]).sum()) for name in mine)
+    return different / sum(tensor.numel() for tensor in mine.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_bf16_gradients_are_added_in_float32(stage: int, trainings: Trainings) -> None:
-    """So four micro-batches have the same sum on one process and on two."""
+@pytest.mark.parametrize(
+    ("stage", "sums", "low", "high"),
+    [(2, {}, 0.0, 1e-5), (3, {}, 0.0, 1e-5), (2, BF16_SUMS, 1e-4, 1.0)],
+    ids=["ZeRO-2", "ZeRO-3", "in bf16"],
+)
+def test_bf16_gradients_are_added_in_float32(
+    stage: int, sums: dict[str, Any], low: float, high: float, trainings: Trainings
+) -> None:
+    """So four micro-batches have nearly the same sum on one process and on two."""
+    config = {"zero_optimization": {"stage": stage}, **sums}
     one, two = (
         trainings.train(
-            f"sums-{stage}-{count}", count, **BF16, **zero(stage), gradient_accumulation_steps=4 // count
+            f"sums-{stage}-{len(sums)}-{count}", count, **BF16, deepspeed_config=config,
+            gradient_accumulation_steps=4 // count,
         )
         for count in (1, 2)
     )  # fmt: skip
-    assert_equal_runs(two, one, tolerance=0)
+    assert low <= different_weights(two, one) <= high
 
 
 @pytest.mark.slow
-def test_bf16_weights_differ_by_their_float32_copies_alone(trainings: Trainings) -> None:
-    """Unclipped: the engine clips float32 gradients, and without it bf16 ones are clipped."""
-    options = {**BF16, "max_grad_norm": 0.0}
-    engine = trainings.train("copies-engine", 2, **options, **zero(2))
-    values(trainings.try_train("copies", 1, train=train_with_float32_copies, **options))
-    plain = trainings.train("copies-plain", 1, **options)
-    weights = [
-        load_file(run_dir / f"checkpoint-{STEPS}" / "weights.safetensors")
-        for run_dir in (engine, trainings.root / "copies", plain)
-    ]
-    assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
-    assert not all(tensor.equal(weights[2][name]) for name, tensor in weights[0].items())
+def test_bf16_weights_differ_by_their_float32_copies(trainings: Trainings) -> None:
+    """Of two bf16 gradients the sum is the same in any order, so that nothing else differs."""
+    config = {"zero_optimization": {"stage": 2}, **BF16_SUMS}
+    engine = trainings.train("copies-engine", 2, **BF16, deepspeed_config=config)
+    values(trainings.try_train("copies", 1, train=train_with_float32_copies, **BF16))
+    assert different_weights(engine, trainings.root / "copies") == 0
+    plain = trainings.train("copies-plain", 1, **BF16)
+    assert different_weights(engine, plain) > 0.01
 
 
 @pytest.mark.slow
