@@ -105,6 +105,20 @@ def test_dropped_elements_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(again[name], kept[name]) for name in kept)
 
 
+@pytest.mark.parametrize(("dropout", "saved"), [(0.3, DOUBLES + SINGLES), (0.0, 0)])
+def test_random_states_are_saved_for_dropout_alone(
+    dropout: float, saved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = list[Tensor]()
+    get_state = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: states.append(get_state()) or get_state())
+    model = network("all", "no_change", dropout=dropout)
+    ChromaFamily().place_blocks(model, BlockMemoryPolicy(DOUBLES + SINGLES))
+    tokens, text = torch.randn(1, ROWS * COLUMNS, 64), torch.randn(1, TEXT, TEXT_WIDTH)
+    model(tokens, torch.tensor([0.3]), text, (ROWS, COLUMNS))
+    assert len(states) == saved
+
+
 def test_linears_compute_their_outputs_afterwards() -> None:
     model = network("all+ffs", "nf4")
     first = step(model, DOUBLES + SINGLES)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from simpletuner.models.block_executor import BlockExecutor
 from simpletuner.models.block_swap import BlockSwap, DeviceBuffer, TransferEngine
 from simpletuner.models.chroma.family import ChromaFamily
 from simpletuner.models.chroma.model_spec import CHROMA_CONSTANTS
+from simpletuner.models.offloaded_inputs import OffloadedInputs
 from simpletuner.training import device as devices
 from simpletuner.training import loop, train_state
 from simpletuner.training.device import ComputeDevice, Hardware
@@ -193,6 +194,10 @@ class PretendedBuffer(DeviceBuffer):
 
 
 class PretendedEngine(TransferEngine):
+    def __init__(self) -> None:
+        self.copied_back = list[Tensor]()
+        self._offloaded = OffloadedInputs(Tensor.cpu, self._start_copy_back)
+
     def pin_memory(self, packed: Tensor) -> Tensor:
         return PlacedTensor(packed, torch.device("cpu"))
 
@@ -200,14 +205,19 @@ class PretendedEngine(TransferEngine):
         return PretendedBuffer(size)
 
     def offload_saved_tensors(self) -> AbstractContextManager[object]:
-        return torch.autograd.graph.saved_tensors_hooks(Tensor.cpu, lambda host: host.to(GPU))
+        return self._offloaded.save_block()
+
+    def _start_copy_back(self, host: Tensor) -> Callable[[], Tensor]:
+        assert place_of(host) == torch.device("cpu")
+        self.copied_back.append(host)
+        return lambda: host.to(GPU)
 
 
 @pytest.mark.parametrize("precision", ["no_change", "int4"])
 def test_swapped_blocks_compute_on_the_device(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their weights are on the host before and after, and the others are on the device."""
+    """Their weights are on the host before and after, and so are the inputs of all blocks meanwhile."""
     monkeypatch.setattr(block_swap, "Tensor", PlacedTensor)  # the class of weights that it accepts
     context = make_context(base_model_precision=precision)
     network = context.transformer
@@ -219,9 +229,12 @@ def test_swapped_blocks_compute_on_the_device(
     trained = [param for param in network.parameters() if param.requires_grad]
     with pytest.raises(MixedDevices):
         loop.compute_losses(context, context.load_batch(0), torch.tensor([0.5]), 0)
-    swap = BlockSwap({number: network.blocks[number]}, PretendedEngine())
-    network.run_block = BlockExecutor(frozenset([number]), swap)
+    engine = PretendedEngine()
+    swap = BlockSwap({number: network.blocks[number]}, engine)
+    checkpointed = frozenset(range(number + 1))
+    network.run_block = BlockExecutor(checkpointed, swap, engine.offload_saved_tensors)
     loop.compute_losses(context, context.load_batch(0), torch.tensor([0.5]), 0).sum().backward()
+    assert len(engine.copied_back) >= len(network.blocks)
     assert all(place_of(param.grad) == GPU for param in trained)
     swap.close()
     frozen = [each for each in network.blocks[number].parameters() if not each.requires_grad]

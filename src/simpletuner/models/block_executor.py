@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,9 @@ class BlockExecutor:
     checkpointed: numbers of the blocks with gradient checkpointing. block_swap: brings swapped
     weights to the device. saved_tensors_context: where checkpointed blocks keep their inputs until
     the backward pass. skips_last_products: whether a checkpointed block does not compute its last
-    products again; compiled blocks do, because theirs are part of a larger program. intercept: is
+    products again; compiled blocks do, because theirs are part of a larger program. draws_random:
+    numbers of the blocks with dropout, whose random state is saved to drop the same elements when
+    they are computed again. intercept: is
     called in place of every block with a function that runs it; the memory plan counts them so.
     """
 
@@ -97,6 +100,7 @@ class BlockExecutor:
     block_swap: BlockSwap | None = None
     saved_tensors_context: Callable[[], AbstractContextManager[object]] = nullcontext
     skips_last_products: bool = True
+    draws_random: frozenset[int] = frozenset()
     intercept: Intercept | None = None
 
     def __call__(self, number: int, block: nn.Module, streams: Streams, *rest: Any) -> Streams:
@@ -116,28 +120,28 @@ class BlockExecutor:
             outputs = block(*inputs, *rest)
             return outputs if isinstance(outputs, tuple) else (outputs,)
 
-        checkpointed = torch.is_grad_enabled() and number in self.checkpointed
+        compute: Callable[..., Streams] = run
+        if torch.is_grad_enabled() and number in self.checkpointed:
+            compute = partial(self._run_checkpointed, number, block, run)
         if self.block_swap is None or number not in self.block_swap:
-            return self._run_checkpointed(block, run, streams) if checkpointed else run(*streams)
+            return compute(*streams)
         with self.block_swap.on_device(number):
-            outputs = self._run_checkpointed(block, run, streams) if checkpointed else run(*streams)
+            outputs = compute(*streams)
         return self.block_swap.mark_backward_start(number, outputs)
 
     def _run_checkpointed(
-        self, block: nn.Module, run: Callable[..., Streams], streams: Streams
+        self, number: int, block: nn.Module, run: Callable[..., Streams], *streams: Tensor
     ) -> Streams:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             again = UnusedOutputs(block) if self.skips_last_products else nullcontext()
             return nullcontext(), again
 
         with self.saved_tensors_context():
-            # The random state is saved: dropout in adapters must drop the same elements when the
-            # block is run a second time in the backward pass.
             outputs: Streams = checkpoint(
                 run,
                 *streams,
                 use_reentrant=False,
-                preserve_rng_state=True,
+                preserve_rng_state=number in self.draws_random,
                 context_fn=contexts,
             )
         return outputs
@@ -188,9 +192,16 @@ def place_blocks(
     if device is not None:
         on_host = {id(part) for module in stay for part in module.modules()}
         _move_tensors(network, device, on_host, swap)
+    random = frozenset(number for number, block in enumerate(blocks) if has_dropout(block))
+    executor = BlockExecutor(checkpointed, swap, draws_random=random)
     if engine and memory.offload_activations:
-        return BlockExecutor(checkpointed, swap, engine.offload_saved_tensors)
-    return BlockExecutor(checkpointed, swap)
+        return replace(executor, saved_tensors_context=engine.offload_saved_tensors)
+    return executor
+
+
+def has_dropout(block: nn.Module) -> bool:
+    """Return whether a block draws random numbers when it is trained."""
+    return any(isinstance(part, nn.Dropout) and part.p > 0 for part in block.modules())
 
 
 def _move_tensors(

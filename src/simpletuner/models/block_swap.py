@@ -24,7 +24,7 @@ safe.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +33,15 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.errors import ConfigError
+from simpletuner.models.offloaded_inputs import FinishCopy, OffloadedInputs
 
 ALIGNMENT = 256  # bytes; the alignment that device allocators guarantee for a tensor
 DEVICE_BUFFERS = 2  # one is computed with while the other one is filled
+
+
+def pinned_bytes(sizes: Iterable[int]) -> int:
+    """Return the page-locked memory for tensors of so many bytes: torch takes powers of two."""
+    return sum(1 << (size - 1).bit_length() for size in sizes)
 
 
 class DeviceBuffer(ABC):
@@ -69,7 +75,7 @@ class TransferEngine(ABC):
 
     @abstractmethod
     def offload_saved_tensors(self) -> AbstractContextManager[object]:
-        """Return a context in which autograd keeps its saved tensors in host memory."""
+        """Return a context for one block, in which autograd keeps its saved tensors on the host."""
 
 
 class _CudaBuffer(DeviceBuffer):
@@ -103,6 +109,7 @@ class CudaTransferEngine(TransferEngine):
         self._device = device
         self._to_device_stream = torch.cuda.Stream(device)
         self._to_host_stream = torch.cuda.Stream(device)
+        self._offloaded = OffloadedInputs(self._copy_to_host, self._start_copy_back)
 
     def pin_memory(self, packed: Tensor) -> Tensor:
         try:
@@ -115,12 +122,9 @@ class CudaTransferEngine(TransferEngine):
         return _CudaBuffer(size, self._device, self._to_device_stream)
 
     def offload_saved_tensors(self) -> AbstractContextManager[object]:
-        return torch.autograd.graph.saved_tensors_hooks(self._pack_to_host, self._unpack_to_device)
+        return self._offloaded.save_block()
 
-    def _pack_to_host(self, tensor: Tensor) -> Tensor:
-        # torch.utils.checkpoint also saves an empty tensor on the CPU next to the inputs.
-        if tensor.device.type == "cpu":
-            return tensor
+    def _copy_to_host(self, tensor: Tensor) -> Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._to_host_stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._to_host_stream):
@@ -128,9 +132,22 @@ class CudaTransferEngine(TransferEngine):
         tensor.record_stream(self._to_host_stream)
         return host
 
-    def _unpack_to_device(self, host: Tensor) -> Tensor:
-        torch.cuda.current_stream(self._device).wait_stream(self._to_host_stream)
-        return host.to(self._device, non_blocking=True)
+    def _start_copy_back(self, host: Tensor) -> FinishCopy:
+        stream = self._to_device_stream
+        copy = torch.empty(host.shape, dtype=host.dtype, device=self._device)
+        # Kernels issued earlier may still use this memory, and the way to the host must be over.
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream.wait_stream(self._to_host_stream)
+        with torch.cuda.stream(stream):
+            copy.copy_(host, non_blocking=True)
+        copy.record_stream(stream)
+        done = stream.record_event()
+
+        def finish() -> Tensor:
+            torch.cuda.current_stream(self._device).wait_event(done)
+            return copy
+
+        return finish
 
 
 def create_transfer_engine(device: torch.device | None) -> TransferEngine:

@@ -65,8 +65,9 @@ def quantize_moments(
     upper = torch.bucketize(scaled, table, out_int32=True).clamp_(1, len(table) - 1)
     below = table[upper - 1]
     probability = scaled.sub_(below).div_(table[upper].sub_(below))
-    uniform = draw_uniform().view(exact.shape)
-    return (upper - (uniform >= probability).int()).to(torch.uint8), scales
+    del below  # memory, here and below: a chunk's tensors are the highest moment at full rank
+    is_lower = draw_uniform().view(exact.shape) >= probability
+    return upper.sub_(is_lower.view(torch.uint8)).to(torch.uint8), scales
 
 
 def dequantize_moments(codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
@@ -112,11 +113,14 @@ class EightBitMoments:
     ) -> None:
         rows = slice(part.start // BLOCK_SIZE, -(-part.stop // BLOCK_SIZE))
         exact = {"mean": mean, "square": square}
+        padding = -len(mean) % BLOCK_SIZE
         # Padding gets random bits too, so that each row of 256 has those of its place.
-        padded = slice(part.start, part.stop + -len(mean) % BLOCK_SIZE)
+        padded = slice(part.start, part.stop + padding)
         for number, (which, table) in enumerate(self._code_tables(mean.device).items(), 1):
-            full = F.pad(exact[which], (0, -len(mean) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
-            codes, scales = quantize_moments(full, table, partial(noise.uniform, number, padded))
+            full = F.pad(exact[which], (0, padding)) if padding else exact[which]
+            codes, scales = quantize_moments(
+                full.view(-1, BLOCK_SIZE), table, partial(noise.uniform, number, padded)
+            )
             state[f"{which}_codes"][rows], state[f"{which}_scales"][rows] = codes, scales
 
     def _code_tables(self, device: torch.device) -> dict[str, Tensor]:

@@ -123,7 +123,7 @@ class StochasticAdamW(IndependentParameterOptimizer):
             if not state:
                 state.update(self.moments.init_state(param))
         gradients = [param.grad for param in params if param.grad is not None]
-        weights, grad = flat.gather(params), flat.gather(gradients).float()
+        weights, grad = flat.gather(params), flat.gather(gradients)
         per_weight = self.moments.per_weight
         gathered = {}
         for key in states[0]:
@@ -148,7 +148,7 @@ class StochasticAdamW(IndependentParameterOptimizer):
         weights, gradient = param.contiguous().view(-1), grad.reshape(-1)
         for start in range(0, param.numel(), CHUNK_SIZE):
             part = slice(start, min(start + CHUNK_SIZE, param.numel()))
-            self._update_chunk(weights[part], gradient[part].float(), state, part, group, noise)
+            self._update_chunk(weights[part], gradient[part], state, part, group, noise)
         if not param.is_contiguous():
             param.copy_(weights.view_as(param))
 
@@ -163,16 +163,20 @@ class StochasticAdamW(IndependentParameterOptimizer):
         clear_padding: Callable[[Tensor], None] = lambda flat: None,
     ) -> None:
         beta1, beta2 = group["betas"]
+        exact_grad = grad.float()
         mean, square = self.moments.read(state, part)
         # 8-bit codes have no 0 for the mean of squares, so padding would not stay 0.
         clear_padding(mean)
         clear_padding(square)
-        mean.lerp_(grad, 1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        mean.lerp_(exact_grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(exact_grad, exact_grad, value=1 - beta2)
+        del exact_grad  # memory, here and below
         # eps is added after the bias correction, as torch does.
         denominator = square.sqrt().div_(math.sqrt(1 - beta2 ** group["step"])).add_(group["eps"])
         # In the order of torch's AdamW: first the decay of the weights, then the update.
         new = weights.float().mul_(1 - group["lr"] * group["weight_decay"])
         new.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1 ** group["step"]))
+        del denominator
         copy_stochastically(weights, new, noise, 0, part)
+        del new
         self.moments.write(state, part, mean, square, noise)

@@ -15,7 +15,7 @@ from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_sizes
 from simpletuner.flow.rollout import final_probability
 from simpletuner.models.block_executor import block_memory_policy
-from simpletuner.models.block_swap import ALIGNMENT, DEVICE_BUFFERS
+from simpletuner.models.block_swap import ALIGNMENT, DEVICE_BUFFERS, pinned_bytes
 from simpletuner.models.family import BlockMemoryPolicy, ModelFamily, ModelSpec
 from simpletuner.models.weights.evaluation_files import (
     EvaluationModelSize,
@@ -142,7 +142,7 @@ def predict_memory(
     on_host = offloaded_bytes(run, kind, spec, memory, feed, measured, average)
     parts = device_parts(measured, on_host, swapped, average)
     if swapped:
-        on_host["swapped blocks"] = model_bytes  # the whole model is loaded on the host first
+        on_host["swapped blocks"] = max(model_bytes, pinned_bytes(swapped))  # loaded whole first
     parts, on_host = share_among_processes(parts, on_host, world, unit_weights, measured, is_lora)
     passes = run.training.gradient_accumulation_steps
     rollouts = final_probability(run.flow) * measured.rollout_flops
