@@ -73,6 +73,7 @@ def attach_adapter(
         lycoris = dict.fromkeys(target_names, lycoris_config.require_lycoris_config(options))
     bases = _find_base_linears(transformer, target_names)
     ranks = _module_ranks(options, list(bases))
+    # Read before any adapter is built: a wrong file must leave the network as it is.
     initial_deltas: dict[str, Delta] = {}
     initialized_from = None
     if options.init_lora is not None:

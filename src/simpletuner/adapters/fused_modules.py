@@ -43,6 +43,7 @@ def fuse_modules(deltas: Mapping[str, Delta], names: ModuleNames) -> dict[str, D
                 f"{name} is a part of a fused {delta.kind}, which cannot be written exactly;"
                 " simpletuner export --rank N writes a LoRA that approximates it"
             )
+        # Parts of one fused matrix are collected by the place that they have in it.
         groups.setdefault(location[0], {})[location[1]] = delta
     return {native: _fuse(native, parts, names) for native, parts in groups.items()}
 

@@ -259,6 +259,7 @@ def _relative_error(expected: Delta | AdaptedLinear, applied: Delta) -> float:
     if expected.magnitude is not None:
         norms = expected.magnitude.cpu()
         equal = applied.magnitude is not None and torch.equal(applied.magnitude, norms)
+        # Norms are stored as they are, so any difference is an error.
         error = error if equal else float("inf")
     if error == 0.0:
         return 0.0

@@ -160,6 +160,7 @@ def _list_repository(
 
     api = HfApi()
     repository, endpoint = location.repository, api.endpoint
+    # Sent to the hub's own host only; files are stored on other hosts.
     token = get_token()
     folder = RemoteFolder(
         address=location.address,
@@ -175,6 +176,7 @@ def _list_repository(
     )
     pages = folder.list_pages()
     commit, card = pages[0].follow_up
+    # At the commit, so that a change of the repository during the run has no effect.
     base = f"{endpoint}/datasets/{repository}/resolve/{commit}"
     listed = replace(
         folder, locate=lambda path: f"{base}/{quote(path)}", listed=tuple(pages[0].files)
@@ -198,6 +200,7 @@ class _RepositoryLister(Lister):
             for entry in entries:
                 size = vars(entry).get("size")  # folders have none
                 if size is not None:
+                    # Both change with the content, which is what a version must do.
                     tag = entry.lfs.sha256 if entry.lfs else entry.blob_id
                     files.append(ListedFile(entry.path, size, version_number(tag)))
         card = info.card_data.to_dict() if info.card_data else {}

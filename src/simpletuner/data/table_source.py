@@ -146,6 +146,7 @@ class _RowReader:
     def _image(self, where: str, number: int, row: Row) -> tuple[str, SourceFile]:
         if self.embedded is not None:
             address = f"{self.table.address}::{self.image}[{number - 1}]"
+            # The number of the row is its path: images in a table have no names.
             return where, EmbeddedImage(address, number - 1, self.embedded)
         cell = row.get(self.image)
         if not isinstance(cell, str) or not cell.strip():

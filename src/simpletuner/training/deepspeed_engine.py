@@ -156,5 +156,6 @@ def register_shared_weights(deepspeed: Any, transformer: nn.Module) -> None:
     Stage 3 gathers the weights of a module before its forward pass; these are another module's.
     """
     for module in adapted_modules(transformer).values():
+        # Only these: the factors are parameters of the module itself.
         for parameter in module.base_layer.parameters():
             deepspeed.zero.register_external_parameter(module, parameter)

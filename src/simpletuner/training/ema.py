@@ -100,6 +100,7 @@ class Ema:
         Meanwhile the trained weights are stored on the device of the average, because in full
         fine-tuning a GPU may not have memory for both.
         """
+        # Copies, not exchanged pointers: the optimizer and FSDP2 hold these tensors.
         trained = [self._copy(param, self.shadow[name].device) for name, param in self.params]
         with torch.no_grad():
             for name, param in self.params:

@@ -129,6 +129,7 @@ class Exporter:
         for name, weights in self._kinds_of_weights():
             folder = self.folder.path / name
             with weights():
+                # A new export must not destroy the previous one before it is complete.
                 replace_folder(folder, self._save_transformer)
             written[folder] = ONLY_THIS_PROGRAM if bundled else "diffusers"
             if self.run.publishing.save_native_file:

@@ -248,12 +248,15 @@ def launch(run: RunConfig, count: int, command: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     options = run.distributed
     local_size = count // options.num_machines
+    # Before the agent is made: it and the processes read them.
     environment.set_variables(variables_of_launcher())
     if run.model.torch_num_threads is None:
         threads = max(1, torch.get_num_threads() // local_size)
         environment.set_missing_variables({"OMP_NUM_THREADS": str(threads)})
     stop = StopRequests()
+    # Checkpoints that are newer are those of this run, also where it started with "never".
     began = time.time()
+    # One of several machines alone would wait for the others.
     restarts = options.max_restarts if options.num_machines == 1 else 0
     with stop.handlers_installed():
         for attempt in range(restarts + 1):
@@ -282,6 +285,7 @@ def exit_code_of(ended: EndedProcess, stop: StopRequests) -> int:
         print("stopped before the training began", file=sys.stderr)
         return TrainingStopped.exit_code
     print(ended.describe(), file=sys.stderr)
+    # As a shell reports a signal.
     return 128 - ended.code
 
 
@@ -330,6 +334,7 @@ def run_attempt(
         )
         agent = PatientAgent(spec, DefaultLogsSpecs(logs, redirects=others), stop, server)
         agent.run()
+        # A signal between two attempts waits for the processes of the next one.
         stop.forward_to(())
         ended = agent.first_ended
         failure = read_failure(server) if ended and server is not None else None

@@ -22,6 +22,7 @@ def end_with_parent(parent: int) -> None:
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
+        # SIGKILL, because a process that waits for a dead one reacts to nothing else.
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()

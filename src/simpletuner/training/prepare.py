@@ -150,6 +150,7 @@ class PreparedInputs:
     def _image_keys(self) -> list[str]:
         """Return one key for each training sample: of its image, and of its mask if it has one."""
         pairs = zip(self.train.latent_keys, self.train.mask_keys, strict=True)
+        # Without a mask the key is that of the image alone, as in checkpoints from before masks.
         return [_short_hash(image + mask) + image if mask else image for image, mask in pairs]
 
     def sample_hashes(self) -> dict[str, str]:
@@ -184,6 +185,7 @@ class PreparedInputs:
             line = f"{dataset.id}|{dataset.repeats}|{dataset.probability}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
         for item in self.train.placed_samples:
+            # The text of earlier versions: another one would refuse every checkpoint of theirs.
             line = f"{item.sample.id}|{item.bucket_px}|{item.crop_px}|{item.sample.captions}"
             digest.update(line.encode("utf-8", "surrogateescape"))
         sample_count = len(self.train.placed_samples)
@@ -347,6 +349,7 @@ def encode_images(
         encode = family.load_vae(files, run.model, device.device).encode
         return split_when_out_of_memory(encode, device.hardware)
 
+    # One process hashes the files; the keys are sent to the others.
     hashes = ContentHashes(cache_root, emit) if world.is_main else None
     count = run.cache.vae_batch_size
     cached = latent_cache.encode_missing_latents(

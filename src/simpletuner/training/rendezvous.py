@@ -70,6 +70,7 @@ def make_rendezvous(options: DistributedOptions) -> RendezvousHandler:
         return LoopbackRendezvous(options.main_process_port)
     port = options.main_process_port or DEFAULT_PORT
     address = options.main_process_ip or ""
+    # The endpoint is host:port, and an IPv6 address has colons of its own.
     host = f"[{address}]" if ":" in address else address  # IPv6
     return get_rendezvous_handler(
         RendezvousParameters(

@@ -91,6 +91,7 @@ class ResumePoint:
         wanted = accumulation * processes
         if wanted == saved:
             return saved
+        # The user changed the number of processes only, so the training stays what it was.
         if accumulation == saved_accumulation:
             shares = ", ".join(str(len(share)) for share in World(size=processes).shares(saved))
             emit(
@@ -223,6 +224,7 @@ def find_resume_point(run_dir: Path, wanted: str, emit: Emit) -> ResumePoint | N
         if newest is None:
             _refuse_to_replace_results(run_dir)
         return None if newest is None else ResumePoint(newest, checkpoint.read_state(newest), False)
+    # A name in the run folder first, then a path.
     for folder in (run_dir / wanted, Path(os.path.expanduser(wanted))):
         if folder.is_dir():
             checkpoint.verify_checkpoint(folder)

@@ -118,6 +118,7 @@ def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None
     recorded in events.jsonl and exit.json.
     """
     run = loaded.config
+    # Before the run folder: who writes it depends on the rank.
     world = join_world(run)
     path = Path(os.path.expanduser(run.training.output_dir)).absolute()
     folder = RunFolder(path) if world.is_main else FollowerRunFolder(path)
@@ -147,6 +148,7 @@ def run_training(loaded: LoadedConfig, backends: DatasetFile, within: str | None
                         run, backends, base_dir, folder, world, stop, stopping_emit, opened
                     )
                 )
+            # The main process must not report the end while another one may still fail.
             world.wait_for_all("end")
         # The outermost edge catches everything, because exit.json must say how every run ended.
         except BaseException as error:

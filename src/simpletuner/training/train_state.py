@@ -170,6 +170,7 @@ def assemble_train_state(
     micro_batches: int,
 ) -> TrainState:
     """Build the optimizer, its step strategy and the average for the trainable parameters."""
+    # Over all processes, because lr_scale counts the samples of a step.
     samples = run.training.train_batch_size * micro_batches
     rate = optimizers.effective_learning_rate(run.optimizer, samples)
     options = run.optimizer.model_copy(update={"learning_rate": rate})

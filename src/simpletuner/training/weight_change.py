@@ -78,6 +78,7 @@ class WeightChange:
         reading = {
             name: module
             for name, module in modules.items()
+            # The base does not change, so its norms are computed once.
             if name not in self._weights or isinstance(module, DoraLinear)
         }
         changes = {
@@ -120,6 +121,7 @@ def sample_weights(
             continue
         first, total = sharding.flat_range(name, parameter)
         generator = torch.Generator().manual_seed(seed_at(SEED, "weight-change", name))
+        # Drawn for the whole matrix, so that all ranks together have the sample of one process.
         places = torch.randint(total, (min(SAMPLED_WEIGHTS, total),), generator=generator) - first
         places = places[(places >= 0) & (places < parameter.numel())]
         values = parameter.detach().flatten()[places.to(parameter.device)].cpu().double()

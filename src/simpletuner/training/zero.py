@@ -128,6 +128,7 @@ class Zero(Sharding):
 
     @contextmanager
     def whole_params(self, params: Sequence[nn.Parameter], write: bool = False) -> Iterator[None]:
+        # An inner context would free at its end what the outer one has gathered.
         if not self.shards_weights or self._is_gathering:
             yield
             return
@@ -175,6 +176,7 @@ class Zero(Sharding):
             }
             for key in held.keys() - state[index].keys():
                 read = partial(utils.safe_get_full_optimizer_state, param, key)
+                # Read when the file is written, one after the other.
                 whole[f"{index}.{key}"] = self._on_main(param, held[key].dtype, read)
             if self.holds_master_weights:
                 read = partial(utils.safe_get_full_fp32_param, param)
