@@ -243,8 +243,9 @@ def _job_of_request(job: Job, worker: Job | None, state: dict[str, Any] | None) 
     if own.get("state") in ("done", "failed"):
         message = str(own.get("message", ""))
         return job.model_copy(update={"state": own["state"], "message": message, "advice": ""})
-    if own.get("state") == "running":
-        return job
+    if own.get("state") == "running":  # a job without events stays "starting"
+        is_active = job.state in ACTIVE_STATES and job.state != "stopping"
+        return job.model_copy(update={"state": "running"}) if is_active else job
     waits = worker or (None if job.state in ENDED_STATES else job)
     return job if waits is None else waits.model_copy(update={"state": "queued", "message": ""})
 

@@ -30,7 +30,7 @@ def test_from_the_sample_to_a_run_that_can_be_started(
     assert (draft["name"], draft["config"]["modelspec_trigger"]) == ("zorbo", "zorbo")
 
 
-def test_the_first_page_has_no_serious_violation_of_accessibility(
+def test_the_first_page_has_no_violation_of_accessibility(
     server: ServerProcess, open_page: Callable[..., Page], axe: Path
 ) -> None:
     page = open_page(server, fresh=True)
