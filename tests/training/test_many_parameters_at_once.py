@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.training import flat_parameters, gradient_sum
 from simpletuner.training.independent_parameter_optimizer import IndependentParameterOptimizer
+from simpletuner.training.memory_plan.memory_tracker import MemoryTrackerMode
 from simpletuner.training.optimizers import build_optimizer
 from simpletuner.training.stochastic_adamw import StochasticAdamW
 
@@ -59,6 +60,19 @@ def equal_states(mine: Optimizer, other: Optimizer) -> bool:
         for key, value in state.items()
         if isinstance(value, Tensor)
     )
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16"])
+def test_a_chunk_needs_about_nine_temporary_tensors(name: str) -> None:
+    """Of float32 numbers: the highest moment of a training at full rank; 13 with 8-bit moments before."""
+    params = parameters(torch.bfloat16, [(256, 1024)])
+    params[0].grad = torch.ones_like(params[0])
+    optimizer = optimizer_of(name, params)
+    optimizer.step()
+    count = MemoryTrackerMode(granule=1)
+    with count:
+        optimizer.step()
+    assert count.peak_total_bytes <= 9.5 * 4 * params[0].numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
