@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from simpletuner.errors import TrainingDiverged
 from simpletuner.events.event_types import Event
 from simpletuner.training import loop, optimizers
 from simpletuner.training.callbacks import every as every_steps
+from simpletuner.training.device import HARDWARE_BY_TYPE, ComputeDevice, Hardware
 from simpletuner.training.gradient_sum import GradientSum
 from simpletuner.training.loop import ScheduledCallback, TrainerContext, TrainSchedule
 from simpletuner.training.optimizer_step import StandardOptimizerStep
+from simpletuner.training.run_start import emit_run_start
 from simpletuner.training.world import World
 
 
@@ -81,6 +85,37 @@ def test_what_is_asked_for_sees_the_weights_that_are_kept() -> None:
         loop.run_due_callbacks(run, 3)
     assert modes == [False]
     assert optimizer.param_groups[0]["train_mode"]
+
+
+class CountedHardware(Hardware):
+    """A device whose peak starts again at each reset, which is counted."""
+
+    resets = 0
+
+    def __init__(self, device: torch.device) -> None:
+        del device
+
+    def reset_peak(self) -> None:
+        CountedHardware.resets += 1
+
+
+def test_a_steps_peak_is_not_that_of_another_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of what came before the training, nor of the images between two steps."""
+    monkeypatch.setitem(HARDWARE_BY_TYPE, "cpu", CountedHardware)
+    monkeypatch.setattr(CountedHardware, "resets", 0)
+    device = ComputeDevice(torch.device("cpu"), torch.float32, None)
+    plan = TrainSchedule(10, 1, 10, 0)
+    folder: Any = SimpleNamespace(path="run")
+    emit_run_start(None, folder, "model", device, plan, None, (), lambda event: None)
+    assert CountedHardware.resets == 1
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)
+    context = dataclasses.replace(parts(plan, optimizer=optimizer), device=device)
+    context.requested_callbacks = lambda: [lambda step: None, lambda step: None]
+    loop.run_due_callbacks(context, 3)
+    assert CountedHardware.resets == 3
+    context.requested_callbacks = list
+    loop.run_due_callbacks(context, 4)
+    assert CountedHardware.resets == 3
 
 
 @pytest.mark.parametrize("resumed", [0, 3, 4, 6])
