@@ -21,6 +21,7 @@ GPU = torch.device("cuda")
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 # What copies between devices.
+INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 COPIES = {aten.copy_.default, aten._foreach_copy_.default, aten._foreach_copy.default}
 
 
@@ -59,7 +60,9 @@ class PlacedTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # Positions may be on the CPU: torch copies them to the device of what they index.
+        operands = (args[0], args[2:]) if func in INDEXED else args
+        tensors = [leaf for leaf in tree_leaves((operands, kwargs)) if isinstance(leaf, Tensor)]
         places = {place_of(tensor) for tensor in tensors if tensor.ndim} or {
             place_of(tensor) for tensor in tensors
         }
@@ -95,6 +98,8 @@ class PretendedGpu(TorchFunctionMode):
             with no_dispatch():
                 plain = args[0].detach()
             return plain.tolist()
+        if func is Tensor.new_tensor and isinstance(args[0], PlacedTensor):
+            return PlacedTensor(torch.tensor(args[1], dtype=args[0].dtype), args[0].place)
         if func in (Tensor.to, Tensor.cpu):
             return self.move(func, args, kwargs)
         if func is Tensor.backward:

@@ -17,6 +17,7 @@ from benchmarks.gpu.workload import TOY
 from PIL import Image
 from torch import Tensor, nn
 
+from simpletuner.cache.batch_types import TargetWeights
 from simpletuner.config.load import config_from_resolved
 from simpletuner.config.schema import ModelOptions
 from simpletuner.events.sinks import null_emit
@@ -177,6 +178,24 @@ def test_a_training_step_mixes_no_devices(case: str) -> None:
     assert expected is None or reads == [expected]
     assert all(place_of(param) == GPU for param in params)
     assert not all(map(torch.equal, before, params))
+
+
+def test_masks_rollouts_and_the_bases_prediction_mix_no_devices() -> None:
+    context = make_context(lora_rank=2)
+    batch = context.load_batch(0)
+    cells = torch.rand(1, 1, *batch.latents.shape[2:])
+    weights = TargetWeights(cells, 1 - cells, (0,))
+    rolled_out = {"scheduled_sampling_probability": 1.0}
+    flow = context.flow_options.model_copy(update=rolled_out)
+    context = dataclasses.replace(context, flow_options=flow)
+    batch = dataclasses.replace(batch, weights=weights)
+    sigma = torch.tensor([0.5])
+    assert loop.choose_rollouts(flow, context.seed, 0, batch.visit_keys, sigma).rows
+    losses = loop.compute_losses(context, batch, sigma, 0)
+    losses.sum().backward()
+    trained = [param for param in context.transformer.parameters() if param.requires_grad]
+    assert {place_of(param.grad) for param in trained if param.grad is not None} == {GPU}
+    assert place_of(losses) == GPU
 
 
 class PretendedBuffer(DeviceBuffer):
