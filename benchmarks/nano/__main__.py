@@ -13,7 +13,7 @@
     stopping
 
 Every cell is a run folder in OUT/cells, trained by `simpletuner train`. The same command goes on:
-finished cells are skipped, interrupted ones resume from their checkpoint, a failed one is told and
+finished cells are skipped, interrupted ones resume from their checkpoint, a failed one is reported and
 stops no other. Tables are written when it ends or is interrupted, with as many seeds as are
 finished.
 """

@@ -93,7 +93,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class TablePart:
-    """Rows that are compared with each other; the first is what the others are told against."""
+    """Rows that are compared with each other; the first is what the others are compared with."""
 
     name: str
     title: str
@@ -339,7 +339,7 @@ def list_cells(size: ExperimentSize, seeds: Sequence[int], only: Sequence[str] =
     return listed
 
 
-# What is told together is trained together, seed by seed, so that an early end leaves whole
+# What is compared is trained together, seed by seed, so that an early end leaves whole
 # comparisons.
 VARIANT_GROUPS = (
     ("base",), ("lesson",), ("rollout", "mixflow", "at-"), ("on-",), ("still",), ("trial",),

@@ -66,7 +66,7 @@ CAPTION_ROW = MethodRow(
     "one caption for all of the concept", "methods-constant", data="lesson-constant"
 )
 
-# Name of the part, its title, its rows; the first row is what the others are told against.
+# Name of the part, its title, its rows; the first row is what the others are compared with.
 METHOD_PARTS: tuple[tuple[str, str, tuple[MethodRow, ...]], ...] = (
     ("control", "rates, ranks, weights and averages", CONTROL_ROWS),
     (

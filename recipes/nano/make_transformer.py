@@ -6,7 +6,7 @@ fitted.
 The approximator turns sigma into every modulation vector and is never trained along with the
 blocks. Big Chroma got it by distillation; here a short regression fits it to a table written down
 below: shifts and scales that are smooth functions of sigma, at several frequencies, so that every
-layer is told the time precisely, and gates around one. Then it is frozen for good.
+layer receives the time precisely, and gates around one. Then it is frozen for good.
 """
 
 from __future__ import annotations
