@@ -275,3 +275,23 @@ def test_conditions() -> None:
     assert find_unmet_need(needs, {**values, "b": None}.__getitem__) == needs[1]
     assert find_unmet_need(needs, {**values, "a": True}.__getitem__) == needs[0]
     assert [str(group[0]) for group in needs] == ["a 1 or 2", "a value for b", "c true"]
+
+
+@pytest.mark.parametrize(
+    ("options", "is_named"),
+    [
+        ({}, True),
+        ({"optimizer": "lion"}, True),
+        ({"optimizer": "adamw_bf16"}, False),
+        ({"base_model_default_dtype": "fp32"}, False),
+        ({"mixed_precision": "no"}, False),
+        ({"model_type": "lora"}, False),
+        ({"deepspeed_config": '{"zero_optimization": {"stage": 2}}', "num_processes": 2}, False),
+    ],
+)
+def test_full_rank_that_loses_small_updates_is_named(
+    options: dict[str, Any], is_named: bool
+) -> None:
+    run = config_from_resolved({"model_type": "full", **options})
+    named = [text for text in constraints.find_warnings(run, {}) if "rounds bf16 weights" in text]
+    assert len(named) == is_named

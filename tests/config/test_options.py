@@ -318,7 +318,7 @@ def test_what_agrees_is_let_through(judge: Any, config: dict[str, Any]) -> None:
             "lr_warmup_steps (9) >= max_train_steps (9): the learning rate never reaches its target",
         ),
         (
-            {"model_type": "full", "lora_rank": 4, "use_dora": True},
+            {"model_type": "full", "optimizer": "muon", "lora_rank": 4, "use_dora": True},
             "lora_rank, use_dora have no effect with model_type full",
         ),
         ({"evaluation_prompts": 8}, "no effect with evaluation_type none"),

@@ -14,6 +14,7 @@ from simpletuner.config import flow_constraints, lycoris_config, preservation_co
 from simpletuner.config.deepspeed_config import find_deepspeed_notices
 from simpletuner.config.distributed_constraints import find_distributed_errors
 from simpletuner.config.optimizer_arguments import parse_optimizer_arguments
+from simpletuner.config.optimizer_names import STOCHASTIC_OPTIMIZERS
 from simpletuner.config.option import (
     NeedGroup,
     ValueReader,
@@ -279,9 +280,27 @@ def find_warnings(run: RunConfig, given: GivenOrigins) -> Iterator[str]:
             f"lr_warmup_steps ({optimizer.lr_warmup_steps}) >= max_train_steps "
             f"({training.max_train_steps}): the learning rate never reaches its target"
         )
+    yield from _warn_about_rounding(run)
     yield from find_deepspeed_notices(run)
     yield from _warn_about_lycoris_preset(run, given)
     yield from _warn_about_ineffective(run, given)
+
+
+def _warn_about_rounding(run: RunConfig) -> Iterator[str]:
+    """Warn of full-rank training whose updates are smaller than the spacing of bf16 numbers.
+
+    On chroma-nano it learnt a quarter of what float32 weights learnt (docs/methods.md). DeepSpeed
+    trains float32 copies of the weights.
+    """
+    model, optimizer = run.model, run.optimizer.optimizer
+    stored = model.base_model_default_dtype or model.mixed_precision
+    if model.model_type != "full" or stored != "bf16" or run.distributed.deepspeed_config:
+        return
+    if optimizer not in STOCHASTIC_OPTIMIZERS:
+        yield (
+            f"{optimizer} rounds bf16 weights to the nearest number, which loses small updates; "
+            "adamw_bf16 rounds stochastically and learns as with fp32"
+        )
 
 
 def _warn_about_lycoris_preset(run: RunConfig, given: GivenOrigins) -> Iterator[str]:

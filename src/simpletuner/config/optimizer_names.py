@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+STOCHASTIC_OPTIMIZERS = ("adamw_bf16", "adamw_8bit", "muon")  # they round bf16 weights by chance
+
 OPTIMIZER_ALIASES: Mapping[str, str] = {
     **dict.fromkeys(("torch-adamw", "optimi-adamw", "bnb-adamw", "bnb-adamw-paged"), "adamw"),
     "sdnq-adamw+no_quant": "adamw_bf16",
