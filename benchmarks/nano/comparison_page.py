@@ -17,7 +17,6 @@ COLUMNS = (
     Column("held-out loss, 1/1000", "held_out", 1, 1000.0, True),
     Column("learnt, points", "zorbo_zorbo", 1, 100.0, True),
     Column("base's score lost, points", "lost_all", 1, 100.0, True),
-    Column("s a step", "step_seconds", 2),
 )
 NOT_MEASURED = "**Not measured yet**: no cell of this table is finished."
 ALT_TEXT = "differences from the first row of each part: held-out loss, learnt, lost"

@@ -93,6 +93,7 @@ METHOD_PARTS: tuple[tuple[str, str, tuple[MethodRow, ...]], ...] = (
 METHOD_PART_NAMES = tuple(name for name, _, _ in METHOD_PARTS)
 METHOD_NOTES: Mapping[str, str] = {
     "control": "The same steps for all rows, so that a row with another rate is not one that was tuned. "
+    "Seconds a step are medians of runs that shared the machine with other work: do not compare them. "
     + RULE_IN_WORDS,
     "batches": "The rate is the example's for batch 8 in all rows.",
     "images": "Each set of the concept is repeated so that the concept is as large a part of the run.",

@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -17,6 +17,8 @@ from benchmarks.nano.cell_result import CellResult, named_measures
 from benchmarks.nano.experiments import Cell, ExperimentSize, TablePart, TableRow
 
 LIBRARIES = ("simpletuner", "torch", "diffusers", "peft", "transformers")
+# The shares of images among the measures with words in verdicts.py, and the scores they come from.
+COUNTED_SHARES = {"zorbo_zorbo": ("zorbo", "zorbo"), "lost_all": ("shapes", "all")}
 TableData = dict[
     str, Any
     # what a file of results/ holds; `table` makes it, markdown_tables.py and densities_figure.py read
@@ -112,17 +114,28 @@ def _build_row(
         | {"per_seed": {str(seed): round_to_six_digits(by_seed[seed][name]) for seed in found}}
         for name in names
     }
+    images = {
+        name: int(one.scores[metric][rate][2])
+        for one in found.values()
+        for name, (metric, rate) in COUNTED_SHARES.items()
+        if rate in one.scores.get(metric, {})
+    }
     return {
         "label": row.label, "variant": row.variant, "options": dict(variant.options),
         "learning_rates": sorted({one.learning_rate for one in found.values()}),
         "finished": len(found), "asked": len(seeds), "dates": sorted({one.date for one in found.values()}),
-        "measures": told,
+        "images": images, "measures": told,
     }  # fmt: skip
 
 
 def _differences_from(row: TableData, reference: TableData) -> dict[str, dict[str, float | None]]:
     """Row minus reference, seed by seed: what both share with a seed cancels. Ratios for
-    variances and for losses by sigma."""
+    variances and for losses by sigma.
+
+    A share of n images is known to 1 / n only, so the error of a mean difference is at least that
+    of two rounded numbers, 1 / (n sqrt(6 seeds)): three seeds that differ by the same one image are
+    no certainty.
+    """
     told: dict[str, dict[str, float | None]] = {}
     for name, measured in row["measures"].items():
         other = reference["measures"].get(name, {"per_seed": {}})["per_seed"]
@@ -132,7 +145,11 @@ def _differences_from(row: TableData, reference: TableData) -> dict[str, dict[st
         mine = [measured["per_seed"][seed] for seed in shared]
         theirs = [other[seed] for seed in shared]
         if not name.startswith("sigma_") and not name.endswith("_variance"):
-            told[name] = vars(estimate_mean([a - b for a, b in zip(mine, theirs)]))
+            estimate = estimate_mean([a - b for a, b in zip(mine, theirs)])
+            if name in row["images"] and estimate.se is not None:
+                rounding = 1 / (row["images"][name] * math.sqrt(6 * len(shared)))
+                estimate = replace(estimate, se=max(estimate.se, round_to_six_digits(rounding)))
+            told[name] = vars(estimate)
         elif all(theirs):
             told[f"{name}_ratio"] = vars(estimate_mean([a / b for a, b in zip(mine, theirs)]))
     return told

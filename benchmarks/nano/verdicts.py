@@ -17,7 +17,8 @@ WORDS = {
 }
 RULE_IN_WORDS = (
     "In words: a difference is clear where its 95 % interval excludes 0 (from 4.3 standard errors on with "
-    "three seeds), and perhaps one from two standard errors on. Chance makes about one of twenty clear."
+    "three seeds), and perhaps one from two standard errors on. Chance makes about one of twenty clear. "
+    "Shares of images have at least the error of their rounding to whole images."
 )
 
 
