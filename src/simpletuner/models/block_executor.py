@@ -90,9 +90,7 @@ class BlockExecutor:
     checkpointed: numbers of the blocks with gradient checkpointing. block_swap: brings swapped
     weights to the device. saved_tensors_context: where checkpointed blocks keep their inputs until
     the backward pass. skips_last_products: whether a checkpointed block does not compute its last
-    products again; compiled blocks do, because theirs are part of a larger program. draws_random:
-    numbers of the blocks with dropout, whose random state is saved to drop the same elements when
-    they are computed again. intercept: is
+    products again; compiled blocks do, because theirs are part of a larger program. intercept: is
     called in place of every block with a function that runs it; the memory plan counts them so.
     """
 
@@ -100,7 +98,6 @@ class BlockExecutor:
     block_swap: BlockSwap | None = None
     saved_tensors_context: Callable[[], AbstractContextManager[object]] = nullcontext
     skips_last_products: bool = True
-    draws_random: frozenset[int] = frozenset()
     intercept: Intercept | None = None
 
     def __call__(self, number: int, block: nn.Module, streams: Streams, *rest: Any) -> Streams:
@@ -122,7 +119,7 @@ class BlockExecutor:
 
         compute: Callable[..., Streams] = run
         if torch.is_grad_enabled() and number in self.checkpointed:
-            compute = partial(self._run_checkpointed, number, block, run)
+            compute = partial(self._run_checkpointed, block, run)
         if self.block_swap is None or number not in self.block_swap:
             return compute(*streams)
         with self.block_swap.on_device(number):
@@ -130,7 +127,7 @@ class BlockExecutor:
         return self.block_swap.mark_backward_start(number, outputs)
 
     def _run_checkpointed(
-        self, number: int, block: nn.Module, run: Callable[..., Streams], *streams: Tensor
+        self, block: nn.Module, run: Callable[..., Streams], *streams: Tensor
     ) -> Streams:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             again = UnusedOutputs(block) if self.skips_last_products else nullcontext()
@@ -141,7 +138,8 @@ class BlockExecutor:
                 run,
                 *streams,
                 use_reentrant=False,
-                preserve_rng_state=number in self.draws_random,
+                # To drop the same elements again; asked here, because adapters may come later.
+                preserve_rng_state=has_dropout(block),
                 context_fn=contexts,
             )
         return outputs
@@ -192,8 +190,7 @@ def place_blocks(
     if device is not None:
         on_host = {id(part) for module in stay for part in module.modules()}
         _move_tensors(network, device, on_host, swap)
-    random = frozenset(number for number, block in enumerate(blocks) if has_dropout(block))
-    executor = BlockExecutor(checkpointed, swap, draws_random=random)
+    executor = BlockExecutor(checkpointed, swap)
     if engine and memory.offload_activations:
         return replace(executor, saved_tensors_context=engine.offload_saved_tensors)
     return executor
