@@ -264,11 +264,16 @@ def test_what_was_stopped_before_it_began_goes_on_or_goes_away(
 def test_a_preview_of_what_is_sampled_comes_and_goes(
     server: ServerProcess, open_page: Callable[..., Page]
 ) -> None:
-    run = RunFolderWriter(server.workspace / "output" / "previews").write_start()
+    """The page is opened before there is a run, as when the server has not found it yet."""
+    path = server.workspace / "output" / "previews"
+    page = open_page(server, f"#/runs/{run_id(path)}")
+    page.watch.allowed.append("404")
+    expect(page.get_by_text("there is no such run")).to_be_visible()
+    run = RunFolderWriter(path).write_start()
     preview = run.path / "images" / "preview.jpg"
     preview.parent.mkdir()
     with run.hold_lock():
-        watch_a_preview(open_page(server, f"#/runs/{run_id(run.path)}"), preview)
+        watch_a_preview(page, preview)
 
 
 def watch_a_preview(page: Page, preview: Path) -> None:
