@@ -187,7 +187,7 @@ def test_a_pattern_without_a_module_is_refused(patterns: dict[str, float], part:
     ("options", "part"),
     [
         ({"lr_by_module": {"(": 1}}, "lr_by_module: '(' is not a regular expression"),
-        ({"lr_by_module": {"a": 0}}, "lr_by_module: must be greater than 0"),
+        ({"lr_by_module": {"a": 0}}, "lr_by_module: 'a': 0: must be greater than 0"),
         ({"lr_by_module": {"a": 1}, "optimizer": "prodigy"}, "prodigy estimates one rate"),
         ({"loraplus_lr_ratio": 4, "optimizer": "prodigy"}, "prodigy estimates one rate"),
         ({"loraplus_lr_ratio": 4, "model_type": "full"}, 'needs model_type "lora"'),
