@@ -8,6 +8,7 @@ import torch
 from benchmarks.optimizers import peak_bytes
 from torch import Tensor, nn
 
+from simpletuner.config.optimizer_names import STOCHASTIC_OPTIMIZERS
 from simpletuner.config.schema import OptimizerOptions
 from simpletuner.errors import ConfigError
 from simpletuner.training import flat_parameters, gradient_sum, optimizers
@@ -472,3 +473,15 @@ def test_table_covers_the_option():
     assert set(optimizers.OPTIMIZERS) == set(
         OptimizerOptions.model_fields["optimizer"].annotation.__args__
     )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_who_rounds_bf16_weights_stochastically(name):
+    """An update of a hundredth of the spacing moves a few weights by one step, or none."""
+    param = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    options = OptimizerOptions(optimizer=name, learning_rate=4e-5, adam_weight_decay=0.0)
+    optimizer = build_optimizer(options, [("weight", param)], seed=1)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    moved = int((param.detach() != 1).sum())
+    assert (0 < moved < param.numel() // 4) == (name in STOCHASTIC_OPTIMIZERS), moved

@@ -60,7 +60,7 @@ def generate_images(
     """Generate and save all images; return the paths in order of strength, size, prompt and seed.
 
     Text encoder, transformer and VAE are in memory one after the other, never together; only with
-    `kept` the transformer stays in memory, for the next request.
+    `loaded_network` the transformer stays in memory, for the next request.
     """
     network = KeptNetwork() if loaded_network is None else loaded_network
     set_device_variables(request.model.deterministic)

@@ -292,9 +292,8 @@ def _warn_about_rounding(run: RunConfig) -> Iterator[str]:
     On chroma-nano it learnt a quarter of what float32 weights learnt (docs/methods.md). DeepSpeed
     trains float32 copies of the weights.
     """
-    model, optimizer = run.model, run.optimizer.optimizer
-    stored = model.base_model_default_dtype or model.mixed_precision
-    if model.model_type != "full" or stored != "bf16" or run.distributed.deepspeed_config:
+    optimizer = run.optimizer.optimizer
+    if not run.model.trains_bf16_weights or run.distributed.deepspeed_config:
         return
     if optimizer not in STOCHASTIC_OPTIMIZERS:
         yield (

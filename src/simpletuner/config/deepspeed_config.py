@@ -96,18 +96,14 @@ def parse_zero_config(run: RunConfig) -> ZeroConfig:
         for key, value in config.items()
         if key in deepspeed_keys.PASSED_KEYS and value not in (AUTO, None)
     }
-    if _trains_bf16(run) and stage > 1:
+    if run.model.trains_bf16_weights and stage > 1:
         # The sum of a few bf16 numbers is exact in float32, or nearly, so it does not depend on
         # their order, which the number of processes decides. Stage 1 holds whole gradients, which
         # would need 4 bytes more for each weight.
         other = {**FLOAT32_SUMS, **other}
-    return ZeroConfig(stage, section, other, _trains_bf16(run) and _adds_in_float32(other))
-
-
-def _trains_bf16(run: RunConfig) -> bool:
-    """Return whether the trained weights are bf16; those of an adapter are float32."""
-    dtype = run.model.base_model_default_dtype or run.model.mixed_precision
-    return run.model.model_type == "full" and dtype == "bf16"
+    return ZeroConfig(
+        stage, section, other, run.model.trains_bf16_weights and _adds_in_float32(other)
+    )
 
 
 def _adds_in_float32(config: Mapping[str, Any]) -> bool:
@@ -161,7 +157,7 @@ def find_deepspeed_errors(run: RunConfig) -> Iterator[str]:
         return
     yield from compare_options(config, run)
     yield from _check_zero_section(section_of(config, "zero_optimization"), stage)
-    if stage == 1 and _trains_bf16(run) and _adds_in_float32(config):
+    if stage == 1 and run.model.trains_bf16_weights and _adds_in_float32(config):
         yield (
             'data_types.grad_accum_dtype = "fp32": with stage 1 DeepSpeed takes another optimizer, '
             "whose state is not read here; use stage 2, which adds in float32 by itself"

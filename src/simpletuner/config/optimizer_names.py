@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-STOCHASTIC_OPTIMIZERS = ("adamw_bf16", "adamw_8bit", "muon")  # they round bf16 weights by chance
+# The optimizers that round bf16 weights stochastically; the others round to the nearest number.
+STOCHASTIC_OPTIMIZERS = ("adamw_bf16", "adamw_8bit", "muon")
 
 OPTIMIZER_ALIASES: Mapping[str, str] = {
     **dict.fromkeys(("torch-adamw", "optimi-adamw", "bnb-adamw", "bnb-adamw-paged"), "adamw"),

@@ -266,6 +266,12 @@ class ModelOptions(OptionSection):
         """Return whether torch.compile runs the blocks; "auto" does so only once it is resolved."""
         return self.dynamo_backend in ("inductor", "aot_eager", "eager")
 
+    @property
+    def trains_bf16_weights(self) -> bool:
+        """Return whether the trained weights are bf16; those of an adapter are float32."""
+        dtype = self.base_model_default_dtype or self.mixed_precision
+        return self.model_type == "full" and dtype == "bf16"
+
 
 class AdapterOptions(OptionSection):
     """LoRA."""

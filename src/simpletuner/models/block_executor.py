@@ -15,11 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from simpletuner.adapters.adapted_linear import LoraLinear
 from simpletuner.config.schema import ModelOptions
 from simpletuner.models.block_swap import BlockSwap, create_transfer_engine
-from simpletuner.models.family import BlockMemoryPolicy
+from simpletuner.models.family import BlockMemoryPolicy, Intercept, Streams
 from simpletuner.quantization.quantized_linear import QuantizedLinear
-
-Streams = tuple[Tensor, ...]
-Intercept = Callable[[int, nn.Module, Streams, Callable[[], Streams]], Streams]
 
 
 class ResidualBlock(nn.Module):

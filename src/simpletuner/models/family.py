@@ -25,6 +25,10 @@ from simpletuner.models.encoders import EncoderPass, TextEncoder, Vae
 from simpletuner.models.weights.merge_loras import MergeOutput, WeightedLoras
 from simpletuner.models.weights.tensor_files import WholeTensor
 
+Streams = tuple[Tensor, ...]  # what one block gives to the next
+# Number, module and inputs of a block, and what runs it -> its outputs.
+Intercept = Callable[[int, nn.Module, Streams, Callable[[], Streams]], Streams]
+
 PredictVelocity = Callable[[Tensor, Tensor, TextBatch], Tensor]  # x_sigma, sigma, text
 WholeTensorOf = Callable[[Tensor], WholeTensor]
 
@@ -308,10 +312,7 @@ class ModelFamily(ABC):
     def intercept_blocks(  # noqa: B027
         self,
         transformer: nn.Module,
-        intercept: Callable[
-            [int, nn.Module, tuple[Tensor, ...], Callable[[], tuple[Tensor, ...]]],
-            tuple[Tensor, ...],
-        ],
+        intercept: Intercept,
     ) -> None:
         """Call `intercept` with the number, module and inputs of every block, and what runs it.
 

@@ -71,7 +71,7 @@ def make_rendezvous(options: DistributedOptions) -> RendezvousHandler:
     port = options.main_process_port or DEFAULT_PORT
     address = options.main_process_ip or ""
     # The endpoint is host:port, and an IPv6 address has colons of its own.
-    host = f"[{address}]" if ":" in address else address  # IPv6
+    host = f"[{address}]" if ":" in address else address
     return get_rendezvous_handler(
         RendezvousParameters(
             backend="static",

@@ -33,6 +33,7 @@ from simpletuner.models.encoders import EncoderPass, TextEncoder, Vae
 from simpletuner.models.family import (
     ArchitectureConstants,
     BlockMemoryPolicy,
+    Intercept,
     ModelFamily,
     ModelFiles,
     ModelSpec,
@@ -225,7 +226,7 @@ class ChromaFamily(ModelFamily):
         if prepared is not None:
             prepared.prepare(sigma)
 
-    def intercept_blocks(self, transformer: nn.Module, intercept: block_executor.Intercept) -> None:
+    def intercept_blocks(self, transformer: nn.Module, intercept: Intercept) -> None:
         chroma = _as_chroma(transformer)
         chroma.run_block = replace(chroma.run_block, intercept=intercept)
 

@@ -136,7 +136,7 @@ def measure_fake_step(
             )
             create_optimizer_state(net)
             measured = run_and_measure_step(run, family, spec, feed, net, count, repeated)
-            # One block of each kind stands for all equal ones, which makes a plan take seconds.
+            # A few blocks of each kind stand for all equal ones, so that a plan takes seconds.
             if repeated.is_exact:
                 return measured
             # The blocks are not as equal as they look, so each of them is run.
