@@ -19,6 +19,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _exclude_objects_of_earlier_files() -> None:
+    """Exclude what earlier files have imported as well: in the end it is as much again."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _isolate_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
