@@ -195,7 +195,7 @@ class RateSearch:
                 best = min(same, key=lambda other: other.loss)
                 change, error = rate_plan.compare(result, best)
                 trial |= {"loss": result.loss, "change": change, "change_se": error}
-            last = max(at for one, at in self.results if one == rate)
+            last = max(at for tried, at in self.results if tried == rate)
             trials.append({**trial, "chosen": rate == chosen.rate and steps == last})
         return {**dataclasses.asdict(chosen), "trials": trials}
 

@@ -96,8 +96,8 @@ def _differing_settings(readers: Sequence[RunReader]) -> list[ComparedSetting]:
 def _common_images(images: Sequence[Sequence[RunImage]]) -> list[ComparedImages]:
     """Return the images by prompt, size and seed; those of at least two runs come first."""
     rows: dict[tuple[Any, ...], list[list[RunImage]]] = {}
-    for at, found in enumerate(images):
-        for image in found:
+    for at, own_images in enumerate(images):
+        for image in own_images:
             weights = "trained" if image.weights == "base" else image.weights
             key = (image.prompt, image.seed, image.width_px, image.height_px, weights)
             rows.setdefault(key, [[] for _ in images])[at].append(image)

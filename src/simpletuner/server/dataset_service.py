@@ -245,12 +245,12 @@ class DatasetService:
         """
         index = self._refreshed_index(name)
         wanted = index.images if files is None else dict.fromkeys(files)
-        found: dict[Path, str] = {}
+        images_by_path: dict[Path, str] = {}
         for file in wanted:
             path = self._require_image(index, file).caption_path
             if path is not None:
-                found.setdefault(self.workspace.resolve(path), file)
-        return [(file, path) for path, file in found.items()]
+                images_by_path.setdefault(self.workspace.resolve(path), file)
+        return [(file, path) for path, file in images_by_path.items()]
 
     def image_sizes(self, folder: Path) -> set[ImageSize]:
         """Return the sizes in px of the usable images that have been read."""

@@ -44,10 +44,10 @@ class LoraLibrary:
 
     def list_loras(self) -> list[LoraInfo]:
         """Return all LoRA files, the newest first."""
-        found = [*self._own_files()]
+        loras = [*self._own_files()]
         for summary in self._runs.summaries():
-            found += self._files_of_run(summary)
-        return sorted(found, key=lambda lora: -lora.changed_t)
+            loras += self._files_of_run(summary)
+        return sorted(loras, key=lambda lora: -lora.changed_t)
 
     def start(self, request: LoraExportRequest) -> Job:
         """Queue a check, an export or a merge.

@@ -27,13 +27,13 @@ def descendants(roots: Iterable[int]) -> list[int]:
     children: dict[int, list[int]] = {}
     for pid, parent, _ in _running_processes():
         children.setdefault(parent, []).append(pid)
-    found: list[int] = []
+    members: list[int] = []
     pending = list(roots)
     while pending:
         started = children.pop(pending.pop(), [])
-        found += started
+        members += started
         pending += started
-    return found
+    return members
 
 
 def group_members(group: int) -> list[int]:

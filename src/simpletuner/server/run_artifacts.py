@@ -93,13 +93,13 @@ def list_outputs(folder: Path, history: RunHistory | None = None) -> list[Output
 
 def list_documents(folder: Path) -> list[OutputFile]:
     """Return the report, the contact sheet and the model card, as far as they exist."""
-    found = []
+    documents = []
     for name in DOCUMENT_NAMES:
         with contextlib.suppress(OSError):
-            found.append(
+            documents.append(
                 OutputFile(path=name, size_bytes=(folder / name).stat().st_size, programs="")
             )
-    return found
+    return documents
 
 
 def _name_in(folder: Path, file: Path) -> str:

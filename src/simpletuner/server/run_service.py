@@ -220,7 +220,7 @@ class RunService:
             if path is not None and path.is_dir():
                 paths[id] = path
         self._readers = {id: self._readers.get(id) or RunReader(path) for id, path in paths.items()}
-        self._summaries = {id: made for id, made in self._summaries.items() if id in paths}
+        self._summaries = {id: cached for id, cached in self._summaries.items() if id in paths}
 
     def _summarize(
         self, id: str, reader: RunReader, job: Job | None, deadline: float

@@ -118,7 +118,7 @@ class StartChecks:
 
     def _hardware_warnings(self, loaded: LoadedConfig) -> Iterator[ErrorDetail]:
         flavour, device = loaded.config.model.model_flavour, loaded.config.model.device
-        no_gpu = all(found.kind == "cpu" for found in self._devices())
+        no_gpu = all(hardware.kind == "cpu" for hardware in self._devices())
         if flavour == CPU_FLAVOUR or not (device == "cpu" or (device == "auto" and no_gpu)):
             return
         why = "device is cpu" if device == "cpu" else "this machine has no GPU"
@@ -132,10 +132,10 @@ class StartChecks:
         captions: dict[str, None] = {}
         for dataset in datasets:
             try:
-                found = self._datasets.some_captions(dataset.instance_data_dir)
+                texts = self._datasets.some_captions(dataset.instance_data_dir)
             except DataError:
                 continue
-            captions |= dict.fromkeys(found)
+            captions |= dict.fromkeys(texts)
         return list(captions)[:MAX_SUGGESTED_CAPTIONS]
 
 

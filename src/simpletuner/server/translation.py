@@ -199,12 +199,12 @@ class LanguageMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request or connection."""
-        asked = ""
+        languages = ""
         if scope["type"] == "http":
-            asked = Headers(scope=scope).get("accept-language", "")
+            languages = Headers(scope=scope).get("accept-language", "")
         elif scope["type"] == "websocket":  # a browser cannot set its headers
-            asked = QueryParams(scope["query_string"]).get("language", "")
-        mark = _LANGUAGE.set(preferred_language(asked))
+            languages = QueryParams(scope["query_string"]).get("language", "")
+        mark = _LANGUAGE.set(preferred_language(languages))
         try:
             await self.app(scope, receive, send)
         finally:

@@ -82,8 +82,8 @@ class Trash:
         """Return all entries that can be restored, the newest first."""
         if not self._folder.is_dir():
             return []
-        found = (self._read(folder) for folder in self._folder.iterdir())
-        return sorted((entry for entry in found if entry), key=lambda entry: -entry.deleted_t)
+        records = (self._read(folder) for folder in self._folder.iterdir())
+        return sorted((entry for entry in records if entry), key=lambda entry: -entry.deleted_t)
 
     def restore(self, id: str) -> tuple[TrashEntry, dict[str, Any]]:
         """Move an entry back; return it and its extra record.
