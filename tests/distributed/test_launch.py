@@ -129,8 +129,8 @@ def launch(tmp_path: Path) -> Iterator[Any]:
     yield start
     for launched in started:
         launched.process.kill()
-        for pid in launched.pids():
-            if is_running(pid):
+        for pid in filter(is_running, launched.pids()):
+            with contextlib.suppress(ProcessLookupError):  # it ends with the one that launched it
                 os.kill(pid, signal.SIGKILL)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -107,10 +108,11 @@ def run(project: TrainingProject, request: pytest.FixtureRequest) -> Iterator[Ru
     for process in made.started:
         if process.poll() is None:
             for pid in ranks_of(process.pid).values():
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.kill()
             process.wait()
-    assert not any(map(is_running, made.pids.values()))
+    wait_until_gone(list(made.pids.values()))
 
 
 def assert_equal_to_one_process(run: Run) -> None:
