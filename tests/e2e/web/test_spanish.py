@@ -79,3 +79,5 @@ def test_the_load_of_the_machine_is_shown(
     chart = page.get_by_role("img", name="Memoria en uso")
     expect(chart).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    # the navigation is wider than the screen, and shows the page that is open
+    expect(page.get_by_role("link", name="Sistema", exact=True)).to_be_in_viewport(ratio=1)
