@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import math
-import mmap
 import weakref
 
 import pytest
@@ -16,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from simpletuner.config.constraints import find_errors
 from simpletuner.config.schema import OptimizerOptions, RunConfig, TrainingOptions
-from simpletuner.errors import ConfigError, TrainingDiverged
+from simpletuner.errors import TrainingDiverged
 from simpletuner.training import loop
 from simpletuner.training.gradient_sum import GradientSum
-from simpletuner.training.optimizer_offload import OffloadedOptimizerState, copy_to_pinned_host
+from simpletuner.training.optimizer_offload import OffloadedOptimizerState
 from simpletuner.training.optimizer_step import (
     OPTIMIZER_STEPS,
     OptimizerStep,
@@ -239,42 +238,6 @@ def test_a_new_strategy_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     ordinary.zero_grad()
     half.backward(net(torch.ones(2, 24)).mean(), 0)
     assert half.clip_gradients() == pytest.approx(whole_norm / 2)
-
-
-class Driver:
-    """Page-locks what it is asked to, until it has had enough."""
-
-    def __init__(self, room: int) -> None:
-        self.room = room
-        self.locked: list[tuple[int, int]] = []
-
-    def cudaHostRegister(self, at: int, size: int, flags: int) -> int:
-        self.locked.append((at, size))
-        return 0 if sum(size for _, size in self.locked) <= self.room else 2
-
-    def cudaHostUnregister(self, at: int) -> int:
-        self.locked.remove(next(entry for entry in self.locked if entry[0] == at))
-        return 0
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
-def test_the_hosts_memory_is_locked_to_the_byte(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tensor = (torch.randn(37, 41) * 50).to(dtype)
-    driver = Driver(2 * tensor.nbytes)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    first, second = copy_to_pinned_host(tensor), copy_to_pinned_host(tensor + 1)
-    assert torch.equal(first, tensor)
-    assert torch.equal(second, tensor + 1)
-    assert driver.locked == [(each.data_ptr(), tensor.nbytes) for each in (first, second)]
-    assert all(at % mmap.PAGESIZE == 0 for at, _ in driver.locked), "a page is nobody else's"
-    assert len(copy_to_pinned_host(tensor[:0])) == 0
-    with pytest.raises(ConfigError, match="adamw_8bit"):
-        copy_to_pinned_host(tensor)
-    (refused,) = driver.locked[2:]
-    del first, second
-    assert driver.locked == [refused], "the driver keeps no address of memory that is gone"
 
 
 @pytest.mark.parametrize(

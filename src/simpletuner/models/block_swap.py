@@ -24,7 +24,7 @@ safe.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,14 +34,10 @@ from torch import Tensor, nn
 
 from simpletuner.errors import ConfigError
 from simpletuner.models.offloaded_inputs import FinishCopy, OffloadedInputs
+from simpletuner.models.page_locked import PageLockRefused, copy_to_page_locked
 
 ALIGNMENT = 256  # bytes; the alignment that device allocators guarantee for a tensor
 DEVICE_BUFFERS = 2  # one is computed with while the other one is filled
-
-
-def pinned_bytes(sizes: Iterable[int]) -> int:
-    """Return the page-locked memory for tensors of so many bytes: torch takes powers of two."""
-    return sum(1 << (size - 1).bit_length() for size in sizes)
 
 
 class DeviceBuffer(ABC):
@@ -113,8 +109,8 @@ class CudaTransferEngine(TransferEngine):
 
     def pin_memory(self, packed: Tensor) -> Tensor:
         try:
-            return packed.pin_memory()
-        except RuntimeError:
+            return copy_to_page_locked(packed)
+        except PageLockRefused:
             # The system limits page-locked memory; copies from pageable memory are only slower.
             return packed
 

@@ -5,7 +5,6 @@ Each step is slower by the time to copy the state over the bus and back. The num
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from simpletuner.errors import ConfigError
+from simpletuner.models.page_locked import PageLockRefused, copy_to_page_locked
 
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -21,42 +21,17 @@ def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-class LockedPages(mmap.mmap):
-    """Memory that is unlocked before it is given back.
-
-    The driver remembers addresses: a later mapping at the same one would be refused as locked
-    already.
-    """
-
-    locked_at = 0
-
-    def __del__(self) -> None:
-        if self.locked_at:
-            torch.cuda.cudart().cudaHostUnregister(self.locked_at)
-
-
 def copy_to_pinned_host(tensor: Tensor) -> Tensor:
-    """Copy to page-locked memory of the tensor's exact size.
-
-    torch's own page-locked memory is rounded up to a power of two.
-
-    Raises ConfigError when the driver does not lock that much memory.
-    """
-    if not tensor.numel():
-        return tensor.cpu()
-    owner = LockedPages(-1, tensor.nbytes)
-    # The tensor holds the buffer, which unlocks its pages when the last view is gone.
-    pages = torch.frombuffer(owner, dtype=torch.uint8)
-    error = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), tensor.nbytes, 0))
-    if error:
+    """Copy to page-locked memory. Raises ConfigError when the driver does not lock that much."""
+    try:
+        return copy_to_page_locked(tensor)
+    except PageLockRefused as error:
         raise ConfigError(
-            f"the driver cannot lock more host memory (error {error}), so "
+            f"the driver cannot lock more host memory ({error}), so "
             "optimizer_cpu_offload_method has no memory for the optimizer state; use an optimizer "
             "with a smaller state, such as adamw_8bit or adafactor, or "
             'optimizer_cpu_offload_method "none"'
-        )
-    owner.locked_at = pages.data_ptr()
-    return pages.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        ) from error
 
 
 class OffloadedOptimizerState:

@@ -15,7 +15,7 @@ from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import ImageSize, ResizeCropConfig, bucket_sizes
 from simpletuner.flow.rollout import final_probability
 from simpletuner.models.block_executor import block_memory_policy
-from simpletuner.models.block_swap import ALIGNMENT, DEVICE_BUFFERS, pinned_bytes
+from simpletuner.models.block_swap import ALIGNMENT, DEVICE_BUFFERS
 from simpletuner.models.family import BlockMemoryPolicy, ModelFamily, ModelSpec
 from simpletuner.models.weights.evaluation_files import (
     EvaluationModelSize,
@@ -141,8 +141,10 @@ def predict_memory(
     average = 4 * measured.trained if run.optimizer.use_ema else 0
     on_host = offloaded_bytes(run, kind, spec, memory, feed, measured, average)
     parts = device_parts(measured, on_host, swapped, average)
+    if memory.offload_activations:
+        on_host["inputs"] = checkpointed_input_bytes(spec, memory, feed, page_locked=True)
     if swapped:
-        on_host["swapped blocks"] = max(model_bytes, pinned_bytes(swapped))  # loaded whole first
+        on_host["swapped blocks"] = max(model_bytes, sum(swapped))  # loaded whole first
     parts, on_host = share_among_processes(parts, on_host, world, unit_weights, measured, is_lora)
     passes = run.training.gradient_accumulation_steps
     rollouts = final_probability(run.flow) * measured.rollout_flops
@@ -351,16 +353,20 @@ def aligned_block_bytes(block: nn.Module) -> int:
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
-def checkpointed_input_bytes(spec: ModelSpec, memory: BlockMemoryPolicy, feed: BatchShape) -> int:
+def checkpointed_input_bytes(
+    spec: ModelSpec, memory: BlockMemoryPolicy, feed: BatchShape, page_locked: bool = False
+) -> int:
     """Return the bytes of the inputs of checkpointed blocks, except those of the last two.
 
-    An input has the rows of text and image.
+    An input has the rows of text and image. page_locked: in torch's page-locked memory, where the
+    bytes of each are rounded up to a power of two.
     """
     tokens = feed.size_px[0] * feed.size_px[1] // spec.constants.token_px**2 + feed.text_rows
     block_bytes = feed.samples * feed.copies * tokens * spec.width * ACTIVATION_ITEM_BYTES
-    return block_bytes * max(
-        0, len(memory.checkpointed_block_numbers(len(spec.blocks))) - DEVICE_BUFFERS
-    )
+    if page_locked:
+        block_bytes = 1 << (block_bytes - 1).bit_length()
+    blocks = len(memory.checkpointed_block_numbers(len(spec.blocks)))
+    return block_bytes * max(0, blocks - DEVICE_BUFFERS)
 
 
 def host_memory_by_use(
