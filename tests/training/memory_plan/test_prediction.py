@@ -38,6 +38,7 @@ from simpletuner.training.memory_plan import (
 from simpletuner.training.memory_plan.checkpointing_choice import choose_checkpointing
 from simpletuner.training.memory_plan.fake_step import BatchShape, StepMeasurement
 from simpletuner.training.memory_plan.fit import MemoryConfigSearch
+from simpletuner.training.memory_plan.host_memory import HOST_RUNTIME_BYTES
 from simpletuner.training.memory_plan.machine_resources import MachineResources, find_disk_shortages
 from simpletuner.training.memory_plan.prediction import predict_memory
 from tests.models.tiny_evaluation_models import make_clip
@@ -216,7 +217,7 @@ def test_a_training_that_cannot_fit_is_refused_with_ways_out(
     plan = predict_memory(run, family, SIZE)
     limit = predict_memory(run, family, SIZE, memory=BlockMemoryPolicy(BLOCKS)).tensor_bytes + 1_000
     monkeypatch.setattr(preflight.registry, "get_family", lambda name: family)
-    total = limit + prediction.HOST_RUNTIME_BYTES["cpu"]
+    total = limit + HOST_RUNTIME_BYTES["cpu"]
     monkeypatch.setattr(
         preflight,
         "detect_budget",
@@ -243,9 +244,7 @@ def fitted(
     before: dict[str, object] | None = None,
 ) -> tuple[RunConfig, list[str]]:  # fmt: skip
     told = list[Event]()
-    room = MachineResources(
-        "a card", "cpu", 1e13, free + prediction.HOST_RUNTIME_BYTES["cpu"], 10**12
-    )
+    room = MachineResources("a card", "cpu", 1e13, free + HOST_RUNTIME_BYTES["cpu"], 10**12)
     monkeypatch.setattr(preflight.registry, "get_family", lambda name: TinyChroma())
     monkeypatch.setattr(preflight, "detect_budget", lambda device: room)
     run = preflight.preflight_check(run, SIZE, told.append, within, before)
@@ -293,9 +292,7 @@ def test_auto_recomputes_what_memory_demands(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(preflight.registry, "get_family", lambda name: family)
 
     def settled(free: int) -> object:
-        there = MachineResources(
-            "a card", "cpu", 1e13, free + prediction.HOST_RUNTIME_BYTES["cpu"], 10**12
-        )
+        there = MachineResources("a card", "cpu", 1e13, free + HOST_RUNTIME_BYTES["cpu"], 10**12)
         monkeypatch.setattr(preflight, "detect_budget", lambda device: there)
         return preflight.preflight_check(run, SIZE, told.append).model.gradient_checkpointing
 

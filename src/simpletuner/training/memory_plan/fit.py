@@ -21,7 +21,7 @@ from simpletuner.config.schema import RunConfig
 from simpletuner.data.geometry import ResizeCropConfig
 from simpletuner.models.block_swap import DEVICE_BUFFERS
 from simpletuner.models.family import BlockMemoryPolicy, ModelFamily, ModelSpec
-from simpletuner.training.memory_plan import prediction, step_time
+from simpletuner.training.memory_plan import host_memory, prediction, step_time
 from simpletuner.training.memory_plan.fake_step import cpu_device_without_gpu_options
 from simpletuner.training.memory_plan.machine_resources import MachineResources
 from simpletuner.training.memory_plan.measure_once import Progress, silent
@@ -123,7 +123,7 @@ class MemoryConfigSearch:
             math.inf
             if budget.host_free_bytes is None
             else budget.host_free_bytes // self.world.local
-            - prediction.HOST_RUNTIME_BYTES[budget.kind]
+            - host_memory.HOST_RUNTIME_BYTES[budget.kind]
         )
         can_offload = is_frozen and budget.kind == "cuda" and self.world.mode == "replicated"
         self.offloadable_precisions = [
@@ -181,7 +181,7 @@ class MemoryConfigSearch:
         size -= sum(fetched) - DEVICE_BUFFERS * max(fetched, default=0)
         moved = 2 * sum(fetched)
         if memory.offload_activations:
-            inputs = prediction.checkpointed_input_bytes(
+            inputs = host_memory.checkpointed_input_bytes(
                 spec, memory, self.uncheckpointed_prediction.feed
             )
             size, moved = size - inputs, moved + 2 * inputs

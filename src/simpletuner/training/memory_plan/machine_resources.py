@@ -15,7 +15,7 @@ from simpletuner.config.environment import user_cache_dir
 from simpletuner.config.schema import RunConfig
 from simpletuner.training.device import ComputeDevice
 from simpletuner.training.memory_plan import step_time
-from simpletuner.training.memory_plan.prediction import HOST_RUNTIME_BYTES
+from simpletuner.training.memory_plan.host_memory import HOST_RUNTIME_BYTES
 
 MEMINFO_PATH = Path("/proc/meminfo")
 CGROUP_PATH = Path("/sys/fs/cgroup")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from simpletuner.config.evaluation_models import needs_evaluation_model
@@ -22,7 +21,6 @@ from simpletuner.models.weights.evaluation_files import (
     measure_evaluation_model,
 )
 from simpletuner.training.device import select_device
-from simpletuner.training.ema import resolve_ema_device
 from simpletuner.training.memory_plan import plan_cache
 from simpletuner.training.memory_plan.attention_scores import attention_scores_bytes
 from simpletuner.training.memory_plan.communication import CollectiveUse, step_communication
@@ -34,6 +32,11 @@ from simpletuner.training.memory_plan.fake_step import (
     TargetUse,
     cpu_device_without_gpu_options,
 )
+from simpletuner.training.memory_plan.host_memory import (
+    host_memory_by_use,
+    offloaded_bytes,
+    page_locked_bytes,
+)
 from simpletuner.training.memory_plan.measure_once import Progress, measure_once, silent
 from simpletuner.training.memory_plan.memory_tracker import CUDA_ALLOCATION_BYTES
 from simpletuner.training.memory_plan.world_layout import (
@@ -44,18 +47,13 @@ from simpletuner.training.memory_plan.world_layout import (
     read_layout,
     weight_bytes_by_unit,
 )
-from simpletuner.training.optimizers import is_state_offloaded
 from simpletuner.training.train_state import streams_approximator
 
 # Allowances in bytes: they are not counted, but observed in such programs.
 # The driver's context, the kernels and the workspaces of matrix products.
 DEVICE_CONTEXT_BYTES = {"cuda": 600_000_000, "mps": 300_000_000, "cpu": 0}
-# Python, torch and its libraries.
-HOST_RUNTIME_BYTES = {"cuda": 2_500_000_000, "mps": 1_000_000_000, "cpu": 800_000_000}
 # Part of the activations and temporaries that a caching allocator loses in gaps.
 FRAGMENTATION_FRACTION = 0.05
-# Bytes of a number in a block's input: only GPUs offload it, and they compute in bf16.
-ACTIVATION_ITEM_BYTES = 2
 STEP_PARTS = ("activations", "temporaries")  # which exist only within a step
 # Bytes of weights. For a smaller base, the plan would take as long as some training steps.
 LARGE_MODEL_BYTES = 1_000_000_000
@@ -141,10 +139,7 @@ def predict_memory(
     average = 4 * measured.trained if run.optimizer.use_ema else 0
     on_host = offloaded_bytes(run, kind, spec, memory, feed, measured, average)
     parts = device_parts(measured, on_host, swapped, average)
-    if memory.offload_activations:
-        on_host["inputs"] = checkpointed_input_bytes(spec, memory, feed, page_locked=True)
-    if swapped:
-        on_host["swapped blocks"] = max(model_bytes, sum(swapped))  # loaded whole first
+    on_host |= page_locked_bytes(spec, memory, feed, swapped, model_bytes)
     parts, on_host = share_among_processes(parts, on_host, world, unit_weights, measured, is_lora)
     passes = run.training.gradient_accumulation_steps
     rollouts = final_probability(run.flow) * measured.rollout_flops
@@ -174,29 +169,6 @@ def predict_memory(
         measured.base_flops,
         encoders.between_steps(held, on_host["approximator"]),
     )
-
-
-def offloaded_bytes(
-    run: RunConfig,
-    kind: str,
-    spec: ModelSpec,
-    memory: BlockMemoryPolicy,
-    feed: BatchShape,
-    measured: StepMeasurement,
-    average: int,
-) -> dict[str, int]:
-    """Return the bytes that are in host memory during training, by use; 0 for what is not."""
-    on_host = dict.fromkeys(("swapped blocks", "inputs", "approximator", "optimizer", "average"), 0)
-    if memory.offload_activations:
-        on_host["inputs"] = checkpointed_input_bytes(spec, memory, feed)
-    if memory.approximator_on_host:
-        on_host["approximator"] = spec.cpu_offloadable_bytes
-    if is_state_offloaded(run.optimizer, torch.device(kind)):
-        on_host["optimizer"] = measured.optimizer
-    ema_device = resolve_ema_device(run.optimizer, run.model.model_type == "lora")
-    if kind != "cpu" and ema_device == "cpu":
-        on_host["average"] = average
-    return on_host
 
 
 def device_parts(
@@ -351,38 +323,6 @@ def aligned_block_bytes(block: nn.Module) -> int:
     """Return the bytes of a block in a device buffer, where every tensor is aligned."""
     sizes = (tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
-
-
-def checkpointed_input_bytes(
-    spec: ModelSpec, memory: BlockMemoryPolicy, feed: BatchShape, page_locked: bool = False
-) -> int:
-    """Return the bytes of the inputs of checkpointed blocks, except those of the last two.
-
-    An input has the rows of text and image. page_locked: in torch's page-locked memory, where the
-    bytes of each are rounded up to a power of two.
-    """
-    tokens = feed.size_px[0] * feed.size_px[1] // spec.constants.token_px**2 + feed.text_rows
-    block_bytes = feed.samples * feed.copies * tokens * spec.width * ACTIVATION_ITEM_BYTES
-    if page_locked:
-        block_bytes = 1 << (block_bytes - 1).bit_length()
-    blocks = len(memory.checkpointed_block_numbers(len(spec.blocks)))
-    return block_bytes * max(0, blocks - DEVICE_BUFFERS)
-
-
-def host_memory_by_use(
-    kind: str, offloaded: dict[str, int], before: dict[str, int], tensors: int, processes: int
-) -> dict[str, int]:
-    """Return the host memory by use, of all processes of one machine.
-
-    On a CPU it is the training itself. Else it is what is offloaded, and at first the text encoder.
-    """
-    uses = {"Python and libraries": HOST_RUNTIME_BYTES[kind]}
-    if kind == "cpu":
-        uses["training"] = max(tensors, *before.values())
-    else:
-        uses |= {use: size for use, size in offloaded.items() if size}
-        uses["loading"] = max(0, before["text encoder"] - sum(offloaded.values()))
-    return {use: size * processes for use, size in uses.items()}
 
 
 def disk_space_by_use(
