@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -151,6 +153,25 @@ def test_the_oldest_are_removed_when_the_room_is_full(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"{age:02}.jpg" for age in range(13, 20)
     ]
+
+
+def test_a_file_that_another_thread_has_just_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.jpg", "b.jpg.1-2.tmp"):
+        (tmp_path / name).write_bytes(b"x" * 100)
+    listing = os.scandir
+
+    @contextlib.contextmanager
+    def renamed_meanwhile(folder: Path) -> Iterator[list[os.DirEntry[str]]]:
+        with listing(folder) as entries:
+            found = list(entries)
+        (tmp_path / "b.jpg.1-2.tmp").rename(tmp_path / "b.jpg")
+        yield found
+
+    monkeypatch.setattr(os, "scandir", renamed_meanwhile)
+    prune_cache(tmp_path, 50)
+    assert not (tmp_path / "a.jpg").exists()
 
 
 def test_new_thumbnails_see_to_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,10 +106,13 @@ class LoraLibrary:
             kind = "" if file.name == LORA_FILE else f" ({file.name.split('.')[-2]})"
             yield self._describe(file, f"{summary.name}{kind}", summary, None, flavour)
         for checkpoint in folder.glob("checkpoint-*"):
-            file = checkpoint / LORA_FILE
-            if CHECKPOINT_NAME.fullmatch(checkpoint.name) and file.is_file():
-                step = checkpoint_step(checkpoint)
-                yield self._describe(file, summary.name, summary, step, flavour)
+            if not CHECKPOINT_NAME.fullmatch(checkpoint.name):
+                continue
+            step = checkpoint_step(checkpoint)
+            try:
+                yield self._describe(checkpoint / LORA_FILE, summary.name, summary, step, flavour)
+            except FileNotFoundError:  # it has no such file, or its run is deleting it
+                continue
 
     def _describe(
         self, file: Path, name: str, run: RunSummary | None, step: int | None, flavour: str

@@ -67,8 +67,9 @@ def prune_cache(cache: Path, max_bytes: int) -> None:
     with os.scandir(cache) as entries:
         for entry in entries:
             if entry.name.endswith((".jpg", ".tmp")):
-                status = entry.stat(follow_symlinks=False)
-                files.append((status.st_mtime_ns, entry.path, status.st_size))
+                with contextlib.suppress(FileNotFoundError):  # another thread has renamed it
+                    status = entry.stat(follow_symlinks=False)
+                    files.append((status.st_mtime_ns, entry.path, status.st_size))
     used_bytes = sum(size for _, _, size in files)
     if used_bytes <= max_bytes:
         return

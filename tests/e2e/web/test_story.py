@@ -1,20 +1,22 @@
 """From an empty workspace over captions and trainings to an averaged LoRA, a deleted run and back.
 
 Everything is real: `simpletuner server`, a model that writes captions (of random weights), and
-trainings of chroma-nano. The images have five formats and no captions, as a person brings them. Two
-runs are compared with the keyboard alone; images are generated, and checkpoints averaged and
-downloaded, with the keyboard alone and in Spanish; a run is deleted and taken back on a phone.
+trainings of chroma-nano. The images are photographs of scikit-image in five formats, without captions,
+as a person brings them. Two runs are compared with the keyboard alone; images are generated, and
+checkpoints averaged and downloaded, with the keyboard alone and in Spanish; a run is deleted and taken
+back on a phone.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 from playwright.sync_api import Page, expect
 
 from tests.cli.tiny_captioner import write_tiny_captioner
@@ -32,6 +34,7 @@ from tests.e2e.web.server_process import SERVER_DOWN, ServerProcess, wait_until
 PHONE = {"viewport": {"width": 390, "height": 844}}
 FORMATS = ("png", "jpg", "webp", "bmp", "tiff")
 COUNT, EVERY = 20, 10
+FIXED = "an astronaut in an orange suit"
 PROMPT, EDITED = "a red disc on navy", "a green disc on white"
 TRAINING = {
     "max_train_steps": "2000",  # it is stopped before
@@ -64,12 +67,20 @@ def test_the_story(
     deletes_and_takes_back(phone, real_server, run)
 
 
+def find_photographs() -> list[Path]:
+    """Return COUNT images that scikit-image ships; nothing of it is imported."""
+    package = importlib.util.find_spec("skimage")
+    if package is None or package.origin is None:
+        pytest.skip("it uploads photographs of scikit-image: pip install --no-deps scikit-image")
+    folder = Path(package.origin).parent / "data"
+    return sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))[:COUNT]
+
+
 def uploads_images(page: Page, folder: Path) -> None:
     folder.mkdir()
-    for at in range(COUNT):
-        image = Image.new("RGB", (96 + at % 3 * 16, 96), (20, 20, 60 + 9 * at))
-        ImageDraw.Draw(image).ellipse((16, 16, 80, 80), fill=(220, 12 * at, 40))
-        image.save(folder / f"disc-{at:02d}.{FORMATS[at % len(FORMATS)]}")
+    for at, path in enumerate(find_photographs()):
+        with Image.open(path) as image:
+            image.convert("RGB").save(folder / f"{path.stem}.{FORMATS[at % len(FORMATS)]}")
     expect(page.get_by_role("heading", level=1)).to_be_visible()
     page.goto("/#/datasets")
     create_dataset(page, "strangers")
@@ -89,10 +100,10 @@ def captions_them(page: Page, real: ServerProcess) -> None:
     folder = real.workspace / "datasets" / "strangers"
     wait_until(lambda: len(list(folder.glob("*.txt"))) == COUNT, "each image has a caption")
     page.reload()
-    caption = page.get_by_role("textbox", name="Caption of disc-00.png")
-    caption.fill("a red disc")
+    caption = page.get_by_role("textbox", name="Caption of astronaut.png")
+    caption.fill(FIXED)
     caption.blur()
-    wait_until(lambda: (folder / "disc-00.txt").read_text().strip() == "a red disc", "it is fixed")
+    wait_until(lambda: (folder / "astronaut.txt").read_text().strip() == FIXED, "it is fixed")
 
 
 def trains_and_watches(page: Page, real: ServerProcess) -> str:
@@ -109,6 +120,7 @@ def trains_and_watches(page: Page, real: ServerProcess) -> str:
     page.locator("summary").filter(has_text="Validation prompts").click()
     page.get_by_label("Prompt 1", exact=True).fill(EDITED)
     page.get_by_role("button", name="Use from the next validation on").click()
+    expect(page.get_by_text("The prompts are used from the next validation on.")).to_be_visible()
     real.kill()
     expect_connection(page, "No connection")
     real.start()
