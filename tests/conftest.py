@@ -30,8 +30,3 @@ def _isolate_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user_cache")))
         yield
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest file first: as the last one it would keep one process busy alone."""
-    items.sort(key=lambda item: item.path.name != "test_generate.py")

@@ -9,10 +9,10 @@ from benchmarks.nano.markdown_tables import (
     format_seeds,
     render_grid,
 )
+from benchmarks.nano.measured_part import replace_measured_part
 from benchmarks.nano.result_tables import TableData
 from benchmarks.nano.verdicts import RULE_IN_WORDS, is_clear, verdict_in_words
 
-END_MARK = "<!-- end of what was measured -->"
 COLUMNS = (
     Column("held-out loss, 1/1000", "held_out", 1, 1000.0, True),
     Column("learnt, points", "zorbo_zorbo", 1, 100.0, True),
@@ -22,22 +22,14 @@ NOT_MEASURED = "**Not measured yet**: no cell of this table is finished."
 ALT_TEXT = "differences from the first row of each part: held-out loss, learnt, lost"
 
 
-def begin_mark(table: str) -> str:
-    return f"<!-- measured: python -m benchmarks.nano --only {table} -->"
-
-
 def update_page(text: str, table: TableData, figure: str) -> str:
     """Return the page with its measured part renewed.
 
     figure: file name of the table's plot, next to the page. Raises ValueError when the marks are
     missing.
     """
-    mark = begin_mark(table["table"])
-    before, begin, rest = text.partition(mark)
-    _, end, after = rest.partition(END_MARK)
-    if not begin or not end:
-        raise ValueError(f"the page lacks {mark} or {END_MARK}")
-    return f"{before}{mark}\n\n{render_measured_section(table, figure)}\n\n{END_MARK}{after}"
+    command = f"python -m benchmarks.nano --only {table['table']}"
+    return replace_measured_part(text, command, render_measured_section(table, figure))
 
 
 def is_measured(table: TableData) -> bool:

@@ -11,15 +11,13 @@ from benchmarks.nano.markdown_tables import (
     format_seeds,
     render_grid,
 )
+from benchmarks.nano.measured_part import replace_measured_part
 from benchmarks.nano.result_tables import TableData
 from benchmarks.nano.verdicts import T_CRITICAL
 
 from simpletuner.config.schema import FlowOptions
 
-BEGIN_MARK, END_MARK = (
-    "<!-- measured: python -m benchmarks.nano -->",
-    "<!-- end of what was measured -->",
-)
+COMMAND = "python -m benchmarks.nano"
 # part -> the measure by which pictures judge, and what it is called
 SCORE_MEASURES = {
     "lesson": ("zorbo_all", "zorbos drawn as said"),
@@ -28,12 +26,8 @@ SCORE_MEASURES = {
 
 
 def update_page(text: str, density: TableData) -> str:
-    """The page with its measured part renewed. ValueError when the marks are not there."""
-    before, begin, rest = text.partition(BEGIN_MARK)
-    _, end, after = rest.partition(END_MARK)
-    if not begin or not end:
-        raise ValueError(f"the page lacks {BEGIN_MARK} or {END_MARK}")
-    return f"{before}{BEGIN_MARK}\n\n{render_measured_section(density)}\n\n{END_MARK}{after}"
+    """Return the page with its measured part renewed. Raises ValueError without the marks."""
+    return replace_measured_part(text, COMMAND, render_measured_section(density))
 
 
 def render_measured_section(density: TableData) -> str:

@@ -22,6 +22,7 @@ from benchmarks.nano.__main__ import DOCS, FIGURE_NAME, PAGE_NAME, RESULTS, main
 from benchmarks.nano.cell_result import RESULT_FILE, CellResult
 from benchmarks.nano.cell_runner import CellQueue
 from benchmarks.nano.experiments import FULL_EXPERIMENT, SEEDS, SMOKE_TEST, TABLES, Cell
+from benchmarks.nano.measured_part import END_MARK, begin_mark
 from benchmarks.nano.padded import make_padded_batch
 from safetensors import safe_open
 
@@ -94,7 +95,7 @@ def test_what_is_not_finished_is_said(done: dict[str, CellResult]) -> None:
 
 def test_the_page_of_the_densities_tells_the_table(done: dict[str, CellResult]) -> None:
     page = densities_page.update_page(
-        f"before\n{densities_page.BEGIN_MARK}\nold\n{densities_page.END_MARK}\nafter", made(done)
+        f"before\n{begin_mark(densities_page.COMMAND)}\nold\n{END_MARK}\nafter", made(done)
     )
     assert page.startswith("before\n")
     assert page.endswith("\nafter")
