@@ -157,6 +157,11 @@ def test_save_and_sample_now_and_keep_a_checkpoint(
     )  # the prompt and what was there before
     page.get_by_role("button", name="Generate samples now").click()
     expect(page.get_by_role("columnheader")).to_have_count(3)
+    page.get_by_role("button", name="Name and notes").click()
+    page.get_by_role("textbox", name="Name").fill("Written while it trains")
+    move_on([page])
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.get_by_role("heading", name="Written while it trains")).to_be_visible()
 
 
 def waiting(page: Page) -> list[str]:
