@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from simpletuner.cli import rate_plan, rate_search, rate_trials
-from simpletuner.cli.rate_plan import RunSize, SearchPlan, TrialResult
+from simpletuner.cli.rate_plan import RunSize, TrialResult
 from simpletuner.cli.rate_search import RateSearch, search_before_training
 from simpletuner.cli.tune import command, parse_steps
 from simpletuner.config.load import LoadedConfig, try_load_mapping
@@ -52,17 +53,19 @@ def test_a_search_costs_at_most_one_and_a_half_runs(
     plan = rate_plan.plan_search(rates, size, 8)
     assert plan.cost <= 1.5
     assert plan.folds == (1 if held_out else 2)
-    bigger = SearchPlan(
-        plan.rates, (plan.rungs[0] + 1, 3 * plan.rungs[0] + 3), plan.folds, plan.images,
-        plan.sigmas, size,
-    )  # fmt: skip
-    assert bigger.cost > 1.5 or 3 * plan.rungs[0] >= steps
+    first, last = plan.rungs
+    assert last == 8 * first
+    bigger = replace(plan, rungs=(first + 1, 8 * first + 8))
+    assert bigger.cost > 1.5 or last >= steps
     assert f"{plan.cost:.2f} times" in plan.describe()
 
 
 def test_steps_that_cost_more_are_refused() -> None:
     plan = rate_plan.plan_search((1e-4, 2e-4), HELD_OUT, 8, 300)
-    assert plan.rungs == (100, 300)
+    assert plan.rungs == (37, 300)
+    assert rate_plan.plan_search((1e-4, 2e-4), HELD_OUT, 8, 30).rungs == (10, 30)
+    short = rate_plan.plan_search((1e-4, 2e-4), RunSize(40, 8, 20, True), 8)
+    assert short.rungs[1] == 3 * short.rungs[0]  # an eighth would be too short
     with pytest.raises(ConfigError, match="--steps 900 costs"):
         rate_plan.plan_search((1e-4, 2e-4), HELD_OUT, 8, 900)
     with pytest.raises(ConfigError, match="too short to try 5"):

@@ -19,7 +19,9 @@ from simpletuner.errors import ConfigError
 
 FORWARDS_PER_SAMPLE = 3
 MAX_COST = 1.5  # of one run
-RUNG_RATIO = 3  # steps of the second rung to those of the first
+# Steps of the second rung to those of the first. The longer the second rung, the less does it favour
+# high rates; the smaller ratio is for runs whose first rung would be too short.
+RUNG_RATIOS = (8, 3)
 FINALISTS = 2
 FOLDS = 2
 MAX_IMAGES = 64
@@ -108,29 +110,31 @@ def plan_search(
     folds = 1 if size.has_held_out else FOLDS
     images = max(1, min(MAX_IMAGES, size.images // (1 if size.has_held_out else folds)))
 
-    def plan(first: int, images: int, sigmas: int, last: int | None = None) -> SearchPlan:
-        rungs = (first, RUNG_RATIO * first if last is None else last)
-        return SearchPlan(tuple(rates), rungs, folds, images, sigmas, size)
+    def plan(first: int, last: int) -> SearchPlan:
+        return SearchPlan(tuple(rates), (first, last), folds, images, sigmas, size)
 
-    while measuring_share(plan(0, images, sigmas)) > MAX_MEASURING_SHARE and sigmas * images > 8:
+    while measuring_share(plan(0, 0)) > MAX_MEASURING_SHARE and sigmas * images > 8:
         sigmas, images = (sigmas // 2, images) if sigmas > 4 else (sigmas, images // 2)
     if wanted_steps is not None:
-        chosen = plan(max(1, wanted_steps // RUNG_RATIO), images, sigmas, wanted_steps)
+        first = next((wanted_steps // ratio for ratio in RUNG_RATIOS
+                      if wanted_steps // ratio >= MIN_FIRST_RUNG), 1)  # fmt: skip
+        chosen = plan(first, wanted_steps)
         if chosen.cost > MAX_COST:
             raise ConfigError(
                 f"--steps {wanted_steps} costs {chosen.cost:.2f} times a run of {size.steps} "
                 f"steps, more than {MAX_COST}; use fewer steps or fewer --rates"
             )
         return chosen
-    first = 0
-    while plan(first + 1, images, sigmas).cost <= MAX_COST and RUNG_RATIO * first < size.steps:
-        first += 1
-    if first < MIN_FIRST_RUNG:
-        raise ConfigError(
-            f"a run of {size.steps} steps is too short to try {len(rates)} learning rates within "
-            f"{MAX_COST} times its cost; raise max_train_steps, or name fewer --rates"
-        )
-    return plan(first, images, sigmas)
+    for ratio in RUNG_RATIOS:
+        first = 0
+        while plan(first + 1, ratio * (first + 1)).cost <= MAX_COST and ratio * first < size.steps:
+            first += 1
+        if first >= MIN_FIRST_RUNG:
+            return plan(first, ratio * first)
+    raise ConfigError(
+        f"a run of {size.steps} steps is too short to try {len(rates)} learning rates within "
+        f"{MAX_COST} times its cost; raise max_train_steps, or name fewer --rates"
+    )
 
 
 def measuring_share(plan: SearchPlan) -> float:
