@@ -1,6 +1,7 @@
 # make demo: train on the bundled model and look at before and after.  make test: the tests, WORKERS at once.
 PYTHON ?= python3
-WORKERS ?= 2
+# More workers than cores: many tests wait for a process or an answer.
+WORKERS ?= 3
 BIN := .venv/bin
 
 .PHONY: demo test test-python lint docs clean
