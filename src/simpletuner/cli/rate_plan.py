@@ -19,7 +19,7 @@ from simpletuner.errors import ConfigError
 
 FORWARDS_PER_SAMPLE = 3
 MAX_COST = 1.5  # of one run
-# Steps of the second rung to those of the first. The longer the second rung, the less does it favour
+# Steps of the second rung to those of the first. The longer the second rung, the less it favours
 # high rates; the smaller ratio is for runs whose first rung would be too short.
 RUNG_RATIOS = (8, 3)
 FINALISTS = 2
