@@ -109,6 +109,11 @@ def test_within_the_error_the_lower_rate_is_chosen() -> None:
         TrialResult(5e-5, 10, {n: at + 0.5 + 0.1 * (-1) ** at for at, n in enumerate(IDS)}),
     ]
     assert rate_plan.choose_rate(tied).rate == 5e-5
+    _, error = rate_plan.compare(tied[1], tied[0])
+    for errors, rate in ((1.9, 5e-5), (2.1, 1e-4)):
+        losses = {name: loss + errors * error for name, loss in tied[1].losses.items()}
+        worse = TrialResult(5e-5, 10, losses)
+        assert rate_plan.choose_rate([tied[0], worse]).rate == rate
     assert rate_plan.choose_rate([result(1e-4, 0.5), result(5e-5, 0.6)]).rate == 1e-4
 
 

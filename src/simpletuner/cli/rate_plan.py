@@ -208,11 +208,14 @@ def is_clearly_worse(one: TrialResult, other: TrialResult) -> bool:
 
 
 def choose_rate(finalists: Sequence[TrialResult]) -> TrialResult:
-    """Return the finalist with the lower loss; the lower rate within one standard error."""
-    ordered = sorted(finalists, key=lambda result: result.loss)
-    best = ordered[0]
-    for other in ordered[1:]:
-        change, error = compare(other, best)
-        if change <= error and other.rate < best.rate:
-            best = other
-    return best
+    """Return the finalist with the lowest loss; a lower rate where it is not clearly worse.
+
+    Short runs favour high rates.
+    """
+    best = min(finalists, key=lambda result: result.loss)
+    lower = [
+        result
+        for result in finalists
+        if result.losses and result.rate < best.rate and not is_clearly_worse(result, best)
+    ]
+    return min(lower, key=lambda result: result.rate, default=best)
