@@ -64,6 +64,7 @@ def test_steps_that_cost_more_are_refused() -> None:
     plan = rate_plan.plan_search((1e-4, 2e-4), HELD_OUT, 8, 300)
     assert plan.rungs == (37, 300)
     assert rate_plan.plan_search((1e-4, 2e-4), HELD_OUT, 8, 30).rungs == (10, 30)
+    assert rate_plan.plan_search((1e-4, 2e-4), HELD_OUT, 8, 12).rungs == (4, 12)
     short = rate_plan.plan_search((1e-4, 2e-4), RunSize(40, 8, 20, True), 8)
     assert short.rungs[1] == 3 * short.rungs[0]  # an eighth would be too short
     with pytest.raises(ConfigError, match="--steps 900 costs"):

@@ -116,9 +116,8 @@ def plan_search(
     while measuring_share(plan(0, 0)) > MAX_MEASURING_SHARE and sigmas * images > 8:
         sigmas, images = (sigmas // 2, images) if sigmas > 4 else (sigmas, images // 2)
     if wanted_steps is not None:
-        first = next((wanted_steps // ratio for ratio in RUNG_RATIOS
-                      if wanted_steps // ratio >= MIN_FIRST_RUNG), 1)  # fmt: skip
-        chosen = plan(first, wanted_steps)
+        long, short = (wanted_steps // ratio for ratio in RUNG_RATIOS)
+        chosen = plan(long if long >= MIN_FIRST_RUNG else max(1, short), wanted_steps)
         if chosen.cost > MAX_COST:
             raise ConfigError(
                 f"--steps {wanted_steps} costs {chosen.cost:.2f} times a run of {size.steps} "
