@@ -21,7 +21,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _exclude_objects_of_earlier_files() -> None:
-    """Exclude what earlier files have imported as well: in the end it is as much again."""
+    """Exclude what earlier files have imported as well, in the end half of all objects."""
     gc.freeze()
 
 
