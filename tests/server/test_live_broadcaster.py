@@ -22,7 +22,7 @@ from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from simpletuner.server import live_broadcaster, run_finder
+from simpletuner.server import live_broadcaster, run_finder, run_service
 from simpletuner.server.run_service import RunService
 from simpletuner.server.schemas.jobs import Queue
 from simpletuner.server.schemas.live import FollowRequest, LiveUpdate
@@ -315,6 +315,27 @@ def test_a_slow_listener_gets_the_newest_list_and_not_every_one(tmp_path: Path) 
     seen = asyncio.run(scene())
     assert seen == sorted(set(seen))
     assert len(seen) < 50
+
+
+def test_an_ended_run_that_another_request_reads_meanwhile_is_no_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        RunFolderWriter(tmp_path / f"run-{number}").write_start().write_steps(1, 500).write_exit()
+    runs = RunService(Workspace(tmp_path))
+    monkeypatch.setattr(run_service, "READ_BUDGET_S", -1.0)
+
+    def queue() -> Queue:
+        """Read everything between two looks at the runs, as the list of runs does."""
+        monkeypatch.setattr(run_service, "READ_BUDGET_S", 60.0)
+        runs.summaries()
+        return empty_queue()
+
+    watcher = live_broadcaster.LiveBroadcaster(runs, queue)
+    first = watcher._list_snapshot()
+    assert first.unread
+    until(lambda: watcher._list_snapshot() is not first)
+    assert watcher._list_snapshot().list_fields(first.versions[0], None) == {}
 
 
 def test_nobody_listens_nothing_is_watched_and_a_failure_ends_in_a_closed_connection(

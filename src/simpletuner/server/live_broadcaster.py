@@ -191,8 +191,7 @@ class LiveBroadcaster:
         with self._lock:
             snapshot = self._snapshot
             if snapshot is None or time.monotonic() >= self._list_due:
-                runs, queue = self._runs.summaries(), self._queue()
-                unread = self._runs.unread_ids()
+                (runs, unread), queue = self._runs.summaries_and_unread(), self._queue()
                 if snapshot is None:
                     snapshot = ListSnapshot(runs, queue, unread=unread)
                 else:

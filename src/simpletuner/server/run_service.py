@@ -71,6 +71,13 @@ class RunService:
         If long event logs are read for the first time, the summaries can be incomplete; the next
         call continues reading.
         """
+        return self.summaries_and_unread()[0]
+
+    def summaries_and_unread(self) -> tuple[list[RunSummary], set[str]]:
+        """Return all summaries, and the runs of which only a part of the events is in them.
+
+        Both are of one moment: in between, another request could read more.
+        """
         jobs = self._jobs_by_run()
         deadline = time.monotonic() + READ_BUDGET_S
         with self._lock:
@@ -86,14 +93,9 @@ class RunService:
                 for id, job in jobs.items()
                 if id not in self._readers and not _was_deleted(job)
             ]
-        return sorted(
-            runs, key=lambda run: (run.state == "queued", run.started_t or 0.0), reverse=True
-        )
-
-    def unread_ids(self) -> set[str]:
-        """Return the runs whose last summary was made of a part of their events."""
-        with self._lock:
-            return {id for id, reader in self._readers.items() if not reader.is_read}
+            unread = {id for id, reader in self._readers.items() if not reader.is_read}
+        runs.sort(key=lambda run: (run.state == "queued", run.started_t or 0.0), reverse=True)
+        return runs, unread
 
     def summary(self, id: str) -> RunSummary:
         """Return the summary of a run. Raises ApiError 404 for an unknown id."""

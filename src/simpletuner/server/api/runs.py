@@ -59,8 +59,8 @@ def get_reader(services: Services, id: str) -> RunReader:
 @router.get("/runs")
 def list_runs(query: Annotated[RunQuery, Query()], services: ServicesDep) -> RunPage:
     """Return a page of the list of runs."""
-    runs = services.runs.summaries()
-    return select_page(runs, query, services.runs.unread_ids())
+    runs, unread = services.runs.summaries_and_unread()
+    return select_page(runs, query, unread)
 
 
 @router.get("/runs/{id}")
